@@ -1,0 +1,1 @@
+"""The model that both sides must build alike. No sockets."""

@@ -1,0 +1,61 @@
+"""The seams to the outer world as small Protocols: Clock, Disk, Transport. The real ones stand beside."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+
+class Clock(Protocol):
+    """Two clocks: durations come from `monotonic`, which no one can set back."""
+
+    def monotonic(self) -> float:
+        """Seconds since some fixed point."""
+        ...
+
+    def wall(self) -> float:
+        """Seconds since 1970, for people and for deadlines that outlive a process."""
+        ...
+
+
+class SystemClock:
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+    def wall(self) -> float:
+        return time.time()
+
+
+class Disk(Protocol):
+    """Durable blobs by digest (`disk.BlobStore` on a real disk, a dict in tests)."""
+
+    def put(self, data: bytes) -> str:
+        """Store durably, return the sha256. Raises DiskFull; then nothing half-written stays."""
+        ...
+
+    def get(self, digest: str) -> bytes:
+        """Raises BlobCorrupt when the bytes do not have that digest, KeyError when there are none."""
+        ...
+
+    def has(self, digest: str) -> bool: ...
+
+
+class Transport(Protocol):
+    """One conversation with a hub in whole frames (`protocol.codec`), and its blobs over HTTP."""
+
+    async def connect(self) -> None:
+        """Raises HubUnreachable (with the step), RefusedByHub."""
+        ...
+
+    async def send(self, frame: bytes) -> None: ...
+
+    def frames(self) -> AsyncIterator[bytes]:
+        """Frames until the connection ends, orderly or not."""
+        ...
+
+    async def close(self) -> None: ...
+
+    def fetch(self, digest: str, offset: int) -> AsyncIterator[bytes]:
+        """The bytes of a bundle file from `offset` on."""
+        ...

@@ -1,0 +1,94 @@
+"""Write so that a power cut leaves the old bytes or the new ones. What the bytes mean is others' business."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import re
+from pathlib import Path
+
+from fedsoda_edge.errors import BlobCorrupt, DiskFull
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+def sha256(data: bytes | memoryview) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_durably(path: Path, data: bytes | memoryview) -> None:
+    """Temp file, fsync, rename, fsync of the directory (federation.md, Ledger).
+
+    Raises:
+        DiskFull: nothing half-written stays.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_directory(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(
+                f"the disk is full: {len(data)} bytes for {path} did not fit; free space there, then retry"
+            ) from error
+        raise
+
+
+def sync_directory(directory: Path) -> None:
+    """Make a rename in `directory` durable. Windows cannot open directories and needs no such call."""
+    if os.name == "nt":
+        return
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class BlobStore:
+    """Blobs in one directory, each named by its sha256. No other name ever reaches the file system."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def path(self, digest: str) -> Path:
+        """Where the blob is or would be. ValueError when `digest` is not 64 hex digits."""
+        if not _DIGEST.fullmatch(digest):
+            raise ValueError(f"not a sha256 digest: {digest[:80]!r}")
+        return self.directory / digest
+
+    def put(self, data: bytes) -> str:
+        digest = sha256(data)
+        path = self.path(digest)
+        if not path.exists():
+            write_durably(path, data)
+        return digest
+
+    def get(self, digest: str) -> bytes:
+        try:
+            data = self.path(digest).read_bytes()
+        except FileNotFoundError:
+            raise KeyError(digest) from None
+        if sha256(data) != digest:
+            raise BlobCorrupt(
+                f"{self.path(digest)} has digest {sha256(data)[:12]}, its name says {digest[:12]}; "
+                "the disk or another program changed it: delete it, it will be made or fetched again"
+            )
+        return data
+
+    def has(self, digest: str) -> bool:
+        return self.path(digest).exists()

@@ -1,0 +1,1 @@
+"""Pure: messages, codec and session rules of the wire. No torch, sockets, clock or disk."""

@@ -1,0 +1,221 @@
+"""What may be said between an edge and a hub. Field names carry the unit.
+
+A message is one of the tagged structs below; `codec` turns it into bytes. Sizes and order of messages
+are `session`'s. Nothing here knows sockets, tensors, clock or disk.
+"""
+
+from __future__ import annotations
+
+from typing import NewType
+
+import msgspec
+
+PROTOCOL_VERSION = 1
+
+EdgeId = NewType("EdgeId", str)
+Digest = NewType("Digest", str)  # sha256, 64 lower-case hex digits
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=False, tag_field="type", kw_only=True):
+    """The root of all messages. Unknown fields are ignored, so that a newer side may say more."""
+
+
+# --- values inside messages -------------------------------------------------------------------------
+
+
+class DeviceFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What the device has free, measured in the agent. vram_bytes 0: no usable GPU."""
+
+    ram_bytes: int
+    vram_bytes: int
+    disk_bytes: int
+    threads: int
+    accelerator: str
+
+
+class Template(msgspec.Struct, frozen=True, kw_only=True):
+    """The run's data template: `{name}` are columns."""
+
+    prompt: str
+    completion: str
+
+
+class BlobRef(msgspec.Struct, frozen=True, kw_only=True):
+    digest: Digest
+    bytes: int
+
+
+class LocalSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """How one local round trains ([local] in RUN.toml)."""
+
+    epochs: int
+    max_steps: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    max_grad_norm: float
+    proximal_mu: float
+    max_length: int
+
+
+class ViewRef(msgspec.Struct, frozen=True, kw_only=True):
+    """A view (federation.md): its digest as fp32 safetensors, and the two ways to reach it.
+
+    delta: the coded step from the previous view; None when there is none (first view).
+    snapshot: the whole view, fp32; None when the view is the bundle's own initial LoRA.
+    """
+
+    digest: Digest
+    delta: BlobRef | None
+    snapshot: BlobRef | None
+
+
+# --- edge to hub ------------------------------------------------------------------------------------
+
+
+class Hello(Message, tag="hello"):
+    """First message. device_id is made once in FEDSODA_HOME; one token is bound to one device."""
+
+    protocol: int
+    software: str
+    device_id: str
+    device: DeviceFacts
+
+
+class Ready(Message, tag="ready"):
+    """The bundle is verified and the data is read: this edge may be invited."""
+
+    num_examples: int
+
+
+class BlobRequest(Message, tag="blob_request"):
+    """Ask for a blob of the run (delta, snapshot, alignment) from `offset` on."""
+
+    digest: Digest
+    offset: int = 0
+
+
+class UpdateStart(Message, tag="update_start"):
+    """Announce an update: `bytes` of coded delta follow in UpdateChunks. loss None: it was not finite."""
+
+    round: int
+    base: Digest
+    alignment: int
+    digest: Digest
+    bytes: int
+    codec: str
+    num_examples: int
+    loss: float | None
+
+
+class UpdateChunk(Message, tag="update_chunk"):
+    """A piece of the announced update; the bytes travel behind the header (codec)."""
+
+    digest: Digest
+    offset: int
+
+
+class Decline(Message, tag="decline"):
+    """This edge will not answer the round with an update."""
+
+    round: int
+    reason: str
+
+
+class Progress(Message, tag="progress"):
+    """Volatile: where the local round is. Never enters the ledger."""
+
+    round: int
+    step: int
+    steps: int
+    loss: float | None = None
+    tokens_per_second: float | None = None
+
+
+class Paused(Message, tag="paused"):
+    reason: str
+
+
+class Resumed(Message, tag="resumed"):
+    pass
+
+
+class Leave(Message, tag="leave"):
+    """The edge goes for good (Ctrl+C, --max-rounds, `leave`)."""
+
+    reason: str
+
+
+# --- hub to edge ------------------------------------------------------------------------------------
+
+
+class Welcome(Message, tag="welcome"):
+    """Answer to Hello. `manifest` is fetched by HTTP as a blob."""
+
+    protocol: int
+    run_id: str
+    run_name: str
+    edge: EdgeId
+    manifest: BlobRef
+    rounds: int
+    rounds_done: int
+    template: Template | None
+    max_length: int
+    codec: str
+    seed: int
+    stall_seconds: float
+
+
+class RoundOffer(Message, tag="round_offer"):
+    """Train from view `view` and send back the delta before `due_seconds` from now."""
+
+    round: int
+    rounds: int
+    view: ViewRef
+    alignment: int
+    emulator: ViewRef
+    local: LocalSettings
+    due_seconds: float
+
+
+class BlobChunk(Message, tag="blob_chunk"):
+    """A piece of a requested blob; the bytes travel behind the header (codec)."""
+
+    digest: Digest
+    offset: int
+    total: int
+
+
+class Receipt(Message, tag="receipt"):
+    """The update is durable. Sending it again returns the same receipt."""
+
+    round: int
+    digest: Digest
+
+
+class Refusal(Message, tag="refusal"):
+    """What was refused and why. retry: the same thing may be sent again later (disk full)."""
+
+    reason: str
+    round: int | None = None
+    retry: bool = False
+    fatal: bool = False
+
+
+class RoundClosed(Message, tag="round_closed"):
+    round: int
+    num_updates: int
+
+
+class Farewell(Message, tag="farewell"):
+    """The run is over."""
+
+    rounds: int
+    reason: str
+
+
+EdgeMessage = (
+    Hello | Ready | BlobRequest | UpdateStart | UpdateChunk | Decline | Progress | Paused | Resumed | Leave
+)
+HubMessage = Welcome | RoundOffer | BlobChunk | Receipt | Refusal | RoundClosed | Farewell
+AnyMessage = EdgeMessage | HubMessage

@@ -1,0 +1,1 @@
+"""The paper's algorithms: tensors in, tensors out; one idea a file."""

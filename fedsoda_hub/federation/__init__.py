@@ -1,0 +1,1 @@
+"""Decide federated rounds: events in, effects out. No torch, sockets, clock or disk."""
