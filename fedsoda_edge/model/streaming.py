@@ -1,0 +1,300 @@
+"""Run a model layer by layer with one layer resident: SGP, teacher targets, the edge's border sweep.
+
+Layers are the outer loop, samples the inner one, so each weight is read once for all samples
+(method.md 8b). What the hidden states are for is the caller's business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from fedsoda_edge.errors import UsageProblem
+from fedsoda_edge.model.families import Family, allowed_fields, build_config, family_of, skeleton
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+
+
+class LayerSource(Protocol):
+    """Where layers come from: a 16-bit checkpoint on the hub, an NF4 bundle on an edge."""
+
+    family: Family
+    fields: dict[str, Any]
+    num_layers: int
+    dtype: torch.dtype
+
+    def embedding(self) -> Tensor:
+        """(V, C)."""
+        ...
+
+    def norm(self) -> dict[str, Tensor]:
+        """The final norm's tensors by name within it."""
+        ...
+
+    def head(self) -> Tensor:
+        """(V, C); the embedding where they are tied."""
+        ...
+
+    def layer(self, number: int) -> dict[str, Tensor]:
+        """Dense tensors of one full-LLM layer, by name within the layer."""
+        ...
+
+
+class Checkpoint:
+    """A safetensors checkpoint of a supported family, read tensor by tensor.
+
+    name: the hub id or the directory's name, never a local path. revision: the hub's commit, or for a
+    directory the sha256 over config and tensor table.
+    """
+
+    def __init__(self, directory: Path, name: str, revision: str | None) -> None:
+        config_file = directory / "config.json"
+        if not config_file.exists():
+            raise UsageProblem(
+                f"{directory} has no config.json; a model directory holds config.json and *.safetensors"
+            )
+        raw = json.loads(config_file.read_text(encoding="utf-8"))
+        self.path = directory
+        self.name = name
+        self.family = family_of(str(raw.get("model_type")))
+        if "quantization_config" in raw:
+            method = raw["quantization_config"].get("quant_method", "unknown")
+            raise UsageProblem(
+                f"{name} is already quantized ({method}); SGP and ODA need the 16-bit checkpoint it was made from"
+            )
+        config = self.family.config_class.from_dict(raw)
+        self.fields = allowed_fields(self.family, config)
+        self.num_layers = int(config.num_hidden_layers)
+        self._files = _tensor_table(directory, name)
+        self.dtype = self._read(f"{self.family.embedding}.weight").dtype
+        table = json.dumps([sorted(self._files), self.fields], sort_keys=True).encode()
+        self.revision = revision or hashlib.sha256(table).hexdigest()
+        self.tokenizer_files = [directory / file for file in TOKENIZER_FILES if (directory / file).exists()]
+        if not (directory / "tokenizer.json").exists():
+            raise UsageProblem(f"{name} has no tokenizer.json; save its fast tokenizer beside the weights")
+
+    @classmethod
+    def open(cls, model: str, *, relative_to: Path | None = None) -> Checkpoint:
+        """A directory, or a hub id that `huggingface_hub` fetches (safetensors and JSON only)."""
+        path = Path(model).expanduser()
+        if relative_to is not None and not path.is_absolute():
+            path = relative_to / path
+        if path.is_dir():
+            return cls(path, path.resolve().name, None)
+        if model.startswith((".", "/", "~")) or model.count("/") > 1:
+            raise UsageProblem(
+                f"the model directory {path} is not there; name a directory or a hub id like org/model"
+            )
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+        try:
+            local = snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "*.jinja"])
+        except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, OSError) as error:
+            raise UsageProblem(
+                f"{model!r} is neither a directory here nor could it be fetched from the model hub ({error}); "
+                "check the name, HF_TOKEN for gated models, and the network"
+            ) from error
+        return cls(Path(local), model, Path(local).name)
+
+    def _read(self, name: str) -> Tensor:
+        with safe_open(self._files[name], framework="pt") as file:
+            return file.get_tensor(name)  # type: ignore[no-any-return]
+
+    def embedding(self) -> Tensor:
+        return self._read(f"{self.family.embedding}.weight")
+
+    def norm(self) -> dict[str, Tensor]:
+        return self._below(f"{self.family.norm}.")
+
+    def head(self) -> Tensor:
+        if self.fields.get("tie_word_embeddings"):
+            return self.embedding()
+        return self._read(f"{self.family.head}.weight")
+
+    def layer(self, number: int) -> dict[str, Tensor]:
+        return self._below(f"{self.family.layers}.{number}.")
+
+    def _below(self, prefix: str) -> dict[str, Tensor]:
+        names = [name for name in self._files if name.startswith(prefix)]
+        if not names:
+            raise UsageProblem(f"{self.name} has no tensor below {prefix!r}; the checkpoint is incomplete")
+        return {name.removeprefix(prefix): self._read(name) for name in names}
+
+
+def _tensor_table(directory: Path, name: str) -> dict[str, Path]:
+    """Which file holds which tensor."""
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {tensor: directory / Path(file).name for tensor, file in table.items()}
+    single = directory / "model.safetensors"
+    if single.exists():
+        with safe_open(single, framework="pt") as file:
+            return dict.fromkeys(file.keys(), single)
+    if list(directory.glob("*.bin")):
+        raise UsageProblem(
+            f"{name} has only .bin weights, which are pickles and can run code; convert it to safetensors: "
+            "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT)"
+        )
+    raise UsageProblem(f"{name} has no model.safetensors; found {[p.name for p in directory.iterdir()][:8]}")
+
+
+Visit = Callable[[int, list[Tensor]], None]
+Progress = Callable[[int, int], None]
+
+
+def stream(
+    source: LayerSource,
+    layers: Sequence[int],
+    ids: Sequence[Tensor],
+    *,
+    start: Sequence[Tensor] | None = None,
+    compute_dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    store_dtype: torch.dtype | None = None,
+    batch_tokens: int = 2048,
+    lora: dict[str, Tensor] | None = None,
+    lora_scale: float = 0.0,
+    visit: Visit | None = None,
+    progress: Progress | None = None,
+) -> list[Tensor]:
+    """Hidden states of every sample after the last of `layers`, without padding.
+
+    Args:
+        ids: one (T_i,) int64 tensor per sample. Samples are bucketed by length and padded on the right:
+            under causal attention no real position sees a pad, so no mask is needed.
+        start: hidden states (T_i, C) to begin with instead of the embeddings of `ids`.
+        store_dtype: what hidden states are rounded to between layers; None: compute_dtype.
+        lora: tensors by full-LLM name; applied unmerged, as PEFT does: y + scale * (x A^T) B^T.
+        visit: called as visit(layer, hidden states of all samples) after each layer.
+        progress: called as progress(layers done, layers in all).
+
+    Returns:
+        One (T_i, C) CPU tensor of store_dtype per sample, in the order of `ids`.
+    """
+    store = store_dtype or compute_dtype
+    family = source.family
+    with torch.inference_mode():
+        if start is None:
+            table = source.embedding()
+            hidden = [table[sample].to(store) for sample in ids]
+            del table
+        else:
+            hidden = [state.to(store) for state in start]
+        batches = _buckets([len(sample) for sample in ids], batch_tokens)
+        # All layers of the full config, so that layer l gets the mask and the rotary table of layer l.
+        model = skeleton(family, build_config(family, source.fields))
+        base = model.get_submodule(family.layers.rpartition(".")[0])
+        recorders = _record_calls(base)
+        base.rotary_emb.to(device)  # the only real tensors of the skeleton
+        for done, number in enumerate(layers):
+            layer = recorders[number].layer
+            weights = {k: v.to(device=device, dtype=compute_dtype) for k, v in source.layer(number).items()}
+            layer.load_state_dict(weights, strict=True, assign=True)
+            with _lora_hooks(layer, f"layers.{number}.", lora or {}, lora_scale, device, compute_dtype):
+                for batch in batches:
+                    longest = max(len(hidden[i]) for i in batch)
+                    padded = torch.zeros(len(batch), longest, hidden[batch[0]].shape[1], dtype=compute_dtype)
+                    for row, i in enumerate(batch):
+                        padded[row, : len(hidden[i])] = hidden[i]
+                    arguments = recorders[number].arguments(base, padded.to(device))
+                    out = layer(*arguments[0], **arguments[1])
+                    out = (out[0] if isinstance(out, tuple) else out).to(store).cpu()
+                    for row, i in enumerate(batch):
+                        hidden[i] = out[row, : len(hidden[i])].clone()
+            layer.to_empty(device="meta")
+            if visit is not None:
+                visit(number, hidden)
+            if progress is not None:
+                progress(done + 1, len(layers))
+    return [state.clone() for state in hidden]
+
+
+class _Recorder(torch.nn.Module):
+    """Stands in a layer's place while the family's own base model runs, and notes how it is called."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.__dict__["layer"] = layer  # not a submodule: the base model must not see its weights
+        self.__dict__["shape"] = None
+        self.__dict__["call"] = None
+        for name, value in vars(layer).items():
+            if name.startswith("_") or name in ("training",):
+                continue
+            self.__dict__[name] = value
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.__dict__["call"] = (args, kwargs)
+        return args[0] if args else kwargs["hidden_states"]
+
+    def arguments(self, base: Any, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The layer's arguments for these hidden states, as the family's own forward would pass them."""
+        if self.__dict__["shape"] != hidden.shape:
+            base(inputs_embeds=hidden, use_cache=False)
+            for recorder in base.layers:
+                recorder.__dict__["shape"] = hidden.shape
+        args, kwargs = self.__dict__["call"]
+        if args:
+            return (hidden, *args[1:]), kwargs
+        return (), {**kwargs, "hidden_states": hidden}
+
+
+def _record_calls(base: Any) -> list[_Recorder]:
+    recorders = [_Recorder(layer) for layer in base.layers]
+    base.layers = torch.nn.ModuleList(recorders)
+    base.norm = torch.nn.Identity()
+    return recorders
+
+
+@contextmanager
+def _lora_hooks(
+    layer: Any,
+    prefix: str,
+    lora: dict[str, Tensor],
+    scale: float,
+    device: str | torch.device,
+    dtype: torch.dtype,
+) -> Iterator[None]:
+    """Add LoRA to the linear modules of one layer for a while, unmerged."""
+    handles = []
+    for name in [n for n in lora if n.startswith(prefix) and n.endswith(".lora_A")]:
+        module = name.removeprefix(prefix).removesuffix(".lora_A")
+        a = lora[name].to(device=device, dtype=dtype)
+        b = lora[name.removesuffix("A") + "B"].to(device=device, dtype=dtype)
+
+        def add(_: Any, inputs: Any, out: Tensor, a: Tensor = a, b: Tensor = b) -> Tensor:
+            return out + (inputs[0] @ a.T @ b.T) * scale
+
+        handles.append(layer.get_submodule(module).register_forward_hook(add))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _buckets(lengths: Iterable[int], batch_tokens: int) -> list[list[int]]:
+    """Sample indices in batches of near-equal length with at most `batch_tokens` padded positions."""
+    lengths = list(lengths)
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    batches: list[list[int]] = []
+    for i in order:
+        if batches and (len(batches[-1]) + 1) * lengths[i] <= batch_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches

@@ -1,0 +1,47 @@
+"""Cut the public text into blocks, as contract.md "Public text" reads it.
+
+SGP and ODA read only these blocks; they never see an edge's data.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from fedsoda_edge.errors import UsageProblem
+
+MAX_HELD_OUT = 32
+
+
+def read_blocks(
+    text: Path, tokenizer_json: Path, bos_id: int | None, sequences: int, length: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(used, held out): blocks of `length` ids, each bos (if there is one) and the next ids of the text.
+
+    The text is tokenized in one call without special tokens; the first `sequences` blocks are used, the
+    next min(32, rest) are held out.
+
+    Raises:
+        UsageProblem: the text gives no held-out block beyond `sequences`; says how many ids are needed.
+    """
+    try:
+        words = text.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageProblem(
+            f"[public] text: {text} cannot be read ({error.strerror}); name a UTF-8 file"
+        ) from error
+    ids = Tokenizer.from_file(str(tokenizer_json)).encode(words, add_special_tokens=False).ids
+    step = length - (bos_id is not None)
+    head = [] if bos_id is None else [bos_id]
+    blocks = [torch.tensor(head + ids[at : at + step]) for at in range(0, len(ids) - step + 1, step)][
+        : sequences + MAX_HELD_OUT
+    ]
+    if len(blocks) <= sequences:
+        raise UsageProblem(
+            f"[public] text {text} has {len(ids)} ids; sequences = {sequences} of length = {length} and one block "
+            f"held out need {(sequences + 1) * step}; give a longer text or lower sequences or length"
+        )
+    return blocks[:sequences], blocks[sequences:]

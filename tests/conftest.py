@@ -1,0 +1,66 @@
+"""Fixtures and rules for every test: tiny models, no network, one thread, no process left behind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.update(
+    TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", FEDSODA_THREADS="1"
+)
+
+import psutil
+import pytest
+import torch
+
+from tests.tiny import make_tiny_llama
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="also run the slow tests")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--all"):
+        slow = pytest.mark.skip(reason="slow: runs with scripts/test --all")
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(slow)
+
+
+@pytest.fixture(autouse=True)
+def _home_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDSODA_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread_and_nothing_left() -> Iterator[None]:
+    torch.set_num_threads(1)
+    yield
+    left = psutil.Process().children(recursive=True)
+    _, alive = psutil.wait_procs(left, timeout=5)
+    assert not alive, f"tests left processes behind: {[process.cmdline() for process in alive]}"
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """8 layers, C 64, untied, bf16."""
+    return make_tiny_llama(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real data beside the checkout, where there is any."""
+    directory = ROOT.parent / "shared"
+    if not directory.is_dir():
+        pytest.skip("no shared data beside the checkout")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def ref24() -> Path:
+    """The demo's embedded model: 24 layers, C 192."""
+    return ROOT / "fedsoda_hub" / "demo" / "model"

@@ -1,0 +1,80 @@
+"""Groups are chosen exactly, ties are settled, and what cannot fit is refused with what would."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+from fedsoda_edge.errors import UsageProblem
+from fedsoda_edge.model.layer_plan import check_plan, choose_groups, make_plan
+from fedsoda_edge.protocol.manifest import LayerPlan
+
+
+def brute_force(distances: list[list[float]], emulator: int, n: int, p: int) -> tuple[float, tuple[int, ...]]:
+    """Every set of starts; on ties the one that is larger, compared from the first start on."""
+    best = (float("inf"), ())
+    for starts in itertools.combinations(range(emulator - n), p):
+        if any(b - a < n + 1 for a, b in itertools.pairwise(starts)):
+            continue
+        cost = 0.0
+        for start in reversed(starts):
+            cost = distances[start][n - 1] + cost
+        if cost < best[0] or (cost == best[0] and starts > best[1]):
+            best = (cost, starts)
+    return best
+
+
+@pytest.mark.parametrize("integers", [False, True], ids=["random", "with ties"])
+def test_the_choice_is_the_best_of_all_sets(integers: bool) -> None:
+    chance = random.Random(0)
+    cases = 0
+    while cases < 300:
+        emulator, n, p = chance.randint(3, 13), chance.randint(1, 4), chance.randint(1, 4)
+        if p * (n + 1) > emulator:
+            continue
+        draw = (lambda: float(chance.randint(0, 2))) if integers else chance.random
+        distances = [[draw() for _ in range(emulator - 1 - layer)] for layer in range(emulator)]
+        groups = choose_groups(distances, emulator + 2, 2, n, p)
+        _, starts = brute_force(distances, emulator, n, p)
+        assert tuple(group.start for group in groups) == starts
+        assert all(
+            group.removed == tuple(range(g, g + n))
+            for group, g in zip(groups, (s + 1 for s in starts), strict=True)
+        )
+        cases += 1
+
+
+def test_what_does_not_fit_is_refused_with_what_would() -> None:
+    with pytest.raises(UsageProblem, match=r"need 16 layers below the adapter, the model has 13 .*\(3, 3\)"):
+        choose_groups([[0.0] * 13] * 13, 16, 3, n=3, p=4)
+
+
+def test_a_plan_says_every_layer_by_its_full_number() -> None:
+    distances = [[1.0] * (21 - layer) for layer in range(21)]
+    for start in (4, 9, 13, 17):
+        distances[start][2] = 0.1
+    plan = make_plan(24, 3, choose_groups(distances, 24, 3, 3, 4), distances)
+    assert plan.aligned == (4, 9, 13, 17)
+    assert plan.kept == (0, 1, 2, 3, 4, 8, 9, 13, 17, 21, 22, 23)
+    assert plan.mapping == ((4, 4), (9, 6), (13, 7), (17, 8))
+    assert plan.sub_emulator == (0, 1, 2, 3, 4, 8, 9, 13, 17)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kept": (0, 1, 2, 6, 7)},
+        {"adapter": (5, 6)},
+        {"mapping": ((2, 3),)},
+        {"num_layers": 9},
+        {"adapter": ()},
+    ],
+)
+def test_a_plan_from_the_network_is_checked(change: dict[str, object]) -> None:
+    distances = [[0.5] * 6 for _ in range(6)]
+    good = make_plan(8, 2, choose_groups(distances, 8, 2, 2, 1), distances)
+    fields = {name: getattr(good, name) for name in LayerPlan.__struct_fields__} | change
+    with pytest.raises(UsageProblem, match="breaks a rule"):
+        check_plan(LayerPlan(**fields))
