@@ -81,7 +81,7 @@ def check_plan(plan: LayerPlan) -> None:
     checks = {
         "the adapter is the last layers": plan.adapter
         and plan.adapter == tuple(range(first, plan.num_layers))
-        and 0 <= first,
+        and first >= 0,
         "each group removes the layers right above its start": all(
             group.removed == tuple(range(group.start + 1, group.start + 1 + len(group.removed)))
             and group.removed

@@ -1,0 +1,365 @@
+"""The sub-LLM as verified, content-addressed files: one safetensors shard per layer, and manifest.json.
+
+The hub writes a bundle once; an edge reads the same files from its store by digest. Which layers are kept
+is the plan's business, downloading is `store.py`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from fedsoda_edge.errors import BlobCorrupt, UsageProblem
+from fedsoda_edge.model.families import FAMILIES, build_config, family_of
+from fedsoda_edge.model.layer_plan import check_plan
+from fedsoda_edge.model.memory import edge_needs
+from fedsoda_edge.model.nf4 import CODEBOOK, NF4Tensor, dequantize, dynamic_map, quantize
+from fedsoda_edge.model.streaming import LayerSource
+from fedsoda_edge.ports.disk import sha256, sha256_file, sync_directory, write_durably
+from fedsoda_edge.protocol.manifest import (
+    FORMAT_VERSION,
+    BundleManifest,
+    EdgeNeeds,
+    File,
+    LayerPlan,
+    LoRASpec,
+)
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+MAX_MANIFEST_BYTES = 16 << 20
+MAX_FILE_BYTES = 1 << 40
+_FILE_NAME = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
+
+
+@dataclass(frozen=True)
+class BundleSettings:
+    """What prepare decides beside the plan. adapter_base: "nf4" or "bf16" (the checkpoint's own dtype)."""
+
+    lora: LoRASpec
+    adapter_base: str
+    quantize_embedding: bool
+
+
+def write_bundle(
+    directory: Path,
+    source: LayerSource,
+    plan: LayerPlan,
+    settings: BundleSettings,
+    *,
+    name: str,
+    revision: str,
+    adapter_lora: dict[str, Tensor],
+    emulator_lora: dict[str, Tensor],
+    tokenizer_files: Sequence[Path],
+    progress: Callable[[int, int], None] | None = None,
+) -> BundleManifest:
+    """Write shards one at a time and the manifest last, then move the whole into place.
+
+    The same input gives the same bytes. Raises DiskFull; a half-written bundle never has the name `directory`.
+    """
+    check_plan(plan)
+    temporary = directory.with_name(f"{directory.name}.{os.getpid()}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    files: list[File] = []
+    parameters = 0
+
+    def shard(role: str, tensors: dict[str, Tensor]) -> None:
+        data = save({key: value.contiguous() for key, value in sorted(tensors.items())})
+        write_durably(temporary / f"{role}.safetensors", data)
+        files.append(File(name=f"{role}.safetensors", sha256=sha256(data), bytes=len(data)))
+
+    layer_parameters = 0
+    for done, number in enumerate(plan.kept):
+        dense = source.layer(number)
+        layer_parameters = sum(tensor.numel() for tensor in dense.values())
+        parameters += layer_parameters
+        keep_dense = number in plan.adapter and settings.adapter_base != "nf4"
+        shard(f"layers.{number}", _packed(dense, keep_dense))
+        if progress is not None:
+            progress(done + 1, len(plan.kept))
+    ends = {"embedding": {"weight": source.embedding()}, "norm": source.norm()}
+    if not source.fields.get("tie_word_embeddings"):
+        ends["head"] = {"weight": source.head()}
+    for role, tensors in ends.items():
+        parameters += sum(tensor.numel() for tensor in tensors.values())
+        shard(role, _packed(tensors, keep_dense=not settings.quantize_embedding))
+    weight_bytes = sum(file.bytes for file in files)
+    shard("emulator_lora", emulator_lora)
+    shard("adapter_lora", adapter_lora)
+    for path in tokenizer_files:
+        data = path.read_bytes()
+        write_durably(temporary / path.name, data)
+        files.append(File(name=path.name, sha256=sha256(data), bytes=len(data)))
+    manifest = BundleManifest(
+        format_version=FORMAT_VERSION,
+        family=source.family.model_type,
+        config=source.fields,
+        dtype=next(key for key, value in DTYPES.items() if value == source.dtype),
+        source=name,
+        source_revision=revision,
+        plan=plan,
+        lora=settings.lora,
+        adapter_base=settings.adapter_base,
+        quantized_embedding=settings.quantize_embedding,
+        files=tuple(files),
+        needs=edge_needs(source.fields, len(plan.adapter), layer_parameters, settings.lora, files),
+        bits_per_parameter=8 * weight_bytes / parameters,
+    )
+    write_durably(temporary / "manifest.json", encode_manifest(manifest))
+    shutil.rmtree(directory, ignore_errors=True)
+    os.replace(temporary, directory)
+    sync_directory(directory.parent)
+    return manifest
+
+
+def _packed(dense: dict[str, Tensor], keep_dense: bool) -> dict[str, Tensor]:
+    """Matrices to NF4, the rest as it is."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in dense.items():
+        if tensor.ndim == 2 and not keep_dense:
+            tensors |= quantize(tensor).tensors(name)
+        else:
+            tensors[name] = tensor
+    return tensors
+
+
+def encode_manifest(manifest: BundleManifest) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(manifest, order="sorted"), indent=1)
+
+
+def read_manifest(data: bytes) -> BundleManifest:
+    """Parse and check a manifest, which may come from the network.
+
+    Raises:
+        BlobCorrupt: it is no manifest, or one of a newer format, or says something no bundle can say.
+    """
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise BlobCorrupt(f"the manifest has {len(data)} bytes, at most {MAX_MANIFEST_BYTES} are read")
+    try:
+        version = msgspec.json.decode(data).get("format_version")
+        if version != FORMAT_VERSION:
+            raise BlobCorrupt(
+                f"the bundle has format {version}, this program reads {FORMAT_VERSION}; upgrade: pip install -U fedsoda"
+            )
+        manifest = msgspec.json.decode(data, type=BundleManifest)
+        family = family_of(manifest.family)
+        build_config(family, manifest.config)
+        check_plan(manifest.plan)
+    except (msgspec.MsgspecError, UsageProblem, AttributeError, TypeError, ValueError) as error:
+        raise BlobCorrupt(f"the manifest is not one of a bundle: {error}") from error
+    layers = {f"layers.{number}.safetensors" for number in manifest.plan.kept}
+    names = [file.name for file in manifest.files]
+    problems = {
+        "a dtype that is not known": manifest.dtype not in DTYPES,
+        "another number of layers than its plan": manifest.config.get("num_hidden_layers")
+        != manifest.plan.num_layers,
+        "a file twice": len(set(names)) != len(names),
+        "a file name that is not one": not all(_FILE_NAME.fullmatch(name) for name in names),
+        "a digest that is not one": not all(
+            re.fullmatch(r"[0-9a-f]{64}", file.sha256) for file in manifest.files
+        ),
+        "a size that cannot be": not all(0 < file.bytes < MAX_FILE_BYTES for file in manifest.files),
+        "no shard for a kept layer": not layers <= set(names),
+        "no tokenizer.json": "tokenizer.json" not in names,
+    }
+    for problem, found in problems.items():
+        if found:
+            raise BlobCorrupt(f"the manifest names {problem}; fetch the bundle again or ask the hub's owner")
+    return manifest
+
+
+class Bundle:
+    """A bundle's files as a LayerSource. Files are verified against their digests when first opened."""
+
+    def __init__(self, manifest: BundleManifest, path_of: Callable[[File], Path]) -> None:
+        self.manifest = manifest
+        self.plan = manifest.plan
+        self.family = FAMILIES[manifest.family]
+        self.fields = manifest.config
+        self.num_layers = manifest.plan.num_layers
+        self.dtype = DTYPES[manifest.dtype]
+        self._path_of = path_of
+        self._verified: set[str] = set()
+
+    @classmethod
+    def open(cls, directory: Path) -> Bundle:
+        """A bundle in a directory, as prepare writes it."""
+        try:
+            manifest = read_manifest((directory / "manifest.json").read_bytes())
+        except FileNotFoundError:
+            raise UsageProblem(f"{directory} has no manifest.json; it is no bundle") from None
+        return cls(manifest, lambda file: directory / file.name)
+
+    def path(self, name: str) -> Path:
+        """The verified file of that name. Raises BlobCorrupt when its bytes are not the manifest's."""
+        file = self.manifest.file(name)
+        path = self._path_of(file)
+        if name not in self._verified:
+            actual = sha256_file(path)
+            if actual != file.sha256:
+                raise BlobCorrupt(
+                    f"{path} has digest {actual[:12]}, the manifest says {file.sha256[:12]}; delete it to fetch it again"
+                )
+            self._verified.add(name)
+        return path
+
+    def embedding(self) -> Tensor:
+        return self._dense("embedding")["weight"]
+
+    def norm(self) -> dict[str, Tensor]:
+        return self._dense("norm")
+
+    def head(self) -> Tensor:
+        return self._dense("embedding" if self.fields.get("tie_word_embeddings") else "head")["weight"]
+
+    def layer(self, number: int) -> dict[str, Tensor]:
+        return self._dense(f"layers.{number}")
+
+    def layer_nf4(self, number: int) -> dict[str, Tensor | NF4Tensor]:
+        """Tensors of a layer as stored: matrices in NF4 (dense in a bf16 adapter)."""
+        return self._stored(f"layers.{number}")
+
+    def adapter_lora(self) -> dict[str, Tensor]:
+        """The adapter LoRA of the first view, fp32."""
+        return load_file(self.path("adapter_lora.safetensors"))
+
+    def emulator_lora(self) -> dict[str, Tensor]:
+        """The emulator LoRA after pre-alignment, fp32."""
+        return load_file(self.path("emulator_lora.safetensors"))
+
+    def _dense(self, role: str) -> dict[str, Tensor]:
+        return {
+            name: dequantize(value) if isinstance(value, NF4Tensor) else value
+            for name, value in self._stored(role).items()
+        }
+
+    def _stored(self, role: str) -> dict[str, Tensor | NF4Tensor]:
+        tensors = load_file(self.path(f"{role}.safetensors"))
+        stored: dict[str, Tensor | NF4Tensor] = {}
+        for name, tensor in tensors.items():
+            if name.endswith(".codes"):
+                matrix = name.removesuffix(".codes")
+                stored[matrix] = NF4Tensor.from_tensors(matrix, tensors, self.dtype)
+            elif not name.endswith((".absmax", ".nested_absmax", ".offset", ".shape")):
+                stored[name] = tensor
+        return stored
+
+    def materialize(self, directory: Path) -> None:
+        """Write a checkpoint that plain Transformers with bitsandbytes loads, with the same logits.
+
+        Layers keep local positions there, as any Transformers checkpoint does; LoRA lies beside it as a PEFT
+        adapter in `lora/`. A quantized embedding is written dense: bitsandbytes has no 4-bit embedding.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        family = self.family
+        tensors: dict[str, Tensor] = {}
+        dense_modules = [family.head]
+        for position, number in enumerate(self.plan.kept):
+            prefix = f"{family.layers}.{position}."
+            for name, value in self.layer_nf4(number).items():
+                if isinstance(value, NF4Tensor):
+                    tensors |= _as_bitsandbytes(prefix + name, value)
+                else:
+                    tensors[prefix + name] = value
+                    if value.ndim == 2:
+                        dense_modules.append((prefix + name).removesuffix(".weight"))
+        tensors[f"{family.embedding}.weight"] = self.embedding()
+        tensors |= {f"{family.norm}.{name}": value for name, value in self.norm().items()}
+        if not self.fields.get("tie_word_embeddings"):
+            tensors[f"{family.head}.weight"] = self.head()
+        config = build_config(family, self.fields, self.plan.kept)
+        config.architectures = [family.model_class.__name__]
+        config.dtype = self.manifest.dtype
+        config.quantization_config = {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": "float32",
+            "bnb_4bit_quant_storage": "uint8",
+            "llm_int8_skip_modules": dense_modules,
+        }
+        config.save_pretrained(directory)
+        write_durably(directory / "model.safetensors", save(dict(sorted(tensors.items())), {"format": "pt"}))
+        for file in self.manifest.files:
+            if file.name.startswith(("tokenizer", "special_tokens", "chat_template")):
+                shutil.copyfile(self.path(file.name), directory / file.name)
+        self._write_lora(directory / "lora")
+
+    def _write_lora(self, directory: Path) -> None:
+        spec = self.manifest.lora
+        tensors, modules = {}, set()
+        for name, tensor in {**self.emulator_lora(), **self.adapter_lora()}.items():
+            _, number, rest = name.split(".", 2)
+            module, _, leaf = rest.rpartition(".")
+            local = f"{self.family.layers}.{self.plan.kept.index(int(number))}.{module}"
+            modules.add(local)
+            tensors[f"base_model.model.{local}.{leaf}.weight"] = tensor
+        write_durably_json(directory / "adapter_config.json", peft_config(spec, sorted(modules), None))
+        write_durably(directory / "adapter_model.safetensors", save(dict(sorted(tensors.items()))))
+
+
+def peft_config(spec: LoRASpec, modules: Sequence[str], base: str | None) -> dict[str, Any]:
+    """PEFT's adapter_config.json with full dotted target modules, which hit exactly those (facts: house.md 4)."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": spec.rank,
+        "lora_alpha": spec.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+        "target_modules": list(modules),
+    }
+
+
+def write_durably_json(path: Path, value: Any) -> None:
+    write_durably(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+
+def _as_bitsandbytes(name: str, tensor: NF4Tensor) -> dict[str, Tensor]:
+    """A matrix in the form `Linear4bit` saves and loads."""
+    state = {
+        "quant_type": "nf4",
+        "blocksize": 64,
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "shape": list(tensor.shape),
+        "nested_blocksize": 256,
+        "nested_dtype": "float32",
+        "nested_offset": float(tensor.offset),
+    }
+    return {
+        name: tensor.codes.reshape(-1, 1),
+        f"{name}.absmax": tensor.absmax,
+        f"{name}.quant_map": torch.tensor(CODEBOOK),
+        f"{name}.nested_absmax": tensor.nested_absmax,
+        f"{name}.nested_quant_map": dynamic_map().clone(),
+        f"{name}.quant_state.bitsandbytes__nf4": torch.tensor(
+            list(json.dumps(state).encode()), dtype=torch.uint8
+        ),
+    }
+
+
+__all__ = [
+    "Bundle",
+    "BundleSettings",
+    "EdgeNeeds",
+    "encode_manifest",
+    "peft_config",
+    "read_manifest",
+    "write_bundle",
+    "write_durably_json",
+]

@@ -1,0 +1,90 @@
+"""LoRA through PEFT, named by full-LLM layers: `layers.29.self_attn.q_proj.lora_A` (rank, in), `lora_B` (out, rank).
+
+Two sets of tensors share one mechanism: the emulator LoRA on the retained layers, the adapter LoRA on the
+last layers. Training them is `training.py`'s and `oda.py`'s business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor
+
+from fedsoda_edge.model.families import Family, lora_modules, module_shape
+from fedsoda_edge.model.sub_llm import SubLLM
+from fedsoda_edge.protocol.manifest import LoRASpec, TensorSpec
+
+LoRATensors = dict[str, Tensor]
+
+
+def specs(
+    family: Family, fields: dict[str, Any], layers: Iterable[int], targets: Sequence[str], rank: int
+) -> tuple[TensorSpec, ...]:
+    """Names and shapes of the LoRA tensors on these full-LLM layers, ascending by name."""
+    found = []
+    for layer in layers:
+        for target, module in zip(targets, lora_modules(family, targets), strict=True):
+            rows, cols = module_shape(family, fields, target)
+            found.append(TensorSpec(f"layers.{layer}.{module}.lora_A", (rank, cols)))
+            found.append(TensorSpec(f"layers.{layer}.{module}.lora_B", (rows, rank)))
+    return tuple(sorted(found, key=lambda spec: spec.name))
+
+
+def initial(layout: Sequence[TensorSpec], seed: int) -> LoRATensors:
+    """A ~ N(0, 1 / rank^2), B = 0 (paper eq. 3; sigma as PEFT's "gaussian"), fp32.
+
+    Each tensor has a generator of its own, seeded by (seed, name), so that no tensor depends on which
+    others there are.
+    """
+    tensors = {}
+    for spec in layout:
+        if spec.name.endswith("lora_B"):
+            tensors[spec.name] = torch.zeros(spec.shape)
+            continue
+        number = int.from_bytes(hashlib.sha256(f"{seed}/{spec.name}".encode()).digest()[:8], "big") >> 1
+        generator = torch.Generator().manual_seed(number)
+        tensors[spec.name] = torch.randn(spec.shape, generator=generator) / spec.shape[0]
+    return tensors
+
+
+def attach(sub_llm: SubLLM, spec: LoRASpec, tensors: LoRATensors) -> None:
+    """Put LoRA on exactly the modules that `tensors` names, with these values, unmerged and not trainable."""
+    modules = sorted({name.rpartition(".lora_")[0] for name in tensors})
+    if modules:
+        config = LoraConfig(
+            r=spec.rank,
+            lora_alpha=spec.alpha,  # type: ignore[arg-type]
+            target_modules=[sub_llm.local_name(module) for module in modules],
+            lora_dropout=0.0,
+            bias="none",
+        )
+        inject_adapter_in_model(config, sub_llm.model)
+    sub_llm.model.requires_grad_(False)
+    load(sub_llm, tensors)
+
+
+def parameters(sub_llm: SubLLM) -> dict[str, torch.nn.Parameter]:
+    """The attached LoRA parameters by full-LLM name, ascending."""
+    found = {}
+    for name, parameter in sub_llm.model.named_parameters():
+        head, mark, tail = name.partition(".lora_")
+        if mark:
+            found[f"{sub_llm.full_name(head)}.lora_{tail[0]}"] = parameter
+    return dict(sorted(found.items()))
+
+
+def load(sub_llm: SubLLM, tensors: LoRATensors) -> None:
+    """Overwrite attached LoRA with `tensors`; a name that is not attached is a KeyError."""
+    attached = parameters(sub_llm)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            attached[name].copy_(tensor)
+
+
+def snapshot(sub_llm: SubLLM) -> LoRATensors:
+    """fp32 CPU copies of the attached LoRA."""
+    return {name: tensor.detach().float().cpu().clone() for name, tensor in parameters(sub_llm).items()}

@@ -1,0 +1,211 @@
+"""NF4 with double quantization: tensors on disk, in RAM, and a linear layer that trains through them.
+
+The numbers are bitsandbytes' own (QLoRA, arXiv 2305.14314), so that CUDA kernels and plain Transformers read
+our files. A weight's value is *defined* as codebook[q] * absmax in fp32, rounded to the checkpoint's dtype:
+every device then sees the same weights. Which layers are quantized is `bundle.py`'s business.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+BLOCK = 64  # weights to an absmax
+NESTED_BLOCK = 256  # absmax values to a second-level absmax
+
+# Quantiles of the standard normal, normalised to [-1, 1] (QLoRA, appendix E).
+CODEBOOK = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
+
+@functools.cache
+def codebook() -> Tensor:
+    return torch.tensor(CODEBOOK, dtype=torch.float32)
+
+
+@functools.cache
+def dynamic_map() -> Tensor:
+    """The 256 values of the signed 8-bit dynamic data type (Dettmers, arXiv 1511.04561), ascending."""
+    values: list[float] = [0.0, 1.0]
+    for exponent in range(7):
+        steps = 2**exponent + 1
+        boundaries = torch.linspace(0.1, 1, steps)
+        means = (boundaries[:-1] + boundaries[1:]) / 2.0
+        for mean in ((10 ** (-6 + exponent)) * means).tolist():
+            values += [mean, -mean]
+    return torch.tensor(sorted(values), dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class NF4Tensor:
+    """A matrix in NF4.
+
+    codes: uint8, ceil(rows * cols / 2), two codes a byte, the earlier in the high half.
+    absmax: uint8 index into `dynamic_map`, one for each 64 weights of the flattened matrix.
+    nested_absmax: fp32, one for each 256 absmax. offset: fp32 scalar, the mean of the absmax.
+    dtype: what the values are rounded to.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor
+    offset: Tensor
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """For safetensors: `name` with a suffix for each part."""
+        return {
+            f"{name}.codes": self.codes,
+            f"{name}.absmax": self.absmax,
+            f"{name}.nested_absmax": self.nested_absmax,
+            f"{name}.offset": self.offset.reshape(1),
+            f"{name}.shape": torch.tensor(self.shape, dtype=torch.int32),
+        }
+
+    @staticmethod
+    def from_tensors(name: str, tensors: dict[str, Tensor], dtype: torch.dtype) -> NF4Tensor:
+        """The reverse of `tensors`. ValueError when the parts do not fit each other."""
+        rows, cols = (int(size) for size in tensors[f"{name}.shape"])
+        made = NF4Tensor(
+            tensors[f"{name}.codes"],
+            tensors[f"{name}.absmax"],
+            tensors[f"{name}.nested_absmax"],
+            tensors[f"{name}.offset"].reshape(()),
+            (rows, cols),
+            dtype,
+        )
+        blocks = math.ceil(rows * cols / BLOCK)
+        sizes = (made.codes.numel(), made.absmax.numel(), made.nested_absmax.numel())
+        wanted = (math.ceil(rows * cols / 2), blocks, math.ceil(blocks / NESTED_BLOCK))
+        if min(rows, cols) < 1 or sizes != wanted:
+            raise ValueError(f"{name} of shape {rows} x {cols} has parts of sizes {sizes}, not {wanted}")
+        return made
+
+    def absmax_values(self) -> Tensor:
+        """fp32, one for each block of 64 weights."""
+        scale = self.nested_absmax.repeat_interleave(NESTED_BLOCK)[: self.absmax.numel()]
+        return dynamic_map().to(self.codes.device)[self.absmax.long()] * scale + self.offset
+
+
+def _blocks(flat: Tensor, size: int) -> Tensor:
+    padding = -flat.numel() % size
+    return nn.functional.pad(flat, (0, padding)).reshape(-1, size)
+
+
+def _nearest(values: Tensor, table: Tensor) -> Tensor:
+    return torch.bucketize(values, (table[1:] + table[:-1]) / 2)
+
+
+def quantize(weight: Tensor) -> NF4Tensor:
+    """Quantize a matrix; blocks run over the flattened matrix, as in bitsandbytes."""
+    flat = weight.detach().float().flatten()
+    blocks = _blocks(flat, BLOCK)
+    absmax = blocks.abs().amax(dim=1)
+    scaled = blocks / absmax.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    index = _nearest(scaled, codebook()).to(torch.uint8).flatten()[: flat.numel()]
+    pairs = _blocks(index, 2)
+    codes = (pairs[:, 0] << 4) | pairs[:, 1]
+
+    offset = absmax.mean()
+    centred = _blocks(absmax - offset, NESTED_BLOCK)
+    nested = centred.abs().amax(dim=1)
+    nested_scaled = centred / nested.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    coded = _nearest(nested_scaled, dynamic_map()).to(torch.uint8).flatten()[: absmax.numel()]
+    rows, cols = weight.shape
+    return NF4Tensor(codes, coded, nested, offset, (rows, cols), weight.dtype)
+
+
+def _values(codes: Tensor, absmax: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """(rows, cols) of `dtype` from packed codes and fp32 absmax, in plain torch."""
+    size = shape[0] * shape[1]
+    pairs = _pair_table(str(codes.device))[codes.long()]  # (bytes, 2) fp32
+    flat = _blocks(pairs.flatten()[:size], BLOCK) * absmax[:, None]
+    return flat.flatten()[:size].to(dtype).reshape(shape)
+
+
+@functools.cache
+def _pair_table(device: str) -> Tensor:
+    """(256, 2): the two values a byte of codes stands for."""
+    byte = torch.arange(256)
+    return torch.stack([codebook()[byte >> 4], codebook()[byte & 15]], dim=1).to(device)
+
+
+def _values_bitsandbytes(codes: Tensor, absmax: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """The same through bitsandbytes' kernels."""
+    import bitsandbytes.functional as bnb
+
+    state = bnb.QuantState(
+        absmax=absmax,
+        shape=torch.Size(shape),
+        dtype=dtype,
+        blocksize=BLOCK,
+        quant_type="nf4",
+        code=codebook().to(codes.device),
+    )
+    return bnb.dequantize_4bit(codes.reshape(-1, 1), state)  # type: ignore[no-any-return]
+
+
+def dequantize(tensor: NF4Tensor) -> Tensor:
+    """The dense matrix, in the tensor's dtype."""
+    return _values(tensor.codes, tensor.absmax_values(), tensor.shape, tensor.dtype)
+
+
+class _NF4Matmul(torch.autograd.Function):
+    """y = x W^T with W made anew in forward and backward; no gradient for W, which is frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: NF4Linear) -> Tensor:
+        ctx.layer = layer
+        return nn.functional.linear(x, layer.dense().to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad @ ctx.layer.dense().to(grad.dtype), None
+
+
+class NF4Linear(nn.Linear):
+    """A frozen linear layer in NF4 that gives its input a gradient in every mode.
+
+    It is not bitsandbytes' Linear4bit, which on some CPUs repacks itself on the first evaluation and then
+    trains without gradient and without an error (facts.md 0.1). PEFT takes it for the nn.Linear it is.
+    """
+
+    def __init__(self, tensor: NF4Tensor, bias: Tensor | None, device: str | torch.device) -> None:
+        rows, cols = tensor.shape
+        super().__init__(cols, rows, bias=False, device="meta")
+        self.weight = nn.Parameter(tensor.codes.to(device), requires_grad=False)
+        self.register_buffer("absmax", tensor.absmax_values().to(device))
+        self.shape = tensor.shape
+        self.value_dtype = tensor.dtype
+        if bias is not None:
+            self.bias = nn.Parameter(bias.to(device), requires_grad=False)
+
+    def dense(self) -> Tensor:
+        values = _values_bitsandbytes if self.weight.is_cuda else _values
+        return values(self.weight, self.absmax, self.shape, self.value_dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        out: Tensor = _NF4Matmul.apply(input, self)  # type: ignore[no-untyped-call]
+        return out if self.bias is None else out + self.bias.to(out.dtype)

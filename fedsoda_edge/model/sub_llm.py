@@ -1,0 +1,124 @@
+"""Build the model that holds some full-LLM layers; the only file that knows local layer positions.
+
+The whole sub-LLM, its adapter alone (fed with border states) or the part an alignment trains are all the
+same thing: a Transformers CausalLM of the family with the chosen layers. LoRA is put on by `lora.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedsoda_edge.model.families import Family, build_config, skeleton
+from fedsoda_edge.model.nf4 import NF4Linear, NF4Tensor
+from fedsoda_edge.model.streaming import LayerSource
+
+
+@dataclass
+class SubLLM:
+    """model: a CausalLM with layers `numbers` (full-LLM) in local positions 0, 1, ..."""
+
+    model: Any
+    family: Family
+    numbers: tuple[int, ...]
+
+    @property
+    def head(self) -> Tensor:
+        """(V, C)."""
+        return self.model.get_submodule(self.family.head).weight  # type: ignore[no-any-return]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.device
+
+    def hidden(self, *, ids: Tensor | None = None, states: Tensor | None = None) -> Tensor:
+        """(B, T, C) after the final norm, from ids (B, T) or from hidden states (B, T, C) below layer numbers[0].
+
+        Pads go to the right: causal attention keeps them from real positions, so there is no mask.
+        """
+        base = self.model.get_submodule(self.family.layers.rpartition(".")[0])
+        return base(input_ids=ids, inputs_embeds=states, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+
+    def layer(self, number: int) -> Any:
+        """The module of a full-LLM layer."""
+        return self.model.get_submodule(self.family.layers)[self.numbers.index(number)]
+
+    def local_name(self, name: str) -> str:
+        """`layers.29.mlp.up_proj` -> the module's dotted path in this model."""
+        _, number, rest = name.split(".", 2)
+        return f"{self.family.layers}.{self.numbers.index(int(number))}.{rest}"
+
+    def full_name(self, path: str) -> str:
+        """The reverse of `local_name`."""
+        match = re.fullmatch(re.escape(self.family.layers) + r"\.(\d+)\.(.+)", path)
+        assert match, f"{path} is no module of a decoder layer"
+        return f"layers.{self.numbers[int(match[1])]}.{match[2]}"
+
+
+def build(
+    source: LayerSource,
+    layers: Sequence[int],
+    *,
+    compute_dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    dense: bool = True,
+    embedding: bool = False,
+) -> SubLLM:
+    """A frozen model of the given full-LLM layers, with final norm and head.
+
+    Args:
+        dense: NF4 weights are dequantized once (the same values, quicker, more memory); otherwise
+            they stay NF4 and are dequantized in every forward and backward.
+        embedding: whether the model is fed with ids; without it the embedding is not loaded.
+    """
+    family = source.family
+    numbers = tuple(layers)
+    model = skeleton(family, build_config(family, source.fields, numbers))
+    model.get_submodule(family.layers.rpartition(".")[0]).rotary_emb.to(device)
+    packed = getattr(source, "layer_nf4", None)
+    for position, number in enumerate(numbers):
+        module = model.get_submodule(f"{family.layers}.{position}")
+        if packed is None or dense:
+            weights: dict[str, Tensor | NF4Tensor] = dict(source.layer(number))
+        else:
+            weights = packed(number)
+        _fill(module, weights, compute_dtype, device)
+    _fill(model.get_submodule(family.norm), dict(source.norm()), compute_dtype, device)
+    _fill(model.get_submodule(family.head), {"weight": source.head()}, compute_dtype, device)
+    if embedding:
+        if source.fields.get("tie_word_embeddings"):
+            model.get_submodule(family.embedding).weight = model.get_submodule(family.head).weight
+        else:
+            _fill(
+                model.get_submodule(family.embedding), {"weight": source.embedding()}, compute_dtype, device
+            )
+    model.requires_grad_(False)
+    return SubLLM(model.eval(), family, numbers)
+
+
+def _fill(
+    module: Any, weights: dict[str, Tensor | NF4Tensor], dtype: torch.dtype, device: str | torch.device
+) -> None:
+    """Replace a module's meta tensors by real ones; matrices in NF4 become NF4Linear."""
+    missing = {name for name, _ in module.named_parameters()} - set(weights)
+    assert not missing, f"{module} lacks {sorted(missing)}"
+    for name, value in weights.items():
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path) if path else module
+        if isinstance(value, NF4Tensor):
+            parent, _, child = path.rpartition(".")
+            bias = weights.get(f"{path}.bias")
+            assert not isinstance(bias, NF4Tensor)
+            linear = NF4Linear(value, bias, device)
+            setattr(module.get_submodule(parent) if parent else module, child, linear)
+        elif not isinstance(owner, NF4Linear):
+            setattr(owner, leaf, nn.Parameter(value.to(device=device, dtype=dtype), requires_grad=False))

@@ -1,0 +1,90 @@
+"""Our NF4 is bitsandbytes' NF4, and a layer in it always passes its gradient on."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from fedsoda_edge.model.nf4 import (
+    NF4Linear,
+    NF4Tensor,
+    _values_bitsandbytes,
+    dequantize,
+    dynamic_map,
+    quantize,
+)
+
+SHAPES = [(64, 64), (96, 192), (512, 192), (10, 7), (1, 3)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_quantizing_gives_bitsandbytes_own_bytes(shape: tuple[int, int]) -> None:
+    weight = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.05).bfloat16()
+    ours = quantize(weight)
+    codes, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    size = weight.numel()
+    assert torch.equal(ours.codes, codes.flatten()[: (size + 1) // 2])
+    assert torch.equal(ours.absmax, state.absmax)
+    assert torch.equal(ours.nested_absmax, state.state2.absmax)
+    assert torch.equal(dequantize(ours), bnb.dequantize_4bit(codes, state))
+    assert torch.equal(
+        _values_bitsandbytes(ours.codes, ours.absmax_values(), shape, torch.bfloat16), dequantize(ours)
+    )
+
+
+def test_the_dynamic_map_is_bitsandbytes_own() -> None:
+    assert torch.equal(dynamic_map(), bnb.create_dynamic_map().float())
+
+
+def test_zero_matrices_stay_zero() -> None:
+    assert torch.equal(dequantize(quantize(torch.zeros(8, 64))), torch.zeros(8, 64))
+
+
+def test_tensors_go_through_safetensors() -> None:
+    tensor = quantize(torch.randn(24, 40))
+    again = NF4Tensor.from_tensors("w", load(save(tensor.tensors("w"))), torch.float32)
+    assert torch.equal(dequantize(again), dequantize(tensor))
+    broken = tensor.tensors("w") | {"w.shape": torch.tensor([4000, 4000], dtype=torch.int32)}
+    with pytest.raises(ValueError, match="parts of sizes"):
+        NF4Tensor.from_tensors("w", broken, torch.float32)
+
+
+def gradient(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    x = x.clone().requires_grad_()
+    layer(x).pow(2).sum().backward()
+    assert x.grad is not None
+    return x.grad
+
+
+ACTIONS = ("eval", "train", "no_grad", "save", "load")
+
+
+@pytest.mark.parametrize("first", ACTIONS)
+def test_no_order_of_modes_loses_the_gradient(first: str, tmp_path: Path) -> None:
+    """bitsandbytes' Linear4bit repacks itself on some CPUs after eval and then has no gradient."""
+    generator = torch.Generator().manual_seed(3)
+    tensor = quantize(torch.randn(48, 64, generator=generator))
+    x = torch.randn(5, 64, generator=generator)
+    reference = torch.nn.Linear(64, 48, bias=False)
+    reference.weight.data = dequantize(tensor)
+    expected = gradient(reference, x)
+    for length in range(5):
+        for rest in itertools.product(ACTIONS, repeat=length):
+            layer = NF4Linear(tensor, None, "cpu")
+            saved = {key: value.clone() for key, value in layer.state_dict().items()}
+            for action in (first, *rest):
+                if action == "no_grad":
+                    with torch.no_grad():
+                        layer(x)
+                elif action == "save":
+                    saved = load(save({key: value.clone() for key, value in layer.state_dict().items()}))
+                elif action == "load":
+                    layer.load_state_dict(saved)
+                else:
+                    layer.train(action == "train")
+            torch.testing.assert_close(gradient(layer, x), expected)
