@@ -30,9 +30,7 @@ def read_blocks(
     try:
         words = text.read_text(encoding="utf-8")
     except OSError as error:
-        raise UsageProblem(
-            f"[public] text: {text} cannot be read ({error.strerror}); name a UTF-8 file"
-        ) from error
+        raise UsageProblem(f"[public] text: {text} cannot be read ({error.strerror}); name a UTF-8 file") from error
     ids = Tokenizer.from_file(str(tokenizer_json)).encode(words, add_special_tokens=False).ids
     step = length - (bos_id is not None)
     head = [] if bos_id is None else [bos_id]

@@ -163,13 +163,10 @@ def read_manifest(data: bytes) -> BundleManifest:
     names = [file.name for file in manifest.files]
     problems = {
         "a dtype that is not known": manifest.dtype not in DTYPES,
-        "another number of layers than its plan": manifest.config.get("num_hidden_layers")
-        != manifest.plan.num_layers,
+        "another number of layers than its plan": manifest.config.get("num_hidden_layers") != manifest.plan.num_layers,
         "a file twice": len(set(names)) != len(names),
         "a file name that is not one": not all(_FILE_NAME.fullmatch(name) for name in names),
-        "a digest that is not one": not all(
-            re.fullmatch(r"[0-9a-f]{64}", file.sha256) for file in manifest.files
-        ),
+        "a digest that is not one": not all(re.fullmatch(r"[0-9a-f]{64}", file.sha256) for file in manifest.files),
         "a size that cannot be": not all(0 < file.bytes < MAX_FILE_BYTES for file in manifest.files),
         "no shard for a kept layer": not layers <= set(names),
         "no tokenizer.json": "tokenizer.json" not in names,
@@ -210,7 +207,7 @@ class Bundle:
             actual = sha256_file(path)
             if actual != file.sha256:
                 raise BlobCorrupt(
-                    f"{path} has digest {actual[:12]}, the manifest says {file.sha256[:12]}; delete it to fetch it again"
+                    f"{path} has digest {actual[:12]}, the manifest says {file.sha256[:12]}; delete it to fetch it anew"
                 )
             self._verified.add(name)
         return path
@@ -251,7 +248,7 @@ class Bundle:
         for name, tensor in tensors.items():
             if name.endswith(".codes"):
                 matrix = name.removesuffix(".codes")
-                stored[matrix] = NF4Tensor.from_tensors(matrix, tensors, self.dtype)
+                stored[matrix] = NF4Tensor.from_tensors(matrix, tensors)
             elif not name.endswith((".absmax", ".nested_absmax", ".offset", ".shape")):
                 stored[name] = tensor
         return stored
@@ -260,7 +257,7 @@ class Bundle:
         """Write a checkpoint that plain Transformers with bitsandbytes loads, with the same logits.
 
         Layers keep local positions there, as any Transformers checkpoint does; LoRA lies beside it as a PEFT
-        adapter in `lora/`. A quantized embedding is written dense: bitsandbytes has no 4-bit embedding.
+        adapter in `lora/`. A quantized embedding is written dense in fp32: bitsandbytes has no 4-bit embedding.
         """
         directory.mkdir(parents=True, exist_ok=True)
         family = self.family
@@ -281,7 +278,7 @@ class Bundle:
             tensors[f"{family.head}.weight"] = self.head()
         config = build_config(family, self.fields, self.plan.kept)
         config.architectures = [family.model_class.__name__]
-        config.dtype = self.manifest.dtype
+        config.dtype = "float32" if self.manifest.quantized_embedding else self.manifest.dtype
         config.quantization_config = {
             "quant_method": "bitsandbytes",
             "load_in_4bit": True,
@@ -335,7 +332,7 @@ def _as_bitsandbytes(name: str, tensor: NF4Tensor) -> dict[str, Tensor]:
     state = {
         "quant_type": "nf4",
         "blocksize": 64,
-        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "dtype": "float32",
         "shape": list(tensor.shape),
         "nested_blocksize": 256,
         "nested_dtype": "float32",
@@ -347,9 +344,7 @@ def _as_bitsandbytes(name: str, tensor: NF4Tensor) -> dict[str, Tensor]:
         f"{name}.quant_map": torch.tensor(CODEBOOK),
         f"{name}.nested_absmax": tensor.nested_absmax,
         f"{name}.nested_quant_map": dynamic_map().clone(),
-        f"{name}.quant_state.bitsandbytes__nf4": torch.tensor(
-            list(json.dumps(state).encode()), dtype=torch.uint8
-        ),
+        f"{name}.quant_state.bitsandbytes__nf4": torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),
     }
 
 

@@ -83,8 +83,7 @@ def check_plan(plan: LayerPlan) -> None:
         and plan.adapter == tuple(range(first, plan.num_layers))
         and first >= 0,
         "each group removes the layers right above its start": all(
-            group.removed == tuple(range(group.start + 1, group.start + 1 + len(group.removed)))
-            and group.removed
+            group.removed == tuple(range(group.start + 1, group.start + 1 + len(group.removed))) and group.removed
             for group in plan.groups
         ),
         "groups lie below the adapter and do not overlap": all(0 <= layer < first for layer in removed)

@@ -1,8 +1,8 @@
 """NF4 with double quantization: tensors on disk, in RAM, and a linear layer that trains through them.
 
 The numbers are bitsandbytes' own (QLoRA, arXiv 2305.14314), so that CUDA kernels and plain Transformers read
-our files. A weight's value is *defined* as codebook[q] * absmax in fp32, rounded to the checkpoint's dtype:
-every device then sees the same weights. Which layers are quantized is `bundle.py`'s business.
+our files. A weight's value is codebook[q] * absmax in fp32; a device rounds it to the dtype it computes in.
+Which layers are quantized is `bundle.py`'s business.
 """
 
 from __future__ import annotations
@@ -64,7 +64,6 @@ class NF4Tensor:
     codes: uint8, ceil(rows * cols / 2), two codes a byte, the earlier in the high half.
     absmax: uint8 index into `dynamic_map`, one for each 64 weights of the flattened matrix.
     nested_absmax: fp32, one for each 256 absmax. offset: fp32 scalar, the mean of the absmax.
-    dtype: what the values are rounded to.
     """
 
     codes: Tensor
@@ -72,7 +71,6 @@ class NF4Tensor:
     nested_absmax: Tensor
     offset: Tensor
     shape: tuple[int, int]
-    dtype: torch.dtype
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """For safetensors: `name` with a suffix for each part."""
@@ -85,7 +83,7 @@ class NF4Tensor:
         }
 
     @staticmethod
-    def from_tensors(name: str, tensors: dict[str, Tensor], dtype: torch.dtype) -> NF4Tensor:
+    def from_tensors(name: str, tensors: dict[str, Tensor]) -> NF4Tensor:
         """The reverse of `tensors`. ValueError when the parts do not fit each other."""
         rows, cols = (int(size) for size in tensors[f"{name}.shape"])
         made = NF4Tensor(
@@ -94,7 +92,6 @@ class NF4Tensor:
             tensors[f"{name}.nested_absmax"],
             tensors[f"{name}.offset"].reshape(()),
             (rows, cols),
-            dtype,
         )
         blocks = math.ceil(rows * cols / BLOCK)
         sizes = (made.codes.numel(), made.absmax.numel(), made.nested_absmax.numel())
@@ -134,7 +131,7 @@ def quantize(weight: Tensor) -> NF4Tensor:
     nested_scaled = centred / nested.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
     coded = _nearest(nested_scaled, dynamic_map()).to(torch.uint8).flatten()[: absmax.numel()]
     rows, cols = weight.shape
-    return NF4Tensor(codes, coded, nested, offset, (rows, cols), weight.dtype)
+    return NF4Tensor(codes, coded, nested, offset, (rows, cols))
 
 
 def _values(codes: Tensor, absmax: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -168,8 +165,8 @@ def _values_bitsandbytes(codes: Tensor, absmax: Tensor, shape: tuple[int, int], 
 
 
 def dequantize(tensor: NF4Tensor) -> Tensor:
-    """The dense matrix, in the tensor's dtype."""
-    return _values(tensor.codes, tensor.absmax_values(), tensor.shape, tensor.dtype)
+    """The dense matrix, fp32."""
+    return _values(tensor.codes, tensor.absmax_values(), tensor.shape, torch.float32)
 
 
 class _NF4Matmul(torch.autograd.Function):
@@ -178,11 +175,11 @@ class _NF4Matmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: NF4Linear) -> Tensor:
         ctx.layer = layer
-        return nn.functional.linear(x, layer.dense().to(x.dtype))
+        return nn.functional.linear(x, layer.dense(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad @ ctx.layer.dense().to(grad.dtype), None
+        return grad @ ctx.layer.dense(grad.dtype), None
 
 
 class NF4Linear(nn.Linear):
@@ -198,13 +195,13 @@ class NF4Linear(nn.Linear):
         self.weight = nn.Parameter(tensor.codes.to(device), requires_grad=False)
         self.register_buffer("absmax", tensor.absmax_values().to(device))
         self.shape = tensor.shape
-        self.value_dtype = tensor.dtype
         if bias is not None:
             self.bias = nn.Parameter(bias.to(device), requires_grad=False)
 
-    def dense(self) -> Tensor:
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The matrix in `dtype`."""
         values = _values_bitsandbytes if self.weight.is_cuda else _values
-        return values(self.weight, self.absmax, self.shape, self.value_dtype)
+        return values(self.weight, self.absmax, self.shape, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         out: Tensor = _NF4Matmul.apply(input, self)  # type: ignore[no-untyped-call]

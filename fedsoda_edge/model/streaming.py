@@ -63,9 +63,7 @@ class Checkpoint:
     def __init__(self, directory: Path, name: str, revision: str | None) -> None:
         config_file = directory / "config.json"
         if not config_file.exists():
-            raise UsageProblem(
-                f"{directory} has no config.json; a model directory holds config.json and *.safetensors"
-            )
+            raise UsageProblem(f"{directory} has no config.json; a model directory holds config.json and *.safetensors")
         raw = json.loads(config_file.read_text(encoding="utf-8"))
         self.path = directory
         self.name = name
@@ -95,9 +93,7 @@ class Checkpoint:
         if path.is_dir():
             return cls(path, path.resolve().name, None)
         if model.startswith((".", "/", "~")) or model.count("/") > 1:
-            raise UsageProblem(
-                f"the model directory {path} is not there; name a directory or a hub id like org/model"
-            )
+            raise UsageProblem(f"the model directory {path} is not there; name a directory or a hub id like org/model")
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 

@@ -98,16 +98,12 @@ def build(
         if source.fields.get("tie_word_embeddings"):
             model.get_submodule(family.embedding).weight = model.get_submodule(family.head).weight
         else:
-            _fill(
-                model.get_submodule(family.embedding), {"weight": source.embedding()}, compute_dtype, device
-            )
+            _fill(model.get_submodule(family.embedding), {"weight": source.embedding()}, compute_dtype, device)
     model.requires_grad_(False)
     return SubLLM(model.eval(), family, numbers)
 
 
-def _fill(
-    module: Any, weights: dict[str, Tensor | NF4Tensor], dtype: torch.dtype, device: str | torch.device
-) -> None:
+def _fill(module: Any, weights: dict[str, Tensor | NF4Tensor], dtype: torch.dtype, device: str | torch.device) -> None:
     """Replace a module's meta tensors by real ones; matrices in NF4 become NF4Linear."""
     missing = {name for name, _ in module.named_parameters()} - set(weights)
     assert not missing, f"{module} lacks {sorted(missing)}"

@@ -95,7 +95,7 @@ class BundleManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """manifest.json: written once, by prepare.
 
     config: the allow-listed, numeric part of the model's config; no class names, no code.
-    dtype: the checkpoint's dtype ("bfloat16", ...): NF4 values are defined as rounded to it.
+    dtype: the checkpoint's dtype ("bfloat16", ...), that of all tensors that are not quantized.
     files: roles by name: "embedding", "norm", "head" (absent when tied), "layers.7", "emulator_lora",
         "adapter_lora", "tokenizer.json", ...
     """

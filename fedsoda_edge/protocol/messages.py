@@ -214,8 +214,6 @@ class Farewell(Message, tag="farewell"):
     reason: str
 
 
-EdgeMessage = (
-    Hello | Ready | BlobRequest | UpdateStart | UpdateChunk | Decline | Progress | Paused | Resumed | Leave
-)
+EdgeMessage = Hello | Ready | BlobRequest | UpdateStart | UpdateChunk | Decline | Progress | Paused | Resumed | Leave
 HubMessage = Welcome | RoundOffer | BlobChunk | Receipt | Refusal | RoundClosed | Farewell
 AnyMessage = EdgeMessage | HubMessage

@@ -59,7 +59,5 @@ def test_public_text_is_cut_into_blocks_that_begin_with_bos(tiny_llama: Path, tm
     assert [len(block) for block in used + held_out] == [16] * (len(used) + len(held_out))
     assert all(int(block[0]) == 1 for block in used + held_out)
     assert len(used) == 4
-    with pytest.raises(
-        UsageProblem, match=r"sequences = 400 of length = 16 and one block held out need 6015"
-    ):
+    with pytest.raises(UsageProblem, match=r"sequences = 400 of length = 16 and one block held out need 6015"):
         read_blocks(text, tiny_llama / "tokenizer.json", 1, sequences=400, length=16)

@@ -27,12 +27,8 @@ IDS = torch.randint(3, 260, (3, 20), generator=torch.Generator().manual_seed(0))
 
 def plan_for(source: Checkpoint, adapter: int = 2) -> LayerPlan:
     emulator = source.num_layers - adapter
-    distances = [
-        [0.1 + 0.01 * ((7 * low + m) % 5) for m in range(emulator - 1 - low)] for low in range(emulator)
-    ]
-    return make_plan(
-        source.num_layers, adapter, choose_groups(distances, source.num_layers, adapter, 1, 2), distances
-    )
+    distances = [[0.1 + 0.01 * ((7 * low + m) % 5) for m in range(emulator - 1 - low)] for low in range(emulator)]
+    return make_plan(source.num_layers, adapter, choose_groups(distances, source.num_layers, adapter, 1, 2), distances)
 
 
 def write(directory: Path, model: Path, **change: Any) -> Bundle:
@@ -45,9 +41,7 @@ def write(directory: Path, model: Path, **change: Any) -> Bundle:
         adapter=lora.specs(source.family, source.fields, plan.adapter, TARGETS, 4),
         emulator=lora.specs(source.family, source.fields, plan.aligned, TARGETS, 4),
     )
-    settings = BundleSettings(
-        spec, change.get("adapter_base", "nf4"), change.get("quantize_embedding", False)
-    )
+    settings = BundleSettings(spec, change.get("adapter_base", "nf4"), change.get("quantize_embedding", False))
     write_bundle(
         directory,
         source,
@@ -74,11 +68,12 @@ def pruned_by_hand(model_dir: Path, plan: LayerPlan, quantized: bool) -> Any:
     for position, layer in enumerate(model.model.layers):
         layer.self_attn.layer_idx = position
     model.config.num_hidden_layers = len(plan.kept)
+    model.float()
     if quantized:
         for weight in model.model.layers.parameters():
             if weight.ndim == 2:
                 weight.data = dequantize(quantize(weight.data))
-    return model.float().eval()
+    return model.eval()
 
 
 @pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
@@ -120,9 +115,7 @@ def test_materialized_it_gives_the_same_logits_in_plain_transformers(
         torch.testing.assert_close(sub.hidden(ids=IDS) @ sub.head.T, plain(IDS).logits, rtol=1e-4, atol=1e-4)
         lora.attach(sub, bundle.manifest.lora, {**bundle.emulator_lora(), **bundle.adapter_lora()})
         with_lora = PeftModel.from_pretrained(plain, str(tmp_path / "plain" / "lora"))
-        torch.testing.assert_close(
-            sub.hidden(ids=IDS) @ sub.head.T, with_lora(IDS).logits, rtol=1e-4, atol=1e-4
-        )
+        torch.testing.assert_close(sub.hidden(ids=IDS) @ sub.head.T, with_lora(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_lora_forward_and_gradients_are_those_of_peft(tmp_path: Path, tiny_llama: Path) -> None:
@@ -134,9 +127,7 @@ def test_lora_forward_and_gradients_are_those_of_peft(tmp_path: Path, tiny_llama
     assert not any(parameter.requires_grad for parameter in sub.model.parameters())
     for name, parameter in lora.parameters(sub).items():
         parameter.requires_grad_(int(name.split(".")[1]) in plan.adapter)
-    torch.nn.functional.cross_entropy(
-        (sub.hidden(ids=IDS) @ sub.head.T).flatten(0, 1), IDS.flatten()
-    ).backward()
+    torch.nn.functional.cross_entropy((sub.hidden(ids=IDS) @ sub.head.T).flatten(0, 1), IDS.flatten()).backward()
 
     # The reference: LoRA by its formula in a model pruned by hand.
     model = pruned_by_hand(tiny_llama, plan, quantized=True).requires_grad_(False)
@@ -160,9 +151,7 @@ def test_lora_forward_and_gradients_are_those_of_peft(tmp_path: Path, tiny_llama
     tail = build(bundle, plan.adapter)
     lora.attach(tail, spec, {name: tensors[name] for name in adapter})
     with torch.no_grad():
-        torch.testing.assert_close(
-            tail.hidden(states=torch.stack(border)), sub.hidden(ids=IDS), rtol=1e-4, atol=1e-4
-        )
+        torch.testing.assert_close(tail.hidden(states=torch.stack(border)), sub.hidden(ids=IDS), rtol=1e-4, atol=1e-4)
 
 
 def test_a_bf16_adapter_keeps_the_checkpoints_weights(tmp_path: Path, tiny_llama: Path) -> None:

@@ -40,8 +40,7 @@ def test_the_choice_is_the_best_of_all_sets(integers: bool) -> None:
         _, starts = brute_force(distances, emulator, n, p)
         assert tuple(group.start for group in groups) == starts
         assert all(
-            group.removed == tuple(range(g, g + n))
-            for group, g in zip(groups, (s + 1 for s in starts), strict=True)
+            group.removed == tuple(range(g, g + n)) for group, g in zip(groups, (s + 1 for s in starts), strict=True)
         )
         cases += 1
 

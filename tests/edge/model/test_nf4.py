@@ -31,10 +31,8 @@ def test_quantizing_gives_bitsandbytes_own_bytes(shape: tuple[int, int]) -> None
     assert torch.equal(ours.codes, codes.flatten()[: (size + 1) // 2])
     assert torch.equal(ours.absmax, state.absmax)
     assert torch.equal(ours.nested_absmax, state.state2.absmax)
-    assert torch.equal(dequantize(ours), bnb.dequantize_4bit(codes, state))
-    assert torch.equal(
-        _values_bitsandbytes(ours.codes, ours.absmax_values(), shape, torch.bfloat16), dequantize(ours)
-    )
+    assert torch.equal(dequantize(ours).bfloat16(), bnb.dequantize_4bit(codes, state))
+    assert torch.equal(_values_bitsandbytes(ours.codes, ours.absmax_values(), shape, torch.float32), dequantize(ours))
 
 
 def test_the_dynamic_map_is_bitsandbytes_own() -> None:
@@ -47,11 +45,11 @@ def test_zero_matrices_stay_zero() -> None:
 
 def test_tensors_go_through_safetensors() -> None:
     tensor = quantize(torch.randn(24, 40))
-    again = NF4Tensor.from_tensors("w", load(save(tensor.tensors("w"))), torch.float32)
+    again = NF4Tensor.from_tensors("w", load(save(tensor.tensors("w"))))
     assert torch.equal(dequantize(again), dequantize(tensor))
     broken = tensor.tensors("w") | {"w.shape": torch.tensor([4000, 4000], dtype=torch.int32)}
     with pytest.raises(ValueError, match="parts of sizes"):
-        NF4Tensor.from_tensors("w", broken, torch.float32)
+        NF4Tensor.from_tensors("w", broken)
 
 
 def gradient(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
