@@ -169,14 +169,13 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path, tiny_llama: Path) -
 
 
 def test_a_flipped_bit_is_found_before_use(tmp_path: Path, tiny_llama: Path) -> None:
-    bundle = write(tmp_path / "b", tiny_llama)
+    write(tmp_path / "b", tiny_llama)
     shard = tmp_path / "b" / "layers.0.safetensors"
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
     with pytest.raises(BlobCorrupt, match=r"layers.0.safetensors has digest .*, the manifest says"):
         Bundle.open(tmp_path / "b").layer(0)
-    assert bundle.layer(1)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,222 @@
+"""LocalData: a description of private data, and how its rows become samples.
+
+The agent holds the description and checks the rows; token ids exist only in the worker. Nothing here knows
+the network, and `transport.py` cannot import this file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import string
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedsoda_edge.errors import DataProblem, UsageProblem
+
+DEFAULT_PROMPT, DEFAULT_COMPLETION = "{prompt}", "{completion}"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TextTemplate:
+    """Text with `{column}` places: no format specs, attributes or indexing, since it comes from the hub.
+
+    Raises:
+        UsageProblem: on construction, when the template has anything else in braces.
+    """
+
+    text: str
+
+    def __post_init__(self) -> None:
+        try:
+            parts = list(string.Formatter().parse(self.text))
+        except ValueError as error:
+            raise UsageProblem(
+                f"the template {self.text!r} has unmatched braces ({error}); write {{{{ for a brace"
+            ) from error
+        for _, name, spec, conversion in parts:
+            if name is not None and (spec or conversion or not re.fullmatch(r"\w+", name)):
+                raise UsageProblem(
+                    f"the template {self.text!r} has a place {{{name}}} that is more than a column; write {{column}}"
+                )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(self.text) if name))
+
+    def render(self, row: Mapping[str, Any]) -> str:
+        return "".join(
+            literal + ("" if name is None else str(row[name]))
+            for literal, name, _, _ in string.Formatter().parse(self.text)
+        )
+
+
+@dataclass(frozen=True)
+class LocalData:
+    """Where rows are and how columns map; no row is held.
+
+    columns: template name -> column in the file.
+    """
+
+    path: Path
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_jsonl(cls, path: str | Path, *, columns: Mapping[str, str] | None = None) -> LocalData:
+        """JSON Lines, one object a line, or a JSON file that holds a list of objects."""
+        return cls(Path(path), dict(columns or {}))
+
+    def rows(self) -> Iterator[tuple[int, Row]]:
+        """(line, row) in file order, columns renamed.
+
+        Raises:
+            DataProblem: the file is missing or empty, or a line is not a JSON object.
+        """
+        try:
+            with self.path.open(encoding="utf-8") as file:
+                count = 0
+                for line, row in self._parse(file):
+                    count += 1
+                    yield line, row | {name: row[column] for name, column in self.columns.items() if column in row}
+        except OSError as error:
+            raise DataProblem(f"the data {self.path} cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise DataProblem(f"the data {self.path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+        if not count:
+            raise DataProblem(f"the data {self.path} has no rows; it needs one JSON object a line")
+
+    def _parse(self, file: Any) -> Iterator[tuple[int, Row]]:
+        if self.path.suffix == ".json":
+            try:
+                found = json.load(file)
+            except json.JSONDecodeError as error:
+                raise DataProblem(f"{self.path}:{error.lineno}: not JSON: {error.msg}") from error
+            if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
+                raise DataProblem(f"{self.path} is not a list of objects; write [{{...}}, ...] or JSON Lines")
+            yield from enumerate(found, start=1)
+            return
+        for line, text in enumerate(file, start=1):
+            if not text.strip():
+                continue
+            try:
+                row = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise DataProblem(f"{self.path}:{line}: not JSON: {error.msg} (column {error.colno})") from error
+            if not isinstance(row, dict):
+                raise DataProblem(f"{self.path}:{line}: a {type(row).__name__}, not an object {{...}}")
+            yield line, row
+
+    def check(self, prompt: TextTemplate, completion: TextTemplate) -> int:
+        """Read every row; the number of rows.
+
+        Raises:
+            DataProblem: a column is missing (lists those there are) or a completion is not a string.
+        """
+        count = 0
+        for line, row in self.rows():
+            for name in (*prompt.columns, *completion.columns):
+                if name not in row:
+                    raise DataProblem(
+                        f"{self.path}:{line}: no column {name!r}; there are {', '.join(sorted(row))}; "
+                        f"map one with --column {name}=COLUMN"
+                    )
+            for name in completion.columns:
+                if not isinstance(row[name], str):
+                    raise DataProblem(
+                        f"{self.path}:{line}: {name!r} is {row[name]!r}, a {type(row[name]).__name__}; "
+                        "completions must be strings, write it in quotes"
+                    )
+            count += 1
+        return count
+
+
+@dataclass(frozen=True)
+class Sample:
+    """ids: prompt, completion and eos. start: index of the first completion id."""
+
+    ids: tuple[int, ...]
+    start: int
+
+    @property
+    def num_supervised(self) -> int:
+        return len(self.ids) - self.start
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a file gave: samples in file order; rows without a completion id left are counted."""
+
+    samples: tuple[Sample, ...]
+    num_skipped: int
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps([[s.ids, s.start] for s in self.samples]).encode()).hexdigest()
+
+
+def join_text(prompt: str, completion: str) -> str:
+    """One space between them, unless either side has its own white space there (contract.md, Sample)."""
+    bare = prompt and completion and not prompt[-1].isspace() and not completion[0].isspace()
+    return prompt + (" " if bare else "") + completion
+
+
+class SampleTokenizer:
+    """Text to samples with the model's own tokenizer.json, as contract.md "Sample" reads it."""
+
+    def __init__(self, tokenizer_json: Path, eos_id: int | None) -> None:
+        from tokenizers import Tokenizer
+
+        self._tokenizer = Tokenizer.from_file(str(tokenizer_json))
+        self._tokenizer.no_truncation()
+        self._eos = [] if eos_id is None else [eos_id]
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids)))
+
+    def sample(self, prompt: str, completion: str, max_length: int | None = None) -> Sample | None:
+        """None when no completion id is left within max_length."""
+        alone = self.encode(prompt)
+        whole = self.encode(join_text(prompt, completion)) + self._eos
+        start = 0
+        while start < min(len(alone), len(whole)) and alone[start] == whole[start]:
+            start += 1
+        ids = whole[:max_length]
+        return Sample(tuple(ids), start) if start < len(ids) else None
+
+
+def read_samples(
+    data: LocalData, prompt: TextTemplate, completion: TextTemplate, tokenizer: SampleTokenizer, max_length: int
+) -> Samples:
+    """All rows as samples.
+
+    Raises:
+        DataProblem: no sample has a completion id left; names the max_length that keeps 90 % of them.
+    """
+    samples: list[Sample] = []
+    needed: list[int] = []
+    for _, row in data.rows():
+        made = tokenizer.sample(prompt.render(row), completion.render(row))
+        if made is None:
+            needed.append(0)
+            continue
+        needed.append(made.start + 1)
+        if made.start < max_length:
+            samples.append(Sample(made.ids[:max_length], made.start))
+    if not samples:
+        wanted = sorted(n for n in needed if n)
+        advice = (
+            f"max_length = {wanted[(9 * len(wanted) - 1) // 10]} keeps 90 % of them"
+            if wanted
+            else "every completion is empty"
+        )
+        raise DataProblem(
+            f"none of the {len(needed)} rows of {data.path} has a completion within {max_length} ids; {advice}"
+        )
+    return Samples(tuple(samples), len(needed) - len(samples))

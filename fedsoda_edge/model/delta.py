@@ -1,0 +1,136 @@
+"""LoRA deltas on the wire: codes, error feedback, and the algebra of master and view (federation.md).
+
+    down  c = Q(w - v), v += decode(c)          w - v is the whole downlink error feedback
+    up    u = Q(delta + e), e' = delta + e - decode(u)
+
+decode is one fp32 multiplication per value on the CPU, so both sides get the same bits. When each step
+happens is the round's business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from fedsoda_edge.errors import ProtocolViolation
+from fedsoda_edge.model.nf4 import codebook
+from fedsoda_edge.protocol.coded import BLOCK, check
+from fedsoda_edge.protocol.manifest import TensorSpec
+
+LoRATensors = dict[str, Tensor]
+
+
+def encode(tensors: Mapping[str, Tensor], codec: str) -> bytes:
+    """Code fp32 tensors one by one: safetensors with one uint8 entry each, codes first, then block scales.
+
+    Blocks of 64 run over the flattened tensor. int8: value = q * scale, scale = absmax / 127 rounded up to
+    bf16, so no code clips and the product is exact in fp32. nf4: value = codebook[q] * absmax in bf16, two
+    codes a byte. bf16: the values themselves.
+    """
+    coded = {name: _encode_tensor(tensor, codec) for name, tensor in sorted(tensors.items())}
+    return save(coded, {"codec": codec})
+
+
+def decode(data: bytes, layout: Sequence[TensorSpec], codec: str) -> LoRATensors:
+    """The fp32 tensors that `encode` stands for.
+
+    Raises:
+        ProtocolViolation: names, sizes or scales are not those of the layout (protocol/coded.py).
+    """
+    check(data, layout, codec)
+    coded = load(data)
+    return {spec.name: _decode_tensor(coded[spec.name], spec.shape, codec) for spec in layout}
+
+
+def _bytes_of_bf16(values: Tensor) -> Tensor:
+    return values.contiguous().view(torch.uint8).flatten()
+
+
+def _round_up_to_bf16(values: Tensor) -> Tensor:
+    """The least bf16 >= each non-negative fp32 value: a scale rounded down would clip its block's extremes."""
+    near = values.bfloat16()
+    bits = near.view(torch.int16) + (near.float() < values).to(torch.int16)
+    return bits.view(torch.bfloat16)
+
+
+def _encode_tensor(tensor: Tensor, codec: str) -> Tensor:
+    flat = tensor.detach().float().cpu().flatten()
+    if codec == "bf16":
+        return _bytes_of_bf16(flat.bfloat16())
+    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).reshape(-1, BLOCK)
+    absmax = blocks.abs().amax(dim=1)
+    scale = _round_up_to_bf16(absmax / 127 if codec == "int8" else absmax)
+    divisor = scale.float().clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    if codec == "int8":
+        codes = (blocks / divisor).round().clamp(-127, 127).to(torch.int8).view(torch.uint8)
+        packed = codes.flatten()[: flat.numel()]
+    else:
+        table = codebook()
+        index = torch.bucketize(blocks / divisor, (table[1:] + table[:-1]) / 2).to(torch.uint8).flatten()
+        index = torch.nn.functional.pad(index[: flat.numel()], (0, flat.numel() % 2)).reshape(-1, 2)
+        packed = (index[:, 0] << 4) | index[:, 1]
+    return torch.cat([packed, _bytes_of_bf16(scale)])
+
+
+def _decode_tensor(coded: Tensor, shape: tuple[int, int], codec: str) -> Tensor:
+    size = shape[0] * shape[1]
+    if codec == "bf16":
+        return coded.clone().view(torch.bfloat16).float().reshape(shape)
+    num_codes = size if codec == "int8" else (size + 1) // 2
+    scale = coded[num_codes:].clone().view(torch.bfloat16).float()
+    if codec == "int8":
+        values = coded[:num_codes].clone().view(torch.int8).float()
+    else:
+        pairs = coded[:num_codes].long()
+        values = codebook()[torch.stack([pairs >> 4, pairs & 15], dim=1).flatten()[:size]]
+    return (values * scale.repeat_interleave(BLOCK)[:size]).reshape(shape)
+
+
+def encode_with_feedback(
+    delta: Mapping[str, Tensor], residual: Mapping[str, Tensor] | None, layout: Sequence[TensorSpec], codec: str
+) -> tuple[bytes, LoRATensors]:
+    """(u, e'): the coded delta + residual, and what coding left over (EF21-style feedback, arXiv 2106.05203).
+
+    The caller commits e' with the receipt, and keeps e otherwise.
+    """
+    wanted = {name: value + residual[name] if residual else value.clone() for name, value in delta.items()}
+    coded = encode(wanted, codec)
+    sent = decode(coded, layout, codec)
+    return coded, {name: wanted[name] - sent[name] for name in wanted}
+
+
+def step_down(
+    master: Mapping[str, Tensor], view: Mapping[str, Tensor], layout: Sequence[TensorSpec], codec: str
+) -> tuple[bytes, LoRATensors]:
+    """(c, new view): code what the view lacks of the master."""
+    coded = encode({name: master[name] - view[name] for name in view}, codec)
+    return coded, advance(view, coded, layout, codec)
+
+
+def advance(view: Mapping[str, Tensor], coded: bytes, layout: Sequence[TensorSpec], codec: str) -> LoRATensors:
+    """v + decode(c), the same bits on both sides."""
+    step = decode(coded, layout, codec)
+    return {name: view[name] + step[name] for name in view}
+
+
+def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """Canonical fp32 safetensors: equal tensors give equal bytes, and so equal digests."""
+    return save({name: tensor.float().contiguous() for name, tensor in sorted(tensors.items())})
+
+
+def from_bytes(data: bytes, layout: Sequence[TensorSpec]) -> LoRATensors:
+    """The reverse of `to_bytes`. Raises ProtocolViolation when names, shapes or dtype are not the layout's."""
+    tensors = load(data)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if shapes != {spec.name: spec.shape for spec in layout} or any(t.dtype != torch.float32 for t in tensors.values()):
+        raise ProtocolViolation("a LoRA snapshot has other tensors than the manifest says; ask the hub's owner")
+    return tensors
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """A view's identity: the sha256 of its canonical bytes."""
+    return hashlib.sha256(to_bytes(tensors)).hexdigest()

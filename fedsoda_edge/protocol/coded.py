@@ -1,0 +1,71 @@
+"""Check a coded update before anyone decodes it: names, sizes, finite scales. Standard library only.
+
+The listener runs this in a process without torch; `model/delta.py` makes and reads the values.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from array import array
+from collections.abc import Sequence
+
+from fedsoda_edge.errors import ProtocolViolation
+from fedsoda_edge.protocol.manifest import TensorSpec
+
+CODECS = ("nf4", "int8", "bf16")
+BLOCK = 64
+MAX_HEADER_BYTES = 1 << 20  # safetensors itself would accept 100 MB
+
+
+def coded_bytes(shape: tuple[int, int], codec: str) -> int:
+    """Bytes of one tensor's codes and scales."""
+    size = shape[0] * shape[1]
+    scales = 2 * math.ceil(size / BLOCK)
+    return {"bf16": 2 * size, "int8": size + scales, "nf4": (size + 1) // 2 + scales}[codec]
+
+
+def check(data: bytes | memoryview, layout: Sequence[TensorSpec], codec: str) -> None:
+    """Raises ProtocolViolation unless `data` is exactly a coded update of this layout with finite values."""
+    view = memoryview(data)
+    if codec not in CODECS:
+        raise ProtocolViolation(f"codec {codec!r} is not known; known: {', '.join(CODECS)}")
+    length = int.from_bytes(view[:8], "little")
+    if len(view) < 8 or length > min(MAX_HEADER_BYTES, len(view) - 8):
+        raise ProtocolViolation(f"an update of {len(view)} bytes announces a header of {length}; it is damaged")
+    try:
+        header = json.loads(bytes(view[8 : 8 + length]))
+        metadata = header.pop("__metadata__")
+        entries = {name: (entry["dtype"], entry["shape"], entry["data_offsets"]) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ProtocolViolation(f"the update's header is not one of safetensors: {error}") from error
+    if metadata != {"codec": codec}:
+        raise ProtocolViolation(f"the update says {metadata}, the run's codec is {codec!r}")
+    wanted = {spec.name for spec in layout}
+    if set(entries) != wanted:
+        odd = sorted(set(entries) ^ wanted)
+        raise ProtocolViolation(f"the update has {len(entries)} tensors, the run {len(wanted)}; first other: {odd[0]}")
+    end = 0
+    body = view[8 + length :]
+    total = sum(coded_bytes(spec.shape, codec) for spec in layout)
+    if total != len(body):
+        raise ProtocolViolation(f"the update has {len(body)} bytes of tensors, the run needs {total}")
+    for spec in sorted(layout, key=lambda spec: spec.name):
+        size = coded_bytes(spec.shape, codec)
+        if entries[spec.name] != ("U8", [size], [end, end + size]):
+            raise ProtocolViolation(
+                f"{spec.name} is {entries[spec.name]} in the update, the run needs {size} bytes at {end}"
+            )
+        numbers = 2 * math.ceil(spec.shape[0] * spec.shape[1] / BLOCK) if codec != "bf16" else size
+        _check_finite(spec.name, body[end + size - numbers : end + size])
+        end += size
+
+
+def _check_finite(name: str, bf16: memoryview) -> None:
+    """bf16 is NaN or infinite where all its eight exponent bits are set."""
+    words = array("H", bytes(bf16))
+    if sys.byteorder == "big":
+        words.byteswap()
+    if any((word & 0x7F80) == 0x7F80 for word in words):
+        raise ProtocolViolation(f"{name} has values that are not finite; lower [local] learning_rate or check the data")

@@ -1,0 +1,127 @@
+"""One local round: LoRA in the adapter on border states, AdamW, FedProx. Knows nothing of hubs."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedsoda_edge.border import Batch, Border
+from fedsoda_edge.model import lora
+from fedsoda_edge.model.loss import cross_entropy
+from fedsoda_edge.model.sub_llm import SubLLM
+from fedsoda_edge.protocol.messages import LocalSettings
+
+BETAS = (0.9, 0.95)  # paper, 6.1.2
+
+
+@dataclass(frozen=True)
+class Trained:
+    """delta: new adapter LoRA minus the view, fp32. loss: mean over steps, NaN when training broke down.
+
+    num_examples: distinct samples trained on; seconds: wall clock, for people only.
+    """
+
+    delta: dict[str, Tensor]
+    num_examples: int
+    loss: float
+    num_steps: int
+    num_tokens: int
+    seconds: float
+
+
+Progress = Callable[[int, int, float, float], None]  # step, steps, loss, tokens per second
+
+
+def data_order(num_samples: int, epochs: int, seed: int, round_number: int, edge: str) -> Iterator[int]:
+    """Sample indices of a round: one permutation per epoch, seeded by (seed, round, edge id)."""
+    for epoch in range(epochs):
+        key = f"{seed}/{round_number}/{edge}/{epoch}".encode()
+        number = int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1
+        yield from torch.randperm(num_samples, generator=torch.Generator().manual_seed(number)).tolist()
+
+
+def num_steps(num_samples: int, settings: LocalSettings) -> int:
+    """Optimiser steps of a round; batches run across epochs, the last one may be smaller."""
+    steps = math.ceil(num_samples * settings.epochs / settings.batch_size)
+    return min(steps, settings.max_steps) if settings.max_steps else steps
+
+
+def completion_loss(sub_llm: SubLLM, batch: Batch) -> Tensor:
+    """Mean over the completion ids of the batch, eos included."""
+    hidden = sub_llm.hidden(states=batch.states)
+    return cross_entropy(hidden[batch.rows, batch.columns], sub_llm.head, batch.labels)
+
+
+def fine_tune(
+    sub_llm: SubLLM,
+    border: Border,
+    view: dict[str, Tensor],
+    settings: LocalSettings,
+    *,
+    seed: int,
+    round_number: int,
+    edge: str,
+    progress: Progress | None = None,
+) -> Trained:
+    """Train the adapter LoRA from `view` and return the delta.
+
+    Minimises F_k(w) + mu/2 ||w - view||^2 (paper eq. 9; the sign in its eq. 10 is reversed, method.md 1.7)
+    with a fresh AdamW, LoRA in fp32, no dropout.
+
+    Args:
+        sub_llm: the adapter layers with LoRA attached; it is left with the trained values.
+        border: this edge's samples; order and steps depend on their number alone.
+    """
+    started = time.monotonic()
+    lora.load(sub_llm, view)
+    named = lora.parameters(sub_llm)
+    parameters = list(named.values())
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    reference = torch.cat([view[name].flatten() for name in named]).to(sub_llm.device)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings.learning_rate, betas=BETAS, weight_decay=settings.weight_decay, fused=True
+    )
+    total = num_steps(len(border.samples), settings)
+    order = data_order(len(border.samples), settings.epochs, seed, round_number, edge)
+    losses: list[Tensor] = []
+    seen: set[int] = set()
+    tokens = 0
+    for step in range(total):
+        indices = _take(order, settings.batch_size)
+        batch = border.batch(indices, sub_llm.device)
+        loss = completion_loss(sub_llm, batch)
+        drift = torch.cat([parameter.flatten() for parameter in parameters]) - reference
+        optimizer.zero_grad(set_to_none=True)
+        (loss + settings.proximal_mu / 2 * drift.square().sum()).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+        optimizer.step()
+        losses.append(loss.detach())
+        seen.update(indices)
+        tokens += batch.num_tokens
+        if not torch.isfinite(losses[-1]):
+            break  # no later step can mend it; the hub refuses the update and says so
+        if progress is not None:
+            seconds = time.monotonic() - started
+            progress(step + 1, total, losses[-1].item(), tokens / max(seconds, 1e-9))
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    trained = lora.snapshot(sub_llm)
+    return Trained(
+        delta={name: trained[name] - view[name] for name in view},
+        num_examples=len(seen),
+        loss=torch.stack(losses).mean().item(),
+        num_steps=len(losses),
+        num_tokens=tokens,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _take(order: Iterator[int], count: int) -> Sequence[int]:
+    return [index for index, _ in zip(order, range(count), strict=False)]

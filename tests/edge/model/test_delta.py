@@ -1,0 +1,127 @@
+"""Deltas on the wire: nothing is lost for good, both sides get the same bits, and nothing malformed passes."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedsoda_edge.errors import ProtocolViolation
+from fedsoda_edge.model import delta
+from fedsoda_edge.protocol.coded import CODECS, check
+from fedsoda_edge.protocol.manifest import TensorSpec
+from fedsoda_hub.algorithms.aggregation import CodedUpdate, weighted_mean
+
+LAYOUT = (TensorSpec("layers.6.a.lora_A", (4, 33)), TensorSpec("layers.6.a.lora_B", (17, 4)))
+STEP = {"bf16": 2**-8, "int8": 1.02 / 127, "nf4": 0.17}  # largest error of a block, in units of its absmax
+
+
+def tensors(seed: int, scale: float = 1e-3) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {spec.name: torch.randn(spec.shape, generator=generator) * scale for spec in LAYOUT}
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@given(
+    seed=st.integers(0, 99),
+    scale=st.sampled_from([0.0, 1e-42, 1e-20, 1e-4, 1.0, 1e30]),
+    shape=st.tuples(st.integers(1, 9), st.integers(1, 70)),
+)
+@settings(max_examples=40, deadline=None)
+def test_a_round_trip_is_within_one_step(codec: str, seed: int, scale: float, shape: tuple[int, int]) -> None:
+    layout = (TensorSpec("t", shape),)
+    value = {"t": torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale}
+    coded = delta.encode(value, codec)
+    check(coded, layout, codec)
+    again = delta.decode(coded, layout, codec)["t"]
+    bound = STEP[codec] * float(value["t"].abs().max()) + 1e-40
+    assert float((again - value["t"]).abs().max()) <= bound
+    assert torch.equal(delta.decode(delta.encode(value, codec), layout, codec)["t"], again)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_error_feedback_delays_but_loses_nothing(codec: str) -> None:
+    residual: dict[str, torch.Tensor] | None = None
+    true = {spec.name: torch.zeros(spec.shape) for spec in LAYOUT}
+    sent = {spec.name: torch.zeros(spec.shape) for spec in LAYOUT}
+    for step in range(50):
+        update = tensors(step)
+        coded, residual = delta.encode_with_feedback(update, residual, LAYOUT, codec)
+        for name, value in delta.decode(coded, LAYOUT, codec).items():
+            sent[name] += value
+            true[name] += update[name]
+    for name in true:
+        assert float((true[name] - sent[name]).abs().max()) <= 2 * STEP[codec] * 5e-3 + 1e-6
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_an_edge_that_joins_late_by_snapshot_has_the_same_bits(codec: str) -> None:
+    master, view = tensors(0, 0.1), tensors(1, 0.1)
+    follower = dict(view)
+    for step in range(6):
+        master = {name: value + tensors(step + 2)[name] for name, value in master.items()}
+        coded, view = delta.step_down(master, view, LAYOUT, codec)
+        follower = delta.advance(follower, coded, LAYOUT, codec)
+    late = delta.from_bytes(delta.to_bytes(view), LAYOUT)
+    assert delta.digest(follower) == delta.digest(view) == delta.digest(late)
+    for name in view:
+        assert float((master[name] - view[name]).abs().max()) < 0.05
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_nothing_malformed_passes(codec: str) -> None:
+    good = delta.encode(tensors(0), codec)
+    check(good, LAYOUT, codec)
+    chance = random.Random(0)
+    header = int.from_bytes(good[:8], "little") + 8
+    for _ in range(200):
+        bad = bytearray(good)
+        kind = chance.randrange(4)
+        if kind == 0:  # cut
+            bad = bad[: chance.randrange(len(bad))]
+        elif kind == 1:  # header bytes; a byte that keeps the JSON's meaning (white space) may pass
+            at = chance.randrange(header)
+            if bad[at] == 0x20:
+                continue
+            bad[at] ^= 1 << chance.randrange(7)
+        elif kind == 2:  # longer
+            bad += b"\0"
+        else:  # a NaN among the last tensor's scales
+            bad[-2:] = b"\xc0\x7f"
+        with pytest.raises(ProtocolViolation):
+            check(bytes(bad), LAYOUT, codec)
+    for other in CODECS:
+        if other != codec:
+            with pytest.raises(ProtocolViolation, match="the run's codec"):
+                check(good, LAYOUT, other)
+
+
+def fedavg(updates: list[tuple[dict[str, torch.Tensor], int]]) -> dict[str, torch.Tensor]:
+    """FedAvg, McMahan et al. 2017, Algorithm 1: w <- sum_k n_k / n * w_k."""
+    n = sum(n_k for _, n_k in updates)
+    return {name: sum(n_k / n * w_k[name] for w_k, n_k in updates) for name in updates[0][0]}  # type: ignore[misc]
+
+
+def test_the_average_is_fedavg_and_does_not_depend_on_arrival() -> None:
+    coded = [(f"edge-{i}", n, delta.encode(tensors(i), "int8")) for i, n in enumerate((10, 30, 20))]
+    updates = [CodedUpdate(edge, n, lambda data=data: data) for edge, n, data in coded]
+    mean = weighted_mean(updates, LAYOUT, "int8", max_weight=3.0)
+    expected = fedavg([(delta.decode(data, LAYOUT, "int8"), n) for _, n, data in coded])
+    for name in mean:
+        torch.testing.assert_close(mean[name], expected[name], rtol=1e-6, atol=1e-9)
+    reordered = weighted_mean(updates[::-1], LAYOUT, "int8", max_weight=3.0)
+    assert all(torch.equal(mean[name], reordered[name]) for name in mean)
+
+
+def test_a_boastful_edge_counts_at_most_three_medians() -> None:
+    updates = [
+        CodedUpdate(edge, n, lambda i=i: delta.encode(tensors(i), "bf16"))
+        for i, (edge, n) in enumerate([("a", 10), ("b", 10), ("c", 10**9)])
+    ]
+    mean = weighted_mean(updates, LAYOUT, "bf16", max_weight=3.0)
+    expected = fedavg([(delta.decode(u.read(), LAYOUT, "bf16"), n) for u, n in zip(updates, (10, 10, 30), strict=True)])
+    for name in mean:
+        torch.testing.assert_close(mean[name], expected[name], rtol=1e-6, atol=1e-9)
