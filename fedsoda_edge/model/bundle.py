@@ -30,7 +30,6 @@ from fedsoda_edge.ports.disk import sha256, sha256_file, sync_directory, write_d
 from fedsoda_edge.protocol.manifest import (
     FORMAT_VERSION,
     BundleManifest,
-    EdgeNeeds,
     File,
     LayerPlan,
     LoRASpec,
@@ -121,6 +120,20 @@ def write_bundle(
     shutil.rmtree(directory, ignore_errors=True)
     os.replace(temporary, directory)
     sync_directory(directory.parent)
+    return manifest
+
+
+def replace_emulator_lora(directory: Path, tensors: dict[str, Tensor]) -> BundleManifest:
+    """Give a bundle that no one has seen yet its aligned emulator LoRA: one shard and the manifest change."""
+    manifest = read_manifest((directory / "manifest.json").read_bytes())
+    name = "emulator_lora.safetensors"
+    data = save({key: value.contiguous() for key, value in sorted(tensors.items())})
+    write_durably(directory / name, data)
+    files = tuple(
+        File(name=name, sha256=sha256(data), bytes=len(data)) if file.name == name else file for file in manifest.files
+    )
+    manifest = msgspec.structs.replace(manifest, files=files)
+    write_durably(directory / "manifest.json", encode_manifest(manifest))
     return manifest
 
 
@@ -346,15 +359,3 @@ def _as_bitsandbytes(name: str, tensor: NF4Tensor) -> dict[str, Tensor]:
         f"{name}.nested_quant_map": dynamic_map().clone(),
         f"{name}.quant_state.bitsandbytes__nf4": torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),
     }
-
-
-__all__ = [
-    "Bundle",
-    "BundleSettings",
-    "EdgeNeeds",
-    "encode_manifest",
-    "peft_config",
-    "read_manifest",
-    "write_bundle",
-    "write_durably_json",
-]

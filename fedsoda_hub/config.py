@@ -1,0 +1,247 @@
+"""RUN.toml: one frozen tree of settings with the contract's names and defaults.
+
+Unknown keys are errors that name the nearest key. What the settings do is each room's own business.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from fedsoda_edge.data import TextTemplate
+from fedsoda_edge.errors import UsageProblem
+from fedsoda_edge.protocol.coded import CODECS
+from fedsoda_edge.protocol.messages import LocalSettings
+
+METHODS = ("fedsoda",)
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The root of all tables of RUN.toml."""
+
+
+class Method(Section):
+    name: str = "fedsoda"
+    adapter_layers: int = 3
+    layers_per_group: int = 3
+    groups: int = 4
+    realign_every: int = 5
+    adapter_base: str = "nf4"
+    quantize_embedding: bool = False
+
+
+class LoRA(Section):
+    rank: int = 8
+    alpha: float = 16
+    targets: list[str] = msgspec.field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"])
+
+
+class Public(Section):
+    text: str
+    sequences: int = 128
+    length: int = 512
+
+
+class Align(Section):
+    steps: int = 200
+    realign_steps: int = 30
+    batch_size: int = 8
+    learning_rate: float = 1e-4
+    representation_weight: float = 1.0
+    kl_weight: float = 1.0
+
+
+class Rounds(Section):
+    count: int = 20
+    min_edges: int = 1
+    cohort: int = 10
+    quorum: float = 0.8
+    deadline_seconds: float = 3600
+    max_weight: float = 3.0
+
+
+class Local(Section):
+    epochs: int = 1
+    max_steps: int = 0
+    batch_size: int = 8
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    proximal_mu: float = 0.01
+    max_length: int = 512
+
+    def message(self) -> LocalSettings:
+        return LocalSettings(**msgspec.structs.asdict(self))
+
+
+class Wire(Section):
+    codec: str = "int8"
+    stall_seconds: float = 60
+
+
+class Task(Section):
+    prompt: str = "{prompt}"
+    completion: str = "{completion}"
+    choices: str = "auto"
+    shots: int = 0
+    eval_data: str | None = None
+
+
+class Listen(Section):
+    host: str = "127.0.0.1"
+    port: int = 8470
+
+
+class RunSettings(Section):
+    """All of RUN.toml. `path` is where it was read from; relative paths in it are relative to that file."""
+
+    name: str
+    model: str
+    public: Public
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "bfloat16"
+    method: Method = Method()
+    lora: LoRA = msgspec.field(default_factory=LoRA)
+    align: Align = Align()
+    rounds: Rounds = Rounds()
+    local: Local = Local()
+    wire: Wire = Wire()
+    task: Task = Task()
+    listen: Listen = Listen()
+    path: str = ""
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.path).parent
+
+    @property
+    def run_dir(self) -> Path:
+        return self.directory / f"{self.name}.run"
+
+    @property
+    def public_text(self) -> Path:
+        return self.directory / self.public.text
+
+    @property
+    def eval_data(self) -> Path | None:
+        return self.directory / self.task.eval_data if self.task.eval_data else None
+
+    @property
+    def prompt(self) -> TextTemplate:
+        return TextTemplate(self.task.prompt)
+
+    @property
+    def completion(self) -> TextTemplate:
+        return TextTemplate(self.task.completion)
+
+    def fixed(self) -> dict[str, Any]:
+        """What must equal on resume, flat: all but where to listen and when a round is full."""
+        flat = {}
+        for key, value in msgspec.to_builtins(self).items():
+            if isinstance(value, dict):
+                flat.update({f"[{key}] {name}": inner for name, inner in value.items()})
+            else:
+                flat[key] = value
+        free = ("path", "device", "[rounds] count", "[rounds] quorum", "[rounds] deadline_seconds")
+        return {
+            key: value
+            for key, value in flat.items()
+            if key not in free and not key.startswith("[listen]") and key != "[task] eval_data"
+        }
+
+
+def read_settings(path: str | Path) -> RunSettings:
+    """Read and check RUN.toml.
+
+    Raises:
+        UsageProblem: the file is missing, not TOML, has an unknown key (names the nearest) or a value out
+            of range; public text or evaluation data are not there.
+    """
+    path = Path(path)
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageProblem(f"{path} is not there; write a RUN.toml (README, A federation of your own)") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageProblem(f"{path} cannot be read: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UsageProblem(f"{path} is not TOML: {error}") from error
+    _refuse_unknown(raw, RunSettings, "")
+    try:
+        settings = msgspec.convert({**raw, "path": str(path.resolve())}, RunSettings, strict=True)
+    except msgspec.ValidationError as error:
+        raise UsageProblem(f"{path}: {error}") from error
+    _check_ranges(settings)
+    for label, file in (("[public] text", settings.public_text), ("[task] eval_data", settings.eval_data)):
+        if file is not None and not file.is_file():
+            raise UsageProblem(f"{label}: {file} is not there; the path is relative to {path.name}")
+    return settings
+
+
+def _refuse_unknown(raw: dict[str, Any], struct: type[msgspec.Struct], where: str) -> None:
+    fields = {field.name: field for field in msgspec.structs.fields(struct) if field.name != "path"}
+    for key, value in raw.items():
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, 1, cutoff=0.0)
+            raise UsageProblem(f"RUN.toml has no key {where}{key}; the nearest is {where}{near[0]}")
+        kind = fields[key].type
+        if isinstance(kind, type) and issubclass(kind, Section):
+            if not isinstance(value, dict):
+                raise UsageProblem(f"RUN.toml: {key} is {value!r}, but it is a table: write [{key}]")
+            _refuse_unknown(value, kind, f"[{key}] ")
+
+
+def _check_ranges(settings: RunSettings) -> None:
+    s = settings
+    rules = [
+        ("name", s.name, s.name.replace("-", "").replace("_", "").isalnum(), "letters, digits, - and _"),
+        ("[method] name", s.method.name, s.method.name in METHODS, f"one of {', '.join(METHODS)}"),
+        ("[method] adapter_layers", s.method.adapter_layers, s.method.adapter_layers >= 1, "at least 1"),
+        ("[method] layers_per_group", s.method.layers_per_group, s.method.layers_per_group >= 0, "at least 0"),
+        ("[method] groups", s.method.groups, s.method.groups >= 0, "at least 0"),
+        ("[method] realign_every", s.method.realign_every, s.method.realign_every >= 0, "at least 0"),
+        ("[method] adapter_base", s.method.adapter_base, s.method.adapter_base in ("nf4", "bf16"), "nf4 or bf16"),
+        ("[lora] rank", s.lora.rank, 1 <= s.lora.rank <= 1024, "1 to 1024"),
+        ("[lora] targets", s.lora.targets, bool(s.lora.targets), "at least one module name"),
+        ("[public] sequences", s.public.sequences, s.public.sequences >= 1, "at least 1"),
+        ("[public] length", s.public.length, s.public.length >= 2, "at least 2"),
+        ("[align] steps", s.align.steps, s.align.steps >= 0, "at least 0"),
+        ("[align] realign_steps", s.align.realign_steps, s.align.realign_steps >= 0, "at least 0"),
+        ("[align] batch_size", s.align.batch_size, s.align.batch_size >= 1, "at least 1"),
+        ("[rounds] count", s.rounds.count, s.rounds.count >= 1, "at least 1"),
+        ("[rounds] min_edges", s.rounds.min_edges, s.rounds.min_edges >= 1, "at least 1"),
+        ("[rounds] cohort", s.rounds.cohort, s.rounds.cohort >= 1, "at least 1"),
+        ("[rounds] quorum", s.rounds.quorum, 0 < s.rounds.quorum <= 1, "above 0, at most 1"),
+        ("[rounds] deadline_seconds", s.rounds.deadline_seconds, s.rounds.deadline_seconds > 0, "above 0"),
+        ("[rounds] max_weight", s.rounds.max_weight, s.rounds.max_weight >= 1, "at least 1"),
+        ("[local] epochs", s.local.epochs, s.local.epochs >= 1, "at least 1"),
+        ("[local] max_steps", s.local.max_steps, s.local.max_steps >= 0, "at least 0"),
+        ("[local] batch_size", s.local.batch_size, s.local.batch_size >= 1, "at least 1"),
+        ("[local] learning_rate", s.local.learning_rate, s.local.learning_rate >= 0, "at least 0"),
+        ("[local] max_length", s.local.max_length, s.local.max_length >= 2, "at least 2"),
+        ("[wire] codec", s.wire.codec, s.wire.codec in CODECS, f"one of {', '.join(CODECS)}"),
+        ("[wire] stall_seconds", s.wire.stall_seconds, s.wire.stall_seconds > 0, "above 0"),
+        ("[task] choices", s.task.choices, s.task.choices in ("auto", "none"), "auto or none"),
+        ("[task] shots", s.task.shots, s.task.shots == 0, "0; few-shot prompts are not built yet"),
+        ("[listen] port", s.listen.port, 0 <= s.listen.port <= 65535, "0 to 65535"),
+    ]
+    for key, value, holds, allowed in rules:
+        if not holds:
+            raise UsageProblem(f"{key} = {value!r} in {Path(s.path).name}; it must be {allowed}")
+    TextTemplate(s.task.prompt)
+    TextTemplate(s.task.completion)
+
+
+def differences(recorded: dict[str, Any], settings: RunSettings) -> list[str]:
+    """What a resumed run's RUN.toml changed that it may not, each with both values."""
+    now = settings.fixed()
+    return [
+        f"{key}: {recorded.get(key)!r} when the run began, {now.get(key)!r} now"
+        for key in sorted({*recorded, *now})
+        if recorded.get(key) != now.get(key)
+    ]

@@ -1,0 +1,340 @@
+"""Job 1: full LLM -> SGP -> NF4 -> LoRA -> ODA -> bundle. Resumable; one layer of the full LLM resident at a time.
+
+Each stage leaves its result under `<run>/prepare/` with the fingerprint of what it was made from; a stage
+whose result is there is skipped. Rounds are the daemon's business.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from fedsoda_edge.errors import DiskFull, UsageProblem
+from fedsoda_edge.model import delta, lora
+from fedsoda_edge.model.bundle import (
+    Bundle,
+    BundleSettings,
+    read_manifest,
+    replace_emulator_lora,
+    write_bundle,
+    write_durably_json,
+)
+from fedsoda_edge.model.layer_plan import choose_groups, make_plan
+from fedsoda_edge.model.streaming import Checkpoint, LayerSource, stream
+from fedsoda_edge.model.sub_llm import SubLLM, build
+from fedsoda_edge.ports.disk import BlobStore, sha256_file, sync_directory, write_durably
+from fedsoda_edge.protocol.manifest import LayerPlan, LoRASpec
+from fedsoda_hub.algorithms import oda, sgp
+from fedsoda_hub.config import RunSettings
+from fedsoda_hub.public_text import read_blocks
+
+Report = Callable[[dict[str, Any]], None]
+
+
+def pick_device(wanted: str) -> tuple[str, torch.dtype]:
+    """(device, compute dtype): bf16 on CUDA; fp32 on a CPU, where bf16 products are several times slower."""
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageProblem(f"device = {wanted!r}, but torch sees no CUDA device here; use device = 'cpu'")
+    return device, torch.float32 if device == "cpu" else torch.bfloat16
+
+
+class Preparation:
+    """The pieces of a run that need the full LLM, made once and found again."""
+
+    def __init__(self, settings: RunSettings, report: Report = lambda _: None) -> None:
+        self.settings = settings
+        self.report = report
+        self.run_dir = settings.run_dir
+        self.work = self.run_dir / "prepare"
+        self.blobs = BlobStore(self.run_dir / "blobs")
+        self.device, self.compute_dtype = pick_device(settings.device)
+        self.source = Checkpoint.open(settings.model, relative_to=settings.directory)
+        tokenizer = self.source.path / "tokenizer.json"
+        self.used, self.held_out = read_blocks(
+            settings.public_text,
+            tokenizer,
+            self.source.fields.get("bos_token_id"),
+            settings.public.sequences,
+            settings.public.length,
+        )
+        limit = int(self.source.fields["max_position_embeddings"])
+        for key, length in (
+            ("[public] length", settings.public.length),
+            ("[local] max_length", settings.local.max_length),
+        ):
+            if length > limit:
+                raise UsageProblem(f"{key} = {length}, but {self.source.name} has {limit} positions; lower it")
+        self.fingerprint = hashlib.sha256(
+            json.dumps(
+                [
+                    self.source.revision,
+                    sha256_file(settings.public_text),
+                    settings.seed,
+                    msgspec.to_builtins([settings.method, settings.lora, settings.public, settings.align]),
+                ]
+            ).encode()
+        ).hexdigest()
+
+    # --- stages ----------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Do what is not done; the digests of what a run starts from, and the public KL."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        self._forget_other_runs()
+        bundle_dir = self.run_dir / "bundle"
+        kl_file = self.work / "public_kl.json"
+        if not (bundle_dir / "manifest.json").exists():
+            plan = self.plan()
+            self._say_needed_disk(plan)
+            unaligned = self.work / "unaligned"
+            if not (unaligned / "manifest.json").exists():
+                self._write_unaligned(unaligned, plan)
+            bundle = Bundle.open(unaligned)
+            emulator, kl = self._align_first(bundle)
+            write_durably_json(kl_file, kl)
+            replace_emulator_lora(unaligned, emulator)
+            shutil.rmtree(bundle_dir, ignore_errors=True)
+            os.replace(unaligned, bundle_dir)
+            sync_directory(self.run_dir)
+        bundle = Bundle.open(bundle_dir)
+        manifest_bytes = (bundle_dir / "manifest.json").read_bytes()
+        return {
+            "manifest": self.blobs.put(manifest_bytes),
+            "adapter_view": self.blobs.put(delta.to_bytes(bundle.adapter_lora())),
+            "emulator_view": self.blobs.put(delta.to_bytes(bundle.emulator_lora())),
+            "public_kl": json.loads(kl_file.read_text()),
+        }
+
+    def _forget_other_runs(self) -> None:
+        mark = self.work / "fingerprint"
+        if mark.exists() and mark.read_text() == self.fingerprint:
+            return
+        shutil.rmtree(self.work)
+        shutil.rmtree(self.run_dir / "bundle", ignore_errors=True)
+        self.work.mkdir()
+        write_durably(mark, self.fingerprint.encode())
+
+    def plan(self) -> LayerPlan:
+        """SGP: distances measured in one pass, groups chosen exactly."""
+        path = self.work / "plan.json"
+        if path.exists():
+            return msgspec.json.decode(path.read_bytes(), type=LayerPlan)
+        method = self.settings.method
+        total = self.source.num_layers
+        if method.adapter_layers >= total:
+            raise UsageProblem(f"[method] adapter_layers = {method.adapter_layers}, the model has {total} layers")
+        emulator = total - method.adapter_layers
+        # An infeasible (n, p) is refused before any work: distances do not matter for that.
+        flat = [[0.0] * (emulator - 1 - layer) for layer in range(emulator)]
+        choose_groups(flat, total, method.adapter_layers, method.layers_per_group, method.groups)
+        distances = sgp.measure(
+            self.source,
+            self.used,
+            emulator,
+            compute_dtype=self.compute_dtype,
+            device=self.device,
+            progress=self._progress("measuring layer similarity"),
+        )
+        groups = choose_groups(distances, total, method.adapter_layers, method.layers_per_group, method.groups)
+        plan = make_plan(total, method.adapter_layers, groups, distances)
+        write_durably(path, msgspec.json.encode(plan))
+        return plan
+
+    def _progress(self, stage: str) -> Callable[[int, int], None]:
+        return lambda done, total: self.report({"stage": stage, "done": done, "total": total})
+
+    def _say_needed_disk(self, plan: LayerPlan) -> None:
+        hidden = int(self.source.fields["hidden_size"])
+        blocks = len(self.used) + len(self.held_out)
+        itemsize = torch.tensor([], dtype=self.compute_dtype).element_size()
+        needed = (len(plan.groups) + 3) * blocks * self.settings.public.length * hidden * itemsize
+        free = shutil.disk_usage(self.work).free
+        self.report({"stage": "caching teacher targets", "needed_bytes": needed, "free_bytes": free})
+        if needed > free:
+            raise DiskFull(
+                f"cached teacher targets need {needed / 1e9:.1f} GB, {self.work} has {free / 1e9:.1f} GB free; "
+                "free space, or lower [public] sequences or length"
+            )
+
+    def _write_unaligned(self, directory: Path, plan: LayerPlan) -> None:
+        s, family, fields = self.settings, self.source.family, self.source.fields
+        spec = LoRASpec(
+            rank=s.lora.rank,
+            alpha=s.lora.alpha,
+            targets=tuple(s.lora.targets),
+            adapter=lora.specs(family, fields, plan.adapter, s.lora.targets, s.lora.rank),
+            emulator=lora.specs(family, fields, plan.aligned, s.lora.targets, s.lora.rank),
+        )
+        write_bundle(
+            directory,
+            self.source,
+            plan,
+            BundleSettings(spec, s.method.adapter_base, s.method.quantize_embedding),
+            name=self.source.name,
+            revision=self.source.revision,
+            adapter_lora=lora.initial(spec.adapter, s.seed),
+            emulator_lora=lora.initial(spec.emulator, s.seed),
+            tokenizer_files=self.source.tokenizer_files,
+            progress=self._progress("quantizing"),
+        )
+
+    # --- alignment -------------------------------------------------------------------------------------
+
+    def _align_first(self, bundle: Bundle) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Pre-alignment; the aligned emulator LoRA and the three public KLs."""
+        done = self.work / "emulator_lora.safetensors"
+        kl_done = self.work / "first_kl.json"
+        if done.exists() and kl_done.exists():
+            return load_file(done), json.loads(kl_done.read_text())
+        plan, adapter = bundle.plan, bundle.adapter_lora()
+        wanted = self._teacher_final(plan, adapter)[len(self.used) :]
+        below, start = plan.sub_emulator, [torch.cat([*self.held_out]).reshape(len(self.held_out), -1)]
+        pruned = stream(self.source, below, list(start[0]), compute_dtype=self.compute_dtype, device=self.device)
+        tail = build(self.source, plan.adapter, compute_dtype=self.compute_dtype, device=self.device)
+        kl = {"pruned": oda.public_kl(tail, torch.stack(pruned).to(self.device), wanted)}
+        del tail
+        student, states = self._student(bundle, bundle.emulator_lora(), adapter)
+        kl["quantized"] = oda.public_kl(student, states[len(self.used) :], wanted)
+        emulator = self._train(student, plan, states, adapter, self.settings.align.steps, version=0)
+        kl["aligned"] = oda.public_kl(student, states[len(self.used) :], wanted)
+        write_durably(done, save(emulator))
+        write_durably_json(kl_done, kl)
+        return emulator, kl
+
+    def realign(
+        self, version: int, adapter_master: dict[str, Tensor], emulator_view: dict[str, Tensor], codec: str
+    ) -> dict[str, Any]:
+        """Realignment with the current adapter LoRA in teacher and student; the coded step and the new view."""
+        bundle = Bundle.open(self.run_dir / "bundle")
+        plan, spec = bundle.plan, bundle.manifest.lora
+        wanted = self._teacher_final(plan, adapter_master)[len(self.used) :]
+        student, states = self._student(bundle, emulator_view, adapter_master)
+        before = oda.public_kl(student, states[len(self.used) :], wanted)
+        trained = self._train(student, plan, states, adapter_master, self.settings.align.realign_steps, version)
+        coded, view = delta.step_down(trained, emulator_view, spec.emulator, codec)
+        lora.load(student, view)
+        after = oda.public_kl(student, states[len(self.used) :], wanted)
+        return {
+            "view": self.blobs.put(delta.to_bytes(view)),
+            "delta": self.blobs.put(coded),
+            "kl_before": before,
+            "kl_after": after,
+        }
+
+    def _train(
+        self,
+        student: SubLLM,
+        plan: LayerPlan,
+        states: Tensor,
+        adapter: dict[str, Tensor],
+        steps: int,
+        version: int,
+    ) -> dict[str, Tensor]:
+        align = self.settings.align
+        count = len(self.used)
+        teacher = oda.Teacher(
+            {group.start: self._target(group.removed[-1])[:count] for group in plan.groups},
+            self._target(plan.emulator[-1])[:count],
+            self._teacher_final(plan, adapter)[:count],
+        )
+        oda.align(
+            student,
+            plan,
+            states[:count],
+            teacher,
+            oda.AlignSettings(
+                steps, align.batch_size, align.learning_rate, align.representation_weight, align.kl_weight
+            ),
+            seed=self.settings.seed * 1000 + version,
+            progress=lambda done, total, kl: self.report({"stage": "aligning", "done": done, "total": total, "kl": kl}),
+        )
+        return {
+            name: tensor for name, tensor in lora.snapshot(student).items() if int(name.split(".")[1]) in plan.aligned
+        }
+
+    def _student(
+        self, bundle: Bundle, emulator: dict[str, Tensor], adapter: dict[str, Tensor]
+    ) -> tuple[SubLLM, Tensor]:
+        """The student from its first aligned layer on, and its hidden states below that, which never change."""
+        plan = bundle.plan
+        first = min(plan.aligned, default=plan.adapter[0])
+        below = tuple(layer for layer in plan.kept if layer < first)
+        states = self._cached(f"student.below.{first}", bundle, below)
+        student = build(
+            bundle,
+            tuple(layer for layer in plan.kept if layer >= first),
+            compute_dtype=self.compute_dtype,
+            device=self.device,
+        )
+        lora.attach(student, bundle.manifest.lora, {**emulator, **adapter})
+        return student, states.to(self.device)
+
+    def _cached(self, name: str, source: LayerSource, layers: Sequence[int]) -> Tensor:
+        """(N, T, C): all public blocks after these layers, made once."""
+        path = self.work / f"{name}.safetensors"
+        if not path.exists():
+            states = stream(
+                source,
+                layers,
+                [*self.used, *self.held_out],
+                compute_dtype=self.compute_dtype,
+                device=self.device,
+                progress=self._progress("running the sub-LLM on public text"),
+            )
+            write_durably(path, save({"hidden": torch.stack(states)}))
+        return load_file(path)["hidden"]
+
+    def _target(self, layer: int) -> Tensor:
+        """(N, T, C): the full LLM's output of an emulator layer on all public blocks, made once for all groups."""
+        path = self.work / f"teacher.{layer}.safetensors"
+        if not path.exists():
+            plan = self.plan()
+            wanted = {group.removed[-1] for group in plan.groups} | {plan.emulator[-1]}
+
+            def keep(number: int, hidden: list[Tensor]) -> None:
+                if number in wanted:
+                    data = save({"hidden": torch.stack(hidden)})
+                    write_durably(self.work / f"teacher.{number}.safetensors", data)
+
+            stream(
+                self.source,
+                plan.emulator,
+                [*self.used, *self.held_out],
+                compute_dtype=self.compute_dtype,
+                device=self.device,
+                visit=keep,
+                progress=self._progress("running the full LLM on public text"),
+            )
+            gc.collect()
+        return load_file(path)["hidden"].to(self.device)
+
+    def _teacher_final(self, plan: LayerPlan, adapter: dict[str, Tensor]) -> Tensor:
+        """(N, T, C): the full LLM's final hidden with this adapter LoRA, from its cached border."""
+        border = self._target(plan.emulator[-1])
+        teacher = build(self.source, plan.adapter, compute_dtype=self.compute_dtype, device=self.device)
+        s = self.settings.lora
+        layout = lora.specs(self.source.family, self.source.fields, plan.adapter, s.targets, s.rank)
+        spec = LoRASpec(rank=s.rank, alpha=s.alpha, targets=tuple(s.targets), adapter=layout, emulator=())
+        lora.attach(teacher, spec, adapter)
+        with torch.no_grad():
+            return torch.cat([teacher.hidden(states=states) for states in border.split(8)])
+
+
+def manifest_of(run_dir: Path) -> Any:
+    """The manifest of a prepared run."""
+    path = run_dir / "bundle" / "manifest.json"
+    if not path.exists():
+        raise UsageProblem(f"{run_dir} has no bundle yet; run `fedsoda-hub prepare` or `serve` first")
+    return read_manifest(path.read_bytes())
