@@ -1,0 +1,104 @@
+"""The hub's child process that owns torch: prepare, aggregate, realign, evaluate. No sockets, no decisions.
+
+Arguments and results are JSON; tensors are blobs by digest in the run directory.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import msgspec
+import torch
+
+from fedsoda_edge.model import delta
+from fedsoda_edge.model.bundle import Bundle
+from fedsoda_edge.ports.child import Report, Values, serve
+from fedsoda_edge.ports.disk import BlobStore
+from fedsoda_hub.algorithms.aggregation import CodedUpdate, weighted_mean
+from fedsoda_hub.config import RunSettings
+from fedsoda_hub.export import evaluate_run
+from fedsoda_hub.ledger import Outcome
+from fedsoda_hub.prepare import Preparation
+
+
+class Compute:
+    """One run's torch work. Every command can be done again: it only adds blobs."""
+
+    def __init__(self) -> None:
+        self._settings: RunSettings | None = None
+
+    @property
+    def settings(self) -> RunSettings:
+        assert self._settings is not None, "the daemon opens the run first"
+        return self._settings
+
+    @property
+    def blobs(self) -> BlobStore:
+        return BlobStore(self.settings.run_dir / "blobs")
+
+    def open(self, values: Values, _: Report) -> Values:
+        self._settings = msgspec.convert(values["settings"], RunSettings)
+        return {"threads": torch.get_num_threads()}
+
+    def prepare(self, _: Values, report: Report) -> Values:
+        return Preparation(self.settings, report).run()
+
+    def aggregate(self, values: Values, _: Report) -> Values:
+        """w += weighted mean of the decoded updates; c = Q(w - v); v += decode(c)."""
+        spec = Bundle.open(self.settings.run_dir / "bundle").manifest.lora
+        codec, blobs = self.settings.wire.codec, self.blobs
+        master = delta.from_bytes(blobs.get(values["master"]), spec.adapter)
+        view = delta.from_bytes(blobs.get(values["view"]), spec.adapter)
+        updates = [
+            CodedUpdate(edge, num_examples, lambda digest=digest: blobs.get(digest))  # type: ignore[misc]
+            for edge, num_examples, digest in values["updates"]
+        ]
+        mean = weighted_mean(updates, spec.adapter, codec, self.settings.rounds.max_weight)
+        new_master = {name: master[name] + mean[name] for name in master}
+        coded, new_view = delta.step_down(new_master, view, spec.adapter, codec)
+        return {
+            "master": blobs.put(delta.to_bytes(new_master)),
+            "view": blobs.put(delta.to_bytes(new_view)),
+            "delta": blobs.put(coded),
+        }
+
+    def realign(self, values: Values, report: Report) -> Values:
+        spec = Bundle.open(self.settings.run_dir / "bundle").manifest.lora
+        return Preparation(self.settings, report).realign(
+            values["version"],
+            delta.from_bytes(self.blobs.get(values["master"]), spec.adapter),
+            delta.from_bytes(self.blobs.get(values["emulator_view"]), spec.emulator),
+            self.settings.wire.codec,
+        )
+
+    def evaluate(self, values: Values, report: Report) -> Values:
+        data = self.settings.eval_data
+        assert data is not None, "the machine asks for no evaluation without data"
+        outcome = Outcome(values["master"], values["emulator_view"], values["round"], None)
+        return evaluate_run(
+            self.settings,
+            outcome,
+            data,
+            lambda done, total: report({"stage": "evaluating", "done": done, "total": total}),
+        )
+
+
+def main() -> None:
+    threads: Any = os.environ.get("FEDSODA_THREADS")
+    if threads:
+        torch.set_num_threads(int(threads))
+    compute = Compute()
+    serve(
+        {
+            "open": compute.open,
+            "prepare": compute.prepare,
+            "aggregate": compute.aggregate,
+            "realign": compute.realign,
+            "evaluate": compute.evaluate,
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()

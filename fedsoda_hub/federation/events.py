@@ -1,0 +1,258 @@
+"""What the round machine is told, what it answers, and what is written down: events, effects, records.
+
+Records are facts of the ledger; everything else is volatile. The rules are in `rounds.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from fedsoda_edge.protocol.messages import Digest, EdgeId, Message
+
+# --- records: facts that outlive the process ------------------------------------------------------------
+
+
+class Record(msgspec.Struct, frozen=True, tag_field="record", kw_only=True, forbid_unknown_fields=True):
+    """The root of all records. Replay folds them in order; it never samples, reads a clock or trains."""
+
+
+class RunStarted(Record, tag="run_started"):
+    """run_id is made once; fixed are the settings that must equal on resume."""
+
+    run_id: str
+    fixed: dict[str, Any]
+
+
+class SettingsChanged(Record, tag="settings_changed"):
+    """Keys that may change between starts (count, quorum, deadline), as they are now."""
+
+    values: dict[str, Any]
+
+
+class Prepared(Record, tag="prepared"):
+    manifest: Digest
+    adapter_view: Digest
+    emulator_view: Digest
+    public_kl: dict[str, float]
+
+
+class RoundOpened(Record, tag="round_opened"):
+    round: int
+    cohort: tuple[EdgeId, ...]
+    view: Digest
+    alignment: int
+    deadline_at: float
+
+
+class CohortExtended(Record, tag="cohort_extended"):
+    """Below quorum at the deadline: `invited` are asked (again), the deadline moves on."""
+
+    round: int
+    invited: tuple[EdgeId, ...]
+    deadline_at: float
+
+
+class UpdateAccepted(Record, tag="update_accepted"):
+    round: int
+    edge: EdgeId
+    digest: Digest
+    num_examples: int
+    loss: float
+
+
+class EdgeAnswered(Record, tag="edge_answered"):
+    """An invited edge will send no update this round: refused, declined, paused or left."""
+
+    round: int
+    edge: EdgeId
+    how: str
+
+
+class DeadlinePassed(Record, tag="deadline_passed"):
+    round: int
+
+
+class RoundClosed(Record, tag="round_closed"):
+    """w, v and the coded step between views, as digests."""
+
+    round: int
+    master: Digest
+    view: Digest
+    delta: Digest
+
+
+class Realigned(Record, tag="realigned"):
+    """Before local training of `round`: a new version of the emulator LoRA."""
+
+    round: int
+    version: int
+    view: Digest
+    delta: Digest
+    kl_before: float
+    kl_after: float
+
+
+class Evaluated(Record, tag="evaluated"):
+    round: int
+    result: dict[str, Any]
+
+
+class RunEnded(Record, tag="run_ended"):
+    rounds: int
+
+
+AnyRecord = (
+    RunStarted
+    | SettingsChanged
+    | Prepared
+    | RoundOpened
+    | CohortExtended
+    | UpdateAccepted
+    | EdgeAnswered
+    | DeadlinePassed
+    | RoundClosed
+    | Realigned
+    | Evaluated
+    | RunEnded
+)
+
+
+# --- events: what happened ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EdgeReady:
+    """The edge holds the bundle and may be invited. Also after `Resumed` and after every reconnect."""
+
+    edge: EdgeId
+
+
+@dataclass(frozen=True)
+class EdgeGone:
+    """The connection ended; the edge may come back."""
+
+    edge: EdgeId
+
+
+@dataclass(frozen=True)
+class EdgeAway:
+    """The edge said that it will not answer: how is paused or left."""
+
+    edge: EdgeId
+    how: str
+
+
+@dataclass(frozen=True)
+class Declined:
+    edge: EdgeId
+    round: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class UploadStarted:
+    edge: EdgeId
+    round: int
+
+
+@dataclass(frozen=True)
+class UploadStalled:
+    edge: EdgeId
+
+
+@dataclass(frozen=True)
+class UpdateArrived:
+    """A whole upload whose blob is durable. problem: what the structural check found, if anything."""
+
+    edge: EdgeId
+    round: int
+    base: Digest
+    alignment: int
+    digest: Digest
+    num_examples: int
+    loss: float | None
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class DeadlineReached:
+    round: int
+
+
+@dataclass(frozen=True)
+class ComputeDone:
+    job: str
+    result: dict[str, Any]
+
+
+Event = (
+    EdgeReady
+    | EdgeGone
+    | EdgeAway
+    | Declined
+    | UploadStarted
+    | UploadStalled
+    | UpdateArrived
+    | DeadlineReached
+    | ComputeDone
+)
+
+
+# --- effects: what to do --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Append:
+    """Write the record durably, then `apply` it. Effects after it happen only if that worked."""
+
+    record: AnyRecord
+
+
+@dataclass(frozen=True)
+class Send:
+    edge: EdgeId
+    message: Message
+
+
+@dataclass(frozen=True)
+class Offer:
+    """Send the edge the open round's offer; sizes of blobs and seconds left are filled in outside."""
+
+    edge: EdgeId
+
+
+@dataclass(frozen=True)
+class SetDeadline:
+    round: int
+    at: float
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Start torch work; its result comes back as ComputeDone. The same arguments give the same blobs."""
+
+    job: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Nothing can go on, and why: for people."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class Ignored:
+    because: str
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The run is over and every connected edge was told."""
+
+
+Effect = Append | Send | Offer | SetDeadline | Compute | Waiting | Ignored | Finish

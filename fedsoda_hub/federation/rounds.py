@@ -1,0 +1,397 @@
+"""Decide federated rounds: events in, effects out. No sockets, tensors, clock or disk.
+
+The rules are federation.md's. `RunState` folds the ledger's records; `RoundMachine` adds what is volatile:
+who is connected, who uploads, which job runs. `owed` is what the state still owes, and so also all that a
+restart does after replay.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from fedsoda_edge.protocol.messages import Digest, EdgeId, Farewell, Receipt, Refusal
+from fedsoda_edge.protocol.messages import RoundClosed as RoundClosedMessage
+from fedsoda_hub.federation import events as ev
+from fedsoda_hub.federation.events import Append, Compute, Effect, Event, Ignored, Send
+
+MAX_EXAMPLES = 2**31
+
+
+@dataclass(frozen=True)
+class Rules:
+    """[rounds] and what else of RUN.toml decides. has_eval: there is evaluation data."""
+
+    count: int
+    min_edges: int
+    cohort: int
+    quorum: float
+    deadline_seconds: float
+    stall_seconds: float
+    realign_every: int
+    seed: int
+    has_eval: bool
+
+
+class Collected(msgspec.Struct, frozen=True):
+    """An accepted update."""
+
+    round: int
+    digest: Digest
+    num_examples: int
+    loss: float
+
+
+class RunState(msgspec.Struct):
+    """The ledger, folded. phase: preparing, idle (between rounds), collecting, ended."""
+
+    run_id: str = ""
+    fixed: dict[str, Any] = {}
+    phase: str = "preparing"
+    manifest: Digest = Digest("")
+    public_kl: dict[str, float] = {}
+    round: int = 0  # the last opened; never reused, so a stale timer cannot hit a later one
+    cohort: list[EdgeId] = []
+    invited: int = 0  # how many the quorum counts
+    deadline_at: float = 0.0
+    deadline_passed: bool = False
+    answered: dict[EdgeId, str] = {}
+    accepted: dict[EdgeId, Collected] = {}
+    receipts: dict[EdgeId, Collected] = {}  # the last of each edge, for receipts that got lost
+    master: Digest = Digest("")
+    view: Digest = Digest("")
+    view_delta: Digest | None = None  # None: the view is the bundle's initial LoRA
+    alignment: int = 0
+    emulator_view: Digest = Digest("")
+    emulator_delta: Digest | None = None
+    realigned_for: int = 0
+    evaluation: dict[str, Any] | None = None
+    evaluated_round: int = 0
+    losses: list[float] = []  # weighted mean of each closed round
+    realignments: list[dict[str, float]] = []
+
+    def apply(self, record: ev.AnyRecord) -> None:
+        """Fold one record in."""
+        match record:
+            case ev.RunStarted():
+                self.run_id, self.fixed = record.run_id, record.fixed
+            case ev.SettingsChanged():
+                if self.phase == "ended":
+                    self.phase = "idle"  # a larger count goes on where the run ended
+            case ev.Prepared():
+                self.manifest, self.public_kl = record.manifest, record.public_kl
+                self.master = self.view = record.adapter_view
+                self.emulator_view = record.emulator_view
+                self.phase = "idle"
+            case ev.RoundOpened():
+                self.round, self.cohort = record.round, list(record.cohort)
+                self.invited, self.deadline_at = len(record.cohort), record.deadline_at
+                self.deadline_passed, self.answered, self.accepted = False, {}, {}
+                self.phase = "collecting"
+            case ev.CohortExtended():
+                for edge in record.invited:
+                    self.answered.pop(edge, None)
+                    if edge not in self.cohort:
+                        self.cohort.append(edge)
+                self.deadline_at, self.deadline_passed = record.deadline_at, False
+            case ev.UpdateAccepted():
+                update = Collected(record.round, record.digest, record.num_examples, record.loss)
+                self.accepted[record.edge] = self.receipts[record.edge] = update
+                self.answered.pop(record.edge, None)
+            case ev.EdgeAnswered():
+                self.answered[record.edge] = record.how
+            case ev.DeadlinePassed():
+                self.deadline_passed = True
+            case ev.RoundClosed():
+                total = sum(update.num_examples for update in self.accepted.values())
+                mean = sum(update.loss * update.num_examples for update in self.accepted.values()) / total
+                self.losses.append(mean)
+                self.master, self.view, self.view_delta = record.master, record.view, record.delta
+                self.phase = "idle"
+            case ev.Realigned():
+                self.alignment, self.realigned_for = record.version, record.round
+                self.emulator_view, self.emulator_delta = record.view, record.delta
+                self.realignments.append(
+                    {"round": record.round, "kl_before": record.kl_before, "kl_after": record.kl_after}
+                )
+            case ev.Evaluated():
+                self.evaluation, self.evaluated_round = record.result, record.round
+            case ev.RunEnded():
+                self.phase = "ended"
+
+
+class RoundMachine:
+    """`handle` answers an event; the caller performs effects in order and calls `apply` for each Append."""
+
+    def __init__(self, rules: Rules, state: RunState) -> None:
+        self.rules = rules
+        self.state = state
+        self.eligible: set[EdgeId] = set()
+        self._offered: dict[EdgeId, tuple[int, int]] = {}
+        self._uploading: set[EdgeId] = set()
+        self._told: set[EdgeId] = set()
+        self._running: str | None = None
+        self._timer: tuple[int, float] | None = None
+        self._extensions = 0
+        self._waiting = ""
+
+    def apply(self, record: ev.AnyRecord) -> None:
+        self.state.apply(record)
+        if isinstance(record, ev.CohortExtended):
+            self._extensions += 1
+        if isinstance(record, ev.RoundOpened | ev.CohortExtended):
+            self._timer = None
+
+    @property
+    def quorum(self) -> int:
+        """Accepted updates that the open round needs."""
+        return math.ceil(self.rules.quorum * self.state.invited)
+
+    # --- events ------------------------------------------------------------------------------------------
+
+    def handle(self, event: Event) -> list[Effect]:
+        """The answer to an event in the present phase: effects, or why there are none."""
+        state = self.state
+        match event:
+            case ev.EdgeReady():
+                self.eligible.add(event.edge)
+                self._told.discard(event.edge)
+                self._offered.pop(event.edge, None)  # a new connection has no offer yet
+                return []
+            case ev.EdgeGone():
+                self._forget(event.edge)
+                return []
+            case ev.EdgeAway():
+                self._forget(event.edge)
+                if self._is_awaited(event.edge):
+                    return [Append(ev.EdgeAnswered(round=state.round, edge=event.edge, how=event.how))]
+                return []
+            case ev.Declined():
+                if event.round == state.round and self._is_awaited(event.edge):
+                    return [Append(ev.EdgeAnswered(round=state.round, edge=event.edge, how="declined"))]
+                return [Ignored(f"{event.edge} is not awaited in round {event.round}")]
+            case ev.UploadStarted():
+                if event.round == state.round and self._is_awaited(event.edge):
+                    self._uploading.add(event.edge)
+                    return []
+                return [Ignored(f"the upload of {event.edge} is judged when it is whole")]
+            case ev.UploadStalled():
+                self._uploading.discard(event.edge)
+                return []
+            case ev.UpdateArrived():
+                self._uploading.discard(event.edge)
+                return self._judge(event)
+            case ev.DeadlineReached():
+                if state.phase == "collecting" and event.round == state.round and not state.deadline_passed:
+                    return [Append(ev.DeadlinePassed(round=event.round))]
+                return [Ignored(f"round {event.round} does not wait for its deadline any more")]
+            case ev.ComputeDone():
+                self._running = None
+                return self._digest_result(event)
+
+    def _forget(self, edge: EdgeId) -> None:
+        self.eligible.discard(edge)
+        self._uploading.discard(edge)
+        self._offered.pop(edge, None)
+
+    def _is_awaited(self, edge: EdgeId) -> bool:
+        state = self.state
+        return (
+            state.phase == "collecting"
+            and edge in state.cohort
+            and edge not in state.accepted
+            and edge not in state.answered
+        )
+
+    def _judge(self, update: ev.UpdateArrived) -> list[Effect]:
+        """Accept an update once, or say why not."""
+        state, edge = self.state, update.edge
+        last = state.receipts.get(edge)
+        if last is not None and (last.round, last.digest) == (update.round, update.digest):
+            return [Send(edge, Receipt(round=update.round, digest=update.digest))]
+        if state.phase != "collecting" or update.round != state.round or self._running == "aggregate":
+            return [self._refusal(update, f"round {update.round} is closed; wait for the next offer")]
+        if edge not in state.cohort:
+            return [self._refusal(update, f"{edge} is not invited to round {update.round}; wait for the next offer")]
+        if edge in state.accepted:
+            return [self._refusal(update, f"round {update.round} already has another update of {edge}")]
+        problem = update.problem
+        if update.base != state.view:
+            problem = f"the update starts from view {update.base[:12]}, round {state.round} from {state.view[:12]}"
+        elif update.alignment != state.alignment:
+            problem = f"the update used alignment {update.alignment}, round {state.round} has {state.alignment}"
+        elif not 1 <= update.num_examples < MAX_EXAMPLES:
+            problem = f"num_examples is {update.num_examples}; it must be 1 to {MAX_EXAMPLES - 1}"
+        elif update.loss is None or not math.isfinite(update.loss):
+            problem = "the loss is not a number; lower [local] learning_rate or check this edge's data"
+        if problem:
+            answered: list[Effect] = (
+                [Append(ev.EdgeAnswered(round=state.round, edge=edge, how="refused"))] if self._is_awaited(edge) else []
+            )
+            return [*answered, self._refusal(update, problem)]
+        assert update.loss is not None
+        return [
+            Append(
+                ev.UpdateAccepted(
+                    round=update.round,
+                    edge=edge,
+                    digest=update.digest,
+                    num_examples=update.num_examples,
+                    loss=update.loss,
+                )
+            ),
+            Send(edge, Receipt(round=update.round, digest=update.digest)),
+        ]
+
+    def _refusal(self, update: ev.UpdateArrived, reason: str) -> Send:
+        return Send(update.edge, Refusal(round=update.round, reason=reason))
+
+    def _digest_result(self, event: ev.ComputeDone) -> list[Effect]:
+        state, result = self.state, event.result
+        match event.job:
+            case "prepare":
+                return [Append(ev.Prepared(**result))]
+            case "aggregate":
+                told = [
+                    Send(edge, RoundClosedMessage(round=state.round, num_updates=len(state.accepted)))
+                    for edge in sorted(self.eligible)
+                ]
+                return [Append(ev.RoundClosed(round=state.round, **result)), *told]
+            case "realign":
+                return [Append(ev.Realigned(round=state.round + 1, version=state.alignment + 1, **result))]
+            case "evaluate":
+                return [Append(ev.Evaluated(round=state.round, result=result))]
+        raise AssertionError(f"no such job: {event.job}")
+
+    # --- what is owed ------------------------------------------------------------------------------------
+
+    def owed(self, now: float) -> list[Effect]:
+        """What the state still owes. After an Append among them the caller asks again."""
+        state = self.state
+        if self._running is not None:
+            return self._offers() if state.phase == "collecting" and self._running != "aggregate" else []
+        match state.phase:
+            case "preparing":
+                return self._start("prepare", {})
+            case "collecting":
+                return self._owed_collecting(now)
+            case "idle":
+                return self._owed_idle(now)
+            case _:
+                goodbye: list[Effect] = []
+                for edge in sorted(self.eligible - self._told):
+                    self._told.add(edge)
+                    goodbye.append(Send(edge, Farewell(rounds=state.round, reason="the run is over")))
+                return [*goodbye, ev.Finish()]
+
+    def _start(self, job: str, arguments: dict[str, Any]) -> list[Effect]:
+        self._running = job
+        self._waiting = ""
+        return [Compute(job, arguments)]
+
+    def _offers(self) -> list[Effect]:
+        state = self.state
+        made: list[Effect] = []
+        for edge in sorted(self.eligible):
+            if self._is_awaited(edge) and self._offered.get(edge) != (state.round, self._extensions):
+                self._offered[edge] = (state.round, self._extensions)
+                made.append(ev.Offer(edge))
+        return made
+
+    def _owed_collecting(self, now: float) -> list[Effect]:
+        state = self.state
+        awaited = [edge for edge in state.cohort if self._is_awaited(edge)]
+        if state.accepted and not awaited:
+            return self._aggregate()
+        if state.deadline_passed and not self._uploading:
+            if state.accepted and len(state.accepted) >= self.quorum:
+                return self._aggregate()
+            return self._extend(now)
+        effects = self._offers()
+        if self._timer is None and not state.deadline_passed:
+            # The deadline passed while the hub was down: one more stall window.
+            at = (
+                max(state.deadline_at, now + self.rules.stall_seconds) if now > state.deadline_at else state.deadline_at
+            )
+            self._timer = (state.round, at)
+            effects.append(ev.SetDeadline(state.round, at))
+        if not awaited:  # all answered, none with an update
+            fresh = sorted(self.eligible - set(state.cohort))
+            if fresh:
+                return [Append(self._extension(fresh, now))]
+        connected = [edge for edge in awaited if edge in self.eligible]
+        if not connected:
+            effects += self._wait(
+                f"round {state.round} waits for {', '.join(awaited) or 'any edge'}: none is connected"
+            )
+        return effects
+
+    def _aggregate(self) -> list[Effect]:
+        state = self.state
+        updates = [[edge, u.num_examples, u.digest] for edge, u in sorted(state.accepted.items())]
+        return self._start("aggregate", {"master": state.master, "view": state.view, "updates": updates})
+
+    def _extend(self, now: float) -> list[Effect]:
+        """Below quorum at the deadline: number and accepted updates stay, replacements are invited."""
+        state = self.state
+        candidates = sorted(self.eligible - set(state.accepted))
+        if not candidates:
+            return self._wait(
+                f"round {state.round} has {len(state.accepted)} of {self.quorum} updates at its deadline and no edge is "
+                "connected that could replace the rest"
+            )
+        wanted = max(1, state.invited - len(state.accepted))
+        return [Append(self._extension(candidates[:wanted], now))]
+
+    def _extension(self, edges: list[EdgeId], now: float) -> ev.CohortExtended:
+        return ev.CohortExtended(
+            round=self.state.round, invited=tuple(edges), deadline_at=now + self.rules.deadline_seconds
+        )
+
+    def _owed_idle(self, now: float) -> list[Effect]:
+        state, rules = self.state, self.rules
+        if state.round >= rules.count:
+            if rules.has_eval and state.evaluated_round < state.round:
+                arguments = {"master": state.master, "emulator_view": state.emulator_view, "round": state.round}
+                return self._start("evaluate", arguments)
+            return [Append(ev.RunEnded(rounds=state.round))]
+        upcoming = state.round + 1
+        if rules.realign_every and upcoming % rules.realign_every == 0 and state.realigned_for < upcoming:
+            arguments = {
+                "version": state.alignment + 1,
+                "master": state.master,
+                "emulator_view": state.emulator_view,
+            }
+            return self._start("realign", arguments)
+        if len(self.eligible) < rules.min_edges:
+            return self._wait(f"round {upcoming} needs {rules.min_edges} edges, {len(self.eligible)} are here")
+        self._waiting = ""
+        return [
+            Append(
+                ev.RoundOpened(
+                    round=upcoming,
+                    cohort=choose_cohort(self.eligible, rules.cohort, rules.seed, upcoming),
+                    view=state.view,
+                    alignment=state.alignment,
+                    deadline_at=now + rules.deadline_seconds,
+                )
+            )
+        ]
+
+    def _wait(self, why: str) -> list[Effect]:
+        """Say it once, not at every event."""
+        if why == self._waiting:
+            return []
+        self._waiting = why
+        return [ev.Waiting(why)]
+
+
+def choose_cohort(eligible: set[EdgeId], size: int, seed: int, round_number: int) -> tuple[EdgeId, ...]:
+    """min(size, eligible) edges, sampled by (seed, round), ascending."""
+    chance = random.Random(f"{seed}/{round_number}")
+    ordered = sorted(eligible)
+    return tuple(sorted(chance.sample(ordered, min(size, len(ordered)))))
