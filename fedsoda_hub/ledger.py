@@ -19,7 +19,7 @@ import msgspec
 
 from fedsoda_edge.errors import DiskFull, UsageProblem
 from fedsoda_edge.protocol.messages import Digest, EdgeId
-from fedsoda_hub.federation.events import AnyRecord, RoundClosed
+from fedsoda_hub.federation.events import AnyRecord
 from fedsoda_hub.federation.rounds import RunState
 
 _SCHEMA = """
@@ -71,18 +71,16 @@ class Ledger:
 
     # --- the log -----------------------------------------------------------------------------------------
 
-    def append(self, record: AnyRecord, state: RunState | None = None) -> None:
-        """One durable record. With a closed round goes a snapshot of the state after it, to bound replay.
+    def append(self, record: AnyRecord) -> None:
+        """One durable record.
 
         Raises:
             DiskFull: nothing was written.
         """
         self._write("INSERT INTO log (record) VALUES (?)", (msgspec.json.encode(record),))
-        if isinstance(record, RoundClosed) and state is not None:
-            self.snapshot(state)
 
     def snapshot(self, state: RunState) -> None:
-        """Remember the folded state up to the last record."""
+        """Remember the state after the last record, to bound replay."""
         self._write(
             "INSERT OR REPLACE INTO snapshot (seq, state) SELECT COALESCE(MAX(seq), 0), ? FROM log",
             (msgspec.json.encode(state),),

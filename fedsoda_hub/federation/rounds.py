@@ -341,8 +341,8 @@ class RoundMachine:
         candidates = sorted(self.eligible - set(state.accepted))
         if not candidates:
             return self._wait(
-                f"round {state.round} has {len(state.accepted)} of {self.quorum} updates at its deadline and no edge is "
-                "connected that could replace the rest"
+                f"round {state.round} has {len(state.accepted)} of {self.quorum} updates at its deadline and no edge "
+                "is connected that could replace the rest"
             )
         wanted = max(1, state.invited - len(state.accepted))
         return [Append(self._extension(candidates[:wanted], now))]

@@ -1,0 +1,540 @@
+"""Job 2: wire ledger, round machine, listener and compute child; signals and shutdown. It decides nothing itself."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from fedsoda_edge.errors import DiskFull, FedSODAError, ProtocolViolation, UsageProblem, WorkerFailed
+from fedsoda_edge.ports import Clock, SystemClock
+from fedsoda_edge.ports.child import Child
+from fedsoda_edge.ports.disk import BlobStore, write_durably
+from fedsoda_edge.protocol import messages as ms
+from fedsoda_edge.protocol.coded import check, coded_bytes
+from fedsoda_edge.protocol.manifest import BundleManifest
+from fedsoda_edge.protocol.session import Upload
+from fedsoda_hub.config import RunSettings, differences
+from fedsoda_hub.federation import events as ev
+from fedsoda_hub.federation.rounds import RoundMachine, Rules
+from fedsoda_hub.ledger import Ledger, Token
+from fedsoda_hub.listener import Connection, bind, is_same_secret, make_server
+
+COMPUTE_TRIES = 3
+LINGER_SECONDS = 30.0
+
+Say = Callable[[dict[str, Any]], None]
+
+
+class RunLock:
+    """One live hub per run directory; the lock goes with the process, however it ends."""
+
+    def __init__(self, run_dir: Path) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._path = run_dir / "lock"
+        self._file = self._path.open("a+")
+        try:
+            if sys.platform == "win32":
+                import msvcrt
+
+                msvcrt.locking(self._file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.seek(0)
+            raise UsageProblem(
+                f"{run_dir} is in use by a running hub (pid {self._file.read().strip() or 'unknown'}); stop that one first"
+            ) from None
+        self._file.truncate(0)
+        self._file.write(str(os.getpid()))
+        self._file.flush()
+
+    def release(self) -> None:
+        self._file.close()
+
+
+class Daemon:
+    """A run that serves. `say` gets one dict per event, for people and `--jsonl`."""
+
+    def __init__(self, settings: RunSettings, say: Say, clock: Clock | None = None) -> None:
+        self.settings = settings
+        self.say = say
+        self.clock = clock or SystemClock()
+        self.run_dir = settings.run_dir
+        self.stall_seconds = settings.wire.stall_seconds
+        self.max_update_bytes = 1
+        self.blobs = BlobStore(self.run_dir / "blobs")
+        self._lock = RunLock(self.run_dir)
+        self.ledger = Ledger(self.run_dir / "ledger.sqlite")
+        self._events: asyncio.Queue[ev.Event | None] = asyncio.Queue()
+        self._connections: dict[ms.EdgeId, Connection] = {}
+        self._progress: dict[ms.EdgeId, ms.Progress] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._compute = Child("fedsoda_hub.compute")
+        self._manifest: BundleManifest | None = None
+        self._files: dict[str, Path] = {}
+        self._farewelled: set[ms.EdgeId] = set()
+        self._failure: FedSODAError | None = None
+        self._finished = asyncio.Event()
+        self.port = settings.listen.port
+        self.machine = RoundMachine(self._rules(), self._state())
+        self._admin = self._admin_token()
+
+    # --- start -------------------------------------------------------------------------------------------
+
+    def _rules(self) -> Rules:
+        s = self.settings
+        return Rules(
+            count=s.rounds.count,
+            min_edges=s.rounds.min_edges,
+            cohort=s.rounds.cohort,
+            quorum=s.rounds.quorum,
+            deadline_seconds=s.rounds.deadline_seconds,
+            stall_seconds=s.wire.stall_seconds,
+            realign_every=s.method.realign_every,
+            seed=s.seed,
+            has_eval=s.eval_data is not None,
+        )
+
+    def _state(self) -> Any:
+        """Replay; a run that was begun with other settings is refused with both values."""
+        state = self.ledger.replay()
+        if not state.run_id:
+            record = ev.RunStarted(run_id=secrets.token_hex(8), fixed=self.settings.fixed())
+            self.ledger.append(record)
+            state.apply(record)
+        changed = differences(state.fixed, self.settings)
+        if changed:
+            raise UsageProblem(
+                f"{Path(self.settings.path).name} changed since this run began: {'; '.join(changed)}. "
+                "Put it back, or give the run another name"
+            )
+        rounds = self.settings.rounds
+        values = {
+            "count": rounds.count,
+            "quorum": rounds.quorum,
+            "deadline_seconds": rounds.deadline_seconds,
+            "host": self.settings.listen.host,
+            "port": self.settings.listen.port,
+        }
+        last = [r.values for r in self.ledger.records() if isinstance(r, ev.SettingsChanged)]
+        if not last or last[-1] != values:
+            record_ = ev.SettingsChanged(values=values)
+            self.ledger.append(record_)
+            state.apply(record_)
+        return state
+
+    def _admin_token(self) -> str:
+        path = self.run_dir / "admin.token"
+        if not path.exists():
+            write_durably(path, secrets.token_urlsafe(32).encode())
+            path.chmod(0o600)
+        return path.read_text().strip()
+
+    async def run(self, *, exit_when_done: bool) -> None:
+        """Serve until the run is over (with `exit_when_done`) or a signal comes.
+
+        Raises:
+            UsageProblem: the port is in use. WorkerFailed: torch work failed again and again.
+        """
+        taken = bind(self.settings.listen.host, self.settings.listen.port)
+        self.port = taken.getsockname()[1]
+        server = make_server(self)
+        loop = asyncio.get_running_loop()
+        stop: asyncio.Future[str] = loop.create_future()
+
+        def stopped(name: str) -> None:
+            if not stop.done():
+                stop.set_result(name)
+
+        if sys.platform != "win32":
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, stopped, signal.Signals(number).name)
+        serving: asyncio.Task[None] | None = None
+        deciding = asyncio.create_task(self._decide())
+        try:
+            await self._compute.call("open", {"settings": msgspec.to_builtins(self.settings)})
+            self._events.put_nowait(None)  # what a restart owes
+            while not stop.done() and not deciding.done():
+                if self._manifest is None and self.machine.state.manifest:
+                    self._load_manifest()
+                if serving is None and self._manifest is not None:
+                    serving = asyncio.create_task(server.serve(sockets=[taken]))
+                    while not server.started and not serving.done():
+                        await asyncio.sleep(0.01)
+                    write_durably(self.run_dir / "address", self.url.encode())
+                    self.say({"event": "listening", "url": self.url, "run": self.settings.name})
+                if self._finished.is_set() and exit_when_done:
+                    await self._linger(stop)
+                    break
+                await asyncio.wait([stop, deciding], timeout=0.05, return_when=asyncio.FIRST_COMPLETED)
+            if deciding.done():
+                await deciding
+            if self._failure is not None:
+                raise self._failure
+            if stop.done():
+                self.say({"event": "stopped", "signal": stop.result()})
+                if stop.result() == "SIGINT":
+                    raise KeyboardInterrupt
+        finally:
+            deciding.cancel()
+            for task in self._tasks:
+                task.cancel()
+            for connection in list(self._connections.values()):
+                connection.close()
+            if serving is not None:
+                server.should_exit = True
+                with contextlib.suppress(asyncio.CancelledError):
+                    await serving
+            taken.close()
+            self._flush_traffic()
+            await self._compute.close()
+            self.ledger.close()
+            with contextlib.suppress(OSError):
+                (self.run_dir / "address").unlink()
+            self._lock.release()
+
+    @property
+    def url(self) -> str:
+        host = self.settings.listen.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    async def _linger(self, stop: asyncio.Future[str]) -> None:
+        """Until every edge of this run got its Farewell, at most 30 s."""
+        known = {token.edge for token in self.ledger.tokens() if token.device and not token.revoked}
+        until = self.clock.monotonic() + LINGER_SECONDS
+        while not known <= self._farewelled and self.clock.monotonic() < until and not stop.done():
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(0.2)  # let the last frames leave
+
+    def _load_manifest(self) -> None:
+        data = self.blobs.get(self.machine.state.manifest)
+        manifest = msgspec.json.decode(data, type=BundleManifest)
+        bundle = self.run_dir / "bundle"
+        self._files = {file.sha256: bundle / file.name for file in manifest.files}
+        self._files[self.machine.state.manifest] = self.blobs.path(self.machine.state.manifest)
+        # Names and offsets of the safetensors header: at most 256 bytes a tensor.
+        self.max_update_bytes = 4096 + sum(
+            256 + max(coded_bytes(spec.shape, codec) for codec in ("bf16", "int8")) for spec in manifest.lora.adapter
+        )
+        self._manifest = manifest
+
+    # --- the loop of decisions ------------------------------------------------------------------------------
+
+    async def _decide(self) -> None:
+        """One event after the other: handle, perform, then all that is owed."""
+        while True:
+            event = await self._events.get()
+            if event is not None:
+                await self._perform(self.machine.handle(event), event)
+            while await self._perform(self.machine.owed(self.clock.wall()), None):
+                pass
+
+    async def _perform(self, effects: list[ev.Effect], cause: ev.Event | None) -> bool:
+        """In order; whether a record was appended. A record that cannot be written stops what hangs on it."""
+        appended = False
+        for effect in effects:
+            match effect:
+                case ev.Append(record):
+                    try:
+                        await asyncio.to_thread(self.ledger.append, record)
+                    except DiskFull as error:
+                        self._say_disk_full(error, cause)
+                        return False
+                    self.machine.apply(record)
+                    appended = True
+                    self._recorded(record)
+                case ev.Send(edge, message):
+                    self._send(edge, message)
+                case ev.Offer(edge):
+                    self._send(edge, self._offer())
+                case ev.SetDeadline(number, at):
+                    self._set_deadline(number, at)
+                case ev.Compute(job, arguments):
+                    self._start(job, arguments)
+                case ev.Waiting(why):
+                    self.say({"event": "waiting", "why": why})
+                case ev.Finish():
+                    self._finished.set()
+                case ev.Ignored():
+                    pass
+        return appended
+
+    def _say_disk_full(self, error: DiskFull, cause: ev.Event | None) -> None:
+        self.say({"event": "disk_full", "message": str(error)})
+        if isinstance(cause, ev.UpdateArrived):
+            self._send(cause.edge, ms.Refusal(round=cause.round, reason=str(error), retry=True))
+
+    def _recorded(self, record: ev.AnyRecord) -> None:
+        """Say what became a fact."""
+        values = msgspec.to_builtins(record)
+        name = values.pop("record")
+        state = self.machine.state
+        if isinstance(record, ev.RoundClosed):
+            self._flush_traffic()
+            self.ledger.snapshot(state)
+            values |= {"loss": state.losses[-1], "updates": len(state.accepted)}
+        if isinstance(record, ev.RunEnded):
+            values["summary"] = self.status()
+        self.say({"event": name, "rounds": self.settings.rounds.count, **values})
+
+    def _send(self, edge: ms.EdgeId, message: Any) -> None:
+        connection = self._connections.get(edge)
+        if connection is not None:
+            connection.send(message)
+            if isinstance(message, ms.Farewell):
+                self._farewelled.add(edge)
+
+    def _offer(self) -> ms.RoundOffer:
+        state = self.machine.state
+        return ms.RoundOffer(
+            round=state.round,
+            rounds=self.settings.rounds.count,
+            view=self._view_ref(state.view, state.view_delta),
+            alignment=state.alignment,
+            emulator=self._view_ref(state.emulator_view, state.emulator_delta),
+            local=self.settings.local.message(),
+            due_seconds=max(0.0, state.deadline_at - self.clock.wall()),
+        )
+
+    def _view_ref(self, view: ms.Digest, delta: ms.Digest | None) -> ms.ViewRef:
+        if delta is None:
+            return ms.ViewRef(digest=view, delta=None, snapshot=None)
+        return ms.ViewRef(digest=view, delta=self._blob_ref(delta), snapshot=self._blob_ref(view))
+
+    def _blob_ref(self, digest: ms.Digest) -> ms.BlobRef:
+        return ms.BlobRef(digest=digest, bytes=self.blobs.path(digest).stat().st_size)
+
+    def _set_deadline(self, number: int, at: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        delay = max(0.0, at - self.clock.wall())
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(delay, self._events.put_nowait, ev.DeadlineReached(number))
+
+    def _start(self, job: str, arguments: dict[str, Any]) -> None:
+        task = asyncio.create_task(self._computing(job, arguments))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _computing(self, job: str, arguments: dict[str, Any]) -> None:
+        """A child that dies (out of memory, say) is started again; what it did not finish is done again."""
+        for attempt in range(1, COMPUTE_TRIES + 1):
+            try:
+                if self._compute.pid is None:
+                    await self._compute.call("open", {"settings": msgspec.to_builtins(self.settings)})
+                result = await self._compute.call(
+                    job, arguments, lambda values: self.say({"event": "progress", "job": job, **values})
+                )
+                self._events.put_nowait(ev.ComputeDone(job, result))
+                return
+            except WorkerFailed as error:
+                self.say({"event": "compute_failed", "job": job, "message": str(error), "details": error.details})
+                if attempt == COMPUTE_TRIES:
+                    self._fail(error)
+            except FedSODAError as error:
+                self._fail(error)
+                return
+
+    def _fail(self, error: FedSODAError) -> None:
+        self._failure = error
+        self._finished.set()
+        for task in list(self._tasks):
+            if task is not asyncio.current_task():
+                task.cancel()
+        self._events.put_nowait(None)
+
+    # --- what the listener asks ---------------------------------------------------------------------------
+
+    def token(self, secret: str) -> Token | None:
+        return self.ledger.find_token(secret)
+
+    def is_admin(self, secret: str) -> bool:
+        return is_same_secret(secret, self._admin)
+
+    def bundle_file(self, digest: str) -> Path | None:
+        return self._files.get(digest)
+
+    def run_blob(self, digest: str) -> bytes | None:
+        state = self.machine.state
+        now = (state.view, state.view_delta, state.emulator_view, state.emulator_delta)
+        return self.blobs.get(digest) if digest in now else None
+
+    def greet(self, connection: Connection, hello: ms.Hello) -> ms.Welcome | ms.Refusal:
+        if hello.protocol != ms.PROTOCOL_VERSION:
+            return ms.Refusal(
+                reason=f"protocol mismatch: this edge speaks {hello.protocol}, the hub {ms.PROTOCOL_VERSION}; "
+                "upgrade the older side: pip install -U fedsoda",
+                fatal=True,
+            )
+        if not self.ledger.bind_device(connection.edge, hello.device_id):
+            return ms.Refusal(
+                reason=f"the token of {connection.edge} is already in use on another device; ask for one of your own",
+                fatal=True,
+            )
+        assert self._manifest is not None
+        state = self.machine.state
+        old = self._connections.get(connection.edge)
+        self._connections[connection.edge] = connection
+        if old is not None:  # the same device came back before its old connection was missed
+            old.close()
+        self.say({"event": "edge_connected", "edge": connection.edge, "software": hello.software})
+        task = self.settings.task
+        return ms.Welcome(
+            protocol=ms.PROTOCOL_VERSION,
+            run_id=state.run_id,
+            run_name=self.settings.name,
+            edge=connection.edge,
+            manifest=self._blob_ref(state.manifest),
+            rounds=self.settings.rounds.count,
+            rounds_done=len(state.losses),
+            template=ms.Template(prompt=task.prompt, completion=task.completion),
+            max_length=self.settings.local.max_length,
+            codec=self.settings.wire.codec,
+            seed=self.settings.seed,
+            stall_seconds=self.settings.wire.stall_seconds,
+        )
+
+    async def said(self, connection: Connection, message: ms.EdgeMessage | Upload) -> None:
+        edge = connection.edge
+        match message:
+            case ms.Ready() | ms.Resumed():
+                self._events.put_nowait(ev.EdgeReady(edge))
+            case ms.Paused():
+                self._events.put_nowait(ev.EdgeAway(edge, "paused"))
+            case ms.Leave():
+                self._events.put_nowait(ev.EdgeAway(edge, "left"))
+                self._farewelled.add(edge)
+                self.say({"event": "edge_left", "edge": edge, "reason": message.reason})
+            case ms.Decline():
+                self.say({"event": "declined", "edge": edge, "round": message.round, "reason": message.reason})
+                self._events.put_nowait(ev.Declined(edge, message.round, message.reason))
+            case ms.UpdateStart():
+                self._events.put_nowait(ev.UploadStarted(edge, message.round))
+            case ms.Progress():
+                self._progress[edge] = message
+                values = msgspec.structs.asdict(message)
+                self.say({"event": "edge_progress", "edge": edge, **values})
+            case Upload():
+                await self._uploaded(edge, message)
+
+    async def _uploaded(self, edge: ms.EdgeId, upload: Upload) -> None:
+        """Check, store durably, then let the machine judge."""
+        start = upload.start
+        assert self._manifest is not None
+        problem = None
+        try:
+            if start.codec != self.settings.wire.codec:
+                raise ProtocolViolation(f"the update is coded as {start.codec}, the run as {self.settings.wire.codec}")
+            await asyncio.to_thread(check, upload.data, self._manifest.lora.adapter, self.settings.wire.codec)
+            await asyncio.to_thread(self.blobs.put, upload.data)
+        except ProtocolViolation as error:
+            problem = str(error)
+        except DiskFull as error:
+            self.say({"event": "disk_full", "message": str(error)})
+            self._send(edge, ms.Refusal(round=start.round, reason=str(error), retry=True))
+            self._events.put_nowait(ev.UploadStalled(edge))
+            return
+        self._events.put_nowait(
+            ev.UpdateArrived(
+                edge,
+                start.round,
+                start.base,
+                start.alignment,
+                start.digest,
+                start.num_examples,
+                start.loss,
+                problem,
+            )
+        )
+
+    def ended(self, connection: Connection) -> None:
+        self._count_traffic(connection)
+        if self._connections.get(connection.edge) is connection:
+            del self._connections[connection.edge]
+            self._progress.pop(connection.edge, None)
+            self._events.put_nowait(ev.EdgeGone(connection.edge))
+            self.say({"event": "edge_gone", "edge": connection.edge})
+
+    # --- telling ------------------------------------------------------------------------------------------
+
+    def _count_traffic(self, connection: Connection) -> None:
+        up, down = connection.up, connection.down
+        if up or down:
+            with contextlib.suppress(DiskFull):  # telemetry must not stop a round
+                self.ledger.add_traffic(connection.edge, max(1, self.machine.state.round), up, down)
+        connection.up -= up
+        connection.down -= down
+
+    def _flush_traffic(self) -> None:
+        for connection in self._connections.values():
+            self._count_traffic(connection)
+
+    def status(self) -> dict[str, Any]:
+        """For /v1/status: what is, in words and numbers."""
+        state = self.machine.state
+        return {
+            **run_status(self.settings, self.ledger, state),
+            "url": self.url,
+            "edges": [
+                {
+                    "edge": token.edge,
+                    "connected": token.edge in self._connections,
+                    "eligible": token.edge in self.machine.eligible,
+                    "revoked": token.revoked,
+                    "step": self._progress[token.edge].step if token.edge in self._progress else None,
+                    "steps": self._progress[token.edge].steps if token.edge in self._progress else None,
+                }
+                for token in self.ledger.tokens()
+            ],
+            "due_seconds": max(0.0, state.deadline_at - self.clock.wall()) if state.phase == "collecting" else None,
+        }
+
+    def metrics(self) -> str:
+        """Prometheus text."""
+        state = self.machine.state
+        values = {
+            "fedsoda_round": state.round,
+            "fedsoda_rounds_closed": len(state.losses),
+            "fedsoda_updates_accepted": len(state.accepted),
+            "fedsoda_edges_connected": len(self._connections),
+            "fedsoda_edges_eligible": len(self.machine.eligible),
+        }
+        return "".join(f"# TYPE {name} gauge\n{name} {value}\n" for name, value in values.items())
+
+
+def run_status(settings: RunSettings, ledger: Ledger, state: Any) -> dict[str, Any]:
+    """What the ledger alone knows of a run, live or not."""
+    rows = ledger.traffic()
+    pairs = len({(edge, number) for edge, number, _, _ in rows}) or 1
+    return {
+        "run": settings.name,
+        "run_id": state.run_id,
+        "phase": state.phase,
+        "round": state.round,
+        "rounds": settings.rounds.count,
+        "rounds_closed": len(state.losses),
+        "cohort": state.cohort,
+        "accepted": sorted(state.accepted),
+        "answered": state.answered,
+        "losses": state.losses,
+        "public_kl": state.public_kl,
+        "realignments": state.realignments,
+        "evaluation": state.evaluation,
+        "bytes": {
+            "up_per_edge_round": sum(row[2] for row in rows) / pairs,
+            "down_per_edge_round": sum(row[3] for row in rows) / pairs,
+        },
+        "traffic": [{"edge": e, "round": r, "up": up, "down": down} for e, r, up, down in rows],
+    }
