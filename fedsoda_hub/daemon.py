@@ -53,7 +53,7 @@ class RunLock:
         except OSError:
             self._file.seek(0)
             raise UsageProblem(
-                f"{run_dir} is in use by a running hub (pid {self._file.read().strip() or 'unknown'}); stop that one first"
+                f"{run_dir} is in use by a running hub (pid {self._file.read().strip() or 'unknown'}); stop that first"
             ) from None
         self._file.truncate(0)
         self._file.write(str(os.getpid()))

@@ -47,7 +47,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Judged:
-    """A model to judge: layers below the adapter from `source` with `emulator_lora`, its adapter with `adapter_lora`."""
+    """A model to judge: `emulator` layers of `source` with emulator_lora, `adapter` layers with adapter_lora."""
 
     source: LayerSource
     emulator: Sequence[int]

@@ -176,7 +176,7 @@ class HubSession:
                     raise ProtocolViolation("the edge sent an update before it was ready")
                 if not 0 < message.bytes <= self._max_update_bytes:
                     raise ProtocolViolation(
-                        f"an update of {message.bytes} bytes was announced, this run's have at most {self._max_update_bytes}"
+                        f"an update of {message.bytes} bytes was announced, the run's have up to {self._max_update_bytes}"
                     )
                 self._start, self._upload = message, _Assembly(message.digest, message.bytes)
             case ms.UpdateChunk():

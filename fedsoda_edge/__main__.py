@@ -1,0 +1,3 @@
+from fedsoda_edge.cli import main
+
+main()

@@ -1,0 +1,100 @@
+"""Where this device keeps its state, and who may use it at a time."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from pathlib import Path
+
+from platformdirs import user_data_path
+
+from fedsoda_edge.errors import HomeInUse, UsageProblem
+from fedsoda_edge.ports.disk import write_durably
+
+
+def default_home() -> Path:
+    """FEDSODA_HOME, else the platform's user directory."""
+    wanted = os.environ.get("FEDSODA_HOME")
+    return Path(wanted).expanduser() if wanted else user_data_path("fedsoda", appauthor=False)
+
+
+class Home:
+    """FEDSODA_HOME: device id, bundle files by digest, one directory per run."""
+
+    def __init__(self, directory: Path | None = None) -> None:
+        self.directory = (directory or default_home()).absolute()
+        self._lock_file = None
+
+    @property
+    def store(self) -> Path:
+        return self.directory / "store"
+
+    def run(self, run_id: str) -> Path:
+        """State of one run: views, residual, an update without receipt."""
+        path = self.directory / "runs" / run_id
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def device_id(self) -> str:
+        """Made once; a token is bound to it."""
+        path = self.directory / "device_id"
+        if not path.exists():
+            write_durably(path, secrets.token_hex(16).encode())
+        return path.read_text().strip()
+
+    def lock(self) -> None:
+        """One running join per home; the lock goes with the process, however it ends.
+
+        Raises:
+            HomeInUse: another process has it.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        file = (self.directory / "lock").open("a+")
+        try:
+            if sys.platform == "win32":
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            pid = file.read().strip() or "unknown"
+            file.close()
+            raise HomeInUse(
+                f"{self.directory} is used by another join (pid {pid}); stop that one, or set FEDSODA_HOME to another directory"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        self._lock_file = file
+
+    def unlock(self) -> None:
+        if self._lock_file is not None:
+            self._lock_file.close()
+            self._lock_file = None
+
+
+def read_token(token_file: str | Path | None) -> str:
+    """The token from a file, from stdin for "-", or from FEDSODA_TOKEN: never from argv.
+
+    Raises:
+        UsageProblem: there is none.
+    """
+    if token_file is None:
+        token = os.environ.get("FEDSODA_TOKEN", "")
+        if not token.strip():
+            raise UsageProblem("no token: give --token-file FILE (or - for stdin), or set FEDSODA_TOKEN")
+    elif str(token_file) == "-":
+        token = sys.stdin.readline()
+    else:
+        try:
+            token = Path(token_file).read_text(encoding="utf-8")
+        except OSError as error:
+            raise UsageProblem(f"the token file {token_file} cannot be read: {error.strerror}") from error
+    if not token.strip():
+        raise UsageProblem(f"the token from {token_file} is empty; ask the hub's owner for one")
+    return token.strip()

@@ -1,0 +1,89 @@
+"""What this device has free, and whether a bundle fits: the sentence that says so, before anything is fetched."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import psutil
+
+from fedsoda_edge.errors import DeviceTooSmall, UsageProblem
+from fedsoda_edge.protocol.manifest import EdgeNeeds
+from fedsoda_edge.protocol.messages import DeviceFacts
+
+
+def read_device(home: Path) -> DeviceFacts:
+    """Free RAM and disk through psutil, free VRAM through NVML: no CUDA context is made in the agent."""
+    name, vram = _free_vram()
+    existing = home
+    while not existing.exists():
+        existing = existing.parent
+    return DeviceFacts(
+        ram_bytes=psutil.virtual_memory().available,
+        vram_bytes=vram,
+        disk_bytes=shutil.disk_usage(existing).free,
+        threads=psutil.cpu_count(logical=False) or os.cpu_count() or 1,
+        accelerator=name,
+    )
+
+
+def _free_vram() -> tuple[str, int]:
+    """(name, free bytes) of the NVIDIA GPU with most free memory; ("", 0) where there is none."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return "", 0
+    try:
+        found = []
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            name = pynvml.nvmlDeviceGetName(handle)
+            found.append((int(pynvml.nvmlDeviceGetMemoryInfo(handle).free), str(name)))
+        free, name = max(found, default=(0, ""))
+        return name, free
+    except pynvml.NVMLError:
+        return "", 0
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def choose_device(wanted: str, needs: EdgeNeeds, facts: DeviceFacts, held_bytes: int = 0) -> str:
+    """ "cpu" or "cuda[:n]": where this bundle can be trained.
+
+    Args:
+        wanted: "auto", "cpu" or "cuda[:n]"; auto takes a GPU that has room, else the CPU.
+        held_bytes: bytes of the bundle that are on the disk already.
+
+    Raises:
+        DeviceTooSmall: nothing it may use has room; says both numbers.
+        UsageProblem: `wanted` is none of these.
+    """
+    if wanted not in ("auto", "cpu") and not wanted.startswith("cuda"):
+        raise UsageProblem(f"--device {wanted!r} is none of auto, cpu, cuda, cuda:N")
+    disk = max(0, needs.disk_bytes - held_bytes)
+    if facts.disk_bytes < disk:
+        raise DeviceTooSmall(
+            f"this device has {gib(facts.disk_bytes)} of disk free, the bundle needs {gib(disk)}; "
+            "free space or point FEDSODA_HOME to another disk"
+        )
+    has_vram = facts.vram_bytes >= needs.vram_bytes
+    if wanted.startswith("cuda") and not has_vram:
+        raise DeviceTooSmall(
+            f"the GPU {facts.accelerator or '(none found)'} has {gib(facts.vram_bytes)} free, the sub-LLM needs "
+            f"{gib(needs.vram_bytes)}; close what uses it, or --device cpu"
+        )
+    if wanted != "cpu" and has_vram:
+        return "cuda" if wanted == "auto" else wanted
+    if facts.ram_bytes < needs.ram_bytes:
+        raise DeviceTooSmall(
+            f"this device has {gib(facts.ram_bytes)} of memory free, the sub-LLM needs {gib(needs.ram_bytes)}; "
+            "close other programs, or ask the hub's owner for a smaller sub-LLM"
+        )
+    return "cpu"

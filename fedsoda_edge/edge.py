@@ -1,0 +1,689 @@
+"""Edge and Participation: join a hub, take offers, train, submit, reconnect.
+
+An asyncio loop in a daemon thread holds the socket; torch lives in the worker process; user code may block as
+long as it likes. What may be said when is `protocol/session.py`'s; the numbers are the worker's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import queue
+import random
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import msgspec
+
+from fedsoda_edge.config import Home, read_token
+from fedsoda_edge.data import DEFAULT_COMPLETION, DEFAULT_PROMPT, LocalData, TextTemplate
+from fedsoda_edge.device import choose_device, read_device
+from fedsoda_edge.errors import (
+    BlobCorrupt,
+    HubUnreachable,
+    ProtocolMismatch,
+    ProtocolViolation,
+    RefusedByHub,
+)
+from fedsoda_edge.ports import Clock, SystemClock, Transport
+from fedsoda_edge.ports.child import Child, peak_rss_bytes
+from fedsoda_edge.ports.disk import sha256, sha256_file, write_durably
+from fedsoda_edge.protocol import messages as ms
+from fedsoda_edge.protocol.manifest import BundleManifest
+from fedsoda_edge.protocol.session import Blob, EdgeSession, chunks
+from fedsoda_edge.store import FileStore
+from fedsoda_edge.transport import HubTransport
+
+Say = Callable[[dict[str, Any]], None]
+T = TypeVar("T")
+
+MAX_BACKOFF_SECONDS = 30.0
+FORGET_RESIDUAL_AFTER = 5  # missed rounds
+PROGRESS_SECONDS = 0.5
+
+WHAT_LEAVES = (
+    "What leaves this device: coded LoRA deltas, the number of examples, the mean loss, the device's sizes. Never text, "
+    "never hidden states. Text can be partly recovered from deltas (arXiv 2601.17533): join only hubs you trust."
+)
+
+
+@dataclass(frozen=True)
+class Update:
+    """A trained round: the coded delta as a file, never a tensor."""
+
+    round_number: int
+    path: Path
+    digest: str
+    num_examples: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class Offer:
+    """One round the hub invites this edge to."""
+
+    round_number: int
+    rounds: int
+    due_seconds: float
+    _participation: Participation
+
+    def train(self) -> Update:
+        """Train the round in the worker; blocks until it is done. Raises FedSODAError."""
+        return self._participation._call(self._participation._agent.train(self.round_number))
+
+    def submit(self, update: Update) -> bool:
+        """Send the update until the hub's receipt; False when the hub refused it (its reason is said)."""
+        return self._participation._call(self._participation._agent.submit(update))
+
+
+class Edge:
+    """A hub as this device sees it.
+
+    Args:
+        hub: its URL, or a Transport such as `testing.ScriptedHub`.
+        token_file: file with the token ("-": stdin); None: FEDSODA_TOKEN.
+        home: where state is kept; None: FEDSODA_HOME or the platform's user directory.
+        device: "auto", "cpu" or "cuda[:n]".
+        threads: of the worker; 0 leaves it to torch.
+    """
+
+    def __init__(
+        self,
+        hub: str | Transport,
+        *,
+        token_file: str | Path | None = None,
+        home: str | Path | None = None,
+        device: str = "auto",
+        threads: int = 0,
+    ) -> None:
+        self._hub = hub
+        self._token_file = token_file
+        self._home = Path(home) if home is not None else None
+        self._device = device
+        self._threads = threads
+
+    def transport(self) -> Transport:
+        """A fresh conversation with the hub."""
+        if isinstance(self._hub, str):
+            return HubTransport(self._hub, read_token(self._token_file))
+        return self._hub
+
+    def join(
+        self, data: LocalData, *, on_event: Say = lambda _: None, unattended: bool = False, max_rounds: int = 0
+    ) -> Participation:
+        """Take part with this data: a context manager that yields offers.
+
+        Args:
+            on_event: called from another thread with one dict per event, for progress displays.
+            unattended: retry for ever, even when the hub cannot be reached at first.
+            max_rounds: leave after that many submitted updates; 0: stay to the end.
+        """
+        agent = _Agent(
+            self.transport(), Home(self._home), data, self._device, self._threads, unattended, on_event, SystemClock()
+        )
+        return Participation(agent, max_rounds)
+
+
+class Participation:
+    """Iterate to take part; ends with the run. Errors of the other thread are raised here."""
+
+    def __init__(self, agent: _Agent, max_rounds: int) -> None:
+        self._agent = agent
+        self._max_rounds = max_rounds
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="fedsoda-edge", daemon=True)
+
+    def __enter__(self) -> Participation:
+        self._thread.start()
+        try:
+            self._call(self._agent.start())
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def __iter__(self) -> Iterator[Offer]:
+        while True:
+            if self._max_rounds and self._agent.submitted >= self._max_rounds:
+                self._call(self._agent.leave(f"took part in {self._agent.submitted} rounds"))
+                return
+            item = self._next()
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield Offer(item.round, item.rounds, item.due_seconds, self)
+
+    def _next(self) -> ms.RoundOffer | BaseException | None:
+        while True:
+            with contextlib.suppress(queue.Empty):
+                item = self._agent.offers.get(timeout=0.5)
+                if not isinstance(item, ms.RoundOffer) or not self._agent.has_handed_in(item.round):
+                    return item
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """Rounds, bytes and peak memory so far."""
+        return self._agent.report()
+
+    def leave(self, reason: str) -> None:
+        """Tell the hub that this edge goes for good."""
+        self._call(self._agent.leave(reason))
+
+    def _call(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def _stop(self) -> None:
+        with contextlib.suppress(Exception):
+            asyncio.run_coroutine_threadsafe(self._agent.close(), self._loop).result(timeout=15)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=15)
+        if not self._thread.is_alive():
+            self._loop.close()
+
+
+class _Agent:
+    """The asyncio side: one connection at a time, one worker, state on disk."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        home: Home,
+        data: LocalData,
+        device: str,
+        threads: int,
+        unattended: bool,
+        say: Say,
+        clock: Clock,
+    ) -> None:
+        self._transport = transport
+        self._home = home
+        self._data = data
+        self._device = device
+        self._unattended = unattended
+        self._say = say
+        self._clock = clock
+        self._session = EdgeSession()
+        environment = {"HF_HUB_OFFLINE": "1", "USE_HUB_KERNELS": "0", "TOKENIZERS_PARALLELISM": "false"}
+        if threads:
+            environment |= {"FEDSODA_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
+        self._worker = Child("fedsoda_edge.worker", environment)
+        self._welcome: ms.Welcome | None = None
+        self._manifest: BundleManifest | None = None
+        self._num_examples = 0
+        self._reader: asyncio.Task[None] | None = None
+        self._connected = asyncio.Event()
+        self._blob: asyncio.Future[bytes] | None = None
+        self._blob_lock = asyncio.Lock()
+        self._answer: asyncio.Future[ms.Receipt | ms.Refusal] | None = None
+        self._offer: ms.RoundOffer | None = None
+        self._border_for: str | None = None
+        self._working_on = 0
+        self._submitting = asyncio.Lock()
+        self._progress_tasks: set[asyncio.Task[None]] = set()
+        self._told_what_leaves = False
+        self._ended = False
+        self.offers: queue.Queue[ms.RoundOffer | BaseException | None] = queue.Queue()
+        self.submitted = 0
+        self.rounds: list[dict[str, Any]] = []
+
+    # --- joining -------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Connect, check the device, fetch the bundle, read the data, say Ready."""
+        self._home.lock()
+        welcome = await self._greet(keep_trying=self._unattended)
+        self._say({"event": "joined", "run": welcome.run_name, "edge": welcome.edge, "rounds": welcome.rounds})
+        rows = self._data.check(*self._template())
+        store = FileStore(self._home.store)
+        manifest_path = await store.fetch(self._transport, welcome.manifest.digest, welcome.manifest.bytes)
+        manifest = msgspec.json.decode(manifest_path.read_bytes(), type=BundleManifest)
+        self._manifest = manifest
+        wanted = [(file.sha256, file.bytes) for file in manifest.files]
+        held = store.held_bytes(wanted)
+        facts = read_device(self._home.directory)
+        device = choose_device(self._device, manifest.needs, facts, held)
+        self._say(
+            {
+                "event": "device",
+                "device": device,
+                "ram_needed": manifest.needs.ram_bytes,
+                "ram_free": facts.ram_bytes,
+                "disk_needed": max(0, manifest.needs.disk_bytes - held),
+                "disk_free": facts.disk_bytes,
+            }
+        )
+        total, done = sum(size for _, size in wanted), 0
+
+        def came(count: int) -> None:
+            nonlocal done
+            done += count
+            self._say({"event": "download", "done": done, "total": total})
+
+        for digest, size in wanted:
+            await store.fetch(self._transport, digest, size, came)
+        prompt, completion = self._template()
+        opened = await self._worker.call(
+            "open",
+            {
+                "store": str(self._home.store),
+                "manifest": welcome.manifest.digest,
+                "data": str(self._data.path.absolute()),
+                "columns": dict(self._data.columns),
+                "prompt": prompt.text,
+                "completion": completion.text,
+                "max_length": welcome.max_length,
+                "device": device,
+            },
+        )
+        self._num_examples = opened["num_examples"]
+        self._say({"event": "data", "rows": rows, **opened})
+        await self._resume()
+        self._reader = asyncio.create_task(self._converse())
+        if (self._run_dir / "pending" / "meta.json").exists():
+            # An update without receipt from before a crash goes first: the hub knows whether it has it.
+            await self._submit_pending()
+
+    def _template(self) -> tuple[TextTemplate, TextTemplate]:
+        template = self._welcome.template if self._welcome else None
+        if template is None:
+            return TextTemplate(DEFAULT_PROMPT), TextTemplate(DEFAULT_COMPLETION)
+        return TextTemplate(template.prompt), TextTemplate(template.completion)
+
+    async def _greet(self, *, keep_trying: bool) -> ms.Welcome:
+        """Connect and shake hands; with `keep_trying` for ever, with paced back-off."""
+        attempt = 0
+        while True:
+            try:
+                return await self._greet_once()
+            except HubUnreachable as error:
+                if not keep_trying:
+                    raise
+                if attempt == 0:
+                    self._say({"event": "reconnecting", "message": str(error)})
+                delay = min(MAX_BACKOFF_SECONDS, 0.5 * 2.0 ** min(attempt, 10))
+                attempt += 1
+                await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # not all edges at once
+
+    async def _greet_once(self) -> ms.Welcome:
+        await self._transport.connect()
+        self._session = EdgeSession()
+        await self._transport.send(
+            self._session.send(
+                ms.Hello(
+                    protocol=ms.PROTOCOL_VERSION,
+                    software=f"fedsoda {version('fedsoda')}",
+                    device_id=self._home.device_id(),
+                    device=read_device(self._home.directory),
+                )
+            )
+        )
+        async for frame in self._transport.frames():
+            answer = self._session.receive(frame)
+            if isinstance(answer, ms.Refusal):
+                raise RefusedByHub(f"the hub refused: {answer.reason}")
+            assert isinstance(answer, ms.Welcome)
+            if answer.protocol != ms.PROTOCOL_VERSION:
+                raise ProtocolMismatch(ms.PROTOCOL_VERSION, answer.protocol)
+            if self._welcome is not None and answer.run_id != self._welcome.run_id:
+                raise RefusedByHub(
+                    f"the hub now serves run {answer.run_id}, this join began with {self._welcome.run_id}; join again"
+                )
+            self._welcome = answer
+            return answer
+        raise HubUnreachable("the hub closed the connection before it answered Hello", "HTTP")
+
+    async def _resume(self) -> None:
+        """After every (re)connect: this edge may be invited."""
+        await self._send(ms.Ready(num_examples=self._num_examples))
+        self._connected.set()
+
+    # --- the conversation ----------------------------------------------------------------------------------
+
+    async def _converse(self) -> None:
+        """Read for ever; reconnect for ever. Ends with Farewell or an error that retrying cannot mend."""
+        try:
+            while not self._ended:
+                async for frame in self._transport.frames():
+                    self._received(self._session.receive(frame))
+                    if self._ended:
+                        break
+                if self._ended:
+                    break
+                self._lost()
+                await self._greet(keep_trying=True)
+                await self._resume()
+                self._say({"event": "reconnected"})
+            self.offers.put(None)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            self._lost()
+            self.offers.put(error)
+
+    def _lost(self) -> None:
+        self._connected.clear()
+        gone = HubUnreachable("the connection ended", "TCP")
+        for waiting in (self._blob, self._answer):
+            if waiting is not None and not waiting.done():
+                waiting.set_exception(gone)
+
+    def _received(self, message: ms.HubMessage | Blob | None) -> None:
+        match message:
+            case Blob():
+                if self._blob is not None and not self._blob.done():
+                    self._blob.set_result(message.data)
+            case ms.RoundOffer():
+                is_new = self._offer is None or self._offer.round != message.round
+                self._offer = message
+                self._say({"event": "offer", "round": message.round, "due_seconds": message.due_seconds})
+                if is_new or not self._is_busy(message.round):
+                    self.offers.put(message)
+            case ms.Receipt():
+                if self._answer is not None and not self._answer.done():
+                    self._answer.set_result(message)
+            case ms.Refusal():
+                if message.fatal:
+                    raise RefusedByHub(f"the hub refused: {message.reason}")
+                if self._answer is not None and not self._answer.done():
+                    self._answer.set_result(message)
+            case ms.RoundClosed():
+                self._say({"event": "round_closed", "round": message.round, "updates": message.num_updates})
+            case ms.Farewell():
+                self._ended = True
+                self._say({"event": "farewell", "rounds": message.rounds, "reason": message.reason})
+            case _:
+                pass
+
+    def _is_busy(self, round_number: int) -> bool:
+        """The same offer comes again after a reconnect; a round in hand or handed in is not begun again."""
+        return self._working_on == round_number or self.has_handed_in(round_number)
+
+    def has_handed_in(self, round_number: int) -> bool:
+        return any(done["round"] == round_number and done["accepted"] for done in self.rounds)
+
+    async def _send(self, message: ms.EdgeMessage, payload: bytes | memoryview = b"") -> None:
+        await self._transport.send(self._session.send(message, payload))
+
+    async def _patiently(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Do again what a lost connection broke off."""
+        while True:
+            await self._connected.wait()
+            try:
+                return await work()
+            except (HubUnreachable, AssertionError) as error:
+                if isinstance(error, AssertionError) and self._connected.is_set():
+                    raise
+                await asyncio.sleep(0.05)
+
+    async def _fetch(self, blob: ms.BlobRef) -> bytes:
+        async def once() -> bytes:
+            async with self._blob_lock:
+                self._blob = asyncio.get_running_loop().create_future()
+                await self._transport.send(self._session.request(blob))
+                return await self._blob
+
+        return await self._patiently(once)
+
+    # --- rounds --------------------------------------------------------------------------------------------
+
+    @property
+    def _run_dir(self) -> Path:
+        assert self._welcome is not None
+        return self._home.run(self._welcome.run_id)
+
+    async def train(self, round_number: int) -> Update:
+        """Bring views up to date, sweep the border if the alignment changed, train."""
+        offer, welcome = self._offer, self._welcome
+        assert offer is not None
+        assert welcome is not None
+        if offer.round != round_number:
+            raise ProtocolViolation(f"round {round_number} is over, the hub offers {offer.round}; take the next offer")
+        self._working_on = round_number
+        try:
+            emulator = await self._bring_up("emulator", offer.emulator, offer.alignment)
+            view = await self._bring_up("adapter", offer.view, offer.round)
+            if self._border_for != offer.emulator.digest:
+                await self._worker.call("border", {"emulator": emulator}, self._report_sweep)
+                self._border_for = offer.emulator.digest
+            pending = self._run_dir / "pending"
+            pending.mkdir(exist_ok=True)
+            (pending / "meta.json").unlink(missing_ok=True)
+            result = await self._worker.call(
+                "train",
+                {
+                    "view": view,
+                    "settings": msgspec.to_builtins(offer.local),
+                    "seed": welcome.seed,
+                    "round": offer.round,
+                    "edge": welcome.edge,
+                    "codec": welcome.codec,
+                    "residual": self._residual(offer.round),
+                    "update": str(pending / "update"),
+                    "new_residual": str(pending / "residual"),
+                },
+                self._reporter(offer.round),
+            )
+            path = pending / "update"
+            digest = await asyncio.to_thread(sha256_file, path)
+            start = ms.UpdateStart(
+                round=offer.round,
+                base=offer.view.digest,
+                alignment=offer.alignment,
+                digest=ms.Digest(digest),
+                bytes=path.stat().st_size,
+                codec=welcome.codec,
+                num_examples=result["num_examples"],
+                loss=result["loss"],
+            )
+            write_durably(pending / "meta.json", msgspec.json.encode(start))
+            self._say({"event": "trained", "round": offer.round, "edge": welcome.edge, **result})
+            loss = float("nan") if result["loss"] is None else result["loss"]
+            return Update(offer.round, path, digest, result["num_examples"], loss)
+        finally:
+            self._working_on = 0
+
+    def _report_sweep(self, values: Mapping[str, Any]) -> None:
+        self._say({"event": "sweep", **values})
+
+    def _reporter(self, round_number: int) -> Callable[[dict[str, Any]], None]:
+        """Tell people and the hub how far training is, twice a second at most."""
+        last = -PROGRESS_SECONDS
+
+        def report(values: dict[str, Any]) -> None:
+            nonlocal last
+            now = self._clock.monotonic()
+            if now - last < PROGRESS_SECONDS and values["step"] != values["steps"]:
+                return
+            last = now
+            self._say({"event": "training", "round": round_number, **values})
+            if self._connected.is_set() and self._session.state == "open":
+                message = ms.Progress(
+                    round=round_number,
+                    step=values["step"],
+                    steps=values["steps"],
+                    loss=values["loss"],
+                    tokens_per_second=values["tokens_per_second"],
+                )
+                task = asyncio.get_running_loop().create_task(self._try_send(message))
+                self._progress_tasks.add(task)
+                task.add_done_callback(self._progress_tasks.discard)
+
+        return report
+
+    async def _try_send(self, message: ms.EdgeMessage) -> None:
+        with contextlib.suppress(HubUnreachable, AssertionError):
+            await self._send(message)
+
+    async def _bring_up(self, which: str, wanted: ms.ViewRef, number: int) -> str | None:
+        """The file of a view; None for the bundle's own. By delta from the one before, else by snapshot."""
+        path = self._run_dir / f"{which}.safetensors"
+        mark = self._run_dir / f"{which}.number"
+        if wanted.snapshot is None or wanted.delta is None:
+            return None
+        if path.exists() and await asyncio.to_thread(sha256_file, path) == wanted.digest:
+            write_durably(mark, str(number).encode())
+            return str(path)
+        assert self._welcome is not None
+        held = int(mark.read_text()) if path.exists() and mark.exists() else 0
+        first = 1 if which == "emulator" else 2
+        if (path.exists() and held == number - 1) or (not path.exists() and number == first):
+            coded = self._run_dir / f"{which}.delta"
+            moved = self._run_dir / f"{which}.moved"
+            write_durably(coded, await self._fetch(wanted.delta))
+            answer = await self._worker.call(
+                "advance",
+                {
+                    "which": which,
+                    "view": str(path) if path.exists() else None,
+                    "delta": str(coded),
+                    "codec": self._welcome.codec,
+                    "out": str(moved),
+                },
+            )
+            coded.unlink()
+            if answer["digest"] == wanted.digest:
+                os.replace(moved, path)
+                write_durably(mark, str(number).encode())
+                return str(path)
+        data = await self._fetch(wanted.snapshot)
+        if sha256(data) != wanted.digest:
+            raise BlobCorrupt(f"the hub's snapshot of the {which} LoRA has digest {sha256(data)[:12]}, not its own")
+        write_durably(path, data)
+        write_durably(mark, str(number).encode())
+        return str(path)
+
+    def _residual(self, round_number: int) -> str | None:
+        """The error feedback of the last receipt; dropped after five missed rounds."""
+        path, mark = self._run_dir / "residual", self._run_dir / "residual.round"
+        if not path.exists() or round_number - int(mark.read_text()) > FORGET_RESIDUAL_AFTER:
+            return None
+        return str(path)
+
+    async def submit(self, update: Update) -> bool:
+        """Announce, send in chunks, wait for the receipt; then the residual counts."""
+        if not self._told_what_leaves:
+            self._told_what_leaves = True
+            self._say({"event": "notice", "message": WHAT_LEAVES})
+        return await self._submit_pending()
+
+    async def _submit_pending(self) -> bool:
+        async with self._submitting:
+            pending = self._run_dir / "pending"
+            meta = pending / "meta.json"
+            if not meta.exists():  # the receipt came by another way
+                return True
+            start = msgspec.json.decode(meta.read_bytes(), type=ms.UpdateStart)
+            data = await asyncio.to_thread((pending / "update").read_bytes)
+            while True:
+                answer = await self._patiently(lambda: self._upload(start, data))
+                if not (isinstance(answer, ms.Refusal) and answer.retry):
+                    break
+                self._say({"event": "retrying", "round": start.round, "reason": answer.reason})
+                await asyncio.sleep(5.0)
+            taken = isinstance(answer, ms.Receipt)
+            if taken:
+                if (pending / "residual").exists():  # gone when a crash came between this line and the last
+                    os.replace(pending / "residual", self._run_dir / "residual")
+                write_durably(self._run_dir / "residual.round", str(start.round).encode())
+                self.submitted += 1
+            meta.unlink()  # last: until then a crash sends the update again, and the hub has its first receipt
+            self.rounds.append({"round": start.round, "loss": start.loss, "accepted": taken})
+            event: dict[str, Any] = {"event": "accepted" if taken else "refused", "round": start.round}
+            if isinstance(answer, ms.Refusal):
+                event["reason"] = answer.reason
+            self._say(event | {"num_examples": start.num_examples, "loss": start.loss, "bytes": len(data)})
+            return taken
+
+    async def _upload(self, start: ms.UpdateStart, data: bytes) -> ms.Receipt | ms.Refusal:
+        self._answer = asyncio.get_running_loop().create_future()
+        await self._send(start)
+        for offset, piece in chunks(data):
+            await self._send(ms.UpdateChunk(digest=start.digest, offset=offset), piece)
+        while True:
+            answer = await self._answer
+            if answer.round == start.round:
+                return answer
+            self._answer = asyncio.get_running_loop().create_future()
+
+    # --- the end -------------------------------------------------------------------------------------------
+
+    async def leave(self, reason: str) -> None:
+        if self._session.state == "open":
+            await self._try_send(ms.Leave(reason=reason))
+        self._ended = True
+
+    async def close(self) -> None:
+        if self._reader is not None:
+            self._reader.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._reader
+        await self._transport.close()
+        await self._worker.close()
+        self._home.unlock()
+
+    def report(self) -> dict[str, Any]:
+        return {
+            "run": self._welcome.run_name if self._welcome else None,
+            "edge": self._welcome.edge if self._welcome else None,
+            "rounds": self.rounds,
+            "num_examples": self._num_examples,
+            "bytes": {"up": getattr(self._transport, "up", 0), "down": getattr(self._transport, "down", 0)},
+            "agent_peak_rss_bytes": peak_rss_bytes(),
+            "worker_peak_rss_bytes": self._worker.peak_rss_bytes,
+        }
+
+
+async def look_at(edge: Edge) -> dict[str, Any]:
+    """Greet the hub, read its manifest, compare with this device; nothing is joined. Raises DeviceTooSmall."""
+    home = Home(edge._home)
+    agent = _Agent(edge.transport(), home, LocalData(Path()), edge._device, 0, False, lambda _: None, SystemClock())
+    try:
+        welcome = await agent._greet_once()
+        store = FileStore(home.store)
+        path = await store.fetch(agent._transport, welcome.manifest.digest, welcome.manifest.bytes)
+        manifest = msgspec.json.decode(path.read_bytes(), type=BundleManifest)
+        facts = read_device(home.directory)
+        held = store.held_bytes([(file.sha256, file.bytes) for file in manifest.files])
+        return {
+            "run": welcome.run_name,
+            "source": manifest.source,
+            "layers": manifest.plan.num_layers,
+            "layers_kept": len(manifest.plan.kept),
+            "adapter_layers": len(manifest.plan.adapter),
+            "rank": manifest.lora.rank,
+            "rounds": welcome.rounds,
+            "disk_needed": max(0, manifest.needs.disk_bytes - held),
+            "disk_free": facts.disk_bytes,
+            "ram_needed": manifest.needs.ram_bytes,
+            "ram_free": facts.ram_bytes,
+            "vram_needed": manifest.needs.vram_bytes,
+            "vram_free": facts.vram_bytes,
+            "device": choose_device(edge._device, manifest.needs, facts, held),
+        }
+    finally:
+        await agent._transport.close()
+
+
+async def say_goodbye(edge: Edge) -> str:
+    """Tell the hub that this edge does not come back; the run's name."""
+    agent = _Agent(
+        edge.transport(), Home(edge._home), LocalData(Path()), "auto", 0, False, lambda _: None, SystemClock()
+    )
+    try:
+        welcome = await agent._greet_once()
+        await agent.leave("the owner of the device left")
+        return welcome.run_name
+    finally:
+        await agent._transport.close()

@@ -1,0 +1,152 @@
+"""Bytes over websockets (control, updates) and httpx (bundles); the only edge file that touches the network.
+
+It cannot name the file that reads private text (tests/test_architecture.py). Proxies of the environment are
+honoured by both libraries.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import ssl
+from collections.abc import AsyncIterator
+from typing import Any
+from urllib.parse import urlsplit
+
+from fedsoda_edge.errors import HubUnreachable, RefusedByHub, UsageProblem
+from fedsoda_edge.protocol.codec import MAX_FRAME_BYTES, wire_bytes
+
+OPEN_SECONDS = 20.0
+
+
+class HubTransport:
+    """One hub at one URL. up and down count websocket payload and framing, in bytes."""
+
+    def __init__(self, url: str, token: str) -> None:
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UsageProblem(f"{url!r} is no hub address; write http://host:port or https://host")
+        self.url = f"{parts.scheme}://{parts.netloc}"
+        self._parts = parts
+        self._headers = {"Authorization": f"Bearer {token}"}
+        self._socket: Any = None
+        self.up = 0
+        self.down = 0
+
+    async def connect(self) -> None:
+        """Open the websocket.
+
+        Raises:
+            HubUnreachable: names the first step that failed: DNS, TCP, TLS, HTTP.
+            RefusedByHub: the hub does not take the token.
+        """
+        from websockets.asyncio.client import connect
+        from websockets.exceptions import InvalidStatus, WebSocketException
+
+        await self.close()
+        address = f"{'wss' if self._parts.scheme == 'https' else 'ws'}://{self._parts.netloc}/v1/session"
+        try:
+            self._socket = await connect(
+                address,
+                additional_headers=self._headers,
+                compression=None,  # deflate costs 40 x throughput and gains nothing on codes
+                max_size=MAX_FRAME_BYTES,
+                open_timeout=OPEN_SECONDS,
+                user_agent_header=None,
+            )
+        except InvalidStatus as error:
+            raise self._bad_status(error.response.status_code, bytes(error.response.body or b"")) from error
+        except (OSError, WebSocketException, TimeoutError) as error:
+            raise await self._diagnosis(error) from error
+
+    def _bad_status(self, status: int, body: bytes) -> HubUnreachable | RefusedByHub:
+        if status in (401, 403):
+            reason = "the token was not accepted"
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                reason = str(json.loads(body)["reason"])
+            return RefusedByHub(f"the hub {self.url} refused: {reason}")
+        return HubUnreachable(
+            f"{self.url} answers HTTP {status}, which a hub does not; check the address and the proxy before it", "HTTP"
+        )
+
+    async def _diagnosis(self, cause: Exception) -> HubUnreachable:
+        """One pass over DNS, TCP, TLS, HTTP: the first that fails is what the user must mend."""
+        host = self._parts.hostname or ""
+        port = self._parts.port or (443 if self._parts.scheme == "https" else 80)
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except OSError as error:
+            return HubUnreachable(f"DNS: the name {host!r} has no address ({error}); check the spelling", "DNS")
+        try:
+            async with asyncio.timeout(OPEN_SECONDS):
+                _, writer = await asyncio.open_connection(host, port)
+        except (OSError, TimeoutError) as error:
+            return HubUnreachable(
+                f"TCP: nothing answers at {host}:{port} ({error or 'timeout'}); is the hub running, is the port open?",
+                "TCP",
+            )
+        writer.close()
+        if self._parts.scheme == "https":
+            try:
+                async with asyncio.timeout(OPEN_SECONDS):
+                    _, writer = await asyncio.open_connection(host, port, ssl=ssl.create_default_context())
+                writer.close()
+            except (OSError, TimeoutError) as error:
+                return HubUnreachable(f"TLS: {host}:{port} answers, but not with a valid certificate ({error})", "TLS")
+        return HubUnreachable(f"HTTP: {self.url} answers, but not as a hub does ({cause})", "HTTP")
+
+    async def send(self, frame: bytes) -> None:
+        """Raises HubUnreachable when the connection is gone."""
+        from websockets.exceptions import ConnectionClosed
+
+        if self._socket is None:
+            raise HubUnreachable(f"not connected to {self.url}", "TCP")
+        try:
+            await self._socket.send(frame)
+        except ConnectionClosed as error:
+            raise HubUnreachable(f"the connection to {self.url} ended ({error})", "TCP") from error
+        self.up += wire_bytes(frame, masked=True)
+
+    async def frames(self) -> AsyncIterator[bytes]:
+        from websockets.exceptions import ConnectionClosed
+
+        with contextlib.suppress(ConnectionClosed):
+            async for frame in self._socket:
+                data = frame.encode() if isinstance(frame, str) else frame
+                self.down += wire_bytes(data, masked=False)
+                yield data
+
+    async def close(self) -> None:
+        if self._socket is not None:
+            await self._socket.close()
+            self._socket = None
+
+    async def fetch(self, digest: str, offset: int) -> AsyncIterator[bytes]:
+        """A file of the bundle by HTTP range.
+
+        Raises:
+            HubUnreachable: the transfer broke off; what came was yielded. RefusedByHub.
+        """
+        import httpx
+
+        headers = {**self._headers, **({"Range": f"bytes={offset}-"} if offset else {})}
+        try:
+            async with (
+                httpx.AsyncClient(timeout=httpx.Timeout(OPEN_SECONDS, read=60.0)) as client,
+                client.stream("GET", f"{self.url}/v1/blobs/{digest}", headers=headers) as response,
+            ):
+                if response.status_code not in (200, 206):
+                    raise self._bad_status(response.status_code, await response.aread())
+                skip = offset if response.status_code == 200 else 0  # a proxy that drops Range sends it all
+                async for piece in response.aiter_raw(1 << 20):
+                    if skip:
+                        skip, piece = max(0, skip - len(piece)), piece[skip:]
+                    if piece:
+                        yield piece
+        except httpx.HTTPError as error:
+            raise HubUnreachable(
+                f"the download from {self.url} broke off ({error!r}); join again goes on there", "HTTP"
+            ) from error

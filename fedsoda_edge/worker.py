@@ -1,0 +1,170 @@
+"""The edge's child process that owns torch and the GPU: open, border, train, advance. No sockets.
+
+It reads private text and writes only LoRA tensors; its parent never sees ids or hidden states.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import msgspec
+import psutil
+import torch
+
+from fedsoda_edge.border import Border
+from fedsoda_edge.data import LocalData, SampleTokenizer, TextTemplate, read_samples
+from fedsoda_edge.errors import UsageProblem
+from fedsoda_edge.model import delta, lora
+from fedsoda_edge.model.bundle import Bundle, read_manifest
+from fedsoda_edge.model.sub_llm import SubLLM, build
+from fedsoda_edge.ports.child import Report, Values, serve
+from fedsoda_edge.ports.disk import BlobStore, write_durably
+from fedsoda_edge.protocol.messages import LocalSettings
+from fedsoda_edge.training import fine_tune
+
+
+class Worker:
+    """One run on one device. Paths come from the agent; what is between them stays here."""
+
+    def __init__(self) -> None:
+        self._bundle: Bundle | None = None
+        self._border: Border | None = None
+        self._sub_llm: SubLLM | None = None
+        self._device = "cpu"
+        self._compute_dtype = torch.float32
+
+    @property
+    def bundle(self) -> Bundle:
+        assert self._bundle is not None, "the agent opens the bundle first"
+        return self._bundle
+
+    def open(self, values: Values, _: Report) -> Values:
+        """Verify the bundle and read the data; how many samples there are."""
+        store = BlobStore(Path(values["store"]))
+        manifest = read_manifest(store.get(values["manifest"]))
+        self._bundle = Bundle(manifest, lambda file: store.path(file.sha256))
+        self._device = values["device"]
+        if self._device.startswith("cuda"):
+            if not torch.cuda.is_available():
+                raise UsageProblem(
+                    f"--device {self._device}: torch has no CUDA here; install a CUDA build, or --device cpu"
+                )
+            self._compute_dtype = torch.bfloat16
+        tokenizer = SampleTokenizer(self._bundle.path("tokenizer.json"), manifest.config.get("eos_token_id"))
+        self._samples = read_samples(
+            LocalData(Path(values["data"]), values["columns"]),
+            TextTemplate(values["prompt"]),
+            TextTemplate(values["completion"]),
+            tokenizer,
+            min(values["max_length"], int(manifest.config["max_position_embeddings"])),
+        )
+        return {
+            "num_examples": len(self._samples.samples),
+            "num_skipped": self._samples.num_skipped,
+            "threads": torch.get_num_threads(),
+        }
+
+    def border(self, values: Values, report: Report) -> Values:
+        """Sweep all samples through the sub-emulator with this alignment."""
+        bundle, spec = self.bundle, self.bundle.manifest.lora
+        path = values["emulator"]
+        emulator = bundle.emulator_lora() if path is None else delta.from_bytes(Path(path).read_bytes(), spec.emulator)
+        self._border = Border.sweep(
+            bundle,
+            bundle.plan.sub_emulator,
+            self._samples.samples,
+            lora=emulator,
+            lora_scale=spec.scale,
+            compute_dtype=self._compute_dtype,
+            device=self._device,
+            progress=lambda done, total: report({"stage": "sweep", "done": done, "total": total}),
+        )
+        return {}
+
+    def train(self, values: Values, report: Report) -> Values:
+        """One local round: the coded delta and the new residual as files."""
+        bundle, spec = self.bundle, self.bundle.manifest.lora
+        assert self._border is not None, "the agent asks for the border first"
+        view = self._view(values["view"])
+        if self._sub_llm is None:
+            self._sub_llm = build(
+                bundle,
+                bundle.plan.adapter,
+                compute_dtype=self._compute_dtype,
+                device=self._device,
+                dense=self._has_room_for_dense(),
+            )
+            lora.attach(self._sub_llm, spec, view)
+        trained = fine_tune(
+            self._sub_llm,
+            self._border,
+            view,
+            msgspec.convert(values["settings"], LocalSettings),
+            seed=values["seed"],
+            round_number=values["round"],
+            edge=values["edge"],
+            progress=lambda step, steps, loss, rate: report(
+                {
+                    "stage": "train",
+                    "step": step,
+                    "steps": steps,
+                    "loss": loss if math.isfinite(loss) else None,
+                    "tokens_per_second": rate,
+                }
+            ),
+        )
+        finite = math.isfinite(trained.loss)
+        # A broken round still answers, with nothing in it: the hub refuses it and the round goes on.
+        wanted = trained.delta if finite else {name: torch.zeros_like(value) for name, value in view.items()}
+        residual = None
+        if finite and values["residual"] is not None:
+            residual = delta.from_bytes(Path(values["residual"]).read_bytes(), spec.adapter)
+        coded, left = delta.encode_with_feedback(wanted, residual, spec.adapter, values["codec"])
+        write_durably(Path(values["update"]), coded)
+        write_durably(Path(values["new_residual"]), delta.to_bytes(left))
+        return {
+            "num_examples": trained.num_examples,
+            "num_steps": trained.num_steps,
+            "num_tokens": trained.num_tokens,
+            "seconds": trained.seconds,
+            "loss": trained.loss if finite else None,
+        }
+
+    def advance(self, values: Values, _: Report) -> Values:
+        """v + decode(c) for the adapter's or the emulator's view; the digest tells whether it is the hub's."""
+        spec = self.bundle.manifest.lora
+        layout = spec.adapter if values["which"] == "adapter" else spec.emulator
+        held = values["view"]
+        if held is not None:
+            view = delta.from_bytes(Path(held).read_bytes(), layout)
+        else:
+            view = self.bundle.adapter_lora() if values["which"] == "adapter" else self.bundle.emulator_lora()
+        moved = delta.advance(view, Path(values["delta"]).read_bytes(), layout, values["codec"])
+        write_durably(Path(values["out"]), delta.to_bytes(moved))
+        return {"digest": delta.digest(moved)}
+
+    def _view(self, path: str | None) -> dict[str, torch.Tensor]:
+        if path is None:
+            return self.bundle.adapter_lora()
+        return delta.from_bytes(Path(path).read_bytes(), self.bundle.manifest.lora.adapter)
+
+    def _has_room_for_dense(self) -> bool:
+        """Dequantized adapter weights are the same values and quicker; they may take a quarter of free RAM."""
+        if self._device != "cpu":
+            return False
+        stored = sum(self.bundle.path(f"layers.{n}.safetensors").stat().st_size for n in self.bundle.plan.adapter)
+        return stored * 8 < psutil.virtual_memory().available / 4
+
+
+def main() -> None:
+    threads = os.environ.get("FEDSODA_THREADS")
+    if threads:
+        torch.set_num_threads(int(threads))
+    worker = Worker()
+    serve({"open": worker.open, "border": worker.border, "train": worker.train, "advance": worker.advance})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,3 @@
+from fedsoda_hub.cli import main
+
+main()
