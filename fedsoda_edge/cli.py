@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import shutil
-import signal
-import sys
-import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from fedsoda_edge.errors import FedSODAError, UsageProblem
-
-EXIT_HELP = (
-    "Exit status: 0 done; 1 failed, do not retry; 2 wrong usage, settings or data; 3 temporary (network, hub away, "
-    "disk full), retry is sensible; 4 this device cannot hold the model; 5 refused by the hub; 130 Ctrl+C. "
-    "SIGTERM saves state and exits 0."
-)
+from fedsoda_edge.errors import UsageProblem
+from fedsoda_edge.ports.console import EXIT_HELP, finish, note, reporting
 
 app = typer.Typer(
     help="Take part in federated fine-tuning with this device.",
@@ -41,53 +30,6 @@ TokenFile = Annotated[
 Json = Annotated[bool, typer.Option("--json", envvar="FEDSODA_JSON", help="one JSON object on stdout")]
 JsonLines = Annotated[bool, typer.Option("--jsonl", envvar="FEDSODA_JSONL", help="one JSON event a line on stdout")]
 Debug = Annotated[bool, typer.Option("--debug", envvar="FEDSODA_DEBUG", help="add the traceback to an error")]
-
-
-class _Terminated(BaseException):
-    """SIGTERM: save state and exit 0."""
-
-
-@contextlib.contextmanager
-def _reporting(as_json: bool, jsonl: bool, debug: bool) -> Iterator[None]:
-    """Errors as one sentence and the exit status of their class."""
-
-    def terminate(_: int, __: Any) -> None:
-        raise _Terminated
-
-    signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    except FedSODAError as error:
-        _fail(error, error.exit_status, as_json, jsonl, debug, getattr(error, "details", ""))
-    except _Terminated:
-        _print("stopped; join again goes on where this left off")
-        _finish({"status": "ok", "stopped": "SIGTERM"}, as_json, jsonl)
-        raise typer.Exit(0) from None
-    except KeyboardInterrupt:
-        _print("stopped; join again goes on where this left off")
-        _finish({"status": "error", "error": "Interrupted", "message": "Ctrl+C", "exit_status": 130}, as_json, jsonl)
-        raise typer.Exit(130) from None
-
-
-def _fail(error: Exception, status: int, as_json: bool, jsonl: bool, debug: bool, details: str) -> None:
-    _print(f"error: {error}")
-    if debug:
-        _print(details or traceback.format_exc())
-    fields = {"status": "error", "error": type(error).__name__, "message": str(error), "exit_status": status}
-    _finish(fields, as_json, jsonl)
-    raise typer.Exit(status) from None
-
-
-def _finish(values: dict[str, Any], as_json: bool, jsonl: bool) -> None:
-    """The one object of --json, or the terminal event of --jsonl."""
-    if as_json:
-        print(json.dumps({"schema": 1, **values}, allow_nan=False))
-    elif jsonl:
-        print(json.dumps({"schema": 1, "event": "end", "terminal": True, **values}, allow_nan=False), flush=True)
-
-
-def _print(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _columns(pairs: list[str]) -> dict[str, str]:
@@ -126,7 +68,7 @@ def join(
     debug: Debug = False,
 ) -> None:
     """Take part until the run ends or Ctrl+C; joining again goes on where it stopped."""
-    with _reporting(as_json, jsonl, debug):
+    with reporting(as_json, jsonl, debug):
         from fedsoda_edge.data import LocalData
         from fedsoda_edge.edge import Edge
         from fedsoda_edge.progress import Display
@@ -144,45 +86,45 @@ def join(
                     offer.submit(offer.train())
             finally:
                 report = participation.report
-        _finish({"status": "ok", **report}, as_json, jsonl)
+        finish({"status": "ok", **report}, as_json, jsonl)
 
 
 @app.command(epilog="Example: fedsoda-edge plan https://hub.example.org --token-file me.token")
 def plan(url: Url, token_file: TokenFile = None, as_json: Json = False, debug: Debug = False) -> None:
     """What would be downloaded and trained here, and what it needs; exit 4 if this device cannot."""
-    with _reporting(as_json, False, debug):
+    with reporting(as_json, False, debug):
         import asyncio
 
         from fedsoda_edge.device import gib
         from fedsoda_edge.edge import Edge, look_at
 
         found = asyncio.run(look_at(Edge(url, token_file=token_file)))
-        _print(
+        note(
             f"run {found['run']}: {found['source']}, {found['layers_kept']} of {found['layers']} layers, "
             f"LoRA rank {found['rank']} in the last {found['adapter_layers']}\n"
             f"download {gib(found['disk_needed'])} (free {gib(found['disk_free'])}), "
             f"memory {gib(found['ram_needed'])} (free {gib(found['ram_free'])}), device: {found['device']}"
         )
-        _finish({"status": "ok", **found}, as_json, False)
+        finish({"status": "ok", **found}, as_json, False)
 
 
 @app.command(epilog="Example: fedsoda-edge leave https://hub.example.org --token-file me.token")
 def leave(url: Url, token_file: TokenFile = None, as_json: Json = False, debug: Debug = False) -> None:
     """Tell the hub that this device does not come back."""
-    with _reporting(as_json, False, debug):
+    with reporting(as_json, False, debug):
         import asyncio
 
         from fedsoda_edge.edge import Edge, say_goodbye
 
         run = asyncio.run(say_goodbye(Edge(url, token_file=token_file)))
-        _print(f"left run {run}")
-        _finish({"status": "ok", "run": run}, as_json, False)
+        note(f"left run {run}")
+        finish({"status": "ok", "run": run}, as_json, False)
 
 
 @app.command()
 def status(as_json: Json = False, debug: Debug = False) -> None:
     """What this device's FEDSODA_HOME holds and whether a join runs in it."""
-    with _reporting(as_json, False, debug):
+    with reporting(as_json, False, debug):
         from fedsoda_edge.config import Home
         from fedsoda_edge.errors import HomeInUse
 
@@ -195,8 +137,8 @@ def status(as_json: Json = False, debug: Debug = False) -> None:
             except HomeInUse:
                 running = True
         runs = sorted(path.name for path in (home.directory / "runs").glob("*"))
-        _print(f"{home.directory}: {'a join is running' if running else 'no join is running'}; runs: {len(runs)}")
-        _finish({"status": "ok", "home": str(home.directory), "running": running, "runs": runs}, as_json, False)
+        note(f"{home.directory}: {'a join is running' if running else 'no join is running'}; runs: {len(runs)}")
+        finish({"status": "ok", "home": str(home.directory), "running": running, "runs": runs}, as_json, False)
 
 
 @data_app.command("check", epilog="Example: fedsoda-edge data check visits.jsonl --tokenizer model-directory")
@@ -211,7 +153,7 @@ def data_check(
     debug: Debug = False,
 ) -> None:
     """Read every row, show a rendered one, count what truncation would skip."""
-    with _reporting(as_json, False, debug):
+    with reporting(as_json, False, debug):
         from fedsoda_edge.data import LocalData, SampleTokenizer, TextTemplate, join_text, read_samples
 
         local = LocalData.from_jsonl(file, columns=_columns(column or []))
@@ -219,22 +161,20 @@ def data_check(
         rows = local.check(*templates)
         _, first = next(iter(local.rows()))
         shown = join_text(templates[0].render(first), templates[1].render(first))
-        _print(f"{rows} rows; the first is trained on as:\n{shown}")
+        note(f"{rows} rows; the first is trained on as:\n{shown}")
         found: dict[str, Any] = {"rows": rows, "first": shown}
         if tokenizer is not None:
             made = read_samples(local, *templates, SampleTokenizer(tokenizer / "tokenizer.json", None), max_length)
             longest = max(len(sample.ids) for sample in made.samples)
             found |= {"samples": len(made.samples), "skipped": made.num_skipped, "longest": longest}
-            _print(
-                f"{len(made.samples)} samples, {made.num_skipped} skipped (no completion left), longest {longest} ids"
-            )
-        _finish({"status": "ok", **found}, as_json, False)
+            note(f"{len(made.samples)} samples, {made.num_skipped} skipped (no completion left), longest {longest} ids")
+        finish({"status": "ok", **found}, as_json, False)
 
 
 @cache_app.command("list")
 def cache_list(as_json: Json = False, debug: Debug = False) -> None:
     """What takes space."""
-    with _reporting(as_json, False, debug):
+    with reporting(as_json, False, debug):
         from fedsoda_edge.config import Home
         from fedsoda_edge.device import gib
 
@@ -243,14 +183,14 @@ def cache_list(as_json: Json = False, debug: Debug = False) -> None:
             name: sum(path.stat().st_size for path in (home.directory / name).rglob("*") if path.is_file())
             for name in ("store", "runs")
         }
-        _print("\n".join(f"{gib(size):>10}  {home.directory / name}" for name, size in sizes.items()))
-        _finish({"status": "ok", "bytes": sizes}, as_json, False)
+        note("\n".join(f"{gib(size):>10}  {home.directory / name}" for name, size in sizes.items()))
+        finish({"status": "ok", "bytes": sizes}, as_json, False)
 
 
 @cache_app.command("prune")
 def cache_prune(as_json: Json = False, debug: Debug = False) -> None:
     """Delete fetched bundles; a join fetches them again. State of runs stays."""
-    with _reporting(as_json, False, debug):
+    with reporting(as_json, False, debug):
         from fedsoda_edge.config import Home
 
         home = Home()
@@ -258,8 +198,8 @@ def cache_prune(as_json: Json = False, debug: Debug = False) -> None:
         size = sum(path.stat().st_size for path in home.store.glob("*"))
         shutil.rmtree(home.store, ignore_errors=True)
         home.unlock()
-        _print(f"freed {size} bytes")
-        _finish({"status": "ok", "freed_bytes": size}, as_json, False)
+        note(f"freed {size} bytes")
+        finish({"status": "ok", "freed_bytes": size}, as_json, False)
 
 
 def main() -> None:

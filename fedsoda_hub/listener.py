@@ -206,6 +206,24 @@ def bind(host: str, port: int) -> socket.socket:
     return taken
 
 
+def ask_running_hub(run_dir: Path) -> dict[str, Any] | None:
+    """The status of the hub that serves this run on this machine; None when none does."""
+    import httpx
+
+    address = run_dir / "address"
+    if not address.exists():
+        return None
+    url = address.read_text().replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+    secret = (run_dir / "admin.token").read_text().strip()
+    try:
+        answer = httpx.get(
+            f"{url}/v1/status", headers={"Authorization": f"Bearer {secret}"}, timeout=5, trust_env=False
+        )
+    except httpx.HTTPError:
+        return None
+    return dict(answer.json()) if answer.status_code == 200 else None
+
+
 class Server(uvicorn.Server):
     """uvicorn without signal handlers: signals are the daemon's."""
 

@@ -1,0 +1,68 @@
+"""The seam to terminals and scripts, the same for both commands: JSON envelope, sentences, exit statuses."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import typer
+
+from fedsoda_edge.errors import FedSODAError
+
+EXIT_HELP = (
+    "Exit status: 0 done; 1 failed, do not retry; 2 wrong usage, settings or data; 3 temporary (network, hub away, "
+    "disk full), retry is sensible; 4 this device cannot hold the model; 5 refused by the hub; 130 Ctrl+C. "
+    "SIGTERM saves state and exits 0."
+)
+
+
+class _Terminated(BaseException):
+    """SIGTERM: save state and exit 0."""
+
+
+@contextlib.contextmanager
+def reporting(as_json: bool, jsonl: bool, debug: bool) -> Iterator[None]:
+    """Errors as one sentence and the exit status of their class."""
+
+    def terminate(_: int, __: Any) -> None:
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except FedSODAError as error:
+        _fail(error, error.exit_status, as_json, jsonl, debug, getattr(error, "details", ""))
+    except _Terminated:
+        note("stopped; the same command goes on where this left off")
+        finish({"status": "ok", "stopped": "SIGTERM"}, as_json, jsonl)
+        raise typer.Exit(0) from None
+    except KeyboardInterrupt:
+        note("stopped; the same command goes on where this left off")
+        finish({"status": "error", "error": "Interrupted", "message": "Ctrl+C", "exit_status": 130}, as_json, jsonl)
+        raise typer.Exit(130) from None
+
+
+def _fail(error: Exception, status: int, as_json: bool, jsonl: bool, debug: bool, details: str) -> None:
+    note(f"error: {error}")
+    if debug:
+        note(details or traceback.format_exc())
+    fields = {"status": "error", "error": type(error).__name__, "message": str(error), "exit_status": status}
+    finish(fields, as_json, jsonl)
+    raise typer.Exit(status) from None
+
+
+def finish(values: dict[str, Any], as_json: bool, jsonl: bool) -> None:
+    """The one object of --json, or the terminal event of --jsonl."""
+    if as_json:
+        print(json.dumps({"schema": 1, **values}, allow_nan=False))
+    elif jsonl:
+        print(json.dumps({"schema": 1, "event": "end", "terminal": True, **values}, allow_nan=False), flush=True)
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

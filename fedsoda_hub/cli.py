@@ -1,0 +1,253 @@
+"""fedsoda-hub: parse, call, print. It decides nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedsoda_edge.errors import UsageProblem
+from fedsoda_edge.ports.console import EXIT_HELP, finish, note, reporting
+
+app = typer.Typer(help="Prepare, serve and evaluate a federated run.", epilog=EXIT_HELP, no_args_is_help=True)
+token_app = typer.Typer(help="What an edge needs to join.", no_args_is_help=True)
+app.add_typer(token_app, name="token")
+
+RunFile = Annotated[Path, typer.Argument(metavar="RUN.toml", help="the run's settings")]
+Json = Annotated[bool, typer.Option("--json", envvar="FEDSODA_JSON", help="one JSON object on stdout")]
+JsonLines = Annotated[bool, typer.Option("--jsonl", envvar="FEDSODA_JSONL", help="one JSON event a line on stdout")]
+Debug = Annotated[bool, typer.Option("--debug", envvar="FEDSODA_DEBUG", help="add the traceback to an error")]
+
+
+@app.command(epilog="Example: fedsoda-hub demo --rounds 4\n\n" + EXIT_HELP)
+def demo(
+    directory: Annotated[
+        Path, typer.Option("--dir", envvar="FEDSODA_DEMO_DIR", help="where the run lies; a demo's own is replaced")
+    ] = Path("fedsoda-demo"),
+    rounds: Annotated[int, typer.Option(envvar="FEDSODA_DEMO_ROUNDS", help="rounds to run")] = 6,
+    seed: Annotated[int, typer.Option(envvar="FEDSODA_DEMO_SEED", help="of data and training")] = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """The whole job on this machine, offline: hub, three edges, all rounds, export, evaluation."""
+    with reporting(as_json, False, debug):
+        from fedsoda_hub.demo.run import run_demo
+
+        report = asyncio.run(run_demo(directory, rounds=rounds, seed=seed))
+        finish({"status": "ok", **report}, as_json, False)
+
+
+@app.command(epilog="Example: fedsoda-hub prepare triage.toml")
+def prepare(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
+    """SGP, NF4 and alignment into a bundle; goes on where it stopped."""
+    with reporting(as_json, False, debug):
+        from fedsoda_hub.config import read_settings
+        from fedsoda_hub.daemon import RunLock
+        from fedsoda_hub.progress import Display
+
+        settings = read_settings(run)
+        lock = RunLock(settings.run_dir)
+        try:
+            from fedsoda_hub.prepare import Preparation
+
+            with Display(jsonl=False) as display:
+                result = Preparation(
+                    settings, lambda v: display.say({"event": "progress", "job": "prepare", **v})
+                ).run()
+        finally:
+            lock.release()
+        kl = result["public_kl"]
+        note(
+            f"bundle: {settings.run_dir / 'bundle'}; public KL {kl['quantized']:.3f} quantized, {kl['aligned']:.3f} aligned"
+        )
+        finish({"status": "ok", "bundle": str(settings.run_dir / "bundle"), **result}, as_json, False)
+
+
+@app.command(epilog="Example: fedsoda-hub serve triage.toml --exit-when-done\n\n" + EXIT_HELP)
+def serve(
+    run: RunFile,
+    exit_when_done: Annotated[
+        bool, typer.Option("--exit-when-done", envvar="FEDSODA_EXIT_WHEN_DONE", help="end when the run is over")
+    ] = False,
+    as_json: Json = False,
+    jsonl: JsonLines = False,
+    debug: Debug = False,
+) -> None:
+    """Prepare if needed, then accept edges and run the rounds; survives restarts."""
+    with reporting(as_json, jsonl, debug):
+        from fedsoda_hub.config import read_settings
+        from fedsoda_hub.daemon import Daemon
+        from fedsoda_hub.progress import Display
+
+        settings = read_settings(run)
+        with Display(jsonl) as display:
+            daemon = Daemon(settings, display.say)
+            try:
+                asyncio.run(daemon.run(exit_when_done=exit_when_done))
+            finally:
+                display.close()
+        finish({"status": "ok", "run": settings.name, "phase": daemon.machine.state.phase}, as_json, jsonl)
+
+
+@token_app.command("create", epilog="Example: fedsoda-hub token create triage.toml --name clinic-7 > clinic-7.token")
+def token_create(
+    run: RunFile,
+    name: Annotated[str, typer.Option("--name", help="the edge's id")],
+    out: Annotated[Path | None, typer.Option("--out", help="write the token there, mode 0600")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Print a new token; it is kept nowhere else."""
+    with reporting(as_json, False, debug):
+        ledger = _ledger(run)
+        token = ledger.create_token(name)
+        ledger.close()
+        if out is not None:
+            out.touch(mode=0o600)
+            out.write_text(token + "\n", encoding="utf-8")
+            note(f"wrote the token of {name} to {out}")
+        elif not as_json:
+            print(token)
+        shown = {} if out is not None else {"token": token}
+        finish({"status": "ok", "edge": name, **shown}, as_json, False)
+
+
+@token_app.command("list")
+def token_list(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
+    """Edges that may join, and whether a device has."""
+    with reporting(as_json, False, debug):
+        ledger = _ledger(run)
+        tokens = ledger.tokens()
+        ledger.close()
+        for token in tokens:
+            state = "revoked" if token.revoked else "in use" if token.device else "unused"
+            note(f"{token.edge:<24} {state}")
+        rows = [{"edge": t.edge, "device": t.device, "revoked": t.revoked} for t in tokens]
+        finish({"status": "ok", "tokens": rows}, as_json, False)
+
+
+@token_app.command("revoke")
+def token_revoke(
+    run: RunFile, name: Annotated[str, typer.Argument()], as_json: Json = False, debug: Debug = False
+) -> None:
+    """The edge is refused from its next connection on."""
+    with reporting(as_json, False, debug):
+        ledger = _ledger(run)
+        ledger.revoke_token(name)
+        ledger.close()
+        note(f"revoked the token of {name}")
+        finish({"status": "ok", "edge": name}, as_json, False)
+
+
+def _ledger(run: Path) -> Any:
+    from fedsoda_hub.config import read_settings
+    from fedsoda_hub.ledger import Ledger
+
+    return Ledger(read_settings(run).run_dir / "ledger.sqlite")
+
+
+def _status(run: Path) -> dict[str, Any]:
+    """Of the running hub, else of the ledger."""
+    from fedsoda_hub.config import read_settings
+    from fedsoda_hub.daemon import run_status
+    from fedsoda_hub.ledger import Ledger
+    from fedsoda_hub.listener import ask_running_hub
+
+    settings = read_settings(run)
+    path = settings.run_dir / "ledger.sqlite"
+    if not path.exists():
+        raise UsageProblem(f"{settings.name} has not been started; run `fedsoda-hub serve {run}`")
+    live = ask_running_hub(settings.run_dir)
+    if live is not None:
+        return {"running": True, **live}
+    ledger = Ledger(path)
+    state = ledger.replay()
+    edges = [{"edge": t.edge, "connected": False, "eligible": False, "revoked": t.revoked} for t in ledger.tokens()]
+    found = run_status(settings, ledger, state)
+    ledger.close()
+    return {"running": False, **found, "edges": edges}
+
+
+@app.command()
+def status(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
+    """Rounds, losses, bytes, accuracy; of the running hub, else of what it left."""
+    with reporting(as_json, False, debug):
+        found = _status(run)
+        note(
+            f"{found['run']}: {found['phase']}, round {found['round']} of {found['rounds']}, "
+            f"{found['rounds_closed']} closed, hub {'running' if found['running'] else 'not running'}"
+        )
+        if found["losses"]:
+            note("losses: " + " ".join(f"{loss:.3f}" for loss in found["losses"]))
+        size = found["bytes"]
+        note(f"bytes per edge and round: {size['up_per_edge_round']:.0f} up, {size['down_per_edge_round']:.0f} down")
+        if found["evaluation"]:
+            note("accuracy: " + json.dumps(found["evaluation"]["accuracy"]))
+        finish({"status": "ok", **found}, as_json, False)
+
+
+@app.command()
+def edges(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
+    """Who may join, who is in."""
+    with reporting(as_json, False, debug):
+        found = _status(run)["edges"]
+        for edge in found:
+            state = "revoked" if edge["revoked"] else "connected" if edge["connected"] else "away"
+            step = f", step {edge['step']} of {edge['steps']}" if edge.get("step") else ""
+            note(f"{edge['edge']:<24} {state}{step}")
+        finish({"status": "ok", "edges": found}, as_json, False)
+
+
+@app.command(epilog="Example: fedsoda-hub export triage.toml --to triage-adapter")
+def export(
+    run: RunFile,
+    to: Annotated[Path, typer.Option("--to", help="a new directory")],
+    merge: Annotated[bool, typer.Option("--merge", help="a merged Transformers checkpoint instead")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """The PEFT adapter for the full model."""
+    with reporting(as_json, False, debug):
+        from fedsoda_hub.config import read_settings
+        from fedsoda_hub.export import export as write_export
+
+        result = write_export(read_settings(run), to, merge=merge)
+        note(f"wrote {result['export']}")
+        finish({"status": "ok", **result}, as_json, False)
+
+
+@app.command(epilog="Example: fedsoda-hub evaluate triage-adapter --data eval.jsonl")
+def evaluate(
+    run_or_export: Annotated[Path, typer.Argument(metavar="RUN_OR_EXPORT")],
+    data: Annotated[Path, typer.Option("--data", help="rows with the template's columns, or prompt and completion")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Accuracy and loss: full model untouched, sub-LLM, plug-in."""
+    with reporting(as_json, False, debug):
+        from fedsoda_hub.export import evaluate_path
+        from fedsoda_hub.progress import Display
+
+        with Display(jsonl=False) as display:
+            result = evaluate_path(
+                run_or_export,
+                data,
+                lambda done, total: display.say(
+                    {"event": "progress", "job": "evaluate", "stage": "evaluating", "done": done, "total": total}
+                ),
+            )
+        for name, value in result["accuracy"].items():
+            note(f"{name:<8} accuracy {value:6.1%}  loss {result['loss'][name]:.3f}")
+        finish({"status": "ok", **result}, as_json, False)
+
+
+def main() -> None:
+    """The command. Wrong usage exits 2, as click does."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
