@@ -125,13 +125,20 @@ class Evaluator:
             )
         return self._borders[key]
 
+    def forget(self, model: Judged) -> None:
+        """Free the border states of a model's emulator."""
+        self._borders.pop((id(model.source), id(model.emulator_lora)), None)
+
+    def supervised_ids(self) -> list[int]:
+        """Completion ids of each question's own completion, eos included."""
+        return [self._samples[i].num_supervised for i in self._gold]
+
     def answers(self, model: Judged) -> Answers:
         states = self.border(model)
         tail = build(model.source, model.adapter, compute_dtype=self._compute_dtype, device=self._device)
         lora.attach(tail, model.spec, dict(model.adapter_lora))
         scores = log_likelihoods(tail, self._samples, states)
-        supervised = sum(self._samples[i].num_supervised for i in self._gold)
-        nll = -float(scores[self._gold].sum()) / supervised
+        nll = -float(scores[self._gold].sum()) / sum(self.supervised_ids())
         if not self.choices:
             return Answers(self._generate(model), nll, None)
         table = scores.reshape(len(self.questions), len(self.choices))

@@ -1,0 +1,430 @@
+"""Bench a federation on real input: SST-2 with the demo's 24-layer model, real hub and edge processes.
+
+Every cell (split, seed, codec, adapter base) is one federated run. Its scores on the dev rows are kept under
+--out, so that a second call goes on where the first stopped. Arms of each cell:
+
+    untouched   the full model                      sub_llm     the sub-LLM with its trained LoRA
+    plug_in     the full model with the adapter LoRA local_only  each edge alone, as many steps, plugged in
+    ceiling     the same LoRA trained centrally on the full 16-bit model, as many examples in sum,
+                best of three learning rates (no split, codec or adapter base: one per seed)
+
+The harness fails (exit 1) when a claim it makes does not hold; `--planted-defect` trains with learning rate 0
+and must make it fail.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from fedsoda_edge.border import Border
+from fedsoda_edge.data import LocalData, SampleTokenizer, TextTemplate, read_samples
+from fedsoda_edge.model import delta, lora
+from fedsoda_edge.model.bundle import Bundle
+from fedsoda_edge.model.streaming import Checkpoint
+from fedsoda_edge.model.sub_llm import build
+from fedsoda_edge.ports.disk import BlobStore
+from fedsoda_edge.protocol.manifest import LoRASpec
+from fedsoda_edge.protocol.messages import LocalSettings
+from fedsoda_edge.training import fine_tune
+from fedsoda_hub.config import read_settings
+from fedsoda_hub.evaluation import Evaluator, Judged, auc, read_questions
+from fedsoda_hub.export import judged_models
+from fedsoda_hub.ledger import read_outcome
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / "fedsoda_hub" / "demo" / "model"
+PROMPT, COMPLETION = TextTemplate("Review: {sentence}\nSentiment:"), TextTemplate("{label}")
+EDGES, ROWS = 4, 8000
+ROUNDS, STEPS, BATCH = 10, 100, 8
+LEARNING_RATE, CENTRAL_RATES = 2e-3, (5e-4, 1e-3, 2e-3)
+# One draw of Dirichlet(0.5) over four edges per label in which every edge holds both labels
+# (random.Random(15), gamma variates, rounded): the share of each label's rows that an edge gets.
+SHARES = {
+    "iid": {"positive": (0.25, 0.25, 0.25, 0.25), "negative": (0.25, 0.25, 0.25, 0.25)},
+    "dirichlet-0.5": {"positive": (0.31, 0.10, 0.43, 0.16), "negative": (0.04, 0.36, 0.05, 0.55)},
+}
+# Main cells first; then the codecs and the adapter base, each against them.
+VARIANTS = (("int8", "nf4"), ("nf4", "nf4"), ("bf16", "nf4"), ("int8", "bf16"))
+LOCAL = LocalSettings(
+    epochs=100,
+    max_steps=STEPS,
+    batch_size=BATCH,
+    learning_rate=LEARNING_RATE,
+    weight_decay=0.01,
+    max_grad_norm=1.0,
+    proximal_mu=0.01,
+    max_length=96,
+)
+
+
+def split_rows(rows: list[dict[str, str]], split: str, seed: int) -> list[list[dict[str, str]]]:
+    """Rows of each edge: the same rows for every split of a seed, dealt by label shares."""
+    chance = random.Random(seed)
+    chosen = chance.sample(rows, min(ROWS, len(rows)))
+    parts: list[list[dict[str, str]]] = [[] for _ in range(EDGES)]
+    for label, shares in SHARES[split].items():
+        mine = [row for row in chosen if row["label"] == label]
+        at = 0.0
+        for part, share in zip(parts, shares, strict=True):
+            part += mine[round(at * len(mine)) : round((at + share) * len(mine))]
+            at += share
+    for part in parts:
+        chance.shuffle(part)
+    return parts
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def run_toml(directory: Path, data: Path, *, seed: int, codec: str, base: str, rounds: int, rate: float) -> Path:
+    path = directory / "run.toml"
+    path.write_text(
+        f"""name = "bench"
+model = "{MODEL}"
+seed = {seed}
+[method]
+adapter_base = "{base}"
+[public]
+text = "{data / "wikitext2" / "test.txt"}"
+sequences = 128
+length = 128
+[align]
+steps = 120
+realign_steps = 30
+learning_rate = 3e-3
+[rounds]
+count = {rounds}
+min_edges = {EDGES}
+quorum = 1.0
+[local]
+epochs = {LOCAL.epochs}
+max_steps = {LOCAL.max_steps}
+batch_size = {LOCAL.batch_size}
+learning_rate = {rate}
+proximal_mu = {LOCAL.proximal_mu}
+max_length = {LOCAL.max_length}
+[wire]
+codec = "{codec}"
+[task]
+prompt = "Review: {{sentence}}\\nSentiment:"
+completion = "{{label}}"
+[listen]
+port = 0
+""",
+        encoding="utf-8",
+    )
+    return path
+
+
+def command(name: str, *arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", f"fedsoda_{name}", *map(str, arguments)]
+
+
+def prepared(out: Path, data: Path, seed: int, base: str, log: Any) -> Path:
+    """The run directory after prepare, made once per (seed, adapter base)."""
+    directory = out / "prepared" / f"s{seed}-{base}"
+    directory.mkdir(parents=True, exist_ok=True)
+    file = run_toml(directory, data, seed=seed, codec="int8", base=base, rounds=ROUNDS, rate=LEARNING_RATE)
+    subprocess.run(command("hub", "prepare", file), check=True, stdout=log, stderr=log)
+    return directory / "bench.run"
+
+
+def federate(cell: Path, prepared_run: Path, toml: Path, parts: list[list[dict[str, str]]], log: Any) -> None:
+    """One federated run through the real processes: `serve` and four `join`s over loopback."""
+    run_dir = cell / "bench.run"
+    if not run_dir.exists():
+        run_dir.mkdir()
+        for name in ("prepare", "bundle", "blobs"):
+            shutil.copytree(prepared_run / name, run_dir / name)
+    environment = {**os.environ, "FEDSODA_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    hub = subprocess.Popen(
+        command("hub", "serve", toml, "--exit-when-done", "--jsonl"),
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+        env=environment,
+    )
+    edges: list[subprocess.Popen[str]] = []
+    try:
+        assert hub.stdout is not None
+        url = next(event["url"] for event in map(json.loads, hub.stdout) if event["event"] == "listening")
+        for number, part in enumerate(parts):
+            token = cell / f"edge-{number}.token"
+            if not token.exists():
+                make = command("hub", "token", "create", toml, "--name", f"edge-{number}", "--out", token)
+                subprocess.run(make, check=True, stderr=log)
+            data = cell / f"edge-{number}.jsonl"
+            write_rows(data, part)
+            join = command("edge", "join", url, "--token-file", token, "--data", data)
+            home = {**environment, "FEDSODA_HOME": str(cell / f"home-{number}")}
+            edges.append(subprocess.Popen(join, stdout=log, stderr=log, text=True, env=home))
+        for line in hub.stdout:
+            log.write(line)
+        if hub.wait() != 0 or any(edge.wait() != 0 for edge in edges):
+            raise SystemExit(f"a process of {cell} failed; see {log.name}")
+    finally:
+        for process in (hub, *edges):
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+
+
+def train_alone(
+    source: Any,
+    layers: Any,
+    adapter: Any,
+    emulator: dict[str, torch.Tensor],
+    spec: LoRASpec,
+    samples: Any,
+    seed: int,
+    edge: str,
+    rounds: int,
+    rate: float,
+) -> dict[str, torch.Tensor]:
+    """The adapter LoRA after `rounds` rounds of one learner, by the same code that edges run."""
+    import msgspec
+
+    settings = msgspec.structs.replace(LOCAL, learning_rate=rate)
+    border = Border.sweep(source, layers, samples, lora=emulator, lora_scale=spec.scale)
+    tail = build(source, adapter)
+    view = lora.initial(spec.adapter, seed)
+    lora.attach(tail, spec, view)
+    for number in range(1, rounds + 1):
+        step = fine_tune(tail, border, view, settings, seed=seed, round_number=number, edge=edge).delta
+        view = {name: view[name] + step[name] for name in view}
+    return view
+
+
+def judge(evaluator: Evaluator, model: Judged) -> dict[str, torch.Tensor]:
+    """What bootstrap and tables need: (questions, choices) scores."""
+    answers = evaluator.answers(model)
+    assert answers.scores is not None
+    return {"scores": answers.scores}
+
+
+class Bench:
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.out = Path(options.out).resolve()
+        self.data = Path(options.shared).resolve() / "data"
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.log = (self.out / "log.txt").open("a")
+        self.source = Checkpoint.open(str(MODEL))
+        self.tokenizer = SampleTokenizer(self.source.path / "tokenizer.json", 2)
+        dev = [json.loads(line) for line in (self.data / "sst2" / "dev.jsonl").open()]
+        dev = random.Random(0).sample(dev, min(options.eval_rows, len(dev)))
+        write_rows(self.out / "dev.jsonl", dev)
+        self.questions = read_questions(self.out / "dev.jsonl", PROMPT, COMPLETION)
+        self.train = [json.loads(line) for line in (self.data / "sst2" / "train.jsonl").open()]
+        self.evaluator = Evaluator(self.questions, self.tokenizer)
+        self.none: dict[str, torch.Tensor] = {}  # one object, so that all share the full emulator's border
+
+    def note(self, text: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+    def samples(self, rows: list[dict[str, str]]) -> Any:
+        with tempfile.TemporaryDirectory() as directory:
+            write_rows(Path(directory) / "rows.jsonl", rows)
+            data = LocalData(Path(directory) / "rows.jsonl")
+            return read_samples(data, PROMPT, COMPLETION, self.tokenizer, LOCAL.max_length).samples
+
+    def plugged(self, spec: LoRASpec, bundle: Bundle, adapter: dict[str, torch.Tensor]) -> Judged:
+        plan = bundle.plan
+        return Judged(self.source, plan.emulator, plan.adapter, spec, self.none, adapter)
+
+    def cell(self, split: str, seed: int, codec: str, base: str) -> dict[str, dict[str, torch.Tensor]]:
+        """Scores of one federated run's arms."""
+        cell = self.out / "cells" / f"{split}-s{seed}-{codec}-{base}"
+        done = cell / "scores.safetensors"
+        if not done.exists():
+            self.note(f"cell {cell.name}")
+            started = time.monotonic()
+            cell.mkdir(parents=True, exist_ok=True)
+            rate = 0.0 if self.options.planted_defect else LEARNING_RATE
+            run = prepared(self.out, self.data, seed, base, self.log)
+            toml = run_toml(cell, self.data, seed=seed, codec=codec, base=base, rounds=self.options.rounds, rate=rate)
+            federate(cell, run, toml, split_rows(self.train, split, seed), self.log)
+            settings = read_settings(toml)
+            outcome = read_outcome(settings.run_dir)
+            bundle = Bundle.open(settings.run_dir / "bundle")
+            spec, blobs = bundle.manifest.lora, BlobStore(settings.run_dir / "blobs")
+            adapter = delta.from_bytes(blobs.get(outcome.master), spec.adapter)
+            emulator = delta.from_bytes(blobs.get(outcome.emulator_view), spec.emulator)
+            models = judged_models(settings, bundle, self.source, adapter, emulator)
+            scores = {
+                "plug_in": judge(self.evaluator, self.plugged(spec, bundle, adapter))["scores"],
+                "sub_llm": judge(self.evaluator, models["sub_llm"])["scores"],
+            }
+            self.evaluator.forget(models["sub_llm"])
+            save_file({name: value.contiguous() for name, value in scores.items()}, done)
+            self.note(f"cell {cell.name}: {time.monotonic() - started:.0f} s")
+        return {name: {"scores": value} for name, value in load_file(done).items()}
+
+    def local_only(self, split: str, seed: int) -> list[torch.Tensor]:
+        """Scores of each edge trained alone for as many steps, plugged into the full model."""
+        done = self.out / "alone" / f"{split}-s{seed}.safetensors"
+        if not done.exists():
+            self.note(f"local-only {done.stem}")
+            done.parent.mkdir(exist_ok=True)
+            bundle = Bundle.open(prepared(self.out, self.data, seed, "nf4", self.log) / "bundle")
+            spec, plan = bundle.manifest.lora, bundle.plan
+            scores = {}
+            for number, part in enumerate(split_rows(self.train, split, seed)):
+                trained = train_alone(
+                    bundle, plan.sub_emulator, plan.adapter, bundle.emulator_lora(), spec, self.samples(part), seed,
+                    f"edge-{number}", self.options.rounds, LEARNING_RATE,
+                )  # fmt: skip
+                scores[f"edge-{number}"] = judge(self.evaluator, self.plugged(spec, bundle, trained))["scores"]
+            save_file(scores, done)
+        return [value for _, value in sorted(load_file(done).items())]
+
+    def ceiling(self, seed: int) -> dict[str, torch.Tensor]:
+        """Scores of central training on the full model for each learning rate, and of the untouched model."""
+        done = self.out / "ceiling" / f"s{seed}.safetensors"
+        if not done.exists():
+            self.note(f"ceiling, seed {seed}")
+            done.parent.mkdir(exist_ok=True)
+            bundle = Bundle.open(prepared(self.out, self.data, seed, "nf4", self.log) / "bundle")
+            spec, plan = bundle.manifest.lora, bundle.plan
+            rows = [row for part in split_rows(self.train, "iid", seed) for row in part]
+            samples = self.samples(rows)
+            scores = {"untouched": judge(self.evaluator, self.plugged(spec, bundle, self.none))["scores"]}
+            for rate in CENTRAL_RATES:
+                trained = train_alone(
+                    self.source, plan.emulator, plan.adapter, self.none, spec, samples, seed, "central",
+                    EDGES * self.options.rounds, rate,
+                )  # fmt: skip
+                scores[f"{rate}"] = judge(self.evaluator, self.plugged(spec, bundle, trained))["scores"]
+            save_file(scores, done)
+        return load_file(done)
+
+    # --- figures -------------------------------------------------------------------------------------------
+
+    def right(self, scores: torch.Tensor) -> torch.Tensor:
+        gold = torch.tensor([self.evaluator.choices.index(q.completion) for q in self.questions])
+        return (scores.argmax(dim=1) == gold).double()
+
+    def figures(self, runs: list[torch.Tensor]) -> dict[str, Any]:
+        """Mean over seeds of accuracy, AUC and completion NLL."""
+        gold = torch.tensor([self.evaluator.choices.index(q.completion) for q in self.questions])
+        supervised = sum(self.evaluator.supervised_ids())
+        positive = gold == 1
+        picked = [scores[torch.arange(len(gold)), gold] for scores in runs]
+        return {
+            "accuracy": mean([float(self.right(scores).mean()) for scores in runs]),
+            "accuracy_per_seed": [round(float(self.right(scores).mean()), 4) for scores in runs],
+            "auc": mean([auc(scores[:, 1] - scores[:, 0], positive) or 0.0 for scores in runs]),
+            "nll": mean([-float(chosen.sum()) / supervised for chosen in picked]),
+        }
+
+    def difference(self, one: list[torch.Tensor], other: list[torch.Tensor], draws: int = 2000) -> dict[str, Any]:
+        """Accuracy of one minus the other, in points: paired bootstrap over dev rows, mean over seeds."""
+        gap = torch.stack([self.right(a) - self.right(b) for a, b in zip(one, other, strict=True)]).mean(dim=0)
+        index = torch.randint(len(gap), (draws, len(gap)), generator=torch.Generator().manual_seed(0))
+        spread = gap[index].mean(dim=1).sort().values
+        low, high = float(spread[int(0.025 * draws)]), float(spread[int(0.975 * draws)])
+        return {"points": 100 * float(gap.mean()), "interval_95": [100 * low, 100 * high]}
+
+    def report(self) -> dict[str, Any]:
+        seeds = list(range(self.options.seeds))
+        labels = [q.completion for q in self.questions]
+        majority = max(labels.count(choice) for choice in set(labels)) / len(labels)
+        result: dict[str, Any] = {
+            "bench": "federation",
+            "eval_rows": len(labels),
+            "majority": majority,
+            "rounds": self.options.rounds,
+            "steps": STEPS,
+            "batch": BATCH,
+            "rows": ROWS,
+            "seeds": seeds,
+            "shares": SHARES,
+            "splits": {},
+            "checks": [],
+        }
+        variants = VARIANTS[: 1 if self.options.main_only else None]
+        ceilings = [self.ceiling(seed) for seed in seeds]
+        untouched = [scores["untouched"] for scores in ceilings]
+        best = max(CENTRAL_RATES, key=lambda rate: mean([float(self.right(s[f"{rate}"]).mean()) for s in ceilings]))
+        ceiling = [scores[f"{best}"] for scores in ceilings]
+        result["untouched"] = self.figures(untouched)
+        result["ceiling"] = {**self.figures(ceiling), "learning_rate": best}
+        floor = max(result["untouched"]["accuracy"], majority)
+        codecs: dict[str, list[torch.Tensor]] = {}
+        for split in SHARES:
+            part: dict[str, Any] = {}
+            main: list[torch.Tensor] = []
+            for codec, base in variants:
+                cells = [self.cell(split, seed, codec, base) for seed in seeds]
+                plug_in = [cell["plug_in"]["scores"] for cell in cells]
+                main = main or plug_in
+                if base == "nf4":
+                    codecs.setdefault(codec, []).extend(plug_in)
+                figures = {
+                    "plug_in": self.figures(plug_in),
+                    "sub_llm": self.figures([c["sub_llm"]["scores"] for c in cells]),
+                }
+                gained = figures["plug_in"]["accuracy"] - floor
+                figures["gap_closed"] = gained / (result["ceiling"]["accuracy"] - floor)
+                figures["plug_in_minus_untouched"] = self.difference(plug_in, untouched)
+                figures["plug_in_minus_sub_llm"] = self.difference(plug_in, [c["sub_llm"]["scores"] for c in cells])
+                figures["plug_in_minus_main"] = self.difference(plug_in, main)
+                part[f"{codec}/{base}"] = figures
+            alone = [self.local_only(split, seed) for seed in seeds]
+            top = [max(edges, key=lambda scores: float(self.right(scores).mean())) for edges in alone]
+            everyone = [scores for edges in alone for scores in edges]
+            part["local_only"] = {"best": self.figures(top), "mean": self.figures(everyone)}
+            part["plug_in_minus_best_alone"] = self.difference(main, top)
+            result["splits"][split] = part
+            gain = part["int8/nf4"]["plug_in_minus_untouched"]
+            result["checks"].append(
+                {"claim": f"{split}: plug-in beats the untouched model", "holds": gain["interval_95"][0] > 0, **gain}
+            )
+        if len(codecs) == 3:
+            loss = {codec: self.difference(codecs["bf16"], codecs[codec])["points"] for codec in codecs}
+            smallest = next(codec for codec in ("nf4", "int8", "bf16") if loss[codec] <= 0.5)
+            result["codec"] = {"points_lost_to_bf16": loss, "smallest_within_half_a_point": smallest}
+        return result
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--shared", default=str(ROOT.parent / "shared"), help="directory with data/sst2 and data/wikitext2"
+    )
+    parser.add_argument("--out", default=str(ROOT / "bench-out" / "federation"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--eval-rows", type=int, default=2000, help="dev rows, a fixed sample; 6735 for all")
+    parser.add_argument("--main-only", action="store_true", help="int8 codec and NF4 adapter base only")
+    parser.add_argument("--planted-defect", action="store_true", help="learning rate 0: the harness must fail")
+    options = parser.parse_args()
+    if not (Path(options.shared) / "data" / "sst2").is_dir():
+        raise SystemExit(f"{options.shared}/data/sst2 is not there; name the data with --shared")
+    torch.set_num_threads(2)
+    result = Bench(options).report()
+    print(json.dumps(result, indent=1))
+    if not all(check["holds"] for check in result["checks"]):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
