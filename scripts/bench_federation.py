@@ -184,22 +184,12 @@ def federate(cell: Path, prepared_run: Path, toml: Path, parts: list[list[dict[s
 
 
 def train_alone(
-    source: Any,
-    layers: Any,
-    adapter: Any,
-    emulator: dict[str, torch.Tensor],
-    spec: LoRASpec,
-    samples: Any,
-    seed: int,
-    edge: str,
-    rounds: int,
-    rate: float,
+    border: Border, source: Any, adapter: Any, spec: LoRASpec, seed: int, edge: str, rounds: int, rate: float
 ) -> dict[str, torch.Tensor]:
     """The adapter LoRA after `rounds` rounds of one learner, by the same code that edges run."""
     import msgspec
 
     settings = msgspec.structs.replace(LOCAL, learning_rate=rate)
-    border = Border.sweep(source, layers, samples, lora=emulator, lora_scale=spec.scale)
     tail = build(source, adapter)
     view = lora.initial(spec.adapter, seed)
     lora.attach(tail, spec, view)
@@ -284,10 +274,12 @@ class Bench:
             spec, plan = bundle.manifest.lora, bundle.plan
             scores = {}
             for number, part in enumerate(split_rows(self.train, split, seed)):
-                trained = train_alone(
-                    bundle, plan.sub_emulator, plan.adapter, bundle.emulator_lora(), spec, self.samples(part), seed,
-                    f"edge-{number}", self.options.rounds, LEARNING_RATE,
-                )  # fmt: skip
+                emulator = bundle.emulator_lora()
+                border = Border.sweep(
+                    bundle, plan.sub_emulator, self.samples(part), lora=emulator, lora_scale=spec.scale
+                )
+                rounds, edge = self.options.rounds, f"edge-{number}"
+                trained = train_alone(border, bundle, plan.adapter, spec, seed, edge, rounds, LEARNING_RATE)
                 scores[f"edge-{number}"] = judge(self.evaluator, self.plugged(spec, bundle, trained))["scores"]
             save_file(scores, done)
         return [value for _, value in sorted(load_file(done).items())]
@@ -301,13 +293,11 @@ class Bench:
             bundle = Bundle.open(prepared(self.out, self.data, seed, "nf4", self.log) / "bundle")
             spec, plan = bundle.manifest.lora, bundle.plan
             rows = [row for part in split_rows(self.train, "iid", seed) for row in part]
-            samples = self.samples(rows)
+            border = Border.sweep(self.source, plan.emulator, self.samples(rows), lora={}, lora_scale=spec.scale)
             scores = {"untouched": judge(self.evaluator, self.plugged(spec, bundle, self.none))["scores"]}
             for rate in CENTRAL_RATES:
-                trained = train_alone(
-                    self.source, plan.emulator, plan.adapter, self.none, spec, samples, seed, "central",
-                    EDGES * self.options.rounds, rate,
-                )  # fmt: skip
+                rounds = EDGES * self.options.rounds
+                trained = train_alone(border, self.source, plan.adapter, spec, seed, "central", rounds, rate)
                 scores[f"{rate}"] = judge(self.evaluator, self.plugged(spec, bundle, trained))["scores"]
             save_file(scores, done)
         return load_file(done)
@@ -357,6 +347,10 @@ class Bench:
             "checks": [],
         }
         variants = VARIANTS[: 1 if self.options.main_only else None]
+        for split in SHARES:  # the federated runs first: they are what the rest is held against
+            for seed in seeds:
+                for codec, base in variants:
+                    self.cell(split, seed, codec, base)
         ceilings = [self.ceiling(seed) for seed in seeds]
         untouched = [scores["untouched"] for scores in ceilings]
         best = max(CENTRAL_RATES, key=lambda rate: mean([float(self.right(s[f"{rate}"]).mean()) for s in ceilings]))
@@ -419,7 +413,7 @@ def main() -> None:
     options = parser.parse_args()
     if not (Path(options.shared) / "data" / "sst2").is_dir():
         raise SystemExit(f"{options.shared}/data/sst2 is not there; name the data with --shared")
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(os.environ.get("FEDSODA_THREADS", "2")))
     result = Bench(options).report()
     print(json.dumps(result, indent=1))
     if not all(check["holds"] for check in result["checks"]):

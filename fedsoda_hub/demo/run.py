@@ -1,0 +1,412 @@
+"""The demo: the whole job on this machine, offline, with the real commands as real processes.
+
+It starts `fedsoda-hub serve` and three `fedsoda-edge join`, follows their events, exports, and judges also each
+edge trained alone. Data and model are those of this folder; the rounds are the daemon's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fedsoda_edge.data import TextTemplate
+from fedsoda_edge.errors import UsageProblem, WorkerFailed
+from fedsoda_edge.ports.child import Child
+from fedsoda_edge.ports.console import note
+from fedsoda_hub.demo import task
+from fedsoda_hub.progress import Display
+
+HERE = Path(__file__).resolve().parent
+MODEL = HERE / "model"
+STEPS, BATCH, LEARNING_RATE, MAX_LENGTH = 40, 8, 2e-3, 96
+SEQUENCES, LENGTH = 96, 128
+MARK = ".fedsoda-demo"
+
+Say = Callable[[dict[str, Any]], None]
+
+
+def write_run(directory: Path, rounds: int, seed: int) -> Path:
+    """RUN.toml, the edges' private data and the evaluation rows; a directory that is no demo's is not touched."""
+    if directory.exists() and any(directory.iterdir()) and not (directory / MARK).exists():
+        raise UsageProblem(f"{directory} is not empty and no demo's; name another with --dir")
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    (directory / MARK).touch()
+    for number, office in enumerate(task.OFFICES):
+        write_rows(directory / f"{office.name}.jsonl", task.training(number, seed))
+    prompt, completion = TextTemplate(task.PROMPT), TextTemplate(task.COMPLETION)
+    write_rows(
+        directory / "eval.jsonl",
+        [{"prompt": prompt.render(row), "completion": completion.render(row)} for row in task.evaluation(seed)],
+    )
+    shutil.copyfile(HERE / "public.txt", directory / "public.txt")
+    run_file = directory / "run.toml"
+    run_file.write_text(
+        f"""name = "demo"
+model = {json.dumps(str(MODEL))}
+seed = {seed}
+
+[method]                    # the paper's configuration
+adapter_layers = 3
+layers_per_group = 3
+groups = 4
+realign_every = 5
+
+[public]
+text = "public.txt"         # sampled from the model itself
+sequences = {SEQUENCES}
+length = {LENGTH}
+
+[align]
+steps = 100
+realign_steps = 20
+learning_rate = 3e-3
+
+[rounds]
+count = {rounds}
+min_edges = {len(task.OFFICES)}
+quorum = 1.0
+
+[local]
+epochs = 100
+max_steps = {STEPS}
+batch_size = {BATCH}
+learning_rate = {LEARNING_RATE}
+max_length = {MAX_LENGTH}
+
+[task]
+prompt = {json.dumps(task.PROMPT)}
+completion = {json.dumps(task.COMPLETION)}
+eval_data = "eval.jsonl"
+
+[listen]
+port = 0                    # any free one
+""",
+        encoding="utf-8",
+    )
+    return run_file
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+class Process:
+    """One of the real commands, in its own group, with its events."""
+
+    def __init__(self, module: str, arguments: list[str], environment: dict[str, str]) -> None:
+        self._command = [sys.executable, "-m", module, *arguments]
+        self._environment = {**os.environ, **environment}
+        self._process: asyncio.subprocess.Process | None = None
+        self.last: dict[str, Any] = {}
+
+    async def start(self) -> None:
+        group: dict[str, Any] = {} if sys.platform == "win32" else {"start_new_session": True}
+        self._process = await asyncio.create_subprocess_exec(
+            *self._command,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=self._environment,
+            limit=1 << 22,
+            **group,
+        )
+
+    async def follow(self, say: Say) -> None:
+        """Pass events on until the process ends. Raises WorkerFailed when it did not end well."""
+        assert self._process is not None
+        assert self._process.stdout is not None
+        assert self._process.stderr is not None
+        words = asyncio.create_task(self._process.stderr.read())
+        async for line in self._process.stdout:
+            self.last = json.loads(line)
+            say(self.last)
+        status = await self._process.wait()
+        said = (await words).decode(errors="replace").strip()
+        if status != 0:
+            raise WorkerFailed(f"{' '.join(self._command[2:4])} ended with status {status}: {said[-400:]}", said)
+
+    async def stop(self) -> None:
+        """End it and everything it started."""
+        if self._process is None or self._process.returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGTERM)
+        try:
+            async with asyncio.timeout(10):
+                await self._process.wait()
+        except TimeoutError:
+            self._process.kill()
+            await self._process.wait()
+
+
+async def run_demo(directory: Path, *, rounds: int, seed: int) -> dict[str, Any]:
+    """The whole job; the report of contract.md, `demo --json`."""
+    started = time.monotonic()
+    directory = directory.resolve()
+    run_file = write_run(directory, rounds, seed)
+    with Display(jsonl=False) as display:
+        prepared, ended, peaks = await _federate(directory, run_file, display.say)
+        display.say({"event": "progress", "stage": "training each edge alone", "done": 0, "total": len(task.OFFICES)})
+        alone = await _train_alone(directory, rounds, seed, display.say)
+        export_to = directory / "export"
+        report = _judge(directory, run_file, export_to, alone, display.say)
+    seconds = {
+        "prepare": prepared - started,
+        "rounds": ended - prepared,
+        "total": time.monotonic() - started,
+    }
+    report |= {
+        "rounds": rounds,
+        "edges": [
+            {"examples": sum(office.messages.values()), "labels": dict(office.messages)} for office in task.OFFICES
+        ],
+        **peaks,
+        "seconds": seconds,
+    }
+    _print_summary(report)
+    return report
+
+
+async def _federate(directory: Path, run_file: Path, say: Say) -> tuple[float, float, dict[str, int]]:
+    """Hub and edges to the end of the run; when it was prepared, when it ended, peak memory of the edges."""
+    listening: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    times = {"prepared": 0.0, "ended": 0.0}
+
+    def heard(event: dict[str, Any]) -> None:
+        if event["event"] == "listening":
+            listening.set_result(event["url"])
+            times["prepared"] = time.monotonic()
+        if event["event"] == "run_ended":
+            times["ended"] = time.monotonic()
+        if event["event"] != "edge_progress":
+            say(event)
+
+    hub = Process("fedsoda_hub", ["serve", str(run_file), "--exit-when-done", "--jsonl"], {})
+    edges: list[Process] = []
+    try:
+        await hub.start()
+        async with asyncio.TaskGroup() as group:
+            following = group.create_task(hub.follow(heard))
+            await asyncio.wait([following, listening], return_when=asyncio.FIRST_COMPLETED)
+            if not listening.done():
+                await following
+                raise WorkerFailed("the hub ended before it listened", "")
+            for office in task.OFFICES:
+                token = directory / f"{office.name}.token"
+                _create_token(run_file, office.name, token)
+                edge = Process(
+                    "fedsoda_edge",
+                    [
+                        "join",
+                        listening.result(),
+                        "--token-file",
+                        str(token),
+                        "--data",
+                        str(directory / f"{office.name}.jsonl"),
+                        "--jsonl",
+                    ],
+                    {"FEDSODA_HOME": str(directory / "homes" / office.name), "FEDSODA_THREADS": "1"},
+                )
+                edges.append(edge)
+                await edge.start()
+                group.create_task(edge.follow(lambda _: None))
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    finally:
+        for process in (hub, *edges):
+            await process.stop()
+    peaks = {
+        "edge_peak_rss_bytes": max(edge.last["worker_peak_rss_bytes"] for edge in edges),
+        "agent_peak_rss_bytes": max(edge.last["agent_peak_rss_bytes"] for edge in edges),
+    }
+    return times["prepared"], times["ended"], peaks
+
+
+def _create_token(run_file: Path, name: str, out: Path) -> None:
+    from fedsoda_hub.config import read_settings
+    from fedsoda_hub.ledger import Ledger
+
+    ledger = Ledger(read_settings(run_file).run_dir / "ledger.sqlite")
+    out.touch(mode=0o600)
+    out.write_text(ledger.create_token(name), encoding="utf-8")
+    ledger.close()
+
+
+async def _train_alone(directory: Path, rounds: int, seed: int, say: Say) -> dict[str, Path]:
+    """Each edge trained alone for as many rounds and steps, by the same worker; its adapter LoRA as a file."""
+    done = 0
+
+    async def one(office: str) -> Path:
+        nonlocal done
+        trained = await _alone(directory, office, rounds, seed)
+        done += 1
+        say({"event": "progress", "stage": "training each edge alone", "done": done, "total": len(task.OFFICES)})
+        return trained
+
+    paths = await asyncio.gather(*(one(office.name) for office in task.OFFICES))
+    return dict(zip([office.name for office in task.OFFICES], paths, strict=True))
+
+
+async def _alone(directory: Path, office: str, rounds: int, seed: int) -> Path:
+    bundle = directory / "demo.run" / "bundle"
+    work = directory / "alone" / office
+    work.mkdir(parents=True)
+    worker = Child("fedsoda_edge.worker", {"FEDSODA_THREADS": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    try:
+        await worker.call(
+            "open",
+            {
+                "store": str(directory / "homes" / office / "store"),
+                "manifest": _sha256(bundle / "manifest.json"),
+                "data": str(directory / f"{office}.jsonl"),
+                "columns": {},
+                "prompt": task.PROMPT,
+                "completion": task.COMPLETION,
+                "max_length": MAX_LENGTH,
+                "device": "cpu",
+            },
+        )
+        await worker.call("border", {"emulator": None})
+        view: Path | None = None
+        residual: Path | None = None
+        for number in range(1, rounds + 1):
+            update, left = work / "update", work / f"residual.{number}"
+            await worker.call(
+                "train",
+                {
+                    "view": None if view is None else str(view),
+                    "settings": {
+                        "epochs": 100,
+                        "max_steps": STEPS,
+                        "batch_size": BATCH,
+                        "learning_rate": LEARNING_RATE,
+                        "weight_decay": 0.01,
+                        "max_grad_norm": 1.0,
+                        "proximal_mu": 0.01,
+                        "max_length": MAX_LENGTH,
+                    },
+                    "seed": seed,
+                    "round": number,
+                    "edge": office,
+                    "codec": "int8",
+                    "residual": None if residual is None else str(residual),
+                    "update": str(update),
+                    "new_residual": str(left),
+                },
+            )
+            out = work / f"view.{number}"
+            arguments = {"which": "adapter", "delta": str(update), "codec": "int8", "out": str(out)}
+            await worker.call("advance", {**arguments, "view": None if view is None else str(view)})
+            view, residual = out, left
+        assert view is not None
+        return view
+    finally:
+        await worker.close()
+
+
+def _sha256(path: Path) -> str:
+    from fedsoda_edge.ports.disk import sha256_file
+
+    return sha256_file(path)
+
+
+def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Path], say: Say) -> dict[str, Any]:
+    """Export, and what only torch can say; this process holds no socket."""
+    from fedsoda_edge.data import SampleTokenizer
+    from fedsoda_edge.model import delta
+    from fedsoda_edge.model.bundle import Bundle
+    from fedsoda_edge.model.streaming import Checkpoint
+    from fedsoda_hub.config import read_settings
+    from fedsoda_hub.daemon import run_status
+    from fedsoda_hub.evaluation import Evaluator, Judged, read_questions
+    from fedsoda_hub.export import export
+    from fedsoda_hub.ledger import Ledger
+
+    settings = read_settings(run_file)
+    export(settings, export_to)
+    bundle_dir = settings.run_dir / "bundle"
+    bundle = Bundle.open(bundle_dir)
+    spec, plan = bundle.manifest.lora, bundle.plan
+    source = Checkpoint.open(str(MODEL))
+    assert settings.eval_data is not None
+    evaluator = Evaluator(
+        read_questions(settings.eval_data, settings.prompt, settings.completion),
+        SampleTokenizer(MODEL / "tokenizer.json", source.fields.get("eos_token_id")),
+        report=lambda done, total: say({"event": "progress", "stage": "evaluating", "done": done, "total": total}),
+    )
+    none: dict[str, Any] = {}
+    accuracies = {}
+    for office, path in alone.items():
+        trained = delta.from_bytes(path.read_bytes(), spec.adapter)
+        model = Judged(source, plan.emulator, plan.adapter, spec, none, trained)
+        accuracies[office] = evaluator.accuracy(evaluator.answers(model))
+    ledger = Ledger(settings.run_dir / "ledger.sqlite")
+    state = ledger.replay()
+    status = run_status(settings, ledger, state)
+    ledger.close()
+
+    def count(specs: Any) -> int:
+        return sum(spec.shape[0] * spec.shape[1] for spec in specs)
+
+    return {
+        "run": str(run_file),
+        "bundle": str(bundle_dir),
+        "export": str(export_to),
+        "model": str(MODEL),
+        "eval_data": str(settings.eval_data),
+        "accuracy": {**state.evaluation["accuracy"], "local_only": max(accuracies.values())},
+        "local_only": accuracies,
+        "public": {"text": str(settings.public_text), "sequences": SEQUENCES, "length": LENGTH},
+        "public_kl": state.public_kl,
+        "bytes": {
+            "bundle": sum(file.bytes for file in bundle.manifest.files),
+            "full_model": (MODEL / "model.safetensors").stat().st_size,
+            **status["bytes"],
+        },
+        "bits_per_parameter": bundle.manifest.bits_per_parameter,
+        "lora_parameters": {"adapter": count(spec.adapter), "emulator": count(spec.emulator)},
+    }
+
+
+def _print_summary(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="FedSODA demo", show_header=False, title_justify="left")
+    accuracy, size, kl = report["accuracy"], report["bytes"], report["public_kl"]
+    labels = [f"{n} {k}" for edge in report["edges"] for k, n in Counter(edge["labels"]).most_common(1)]
+    rows = [
+        ("accuracy, full model untouched", f"{accuracy['full']:.1%}"),
+        ("accuracy, best edge alone, plugged in", f"{accuracy['local_only']:.1%}"),
+        ("accuracy, sub-LLM after the rounds", f"{accuracy['sub_llm']:.1%}"),
+        ("accuracy, plug-in: full model + adapter LoRA", f"[bold]{accuracy['plug_in']:.1%}[/bold]"),
+        ("public KL, pruned / NF4 / aligned", f"{kl['pruned']:.3f} / {kl['quantized']:.3f} / {kl['aligned']:.3f}"),
+        ("rounds x edges", f"{report['rounds']} x {len(report['edges'])} (each holds mostly {', '.join(labels)})"),
+        ("bundle / full model", f"{size['bundle'] / 1e6:.1f} MB / {size['full_model'] / 1e6:.1f} MB"),
+        (
+            "bytes per edge and round, up / down",
+            f"{size['up_per_edge_round'] / 1e3:.1f} kB / {size['down_per_edge_round'] / 1e3:.1f} kB",
+        ),
+        (
+            "peak memory, agent (holds the socket) / worker (holds torch)",
+            f"{report['agent_peak_rss_bytes'] / 1e6:.0f} MB / {report['edge_peak_rss_bytes'] / 1e6:.0f} MB",
+        ),
+        (
+            "seconds, prepare / rounds / total",
+            " / ".join(f"{report['seconds'][k]:.0f}" for k in ("prepare", "rounds", "total")),
+        ),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    Console(stderr=True).print(table)
+    note(f"PEFT adapter for the full model: {report['export']}")
