@@ -68,7 +68,9 @@ class Border:
         longest = max(len(self.samples[i].ids) for i in indices)
         first = self.states[indices[0]]
         states = torch.zeros(len(indices), longest, first.shape[1], dtype=first.dtype)
-        rows, columns, labels = [], [], []
+        rows: list[int] = []
+        columns: list[int] = []
+        labels: list[int] = []
         tokens = 0
         for row, i in enumerate(indices):
             sample = self.samples[i]

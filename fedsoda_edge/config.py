@@ -6,6 +6,7 @@ import os
 import secrets
 import sys
 from pathlib import Path
+from typing import IO
 
 from platformdirs import user_data_path
 
@@ -24,7 +25,7 @@ class Home:
 
     def __init__(self, directory: Path | None = None) -> None:
         self.directory = (directory or default_home()).absolute()
-        self._lock_file = None
+        self._lock_file: IO[str] | None = None
 
     @property
     def store(self) -> Path:

@@ -233,7 +233,6 @@ class _Agent:
         self._submitting = asyncio.Lock()
         self._progress_tasks: set[asyncio.Task[None]] = set()
         self._told_what_leaves = False
-        self._ended = False
         self.offers: queue.Queue[ms.RoundOffer | BaseException | None] = queue.Queue()
         self.submitted = 0
         self.rounds: list[dict[str, Any]] = []
@@ -354,18 +353,15 @@ class _Agent:
     async def _converse(self) -> None:
         """Read for ever; reconnect for ever. Ends with Farewell or an error that retrying cannot mend."""
         try:
-            while not self._ended:
+            while True:
                 async for frame in self._transport.frames():
-                    self._received(self._session.receive(frame))
-                    if self._ended:
-                        break
-                if self._ended:
-                    break
+                    if self._received(self._session.receive(frame)):
+                        self.offers.put(None)
+                        return
                 self._lost()
                 await self._greet(keep_trying=True)
                 await self._resume()
                 self._say({"event": "reconnected"})
-            self.offers.put(None)
         except asyncio.CancelledError:
             raise
         except BaseException as error:
@@ -379,7 +375,8 @@ class _Agent:
             if waiting is not None and not waiting.done():
                 waiting.set_exception(gone)
 
-    def _received(self, message: ms.HubMessage | Blob | None) -> None:
+    def _received(self, message: ms.HubMessage | Blob | None) -> bool:
+        """Whether that was the last message."""
         match message:
             case Blob():
                 if self._blob is not None and not self._blob.done():
@@ -401,10 +398,11 @@ class _Agent:
             case ms.RoundClosed():
                 self._say({"event": "round_closed", "round": message.round, "updates": message.num_updates})
             case ms.Farewell():
-                self._ended = True
                 self._say({"event": "farewell", "rounds": message.rounds, "reason": message.reason})
+                return True
             case _:
                 pass
+        return False
 
     def _is_busy(self, round_number: int) -> bool:
         """The same offer comes again after a reconnect; a round in hand or handed in is not begun again."""
@@ -622,7 +620,6 @@ class _Agent:
     async def leave(self, reason: str) -> None:
         if self._session.state == "open":
             await self._try_send(ms.Leave(reason=reason))
-        self._ended = True
 
     async def close(self) -> None:
         if self._reader is not None:

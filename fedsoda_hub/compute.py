@@ -6,6 +6,7 @@ Arguments and results are JSON; tensors are blobs by digest in the run directory
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -51,7 +52,7 @@ class Compute:
         master = delta.from_bytes(blobs.get(values["master"]), spec.adapter)
         view = delta.from_bytes(blobs.get(values["view"]), spec.adapter)
         updates = [
-            CodedUpdate(edge, num_examples, lambda digest=digest: blobs.get(digest))  # type: ignore[misc]
+            CodedUpdate(edge, num_examples, partial(blobs.get, digest))
             for edge, num_examples, digest in values["updates"]
         ]
         mean = weighted_mean(updates, spec.adapter, codec, self.settings.rounds.max_weight)

@@ -24,7 +24,7 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """The root of all tables of RUN.toml."""
 
 
-class Method(Section):
+class Method(Section, frozen=True):
     name: str = "fedsoda"
     adapter_layers: int = 3
     layers_per_group: int = 3
@@ -34,19 +34,19 @@ class Method(Section):
     quantize_embedding: bool = False
 
 
-class LoRA(Section):
+class LoRA(Section, frozen=True):
     rank: int = 8
     alpha: float = 16
     targets: list[str] = msgspec.field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"])
 
 
-class Public(Section):
+class Public(Section, frozen=True):
     text: str
     sequences: int = 128
     length: int = 512
 
 
-class Align(Section):
+class Align(Section, frozen=True):
     steps: int = 200
     realign_steps: int = 30
     batch_size: int = 8
@@ -55,7 +55,7 @@ class Align(Section):
     kl_weight: float = 1.0
 
 
-class Rounds(Section):
+class Rounds(Section, frozen=True):
     count: int = 20
     min_edges: int = 1
     cohort: int = 10
@@ -64,7 +64,7 @@ class Rounds(Section):
     max_weight: float = 3.0
 
 
-class Local(Section):
+class Local(Section, frozen=True):
     epochs: int = 1
     max_steps: int = 0
     batch_size: int = 8
@@ -78,12 +78,12 @@ class Local(Section):
         return LocalSettings(**msgspec.structs.asdict(self))
 
 
-class Wire(Section):
+class Wire(Section, frozen=True):
     codec: str = "int8"
     stall_seconds: float = 60
 
 
-class Task(Section):
+class Task(Section, frozen=True):
     prompt: str = "{prompt}"
     completion: str = "{completion}"
     choices: str = "auto"
@@ -91,12 +91,12 @@ class Task(Section):
     eval_data: str | None = None
 
 
-class Listen(Section):
+class Listen(Section, frozen=True):
     host: str = "127.0.0.1"
     port: int = 8470
 
 
-class RunSettings(Section):
+class RunSettings(Section, frozen=True):
     """All of RUN.toml. `path` is where it was read from; relative paths in it are relative to that file."""
 
     name: str

@@ -163,6 +163,7 @@ class Daemon:
                 loop.add_signal_handler(number, stopped, signal.Signals(number).name)
         serving: asyncio.Task[None] | None = None
         deciding = asyncio.create_task(self._decide())
+        watched: set[asyncio.Future[Any]] = {stop, deciding}
         try:
             await self._compute.call("open", {"settings": msgspec.to_builtins(self.settings)})
             self._events.put_nowait(None)  # what a restart owes
@@ -178,7 +179,7 @@ class Daemon:
                 if self._finished.is_set() and exit_when_done:
                     await self._linger(stop)
                     break
-                await asyncio.wait([stop, deciding], timeout=0.05, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(watched, timeout=0.05, return_when=asyncio.FIRST_COMPLETED)
             if deciding.done():
                 await deciding
             if self._failure is not None:

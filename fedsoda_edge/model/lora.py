@@ -57,7 +57,7 @@ def attach(sub_llm: SubLLM, spec: LoRASpec, tensors: LoRATensors) -> None:
     if modules:
         config = LoraConfig(
             r=spec.rank,
-            lora_alpha=spec.alpha,  # type: ignore[arg-type]
+            lora_alpha=spec.alpha,
             target_modules=[sub_llm.local_name(module) for module in modules],
             lora_dropout=0.0,
             bias="none",

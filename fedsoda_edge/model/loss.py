@@ -30,7 +30,7 @@ class _CrossEntropy(torch.autograd.Function):
         return total / len(labels)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (hidden_grad,) = ctx.saved_tensors
         return hidden_grad * grad, None, None
 
@@ -41,7 +41,7 @@ def cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
     Args:
         hidden: (M, C), supervised rows only. head: (V, C), frozen. labels: (M,) int64.
     """
-    return _CrossEntropy.apply(hidden, head, labels)  # type: ignore[no-any-return, no-untyped-call]
+    return _CrossEntropy.apply(hidden, head, labels)
 
 
 class _KL(torch.autograd.Function):
@@ -58,7 +58,7 @@ class _KL(torch.autograd.Function):
         return total / len(student)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (student_grad,) = ctx.saved_tensors
         return student_grad * grad, None, None
 
@@ -69,4 +69,4 @@ def kl_divergence(student: Tensor, teacher: Tensor, head: Tensor) -> Tensor:
     Args:
         student, teacher: (M, C) after the final norm; the teacher gets no gradient. head: (V, C).
     """
-    return _KL.apply(student, teacher, head)  # type: ignore[no-any-return, no-untyped-call]
+    return _KL.apply(student, teacher, head)

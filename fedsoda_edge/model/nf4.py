@@ -161,7 +161,7 @@ def _values_bitsandbytes(codes: Tensor, absmax: Tensor, shape: tuple[int, int], 
         quant_type="nf4",
         code=codebook().to(codes.device),
     )
-    return bnb.dequantize_4bit(codes.reshape(-1, 1), state)  # type: ignore[no-any-return]
+    return bnb.dequantize_4bit(codes.reshape(-1, 1), state)
 
 
 def dequantize(tensor: NF4Tensor) -> Tensor:
@@ -178,7 +178,7 @@ class _NF4Matmul(torch.autograd.Function):
         return nn.functional.linear(x, layer.dense(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad @ ctx.layer.dense(grad.dtype), None
 
 
@@ -204,5 +204,5 @@ class NF4Linear(nn.Linear):
         return values(self.weight, self.absmax, self.shape, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        out: Tensor = _NF4Matmul.apply(input, self)  # type: ignore[no-untyped-call]
+        out: Tensor = _NF4Matmul.apply(input, self)
         return out if self.bias is None else out + self.bias.to(out.dtype)

@@ -108,7 +108,7 @@ class Checkpoint:
 
     def _read(self, name: str) -> Tensor:
         with safe_open(self._files[name], framework="pt") as file:
-            return file.get_tensor(name)  # type: ignore[no-any-return]
+            return file.get_tensor(name)
 
     def embedding(self) -> Tensor:
         return self._read(f"{self.family.embedding}.weight")

@@ -30,7 +30,7 @@ class SubLLM:
     @property
     def head(self) -> Tensor:
         """(V, C)."""
-        return self.model.get_submodule(self.family.head).weight  # type: ignore[no-any-return]
+        return self.model.get_submodule(self.family.head).weight
 
     @property
     def dtype(self) -> torch.dtype:
@@ -46,7 +46,7 @@ class SubLLM:
         Pads go to the right: causal attention keeps them from real positions, so there is no mask.
         """
         base = self.model.get_submodule(self.family.layers.rpartition(".")[0])
-        return base(input_ids=ids, inputs_embeds=states, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+        return base(input_ids=ids, inputs_embeds=states, use_cache=False).last_hidden_state
 
     def layer(self, number: int) -> Any:
         """The module of a full-LLM layer."""

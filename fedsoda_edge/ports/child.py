@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import traceback
@@ -52,7 +51,7 @@ class Child:
 
     async def start(self) -> None:
         group: Values = (
-            {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+            {"creationflags": 0x200}  # CREATE_NEW_PROCESS_GROUP
             if sys.platform == "win32"
             else {"start_new_session": True}
         )

@@ -73,7 +73,7 @@ class ViewRef(msgspec.Struct, frozen=True, kw_only=True):
 # --- edge to hub ------------------------------------------------------------------------------------
 
 
-class Hello(Message, tag="hello"):
+class Hello(Message, frozen=True, tag="hello"):
     """First message. device_id is made once in FEDSODA_HOME; one token is bound to one device."""
 
     protocol: int
@@ -82,20 +82,20 @@ class Hello(Message, tag="hello"):
     device: DeviceFacts
 
 
-class Ready(Message, tag="ready"):
+class Ready(Message, frozen=True, tag="ready"):
     """The bundle is verified and the data is read: this edge may be invited."""
 
     num_examples: int
 
 
-class BlobRequest(Message, tag="blob_request"):
+class BlobRequest(Message, frozen=True, tag="blob_request"):
     """Ask for a blob of the run (delta, snapshot, alignment) from `offset` on."""
 
     digest: Digest
     offset: int = 0
 
 
-class UpdateStart(Message, tag="update_start"):
+class UpdateStart(Message, frozen=True, tag="update_start"):
     """Announce an update: `bytes` of coded delta follow in UpdateChunks. loss None: it was not finite."""
 
     round: int
@@ -108,21 +108,21 @@ class UpdateStart(Message, tag="update_start"):
     loss: float | None
 
 
-class UpdateChunk(Message, tag="update_chunk"):
+class UpdateChunk(Message, frozen=True, tag="update_chunk"):
     """A piece of the announced update; the bytes travel behind the header (codec)."""
 
     digest: Digest
     offset: int
 
 
-class Decline(Message, tag="decline"):
+class Decline(Message, frozen=True, tag="decline"):
     """This edge will not answer the round with an update."""
 
     round: int
     reason: str
 
 
-class Progress(Message, tag="progress"):
+class Progress(Message, frozen=True, tag="progress"):
     """Volatile: where the local round is. Never enters the ledger."""
 
     round: int
@@ -132,15 +132,15 @@ class Progress(Message, tag="progress"):
     tokens_per_second: float | None = None
 
 
-class Paused(Message, tag="paused"):
+class Paused(Message, frozen=True, tag="paused"):
     reason: str
 
 
-class Resumed(Message, tag="resumed"):
+class Resumed(Message, frozen=True, tag="resumed"):
     pass
 
 
-class Leave(Message, tag="leave"):
+class Leave(Message, frozen=True, tag="leave"):
     """The edge goes for good (Ctrl+C, --max-rounds, `leave`)."""
 
     reason: str
@@ -149,7 +149,7 @@ class Leave(Message, tag="leave"):
 # --- hub to edge ------------------------------------------------------------------------------------
 
 
-class Welcome(Message, tag="welcome"):
+class Welcome(Message, frozen=True, tag="welcome"):
     """Answer to Hello. `manifest` is fetched by HTTP as a blob."""
 
     protocol: int
@@ -166,7 +166,7 @@ class Welcome(Message, tag="welcome"):
     stall_seconds: float
 
 
-class RoundOffer(Message, tag="round_offer"):
+class RoundOffer(Message, frozen=True, tag="round_offer"):
     """Train from view `view` and send back the delta before `due_seconds` from now."""
 
     round: int
@@ -178,7 +178,7 @@ class RoundOffer(Message, tag="round_offer"):
     due_seconds: float
 
 
-class BlobChunk(Message, tag="blob_chunk"):
+class BlobChunk(Message, frozen=True, tag="blob_chunk"):
     """A piece of a requested blob; the bytes travel behind the header (codec)."""
 
     digest: Digest
@@ -186,14 +186,14 @@ class BlobChunk(Message, tag="blob_chunk"):
     total: int
 
 
-class Receipt(Message, tag="receipt"):
+class Receipt(Message, frozen=True, tag="receipt"):
     """The update is durable. Sending it again returns the same receipt."""
 
     round: int
     digest: Digest
 
 
-class Refusal(Message, tag="refusal"):
+class Refusal(Message, frozen=True, tag="refusal"):
     """What was refused and why. retry: the same thing may be sent again later (disk full)."""
 
     reason: str
@@ -202,12 +202,12 @@ class Refusal(Message, tag="refusal"):
     fatal: bool = False
 
 
-class RoundClosed(Message, tag="round_closed"):
+class RoundClosed(Message, frozen=True, tag="round_closed"):
     round: int
     num_updates: int
 
 
-class Farewell(Message, tag="farewell"):
+class Farewell(Message, frozen=True, tag="farewell"):
     """The run is over."""
 
     rounds: int

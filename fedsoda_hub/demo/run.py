@@ -197,7 +197,8 @@ async def _federate(directory: Path, run_file: Path, say: Say) -> tuple[float, f
         await hub.start()
         async with asyncio.TaskGroup() as group:
             following = group.create_task(hub.follow(heard))
-            await asyncio.wait([following, listening], return_when=asyncio.FIRST_COMPLETED)
+            first: set[asyncio.Future[Any]] = {following, listening}
+            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
             if not listening.done():
                 await following
                 raise WorkerFailed("the hub ended before it listened", "")
@@ -354,6 +355,8 @@ def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Pa
     state = ledger.replay()
     status = run_status(settings, ledger, state)
     ledger.close()
+
+    assert state.evaluation is not None, "the run has evaluation data"
 
     def count(specs: Any) -> int:
         return sum(spec.shape[0] * spec.shape[1] for spec in specs)

@@ -19,27 +19,27 @@ class Record(msgspec.Struct, frozen=True, tag_field="record", kw_only=True, forb
     """The root of all records. Replay folds them in order; it never samples, reads a clock or trains."""
 
 
-class RunStarted(Record, tag="run_started"):
+class RunStarted(Record, frozen=True, tag="run_started"):
     """run_id is made once; fixed are the settings that must equal on resume."""
 
     run_id: str
     fixed: dict[str, Any]
 
 
-class SettingsChanged(Record, tag="settings_changed"):
+class SettingsChanged(Record, frozen=True, tag="settings_changed"):
     """Keys that may change between starts (count, quorum, deadline), as they are now."""
 
     values: dict[str, Any]
 
 
-class Prepared(Record, tag="prepared"):
+class Prepared(Record, frozen=True, tag="prepared"):
     manifest: Digest
     adapter_view: Digest
     emulator_view: Digest
     public_kl: dict[str, float]
 
 
-class RoundOpened(Record, tag="round_opened"):
+class RoundOpened(Record, frozen=True, tag="round_opened"):
     round: int
     cohort: tuple[EdgeId, ...]
     view: Digest
@@ -47,7 +47,7 @@ class RoundOpened(Record, tag="round_opened"):
     deadline_at: float
 
 
-class CohortExtended(Record, tag="cohort_extended"):
+class CohortExtended(Record, frozen=True, tag="cohort_extended"):
     """Below quorum at the deadline: `invited` are asked (again), the deadline moves on."""
 
     round: int
@@ -55,7 +55,7 @@ class CohortExtended(Record, tag="cohort_extended"):
     deadline_at: float
 
 
-class UpdateAccepted(Record, tag="update_accepted"):
+class UpdateAccepted(Record, frozen=True, tag="update_accepted"):
     round: int
     edge: EdgeId
     digest: Digest
@@ -63,7 +63,7 @@ class UpdateAccepted(Record, tag="update_accepted"):
     loss: float
 
 
-class EdgeAnswered(Record, tag="edge_answered"):
+class EdgeAnswered(Record, frozen=True, tag="edge_answered"):
     """An invited edge will send no update this round: refused, declined, paused or left."""
 
     round: int
@@ -71,11 +71,11 @@ class EdgeAnswered(Record, tag="edge_answered"):
     how: str
 
 
-class DeadlinePassed(Record, tag="deadline_passed"):
+class DeadlinePassed(Record, frozen=True, tag="deadline_passed"):
     round: int
 
 
-class RoundClosed(Record, tag="round_closed"):
+class RoundClosed(Record, frozen=True, tag="round_closed"):
     """w, v and the coded step between views, as digests."""
 
     round: int
@@ -84,7 +84,7 @@ class RoundClosed(Record, tag="round_closed"):
     delta: Digest
 
 
-class Realigned(Record, tag="realigned"):
+class Realigned(Record, frozen=True, tag="realigned"):
     """Before local training of `round`: a new version of the emulator LoRA."""
 
     round: int
@@ -95,12 +95,12 @@ class Realigned(Record, tag="realigned"):
     kl_after: float
 
 
-class Evaluated(Record, tag="evaluated"):
+class Evaluated(Record, frozen=True, tag="evaluated"):
     round: int
     result: dict[str, Any]
 
 
-class RunEnded(Record, tag="run_ended"):
+class RunEnded(Record, frozen=True, tag="run_ended"):
     rounds: int
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -102,12 +103,12 @@ def test_nothing_malformed_passes(codec: str) -> None:
 def fedavg(updates: list[tuple[dict[str, torch.Tensor], int]]) -> dict[str, torch.Tensor]:
     """FedAvg, McMahan et al. 2017, Algorithm 1: w <- sum_k n_k / n * w_k."""
     n = sum(n_k for _, n_k in updates)
-    return {name: sum(n_k / n * w_k[name] for w_k, n_k in updates) for name in updates[0][0]}  # type: ignore[misc]
+    return {name: sum(n_k / n * w_k[name] for w_k, n_k in updates) for name in updates[0][0]}
 
 
 def test_the_average_is_fedavg_and_does_not_depend_on_arrival() -> None:
     coded = [(f"edge-{i}", n, delta.encode(tensors(i), "int8")) for i, n in enumerate((10, 30, 20))]
-    updates = [CodedUpdate(edge, n, lambda data=data: data) for edge, n, data in coded]
+    updates = [CodedUpdate(edge, n, partial(bytes, data)) for edge, n, data in coded]
     mean = weighted_mean(updates, LAYOUT, "int8", max_weight=3.0)
     expected = fedavg([(delta.decode(data, LAYOUT, "int8"), n) for _, n, data in coded])
     for name in mean:
@@ -118,7 +119,7 @@ def test_the_average_is_fedavg_and_does_not_depend_on_arrival() -> None:
 
 def test_a_boastful_edge_counts_at_most_three_medians() -> None:
     updates = [
-        CodedUpdate(edge, n, lambda i=i: delta.encode(tensors(i), "bf16"))
+        CodedUpdate(edge, n, partial(delta.encode, tensors(i), "bf16"))
         for i, (edge, n) in enumerate([("a", 10), ("b", 10), ("c", 10**9)])
     ]
     mean = weighted_mean(updates, LAYOUT, "bf16", max_weight=3.0)

@@ -14,7 +14,7 @@ from fedsoda_edge.protocol.manifest import LayerPlan
 
 def brute_force(distances: list[list[float]], emulator: int, n: int, p: int) -> tuple[float, tuple[int, ...]]:
     """Every set of starts; on ties the one that is larger, compared from the first start on."""
-    best = (float("inf"), ())
+    best: tuple[float, tuple[int, ...]] = (float("inf"), ())
     for starts in itertools.combinations(range(emulator - n), p):
         if any(b - a < n + 1 for a, b in itertools.pairwise(starts)):
             continue
@@ -34,8 +34,10 @@ def test_the_choice_is_the_best_of_all_sets(integers: bool) -> None:
         emulator, n, p = chance.randint(3, 13), chance.randint(1, 4), chance.randint(1, 4)
         if p * (n + 1) > emulator:
             continue
-        draw = (lambda: float(chance.randint(0, 2))) if integers else chance.random
-        distances = [[draw() for _ in range(emulator - 1 - layer)] for layer in range(emulator)]
+        distances = [
+            [float(chance.randint(0, 2)) if integers else chance.random() for _ in range(emulator - 1 - layer)]
+            for layer in range(emulator)
+        ]
         groups = choose_groups(distances, emulator + 2, 2, n, p)
         _, starts = brute_force(distances, emulator, n, p)
         assert tuple(group.start for group in groups) == starts
