@@ -107,13 +107,14 @@ class Evaluator:
                 if sample is None:
                     raise DataProblem(f"the completion {completion!r} has no ids after {question.prompt[-40:]!r}")
                 self._samples.append(sample)
-        self._borders: dict[tuple[int, int], list[Tensor]] = {}
+        # The model is kept beside its states: the id of a freed object could be given to another one.
+        self._borders: dict[tuple[int, int], tuple[Judged, list[Tensor]]] = {}
 
     def border(self, model: Judged) -> list[Tensor]:
         """States below the adapter, swept once for each (source, emulator LoRA)."""
         key = (id(model.source), id(model.emulator_lora))
         if key not in self._borders:
-            self._borders[key] = stream(
+            states = stream(
                 model.source,
                 model.emulator,
                 [torch.tensor(sample.ids) for sample in self._samples],
@@ -123,7 +124,8 @@ class Evaluator:
                 device=self._device,
                 progress=self._report,
             )
-        return self._borders[key]
+            self._borders[key] = model, states
+        return self._borders[key][1]
 
     def forget(self, model: Judged) -> None:
         """Free the border states of a model's emulator."""
@@ -155,12 +157,13 @@ class Evaluator:
         )
         lora.attach(whole, model.spec, {**model.emulator_lora, **model.adapter_lora})
         eos = model.source.fields.get("eos_token_id")
+        longest = max(MAX_NEW_TOKENS, *self.supervised_ids())  # a right answer must have room to end
         made = []
         for done, question in enumerate(self.questions):
             ids = torch.tensor([self._tokenizer.encode(question.prompt)], device=self._device)
             with torch.no_grad():
                 out = whole.model.generate(
-                    ids, do_sample=False, max_new_tokens=MAX_NEW_TOKENS, eos_token_id=eos, pad_token_id=eos
+                    ids, do_sample=False, max_new_tokens=longest, eos_token_id=eos, pad_token_id=eos
                 )
             made.append(self._tokenizer.decode(out[0, ids.shape[1] :].tolist()).strip())
             if self._report is not None:
@@ -168,8 +171,12 @@ class Evaluator:
         return made
 
     def accuracy(self, answers: Answers) -> float:
-        """Share of questions answered as the data says; by the last number where the answer is one."""
-        right = [is_right(made, q.completion) for made, q in zip(answers.chosen, self.questions, strict=True)]
+        """Share of questions answered as the data says; a generated number counts by its value's digits.
+
+        Among choices only the very one is right: "grade 1" and "level 1" may both be choices.
+        """
+        same = is_right if answers.scores is None else str.__eq__
+        right = [same(made, q.completion) for made, q in zip(answers.chosen, self.questions, strict=True)]
         return sum(right) / len(right)
 
     def auc(self, answers: Answers) -> float | None:

@@ -76,16 +76,17 @@ class Preparation:
         ):
             if length > limit:
                 raise UsageProblem(f"{key} = {length}, but {self.source.name} has {limit} positions; lower it")
-        self.fingerprint = hashlib.sha256(
-            json.dumps(
-                [
-                    self.source.revision,
-                    sha256_file(settings.public_text),
-                    settings.seed,
-                    msgspec.to_builtins([settings.method, settings.lora, settings.public, settings.align]),
-                ]
-            ).encode()
-        ).hexdigest()
+
+    def fingerprint(self) -> str:
+        """Of everything the stages are made from; reads the weights once."""
+        settings = self.settings
+        parts = [
+            self.source.revision,
+            sha256_file(settings.public_text),
+            settings.seed,
+            msgspec.to_builtins([settings.method, settings.lora, settings.public, settings.align]),
+        ]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     # --- stages ----------------------------------------------------------------------------------------
 
@@ -119,12 +120,13 @@ class Preparation:
 
     def _forget_other_runs(self) -> None:
         mark = self.work / "fingerprint"
-        if mark.exists() and mark.read_text() == self.fingerprint:
+        fingerprint = self.fingerprint()
+        if mark.exists() and mark.read_text() == fingerprint:
             return
         shutil.rmtree(self.work)
         shutil.rmtree(self.run_dir / "bundle", ignore_errors=True)
         self.work.mkdir()
-        write_durably(mark, self.fingerprint.encode())
+        write_durably(mark, fingerprint.encode())
 
     def plan(self) -> LayerPlan:
         """SGP: distances measured in one pass, groups chosen exactly."""
@@ -158,8 +160,9 @@ class Preparation:
     def _say_needed_disk(self, plan: LayerPlan) -> None:
         hidden = int(self.source.fields["hidden_size"])
         blocks = len(self.used) + len(self.held_out)
-        itemsize = torch.tensor([], dtype=self.compute_dtype).element_size()
-        needed = (len(plan.groups) + 3) * blocks * self.settings.public.length * hidden * itemsize
+        files = {*(f"teacher.{layer}" for layer in _target_layers(plan)), f"student.below.{_first_trained(plan)}"}
+        missing = sum(not (self.work / f"{name}.safetensors").exists() for name in files)
+        needed = missing * blocks * self.settings.public.length * hidden * self.compute_dtype.itemsize
         free = shutil.disk_usage(self.work).free
         self.report({"stage": "caching teacher targets", "needed_bytes": needed, "free_bytes": free})
         if needed > free:
@@ -199,15 +202,17 @@ class Preparation:
         if done.exists() and kl_done.exists():
             return load_file(done), json.loads(kl_done.read_text())
         plan, adapter = bundle.plan, bundle.adapter_lora()
-        wanted = self._teacher_final(plan, adapter)[len(self.used) :]
-        below, start = plan.sub_emulator, [torch.cat([*self.held_out]).reshape(len(self.held_out), -1)]
-        pruned = stream(self.source, below, list(start[0]), compute_dtype=self.compute_dtype, device=self.device)
+        final = self._teacher_final(plan, adapter)
+        wanted = final[len(self.used) :]
+        pruned = stream(
+            self.source, plan.sub_emulator, self.held_out, compute_dtype=self.compute_dtype, device=self.device
+        )
         tail = build(self.source, plan.adapter, compute_dtype=self.compute_dtype, device=self.device)
         kl = {"pruned": oda.public_kl(tail, torch.stack(pruned).to(self.device), wanted)}
         del tail
         student, states = self._student(bundle, bundle.emulator_lora(), adapter)
         kl["quantized"] = oda.public_kl(student, states[len(self.used) :], wanted)
-        emulator = self._train(student, plan, states, adapter, self.settings.align.steps, version=0)
+        emulator = self._train(student, plan, states, final, self.settings.align.steps, version=0)
         kl["aligned"] = oda.public_kl(student, states[len(self.used) :], wanted)
         write_durably(done, save(emulator))
         write_durably_json(kl_done, kl)
@@ -219,10 +224,11 @@ class Preparation:
         """Realignment with the current adapter LoRA in teacher and student; the coded step and the new view."""
         bundle = Bundle.open(self.run_dir / "bundle")
         plan, spec = bundle.plan, bundle.manifest.lora
-        wanted = self._teacher_final(plan, adapter_master)[len(self.used) :]
+        final = self._teacher_final(plan, adapter_master)
+        wanted = final[len(self.used) :]
         student, states = self._student(bundle, emulator_view, adapter_master)
         before = oda.public_kl(student, states[len(self.used) :], wanted)
-        trained = self._train(student, plan, states, adapter_master, self.settings.align.realign_steps, version)
+        trained = self._train(student, plan, states, final, self.settings.align.realign_steps, version)
         coded, view = delta.step_down(trained, emulator_view, spec.emulator, codec)
         lora.load(student, view)
         after = oda.public_kl(student, states[len(self.used) :], wanted)
@@ -238,7 +244,7 @@ class Preparation:
         student: SubLLM,
         plan: LayerPlan,
         states: Tensor,
-        adapter: dict[str, Tensor],
+        teacher_final: Tensor,
         steps: int,
         version: int,
     ) -> dict[str, Tensor]:
@@ -247,7 +253,7 @@ class Preparation:
         teacher = oda.Teacher(
             {group.start: self._target(group.removed[-1])[:count] for group in plan.groups},
             self._target(plan.emulator[-1])[:count],
-            self._teacher_final(plan, adapter)[:count],
+            teacher_final[:count],
         )
         oda.align(
             student,
@@ -269,7 +275,7 @@ class Preparation:
     ) -> tuple[SubLLM, Tensor]:
         """The student from its first aligned layer on, and its hidden states below that, which never change."""
         plan = bundle.plan
-        first = min(plan.aligned, default=plan.adapter[0])
+        first = _first_trained(plan)
         below = tuple(layer for layer in plan.kept if layer < first)
         states = self._cached(f"student.below.{first}", bundle, below)
         student = build(
@@ -301,7 +307,7 @@ class Preparation:
         path = self.work / f"teacher.{layer}.safetensors"
         if not path.exists():
             plan = self.plan()
-            wanted = {group.removed[-1] for group in plan.groups} | {plan.emulator[-1]}
+            wanted = _target_layers(plan)
 
             def keep(number: int, hidden: list[Tensor]) -> None:
                 if number in wanted:
@@ -330,6 +336,16 @@ class Preparation:
         lora.attach(teacher, spec, adapter)
         with torch.no_grad():
             return torch.cat([teacher.hidden(states=states) for states in border.split(8)])
+
+
+def _target_layers(plan: LayerPlan) -> set[int]:
+    """Full-LLM layers whose outputs the student is held against: each t_i + n, and the last below the adapter."""
+    return {group.removed[-1] for group in plan.groups} | {plan.emulator[-1]}
+
+
+def _first_trained(plan: LayerPlan) -> int:
+    """The lowest layer that alignment changes; what lies below it is a constant."""
+    return min(plan.aligned, default=plan.adapter[0])
 
 
 def manifest_of(run_dir: Path) -> Any:

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model.families import Family, allowed_fields, build_config, family_of, skeleton
+from fedsoda_edge.ports.disk import sha256_file
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -57,7 +59,7 @@ class Checkpoint:
     """A safetensors checkpoint of a supported family, read tensor by tensor.
 
     name: the hub id or the directory's name, never a local path. revision: the hub's commit, or for a
-    directory the sha256 over config and tensor table.
+    directory the sha256 over its config and weights.
     """
 
     def __init__(self, directory: Path, name: str, revision: str | None) -> None:
@@ -78,11 +80,18 @@ class Checkpoint:
         self.num_layers = int(config.num_hidden_layers)
         self._files = _tensor_table(directory, name)
         self.dtype = self._read(f"{self.family.embedding}.weight").dtype
-        table = json.dumps([sorted(self._files), self.fields], sort_keys=True).encode()
-        self.revision = revision or hashlib.sha256(table).hexdigest()
+        self._revision = revision
         self.tokenizer_files = [directory / file for file in TOKENIZER_FILES if (directory / file).exists()]
         if not (directory / "tokenizer.json").exists():
             raise UsageProblem(f"{name} has no tokenizer.json; save its fast tokenizer beside the weights")
+
+    @cached_property
+    def revision(self) -> str:
+        """Reads all weights of a directory once: a model trained on under its old name is another model."""
+        if self._revision:
+            return self._revision
+        files = {path.name: sha256_file(path) for path in set(self._files.values())}
+        return hashlib.sha256(json.dumps([files, self.fields], sort_keys=True).encode()).hexdigest()
 
     @classmethod
     def open(cls, model: str, *, relative_to: Path | None = None) -> Checkpoint:

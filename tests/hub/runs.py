@@ -1,0 +1,53 @@
+"""Make small runs on disk for tests of the hub: a RUN.toml, its public text and its evaluation data."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from fedsoda_edge.protocol.messages import Digest
+from fedsoda_hub.config import RunSettings, read_settings
+from fedsoda_hub.ledger import Ledger
+from fedsoda_hub.prepare import Preparation
+
+SMALL: dict[str, dict[str, Any]] = {
+    "method": {"adapter_layers": 2, "layers_per_group": 1, "groups": 2},
+    "lora": {"rank": 4, "alpha": 8},
+    "public": {"text": "public.txt", "sequences": 12, "length": 24},
+    "align": {"steps": 8, "realign_steps": 4, "batch_size": 4, "learning_rate": 1e-2},
+    "local": {"max_length": 64},
+    "wire": {"codec": "bf16"},
+    "task": {"prompt": "Say {word}:", "completion": "{answer}", "eval_data": "eval.jsonl"},
+}
+WORDS = ["the", "cat", "on", "a", "mat", "an", "inn", "in", "rain", "one", "other", "than", "then", "tan", "tin", "ton"]
+
+
+def make_run(directory: Path, model: Path, **tables: dict[str, Any]) -> RunSettings:
+    """Settings of a run of `model` in `directory`; `tables` change SMALL."""
+    directory.mkdir(parents=True, exist_ok=True)
+    chooser = random.Random(0)
+    (directory / "public.txt").write_text(" ".join(chooser.choices(WORDS, k=150)))
+    rows = [{"word": word, "answer": "yes" if i % 3 else "no"} for i, word in enumerate(WORDS)]
+    (directory / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = ['name = "small"', f"model = {json.dumps(str(model))}", 'device = "cpu"']
+    for table, values in SMALL.items():
+        lines.append(f"[{table}]")
+        merged = values | tables.get(table, {})
+        lines += [f"{key} = {json.dumps(value)}" for key, value in merged.items()]
+    (directory / "RUN.toml").write_text("\n".join(lines))
+    return read_settings(directory / "RUN.toml")
+
+
+def finish(settings: RunSettings, master: str, emulator_view: str) -> None:
+    """Leave a ledger that says one round has closed with these digests."""
+    ledger = Ledger(settings.run_dir / "ledger.sqlite")
+    state = ledger.replay()
+    state.master, state.emulator_view, state.losses = Digest(master), Digest(emulator_view), [1.0]
+    ledger.snapshot(state)
+    ledger.close()
+
+
+def prepare(settings: RunSettings) -> dict[str, Any]:
+    return Preparation(settings).run()

@@ -1,0 +1,64 @@
+"""The hub's child does a round's arithmetic as FedAvg's pseudocode and federation.md write it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from torch import Tensor
+
+from fedsoda_edge.model import delta
+from fedsoda_edge.model.bundle import Bundle
+from fedsoda_edge.ports.disk import BlobStore
+from fedsoda_hub.compute import Compute
+from fedsoda_hub.config import RunSettings
+from tests.edge.model.test_bundle import random_lora
+
+
+def opened(settings: RunSettings, codec: str) -> Compute:
+    compute = Compute()
+    wire = msgspec.structs.replace(settings.wire, codec=codec)
+    compute.open({"settings": msgspec.to_builtins(msgspec.structs.replace(settings, wire=wire))}, lambda _: None)
+    return compute
+
+
+def adapter_like(settings: RunSettings, seed: int) -> dict[str, Tensor]:
+    spec = Bundle.open(settings.run_dir / "bundle").manifest.lora
+    made = random_lora(spec, seed)
+    return {item.name: made[item.name] for item in spec.adapter}
+
+
+@pytest.mark.parametrize("codec", ["int8", "nf4", "bf16"])
+def test_a_round_moves_master_and_view_as_the_pseudocode_says(prepared: RunSettings, codec: str) -> None:
+    spec = Bundle.open(prepared.run_dir / "bundle").manifest.lora
+    blobs = BlobStore(prepared.run_dir / "blobs")
+    master, view = adapter_like(prepared, 1), adapter_like(prepared, 2)
+    updates = {
+        "b": (30, adapter_like(prepared, 3)),
+        "a": (10, adapter_like(prepared, 4)),
+        "c": (1000, adapter_like(prepared, 5)),
+    }
+    coded = {edge: delta.encode(tensors, codec) for edge, (_, tensors) in updates.items()}
+    values: dict[str, Any] = {
+        "master": blobs.put(delta.to_bytes(master)),
+        "view": blobs.put(delta.to_bytes(view)),
+        "updates": [[edge, count, blobs.put(coded[edge])] for edge, (count, _) in updates.items()],
+    }
+    compute = opened(prepared, codec)
+    found = compute.aggregate(values, lambda _: None)
+
+    counts = {"a": 10.0, "b": 30.0, "c": 90.0}  # c is capped at 3 x the median
+    decoded = {edge: delta.decode(coded[edge], spec.adapter, codec) for edge in "abc"}
+    new_master = delta.from_bytes(blobs.get(found["master"]), spec.adapter)
+    new_view = delta.from_bytes(blobs.get(found["view"]), spec.adapter)
+    sent = delta.decode(blobs.get(found["delta"]), spec.adapter, codec)
+    for name, before in master.items():
+        expected = before.double() + sum(counts[e] / 130 * decoded[e][name].double() for e in "abc")
+        torch.testing.assert_close(new_master[name].double(), expected, rtol=1e-6, atol=1e-7)
+        assert torch.equal(new_view[name], view[name] + sent[name])
+        worst = (new_master[name] - new_view[name]).abs().max() / (new_master[name] - view[name]).abs().max()
+        assert worst <= {"int8": 1 / 200, "bf16": 1 / 256, "nf4": 0.2}[codec]
+    values["updates"] = values["updates"][::-1]
+    assert compute.aggregate(values, lambda _: None) == found

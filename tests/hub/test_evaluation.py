@@ -1,0 +1,203 @@
+"""Accuracy, loss and AUC are those of plain Transformers and PEFT, one sample at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import fedsoda_hub.evaluation as evaluation_module
+from fedsoda_edge.data import SampleTokenizer, TextTemplate
+from fedsoda_edge.model.bundle import Bundle
+from fedsoda_edge.model.streaming import Checkpoint, LayerSource, stream
+from fedsoda_hub.config import RunSettings
+from fedsoda_hub.evaluation import (
+    Answers,
+    Evaluator,
+    Judged,
+    Question,
+    auc,
+    choices_of,
+    is_right,
+    read_questions,
+    summary,
+)
+from fedsoda_hub.export import judged_models
+from tests.edge.model.test_bundle import pruned_by_hand, random_lora
+from tests.hub.test_oda import with_peft
+
+QUESTIONS = [Question(f"Say {word}:", answer) for word, answer in [("the", "yes"), ("an inn", "no"), ("rain", "yes")]]
+
+
+@pytest.fixture(scope="module")
+def bundle(prepared: RunSettings) -> Bundle:
+    return Bundle.open(prepared.run_dir / "bundle")
+
+
+@pytest.fixture(scope="module")
+def tensors(bundle: Bundle) -> dict[str, Tensor]:
+    return random_lora(bundle.manifest.lora, 11)
+
+
+@pytest.fixture(scope="module")
+def models(prepared: RunSettings, bundle: Bundle, tensors: dict[str, Tensor]) -> Mapping[str, Judged]:
+    spec = bundle.manifest.lora
+    adapter = {item.name: tensors[item.name] for item in spec.adapter}
+    emulator = {item.name: tensors[item.name] for item in spec.emulator}
+    return judged_models(prepared, bundle, Checkpoint.open(prepared.model), adapter, emulator)
+
+
+def evaluator(tiny_llama: Path, questions: list[Question] = QUESTIONS, choices: str = "auto") -> Evaluator:
+    return Evaluator(questions, SampleTokenizer(tiny_llama / "tokenizer.json", 2), choices=choices)
+
+
+def score_by_hand(model: Any, tokenizer: Any, prompt: str, completion: str) -> tuple[float, int]:
+    """(log-likelihood of " completion" and eos after the prompt, ids counted), from one whole forward."""
+    ids = [*tokenizer(f"{prompt} {completion}").input_ids, 2]
+    start = len(tokenizer(prompt).input_ids)
+    with torch.no_grad():
+        logs = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    return sum(logs[at - 1, ids[at]].item() for at in range(start, len(ids))), len(ids) - start
+
+
+def test_scores_loss_and_answers_are_those_of_whole_models_by_hand(
+    tiny_llama: Path, bundle: Bundle, tensors: dict[str, Tensor], models: Mapping[str, Judged]
+) -> None:
+    spec, plan = bundle.manifest.lora, bundle.plan
+    adapter = {item.name: tensors[item.name] for item in spec.adapter}
+
+    def full() -> Any:
+        return AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+
+    by_hand = {
+        "full": full(),
+        "plug_in": with_peft(full(), {n: n for n in plan.adapter}, adapter, spec.rank, spec.alpha),
+        "sub_llm": with_peft(
+            pruned_by_hand(tiny_llama, plan, quantized=True),
+            {number: position for position, number in enumerate(plan.kept)},
+            tensors,
+            spec.rank,
+            spec.alpha,
+        ),
+    }
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    judge = evaluator(tiny_llama)
+    for name, model in by_hand.items():
+        answers = judge.answers(models[name])
+        table = [[score_by_hand(model, tokenizer, q.prompt, c) for c in ("no", "yes")] for q in QUESTIONS]
+        assert answers.scores is not None
+        expected = torch.tensor([[score for score, _ in row] for row in table], dtype=torch.float64)
+        torch.testing.assert_close(answers.scores, expected, rtol=1e-5, atol=1e-4)
+        own = [row[("no", "yes").index(q.completion)] for row, q in zip(table, QUESTIONS, strict=True)]
+        assert answers.nll == pytest.approx(-sum(s for s, _ in own) / sum(n for _, n in own), rel=1e-5)
+        assert answers.chosen == [("no", "yes")[int(row.argmax())] for row in expected]
+
+
+def test_models_with_the_same_emulator_share_one_sweep(
+    tiny_llama: Path, models: Mapping[str, Judged], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swept = []
+
+    def counted(source: LayerSource, *args: Any, **options: Any) -> list[Tensor]:
+        swept.append(source)
+        return stream(source, *args, **options)
+
+    monkeypatch.setattr(evaluation_module, "stream", counted)
+    found = summary(evaluator(tiny_llama), models)
+    assert swept == [models["full"].source, models["sub_llm"].source]
+    assert set(found["accuracy"]) == set(found["loss"]) == set(found["auc"]) == {"full", "sub_llm", "plug_in"}
+    assert found["num_examples"] == 3
+    json.dumps(found, allow_nan=False)
+
+
+def test_a_freed_emulator_lora_never_lends_its_states_to_the_next(
+    tiny_llama: Path, models: Mapping[str, Judged]
+) -> None:
+    judge, model = evaluator(tiny_llama), models["sub_llm"]
+    losses = []
+    for size in (0.0, 1.0, 2.0, 3.0):  # each dict is freed before the next is made, so ids may repeat
+        scaled = {name: size * tensor for name, tensor in model.emulator_lora.items()}
+        losses.append(judge.answers(Judged(model.source, model.emulator, model.adapter, model.spec, scaled, {})).nll)
+        del scaled
+    assert len(set(losses)) == 4
+
+
+def test_auc_is_the_share_of_pairs_in_order_ties_half() -> None:
+    scores = torch.tensor([0.1, 0.4, 0.4, 0.9, -1.0, 0.4])
+    positive = torch.tensor([True, False, True, True, False, False])
+    pairs = [(p > n) + 0.5 * (p == n) for p in scores[positive].tolist() for n in scores[~positive].tolist()]
+    assert auc(scores, positive) == pytest.approx(sum(pairs) / len(pairs))
+    assert auc(scores, torch.ones(6, dtype=torch.bool)) is None
+
+
+def test_choices_are_the_distinct_completions_if_at_most_20() -> None:
+    twenty = [Question("p", f"answer {i:02}") for i in range(20)]
+    assert choices_of(twenty * 2) == [f"answer {i:02}" for i in range(20)]
+    assert choices_of([*twenty, Question("p", "one more")]) == []
+    assert choices_of(twenty, "none") == []
+
+
+def test_ties_go_to_the_first_choice_in_sorted_order(
+    tiny_llama: Path, models: Mapping[str, Judged], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation_module, "log_likelihoods", lambda _, samples, __: torch.zeros(len(samples)).double())
+    assert evaluator(tiny_llama).answers(models["full"]).chosen == ["no", "no", "no"]
+
+
+@pytest.mark.parametrize(
+    ("made", "wanted", "right"),
+    [
+        (" Paris ", "Paris", True),
+        ("paris", "Paris", False),
+        ("3 + 4 = 7, so 7", "#### 7", True),
+        ("so 1,234.", "the sum is 1234", True),
+        ("it is 70", "7", False),
+        ("-7", "7", False),
+        ("no number", "7", False),
+        ("7 apples and 3 pears", "7 apples", False),
+    ],
+)
+def test_a_generated_answer_is_right_by_its_text_or_its_last_number(made: str, wanted: str, right: bool) -> None:
+    assert is_right(made, wanted) is right
+
+
+def test_among_choices_only_the_very_one_is_right(tiny_llama: Path) -> None:
+    judge = evaluator(tiny_llama, [Question("p", "grade 1"), Question("p", "level 1")])
+    assert judge.accuracy(Answers(["grade 1", "grade 1"], 0.0, torch.zeros(2, 2))) == 0.5
+    assert judge.accuracy(Answers(["grade 1", "grade 1"], 0.0, None)) == 1.0
+
+
+@pytest.mark.parametrize("gold", ["yes", "a right answer longer than the usual room"])
+def test_without_choices_the_greedy_generation_is_the_answer(
+    tiny_llama: Path, models: Mapping[str, Judged], gold: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation_module, "MAX_NEW_TOKENS", 8)
+    judge = evaluator(tiny_llama, [Question(q.prompt, gold) for q in QUESTIONS[:2]], "none")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    expected = []
+    for question in QUESTIONS[:2]:
+        ids = tokenizer(question.prompt, return_tensors="pt").input_ids
+        room = max(8, len(tokenizer(f"{question.prompt} {gold}").input_ids) + 1 - ids.shape[1])
+        with torch.no_grad():
+            out = model.generate(ids, do_sample=False, max_new_tokens=room, eos_token_id=2, pad_token_id=2)
+        expected.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip())
+    answers = judge.answers(models["full"])
+    assert answers.chosen == expected
+    assert answers.scores is None
+    assert judge.auc(answers) is None
+    assert judge.accuracy(Answers([gold, "other"], 0.0, None)) == 0.5
+
+
+def test_rows_may_come_by_the_template_or_already_rendered(tmp_path: Path) -> None:
+    prompt, completion = TextTemplate("Say {word}:"), TextTemplate("{answer}")
+    raw, rendered = tmp_path / "raw.jsonl", tmp_path / "rendered.jsonl"
+    raw.write_text('{"word": "a", "answer": "yes"}\n')
+    rendered.write_text('{"prompt": "Say a:", "completion": "yes"}\n')
+    assert read_questions(raw, prompt, completion) == read_questions(rendered, prompt, completion)
