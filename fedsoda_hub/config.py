@@ -6,6 +6,8 @@ Unknown keys are errors that name the nearest key. What the settings do is each 
 from __future__ import annotations
 
 import difflib
+import math
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -175,7 +177,7 @@ def read_settings(path: str | Path) -> RunSettings:
     try:
         settings = msgspec.convert({**raw, "path": str(path.resolve())}, RunSettings, strict=True)
     except msgspec.ValidationError as error:
-        raise UsageProblem(f"{path}: {error}") from error
+        raise UsageProblem(f"{path.name}: {_in_words(str(error), raw)}") from error
     _check_ranges(settings)
     for label, file in (("[public] text", settings.public_text), ("[task] eval_data", settings.eval_data)):
         if file is not None and not file.is_file():
@@ -196,10 +198,28 @@ def _refuse_unknown(raw: dict[str, Any], struct: type[msgspec.Struct], where: st
             _refuse_unknown(value, kind, f"[{key}] ")
 
 
+def _in_words(problem: str, raw: dict[str, Any]) -> str:
+    """msgspec's "Expected `int`, got `str` - at `$.rounds.count`" with the key as people write it, and the value."""
+    expected, mark, place = problem.partition(" - at `$.")
+    if not mark:
+        return problem[:1].lower() + problem[1:]  # a required key at the top is missing
+    *tables, key = place.rstrip("`").split(".")
+    value: Any = raw
+    for name in (*tables, key.partition("[")[0]):
+        value = value.get(name) if isinstance(value, dict) else None
+    where = "".join(f"[{name}] " for name in tables) + key
+    if expected.startswith("Object missing"):
+        return f"[{key}] {expected.removeprefix('Object ')}"
+    return f"{where} = {value!r}; {expected[:1].lower()}{expected[1:]}"
+
+
 def _check_ranges(settings: RunSettings) -> None:
     s = settings
     rules = [
         ("name", s.name, s.name.replace("-", "").replace("_", "").isalnum(), "letters, digits, - and _"),
+        ("seed", s.seed, 0 <= s.seed < 2**63, "0 to 2^63-1"),
+        ("device", s.device, bool(re.fullmatch(r"auto|cpu|cuda(:\d+)?", s.device)), "auto, cpu, cuda or cuda:N"),
+        ("dtype", s.dtype, s.dtype in ("bfloat16", "float16", "float32"), "bfloat16, float16 or float32"),
         ("[method] name", s.method.name, s.method.name in METHODS, f"one of {', '.join(METHODS)}"),
         ("[method] adapter_layers", s.method.adapter_layers, s.method.adapter_layers >= 1, "at least 1"),
         ("[method] layers_per_group", s.method.layers_per_group, s.method.layers_per_group >= 0, "at least 0"),
@@ -207,12 +227,21 @@ def _check_ranges(settings: RunSettings) -> None:
         ("[method] realign_every", s.method.realign_every, s.method.realign_every >= 0, "at least 0"),
         ("[method] adapter_base", s.method.adapter_base, s.method.adapter_base in ("nf4", "bf16"), "nf4 or bf16"),
         ("[lora] rank", s.lora.rank, 1 <= s.lora.rank <= 1024, "1 to 1024"),
+        ("[lora] alpha", s.lora.alpha, s.lora.alpha > 0, "above 0"),
         ("[lora] targets", s.lora.targets, bool(s.lora.targets), "at least one module name"),
         ("[public] sequences", s.public.sequences, s.public.sequences >= 1, "at least 1"),
         ("[public] length", s.public.length, s.public.length >= 2, "at least 2"),
         ("[align] steps", s.align.steps, s.align.steps >= 0, "at least 0"),
         ("[align] realign_steps", s.align.realign_steps, s.align.realign_steps >= 0, "at least 0"),
         ("[align] batch_size", s.align.batch_size, s.align.batch_size >= 1, "at least 1"),
+        ("[align] learning_rate", s.align.learning_rate, s.align.learning_rate >= 0, "at least 0"),
+        (
+            "[align] representation_weight",
+            s.align.representation_weight,
+            s.align.representation_weight >= 0,
+            "at least 0",
+        ),
+        ("[align] kl_weight", s.align.kl_weight, s.align.kl_weight >= 0, "at least 0"),
         ("[rounds] count", s.rounds.count, s.rounds.count >= 1, "at least 1"),
         ("[rounds] min_edges", s.rounds.min_edges, s.rounds.min_edges >= 1, "at least 1"),
         ("[rounds] cohort", s.rounds.cohort, s.rounds.cohort >= 1, "at least 1"),
@@ -223,6 +252,9 @@ def _check_ranges(settings: RunSettings) -> None:
         ("[local] max_steps", s.local.max_steps, s.local.max_steps >= 0, "at least 0"),
         ("[local] batch_size", s.local.batch_size, s.local.batch_size >= 1, "at least 1"),
         ("[local] learning_rate", s.local.learning_rate, s.local.learning_rate >= 0, "at least 0"),
+        ("[local] weight_decay", s.local.weight_decay, s.local.weight_decay >= 0, "at least 0"),
+        ("[local] max_grad_norm", s.local.max_grad_norm, s.local.max_grad_norm > 0, "above 0"),
+        ("[local] proximal_mu", s.local.proximal_mu, s.local.proximal_mu >= 0, "at least 0"),
         ("[local] max_length", s.local.max_length, s.local.max_length >= 2, "at least 2"),
         ("[wire] codec", s.wire.codec, s.wire.codec in CODECS, f"one of {', '.join(CODECS)}"),
         ("[wire] stall_seconds", s.wire.stall_seconds, s.wire.stall_seconds > 0, "above 0"),
@@ -231,7 +263,8 @@ def _check_ranges(settings: RunSettings) -> None:
         ("[listen] port", s.listen.port, 0 <= s.listen.port <= 65535, "0 to 65535"),
     ]
     for key, value, holds, allowed in rules:
-        if not holds:
+        is_finite = not isinstance(value, float) or math.isfinite(value)  # TOML has inf and nan
+        if not holds or not is_finite:
             raise UsageProblem(f"{key} = {value!r} in {Path(s.path).name}; it must be {allowed}")
     TextTemplate(s.task.prompt)
     TextTemplate(s.task.completion)

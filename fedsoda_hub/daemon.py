@@ -29,6 +29,7 @@ from fedsoda_hub.ledger import Ledger, Token
 from fedsoda_hub.listener import Connection, bind, is_same_secret, make_server
 
 COMPUTE_TRIES = 3
+DISK_RETRY_SECONDS = 10.0
 LINGER_SECONDS = 30.0
 
 Say = Callable[[dict[str, Any]], None]
@@ -167,7 +168,7 @@ class Daemon:
         try:
             await self._compute.call("open", {"settings": msgspec.to_builtins(self.settings)})
             self._events.put_nowait(None)  # what a restart owes
-            while not stop.done() and not deciding.done():
+            while not stop.done() and not deciding.done() and self._failure is None:
                 if self._manifest is None and self.machine.state.manifest:
                     self._load_manifest()
                 if serving is None and self._manifest is not None:
@@ -276,6 +277,9 @@ class Daemon:
         self.say({"event": "disk_full", "message": str(error)})
         if isinstance(cause, ev.UpdateArrived):
             self._send(cause.edge, ms.Refusal(round=cause.round, reason=str(error), retry=True))
+        # Torch work that is done comes again as it was; anything else `owed` finds.
+        again = cause if isinstance(cause, ev.ComputeDone) else None
+        asyncio.get_running_loop().call_later(DISK_RETRY_SECONDS, self._events.put_nowait, again)
 
     def _recorded(self, record: ev.AnyRecord) -> None:
         """Say what became a fact."""
@@ -284,7 +288,8 @@ class Daemon:
         state = self.machine.state
         if isinstance(record, ev.RoundClosed):
             self._flush_traffic()
-            self.ledger.snapshot(state)
+            with contextlib.suppress(DiskFull):  # it only bounds replay
+                self.ledger.snapshot(state)
             values |= {"loss": state.losses[-1], "updates": len(state.accepted)}
         if isinstance(record, ev.RunEnded):
             values["summary"] = self.status()
@@ -322,7 +327,7 @@ class Daemon:
             self._timer.cancel()
         delay = max(0.0, at - self.clock.wall())
         loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(delay, self._events.put_nowait, ev.DeadlineReached(number))
+        self._timer = loop.call_later(delay, self._events.put_nowait, ev.DeadlineReached(number, at))
 
     def _start(self, job: str, arguments: dict[str, Any]) -> None:
         task = asyncio.create_task(self._computing(job, arguments))
@@ -390,6 +395,7 @@ class Daemon:
         self._connections[connection.edge] = connection
         if old is not None:  # the same device came back before its old connection was missed
             old.close()
+            self._events.put_nowait(ev.EdgeGone(connection.edge))  # until its Ready it is not invited
         self.say({"event": "edge_connected", "edge": connection.edge, "software": hello.software})
         task = self.settings.task
         return ms.Welcome(

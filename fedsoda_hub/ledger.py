@@ -110,10 +110,10 @@ class Ledger:
         """
         if not edge or not all(c.isalnum() or c in "-_." for c in edge) or len(edge) > 64:
             raise UsageProblem(f"--name {edge!r} cannot be an edge's id; use up to 64 letters, digits, - _ .")
-        if edge in {token.edge for token in self.tokens()}:
+        if edge in {token.edge for token in self.tokens() if not token.revoked}:
             raise UsageProblem(f"there is a token for {edge!r} already; revoke it first, or choose another name")
         token = f"fs1-{secrets.token_urlsafe(32)}"
-        self._write("INSERT INTO tokens (edge, sha256) VALUES (?, ?)", (edge, _hash(token)))
+        self._write("INSERT OR REPLACE INTO tokens (edge, sha256) VALUES (?, ?)", (edge, _hash(token)))
         return token
 
     def tokens(self) -> list[Token]:

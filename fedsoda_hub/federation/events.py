@@ -179,7 +179,10 @@ class UpdateArrived:
 
 @dataclass(frozen=True)
 class DeadlineReached:
+    """The timer of SetDeadline(round, at) fired; one that the round has outlived is ignored."""
+
     round: int
+    at: float
 
 
 @dataclass(frozen=True)

@@ -131,6 +131,7 @@ class RoundMachine:
         self.rules = rules
         self.state = state
         self.eligible: set[EdgeId] = set()
+        self._connected: set[EdgeId] = set()  # eligible or paused: whom a Farewell reaches
         self._offered: dict[EdgeId, tuple[int, int]] = {}
         self._uploading: set[EdgeId] = set()
         self._told: set[EdgeId] = set()
@@ -145,6 +146,8 @@ class RoundMachine:
             self._extensions += 1
         if isinstance(record, ev.RoundOpened | ev.CohortExtended):
             self._timer = None
+        if isinstance(record, ev.Prepared | ev.RoundClosed | ev.Realigned | ev.Evaluated):
+            self._running = None  # not before: a result that could not be written down is not lost
 
     @property
     def quorum(self) -> int:
@@ -159,14 +162,19 @@ class RoundMachine:
         match event:
             case ev.EdgeReady():
                 self.eligible.add(event.edge)
+                self._connected.add(event.edge)
                 self._told.discard(event.edge)
+                self._uploading.discard(event.edge)  # an upload ends with the connection it came by
                 self._offered.pop(event.edge, None)  # a new connection has no offer yet
                 return []
             case ev.EdgeGone():
                 self._forget(event.edge)
+                self._connected.discard(event.edge)
                 return []
             case ev.EdgeAway():
                 self._forget(event.edge)
+                if event.how == "left":
+                    self._connected.discard(event.edge)
                 if self._is_awaited(event.edge):
                     return [Append(ev.EdgeAnswered(round=state.round, edge=event.edge, how=event.how))]
                 return []
@@ -186,11 +194,14 @@ class RoundMachine:
                 self._uploading.discard(event.edge)
                 return self._judge(event)
             case ev.DeadlineReached():
-                if state.phase == "collecting" and event.round == state.round and not state.deadline_passed:
+                is_due = self._timer == (event.round, event.at) and self._running is None
+                if state.phase == "collecting" and is_due and not state.deadline_passed:
+                    self._timer = None  # where the record cannot be written, `owed` sets another
                     return [Append(ev.DeadlinePassed(round=event.round))]
                 return [Ignored(f"round {event.round} does not wait for its deadline any more")]
             case ev.ComputeDone():
-                self._running = None
+                if event.job != self._running:
+                    return [Ignored(f"no {event.job} is running")]
                 return self._digest_result(event)
 
     def _forget(self, edge: EdgeId) -> None:
@@ -224,8 +235,8 @@ class RoundMachine:
             problem = f"the update starts from view {update.base[:12]}, round {state.round} from {state.view[:12]}"
         elif update.alignment != state.alignment:
             problem = f"the update used alignment {update.alignment}, round {state.round} has {state.alignment}"
-        elif not 1 <= update.num_examples < MAX_EXAMPLES:
-            problem = f"num_examples is {update.num_examples}; it must be 1 to {MAX_EXAMPLES - 1}"
+        elif not 1 <= update.num_examples <= MAX_EXAMPLES:
+            problem = f"num_examples is {update.num_examples}; it must be 1 to {MAX_EXAMPLES}"
         elif update.loss is None or not math.isfinite(update.loss):
             problem = "the loss is not a number; lower [local] learning_rate or check this edge's data"
         if problem:
@@ -273,7 +284,7 @@ class RoundMachine:
         """What the state still owes. After an Append among them the caller asks again."""
         state = self.state
         if self._running is not None:
-            return self._offers() if state.phase == "collecting" and self._running != "aggregate" else []
+            return []  # no job runs while a round collects, but the one that closes it
         match state.phase:
             case "preparing":
                 return self._start("prepare", {})
@@ -283,7 +294,7 @@ class RoundMachine:
                 return self._owed_idle(now)
             case _:
                 goodbye: list[Effect] = []
-                for edge in sorted(self.eligible - self._told):
+                for edge in sorted(self._connected - self._told):
                     self._told.add(edge)
                     goodbye.append(Send(edge, Farewell(rounds=state.round, reason="the run is over")))
                 return [*goodbye, ev.Finish()]
@@ -322,9 +333,10 @@ class RoundMachine:
         if not awaited:  # all answered, none with an update
             fresh = sorted(self.eligible - set(state.cohort))
             if fresh:
-                return [Append(self._extension(fresh, now))]
-        connected = [edge for edge in awaited if edge in self.eligible]
-        if not connected:
+                return [Append(self._extension(fresh[: state.invited], now))]
+        if self.eligible.intersection(awaited):
+            self._waiting = ""
+        else:
             effects += self._wait(
                 f"round {state.round} waits for {', '.join(awaited) or 'any edge'}: none is connected"
             )
@@ -336,14 +348,18 @@ class RoundMachine:
         return self._start("aggregate", {"master": state.master, "view": state.view, "updates": updates})
 
     def _extend(self, now: float) -> list[Effect]:
-        """Below quorum at the deadline: number and accepted updates stay, replacements are invited."""
+        """Below quorum at the deadline: number and accepted updates stay, replacements are invited.
+
+        Edges that were not asked come first, then those that had answered without an update. Who is still
+        at work stays awaited and needs no second invitation.
+        """
         state = self.state
-        candidates = sorted(self.eligible - set(state.accepted))
-        if not candidates:
+        if not self.eligible - set(state.accepted):
             return self._wait(
                 f"round {state.round} has {len(state.accepted)} of {self.quorum} updates at its deadline and no edge "
                 "is connected that could replace the rest"
             )
+        candidates = [*sorted(self.eligible - set(state.cohort)), *sorted(self.eligible.intersection(state.answered))]
         wanted = max(1, state.invited - len(state.accepted))
         return [Append(self._extension(candidates[:wanted], now))]
 

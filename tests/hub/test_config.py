@@ -1,0 +1,200 @@
+"""RUN.toml: the contract's names and defaults; what is wrong is named, with the value and what to do."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from fedsoda_edge.errors import UsageProblem
+from fedsoda_hub.config import RunSettings, differences, read_settings
+
+# contract.md, fedsoda-hub: what is not commented out has to be written.
+CONTRACT = """
+name = "triage"
+model = "path-or-hub-id"
+seed = 0
+device = "auto"
+dtype = "bfloat16"
+[method]
+name = "fedsoda"
+adapter_layers = 3
+layers_per_group = 3
+groups = 4
+realign_every = 5
+adapter_base = "nf4"
+[lora]
+rank = 8
+alpha = 16
+targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+[public]
+text = "public.txt"
+sequences = 128
+length = 512
+[align]
+steps = 200
+realign_steps = 30
+learning_rate = 1e-4
+representation_weight = 1.0
+kl_weight = 1.0
+[rounds]
+count = 20
+min_edges = 1
+cohort = 10
+quorum = 0.8
+deadline_seconds = 3600
+[local]
+epochs = 1
+max_steps = 0
+batch_size = 8
+learning_rate = 1e-4
+weight_decay = 0.01
+max_grad_norm = 1.0
+proximal_mu = 0.01
+max_length = 512
+[wire]
+codec = "int8"
+stall_seconds = 60
+[task]
+prompt = "Review: {sentence}\\nSentiment:"
+completion = "{label}"
+choices = "auto"
+shots = 0
+eval_data = "eval.jsonl"
+[listen]
+host = "127.0.0.1"
+port = 8470
+"""
+SHORT = 'name = "triage"\nmodel = "m"\n[public]\ntext = "public.txt"\n'
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "public.txt").write_text("public")
+    (tmp_path / "eval.jsonl").write_text("{}")
+    return tmp_path
+
+
+def read(folder: Path, text: str) -> RunSettings:
+    path = folder / "run.toml"
+    path.write_text(text)
+    return read_settings(path)
+
+
+def test_the_contracts_file_is_read_and_its_values_are_the_defaults(folder: Path) -> None:
+    full = msgspec.to_builtins(read(folder, CONTRACT))
+    short = msgspec.to_builtins(read(folder, SHORT))
+    for key, value in tomllib.loads(CONTRACT).items():
+        if isinstance(value, dict):
+            for inner, written in value.items():
+                assert full[key][inner] == written
+                if (key, inner) not in {("task", "prompt"), ("task", "completion"), ("task", "eval_data")}:
+                    assert short[key][inner] == written, f"[{key}] {inner}"
+        else:
+            assert full[key] == value
+            assert key == "model" or short[key] == value
+
+
+def test_paths_are_relative_to_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    settings = read(folder, CONTRACT)
+    assert settings.run_dir == folder / "triage.run"
+    assert settings.public_text == folder / "public.txt"
+    assert settings.eval_data == folder / "eval.jsonl"
+
+
+def test_settings_cross_to_the_compute_child_as_json(folder: Path) -> None:
+    settings = read(folder, CONTRACT)
+    assert msgspec.json.decode(msgspec.json.encode(settings), type=RunSettings) == settings
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (SHORT.replace("model", "modle"), "RUN.toml has no key modle; the nearest is model"),
+        (SHORT + "[round]\ncount = 3\n", "RUN.toml has no key round; the nearest is rounds"),
+        (SHORT + "[rounds]\ndeadline = 3\n", "RUN.toml has no key [rounds] deadline; the nearest is [rounds] deadline_seconds"),
+        (SHORT + "[method]\nlayers_per_groups = 3\n", "the nearest is [method] layers_per_group"),
+        (SHORT.replace("[public]", "path = 1\n[public]"), "RUN.toml has no key path"),
+        ("rounds = 3\n" + SHORT, "RUN.toml: rounds is 3, but it is a table: write [rounds]"),
+        ('model = "m"\n[public]\ntext = "public.txt"\n', "run.toml: object missing required field `name`"),
+        (SHORT.replace('text = "public.txt"', "length = 9"), "run.toml: [public] missing required field `text`"),
+        (SHORT + "[rounds]\ncount = 'ten'\n", "run.toml: [rounds] count = 'ten'; expected `int`, got `str`"),
+        (SHORT + "[rounds]\ncount = 1.5\n", "run.toml: [rounds] count = 1.5; expected `int`, got `float`"),
+        (SHORT + "[rounds]\ncount = true\n", "run.toml: [rounds] count = True; expected `int`, got `bool`"),
+        ("seed = 'x'\n" + SHORT, "run.toml: seed = 'x'; expected `int`, got `str`"),
+        (SHORT + "[lora]\ntargets = ['q_proj', 3]\n", "[lora] targets[1] = ['q_proj', 3]; expected `str`, got `int`"),
+        (SHORT + "[rounds]\ncount = 0\n", "[rounds] count = 0 in run.toml; it must be at least 1"),
+        (SHORT + "[rounds]\nquorum = 1.5\n", "[rounds] quorum = 1.5 in run.toml; it must be above 0, at most 1"),
+        (SHORT + "[rounds]\nquorum = 0\n", "[rounds] quorum = 0.0 in run.toml"),
+        (SHORT + "[rounds]\ndeadline_seconds = inf\n", "[rounds] deadline_seconds = inf in run.toml; it must be above 0"),
+        (SHORT + "[local]\nlearning_rate = nan\n", "[local] learning_rate = nan in run.toml"),
+        (SHORT + "[local]\nmax_grad_norm = 0\n", "[local] max_grad_norm = 0.0 in run.toml; it must be above 0"),
+        (SHORT + "[local]\nproximal_mu = -1\n", "[local] proximal_mu = -1.0 in run.toml; it must be at least 0"),
+        (SHORT + "[wire]\ncodec = 'zip'\n", "[wire] codec = 'zip' in run.toml; it must be one of nf4, int8, bf16"),
+        (SHORT + "[method]\nname = 'fedot'\n", "[method] name = 'fedot' in run.toml; it must be one of fedsoda"),
+        (SHORT + "[method]\nadapter_base = 'int3'\n", "[method] adapter_base = 'int3' in run.toml; it must be nf4 or bf16"),
+        ("device = 'gpu'\n" + SHORT, "device = 'gpu' in run.toml; it must be auto, cpu, cuda or cuda:N"),
+        ("dtype = 'int8'\n" + SHORT, "dtype = 'int8' in run.toml"),
+        (SHORT.replace("triage", "../x"), "name = '../x' in run.toml; it must be letters, digits, - and _"),
+        (SHORT + "[listen]\nport = 70000\n", "[listen] port = 70000 in run.toml; it must be 0 to 65535"),
+        (SHORT.replace("public.txt", "gone.txt"), "[public] text: "),
+        (SHORT + "[task]\neval_data = 'gone.jsonl'\n", "[task] eval_data: "),
+        ("name = ", "run.toml is not TOML"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_named_with_its_value(folder: Path, text: str, sentence: str) -> None:
+    with pytest.raises(UsageProblem) as caught:
+        read(folder, text)
+    assert sentence in str(caught.value)
+    assert caught.value.exit_status == 2
+
+
+def test_a_file_that_is_not_there_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UsageProblem, match=r"run\.toml is not there; write a RUN\.toml"):
+        read_settings(tmp_path / "run.toml")
+
+
+def test_a_template_with_more_than_names_is_refused(folder: Path) -> None:
+    with pytest.raises(UsageProblem):
+        read(folder, SHORT + "[task]\nprompt = '{row.text}'\n")
+
+
+# --- resuming -------------------------------------------------------------------------------------------------------
+
+
+def recorded(settings: RunSettings) -> Any:
+    """As the ledger gives it back: through JSON."""
+    return msgspec.json.decode(msgspec.json.encode(settings.fixed()))
+
+
+def test_the_same_file_resumes_its_run(folder: Path) -> None:
+    settings = read(folder, CONTRACT)
+    assert differences(recorded(settings), settings) == []
+
+
+@pytest.mark.parametrize("change", [
+    ("count = 20", "count = 40"), ("quorum = 0.8", "quorum = 0.5"), ("deadline_seconds = 3600", "deadline_seconds = 9"),
+    ('"127.0.0.1"', '"0.0.0.0"'), ("8470", "8471"),
+])  # fmt: skip
+def test_count_quorum_deadline_host_and_port_may_change(folder: Path, change: tuple[str, str]) -> None:
+    before = recorded(read(folder, CONTRACT))
+    assert differences(before, read(folder, CONTRACT.replace(*change))) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (("rank = 8", "rank = 4"), "[lora] rank: 8 when the run began, 4 now"),
+        (("groups = 4", "groups = 2"), "[method] groups: 4 when the run began, 2 now"),
+        (('"path-or-hub-id"', '"other"'), "model: 'path-or-hub-id' when the run began, 'other' now"),
+        (("seed = 0", "seed = 1"), "seed: 0 when the run began, 1 now"),
+        (('"int8"', '"nf4"'), "[wire] codec: 'int8' when the run began, 'nf4' now"),
+    ],
+)
+def test_what_defines_model_and_method_may_not(folder: Path, change: tuple[str, str], sentence: str) -> None:
+    before = recorded(read(folder, CONTRACT))
+    assert differences(before, read(folder, CONTRACT.replace(*change))) == [sentence]
