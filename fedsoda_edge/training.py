@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -94,7 +95,7 @@ def fine_tune(
     seen: set[int] = set()
     tokens = 0
     for step in range(total):
-        indices = _take(order, settings.batch_size)
+        indices = list(islice(order, settings.batch_size))
         batch = border.batch(indices, sub_llm.device)
         loss = completion_loss(sub_llm, batch)
         drift = torch.cat([parameter.flatten() for parameter in parameters]) - reference
@@ -121,7 +122,3 @@ def fine_tune(
         num_tokens=tokens,
         seconds=time.monotonic() - started,
     )
-
-
-def _take(order: Iterator[int], count: int) -> Sequence[int]:
-    return [index for index, _ in zip(order, range(count), strict=False)]

@@ -42,7 +42,8 @@ class Child:
 
     def __init__(self, module: str, environment: Mapping[str, str] | None = None) -> None:
         self.module = module
-        self._environment = {**os.environ, **(environment or {})}
+        # OpenMP threads that spin at barriers starve each other wherever other programs compute too.
+        self._environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **(environment or {})}
         self._process: asyncio.subprocess.Process | None = None
         self._last_words: deque[str] = deque(maxlen=30)
         self._drain: asyncio.Task[None] | None = None

@@ -1,0 +1,198 @@
+"""ScriptedHub: plays a hub's messages from memory, so that users can test their scripts without one.
+
+The model is a random llama of 4 layers that a child process makes (no torch here); the edge, its worker and
+the messages are the real ones. The script does not aggregate: every round starts from the same view.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+
+from fedsoda_edge.errors import ProtocolViolation
+from fedsoda_edge.ports.disk import sha256_file
+from fedsoda_edge.protocol import messages as ms
+from fedsoda_edge.protocol.manifest import BundleManifest
+from fedsoda_edge.protocol.session import HubSession, Upload
+
+LOCAL = ms.LocalSettings(
+    epochs=1,
+    max_steps=3,
+    batch_size=4,
+    learning_rate=1e-3,
+    weight_decay=0.01,
+    max_grad_norm=1.0,
+    proximal_mu=0.01,
+    max_length=64,
+)
+
+
+class ScriptedHub:
+    """A Transport for `Edge(ScriptedHub(rounds=2))`.
+
+    Args:
+        rounds: how many rounds are offered before the Farewell.
+        prompt, completion: the run's template.
+
+    `updates` holds what was accepted, in order.
+    """
+
+    def __init__(self, rounds: int = 2, *, prompt: str = "{prompt}", completion: str = "{completion}") -> None:
+        self.rounds = rounds
+        self.updates: list[ms.UpdateStart] = []
+        self.up = self.down = 0
+        self._template = ms.Template(prompt=prompt, completion=completion)
+        self._directory = tempfile.TemporaryDirectory(prefix="fedsoda-scripted-")
+        self._bundle = Path(self._directory.name) / "bundle"
+        self._out: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self._session = HubSession(1 << 24)
+
+    async def connect(self) -> None:
+        """Make the model at first; then as a fresh connection."""
+        if not self._bundle.exists():
+            command = [sys.executable, "-m", "fedsoda_edge.testing", str(self._bundle)]
+            await asyncio.to_thread(subprocess.run, command, check=True, capture_output=True)
+        self._out = asyncio.Queue()
+        self._session = HubSession(1 << 24)
+
+    async def send(self, frame: bytes) -> None:
+        """What the edge says, and what the script answers."""
+        said = self._session.receive(frame)
+        match said:
+            case ms.Hello():
+                self._say(self._welcome())
+            case ms.Ready():
+                self._offer()
+            case Upload():
+                self.updates.append(said.start)
+                self._say(ms.Receipt(round=said.start.round, digest=said.start.digest))
+                self._offer()
+            case ms.BlobRequest():
+                raise ProtocolViolation("the script's views are the bundle's own; there is no blob to ask for")
+            case ms.Leave():
+                self._out.put_nowait(None)
+            case _:
+                pass
+
+    def _say(self, message: ms.HubMessage) -> None:
+        self._out.put_nowait(self._session.send(message))
+
+    def _welcome(self) -> ms.Welcome:
+        manifest = self._bundle / "manifest.json"
+        return ms.Welcome(
+            protocol=ms.PROTOCOL_VERSION,
+            run_id="scripted",
+            run_name="scripted",
+            edge=ms.EdgeId("scripted-edge"),
+            manifest=ms.BlobRef(digest=ms.Digest(sha256_file(manifest)), bytes=manifest.stat().st_size),
+            rounds=self.rounds,
+            rounds_done=0,
+            template=self._template,
+            max_length=LOCAL.max_length,
+            codec="int8",
+            seed=0,
+            stall_seconds=60.0,
+        )
+
+    def _offer(self) -> None:
+        number = len(self.updates) + 1
+        if number > self.rounds:
+            self._say(ms.Farewell(rounds=self.rounds, reason="the script is over"))
+            return
+        digests = {
+            name: ms.Digest(sha256_file(self._bundle / f"{name}_lora.safetensors")) for name in ("adapter", "emulator")
+        }
+        self._say(
+            ms.RoundOffer(
+                round=number,
+                rounds=self.rounds,
+                view=ms.ViewRef(digest=digests["adapter"], delta=None, snapshot=None),
+                alignment=0,
+                emulator=ms.ViewRef(digest=digests["emulator"], delta=None, snapshot=None),
+                local=LOCAL,
+                due_seconds=3600.0,
+            )
+        )
+
+    async def frames(self) -> AsyncIterator[bytes]:
+        while (frame := await self._out.get()) is not None:
+            yield frame
+
+    async def close(self) -> None:
+        self._out.put_nowait(None)
+
+    async def fetch(self, digest: str, offset: int) -> AsyncIterator[bytes]:
+        """Files of the made bundle by digest."""
+        manifest = self._bundle / "manifest.json"
+        files = msgspec.json.decode(manifest.read_bytes(), type=BundleManifest).files
+        names = {file.sha256: file.name for file in files} | {sha256_file(manifest): "manifest.json"}
+        yield (self._bundle / names[digest]).read_bytes()[offset:]
+
+
+def make_bundle(directory: Path) -> None:
+    """A 4-layer random llama with a byte-level tokenizer as a bundle (this needs torch; run as a process)."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from fedsoda_edge.model import lora
+    from fedsoda_edge.model.bundle import BundleSettings, write_bundle
+    from fedsoda_edge.model.layer_plan import choose_groups, make_plan
+    from fedsoda_edge.model.streaming import Checkpoint
+    from fedsoda_edge.protocol.manifest import LoRASpec
+
+    with tempfile.TemporaryDirectory() as made:
+        model_dir = Path(made) / "scripted-llama"
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=259,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(model_dir)
+        vocabulary = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+        tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(vocabulary)}, merges=[]))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        tokenizer.save(str(model_dir / "tokenizer.json"))
+        (model_dir / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+        source = Checkpoint.open(str(model_dir))
+        plan = make_plan(4, 1, choose_groups([[0.1, 0.2], [0.2], []], 4, 1, 1, 1))
+        targets = ("q_proj", "v_proj")
+        spec = LoRASpec(
+            rank=4,
+            alpha=8.0,
+            targets=targets,
+            adapter=lora.specs(source.family, source.fields, plan.adapter, targets, 4),
+            emulator=lora.specs(source.family, source.fields, plan.aligned, targets, 4),
+        )
+        write_bundle(
+            directory,
+            source,
+            plan,
+            BundleSettings(spec, adapter_base="nf4", quantize_embedding=False),
+            name=source.name,
+            revision=source.revision,
+            adapter_lora=lora.initial(spec.adapter, 0),
+            emulator_lora=lora.initial(spec.emulator, 0),
+            tokenizer_files=source.tokenizer_files,
+        )
+
+
+if __name__ == "__main__":
+    make_bundle(Path(sys.argv[1]))
