@@ -1,7 +1,7 @@
 """Generate the demo's private data: short messages to a town's help line, and the desk each belongs to.
 
 Three offices hold messages of their own kind: none sees all four desks in fair shares and each lacks one
-entirely, so that no edge alone can learn the task. The evaluation is balanced, shares no message with any
+entirely, so that no edge alone can learn the whole task. The evaluation is balanced, shares no message with any
 training set, and half of it names things that no training message names. Training is the edges' business.
 """
 
@@ -27,11 +27,11 @@ class Office:
 
 
 OFFICES = (
-    Office("village", {"farm": 200, "road": 90, "food": 30}),
-    Office("market", {"food": 200, "health": 90, "farm": 30}),
-    Office("city", {"health": 170, "road": 120, "food": 30}),
+    Office("village", {"farm": 180, "road": 90, "food": 50}),
+    Office("market", {"food": 180, "health": 90, "farm": 50}),
+    Office("city", {"health": 140, "road": 140, "food": 40}),
 )
-EVALUATION_ROWS = 400
+EVALUATION_ROWS = 320
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,19 @@ TOPICS = {
     ),
 }
 
-OPENINGS = ("", "Hello.", "Good morning.", "Please help us.", "I have a question.", "Excuse me.", "Oh no!")
-CLOSINGS = ("", "Thank you.", "What should we do?", "Can you come today?", "Please call me back.", "It is important.")
+FRAMES = (
+    "{}",
+    "Hello. {}",
+    "Good morning. {}",
+    "Please help. {}",
+    "Oh no! {}",
+    "I have a question. {}",
+    "{} Thank you.",
+    "{} What should we do?",
+    "{} Can you come?",
+    "{} Please call me.",
+    "{} It is important.",
+)
 
 
 def training(edge: int, seed: int) -> list[Row]:
@@ -119,7 +130,7 @@ def training(edge: int, seed: int) -> list[Row]:
 
 
 def evaluation(seed: int) -> list[Row]:
-    """400 balanced rows {"message", "desk"}; every second message of a desk names an unseen thing."""
+    """320 balanced rows {"message", "desk"}; every second message of a desk names an unseen thing."""
     draw = random.Random(f"{seed}/evaluation")
     rows = []
     share = EVALUATION_ROWS // len(DESKS)
@@ -141,7 +152,7 @@ def _messages(
     found: dict[str, None] = {}
     while len(found) < count:
         saying = draw.choice(TOPICS[desk].sayings).format(thing=draw.choice(things))
-        message = " ".join(part for part in (draw.choice(OPENINGS), saying, draw.choice(CLOSINGS)) if part)
+        message = draw.choice(FRAMES).format(saying)
         if _is_held_out(message, seed) == held_out:
             found[message] = None
     return list(found)
