@@ -8,37 +8,40 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fedsoda_edge.errors import BlobCorrupt, UsageProblem
-from fedsoda_edge.model.families import FAMILIES, build_config, family_of
+from fedsoda_edge.model import lora
+from fedsoda_edge.model.families import FAMILIES, build_config, family_of, skeleton
 from fedsoda_edge.model.layer_plan import check_plan
 from fedsoda_edge.model.memory import edge_needs
 from fedsoda_edge.model.nf4 import CODEBOOK, NF4Tensor, dequantize, dynamic_map, quantize
 from fedsoda_edge.model.streaming import LayerSource
+from fedsoda_edge.model.sub_llm import local_name
 from fedsoda_edge.ports.disk import sha256, sha256_file, sync_directory, write_durably
 from fedsoda_edge.protocol.manifest import (
     FORMAT_VERSION,
+    MAX_SIZE,
     BundleManifest,
     File,
     LayerPlan,
     LoRASpec,
+    TensorSpec,
+    parse_manifest,
 )
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-MAX_MANIFEST_BYTES = 16 << 20
-MAX_FILE_BYTES = 1 << 40
-_FILE_NAME = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
 
 
 @dataclass(frozen=True)
@@ -68,59 +71,70 @@ def write_bundle(
     The same input gives the same bytes. Raises DiskFull; a half-written bundle never has the name `directory`.
     """
     check_plan(plan)
+    with _whole_or_not_at_all(directory) as temporary:
+        files: list[File] = []
+        parameters = 0
+
+        def shard(role: str, tensors: dict[str, Tensor]) -> None:
+            data = save({key: value.contiguous() for key, value in sorted(tensors.items())})
+            write_durably(temporary / f"{role}.safetensors", data)
+            files.append(File(name=f"{role}.safetensors", sha256=sha256(data), bytes=len(data)))
+
+        layer_parameters = 0
+        for done, number in enumerate(plan.kept):
+            dense = source.layer(number)
+            layer_parameters = sum(tensor.numel() for tensor in dense.values())
+            parameters += layer_parameters
+            keep_dense = number in plan.adapter and settings.adapter_base != "nf4"
+            shard(f"layers.{number}", _packed(dense, keep_dense))
+            if progress is not None:
+                progress(done + 1, len(plan.kept))
+        ends = {"embedding": {"weight": source.embedding()}, "norm": source.norm()}
+        if not source.fields.get("tie_word_embeddings"):
+            ends["head"] = {"weight": source.head()}
+        for role, tensors in ends.items():
+            parameters += sum(tensor.numel() for tensor in tensors.values())
+            shard(role, _packed(tensors, keep_dense=not settings.quantize_embedding))
+        weight_bytes = sum(file.bytes for file in files)
+        shard("emulator_lora", emulator_lora)
+        shard("adapter_lora", adapter_lora)
+        for path in tokenizer_files:
+            data = path.read_bytes()
+            write_durably(temporary / path.name, data)
+            files.append(File(name=path.name, sha256=sha256(data), bytes=len(data)))
+        manifest = BundleManifest(
+            format_version=FORMAT_VERSION,
+            family=source.family.model_type,
+            config=source.fields,
+            dtype=next(key for key, value in DTYPES.items() if value == source.dtype),
+            source=name,
+            source_revision=revision,
+            plan=plan,
+            lora=settings.lora,
+            adapter_base=settings.adapter_base,
+            quantized_embedding=settings.quantize_embedding,
+            files=tuple(files),
+            needs=edge_needs(source.fields, len(plan.adapter), layer_parameters, settings.lora, files),
+            bits_per_parameter=8 * weight_bytes / parameters,
+        )
+        write_durably(temporary / "manifest.json", encode_manifest(manifest))
+    return manifest
+
+
+@contextmanager
+def _whole_or_not_at_all(directory: Path) -> Iterator[Path]:
+    """A temporary directory that gets the name `directory` at the end, or goes when something fails."""
     temporary = directory.with_name(f"{directory.name}.{os.getpid()}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    files: list[File] = []
-    parameters = 0
-
-    def shard(role: str, tensors: dict[str, Tensor]) -> None:
-        data = save({key: value.contiguous() for key, value in sorted(tensors.items())})
-        write_durably(temporary / f"{role}.safetensors", data)
-        files.append(File(name=f"{role}.safetensors", sha256=sha256(data), bytes=len(data)))
-
-    layer_parameters = 0
-    for done, number in enumerate(plan.kept):
-        dense = source.layer(number)
-        layer_parameters = sum(tensor.numel() for tensor in dense.values())
-        parameters += layer_parameters
-        keep_dense = number in plan.adapter and settings.adapter_base != "nf4"
-        shard(f"layers.{number}", _packed(dense, keep_dense))
-        if progress is not None:
-            progress(done + 1, len(plan.kept))
-    ends = {"embedding": {"weight": source.embedding()}, "norm": source.norm()}
-    if not source.fields.get("tie_word_embeddings"):
-        ends["head"] = {"weight": source.head()}
-    for role, tensors in ends.items():
-        parameters += sum(tensor.numel() for tensor in tensors.values())
-        shard(role, _packed(tensors, keep_dense=not settings.quantize_embedding))
-    weight_bytes = sum(file.bytes for file in files)
-    shard("emulator_lora", emulator_lora)
-    shard("adapter_lora", adapter_lora)
-    for path in tokenizer_files:
-        data = path.read_bytes()
-        write_durably(temporary / path.name, data)
-        files.append(File(name=path.name, sha256=sha256(data), bytes=len(data)))
-    manifest = BundleManifest(
-        format_version=FORMAT_VERSION,
-        family=source.family.model_type,
-        config=source.fields,
-        dtype=next(key for key, value in DTYPES.items() if value == source.dtype),
-        source=name,
-        source_revision=revision,
-        plan=plan,
-        lora=settings.lora,
-        adapter_base=settings.adapter_base,
-        quantized_embedding=settings.quantize_embedding,
-        files=tuple(files),
-        needs=edge_needs(source.fields, len(plan.adapter), layer_parameters, settings.lora, files),
-        bits_per_parameter=8 * weight_bytes / parameters,
-    )
-    write_durably(temporary / "manifest.json", encode_manifest(manifest))
-    shutil.rmtree(directory, ignore_errors=True)
-    os.replace(temporary, directory)
+    try:
+        yield temporary
+        shutil.rmtree(directory, ignore_errors=True)
+        os.replace(temporary, directory)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     sync_directory(directory.parent)
-    return manifest
 
 
 def replace_emulator_lora(directory: Path, tensors: dict[str, Tensor]) -> BundleManifest:
@@ -153,40 +167,30 @@ def encode_manifest(manifest: BundleManifest) -> bytes:
 
 
 def read_manifest(data: bytes) -> BundleManifest:
-    """Parse and check a manifest, which may come from the network.
+    """Parse and check a manifest, which may come from the network, before anything of its sizes is allocated.
 
     Raises:
         BlobCorrupt: it is no manifest, or one of a newer format, or says something no bundle can say.
     """
-    if len(data) > MAX_MANIFEST_BYTES:
-        raise BlobCorrupt(f"the manifest has {len(data)} bytes, at most {MAX_MANIFEST_BYTES} are read")
+    manifest = parse_manifest(data)
+    plan, spec = manifest.plan, manifest.lora
+    if manifest.dtype not in DTYPES:
+        raise BlobCorrupt(f"the manifest names the dtype {manifest.dtype[:20]!r}; known: {', '.join(DTYPES)}")
     try:
-        version = msgspec.json.decode(data).get("format_version")
-        if version != FORMAT_VERSION:
-            raise BlobCorrupt(
-                f"the bundle has format {version}, this program reads {FORMAT_VERSION}; upgrade: pip install -U fedsoda"
-            )
-        manifest = msgspec.json.decode(data, type=BundleManifest)
         family = family_of(manifest.family)
-        build_config(family, manifest.config)
-        check_plan(manifest.plan)
-    except (msgspec.MsgspecError, UsageProblem, AttributeError, TypeError, ValueError) as error:
+        check_plan(plan)
+        for size in family.sizes:
+            if not 0 < int(manifest.config.get(size, 1)) <= MAX_SIZE:
+                raise ValueError(f"{size} is {manifest.config[size]}")
+        # One layer on the meta device: finds unknown activations, rotary types and shapes at no cost.
+        skeleton(family, build_config(family, manifest.config, plan.adapter[:1]))
+        layouts = [
+            lora.specs(family, manifest.config, on, spec.targets, spec.rank) for on in (plan.adapter, plan.aligned)
+        ]
+        if layouts != [spec.adapter, spec.emulator]:
+            raise ValueError("its LoRA tensors are not those of its plan, targets and rank")
+    except Exception as error:  # a config class raises whatever its validation likes
         raise BlobCorrupt(f"the manifest is not one of a bundle: {error}") from error
-    layers = {f"layers.{number}.safetensors" for number in manifest.plan.kept}
-    names = [file.name for file in manifest.files]
-    problems = {
-        "a dtype that is not known": manifest.dtype not in DTYPES,
-        "another number of layers than its plan": manifest.config.get("num_hidden_layers") != manifest.plan.num_layers,
-        "a file twice": len(set(names)) != len(names),
-        "a file name that is not one": not all(_FILE_NAME.fullmatch(name) for name in names),
-        "a digest that is not one": not all(re.fullmatch(r"[0-9a-f]{64}", file.sha256) for file in manifest.files),
-        "a size that cannot be": not all(0 < file.bytes < MAX_FILE_BYTES for file in manifest.files),
-        "no shard for a kept layer": not layers <= set(names),
-        "no tokenizer.json": "tokenizer.json" not in names,
-    }
-    for problem, found in problems.items():
-        if found:
-            raise BlobCorrupt(f"the manifest names {problem}; fetch the bundle again or ask the hub's owner")
     return manifest
 
 
@@ -243,11 +247,18 @@ class Bundle:
 
     def adapter_lora(self) -> dict[str, Tensor]:
         """The adapter LoRA of the first view, fp32."""
-        return load_file(self.path("adapter_lora.safetensors"))
+        return self._lora("adapter_lora", self.manifest.lora.adapter)
 
     def emulator_lora(self) -> dict[str, Tensor]:
         """The emulator LoRA after pre-alignment, fp32."""
-        return load_file(self.path("emulator_lora.safetensors"))
+        return self._lora("emulator_lora", self.manifest.lora.emulator)
+
+    def _lora(self, role: str, layout: Sequence[TensorSpec]) -> dict[str, Tensor]:
+        path = self.path(f"{role}.safetensors")
+        with _no_shard(path):
+            tensors = load_file(path)
+            _check_shapes(tensors, {spec.name: spec.shape for spec in layout})
+        return tensors
 
     def _dense(self, role: str) -> dict[str, Tensor]:
         return {
@@ -256,15 +267,26 @@ class Bundle:
         }
 
     def _stored(self, role: str) -> dict[str, Tensor | NF4Tensor]:
-        tensors = load_file(self.path(f"{role}.safetensors"))
+        path = self.path(f"{role}.safetensors")
         stored: dict[str, Tensor | NF4Tensor] = {}
-        for name, tensor in tensors.items():
-            if name.endswith(".codes"):
+        with _no_shard(path):
+            tensors = load_file(path)
+            for name in [name for name in tensors if name.endswith(".codes")]:
                 matrix = name.removesuffix(".codes")
                 stored[matrix] = NF4Tensor.from_tensors(matrix, tensors)
-            elif not name.endswith((".absmax", ".nested_absmax", ".offset", ".shape")):
-                stored[name] = tensor
+            parts = (".codes", ".absmax", ".nested_absmax", ".offset", ".shape")
+            stored |= {name: tensor for name, tensor in tensors.items() if not name.endswith(parts)}
+            _check_shapes(stored, self._shapes(role))
         return stored
+
+    def _shapes(self, role: str) -> dict[str, tuple[int, ...]]:
+        """What the shard must hold, from the family's own modules on the meta device."""
+        family = self.family
+        number = int(role.removeprefix("layers.")) if role.startswith("layers.") else self.plan.adapter[0]
+        ends = {"embedding": family.embedding, "norm": family.norm, "head": family.head}
+        model = skeleton(family, build_config(family, self.fields, (number,)))
+        module = model.get_submodule(ends.get(role, f"{family.layers}.0"))
+        return {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
 
     def materialize(self, directory: Path) -> None:
         """Write a checkpoint that plain Transformers with bitsandbytes loads, with the same logits.
@@ -276,15 +298,15 @@ class Bundle:
         family = self.family
         tensors: dict[str, Tensor] = {}
         dense_modules = [family.head]
-        for position, number in enumerate(self.plan.kept):
-            prefix = f"{family.layers}.{position}."
+        for number in self.plan.kept:
             for name, value in self.layer_nf4(number).items():
+                local = local_name(family, self.plan.kept, f"layers.{number}.{name}")
                 if isinstance(value, NF4Tensor):
-                    tensors |= _as_bitsandbytes(prefix + name, value)
+                    tensors |= _as_bitsandbytes(local, value)
                 else:
-                    tensors[prefix + name] = value
+                    tensors[local] = value
                     if value.ndim == 2:
-                        dense_modules.append((prefix + name).removesuffix(".weight"))
+                        dense_modules.append(local.removesuffix(".weight"))
         tensors[f"{family.embedding}.weight"] = self.embedding()
         tensors |= {f"{family.norm}.{name}": value for name, value in self.norm().items()}
         if not self.fields.get("tie_word_embeddings"):
@@ -312,13 +334,30 @@ class Bundle:
         spec = self.manifest.lora
         tensors, modules = {}, set()
         for name, tensor in {**self.emulator_lora(), **self.adapter_lora()}.items():
-            _, number, rest = name.split(".", 2)
-            module, _, leaf = rest.rpartition(".")
-            local = f"{self.family.layers}.{self.plan.kept.index(int(number))}.{module}"
-            modules.add(local)
-            tensors[f"base_model.model.{local}.{leaf}.weight"] = tensor
+            local = local_name(self.family, self.plan.kept, name)
+            modules.add(local.rpartition(".")[0])
+            tensors[f"base_model.model.{local}.weight"] = tensor
         write_durably_json(directory / "adapter_config.json", peft_config(spec, sorted(modules), None))
         write_durably(directory / "adapter_model.safetensors", save(dict(sorted(tensors.items()))))
+
+
+@contextmanager
+def _no_shard(path: Path) -> Iterator[None]:
+    """A file may have its digest and still be no shard: then whoever prepared the bundle made it so."""
+    try:
+        yield
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise BlobCorrupt(
+            f"{path} has its digest but is no shard of this bundle ({error}); ask the hub's owner to prepare it anew"
+        ) from error
+
+
+def _check_shapes(found: Mapping[str, Tensor | NF4Tensor], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """ValueError unless the shard holds exactly these tensors."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    if shapes != wanted:
+        different = sorted(name for name in shapes.keys() | wanted if shapes.get(name) != wanted.get(name))[0]
+        raise ValueError(f"{different} is {shapes.get(different)}, not {wanted.get(different)}")
 
 
 def peft_config(spec: LoRASpec, modules: Sequence[str], base: str | None) -> dict[str, Any]:

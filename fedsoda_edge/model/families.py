@@ -24,6 +24,7 @@ class Family:
     model_class: Any
     modules: dict[str, str]  # LoRA target name -> dotted name within a layer
     fields: tuple[str, ...]  # config fields that may travel: numbers, flags and tables, never names of code
+    sizes: tuple[str, ...]  # those of them that are sizes of tensors
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     norm: str = "model.norm"
@@ -61,6 +62,14 @@ FAMILIES = {
             "rms_norm_eps",
             "rope_parameters",
             "tie_word_embeddings",
+            "vocab_size",
+        ),
+        sizes=(
+            "head_dim",
+            "hidden_size",
+            "intermediate_size",
+            "num_attention_heads",
+            "num_key_value_heads",
             "vocab_size",
         ),
     ),

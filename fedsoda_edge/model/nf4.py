@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 BLOCK = 64  # weights to an absmax
 NESTED_BLOCK = 256  # absmax values to a second-level absmax
+PIECE = 4096  # blocks dequantized at once: 1 MiB of fp32
 
 # Quantiles of the standard normal, normalised to [-1, 1] (QLoRA, appendix E).
 CODEBOOK = (
@@ -96,6 +97,9 @@ class NF4Tensor:
         blocks = math.ceil(rows * cols / BLOCK)
         sizes = (made.codes.numel(), made.absmax.numel(), made.nested_absmax.numel())
         wanted = (math.ceil(rows * cols / 2), blocks, math.ceil(blocks / NESTED_BLOCK))
+        dtypes = (made.codes.dtype, made.absmax.dtype, made.nested_absmax.dtype, made.offset.dtype)
+        if dtypes != (torch.uint8, torch.uint8, torch.float32, torch.float32):
+            raise ValueError(f"{name} has parts of dtypes {dtypes}")
         if min(rows, cols) < 1 or sizes != wanted:
             raise ValueError(f"{name} of shape {rows} x {cols} has parts of sizes {sizes}, not {wanted}")
         return made
@@ -106,47 +110,55 @@ class NF4Tensor:
         return dynamic_map().to(self.codes.device)[self.absmax.long()] * scale + self.offset
 
 
-def _blocks(flat: Tensor, size: int) -> Tensor:
-    padding = -flat.numel() % size
-    return nn.functional.pad(flat, (0, padding)).reshape(-1, size)
-
-
-def _nearest(values: Tensor, table: Tensor) -> Tensor:
-    return torch.bucketize(values, (table[1:] + table[:-1]) / 2)
-
-
 def quantize(weight: Tensor) -> NF4Tensor:
     """Quantize a matrix; blocks run over the flattened matrix, as in bitsandbytes."""
     flat = weight.detach().float().flatten()
-    blocks = _blocks(flat, BLOCK)
-    absmax = blocks.abs().amax(dim=1)
-    scaled = blocks / absmax.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-    index = _nearest(scaled, codebook()).to(torch.uint8).flatten()[: flat.numel()]
-    pairs = _blocks(index, 2)
-    codes = (pairs[:, 0] << 4) | pairs[:, 1]
-
+    index, absmax = _coded(flat, BLOCK, codebook())
+    # An odd last weight shares its byte with the code of 0.0, as in bitsandbytes: blocks are filled with zeros.
+    pairs = index[: math.ceil(flat.numel() / 2) * 2].reshape(-1, 2)
     offset = absmax.mean()
-    centred = _blocks(absmax - offset, NESTED_BLOCK)
-    nested = centred.abs().amax(dim=1)
-    nested_scaled = centred / nested.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-    coded = _nearest(nested_scaled, dynamic_map()).to(torch.uint8).flatten()[: absmax.numel()]
+    coded, nested = _coded(absmax - offset, NESTED_BLOCK, dynamic_map())
     rows, cols = weight.shape
-    return NF4Tensor(codes, coded, nested, offset, (rows, cols))
+    return NF4Tensor((pairs[:, 0] << 4) | pairs[:, 1], coded[: absmax.numel()].clone(), nested, offset, (rows, cols))
+
+
+def _coded(flat: Tensor, size: int, table: Tensor) -> tuple[Tensor, Tensor]:
+    """(index of the nearest table value, absmax) by blocks of `size`, the last one filled with zeros.
+
+    x * (1 / absmax), not x / absmax: bitsandbytes rounds in this order.
+    """
+    blocks = nn.functional.pad(flat, (0, -flat.numel() % size)).reshape(-1, size)
+    absmax = blocks.abs().amax(dim=1)
+    scaled = (blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]).clamp(-1.0, 1.0)
+    return torch.bucketize(scaled, (table[1:] + table[:-1]) / 2).to(torch.uint8).flatten(), absmax
 
 
 def _values(codes: Tensor, absmax: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """(rows, cols) of `dtype` from packed codes and fp32 absmax, in plain torch."""
+    """(rows, cols) of `dtype` from packed codes and fp32 absmax, in plain torch.
+
+    Runs over pieces that stay in the cache: whole intermediates would take three times the dense matrix,
+    and fresh pages for them cost more than the arithmetic (facts.md C3).
+    """
     size = shape[0] * shape[1]
-    pairs = _pair_table(str(codes.device))[codes.long()]  # (bytes, 2) fp32
-    flat = _blocks(pairs.flatten()[:size], BLOCK) * absmax[:, None]
-    return flat.flatten()[:size].to(dtype).reshape(shape)
+    table = _pair_table(str(codes.device))
+    out = torch.empty(absmax.numel() * BLOCK, dtype=dtype, device=codes.device)
+    step = PIECE * BLOCK // 2
+    for start in range(0, codes.numel(), step):
+        index = codes[start : start + step].int()
+        if rest := -index.numel() % (BLOCK // 2):
+            index = nn.functional.pad(index, (0, rest))  # the last block may be short; `size` cuts it off
+        rows = table.index_select(0, index).view(torch.float32).view(-1, BLOCK)
+        block = start // (BLOCK // 2)
+        target = out[block * BLOCK : block * BLOCK + rows.numel()].view(-1, BLOCK)
+        target.copy_(rows.mul_(absmax[block : block + len(rows), None]))
+    return out[:size].reshape(shape)
 
 
 @functools.cache
 def _pair_table(device: str) -> Tensor:
-    """(256, 2): the two values a byte of codes stands for."""
+    """(256,): the two fp32 values that a byte of codes stands for, as the 8 bytes of one int64."""
     byte = torch.arange(256)
-    return torch.stack([codebook()[byte >> 4], codebook()[byte & 15]], dim=1).to(device)
+    return torch.stack([codebook()[byte >> 4], codebook()[byte & 15]], dim=1).view(torch.int64).flatten().to(device)
 
 
 def _values_bitsandbytes(codes: Tensor, absmax: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:

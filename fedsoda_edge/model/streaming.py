@@ -21,13 +21,7 @@ from torch import Tensor
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model.families import Family, allowed_fields, build_config, family_of, skeleton
 from fedsoda_edge.ports.disk import sha256_file
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
+from fedsoda_edge.protocol.manifest import TOKENIZER_FILES
 
 
 class LayerSource(Protocol):

@@ -54,14 +54,19 @@ class SubLLM:
 
     def local_name(self, name: str) -> str:
         """`layers.29.mlp.up_proj` -> the module's dotted path in this model."""
-        _, number, rest = name.split(".", 2)
-        return f"{self.family.layers}.{self.numbers.index(int(number))}.{rest}"
+        return local_name(self.family, self.numbers, name)
 
     def full_name(self, path: str) -> str:
         """The reverse of `local_name`."""
         match = re.fullmatch(re.escape(self.family.layers) + r"\.(\d+)\.(.+)", path)
         assert match, f"{path} is no module of a decoder layer"
         return f"layers.{self.numbers[int(match[1])]}.{match[2]}"
+
+
+def local_name(family: Family, numbers: Sequence[int], name: str) -> str:
+    """`layers.29.mlp.up_proj` -> its dotted path in a CausalLM that holds the full-LLM layers `numbers`."""
+    _, number, rest = name.split(".", 2)
+    return f"{family.layers}.{numbers.index(int(number))}.{rest}"
 
 
 def build(

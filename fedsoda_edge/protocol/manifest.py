@@ -5,11 +5,21 @@ The agent and the listener read it without torch. Files are made and read in `mo
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Any
 
 import msgspec
 
+from fedsoda_edge.errors import BlobCorrupt
+
 FORMAT_VERSION = 1
+MAX_MANIFEST_BYTES = 16 << 20
+MAX_FILE_BYTES = 1 << 40
+MAX_LAYERS = 4096
+MAX_SIZE = 1 << 24  # of a dimension: no vocabulary or layer is wider
+SIZES = ("hidden_size", "vocab_size")  # config fields that every family has
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 class Group(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -120,3 +130,65 @@ class BundleManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             if file.name == name:
                 return file
         raise KeyError(name)
+
+
+def parse_manifest(data: bytes) -> BundleManifest:
+    """Parse and check a manifest, which may come from the network. Pure: nothing in it is allocated or built.
+
+    `model/bundle.read_manifest` also checks what only the model's family knows.
+
+    Raises:
+        BlobCorrupt: it is no manifest, or one of a newer format, or says something no bundle can say.
+    """
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise BlobCorrupt(f"the manifest has {len(data)} bytes, at most {MAX_MANIFEST_BYTES} are read")
+    try:
+        version = msgspec.json.decode(data).get("format_version")
+        if version != FORMAT_VERSION:
+            raise BlobCorrupt(
+                f"the bundle has format {str(version)[:20]}, this program reads {FORMAT_VERSION}; "
+                "upgrade: pip install -U fedsoda"
+            )
+        manifest = msgspec.json.decode(data, type=BundleManifest)
+    except (msgspec.MsgspecError, RecursionError, AttributeError) as error:
+        raise BlobCorrupt(f"the manifest is not one of a bundle: {error}") from error
+    names = [file.name for file in manifest.files]
+    required = {f"layers.{number}.safetensors" for number in manifest.plan.kept[:MAX_LAYERS]}
+    required |= {f"{role}.safetensors" for role in ("embedding", "norm", "emulator_lora", "adapter_lora")}
+    if not manifest.config.get("tie_word_embeddings"):
+        required.add("head.safetensors")
+    lora = manifest.lora
+    numbers = [value for value in _leaves(manifest.config) if isinstance(value, int | float)]
+    shapes = [size for spec in (*lora.adapter, *lora.emulator) for size in spec.shape]
+    problems = {
+        "a file twice": len(set(names)) != len(names),
+        "a file that no bundle has": not set(names) <= required | set(TOKENIZER_FILES),
+        "no shard for a layer, an end or a LoRA that it needs": not required <= set(names),
+        "no tokenizer.json": "tokenizer.json" not in names,
+        "a digest that is not one": not all(re.fullmatch(r"[0-9a-f]{64}", file.sha256) for file in manifest.files),
+        "a size that cannot be": not all(0 < file.bytes < MAX_FILE_BYTES for file in manifest.files),
+        "a number of layers that no model has": not 0 < manifest.plan.num_layers <= MAX_LAYERS,
+        "another number of layers than its plan": manifest.config.get("num_hidden_layers") != manifest.plan.num_layers,
+        "a config number out of bounds": not all(abs(value) < 2.0**40 for value in numbers),
+        "a model of no size": not all(_is_size(manifest.config.get(name)) for name in SIZES),
+        "a LoRA that cannot be": not (0 < lora.rank <= MAX_SIZE and math.isfinite(lora.alpha) and lora.alpha > 0)
+        or not all(0 < size <= MAX_SIZE for size in shapes),
+        "an adapter base that is not known": manifest.adapter_base not in ("nf4", "bf16"),
+        "needs below nothing": min(msgspec.structs.astuple(manifest.needs)) < 0,
+    }
+    for problem, found in problems.items():
+        if found:
+            raise BlobCorrupt(f"the manifest names {problem}; fetch the bundle again or ask the hub's owner")
+    return manifest
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 < value <= MAX_SIZE
+
+
+def _leaves(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [leaf for item in value for leaf in _leaves(item)]
+    return [value]

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save
 from transformers import AutoModelForCausalLM
 
-from fedsoda_edge.errors import BlobCorrupt
+from fedsoda_edge.errors import BlobCorrupt, DiskFull
 from fedsoda_edge.model import lora
 from fedsoda_edge.model.bundle import Bundle, BundleSettings, encode_manifest, read_manifest, write_bundle
 from fedsoda_edge.model.layer_plan import choose_groups, make_plan
 from fedsoda_edge.model.nf4 import dequantize, quantize
 from fedsoda_edge.model.streaming import Checkpoint, stream
 from fedsoda_edge.model.sub_llm import build
-from fedsoda_edge.protocol.manifest import LayerPlan, LoRASpec
+from fedsoda_edge.protocol.manifest import File, LayerPlan, LoRASpec
 from tests.tiny import make_tiny_llama
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
@@ -42,6 +46,11 @@ def write(directory: Path, model: Path, **change: Any) -> Bundle:
         emulator=lora.specs(source.family, source.fields, plan.aligned, TARGETS, 4),
     )
     settings = BundleSettings(spec, change.get("adapter_base", "nf4"), change.get("quantize_embedding", False))
+    tensors = (
+        random_lora(spec, 5)
+        if change.get("trained")
+        else {**lora.initial(spec.adapter, 0), **lora.initial(spec.emulator, 0)}
+    )
     write_bundle(
         directory,
         source,
@@ -49,8 +58,8 @@ def write(directory: Path, model: Path, **change: Any) -> Bundle:
         settings,
         name=source.name,
         revision=source.revision,
-        adapter_lora=random_lora(spec, 5) if change.get("trained") else lora.initial(spec.adapter, 0),
-        emulator_lora=lora.initial(spec.emulator, 0),
+        adapter_lora={t.name: tensors[t.name] for t in spec.adapter},
+        emulator_lora={t.name: tensors[t.name] for t in spec.emulator},
         tokenizer_files=source.tokenizer_files,
     )
     return Bundle.open(directory)
@@ -59,6 +68,10 @@ def write(directory: Path, model: Path, **change: Any) -> Bundle:
 def random_lora(spec: LoRASpec, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {t.name: torch.randn(t.shape, generator=generator) * 0.1 for t in (*spec.adapter, *spec.emulator)}
+
+
+def relative_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm())
 
 
 def pruned_by_hand(model_dir: Path, plan: LayerPlan, quantized: bool) -> Any:
@@ -110,12 +123,13 @@ def test_materialized_it_gives_the_same_logits_in_plain_transformers(
         if parameter.is_floating_point():
             parameter.data = parameter.data.float()
     plain.train()  # bitsandbytes repacks itself in eval mode on some CPUs
+    assert plain.config.quantization_config.bnb_4bit_compute_dtype == torch.float32
     sub = build(bundle, bundle.plan.kept, embedding=True)
     with torch.no_grad():
-        torch.testing.assert_close(sub.hidden(ids=IDS) @ sub.head.T, plain(IDS).logits, rtol=1e-4, atol=1e-4)
+        assert relative_difference(sub.hidden(ids=IDS) @ sub.head.T, plain(IDS).logits) < 1e-5
         lora.attach(sub, bundle.manifest.lora, {**bundle.emulator_lora(), **bundle.adapter_lora()})
         with_lora = PeftModel.from_pretrained(plain, str(tmp_path / "plain" / "lora"))
-        torch.testing.assert_close(sub.hidden(ids=IDS) @ sub.head.T, with_lora(IDS).logits, rtol=1e-4, atol=1e-4)
+        assert relative_difference(sub.hidden(ids=IDS) @ sub.head.T, with_lora(IDS).logits) < 1e-5
 
 
 def test_lora_forward_and_gradients_are_those_of_peft(tmp_path: Path, tiny_llama: Path) -> None:
@@ -178,26 +192,156 @@ def test_a_flipped_bit_is_found_before_use(tmp_path: Path, tiny_llama: Path) -> 
         Bundle.open(tmp_path / "b").layer(0)
 
 
+def test_lora_is_fp32_and_trains_beside_bf16_weights(tmp_path: Path, tiny_llama: Path) -> None:
+    bundle = write(tmp_path / "b", tiny_llama)
+    for dense in (True, False):
+        sub = build(bundle, bundle.plan.adapter, compute_dtype=torch.bfloat16, dense=dense)
+        lora.attach(sub, bundle.manifest.lora, bundle.adapter_lora())
+        for parameter in lora.parameters(sub).values():
+            assert parameter.dtype == torch.float32
+            parameter.requires_grad_(True)
+        sub.hidden(states=torch.randn(2, 5, 64).bfloat16()).float().square().sum().backward()
+        assert all(parameter.grad is not None for parameter in lora.parameters(sub).values())
+
+
+def test_a_failure_on_the_way_leaves_nothing_of_a_new_bundle(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = write(tmp_path / "b", tiny_llama).manifest
+
+    def full(*_: Any) -> None:
+        raise DiskFull("the disk is full")
+
+    monkeypatch.setattr(Checkpoint, "head", full)
+    with pytest.raises(DiskFull):
+        write(tmp_path / "b", tiny_llama)
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+    assert Bundle.open(tmp_path / "b").manifest == first
+
+
+def test_quantizing_the_embedding_makes_the_bundle_smaller(tmp_path: Path, tiny_llama: Path) -> None:
+    kept, coded = write(tmp_path / "1", tiny_llama), write(tmp_path / "2", tiny_llama, quantize_embedding=True)
+    assert coded.manifest.bits_per_parameter < kept.manifest.bits_per_parameter
+    assert torch.equal(coded.embedding(), dequantize(quantize(kept.embedding())))
+
+
+# --- manifests that no prepare writes ------------------------------------------------------------------------
+
+DELETE = object()
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("path", "value", "message"),
     [
-        ({"format_version": 2}, "format 2, this program reads 1"),
-        ({"family": "auto"}, "'auto' is not supported"),
-        ({"dtype": "object"}, "dtype that is not known"),
-        ({"config": {"auto_map": {"AutoModel": "x.y"}}}, "not one of a bundle"),
+        (["format_version"], 2, "format 2, this program reads 1"),
+        (["family"], "auto", "'auto' is not supported"),
+        (["dtype"], "object", "the dtype 'object'"),
+        (["auto_map"], {}, "unknown field"),
+        (["adapter_base"], "fp4", "an adapter base that is not known"),
+        (["needs", "ram_bytes"], -1, "needs below nothing"),
+        (["config", "auto_map"], {"AutoModel": "x.y"}, "'auto_map' is not allowed"),
+        (["config", "hidden_act"], "os.system", "os.system"),
+        (["config", "hidden_size"], 1 << 50, "a config number out of bounds"),
+        (["config", "vocab_size"], 1 << 30, "a model of no size"),
+        (["config", "head_dim"], 1 << 30, "head_dim is 1073741824"),
+        (["config", "num_attention_heads"], 0, "num_attention_heads is 0"),
+        (["config", "rope_parameters"], {"rope_type": "nope"}, "nope"),
+        (["config", "rope_parameters"], {"x": [1e300] * 5}, "a config number out of bounds"),
+        (["config", "num_hidden_layers"], 9, "another number of layers than its plan"),
+        (["plan", "num_layers"], 1 << 40, "a number of layers that no model has"),
+        (["plan", "kept"], [0, 1], "a file that no bundle has"),
+        (["plan", "mapping"], [], "mapping gives"),
+        (["plan", "groups", 0, "removed"], [7], "right above its start"),
+        (["lora", "rank"], 1 << 40, "a LoRA that cannot be"),
+        (["lora", "alpha"], -1.0, "a LoRA that cannot be"),
+        (["lora", "targets"], ["__init__"], "'__init__'"),
+        (["lora", "adapter", 0, "shape"], [4, 4096], "not those of its plan"),
+        (["lora", "emulator"], [], "not those of its plan"),
+        (["files", 0, "sha256"], "../../../etc/passwd", "a digest that is not one"),
+        (["files", 0, "bytes"], 1 << 50, "a size that cannot be"),
+        (["files", 0, "bytes"], 0, "a size that cannot be"),
+        (["files", 0], DELETE, "no shard"),
+        (["files", 1, "name"], "layers.0.safetensors", "a file twice"),
+        (["files", -1, "name"], "../x", "a file that no bundle has"),
+        (["files", -1, "name"], "/etc/passwd", "a file that no bundle has"),
+        (["files", -1, "name"], "manifest.json", "a file that no bundle has"),
+        (["files", -1, "name"], "model.py", "a file that no bundle has"),
+        (["files", -1, "name"], "", "a file that no bundle has"),
     ],
 )
-def test_a_manifest_that_no_bundle_has_is_refused(
-    tmp_path: Path, tiny_llama: Path, change: dict[str, Any], message: str
+def test_a_manifest_that_no_bundle_has_is_refused_before_anything_is_made(
+    manifest: dict[str, Any], path: list[Any], value: Any, message: str
 ) -> None:
-    raw = json.loads(encode_manifest(write(tmp_path / "b", tiny_llama).manifest)) | change
+    place = manifest
+    for step in path[:-1]:
+        place = place[step]
+    if value is DELETE:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value
     with pytest.raises(BlobCorrupt, match=message):
-        read_manifest(json.dumps(raw).encode())
+        read_manifest(json.dumps(manifest).encode())
 
 
-@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "A", "a/b", "", "layers..0"])
-def test_file_names_in_a_manifest_reach_no_other_place(tmp_path: Path, tiny_llama: Path, name: str) -> None:
-    raw = json.loads(encode_manifest(write(tmp_path / "b", tiny_llama).manifest))
-    raw["files"][-1]["name"] = name
+@pytest.mark.parametrize(
+    "data", [b"", b"[]", b"\xff", b"{}", b"[" * 200_000, b'{"format_version":1}', b" " * (17 << 20)]
+)
+def test_what_is_no_manifest_is_refused(data: bytes) -> None:
     with pytest.raises(BlobCorrupt):
-        read_manifest(json.dumps(raw).encode())
+        read_manifest(data)
+
+
+@pytest.fixture
+def manifest(tmp_path: Path, written: Path) -> dict[str, Any]:
+    return json.loads((written / "manifest.json").read_bytes())
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    directory = tmp_path_factory.mktemp("bundles") / "b"
+    write(directory, tiny_llama)
+    return directory
+
+
+# --- shards that have their digest and are none --------------------------------------------------------------
+
+
+def break_shard(bundle: Bundle, name: str, data: bytes) -> Bundle:
+    """The bundle of a hub that wrote these bytes on purpose: digest and size are right."""
+    bundle.path(name).write_bytes(data)
+    files = tuple(
+        File(name, hashlib.sha256(data).hexdigest(), len(data)) if file.name == name else file
+        for file in bundle.manifest.files
+    )
+    directory = bundle.path("tokenizer.json").parent
+    return Bundle(msgspec.structs.replace(bundle.manifest, files=files), lambda file: directory / file.name)
+
+
+@pytest.mark.parametrize("attack", ["noise", "header", "missing", "more", "shape", "dtype", "parts"])
+def test_a_shard_that_does_not_fit_the_model_is_refused(tmp_path: Path, written: Path, attack: str) -> None:
+    shutil.copytree(written, tmp_path / "b")
+    bundle = Bundle.open(tmp_path / "b")
+    tensors = load_file(bundle.path("layers.0.safetensors"))
+    matrix = "mlp.up_proj.weight"
+    if attack == "missing":
+        del tensors["input_layernorm.weight"]
+    elif attack == "more":
+        tensors["more.weight"] = torch.zeros(3)
+    elif attack == "shape":
+        tensors |= quantize(torch.zeros(64, 64)).tensors(matrix)
+    elif attack == "dtype":
+        tensors[f"{matrix}.absmax"] = tensors[f"{matrix}.absmax"].float()
+    elif attack == "parts":
+        tensors[f"{matrix}.shape"] = torch.tensor([1 << 30, 1 << 30], dtype=torch.int32)
+    data = {"noise": b"\0" * 100, "header": (1 << 60).to_bytes(8, "little")}.get(attack) or save(tensors)
+    broken = break_shard(bundle, "layers.0.safetensors", data)
+    with pytest.raises(BlobCorrupt, match="has its digest but is no shard of this bundle"):
+        broken.layer(0)
+
+
+def test_lora_of_another_shape_is_refused(tmp_path: Path, written: Path) -> None:
+    shutil.copytree(written, tmp_path / "b")
+    bundle = Bundle.open(tmp_path / "b")
+    wrong = {name: tensor[:, :1].clone() for name, tensor in bundle.adapter_lora().items()}
+    with pytest.raises(BlobCorrupt, match="no shard of this bundle"):
+        break_shard(bundle, "adapter_lora.safetensors", save(wrong)).adapter_lora()
