@@ -153,6 +153,7 @@ def worker_of(process: subprocess.Popen[str]) -> psutil.Process:
     return worker
 
 
+@pytest.mark.slow
 def test_killing_hub_and_edge_in_mid_round_changes_no_bit(
     tmp_path: Path, tiny_llama: Path, federations: list[Federation]
 ) -> None:

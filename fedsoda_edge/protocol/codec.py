@@ -34,7 +34,7 @@ def decode(frame: bytes) -> tuple[AnyMessage, bytes]:
         raise ProtocolViolation(f"a frame of {len(frame)} bytes announces a header of {size}; it is damaged")
     try:
         message = _DECODER.decode(frame[4 : 4 + size])
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolViolation(f"a frame holds no message of this protocol: {error}") from error
     payload = frame[4 + size :]
     if len(payload) > MAX_CHUNK_BYTES:

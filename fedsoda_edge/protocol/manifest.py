@@ -150,7 +150,7 @@ def parse_manifest(data: bytes) -> BundleManifest:
                 "upgrade: pip install -U fedsoda"
             )
         manifest = msgspec.json.decode(data, type=BundleManifest)
-    except (msgspec.MsgspecError, RecursionError, AttributeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, AttributeError) as error:
         raise BlobCorrupt(f"the manifest is not one of a bundle: {error}") from error
     names = [file.name for file in manifest.files]
     required = {f"layers.{number}.safetensors" for number in manifest.plan.kept[:MAX_LAYERS]}

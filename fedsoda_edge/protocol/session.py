@@ -164,6 +164,8 @@ class HubSession:
             raise ProtocolViolation(f"the edge sent {type(message).__name__}, which only hubs say")
         if isinstance(message, ms.Hello) != (self.state == "new"):
             raise ProtocolViolation(f"the edge sent {type(message).__name__} in state {self.state}")
+        if self.state == "greeted":
+            raise ProtocolViolation(f"the edge sent {type(message).__name__} before the Welcome")
         if self.state == "over":
             raise ProtocolViolation(f"the edge sent {type(message).__name__} after the end")
         match message:

@@ -68,7 +68,7 @@ sequences = {SEQUENCES}
 length = {LENGTH}
 
 [align]
-steps = 100
+steps = 60
 realign_steps = 20
 learning_rate = 3e-3
 

@@ -144,9 +144,12 @@ def test_one_epoch_sees_every_sample_once(bundle: Bundle, monkeypatch: pytest.Mo
     border = swept(bundle, make_samples(), bundle.emulator_lora())
     seen: list[int] = []
     plain = Border.batch
-    monkeypatch.setattr(
-        Border, "batch", lambda self, indices, device: seen.extend(indices) or plain(self, indices, device)
-    )
+
+    def noting(self: Border, indices: list[int], device: str) -> Batch:
+        seen.extend(indices)
+        return plain(self, indices, device)
+
+    monkeypatch.setattr(Border, "batch", noting)
     settings = msgspec.structs.replace(SETTINGS, max_steps=0)
     result = fine_tune(tail, border, view, settings, seed=0, round_number=1, edge="a")
     assert sorted(seen) == list(range(10))

@@ -788,11 +788,12 @@ STEPS = st.lists(
         ),
         st.sampled_from("abcde"),
     ),
-    max_size=60,
+    min_size=40,  # the default mean length is 5: too short for a round
+    max_size=80,
 )
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(steps=STEPS, quorum=st.sampled_from([0.3, 0.5, 0.8, 1.0]), cohort=st.integers(1, 4))
 def test_any_order_of_events_agrees_with_the_model(steps: list[tuple[str, str]], quorum: float, cohort: int) -> None:
     run = Run(replace(RULES, count=1000, quorum=quorum, cohort=cohort))

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fedsoda_edge.errors import ProtocolViolation
 from fedsoda_edge.protocol import messages as ms
@@ -143,6 +145,25 @@ def test_what_is_no_frame_is_a_violation(attack: bytes) -> None:
 
 def test_the_largest_chunk_is_read() -> None:
     assert decode(frame(CHUNK, bytes(MAX_CHUNK_BYTES)))[1] == bytes(MAX_CHUNK_BYTES)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(EXAMPLES),
+    st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=4),
+    st.integers(0, 500),
+)
+def test_a_mutated_frame_is_a_message_or_a_violation(
+    example: tuple[ms.AnyMessage, bytes], changes: list[tuple[int, int]], cut: int
+) -> None:
+    mutated = bytearray(encode(*example))
+    for at, value in changes:
+        mutated[at % len(mutated)] = value
+    try:
+        message, _ = decode(bytes(mutated[: max(cut, 1)]))
+    except ProtocolViolation:
+        return
+    assert isinstance(message, ms.AnyMessage)
 
 
 @pytest.mark.parametrize(
