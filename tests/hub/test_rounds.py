@@ -287,6 +287,12 @@ def test_at_the_deadline_the_round_closes_with_a_quorum() -> None:
     assert run.state.losses == [1.0]
 
 
+@pytest.mark.parametrize(("quorum", "updates"), [(0.3, 1), (0.5, 2), (0.6, 2), (0.67, 3), (0.8, 3), (1.0, 3)])
+def test_the_quorum_is_rounded_up(quorum: float, updates: int) -> None:
+    run = collecting_run(replace(RULES, quorum=quorum), "abc")
+    assert run.machine.quorum == updates
+
+
 def test_below_quorum_at_the_deadline_it_stays_open_and_replacements_are_invited(collecting: Run) -> None:
     collecting.send_update("a")
     collecting.do(ev.EdgeGone(edge("b")))
@@ -794,9 +800,11 @@ STEPS = st.lists(
 
 
 @settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(steps=STEPS, quorum=st.sampled_from([0.3, 0.5, 0.8, 1.0]), cohort=st.integers(1, 4))
-def test_any_order_of_events_agrees_with_the_model(steps: list[tuple[str, str]], quorum: float, cohort: int) -> None:
-    run = Run(replace(RULES, count=1000, quorum=quorum, cohort=cohort))
+@given(steps=STEPS, quorum=st.sampled_from([0.3, 0.5, 0.8, 1.0]), cohort=st.integers(1, 4), least=st.integers(1, 4))
+def test_any_order_of_events_agrees_with_the_model(
+    steps: list[tuple[str, str]], quorum: float, cohort: int, least: int
+) -> None:
+    run = Run(replace(RULES, count=1000, quorum=quorum, cohort=cohort, min_edges=least))
     model = Model(quorum, cohort)
     seen = 0
     for what, who in steps:
@@ -841,6 +849,7 @@ def test_any_order_of_events_agrees_with_the_model(steps: list[tuple[str, str]],
                     model.cohort = set()
                 case ev.RoundOpened():
                     assert not model.cohort, "opened while another is open"
+                    assert len(model.here) >= least, "opened too early"
                     model.open(set(record.cohort))
                 case ev.CohortExtended():
                     assert not model.is_over()
@@ -851,6 +860,7 @@ def test_any_order_of_events_agrees_with_the_model(steps: list[tuple[str, str]],
                     model.answered -= set(record.invited)
                     model.passed = False
         assert not model.is_over(), "not closed in time"
+        assert model.cohort or len(model.here) < least, "not opened in time"
         assert run.state.round == model.round
         if model.cohort:
             assert set(run.state.accepted) == model.accepted
