@@ -35,7 +35,7 @@ from fedsoda_edge.ports import Clock, SystemClock, Transport
 from fedsoda_edge.ports.child import Child, peak_rss_bytes
 from fedsoda_edge.ports.disk import sha256, sha256_file, write_durably
 from fedsoda_edge.protocol import messages as ms
-from fedsoda_edge.protocol.manifest import BundleManifest
+from fedsoda_edge.protocol.manifest import BundleManifest, parse_manifest
 from fedsoda_edge.protocol.session import Blob, EdgeSession, chunks
 from fedsoda_edge.store import FileStore
 from fedsoda_edge.transport import HubTransport
@@ -247,7 +247,7 @@ class _Agent:
         rows = self._data.check(*self._template())
         store = FileStore(self._home.store)
         manifest_path = await store.fetch(self._transport, welcome.manifest.digest, welcome.manifest.bytes)
-        manifest = msgspec.json.decode(manifest_path.read_bytes(), type=BundleManifest)
+        manifest = parse_manifest(manifest_path.read_bytes())
         self._manifest = manifest
         wanted = [(file.sha256, file.bytes) for file in manifest.files]
         held = store.held_bytes(wanted)
@@ -650,7 +650,7 @@ async def look_at(edge: Edge) -> dict[str, Any]:
         welcome = await agent._greet_once()
         store = FileStore(home.store)
         path = await store.fetch(agent._transport, welcome.manifest.digest, welcome.manifest.bytes)
-        manifest = msgspec.json.decode(path.read_bytes(), type=BundleManifest)
+        manifest = parse_manifest(path.read_bytes())
         facts = read_device(home.directory)
         held = store.held_bytes([(file.sha256, file.bytes) for file in manifest.files])
         return {

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
-from array import array
 from collections.abc import Sequence
 
 from fedsoda_edge.errors import ProtocolViolation
@@ -17,6 +15,8 @@ from fedsoda_edge.protocol.manifest import TensorSpec
 CODECS = ("nf4", "int8", "bf16")
 BLOCK = 64
 MAX_HEADER_BYTES = 1 << 20  # safetensors itself would accept 100 MB
+_WITHOUT_SIGN = bytes(byte & 0x7F for byte in range(256))
+_TOO_LARGE = (111 + 127) >> 1  # upper seven bits of the exponent of 2^111: no LoRA value is ever that large
 
 
 def coded_bytes(shape: tuple[int, int], codec: str) -> int:
@@ -60,12 +60,24 @@ def check(data: bytes | memoryview, layout: Sequence[TensorSpec], codec: str) ->
         numbers = 2 * math.ceil(spec.shape[0] * spec.shape[1] / BLOCK) if codec != "bf16" else size
         _check_finite(spec.name, body[end + size - numbers : end + size])
         end += size
+    # json.loads also reads UTF-16, 5.0 for 5 and repeated keys, on which safetensors' own parser fails later.
+    if bytes(view[8 : 8 + length]).rstrip(b" ") != _canonical_header(layout, codec):
+        raise ProtocolViolation("the update's header is not written as safetensors writes it; send it again")
+
+
+def _canonical_header(layout: Sequence[TensorSpec], codec: str) -> bytes:
+    """The one header `delta.encode` gives for this layout, without its padding."""
+    header: dict[str, object] = {"__metadata__": {"codec": codec}}
+    end = 0
+    for spec in sorted(layout, key=lambda spec: spec.name):
+        size = coded_bytes(spec.shape, codec)
+        header[spec.name] = {"dtype": "U8", "shape": [size], "data_offsets": [end, end + size]}
+        end += size
+    return json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def _check_finite(name: str, bf16: memoryview) -> None:
-    """bf16 is NaN or infinite where all its eight exponent bits are set."""
-    words = array("H", bytes(bf16))
-    if sys.byteorder == "big":
-        words.byteswap()
-    if any((word & 0x7F80) == 0x7F80 for word in words):
+    """Refuse NaN, infinity and all from 2^111 on: 127 times a large int8 scale is infinite, and so may a sum be."""
+    high = bytes(bf16)[1::2].translate(_WITHOUT_SIGN)  # sign and seven of eight exponent bits; no loop in Python
+    if high and max(high) >= _TOO_LARGE:
         raise ProtocolViolation(f"{name} has values that are not finite; lower [local] learning_rate or check the data")
