@@ -18,10 +18,12 @@ from fedsoda_edge.model.streaming import LayerSource, stream
 
 @dataclass(frozen=True)
 class Batch:
-    """states: (B, T, C), zero where padded on the right. rows, columns, labels: (M,), which positions predict
-    which completion ids."""
+    """states: (R, T, C), several samples to a row, zero where padded on the right. positions: (R, T), which start
+    at 0 with each sample; attention stays within it. rows, columns, labels: (M,), which positions predict which
+    completion ids."""
 
     states: Tensor
+    positions: Tensor
     rows: Tensor
     columns: Tensor
     labels: Tensor
@@ -64,27 +66,48 @@ class Border:
         return cls(samples, states)
 
     def batch(self, indices: Sequence[int], device: str | torch.device = "cpu") -> Batch:
-        """The samples of these indices, padded to the longest of them."""
-        longest = max(len(self.samples[i].ids) for i in indices)
+        """The samples of these indices, packed: padding each to the longest would waste half of the work."""
+        lengths = [len(self.samples[i].ids) for i in indices]
+        packed = pack(lengths)
+        width = max(sum(lengths[at] for at in row) for row in packed)
         first = self.states[indices[0]]
-        states = torch.zeros(len(indices), longest, first.shape[1], dtype=first.dtype)
+        states = torch.zeros(len(packed), width, first.shape[1], dtype=first.dtype)
+        positions = torch.zeros(len(packed), width, dtype=torch.int64)
         rows: list[int] = []
         columns: list[int] = []
         labels: list[int] = []
-        tokens = 0
-        for row, i in enumerate(indices):
-            sample = self.samples[i]
-            states[row, : len(sample.ids)] = self.states[i]
-            tokens += len(sample.ids)
-            start = max(sample.start, 1)  # nothing comes before the first id, so nothing predicts it
-            rows += [row] * (len(sample.ids) - start)
-            columns += range(start - 1, len(sample.ids) - 1)
-            labels += sample.ids[start:]
+        for row, members in enumerate(packed):
+            begin = 0
+            for at in members:
+                sample, end = self.samples[indices[at]], begin + lengths[at]
+                states[row, begin:end] = self.states[indices[at]]
+                positions[row, begin:end] = torch.arange(lengths[at])
+                start = max(sample.start, 1)  # nothing comes before the first id, so nothing predicts it
+                rows += [row] * (lengths[at] - start)
+                columns += range(begin + start - 1, end - 1)
+                labels += sample.ids[start:]
+                begin = end
         return Batch(
             states.to(device),
+            positions.to(device),
             torch.tensor(rows, device=device),
             torch.tensor(columns, device=device),
             torch.tensor(labels, device=device),
             len(indices),
-            tokens,
+            sum(lengths),
         )
+
+
+def pack(lengths: Sequence[int]) -> list[list[int]]:
+    """Rows no longer than the longest sample, each a list of places in `lengths`: first fit, longest first."""
+    rows: list[list[int]] = []
+    left: list[int] = []
+    for at in sorted(range(len(lengths)), key=lambda at: (-lengths[at], at)):
+        row = next((row for row, free in enumerate(left) if free >= lengths[at]), None)
+        if row is None:
+            row = len(rows)
+            rows.append([])
+            left.append(max(lengths))
+        rows[row].append(at)
+        left[row] -= lengths[at]
+    return rows

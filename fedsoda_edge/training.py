@@ -55,7 +55,7 @@ def num_steps(num_samples: int, settings: LocalSettings) -> int:
 
 def completion_loss(sub_llm: SubLLM, batch: Batch) -> Tensor:
     """Mean over the completion ids of the batch, eos included."""
-    hidden = sub_llm.hidden(states=batch.states)
+    hidden = sub_llm.hidden(states=batch.states, positions=batch.positions)
     return cross_entropy(hidden[batch.rows, batch.columns], sub_llm.head, batch.labels)
 
 

@@ -40,13 +40,16 @@ class SubLLM:
     def device(self) -> torch.device:
         return self.head.device
 
-    def hidden(self, *, ids: Tensor | None = None, states: Tensor | None = None) -> Tensor:
+    def hidden(
+        self, *, ids: Tensor | None = None, states: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
         """(B, T, C) after the final norm, from ids (B, T) or from hidden states (B, T, C) below layer numbers[0].
 
-        Pads go to the right: causal attention keeps them from real positions, so there is no mask.
+        Pads go to the right: causal attention keeps them from real positions, so there is no mask. A row may hold
+        several samples where `positions` (B, T) starts anew with each: Transformers keeps attention within them.
         """
         base = self.model.get_submodule(self.family.layers.rpartition(".")[0])
-        return base(input_ids=ids, inputs_embeds=states, use_cache=False).last_hidden_state
+        return base(input_ids=ids, inputs_embeds=states, position_ids=positions, use_cache=False).last_hidden_state
 
     def layer(self, number: int) -> Any:
         """The module of a full-LLM layer."""

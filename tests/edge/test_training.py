@@ -9,7 +9,7 @@ import msgspec
 import pytest
 import torch
 
-from fedsoda_edge.border import Batch, Border
+from fedsoda_edge.border import Batch, Border, pack
 from fedsoda_edge.data import Sample
 from fedsoda_edge.model import lora
 from fedsoda_edge.model.bundle import Bundle
@@ -85,6 +85,16 @@ def test_loss_and_gradients_are_those_of_the_whole_sub_llm_by_hand(
         assert parameter.grad is not None
         assert reference is not None
         assert (parameter.grad - reference).norm() <= 1e-5 * reference.norm() + 1e-9
+
+
+@pytest.mark.parametrize("lengths", [(7,), (9, 4, 5, 3, 9, 2), (1,) * 8 + (3,), tuple(range(1, 40))])
+def test_packing_keeps_every_sample_once_in_rows_no_longer_than_the_longest(lengths: tuple[int, ...]) -> None:
+    rows = pack(lengths)
+    assert sorted(at for row in rows for at in row) == list(range(len(lengths)))
+    filled = [sum(lengths[at] for at in row) for row in rows]
+    assert max(filled) == max(lengths)
+    # First fit leaves no two rows that would fit in one.
+    assert all(a + b > max(lengths) for i, a in enumerate(filled) for b in filled[:i])
 
 
 def run(bundle: Bundle, **change: float | int | str) -> dict[str, torch.Tensor]:
