@@ -171,7 +171,8 @@ class SampleTokenizer:
         from tokenizers import Tokenizer
 
         self._tokenizer = Tokenizer.from_file(str(tokenizer_json))
-        self._tokenizer.no_truncation()
+        self._tokenizer.no_truncation()  # tokenizer.json may carry the settings of whoever saved it
+        self._tokenizer.no_padding()
         self._eos = [] if eos_id is None else [eos_id]
 
     def encode(self, text: str) -> list[int]:

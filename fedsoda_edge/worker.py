@@ -121,7 +121,7 @@ class Worker:
         residual = None
         if finite and values["residual"] is not None:
             residual = delta.from_bytes(Path(values["residual"]).read_bytes(), spec.adapter)
-        coded, left = delta.encode_with_feedback(wanted, residual, spec.adapter, values["codec"])
+        coded, left = delta.encode_with_feedback(wanted, residual, view, spec.adapter, values["codec"])
         write_durably(Path(values["update"]), coded)
         write_durably(Path(values["new_residual"]), delta.to_bytes(left))
         return {

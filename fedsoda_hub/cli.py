@@ -223,6 +223,10 @@ def export(
 def evaluate(
     run_or_export: Annotated[Path, typer.Argument(metavar="RUN_OR_EXPORT")],
     data: Annotated[Path, typer.Option("--data", help="rows with the template's columns, or prompt and completion")],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", envvar="FEDSODA_MODEL", help="the full model of an export that left its run"),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -238,8 +242,12 @@ def evaluate(
                 lambda done, total: display.say(
                     {"event": "progress", "job": "evaluate", "stage": "evaluating", "done": done, "total": total}
                 ),
+                model,
             )
         for name, value in result["accuracy"].items():
+            if value is None:
+                note(f"{name:<8} not judged: the run directory is not beside this export")
+                continue
             note(f"{name:<8} accuracy {value:6.1%}  loss {result['loss'][name]:.3f}")
         finish({"status": "ok", **result}, as_json, False)
 

@@ -46,7 +46,7 @@ class Compute:
         return Preparation(self.settings, report).run()
 
     def aggregate(self, values: Values, _: Report) -> Values:
-        """w += weighted mean of the decoded updates; c = Q(w - v); v += decode(c)."""
+        """w += weighted mean of the decoded updates; c = Q(w - v); v += decode(c) (delta.py)."""
         spec = Bundle.open(self.settings.run_dir / "bundle").manifest.lora
         codec, blobs = self.settings.wire.codec, self.blobs
         master = delta.from_bytes(blobs.get(values["master"]), spec.adapter)
@@ -56,7 +56,7 @@ class Compute:
             for edge, num_examples, digest in values["updates"]
         ]
         mean = weighted_mean(updates, spec.adapter, codec, self.settings.rounds.max_weight)
-        new_master = {name: master[name] + mean[name] for name in master}
+        new_master = delta.moved(master, mean, codec)
         coded, new_view = delta.step_down(new_master, view, spec.adapter, codec)
         return {
             "master": blobs.put(delta.to_bytes(new_master)),

@@ -17,13 +17,14 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from fedsoda_edge.data import SampleTokenizer
+from fedsoda_edge.data import SampleTokenizer, TextTemplate
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model import delta
 from fedsoda_edge.model.bundle import Bundle, peft_config, write_durably_json
 from fedsoda_edge.model.streaming import Checkpoint
 from fedsoda_edge.ports.disk import BlobStore, write_durably
-from fedsoda_hub.config import RunSettings, read_settings
+from fedsoda_edge.protocol.manifest import LayerPlan, LoRASpec
+from fedsoda_hub.config import RunSettings, Task, read_settings
 from fedsoda_hub.evaluation import Evaluator, Judged, read_questions, summary
 from fedsoda_hub.ledger import Outcome, read_outcome
 from fedsoda_hub.prepare import pick_device
@@ -63,7 +64,6 @@ def export(settings: RunSettings, directory: Path, *, merge: bool = False) -> di
         "rounds": outcome.rounds,
         "model": settings.model if "/" in manifest.source else manifest.source,
         "model_revision": manifest.source_revision,
-        "bundle": os.path.relpath(settings.run_dir / "bundle", directory),
         "run_file": os.path.relpath(settings.path, directory),
         "template": {"prompt": settings.task.prompt, "completion": settings.task.completion},
         "choices": settings.task.choices,
@@ -100,45 +100,36 @@ def _write_merged(settings: RunSettings, bundle: Bundle, tensors: dict[str, Tens
 
 
 def judged_models(
-    settings: RunSettings, bundle: Bundle, source: Checkpoint, adapter: dict[str, Tensor], emulator: dict[str, Tensor]
+    bundle: Bundle, source: Checkpoint, adapter: dict[str, Tensor], emulator: dict[str, Tensor]
 ) -> dict[str, Judged]:
     """full: untouched. sub_llm: with trained LoRA. plug_in: full with the adapter LoRA."""
     plan, spec = bundle.plan, bundle.manifest.lora
-    none: dict[str, Tensor] = {}
+    full = _full_models(source, plan, spec, adapter)
+    return {
+        "full": full["full"],
+        "sub_llm": Judged(bundle, plan.sub_emulator, plan.adapter, spec, emulator, adapter),
+        "plug_in": full["plug_in"],
+    }
+
+
+def _full_models(source: Checkpoint, plan: LayerPlan, spec: LoRASpec, adapter: dict[str, Tensor]) -> dict[str, Judged]:
+    none: dict[str, Tensor] = {}  # one object: both share the full emulator's border
     return {
         "full": Judged(source, plan.emulator, plan.adapter, spec, none, {}),
-        "sub_llm": Judged(bundle, plan.sub_emulator, plan.adapter, spec, emulator, adapter),
         "plug_in": Judged(source, plan.emulator, plan.adapter, spec, none, adapter),
     }
 
 
-def evaluate_run(
-    settings: RunSettings, outcome: Outcome, data: Path, report: Report | None = None, adapter: Path | None = None
-) -> dict[str, Any]:
-    """Judge the three models of a run on `data`; `adapter` names an export's tensors instead of the run's."""
-    bundle = Bundle.open(settings.run_dir / "bundle")
-    source = Checkpoint.open(settings.model, relative_to=settings.directory)
-    blobs = BlobStore(settings.run_dir / "blobs")
-    spec = bundle.manifest.lora
-    if adapter is None:
-        trained = delta.from_bytes(blobs.get(outcome.master), spec.adapter)
-    else:
-        prefix = f"base_model.model.{source.family.layers}."
-        trained = {
-            "layers." + name.removeprefix(prefix).removesuffix(".weight"): tensor
-            for name, tensor in load_file(adapter).items()
-        }
-    emulator = delta.from_bytes(blobs.get(outcome.emulator_view), spec.emulator)
-    device, compute_dtype = pick_device(settings.device)
-    evaluator = Evaluator(
-        read_questions(data, settings.prompt, settings.completion),
+def _evaluator(source: Checkpoint, data: Path, task: Task, device: str, dtype: str, report: Report | None) -> Evaluator:
+    device, compute_dtype = pick_device(device, dtype)
+    return Evaluator(
+        read_questions(data, TextTemplate(task.prompt), TextTemplate(task.completion)),
         SampleTokenizer(source.path / "tokenizer.json", source.fields.get("eos_token_id")),
-        choices=settings.task.choices,
+        choices=task.choices,
         compute_dtype=torch.float32 if _is_small(source) else compute_dtype,
         device=device,
         report=report,
     )
-    return summary(evaluator, judged_models(settings, bundle, source, trained, emulator))
 
 
 def _is_small(source: Checkpoint) -> bool:
@@ -147,23 +138,77 @@ def _is_small(source: Checkpoint) -> bool:
     return layer * source.num_layers + 2 * source.embedding().numel() < 10**9
 
 
-def evaluate_path(run_or_export: Path, data: Path, report: Report | None = None) -> dict[str, Any]:
-    """`fedsoda-hub evaluate`: a RUN.toml, or the directory of an export, which names its run.
+def evaluate_run(settings: RunSettings, outcome: Outcome, data: Path, report: Report | None = None) -> dict[str, Any]:
+    """Judge the three models of a run on `data`."""
+    bundle = Bundle.open(settings.run_dir / "bundle")
+    source = Checkpoint.open(settings.model, relative_to=settings.directory)
+    blobs, spec = BlobStore(settings.run_dir / "blobs"), bundle.manifest.lora
+    adapter = delta.from_bytes(blobs.get(outcome.master), spec.adapter)
+    emulator = delta.from_bytes(blobs.get(outcome.emulator_view), spec.emulator)
+    evaluator = _evaluator(source, data, settings.task, settings.device, settings.dtype, report)
+    return summary(evaluator, judged_models(bundle, source, adapter, emulator))
+
+
+def evaluate_export(
+    directory: Path, data: Path, report: Report | None = None, model: str | None = None
+) -> dict[str, Any]:
+    """Judge an export wherever it lies; the sub-LLM too where the run it came from is still beside it, else None.
+
+    Args:
+        model: the full LLM; None: as the export says, by hub id or in the run's own directory.
 
     Raises:
-        UsageProblem: it is neither, or the export's run is not there any more.
+        UsageProblem: this is no export, a merged one, or the full LLM is not to be found.
     """
+    if not (directory / "fedsoda.json").exists():
+        raise UsageProblem(f"{directory} is neither a RUN.toml nor an export (it has no fedsoda.json)")
+    about = json.loads((directory / "fedsoda.json").read_text(encoding="utf-8"))
+    if about["merged"]:
+        raise UsageProblem(f"{directory} is a merged checkpoint; evaluate the run or the unmerged export")
+    run_file = (directory / about["run_file"]).resolve()
+    settings = read_settings(run_file) if run_file.is_file() else None
+    if model is not None:
+        source = Checkpoint.open(model)
+    elif settings is not None:
+        source = Checkpoint.open(settings.model, relative_to=settings.directory)
+    elif "/" in about["model"]:
+        source = Checkpoint.open(about["model"])
+    else:
+        raise UsageProblem(
+            f"{directory} belongs to the full model {about['model']!r}, and its run file {run_file} is not there "
+            "to say where that lies; name it with --model DIRECTORY"
+        )
+    plan = msgspec.convert(about["plan"], LayerPlan)
+    if source.num_layers != plan.num_layers:
+        raise UsageProblem(f"{source.name} has {source.num_layers} layers, the export is for {plan.num_layers}")
+    config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+    prefix = f"base_model.model.{source.family.layers}."
+    adapter = {
+        "layers." + name.removeprefix(prefix).removesuffix(".weight"): tensor
+        for name, tensor in load_file(directory / "adapter_model.safetensors").items()
+    }
+    spec = LoRASpec(config["r"], config["lora_alpha"], (), (), ())
+    models: dict[str, Judged] = _full_models(source, plan, spec, adapter)
+    if settings is not None:
+        outcome, bundle = read_outcome(settings.run_dir), Bundle.open(settings.run_dir / "bundle")
+        blob = BlobStore(settings.run_dir / "blobs").get(outcome.emulator_view)
+        models = judged_models(bundle, source, adapter, delta.from_bytes(blob, bundle.manifest.lora.emulator))
+    task = Task(
+        prompt=about["template"]["prompt"], completion=about["template"]["completion"], choices=about["choices"]
+    )
+    device, dtype = (settings.device, settings.dtype) if settings else ("auto", "bfloat16")
+    result = summary(_evaluator(source, data, task, device, dtype, report), models)
+    if settings is None:
+        for figure in ("accuracy", "loss", "auc"):
+            result[figure]["sub_llm"] = None
+    return result
+
+
+def evaluate_path(
+    run_or_export: Path, data: Path, report: Report | None = None, model: str | None = None
+) -> dict[str, Any]:
+    """`fedsoda-hub evaluate`: a RUN.toml, or the directory of an export."""
     if run_or_export.is_file():
         settings = read_settings(run_or_export)
         return evaluate_run(settings, read_outcome(settings.run_dir), data, report)
-    about_file = run_or_export / "fedsoda.json"
-    if not about_file.exists():
-        raise UsageProblem(f"{run_or_export} is neither a RUN.toml nor an export (it has no fedsoda.json)")
-    about = json.loads(about_file.read_text(encoding="utf-8"))
-    if about["merged"]:
-        raise UsageProblem(f"{run_or_export} is a merged checkpoint; evaluate the run or the unmerged export")
-    run_file = (run_or_export / about["run_file"]).resolve()
-    settings = read_settings(run_file)
-    return evaluate_run(
-        settings, read_outcome(settings.run_dir), data, report, run_or_export / "adapter_model.safetensors"
-    )
+    return evaluate_export(run_or_export, data, report, model)

@@ -42,12 +42,12 @@ from fedsoda_hub.public_text import read_blocks
 Report = Callable[[dict[str, Any]], None]
 
 
-def pick_device(wanted: str) -> tuple[str, torch.dtype]:
-    """(device, compute dtype): bf16 on CUDA; fp32 on a CPU, where bf16 products are several times slower."""
+def pick_device(wanted: str, dtype: str) -> tuple[str, torch.dtype]:
+    """(device, compute dtype): `dtype` on CUDA; fp32 on a CPU, where 16-bit products are several times slower."""
     device = ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UsageProblem(f"device = {wanted!r}, but torch sees no CUDA device here; use device = 'cpu'")
-    return device, torch.float32 if device == "cpu" else torch.bfloat16
+    return device, torch.float32 if device == "cpu" else getattr(torch, dtype)
 
 
 class Preparation:
@@ -59,7 +59,7 @@ class Preparation:
         self.run_dir = settings.run_dir
         self.work = self.run_dir / "prepare"
         self.blobs = BlobStore(self.run_dir / "blobs")
-        self.device, self.compute_dtype = pick_device(settings.device)
+        self.device, self.compute_dtype = pick_device(settings.device, settings.dtype)
         self.source = Checkpoint.open(settings.model, relative_to=settings.directory)
         tokenizer = self.source.path / "tokenizer.json"
         self.used, self.held_out = read_blocks(

@@ -254,7 +254,7 @@ class Bench:
             spec, blobs = bundle.manifest.lora, BlobStore(settings.run_dir / "blobs")
             adapter = delta.from_bytes(blobs.get(outcome.master), spec.adapter)
             emulator = delta.from_bytes(blobs.get(outcome.emulator_view), spec.emulator)
-            models = judged_models(settings, bundle, self.source, adapter, emulator)
+            models = judged_models(bundle, self.source, adapter, emulator)
             scores = {
                 "plug_in": judge(self.evaluator, self.plugged(spec, bundle, adapter))["scores"],
                 "sub_llm": judge(self.evaluator, models["sub_llm"])["scores"],

@@ -5,6 +5,9 @@
 
 decode is one fp32 multiplication per value on the CPU, so both sides get the same bits. When each step
 happens is the round's business.
+
+The codec "nf4-weight" is the paper's literal one, for comparison: whole weights in NF4 in both directions, no
+feedback. A round's step is mostly smaller than half a code of the weight it belongs to, and is lost.
 """
 
 from __future__ import annotations
@@ -91,12 +94,19 @@ def _decode_tensor(coded: Tensor, shape: tuple[int, int], codec: str) -> Tensor:
 
 
 def encode_with_feedback(
-    delta: Mapping[str, Tensor], residual: Mapping[str, Tensor] | None, layout: Sequence[TensorSpec], codec: str
+    delta: Mapping[str, Tensor],
+    residual: Mapping[str, Tensor] | None,
+    view: Mapping[str, Tensor],
+    layout: Sequence[TensorSpec],
+    codec: str,
 ) -> tuple[bytes, LoRATensors]:
     """(u, e'): the coded delta + residual, and what coding left over (EF21-style feedback, arXiv 2106.05203).
 
     The caller commits e' with the receipt, and keeps e otherwise.
     """
+    if codec == "nf4-weight":
+        coded = encode({name: view[name] + value for name, value in delta.items()}, codec)
+        return coded, {name: torch.zeros_like(value) for name, value in delta.items()}
     wanted = {name: value + residual[name] if residual else value.clone() for name, value in delta.items()}
     coded = encode(wanted, codec)
     sent = decode(coded, layout, codec)
@@ -107,14 +117,21 @@ def step_down(
     master: Mapping[str, Tensor], view: Mapping[str, Tensor], layout: Sequence[TensorSpec], codec: str
 ) -> tuple[bytes, LoRATensors]:
     """(c, new view): code what the view lacks of the master."""
-    coded = encode({name: master[name] - view[name] for name in view}, codec)
+    lacking = master if codec == "nf4-weight" else {name: master[name] - view[name] for name in view}
+    coded = encode(lacking, codec)
     return coded, advance(view, coded, layout, codec)
 
 
 def advance(view: Mapping[str, Tensor], coded: bytes, layout: Sequence[TensorSpec], codec: str) -> LoRATensors:
     """v + decode(c), the same bits on both sides."""
-    step = decode(coded, layout, codec)
-    return {name: view[name] + step[name] for name in view}
+    return moved(view, decode(coded, layout, codec), codec)
+
+
+def moved(weights: Mapping[str, Tensor], decoded: Mapping[str, Tensor], codec: str) -> LoRATensors:
+    """The weights after a decoded step: w + d; with nf4-weight what was decoded are the new weights."""
+    if codec == "nf4-weight":
+        return dict(decoded)
+    return {name: weights[name] + decoded[name] for name in weights}
 
 
 def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:

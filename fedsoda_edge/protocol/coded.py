@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from fedsoda_edge.errors import ProtocolViolation
 from fedsoda_edge.protocol.manifest import TensorSpec
 
-CODECS = ("nf4", "int8", "bf16")
+# Deltas with error feedback; nf4-weight codes whole weights without it, as the paper writes, for comparison.
+CODECS = ("nf4", "int8", "bf16", "nf4-weight")
 BLOCK = 64
 MAX_HEADER_BYTES = 1 << 20  # safetensors itself would accept 100 MB
 _WITHOUT_SIGN = bytes(byte & 0x7F for byte in range(256))
@@ -23,7 +24,9 @@ def coded_bytes(shape: tuple[int, int], codec: str) -> int:
     """Bytes of one tensor's codes and scales."""
     size = shape[0] * shape[1]
     scales = 2 * math.ceil(size / BLOCK)
-    return {"bf16": 2 * size, "int8": size + scales, "nf4": (size + 1) // 2 + scales}[codec]
+    if codec == "bf16":
+        return 2 * size
+    return scales + (size if codec == "int8" else (size + 1) // 2)
 
 
 def check(data: bytes | memoryview, layout: Sequence[TensorSpec], codec: str) -> None:

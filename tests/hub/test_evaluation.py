@@ -50,7 +50,7 @@ def models(prepared: RunSettings, bundle: Bundle, tensors: dict[str, Tensor]) ->
     spec = bundle.manifest.lora
     adapter = {item.name: tensors[item.name] for item in spec.adapter}
     emulator = {item.name: tensors[item.name] for item in spec.emulator}
-    return judged_models(prepared, bundle, Checkpoint.open(prepared.model), adapter, emulator)
+    return judged_models(bundle, Checkpoint.open(prepared.model), adapter, emulator)
 
 
 def evaluator(tiny_llama: Path, questions: list[Question] = QUESTIONS, choices: str = "auto") -> Evaluator:

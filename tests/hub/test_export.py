@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,20 @@ def test_exporting_again_replaces_an_export_but_nothing_else(finished: RunSettin
     with pytest.raises(UsageProblem, match="not empty and no export of ours"):
         export(finished, other)
     assert [path.name for path in other.iterdir()] == ["cat.jpg"]
+
+
+def test_an_export_that_left_its_run_is_judged_with_the_full_model_alone(
+    finished: RunSettings, exported: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    data = finished.directory / "eval.jsonl"
+    moved = Path(shutil.copytree(exported, tmp_path / "elsewhere" / "adapter"))
+    with pytest.raises(UsageProblem, match=r"'tiny'.*name it with --model"):
+        evaluate_path(moved, data)
+    there, here = evaluate_path(exported, data), evaluate_path(moved, data, model=str(tiny_llama))
+    for figure in ("accuracy", "loss", "auc"):
+        assert here[figure].pop("sub_llm") is None
+        assert there[figure].pop("sub_llm") is not None
+    assert here == there
 
 
 def test_before_the_first_round_there_is_nothing_to_export(tmp_path: Path, tiny_llama: Path) -> None:
