@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -12,16 +13,16 @@ import msgspec
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save
+from safetensors.torch import load, load_file, save
 from transformers import AutoModelForCausalLM
 
 from fedsoda_edge.errors import BlobCorrupt, DiskFull
-from fedsoda_edge.model import lora
+from fedsoda_edge.model import delta, lora
 from fedsoda_edge.model.bundle import Bundle, BundleSettings, encode_manifest, read_manifest, write_bundle
 from fedsoda_edge.model.layer_plan import choose_groups, make_plan
 from fedsoda_edge.model.nf4 import dequantize, quantize
 from fedsoda_edge.model.streaming import Checkpoint, stream
-from fedsoda_edge.model.sub_llm import build
+from fedsoda_edge.model.sub_llm import SubLLM, build
 from fedsoda_edge.protocol.manifest import File, LayerPlan, LoRASpec
 from tests.tiny import make_tiny_llama
 
@@ -202,6 +203,62 @@ def test_lora_is_fp32_and_trains_beside_bf16_weights(tmp_path: Path, tiny_llama:
             parameter.requires_grad_(True)
         sub.hidden(states=torch.randn(2, 5, 64).bfloat16()).float().square().sum().backward()
         assert all(parameter.grad is not None for parameter in lora.parameters(sub).values())
+
+
+def lora_gradients(sub: SubLLM, states: torch.Tensor) -> dict[str, torch.Tensor]:
+    parameters = lora.parameters(sub)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+        parameter.grad = None
+    sub.hidden(states=states).square().sum().backward()
+    found = {}
+    for name, parameter in parameters.items():
+        assert parameter.grad is not None, f"{name} has no gradient"
+        found[name] = parameter.grad
+        parameter.requires_grad_(False)
+    return found
+
+
+@pytest.mark.parametrize("longest", [3, pytest.param(5, marks=pytest.mark.slow)])
+def test_no_order_of_modes_and_files_loses_a_gradient(tmp_path: Path, tiny_llama: Path, longest: int) -> None:
+    """All orders up to this length, on an adapter in NF4 with LoRA, against the same adapter dequantized.
+
+    bitsandbytes' Linear4bit repacks itself on some CPUs after one evaluation and then trains without gradient.
+    """
+    bundle = write(tmp_path / "b", tiny_llama)
+    tensors = random_lora(bundle.manifest.lora, 3)
+    adapter = {item.name: tensors[item.name] for item in bundle.manifest.lora.adapter}
+    states = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(5))
+
+    def made(dense: bool) -> SubLLM:
+        sub = build(bundle, bundle.plan.adapter, dense=dense)
+        lora.attach(sub, bundle.manifest.lora, adapter)
+        return sub
+
+    expected = lora_gradients(made(dense=True), states)
+    assert all(float(value.norm()) > 0 for value in expected.values())
+    sub, actions = made(dense=False), ("eval", "train", "no_grad", "save", "load")
+
+    def written() -> tuple[bytes, bytes]:
+        held = {name: value for name, value in sub.model.state_dict().items() if not value.is_meta}
+        return delta.to_bytes(lora.snapshot(sub)), save(held)
+
+    saved = written()
+    for length in range(1, longest + 1):
+        for order in itertools.product(actions, repeat=length):
+            for action in order:
+                if action == "no_grad":
+                    with torch.no_grad():
+                        sub.hidden(states=states)
+                elif action == "save":
+                    saved = written()
+                elif action == "load":
+                    sub.model.load_state_dict(load(saved[1]), strict=False)
+                    lora.load(sub, delta.from_bytes(saved[0], bundle.manifest.lora.adapter))
+                else:
+                    sub.model.train(action == "train")
+            for name, value in lora_gradients(sub, states).items():
+                torch.testing.assert_close(value, expected[name], msg=lambda text, o=order: f"after {o}: {text}")
 
 
 def test_a_failure_on_the_way_leaves_nothing_of_a_new_bundle(
