@@ -167,13 +167,14 @@ def join_text(prompt: str, completion: str) -> str:
 class SampleTokenizer:
     """Text to samples with the model's own tokenizer.json, as contract.md "Sample" reads it."""
 
-    def __init__(self, tokenizer_json: Path, eos_id: int | None) -> None:
+    def __init__(self, tokenizer_json: Path, eos_id: int | Sequence[int] | None) -> None:
         from tokenizers import Tokenizer
 
         self._tokenizer = Tokenizer.from_file(str(tokenizer_json))
         self._tokenizer.no_truncation()  # tokenizer.json may carry the settings of whoever saved it
         self._tokenizer.no_padding()
-        self._eos = [] if eos_id is None else [eos_id]
+        # Some configs list every id that may end a generation; a sample ends with the first.
+        self._eos = [] if eos_id is None else [eos_id] if isinstance(eos_id, int) else list(eos_id[:1])
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text).ids)

@@ -157,13 +157,14 @@ class Evaluator:
         )
         lora.attach(whole, model.spec, {**model.emulator_lora, **model.adapter_lora})
         eos = model.source.fields.get("eos_token_id")
+        pad = eos[0] if isinstance(eos, list) else eos  # one row at a time: nothing is padded, but it wants to be told
         longest = max(MAX_NEW_TOKENS, *self.supervised_ids())  # a right answer must have room to end
         made = []
         for done, question in enumerate(self.questions):
             ids = torch.tensor([self._tokenizer.encode(question.prompt)], device=self._device)
             with torch.no_grad():
                 out = whole.model.generate(
-                    ids, do_sample=False, max_new_tokens=longest, eos_token_id=eos, pad_token_id=eos
+                    ids, do_sample=False, max_new_tokens=longest, eos_token_id=eos, pad_token_id=pad
                 )
             made.append(self._tokenizer.decode(out[0, ids.shape[1] :].tolist()).strip())
             if self._report is not None:

@@ -139,6 +139,9 @@ def _tensor_table(directory: Path, name: str) -> dict[str, Path]:
     index = directory / "model.safetensors.index.json"
     if index.exists():
         table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        missing = sorted({file for file in table.values() if not (directory / Path(file).name).exists()})
+        if missing:
+            raise UsageProblem(f"{name} is incomplete: {index.name} names {missing[0]}, which is not there")
         return {tensor: directory / Path(file).name for tensor, file in table.items()}
     single = directory / "model.safetensors"
     if single.exists():
