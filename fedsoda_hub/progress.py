@@ -17,6 +17,8 @@ class Display:
         self._progress: Any = None
         self._bar: Any = None
         self._bar_name = ""
+        self._round = 0
+        self._steps: dict[str, tuple[int, int]] = {}  # of each invited edge: local steps done, in all
 
     def __enter__(self) -> Display:
         return self
@@ -32,11 +34,24 @@ class Display:
             print(json.dumps(event, allow_nan=False), flush=True)
         elif event["event"] == "progress" and "total" in event:
             self._show(event)
+        elif event["event"] == "edge_progress":
+            self._show_local_training(event)
         else:
+            if event["event"] == "round_opened":
+                self._round, self._steps = event["round"], dict.fromkeys(event["cohort"], (0, 0))
             text = _sentence(event)
             if text:
                 self.close()
                 print(text, file=sys.stderr, flush=True)
+
+    def _show_local_training(self, event: dict[str, Any]) -> None:
+        """One bar for the round: the steps of all invited edges."""
+        if not self._live or event["edge"] not in self._steps:
+            return
+        self._steps[event["edge"]] = event["step"], event["steps"]
+        most = max(steps for _, steps in self._steps.values())
+        done, total = sum(step for step, _ in self._steps.values()), most * len(self._steps)
+        self._show({"stage": f"round {self._round}: local training steps", "done": done, "total": total})
 
     def _show(self, event: dict[str, Any]) -> None:
         name, done, total = event["stage"], event["done"], event["total"]

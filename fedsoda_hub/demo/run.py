@@ -154,6 +154,7 @@ async def run_demo(directory: Path, *, rounds: int, seed: int) -> dict[str, Any]
     started = time.monotonic()
     directory = directory.resolve()
     run_file = write_run(directory, rounds, seed)
+    note(f"hub, {len(task.OFFICES)} edges and {rounds} rounds on this machine; all of it lies in {directory}")
     with Display(jsonl=False) as display:
         prepared, ended, peaks = await _federate(directory, run_file, display.say)
         display.say({"event": "progress", "stage": "training each edge alone", "done": 0, "total": len(task.OFFICES)})
@@ -188,8 +189,7 @@ async def _federate(directory: Path, run_file: Path, say: Say) -> tuple[float, f
             times["prepared"] = time.monotonic()
         if event["event"] == "run_ended":
             times["ended"] = time.monotonic()
-        if event["event"] != "edge_progress":
-            say(event)
+        say(event)
 
     hub = Process("fedsoda_hub", ["serve", str(run_file), "--exit-when-done", "--jsonl"], {})
     edges: list[Process] = []
