@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import re
 import secrets
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 from platformdirs import user_data_path
 
-from fedsoda_edge.errors import HomeInUse, UsageProblem
+from fedsoda_edge.errors import DiskFull, HomeInUse, ProtocolViolation, UsageProblem
 from fedsoda_edge.ports.disk import write_durably
 
 
@@ -32,17 +36,38 @@ class Home:
         return self.directory / "store"
 
     def run(self, run_id: str) -> Path:
-        """State of one run: views, residual, an update without receipt."""
+        """State of one run: views, residual, an update without receipt.
+
+        Raises:
+            ProtocolViolation: the hub chose a run_id that would lead out of here.
+        """
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", run_id):
+            raise ProtocolViolation(
+                f"the hub names its run {run_id[:80]!r}, which is no directory's name; join only hubs you trust"
+            )
         path = self.directory / "runs" / run_id
-        path.mkdir(parents=True, exist_ok=True)
+        with self._usable():
+            path.mkdir(parents=True, exist_ok=True)
         return path
+
+    @contextlib.contextmanager
+    def _usable(self) -> Iterator[None]:
+        """Errors of the disk as sentences."""
+        try:
+            yield
+        except OSError as error:
+            wrong = f"FEDSODA_HOME {self.directory} cannot be used: {error.strerror}; "
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DiskFull(wrong + "free space there, then retry") from error
+            raise UsageProblem(wrong + "set FEDSODA_HOME to a directory you may write to") from error
 
     def device_id(self) -> str:
         """Made once; a token is bound to it."""
         path = self.directory / "device_id"
-        if not path.exists():
-            write_durably(path, secrets.token_hex(16).encode())
-        return path.read_text().strip()
+        with self._usable():
+            if not path.exists():
+                write_durably(path, secrets.token_hex(16).encode())
+            return path.read_text().strip()
 
     def lock(self) -> None:
         """One running join per home; the lock goes with the process, however it ends.
@@ -50,8 +75,9 @@ class Home:
         Raises:
             HomeInUse: another process has it.
         """
-        self.directory.mkdir(parents=True, exist_ok=True)
-        file = (self.directory / "lock").open("a+")
+        with self._usable():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            file = (self.directory / "lock").open("a+")
         try:
             if sys.platform == "win32":
                 import msvcrt
@@ -68,9 +94,10 @@ class Home:
             raise HomeInUse(
                 f"{self.directory} is used by another join (pid {pid}); stop that one, or set FEDSODA_HOME to another directory"
             ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        with self._usable():
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
         self._lock_file = file
 
     def unlock(self) -> None:
@@ -83,8 +110,9 @@ def read_token(token_file: str | Path | None) -> str:
     """The token from a file, from stdin for "-", or from FEDSODA_TOKEN: never from argv.
 
     Raises:
-        UsageProblem: there is none.
+        UsageProblem: there is none, or what is there is no token.
     """
+    source = "stdin" if str(token_file) == "-" else token_file or "FEDSODA_TOKEN"
     if token_file is None:
         token = os.environ.get("FEDSODA_TOKEN", "")
         if not token.strip():
@@ -93,9 +121,12 @@ def read_token(token_file: str | Path | None) -> str:
         token = sys.stdin.readline()
     else:
         try:
-            token = Path(token_file).read_text(encoding="utf-8")
+            token = Path(token_file).read_text(encoding="utf-8-sig", errors="replace")
         except OSError as error:
             raise UsageProblem(f"the token file {token_file} cannot be read: {error.strerror}") from error
-    if not token.strip():
-        raise UsageProblem(f"the token from {token_file} is empty; ask the hub's owner for one")
-    return token.strip()
+    token = token.strip()
+    if not token:
+        raise UsageProblem(f"the token from {source} is empty; ask the hub's owner for one")
+    if not re.fullmatch("[!-~]+", token):  # it goes into a header
+        raise UsageProblem(f"the token from {source} is not one word of ASCII, as tokens are; is it the right one?")
+    return token

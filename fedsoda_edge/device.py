@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def choose_device(wanted: str, needs: EdgeNeeds, facts: DeviceFacts, held_bytes:
         DeviceTooSmall: nothing it may use has room; says both numbers.
         UsageProblem: `wanted` is none of these.
     """
-    if wanted not in ("auto", "cpu") and not wanted.startswith("cuda"):
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", wanted):
         raise UsageProblem(f"--device {wanted!r} is none of auto, cpu, cuda, cuda:N")
     disk = max(0, needs.disk_bytes - held_bytes)
     if facts.disk_bytes < disk:

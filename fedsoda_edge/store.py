@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from fedsoda_edge.errors import BlobCorrupt, DiskFull
+from fedsoda_edge.errors import BlobCorrupt, DiskFull, ProtocolViolation
 from fedsoda_edge.ports import Transport
 from fedsoda_edge.ports.disk import BlobStore, sha256_file, sync_directory
 
@@ -38,8 +38,14 @@ class FileStore(BlobStore):
         Raises:
             BlobCorrupt: two downloads in a row do not have the digest.
             DiskFull: no space; what came so far stays and is used next time.
+            ProtocolViolation: the hub named something that is no digest.
         """
-        path, part = self.path(digest), self._part(digest)
+        try:
+            path, part = self.path(digest), self._part(digest)
+        except ValueError as error:
+            raise ProtocolViolation(
+                f"the hub names a file {digest[:80]!r}, which is no sha256; upgrade the hub"
+            ) from error
         if path.exists():
             if sha256_file(path) == digest:
                 progress(size)
@@ -75,7 +81,10 @@ class FileStore(BlobStore):
                 async for piece in transport.fetch(digest, have):
                     have += len(piece)
                     if have > size:
-                        raise BlobCorrupt(f"the hub sends more than the {size} bytes that {digest[:12]} has")
+                        raise BlobCorrupt(
+                            f"the hub sends more than the {size} bytes that {digest[:12]} has; "
+                            "ask the hub's owner to check the run's bundle directory"
+                        )
                     file.write(piece)
                     progress(len(piece))
                 file.flush()

@@ -25,8 +25,12 @@ class HubTransport:
     """One hub at one URL. up and down count websocket payload and framing, in bytes."""
 
     def __init__(self, url: str, token: str) -> None:
-        parts = urlsplit(url if "://" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(url if "://" in url else f"http://{url}")
+            is_address = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # a port that is no number below 65536, a bracket left open
+            is_address = False
+        if not is_address:
             raise UsageProblem(f"{url!r} is no hub address; write http://host:port or https://host")
         self.url = f"{parts.scheme}://{parts.netloc}"
         self._parts = parts
@@ -58,15 +62,19 @@ class HubTransport:
             )
         except InvalidStatus as error:
             raise self._bad_status(error.response.status_code, bytes(error.response.body or b"")) from error
-        except (OSError, WebSocketException, TimeoutError) as error:
+        except (OSError, UnicodeError, WebSocketException, TimeoutError) as error:
             raise await self._diagnosis(error) from error
 
     def _bad_status(self, status: int, body: bytes) -> HubUnreachable | RefusedByHub:
+        reason = ""
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            reason = str(json.loads(body)["reason"])
         if status in (401, 403):
-            reason = "the token was not accepted"
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                reason = str(json.loads(body)["reason"])
-            return RefusedByHub(f"the hub {self.url} refused: {reason}")
+            return RefusedByHub(f"the hub {self.url} refused: {reason or 'the token was not accepted'}")
+        if reason:  # so speaks a hub
+            return HubUnreachable(
+                f"{self.url} answers HTTP {status}: {reason}; ask the hub's owner, or join again later", "HTTP"
+            )
         return HubUnreachable(
             f"{self.url} answers HTTP {status}, which a hub does not; check the address and the proxy before it", "HTTP"
         )
@@ -78,14 +86,14 @@ class HubTransport:
         loop = asyncio.get_running_loop()
         try:
             await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # UnicodeError: no name could be spelt so
             return HubUnreachable(f"DNS: the name {host!r} has no address ({error}); check the spelling", "DNS")
         try:
             async with asyncio.timeout(OPEN_SECONDS):
                 _, writer = await asyncio.open_connection(host, port)
         except (OSError, TimeoutError) as error:
             return HubUnreachable(
-                f"TCP: nothing answers at {host}:{port} ({error or 'timeout'}); is the hub running, is the port open?",
+                f"TCP: nothing answers at {host}:{port} ({str(error) or 'timeout'}); is the hub running, is the port open?",
                 "TCP",
             )
         writer.close()
@@ -95,8 +103,14 @@ class HubTransport:
                     _, writer = await asyncio.open_connection(host, port, ssl=ssl.create_default_context())
                 writer.close()
             except (OSError, TimeoutError) as error:
-                return HubUnreachable(f"TLS: {host}:{port} answers, but not with a valid certificate ({error})", "TLS")
-        return HubUnreachable(f"HTTP: {self.url} answers, but not as a hub does ({cause})", "HTTP")
+                return HubUnreachable(
+                    f"TLS: {host}:{port} answers, but not with a valid certificate ({str(error) or 'timeout'}); "
+                    "check the port and the certificate, or write http:// where the hub has no TLS",
+                    "TLS",
+                )
+        return HubUnreachable(
+            f"HTTP: {self.url} answers, but not as a hub does ({cause}); check the address and the port", "HTTP"
+        )
 
     async def send(self, frame: bytes) -> None:
         """Raises HubUnreachable when the connection is gone."""
@@ -107,7 +121,7 @@ class HubTransport:
         try:
             await self._socket.send(frame)
         except ConnectionClosed as error:
-            raise HubUnreachable(f"the connection to {self.url} ended ({error})", "TCP") from error
+            raise HubUnreachable(f"the connection to {self.url} ended ({error}); join again", "TCP") from error
         self.up += wire_bytes(frame, masked=True)
 
     async def frames(self) -> AsyncIterator[bytes]:
@@ -132,7 +146,9 @@ class HubTransport:
         """
         import httpx
 
-        headers = {**self._headers, **({"Range": f"bytes={offset}-"} if offset else {})}
+        headers = {**self._headers, "Accept-Encoding": "identity"}  # a digest is of the bytes as they are
+        if offset:
+            headers["Range"] = f"bytes={offset}-"
         try:
             async with (
                 httpx.AsyncClient(timeout=httpx.Timeout(OPEN_SECONDS, read=60.0)) as client,
