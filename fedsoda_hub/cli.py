@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -254,6 +255,8 @@ def evaluate(
 
 def main() -> None:
     """The command. Wrong usage exits 2, as click does."""
+    # Threads that spin while they wait make torch several times slower once another process wants a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedsoda_edge.data import DEFAULT_COMPLETION, DEFAULT_PROMPT, LocalData, Sample, SampleTokenizer, TextTemplate
 from fedsoda_edge.errors import DataProblem
-from fedsoda_edge.model import lora
+from fedsoda_edge.model import lora, loss
 from fedsoda_edge.model.streaming import LayerSource, stream
 from fedsoda_edge.model.sub_llm import SubLLM, build
 from fedsoda_edge.protocol.manifest import LoRASpec
@@ -200,12 +200,16 @@ def log_likelihoods(sub_llm: SubLLM, samples: Sequence[Sample], states: Sequence
             for row, i in enumerate(batch):
                 padded[row, : len(states[i])] = states[i]
             hidden = sub_llm.hidden(states=padded.to(sub_llm.device))
-            for row, i in enumerate(batch):
-                start = max(samples[i].start, 1)
-                labels = torch.tensor(samples[i].ids[start:], device=sub_llm.device)
-                logits = (hidden[row, start - 1 : len(samples[i].ids) - 1] @ sub_llm.head.T).float()
-                chosen = logits.log_softmax(dim=-1)[torch.arange(len(labels), device=labels.device), labels]
-                totals[i] = chosen.double().sum().cpu()
+            starts = [max(samples[i].start, 1) for i in batch]
+            counts = [len(samples[i].ids) - start for i, start in zip(batch, starts, strict=True)]
+            rows = torch.arange(len(batch)).repeat_interleave(torch.tensor(counts))
+            columns = torch.cat([torch.arange(s - 1, s - 1 + n) for s, n in zip(starts, counts, strict=True)])
+            labels = torch.tensor([label for i, s in zip(batch, starts, strict=True) for label in samples[i].ids[s:]])
+            device = sub_llm.device
+            found = loss.log_likelihoods(hidden[rows.to(device), columns.to(device)], sub_llm.head, labels.to(device))
+            totals[torch.tensor(batch)] = torch.zeros(len(batch), dtype=torch.float64).index_add_(
+                0, rows, found.double().cpu()
+            )
     return totals
 
 

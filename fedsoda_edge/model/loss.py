@@ -44,6 +44,20 @@ def cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
     return _CrossEntropy.apply(hidden, head, labels)
 
 
+def log_likelihoods(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    """(M,): log softmax(hidden head^T)[label], fp32, without a gradient.
+
+    Args:
+        hidden: (M, C), supervised rows only. head: (V, C). labels: (M,) int64.
+    """
+    found = []
+    with torch.no_grad():
+        for rows, wanted in zip(hidden.split(CHUNK_ROWS), labels.split(CHUNK_ROWS), strict=True):
+            logits = functional.linear(rows, head).float()
+            found.append(-functional.cross_entropy(logits, wanted, reduction="none"))
+    return torch.cat(found)
+
+
 class _KL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, head: Tensor) -> Tensor:

@@ -24,6 +24,15 @@ def test_cross_entropy_is_torchs(rows: int) -> None:
     torch.testing.assert_close(hidden.grad, reference.grad, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("rows", [1, 256, 600])
+def test_log_likelihoods_are_torchs(rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    hidden, head = torch.randn(rows, 16, generator=generator), torch.randn(50, 16, generator=generator)
+    labels = torch.randint(0, 50, (rows,), generator=generator)
+    expected = (hidden @ head.T).log_softmax(-1)[torch.arange(rows), labels]
+    torch.testing.assert_close(loss.log_likelihoods(hidden, head, labels), expected)
+
+
 def test_kl_is_teacher_to_student_and_zero_for_equals() -> None:
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(300, 16, generator=generator, requires_grad=True)
