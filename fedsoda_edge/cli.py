@@ -29,6 +29,10 @@ TokenFile = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", envvar="FEDSODA_JSON", help="one JSON object on stdout")]
 JsonLines = Annotated[bool, typer.Option("--jsonl", envvar="FEDSODA_JSONL", help="one JSON event a line on stdout")]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option("--column", envvar="FEDSODA_COLUMN", help="NAME=COLUMN: template name to column"),
+]
 Debug = Annotated[bool, typer.Option("--debug", envvar="FEDSODA_DEBUG", help="add the traceback to an error")]
 
 
@@ -51,14 +55,12 @@ def join(
     data: Annotated[Path, typer.Option("--data", envvar="FEDSODA_DATA", help="JSON Lines or JSON file with the rows")],
     token_file: TokenFile = None,
     device: Annotated[str, typer.Option(envvar="FEDSODA_DEVICE", help="auto, cpu, cuda or cuda:N")] = "auto",
-    column: Annotated[
-        list[str] | None, typer.Option("--column", envvar="FEDSODA_COLUMN", help="NAME=COLUMN: template name to column")
-    ] = None,
+    column: Columns = None,
     max_rounds: Annotated[
-        int, typer.Option(envvar="FEDSODA_MAX_ROUNDS", help="leave after so many rounds; 0: stay")
+        int, typer.Option(envvar="FEDSODA_MAX_ROUNDS", min=0, help="leave after so many rounds; 0: stay")
     ] = 0,
     threads: Annotated[
-        int, typer.Option(envvar="FEDSODA_THREADS", help="CPU threads for training; 0: torch's choice")
+        int, typer.Option(envvar="FEDSODA_THREADS", min=0, help="CPU threads for training; 0: torch's choice")
     ] = 0,
     unattended: Annotated[
         bool, typer.Option(envvar="FEDSODA_UNATTENDED", help="retry for ever, also at first")
@@ -144,11 +146,15 @@ def status(as_json: Json = False, debug: Debug = False) -> None:
 @data_app.command("check", epilog="Example: fedsoda-edge data check visits.jsonl --tokenizer model-directory")
 def data_check(
     file: Annotated[Path, typer.Argument(help="JSON Lines or JSON")],
-    tokenizer: Annotated[Path | None, typer.Option(help="directory with tokenizer.json, to count ids")] = None,
-    prompt: Annotated[str, typer.Option(help="template, {name} are columns")] = "{prompt}",
-    completion: Annotated[str, typer.Option(help="template, {name} are columns")] = "{completion}",
-    max_length: Annotated[int, typer.Option(help="ids a sample may have")] = 512,
-    column: Annotated[list[str] | None, typer.Option("--column", help="NAME=COLUMN")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(envvar="FEDSODA_TOKENIZER", help="directory with tokenizer.json, to count ids")
+    ] = None,
+    prompt: Annotated[str, typer.Option(envvar="FEDSODA_PROMPT", help="template, {name} are columns")] = "{prompt}",
+    completion: Annotated[
+        str, typer.Option(envvar="FEDSODA_COMPLETION", help="template, {name} are columns")
+    ] = "{completion}",
+    max_length: Annotated[int, typer.Option(envvar="FEDSODA_MAX_LENGTH", min=1, help="ids a sample may have")] = 512,
+    column: Columns = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -164,7 +170,13 @@ def data_check(
         note(f"{rows} rows; the first is trained on as:\n{shown}")
         found: dict[str, Any] = {"rows": rows, "first": shown}
         if tokenizer is not None:
-            made = read_samples(local, *templates, SampleTokenizer(tokenizer / "tokenizer.json", None), max_length)
+            try:
+                encoder = SampleTokenizer(tokenizer / "tokenizer.json", None)
+            except Exception as error:  # the tokenizers library raises nothing narrower
+                raise UsageProblem(
+                    f"--tokenizer {tokenizer} holds no tokenizer.json that can be read ({error}); name a model's directory"
+                ) from error
+            made = read_samples(local, *templates, encoder, max_length)
             longest = max(len(sample.ids) for sample in made.samples)
             found |= {"samples": len(made.samples), "skipped": made.num_skipped, "longest": longest}
             note(f"{len(made.samples)} samples, {made.num_skipped} skipped (no completion left), longest {longest} ids")

@@ -68,7 +68,9 @@ def test_the_lock_names_its_holder_and_is_gone_after_unlock(home: Home) -> None:
         Home(home.directory).lock()
     home.unlock()
     home.unlock()  # harmless
-    Home(home.directory).lock()
+    home.lock()
+    with pytest.raises(HomeInUse, match=rf"\(pid {os.getpid()}\)"):  # no trace of the holder before
+        Home(home.directory).lock()
 
 
 def test_a_home_that_cannot_be_is_told_in_one_sentence(tmp_path: Path) -> None:
