@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -96,19 +97,26 @@ def serve(
 @token_app.command("create", epilog="Example: fedsoda-hub token create triage.toml --name clinic-7 > clinic-7.token")
 def token_create(
     run: RunFile,
-    name: Annotated[str, typer.Option("--name", help="the edge's id")],
-    out: Annotated[Path | None, typer.Option("--out", help="write the token there, mode 0600")] = None,
+    name: Annotated[str, typer.Option("--name", envvar="FEDSODA_TOKEN_NAME", help="the edge's id")],
+    out: Annotated[
+        Path | None, typer.Option("--out", envvar="FEDSODA_TOKEN_OUT", help="write the token there, mode 0600")
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Print a new token; it is kept nowhere else."""
     with reporting(as_json, False, debug):
-        ledger = _ledger(run)
-        token = ledger.create_token(name)
-        ledger.close()
+        from fedsoda_hub.ledger import write_secret
+
+        with contextlib.closing(_ledger(run)) as ledger:
+            token = ledger.create_token(name)
+            if out is not None:
+                try:
+                    write_secret(out, token + "\n")
+                except BaseException:
+                    ledger.revoke_token(name)  # nobody has it, and the name is to be had again
+                    raise
         if out is not None:
-            out.touch(mode=0o600)
-            out.write_text(token + "\n", encoding="utf-8")
             note(f"wrote the token of {name} to {out}")
         elif not as_json:
             print(token)
@@ -159,17 +167,18 @@ def _status(run: Path) -> dict[str, Any]:
 
     settings = read_settings(run)
     path = settings.run_dir / "ledger.sqlite"
+    not_started = UsageProblem(f"{settings.name} has not been started; run `fedsoda-hub serve {run}`")
     if not path.exists():
-        raise UsageProblem(f"{settings.name} has not been started; run `fedsoda-hub serve {run}`")
-    live = ask_running_hub(settings.run_dir)
-    if live is not None:
-        return {"running": True, **live}
-    ledger = Ledger(path)
-    state = ledger.replay()
-    edges = [{"edge": t.edge, "connected": False, "eligible": False, "revoked": t.revoked} for t in ledger.tokens()]
-    found = run_status(settings, ledger, state)
-    ledger.close()
-    return {"running": False, **found, "edges": edges}
+        raise not_started
+    with contextlib.closing(Ledger(path)) as ledger:
+        state = ledger.replay()
+        if not state.run_id:  # there are tokens, and no more
+            raise not_started
+        live = ask_running_hub(settings.run_dir)
+        if live is not None and live.get("run_id") == state.run_id:  # not another run's hub at an old address
+            return {"running": True, **live}
+        edges = [{"edge": t.edge, "connected": False, "eligible": False, "revoked": t.revoked} for t in ledger.tokens()]
+        return {"running": False, **run_status(settings, ledger, state), "edges": edges}
 
 
 @app.command()
@@ -205,17 +214,23 @@ def edges(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
 @app.command(epilog="Example: fedsoda-hub export triage.toml --to triage-adapter")
 def export(
     run: RunFile,
-    to: Annotated[Path, typer.Option("--to", help="a new directory")],
-    merge: Annotated[bool, typer.Option("--merge", help="a merged Transformers checkpoint instead")] = False,
+    to: Annotated[Path, typer.Option("--to", envvar="FEDSODA_EXPORT_TO", help="a new directory")],
+    merge: Annotated[
+        bool, typer.Option("--merge", envvar="FEDSODA_MERGE", help="a merged Transformers checkpoint instead")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """The PEFT adapter for the full model."""
     with reporting(as_json, False, debug):
         from fedsoda_hub.config import read_settings
+        from fedsoda_hub.ledger import read_outcome
+
+        settings = read_settings(run)
+        read_outcome(settings.run_dir)  # refuses in no time; loading torch takes seconds
         from fedsoda_hub.export import export as write_export
 
-        result = write_export(read_settings(run), to, merge=merge)
+        result = write_export(settings, to, merge=merge)
         note(f"wrote {result['export']}")
         finish({"status": "ok", **result}, as_json, False)
 
@@ -223,7 +238,12 @@ def export(
 @app.command(epilog="Example: fedsoda-hub evaluate triage-adapter --data eval.jsonl")
 def evaluate(
     run_or_export: Annotated[Path, typer.Argument(metavar="RUN_OR_EXPORT")],
-    data: Annotated[Path, typer.Option("--data", help="rows with the template's columns, or prompt and completion")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            "--data", envvar="FEDSODA_EVAL_DATA", help="rows with the template's columns, or prompt and completion"
+        ),
+    ],
     model: Annotated[
         str | None,
         typer.Option("--model", envvar="FEDSODA_MODEL", help="the full model of an export that left its run"),

@@ -25,8 +25,8 @@ from fedsoda_edge.protocol.session import Upload
 from fedsoda_hub.config import RunSettings, differences
 from fedsoda_hub.federation import events as ev
 from fedsoda_hub.federation.rounds import RoundMachine, Rules
-from fedsoda_hub.ledger import Ledger, Token
-from fedsoda_hub.listener import Connection, bind, is_same_secret, make_server
+from fedsoda_hub.ledger import Ledger, Token, write_secret
+from fedsoda_hub.listener import Connection, bind, is_same_secret, listen, make_server
 
 COMPUTE_TRIES = 3
 DISK_RETRY_SECONDS = 10.0
@@ -89,8 +89,12 @@ class Daemon:
         self._failure: FedSODAError | None = None
         self._finished = asyncio.Event()
         self.port = settings.listen.port
-        self.machine = RoundMachine(self._rules(), self._state())
-        self._admin = self._admin_token()
+        try:
+            self.machine = RoundMachine(self._rules(), self._state())
+            self._admin = self._admin_token()
+        except BaseException:
+            self._let_go()
+            raise
 
     # --- start -------------------------------------------------------------------------------------------
 
@@ -139,9 +143,13 @@ class Daemon:
     def _admin_token(self) -> str:
         path = self.run_dir / "admin.token"
         if not path.exists():
-            write_durably(path, secrets.token_urlsafe(32).encode())
-            path.chmod(0o600)
+            write_secret(path, secrets.token_urlsafe(32))
         return path.read_text().strip()
+
+    def _let_go(self) -> None:
+        """Of the run directory: another hub may have it."""
+        self.ledger.close()
+        self._lock.release()
 
     async def run(self, *, exit_when_done: bool) -> None:
         """Serve until the run is over (with `exit_when_done`) or a signal comes.
@@ -149,7 +157,11 @@ class Daemon:
         Raises:
             UsageProblem: the port is in use. WorkerFailed: torch work failed again and again.
         """
-        taken = bind(self.settings.listen.host, self.settings.listen.port)
+        try:
+            taken = bind(self.settings.listen.host, self.settings.listen.port)
+        except UsageProblem:
+            self._let_go()
+            raise
         self.port = taken.getsockname()[1]
         server = make_server(self)
         loop = asyncio.get_running_loop()
@@ -172,6 +184,7 @@ class Daemon:
                 if self._manifest is None and self.machine.state.manifest:
                     self._load_manifest()
                 if serving is None and self._manifest is not None:
+                    listen(taken)
                     serving = asyncio.create_task(server.serve(sockets=[taken]))
                     while not server.started and not serving.done():
                         await asyncio.sleep(0.01)
@@ -202,10 +215,9 @@ class Daemon:
             taken.close()
             self._flush_traffic()
             await self._compute.close()
-            self.ledger.close()
             with contextlib.suppress(OSError):
                 (self.run_dir / "address").unlink()
-            self._lock.release()
+            self._let_go()
 
     @property
     def url(self) -> str:
@@ -384,7 +396,12 @@ class Daemon:
                 "upgrade the older side: pip install -U fedsoda",
                 fatal=True,
             )
-        if not self.ledger.bind_device(connection.edge, hello.device_id):
+        try:
+            is_its_device = self.ledger.bind_device(connection.edge, hello.device_id)
+        except DiskFull as error:
+            self.say({"event": "disk_full", "message": str(error)})
+            raise  # a Refusal would send the edge away for good
+        if not is_its_device:
             return ms.Refusal(
                 reason=f"the token of {connection.edge} is already in use on another device; ask for one of your own",
                 fatal=True,

@@ -6,7 +6,10 @@ is `federation/rounds.py`'s business.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
+import os
 import secrets
 import sqlite3
 import threading
@@ -18,6 +21,7 @@ from typing import Any
 import msgspec
 
 from fedsoda_edge.errors import DiskFull, UsageProblem
+from fedsoda_edge.ports.disk import sync_directory
 from fedsoda_edge.protocol.messages import Digest, EdgeId
 from fedsoda_hub.federation.events import AnyRecord
 from fedsoda_hub.federation.rounds import RunState
@@ -58,7 +62,8 @@ class Ledger:
         self._db.executescript(_SCHEMA)
 
     def close(self) -> None:
-        self._db.close()
+        with self._lock:  # a thread may be in the middle of an append
+            self._db.close()
 
     def _write(self, statement: str, values: Sequence[Any]) -> None:
         with self._lock:
@@ -158,6 +163,29 @@ class Ledger:
 
 def _hash(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
+
+
+def write_secret(path: Path, secret: str) -> None:
+    """A file of mode 0600 from the first byte on; one that was there is replaced, since others may have it open.
+
+    Raises:
+        UsageProblem: no file can be made there. DiskFull.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EEXIST, "it is there and is not a file")
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secret)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_directory(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        kind = DiskFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else UsageProblem
+        raise kind(f"{path} cannot be written ({error.strerror}); name a file where there is space for one") from error
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from fedsoda_edge.errors import ProtocolViolation, UsageProblem
+from fedsoda_edge.errors import DiskFull, ProtocolViolation, UsageProblem
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.codec import MAX_FRAME_BYTES, wire_bytes
 from fedsoda_edge.protocol.session import HubSession, Upload, chunks
@@ -73,8 +73,8 @@ class Connection:
             await self._read()
         except ProtocolViolation as error:
             self.send(ms.Refusal(reason=str(error), fatal=True))
-        except (WebSocketDisconnect, TimeoutError, RuntimeError):
-            pass  # gone, stalled, or closed under our hands: all the same to the round
+        except (WebSocketDisconnect, TimeoutError, RuntimeError, DiskFull):
+            pass  # gone, stalled, closed under our hands, or no place to note its device: all the same to the round
         finally:
             self._hub.ended(self)
             self._out.put_nowait(None)
@@ -92,7 +92,7 @@ class Connection:
             # The one timeout: an upload that moves never fails by wall clock (federation.md).
             stall = self._hub.stall_seconds if self.session.upload_progress is not None else None
             async with asyncio.timeout(stall):
-                frame = await self._websocket.receive_bytes()
+                frame = await self._frame()
             self.up += wire_bytes(frame, masked=True)
             said = self.session.receive(frame)
             match said:
@@ -107,6 +107,12 @@ class Connection:
                     self._send_blob(said)
                 case _:
                     await self._hub.said(self, said)
+
+    async def _frame(self) -> bytes:
+        try:
+            return await self._websocket.receive_bytes()
+        except KeyError:  # starlette's answer to a text frame
+            raise ProtocolViolation("the edge sent text, but frames are binary") from None
 
     def _send_blob(self, request: ms.BlobRequest) -> None:
         data = self._hub.run_blob(request.digest)
@@ -200,10 +206,27 @@ def bind(host: str, port: int) -> socket.socket:
         taken.bind((host, port))
     except OSError as error:
         taken.close()
-        raise UsageProblem(
-            f"[listen] {host}:{port} cannot be taken ({error.strerror}); stop what uses it or choose another port"
-        ) from error
+        raise _cannot_be_taken(host, port, error) from error
     return taken
+
+
+def listen(taken: socket.socket) -> None:
+    """Let edges connect. Several programs may bind one port as long as none listens: only one gets further.
+
+    Raises:
+        UsageProblem: another listens there by now.
+    """
+    try:
+        taken.listen()
+    except OSError as error:
+        host, port, *_ = taken.getsockname()
+        raise _cannot_be_taken(host, port, error) from error
+
+
+def _cannot_be_taken(host: str, port: int, error: OSError) -> UsageProblem:
+    return UsageProblem(
+        f"[listen] {host}:{port} cannot be taken ({error.strerror}); stop what uses it or choose another port"
+    )
 
 
 def ask_running_hub(run_dir: Path) -> dict[str, Any] | None:
@@ -219,9 +242,9 @@ def ask_running_hub(run_dir: Path) -> dict[str, Any] | None:
         answer = httpx.get(
             f"{url}/v1/status", headers={"Authorization": f"Bearer {secret}"}, timeout=5, trust_env=False
         )
-    except httpx.HTTPError:
+        return dict(answer.json()) if answer.status_code == 200 else None
+    except (httpx.HTTPError, ValueError, TypeError):  # a killed hub leaves its address, and others may take the port
         return None
-    return dict(answer.json()) if answer.status_code == 200 else None
 
 
 class Server(uvicorn.Server):
