@@ -10,6 +10,7 @@ import typer
 
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.ports.console import EXIT_HELP, finish, note, reporting
+from fedsoda_edge.ports.console import run as run_command
 
 app = typer.Typer(
     help="Take part in federated fine-tuning with this device.",
@@ -215,8 +216,8 @@ def cache_prune(as_json: Json = False, debug: Debug = False) -> None:
 
 
 def main() -> None:
-    """The command. Wrong usage exits 2, as click does."""
-    app()
+    """The command."""
+    run_command(app)
 
 
 if __name__ == "__main__":

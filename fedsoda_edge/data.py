@@ -127,7 +127,7 @@ class LocalData:
             for name in completion.columns:
                 if not isinstance(row[name], str):
                     raise DataProblem(
-                        f"{self.path}:{line}: {name!r} is {row[name]!r}, a {type(row[name]).__name__}; "
+                        f"{self.path}:{line}: {name!r} is {row[name]!r}, which is no string; "
                         "completions must be strings, write it in quotes"
                     )
             count += 1

@@ -182,7 +182,12 @@ class Participation:
         self._call(self._agent.leave(reason))
 
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        waiting = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return waiting.result()
+        except BaseException:
+            waiting.cancel()  # Ctrl+C here must not leave the other thread's work behind
+            raise
 
     def _stop(self) -> None:
         with contextlib.suppress(Exception):

@@ -13,6 +13,7 @@ import typer
 
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.ports.console import EXIT_HELP, finish, note, reporting
+from fedsoda_edge.ports.console import run as run_command
 
 app = typer.Typer(help="Prepare, serve and evaluate a federated run.", epilog=EXIT_HELP, no_args_is_help=True)
 token_app = typer.Typer(help="What an edge needs to join.", no_args_is_help=True)
@@ -274,10 +275,10 @@ def evaluate(
 
 
 def main() -> None:
-    """The command. Wrong usage exits 2, as click does."""
+    """The command."""
     # Threads that spin while they wait make torch several times slower once another process wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    app()
+    run_command(app)
 
 
 if __name__ == "__main__":

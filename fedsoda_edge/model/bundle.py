@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fedsoda_edge.errors import BlobCorrupt, UsageProblem
 from fedsoda_edge.model import lora
-from fedsoda_edge.model.families import FAMILIES, build_config, family_of, skeleton
+from fedsoda_edge.model.families import FAMILIES, build_config, family_of, layer_on_meta, linear_modules, skeleton
 from fedsoda_edge.model.layer_plan import check_plan
 from fedsoda_edge.model.memory import edge_needs
 from fedsoda_edge.model.nf4 import CODEBOOK, NF4Tensor, dequantize, dynamic_map, quantize
@@ -86,7 +86,8 @@ def write_bundle(
             layer_parameters = sum(tensor.numel() for tensor in dense.values())
             parameters += layer_parameters
             keep_dense = number in plan.adapter and settings.adapter_base != "nf4"
-            shard(f"layers.{number}", _packed(dense, keep_dense))
+            wanted = set() if keep_dense else _quantizable(layer_on_meta(source.family, source.fields, number))
+            shard(f"layers.{number}", _packed(dense, wanted))
             if progress is not None:
                 progress(done + 1, len(plan.kept))
         ends = {"embedding": {"weight": source.embedding()}, "norm": source.norm()}
@@ -94,7 +95,7 @@ def write_bundle(
             ends["head"] = {"weight": source.head()}
         for role, tensors in ends.items():
             parameters += sum(tensor.numel() for tensor in tensors.values())
-            shard(role, _packed(tensors, keep_dense=not settings.quantize_embedding))
+            shard(role, _packed(tensors, {"weight"} if settings.quantize_embedding and role != "norm" else set()))
         weight_bytes = sum(file.bytes for file in files)
         shard("emulator_lora", emulator_lora)
         shard("adapter_lora", adapter_lora)
@@ -151,12 +152,18 @@ def replace_emulator_lora(directory: Path, tensors: dict[str, Tensor]) -> Bundle
     return manifest
 
 
-def _packed(dense: dict[str, Tensor], keep_dense: bool) -> dict[str, Tensor]:
-    """Matrices to NF4, the rest as it is."""
+def _quantizable(layer: Any) -> set[str]:
+    """Weights of linear modules, and stacks of experts; a router's matrix decides too much for its size."""
+    stacks = {name for name, parameter in layer.named_parameters() if parameter.ndim == 3}
+    return {f"{name}.weight" for name in linear_modules(layer)} | stacks
+
+
+def _packed(dense: dict[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
+    """Those wanted to NF4, a stack as one tall matrix; the rest as it is."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in dense.items():
-        if tensor.ndim == 2 and not keep_dense:
-            tensors |= quantize(tensor).tensors(name)
+        if name in wanted:
+            tensors |= quantize(tensor.flatten(0, -2)).tensors(name)
         else:
             tensors[name] = tensor
     return tensors
@@ -261,8 +268,9 @@ class Bundle:
         return tensors
 
     def _dense(self, role: str) -> dict[str, Tensor]:
+        shapes = self._shapes(role)
         return {
-            name: dequantize(value) if isinstance(value, NF4Tensor) else value
+            name: dequantize(value).reshape(shapes[name]) if isinstance(value, NF4Tensor) else value
             for name, value in self._stored(role).items()
         }
 
@@ -282,26 +290,33 @@ class Bundle:
     def _shapes(self, role: str) -> dict[str, tuple[int, ...]]:
         """What the shard must hold, from the family's own modules on the meta device."""
         family = self.family
-        number = int(role.removeprefix("layers.")) if role.startswith("layers.") else self.plan.adapter[0]
-        ends = {"embedding": family.embedding, "norm": family.norm, "head": family.head}
-        model = skeleton(family, build_config(family, self.fields, (number,)))
-        module = model.get_submodule(ends.get(role, f"{family.layers}.0"))
+        if role.startswith("layers."):
+            module = layer_on_meta(family, self.fields, int(role.removeprefix("layers.")))
+        else:
+            ends = {"embedding": family.embedding, "norm": family.norm, "head": family.head}
+            model = skeleton(family, build_config(family, self.fields, self.plan.adapter[:1]))
+            module = model.get_submodule(ends[role])
         return {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
 
     def materialize(self, directory: Path) -> None:
         """Write a checkpoint that plain Transformers with bitsandbytes loads, with the same logits.
 
         Layers keep local positions there, as any Transformers checkpoint does; LoRA lies beside it as a PEFT
-        adapter in `lora/`. A quantized embedding is written dense in fp32: bitsandbytes has no 4-bit embedding.
+        adapter in `lora/`. A quantized embedding and stacks of experts are written dense in fp32: bitsandbytes has
+        no 4-bit form for them.
         """
         directory.mkdir(parents=True, exist_ok=True)
         family = self.family
         tensors: dict[str, Tensor] = {}
         dense_modules = [family.head]
+        in_fp32 = self.manifest.quantized_embedding
         for number in self.plan.kept:
             for name, value in self.layer_nf4(number).items():
                 local = local_name(family, self.plan.kept, f"layers.{number}.{name}")
-                if isinstance(value, NF4Tensor):
+                if isinstance(value, NF4Tensor) and not name.endswith(".weight"):
+                    tensors[local] = self.layer(number)[name]
+                    in_fp32 = True
+                elif isinstance(value, NF4Tensor):
                     tensors |= _as_bitsandbytes(local, value)
                 else:
                     tensors[local] = value
@@ -313,7 +328,7 @@ class Bundle:
             tensors[f"{family.head}.weight"] = self.head()
         config = build_config(family, self.fields, self.plan.kept)
         config.architectures = [family.model_class.__name__]
-        config.dtype = "float32" if self.manifest.quantized_embedding else self.manifest.dtype
+        config.dtype = "float32" if in_fp32 else self.manifest.dtype
         config.quantization_config = {
             "quant_method": "bitsandbytes",
             "load_in_4bit": True,
@@ -355,6 +370,13 @@ def _no_shard(path: Path) -> Iterator[None]:
 def _check_shapes(found: Mapping[str, Tensor | NF4Tensor], wanted: Mapping[str, tuple[int, ...]]) -> None:
     """ValueError unless the shard holds exactly these tensors."""
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    for name, shape in wanted.items():
+        if (
+            len(shape) == 3
+            and isinstance(found.get(name), NF4Tensor)
+            and shapes[name] == (shape[0] * shape[1], shape[2])
+        ):
+            shapes[name] = shape  # a stack of experts is quantized as one tall matrix
     if shapes != wanted:
         different = sorted(name for name in shapes.keys() | wanted if shapes.get(name) != wanted.get(name))[0]
         raise ValueError(f"{different} is {shapes.get(different)}, not {wanted.get(different)}")

@@ -5,75 +5,152 @@ Weights, layer plans and LoRA tensors are the business of the files beside this 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import functools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+import transformers
+from torch import Tensor
 
 from fedsoda_edge.errors import UsageProblem
+
+# Config fields that may travel: numbers, flags and tables, never names of code.
+_COMMON = (
+    "bos_token_id",
+    "eos_token_id",
+    "head_dim",
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "pad_token_id",
+    "rms_norm_eps",
+    "rope_parameters",
+    "tie_word_embeddings",
+    "vocab_size",
+)
+_SIZES = (
+    "head_dim",
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_attention_heads",
+    "num_experts",
+    "num_key_value_heads",
+    "vocab_size",
+)
+# One entry per layer, read by position: a pruned model needs them permuted (method.md 6).
+_PER_LAYER = ("layer_types", "no_rope_layers")
+_NONE_MEANS_OFF = ("sliding_window",)  # left out, the config class would put a window of its own
 
 
 @dataclass(frozen=True)
 class Family:
-    """Where a family keeps things: dotted paths from the CausalLM, module names within a decoder layer."""
+    """Where a family keeps things: dotted paths from the CausalLM, module names within a decoder layer.
+
+    config_name, model_name: classes of Transformers. fused: LoRA target names that people know from llama, and
+    the module that holds them here.
+    """
 
     model_type: str
-    config_class: Any
-    model_class: Any
-    modules: dict[str, str]  # LoRA target name -> dotted name within a layer
-    fields: tuple[str, ...]  # config fields that may travel: numbers, flags and tables, never names of code
-    sizes: tuple[str, ...]  # those of them that are sizes of tensors
+    config_name: str
+    model_name: str
+    extra_fields: tuple[str, ...] = ()
+    fused: Mapping[str, str] = field(default_factory=dict)
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     norm: str = "model.norm"
     head: str = "lm_head"
 
+    @property
+    def config_class(self) -> Any:
+        return getattr(transformers, self.config_name)
+
+    @property
+    def model_class(self) -> Any:
+        return getattr(transformers, self.model_name)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Config fields that a manifest may carry."""
+        return (*_COMMON, *self.extra_fields)
+
+    @property
+    def sizes(self) -> tuple[str, ...]:
+        """Those of them that are sizes of tensors."""
+        return tuple(name for name in _SIZES if name in self.fields)
+
+
+_WINDOW = ("layer_types", "sliding_window", "use_sliding_window")
 
 FAMILIES = {
-    "llama": Family(
-        model_type="llama",
-        config_class=LlamaConfig,
-        model_class=LlamaForCausalLM,
-        modules={
-            "q_proj": "self_attn.q_proj",
-            "k_proj": "self_attn.k_proj",
-            "v_proj": "self_attn.v_proj",
-            "o_proj": "self_attn.o_proj",
-            "gate_proj": "mlp.gate_proj",
-            "up_proj": "mlp.up_proj",
-            "down_proj": "mlp.down_proj",
-        },
-        fields=(
-            "attention_bias",
-            "bos_token_id",
-            "eos_token_id",
-            "head_dim",
-            "hidden_act",
-            "hidden_size",
-            "intermediate_size",
-            "max_position_embeddings",
-            "mlp_bias",
-            "num_attention_heads",
-            "num_hidden_layers",
-            "num_key_value_heads",
-            "pad_token_id",
-            "rms_norm_eps",
-            "rope_parameters",
-            "tie_word_embeddings",
-            "vocab_size",
+    family.model_type: family
+    for family in (
+        Family("llama", "LlamaConfig", "LlamaForCausalLM", ("attention_bias", "hidden_act", "mlp_bias")),
+        Family("mistral", "MistralConfig", "MistralForCausalLM", ("hidden_act", "sliding_window")),
+        Family("qwen2", "Qwen2Config", "Qwen2ForCausalLM", ("hidden_act", *_WINDOW)),
+        Family("qwen3", "Qwen3Config", "Qwen3ForCausalLM", ("attention_bias", "hidden_act", *_WINDOW)),
+        Family(
+            "gemma3_text",
+            "Gemma3TextConfig",
+            "Gemma3ForCausalLM",
+            (
+                "attention_bias",
+                "attn_logit_softcapping",
+                "hidden_activation",
+                "layer_types",
+                "query_pre_attn_scalar",
+                "sliding_window",
+            ),
         ),
-        sizes=(
-            "head_dim",
-            "hidden_size",
-            "intermediate_size",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "vocab_size",
+        Family(
+            "phi3",
+            "Phi3Config",
+            "Phi3ForCausalLM",
+            ("hidden_act", "original_max_position_embeddings", "sliding_window"),
+            fused={
+                "q_proj": "self_attn.qkv_proj",
+                "k_proj": "self_attn.qkv_proj",
+                "v_proj": "self_attn.qkv_proj",
+                "gate_proj": "mlp.gate_up_proj",
+                "up_proj": "mlp.gate_up_proj",
+            },
         ),
-    ),
+        Family("olmo2", "Olmo2Config", "Olmo2ForCausalLM", ("attention_bias", "hidden_act")),
+        Family(
+            "smollm3",
+            "SmolLM3Config",
+            "SmolLM3ForCausalLM",
+            ("attention_bias", "hidden_act", "mlp_bias", "no_rope_layers", *_WINDOW),
+        ),
+        Family(
+            "qwen3_moe",
+            "Qwen3MoeConfig",
+            "Qwen3MoeForCausalLM",
+            (
+                "attention_bias",
+                "decoder_sparse_step",
+                "hidden_act",
+                "mlp_only_layers",
+                "moe_intermediate_size",
+                "norm_topk_prob",
+                "num_experts",
+                "num_experts_per_tok",
+                "sliding_window",
+                "use_sliding_window",
+            ),
+        ),
+    )
 }
+
+# What the losses here do not compute: a head is a matrix, and attention looks back only.
+_REFUSED = ("final_logit_softcapping", "use_bidirectional_attention")
 
 
 def family_of(model_type: str) -> Family:
@@ -91,15 +168,22 @@ def family_of(model_type: str) -> Family:
 
 
 def allowed_fields(family: Family, config: Any) -> dict[str, Any]:
-    """The part of a config that a manifest carries."""
-    values = config.to_dict()
-    return {name: values[name] for name in family.fields if values.get(name) is not None}
+    """The part of a config that a manifest carries.
+
+    Raises:
+        UsageProblem: the config asks for something that is not computed here.
+    """
+    for name in _REFUSED:
+        if getattr(config, name, None):
+            raise UsageProblem(f"the model's config sets {name} = {getattr(config, name)}, which is not supported")
+    values = {name: getattr(config, name, None) for name in sorted(family.fields)}
+    return {name: value for name, value in values.items() if value is not None or name in _NONE_MEANS_OFF}
 
 
 def build_config(family: Family, fields: dict[str, Any], layers: Sequence[int] | None = None) -> Any:
     """A config of the family's own class from allow-listed fields, for the given full-LLM layers.
 
-    Every per-layer list is permuted to `layers`: transformers reads them by position (method.md 6).
+    Everything that a config says of single layers is permuted to `layers`: Transformers reads it by position.
     """
     unknown = sorted(set(fields) - set(family.fields))
     if unknown:
@@ -108,10 +192,14 @@ def build_config(family: Family, fields: dict[str, Any], layers: Sequence[int] |
         )
     chosen = dict(fields)
     if layers is not None:
-        total = int(fields["num_hidden_layers"])
-        for name, value in fields.items():
-            if isinstance(value, list) and len(value) == total:
-                chosen[name] = [value[layer] for layer in layers]
+        for name in _PER_LAYER:
+            if fields.get(name) is not None:
+                chosen[name] = [fields[name][layer] for layer in layers]
+        if "decoder_sparse_step" in fields:
+            # Which layers have experts follows from their numbers: written out, since numbers change here.
+            step, dense = fields["decoder_sparse_step"], fields.get("mlp_only_layers") or []
+            chosen["mlp_only_layers"] = [at for at, n in enumerate(layers) if n in dense or (n + 1) % step]
+            chosen["decoder_sparse_step"] = 1
         chosen["num_hidden_layers"] = len(layers)
     config = family.config_class(**chosen)
     config._attn_implementation = "sdpa"
@@ -119,46 +207,80 @@ def build_config(family: Family, fields: dict[str, Any], layers: Sequence[int] |
 
 
 def skeleton(family: Family, config: Any) -> Any:
-    """The family's CausalLM in eval mode with weights on the meta device and real rotary tables."""
+    """The family's CausalLM in eval mode: weights on the meta device, tables that follow from the config real."""
     with torch.device("meta"):
         model = family.model_class(config).eval()
     for module in model.modules():
-        # Rotary tables are computed from the config, not stored: meta ones would stay empty for ever.
-        if hasattr(module, "inv_freq"):
-            fresh = type(module)(config=config)
-            for name, buffer in fresh.named_buffers(recurse=False):
-                module.register_buffer(name, buffer, persistent=False)
-            module.original_inv_freq = module.inv_freq
+        # Rotary tables and embedding scales are in no checkpoint: meta ones would stay empty for ever.
+        empty = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        for name in empty:
+            buffer = torch.empty_like(module.get_buffer(name), device="cpu")
+            module.register_buffer(name, buffer, persistent=False)
+        if empty:
+            model._init_weights(module)  # how Transformers itself fills them after loading on meta
     return model.requires_grad_(False)
 
 
-def lora_modules(family: Family, targets: Sequence[str]) -> tuple[str, ...]:
-    """Dotted module names within a layer for LoRA target names.
+def layer_on_meta(family: Family, fields: dict[str, Any], number: int) -> Any:
+    """One full-LLM layer's module with its weights on the meta device: shapes and module names at no cost."""
+    return _layer_on_meta(family.model_type, json.dumps(fields, sort_keys=True), number)
+
+
+@functools.lru_cache(maxsize=512)
+def _layer_on_meta(model_type: str, fields: str, number: int) -> Any:
+    family = FAMILIES[model_type]
+    return skeleton(family, build_config(family, json.loads(fields), (number,))).get_submodule(f"{family.layers}.0")
+
+
+def linear_modules(layer: Any) -> dict[str, torch.nn.Linear]:
+    """The linear modules of a decoder layer by dotted name: what is quantized, and where LoRA can sit."""
+    return {name: module for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)}
+
+
+def lora_modules(
+    family: Family, fields: dict[str, Any], number: int, targets: Sequence[str]
+) -> dict[str, tuple[int, int]]:
+    """Dotted names within layer `number` that these LoRA targets mean, and their (out, in) features.
+
+    A target is a module's last name or dotted name; names known from llama are translated where a family fuses
+    them, so two targets may mean one module.
 
     Raises:
-        UsageProblem: a target matches no module; names those there are.
+        UsageProblem: a target matches no module of the layer; names those there are.
     """
+    modules = linear_modules(layer_on_meta(family, fields, number))
+    found: dict[str, tuple[int, int]] = {}
     for target in targets:
-        if target not in family.modules:
+        wanted = family.fused.get(target, target)
+        names = [name for name in modules if name == wanted or name.endswith(f".{wanted}")]
+        if not names:
             raise UsageProblem(
-                f"[lora] targets names {target!r}, a {family.model_type} layer has: {', '.join(family.modules)}"
+                f"[lora] targets names {target!r}, which matches nothing in layer {number} of this "
+                f"{family.model_type} model; it has: {', '.join(name.rpartition('.')[2] for name in modules)}"
             )
-    return tuple(family.modules[target] for target in targets)
+        found |= {name: (modules[name].out_features, modules[name].in_features) for name in names}
+    return found
 
 
-def module_shape(family: Family, fields: dict[str, Any], target: str) -> tuple[int, int]:
-    """(out, in) features of a target module, from the config alone."""
-    hidden = int(fields["hidden_size"])
-    heads = int(fields["num_attention_heads"])
-    head_dim = int(fields.get("head_dim") or hidden // heads)
-    kv = int(fields.get("num_key_value_heads") or heads) * head_dim
-    width = int(fields["intermediate_size"])
-    return {
-        "q_proj": (heads * head_dim, hidden),
-        "k_proj": (kv, hidden),
-        "v_proj": (kv, hidden),
-        "o_proj": (hidden, heads * head_dim),
-        "gate_proj": (width, hidden),
-        "up_proj": (width, hidden),
-        "down_proj": (hidden, width),
-    }[target]
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
+
+
+def merge_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A layer's tensors with the experts' matrices, one each in checkpoints, stacked as the modules hold them.
+
+    `experts.3.gate_proj.weight` (F, C) and `up_proj` go into `experts.gate_up_proj` (E, 2F, C), `down_proj` into
+    (E, C, F).
+    """
+    experts: dict[str, dict[int, dict[str, Tensor]]] = {}
+    merged = {}
+    for name, tensor in tensors.items():
+        match = _EXPERT.fullmatch(name)
+        if match is None:
+            merged[name] = tensor
+        else:
+            experts.setdefault(match[1], {}).setdefault(int(match[2]), {})[match[3]] = tensor
+    for path, parts in experts.items():
+        ordered = [parts[number] for number in sorted(parts)]
+        merged[f"{path}.gate_up_proj"] = torch.stack([torch.cat([p["gate_proj"], p["up_proj"]]) for p in ordered])
+        merged[f"{path}.down_proj"] = torch.stack([p["down_proj"] for p in ordered])
+    return merged

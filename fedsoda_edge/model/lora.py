@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
-from fedsoda_edge.model.families import Family, lora_modules, module_shape
+from fedsoda_edge.model.families import Family, lora_modules
 from fedsoda_edge.model.sub_llm import SubLLM
 from fedsoda_edge.protocol.manifest import LoRASpec, TensorSpec
 
@@ -27,8 +27,7 @@ def specs(
     """Names and shapes of the LoRA tensors on these full-LLM layers, ascending by name."""
     found = []
     for layer in layers:
-        for target, module in zip(targets, lora_modules(family, targets), strict=True):
-            rows, cols = module_shape(family, fields, target)
+        for module, (rows, cols) in lora_modules(family, fields, layer, targets).items():
             found.append(TensorSpec(f"layers.{layer}.{module}.lora_A", (rank, cols)))
             found.append(TensorSpec(f"layers.{layer}.{module}.lora_B", (rows, rank)))
     return tuple(sorted(found, key=lambda spec: spec.name))

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_edge.model.families import Family, allowed_fields, build_config, family_of, skeleton
+from fedsoda_edge.model.families import Family, allowed_fields, build_config, family_of, merge_experts, skeleton
 from fedsoda_edge.ports.disk import sha256_file
 from fedsoda_edge.protocol.manifest import TOKENIZER_FILES
 
@@ -125,7 +125,7 @@ class Checkpoint:
         return self._read(f"{self.family.head}.weight")
 
     def layer(self, number: int) -> dict[str, Tensor]:
-        return self._below(f"{self.family.layers}.{number}.")
+        return merge_experts(self._below(f"{self.family.layers}.{number}."))
 
     def _below(self, prefix: str) -> dict[str, Tensor]:
         names = [name for name in self._files if name.startswith(prefix)]
@@ -191,15 +191,13 @@ def stream(
     store = store_dtype or compute_dtype
     family = source.family
     with torch.inference_mode():
-        if start is None:
-            table = source.embedding()
-            hidden = [table[sample].to(store) for sample in ids]
-            del table
-        else:
-            hidden = [state.to(store) for state in start]
         batches = _buckets([len(sample) for sample in ids], batch_tokens)
         # All layers of the full config, so that layer l gets the mask and the rotary table of layer l.
         model = skeleton(family, build_config(family, source.fields))
+        if start is None:
+            hidden = _embedded(model.get_submodule(family.embedding), source.embedding(), ids, store)
+        else:
+            hidden = [state.to(store) for state in start]
         base = model.get_submodule(family.layers.rpartition(".")[0])
         recorders = _record_calls(base)
         base.rotary_emb.to(device)  # the only real tensors of the skeleton
@@ -224,6 +222,16 @@ def stream(
             if progress is not None:
                 progress(done + 1, len(layers))
     return [state.clone() for state in hidden]
+
+
+def _embedded(module: Any, table: Tensor, ids: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The ids' rows through the family's own embedding module, which may scale them (Gemma); other rows stay out."""
+    used, places = torch.unique(torch.cat(list(ids)), return_inverse=True)
+    module.weight = torch.nn.Parameter(table[used].to(dtype), requires_grad=False)
+    module.padding_idx = None  # an id of the whole table; without gradients it has no meaning
+    rows = module(places)
+    module.to_empty(device="meta")
+    return list(rows.split([len(sample) for sample in ids]))
 
 
 class _Recorder(torch.nn.Module):

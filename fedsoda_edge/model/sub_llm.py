@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsoda_edge.model.families import Family, build_config, skeleton
-from fedsoda_edge.model.nf4 import NF4Linear, NF4Tensor
+from fedsoda_edge.model.nf4 import NF4Linear, NF4Tensor, dequantize
 from fedsoda_edge.model.streaming import LayerSource
 
 
@@ -107,6 +107,8 @@ def build(
             model.get_submodule(family.embedding).weight = model.get_submodule(family.head).weight
         else:
             _fill(model.get_submodule(family.embedding), {"weight": source.embedding()}, compute_dtype, device)
+        for buffer in model.get_submodule(family.embedding).buffers():
+            buffer.data = buffer.data.to(device)  # a scale (Gemma)
     model.requires_grad_(False)
     return SubLLM(model.eval(), family, numbers)
 
@@ -118,7 +120,12 @@ def _fill(module: Any, weights: dict[str, Tensor | NF4Tensor], dtype: torch.dtyp
     for name, value in weights.items():
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path) if path else module
-        if isinstance(value, NF4Tensor):
+        if isinstance(value, NF4Tensor) and not isinstance(owner, nn.Linear):
+            # A stack of experts: multiplied by slices, so it is dense here.
+            shape = getattr(owner, leaf).shape
+            dense = dequantize(value).reshape(shape).to(device=device, dtype=dtype)
+            setattr(owner, leaf, nn.Parameter(dense, requires_grad=False))
+        elif isinstance(value, NF4Tensor):
             parent, _, child = path.rpartition(".")
             bias = weights.get(f"{path}.bias")
             assert not isinstance(bias, NF4Tensor)

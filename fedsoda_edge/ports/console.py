@@ -37,6 +37,10 @@ def reporting(as_json: bool, jsonl: bool, debug: bool) -> Iterator[None]:
         yield
     except FedSODAError as error:
         _fail(error, error.exit_status, as_json, jsonl, debug, getattr(error, "details", ""))
+    except typer.Exit:
+        raise
+    except Exception as error:
+        _fail(error, 1, as_json, jsonl, debug, "")
     except _Terminated:
         note("stopped; the same command goes on where this left off")
         finish({"status": "ok", "stopped": "SIGTERM"}, as_json, jsonl)
@@ -48,12 +52,34 @@ def reporting(as_json: bool, jsonl: bool, debug: bool) -> Iterator[None]:
 
 
 def _fail(error: Exception, status: int, as_json: bool, jsonl: bool, debug: bool, details: str) -> None:
-    note(f"error: {error}")
+    if isinstance(error, FedSODAError):
+        note(f"error: {error}")
+    elif isinstance(error, OSError):
+        note(f"error: {error}; mend that on this machine, then try again")
+    else:
+        note(f"error: {type(error).__name__}: {error}; this is a defect of fedsoda: report it with what --debug adds")
     if debug:
         note(details or traceback.format_exc())
     fields = {"status": "error", "error": type(error).__name__, "message": str(error), "exit_status": status}
     finish(fields, as_json, jsonl)
     raise typer.Exit(status) from None
+
+
+def run(app: typer.Typer) -> None:
+    """The command, to its exit status. Wrong usage is a sentence too, and an object with --json."""
+    try:
+        status = app(standalone_mode=False)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # typer brings its own click, whose classes have no public name
+            raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()  # type: ignore[attr-defined]
+        else:
+            note(f"error: {error.format_message().rstrip('.')}; --help shows how it is used")
+        fields = {"status": "error", "error": "Usage", "message": error.format_message(), "exit_status": 2}
+        finish(fields, "--json" in sys.argv, "--jsonl" in sys.argv)
+        status = 2
+    sys.exit(status if isinstance(status, int) else 0)
 
 
 def finish(values: dict[str, Any], as_json: bool, jsonl: bool) -> None:

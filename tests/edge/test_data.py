@@ -55,7 +55,7 @@ def test_samples_are_cut_on_the_right_and_those_without_completion_counted(tmp_p
         (['{"text": "a", "label": "b"}', "{oops"], r"d.jsonl:2: not JSON"),
         (["[1, 2]"], r"d.jsonl:1: a list, not an object"),
         (['{"text": "a", "tag": "b"}'], r"d.jsonl:1: no column 'label'; there are tag, text"),
-        (['{"text": "a", "label": 1}'], r"d.jsonl:1: 'label' is 1, a int; completions must be strings"),
+        (['{"text": "a", "label": 1}'], r"d.jsonl:1: 'label' is 1, which is no string; completions must be strings"),
         ([], r"has no rows"),
     ],
 )

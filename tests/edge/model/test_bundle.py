@@ -38,13 +38,13 @@ def plan_for(source: Checkpoint, adapter: int = 2) -> LayerPlan:
 
 def write(directory: Path, model: Path, **change: Any) -> Bundle:
     source = Checkpoint.open(str(model))
-    plan = plan_for(source)
+    plan, targets = plan_for(source), change.get("targets", TARGETS)
     spec = LoRASpec(
         rank=4,
         alpha=8.0,
-        targets=TARGETS,
-        adapter=lora.specs(source.family, source.fields, plan.adapter, TARGETS, 4),
-        emulator=lora.specs(source.family, source.fields, plan.aligned, TARGETS, 4),
+        targets=targets,
+        adapter=lora.specs(source.family, source.fields, plan.adapter, targets, 4),
+        emulator=lora.specs(source.family, source.fields, plan.aligned, targets, 4),
     )
     settings = BundleSettings(spec, change.get("adapter_base", "nf4"), change.get("quantize_embedding", False))
     tensors = (

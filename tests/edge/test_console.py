@@ -1,0 +1,68 @@
+"""Whatever goes wrong is one sentence, one JSON object and one exit status."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import typer
+
+from fedsoda_edge.errors import DeviceTooSmall
+from fedsoda_edge.ports.console import finish, note, reporting, run
+
+
+def command(failure: BaseException | None) -> typer.Typer:
+    app = typer.Typer()
+
+    @app.command()
+    def work(
+        data: str = typer.Option(...),
+        as_json: bool = typer.Option(False, "--json"),
+        debug: bool = typer.Option(False, "--debug"),
+    ) -> None:
+        with reporting(as_json, False, debug):
+            if failure is not None:
+                raise failure
+            note(f"read {data}")
+            finish({"status": "ok"}, as_json, False)
+
+    return app
+
+
+@pytest.mark.parametrize(
+    ("failure", "arguments", "status", "sentence"),
+    [
+        (None, ["--data", "x"], 0, "read x"),
+        (DeviceTooSmall("needs 2 GiB"), ["--data", "x"], 4, "error: needs 2 GiB"),
+        (None, [], 2, "error: Missing option '--data'; --help shows how it is used"),
+        (None, ["--dta", "x"], 2, "error: No such option: --dta"),
+        (PermissionError(13, "no", "/x"), ["--data", "x"], 1, "error: [Errno 13] no: '/x'; mend that on this machine"),
+        (ZeroDivisionError("by 0"), ["--data", "x"], 1, "error: ZeroDivisionError: by 0; this is a defect of fedsoda"),
+        (KeyboardInterrupt(), ["--data", "x"], 130, "stopped; the same command goes on"),
+    ],
+)
+def test_every_end_has_a_sentence_an_object_and_a_status(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    failure: BaseException | None,
+    arguments: list[str],
+    status: int,
+    sentence: str,
+) -> None:
+    monkeypatch.setattr("sys.argv", ["work", *arguments, "--json"])
+    with pytest.raises(SystemExit) as end:
+        run(command(failure))
+    assert end.value.code == status
+    out, err = capsys.readouterr()
+    assert err.startswith(sentence)
+    assert err.count("\n") == 1
+    found = json.loads(out)
+    assert (found["schema"], found["status"]) == (1, "ok" if status == 0 else "error")
+    assert found.get("exit_status", 0) == status
+
+
+def test_a_traceback_is_for_those_who_ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["work", "--data", "x", "--debug"])
+    with pytest.raises(SystemExit):
+        run(command(ZeroDivisionError("by 0")))
+    assert "Traceback" in capsys.readouterr().err
