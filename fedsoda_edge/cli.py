@@ -98,15 +98,15 @@ def plan(url: Url, token_file: TokenFile = None, as_json: Json = False, debug: D
     with reporting(as_json, False, debug):
         import asyncio
 
-        from fedsoda_edge.device import gib
         from fedsoda_edge.edge import Edge, look_at
+        from fedsoda_edge.ports.console import human_bytes
 
         found = asyncio.run(look_at(Edge(url, token_file=token_file)))
         note(
             f"run {found['run']}: {found['source']}, {found['layers_kept']} of {found['layers']} layers, "
             f"LoRA rank {found['rank']} in the last {found['adapter_layers']}\n"
-            f"download {gib(found['disk_needed'])} (free {gib(found['disk_free'])}), "
-            f"memory {gib(found['ram_needed'])} (free {gib(found['ram_free'])}), device: {found['device']}"
+            f"download {human_bytes(found['disk_needed'])} (free {human_bytes(found['disk_free'])}), "
+            f"memory {human_bytes(found['ram_needed'])} (free {human_bytes(found['ram_free'])}), device: {found['device']}"
         )
         finish({"status": "ok", **found}, as_json, False)
 
@@ -189,14 +189,14 @@ def cache_list(as_json: Json = False, debug: Debug = False) -> None:
     """What takes space."""
     with reporting(as_json, False, debug):
         from fedsoda_edge.config import Home
-        from fedsoda_edge.device import gib
+        from fedsoda_edge.ports.console import human_bytes
 
         home = Home()
         sizes = {
             name: sum(path.stat().st_size for path in (home.directory / name).rglob("*") if path.is_file())
             for name in ("store", "runs")
         }
-        note("\n".join(f"{gib(size):>10}  {home.directory / name}" for name, size in sizes.items()))
+        note("\n".join(f"{human_bytes(size):>10}  {home.directory / name}" for name, size in sizes.items()))
         finish({"status": "ok", "bytes": sizes}, as_json, False)
 
 

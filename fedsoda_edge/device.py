@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 
 from fedsoda_edge.errors import DeviceTooSmall, UsageProblem
+from fedsoda_edge.ports.console import human_bytes
 from fedsoda_edge.protocol.manifest import EdgeNeeds
 from fedsoda_edge.protocol.messages import DeviceFacts
 
@@ -51,10 +52,6 @@ def _free_vram() -> tuple[str, int]:
         pynvml.nvmlShutdown()
 
 
-def gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
-
-
 def choose_device(wanted: str, needs: EdgeNeeds, facts: DeviceFacts, held_bytes: int = 0) -> str:
     """ "cpu" or "cuda[:n]": where this bundle can be trained.
 
@@ -71,20 +68,20 @@ def choose_device(wanted: str, needs: EdgeNeeds, facts: DeviceFacts, held_bytes:
     disk = max(0, needs.disk_bytes - held_bytes)
     if facts.disk_bytes < disk:
         raise DeviceTooSmall(
-            f"this device has {gib(facts.disk_bytes)} of disk free, the bundle needs {gib(disk)}; "
+            f"this device has {human_bytes(facts.disk_bytes)} of disk free, the bundle needs {human_bytes(disk)}; "
             "free space or point FEDSODA_HOME to another disk"
         )
     has_vram = facts.vram_bytes >= needs.vram_bytes
     if wanted.startswith("cuda") and not has_vram:
         raise DeviceTooSmall(
-            f"the GPU {facts.accelerator or '(none found)'} has {gib(facts.vram_bytes)} free, the sub-LLM needs "
-            f"{gib(needs.vram_bytes)}; close what uses it, or --device cpu"
+            f"the GPU {facts.accelerator or '(none found)'} has {human_bytes(facts.vram_bytes)} free, the sub-LLM needs "
+            f"{human_bytes(needs.vram_bytes)}; close what uses it, or --device cpu"
         )
     if wanted != "cpu" and has_vram:
         return "cuda" if wanted == "auto" else wanted
     if facts.ram_bytes < needs.ram_bytes:
         raise DeviceTooSmall(
-            f"this device has {gib(facts.ram_bytes)} of memory free, the sub-LLM needs {gib(needs.ram_bytes)}; "
+            f"this device has {human_bytes(facts.ram_bytes)} of memory free, the sub-LLM needs {human_bytes(needs.ram_bytes)}; "
             "close other programs, or ask the hub's owner for a smaller sub-LLM"
         )
     return "cpu"

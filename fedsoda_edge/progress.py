@@ -8,7 +8,7 @@ import threading
 from types import TracebackType
 from typing import Any
 
-from fedsoda_edge.device import gib
+from fedsoda_edge.ports.console import human_bytes
 
 
 class Display:
@@ -53,7 +53,12 @@ class Display:
         """(name, total, done, note) of an event that is progress."""
         match event["event"]:
             case "download":
-                return "downloading", event["total"], event["done"], f"{gib(event['done'])} of {gib(event['total'])}"
+                return (
+                    "downloading",
+                    event["total"],
+                    event["done"],
+                    f"{human_bytes(event['done'])} of {human_bytes(event['total'])}",
+                )
             case "sweep":
                 return "sweeping the data", event["total"], event["done"], f"layer {event['done']} of {event['total']}"
             case "training":
@@ -95,8 +100,8 @@ def _sentence(event: dict[str, Any]) -> str:
             return f"joined run {event['run']} as {event['edge']} ({event['rounds']} rounds)"
         case "device":
             return (
-                f"training on {event['device']}: memory {gib(event['ram_needed'])} needed, {gib(event['ram_free'])} free; "
-                f"disk {gib(event['disk_needed'])} needed, {gib(event['disk_free'])} free"
+                f"training on {event['device']}: memory {human_bytes(event['ram_needed'])} needed, {human_bytes(event['ram_free'])} free; "
+                f"disk {human_bytes(event['disk_needed'])} needed, {human_bytes(event['disk_free'])} free"
             )
         case "data":
             skipped = f", {event['num_skipped']} skipped (completion cut away)" if event["num_skipped"] else ""

@@ -43,6 +43,51 @@ def demo(
         finish({"status": "ok", **report}, as_json, False)
 
 
+@app.command(epilog="Example: fedsoda-hub plan config.json --groups 4 --layers-per-group 3\n\n" + EXIT_HELP)
+def plan(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="a model directory or a bare config.json")],
+    layers_per_group: Annotated[int, typer.Option(min=0, envvar="FEDSODA_LAYERS_PER_GROUP", help="n")] = 3,
+    groups: Annotated[int, typer.Option(min=0, envvar="FEDSODA_GROUPS", help="p")] = 4,
+    adapter_layers: Annotated[
+        int, typer.Option(min=1, envvar="FEDSODA_ADAPTER_LAYERS", help="last layers that train")
+    ] = 3,
+    rank: Annotated[int, typer.Option(min=1, envvar="FEDSODA_RANK", help="of LoRA")] = 8,
+    realign_every: Annotated[int, typer.Option(min=0, envvar="FEDSODA_REALIGN_EVERY", help="rounds; 0: never")] = 5,
+    targets: Annotated[
+        str, typer.Option(envvar="FEDSODA_TARGETS", help="modules with LoRA, by comma")
+    ] = "q_proj,k_proj,v_proj,up_proj,down_proj",
+    codec: Annotated[str, typer.Option(envvar="FEDSODA_CODEC", help="of deltas: nf4, int8 or bf16")] = "int8",
+    adapter_base: Annotated[str, typer.Option(envvar="FEDSODA_ADAPTER_BASE", help="nf4 or bf16")] = "nf4",
+    quantize_embedding: Annotated[
+        bool, typer.Option("--quantize-embedding", envvar="FEDSODA_QUANTIZE_EMBEDDING", help="embedding and head too")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """What a run of this model would cost an edge, and the paper's arithmetic beside it; needs no weights."""
+    with reporting(as_json, False, debug):
+        from fedsoda_hub.config import settings_for_plan
+        from fedsoda_hub.plan import plan_report
+        from fedsoda_hub.progress import plan_table
+
+        settings = settings_for_plan(
+            model,
+            method={
+                "adapter_layers": adapter_layers,
+                "layers_per_group": layers_per_group,
+                "groups": groups,
+                "realign_every": realign_every,
+                "adapter_base": adapter_base,
+                "quantize_embedding": quantize_embedding,
+            },
+            lora={"rank": rank, "targets": [name.strip() for name in targets.split(",")]},
+            wire={"codec": codec},
+        )
+        report = plan_report(model, settings)
+        plan_table(report)
+        finish({"status": "ok", **report}, as_json, False)
+
+
 @app.command(epilog="Example: fedsoda-hub prepare triage.toml")
 def prepare(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
     """SGP, NF4 and alignment into a bundle; goes on where it stopped."""

@@ -185,6 +185,14 @@ def read_settings(path: str | Path) -> RunSettings:
     return settings
 
 
+def settings_for_plan(model: str, **tables: dict[str, Any]) -> RunSettings:
+    """Settings of a run that is only thought of: checked like those of a file."""
+    raw = {"name": "plan", "model": model, "public": {"text": ""}, "path": "the options", **tables}
+    settings = msgspec.convert(raw, RunSettings, strict=True)
+    _check_ranges(settings)
+    return settings
+
+
 def _refuse_unknown(raw: dict[str, Any], struct: type[msgspec.Struct], where: str) -> None:
     fields = {field.name: field for field in msgspec.structs.fields(struct) if field.name != "path"}
     for key, value in raw.items():

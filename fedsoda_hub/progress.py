@@ -123,3 +123,36 @@ def _sentence(event: dict[str, Any]) -> str:
         case "stopped":
             return f"stopping on {event['signal']}"
     return ""
+
+
+def plan_table(report: dict[str, Any]) -> None:
+    """`fedsoda-hub plan` for people."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fedsoda_edge.ports.console import human_bytes
+
+    paper, ours = report["paper"], report["ours"]
+    flop = ours["gflop_per_token"]
+    title = f"{report['model']}: {report['family']}, {report['kept_layers']} of {report['num_layers']} layers kept"
+    table = Table("", "here", "as the paper counts", title=title, title_justify="left")
+    rows = [
+        ("full model", f"{report['full_parameters'] / 1e6:,.1f} M", f"{paper['full_gib_16bit']:.2f} GiB at 16 bits"),
+        ("sub-LLM", f"{report['sub_parameters'] / 1e6:,.1f} M", f"{paper['sub_gib_16bit']:.2f} GiB at 16 bits"),
+        ("bundle", human_bytes(ours["bundle_bytes"]), ""),
+        ("bits per parameter of the bundle", f"{ours['bits_per_parameter']:.2f}", "6.00"),
+        ("trainable parameters", "", f"{paper['trainable_parameters']:,}"),
+        (
+            "an edge and round, up / down",
+            f"{human_bytes(ours['up_bytes_per_edge_round'])} / {human_bytes(ours['down_bytes_per_edge_round'])}",
+            f"{paper['parameters_per_round'] / 1e6:.3f} M parameters, {paper['mib_per_round']:.3f} MiB in both",
+        ),
+        ("memory of an edge without a GPU", human_bytes(ours["edge_memory_bytes"]), ""),
+        ("memory of an edge's GPU", human_bytes(ours["edge_vram_bytes"]), ""),
+        ("GFLOP a token: LoRA on the full model", f"{flop['full_lora']:.3g}", ""),
+        ("GFLOP a token: sub-LLM, first time", f"{flop['sub_llm']:.3g}", ""),
+        ("GFLOP a token: border cached", f"{flop['cached']:.3g}", ""),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    Console(stderr=True).print(table)

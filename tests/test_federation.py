@@ -131,7 +131,7 @@ class Federation:
 
     def finish(self, *processes: subprocess.Popen[str]) -> None:
         for process in processes:
-            assert process.wait(timeout=120) == 0
+            assert process.wait(timeout=400) == 0
 
     def stop(self) -> None:
         for process in self.processes:

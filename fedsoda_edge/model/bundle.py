@@ -7,6 +7,7 @@ is the plan's business, downloading is `store.py`'s.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,13 +24,22 @@ from torch import Tensor
 
 from fedsoda_edge.errors import BlobCorrupt, UsageProblem
 from fedsoda_edge.model import lora
-from fedsoda_edge.model.families import FAMILIES, build_config, family_of, layer_on_meta, linear_modules, skeleton
+from fedsoda_edge.model.families import (
+    FAMILIES,
+    Family,
+    build_config,
+    family_of,
+    layer_on_meta,
+    linear_modules,
+    skeleton,
+)
 from fedsoda_edge.model.layer_plan import check_plan
 from fedsoda_edge.model.memory import edge_needs
-from fedsoda_edge.model.nf4 import CODEBOOK, NF4Tensor, dequantize, dynamic_map, quantize
+from fedsoda_edge.model.nf4 import CODEBOOK, NF4Tensor, dequantize, dynamic_map, nf4_entries, quantize
 from fedsoda_edge.model.streaming import LayerSource
 from fedsoda_edge.model.sub_llm import local_name
 from fedsoda_edge.ports.disk import sha256, sha256_file, sync_directory, write_durably
+from fedsoda_edge.protocol.coded import safetensors_bytes
 from fedsoda_edge.protocol.manifest import (
     FORMAT_VERSION,
     MAX_SIZE,
@@ -120,6 +130,42 @@ def write_bundle(
         )
         write_durably(temporary / "manifest.json", encode_manifest(manifest))
     return manifest
+
+
+def shard_sizes(
+    family: Family, fields: dict[str, Any], plan: LayerPlan, settings: BundleSettings, dtype: str
+) -> dict[str, int]:
+    """Bytes of each shard that `write_bundle` writes for a checkpoint of this shape, by role; no weights needed."""
+    kind = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[dtype]
+
+    def size(shapes: Mapping[str, tuple[int, ...]], wanted: set[str]) -> int:
+        entries: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for name, shape in shapes.items():
+            if name in wanted:
+                entries |= {f"{name}.{part}": entry for part, entry in nf4_entries(math.prod(shape)).items()}
+            else:
+                entries[name] = (kind, shape)
+        return safetensors_bytes(entries, {})
+
+    sizes = {}
+    for number in plan.kept:
+        layer = layer_on_meta(family, fields, number)
+        is_dense = number in plan.adapter and settings.adapter_base != "nf4"
+        sizes[f"layers.{number}"] = size(_shapes_of(layer), set() if is_dense else _quantizable(layer))
+    model = skeleton(family, build_config(family, fields, plan.adapter[:1]))
+    ends = {"embedding": family.embedding, "norm": family.norm}
+    if not fields.get("tie_word_embeddings"):
+        ends["head"] = family.head
+    for role, path in ends.items():
+        wanted = {"weight"} if settings.quantize_embedding and role != "norm" else set()
+        sizes[role] = size(_shapes_of(model.get_submodule(path)), wanted)
+    for role, specs in (("emulator_lora", settings.lora.emulator), ("adapter_lora", settings.lora.adapter)):
+        sizes[role] = safetensors_bytes({spec.name: ("F32", spec.shape) for spec in specs}, {})
+    return sizes
+
+
+def _shapes_of(module: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
 
 
 @contextmanager
@@ -296,7 +342,7 @@ class Bundle:
             ends = {"embedding": family.embedding, "norm": family.norm, "head": family.head}
             model = skeleton(family, build_config(family, self.fields, self.plan.adapter[:1]))
             module = model.get_submodule(ends[role])
-        return {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+        return _shapes_of(module)
 
     def materialize(self, directory: Path) -> None:
         """Write a checkpoint that plain Transformers with bitsandbytes loads, with the same logits.

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fedsoda_edge.errors import ProtocolViolation
 from fedsoda_edge.model.nf4 import codebook
-from fedsoda_edge.protocol.coded import BLOCK, check
+from fedsoda_edge.protocol.coded import BLOCK, check, coded_bytes, safetensors_bytes
 from fedsoda_edge.protocol.manifest import TensorSpec
 
 LoRATensors = dict[str, Tensor]
@@ -47,6 +47,12 @@ def decode(data: bytes, layout: Sequence[TensorSpec], codec: str) -> LoRATensors
     check(data, layout, codec)
     coded = load(data)
     return {spec.name: _decode_tensor(coded[spec.name], spec.shape, codec) for spec in layout}
+
+
+def encoded_bytes(layout: Sequence[TensorSpec], codec: str) -> int:
+    """Bytes that `encode` gives for any tensors of this layout."""
+    names = {spec.name: ("U8", (coded_bytes(spec.shape, codec),)) for spec in layout}
+    return safetensors_bytes(names, {"codec": codec})
 
 
 def _bytes_of_bf16(values: Tensor) -> Tensor:

@@ -110,6 +110,18 @@ class NF4Tensor:
         return dynamic_map().to(self.codes.device)[self.absmax.long()] * scale + self.offset
 
 
+def nf4_entries(size: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What `NF4Tensor.tensors` holds for a matrix of `size` weights: safetensors dtype and shape of each part."""
+    blocks = math.ceil(size / BLOCK)
+    return {
+        "codes": ("U8", (math.ceil(size / 2),)),
+        "absmax": ("U8", (blocks,)),
+        "nested_absmax": ("F32", (math.ceil(blocks / NESTED_BLOCK),)),
+        "offset": ("F32", (1,)),
+        "shape": ("I32", (2,)),
+    }
+
+
 def quantize(weight: Tensor) -> NF4Tensor:
     """Quantize a matrix; blocks run over the flattened matrix, as in bitsandbytes."""
     flat = weight.detach().float().flatten()

@@ -90,5 +90,16 @@ def finish(values: dict[str, Any], as_json: bool, jsonl: bool) -> None:
         print(json.dumps({"schema": 1, "event": "end", "terminal": True, **values}, allow_nan=False), flush=True)
 
 
+def human_bytes(size: float) -> str:
+    """1536 -> "1.5 KiB"; three figures, the unit that keeps them before the point."""
+    if size < 1024:
+        return f"{size:.0f} B"
+    for unit in ("KiB", "MiB", "GiB", "TiB"):
+        size /= 1024
+        if size < 1000 or unit == "TiB":
+            break
+    return f"{size:.{2 if size < 10 else 1 if size < 100 else 0}f} {unit}"
+
+
 def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

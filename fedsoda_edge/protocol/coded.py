@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fedsoda_edge.errors import ProtocolViolation
 from fedsoda_edge.protocol.manifest import TensorSpec
@@ -27,6 +27,22 @@ def coded_bytes(shape: tuple[int, int], codec: str) -> int:
     if codec == "bf16":
         return 2 * size
     return scales + (size if codec == "int8" else (size + 1) // 2)
+
+
+_DTYPE_BYTES = {"F32": 4, "I32": 4, "BF16": 2, "F16": 2, "U8": 1}  # in the order safetensors writes tensors
+
+
+def safetensors_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> int:
+    """Size of the file that safetensors writes for tensors of these dtypes ("BF16", ...) and shapes."""
+    order = list(_DTYPE_BYTES)
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (order.index(item[1][0]), item[0])):
+        size = _DTYPE_BYTES[dtype] * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + math.ceil(length / 8) * 8 + end
 
 
 def check(data: bytes | memoryview, layout: Sequence[TensorSpec], codec: str) -> None:

@@ -322,12 +322,12 @@ def test_a_sub_llm_that_does_not_fit_exits_4_with_both_numbers_before_it_is_down
     ran = device.run("join", hub, "--data", "visits.jsonl", "--token-file", "-", "--json", stdin="good\n")
     assert ran.status == 4
     assert ran.json["error"] == "DeviceTooSmall"
-    assert re.search(r"has [\d.]+ [GM]iB of memory free, the sub-LLM needs 1048576\.00 GiB; ", ran.json["message"])
+    assert re.search(r"has [\d.]+ [GM]iB of memory free, the sub-LLM needs 1024 TiB; ", ran.json["message"])
     assert "joined run triage as clinic-7" in ran.err
     assert len(list((device.home / "store").iterdir())) == 1  # the manifest
     plan = device.run("plan", hub, FEDSODA_TOKEN="good")
     assert plan.status == 4
-    assert re.search(r"the sub-LLM needs 1048576\.00 GiB; ", plan.sentence)
+    assert re.search(r"the sub-LLM needs 1024 TiB; ", plan.sentence)
 
 
 # -- while a join runs ----------------------------------------------------------------------------------
@@ -377,7 +377,7 @@ def test_the_cache_is_listed_and_pruned_and_the_state_of_runs_stays(device: Devi
         (device.home / name).write_bytes(bytes(size))
     listed = device.run("cache", "list", "--json")
     assert listed.json["bytes"] == {"store": 3_000_000, "runs": 2_000_000}
-    assert listed.err.splitlines() == [f"     3 MiB  {device.home / 'store'}", f"     2 MiB  {device.home / 'runs'}"]
+    assert listed.err.splitlines() == [f"  2.86 MiB  {device.home / 'store'}", f"  1.91 MiB  {device.home / 'runs'}"]
     pruned = device.run("cache", "prune", "--json")
     assert (pruned.status, pruned.json["freed_bytes"]) == (0, 3_000_000)
     assert device.run("cache", "list", "--json").json["bytes"] == {"store": 0, "runs": 2_000_000}

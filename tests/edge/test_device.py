@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fedsoda_edge.device import choose_device, gib, read_device
+from fedsoda_edge.device import choose_device, read_device
 from fedsoda_edge.errors import DeviceTooSmall, UsageProblem
+from fedsoda_edge.ports.console import human_bytes
 from fedsoda_edge.protocol.manifest import EdgeNeeds
 from fedsoda_edge.protocol.messages import DeviceFacts
 
@@ -72,7 +73,7 @@ def test_too_little_gpu_memory_is_told_with_both_numbers_and_the_gpus_name() -> 
         "the GPU RTX 4060 has 2.00 GiB free, the sub-LLM needs 3.00 GiB; close what uses it, or --device cpu"
     )
     assert refusal("cuda:0", device()) == (
-        "the GPU (none found) has 0 MiB free, the sub-LLM needs 3.00 GiB; close what uses it, or --device cpu"
+        "the GPU (none found) has 0 B free, the sub-LLM needs 3.00 GiB; close what uses it, or --device cpu"
     )
 
 
@@ -108,4 +109,9 @@ def test_this_machine_is_read_before_its_home_exists(tmp_path: Path) -> None:
 
 
 def test_sizes_are_read_by_people() -> None:
-    assert [gib(size) for size in (0, 5 * 2**20, GIB, 3 * GIB // 2)] == ["0 MiB", "5 MiB", "1.00 GiB", "1.50 GiB"]
+    assert [human_bytes(size) for size in (0, 5 * 2**20, GIB, 3 * GIB // 2)] == [
+        "0 B",
+        "5.00 MiB",
+        "1.00 GiB",
+        "1.50 GiB",
+    ]

@@ -1,0 +1,164 @@
+"""Say from shapes alone what a run of this model costs: bytes, memory, arithmetic; the paper's figures beside ours.
+
+Needs a config.json, no weights. What the paper counts (method.md 1.10): LoRA on the adapter and on the retained
+layers; a round's traffic is the adapter LoRA up and down and the emulator LoRA down once in `realign_every` rounds,
+at 4 bits a parameter without block constants; sizes in GiB at 16 bits. Its own slips: sub-LLMs are printed at 6 bits
+a parameter, which no layout of NF4 gives; FedPETuning on Qwen2 and FedBiOT count 32 and 17 layers where there are 28
+and 13; 15.2 M for FedPETuning on LLaMA3 and Mistral is 14.2 M.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from fedsoda_edge.errors import UsageProblem
+from fedsoda_edge.model import lora
+from fedsoda_edge.model.bundle import BundleSettings, shard_sizes
+from fedsoda_edge.model.delta import encoded_bytes
+from fedsoda_edge.model.families import Family, allowed_fields, build_config, family_of, layer_on_meta, skeleton
+from fedsoda_edge.model.layer_plan import choose_groups, make_plan
+from fedsoda_edge.model.memory import edge_needs
+from fedsoda_edge.protocol.manifest import TOKENIZER_FILES, File, LayerPlan, LoRASpec
+from fedsoda_hub.config import RunSettings
+
+
+def read_config(model: str | Path) -> tuple[Family, dict[str, Any], str, Path | None]:
+    """(family, allowed fields, dtype, the directory or None) of a model directory or a bare config.json.
+
+    Raises:
+        UsageProblem: it is neither, or of a family that is not supported.
+    """
+    path = Path(model)
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageProblem(
+            f"{model} is neither a model directory nor a config.json ({error}); download the model's config.json"
+        ) from error
+    family = family_of(str(raw.get("model_type")))
+    fields = allowed_fields(family, family.config_class.from_dict(raw))
+    dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    return family, fields, dtype, path if path.is_dir() else None
+
+
+def likely_plan(num_layers: int, adapter_layers: int, layers_per_group: int, groups: int) -> LayerPlan:
+    """A plan of this shape. Which layers go is known after SGP only; sizes do not depend on it.
+
+    Raises:
+        UsageProblem: it does not fit; names the nearest that do.
+    """
+    emulator = num_layers - adapter_layers
+    if not 0 < adapter_layers < num_layers:
+        raise UsageProblem(f"{adapter_layers} adapter layers, the model has {num_layers} layers")
+    flat = [[0.0] * (emulator - 1 - layer) for layer in range(emulator)]
+    return make_plan(
+        num_layers, adapter_layers, choose_groups(flat, num_layers, adapter_layers, layers_per_group, groups)
+    )
+
+
+def predict(
+    family: Family,
+    fields: dict[str, Any],
+    dtype: str,
+    plan: LayerPlan,
+    settings: RunSettings,
+    tokenizer_bytes: int = 0,
+) -> dict[str, Any]:
+    """The report of contract.md, `plan --json`."""
+    method, targets, rank = settings.method, settings.lora.targets, settings.lora.rank
+    spec = LoRASpec(
+        rank=rank,
+        alpha=settings.lora.alpha,
+        targets=tuple(targets),
+        adapter=lora.specs(family, fields, plan.adapter, targets, rank),
+        emulator=lora.specs(family, fields, plan.aligned, targets, rank),
+    )
+    on_all = lora.specs(family, fields, range(plan.num_layers), targets, rank)
+    layers = {number: _parameters(layer_on_meta(family, fields, number)) for number in range(plan.num_layers)}
+    ends, head = _ends(family, fields)
+    full, sub = sum(layers.values()) + ends, sum(layers[number] for number in plan.kept) + ends
+    sizes = shard_sizes(
+        family, fields, plan, BundleSettings(spec, method.adapter_base, method.quantize_embedding), dtype
+    )
+    weights = sum(size for name, size in sizes.items() if not name.endswith("_lora"))
+    files = [File(name, "", size) for name, size in sizes.items()]
+    needs = edge_needs(fields, len(plan.adapter), max(layers[n] for n in plan.kept), spec, files)
+    adapter_bytes = encoded_bytes(spec.adapter, settings.wire.codec)
+    emulator_bytes = encoded_bytes(spec.emulator, settings.wire.codec) if method.realign_every else 0
+    trainable, emulator_lora = _count(spec.adapter), _count(spec.emulator)
+    per_round = 2 * trainable + (emulator_lora / method.realign_every if method.realign_every else 0)
+    adapter = sum(layers[number] for number in plan.adapter)
+    return {
+        "family": family.model_type,
+        "num_layers": plan.num_layers,
+        "kept_layers": len(plan.kept),
+        "full_parameters": full,
+        "sub_parameters": sub,
+        "paper": {
+            "trainable_parameters": trainable,
+            "parameters_per_round": per_round,
+            "mib_per_round": per_round * 0.5 / 2**20,
+            "full_gib_16bit": full * 2 / 2**30,
+            "sub_gib_16bit": sub * 2 / 2**30,
+        },
+        "ours": {
+            "bundle_bytes": sum(sizes.values()) + tokenizer_bytes,
+            "bits_per_parameter": 8 * weights / sub,
+            "up_bytes_per_edge_round": adapter_bytes,
+            "down_bytes_per_edge_round": adapter_bytes + emulator_bytes / max(method.realign_every, 1),
+            "edge_memory_bytes": needs.ram_bytes,
+            "edge_vram_bytes": needs.vram_bytes,
+            "edge_disk_bytes": needs.disk_bytes + tokenizer_bytes,
+            "gflop_per_token": {
+                "full_lora": _gflop(forward=full - ends + head, backward=full - ends + head, lora=_count(on_all)),
+                "sub_llm": _gflop(forward=sub - ends + head, backward=adapter + head, lora=trainable),
+                "cached": _gflop(forward=adapter + head, backward=adapter + head, lora=trainable),
+            },
+        },
+    }
+
+
+def _gflop(*, forward: int, backward: int, lora: int) -> float:
+    """2 per weight and token in each direction (frozen weights get no gradient), 6 per LoRA weight; without the
+    attention scores, which grow with the length."""
+    return (2 * forward + 2 * backward + 6 * lora) / 1e9
+
+
+def _parameters(module: Any) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _ends(family: Family, fields: dict[str, Any]) -> tuple[int, int]:
+    """Parameters outside the layers, each once; those of the head's product."""
+    model = skeleton(family, build_config(family, fields, (0,)))
+    head = model.get_submodule(family.head).weight.numel()
+    norm = _parameters(model.get_submodule(family.norm))
+    tied = bool(fields.get("tie_word_embeddings"))
+    return norm + model.get_submodule(family.embedding).weight.numel() + (0 if tied else head), head
+
+
+def _count(specs: Sequence[Any]) -> int:
+    return sum(spec.shape[0] * spec.shape[1] for spec in specs)
+
+
+def plan_report(model: str, settings: RunSettings) -> dict[str, Any]:
+    """`fedsoda-hub plan MODEL` with these settings."""
+    family, fields, dtype, directory = read_config(model)
+    method = settings.method
+    plan = likely_plan(int(fields["num_hidden_layers"]), method.adapter_layers, method.layers_per_group, method.groups)
+    tokenizer = [directory / name for name in TOKENIZER_FILES] if directory is not None else []
+    return {
+        "model": model,
+        "settings": {
+            "method": msgspec.to_builtins(method),
+            "lora": msgspec.to_builtins(settings.lora),
+            "codec": settings.wire.codec,
+        },
+        **predict(family, fields, dtype, plan, settings, sum(f.stat().st_size for f in tokenizer if f.exists())),
+    }
