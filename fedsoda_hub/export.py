@@ -27,7 +27,7 @@ from fedsoda_edge.protocol.manifest import LayerPlan, LoRASpec
 from fedsoda_hub.config import RunSettings, Task, read_settings
 from fedsoda_hub.evaluation import Evaluator, Judged, read_questions, summary
 from fedsoda_hub.ledger import Outcome, read_outcome
-from fedsoda_hub.prepare import pick_device
+from fedsoda_hub.prepare import open_full_llm, pick_device
 
 Report = Callable[[int, int], None]
 
@@ -79,7 +79,7 @@ def export(settings: RunSettings, directory: Path, *, merge: bool = False) -> di
 
 def _write_merged(settings: RunSettings, bundle: Bundle, tensors: dict[str, Tensor], directory: Path) -> None:
     """W + (alpha / r) B A in fp32, rounded once to the checkpoint's dtype."""
-    source = Checkpoint.open(settings.model, relative_to=settings.directory)
+    source = open_full_llm(settings)
     family = source.family
     scale = bundle.manifest.lora.scale
     weights = {f"{family.embedding}.weight": source.embedding()}
@@ -141,7 +141,7 @@ def _is_small(source: Checkpoint) -> bool:
 def evaluate_run(settings: RunSettings, outcome: Outcome, data: Path, report: Report | None = None) -> dict[str, Any]:
     """Judge the three models of a run on `data`."""
     bundle = Bundle.open(settings.run_dir / "bundle")
-    source = Checkpoint.open(settings.model, relative_to=settings.directory)
+    source = open_full_llm(settings)
     blobs, spec = BlobStore(settings.run_dir / "blobs"), bundle.manifest.lora
     adapter = delta.from_bytes(blobs.get(outcome.master), spec.adapter)
     emulator = delta.from_bytes(blobs.get(outcome.emulator_view), spec.emulator)
@@ -170,9 +170,9 @@ def evaluate_export(
     if model is not None:
         source = Checkpoint.open(model)
     elif settings is not None:
-        source = Checkpoint.open(settings.model, relative_to=settings.directory)
+        source = open_full_llm(settings)
     elif "/" in about["model"]:
-        source = Checkpoint.open(about["model"])
+        source = Checkpoint.open(about["model"], revision=about["model_revision"])
     else:
         raise UsageProblem(
             f"{directory} belongs to the full model {about['model']!r}, and its run file {run_file} is not there "

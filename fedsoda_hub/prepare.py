@@ -50,6 +50,18 @@ def pick_device(wanted: str, dtype: str) -> tuple[str, torch.dtype]:
     return device, torch.float32 if device == "cpu" else getattr(torch, dtype)
 
 
+def open_full_llm(settings: RunSettings) -> Checkpoint:
+    """The run's full LLM; a model hub's id at the commit that the run first saw, however long it lasts."""
+    pin = settings.run_dir / "model_revision.json"
+    held = json.loads(pin.read_text()) if pin.exists() else {}
+    revision = held.get("revision") if held.get("model") == settings.model else None
+    source = Checkpoint.open(settings.model, relative_to=settings.directory, revision=revision)
+    if source.name == settings.model and revision is None:
+        settings.run_dir.mkdir(parents=True, exist_ok=True)
+        write_durably_json(pin, {"model": settings.model, "revision": source.revision})
+    return source
+
+
 class Preparation:
     """The pieces of a run that need the full LLM, made once and found again."""
 
@@ -60,7 +72,7 @@ class Preparation:
         self.work = self.run_dir / "prepare"
         self.blobs = BlobStore(self.run_dir / "blobs")
         self.device, self.compute_dtype = pick_device(settings.device, settings.dtype)
-        self.source = Checkpoint.open(settings.model, relative_to=settings.directory)
+        self.source = open_full_llm(settings)
         tokenizer = self.source.path / "tokenizer.json"
         self.used, self.held_out = read_blocks(
             settings.public_text,

@@ -88,8 +88,12 @@ class Checkpoint:
         return hashlib.sha256(json.dumps([files, self.fields], sort_keys=True).encode()).hexdigest()
 
     @classmethod
-    def open(cls, model: str, *, relative_to: Path | None = None) -> Checkpoint:
-        """A directory, or a hub id that `huggingface_hub` fetches (safetensors and JSON only)."""
+    def open(cls, model: str, *, relative_to: Path | None = None, revision: str | None = None) -> Checkpoint:
+        """A directory, or a model hub's id that `huggingface_hub` fetches (safetensors and JSON only).
+
+        Args:
+            revision: the commit of a model hub's id; None: the newest. A directory has no other than its own.
+        """
         path = Path(model).expanduser()
         if relative_to is not None and not path.is_absolute():
             path = relative_to / path
@@ -101,7 +105,7 @@ class Checkpoint:
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
         try:
-            local = snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "*.jinja"])
+            local = snapshot_download(model, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.jinja"])
         except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, OSError) as error:
             raise UsageProblem(
                 f"{model!r} is neither a directory here nor could it be fetched from the model hub ({error}); "

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -18,7 +19,7 @@ from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.streaming import Checkpoint
 from fedsoda_edge.ports.disk import write_durably
 from fedsoda_hub.config import RunSettings
-from fedsoda_hub.prepare import Preparation
+from fedsoda_hub.prepare import Preparation, open_full_llm
 from tests.edge.model.test_bundle import pruned_by_hand, random_lora
 from tests.hub.runs import make_run, prepare
 from tests.tiny import make_tiny_llama
@@ -168,3 +169,27 @@ def test_what_cannot_be_is_refused_before_any_work(
 ) -> None:
     with pytest.raises(UsageProblem, match=sentence):
         prepare(make_run(tmp_path, tiny_llama, **change))
+
+
+def test_a_model_hubs_id_stays_at_the_commit_that_the_run_first_saw(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the download is played: the model hub moves on to another commit between two starts."""
+    asked: list[str | None] = []
+    newest = "1" * 40
+
+    def fetch(model: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        assert model == "org/tiny"
+        assert not any(pattern.endswith((".bin", ".py", ".pt")) for pattern in allow_patterns)
+        asked.append(revision)
+        snapshot = tmp_path / "cache" / (revision or newest)
+        shutil.copytree(tiny_llama, snapshot, dirs_exist_ok=True)
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    settings = msgspec.structs.replace(make_run(tmp_path / "run", tiny_llama), model="org/tiny")
+    assert open_full_llm(settings).revision == "1" * 40
+    newest = "2" * 40
+    assert open_full_llm(settings).revision == "1" * 40
+    assert asked == [None, "1" * 40]
+    assert open_full_llm(msgspec.structs.replace(settings, name="another")).revision == "2" * 40
