@@ -13,9 +13,12 @@ import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedsoda_edge.errors import DataProblem, UsageProblem
+
+if TYPE_CHECKING:
+    from fedsoda_edge.chat import ChatTemplate
 
 DEFAULT_PROMPT, DEFAULT_COMPLETION = "{prompt}", "{completion}"
 Row = dict[str, Any]
@@ -59,6 +62,7 @@ class TextTemplate:
 class LocalData:
     """Where rows are and how columns map; no row is held.
 
+    path: JSON Lines, JSON, Parquet (`.parquet`) or the directory of a saved Hugging Face dataset.
     columns: template name -> column in the file.
     """
 
@@ -70,24 +74,67 @@ class LocalData:
         """JSON Lines, one object a line, or a JSON file that holds a list of objects."""
         return cls(Path(path), dict(columns or {}))
 
+    @classmethod
+    def from_parquet(cls, path: str | Path, *, columns: Mapping[str, str] | None = None) -> LocalData:
+        """A Parquet file."""
+        return cls(Path(path), dict(columns or {}))
+
+    @classmethod
+    def from_dataset(cls, path: str | Path, *, columns: Mapping[str, str] | None = None) -> LocalData:
+        """A directory that `datasets.Dataset.save_to_disk` wrote."""
+        return cls(Path(path), dict(columns or {}))
+
+    @property
+    def is_text(self) -> bool:
+        """JSON, which any process reads; other formats need libraries that the agent does not load."""
+        return self.path.suffix != ".parquet" and not self.path.is_dir()
+
     def rows(self) -> Iterator[tuple[int, Row]]:
-        """(line, row) in file order, columns renamed.
+        """(line, row) in file order, columns renamed; in binary formats the line is the row's number from 1.
 
         Raises:
-            DataProblem: the file is missing or empty, or a line is not a JSON object.
+            DataProblem: the file is missing, empty or damaged, or a line is not a JSON object.
         """
+        count = 0
+        for line, row in self._text_rows() if self.is_text else self._table_rows():
+            count += 1
+            yield line, row | {name: row[column] for name, column in self.columns.items() if column in row}
+        if not count:
+            raise DataProblem(f"the data {self.path} has no rows; it needs at least one")
+
+    def _text_rows(self) -> Iterator[tuple[int, Row]]:
         try:
             with self.path.open(encoding="utf-8") as file:
-                count = 0
-                for line, row in self._parse(file):
-                    count += 1
-                    yield line, row | {name: row[column] for name, column in self.columns.items() if column in row}
+                yield from self._parse(file)
         except OSError as error:
             raise DataProblem(f"the data {self.path} cannot be read: {error.strerror}") from error
         except UnicodeDecodeError as error:
-            raise DataProblem(f"the data {self.path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
-        if not count:
-            raise DataProblem(f"the data {self.path} has no rows; it needs one JSON object a line")
+            raise DataProblem(f"the data {self.path} is not UTF-8 ({error.reason}); save it as UTF-8") from error
+
+    def _table_rows(self) -> Iterator[tuple[int, Row]]:
+        try:
+            import datasets
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError:
+            raise UsageProblem(
+                f"reading {self.path} needs the datasets library: pip install 'fedsoda[datasets]', or save it as JSON Lines"
+            ) from None
+        try:
+            if self.path.is_dir():
+                table = datasets.load_from_disk(str(self.path))
+                if isinstance(table, dict):
+                    one = next(iter(table))
+                    raise DataProblem(f"{self.path} holds the splits {', '.join(table)}; name one: {self.path / one}")
+                rows: Iterator[Row] = iter(table)
+            else:
+                # Not through `datasets`, which would leave a copy of private rows in its cache.
+                batches = pyarrow.parquet.ParquetFile(self.path).iter_batches(1024)
+                rows = (row for batch in batches for row in batch.to_pylist())
+            for number, row in enumerate(rows, start=1):
+                yield number, dict(row)
+        except (OSError, pyarrow.ArrowException, ValueError, KeyError) as error:
+            raise DataProblem(f"the data {self.path} cannot be read: {error}") from error
 
     def _parse(self, file: Any) -> Iterator[tuple[int, Row]]:
         if self.path.suffix == ".json":
@@ -117,12 +164,17 @@ class LocalData:
             DataProblem: a column is missing (lists those there are) or a completion is not a string.
         """
         count = 0
+        wanted = (*prompt.columns, *completion.columns)
         for line, row in self.rows():
-            for name in (*prompt.columns, *completion.columns):
+            count += 1
+            if is_chat(row, wanted):
+                _check_messages(f"{self.path}:{line}", row["messages"])
+                continue
+            for name in wanted:
                 if name not in row:
                     raise DataProblem(
-                        f"{self.path}:{line}: no column {name!r}; there are {', '.join(sorted(row))}; "
-                        f"map one with --column {name}=COLUMN"
+                        f"{self.path}:{line}: no column {self.columns.get(name, name)!r}; there are "
+                        f"{', '.join(sorted(row))}; map one with --column {name}=COLUMN"
                     )
             for name in completion.columns:
                 if not isinstance(row[name], str):
@@ -130,8 +182,24 @@ class LocalData:
                         f"{self.path}:{line}: {name!r} is {row[name]!r}, which is no string; "
                         "completions must be strings, write it in quotes"
                     )
-            count += 1
         return count
+
+
+def is_chat(row: Row, wanted: Sequence[str]) -> bool:
+    """A conversation under the default template, which asks for `prompt` and `completion` and does not find them."""
+    return "messages" in row and set(wanted) == {"prompt", "completion"} and not set(wanted) & set(row)
+
+
+def _check_messages(where: str, messages: Any) -> None:
+    is_talk = isinstance(messages, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+    )
+    if not is_talk or not messages:
+        raise DataProblem(f'{where}: messages must be a list of {{"role": "...", "content": "..."}}')
+    if messages[-1]["role"] != "assistant":
+        raise DataProblem(
+            f"{where}: the last message is of {messages[-1]['role']!r}; it must be the assistant's, which is trained on"
+        )
 
 
 @dataclass(frozen=True)
@@ -184,27 +252,65 @@ class SampleTokenizer:
 
     def sample(self, prompt: str, completion: str, max_length: int | None = None) -> Sample | None:
         """None when no completion id is left within max_length."""
-        alone = self.encode(prompt)
-        whole = self.encode(join_text(prompt, completion)) + self._eos
-        start = 0
-        while start < min(len(alone), len(whole)) and alone[start] == whole[start]:
-            start += 1
-        ids = whole[:max_length]
-        return Sample(tuple(ids), start) if start < len(ids) else None
+        return _sample(self.encode(prompt), self.encode(join_text(prompt, completion)) + self._eos, max_length)
+
+    def chat_sample(self, prompt: str, whole: str, max_length: int | None = None) -> Sample | None:
+        """A conversation without and with its last message, as a chat template wrote both.
+
+        Templates write special tokens themselves, so none are added; eos only where the template writes none.
+        """
+        alone, ids = (list(self._tokenizer.encode(text, add_special_tokens=False).ids) for text in (prompt, whole))
+        is_ended = bool(self._eos) and self._eos[0] in ids[len(alone) :]
+        return _sample(alone, ids if is_ended else ids + self._eos, max_length)
+
+
+def _sample(alone: Sequence[int], whole: Sequence[int], max_length: int | None) -> Sample | None:
+    """The completion starts at the first id that differs from those of the prompt alone."""
+    start = 0
+    while start < min(len(alone), len(whole)) and alone[start] == whole[start]:
+        start += 1
+    ids = whole[:max_length]
+    return Sample(tuple(ids), start) if start < len(ids) else None
+
+
+def conversation(chat: ChatTemplate, row: Row) -> tuple[str, str]:
+    """(what the assistant answers to, the whole) as the chat template writes them."""
+    messages = row["messages"]
+    return (
+        chat.render(messages[:-1], add_generation_prompt=True),
+        chat.render(messages, add_generation_prompt=False),
+    )
 
 
 def read_samples(
-    data: LocalData, prompt: TextTemplate, completion: TextTemplate, tokenizer: SampleTokenizer, max_length: int
+    data: LocalData,
+    prompt: TextTemplate,
+    completion: TextTemplate,
+    tokenizer: SampleTokenizer,
+    max_length: int,
+    chat: ChatTemplate | None = None,
 ) -> Samples:
-    """All rows as samples.
+    """All rows as samples; conversations through `chat`, the model's own template.
 
     Raises:
         DataProblem: no sample has a completion id left; names the max_length that keeps 90 % of them.
     """
     samples: list[Sample] = []
     needed: list[int] = []
-    for _, row in data.rows():
-        made = tokenizer.sample(prompt.render(row), completion.render(row))
+    wanted = (*prompt.columns, *completion.columns)
+    for line, row in data.rows():
+        if is_chat(row, wanted):
+            if chat is None:
+                raise DataProblem(
+                    f"{data.path}:{line} is a conversation, and this model has no chat template; "
+                    "write rows with prompt and completion"
+                )
+            try:
+                made = tokenizer.chat_sample(*conversation(chat, row))
+            except DataProblem as error:
+                raise DataProblem(f"{data.path}:{line}: {error}") from error
+        else:
+            made = tokenizer.sample(prompt.render(row), completion.render(row))
         if made is None:
             needed.append(0)
             continue
@@ -212,10 +318,10 @@ def read_samples(
         if made.start < max_length:
             samples.append(Sample(made.ids[:max_length], made.start))
     if not samples:
-        wanted = sorted(n for n in needed if n)
+        enough = sorted(n for n in needed if n)
         advice = (
-            f"max_length = {wanted[(9 * len(wanted) - 1) // 10]} keeps 90 % of them"
-            if wanted
+            f"max_length = {enough[(9 * len(enough) - 1) // 10]} keeps 90 % of them"
+            if enough
             else "every completion is empty"
         )
         raise DataProblem(

@@ -249,7 +249,7 @@ class _Agent:
         self._home.lock()
         welcome = await self._greet(keep_trying=self._unattended)
         self._say({"event": "joined", "run": welcome.run_name, "edge": welcome.edge, "rounds": welcome.rounds})
-        rows = self._data.check(*self._template())
+        rows = await self._check_data()
         store = FileStore(self._home.store)
         manifest_path = await store.fetch(self._transport, welcome.manifest.digest, welcome.manifest.bytes)
         manifest = parse_manifest(manifest_path.read_bytes())
@@ -298,6 +298,15 @@ class _Agent:
         if (self._run_dir / "pending" / "meta.json").exists():
             # An update without receipt from before a crash goes first: the hub knows whether it has it.
             await self._submit_pending()
+
+    async def _check_data(self) -> int:
+        """Every row, before anything is fetched; the number of rows."""
+        prompt, completion = self._template()
+        if self._data.is_text:
+            return self._data.check(prompt, completion)
+        values = {"data": str(self._data.path.absolute()), "columns": dict(self._data.columns)}
+        checked = await self._worker.call("check", {**values, "prompt": prompt.text, "completion": completion.text})
+        return int(checked["rows"])
 
     def _template(self) -> tuple[TextTemplate, TextTemplate]:
         template = self._welcome.template if self._welcome else None

@@ -14,6 +14,7 @@ import psutil
 import torch
 
 from fedsoda_edge.border import Border
+from fedsoda_edge.chat import ChatTemplate
 from fedsoda_edge.data import LocalData, SampleTokenizer, TextTemplate, read_samples
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model import delta, lora
@@ -21,6 +22,7 @@ from fedsoda_edge.model.bundle import Bundle, read_manifest
 from fedsoda_edge.model.sub_llm import SubLLM, build
 from fedsoda_edge.ports.child import Report, Values, serve
 from fedsoda_edge.ports.disk import BlobStore, write_durably
+from fedsoda_edge.protocol.manifest import TOKENIZER_FILES
 from fedsoda_edge.protocol.messages import LocalSettings
 from fedsoda_edge.training import fine_tune
 
@@ -53,18 +55,26 @@ class Worker:
                 )
             self._compute_dtype = torch.bfloat16
         tokenizer = SampleTokenizer(self._bundle.path("tokenizer.json"), manifest.config.get("eos_token_id"))
+        names = {file.name for file in manifest.files}
+        files = {name: self._bundle.path(name) for name in TOKENIZER_FILES if name in names}
         self._samples = read_samples(
             LocalData(Path(values["data"]), values["columns"]),
             TextTemplate(values["prompt"]),
             TextTemplate(values["completion"]),
             tokenizer,
             min(values["max_length"], int(manifest.config["max_position_embeddings"])),
+            ChatTemplate.read(files),
         )
         return {
             "num_examples": len(self._samples.samples),
             "num_skipped": self._samples.num_skipped,
             "threads": torch.get_num_threads(),
         }
+
+    def check(self, values: Values, _: Report) -> Values:
+        """Read every row of data whose format the agent does not read; how many there are."""
+        data = LocalData(Path(values["data"]), values["columns"])
+        return {"rows": data.check(TextTemplate(values["prompt"]), TextTemplate(values["completion"]))}
 
     def border(self, values: Values, report: Report) -> Values:
         """Sweep all samples through the sub-emulator with this alignment."""
@@ -163,7 +173,15 @@ def main() -> None:
     if threads:
         torch.set_num_threads(int(threads))
     worker = Worker()
-    serve({"open": worker.open, "border": worker.border, "train": worker.train, "advance": worker.advance})
+    serve(
+        {
+            "check": worker.check,
+            "open": worker.open,
+            "border": worker.border,
+            "train": worker.train,
+            "advance": worker.advance,
+        }
+    )
 
 
 if __name__ == "__main__":

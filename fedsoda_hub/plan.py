@@ -48,7 +48,8 @@ def read_config(model: str | Path) -> tuple[Family, dict[str, Any], str, Path | 
 
 
 def likely_plan(num_layers: int, adapter_layers: int, layers_per_group: int, groups: int) -> LayerPlan:
-    """A plan of this shape. Which layers go is known after SGP only; sizes do not depend on it.
+    """A plan of this shape. Which layers go is known after SGP only; sizes depend on it by the digits of their
+    numbers in the headers of two LoRA shards.
 
     Raises:
         UsageProblem: it does not fit; names the nearest that do.

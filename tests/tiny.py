@@ -26,6 +26,7 @@ def make_tokenizer(directory: Path, vocab: int = 320) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
     )
+    tokenizer.add_special_tokens(["<pad>", "<s>", "</s>"])
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
+from fedsoda_edge.chat import ChatTemplate
 from fedsoda_edge.data import LocalData, SampleTokenizer, TextTemplate, join_text, read_samples
 from fedsoda_edge.errors import DataProblem, UsageProblem
 
@@ -75,3 +77,91 @@ def test_a_missing_file_and_columns_by_another_name(tmp_path: Path) -> None:
 def test_a_template_has_columns_and_nothing_else(text: str) -> None:
     with pytest.raises(UsageProblem):
         TextTemplate(text)
+
+
+ROWS = [{"text": "in the rain", "label": "yes"}, {"text": "on a mat", "label": "no"}]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "dataset"])
+def test_every_format_gives_the_same_rows(tmp_path: Path, kind: str) -> None:
+    data = saved(tmp_path, kind, ROWS)
+    assert [row for _, row in data.rows()] == ROWS
+    assert [line for line, _ in data.rows()] == [1, 2]
+    assert data.check(PROMPT, COMPLETION) == 2
+    with pytest.raises(DataProblem, match=r":1: no column 'tag'; there are label, text; map one with --column tag="):
+        data.check(PROMPT, TextTemplate("{tag}"))
+    with pytest.raises(DataProblem, match=r":1: no column 'passage'; there are label, text"):
+        LocalData(data.path, {"text2": "passage"}).check(TextTemplate("{text2}"), COMPLETION)
+
+
+def saved(directory: Path, kind: str, rows: Sequence[Mapping[str, object]]) -> LocalData:
+    if kind == "jsonl":
+        return write(directory / "d.jsonl", *rows)
+    if kind == "json":
+        (directory / "d.json").write_text(json.dumps(rows))
+        return LocalData.from_jsonl(directory / "d.json")
+    import datasets
+    import pyarrow
+    import pyarrow.parquet
+
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), directory / "d.parquet")
+        return LocalData.from_parquet(directory / "d.parquet")
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_list(rows).save_to_disk(directory / "d")
+    return LocalData.from_dataset(directory / "d")
+
+
+def test_a_damaged_table_and_a_dataset_of_splits_are_said_to_be_that(tmp_path: Path) -> None:
+    import datasets
+
+    (tmp_path / "d.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(DataProblem, match=r"d\.parquet cannot be read"):
+        LocalData(tmp_path / "d.parquet").check(PROMPT, COMPLETION)
+    datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)).save_to_disk(tmp_path / "splits")
+    with pytest.raises(DataProblem, match=r"holds the splits train; name one: .*/splits/train"):
+        LocalData(tmp_path / "splits").check(PROMPT, COMPLETION)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataProblem, match=r"empty cannot be read"):
+        LocalData(tmp_path / "empty").check(PROMPT, COMPLETION)
+
+
+TALK = [
+    {"role": "user", "content": "in the rain"},
+    {"role": "assistant", "content": "yes"},
+    {"role": "user", "content": "on a mat"},
+    {"role": "assistant", "content": "no"},
+]
+DEFAULT = TextTemplate("{prompt}"), TextTemplate("{completion}")
+
+
+def test_a_conversation_is_trained_on_its_last_answer(tmp_path: Path, tiny_llama: Path) -> None:
+    tokenizer = SampleTokenizer(tiny_llama / "tokenizer.json", 2)
+    chat = ChatTemplate(
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}",
+        {"bos_token": "<s>", "eos_token": "</s>"},
+    )
+    data = write(tmp_path / "d.jsonl", {"messages": TALK})
+    assert data.check(*DEFAULT) == 1
+    [sample] = read_samples(data, *DEFAULT, tokenizer, 512, chat).samples
+    assert (sample.ids[0], sample.ids.count(1), sample.ids[-1]) == (1, 1, 2)  # no second bos, no second eos
+    assert tokenizer.decode(sample.ids[sample.start : -1]) == "no"
+    with pytest.raises(DataProblem, match=r"d\.jsonl:1 is a conversation, and this model has no chat template"):
+        read_samples(data, *DEFAULT, tokenizer, 512)
+
+
+@pytest.mark.parametrize(
+    ("messages", "sentence"),
+    [
+        (TALK[:1], "the last message is of 'user'; it must be the assistant's"),
+        ([], "messages must be a list of"),
+        ([{"role": "assistant", "content": 3}], "messages must be a list of"),
+        ("hello", "messages must be a list of"),
+    ],
+)
+def test_a_conversation_without_an_answer_is_refused_with_its_line(
+    tmp_path: Path, messages: object, sentence: str
+) -> None:
+    with pytest.raises(DataProblem, match=f"d.jsonl:2: .*{sentence}"):
+        write(tmp_path / "d.jsonl", {"messages": TALK}, {"messages": messages}).check(*DEFAULT)
