@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Annotated, Any
@@ -146,41 +147,71 @@ def status(as_json: Json = False, debug: Debug = False) -> None:
 
 @data_app.command("check", epilog="Example: fedsoda-edge data check visits.jsonl --tokenizer model-directory")
 def data_check(
-    file: Annotated[Path, typer.Argument(help="JSON Lines or JSON")],
+    file: Annotated[Path, typer.Argument(help="JSON Lines, JSON, Parquet or a saved dataset's directory")],
     tokenizer: Annotated[
-        Path | None, typer.Option(envvar="FEDSODA_TOKENIZER", help="directory with tokenizer.json, to count ids")
+        Path | None,
+        typer.Option(
+            envvar="FEDSODA_TOKENIZER", help="directory with tokenizer.json; else that of the last joined run"
+        ),
     ] = None,
-    prompt: Annotated[str, typer.Option(envvar="FEDSODA_PROMPT", help="template, {name} are columns")] = "{prompt}",
+    prompt: Annotated[
+        str | None,
+        typer.Option(envvar="FEDSODA_PROMPT", help="template, {name} are columns; else the last joined run's"),
+    ] = None,
     completion: Annotated[
-        str, typer.Option(envvar="FEDSODA_COMPLETION", help="template, {name} are columns")
-    ] = "{completion}",
-    max_length: Annotated[int, typer.Option(envvar="FEDSODA_MAX_LENGTH", min=1, help="ids a sample may have")] = 512,
+        str | None, typer.Option(envvar="FEDSODA_COMPLETION", help="template; else the last joined run's")
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(envvar="FEDSODA_MAX_LENGTH", min=1, help="ids a sample may have; else the run's, or 512"),
+    ] = None,
     column: Columns = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Read every row, show a rendered one, count what truncation would skip."""
+    """Schema, samples as they are trained on, lengths, what truncation cuts, duplicates. Nothing leaves this device."""
     with reporting(as_json, False, debug):
-        from fedsoda_edge.data import LocalData, SampleTokenizer, TextTemplate, join_text, read_samples
+        from fedsoda_edge.chat import ChatTemplate
+        from fedsoda_edge.config import Home
+        from fedsoda_edge.data import (
+            DEFAULT_COMPLETION,
+            DEFAULT_PROMPT,
+            LocalData,
+            SampleTokenizer,
+            TextTemplate,
+            inspect,
+        )
+        from fedsoda_edge.progress import show_data
+        from fedsoda_edge.protocol.manifest import TOKENIZER_FILES
 
-        local = LocalData.from_jsonl(file, columns=_columns(column or []))
-        templates = TextTemplate(prompt), TextTemplate(completion)
-        rows = local.check(*templates)
-        _, first = next(iter(local.rows()))
-        shown = join_text(templates[0].render(first), templates[1].render(first))
-        note(f"{rows} rows; the first is trained on as:\n{shown}")
-        found: dict[str, Any] = {"rows": rows, "first": shown}
+        joined = Home().last_joined() or {}
+        eos: Any = None
         if tokenizer is not None:
+            files = {name: tokenizer / name for name in TOKENIZER_FILES if (tokenizer / name).exists()}
+            if (tokenizer / "config.json").exists():
+                eos = json.loads((tokenizer / "config.json").read_text(encoding="utf-8")).get("eos_token_id")
+        else:
+            files = {name: Path(path) for name, path in joined.get("tokenizer", {}).items()}
+            eos = joined.get("eos")
+            if files:
+                note(f"with the tokenizer and template of the run {joined['run']!r}")
+        encoder = None
+        if files or tokenizer is not None:
             try:
-                encoder = SampleTokenizer(tokenizer / "tokenizer.json", None)
+                encoder = SampleTokenizer(files["tokenizer.json"], eos)
             except Exception as error:  # the tokenizers library raises nothing narrower
                 raise UsageProblem(
                     f"--tokenizer {tokenizer} holds no tokenizer.json that can be read ({error}); name a model's directory"
                 ) from error
-            made = read_samples(local, *templates, encoder, max_length)
-            longest = max(len(sample.ids) for sample in made.samples)
-            found |= {"samples": len(made.samples), "skipped": made.num_skipped, "longest": longest}
-            note(f"{len(made.samples)} samples, {made.num_skipped} skipped (no completion left), longest {longest} ids")
+        found = inspect(
+            LocalData(file, _columns(column or [])),
+            TextTemplate(prompt if prompt is not None else joined.get("prompt", DEFAULT_PROMPT)),
+            TextTemplate(completion if completion is not None else joined.get("completion", DEFAULT_COMPLETION)),
+            tokenizer=encoder,
+            max_length=max_length or joined.get("max_length", 512),
+            chat=ChatTemplate.read(files),
+        )
+        show_data(found, max_length or joined.get("max_length", 512))
         finish({"status": "ok", **found}, as_json, False)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import re
 import secrets
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from platformdirs import user_data_path
 
@@ -49,6 +50,18 @@ class Home:
         with self._usable():
             path.mkdir(parents=True, exist_ok=True)
         return path
+
+    def remember_run(self, run_id: str, about: dict[str, Any]) -> None:
+        """What `data check` needs of the run that was joined last: name, template, lengths, tokenizer files."""
+        write_durably(self.run(run_id) / "joined.json", json.dumps(about).encode())
+
+    def last_joined(self) -> dict[str, Any] | None:
+        """The `about` of the run joined last, if its tokenizer is still here."""
+        found = sorted((self.directory / "runs").glob("*/joined.json"), key=lambda path: path.stat().st_mtime)
+        if not found:
+            return None
+        about: dict[str, Any] = json.loads(found[-1].read_text(encoding="utf-8"))
+        return about if all(Path(path).exists() for path in about["tokenizer"].values()) else None
 
     @contextlib.contextmanager
     def _usable(self) -> Iterator[None]:

@@ -318,13 +318,98 @@ def read_samples(
         if made.start < max_length:
             samples.append(Sample(made.ids[:max_length], made.start))
     if not samples:
-        enough = sorted(n for n in needed if n)
-        advice = (
-            f"max_length = {enough[(9 * len(enough) - 1) // 10]} keeps 90 % of them"
-            if enough
-            else "every completion is empty"
-        )
-        raise DataProblem(
-            f"none of the {len(needed)} rows of {data.path} has a completion within {max_length} ids; {advice}"
-        )
+        raise _nothing_left(data, needed, max_length)
     return Samples(tuple(samples), len(needed) - len(samples))
+
+
+def _nothing_left(data: LocalData, needed: Sequence[int], max_length: int) -> DataProblem:
+    """needed: ids up to the first completion id of each row; 0 where its completion is empty."""
+    enough = sorted(n for n in needed if n)
+    advice = (
+        f"max_length = {enough[(9 * len(enough) - 1) // 10]} keeps 90 % of them"
+        if enough
+        else "every completion is empty"
+    )
+    return DataProblem(
+        f"none of the {len(needed)} rows of {data.path} has a completion within {max_length} ids; {advice}"
+    )
+
+
+SHOWN = 3  # samples that `data check` shows
+BINS = 10  # bars of its histogram
+
+
+def inspect(
+    data: LocalData,
+    prompt: TextTemplate,
+    completion: TextTemplate,
+    *,
+    tokenizer: SampleTokenizer | None = None,
+    max_length: int = 512,
+    chat: ChatTemplate | None = None,
+) -> dict[str, Any]:
+    """What `data check` reports: schema, samples as they are trained on, lengths, what truncation cuts, duplicates.
+
+    Keys with None need a tokenizer. A conversation is shown through `chat`, else as its last two messages.
+
+    Raises:
+        DataProblem: as `LocalData.check`.
+    """
+    rows = data.check(prompt, completion)
+    wanted = (*prompt.columns, *completion.columns)
+    columns: dict[str, str] = {}
+    shown: list[dict[str, str]] = []
+    seen: dict[bytes, int] = {}
+    lengths: list[int] = []
+    needed: list[int] = []
+    skipped = truncated = 0
+    for _, row in data.rows():
+        for name, value in row.items():
+            columns.setdefault(name, type(value).__name__)
+        if not is_chat(row, wanted):
+            texts = prompt.render(row), completion.render(row)
+        elif chat is not None:
+            alone, whole = conversation(chat, row)
+            texts = alone, whole.removeprefix(alone)
+        else:
+            texts = "\n".join(m["content"] for m in row["messages"][:-1][-1:]), row["messages"][-1]["content"]
+        if len(shown) < SHOWN:
+            shown.append({"prompt": texts[0], "completion": texts[1]})
+        key = hashlib.sha256(json.dumps(texts).encode()).digest()
+        seen[key] = seen.get(key, 0) + 1
+        if tokenizer is not None:
+            is_talk = is_chat(row, wanted) and chat is not None
+            made = tokenizer.chat_sample(texts[0], "".join(texts)) if is_talk else tokenizer.sample(*texts)
+            lengths.append(0 if made is None else len(made.ids))
+            needed.append(0 if made is None else made.start + 1)
+            skipped += made is None or made.start >= max_length
+            truncated += made is not None and made.start < max_length < len(made.ids)
+    found: dict[str, Any] = {
+        "rows": rows,
+        "columns": columns,
+        "samples": shown,
+        "duplicates": rows - len(seen),
+        "lengths": None,
+        "skipped": None,
+        "truncated": None,
+    }
+    if tokenizer is not None and skipped == rows:
+        raise _nothing_left(data, needed, max_length)
+    if tokenizer is not None:
+        ordered = sorted(lengths)
+        width = max(1, -(-ordered[-1] // BINS))
+        found |= {
+            "lengths": {
+                "min": ordered[0],
+                "median": ordered[len(ordered) // 2],
+                "p90": ordered[(9 * len(ordered) - 1) // 10],
+                "max": ordered[-1],
+                "histogram": [
+                    {"up_to": (at + 1) * width, "rows": sum(at * width < n <= (at + 1) * width for n in ordered)}
+                    for at in range(-(-ordered[-1] // width))
+                ],
+            },
+            "skipped": skipped,
+            "truncated": truncated,
+        }
+    return found

@@ -35,7 +35,7 @@ from fedsoda_edge.ports import Clock, SystemClock, Transport
 from fedsoda_edge.ports.child import Child, peak_rss_bytes
 from fedsoda_edge.ports.disk import sha256, sha256_file, write_durably
 from fedsoda_edge.protocol import messages as ms
-from fedsoda_edge.protocol.manifest import BundleManifest, parse_manifest
+from fedsoda_edge.protocol.manifest import TOKENIZER_FILES, BundleManifest, parse_manifest
 from fedsoda_edge.protocol.session import Blob, EdgeSession, chunks
 from fedsoda_edge.store import FileStore
 from fedsoda_edge.transport import HubTransport
@@ -292,6 +292,16 @@ class _Agent:
             },
         )
         self._num_examples = opened["num_examples"]
+        tokenizer = {file.name: str(store.path(file.sha256)) for file in manifest.files if file.name in TOKENIZER_FILES}
+        about = {
+            "run": welcome.run_name,
+            "prompt": prompt.text,
+            "completion": completion.text,
+            "max_length": welcome.max_length,
+            "tokenizer": tokenizer,
+            "eos": manifest.config.get("eos_token_id"),
+        }
+        self._home.remember_run(welcome.run_id, about)
         self._say({"event": "data", "rows": rows, **opened})
         await self._resume()
         self._reader = asyncio.create_task(self._converse())

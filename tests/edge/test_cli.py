@@ -388,8 +388,14 @@ def test_data_check_shows_a_sample_as_it_is_trained_on(device: Device) -> None:
     template = {"FEDSODA_PROMPT": "Report: {report}", "FEDSODA_COMPLETION": "{department}"}
     ran = device.run("data", "check", "visits.jsonl", "--column", "report=text", "--json", **template)
     assert ran.status == 0
-    assert ran.json == {"schema": 1, "status": "ok", "rows": 2, "first": "Report: fever er"}
-    assert ran.err == "2 rows; the first is trained on as:\nReport: fever er\n"
+    found = ran.json
+    assert (found["rows"], found["duplicates"], found["lengths"]) == (2, 0, None)
+    assert found["columns"] == {"text": "str", "department": "str", "report": "str"}
+    assert found["samples"][0] == {"prompt": "Report: fever", "completion": "er"}
+    assert ran.err.startswith(
+        "2 rows; columns: text (str), department (str), report (str)\n--- sample 1\nReport: fever >>> er\n"
+    )
+    assert "name a model's directory with --tokenizer" in ran.err
 
 
 def test_data_check_counts_what_truncation_would_skip(device: Device, ref24: Path) -> None:
@@ -398,8 +404,10 @@ def test_data_check_counts_what_truncation_would_skip(device: Device, ref24: Pat
     check = ("data", "check", "visits.jsonl", "--tokenizer", str(ref24), "--json")
     ran = device.run(*check, "--max-length", "20")
     assert ran.status == 0
-    assert (ran.json["rows"], ran.json["samples"], ran.json["skipped"]) == (2, 1, 1)
-    assert 2 <= ran.json["longest"] <= 20
+    assert (ran.json["rows"], ran.json["skipped"], ran.json["truncated"]) == (2, 1, 0)
+    lengths = ran.json["lengths"]
+    assert 2 <= lengths["min"] < 20 < 50 < lengths["max"]
+    assert sum(bar["rows"] for bar in lengths["histogram"]) == 2
     ran = device.run(*check, FEDSODA_MAX_LENGTH="1")
     assert ran.status == 2
     assert re.search(r"none of the 2 rows .* within 1 ids; max_length = \d+ keeps 90 % of them", ran.json["message"])

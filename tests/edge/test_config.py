@@ -189,3 +189,17 @@ def test_a_token_in_the_environment_is_checked_like_one_in_a_file(monkeypatch: p
     monkeypatch.setenv("FEDSODA_TOKEN", "fs1-abc\r\nX-Header: 1")
     with pytest.raises(UsageProblem, match="the token from FEDSODA_TOKEN is not one word"):
         read_token(None)
+
+
+def test_the_run_joined_last_is_remembered_while_its_tokenizer_is_here(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    assert home.last_joined() is None
+    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer.write_text("{}")
+    about = {"run": "triage", "prompt": "{a}", "tokenizer": {"tokenizer.json": str(tokenizer)}}
+    home.remember_run("1", about | {"run": "older"})
+    os.utime(tmp_path / "home" / "runs" / "1" / "joined.json", (1, 1))
+    home.remember_run("2", about)
+    assert home.last_joined() == about
+    tokenizer.unlink()  # `cache prune`
+    assert home.last_joined() is None

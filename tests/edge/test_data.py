@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedsoda_edge.chat import ChatTemplate
-from fedsoda_edge.data import LocalData, SampleTokenizer, TextTemplate, join_text, read_samples
+from fedsoda_edge.data import LocalData, SampleTokenizer, TextTemplate, inspect, join_text, read_samples
 from fedsoda_edge.errors import DataProblem, UsageProblem
 
 PROMPT, COMPLETION = TextTemplate("{text}:"), TextTemplate("{label}")
@@ -165,3 +165,18 @@ def test_a_conversation_without_an_answer_is_refused_with_its_line(
 ) -> None:
     with pytest.raises(DataProblem, match=f"d.jsonl:2: .*{sentence}"):
         write(tmp_path / "d.jsonl", {"messages": TALK}, {"messages": messages}).check(*DEFAULT)
+
+
+def test_a_check_counts_copies_and_what_truncation_cuts(tmp_path: Path, tiny_llama: Path) -> None:
+    rows = [{"text": "x" * size, "label": "yes yes yes"} for size in (3, 3, 12, 50)]
+    tokenizer = SampleTokenizer(tiny_llama / "tokenizer.json", 2)
+    data = write(tmp_path / "d.jsonl", *rows)
+    found = inspect(data, PROMPT, COMPLETION, tokenizer=tokenizer, max_length=20)
+    made = [tokenizer.sample(PROMPT.render(row), COMPLETION.render(row)) for row in rows]
+    lengths = sorted(len(sample.ids) for sample in made if sample)
+    assert (found["rows"], found["duplicates"], found["skipped"], found["truncated"]) == (4, 1, 1, 1)
+    assert (found["lengths"]["min"], found["lengths"]["max"]) == (lengths[0], lengths[-1])
+    bars = found["lengths"]["histogram"]
+    assert sum(bar["rows"] for bar in bars) == 4
+    assert len(bars) <= 10
+    assert bars[-1]["up_to"] >= lengths[-1]
