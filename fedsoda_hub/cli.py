@@ -294,6 +294,9 @@ def evaluate(
         str | None,
         typer.Option("--model", envvar="FEDSODA_MODEL", help="the full model of an export that left its run"),
     ] = None,
+    samples: Annotated[
+        int, typer.Option("--samples", min=0, envvar="FEDSODA_SAMPLES", help="show so many questions with the answers")
+    ] = 0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -310,7 +313,15 @@ def evaluate(
                     {"event": "progress", "job": "evaluate", "stage": "evaluating", "done": done, "total": total}
                 ),
                 model,
+                samples,
             )
+        for sample in result.get("samples", []):
+            note(f"--- {sample['prompt']}\nwanted   {sample['completion']}")
+            for name in ("full", "sub_llm", "plug_in"):
+                if name in sample:
+                    note(f"{name:<8} {sample[name]}")
+        if samples:
+            note("---")
         for name, value in result["accuracy"].items():
             if value is None:
                 note(f"{name:<8} not judged: the run directory is not beside this export")

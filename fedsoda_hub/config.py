@@ -267,7 +267,7 @@ def _check_ranges(settings: RunSettings) -> None:
         ("[wire] codec", s.wire.codec, s.wire.codec in CODECS, f"one of {', '.join(CODECS)}"),
         ("[wire] stall_seconds", s.wire.stall_seconds, s.wire.stall_seconds > 0, "above 0"),
         ("[task] choices", s.task.choices, s.task.choices in ("auto", "none"), "auto or none"),
-        ("[task] shots", s.task.shots, s.task.shots == 0, "0; few-shot prompts are not built yet"),
+        ("[task] shots", s.task.shots, 0 <= s.task.shots <= 64, "0 to 64"),
         ("[listen] port", s.listen.port, 0 <= s.listen.port <= 65535, "0 to 65535"),
     ]
     for key, value, holds, allowed in rules:

@@ -6,6 +6,7 @@ untouched model, the plug-in and any other adapter LoRA. Which adapters to judge
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsoda_edge.data import DEFAULT_COMPLETION, DEFAULT_PROMPT, LocalData, Sample, SampleTokenizer, TextTemplate
+from fedsoda_edge.data import (
+    DEFAULT_COMPLETION,
+    DEFAULT_PROMPT,
+    LocalData,
+    Sample,
+    SampleTokenizer,
+    TextTemplate,
+    join_text,
+)
 from fedsoda_edge.errors import DataProblem
 from fedsoda_edge.model import lora, loss
 from fedsoda_edge.model.streaming import LayerSource, stream
@@ -57,11 +66,16 @@ class Judged:
     adapter_lora: Mapping[str, Tensor]
 
 
-def read_questions(path: Path, prompt: TextTemplate, completion: TextTemplate) -> list[Question]:
+def read_questions(
+    path: Path, prompt: TextTemplate, completion: TextTemplate, shots: int = 0, seed: int = 0
+) -> list[Question]:
     """Rows by the template, or by their own `prompt` and `completion` columns where the template's are missing.
 
+    Args:
+        shots: so many other rows of the file stand answered before each question, drawn by (seed, row).
+
     Raises:
-        DataProblem: a row has neither.
+        DataProblem: a row has neither, or there are too few rows to draw from.
     """
     data = LocalData(path)
     _, first = next(iter(data.rows()))
@@ -69,7 +83,18 @@ def read_questions(path: Path, prompt: TextTemplate, completion: TextTemplate) -
     if not columns <= set(first) and {"prompt", "completion"} <= set(first):
         prompt, completion = TextTemplate(DEFAULT_PROMPT), TextTemplate(DEFAULT_COMPLETION)
     data.check(prompt, completion)
-    return [Question(prompt.render(row), completion.render(row)) for _, row in data.rows()]
+    bare = [Question(prompt.render(row), completion.render(row)) for _, row in data.rows()]
+    if shots >= len(bare):
+        raise DataProblem(f"[task] shots = {shots}, and {path} has {len(bare)} rows; {shots + 1} are needed")
+    return [_with_examples(bare, at, shots, seed) for at in range(len(bare))] if shots else bare
+
+
+def _with_examples(questions: Sequence[Question], at: int, shots: int, seed: int) -> Question:
+    """The question after `shots` others with their answers, a blank line between them."""
+    others = [*questions[:at], *questions[at + 1 :]]
+    chosen = random.Random(f"{seed}/{at}").sample(others, shots)
+    examples = [join_text(question.prompt, question.completion) for question in chosen]
+    return Question("\n\n".join([*examples, questions[at].prompt]), questions[at].completion)
 
 
 def choices_of(questions: Sequence[Question], wanted: str = "auto") -> list[str]:
@@ -235,12 +260,19 @@ def is_right(made: str, wanted: str) -> bool:
     return bool(ours) and ours[-1].replace(",", "").rstrip(".") == theirs[-1].replace(",", "").rstrip(".")
 
 
-def summary(evaluator: Evaluator, models: Mapping[str, Judged]) -> dict[str, Any]:
-    """{accuracy, loss, auc: {name: value}, num_examples} for `--json` and the ledger."""
+def summary(evaluator: Evaluator, models: Mapping[str, Judged], samples: int = 0) -> dict[str, Any]:
+    """{accuracy, loss, auc: {name: value}, num_examples} for `--json` and the ledger.
+
+    Args:
+        samples: add so many questions with each model's answer, from the first on.
+    """
     result: dict[str, Any] = {"accuracy": {}, "loss": {}, "auc": {}, "num_examples": len(evaluator.questions)}
+    shown = [{"prompt": q.prompt, "completion": q.completion} for q in evaluator.questions[:samples]]
     for name, model in models.items():
         answers = evaluator.answers(model)
+        for sample, made in zip(shown, answers.chosen, strict=False):
+            sample[name] = made
         result["accuracy"][name] = evaluator.accuracy(answers)
         result["loss"][name] = answers.nll
         result["auc"][name] = evaluator.auc(answers)
-    return result
+    return result | ({"samples": shown} if samples else {})

@@ -65,8 +65,9 @@ def export(settings: RunSettings, directory: Path, *, merge: bool = False) -> di
         "model": settings.model if "/" in manifest.source else manifest.source,
         "model_revision": manifest.source_revision,
         "run_file": os.path.relpath(settings.path, directory),
+        "seed": settings.seed,
         "template": {"prompt": settings.task.prompt, "completion": settings.task.completion},
-        "choices": settings.task.choices,
+        "task": msgspec.to_builtins(msgspec.structs.replace(settings.task, eval_data=None)),
         "plan": msgspec.to_builtins(bundle.plan),
         "evaluation": outcome.evaluation,
         "merged": merge,
@@ -120,10 +121,12 @@ def _full_models(source: Checkpoint, plan: LayerPlan, spec: LoRASpec, adapter: d
     }
 
 
-def _evaluator(source: Checkpoint, data: Path, task: Task, device: str, dtype: str, report: Report | None) -> Evaluator:
+def _evaluator(
+    source: Checkpoint, data: Path, task: Task, seed: int, device: str, dtype: str, report: Report | None
+) -> Evaluator:
     device, compute_dtype = pick_device(device, dtype)
     return Evaluator(
-        read_questions(data, TextTemplate(task.prompt), TextTemplate(task.completion)),
+        read_questions(data, TextTemplate(task.prompt), TextTemplate(task.completion), task.shots, seed),
         SampleTokenizer(source.path / "tokenizer.json", source.fields.get("eos_token_id")),
         choices=task.choices,
         compute_dtype=torch.float32 if _is_small(source) else compute_dtype,
@@ -138,19 +141,21 @@ def _is_small(source: Checkpoint) -> bool:
     return layer * source.num_layers + 2 * source.embedding().numel() < 10**9
 
 
-def evaluate_run(settings: RunSettings, outcome: Outcome, data: Path, report: Report | None = None) -> dict[str, Any]:
+def evaluate_run(
+    settings: RunSettings, outcome: Outcome, data: Path, report: Report | None = None, samples: int = 0
+) -> dict[str, Any]:
     """Judge the three models of a run on `data`."""
     bundle = Bundle.open(settings.run_dir / "bundle")
     source = open_full_llm(settings)
     blobs, spec = BlobStore(settings.run_dir / "blobs"), bundle.manifest.lora
     adapter = delta.from_bytes(blobs.get(outcome.master), spec.adapter)
     emulator = delta.from_bytes(blobs.get(outcome.emulator_view), spec.emulator)
-    evaluator = _evaluator(source, data, settings.task, settings.device, settings.dtype, report)
-    return summary(evaluator, judged_models(bundle, source, adapter, emulator))
+    evaluator = _evaluator(source, data, settings.task, settings.seed, settings.device, settings.dtype, report)
+    return summary(evaluator, judged_models(bundle, source, adapter, emulator), samples)
 
 
 def evaluate_export(
-    directory: Path, data: Path, report: Report | None = None, model: str | None = None
+    directory: Path, data: Path, report: Report | None = None, model: str | None = None, samples: int = 0
 ) -> dict[str, Any]:
     """Judge an export wherever it lies; the sub-LLM too where the run it came from is still beside it, else None.
 
@@ -193,11 +198,9 @@ def evaluate_export(
         outcome, bundle = read_outcome(settings.run_dir), Bundle.open(settings.run_dir / "bundle")
         blob = BlobStore(settings.run_dir / "blobs").get(outcome.emulator_view)
         models = judged_models(bundle, source, adapter, delta.from_bytes(blob, bundle.manifest.lora.emulator))
-    task = Task(
-        prompt=about["template"]["prompt"], completion=about["template"]["completion"], choices=about["choices"]
-    )
+    task = msgspec.convert(about["task"], Task)
     device, dtype = (settings.device, settings.dtype) if settings else ("auto", "bfloat16")
-    result = summary(_evaluator(source, data, task, device, dtype, report), models)
+    result = summary(_evaluator(source, data, task, about["seed"], device, dtype, report), models, samples)
     if settings is None:
         for figure in ("accuracy", "loss", "auc"):
             result[figure]["sub_llm"] = None
@@ -205,10 +208,10 @@ def evaluate_export(
 
 
 def evaluate_path(
-    run_or_export: Path, data: Path, report: Report | None = None, model: str | None = None
+    run_or_export: Path, data: Path, report: Report | None = None, model: str | None = None, samples: int = 0
 ) -> dict[str, Any]:
     """`fedsoda-hub evaluate`: a RUN.toml, or the directory of an export."""
     if run_or_export.is_file():
         settings = read_settings(run_or_export)
-        return evaluate_run(settings, read_outcome(settings.run_dir), data, report)
-    return evaluate_export(run_or_export, data, report, model)
+        return evaluate_run(settings, read_outcome(settings.run_dir), data, report, samples)
+    return evaluate_export(run_or_export, data, report, model, samples)

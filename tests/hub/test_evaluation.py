@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fedsoda_hub.evaluation as evaluation_module
 from fedsoda_edge.data import SampleTokenizer, TextTemplate
+from fedsoda_edge.errors import DataProblem
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.streaming import Checkpoint, LayerSource, stream
 from fedsoda_hub.config import RunSettings
@@ -201,3 +202,37 @@ def test_rows_may_come_by_the_template_or_already_rendered(tmp_path: Path) -> No
     raw.write_text('{"word": "a", "answer": "yes"}\n')
     rendered.write_text('{"prompt": "Say a:", "completion": "yes"}\n')
     assert read_questions(raw, prompt, completion) == read_questions(rendered, prompt, completion)
+
+
+def test_shots_are_other_rows_with_their_answers_drawn_by_seed_and_row(tmp_path: Path) -> None:
+    rows = [{"q": f"question {number}", "a": f"answer {number}"} for number in range(9)]
+    file = tmp_path / "d.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    templates = TextTemplate("Q: {q}\nA:"), TextTemplate("{a}")
+    asked = read_questions(file, *templates, shots=4, seed=1)
+    for number, question in enumerate(asked):
+        *examples, last = question.prompt.split("\n\n")
+        assert last == f"Q: question {number}\nA:"
+        shown = {int(example.split()[-1]) for example in examples}
+        assert len(shown) == 4
+        assert number not in shown
+        assert all(
+            example == f"Q: question {n}\nA: answer {n}" for example in examples for n in [int(example.split()[-1])]
+        )
+    assert read_questions(file, *templates, shots=4, seed=1) == asked
+    assert read_questions(file, *templates, shots=4, seed=2) != asked
+    with pytest.raises(DataProblem, match=r"shots = 9, and .* has 9 rows; 10 are needed"):
+        read_questions(file, *templates, shots=9)
+
+
+def test_samples_show_what_each_model_answers(prepared: RunSettings) -> None:
+    bundle = Bundle.open(prepared.run_dir / "bundle")
+    source = Checkpoint.open(prepared.model)
+    models = judged_models(bundle, source, bundle.adapter_lora(), bundle.emulator_lora())
+    assert prepared.eval_data is not None
+    questions = read_questions(prepared.eval_data, prepared.prompt, prepared.completion)
+    evaluator = Evaluator(questions, SampleTokenizer(source.path / "tokenizer.json", 2))
+    result = summary(evaluator, models, samples=2)
+    assert [set(sample) for sample in result["samples"]] == [{"prompt", "completion", "full", "sub_llm", "plug_in"}] * 2
+    assert {sample["full"] for sample in result["samples"]} <= {"yes", "no"}
+    assert "samples" not in summary(evaluator, models)
