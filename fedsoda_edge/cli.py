@@ -54,7 +54,10 @@ def _columns(pairs: list[str]) -> dict[str, str]:
 )
 def join(
     url: Url,
-    data: Annotated[Path, typer.Option("--data", envvar="FEDSODA_DATA", help="JSON Lines or JSON file with the rows")],
+    data: Annotated[
+        Path,
+        typer.Option("--data", envvar="FEDSODA_DATA", help="JSON Lines, JSON, Parquet or a saved dataset's directory"),
+    ],
     token_file: TokenFile = None,
     device: Annotated[str, typer.Option(envvar="FEDSODA_DEVICE", help="auto, cpu, cuda or cuda:N")] = "auto",
     column: Columns = None,
@@ -78,7 +81,7 @@ def join(
         from fedsoda_edge.progress import Display
 
         local = LocalData.from_jsonl(data, columns=_columns(column or []))
-        for _ in local.rows():  # bad data is known before anything else is done
+        for _ in local.rows() if local.is_text else ():  # bad data is known before anything else is done
             pass
         edge = Edge(url, token_file=token_file, device=device, threads=threads)
         with (
@@ -110,6 +113,35 @@ def plan(url: Url, token_file: TokenFile = None, as_json: Json = False, debug: D
             f"memory {human_bytes(found['ram_needed'])} (free {human_bytes(found['ram_free'])}), device: {found['device']}"
         )
         finish({"status": "ok", **found}, as_json, False)
+
+
+@app.command(epilog="Example: fedsoda-edge doctor https://hub.example.org --token-file me.token\n\n" + EXIT_HELP)
+def doctor(
+    url: Annotated[str | None, typer.Argument(help="the hub; without it, this device alone is looked at")] = None,
+    token_file: TokenFile = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """This device and the way to the hub, step by step: PASS, or what to do. Exits with the first failure's status."""
+    with reporting(as_json, False, debug):
+        import asyncio
+
+        from fedsoda_edge.config import Home
+        from fedsoda_edge.doctor import Check, examine
+        from fedsoda_edge.progress import show_check
+
+        checks: list[Check] = []
+
+        async def look() -> None:
+            async for check in examine(url, token_file, Home()):
+                checks.append(check)
+                show_check(check)
+
+        asyncio.run(look())
+        status = next((check.exit_status for check in checks if not check.passed), 0)
+        lines = [{"name": c.name, "passed": c.passed, "detail": c.detail, "fix": c.fix} for c in checks]
+        finish({"status": "error" if status else "ok", "exit_status": status, "checks": lines}, as_json, False)
+        raise typer.Exit(status)
 
 
 @app.command(epilog="Example: fedsoda-edge leave https://hub.example.org --token-file me.token")

@@ -685,6 +685,7 @@ async def look_at(edge: Edge) -> dict[str, Any]:
             "adapter_layers": len(manifest.plan.adapter),
             "rank": manifest.lora.rank,
             "rounds": welcome.rounds,
+            "largest_file": max(manifest.files, key=lambda file: file.bytes).sha256,
             "disk_needed": max(0, manifest.needs.disk_bytes - held),
             "disk_free": facts.disk_bytes,
             "ram_needed": manifest.needs.ram_bytes,

@@ -8,6 +8,7 @@ import threading
 from types import TracebackType
 from typing import Any
 
+from fedsoda_edge.doctor import Check
 from fedsoda_edge.ports.console import human_bytes, note
 
 
@@ -128,6 +129,14 @@ def _sentence(event: dict[str, Any]) -> str:
         case "notice":
             return str(event["message"])
     return ""
+
+
+def show_check(check: Check) -> None:
+    """A line of `doctor`."""
+    note(
+        f"{'PASS' if check.passed else 'FAIL'}  {check.name:<14} {check.detail}"
+        + (f"; {check.fix}" if check.fix else "")
+    )
 
 
 def show_data(found: dict[str, Any], max_length: int) -> None:

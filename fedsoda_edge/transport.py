@@ -11,7 +11,10 @@ import contextlib
 import json
 import socket
 import ssl
+import urllib.request
 from collections.abc import AsyncIterator
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -81,36 +84,86 @@ class HubTransport:
 
     async def _diagnosis(self, cause: Exception) -> HubUnreachable:
         """One pass over DNS, TCP, TLS, HTTP: the first that fails is what the user must mend."""
-        host = self._parts.hostname or ""
-        port = self._parts.port or (443 if self._parts.scheme == "https" else 80)
-        loop = asyncio.get_running_loop()
+        for check in (self.check_dns, self.check_tcp, self.check_tls):
+            try:
+                await check()
+            except HubUnreachable as error:
+                return error
+        return HubUnreachable(
+            f"HTTP: {self.url} answers, but not as a hub does ({cause}); check the address and the port", "HTTP"
+        )
+
+    @property
+    def _address(self) -> tuple[str, int]:
+        return self._parts.hostname or "", self._parts.port or (443 if self._parts.scheme == "https" else 80)
+
+    @property
+    def proxy(self) -> str | None:
+        """The environment's proxy for this hub; both libraries use it."""
+        scheme, host = self._parts.scheme, self._address[0]
+        return None if urllib.request.proxy_bypass(host) else urllib.request.getproxies().get(scheme)
+
+    async def check_dns(self) -> str:
+        """The host's addresses. Raises HubUnreachable, as do the checks below."""
+        host, port = self._address
         try:
-            await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:  # UnicodeError: no name could be spelt so
-            return HubUnreachable(f"DNS: the name {host!r} has no address ({error}); check the spelling", "DNS")
+            raise HubUnreachable(
+                f"DNS: the name {host!r} has no address ({error}); check the spelling", "DNS"
+            ) from error
+        return ", ".join(dict.fromkeys(str(entry[4][0]) for entry in found))
+
+    async def check_tcp(self) -> float:
+        """Seconds until the port answers."""
+        host, port = self._address
+        loop = asyncio.get_running_loop()
+        started = loop.time()
         try:
             async with asyncio.timeout(OPEN_SECONDS):
                 _, writer = await asyncio.open_connection(host, port)
         except (OSError, TimeoutError) as error:
-            return HubUnreachable(
+            raise HubUnreachable(
                 f"TCP: nothing answers at {host}:{port} ({str(error) or 'timeout'}); is the hub running, is the port open?",
                 "TCP",
-            )
+            ) from error
         writer.close()
-        if self._parts.scheme == "https":
-            try:
-                async with asyncio.timeout(OPEN_SECONDS):
-                    _, writer = await asyncio.open_connection(host, port, ssl=ssl.create_default_context())
-                writer.close()
-            except (OSError, TimeoutError) as error:
-                return HubUnreachable(
-                    f"TLS: {host}:{port} answers, but not with a valid certificate ({str(error) or 'timeout'}); "
-                    "check the port and the certificate, or write http:// where the hub has no TLS",
-                    "TLS",
-                )
-        return HubUnreachable(
-            f"HTTP: {self.url} answers, but not as a hub does ({cause}); check the address and the port", "HTTP"
-        )
+        return loop.time() - started
+
+    async def check_tls(self) -> dict[str, Any] | None:
+        """The certificate as `ssl` gives it; None without TLS."""
+        if self._parts.scheme != "https":
+            return None
+        host, port = self._address
+        try:
+            async with asyncio.timeout(OPEN_SECONDS):
+                _, writer = await asyncio.open_connection(host, port, ssl=ssl.create_default_context())
+        except (OSError, TimeoutError) as error:
+            raise HubUnreachable(
+                f"TLS: {host}:{port} answers, but not with a valid certificate ({str(error) or 'timeout'}); "
+                "check the port and the certificate, or write http:// where the hub has no TLS",
+                "TLS",
+            ) from error
+        found: dict[str, Any] = writer.get_extra_info("peercert") or {}
+        writer.close()
+        return found
+
+    async def check_http(self) -> datetime | None:
+        """The hub's clock, as its answer to /healthz says it; None where it says none."""
+        import httpx
+
+        try:
+            async with httpx.AsyncClient(timeout=OPEN_SECONDS) as client:
+                answer = await client.get(f"{self.url}/healthz")
+        except httpx.HTTPError as error:
+            raise HubUnreachable(
+                f"HTTP: {self.url} does not answer ({error!r}); check the proxy before it", "HTTP"
+            ) from error
+        if answer.status_code != 200:
+            raise self._bad_status(answer.status_code, answer.content[:4096])
+        with contextlib.suppress(KeyError, ValueError, TypeError):
+            return parsedate_to_datetime(answer.headers["date"])
+        return None
 
     async def send(self, frame: bytes) -> None:
         """Raises HubUnreachable when the connection is gone."""

@@ -19,6 +19,7 @@ from fedsoda_edge.data import LocalData, SampleTokenizer, TextTemplate, read_sam
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model import delta, lora
 from fedsoda_edge.model.bundle import Bundle, read_manifest
+from fedsoda_edge.model.nf4 import NF4Linear, dequantize, quantize
 from fedsoda_edge.model.sub_llm import SubLLM, build
 from fedsoda_edge.ports.child import Report, Values, serve
 from fedsoda_edge.ports.disk import BlobStore, write_durably
@@ -69,6 +70,29 @@ class Worker:
             "num_examples": len(self._samples.samples),
             "num_skipped": self._samples.num_skipped,
             "threads": torch.get_num_threads(),
+        }
+
+    def doctor(self, _: Values, __: Report) -> Values:
+        """What torch sees here, and whether a gradient comes through NF4 as through the dense matrix."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        kind = "ROCm" if torch.version.hip else "CUDA"
+        problem = ""
+        try:
+            tensor = quantize(torch.randn(256, 128, generator=torch.Generator().manual_seed(0)))
+            x = torch.randn(4, 128, device=device, requires_grad=True)
+            NF4Linear(tensor, None, device)(x).square().sum().backward()
+            dense = dequantize(tensor).to(device)
+            wanted = 2 * (x.detach() @ dense.T) @ dense
+            if x.grad is None or not torch.allclose(x.grad, wanted, rtol=1e-2, atol=1e-2 * float(wanted.abs().max())):
+                problem = "the gradient through NF4 is not that of the dense matrix"
+        except Exception as error:  # a driver, a kernel or a library: whatever it raises is the answer
+            problem = f"NF4 does not run on {device}: {error}"
+        return {
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "device": device,
+            "accelerator": f"{torch.cuda.get_device_name()} ({kind})" if device == "cuda" else "",
+            "nf4_problem": problem,
         }
 
     def check(self, values: Values, _: Report) -> Values:
@@ -173,15 +197,8 @@ def main() -> None:
     if threads:
         torch.set_num_threads(int(threads))
     worker = Worker()
-    serve(
-        {
-            "check": worker.check,
-            "open": worker.open,
-            "border": worker.border,
-            "train": worker.train,
-            "advance": worker.advance,
-        }
-    )
+    commands = (worker.doctor, worker.check, worker.open, worker.border, worker.train, worker.advance)
+    serve({command.__name__: command for command in commands})
 
 
 if __name__ == "__main__":
