@@ -157,24 +157,28 @@ def leave(url: Url, token_file: TokenFile = None, as_json: Json = False, debug: 
         finish({"status": "ok", "run": run}, as_json, False)
 
 
-@app.command()
+@app.command(epilog="Example: fedsoda-edge status --json")
 def status(as_json: Json = False, debug: Debug = False) -> None:
-    """What this device's FEDSODA_HOME holds and whether a join runs in it."""
+    """What the join of this FEDSODA_HOME does: state, round, step, due time, memory, last error."""
     with reporting(as_json, False, debug):
+        import time
+
         from fedsoda_edge.config import Home
-        from fedsoda_edge.errors import HomeInUse
+        from fedsoda_edge.status import read_status, sentences
 
         home = Home()
-        running = False
-        if home.directory.exists():
-            try:
-                home.lock()
-                home.unlock()
-            except HomeInUse:
-                running = True
+        is_running = home.is_in_use()
+        found = read_status(home.status)
         runs = sorted(path.name for path in (home.directory / "runs").glob("*"))
-        note(f"{home.directory}: {'a join is running' if running else 'no join is running'}; runs: {len(runs)}")
-        finish({"status": "ok", "home": str(home.directory), "running": running, "runs": runs}, as_json, False)
+        if found is None:
+            note(f"{home.directory}: {'a join is starting' if is_running else 'nothing has joined from here'}")
+        else:
+            note("\n".join(sentences(found, is_running=is_running, now=time.time())))
+        finish(
+            {"status": "ok", "home": str(home.directory), "running": is_running, "runs": runs, "join": found},
+            as_json,
+            False,
+        )
 
 
 @data_app.command("check", epilog="Example: fedsoda-edge data check visits.jsonl --tokenizer model-directory")

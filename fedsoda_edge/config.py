@@ -36,6 +36,11 @@ class Home:
     def store(self) -> Path:
         return self.directory / "store"
 
+    @property
+    def status(self) -> Path:
+        """What the join says of itself (`status.py`)."""
+        return self.directory / "status.json"
+
     def run(self, run_id: str) -> Path:
         """State of one run: views, residual, an update without receipt.
 
@@ -112,6 +117,17 @@ class Home:
             file.write(str(os.getpid()))
             file.flush()
         self._lock_file = file
+
+    def is_in_use(self) -> bool:
+        """Whether a join runs here. It holds the lock for a moment: nothing else tells a dead join from a live one."""
+        if not self.directory.exists():
+            return False
+        try:
+            self.lock()
+        except HomeInUse:
+            return True
+        self.unlock()
+        return False
 
     def unlock(self) -> None:
         if self._lock_file is not None:

@@ -37,6 +37,7 @@ from fedsoda_edge.ports.disk import sha256, sha256_file, write_durably
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.manifest import TOKENIZER_FILES, BundleManifest, parse_manifest
 from fedsoda_edge.protocol.session import Blob, EdgeSession, chunks
+from fedsoda_edge.status import Status
 from fedsoda_edge.store import FileStore
 from fedsoda_edge.transport import HubTransport
 
@@ -143,15 +144,15 @@ class Participation:
         self._thread.start()
         try:
             self._call(self._agent.start())
-        except BaseException:
-            self._stop()
+        except BaseException as error:
+            self._stop(error)
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop()
+        self._stop(error)
 
     def __iter__(self) -> Iterator[Offer]:
         while True:
@@ -189,9 +190,9 @@ class Participation:
             waiting.cancel()  # Ctrl+C here must not leave the other thread's work behind
             raise
 
-    def _stop(self) -> None:
+    def _stop(self, error: BaseException | None) -> None:
         with contextlib.suppress(Exception):
-            asyncio.run_coroutine_threadsafe(self._agent.close(), self._loop).result(timeout=15)
+            asyncio.run_coroutine_threadsafe(self._agent.close(error), self._loop).result(timeout=15)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=15)
         if not self._thread.is_alive():
@@ -217,13 +218,14 @@ class _Agent:
         self._data = data
         self._device = device
         self._unattended = unattended
-        self._say = say
+        self._show = say
         self._clock = clock
         self._session = EdgeSession()
         environment = {"HF_HUB_OFFLINE": "1", "USE_HUB_KERNELS": "0", "TOKENIZERS_PARALLELISM": "false"}
         if threads:
             environment |= {"FEDSODA_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
         self._worker = Child("fedsoda_edge.worker", environment)
+        self._status: Status | None = None  # from the moment the home is this join's
         self._welcome: ms.Welcome | None = None
         self._manifest: BundleManifest | None = None
         self._num_examples = 0
@@ -242,11 +244,18 @@ class _Agent:
         self.submitted = 0
         self.rounds: list[dict[str, Any]] = []
 
+    def _say(self, event: dict[str, Any]) -> None:
+        if self._status is not None:
+            self._status.note(event)
+        self._show(event)
+
     # --- joining -------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Connect, check the device, fetch the bundle, read the data, say Ready."""
         self._home.lock()
+        hub = getattr(self._transport, "url", "a script")
+        self._status = Status(self._home.status, hub, self._clock, lambda: self._worker.rss_bytes)
         welcome = await self._greet(keep_trying=self._unattended)
         self._say({"event": "joined", "run": welcome.run_name, "edge": welcome.edge, "rounds": welcome.rounds})
         rows = await self._check_data()
@@ -645,7 +654,9 @@ class _Agent:
         if self._session.state == "open":
             await self._try_send(ms.Leave(reason=reason))
 
-    async def close(self) -> None:
+    async def close(self, error: BaseException | None = None) -> None:
+        if self._status is not None:
+            self._status.end(error)
         if self._reader is not None:
             self._reader.cancel()
             with contextlib.suppress(asyncio.CancelledError):

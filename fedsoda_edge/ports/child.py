@@ -77,6 +77,16 @@ class Child:
     def pid(self) -> int | None:
         return self._process.pid if self._process and self._process.returncode is None else None
 
+    @property
+    def rss_bytes(self) -> int | None:
+        """What the process holds now; None where there is none."""
+        import psutil
+
+        try:
+            return None if self.pid is None else int(psutil.Process(self.pid).memory_info().rss)
+        except psutil.Error:
+            return None
+
     async def call(self, command: str, arguments: Values, on_progress: Report | None = None) -> Values:
         """Run one command and return its result.
 

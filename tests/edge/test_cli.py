@@ -366,7 +366,14 @@ def test_a_home_is_used_by_one_join_until_it_is_stopped(
 def test_status_and_cache_list_without_a_join_say_so_and_make_nothing(device: Device) -> None:
     ran = device.run("status", "--json")
     assert ran.status == 0
-    assert ran.json == {"schema": 1, "status": "ok", "home": str(device.home), "running": False, "runs": []}
+    assert ran.json == {
+        "schema": 1,
+        "status": "ok",
+        "home": str(device.home),
+        "running": False,
+        "runs": [],
+        "join": None,
+    }
     assert device.run("cache", "list", "--json").json["bytes"] == {"store": 0, "runs": 0}
     assert not device.home.exists()
 

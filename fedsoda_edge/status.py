@@ -1,0 +1,126 @@
+"""What the join of a home does right now, as one small file that `fedsoda-edge status` reads.
+
+Folded from the same events that a display shows. Times in it are wall clock, for people.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fedsoda_edge.ports import Clock
+from fedsoda_edge.ports.console import human_bytes
+
+WRITE_SECONDS = 1.0  # at most so often, but for a change of state
+
+_STATES = {
+    "joined": "joining",
+    "download": "downloading",
+    "data": "waiting for a round",
+    "sweep": "sweeping the data through the sub-emulator",
+    "training": "training",
+    "trained": "sending the update",
+    "retrying": "waiting to send the update again",
+    "accepted": "waiting for a round",
+    "refused": "waiting for a round",
+    "reconnecting": "reconnecting",
+    "reconnected": "waiting for a round",
+    "farewell": "the run is over",
+}
+
+
+class Status:
+    """The fold. `memory` gives the worker's bytes, None where there is no worker."""
+
+    def __init__(self, path: Path, hub: str, clock: Clock, memory: Callable[[], int | None]) -> None:
+        self._path, self._clock, self._memory = path, clock, memory
+        self._written = -WRITE_SECONDS
+        self.values: dict[str, Any] = {
+            "state": "connecting",
+            "pid": os.getpid(),
+            "hub": hub,
+            "run": None,
+            "edge": None,
+            "round": None,
+            "rounds": None,
+            "step": None,
+            "steps": None,
+            "loss": None,
+            "due_at": None,
+            "worker_bytes": None,
+            "last_error": None,
+            "updated_at": None,
+        }
+
+    def note(self, event: dict[str, Any]) -> None:
+        """Take one event of the join in."""
+        values, kind = self.values, event["event"]
+        before = values["state"]
+        values["state"] = _STATES.get(kind, before)
+        values |= {name: event[name] for name in ("run", "edge", "round", "rounds", "loss") if name in event}
+        if kind == "training":
+            values |= {"step": event["step"], "steps": event["steps"]}
+        elif kind == "offer":
+            values |= {"due_at": self._clock.wall() + event["due_seconds"], "step": None, "steps": None}
+        elif kind in ("accepted", "refused", "farewell"):
+            values |= {"due_at": None, "step": None, "steps": None}
+        if kind in ("reconnecting", "retrying", "refused"):
+            values["last_error"] = event.get("message") or event.get("reason")
+        elif kind in ("reconnected", "accepted"):
+            values["last_error"] = None
+        now = self._clock.monotonic()
+        if values["state"] != before or now - self._written >= WRITE_SECONDS:
+            self._written = now
+            self._write()
+
+    def end(self, error: BaseException | None) -> None:
+        """The last word: why the join ended, where it was no run's end."""
+        if error is not None:
+            self.values |= {"state": "stopped", "last_error": str(error) or type(error).__name__}
+        elif self.values["state"] != _STATES["farewell"]:
+            self.values["state"] = "stopped"
+        self._write()
+
+    def _write(self) -> None:
+        self.values |= {"worker_bytes": self._memory(), "updated_at": self._clock.wall()}
+        part = self._path.with_suffix(".part")
+        with contextlib.suppress(OSError):  # a full disk must not stop a round; the next write may succeed
+            part.write_text(json.dumps(self.values), encoding="utf-8")
+            os.replace(part, self._path)
+
+
+def read_status(path: Path) -> dict[str, Any] | None:
+    """What the last join wrote; None before the first."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found
+
+
+def sentences(found: dict[str, Any], *, is_running: bool, now: float) -> list[str]:
+    """The status for people: state, hub, round, step, due time, memory, last error with its fix."""
+    state = found["state"] if is_running or found["state"] in ("stopped", "the run is over") else "ended without a word"
+    lines = [f"{state}" + (f" (pid {found['pid']})" if is_running else "")]
+    if found["run"]:
+        lines.append(f"run {found['run']} as {found['edge']} at {found['hub']}")
+    else:
+        lines.append(f"hub {found['hub']}")
+    if found["round"]:
+        line = f"round {found['round']} of {found['rounds']}"
+        if found["steps"]:
+            line += f", step {found['step']} of {found['steps']}"
+        if found["loss"] is not None:
+            line += f", loss {found['loss']:.3f}"
+        if found["due_at"] and is_running:
+            line += f", due in {max(0.0, found['due_at'] - now) / 60:.0f} min"
+        lines.append(line)
+    if found["worker_bytes"] and is_running:
+        lines.append(f"worker holds {human_bytes(found['worker_bytes'])} of memory")
+    if found["last_error"]:
+        lines.append(f"last error: {found['last_error']}")
+    return lines
