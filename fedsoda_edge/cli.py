@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_edge.ports.console import EXIT_HELP, finish, note, reporting
+from fedsoda_edge.ports.console import EXIT_HELP, effective_settings, finish, note, reporting
 from fedsoda_edge.ports.console import run as run_command
 
 app = typer.Typer(
@@ -53,6 +53,7 @@ def _columns(pairs: list[str]) -> dict[str, str]:
     + EXIT_HELP
 )
 def join(
+    context: typer.Context,
     url: Url,
     data: Annotated[
         Path,
@@ -84,15 +85,14 @@ def join(
         for _ in local.rows() if local.is_text else ():  # bad data is known before anything else is done
             pass
         edge = Edge(url, token_file=token_file, device=device, threads=threads)
-        with (
-            Display(jsonl) as display,
-            edge.join(local, on_event=display.say, unattended=unattended, max_rounds=max_rounds) as participation,
-        ):
-            try:
-                for offer in participation:
-                    offer.submit(offer.train())
-            finally:
-                report = participation.report
+        with Display(jsonl) as display:
+            display.say({"event": "settings", "values": effective_settings(context)})
+            with edge.join(local, on_event=display.say, unattended=unattended, max_rounds=max_rounds) as participation:
+                try:
+                    for offer in participation:
+                        offer.submit(offer.train())
+                finally:
+                    report = participation.report
         finish({"status": "ok", **report}, as_json, jsonl)
 
 

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from fedsoda_edge.doctor import Check
-from fedsoda_edge.ports.console import human_bytes, note
+from fedsoda_edge.ports.console import human_bytes, note, settings_line
 
 
 class Display:
@@ -97,6 +97,8 @@ class Display:
 
 def _sentence(event: dict[str, Any]) -> str:
     match event["event"]:
+        case "settings":
+            return settings_line(event["values"])
         case "joined":
             return f"joined run {event['run']} as {event['edge']} ({event['rounds']} rounds)"
         case "device":

@@ -90,6 +90,32 @@ def finish(values: dict[str, Any], as_json: bool, jsonl: bool) -> None:
         print(json.dumps({"schema": 1, "event": "end", "terminal": True, **values}, allow_nan=False), flush=True)
 
 
+def effective_settings(context: typer.Context) -> dict[str, dict[str, Any]]:
+    """{option: {value, source}} of the running command; the source is "option", the variable's name or "default"."""
+    found = {}
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        if name in ("as_json", "jsonl", "debug") or name not in context.params:
+            continue
+        value, origin = context.params[name], context.get_parameter_source(name)
+        source = {"COMMANDLINE": "option", "ENVIRONMENT": str(parameter.envvar)}.get(
+            origin.name if origin else "", "default"
+        )
+        if source == "option" and parameter.param_type_name == "argument":
+            source = "argument"
+        found[name] = {"value": value if isinstance(value, int | float | str | None) else str(value), "source": source}
+    return found
+
+
+def settings_line(settings: dict[str, dict[str, Any]]) -> str:
+    """What was set and where, for people; defaults are only counted."""
+    given = [f"{name} {s['value']} ({s['source']})" for name, s in settings.items() if s["source"] != "default"]
+    rest = [
+        f"{name} {s['value']}" for name, s in settings.items() if s["source"] == "default" and s["value"] is not None
+    ]
+    return "settings: " + ", ".join(given) + (f"; defaults: {', '.join(rest)}" if rest else "")
+
+
 def human_bytes(size: float) -> str:
     """1536 -> "1.5 KiB"; three figures, the unit that keeps them before the point."""
     if size < 1024:

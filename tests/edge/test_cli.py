@@ -42,9 +42,9 @@ class Ran:
 
     @property
     def sentence(self) -> str:
-        """The one line of an error; nothing else was said."""
+        """The one line of an error; nothing else was said but what the command runs with."""
         assert self.out == ""
-        [line] = self.err.splitlines()
+        [line] = [line for line in self.err.splitlines() if not line.startswith("settings: ")]
         assert line.startswith("error: ")
         return line.removeprefix("error: ")
 
@@ -294,8 +294,9 @@ def test_a_hub_that_is_away_exits_3_with_the_step_that_failed_and_debug_adds_the
         "exit_status": 3,
     }
     assert "Traceback" in debug.err
-    lines = device.run(*join, "--jsonl", FEDSODA_TOKEN="good")
-    assert lines.json == {**debug.json, "event": "end", "terminal": True}
+    started, ended = map(json.loads, device.run(*join, "--jsonl", FEDSODA_TOKEN="good").out.splitlines())
+    assert (started["event"], started["values"]["device"]) == ("settings", {"value": "auto", "source": "default"})
+    assert ended == {**debug.json, "event": "end", "terminal": True}
 
 
 def test_plan_and_leave_need_the_hub_too(device: Device, nowhere: str) -> None:
@@ -341,6 +342,7 @@ def test_a_home_is_used_by_one_join_until_it_is_stopped(
     join = ("join", nowhere, "--data", device.file("visits.jsonl", GOOD_ROWS))
     with device.start(*join, "--unattended", "--json", FEDSODA_TOKEN="good") as first:
         assert first.stderr is not None
+        assert first.stderr.readline().startswith(f"settings: url {nowhere} (argument), data ")
         line = first.stderr.readline()
         assert re.match(r"connection lost: TCP: nothing answers .*; retrying until it is back$", line)
         if stop == signal.SIGTERM:

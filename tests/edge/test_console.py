@@ -8,7 +8,7 @@ import pytest
 import typer
 
 from fedsoda_edge.errors import DeviceTooSmall
-from fedsoda_edge.ports.console import finish, note, reporting, run
+from fedsoda_edge.ports.console import effective_settings, finish, note, reporting, run, settings_line
 
 
 def command(failure: BaseException | None) -> typer.Typer:
@@ -66,3 +66,29 @@ def test_a_traceback_is_for_those_who_ask(monkeypatch: pytest.MonkeyPatch, capsy
     with pytest.raises(SystemExit):
         run(command(ZeroDivisionError("by 0")))
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_every_setting_is_told_with_where_it_came_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    app, seen = typer.Typer(), {}
+
+    @app.command()
+    def work(
+        context: typer.Context,
+        url: str = typer.Argument(...),
+        device: str = typer.Option("auto", envvar="FEDSODA_DEVICE"),
+        threads: int = typer.Option(0, envvar="FEDSODA_THREADS"),
+        token_file: str | None = typer.Option(None, envvar="FEDSODA_TOKEN_FILE"),
+    ) -> None:
+        seen.update(effective_settings(context))
+
+    monkeypatch.setenv("FEDSODA_DEVICE", "cpu")
+    monkeypatch.setattr("sys.argv", ["work", "http://h", "--threads", "2"])
+    with pytest.raises(SystemExit):
+        run(app)
+    assert {name: (s["value"], s["source"]) for name, s in seen.items()} == {
+        "url": ("http://h", "argument"),
+        "device": ("cpu", "FEDSODA_DEVICE"),
+        "threads": (2, "option"),
+        "token_file": (None, "default"),
+    }
+    assert settings_line(seen) == "settings: url http://h (argument), device cpu (FEDSODA_DEVICE), threads 2 (option)"
