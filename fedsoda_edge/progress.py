@@ -43,12 +43,12 @@ class Display:
                 if self._live:
                     self._show_bar(*bar)
                 elif bar[2] == bar[1] and event["event"] != "training":
-                    print(f"{bar[0]}: done", file=sys.stderr, flush=True)
+                    note(f"{bar[0]}: done")
                 return
             text = _sentence(event)
             if text:
                 self._end_bar()
-                print(text, file=sys.stderr, flush=True)
+                note(text)
 
     def _bar_of(self, event: dict[str, Any]) -> tuple[str, int, int, str] | None:
         """(name, total, done, note) of an event that is progress."""

@@ -7,6 +7,8 @@ import sys
 from types import TracebackType
 from typing import Any
 
+from fedsoda_edge.ports.console import human_bytes, note
+
 
 class Display:
     """Everything but JSON goes to stderr."""
@@ -42,7 +44,7 @@ class Display:
             text = _sentence(event)
             if text:
                 self.close()
-                print(text, file=sys.stderr, flush=True)
+                note(text)
 
     def _show_local_training(self, event: dict[str, Any]) -> None:
         """One bar for the round: the steps of all invited edges."""
@@ -57,7 +59,7 @@ class Display:
         name, done, total = event["stage"], event["done"], event["total"]
         if not self._live:
             if done == total:
-                print(f"{name}: done", file=sys.stderr, flush=True)
+                note(f"{name}: done")
             return
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -129,8 +131,6 @@ def plan_table(report: dict[str, Any]) -> None:
     """`fedsoda-hub plan` for people."""
     from rich.console import Console
     from rich.table import Table
-
-    from fedsoda_edge.ports.console import human_bytes
 
     paper, ours = report["paper"], report["ours"]
     flop = ours["gflop_per_token"]

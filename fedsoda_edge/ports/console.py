@@ -127,5 +127,10 @@ def human_bytes(size: float) -> str:
     return f"{size:.{2 if size < 10 else 1 if size < 100 else 0}f} {unit}"
 
 
+# What others write (an edge's reason, a model's answer) must not steer this terminal.
+_CONTROL = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+
+
 def note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    """A line for people, on stderr."""
+    print(text.translate(_CONTROL), file=sys.stderr, flush=True)

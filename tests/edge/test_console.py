@@ -92,3 +92,8 @@ def test_every_setting_is_told_with_where_it_came_from(monkeypatch: pytest.Monke
         "token_file": (None, "default"),
     }
     assert settings_line(seen) == "settings: url http://h (argument), device cpu (FEDSODA_DEVICE), threads 2 (option)"
+
+
+def test_what_others_write_does_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    note("left: \x1b]0;gone\x07 bye\nnext\ttab \x9b2J \u00e9")
+    assert capsys.readouterr().err == "left: \ufffd]0;gone\ufffd bye\nnext\ttab \ufffd2J \u00e9\n"
