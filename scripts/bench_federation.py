@@ -56,8 +56,11 @@ SHARES = {
     "iid": {"positive": (0.25, 0.25, 0.25, 0.25), "negative": (0.25, 0.25, 0.25, 0.25)},
     "dirichlet-0.5": {"positive": (0.31, 0.10, 0.43, 0.16), "negative": (0.04, 0.36, 0.05, 0.55)},
 }
-# Main cells first; then the codecs and the adapter base, each against them.
-VARIANTS = (("int8", "nf4"), ("nf4", "nf4"), ("bf16", "nf4"), ("int8", "bf16"))
+# (codec, adapter base) of the cells of each split: the main one on both, and each change of it on IID.
+VARIANTS = {
+    "iid": (("int8", "nf4"), ("nf4", "nf4"), ("bf16", "nf4"), ("int8", "bf16")),
+    "dirichlet-0.5": (("int8", "nf4"),),
+}
 LOCAL = LocalSettings(
     epochs=100,
     max_steps=STEPS,
@@ -346,10 +349,10 @@ class Bench:
             "splits": {},
             "checks": [],
         }
-        variants = VARIANTS[: 1 if self.options.main_only else None]
+        variants = {split: found[: 1 if self.options.main_only else None] for split, found in VARIANTS.items()}
         for split in SHARES:  # the federated runs first: they are what the rest is held against
-            for seed in seeds:
-                for codec, base in variants:
+            for codec, base in variants[split]:
+                for seed in seeds:
                     self.cell(split, seed, codec, base)
         ceilings = [self.ceiling(seed) for seed in seeds]
         untouched = [scores["untouched"] for scores in ceilings]
@@ -362,7 +365,7 @@ class Bench:
         for split in SHARES:
             part: dict[str, Any] = {}
             main: list[torch.Tensor] = []
-            for codec, base in variants:
+            for codec, base in variants[split]:
                 cells = [self.cell(split, seed, codec, base) for seed in seeds]
                 plug_in = [cell["plug_in"]["scores"] for cell in cells]
                 main = main or plug_in
