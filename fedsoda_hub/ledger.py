@@ -6,10 +6,8 @@ is `federation/rounds.py`'s business.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
-import os
 import secrets
 import sqlite3
 import threading
@@ -21,7 +19,7 @@ from typing import Any
 import msgspec
 
 from fedsoda_edge.errors import DiskFull, UsageProblem
-from fedsoda_edge.ports.disk import sync_directory
+from fedsoda_edge.ports.disk import write_durably
 from fedsoda_edge.protocol.messages import Digest, EdgeId
 from fedsoda_hub.federation.events import AnyRecord
 from fedsoda_hub.federation.rounds import RunState
@@ -171,21 +169,14 @@ def write_secret(path: Path, secret: str) -> None:
     Raises:
         UsageProblem: no file can be made there. DiskFull.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         if path.exists() and not path.is_file():
             raise OSError(errno.EEXIST, "it is there and is not a file")
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(secret)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_directory(path.parent)
+        write_durably(path, secret.encode(), 0o600)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        kind = DiskFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else UsageProblem
-        raise kind(f"{path} cannot be written ({error.strerror}); name a file where there is space for one") from error
+        raise UsageProblem(
+            f"{path} cannot be written ({error.strerror}); name a file where there is space for one"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,11 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_durably(path: Path, data: bytes | memoryview) -> None:
+def write_durably(path: Path, data: bytes | memoryview, mode: int = 0o666) -> None:
     """Temp file, fsync, rename, fsync of the directory (federation.md, Ledger).
+
+    Args:
+        mode: of the file from its first byte on, less the umask; 0o600 for secrets.
 
     Raises:
         DiskFull: nothing half-written stays.
@@ -32,7 +35,7 @@ def write_durably(path: Path, data: bytes | memoryview) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -138,7 +138,8 @@ def test_token_create_out_writes_the_token_to_a_file_of_mode_0600_and_nowhere_el
 
 
 def test_a_token_that_could_not_be_written_does_not_take_its_name(run_file: Path) -> None:
-    nowhere = run_file.parent / "nowhere" / "clinic-7.token"
+    (run_file.parent / "file").touch()
+    nowhere = run_file.parent / "file" / "clinic-7.token"
     assert_refused(hub(run_file, "token", "create", "RUN", "--name", "clinic-7", "--out", nowhere), str(nowhere))
     assert hub(run_file, "token", "create", "RUN", "--name", "clinic-7").returncode == 0
 
