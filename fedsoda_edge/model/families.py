@@ -102,7 +102,6 @@ FAMILIES = {
             "Gemma3ForCausalLM",
             (
                 "attention_bias",
-                "attn_logit_softcapping",
                 "hidden_activation",
                 "layer_types",
                 "query_pre_attn_scalar",
@@ -149,8 +148,8 @@ FAMILIES = {
     )
 }
 
-# What the losses here do not compute: a head is a matrix, and attention looks back only.
-_REFUSED = ("final_logit_softcapping", "use_bidirectional_attention")
+# What is not computed here: a head is a matrix, attention looks back only and goes through SDPA, which caps nothing.
+_REFUSED = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
 
 
 def family_of(model_type: str) -> Family:

@@ -171,7 +171,12 @@ def test_a_target_that_matches_nothing_in_a_layer_names_what_there_is(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("final_logit_softcapping", "30.0"), ("use_bidirectional_attention", "true")]
+    ("field", "value"),
+    [
+        ("attn_logit_softcapping", "50.0"),
+        ("final_logit_softcapping", "30.0"),
+        ("use_bidirectional_attention", "true"),
+    ],
 )
 def test_what_is_not_computed_here_is_refused(tmp_path: Path, field: str, value: str) -> None:
     directory = make_tiny(tmp_path / "m", "gemma3_text")
