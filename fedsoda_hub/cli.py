@@ -56,7 +56,7 @@ def plan(
     targets: Annotated[
         str, typer.Option(envvar="FEDSODA_TARGETS", help="modules with LoRA, by comma")
     ] = "q_proj,k_proj,v_proj,up_proj,down_proj",
-    codec: Annotated[str, typer.Option(envvar="FEDSODA_CODEC", help="of deltas: nf4, int8 or bf16")] = "int8",
+    codec: Annotated[str, typer.Option(envvar="FEDSODA_CODEC", help="of deltas: nf4, int8 or bf16")] = "nf4",
     adapter_base: Annotated[str, typer.Option(envvar="FEDSODA_ADAPTER_BASE", help="nf4 or bf16")] = "nf4",
     quantize_embedding: Annotated[
         bool, typer.Option("--quantize-embedding", envvar="FEDSODA_QUANTIZE_EMBEDDING", help="embedding and head too")

@@ -81,7 +81,7 @@ class Local(Section, frozen=True):
 
 
 class Wire(Section, frozen=True):
-    codec: str = "int8"
+    codec: str = "nf4"
     stall_seconds: float = 60
 
 
