@@ -273,13 +273,43 @@ def _sample(alone: Sequence[int], whole: Sequence[int], max_length: int | None) 
     return Sample(tuple(ids), start) if start < len(ids) else None
 
 
-def conversation(chat: ChatTemplate, row: Row) -> tuple[str, str]:
-    """(what the assistant answers to, the whole) as the chat template writes them."""
-    messages = row["messages"]
-    return (
-        chat.render(messages[:-1], add_generation_prompt=True),
-        chat.render(messages, add_generation_prompt=False),
-    )
+@dataclass(frozen=True)
+class Renderer:
+    """How a row becomes text and a sample: by the templates, a conversation by the model's own chat template."""
+
+    prompt: TextTemplate
+    completion: TextTemplate
+    chat: ChatTemplate | None = None
+
+    def texts(self, row: Row) -> tuple[str, str]:
+        """(prompt, completion); of a conversation (what the assistant answers to, the whole).
+
+        Raises:
+            DataProblem: a conversation, and the model has no chat template or it refuses.
+        """
+        if not self.is_chat(row):
+            return self.prompt.render(row), self.completion.render(row)
+        if self.chat is None:
+            raise DataProblem(
+                "a conversation, and this model has no chat template; write rows with prompt and completion"
+            )
+        messages = row["messages"]
+        return (
+            self.chat.render(messages[:-1], add_generation_prompt=True),
+            self.chat.render(messages, add_generation_prompt=False),
+        )
+
+    def is_chat(self, row: Row) -> bool:
+        return is_chat(row, (*self.prompt.columns, *self.completion.columns))
+
+    def samples(self, data: LocalData, tokenizer: SampleTokenizer) -> Iterator[Sample | None]:
+        """Of each row its sample, uncut; None where its completion is empty. Errors name the line."""
+        for line, row in data.rows():
+            try:
+                texts = self.texts(row)
+            except DataProblem as error:
+                raise DataProblem(f"{data.path}:{line}: {error}") from error
+            yield tokenizer.chat_sample(*texts) if self.is_chat(row) else tokenizer.sample(*texts)
 
 
 def read_samples(
@@ -297,20 +327,7 @@ def read_samples(
     """
     samples: list[Sample] = []
     needed: list[int] = []
-    wanted = (*prompt.columns, *completion.columns)
-    for line, row in data.rows():
-        if is_chat(row, wanted):
-            if chat is None:
-                raise DataProblem(
-                    f"{data.path}:{line} is a conversation, and this model has no chat template; "
-                    "write rows with prompt and completion"
-                )
-            try:
-                made = tokenizer.chat_sample(*conversation(chat, row))
-            except DataProblem as error:
-                raise DataProblem(f"{data.path}:{line}: {error}") from error
-        else:
-            made = tokenizer.sample(prompt.render(row), completion.render(row))
+    for made in Renderer(prompt, completion, chat).samples(data, tokenizer):
         if made is None:
             needed.append(0)
             continue
@@ -356,34 +373,21 @@ def inspect(
         DataProblem: as `LocalData.check`.
     """
     rows = data.check(prompt, completion)
-    wanted = (*prompt.columns, *completion.columns)
+    renderer = Renderer(prompt, completion, chat)
     columns: dict[str, str] = {}
     shown: list[dict[str, str]] = []
-    seen: dict[bytes, int] = {}
-    lengths: list[int] = []
-    needed: list[int] = []
-    skipped = truncated = 0
+    seen: set[str] = set()
     for _, row in data.rows():
         for name, value in row.items():
             columns.setdefault(name, type(value).__name__)
-        if not is_chat(row, wanted):
-            texts = prompt.render(row), completion.render(row)
-        elif chat is not None:
-            alone, whole = conversation(chat, row)
-            texts = alone, whole.removeprefix(alone)
-        else:
+        if renderer.is_chat(row) and chat is None:
             texts = "\n".join(m["content"] for m in row["messages"][:-1][-1:]), row["messages"][-1]["content"]
+        else:
+            texts = renderer.texts(row)
         if len(shown) < SHOWN:
-            shown.append({"prompt": texts[0], "completion": texts[1]})
-        key = hashlib.sha256(json.dumps(texts).encode()).digest()
-        seen[key] = seen.get(key, 0) + 1
-        if tokenizer is not None:
-            is_talk = is_chat(row, wanted) and chat is not None
-            made = tokenizer.chat_sample(texts[0], "".join(texts)) if is_talk else tokenizer.sample(*texts)
-            lengths.append(0 if made is None else len(made.ids))
-            needed.append(0 if made is None else made.start + 1)
-            skipped += made is None or made.start >= max_length
-            truncated += made is not None and made.start < max_length < len(made.ids)
+            is_whole = renderer.is_chat(row) and chat is not None
+            shown.append({"prompt": texts[0], "completion": texts[1].removeprefix(texts[0]) if is_whole else texts[1]})
+        seen.add(hashlib.sha256(json.dumps(texts).encode()).hexdigest())
     found: dict[str, Any] = {
         "rows": rows,
         "columns": columns,
@@ -393,10 +397,13 @@ def inspect(
         "skipped": None,
         "truncated": None,
     }
-    if tokenizer is not None and skipped == rows:
-        raise _nothing_left(data, needed, max_length)
     if tokenizer is not None:
-        ordered = sorted(lengths)
+        made = list(renderer.samples(data, tokenizer))
+        needed = [0 if sample is None else sample.start + 1 for sample in made]
+        ordered = sorted(0 if sample is None else len(sample.ids) for sample in made)
+        skipped = sum(not 0 < n <= max_length for n in needed)
+        if skipped == rows:
+            raise _nothing_left(data, needed, max_length)
         width = max(1, -(-ordered[-1] // BINS))
         found |= {
             "lengths": {
@@ -405,11 +412,14 @@ def inspect(
                 "p90": ordered[(9 * len(ordered) - 1) // 10],
                 "max": ordered[-1],
                 "histogram": [
-                    {"up_to": (at + 1) * width, "rows": sum(at * width < n <= (at + 1) * width for n in ordered)}
+                    {
+                        "up_to": (at + 1) * width,
+                        "rows": sum(at * width < max(n, 1) <= (at + 1) * width for n in ordered),
+                    }
                     for at in range(-(-ordered[-1] // width))
                 ],
             },
             "skipped": skipped,
-            "truncated": truncated,
+            "truncated": sum(n > max_length for n in ordered) - sum(n > max_length for n in needed),
         }
     return found

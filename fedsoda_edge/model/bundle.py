@@ -259,6 +259,7 @@ class Bundle:
         self.dtype = DTYPES[manifest.dtype]
         self._path_of = path_of
         self._verified: set[str] = set()
+        self._shape_of: dict[str, dict[str, tuple[int, ...]]] = {}  # by role
 
     @classmethod
     def open(cls, directory: Path) -> Bundle:
@@ -335,6 +336,8 @@ class Bundle:
 
     def _shapes(self, role: str) -> dict[str, tuple[int, ...]]:
         """What the shard must hold, from the family's own modules on the meta device."""
+        if role in self._shape_of:
+            return self._shape_of[role]
         family = self.family
         if role.startswith("layers."):
             module = layer_on_meta(family, self.fields, int(role.removeprefix("layers.")))
@@ -342,7 +345,8 @@ class Bundle:
             ends = {"embedding": family.embedding, "norm": family.norm, "head": family.head}
             model = skeleton(family, build_config(family, self.fields, self.plan.adapter[:1]))
             module = model.get_submodule(ends[role])
-        return _shapes_of(module)
+        self._shape_of[role] = _shapes_of(module)
+        return self._shape_of[role]
 
     def materialize(self, directory: Path) -> None:
         """Write a checkpoint that plain Transformers with bitsandbytes loads, with the same logits.

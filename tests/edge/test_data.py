@@ -147,7 +147,7 @@ def test_a_conversation_is_trained_on_its_last_answer(tmp_path: Path, tiny_llama
     [sample] = read_samples(data, *DEFAULT, tokenizer, 512, chat).samples
     assert (sample.ids[0], sample.ids.count(1), sample.ids[-1]) == (1, 1, 2)  # no second bos, no second eos
     assert tokenizer.decode(sample.ids[sample.start : -1]) == "no"
-    with pytest.raises(DataProblem, match=r"d\.jsonl:1 is a conversation, and this model has no chat template"):
+    with pytest.raises(DataProblem, match=r"d\.jsonl:1: a conversation, and this model has no chat template"):
         read_samples(data, *DEFAULT, tokenizer, 512)
 
 
@@ -180,3 +180,19 @@ def test_a_check_counts_copies_and_what_truncation_cuts(tmp_path: Path, tiny_lla
     assert sum(bar["rows"] for bar in bars) == 4
     assert len(bars) <= 10
     assert bars[-1]["up_to"] >= lengths[-1]
+
+
+def test_a_check_counts_conversations_as_they_are_trained_on(tmp_path: Path, tiny_llama: Path) -> None:
+    """Also where the text without the answer is no beginning of the text with it, as thinking templates do."""
+    tokenizer = SampleTokenizer(tiny_llama / "tokenizer.json", 2)
+    chat = ChatTemplate(
+        "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}<think>{% endif %}", {}
+    )
+    data = write(tmp_path / "d.jsonl", {"messages": TALK}, {"messages": TALK[:2]})
+    trained = read_samples(data, *DEFAULT, tokenizer, 512, chat).samples
+    found = inspect(data, *DEFAULT, tokenizer=tokenizer, chat=chat)
+    lengths = sorted(len(sample.ids) for sample in trained)
+    assert [found["lengths"]["min"], found["lengths"]["max"]] == lengths
+    with pytest.raises(DataProblem, match=r"d\.jsonl:1: a conversation, and this model has no chat template"):
+        inspect(data, *DEFAULT, tokenizer=tokenizer)
+    assert inspect(data, *DEFAULT)["samples"][0] == {"prompt": "on a mat", "completion": "no"}
