@@ -19,10 +19,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from fedsoda_edge.data import TextTemplate
 from fedsoda_edge.errors import UsageProblem, WorkerFailed
 from fedsoda_edge.ports.child import Child
 from fedsoda_edge.ports.console import note
+from fedsoda_hub.config import read_settings
 from fedsoda_hub.demo import task
 from fedsoda_hub.progress import Display
 
@@ -234,7 +237,6 @@ async def _federate(directory: Path, run_file: Path, say: Say) -> tuple[float, f
 
 
 def _create_token(run_file: Path, name: str, out: Path) -> None:
-    from fedsoda_hub.config import read_settings
     from fedsoda_hub.ledger import Ledger
 
     ledger = Ledger(read_settings(run_file).run_dir / "ledger.sqlite")
@@ -259,7 +261,8 @@ async def _train_alone(directory: Path, rounds: int, seed: int, say: Say) -> dic
 
 
 async def _alone(directory: Path, office: str, rounds: int, seed: int) -> Path:
-    bundle = directory / "demo.run" / "bundle"
+    settings = read_settings(directory / "run.toml")
+    bundle = settings.run_dir / "bundle"
     work = directory / "alone" / office
     work.mkdir(parents=True)
     worker = Child("fedsoda_edge.worker", {"FEDSODA_THREADS": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
@@ -286,27 +289,18 @@ async def _alone(directory: Path, office: str, rounds: int, seed: int) -> Path:
                 "train",
                 {
                     "view": None if view is None else str(view),
-                    "settings": {
-                        "epochs": 100,
-                        "max_steps": STEPS,
-                        "batch_size": BATCH,
-                        "learning_rate": LEARNING_RATE,
-                        "weight_decay": 0.01,
-                        "max_grad_norm": 1.0,
-                        "proximal_mu": 0.01,
-                        "max_length": MAX_LENGTH,
-                    },
+                    "settings": msgspec.to_builtins(settings.local.message()),
                     "seed": seed,
                     "round": number,
                     "edge": office,
-                    "codec": "int8",
+                    "codec": settings.wire.codec,
                     "residual": None if residual is None else str(residual),
                     "update": str(update),
                     "new_residual": str(left),
                 },
             )
             out = work / f"view.{number}"
-            arguments = {"which": "adapter", "delta": str(update), "codec": "int8", "out": str(out)}
+            arguments = {"which": "adapter", "delta": str(update), "codec": settings.wire.codec, "out": str(out)}
             await worker.call("advance", {**arguments, "view": None if view is None else str(view)})
             view, residual = out, left
         assert view is not None
@@ -327,7 +321,6 @@ def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Pa
     from fedsoda_edge.model import delta
     from fedsoda_edge.model.bundle import Bundle
     from fedsoda_edge.model.streaming import Checkpoint
-    from fedsoda_hub.config import read_settings
     from fedsoda_hub.daemon import run_status
     from fedsoda_hub.evaluation import Evaluator, Judged, read_questions
     from fedsoda_hub.export import export
