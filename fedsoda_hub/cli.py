@@ -330,6 +330,28 @@ def evaluate(
         finish({"status": "ok", **result}, as_json, False)
 
 
+@app.command(epilog="Example: fedsoda-hub report triage.toml --to triage-report")
+def report(
+    run: RunFile,
+    to: Annotated[
+        Path | None,
+        typer.Option("--to", envvar="FEDSODA_REPORT_TO", help="a directory; else `report` in the run's own"),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """One HTML file and PNGs: loss, accuracy, layers, alignment, bytes, contributions; of a live run too."""
+    with reporting(as_json, False, debug):
+        from fedsoda_hub.config import read_settings
+
+        settings = read_settings(run)
+        from fedsoda_hub.report import write_report
+
+        written = write_report(settings, to or settings.run_dir / "report")
+        note(f"wrote {written['report']} and {len(written['pictures'])} pictures beside it")
+        finish({"status": "ok", **written}, as_json, False)
+
+
 def main() -> None:
     """The command."""
     # Threads that spin while they wait make torch several times slower once another process wants a core.

@@ -91,6 +91,7 @@ class Task(Section, frozen=True):
     choices: str = "auto"
     shots: int = 0
     eval_data: str | None = None
+    eval_every: int = 0
 
 
 class Listen(Section, frozen=True):
@@ -153,7 +154,7 @@ class RunSettings(Section, frozen=True):
         return {
             key: value
             for key, value in flat.items()
-            if key not in free and not key.startswith("[listen]") and key != "[task] eval_data"
+            if key not in free and not key.startswith(("[listen]", "[task] eval_"))
         }
 
 
@@ -268,6 +269,7 @@ def _check_ranges(settings: RunSettings) -> None:
         ("[wire] stall_seconds", s.wire.stall_seconds, s.wire.stall_seconds > 0, "above 0"),
         ("[task] choices", s.task.choices, s.task.choices in ("auto", "none"), "auto or none"),
         ("[task] shots", s.task.shots, 0 <= s.task.shots <= 64, "0 to 64"),
+        ("[task] eval_every", s.task.eval_every, s.task.eval_every >= 0, "at least 0 rounds (0: at the end only)"),
         ("[listen] port", s.listen.port, 0 <= s.listen.port <= 65535, "0 to 65535"),
     ]
     for key, value, holds, allowed in rules:

@@ -110,6 +110,7 @@ class Daemon:
             realign_every=s.method.realign_every,
             seed=s.seed,
             has_eval=s.eval_data is not None,
+            eval_every=s.task.eval_every,
         )
 
     def _state(self) -> Any:

@@ -25,7 +25,9 @@ from fedsoda_hub.federation.events import AnyRecord
 from fedsoda_hub.federation.rounds import RunState
 
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS log (seq INTEGER PRIMARY KEY, record BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS log (
+    seq INTEGER PRIMARY KEY, record BLOB NOT NULL,
+    at REAL NOT NULL DEFAULT ((julianday('now') - 2440587.5) * 86400.0));
 CREATE TABLE IF NOT EXISTS snapshot (seq INTEGER PRIMARY KEY, state BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS tokens (
     edge TEXT PRIMARY KEY, sha256 TEXT NOT NULL UNIQUE, device TEXT, revoked INTEGER NOT NULL DEFAULT 0);
@@ -89,9 +91,14 @@ class Ledger:
             (msgspec.json.encode(state),),
         )
 
-    def records(self) -> list[AnyRecord]:
+    def history(self) -> list[tuple[float, AnyRecord]]:
+        """Every record and when it was written, in seconds since 1970; for people, replay does not read it."""
         with self._lock:
-            return [_RECORD.decode(row[0]) for row in self._db.execute("SELECT record FROM log ORDER BY seq")]
+            rows = self._db.execute("SELECT at, record FROM log ORDER BY seq").fetchall()
+        return [(at, _RECORD.decode(record)) for at, record in rows]
+
+    def records(self) -> list[AnyRecord]:
+        return [record for _, record in self.history()]
 
     def replay(self) -> RunState:
         """The state: the last snapshot and the records after it."""

@@ -369,7 +369,7 @@ class Bench:
                 cells = [self.cell(split, seed, codec, base) for seed in seeds]
                 plug_in = [cell["plug_in"]["scores"] for cell in cells]
                 main = main or plug_in
-                if base == "nf4":
+                if base == "nf4" and len({codec for codec, _ in variants[split]}) == 3:  # compared on the same rows
                     codecs.setdefault(codec, []).extend(plug_in)
                 figures = {
                     "plug_in": self.figures(plug_in),

@@ -91,6 +91,7 @@ max_length = {MAX_LENGTH}
 prompt = {json.dumps(task.PROMPT)}
 completion = {json.dumps(task.COMPLETION)}
 eval_data = "eval.jsonl"
+eval_every = 2
 
 [listen]
 port = 0                    # any free one
@@ -325,9 +326,11 @@ def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Pa
     from fedsoda_hub.evaluation import Evaluator, Judged, read_questions
     from fedsoda_hub.export import export
     from fedsoda_hub.ledger import Ledger
+    from fedsoda_hub.report import write_report
 
     settings = read_settings(run_file)
     export(settings, export_to)
+    written = write_report(settings, directory / "report")
     bundle_dir = settings.run_dir / "bundle"
     bundle = Bundle.open(bundle_dir)
     spec, plan = bundle.manifest.lora, bundle.plan
@@ -358,6 +361,7 @@ def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Pa
         "run": str(run_file),
         "bundle": str(bundle_dir),
         "export": str(export_to),
+        "report": written["report"],
         "model": str(MODEL),
         "eval_data": str(settings.eval_data),
         "accuracy": {**state.evaluation["accuracy"], "local_only": max(accuracies.values())},
@@ -405,4 +409,4 @@ def _print_summary(report: dict[str, Any]) -> None:
     for row in rows:
         table.add_row(*row)
     Console(stderr=True).print(table)
-    note(f"PEFT adapter for the full model: {report['export']}")
+    note(f"PEFT adapter for the full model: {report['export']}\nwhat happened, in pictures: {report['report']}")

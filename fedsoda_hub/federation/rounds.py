@@ -24,7 +24,10 @@ MAX_EXAMPLES = 2**31
 
 @dataclass(frozen=True)
 class Rules:
-    """[rounds] and what else of RUN.toml decides. has_eval: there is evaluation data."""
+    """[rounds] and what else of RUN.toml decides.
+
+    has_eval: there is evaluation data. eval_every: judge after every so many rounds too, 0: at the end only.
+    """
 
     count: int
     min_edges: int
@@ -35,6 +38,7 @@ class Rules:
     realign_every: int
     seed: int
     has_eval: bool
+    eval_every: int = 0
 
 
 class Collected(msgspec.Struct, frozen=True):
@@ -370,10 +374,12 @@ class RoundMachine:
 
     def _owed_idle(self, now: float) -> list[Effect]:
         state, rules = self.state, self.rules
-        if state.round >= rules.count:
-            if rules.has_eval and state.evaluated_round < state.round:
-                arguments = {"master": state.master, "emulator_view": state.emulator_view, "round": state.round}
-                return self._start("evaluate", arguments)
+        is_last = state.round >= rules.count
+        is_judged = is_last or (rules.eval_every > 0 and state.round % rules.eval_every == 0)
+        if rules.has_eval and is_judged and state.evaluated_round < state.round:
+            arguments = {"master": state.master, "emulator_view": state.emulator_view, "round": state.round}
+            return self._start("evaluate", arguments)
+        if is_last:
             return [Append(ev.RunEnded(rounds=state.round))]
         upcoming = state.round + 1
         if rules.realign_every and upcoming % rules.realign_every == 0 and state.realigned_for < upcoming:

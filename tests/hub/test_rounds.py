@@ -556,6 +556,14 @@ def test_realignment_and_evaluation_see_the_master_and_the_emulators_view() -> N
     assert state.emulator_view != digest("emulator")
 
 
+def test_a_run_is_judged_after_every_kth_round_and_at_its_end_once() -> None:
+    for every, judged in ((0, [5]), (2, [2, 4, 5]), (5, [5])):
+        run = finish(collecting_run(replace(RULES, count=5, has_eval=True, eval_every=every)))
+        assert [r.round for r in run.ledger.records() if isinstance(r, ev.Evaluated)] == judged
+    run = finish(collecting_run(replace(RULES, count=5, has_eval=False, eval_every=2)))
+    assert not any(isinstance(r, ev.Evaluated) for r in run.ledger.records())
+
+
 def test_the_merge_gets_updates_in_ascending_edge_id_however_they_arrived() -> None:
     masters = set()
     for order in ("abc", "cab", "bca"):
@@ -654,7 +662,7 @@ def drive(run: Run, restarts: int = 3) -> Run:
     raise AssertionError("the run did not end")
 
 
-LONG = replace(RULES, count=4, realign_every=2, has_eval=True, min_edges=2)
+LONG = replace(RULES, count=4, realign_every=2, has_eval=True, eval_every=3, min_edges=2)
 
 
 def facts(run: Run) -> list[ev.AnyRecord]:
@@ -671,7 +679,7 @@ def facts(run: Run) -> list[ev.AnyRecord]:
 def test_a_kill_at_any_durable_step_leaves_the_calm_runs_records(written: bool) -> None:
     calm = drive(Run(LONG))
     steps = calm.appends
-    assert steps == 1 + 4 * 4 + 2 + 1 + 1  # prepared; open, a, b, closed; two realignments; evaluated; ended
+    assert steps == 1 + 4 * 4 + 2 + 2 + 1  # prepared; open, a, b, closed; two realignments; two evaluations; ended
     for step in range(1, steps + 1):
         cut = Run(LONG, cut_at=step, written=written)
         drive(cut)
