@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from fedsoda_hub.federation.events import UpdateAccepted
 from fedsoda_hub.ledger import Ledger, read_outcome
+from tests.schema import EDGE, HUB
 
 WORDS = ["cow", "hen", "bus", "car", "rice", "soup"]
 ENVIRONMENT = {**os.environ, "FEDSODA_THREADS": "1", "OMP_NUM_THREADS": "1"}
@@ -122,6 +123,12 @@ class Federation:
         lines = (self.directory / log).read_text().splitlines()
         return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
 
+    def check_events(self) -> None:
+        """All that hub and edges said is as `schemas/` has it."""
+        for log, outputs in (("hub.log", HUB), ("a.log", EDGE), ("b.log", EDGE)):
+            for event in self.events(log):
+                outputs.check_event(event)
+
     def wait_for(self, log: str, **wanted: Any) -> None:
         until = time.monotonic() + 120
         while not any(all(event.get(k) == v for k, v in wanted.items()) for event in self.events(log)):
@@ -182,6 +189,7 @@ def test_killing_hub_and_edge_in_mid_round_changes_no_bit(
     assert ours.emulator_view == theirs.emulator_view
     assert ours.evaluation == theirs.evaluation
     for federation in (rough, calm):
+        federation.check_events()
         federation._run("fedsoda_hub", "export", federation.run_file, "--to", federation.directory / "adapter")
     exported = [load_file(f.directory / "adapter" / "adapter_model.safetensors") for f in (rough, calm)]
     assert all((exported[0][name] == exported[1][name]).all() for name in exported[1])
@@ -197,6 +205,7 @@ def test_the_agent_stays_small_and_learns_that_the_run_is_over(
     federation = Federation(write_run(tmp_path / "run", tiny_llama, rounds=1))
     federations.append(federation)
     federation.finish(federation.hub(), federation.edge("a"), federation.edge("b"))
+    federation.check_events()
     last = federation.events("a.log")[-1]
     assert last["terminal"] is True
     assert last["status"] == "ok"
