@@ -11,12 +11,13 @@ import secrets
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from platformdirs import user_data_path
 
 from fedsoda_edge.errors import DiskFull, HomeInUse, ProtocolViolation, UsageProblem
 from fedsoda_edge.ports.disk import write_durably
+from fedsoda_edge.ports.system import Held, Lock
 
 
 def default_home() -> Path:
@@ -30,7 +31,7 @@ class Home:
 
     def __init__(self, directory: Path | None = None) -> None:
         self.directory = (directory or default_home()).absolute()
-        self._lock_file: IO[str] | None = None
+        self._lock: Lock | None = None
 
     @property
     def store(self) -> Path:
@@ -94,29 +95,13 @@ class Home:
             HomeInUse: another process has it.
         """
         with self._usable():
-            self.directory.mkdir(parents=True, exist_ok=True)
-            file = (self.directory / "lock").open("a+")
-        try:
-            if sys.platform == "win32":
-                import msvcrt
-
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            pid = file.read().strip() or "unknown"
-            file.close()
-            raise HomeInUse(
-                f"{self.directory} is used by another join (pid {pid}); stop that one, or set FEDSODA_HOME to another directory"
-            ) from None
-        with self._usable():
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
-        self._lock_file = file
+            try:
+                self._lock = Lock(self.directory / "lock")
+            except Held as held:
+                raise HomeInUse(
+                    f"{self.directory} is used by another join (pid {held.pid}); stop that one, or set FEDSODA_HOME to "
+                    "another directory"
+                ) from None
 
     def is_in_use(self) -> bool:
         """Whether a join runs here. It holds the lock for a moment: nothing else tells a dead join from a live one."""
@@ -130,9 +115,9 @@ class Home:
         return False
 
     def unlock(self) -> None:
-        if self._lock_file is not None:
-            self._lock_file.close()
-            self._lock_file = None
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
 
 def read_token(token_file: str | Path | None) -> str:

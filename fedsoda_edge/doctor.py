@@ -19,6 +19,7 @@ from fedsoda_edge.errors import DeviceTooSmall, FedSODAError
 from fedsoda_edge.ports import Transport
 from fedsoda_edge.ports.child import Child
 from fedsoda_edge.ports.console import human_bytes
+from fedsoda_edge.ports.system import memory_limit_hint
 
 MAX_SKEW_SECONDS = 120.0
 PROBE_BYTES = 4 << 20  # of the bundle are fetched to measure the way
@@ -74,7 +75,8 @@ async def _device(home: Home) -> AsyncIterator[Check]:
         1,
     )
     facts = read_device(home.directory)
-    yield Check("memory", True, f"{human_bytes(facts.ram_bytes)} free")
+    hint = memory_limit_hint()
+    yield Check("memory", True, f"{human_bytes(facts.ram_bytes)} free" + (f" ({hint})" if hint else ""))
     if facts.accelerator:
         yield Check("GPU memory", True, f"{human_bytes(facts.vram_bytes)} free on {facts.accelerator}")
     yield Check("disk", True, f"{human_bytes(facts.disk_bytes)} free for {home.directory}")

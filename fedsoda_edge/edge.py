@@ -32,8 +32,9 @@ from fedsoda_edge.errors import (
     RefusedByHub,
 )
 from fedsoda_edge.ports import Clock, SystemClock, Transport
-from fedsoda_edge.ports.child import Child, peak_rss_bytes
+from fedsoda_edge.ports.child import Child
 from fedsoda_edge.ports.disk import sha256, sha256_file, write_durably
+from fedsoda_edge.ports.system import peak_rss_bytes
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.manifest import TOKENIZER_FILES, BundleManifest, parse_manifest
 from fedsoda_edge.protocol.session import Blob, EdgeSession, chunks

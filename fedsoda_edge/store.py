@@ -9,7 +9,8 @@ from pathlib import Path
 
 from fedsoda_edge.errors import BlobCorrupt, DiskFull, ProtocolViolation
 from fedsoda_edge.ports import Transport
-from fedsoda_edge.ports.disk import BlobStore, sha256_file, sync_directory
+from fedsoda_edge.ports.disk import BlobStore, sha256_file
+from fedsoda_edge.ports.system import sync_directory
 
 
 class FileStore(BlobStore):

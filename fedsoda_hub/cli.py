@@ -93,11 +93,11 @@ def prepare(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
     """SGP, NF4 and alignment into a bundle; goes on where it stopped."""
     with reporting(as_json, False, debug):
         from fedsoda_hub.config import read_settings
-        from fedsoda_hub.daemon import RunLock
+        from fedsoda_hub.daemon import lock_run
         from fedsoda_hub.progress import Display
 
         settings = read_settings(run)
-        lock = RunLock(settings.run_dir)
+        lock = lock_run(settings.run_dir)
         try:
             from fedsoda_hub.prepare import Preparation
 

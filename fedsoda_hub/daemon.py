@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import secrets
-import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from fedsoda_edge.errors import DiskFull, FedSODAError, ProtocolViolation, Usage
 from fedsoda_edge.ports import Clock, SystemClock
 from fedsoda_edge.ports.child import Child
 from fedsoda_edge.ports.disk import BlobStore, write_durably
+from fedsoda_edge.ports.system import Held, Lock, on_signal_in
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.coded import check, coded_bytes
 from fedsoda_edge.protocol.manifest import BundleManifest
@@ -35,33 +33,16 @@ LINGER_SECONDS = 30.0
 Say = Callable[[dict[str, Any]], None]
 
 
-class RunLock:
-    """One live hub per run directory; the lock goes with the process, however it ends."""
+def lock_run(run_dir: Path) -> Lock:
+    """One live hub per run directory.
 
-    def __init__(self, run_dir: Path) -> None:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self._path = run_dir / "lock"
-        self._file = self._path.open("a+")
-        try:
-            if sys.platform == "win32":
-                import msvcrt
-
-                msvcrt.locking(self._file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.seek(0)
-            raise UsageProblem(
-                f"{run_dir} is in use by a running hub (pid {self._file.read().strip() or 'unknown'}); stop that first"
-            ) from None
-        self._file.truncate(0)
-        self._file.write(str(os.getpid()))
-        self._file.flush()
-
-    def release(self) -> None:
-        self._file.close()
+    Raises:
+        UsageProblem: another one has it.
+    """
+    try:
+        return Lock(run_dir / "lock")
+    except Held as held:
+        raise UsageProblem(f"{run_dir} is in use by a running hub (pid {held.pid}); stop that first") from None
 
 
 class Daemon:
@@ -75,7 +56,7 @@ class Daemon:
         self.stall_seconds = settings.wire.stall_seconds
         self.max_update_bytes = 1
         self.blobs = BlobStore(self.run_dir / "blobs")
-        self._lock = RunLock(self.run_dir)
+        self._lock = lock_run(self.run_dir)
         self.ledger = Ledger(self.run_dir / "ledger.sqlite")
         self._events: asyncio.Queue[ev.Event | None] = asyncio.Queue()
         self._connections: dict[ms.EdgeId, Connection] = {}
@@ -172,9 +153,7 @@ class Daemon:
             if not stop.done():
                 stop.set_result(name)
 
-        if sys.platform != "win32":
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.add_signal_handler(number, stopped, signal.Signals(number).name)
+        on_signal_in(loop, stopped)
         serving: asyncio.Task[None] | None = None
         deciding = asyncio.create_task(self._decide())
         watched: set[asyncio.Future[Any]] = {stop, deciding}

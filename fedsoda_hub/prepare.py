@@ -33,7 +33,8 @@ from fedsoda_edge.model.bundle import (
 from fedsoda_edge.model.layer_plan import choose_groups, make_plan
 from fedsoda_edge.model.streaming import Checkpoint, LayerSource, stream
 from fedsoda_edge.model.sub_llm import SubLLM, build
-from fedsoda_edge.ports.disk import BlobStore, sha256_file, sync_directory, write_durably
+from fedsoda_edge.ports.disk import BlobStore, sha256_file, write_durably
+from fedsoda_edge.ports.system import sync_directory
 from fedsoda_edge.protocol.manifest import LayerPlan, LoRASpec
 from fedsoda_hub.algorithms import oda, sgp
 from fedsoda_hub.config import RunSettings

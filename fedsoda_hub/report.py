@@ -215,7 +215,7 @@ def draw_loss(history: History) -> Figure:
     rounds = history.closed
     numbers = [one.number for one in rounds]
     sizes = [history.bytes_until(number) / 1e6 for number in numbers]
-    losses = [one.loss for one in rounds]
+    losses = [float("nan") if one.loss is None else one.loss for one in rounds]
     for axes, places in ((by_round, numbers), (by_bytes, sizes)):
         dots = [
             (place, update.loss) for place, one in zip(places, rounds, strict=True) for update in one.updates.values()

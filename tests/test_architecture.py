@@ -24,6 +24,7 @@ Checker = Callable[[Sources], list[str]]
 HUB_MAY_IMPORT = ("protocol", "model", "ports", "data", "errors")
 HUB_EXTRA = {"fedsoda_hub/compare.py": ("training", "edge")}  # trains without the wire, to compare methods
 NETWORK_FILES = ("fedsoda_edge/transport.py", "fedsoda_hub/listener.py")
+SYSTEM_FILE = "fedsoda_edge/ports/system.py"
 NETWORK = {"httpx", "websockets", "uvicorn", "starlette", "socket", "ssl", "requests", "aiohttp", "urllib.request"}
 NETWORK |= {"http.client", "http.server", "socketserver"}
 TENSORS = {"torch", "transformers", "peft", "bitsandbytes", "accelerate"}
@@ -185,6 +186,25 @@ def nothing_received_becomes_code(sources: Sources) -> list[str]:
     return wrong
 
 
+def one_file_knows_operating_systems(sources: Sources) -> list[str]:
+    """What cannot be run on every system is in one place, to be read as a whole."""
+    asks = ("sys.platform", "os.name", "platform.system", "platform.release")
+    only_there = {"fcntl", "msvcrt", "resource", "pwd", "grp", "winreg"}
+    wrong = []
+    for file, text in sources.items():
+        if file == SYSTEM_FILE:
+            continue
+        wrong += [
+            f"{file} imports {name}, which some systems lack" for name in imports(file, text) if name in only_there
+        ]
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Attribute) and ast.unparse(node) in asks:
+                wrong.append(f"{file}:{node.lineno} asks {ast.unparse(node)}; {SYSTEM_FILE} knows")
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("/proc/"):
+                wrong.append(f"{file}:{node.lineno} reads {node.value}, which only Linux has")
+    return wrong
+
+
 def every_file_has_a_name(sources: Sources) -> list[str]:
     return [f"{file}: name the idea it holds" for file in sources if Path(file).stem in ("utils", "util", "helpers")]
 
@@ -197,6 +217,7 @@ RULES: list[Checker] = [
     only_two_files_touch_the_network,
     no_tensors_where_a_socket_is,
     nothing_received_becomes_code,
+    one_file_knows_operating_systems,
     every_file_has_a_name,
 ]
 
@@ -247,6 +268,9 @@ TRANSPORT = "fedsoda_edge/transport.py"
         (nothing_received_becomes_code, {EDGE: "state = torch.load(path, weights_only=True)"}),
         (nothing_received_becomes_code, {EDGE: "import importlib\nimportlib.import_module(message.kind)"}),
         (nothing_received_becomes_code, {EDGE: "import subprocess\nsubprocess.run(line, shell=True)"}),
+        (one_file_knows_operating_systems, {HUB: "import sys\nif sys.platform == 'win32':\n    pass"}),
+        (one_file_knows_operating_systems, {EDGE: "def f():\n    import fcntl"}),
+        (one_file_knows_operating_systems, {EDGE: "open('/proc/self/status')"}),
         (every_file_has_a_name, {"fedsoda_hub/algorithms/utils.py": ""}),
     ],
 )

@@ -38,7 +38,8 @@ from fedsoda_edge.model.memory import edge_needs
 from fedsoda_edge.model.nf4 import CODEBOOK, NF4Tensor, dequantize, dynamic_map, nf4_entries, quantize
 from fedsoda_edge.model.streaming import LayerSource
 from fedsoda_edge.model.sub_llm import local_name
-from fedsoda_edge.ports.disk import sha256, sha256_file, sync_directory, write_durably
+from fedsoda_edge.ports.disk import sha256, sha256_file, write_durably
+from fedsoda_edge.ports.system import sync_directory
 from fedsoda_edge.protocol.coded import safetensors_bytes
 from fedsoda_edge.protocol.manifest import (
     FORMAT_VERSION,

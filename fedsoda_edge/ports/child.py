@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import json
 import os
-import signal
 import sys
 import threading
 import traceback
@@ -21,6 +20,7 @@ from queue import SimpleQueue
 from typing import Any, BinaryIO
 
 from fedsoda_edge.errors import FedSODAError, WorkerFailed, by_name
+from fedsoda_edge.ports.system import group_of_its_own, peak_rss_bytes, was_killed
 
 Values = dict[str, Any]
 Report = Callable[[Values], None]
@@ -51,11 +51,6 @@ class Child:
         self.peak_rss_bytes = 0
 
     async def start(self) -> None:
-        group: Values = (
-            {"creationflags": 0x200}  # CREATE_NEW_PROCESS_GROUP
-            if sys.platform == "win32"
-            else {"start_new_session": True}
-        )
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -64,7 +59,7 @@ class Child:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             env=self._environment,
-            **group,
+            **group_of_its_own(),
         )
         self._drain = asyncio.create_task(self._keep_last_words(self._process))
 
@@ -116,7 +111,7 @@ class Child:
                     await self._drain
                 raise WorkerFailed(
                     f"the process {self.module} ended with status {status} during {command!r}"
-                    + (" (killed, most likely out of memory)" if status == -signal.SIGKILL else ""),
+                    + (" (killed, most likely out of memory)" if was_killed(status) else ""),
                     "\n".join(self._last_words),
                 ) from error
             self.peak_rss_bytes = max(self.peak_rss_bytes, int(reply.get("peak_rss_bytes", 0)))
@@ -180,16 +175,3 @@ def _read_commands(stdin: BinaryIO, commands: SimpleQueue[Values]) -> None:
             break
         commands.put(json.loads(stdin.read(size)))
     os._exit(0)  # the parent is gone or done: never work on as an orphan
-
-
-def peak_rss_bytes() -> int:
-    """This process's own high-water mark (not ru_maxrss, which a child inherits)."""
-    if sys.platform == "linux":
-        with open("/proc/self/status", encoding="ascii") as status:
-            for line in status:
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-    import psutil
-
-    info = psutil.Process().memory_info()
-    return int(getattr(info, "peak_wset", info.rss))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 import typer
 
 from fedsoda_edge.errors import FedSODAError
+from fedsoda_edge.ports.system import on_stop
 
 EXIT_HELP = (
     "Exit status: 0 done; 1 failed, do not retry; 2 wrong usage, settings or data; 3 temporary (network, hub away, "
@@ -32,7 +32,7 @@ def reporting(as_json: bool, jsonl: bool, debug: bool) -> Iterator[None]:
     def terminate(_: int, __: Any) -> None:
         raise _Terminated
 
-    signal.signal(signal.SIGTERM, terminate)
+    on_stop(terminate)
     try:
         yield
     except FedSODAError as error:

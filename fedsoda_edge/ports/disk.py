@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from fedsoda_edge.errors import BlobCorrupt, DiskFull
+from fedsoda_edge.ports.system import sync_directory
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -49,17 +50,6 @@ def write_durably(path: Path, data: bytes | memoryview, mode: int = 0o666) -> No
                 f"the disk is full: {len(data)} bytes for {path} did not fit; free space there, then retry"
             ) from error
         raise
-
-
-def sync_directory(directory: Path) -> None:
-    """Make a rename in `directory` durable. Windows cannot open directories and needs no such call."""
-    if os.name == "nt":
-        return
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class BlobStore:

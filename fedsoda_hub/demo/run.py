@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import sys
 import time
 from collections import Counter
@@ -25,6 +24,7 @@ from fedsoda_edge.data import TextTemplate
 from fedsoda_edge.errors import UsageProblem, WorkerFailed
 from fedsoda_edge.ports.child import Child
 from fedsoda_edge.ports.console import note
+from fedsoda_edge.ports.system import group_of_its_own, stop_signal
 from fedsoda_hub.config import read_settings
 from fedsoda_hub.demo import task
 from fedsoda_hub.progress import Display
@@ -115,14 +115,13 @@ class Process:
         self.last: dict[str, Any] = {}
 
     async def start(self) -> None:
-        group: dict[str, Any] = {} if sys.platform == "win32" else {"start_new_session": True}
         self._process = await asyncio.create_subprocess_exec(
             *self._command,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             env=self._environment,
             limit=1 << 22,
-            **group,
+            **group_of_its_own(),
         )
 
     async def follow(self, say: Say) -> None:
@@ -144,7 +143,7 @@ class Process:
         if self._process is None or self._process.returncode is not None:
             return
         with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(signal.SIGTERM)
+            self._process.send_signal(stop_signal())
         try:
             async with asyncio.timeout(10):
                 await self._process.wait()

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.protocol.messages import Digest, EdgeId
 from fedsoda_hub.cli import app
-from fedsoda_hub.daemon import RunLock
+from fedsoda_hub.daemon import lock_run
 from fedsoda_hub.federation import events as ev
 from fedsoda_hub.ledger import Ledger, write_secret
 from tests.hub.test_daemon import serving, write_run
@@ -257,7 +257,7 @@ def test_serve_refuses_settings_that_cannot_be_before_it_leaves_anything(run_fil
 
 
 def test_serve_and_prepare_refuse_a_run_that_another_hub_has(run_file: Path) -> None:
-    lock = RunLock(run_file.parent / "small.run")
+    lock = lock_run(run_file.parent / "small.run")
     for command in ("serve", "prepare"):
         assert_refused(hub(run_file, command, "RUN"), f"in use by a running hub (pid {os.getpid()}); stop that first")
     lock.release()

@@ -31,7 +31,7 @@ from fedsoda_edge.protocol.manifest import BundleManifest, EdgeNeeds, File, Laye
 from fedsoda_edge.protocol.session import Blob, EdgeSession, chunks
 from fedsoda_hub import daemon as daemon_module
 from fedsoda_hub.config import RunSettings, read_settings
-from fedsoda_hub.daemon import Daemon, RunLock
+from fedsoda_hub.daemon import Daemon, lock_run
 from fedsoda_hub.federation import events as ev
 from fedsoda_hub.ledger import Ledger
 from fedsoda_hub.listener import bind
@@ -271,22 +271,22 @@ def settings(tmp_path: Path) -> RunSettings:
 
 
 def test_a_second_hub_on_the_same_run_directory_is_refused_with_the_pid_of_the_first(tmp_path: Path) -> None:
-    first = RunLock(tmp_path / "small.run")
+    first = lock_run(tmp_path / "small.run")
     with pytest.raises(UsageProblem, match=rf"small.run is in use by a running hub \(pid {os.getpid()}\)") as refused:
-        RunLock(tmp_path / "small.run")
+        lock_run(tmp_path / "small.run")
     assert refused.value.exit_status == 2
     first.release()
-    RunLock(tmp_path / "small.run").release()
+    lock_run(tmp_path / "small.run").release()
 
 
 def test_the_lock_goes_with_a_killed_hub(tmp_path: Path) -> None:
     program = (
-        "import os, signal; from pathlib import Path; from fedsoda_hub.daemon import RunLock\n"
-        f"lock = RunLock(Path({str(tmp_path)!r})); os.kill(os.getpid(), signal.SIGKILL)"
+        "import os, signal; from pathlib import Path; from fedsoda_hub.daemon import lock_run\n"
+        f"lock = lock_run(Path({str(tmp_path)!r})); os.kill(os.getpid(), signal.SIGKILL)"
     )
     killed = subprocess.run([sys.executable, "-c", program], check=False)
     assert killed.returncode == -signal.SIGKILL
-    RunLock(tmp_path).release()
+    lock_run(tmp_path).release()
 
 
 # --- what may change on resume ---------------------------------------------------------------------------------------

@@ -1,0 +1,135 @@
+"""What differs between Linux, macOS and Windows, all of it here: locks, signals, process groups, memory readings.
+
+Linux is tested. The branches for `win32` and `darwin` follow those systems' documentation and were not run; WSL2
+takes the Linux ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+STOP_SIGNALS: tuple[signal.Signals, ...] = (signal.SIGTERM,)
+if sys.platform == "win32":  # a group ends there with Ctrl+Break, which a terminal that closes also says
+    STOP_SIGNALS += (signal.SIGBREAK,)
+_LOCKED_BYTE = 1 << 30  # Windows' locks keep others from reading too: the pid before it stays readable
+
+
+class Lock:
+    """An exclusive lock on a file, which names its holder. It goes with the process, however that ends."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises Held, or OSError when no file can be made there."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+        try:
+            _lock(file)
+        except OSError:
+            file.seek(0)
+            holder = file.read().strip()
+            file.close()
+            raise Held(holder or "unknown") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        self._file = file
+
+    def release(self) -> None:
+        self._file.close()
+
+
+class Held(Exception):
+    """Another process has the lock. pid: its own, as it wrote it."""
+
+    def __init__(self, pid: str) -> None:
+        super().__init__(pid)
+        self.pid = pid
+
+
+def _lock(file: IO[str]) -> None:
+    if sys.platform == "win32":
+        import msvcrt
+
+        file.seek(_LOCKED_BYTE)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        file.seek(0, os.SEEK_END)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def group_of_its_own() -> dict[str, Any]:
+    """Arguments of subprocess for a child that the terminal's Ctrl+C does not reach."""
+    if sys.platform == "win32":
+        group: dict[str, Any] = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+    else:
+        group = {"start_new_session": True}
+    return group
+
+
+def stop_signal() -> signal.Signals:
+    """What asks a process made with `group_of_its_own` to save its state and end."""
+    return STOP_SIGNALS[-1]
+
+
+def on_stop(handler: Callable[[int, FrameType | None], Any]) -> None:
+    """Call `handler` in the main thread when somebody asks this process to end."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, handler)
+
+
+def on_signal_in(loop: asyncio.AbstractEventLoop, handler: Callable[[str], None]) -> None:
+    """Call `handler` with the signal's name in this loop, which runs in the main thread, on Ctrl+C or `on_stop`'s."""
+    for number in (signal.SIGINT, *STOP_SIGNALS):
+        name = number.name
+        if sys.platform == "win32":  # its loops have no add_signal_handler
+            signal.signal(number, lambda *_, name=name: loop.call_soon_threadsafe(handler, name))
+        else:
+            loop.add_signal_handler(number, handler, name)
+
+
+def was_killed(status: int) -> bool:
+    """Whether an exit status is that of kill -9, as the out-of-memory killer sends it. Windows has no such thing."""
+    return status == -9
+
+
+def peak_rss_bytes() -> int:
+    """This process's own high-water mark."""
+    if sys.platform == "linux":  # not ru_maxrss: there a child inherits it
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        peak = 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    elif sys.platform == "darwin":
+        import resource
+
+        peak = int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # bytes there, KiB on Linux
+    else:
+        import psutil
+
+        peak = int(psutil.Process().memory_info().peak_wset)
+    return peak
+
+
+def sync_directory(directory: Path) -> None:
+    """Make a rename in `directory` durable. Windows cannot open directories and needs no such call."""
+    if sys.platform != "win32":
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def memory_limit_hint() -> str:
+    """Where this system keeps memory from its programs, in words; "" where it does not."""
+    if "microsoft" in platform.release().lower():
+        return "WSL2 sees part of the machine's memory; [wsl2] memory= in %UserProfile%\\.wslconfig gives it more"
+    return ""

@@ -1,0 +1,74 @@
+"""What differs between systems: what can be checked on this one. `scripts/check` types the branches of the others."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedsoda_edge.ports.system import (
+    Held,
+    Lock,
+    group_of_its_own,
+    memory_limit_hint,
+    peak_rss_bytes,
+    stop_signal,
+    was_killed,
+)
+
+HOLD = "import sys; from pathlib import Path; from fedsoda_edge.ports.system import Lock\n"
+HOLD += "lock = Lock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+
+
+def test_a_lock_names_its_holder_and_goes_with_it_however_it_ends(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "lock"
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(Held) as held:
+            Lock(path)
+        assert held.value.pid == str(holder.pid)
+        assert path.read_text() == str(holder.pid)  # who was refused changed nothing
+        holder.kill()
+        assert was_killed(holder.wait())
+    lock = Lock(path)
+    assert path.read_text() == str(os.getpid())
+    lock.release()
+    Lock(path).release()
+
+
+def test_a_child_in_a_group_of_its_own_does_not_get_this_terminals_ctrl_c() -> None:
+    wait = [sys.executable, "-c", "import sys; print('there', flush=True); sys.stdin.read()"]
+    with subprocess.Popen(wait, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **group_of_its_own()) as child:
+        assert os.getpgid(child.pid) == child.pid != os.getpgid(0)
+        child.send_signal(stop_signal())
+        assert child.wait(timeout=10) == -signal.SIGTERM
+    assert not was_killed(-signal.SIGTERM)
+
+
+def test_the_peak_is_this_processs_own_and_does_not_fall() -> None:
+    held = bytearray(64 << 20)
+    held[:: 1 << 12] = b"x" * len(held[:: 1 << 12])
+    with_it = peak_rss_bytes()
+    del held
+    assert peak_rss_bytes() > with_it - (1 << 20)  # the kernel counts pages in batches
+    told = subprocess.run(
+        [sys.executable, "-c", "from fedsoda_edge.ports.system import peak_rss_bytes; print(peak_rss_bytes())"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(told.stdout) < with_it  # ru_maxrss would tell at least the parent's
+
+
+def test_wsl_is_told_where_its_memory_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.release", lambda: "6.6.87.2-microsoft-standard-WSL2")
+    assert ".wslconfig" in memory_limit_hint()
+    monkeypatch.setattr("platform.release", lambda: "6.1.0-13-amd64")
+    assert memory_limit_hint() == ""
