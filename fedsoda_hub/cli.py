@@ -223,8 +223,10 @@ def _status(run: Path) -> dict[str, Any]:
         live = ask_running_hub(settings.run_dir)
         if live is not None and live.get("run_id") == state.run_id:  # not another run's hub at an old address
             return {"running": True, **live}
-        edges = [{"edge": t.edge, "connected": False, "eligible": False, "revoked": t.revoked} for t in ledger.tokens()]
-        return {"running": False, **run_status(settings, ledger, state), "edges": edges}
+        unknown = {"connected": False, "eligible": False, "step": None, "steps": None}
+        edges = [{"edge": token.edge, "revoked": token.revoked, **unknown} for token in ledger.tokens()]
+        shown = run_status(settings, ledger, state)
+        return {"running": False, **shown, "url": None, "due_seconds": None, "edges": edges}
 
 
 @app.command()

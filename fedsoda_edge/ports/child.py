@@ -152,19 +152,18 @@ def serve(handlers: Mapping[str, Handler]) -> None:
     while True:
         command = commands.get()
         try:
-            result = handlers[command["do"]](command["with"], lambda values: _write(out, {"progress": values}))
-            reply: Values = {"result": result}
+            result = handlers[command["do"]](command["with"], lambda values: _write(out, _frame({"progress": values})))
+            reply = _frame({"result": result, "peak_rss_bytes": peak_rss_bytes()})  # NaN raises here
         except FedSODAError as error:
-            reply = {"error": {"name": type(error).__name__, "fields": error.fields()}}
+            reply = _frame({"error": {"name": type(error).__name__, "fields": error.fields()}})
         except Exception as error:
-            reply = {
-                "error": {"name": "", "text": f"{type(error).__name__}: {error}", "details": traceback.format_exc()}
-            }
-        _write(out, {**reply, "peak_rss_bytes": peak_rss_bytes()})
+            text = f"{type(error).__name__}: {error}"
+            reply = _frame({"error": {"name": "", "text": text, "details": traceback.format_exc()}})
+        _write(out, reply)
 
 
-def _write(out: BinaryIO, message: Values) -> None:
-    out.write(_frame(message))
+def _write(out: BinaryIO, frame: bytes) -> None:
+    out.write(frame)
     out.flush()
 
 

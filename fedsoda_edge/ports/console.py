@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 
 import typer
 
-from fedsoda_edge.errors import FedSODAError
+from fedsoda_edge.errors import FedSODAError, UsageProblem
 from fedsoda_edge.ports.system import on_stop
 
 EXIT_HELP = (
@@ -34,6 +35,8 @@ def reporting(as_json: bool, jsonl: bool, debug: bool) -> Iterator[None]:
 
     on_stop(terminate)
     try:
+        if as_json and jsonl:
+            raise UsageProblem("--json prints one object and --jsonl one event a line; give one of them")
         yield
     except FedSODAError as error:
         _fail(error, error.exit_status, as_json, jsonl, debug, getattr(error, "details", ""))
@@ -77,9 +80,19 @@ def run(app: typer.Typer) -> None:
         else:
             note(f"error: {error.format_message().rstrip('.')}; --help shows how it is used")
         fields = {"status": "error", "error": "Usage", "message": error.format_message(), "exit_status": 2}
-        finish(fields, "--json" in sys.argv, "--jsonl" in sys.argv)
+        finish(fields, _is_asked("--json"), _is_asked("--jsonl"))
         status = 2
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _is_asked(option: str) -> bool:
+    """Whether the command line that could not be read, or the environment, asks for it."""
+    return option in sys.argv or os.environ.get(f"FEDSODA_{option[2:].upper()}", "").lower() in (
+        "1",
+        "true",
+        "yes",
+        "on",
+    )
 
 
 def finish(values: dict[str, Any], as_json: bool, jsonl: bool) -> None:
@@ -103,6 +116,8 @@ def effective_settings(context: typer.Context) -> dict[str, dict[str, Any]]:
         )
         if source == "option" and parameter.param_type_name == "argument":
             source = "argument"
+        if isinstance(value, list | tuple):
+            value = " ".join(map(str, value)) or None
         found[name] = {"value": value if isinstance(value, int | float | str | None) else str(value), "source": source}
     return found
 

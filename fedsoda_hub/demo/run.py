@@ -110,7 +110,9 @@ class Process:
 
     def __init__(self, module: str, arguments: list[str], environment: dict[str, str]) -> None:
         self._command = [sys.executable, "-m", module, *arguments]
-        self._environment = {**os.environ, **environment}
+        # What is set for this command (FEDSODA_JSON, say) is not meant for those it starts.
+        ours = {name: value for name, value in os.environ.items() if not name.startswith("FEDSODA_")}
+        self._environment = {**ours, **environment}
         self._process: asyncio.subprocess.Process | None = None
         self.last: dict[str, Any] = {}
 

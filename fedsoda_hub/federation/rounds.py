@@ -20,6 +20,7 @@ from fedsoda_hub.federation import events as ev
 from fedsoda_hub.federation.events import Append, Compute, Effect, Event, Ignored, Send
 
 MAX_EXAMPLES = 2**31
+MAX_LOSS = 1e6  # nats; a larger one would make the round's mean, and what is shown of it, infinite
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class RunState(msgspec.Struct):
     evaluation: dict[str, Any] | None = None
     evaluated_round: int = 0
     losses: list[float] = []  # weighted mean of each closed round
-    realignments: list[dict[str, float]] = []
+    realignments: list[dict[str, int | float]] = []
 
     def apply(self, record: ev.AnyRecord) -> None:
         """Fold one record in."""
@@ -241,8 +242,9 @@ class RoundMachine:
             problem = f"the update used alignment {update.alignment}, round {state.round} has {state.alignment}"
         elif not 1 <= update.num_examples <= MAX_EXAMPLES:
             problem = f"num_examples is {update.num_examples}; it must be 1 to {MAX_EXAMPLES}"
-        elif update.loss is None or not math.isfinite(update.loss):
-            problem = "the loss is not a number; lower [local] learning_rate or check this edge's data"
+        elif update.loss is None or not 0 <= update.loss <= MAX_LOSS:
+            found = "not a number" if update.loss is None or math.isnan(update.loss) else f"{update.loss:g}"
+            problem = f"the loss is {found}; it must be 0 to {MAX_LOSS:g}: lower [local] learning_rate or check this edge's data"
         if problem:
             answered: list[Effect] = (
                 [Append(ev.EdgeAnswered(round=state.round, edge=edge, how="refused"))] if self._is_awaited(edge) else []

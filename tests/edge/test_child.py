@@ -24,10 +24,11 @@ def wrong(values, report): raise ZeroDivisionError("x / 0")
 def double(values, report):
     print("noise on stdout does not break the frames", flush=True)
     report({"step": 1}); return {"twice": 2 * values["number"]}
+def nan(values, report): return {"loss": float("nan")}
 def die(values, report): os.write(2, b"last words\\n"); os._exit(7)
 def pid(values, report): return {"pid": os.getpid()}
 def work(values, report): time.sleep(60); return {}
-serve({"full": full, "wrong": wrong, "double": double, "die": die, "pid": pid, "work": work})
+serve({"full": full, "wrong": wrong, "double": double, "die": die, "pid": pid, "work": work, "nan": nan})
 """
 
 PARENT = """
@@ -56,6 +57,8 @@ def test_results_progress_and_errors_cross(environment: dict[str, str]) -> None:
             await child.call("full", {})
         with pytest.raises(WorkerFailed, match="ZeroDivisionError: x / 0") as failure:
             await child.call("wrong", {})
+        with pytest.raises(WorkerFailed, match="Out of range float values"):  # NaN is no JSON; the child lives on
+            await child.call("nan", {})
         assert "Traceback" in failure.value.details
         assert child.peak_rss_bytes > 1 << 20
         await child.close()

@@ -17,14 +17,15 @@ def command(failure: BaseException | None) -> typer.Typer:
     @app.command()
     def work(
         data: str = typer.Option(...),
-        as_json: bool = typer.Option(False, "--json"),
+        as_json: bool = typer.Option(False, "--json", envvar="FEDSODA_JSON"),
+        jsonl: bool = typer.Option(False, "--jsonl", envvar="FEDSODA_JSONL"),
         debug: bool = typer.Option(False, "--debug"),
     ) -> None:
-        with reporting(as_json, False, debug):
+        with reporting(as_json, jsonl, debug):
             if failure is not None:
                 raise failure
             note(f"read {data}")
-            finish({"status": "ok"}, as_json, False)
+            finish({"status": "ok"}, as_json, jsonl)
 
     return app
 
@@ -35,6 +36,7 @@ def command(failure: BaseException | None) -> typer.Typer:
         (None, ["--data", "x"], 0, "read x"),
         (DeviceTooSmall("needs 2 GiB"), ["--data", "x"], 4, "error: needs 2 GiB"),
         (None, [], 2, "error: Missing option '--data'; --help shows how it is used"),
+        (None, ["--data", "x", "--jsonl"], 2, "error: --json prints one object and --jsonl one event a line; give one"),
         (None, ["--dta", "x"], 2, "error: No such option: --dta"),
         (PermissionError(13, "no", "/x"), ["--data", "x"], 1, "error: [Errno 13] no: '/x'; mend that on this machine"),
         (ZeroDivisionError("by 0"), ["--data", "x"], 1, "error: ZeroDivisionError: by 0; this is a defect of fedsoda"),
@@ -59,6 +61,17 @@ def test_every_end_has_a_sentence_an_object_and_a_status(
     found = json.loads(out)
     assert (found["schema"], found["status"]) == (1, "ok" if status == 0 else "error")
     assert found.get("exit_status", 0) == status
+
+
+def test_wrong_usage_is_an_object_too_where_the_environment_asks_for_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["work"])
+    for value, lines in (("1", 1), ("true", 1), ("0", 0)):
+        monkeypatch.setenv("FEDSODA_JSON", value)
+        with pytest.raises(SystemExit):
+            run(command(None))
+        assert len(capsys.readouterr().out.splitlines()) == lines, value
 
 
 def test_a_traceback_is_for_those_who_ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -231,3 +232,27 @@ def test_a_ledger_is_one_sqlite_file_that_others_can_read(tmp_path: Path) -> Non
     assert other.execute("SELECT record FROM log").fetchone() == (b'{"record":"deadline_passed","round":3}',)
     other.close()
     ledger.close()
+
+
+def test_a_snapshot_gives_back_the_same_values_and_types() -> None:
+    ledger = Ledger(None)
+    records: list[ev.AnyRecord] = [
+        ev.RunStarted(run_id="1", fixed={"seed": 0}),
+        ev.Realigned(round=2, version=1, view=Digest("a"), delta=Digest("b"), kl_before=1.0, kl_after=0.5),
+    ]
+    for record in records:
+        ledger.append(record)
+    state = ledger.replay()
+    ledger.snapshot(state)
+    again = ledger.replay()
+    assert again == state
+    assert repr(again.realignments) == repr(state.realignments)  # 2 == 2.0, and --json shows which it is
+
+
+def test_the_history_tells_when_each_record_was_written() -> None:
+    ledger, before = Ledger(None), time.time()
+    for number in (1, 2):
+        ledger.append(ev.RunEnded(rounds=number))
+    (first, one), (second, two) = ledger.history()
+    assert (one, two) == (ev.RunEnded(rounds=1), ev.RunEnded(rounds=2))
+    assert before - 1e-3 <= first <= second <= time.time() + 1e-3

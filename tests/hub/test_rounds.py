@@ -434,15 +434,20 @@ def test_another_update_of_the_same_edge_is_refused_and_the_first_stays(collecti
     assert collecting.state.accepted[edge("a")].digest != digest("another")
 
 
+MEND = "it must be 0 to 1e+06: lower [local] learning_rate or check this edge's data"
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"num_examples": 0}, "num_examples is 0; it must be 1 to 2147483648"),
         ({"num_examples": -3}, "num_examples is -3; it must be 1 to 2147483648"),
         ({"num_examples": MAX_EXAMPLES + 1}, "num_examples is 2147483649; it must be 1 to 2147483648"),
-        ({"loss": None}, "the loss is not a number; lower [local] learning_rate or check this edge's data"),
-        ({"loss": math.nan}, "the loss is not a number; lower [local] learning_rate or check this edge's data"),
-        ({"loss": math.inf}, "the loss is not a number; lower [local] learning_rate or check this edge's data"),
+        ({"loss": None}, f"the loss is not a number; {MEND}"),
+        ({"loss": math.nan}, f"the loss is not a number; {MEND}"),
+        ({"loss": math.inf}, f"the loss is inf; {MEND}"),
+        ({"loss": 1e308}, f"the loss is 1e+308; {MEND}"),  # the mean of two such is infinite
+        ({"loss": -0.5}, f"the loss is -0.5; {MEND}"),
         ({"alignment": 3}, "the update used alignment 3, round 1 has 0"),
         ({"base": Digest("f" * 64)}, f"the update starts from view {'f' * 12}, round 1 from {digest('adapter')[:12]}"),
         ({"problem": "x has values that are not finite"}, "x has values that are not finite"),
