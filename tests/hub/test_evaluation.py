@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin
 
 import fedsoda_hub.evaluation as evaluation_module
 from fedsoda_edge.data import SampleTokenizer, TextTemplate
 from fedsoda_edge.errors import DataProblem
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.streaming import Checkpoint, LayerSource, stream
+from fedsoda_edge.protocol.manifest import LoRASpec
 from fedsoda_hub.config import RunSettings
 from fedsoda_hub.evaluation import (
     Answers,
@@ -32,6 +33,7 @@ from fedsoda_hub.evaluation import (
 from fedsoda_hub.export import judged_models
 from tests.edge.model.test_bundle import pruned_by_hand, random_lora
 from tests.hub.test_oda import with_peft
+from tests.tiny import FAMILY_CONFIGS, make_tiny
 
 QUESTIONS = [Question(f"Say {word}:", answer) for word, answer in [("the", "yes"), ("an inn", "no"), ("rain", "yes")]]
 
@@ -162,6 +164,13 @@ def test_ties_go_to_the_first_choice_in_sorted_order(
         ("-7", "7", False),
         ("no number", "7", False),
         ("7 apples and 3 pears", "7 apples", False),
+        ("She pays 1,000 + 234 = <<1000+234=1234>>1234.\n#### 1,234", "1000 + 234 = 1234\n#### 1234", True),
+        ("so $1,234.00.", "#### 1234", True),
+        ("16-3", "#### 3", True),  # a difference, no negative number
+        ("it fell to $-3", "#### -3", True),
+        ("1,2,3", "#### 123", False),
+        ("3/2", "1/2", False),
+        ("1999-05-02", "2020-01-02", False),
     ],
 )
 def test_a_generated_answer_is_right_by_its_text_or_its_last_number(made: str, wanted: str, right: bool) -> None:
@@ -184,16 +193,101 @@ def test_without_choices_the_greedy_generation_is_the_answer(
     model: Any = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     expected = []
     for question in QUESTIONS[:2]:
-        ids = tokenizer(question.prompt, return_tensors="pt").input_ids
-        room = max(8, len(tokenizer(f"{question.prompt} {gold}").input_ids) + 1 - ids.shape[1])
-        with torch.no_grad():
-            out = model.generate(ids, do_sample=False, max_new_tokens=room, eos_token_id=2, pad_token_id=2)
-        expected.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip())
+        whole, alone = (len(tokenizer(text).input_ids) for text in (f"{question.prompt} {gold}", question.prompt))
+        expected.append(greedily(model, tokenizer, question.prompt, max(8, whole + 1 - alone)).strip())
     answers = judge.answers(models["full"])
     assert answers.chosen == expected
     assert answers.scores is None
     assert judge.auc(answers) is None
     assert judge.accuracy(Answers([gold, "other"], 0.0, None)) == 0.5
+
+
+def greedily(model: Any, tokenizer: Any, prompt: str, room: int) -> str:
+    """What plain Transformers writes after the prompt alone in its batch."""
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    with torch.no_grad():
+        out = model.generate(ids, do_sample=False, max_new_tokens=room, eos_token_id=2, pad_token_id=2)
+    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+# Those with sliding windows, layers without positions and routed experts; --all takes every family.
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=() if name in ("gemma3_text", "smollm3", "qwen3_moe") else pytest.mark.slow)
+        for name in sorted(FAMILY_CONFIGS)
+    ],
+)
+def test_questions_are_answered_together_as_alone(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation_module, "MAX_NEW_TOKENS", 12)
+    directory = make_tiny(tmp_path, family)
+    plain: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    questions = [Question("Say " + "the rain " * length + ":", "yes") for length in (1, 9, 4)]
+    model = Judged(Checkpoint.open(str(directory)), range(6), (6, 7), LoRASpec(4, 8, (), (), ()), {}, {})
+    assert evaluator(directory, questions, "none").answers(model).chosen == [
+        greedily(plain, tokenizer, question.prompt, 12).strip() for question in questions
+    ]
+
+
+def test_a_generation_ends_at_a_stop_and_at_the_models_last_position(
+    tiny_llama: Path, models: Mapping[str, Judged], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, generate = [], GenerationMixin.generate
+
+    def counted(model: Any, ids: Tensor, **options: Any) -> Tensor:
+        out = generate(model, ids, **options)
+        made.append(out.shape[1] - ids.shape[1])
+        return out
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    plain: Any = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    prompts = ["Say the:", "Say " + "rain " * 50 + ":"]
+    fits = 256 - len(tokenizer(prompts[1]).input_ids)
+    assert fits < 64
+    texts = [greedily(plain, tokenizer, prompts[0], 64), greedily(plain, tokenizer, prompts[1], fits)]
+    stop = texts[0][10:12]
+    questions = [Question(prompt, "yes", stops=("no such", stop)) for prompt in prompts]
+    monkeypatch.setattr(GenerationMixin, "generate", counted)
+    answers = evaluator(tiny_llama, questions, "none").answers(models["full"])
+    assert answers.chosen == [text.partition(stop)[0].strip() for text in texts]
+    assert made[0] < 64
+    assert made[1] <= fits
+
+
+def test_a_question_longer_than_the_model_is_refused_before_anything_runs(
+    tiny_llama: Path, models: Mapping[str, Judged]
+) -> None:
+    questions = [*QUESTIONS, *(Question("Say " + "rain " * n, "yes") for n in (65, 70))]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    longest = len(tokenizer("Say " + "rain " * 70 + "yes").input_ids) + 1
+    for choices in ("auto", "none"):
+        with pytest.raises(DataProblem) as caught:
+            evaluator(tiny_llama, questions, choices).answers(models["sub_llm"])
+        assert str(caught.value) == (
+            f"2 of 5 questions are longer than the model's 256 positions, question 5 the longest with {longest} ids, "
+            "its answer included; lower [task] shots, or shorten them"
+        )
+
+
+def test_what_begins_another_row_stops_a_generation(tmp_path: Path) -> None:
+    file = tmp_path / "d.jsonl"
+    templates = TextTemplate("Question: {q}\nAnswer:"), TextTemplate("{a}")
+
+    def stops(*answers: str, shots: int = 0, prompt: TextTemplate = templates[0]) -> set[tuple[str, ...]]:
+        rows = [{"q": f"{n}?", "a": a, "prompt": f"Question: {n}?", "completion": a} for n, a in enumerate(answers)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return {question.stops for question in read_questions(file, prompt, templates[1], shots=shots)}
+
+    assert stops("1", "2", shots=1) == {("\n\n", "\nQuestion:")}  # where lm-evaluation-harness stops GSM8K, and sooner
+    assert stops("1", "2") == {("\nQuestion:",)}  # nothing was shown that a blank line would separate
+    assert stops("1", "two\n\nlines", shots=1) == {("\nQuestion:",)}  # answers may hold blank lines
+    assert stops("1", "2", shots=1, prompt=TextTemplate("{q}\nAnswer:")) == {("\n\n",)}
+    assert stops("1", "so\nQuestion: why?", prompt=templates[0]) == {()}
+    file.write_text('{"prompt": "Question: 1?", "completion": "1"}\n')
+    assert read_questions(file, *templates)[0].stops == ("\nQuestion:",)
+    file.write_text('{"prompt": "Sum: 1?", "completion": "1"}\n')
+    assert read_questions(file, *templates)[0].stops == ()  # rendered by another template
 
 
 def test_rows_may_come_by_the_template_or_already_rendered(tmp_path: Path) -> None:
@@ -236,3 +330,8 @@ def test_samples_show_what_each_model_answers(prepared: RunSettings) -> None:
     assert [set(sample) for sample in result["samples"]] == [{"prompt", "completion", "full", "sub_llm", "plug_in"}] * 2
     assert {sample["full"] for sample in result["samples"]} <= {"yes", "no"}
     assert "samples" not in summary(evaluator, models)
+
+    evaluator.questions = read_questions(prepared.eval_data, prepared.prompt, prepared.completion, shots=2)
+    assert evaluator.questions[0].prompt.count("Say ") == 3
+    shown = summary(evaluator, models, samples=2)["samples"]
+    assert [sample["prompt"] for sample in shown] == ["Say the:", "Say cat:"]  # read without their examples
