@@ -9,7 +9,10 @@ from types import TracebackType
 from typing import Any
 
 from fedsoda_edge.doctor import Check
-from fedsoda_edge.ports.console import human_bytes, note, settings_line
+from fedsoda_edge.ports.console import ProgressLine, human_bytes, human_seconds, note, settings_line
+
+# What is said without the work that the bar shows having ended.
+_ASIDES = ("notice", "reconnecting", "reconnected", "retrying")
 
 
 class Display:
@@ -18,10 +21,7 @@ class Display:
     def __init__(self, jsonl: bool) -> None:
         self._jsonl = jsonl
         self._lock = threading.Lock()
-        self._live = sys.stderr.isatty() and not jsonl
-        self._progress: Any = None
-        self._bar: Any = None
-        self._bar_name = ""
+        self._line = ProgressLine(is_live=sys.stderr.isatty() and not jsonl)
 
     def __enter__(self) -> Display:
         return self
@@ -30,7 +30,7 @@ class Display:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._lock:
-            self._end_bar()
+            self._line.end()
 
     def say(self, event: dict[str, Any]) -> None:
         """One event of the SDK, from any thread."""
@@ -38,61 +38,23 @@ class Display:
             if self._jsonl:
                 print(json.dumps(event, allow_nan=False), flush=True)
                 return
-            bar = self._bar_of(event)
-            if bar is not None:
-                if self._live:
-                    self._show_bar(*bar)
-                elif bar[2] == bar[1] and event["event"] != "training":
-                    note(f"{bar[0]}: done")
-                return
-            text = _sentence(event)
-            if text:
-                self._end_bar()
-                note(text)
-
-    def _bar_of(self, event: dict[str, Any]) -> tuple[str, int, int, str] | None:
-        """(name, total, done, note) of an event that is progress."""
-        match event["event"]:
-            case "download":
-                return (
-                    "downloading",
-                    event["total"],
-                    event["done"],
-                    f"{human_bytes(event['done'])} of {human_bytes(event['total'])}",
-                )
-            case "sweep":
-                return "sweeping the data", event["total"], event["done"], f"layer {event['done']} of {event['total']}"
-            case "training":
-                loss = "nan" if event["loss"] is None else f"{event['loss']:.3f}"
-                note = (
-                    f"step {event['step']} of {event['steps']}, loss {loss}, {event['tokens_per_second']:.0f} tokens/s"
-                )
-                return f"round {event['round']}", event["steps"], event["step"], note
-        return None
-
-    def _show_bar(self, name: str, total: int, done: int, note: str) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        if self._bar_name != name:
-            self._end_bar()
-            self._progress = Progress(
-                TextColumn("{task.description:<20}"),
-                BarColumn(),
-                TextColumn("{task.fields[note]}"),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-                transient=True,
-            )
-            self._progress.start()
-            self._bar = self._progress.add_task(name, total=total, note=note)
-            self._bar_name = name
-        self._progress.update(self._bar, completed=done, note=note)
-
-    def _end_bar(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-        self._progress, self._bar_name = None, ""
+            match event["event"]:
+                case "download":
+                    self._line.show("downloading", event["done"], event["total"], is_bytes=True)
+                case "sweep":
+                    detail = f"layer {event['done']} of {event['total']}"
+                    self._line.show("sweeping the data", event["done"], event["total"], detail)
+                case "training":
+                    loss = "nan" if event["loss"] is None else f"{event['loss']:.3f}"
+                    detail = f"step {event['step']} of {event['steps']}, loss {loss}, "
+                    detail += f"{event['tokens_per_second']:.0f} tokens/s"
+                    self._line.show(f"round {event['round']}", event["step"], event["steps"], detail)
+                case kind:
+                    text = _sentence(event)
+                    if text and kind not in _ASIDES:
+                        self._line.end()
+                    if text:
+                        self._line.say(text)
 
 
 def _sentence(event: dict[str, Any]) -> str:
@@ -110,7 +72,7 @@ def _sentence(event: dict[str, Any]) -> str:
             skipped = f", {event['num_skipped']} skipped (completion cut away)" if event["num_skipped"] else ""
             return f"{event['num_examples']} samples{skipped}; waiting for a round"
         case "offer":
-            return f"round {event['round']}: due in {event['due_seconds'] / 60:.0f} min"
+            return f"round {event['round']}: due in {human_seconds(event['due_seconds'])}"
         case "trained":
             loss = "not a number" if event["loss"] is None else f"{event['loss']:.3f}"
             return (

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsoda_edge.ports import Clock
-from fedsoda_edge.ports.console import human_bytes
+from fedsoda_edge.ports.console import human_bytes, human_seconds
 
 WRITE_SECONDS = 1.0  # at most so often, but for a change of state
 
@@ -117,7 +117,7 @@ def sentences(found: dict[str, Any], *, is_running: bool, now: float) -> list[st
         if found["loss"] is not None:
             line += f", loss {found['loss']:.3f}"
         if found["due_at"] and is_running:
-            line += f", due in {max(0.0, found['due_at'] - now) / 60:.0f} min"
+            line += f", due in {human_seconds(max(0.0, found['due_at'] - now))}"
         lines.append(line)
     if found["worker_bytes"] and is_running:
         lines.append(f"worker holds {human_bytes(found['worker_bytes'])} of memory")

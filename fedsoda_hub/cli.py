@@ -99,8 +99,10 @@ def prepare(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
         settings = read_settings(run)
         lock = lock_run(settings.run_dir)
         try:
+            from fedsoda_hub.export import check_evaluation
             from fedsoda_hub.prepare import Preparation
 
+            check_evaluation(settings)
             with Display(jsonl=False) as display:
                 result = Preparation(
                     settings, lambda v: display.say({"event": "progress", "job": "prepare", **v})
@@ -126,17 +128,15 @@ def serve(
 ) -> None:
     """Prepare if needed, then accept edges and run the rounds; survives restarts."""
     with reporting(as_json, jsonl, debug):
-        from fedsoda_hub.config import read_settings
+        from fedsoda_hub.config import effective, read_settings
         from fedsoda_hub.daemon import Daemon
         from fedsoda_hub.progress import Display
 
         settings = read_settings(run)
         with Display(jsonl) as display:
             daemon = Daemon(settings, display.say)
-            try:
-                asyncio.run(daemon.run(exit_when_done=exit_when_done))
-            finally:
-                display.close()
+            display.say({"event": "settings", "values": effective(settings)})
+            asyncio.run(daemon.run(exit_when_done=exit_when_done))
         finish({"status": "ok", "run": settings.name, "phase": daemon.machine.state.phase}, as_json, jsonl)
 
 
@@ -318,17 +318,19 @@ def evaluate(
                 samples,
             )
         for sample in result.get("samples", []):
-            note(f"--- {sample['prompt']}\nwanted   {sample['completion']}")
-            for name in ("full", "sub_llm", "plug_in"):
+            note(f"--- {sample['prompt']}")
+            for name in ("completion", "full", "sub_llm", "plug_in"):
                 if name in sample:
-                    note(f"{name:<8} {sample[name]}")
+                    lines = sample[name].replace("\n", "\n" + 11 * " ")
+                    note(f"{'wanted' if name == 'completion' else name:<10} {lines}")
         if samples:
             note("---")
         for name, value in result["accuracy"].items():
             if value is None:
                 note(f"{name:<8} not judged: the run directory is not beside this export")
                 continue
-            note(f"{name:<8} accuracy {value:6.1%}  loss {result['loss'][name]:.3f}")
+            loss = result["loss"][name]
+            note(f"{name:<8} accuracy {value:6.1%}  loss " + ("not a number" if loss is None else f"{loss:.3f}"))
         finish({"status": "ok", **result}, as_json, False)
 
 

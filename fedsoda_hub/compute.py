@@ -18,7 +18,7 @@ from fedsoda_edge.ports.child import Report, Values, serve
 from fedsoda_edge.ports.disk import BlobStore
 from fedsoda_hub.algorithms.aggregation import CodedUpdate, weighted_mean
 from fedsoda_hub.config import RunSettings
-from fedsoda_hub.export import evaluate_run
+from fedsoda_hub.export import check_evaluation, evaluate_run
 from fedsoda_hub.ledger import Outcome
 from fedsoda_hub.prepare import Preparation
 
@@ -40,6 +40,7 @@ class Compute:
 
     def open(self, values: Values, _: Report) -> Values:
         self._settings = msgspec.convert(values["settings"], RunSettings)
+        check_evaluation(self._settings)
         return {"threads": torch.get_num_threads()}
 
     def prepare(self, _: Values, report: Report) -> Values:

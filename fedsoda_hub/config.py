@@ -144,12 +144,7 @@ class RunSettings(Section, frozen=True):
 
     def fixed(self) -> dict[str, Any]:
         """What must equal on resume, flat: all but where to listen and when a round is full."""
-        flat = {}
-        for key, value in msgspec.to_builtins(self).items():
-            if isinstance(value, dict):
-                flat.update({f"[{key}] {name}": inner for name, inner in value.items()})
-            else:
-                flat[key] = value
+        flat = _flat(msgspec.to_builtins(self))
         free = ("path", "device", "[rounds] count", "[rounds] quorum", "[rounds] deadline_seconds")
         return {
             key: value
@@ -184,6 +179,28 @@ def read_settings(path: str | Path) -> RunSettings:
         if file is not None and not file.is_file():
             raise UsageProblem(f"{label}: {file} is not there; the path is relative to {path.name}")
     return settings
+
+
+def _flat(tree: dict[str, Any]) -> dict[str, Any]:
+    """{"seed": 0, "[lora] rank": 8}: keys as people write them in messages."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update({f"[{key}] {name}": inner for name, inner in value.items()})
+        else:
+            flat[key] = value
+    return flat
+
+
+def effective(settings: RunSettings) -> dict[str, dict[str, Any]]:
+    """{key: {value, source}} of all of RUN.toml; the source is the file's name or "default"."""
+    path = Path(settings.path)
+    given = _flat(tomllib.loads(path.read_text(encoding="utf-8")))
+    return {
+        key: {"value": value, "source": path.name if key in given else "default"}
+        for key, value in _flat(msgspec.to_builtins(settings)).items()
+        if key != "path"
+    }
 
 
 def settings_for_plan(model: str, **tables: dict[str, Any]) -> RunSettings:

@@ -282,7 +282,9 @@ class Daemon:
             self._flush_traffic()
             with contextlib.suppress(DiskFull):  # it only bounds replay
                 self.ledger.snapshot(state)
-            values |= {"loss": state.losses[-1], "updates": len(state.accepted)}
+            rows = self.ledger.traffic()
+            sizes = {"bytes_up": sum(row[2] for row in rows), "bytes_down": sum(row[3] for row in rows)}
+            values |= {"loss": state.losses[-1], "updates": len(state.accepted), **sizes}
         if isinstance(record, ev.RunEnded):
             values["summary"] = self.status()
         self.say({"event": name, "rounds": self.settings.rounds.count, **values})

@@ -6,6 +6,7 @@ untouched model, the plug-in and any other adapter LoRA. Which adapters to judge
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -172,7 +173,7 @@ class Evaluator:
         """
         key = (id(model.source), id(model.emulator_lora))
         if key not in self._borders:
-            self._check_lengths(_positions(model))
+            self.check_lengths(_positions(model))
             states = stream(
                 model.source,
                 model.emulator,
@@ -186,8 +187,12 @@ class Evaluator:
             self._borders[key] = model, states
         return self._borders[key][1]
 
-    def _check_lengths(self, positions: int) -> None:
-        """Beyond its positions a model computes on, and what it says there means nothing."""
+    def check_lengths(self, positions: int) -> None:
+        """Beyond its positions a model computes on, and what it says there means nothing.
+
+        Raises:
+            DataProblem: a question does not fit.
+        """
         lengths = torch.tensor([len(sample.ids) for sample in self._samples]).reshape(len(self.questions), -1)
         longest = lengths.amax(dim=1)
         if too_long := int((longest > positions).sum()):
@@ -367,6 +372,6 @@ def summary(evaluator: Evaluator, models: Mapping[str, Judged], samples: int = 0
         for sample, made in zip(shown, answers.chosen, strict=False):
             sample[name] = made
         result["accuracy"][name] = evaluator.accuracy(answers)
-        result["loss"][name] = answers.nll
+        result["loss"][name] = answers.nll if math.isfinite(answers.nll) else None  # JSON has no NaN
         result["auc"][name] = evaluator.auc(answers)
     return result | ({"samples": shown} if samples else {})

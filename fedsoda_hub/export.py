@@ -154,6 +154,19 @@ def evaluate_run(
     return summary(evaluator, judged_models(bundle, source, adapter, emulator), samples)
 
 
+def check_evaluation(settings: RunSettings) -> None:
+    """Whether the run's evaluation data can be judged: known at the start, not after the rounds.
+
+    Raises:
+        DataProblem: rows without the template's columns, an empty file, a question longer than the model's positions.
+    """
+    if settings.eval_data is not None:
+        source = open_full_llm(settings)
+        task = settings.task
+        evaluator = _evaluator(source, settings.eval_data, task, settings.seed, settings.device, settings.dtype, None)
+        evaluator.check_lengths(int(source.fields["max_position_embeddings"]))
+
+
 def evaluate_export(
     directory: Path, data: Path, report: Report | None = None, model: str | None = None, samples: int = 0
 ) -> dict[str, Any]:

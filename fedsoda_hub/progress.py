@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-from fedsoda_edge.ports.console import human_bytes, note
+from fedsoda_edge.ports.console import ProgressLine, human_bytes, human_seconds, settings_line
 
 
 class Display:
@@ -15,12 +17,9 @@ class Display:
 
     def __init__(self, jsonl: bool) -> None:
         self._jsonl = jsonl
-        self._live = sys.stderr.isatty() and not jsonl
-        self._progress: Any = None
-        self._bar: Any = None
-        self._bar_name = ""
-        self._round = 0
-        self._steps: dict[str, tuple[int, int]] = {}  # of each invited edge: local steps done, in all
+        self._line = ProgressLine(is_live=sys.stderr.isatty() and not jsonl)
+        self._round = _OpenRound()
+        self._edges: set[str] = set()  # connected
 
     def __enter__(self) -> Display:
         return self
@@ -28,65 +27,78 @@ class Display:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self._line.end()
 
     def say(self, event: dict[str, Any]) -> None:
         """One event of the daemon or of a job."""
         if self._jsonl:
             print(json.dumps(event, allow_nan=False), flush=True)
-        elif event["event"] == "progress" and "total" in event:
-            self._show(event)
-        elif event["event"] == "edge_progress":
-            self._show_local_training(event)
-        else:
-            if event["event"] == "round_opened":
-                self._round, self._steps = event["round"], dict.fromkeys(event["cohort"], (0, 0))
-            text = _sentence(event)
-            if text:
-                self.close()
-                note(text)
-
-    def _show_local_training(self, event: dict[str, Any]) -> None:
-        """One bar for the round: the steps of all invited edges."""
-        if not self._live or event["edge"] not in self._steps:
             return
-        self._steps[event["edge"]] = event["step"], event["steps"]
-        most = max(steps for _, steps in self._steps.values())
-        done, total = sum(step for step, _ in self._steps.values()), most * len(self._steps)
-        self._show({"stage": f"round {self._round}: local training steps", "done": done, "total": total})
-
-    def _show(self, event: dict[str, Any]) -> None:
-        name, done, total = event["stage"], event["done"], event["total"]
-        if not self._live:
-            if done == total:
-                note(f"{name}: done")
+        kind = event["event"]
+        if kind == "progress" and "total" in event:
+            self._line.show(event["stage"], event["done"], event["total"], f"{event['done']} of {event['total']}")
             return
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        if self._bar_name != name:
-            self.close()
-            self._progress = Progress(
-                TextColumn("{task.description:<36}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-                transient=True,
+        self._fold(event)
+        text = _sentence(event)
+        if text and self._round.number == 0:
+            self._line.end()
+        if text:
+            self._line.say(text)
+        if self._round.number:
+            done, total = self._round.steps
+            self._line.show(
+                f"round {self._round.number}", done, total, self._round.detail(len(self._edges), time.time())
             )
-            self._progress.start()
-            self._bar, self._bar_name = self._progress.add_task(name, total=total), name
-        self._progress.update(self._bar, completed=done)
 
-    def close(self) -> None:
-        """Take the live line away."""
-        if self._progress is not None:
-            self._progress.stop()
-        self._progress, self._bar_name = None, ""
+    def _fold(self, event: dict[str, Any]) -> None:
+        now = self._round
+        match event["event"]:
+            case "edge_connected":
+                self._edges.add(event["edge"])
+            case "edge_gone":
+                self._edges.discard(event["edge"])
+            case "round_opened":
+                self._round = _OpenRound(event["round"], dict.fromkeys(event["cohort"], (0, 0)), event["deadline_at"])
+            case "cohort_extended":
+                now.local |= dict.fromkeys(event["invited"], (0, 0))
+                now.due_at = event["deadline_at"]
+                now.answered -= set(event["invited"])
+            case "edge_progress" if event["edge"] in now.local:
+                now.local[event["edge"]] = event["step"], event["steps"]
+            case "update_accepted" | "edge_answered":
+                now.answered.add(event["edge"])
+            case "round_closed" | "run_ended" | "stopped":
+                self._round = _OpenRound()
+
+
+@dataclass
+class _OpenRound:
+    """What the bar of an open round shows. local: of each invited edge, local steps done and in all."""
+
+    number: int = 0
+    local: dict[str, tuple[int, int]] = field(default_factory=dict)
+    due_at: float = 0.0
+    answered: set[str] = field(default_factory=set)
+
+    @property
+    def steps(self) -> tuple[int, int | None]:
+        """Local steps done and in all, of all invited edges as if each had the most; None before the first step."""
+        most = max((steps for _, steps in self.local.values()), default=0)
+        done = sum(most if edge in self.answered else step for edge, (step, _) in self.local.items())
+        # Whole only when the round closes: the last upload and the merge take their time.
+        return (done, most * len(self.local) + 1) if most else (0, None)
+
+    def detail(self, num_connected: int, now: float) -> str:
+        return (
+            f"{len(self.answered)} of {len(self.local)} answered, {num_connected} edges in, "
+            f"due in {human_seconds(max(0.0, self.due_at - now))}"
+        )
 
 
 def _sentence(event: dict[str, Any]) -> str:
     match event["event"]:
+        case "settings":
+            return settings_line(event["values"])
         case "listening":
             return f"serving {event['run']} at {event['url']}"
         case "progress" if "needed_bytes" in event:
@@ -111,7 +123,8 @@ def _sentence(event: dict[str, Any]) -> str:
         case "edge_answered":
             return f"round {event['round']}: no update from {event['edge']} ({event['how']})"
         case "round_closed":
-            return f"round {event['round']} closed: {event['updates']} updates, loss {event['loss']:.3f}"
+            sizes = f"{human_bytes(event['bytes_up'])} up, {human_bytes(event['bytes_down'])} down so far"
+            return f"round {event['round']} closed: {event['updates']} updates, loss {event['loss']:.3f}; {sizes}"
         case "realigned":
             return f"realigned before round {event['round']}: public KL {event['kl_before']:.3f} to {event['kl_after']:.3f}"
         case "evaluated":

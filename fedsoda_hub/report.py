@@ -23,10 +23,10 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_edge.ports.console import human_bytes
+from fedsoda_edge.ports.console import human_bytes, human_seconds
 from fedsoda_edge.ports.disk import write_durably
 from fedsoda_edge.protocol.manifest import LayerPlan, parse_manifest
-from fedsoda_hub.config import RunSettings
+from fedsoda_hub.config import RunSettings, effective
 from fedsoda_hub.federation import events as ev
 from fedsoda_hub.ledger import Ledger
 
@@ -512,7 +512,9 @@ def _facts(settings: RunSettings, history: History, plan: LayerPlan | None) -> s
         for name, (label, _) in MODELS.items():
             auc = last.get("auc", {}).get(name)
             more = "" if auc is None else f", AUC {auc:.3f}"
-            facts.append((label, f"accuracy {last['accuracy'][name]:.1%}, loss {last['loss'][name]:.3f}{more}"))
+            loss = last["loss"][name]
+            shown = "not a number" if loss is None else f"{loss:.3f}"
+            facts.append((label, f"accuracy {last['accuracy'][name]:.1%}, loss {shown}{more}"))
     if plan is not None:
         facts.append(
             (
@@ -549,7 +551,7 @@ def _rounds_table(history: History) -> str:
             (
                 str(one.number),
                 _date(one.opened_at),
-                "open" if one.closed_at is None else _duration(one.closed_at - one.opened_at),
+                "open" if one.closed_at is None else human_seconds(one.closed_at - one.opened_at),
                 f"{len(one.updates)} of {len(one.cohort)}",
                 f"{sum(update.num_examples for update in one.updates.values()):,}",
                 "" if one.loss is None else f"{one.loss:.3f}",
@@ -596,9 +598,10 @@ def _model_name(settings: RunSettings) -> str:
 
 
 def _settings_list(settings: RunSettings) -> str:
-    fixed = settings.fixed() | {"model": _model_name(settings)}
-    rows = sorted((key, repr(value)) for key, value in fixed.items())
-    return _table(("key", "value"), rows)
+    found = effective(settings)
+    found["model"]["value"] = _model_name(settings)
+    rows = [(key, repr(setting["value"]), setting["source"]) for key, setting in sorted(found.items())]
+    return _table(("key", "value", "from"), rows)
 
 
 def _table(heads: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
@@ -613,9 +616,3 @@ def _text(value: str) -> str:
 
 def _date(at: float) -> str:
     return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M UTC")
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

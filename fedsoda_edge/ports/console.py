@@ -6,8 +6,9 @@ import contextlib
 import json
 import os
 import sys
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import typer
@@ -149,3 +150,84 @@ _CONTROL = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr
 def note(text: str) -> None:
     """A line for people, on stderr."""
     print(text.translate(_CONTROL), file=sys.stderr, flush=True)
+
+
+PLAIN_SECONDS = 30.0  # a log gets a line of a long job so often
+
+
+class ProgressLine:
+    """Progress of one job at a time on stderr: a live bar with ETA on a terminal, a plain line now and then in a log."""
+
+    def __init__(self, *, is_live: bool, now: Callable[[], float] = time.monotonic) -> None:
+        self._is_live = is_live
+        self._now = now
+        self._name = ""
+        self._bar: Any = None
+        self._task: Any = None
+        self._began = self._told = 0.0
+        self._first = 0
+
+    def show(self, name: str, done: int, total: int | None, detail: str = "", *, is_bytes: bool = False) -> None:
+        """Where the job stands. total None: not known yet. is_bytes: done and total are bytes, a rate is shown."""
+        if name != self._name:
+            self.end()
+            self._name, self._began, self._first = name, self._now(), done
+            self._told = self._began
+            if self._is_live:
+                self._start(total, is_bytes)
+        if self._is_live:
+            self._bar.update(self._task, completed=done, total=total, detail=detail)
+        else:
+            self._tell(name, done, total, detail, is_bytes)
+
+    def _start(self, total: int | None, is_bytes: bool) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            ProgressColumn,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False), BarColumn(24)]
+        columns += [DownloadColumn(binary_units=True), TransferSpeedColumn()] if is_bytes else []
+        columns += [TextColumn("{task.fields[detail]}", markup=False), TimeRemainingColumn()]
+        self._bar = Progress(*columns, console=Console(stderr=True, force_terminal=True), transient=True)
+        self._task = self._bar.add_task(self._name, total=total, detail="")
+        self._bar.start()
+
+    def _tell(self, name: str, done: int, total: int | None, detail: str, is_bytes: bool) -> None:
+        now = self._now()
+        if total is not None and done >= total:
+            note(f"{name}: done in {human_seconds(now - self._began)}")
+            self._name = ""
+        elif now - self._told >= PLAIN_SECONDS:
+            self._told = now
+            rate = (done - self._first) / (now - self._began)
+            figures = [f"{human_bytes(done)} of {human_bytes(total or 0)}, {human_bytes(rate)}/s"] if is_bytes else []
+            figures += [detail] if detail else [] if is_bytes else [f"{done} of {total}"]
+            figures += [f"about {human_seconds((total - done) / rate)} left"] if total and rate > 0 else []
+            note(f"{name}: {', '.join(figures)}")
+
+    def say(self, text: str) -> None:
+        """A sentence; a bar that is shown stays below it."""
+        if self._bar is None:
+            note(text)
+        else:
+            self._bar.console.print(text.translate(_CONTROL), markup=False, highlight=False, soft_wrap=True)
+
+    def end(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+        self._bar, self._name = None, ""
+
+
+def human_seconds(seconds: float) -> str:
+    """75 -> "75 s", 400 -> "7 min", 9000 -> "2.5 h"."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

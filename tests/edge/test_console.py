@@ -8,7 +8,16 @@ import pytest
 import typer
 
 from fedsoda_edge.errors import DeviceTooSmall
-from fedsoda_edge.ports.console import effective_settings, finish, note, reporting, run, settings_line
+from fedsoda_edge.ports.console import (
+    ProgressLine,
+    effective_settings,
+    finish,
+    human_seconds,
+    note,
+    reporting,
+    run,
+    settings_line,
+)
 
 
 def command(failure: BaseException | None) -> typer.Typer:
@@ -110,3 +119,43 @@ def test_every_setting_is_told_with_where_it_came_from(monkeypatch: pytest.Monke
 def test_what_others_write_does_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     note("left: \x1b]0;gone\x07 bye\nnext\ttab \x9b2J \u00e9")
     assert capsys.readouterr().err == "left: \ufffd]0;gone\ufffd bye\nnext\ttab \ufffd2J \u00e9\n"
+
+
+def test_a_log_gets_a_line_of_a_long_job_twice_a_minute_with_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = [100.0]
+    line = ProgressLine(is_live=False, now=lambda: clock[0])
+    for second in range(0, 101, 5):
+        clock[0] = 100.0 + second
+        line.show("sweeping", 2 * second, 200)
+    assert capsys.readouterr().err.splitlines() == [
+        "sweeping: 60 of 200, about 70 s left",
+        "sweeping: 120 of 200, about 40 s left",
+        "sweeping: 180 of 200, about 10 s left",
+        "sweeping: done in 100 s",
+    ]
+
+
+def test_a_download_in_a_log_tells_its_rate_and_counts_only_what_came_now(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = [0.0]
+    line = ProgressLine(is_live=False, now=lambda: clock[0])
+    line.show("downloading", 90 << 20, 150 << 20, is_bytes=True)  # most of it was here
+    clock[0] = 30.0
+    line.show("downloading", 120 << 20, 150 << 20, is_bytes=True)
+    assert capsys.readouterr().err == "downloading: 120 MiB of 150 MiB, 1.00 MiB/s, about 30 s left\n"
+
+
+def test_a_terminal_has_one_bar_below_the_sentences(capsys: pytest.CaptureFixture[str]) -> None:
+    line = ProgressLine(is_live=True)
+    line.show("downloading [1]", 1 << 20, 4 << 20, is_bytes=True)
+    line.say("clinic [bold]7[/bold] is here\x07")
+    line.show("downloading [1]", 4 << 20, 4 << 20, is_bytes=True)
+    line.end()
+    line.say("done")
+    shown = capsys.readouterr().err
+    assert "clinic [bold]7[/bold] is here\ufffd\n" in shown  # others' words are no markup
+    assert "downloading [1]" in shown
+    assert shown.endswith("done\n")
+
+
+def test_durations_are_told_as_people_say_them() -> None:
+    assert [human_seconds(seconds) for seconds in (3, 119, 400, 9000)] == ["3 s", "119 s", "7 min", "2.5 h"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -9,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedsoda_edge.errors import DataProblem
 from fedsoda_edge.model import delta
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.ports.disk import BlobStore
@@ -22,6 +25,25 @@ def opened(settings: RunSettings, codec: str) -> Compute:
     wire = msgspec.structs.replace(settings.wire, codec=codec)
     compute.open({"settings": msgspec.to_builtins(msgspec.structs.replace(settings, wire=wire))}, lambda _: None)
     return compute
+
+
+def test_evaluation_data_that_cannot_be_judged_is_known_when_the_run_is_opened(
+    prepared: RunSettings, tmp_path: Path
+) -> None:
+    """Not after the last round, and also where a run that was begun gets other data."""
+    rows = tmp_path / "rows.jsonl"
+    task = msgspec.structs.replace(prepared.task, eval_data=str(rows))
+    settings = {"settings": msgspec.to_builtins(msgspec.structs.replace(prepared, task=task))}
+    for text, message in (
+        ('{"word": "the", "answr": "yes"}', "'answer'.*answr, word"),
+        ("", "no rows|empty"),
+        (json.dumps({"word": "rain " * 999, "answer": "yes"}), "1 of 1 questions are longer than the model's"),
+    ):
+        rows.write_text(text)
+        with pytest.raises(DataProblem, match=message):
+            Compute().open(settings, lambda _: None)
+    rows.write_text('{"word": "the", "answer": "yes"}')
+    Compute().open(settings, lambda _: None)
 
 
 def adapter_like(settings: RunSettings, seed: int) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_hub.config import RunSettings, differences, read_settings
+from fedsoda_hub.config import RunSettings, differences, effective, read_settings
 
 # contract.md, fedsoda-hub: what is not commented out has to be written.
 CONTRACT = """
@@ -199,3 +199,15 @@ def test_count_quorum_deadline_host_and_port_may_change(folder: Path, change: tu
 def test_what_defines_model_and_method_may_not(folder: Path, change: tuple[str, str], sentence: str) -> None:
     before = recorded(read(folder, CONTRACT))
     assert differences(before, read(folder, CONTRACT.replace(*change))) == [sentence]
+
+
+def test_every_setting_is_told_with_where_it_came_from(tmp_path: Path) -> None:
+    (tmp_path / "public.txt").write_text("text")
+    (tmp_path / "x.toml").write_text('name = "x"\nmodel = "m"\n[public]\ntext = "public.txt"\n[lora]\nrank = 4\n')
+    found = effective(read_settings(tmp_path / "x.toml"))
+    assert found["[lora] rank"] == {"value": 4, "source": "x.toml"}
+    assert found["[lora] alpha"] == {"value": 16, "source": "default"}
+    assert found["[task] eval_data"] == {"value": None, "source": "default"}
+    assert {key for key, setting in found.items() if setting["source"] == "x.toml"} == {
+        *("name", "model", "[public] text", "[lora] rank")
+    }

@@ -1,0 +1,66 @@
+"""What a hub shows of an open round: who answered, who is in, when it is due."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fedsoda_hub.progress import Display
+
+OPENED = {"event": "round_opened", "round": 2, "rounds": 9, "cohort": ["a", "b"], "deadline_at": 1060.0}
+
+
+class Shown(Display):
+    """Keeps what would be shown."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__(jsonl=False)
+        self.bars: list[list[Any]] = []
+        self.ended = 0
+        monkeypatch.setattr("time.time", lambda: 1000.0)
+        monkeypatch.setattr(self._line, "show", lambda *bar: self.bars.append(list(bar)))
+        monkeypatch.setattr(self._line, "end", self._count_end)
+        monkeypatch.setattr(self._line, "say", lambda text: None)
+
+    def _count_end(self) -> None:
+        self.ended += 1
+
+
+def steps(edge: str, step: int, of: int) -> dict[str, Any]:
+    return {"event": "edge_progress", "edge": edge, "step": step, "steps": of}
+
+
+def test_the_bar_of_a_round_counts_local_steps_and_says_who_answered_and_when_it_is_due(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown = Shown(monkeypatch)
+    for edge in "abc":
+        shown.say({"event": "edge_connected", "edge": edge, "software": "1"})
+    assert shown.bars == []
+    shown.say(OPENED)
+    assert shown.bars[-1] == ["round 2", 0, None, "0 of 2 answered, 3 edges in, due in 60 s"]
+    shown.say(steps("a", 10, 40))
+    assert shown.bars[-1][:3] == ["round 2", 10, 81]
+    shown.say(steps("c", 10, 40))  # was not asked
+    assert shown.bars[-1][:3] == ["round 2", 10, 81]
+    shown.say({"event": "update_accepted", "round": 2, "edge": "a", "num_examples": 8, "loss": 0.5})
+    shown.say({"event": "edge_gone", "edge": "c"})
+    assert shown.bars[-1] == ["round 2", 40, 81, "1 of 2 answered, 2 edges in, due in 60 s"]
+
+
+def test_an_extended_cohort_is_counted_with_its_new_due_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = Shown(monkeypatch)
+    shown.say(OPENED)
+    shown.say({"event": "edge_answered", "round": 2, "edge": "b", "how": "declined"})
+    shown.say({"event": "cohort_extended", "round": 2, "invited": ["b", "c"], "deadline_at": 1300.0})
+    assert shown.bars[-1][3] == "0 of 3 answered, 0 edges in, due in 5 min"
+
+
+def test_a_round_that_closed_has_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = Shown(monkeypatch)
+    shown.say(OPENED)
+    count = len(shown.bars)
+    closed = {"event": "round_closed", "round": 2, "updates": 2, "loss": 0.5, "bytes_up": 10, "bytes_down": 20}
+    shown.say(closed)
+    assert (len(shown.bars), shown.ended) == (count, 1)
