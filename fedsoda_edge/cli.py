@@ -10,12 +10,13 @@ from typing import Annotated, Any
 import typer
 
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_edge.ports.console import EXIT_HELP, effective_settings, finish, note, reporting
+from fedsoda_edge.ports.console import EXIT_HELP, effective_settings, finish, is_asked, note, reporting
 from fedsoda_edge.ports.console import run as run_command
 
 app = typer.Typer(
-    help="Take part in federated fine-tuning with this device.",
-    epilog=EXIT_HELP,
+    epilog="Options may also stand in config.toml in FEDSODA_HOME: at its top for every command that has them, or in a "
+    "table of the command's name. An option goes before its environment variable, that before the file.\n\n"
+    + EXIT_HELP,
     no_args_is_help=True,
     add_completion=True,
 )
@@ -36,6 +37,25 @@ Columns = Annotated[
     typer.Option("--column", envvar="FEDSODA_COLUMN", help="NAME=COLUMN: template name to column"),
 ]
 Debug = Annotated[bool, typer.Option("--debug", envvar="FEDSODA_DEBUG", help="add the traceback to an error")]
+
+
+@app.callback()
+def _read_config(context: typer.Context) -> None:
+    """Take part in federated fine-tuning with this device."""
+    with reporting(is_asked("--json"), is_asked("--jsonl"), False):
+        from fedsoda_edge.config import Home, option_defaults
+
+        context.default_map = option_defaults(Home().config, _options(context.command))
+
+
+def _options(command: Any) -> dict[str, Any]:
+    """{command: its options, or its own commands}."""
+    return {
+        name: _options(each)
+        if hasattr(each, "commands")
+        else {str(parameter.name) for parameter in each.params} - {"as_json", "jsonl", "debug", "help"}
+        for name, each in command.commands.items()
+    }
 
 
 def _columns(pairs: list[str]) -> dict[str, str]:
@@ -251,7 +271,7 @@ def data_check(
         finish({"status": "ok", **found}, as_json, False)
 
 
-@cache_app.command("list")
+@cache_app.command("list", epilog="Example: fedsoda-edge cache list --json")
 def cache_list(as_json: Json = False, debug: Debug = False) -> None:
     """What takes space."""
     with reporting(as_json, False, debug):
@@ -267,7 +287,7 @@ def cache_list(as_json: Json = False, debug: Debug = False) -> None:
         finish({"status": "ok", "bytes": sizes}, as_json, False)
 
 
-@cache_app.command("prune")
+@cache_app.command("prune", epilog="Example: fedsoda-edge cache prune")
 def cache_prune(as_json: Json = False, debug: Debug = False) -> None:
     """Delete fetched bundles; a join fetches them again. State of runs stays."""
     with reporting(as_json, False, debug):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import json
 import os
 import re
 import secrets
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,11 @@ class Home:
     @property
     def store(self) -> Path:
         return self.directory / "store"
+
+    @property
+    def config(self) -> Path:
+        """Options as people wrote them down (`option_defaults`)."""
+        return self.directory / "config.toml"
 
     @property
     def status(self) -> Path:
@@ -118,6 +125,49 @@ class Home:
         if self._lock is not None:
             self._lock.release()
             self._lock = None
+
+
+def option_defaults(path: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """What config.toml gives for the options of each command, as Click's default_map.
+
+    Keys at the top are for every command that has such an option; those in a table, `[join]` or `[data.check]`, are
+    for that command alone and go before.
+
+    Args:
+        options: {command: set of its options, or {subcommand: ...}}.
+
+    Raises:
+        UsageProblem: it is not TOML, or no command has such an option; names the nearest.
+    """
+    try:
+        given = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageProblem(f"{path} cannot be read as TOML: {error}") from error
+    everywhere = {key: value for key, value in given.items() if not isinstance(value, dict)}
+    _refuse_unknown(path, "", everywhere, _leaves(options))
+
+    def of(names: Any, table: dict[str, Any], where: str) -> dict[str, Any]:
+        if isinstance(names, dict):
+            _refuse_unknown(path, where, table, set(names))
+            return {name: of(inner, table.get(name, {}), f"{where}{name}.") for name, inner in names.items()}
+        _refuse_unknown(path, where, table, names)
+        return {key: value for key, value in everywhere.items() if key in names} | table
+
+    return of(options, {key: value for key, value in given.items() if isinstance(value, dict)}, "")
+
+
+def _leaves(options: Any) -> set[str]:
+    return set().union(*map(_leaves, options.values())) if isinstance(options, dict) else set(options)
+
+
+def _refuse_unknown(path: Path, where: str, table: dict[str, Any], known: set[str]) -> None:
+    for key in table:
+        if key not in known:
+            near = difflib.get_close_matches(key, sorted(known), 1, cutoff=0.0)
+            what = f"the nearest is {where}{near[0]}" if near else f"{where.rstrip('.')} takes no options"
+            raise UsageProblem(f"{path} has a key {where}{key} that no command knows; {what}")
 
 
 def read_token(token_file: str | Path | None) -> str:

@@ -170,7 +170,7 @@ def token_create(
         finish({"status": "ok", "edge": name, **shown}, as_json, False)
 
 
-@token_app.command("list")
+@token_app.command("list", epilog="Example: fedsoda-hub token list triage.toml")
 def token_list(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
     """Edges that may join, and whether a device has."""
     with reporting(as_json, False, debug):
@@ -184,7 +184,7 @@ def token_list(run: RunFile, as_json: Json = False, debug: Debug = False) -> Non
         finish({"status": "ok", "tokens": rows}, as_json, False)
 
 
-@token_app.command("revoke")
+@token_app.command("revoke", epilog="Example: fedsoda-hub token revoke triage.toml clinic-7")
 def token_revoke(
     run: RunFile, name: Annotated[str, typer.Argument()], as_json: Json = False, debug: Debug = False
 ) -> None:
@@ -229,7 +229,7 @@ def _status(run: Path) -> dict[str, Any]:
         return {"running": False, **shown, "url": None, "due_seconds": None, "edges": edges}
 
 
-@app.command()
+@app.command(epilog="Example: fedsoda-hub status triage.toml --json")
 def status(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
     """Rounds, losses, bytes, accuracy; of the running hub, else of what it left."""
     with reporting(as_json, False, debug):
@@ -247,7 +247,7 @@ def status(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
         finish({"status": "ok", **found}, as_json, False)
 
 
-@app.command()
+@app.command(epilog="Example: fedsoda-hub edges triage.toml")
 def edges(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
     """Who may join, who is in."""
     with reporting(as_json, False, debug):

@@ -81,12 +81,12 @@ def run(app: typer.Typer) -> None:
         else:
             note(f"error: {error.format_message().rstrip('.')}; --help shows how it is used")
         fields = {"status": "error", "error": "Usage", "message": error.format_message(), "exit_status": 2}
-        finish(fields, _is_asked("--json"), _is_asked("--jsonl"))
+        finish(fields, is_asked("--json"), is_asked("--jsonl"))
         status = 2
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _is_asked(option: str) -> bool:
+def is_asked(option: str) -> bool:
     """Whether the command line that could not be read, or the environment, asks for it."""
     return option in sys.argv or os.environ.get(f"FEDSODA_{option[2:].upper()}", "").lower() in (
         "1",
@@ -105,14 +105,17 @@ def finish(values: dict[str, Any], as_json: bool, jsonl: bool) -> None:
 
 
 def effective_settings(context: typer.Context) -> dict[str, dict[str, Any]]:
-    """{option: {value, source}} of the running command; the source is "option", the variable's name or "default"."""
+    """{option: {value, source}} of the running command.
+
+    The source is "option", "argument", the environment variable's name, "config.toml" or "default".
+    """
     found = {}
     for parameter in context.command.params:
         name = str(parameter.name)
         if name in ("as_json", "jsonl", "debug") or name not in context.params:
             continue
         value, origin = context.params[name], context.get_parameter_source(name)
-        source = {"COMMANDLINE": "option", "ENVIRONMENT": str(parameter.envvar)}.get(
+        source = {"COMMANDLINE": "option", "ENVIRONMENT": str(parameter.envvar), "DEFAULT_MAP": "config.toml"}.get(
             origin.name if origin else "", "default"
         )
         if source == "option" and parameter.param_type_name == "argument":
