@@ -41,6 +41,8 @@ class Display:
             match event["event"]:
                 case "download":
                     self._line.show("downloading", event["done"], event["total"], is_bytes=True)
+                    if event["done"] >= event["total"]:
+                        self._line.show("starting the training process", 0, None)
                 case "sweep":
                     detail = f"layer {event['done']} of {event['total']}"
                     self._line.show("sweeping the data", event["done"], event["total"], detail)
@@ -55,6 +57,8 @@ class Display:
                         self._line.end()
                     if text:
                         self._line.say(text)
+                    if kind == "device":
+                        self._line.show("starting the training process", 0, None)
 
 
 def _sentence(event: dict[str, Any]) -> str:

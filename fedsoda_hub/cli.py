@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_edge.ports.console import EXIT_HELP, finish, note, reporting
+from fedsoda_edge.ports.console import EXIT_HELP, finish, human_bytes, note, reporting
 from fedsoda_edge.ports.console import run as run_command
 
 app = typer.Typer(help="Prepare, serve and evaluate a federated run.", epilog=EXIT_HELP, no_args_is_help=True)
@@ -241,9 +240,13 @@ def status(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
         if found["losses"]:
             note("losses: " + " ".join(f"{loss:.3f}" for loss in found["losses"]))
         size = found["bytes"]
-        note(f"bytes per edge and round: {size['up_per_edge_round']:.0f} up, {size['down_per_edge_round']:.0f} down")
+        up, down = human_bytes(size["up_per_edge_round"]), human_bytes(size["down_per_edge_round"])
+        note(f"an edge and round: {up} up, {down} down")
         if found["evaluation"]:
-            note("accuracy: " + json.dumps(found["evaluation"]["accuracy"]))
+            note(
+                "accuracy: "
+                + ", ".join(f"{name} {value:.1%}" for name, value in found["evaluation"]["accuracy"].items())
+            )
         finish({"status": "ok", **found}, as_json, False)
 
 

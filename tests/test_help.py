@@ -116,7 +116,7 @@ def test_an_option_goes_before_its_variable_and_that_before_the_file(
         fedsoda_edge.cli.main()
     said = capsys.readouterr().err.splitlines()
     assert said[0].startswith(
-        f"settings: url http://127.0.0.1:1 (config.toml), data {tmp_path / 'rows.jsonl'} (config.toml), "
-        "device cpu (FEDSODA_DEVICE), max_rounds 2 (config.toml), threads 2 (option)"
+        f"settings: url http://127.0.0.1:1, data {tmp_path / 'rows.jsonl'}, max_rounds 2 (config.toml); "
+        "device cpu (FEDSODA_DEVICE); threads 2 (option); defaults: unattended False"
     )
     assert said[1].startswith("error: no token")

@@ -127,12 +127,14 @@ def effective_settings(context: typer.Context) -> dict[str, dict[str, Any]]:
 
 
 def settings_line(settings: dict[str, dict[str, Any]]) -> str:
-    """What was set and where, for people; defaults are only counted."""
-    given = [f"{name} {s['value']} ({s['source']})" for name, s in settings.items() if s["source"] != "default"]
-    rest = [
-        f"{name} {s['value']}" for name, s in settings.items() if s["source"] == "default" and s["value"] is not None
-    ]
-    return "settings: " + ", ".join(given) + (f"; defaults: {', '.join(rest)}" if rest else "")
+    """What was set and where, for people; what is None is left out."""
+    by_source: dict[str, list[str]] = {}
+    for name, setting in settings.items():
+        if setting["value"] is not None:
+            by_source.setdefault(setting["source"], []).append(f"{name} {setting['value']}")
+    defaults = by_source.pop("default", [])
+    given = [f"{', '.join(values)} ({source})" for source, values in by_source.items()]
+    return "settings: " + "; ".join([*given, *([f"defaults: {', '.join(defaults)}"] if defaults else [])])
 
 
 def human_bytes(size: float) -> str:

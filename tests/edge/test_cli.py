@@ -342,7 +342,7 @@ def test_a_home_is_used_by_one_join_until_it_is_stopped(
     join = ("join", nowhere, "--data", device.file("visits.jsonl", GOOD_ROWS))
     with device.start(*join, "--unattended", "--json", FEDSODA_TOKEN="good") as first:
         assert first.stderr is not None
-        assert first.stderr.readline().startswith(f"settings: url {nowhere} (argument), data ")
+        assert first.stderr.readline().startswith(f"settings: url {nowhere} (argument); data ")
         line = first.stderr.readline()
         assert re.match(r"connection lost: TCP: nothing answers .*; retrying until it is back$", line)
         if stop == signal.SIGTERM:

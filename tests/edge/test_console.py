@@ -113,7 +113,7 @@ def test_every_setting_is_told_with_where_it_came_from(monkeypatch: pytest.Monke
         "threads": (2, "option"),
         "token_file": (None, "default"),
     }
-    assert settings_line(seen) == "settings: url http://h (argument), device cpu (FEDSODA_DEVICE), threads 2 (option)"
+    assert settings_line(seen) == "settings: url http://h (argument); device cpu (FEDSODA_DEVICE); threads 2 (option)"
 
 
 def test_what_others_write_does_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
