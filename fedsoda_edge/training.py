@@ -55,8 +55,8 @@ def num_steps(num_samples: int, settings: LocalSettings) -> int:
 
 def completion_loss(sub_llm: SubLLM, batch: Batch) -> Tensor:
     """Mean over the completion ids of the batch, eos included."""
-    hidden = sub_llm.hidden(states=batch.states, positions=batch.positions)
-    return cross_entropy(hidden[batch.rows, batch.columns], sub_llm.head, batch.labels)
+    hidden = sub_llm.hidden_at(batch.rows, batch.columns, states=batch.states, positions=batch.positions)
+    return cross_entropy(hidden, sub_llm.head, batch.labels)
 
 
 def fine_tune(

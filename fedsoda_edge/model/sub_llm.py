@@ -7,7 +7,8 @@ same thing: a Transformers CausalLM of the family with the chosen layers. LoRA i
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +52,15 @@ class SubLLM:
         base = self.model.get_submodule(self.family.layers.rpartition(".")[0])
         return base(input_ids=ids, inputs_embeds=states, position_ids=positions, use_cache=False).last_hidden_state
 
+    def hidden_at(self, rows: Tensor, columns: Tensor, *, states: Tensor, positions: Tensor | None = None) -> Tensor:
+        """(M, C): `hidden` at the positions (rows, columns), (M,) each.
+
+        Nothing else of the last layer is needed: its queries, its output projection, its MLP and the final norm run
+        on these M rows alone; keys and values on all. The same numbers but for the order of sums.
+        """
+        with _last_layer_at(self.layer(self.numbers[-1]), rows, columns):
+            return self.hidden(states=states, positions=positions)[0]
+
     def layer(self, number: int) -> Any:
         """The module of a full-LLM layer."""
         return self.model.get_submodule(self.family.layers)[self.numbers.index(number)]
@@ -64,6 +74,53 @@ class SubLLM:
         match = re.fullmatch(re.escape(self.family.layers) + r"\.(\d+)\.(.+)", path)
         assert match, f"{path} is no module of a decoder layer"
         return f"layers.{self.numbers[int(match[1])]}.{match[2]}"
+
+
+@contextmanager
+def _last_layer_at(layer: Any, rows: Tensor, columns: Tensor) -> Iterator[None]:
+    """Let a decoder layer compute these positions only, whatever its family does around attention and MLP.
+
+    The layer gets (1, M, C), so residuals, norms and MLP are its own code on M rows. Attention alone needs the rest:
+    it gets all states, as the layer's input norm leaves them where there is one before it (olmo2 has none).
+    """
+    attention, norm = layer.self_attn, getattr(layer, "input_layernorm", None)
+    everything: list[Tensor] = []
+
+    def enter_layer(_: Any, args: Any, kwargs: Any) -> Any:
+        everything.append(args[0] if args else kwargs["hidden_states"])
+        some = everything[0][rows, columns][None]
+        return ((some, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": some})
+
+    def enter_attention(_: Any, args: Any, kwargs: Any) -> Any:
+        states = everything[0] if norm is None else norm(everything[0])
+        return ((states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": states})
+
+    def leave_attention(_: Any, __: Any, out: Any) -> Any:
+        return (out[0][None], *out[1:])
+
+    def select(_: Any, args: Any) -> Any:
+        return (args[0][rows, columns],)
+
+    def spread(_: Any, __: Any, out: Tensor) -> Tensor:
+        shape = (*everything[0].shape[:2], out.shape[-1])
+        return out.new_zeros(shape).index_put((rows, columns), out)  # other positions ask nothing
+
+    hooks = [
+        layer.register_forward_pre_hook(enter_layer, with_kwargs=True),
+        attention.register_forward_pre_hook(enter_attention, with_kwargs=True),
+        attention.register_forward_hook(leave_attention),
+        attention.o_proj.register_forward_pre_hook(select),
+    ]
+    if hasattr(attention, "q_proj"):  # phi3 computes queries, keys and values in one product
+        hooks += [
+            attention.q_proj.register_forward_pre_hook(select),
+            attention.q_proj.register_forward_hook(spread),
+        ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def local_name(family: Family, numbers: Sequence[int], name: str) -> str:

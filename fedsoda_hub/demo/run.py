@@ -91,7 +91,7 @@ max_length = {MAX_LENGTH}
 prompt = {json.dumps(task.PROMPT)}
 completion = {json.dumps(task.COMPLETION)}
 eval_data = "eval.jsonl"
-eval_every = 2
+eval_every = 3
 
 [listen]
 port = 0                    # any free one
