@@ -1,13 +1,14 @@
 """Hidden states at the border between sub-emulator and adapter: swept once per alignment, then reused.
 
 The sub-emulator is frozen between alignments, so its output for a sample is a constant (method.md 8a).
-States are kept in RAM, without pads, in the dtype training computes in. Training is `training.py`'s.
+Here states become batches; they come from memory, or on an edge from disk (`border_cache.py`). Training is `training.py`'s.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -31,10 +32,21 @@ class Batch:
     num_tokens: int
 
 
-class Border:
-    """Samples with their hidden states at the border."""
+class States(Protocol):
+    """A sequence of states; a list of tensors is one."""
 
-    def __init__(self, samples: Sequence[Sample], states: Sequence[Tensor]) -> None:
+    def __getitem__(self, index: int, /) -> Tensor: ...
+
+
+@runtime_checkable
+class Expecting(Protocol):
+    def expect(self, order: Sequence[int]) -> None: ...
+
+
+class Border:
+    """Samples with their hidden states (T, C) at the border."""
+
+    def __init__(self, samples: Sequence[Sample], states: States) -> None:
         self.samples = samples
         self.states = states
 
@@ -65,13 +77,18 @@ class Border:
         )
         return cls(samples, states)
 
+    def expect(self, order: Sequence[int]) -> None:
+        """The samples that batches will ask for, in order; states that are not kept are computed with that in mind."""
+        if isinstance(self.states, Expecting):
+            self.states.expect(order)
+
     def batch(self, indices: Sequence[int], device: str | torch.device = "cpu") -> Batch:
         """The samples of these indices, packed: padding each to the longest would waste half of the work."""
         lengths = [len(self.samples[i].ids) for i in indices]
         packed = pack(lengths)
         width = max(sum(lengths[at] for at in row) for row in packed)
-        first = self.states[indices[0]]
-        states = torch.zeros(len(packed), width, first.shape[1], dtype=first.dtype)
+        found = [self.states[index] for index in indices]
+        states = torch.zeros(len(packed), width, found[0].shape[1], dtype=found[0].dtype)
         positions = torch.zeros(len(packed), width, dtype=torch.int64)
         rows: list[int] = []
         columns: list[int] = []
@@ -80,7 +97,7 @@ class Border:
             begin = 0
             for at in members:
                 sample, end = self.samples[indices[at]], begin + lengths[at]
-                states[row, begin:end] = self.states[indices[at]]
+                states[row, begin:end] = found[at]
                 positions[row, begin:end] = torch.arange(lengths[at])
                 start = max(sample.start, 1)  # nothing comes before the first id, so nothing predicts it
                 rows += [row] * (lengths[at] - start)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_edge.ports.console import EXIT_HELP, effective_settings, finish, is_asked, note, reporting
+from fedsoda_edge.ports.console import EXIT_HELP, effective_settings, finish, is_asked, note, parse_bytes, reporting
 from fedsoda_edge.ports.console import run as run_command
 
 app = typer.Typer(
@@ -88,6 +88,16 @@ def join(
     threads: Annotated[
         int, typer.Option(envvar="FEDSODA_THREADS", min=0, help="CPU threads for training; 0: torch's choice")
     ] = 0,
+    max_disk: Annotated[
+        str | None,
+        typer.Option(envvar="FEDSODA_MAX_DISK", help="for cached border states, as 8GB; else what is free"),
+    ] = None,
+    cache: Annotated[
+        str, typer.Option(envvar="FEDSODA_CACHE", help="of border states: bf16, or int8 at half")
+    ] = "bf16",
+    cache_key: Annotated[
+        str, typer.Option(envvar="FEDSODA_CACHE_KEY", help="keep: the next join can read them; forget: nobody can")
+    ] = "forget",
     unattended: Annotated[
         bool, typer.Option(envvar="FEDSODA_UNATTENDED", help="retry for ever, also at first")
     ] = False,
@@ -104,7 +114,17 @@ def join(
         local = LocalData.from_jsonl(data, columns=_columns(column or []))
         for _ in local.rows() if local.is_text else ():  # bad data is known before anything else is done
             pass
-        edge = Edge(url, token_file=token_file, device=device, threads=threads)
+        if cache_key not in ("keep", "forget"):
+            raise UsageProblem(f"--cache-key {cache_key!r} is neither keep nor forget")
+        edge = Edge(
+            url,
+            token_file=token_file,
+            device=device,
+            threads=threads,
+            max_disk=None if max_disk is None else parse_bytes(max_disk),
+            cache=cache,
+            keep_cache_key=cache_key == "keep",
+        )
         with Display(jsonl) as display:
             display.say({"event": "settings", "values": effective_settings(context)})
             with edge.join(local, on_event=display.say, unattended=unattended, max_rounds=max_rounds) as participation:
@@ -289,13 +309,13 @@ def cache_list(as_json: Json = False, debug: Debug = False) -> None:
 
 @cache_app.command("prune", epilog="Example: fedsoda-edge cache prune")
 def cache_prune(as_json: Json = False, debug: Debug = False) -> None:
-    """Delete fetched bundles; a join fetches them again. State of runs stays."""
+    """Delete fetched bundles and border states; a join fetches and computes them again. State of runs stays."""
     with reporting(as_json, False, debug):
         from fedsoda_edge.config import Home
 
         home = Home()
         home.lock()
-        size = sum(path.stat().st_size for path in home.store.glob("*"))
+        size = sum(path.stat().st_size for path in home.store.glob("*")) + home.forget_borders()
         shutil.rmtree(home.store, ignore_errors=True)
         home.unlock()
         note(f"freed {size} bytes")

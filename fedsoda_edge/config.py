@@ -9,6 +9,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -86,6 +87,29 @@ class Home:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise DiskFull(wrong + "free space there, then retry") from error
             raise UsageProblem(wrong + "set FEDSODA_HOME to a directory you may write to") from error
+
+    def border(self, run_id: str) -> Path:
+        """The run's border states, encrypted (`border_cache.py`)."""
+        return self.run(run_id) / "border"
+
+    def cache_key(self, *, keep: bool) -> bytes:
+        """32 bytes: new ones for each join, so that nobody reads an ended join's border states; or kept, mode 0600."""
+        path = self.directory / "cache.key"
+        with self._usable():
+            if not keep:
+                path.unlink(missing_ok=True)
+                return secrets.token_bytes(32)
+            if not path.exists():
+                write_durably(path, secrets.token_bytes(32), 0o600)
+            return path.read_bytes()
+
+    def forget_borders(self) -> int:
+        """Delete the border states of every run; the bytes freed."""
+        freed = 0
+        for directory in (self.directory / "runs").glob("*/border"):
+            freed += sum(path.stat().st_size for path in directory.iterdir())
+            shutil.rmtree(directory, ignore_errors=True)
+        return freed
 
     def device_id(self) -> str:
         """Made once; a token is bound to it."""

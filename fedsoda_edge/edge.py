@@ -30,6 +30,8 @@ from fedsoda_edge.errors import (
     ProtocolMismatch,
     ProtocolViolation,
     RefusedByHub,
+    UsageProblem,
+    WorkerFailed,
 )
 from fedsoda_edge.ports import Clock, SystemClock, Transport
 from fedsoda_edge.ports.child import Child
@@ -48,6 +50,8 @@ T = TypeVar("T")
 MAX_BACKOFF_SECONDS = 30.0
 FORGET_RESIDUAL_AFTER = 5  # missed rounds
 PROGRESS_SECONDS = 0.5
+WORKER_TRIES = 3  # a round may take; the second begins at the first one's checkpoint
+CACHE_DTYPES = ("bf16", "int8")
 
 WHAT_LEAVES = (
     "What leaves this device: coded LoRA deltas, the number of examples, the mean loss, the device's sizes. Never text, "
@@ -93,6 +97,8 @@ class Edge:
         home: where state is kept; None: FEDSODA_HOME or the platform's user directory.
         device: "auto", "cpu" or "cuda[:n]".
         threads: of the worker; 0 leaves it to torch.
+        max_disk: bytes that border states may take; None: what is free.
+        cache: "bf16" or "int8", how they are kept. keep_cache_key: whether a later join can read them.
     """
 
     def __init__(
@@ -103,12 +109,18 @@ class Edge:
         home: str | Path | None = None,
         device: str = "auto",
         threads: int = 0,
+        max_disk: int | None = None,
+        cache: str = "bf16",
+        keep_cache_key: bool = False,
     ) -> None:
+        if cache not in CACHE_DTYPES:
+            raise UsageProblem(f"cache is {cache!r}; it must be one of {', '.join(CACHE_DTYPES)}")
         self._hub = hub
         self._token_file = token_file
         self._home = Path(home) if home is not None else None
         self._device = device
         self._threads = threads
+        self._cache = _Cache(max_disk, cache, keep_cache_key)
 
     def transport(self) -> Transport:
         """A fresh conversation with the hub."""
@@ -127,7 +139,15 @@ class Edge:
             max_rounds: leave after that many submitted updates; 0: stay to the end.
         """
         agent = _Agent(
-            self.transport(), Home(self._home), data, self._device, self._threads, unattended, on_event, SystemClock()
+            self.transport(),
+            Home(self._home),
+            data,
+            self._device,
+            self._threads,
+            unattended,
+            on_event,
+            SystemClock(),
+            self._cache,
         )
         return Participation(agent, max_rounds)
 
@@ -200,6 +220,15 @@ class Participation:
             self._loop.close()
 
 
+@dataclass(frozen=True)
+class _Cache:
+    """How border states are kept. max_bytes: None: what is free on the disk."""
+
+    max_bytes: int | None = None
+    dtype: str = "bf16"
+    keep_key: bool = False
+
+
 class _Agent:
     """The asyncio side: one connection at a time, one worker, state on disk."""
 
@@ -213,7 +242,11 @@ class _Agent:
         unattended: bool,
         say: Say,
         clock: Clock,
+        cache: _Cache = _Cache(),
     ) -> None:
+        self._cache = cache
+        self._cache_key = b""
+        self._opening: dict[str, Any] | None = None  # what the worker was opened with, for the next one
         self._transport = transport
         self._home = home
         self._data = data
@@ -255,6 +288,9 @@ class _Agent:
     async def start(self) -> None:
         """Connect, check the device, fetch the bundle, read the data, say Ready."""
         self._home.lock()
+        self._cache_key = self._home.cache_key(keep=self._cache.keep_key)
+        if not self._cache.keep_key:
+            self._home.forget_borders()  # of a join that was killed: nobody has its key
         hub = getattr(self._transport, "url", "a script")
         self._status = Status(self._home.status, hub, self._clock, lambda: self._worker.rss_bytes)
         welcome = await self._greet(keep_trying=self._unattended)
@@ -288,19 +324,17 @@ class _Agent:
         for digest, size in wanted:
             await store.fetch(self._transport, digest, size, came)
         prompt, completion = self._template()
-        opened = await self._worker.call(
-            "open",
-            {
-                "store": str(self._home.store),
-                "manifest": welcome.manifest.digest,
-                "data": str(self._data.path.absolute()),
-                "columns": dict(self._data.columns),
-                "prompt": prompt.text,
-                "completion": completion.text,
-                "max_length": welcome.max_length,
-                "device": device,
-            },
-        )
+        self._opening = {
+            "store": str(self._home.store),
+            "manifest": welcome.manifest.digest,
+            "data": str(self._data.path.absolute()),
+            "columns": dict(self._data.columns),
+            "prompt": prompt.text,
+            "completion": completion.text,
+            "max_length": welcome.max_length,
+            "device": device,
+        }
+        opened = await self._worker.call("open", self._opening)
         self._num_examples = opened["num_examples"]
         tokenizer = {file.name: str(store.path(file.sha256)) for file in manifest.files if file.name in TOKENIZER_FILES}
         about = {
@@ -484,29 +518,10 @@ class _Agent:
             raise ProtocolViolation(f"round {round_number} is over, the hub offers {offer.round}; take the next offer")
         self._working_on = round_number
         try:
-            emulator = await self._bring_up("emulator", offer.emulator, offer.alignment)
-            view = await self._bring_up("adapter", offer.view, offer.round)
-            if self._border_for != offer.emulator.digest:
-                await self._worker.call("border", {"emulator": emulator}, self._report_sweep)
-                self._border_for = offer.emulator.digest
             pending = self._run_dir / "pending"
             pending.mkdir(exist_ok=True)
             (pending / "meta.json").unlink(missing_ok=True)
-            result = await self._worker.call(
-                "train",
-                {
-                    "view": view,
-                    "settings": msgspec.to_builtins(offer.local),
-                    "seed": welcome.seed,
-                    "round": offer.round,
-                    "edge": welcome.edge,
-                    "codec": welcome.codec,
-                    "residual": self._residual(offer.round),
-                    "update": str(pending / "update"),
-                    "new_residual": str(pending / "residual"),
-                },
-                self._reporter(offer.round),
-            )
+            result = await self._train_in_worker(offer, welcome, pending)
             path = pending / "update"
             digest = await asyncio.to_thread(sha256_file, path)
             start = ms.UpdateStart(
@@ -525,6 +540,64 @@ class _Agent:
             return Update(offer.round, path, digest, result["num_examples"], loss)
         finally:
             self._working_on = 0
+
+    async def _train_in_worker(self, offer: ms.RoundOffer, welcome: ms.Welcome, pending: Path) -> dict[str, Any]:
+        """The round's result. A worker that dies is started again and goes on from its checkpoint."""
+        for attempt in range(1, WORKER_TRIES + 1):
+            try:
+                return await self._train_once(offer, welcome, pending)
+            except WorkerFailed as error:
+                if attempt == WORKER_TRIES:
+                    raise
+                self._say({"event": "notice", "message": f"{error}; starting it again"})
+                await self._worker.close()
+        raise AssertionError("the last try raises")
+
+    async def _train_once(self, offer: ms.RoundOffer, welcome: ms.Welcome, pending: Path) -> dict[str, Any]:
+        if self._worker.pid is None and self._opening is not None:
+            await self._worker.call("open", self._opening)
+            self._border_for = None
+        emulator = await self._bring_up("emulator", offer.emulator, offer.alignment)
+        view = await self._bring_up("adapter", offer.view, offer.round)
+        if self._border_for != offer.emulator.digest:
+            await self._sweep(emulator)
+            self._border_for = offer.emulator.digest
+        result = await self._worker.call(
+            "train",
+            {
+                "view": view,
+                "settings": msgspec.to_builtins(offer.local),
+                "seed": welcome.seed,
+                "round": offer.round,
+                "edge": welcome.edge,
+                "codec": welcome.codec,
+                "residual": self._residual(offer.round),
+                "update": str(pending / "update"),
+                "new_residual": str(pending / "residual"),
+                "checkpoint": str(self._run_dir / "checkpoint"),
+            },
+            self._reporter(offer.round),
+        )
+        self._say_damaged(result.pop("num_damaged"))
+        return result
+
+    async def _sweep(self, emulator: str | None) -> None:
+        """Border states of all samples, those that are on the disk already left as they are."""
+        assert self._welcome is not None
+        cache = {
+            "directory": str(self._home.border(self._welcome.run_id)),
+            "key": self._cache_key.hex(),
+            "dtype": self._cache.dtype,
+            "max_bytes": self._cache.max_bytes,
+        }
+        swept = await self._worker.call("border", {"emulator": emulator, "cache": cache}, self._report_sweep)
+        self._say_damaged(swept["num_damaged"])
+        self._say({"event": "swept", "num_examples": self._num_examples, **swept})
+
+    def _say_damaged(self, count: int) -> None:
+        if count:
+            message = f"{count} records of the border cache were not as they were written; computed anew"
+            self._say({"event": "notice", "message": message})
 
     def _report_sweep(self, values: Mapping[str, Any]) -> None:
         self._say({"event": "sweep", **values})
@@ -664,6 +737,8 @@ class _Agent:
                 await self._reader
         await self._transport.close()
         await self._worker.close()
+        if self._opening is not None and not self._cache.keep_key:
+            self._home.forget_borders()  # without the key they are of no use
         self._home.unlock()
 
     def report(self) -> dict[str, Any]:
@@ -718,6 +793,7 @@ async def say_goodbye(edge: Edge) -> str:
     try:
         welcome = await agent._greet_once()
         await agent.leave("the owner of the device left")
+        agent._home.forget_borders()
         return welcome.run_name
     finally:
         await agent._transport.close()

@@ -75,6 +75,11 @@ def _sentence(event: dict[str, Any]) -> str:
         case "data":
             skipped = f", {event['num_skipped']} skipped (completion cut away)" if event["num_skipped"] else ""
             return f"{event['num_examples']} samples{skipped}; waiting for a round"
+        case "swept" if event["num_kept"] < event["num_examples"]:
+            return (
+                f"the disk keeps the border states of {event['num_kept']} of {event['num_examples']} samples "
+                f"({human_bytes(event['kept_bytes'])}); the rest is computed anew in each round: --max-disk or free space mends that"
+            )
         case "offer":
             return f"round {event['round']}: due in {human_seconds(event['due_seconds'])}"
         case "trained":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedsoda_edge.border import Batch, Border
+from fedsoda_edge.checkpoint import RoundCheckpoint
 from fedsoda_edge.model import lora
 from fedsoda_edge.model.loss import cross_entropy
 from fedsoda_edge.model.sub_llm import SubLLM
@@ -55,7 +56,9 @@ def num_steps(num_samples: int, settings: LocalSettings) -> int:
 
 def completion_loss(sub_llm: SubLLM, batch: Batch) -> Tensor:
     """Mean over the completion ids of the batch, eos included."""
-    hidden = sub_llm.hidden_at(batch.rows, batch.columns, states=batch.states, positions=batch.positions)
+    hidden = sub_llm.hidden_at(
+        batch.rows, batch.columns, states=batch.states.to(sub_llm.dtype), positions=batch.positions
+    )
     return cross_entropy(hidden, sub_llm.head, batch.labels)
 
 
@@ -69,6 +72,7 @@ def fine_tune(
     round_number: int,
     edge: str,
     progress: Progress | None = None,
+    checkpoint: RoundCheckpoint | None = None,
 ) -> Trained:
     """Train the adapter LoRA from `view` and return the delta.
 
@@ -78,6 +82,7 @@ def fine_tune(
     Args:
         sub_llm: the adapter layers with LoRA attached; it is left with the trained values.
         border: this edge's samples; order and steps depend on their number alone.
+        checkpoint: of this round; on a CPU a round that goes on from it ends with the same bits.
     """
     started = time.monotonic()
     lora.load(sub_llm, view)
@@ -90,13 +95,20 @@ def fine_tune(
         parameters, lr=settings.learning_rate, betas=BETAS, weight_decay=settings.weight_decay, fused=True
     )
     total = num_steps(len(border.samples), settings)
-    order = data_order(len(border.samples), settings.epochs, seed, round_number, edge)
+    size = settings.batch_size
+    order = list(islice(data_order(len(border.samples), settings.epochs, seed, round_number, edge), total * size))
     losses: list[Tensor] = []
-    seen: set[int] = set()
-    tokens = 0
-    for step in range(total):
-        indices = list(islice(order, settings.batch_size))
-        batch = border.batch(indices, sub_llm.device)
+    done = tokens = 0
+    saved = checkpoint.load() if checkpoint else None
+    if saved is not None:
+        done = saved.step
+        losses = list(saved.tensors.pop("losses").to(sub_llm.device))
+        tokens = saved.tokens
+        _restore(optimizer, named, saved.tensors)
+    before = tokens
+    border.expect(order[done * size :])
+    for step in range(done, total):
+        batch = border.batch(order[step * size : (step + 1) * size], sub_llm.device)
         loss = completion_loss(sub_llm, batch)
         drift = torch.cat([parameter.flatten() for parameter in parameters]) - reference
         optimizer.zero_grad(set_to_none=True)
@@ -104,21 +116,45 @@ def fine_tune(
         torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         optimizer.step()
         losses.append(loss.detach())
-        seen.update(indices)
         tokens += batch.num_tokens
         if not torch.isfinite(losses[-1]):
             break  # no later step can mend it; the hub refuses the update and says so
+        if checkpoint is not None and checkpoint.is_due(step + 1, total):
+            checkpoint.save(step + 1, tokens, _state(optimizer, named) | {"losses": torch.stack(losses)})
         if progress is not None:
             seconds = time.monotonic() - started
-            progress(step + 1, total, losses[-1].item(), tokens / max(seconds, 1e-9))
+            progress(step + 1, total, losses[-1].item(), (tokens - before) / max(seconds, 1e-9))
     for parameter in parameters:
         parameter.requires_grad_(False)
     trained = lora.snapshot(sub_llm)
     return Trained(
         delta={name: trained[name] - view[name] for name in view},
-        num_examples=len(seen),
+        num_examples=len(set(order[: len(losses) * size])),
         loss=torch.stack(losses).mean().item(),
         num_steps=len(losses),
         num_tokens=tokens,
         seconds=time.monotonic() - started,
     )
+
+
+def _state(optimizer: torch.optim.Optimizer, named: Mapping[str, torch.nn.Parameter]) -> dict[str, Tensor]:
+    """LoRA and AdamW's moments and step counts, by name."""
+    state: dict[str, Tensor] = dict(named)
+    for name, parameter in named.items():
+        state |= {f"{name}#{kind}": value for kind, value in optimizer.state[parameter].items()}
+    return state
+
+
+def _restore(
+    optimizer: torch.optim.Optimizer, named: Mapping[str, torch.nn.Parameter], state: dict[str, Tensor]
+) -> None:
+    """The reverse of `_state`."""
+    for name, parameter in named.items():
+        with torch.no_grad():
+            parameter.copy_(state[name])
+        prefix = f"{name}#"
+        optimizer.state[parameter] = {
+            key.removeprefix(prefix): value.to(parameter.device)
+            for key, value in state.items()
+            if key.startswith(prefix)
+        }

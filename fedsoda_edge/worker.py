@@ -14,7 +14,9 @@ import psutil
 import torch
 
 from fedsoda_edge.border import Border
+from fedsoda_edge.border_cache import CachedStates, CacheSettings
 from fedsoda_edge.chat import ChatTemplate
+from fedsoda_edge.checkpoint import RoundCheckpoint
 from fedsoda_edge.data import LocalData, SampleTokenizer, TextTemplate, read_samples
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model import delta, lora
@@ -22,10 +24,12 @@ from fedsoda_edge.model.bundle import Bundle, read_manifest
 from fedsoda_edge.model.nf4 import NF4Linear, dequantize, quantize
 from fedsoda_edge.model.sub_llm import SubLLM, build
 from fedsoda_edge.ports.child import Report, Values, serve
-from fedsoda_edge.ports.disk import BlobStore, write_durably
+from fedsoda_edge.ports.disk import BlobStore, sha256_file, write_durably
 from fedsoda_edge.protocol.manifest import TOKENIZER_FILES
 from fedsoda_edge.protocol.messages import LocalSettings
 from fedsoda_edge.training import fine_tune
+
+MIN_SLICE_BYTES, MAX_SLICE_BYTES = 16 << 20, 1 << 30  # of samples that one pass over the layers takes along
 
 
 class Worker:
@@ -34,6 +38,8 @@ class Worker:
     def __init__(self) -> None:
         self._bundle: Bundle | None = None
         self._border: Border | None = None
+        self._states: CachedStates | None = None
+        self._emulator_name = ""
         self._sub_llm: SubLLM | None = None
         self._device = "cpu"
         self._compute_dtype = torch.float32
@@ -101,26 +107,42 @@ class Worker:
         return {"rows": data.check(TextTemplate(values["prompt"]), TextTemplate(values["completion"]))}
 
     def border(self, values: Values, report: Report) -> Values:
-        """Sweep all samples through the sub-emulator with this alignment."""
+        """Sweep all samples through the sub-emulator with this alignment; what is on the disk already is not."""
         bundle, spec = self.bundle, self.bundle.manifest.lora
-        path = values["emulator"]
+        path, cache = values["emulator"], values["cache"]
         emulator = bundle.emulator_lora() if path is None else delta.from_bytes(Path(path).read_bytes(), spec.emulator)
-        self._border = Border.sweep(
+        name = bundle.manifest.file("emulator_lora.safetensors").sha256 if path is None else sha256_file(Path(path))
+        if self._states is not None:
+            self._states.close()
+        self._states = CachedStates(
             bundle,
-            bundle.plan.sub_emulator,
-            self._samples.samples,
-            lora=emulator,
-            lora_scale=spec.scale,
+            [sample.ids for sample in self._samples.samples],
+            emulator=emulator,
+            emulator_name=name,
+            settings=CacheSettings(
+                Path(cache["directory"]),
+                bytes.fromhex(cache["key"]),
+                cache["dtype"],
+                cache["max_bytes"],
+                max(MIN_SLICE_BYTES, min(MAX_SLICE_BYTES, psutil.virtual_memory().available // 8)),
+            ),
             compute_dtype=self._compute_dtype,
             device=self._device,
-            progress=lambda done, total: report({"stage": "sweep", "done": done, "total": total}),
         )
-        return {}
+        self._states.sweep(lambda done, total: report({"stage": "sweep", "done": done, "total": total}))
+        self._border = Border(self._samples.samples, self._states)
+        self._emulator_name = name
+        return {
+            "num_kept": self._states.num_kept,
+            "kept_bytes": self._states.kept_bytes,
+            "num_damaged": self._states.num_damaged,
+        }
 
     def train(self, values: Values, report: Report) -> Values:
         """One local round: the coded delta and the new residual as files."""
         bundle, spec = self.bundle, self.bundle.manifest.lora
         assert self._border is not None, "the agent asks for the border first"
+        assert self._states is not None
         view = self._view(values["view"])
         if self._sub_llm is None:
             self._sub_llm = build(
@@ -131,6 +153,16 @@ class Worker:
                 dense=self._has_room_for_dense(),
             )
             lora.attach(self._sub_llm, spec, view)
+        identity = {
+            **{key: values[key] for key in ("settings", "seed", "round", "edge")},
+            "view": delta.digest(view),
+            "emulator": self._emulator_name,
+            "threads": torch.get_num_threads(),
+            "device": self._device,
+            "samples": self._states.digest,
+        }
+        checkpoint = RoundCheckpoint(Path(values["checkpoint"]), identity)
+        damaged = self._states.num_damaged
         trained = fine_tune(
             self._sub_llm,
             self._border,
@@ -139,6 +171,7 @@ class Worker:
             seed=values["seed"],
             round_number=values["round"],
             edge=values["edge"],
+            checkpoint=checkpoint,
             progress=lambda step, steps, loss, rate: report(
                 {
                     "stage": "train",
@@ -158,7 +191,9 @@ class Worker:
         coded, left = delta.encode_with_feedback(wanted, residual, view, spec.adapter, values["codec"])
         write_durably(Path(values["update"]), coded)
         write_durably(Path(values["new_residual"]), delta.to_bytes(left))
+        checkpoint.forget()
         return {
+            "num_damaged": self._states.num_damaged - damaged,
             "num_examples": trained.num_examples,
             "num_steps": trained.num_steps,
             "num_tokens": trained.num_tokens,

@@ -18,7 +18,7 @@ from fedsoda_edge.ports.child import Report, Values, serve
 from fedsoda_edge.ports.disk import BlobStore
 from fedsoda_hub.algorithms.aggregation import CodedUpdate, weighted_mean
 from fedsoda_hub.config import RunSettings
-from fedsoda_hub.export import check_evaluation, evaluate_run
+from fedsoda_hub.export import RunJudge, check_evaluation
 from fedsoda_hub.ledger import Outcome
 from fedsoda_hub.prepare import Preparation
 
@@ -28,6 +28,8 @@ class Compute:
 
     def __init__(self) -> None:
         self._settings: RunSettings | None = None
+        self._judge: RunJudge | None = None
+        self._report: Report = lambda _: None
 
     @property
     def settings(self) -> RunSettings:
@@ -75,15 +77,16 @@ class Compute:
         )
 
     def evaluate(self, values: Values, report: Report) -> Values:
-        data = self.settings.eval_data
-        assert data is not None, "the machine asks for no evaluation without data"
-        outcome = Outcome(values["master"], values["emulator_view"], values["round"], None)
-        return evaluate_run(
-            self.settings,
-            outcome,
-            data,
-            lambda done, total: report({"stage": "evaluating", "done": done, "total": total}),
-        )
+        if self._judge is None:
+            data = self.settings.eval_data
+            assert data is not None, "the machine asks for no evaluation without data"
+            self._judge = RunJudge(
+                self.settings,
+                data,
+                lambda done, total: self._report({"stage": "evaluating", "done": done, "total": total}),
+            )
+        self._report = report
+        return self._judge.judge(Outcome(values["master"], values["emulator_view"], values["round"], None))
 
 
 def main() -> None:

@@ -206,6 +206,11 @@ class Evaluator:
         """Free the border states of a model's emulator."""
         self._borders.pop((id(model.source), id(model.emulator_lora)), None)
 
+    @property
+    def border_bytes(self) -> int:
+        """Of all border states that are kept."""
+        return sum(state.nbytes for _, states in self._borders.values() for state in states)
+
     def supervised_ids(self) -> list[int]:
         """Completion ids of each question's own completion, eos included."""
         return [self._samples[i].num_supervised for i in self._gold]

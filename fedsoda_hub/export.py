@@ -29,6 +29,8 @@ from fedsoda_hub.evaluation import Evaluator, Judged, read_questions, summary
 from fedsoda_hub.ledger import Outcome, read_outcome
 from fedsoda_hub.prepare import open_full_llm, pick_device
 
+KEPT_BORDER_BYTES = 256 << 20  # of evaluation data, between two evaluations of a run
+
 Report = Callable[[int, int], None]
 
 
@@ -101,11 +103,19 @@ def _write_merged(settings: RunSettings, bundle: Bundle, tensors: dict[str, Tens
 
 
 def judged_models(
-    bundle: Bundle, source: Checkpoint, adapter: dict[str, Tensor], emulator: dict[str, Tensor]
+    bundle: Bundle,
+    source: Checkpoint,
+    adapter: dict[str, Tensor],
+    emulator: dict[str, Tensor],
+    none: dict[str, Tensor] | None = None,
 ) -> dict[str, Judged]:
-    """full: untouched. sub_llm: with trained LoRA. plug_in: full with the adapter LoRA."""
+    """full: untouched. sub_llm: with trained LoRA. plug_in: full with the adapter LoRA.
+
+    Args:
+        none: the empty emulator LoRA of the full model; the same object again finds its border states again.
+    """
     plan, spec = bundle.plan, bundle.manifest.lora
-    full = _full_models(source, plan, spec, adapter)
+    full = _full_models(source, plan, spec, adapter, {} if none is None else none)
     return {
         "full": full["full"],
         "sub_llm": Judged(bundle, plan.sub_emulator, plan.adapter, spec, emulator, adapter),
@@ -113,8 +123,10 @@ def judged_models(
     }
 
 
-def _full_models(source: Checkpoint, plan: LayerPlan, spec: LoRASpec, adapter: dict[str, Tensor]) -> dict[str, Judged]:
-    none: dict[str, Tensor] = {}  # one object: both share the full emulator's border
+def _full_models(
+    source: Checkpoint, plan: LayerPlan, spec: LoRASpec, adapter: dict[str, Tensor], none: dict[str, Tensor]
+) -> dict[str, Judged]:
+    """Both with the same object `none`, so that they share the full emulator's border."""
     return {
         "full": Judged(source, plan.emulator, plan.adapter, spec, none, {}),
         "plug_in": Judged(source, plan.emulator, plan.adapter, spec, none, adapter),
@@ -141,17 +153,29 @@ def _is_small(source: Checkpoint) -> bool:
     return layer * source.num_layers + 2 * source.embedding().numel() < 10**9
 
 
-def evaluate_run(
-    settings: RunSettings, outcome: Outcome, data: Path, report: Report | None = None, samples: int = 0
-) -> dict[str, Any]:
-    """Judge the three models of a run on `data`."""
-    bundle = Bundle.open(settings.run_dir / "bundle")
-    source = open_full_llm(settings)
-    blobs, spec = BlobStore(settings.run_dir / "blobs"), bundle.manifest.lora
-    adapter = delta.from_bytes(blobs.get(outcome.master), spec.adapter)
-    emulator = delta.from_bytes(blobs.get(outcome.emulator_view), spec.emulator)
-    evaluator = _evaluator(source, data, settings.task, settings.seed, settings.device, settings.dtype, report)
-    return summary(evaluator, judged_models(bundle, source, adapter, emulator), samples)
+class RunJudge:
+    """Judges a run on its data, again after later rounds: what the full model says below the adapter stays the same."""
+
+    def __init__(self, settings: RunSettings, data: Path, report: Report | None = None) -> None:
+        self._bundle = Bundle.open(settings.run_dir / "bundle")
+        self._blobs = BlobStore(settings.run_dir / "blobs")
+        self._source = open_full_llm(settings)
+        self._none: dict[str, Tensor] = {}
+        self._evaluator = _evaluator(
+            self._source, data, settings.task, settings.seed, settings.device, settings.dtype, report
+        )
+
+    def judge(self, outcome: Outcome, samples: int = 0) -> dict[str, Any]:
+        """The three models after the rounds of `outcome`."""
+        spec = self._bundle.manifest.lora
+        adapter = delta.from_bytes(self._blobs.get(outcome.master), spec.adapter)
+        emulator = delta.from_bytes(self._blobs.get(outcome.emulator_view), spec.emulator)
+        models = judged_models(self._bundle, self._source, adapter, emulator, self._none)
+        result = summary(self._evaluator, models, samples)
+        self._evaluator.forget(models["sub_llm"])
+        if self._evaluator.border_bytes > KEPT_BORDER_BYTES:
+            self._evaluator.forget(models["full"])
+        return result
 
 
 def check_evaluation(settings: RunSettings) -> None:
@@ -206,7 +230,7 @@ def evaluate_export(
         for name, tensor in load_file(directory / "adapter_model.safetensors").items()
     }
     spec = LoRASpec(config["r"], config["lora_alpha"], (), (), ())
-    models: dict[str, Judged] = _full_models(source, plan, spec, adapter)
+    models: dict[str, Judged] = _full_models(source, plan, spec, adapter, {})
     if settings is not None:
         outcome, bundle = read_outcome(settings.run_dir), Bundle.open(settings.run_dir / "bundle")
         blob = BlobStore(settings.run_dir / "blobs").get(outcome.emulator_view)
@@ -226,5 +250,5 @@ def evaluate_path(
     """`fedsoda-hub evaluate`: a RUN.toml, or the directory of an export."""
     if run_or_export.is_file():
         settings = read_settings(run_or_export)
-        return evaluate_run(settings, read_outcome(settings.run_dir), data, report, samples)
+        return RunJudge(settings, data, report).judge(read_outcome(settings.run_dir), samples)
     return evaluate_export(run_or_export, data, report, model, samples)

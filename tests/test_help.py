@@ -117,6 +117,6 @@ def test_an_option_goes_before_its_variable_and_that_before_the_file(
     said = capsys.readouterr().err.splitlines()
     assert said[0].startswith(
         f"settings: url http://127.0.0.1:1, data {tmp_path / 'rows.jsonl'}, max_rounds 2 (config.toml); "
-        "device cpu (FEDSODA_DEVICE); threads 2 (option); defaults: unattended False"
+        "device cpu (FEDSODA_DEVICE); threads 2 (option); defaults: cache bf16, cache_key forget, unattended False"
     )
     assert said[1].startswith("error: no token")

@@ -348,6 +348,7 @@ class WorkerHere:
 
     def __init__(self) -> None:
         self._worker = Worker()
+        self.pid = 1
 
     async def call(self, command: str, arguments: dict[str, Any], report: Any = None) -> dict[str, Any]:
         def crossing(values: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 import time
 import traceback
@@ -146,6 +147,19 @@ def human_bytes(size: float) -> str:
         if size < 1000 or unit == "TiB":
             break
     return f"{size:.{2 if size < 10 else 1 if size < 100 else 0}f} {unit}"
+
+
+def parse_bytes(text: str) -> int:
+    """ "8GB", "500 MiB", "1.5T" -> bytes; KB is 1000, KiB and K are 1024.
+
+    Raises:
+        UsageProblem: it is no size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b?)\s*", text.lower())
+    if match is None:
+        raise UsageProblem(f"{text!r} is no size; write it as 8GB, 500MiB or 2T")
+    number, unit, kind = match.groups()
+    return int(float(number) * (1000 if kind == "b" and unit else 1024) ** " kmgt".index(unit or " "))
 
 
 # What others write (an edge's reason, a model's answer) must not steer this terminal.

@@ -282,7 +282,8 @@ async def _alone(directory: Path, office: str, rounds: int, seed: int) -> Path:
                 "device": "cpu",
             },
         )
-        await worker.call("border", {"emulator": None})
+        cache = {"directory": str(work / "border"), "key": os.urandom(32).hex(), "dtype": "bf16", "max_bytes": None}
+        await worker.call("border", {"emulator": None, "cache": cache})
         view: Path | None = None
         residual: Path | None = None
         for number in range(1, rounds + 1):
@@ -299,6 +300,7 @@ async def _alone(directory: Path, office: str, rounds: int, seed: int) -> Path:
                     "residual": None if residual is None else str(residual),
                     "update": str(update),
                     "new_residual": str(left),
+                    "checkpoint": str(work / "checkpoint"),
                 },
             )
             out = work / f"view.{number}"

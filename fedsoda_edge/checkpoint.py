@@ -1,0 +1,100 @@
+"""A local round that survives kill -9: LoRA, optimiser and what was counted, as files, two generations.
+
+A round is a pure function of its offer and data on one thread count, so a file is only for those who come back to the
+very same round; anything else in it is begun anew. When to save is decided here, what it means in `training.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+SHARE_AT_RISK = 0.02  # of a round's steps may be lost, or one step
+
+
+@dataclass(frozen=True)
+class Saved:
+    """step: the last that is done. tokens: trained on so far. tensors: all that the next step depends on."""
+
+    step: int
+    tokens: int
+    tensors: dict[str, Tensor]
+
+
+class RoundCheckpoint:
+    """Saves of one local round in `directory`.
+
+    Args:
+        identity: of the round: everything that its result depends on.
+    """
+
+    def __init__(self, directory: Path, identity: dict[str, Any]) -> None:
+        self._directory = directory
+        self._identity = json.dumps(identity, sort_keys=True)
+        self._writer: threading.Thread | None = None
+        self._generation = 0
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def load(self) -> Saved | None:
+        """The latest whole save of this round; None at its beginning."""
+        found = [one for generation in (0, 1) if (one := self._read(generation)) is not None]
+        if not found:
+            return None
+        saved, generation = max(found, key=lambda one: one[0].step)
+        self._generation = 1 - generation
+        return saved
+
+    def _path(self, generation: int) -> Path:
+        return self._directory / f"round.{generation}.safetensors"
+
+    def _read(self, generation: int) -> tuple[Saved, int] | None:
+        try:
+            with safe_open(self._path(generation), framework="pt") as file:
+                about = file.metadata() or {}
+                if about.get("identity") != self._identity:
+                    return None
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError):
+            return None
+        return Saved(int(about["step"]), int(about["tokens"]), tensors), generation
+
+    def is_due(self, step: int, steps: int) -> bool:
+        """Whether to save after this step: often enough to lose at most 2 % of the round, and never twice at a time."""
+        every = max(1, int(steps * SHARE_AT_RISK))
+        return step % every == 0 and step < steps and (self._writer is None or not self._writer.is_alive())
+
+    def save(self, step: int, tokens: int, tensors: dict[str, Tensor]) -> None:
+        """Write behind training's back: only the copies take its time.
+
+        No fsync: the page cache outlives the process, and a power cut that takes both generations costs the round
+        no more than having none.
+        """
+        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        path, self._generation = self._path(self._generation), 1 - self._generation
+        self._writer = threading.Thread(
+            target=self._write, args=(path, {"step": str(step), "tokens": str(tokens)}, copies), daemon=True
+        )
+        self._writer.start()
+
+    def _write(self, path: Path, about: dict[str, str], copies: dict[str, Tensor]) -> None:
+        part = path.with_suffix(".part")
+        try:
+            save_file(copies, part, {"identity": self._identity, **about})
+            os.replace(part, path)
+        except (OSError, SafetensorError):
+            part.unlink(missing_ok=True)  # a full disk: training goes on without
+
+    def forget(self) -> None:
+        """The round is trained and its update on the disk."""
+        if self._writer is not None:
+            self._writer.join()
+        for generation in (0, 1):
+            self._path(generation).unlink(missing_ok=True)
