@@ -7,7 +7,7 @@ Sizes are bytes. The process itself (Python, torch, transformers, peft) is measu
             + activations of the adapter layers for one batch + one chunk of logits
     peak  = process + max(sweep, train)
 
-Border states of the edge's own samples come on top: their number is known only there (`border_bytes`).
+Border states of the edge's own samples are on disk, on top of the bundle: their number is known only there.
 """
 
 from __future__ import annotations
@@ -48,8 +48,3 @@ def edge_needs(
         ram_bytes=PROCESS_BYTES + peak(4),
         vram_bytes=CUDA_CONTEXT_BYTES + peak(2),
     )
-
-
-def border_bytes(num_positions: int, hidden: int, itemsize: int) -> int:
-    """RAM for the border states of `num_positions` real positions."""
-    return num_positions * hidden * itemsize
