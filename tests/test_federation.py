@@ -17,7 +17,8 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from fedsoda_hub.federation.events import UpdateAccepted
+from fedsoda_edge.ports.disk import sha256_file
+from fedsoda_hub.federation.events import RoundOpened, UpdateAccepted
 from fedsoda_hub.ledger import Ledger, read_outcome
 from tests.schema import EDGE, HUB
 
@@ -31,10 +32,10 @@ def free_port() -> int:
         return int(taken.getsockname()[1])
 
 
-def write_run(directory: Path, model: Path, rounds: int = 3) -> Path:
+def write_run(directory: Path, model: Path, rounds: int = 3, edges: str = "ab") -> Path:
     directory.mkdir()
     (directory / "public.txt").write_text("The cat sat on the mat and the dog ran in the rain. " * 60)
-    for edge in ("a", "b"):
+    for edge in edges:
         rows = [
             {"prompt": f"{word} {i} {edge}", "completion": "yes" if i % 2 else "no"} for i, word in enumerate(WORDS * 3)
         ]
@@ -80,13 +81,13 @@ port = {free_port()}
 
 
 class Federation:
-    """Hub and edges a and b of one directory, each a real process that can be killed and started again."""
+    """Hub and edges of one directory, each a real process that can be killed and started again."""
 
-    def __init__(self, run_file: Path) -> None:
+    def __init__(self, run_file: Path, edges: str = "ab") -> None:
         self.run_file = run_file
         self.directory = run_file.parent
         self.processes: list[subprocess.Popen[str]] = []
-        for edge in ("a", "b"):
+        for edge in edges:
             self._run(
                 "fedsoda_hub", "token", "create", run_file, "--name", edge, "--out", self.directory / f"{edge}.token"
             )
@@ -197,6 +198,44 @@ def test_killing_hub_and_edge_in_mid_round_changes_no_bit(
     accepted = [(r.round, r.edge) for r in ledger.records() if isinstance(r, UpdateAccepted)]
     ledger.close()
     assert sorted(accepted) == [(n, edge) for n in (1, 2, 3) for edge in ("a", "b")]  # none lost, none twice
+
+
+@pytest.mark.slow
+def test_who_joins_late_or_misses_rounds_holds_the_views_that_all_others_hold(
+    tmp_path: Path, tiny_llama: Path, federations: list[Federation]
+) -> None:
+    """c joins after round 1; b is killed there and comes back more than three rounds later."""
+    run_file = write_run(tmp_path / "run", tiny_llama, rounds=500, edges="abc")
+    text = run_file.read_text().replace("quorum = 1.0", "quorum = 0.5\ndeadline_seconds = 4")
+    run_file.write_text(text.replace('codec = "nf4"', 'codec = "nf4"\nstall_seconds = 4'))
+    federation = Federation(run_file, "abc")
+    federations.append(federation)
+    hub, a, b = federation.hub(), federation.edge("a"), federation.edge("b")
+    federation.wait_for("hub.log", event="round_closed", round=1)
+    b.send_signal(signal.SIGKILL)
+    b.wait()
+    c = federation.edge("c")
+    federation.wait_for("c.log", event="accepted")
+    last = max(event["round"] for event in federation.events("hub.log") if event["event"] == "round_closed")
+    federation.wait_for("hub.log", event="round_closed", round=last + 4)
+    (federation.directory / "b.log").write_text("")
+    b = federation.edge("b")
+    federation.wait_for("b.log", event="accepted")
+    for process in (a, b, c, hub):
+        process.send_signal(signal.SIGTERM)
+    federation.finish(a, b, c, hub)
+
+    assert not [event for event in federation.events("hub.log") if event.get("how") == "refused"]
+    ledger = Ledger(federation.directory / "t.run" / "ledger.sqlite")
+    opened = {record.round: record for record in ledger.records() if isinstance(record, RoundOpened)}
+    ledger.close()
+    for edge in "abc":
+        [run] = (federation.directory / f"home-{edge}" / "runs").iterdir()
+        number = int((run / "adapter.number").read_text())
+        assert number > last
+        assert sha256_file(run / "adapter.safetensors") == opened[number].view
+    came_back = next(event["round"] for event in federation.events("b.log") if event["event"] == "offer")
+    assert came_back - 1 > 3
 
 
 def test_the_agent_stays_small_and_learns_that_the_run_is_over(
