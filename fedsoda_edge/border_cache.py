@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import hmac
+import json
 import os
 import shutil
 import struct
@@ -33,6 +34,7 @@ DTYPES = ("bf16", "int8")
 _MAGIC = b"fedsoda border 1"
 _HEAD = struct.Struct("<16sI12s")  # the sample's name, its number of ids, the record's nonce
 _TAG_BYTES = 16
+_BATCH_TOKENS = 2048
 _KEEP_FREE_BYTES = 256 << 20  # of the disk: others need it too
 
 Progress = Callable[[int, int], None]
@@ -60,20 +62,21 @@ class RecordFile:
         mark = _MAGIC + hmac.digest(key, self._purpose, "sha256")
         if self._file.read(len(mark)) == mark:
             self._end = self._scan(len(mark))
+            self._file.truncate(self._end)  # else what is cut off would be read as heads after the next record
         else:
             self._file.truncate(0)
             self._write_at(0, [mark])
             self._end = len(mark)
 
     def _scan(self, at: int) -> int:
-        """Index what is there; the end of the last whole record."""
-        size = os.fstat(self._file.fileno()).st_size
+        """Index what is there and may be; the end of the last whole record."""
+        size = min(os.fstat(self._file.fileno()).st_size, self._max_bytes)
         while at + _HEAD.size <= size:
             self._file.seek(at)
             name, ids, _ = _HEAD.unpack(self._file.read(_HEAD.size))
             after = at + self.size(ids)
             if after > size:
-                break  # cut off in the middle of a record
+                break  # cut off in the middle of a record, or more than was allowed before
             self._places[name] = at, ids
             at = after
         return at
@@ -181,8 +184,8 @@ class CacheSettings:
 class CachedStates:
     """Border states of all samples of an edge, as a sequence; `Border` reads them.
 
-    Every state has been through a record, also one that was not kept: so the trained delta does not depend on how
-    much of it fitted the disk.
+    Every state has been through a record, also one that was not kept: so on a CPU the trained delta does not
+    depend on how much of it fitted the disk.
     """
 
     def __init__(
@@ -209,8 +212,10 @@ class CachedStates:
         self._below, self._above = layers[:split], layers[split:]
         self._width = int(bundle.manifest.config["hidden_size"])
         kind = f"{device.partition(':')[0]} {compute_dtype}"
-        fixed = [kind, *self._digests(["embedding", *(f"layers.{number}" for number in self._below)])]
-        moving = [*fixed, emulator_name, settings.dtype, *self._digests(f"layers.{number}" for number in self._above)]
+        config = json.dumps(bundle.manifest.config, sort_keys=True)
+        fixed = [kind, config, *self._digests(["embedding", *(f"layers.{number}" for number in self._below)])]
+        above = self._digests(f"layers.{number}" for number in self._above)
+        moving = [*fixed, emulator_name, str(bundle.manifest.lora.scale), settings.dtype, *above]
         positions = sum(len(sample) for sample in dict(zip(self._names, self._ids, strict=True)).values())
         rows = {"border": row_bytes(self._width, settings.dtype), "below": row_bytes(self._width, "bf16")}
         budget = self._budget()
@@ -227,7 +232,7 @@ class CachedStates:
             most = budget - sum(rows[other] * positions + (len(ids) << 7) for other in wanted if other != tier)
             self._files[tier] = RecordFile(paths[tier], settings.key, _digest(parts), rows[tier], most)
         self._expected: deque[int] = deque()
-        self._slice: dict[int, Tensor] = {}
+        self._slice: dict[bytes, Tensor] = {}  # by name
 
     def _digests(self, roles: Iterable[str]) -> list[str]:
         return [self._bundle.manifest.file(f"{role}.safetensors").sha256 for role in roles]
@@ -259,11 +264,11 @@ class CachedStates:
                     return  # the disk is full: what is left is computed when it is asked for
 
     def _partly(self, progress: Progress | None, done: int, total: int) -> Progress | None:
-        """Progress of one slice as progress of all."""
+        """Progress of one part as progress of all."""
         if progress is None:
             return None
         layers = len(self._below) + len(self._above)
-        return lambda layer, of: progress(done * layers + layers - of + layer, total * layers)
+        return lambda layer, _: progress(done * layers + layer, total * layers)
 
     def _slices(self, indices: Sequence[int]) -> list[list[int]]:
         """As many samples as fit the memory for one pass: every layer is read once for each slice."""
@@ -298,11 +303,13 @@ class CachedStates:
                 if below:
                     below.put(self._names[at], len(self._ids[at]), record)
         start = [from_record(records[at] or b"", self._width, "bf16") for at in indices]
-        return self._stream(indices, self._above, start, progress)
+        above = progress and (lambda layer, of: progress(len(self._below) + layer, of))
+        return self._stream(indices, self._above, start, above)
 
     def _stream(
         self, indices: Sequence[int], layers: Sequence[int], start: list[Tensor] | None, progress: Progress | None
     ) -> list[Tensor]:
+        """On a CPU each sample alone: in a batch, its last bits would depend on what else the slice holds."""
         return stream(
             self._bundle,
             layers,
@@ -313,6 +320,7 @@ class CachedStates:
             compute_dtype=self._compute_dtype,
             device=self._device,
             progress=progress,
+            batch_tokens=0 if self._device == "cpu" else _BATCH_TOKENS,
         )
 
     # --- reading ---------------------------------------------------------------------------------------------
@@ -331,17 +339,17 @@ class CachedStates:
         data = self._files["border"].get(self._names[index])
         if data is not None:
             return from_record(data, self._width, self._settings.dtype)
-        if index not in self._slice:
+        name = self._names[index]
+        if name not in self._slice:
             border = self._files["border"]
-            coming = dict.fromkeys([index, *(at for at in self._expected if self._names[at] not in border)])
-            [indices, *_] = self._slices(list(coming))
-            states = self._compute(indices, None)
+            coming = {self._names[at]: at for at in (index, *self._expected) if self._names[at] not in border}
+            [indices, *_] = self._slices(list(coming.values()))
             self._slice = {}
-            for at, state in zip(indices, states, strict=True):
+            for at, state in zip(indices, self._compute(indices, None), strict=True):
                 record = to_record(state, self._settings.dtype)
-                border.put(self._names[at], len(self._ids[at]), record)  # a damaged one has room again
-                self._slice[at] = from_record(record, self._width, self._settings.dtype)
-        return self._slice[index]
+                border.put(self._names[at], len(self._ids[at]), record)
+                self._slice[self._names[at]] = from_record(record, self._width, self._settings.dtype)
+        return self._slice[name]
 
     @property
     def digest(self) -> str:

@@ -6,6 +6,7 @@ very same round; anything else in it is begun anew. When to save is decided here
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import threading
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -64,6 +66,8 @@ class RoundCheckpoint:
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError):
             return None
+        if about.get("digest") != _digest(tensors):
+            return None  # a power cut may leave a file's length without its bytes
         return Saved(int(about["step"]), int(about["tokens"]), tensors), generation
 
     def is_due(self, step: int, steps: int) -> bool:
@@ -87,7 +91,7 @@ class RoundCheckpoint:
     def _write(self, path: Path, about: dict[str, str], copies: dict[str, Tensor]) -> None:
         part = path.with_suffix(".part")
         try:
-            save_file(copies, part, {"identity": self._identity, **about})
+            save_file(copies, part, {"identity": self._identity, "digest": _digest(copies), **about})
             os.replace(part, path)
         except (OSError, SafetensorError):
             part.unlink(missing_ok=True)  # a full disk: training goes on without
@@ -96,5 +100,12 @@ class RoundCheckpoint:
         """The round is trained and its update on the disk."""
         if self._writer is not None:
             self._writer.join()
-        for generation in (0, 1):
-            self._path(generation).unlink(missing_ok=True)
+        for path in self._directory.glob("round.*"):  # also what a kill left half-written
+            path.unlink(missing_ok=True)
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -7,6 +7,7 @@ import io
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,49 @@ def test_a_hub_cannot_name_a_directory_outside_the_home(home: Home, run_id: str)
         f"the hub names its run {run_id!r}, which is no directory's name; join only hubs you trust"
     )
     assert not home.directory.exists()
+
+
+# -- the key of border states ---------------------------------------------------------------------------
+
+
+def test_each_join_has_a_key_of_its_own_that_no_disk_sees(home: Home) -> None:
+    home.lock()
+    there = sorted(home.directory.rglob("*"))
+    keys = {home.cache_key(keep=False) for _ in range(3)}
+    assert [len(key) for key in keys] == [32] * 3
+    assert sorted(home.directory.rglob("*")) == there
+
+
+def test_a_kept_key_is_its_owners_alone_and_stays(home: Home) -> None:
+    before = os.umask(0)
+    try:
+        key = home.cache_key(keep=True)
+    finally:
+        os.umask(before)
+    assert len(key) == 32
+    assert stat.S_IMODE((home.directory / "cache.key").stat().st_mode) == 0o600
+    assert Home(home.directory).cache_key(keep=True) == key
+    assert Home(home.directory.with_name("other")).cache_key(keep=True) != key
+
+
+def test_a_join_that_does_not_keep_it_deletes_a_kept_key(home: Home) -> None:
+    kept = home.cache_key(keep=True)
+    assert home.cache_key(keep=False) != kept
+    assert not (home.directory / "cache.key").exists()
+    assert home.cache_key(keep=True) != kept
+
+
+def test_forgetting_borders_frees_those_of_every_run_and_nothing_else(home: Home) -> None:
+    assert home.forget_borders() == 0
+    for run, size in (("one", 1000), ("two", 234)):
+        home.border(run).mkdir()
+        (home.border(run) / "border-0.cache").write_bytes(bytes(size))
+        (home.run(run) / "residual").write_bytes(b"stays")
+    assert home.forget_borders() == 1234
+    assert home.forget_borders() == 0
+    names = sorted(str(path.relative_to(home.directory)) for path in home.directory.rglob("*") if path.is_file())
+    assert names == [str(Path("runs", run, "residual")) for run in ("one", "two")]
+    assert not home.border("one").exists()
 
 
 # -- the token ------------------------------------------------------------------------------------------
