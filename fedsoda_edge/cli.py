@@ -98,6 +98,18 @@ def join(
     cache_key: Annotated[
         str, typer.Option(envvar="FEDSODA_CACHE_KEY", help="keep: the next join can read them; forget: nobody can")
     ] = "forget",
+    pause_on: Annotated[
+        str | None,
+        typer.Option(
+            envvar="FEDSODA_PAUSE_ON", help="stand aside by itself: battery, gpu-busy, hours=9-17 (local), with commas"
+        ),
+    ] = None,
+    max_ram: Annotated[
+        str | None, typer.Option(envvar="FEDSODA_MAX_RAM", help="training may take, as 6GB; exit 4 where it needs more")
+    ] = None,
+    max_vram: Annotated[
+        str | None, typer.Option(envvar="FEDSODA_MAX_VRAM", help="the same of the GPU's memory")
+    ] = None,
     unattended: Annotated[
         bool, typer.Option(envvar="FEDSODA_UNATTENDED", help="retry for ever, also at first")
     ] = False,
@@ -109,8 +121,10 @@ def join(
     with reporting(as_json, jsonl, debug):
         from fedsoda_edge.data import LocalData
         from fedsoda_edge.edge import Edge
+        from fedsoda_edge.neighbour import parse_rules
         from fedsoda_edge.progress import Display
 
+        parse_rules(pause_on or "")  # a wrong option is known before data is read
         local = LocalData.from_jsonl(data, columns=_columns(column or []))
         for _ in local.rows() if local.is_text else ():  # bad data is known before anything else is done
             pass
@@ -124,10 +138,14 @@ def join(
             max_disk=None if max_disk is None else parse_bytes(max_disk),
             cache=cache,
             keep_cache_key=cache_key == "keep",
+            max_ram=None if max_ram is None else parse_bytes(max_ram),
+            max_vram=None if max_vram is None else parse_bytes(max_vram),
         )
         with Display(jsonl) as display:
             display.say({"event": "settings", "values": effective_settings(context)})
-            with edge.join(local, on_event=display.say, unattended=unattended, max_rounds=max_rounds) as participation:
+            with edge.join(
+                local, on_event=display.say, unattended=unattended, max_rounds=max_rounds, pause_on=pause_on or ""
+            ) as participation:
                 try:
                     for offer in participation:
                         offer.submit(offer.train())
@@ -219,6 +237,83 @@ def status(as_json: Json = False, debug: Debug = False) -> None:
             as_json,
             False,
         )
+
+
+def _wish(do: str, seconds: float | None = None) -> dict[str, Any]:
+    """What the running join did of it; state "noted" where it cannot answer yet."""
+    import time
+
+    from fedsoda_edge import control
+    from fedsoda_edge.config import Home
+
+    home = Home()
+    if not home.is_in_use():
+        raise UsageProblem(
+            f"no join runs in {home.directory}: start fedsoda-edge join, or set FEDSODA_HOME to that of the join"
+        )
+    wish = control.ask(home.control, do, seconds)
+    until = time.monotonic() + control.ANSWER_SECONDS
+    is_running = True
+    while is_running and time.monotonic() < until:
+        time.sleep(0.1)
+        is_running = home.is_in_use()
+        if (answer := control.answer_to(wish)) is not None:  # also the last word of one that ended since
+            return answer
+    if not is_running:
+        raise UsageProblem(f"the join of {home.directory} ended just now; there is nothing left to {do}")
+    note("the join is still starting; it will do so as soon as it has")
+    return {"state": "noted", "was_paused": False, "reason": None, "seconds": None, "freed_bytes": 0, "round": None}
+
+
+@app.command(epilog="Example: fedsoda-edge pause --for 1h\n\n" + EXIT_HELP)
+def pause(
+    duration: Annotated[
+        str | None,
+        typer.Option("--for", envvar="FEDSODA_FOR", help="90s, 30m or 1h, then it goes on; else until resume"),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Let the join of this FEDSODA_HOME stand aside: its RAM and VRAM are free, the round goes on at resume."""
+    with reporting(as_json, False, debug):
+        from fedsoda_edge.neighbour import parse_seconds
+        from fedsoda_edge.ports.console import human_bytes
+        from fedsoda_edge.status import pause_sentence
+
+        done = _wish("pause", None if duration is None else parse_seconds(duration))
+        if done["state"] == "paused":
+            said = pause_sentence(done["reason"], done["seconds"])
+            freed = human_bytes(done["freed_bytes"])
+            ended = f"the worker ended, {freed} are free again" if done["freed_bytes"] else "no worker was running"
+            note(f"{said}: {ended}")
+        elif done["state"] == "finishing":
+            note("not paused: this device is about to finish")
+        finish({"status": "ok", **done}, as_json, False)
+
+
+@app.command(epilog="Example: fedsoda-edge resume")
+def resume(as_json: Json = False, debug: Debug = False) -> None:
+    """End a pause, also one that --pause-on began; the round goes on where it stopped."""
+    with reporting(as_json, False, debug):
+        done = _wish("resume")
+        if done["state"] != "noted":
+            note("going on after the pause" if done["was_paused"] else "there was no pause; the join goes on")
+        finish({"status": "ok", **done}, as_json, False)
+
+
+@app.command("finish", epilog="Example: fedsoda-edge finish")
+def finish_round(as_json: Json = False, debug: Debug = False) -> None:
+    """Let the join hand in the round it has, then leave and exit 0; with no round in hand at once. Ends a pause."""
+    with reporting(as_json, False, debug):
+        done = _wish("finish")
+        if done["state"] == "finishing":
+            in_hand = done["round"]
+            note(
+                "no round is in hand: this device leaves now"
+                if in_hand is None
+                else f"round {in_hand} is finished and handed in first, then this device leaves"
+            )
+        finish({"status": "ok", **done}, as_json, False)
 
 
 @data_app.command("check", epilog="Example: fedsoda-edge data check visits.jsonl --tokenizer model-directory")

@@ -50,6 +50,11 @@ class Home:
         """What the join says of itself (`status.py`)."""
         return self.directory / "status.json"
 
+    @property
+    def control(self) -> Path:
+        """Wishes for the running join (`control.py`)."""
+        return self.directory / "control"
+
     def run(self, run_id: str) -> Path:
         """State of one run: views, residual, an update without receipt.
 

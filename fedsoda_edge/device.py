@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+import msgspec
 import psutil
 
 from fedsoda_edge.errors import DeviceTooSmall, UsageProblem
@@ -50,6 +51,38 @@ def _free_vram() -> tuple[str, int]:
         return "", 0
     finally:
         pynvml.nvmlShutdown()
+
+
+def choose_device_within(
+    wanted: str,
+    needs: EdgeNeeds,
+    facts: DeviceFacts,
+    held_bytes: int = 0,
+    *,
+    max_ram: int | None = None,
+    max_vram: int | None = None,
+) -> str:
+    """`choose_device` where the owner allows at most so many bytes of RAM and VRAM; None: all that is free.
+
+    Raises:
+        DeviceTooSmall: says which limit keeps it from training, with both numbers.
+    """
+    limits = (("--max-ram", max_ram, needs.ram_bytes), ("--max-vram", max_vram, needs.vram_bytes))
+    allowed = msgspec.structs.replace(
+        facts,
+        ram_bytes=facts.ram_bytes if max_ram is None else min(facts.ram_bytes, max_ram),
+        vram_bytes=facts.vram_bytes if max_vram is None else min(facts.vram_bytes, max_vram),
+    )
+    try:
+        return choose_device(wanted, needs, allowed, held_bytes)
+    except DeviceTooSmall:
+        choose_device(wanted, needs, facts, held_bytes)  # says so itself where the device is too small
+        told = " and ".join(
+            f"{name} allows {human_bytes(most)}, the sub-LLM needs {human_bytes(needed)}"
+            for name, most, needed in limits
+            if most is not None and most < needed
+        )
+        raise DeviceTooSmall(f"{told}; allow more, or ask the hub's owner for a smaller sub-LLM") from None
 
 
 def choose_device(wanted: str, needs: EdgeNeeds, facts: DeviceFacts, held_bytes: int = 0) -> str:

@@ -12,6 +12,7 @@ import os
 import queue
 import random
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -21,9 +22,10 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from fedsoda_edge import control
 from fedsoda_edge.config import Home, read_token
 from fedsoda_edge.data import DEFAULT_COMPLETION, DEFAULT_PROMPT, LocalData, TextTemplate
-from fedsoda_edge.device import choose_device, read_device
+from fedsoda_edge.device import choose_device_within, read_device
 from fedsoda_edge.errors import (
     BlobCorrupt,
     HubUnreachable,
@@ -33,6 +35,7 @@ from fedsoda_edge.errors import (
     UsageProblem,
     WorkerFailed,
 )
+from fedsoda_edge.neighbour import SENSE_SECONDS, Neighbour, Pause, Readings, Rules, Sensors, parse_rules
 from fedsoda_edge.ports import Clock, SystemClock, Transport
 from fedsoda_edge.ports.child import Child
 from fedsoda_edge.ports.disk import sha256, sha256_file, write_durably
@@ -52,6 +55,8 @@ FORGET_RESIDUAL_AFTER = 5  # missed rounds
 PROGRESS_SECONDS = 0.5
 WORKER_TRIES = 3  # a round may take; the second begins at the first one's checkpoint
 CACHE_DTYPES = ("bf16", "int8")
+END_SECONDS = 5.0  # a worker whose stdin closed may take; then it is killed
+REFRESH_SECONDS = 30.0  # so often `status` learns how long a pause still is
 
 WHAT_LEAVES = (
     "What leaves this device: coded LoRA deltas, the number of examples, the mean loss, the device's sizes. Never text, "
@@ -80,7 +85,10 @@ class Offer:
     _participation: Participation
 
     def train(self) -> Update:
-        """Train the round in the worker; blocks until it is done. Raises FedSODAError."""
+        """Train the round in the worker; blocks until it is done, during a pause too. Raises FedSODAError.
+
+        Where the hub has gone on to a later round during a pause, the update is of that round.
+        """
         return self._participation._call(self._participation._agent.train(self.round_number))
 
     def submit(self, update: Update) -> bool:
@@ -99,6 +107,7 @@ class Edge:
         threads: of the worker; 0 leaves it to torch.
         max_disk: bytes that border states may take; None: what is free.
         cache: "bf16" or "int8", how they are kept. keep_cache_key: whether a later join can read them.
+        max_ram, max_vram: bytes that training may take; a sub-LLM that needs more is DeviceTooSmall. None: what is free.
     """
 
     def __init__(
@@ -112,6 +121,8 @@ class Edge:
         max_disk: int | None = None,
         cache: str = "bf16",
         keep_cache_key: bool = False,
+        max_ram: int | None = None,
+        max_vram: int | None = None,
     ) -> None:
         if cache not in CACHE_DTYPES:
             raise UsageProblem(f"cache is {cache!r}; it must be one of {', '.join(CACHE_DTYPES)}")
@@ -121,6 +132,7 @@ class Edge:
         self._device = device
         self._threads = threads
         self._cache = _Cache(max_disk, cache, keep_cache_key)
+        self._limits = _Limits(max_ram, max_vram)
 
     def transport(self) -> Transport:
         """A fresh conversation with the hub."""
@@ -129,7 +141,13 @@ class Edge:
         return self._hub
 
     def join(
-        self, data: LocalData, *, on_event: Say = lambda _: None, unattended: bool = False, max_rounds: int = 0
+        self,
+        data: LocalData,
+        *,
+        on_event: Say = lambda _: None,
+        unattended: bool = False,
+        max_rounds: int = 0,
+        pause_on: str = "",
     ) -> Participation:
         """Take part with this data: a context manager that yields offers.
 
@@ -137,6 +155,7 @@ class Edge:
             on_event: called from another thread with one dict per event, for progress displays.
             unattended: retry for ever, even when the hub cannot be reached at first.
             max_rounds: leave after that many submitted updates; 0: stay to the end.
+            pause_on: what pauses by itself, such as "battery,gpu-busy,hours=9-17".
         """
         agent = _Agent(
             self.transport(),
@@ -148,6 +167,8 @@ class Edge:
             on_event,
             SystemClock(),
             self._cache,
+            self._limits,
+            parse_rules(pause_on),
         )
         return Participation(agent, max_rounds)
 
@@ -182,17 +203,20 @@ class Participation:
                 return
             item = self._next()
             if item is None:
+                if self._agent.is_finishing:
+                    self._call(self._agent.leave("the owner of the device finished"))
                 return
             if isinstance(item, BaseException):
                 raise item
             yield Offer(item.round, item.rounds, item.due_seconds, self)
 
     def _next(self) -> ms.RoundOffer | BaseException | None:
-        while True:
+        while not self._agent.is_finishing:
             with contextlib.suppress(queue.Empty):
                 item = self._agent.offers.get(timeout=0.5)
-                if not isinstance(item, ms.RoundOffer) or not self._agent.has_handed_in(item.round):
+                if not isinstance(item, ms.RoundOffer) or self._agent.is_worth_taking(item.round):
                     return item
+        return None
 
     @property
     def report(self) -> dict[str, Any]:
@@ -229,6 +253,14 @@ class _Cache:
     keep_key: bool = False
 
 
+@dataclass(frozen=True)
+class _Limits:
+    """Bytes that training may take. None: what is free."""
+
+    max_ram: int | None = None
+    max_vram: int | None = None
+
+
 class _Agent:
     """The asyncio side: one connection at a time, one worker, state on disk."""
 
@@ -243,7 +275,26 @@ class _Agent:
         say: Say,
         clock: Clock,
         cache: _Cache = _Cache(),
+        limits: _Limits = _Limits(),
+        rules: Rules = Rules(),
     ) -> None:
+        self._limits = limits
+        self._rules = rules
+        self._sensors = Sensors(rules)
+        self._readings = Readings()
+        self._sensed = self._refreshed = float("-inf")
+        self._neighbour = Neighbour(rules)
+        self._pause: Pause | None = None
+        self._running = asyncio.Event()  # not paused
+        self._running.set()
+        self._watcher: asyncio.Task[None] | None = None
+        self._training: asyncio.Task[tuple[ms.RoundOffer, dict[str, Any]]] | None = None
+        self._transfer: asyncio.Task[bytes] | None = None
+        self._in_hand: int | None = None  # the round that is trained or handed in
+        self._telling = asyncio.Lock()
+        self._told_pause: bool | None = None  # on this connection
+        self._ready = asyncio.Event()  # the hub takes updates on this connection
+        self.is_finishing = False
         self._cache = cache
         self._cache_key = b""
         self._opening: dict[str, Any] | None = None  # what the worker was opened with, for the next one
@@ -288,6 +339,7 @@ class _Agent:
     async def start(self) -> None:
         """Connect, check the device, fetch the bundle, read the data, say Ready."""
         self._home.lock()
+        control.forget(self._home.control)
         self._cache_key = self._home.cache_key(keep=self._cache.keep_key)
         if not self._cache.keep_key:
             self._home.forget_borders()  # of a join that was killed: nobody has its key
@@ -303,7 +355,7 @@ class _Agent:
         wanted = [(file.sha256, file.bytes) for file in manifest.files]
         held = store.held_bytes(wanted)
         facts = read_device(self._home.directory)
-        device = choose_device(self._device, manifest.needs, facts, held)
+        device = self._fitting_device(manifest, facts, held)
         self._say(
             {
                 "event": "device",
@@ -347,11 +399,21 @@ class _Agent:
         }
         self._home.remember_run(welcome.run_id, about)
         self._say({"event": "data", "rows": rows, **opened})
+        for missing in self._sensors.missing():
+            self._say({"event": "notice", "message": missing})
+        await self._look()
         await self._resume()
         self._reader = asyncio.create_task(self._converse())
+        self._watcher = asyncio.create_task(self._watch())
         if (self._run_dir / "pending" / "meta.json").exists():
             # An update without receipt from before a crash goes first: the hub knows whether it has it.
             await self._submit_pending()
+
+    def _fitting_device(self, manifest: BundleManifest, facts: ms.DeviceFacts, held_bytes: int) -> str:
+        limits = self._limits
+        return choose_device_within(
+            self._device, manifest.needs, facts, held_bytes, max_ram=limits.max_ram, max_vram=limits.max_vram
+        )
 
     async def _check_data(self) -> int:
         """Every row, before anything is fetched; the number of rows."""
@@ -386,6 +448,8 @@ class _Agent:
     async def _greet_once(self) -> ms.Welcome:
         await self._transport.connect()
         self._session = EdgeSession()
+        self._told_pause = None
+        self._ready.clear()
         await self._transport.send(
             self._session.send(
                 ms.Hello(
@@ -412,9 +476,109 @@ class _Agent:
         raise HubUnreachable("the hub closed the connection before it answered Hello", "HTTP")
 
     async def _resume(self) -> None:
-        """After every (re)connect: this edge may be invited."""
-        await self._send(ms.Ready(num_examples=self._num_examples))
+        """After every (re)connect: this edge may be invited, or it is paused."""
+        await self._tell()
         self._connected.set()
+
+    async def _tell(self) -> None:
+        """Say Ready, Paused or Resumed until the hub knows how it is. A connection that begins in a pause has no Ready."""
+        async with self._telling:
+            while (is_paused := self._pause is not None) != self._told_pause:
+                if self._pause is not None:
+                    await self._send(ms.Paused(reason=self._pause.reason))
+                elif self._ready.is_set():
+                    await self._send(ms.Resumed())
+                else:
+                    await self._send(ms.Ready(num_examples=self._num_examples))
+                    self._ready.set()
+                self._told_pause = is_paused
+
+    async def _tell_if_connected(self) -> None:
+        """The update that is being handed in goes first: a hub that hears of the pause before may close the round."""
+        if self._connected.is_set() and not self._submitting.locked():
+            with contextlib.suppress(HubUnreachable, AssertionError):  # then the next connection begins with it
+                await self._tell()
+
+    # --- a good neighbour ----------------------------------------------------------------------------------
+
+    async def _watch(self) -> None:
+        """Do what the owner wishes and what the rules ask for."""
+        try:
+            while True:
+                await asyncio.sleep(control.LOOK_SECONDS)
+                await self._look()
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            self.offers.put(error)
+
+    async def _look(self) -> None:
+        now, freed, before = self._clock.monotonic(), 0, self._pause
+        taken = control.wishes(self._home.control)
+        for wish in taken:
+            if wish.do == "pause":
+                self._neighbour.pause(now, wish.seconds)
+            elif wish.do == "resume":
+                self._neighbour.resume()
+            elif wish.do == "finish":
+                self._neighbour.finish()
+                self.is_finishing = True
+        if self._rules != Rules() and now - self._sensed >= SENSE_SECONDS:
+            self._sensed = now
+            device = self._opening["device"] if self._opening else "cpu"
+            ours = self._worker.pid if device != "cpu" else None
+            hour = time.localtime(self._clock.wall()).tm_hour
+            self._readings = await asyncio.to_thread(self._sensors.read, hour, ours)
+        wanted = self._neighbour.look(now, self._readings)
+        if wanted is None and before is not None:
+            await self._end_pause()
+        elif wanted is not None and (before is None or (before.by, before.until) != (wanted.by, wanted.until)):
+            freed = await self._begin_pause(wanted, now)
+        elif wanted is not None and wanted.until is not None and now - self._refreshed >= REFRESH_SECONDS:
+            self._refreshed = now
+            assert self._status is not None
+            self._status.still_paused(wanted.until - now)
+        pause = self._pause
+        for wish in taken:
+            control.answer(
+                wish,
+                {
+                    "state": "paused" if pause else "finishing" if self.is_finishing else "running",
+                    "was_paused": before is not None,
+                    "reason": pause.reason if pause else None,
+                    "seconds": pause.until - now if pause and pause.until is not None else None,
+                    "freed_bytes": freed,
+                    "round": self._in_hand,
+                },
+            )
+
+    async def _begin_pause(self, pause: Pause, now: float) -> int:
+        """End the worker, which keeps all on the disk, and tell the hub; the bytes that are free again."""
+        self._pause, self._refreshed = pause, now
+        self._running.clear()
+        if (training := self._training) is not None:
+            training.cancel()
+            await asyncio.wait([training])
+        freed = self._worker.rss_bytes or 0
+        try:
+            async with asyncio.timeout(END_SECONDS):
+                await self._worker.close()
+        except TimeoutError:
+            import psutil
+
+            with contextlib.suppress(psutil.Error):
+                psutil.Process(self._worker.pid).kill()
+            await self._worker.close()
+        seconds = None if pause.until is None else pause.until - now
+        self._say({"event": "paused", "reason": pause.reason, "seconds": seconds})
+        await self._tell_if_connected()
+        return freed
+
+    async def _end_pause(self) -> None:
+        self._pause = None
+        await self._tell_if_connected()
+        self._say({"event": "resumed"})
+        self._running.set()
 
     # --- the conversation ----------------------------------------------------------------------------------
 
@@ -426,9 +590,14 @@ class _Agent:
                     if self._received(self._session.receive(frame)):
                         self.offers.put(None)
                         return
+                if self._session.state == "over":  # this edge left
+                    return
                 self._lost()
                 await self._greet(keep_trying=True)
-                await self._resume()
+                try:
+                    await self._resume()
+                except HubUnreachable:  # gone again already
+                    continue
                 self._say({"event": "reconnected"})
         except asyncio.CancelledError:
             raise
@@ -438,6 +607,7 @@ class _Agent:
 
     def _lost(self) -> None:
         self._connected.clear()
+        self._ready.clear()
         gone = HubUnreachable("the connection ended", "TCP")
         for waiting in (self._blob, self._answer):
             if waiting is not None and not waiting.done():
@@ -479,17 +649,22 @@ class _Agent:
     def has_handed_in(self, round_number: int) -> bool:
         return any(done["round"] == round_number and done["accepted"] for done in self.rounds)
 
+    def is_worth_taking(self, round_number: int) -> bool:
+        """Not one that was handed in, nor one that the hub has left behind."""
+        is_latest = self._offer is None or self._offer.round <= round_number
+        return is_latest and not self.has_handed_in(round_number)
+
     async def _send(self, message: ms.EdgeMessage, payload: bytes | memoryview = b"") -> None:
         await self._transport.send(self._session.send(message, payload))
 
-    async def _patiently(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Do again what a lost connection broke off."""
+    async def _patiently(self, may: asyncio.Event, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Do again what a lost connection broke off, each time when it may be."""
         while True:
-            await self._connected.wait()
+            await may.wait()
             try:
                 return await work()
             except (HubUnreachable, AssertionError) as error:
-                if isinstance(error, AssertionError) and self._connected.is_set():
+                if isinstance(error, AssertionError) and may.is_set():
                     raise
                 await asyncio.sleep(0.05)
 
@@ -500,7 +675,9 @@ class _Agent:
                 await self._transport.send(self._session.request(blob))
                 return await self._blob
 
-        return await self._patiently(once)
+        # A pause breaks off who waits, not the transfer: its chunks come all the same, and the next one has to wait.
+        self._transfer = asyncio.create_task(self._patiently(self._connected, once))
+        return await asyncio.shield(self._transfer)
 
     # --- rounds --------------------------------------------------------------------------------------------
 
@@ -516,12 +693,12 @@ class _Agent:
         assert welcome is not None
         if offer.round != round_number:
             raise ProtocolViolation(f"round {round_number} is over, the hub offers {offer.round}; take the next offer")
-        self._working_on = round_number
+        self._working_on = self._in_hand = round_number
         try:
             pending = self._run_dir / "pending"
             pending.mkdir(exist_ok=True)
             (pending / "meta.json").unlink(missing_ok=True)
-            result = await self._train_in_worker(offer, welcome, pending)
+            offer, result = await self._train_in_worker(welcome, pending)
             path = pending / "update"
             digest = await asyncio.to_thread(sha256_file, path)
             start = ms.UpdateStart(
@@ -538,25 +715,43 @@ class _Agent:
             self._say({"event": "trained", "round": offer.round, "edge": welcome.edge, **result})
             loss = float("nan") if result["loss"] is None else result["loss"]
             return Update(offer.round, path, digest, result["num_examples"], loss)
+        except BaseException:
+            self._in_hand = None
+            raise
         finally:
             self._working_on = 0
 
-    async def _train_in_worker(self, offer: ms.RoundOffer, welcome: ms.Welcome, pending: Path) -> dict[str, Any]:
-        """The round's result. A worker that dies is started again and goes on from its checkpoint."""
-        for attempt in range(1, WORKER_TRIES + 1):
+    async def _train_in_worker(self, welcome: ms.Welcome, pending: Path) -> tuple[ms.RoundOffer, dict[str, Any]]:
+        """The round's result. A worker that dies, or that a pause ended, is started again; it has its checkpoint."""
+        num_failures = 0
+        while True:
+            await self._running.wait()
+            self._training = asyncio.create_task(self._train_once(welcome, pending))
             try:
-                return await self._train_once(offer, welcome, pending)
+                return await self._training
+            except asyncio.CancelledError:
+                this = asyncio.current_task()
+                if this is None or this.cancelling():
+                    raise  # not by a pause
             except WorkerFailed as error:
-                if attempt == WORKER_TRIES:
+                num_failures += 1
+                if num_failures == WORKER_TRIES:
                     raise
                 self._say({"event": "notice", "message": f"{error}; starting it again"})
                 await self._worker.close()
-        raise AssertionError("the last try raises")
+            finally:
+                self._training = None
 
-    async def _train_once(self, offer: ms.RoundOffer, welcome: ms.Welcome, pending: Path) -> dict[str, Any]:
+    async def _train_once(self, welcome: ms.Welcome, pending: Path) -> tuple[ms.RoundOffer, dict[str, Any]]:
         if self._worker.pid is None and self._opening is not None:
             await self._worker.call("open", self._opening)
             self._border_for = None
+        offer = self._offer
+        assert offer is not None
+        if offer.round != self._working_on:
+            message = f"round {self._working_on} is over, going on with round {offer.round}"
+            self._say({"event": "notice", "message": message})
+            self._working_on = self._in_hand = offer.round
         emulator = await self._bring_up("emulator", offer.emulator, offer.alignment)
         view = await self._bring_up("adapter", offer.view, offer.round)
         if self._border_for != offer.emulator.digest:
@@ -579,7 +774,7 @@ class _Agent:
             self._reporter(offer.round),
         )
         self._say_damaged(result.pop("num_damaged"))
-        return result
+        return offer, result
 
     async def _sweep(self, emulator: str | None) -> None:
         """Border states of all samples, those that are on the disk already left as they are."""
@@ -684,15 +879,23 @@ class _Agent:
         return await self._submit_pending()
 
     async def _submit_pending(self) -> bool:
+        try:
+            return await self._hand_in()
+        finally:
+            self._in_hand = None
+            await self._tell_if_connected()
+
+    async def _hand_in(self) -> bool:
         async with self._submitting:
             pending = self._run_dir / "pending"
             meta = pending / "meta.json"
             if not meta.exists():  # the receipt came by another way
                 return True
             start = msgspec.json.decode(meta.read_bytes(), type=ms.UpdateStart)
+            self._in_hand = start.round
             data = await asyncio.to_thread((pending / "update").read_bytes)
             while True:
-                answer = await self._patiently(lambda: self._upload(start, data))
+                answer = await self._patiently(self._ready, lambda: self._upload(start, data))
                 if not (isinstance(answer, ms.Refusal) and answer.retry):
                     break
                 self._say({"event": "retrying", "round": start.round, "reason": answer.reason})
@@ -731,10 +934,10 @@ class _Agent:
     async def close(self, error: BaseException | None = None) -> None:
         if self._status is not None:
             self._status.end(error)
-        if self._reader is not None:
-            self._reader.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._reader
+        for task in (self._watcher, self._reader, self._transfer):
+            if task is not None:
+                task.cancel()
+                await asyncio.wait([task])
         await self._transport.close()
         await self._worker.close()
         if self._opening is not None and not self._cache.keep_key:
@@ -756,7 +959,17 @@ class _Agent:
 async def look_at(edge: Edge) -> dict[str, Any]:
     """Greet the hub, read its manifest, compare with this device; nothing is joined. Raises DeviceTooSmall."""
     home = Home(edge._home)
-    agent = _Agent(edge.transport(), home, LocalData(Path()), edge._device, 0, False, lambda _: None, SystemClock())
+    agent = _Agent(
+        edge.transport(),
+        home,
+        LocalData(Path()),
+        edge._device,
+        0,
+        False,
+        lambda _: None,
+        SystemClock(),
+        limits=edge._limits,
+    )
     try:
         welcome = await agent._greet_once()
         store = FileStore(home.store)
@@ -779,7 +992,7 @@ async def look_at(edge: Edge) -> dict[str, Any]:
             "ram_free": facts.ram_bytes,
             "vram_needed": manifest.needs.vram_bytes,
             "vram_free": facts.vram_bytes,
-            "device": choose_device(edge._device, manifest.needs, facts, held),
+            "device": agent._fitting_device(manifest, facts, held),
         }
     finally:
         await agent._transport.close()

@@ -10,6 +10,7 @@ from typing import Any
 
 from fedsoda_edge.doctor import Check
 from fedsoda_edge.ports.console import ProgressLine, human_bytes, human_seconds, note, settings_line
+from fedsoda_edge.status import pause_sentence
 
 # What is said without the work that the bar shows having ended.
 _ASIDES = ("notice", "reconnecting", "reconnected", "retrying")
@@ -97,6 +98,10 @@ def _sentence(event: dict[str, Any]) -> str:
             return f"connection lost: {event['message']}; retrying until it is back"
         case "reconnected":
             return "reconnected"
+        case "paused":
+            return pause_sentence(event["reason"], event["seconds"])
+        case "resumed":
+            return "going on after the pause"
         case "farewell":
             return f"done: {event['reason']} after {event['rounds']} rounds"
         case "notice":

@@ -29,6 +29,8 @@ _STATES = {
     "refused": "waiting for a round",
     "reconnecting": "reconnecting",
     "reconnected": "waiting for a round",
+    "paused": "paused",
+    "resumed": "waiting for a round",
     "farewell": "the run is over",
 }
 
@@ -52,6 +54,8 @@ class Status:
             "loss": None,
             "due_at": None,
             "worker_bytes": None,
+            "paused": None,
+            "paused_until": None,
             "last_error": None,
             "updated_at": None,
         }
@@ -61,6 +65,13 @@ class Status:
         values, kind = self.values, event["event"]
         before = values["state"]
         values["state"] = _STATES.get(kind, before)
+        if kind == "paused":
+            values["paused"] = event["reason"]
+            self._until(event["seconds"])
+        elif kind in ("resumed", "farewell"):
+            values |= {"paused": None, "paused_until": None}
+        elif values["paused"] is not None:
+            values["state"] = _STATES["paused"]  # whatever comes or goes meanwhile
         values |= {name: event[name] for name in ("run", "edge", "round", "rounds", "loss") if name in event}
         if kind == "training":
             values |= {"step": event["step"], "steps": event["steps"]}
@@ -73,9 +84,17 @@ class Status:
         elif kind in ("reconnected", "accepted"):
             values["last_error"] = None
         now = self._clock.monotonic()
-        if values["state"] != before or now - self._written >= WRITE_SECONDS:
+        if values["state"] != before or kind == "paused" or now - self._written >= WRITE_SECONDS:
             self._written = now
             self._write()
+
+    def still_paused(self, seconds: float) -> None:
+        """So much of the pause is left: the wall clock may have been set since."""
+        self._until(seconds)
+        self._write()
+
+    def _until(self, seconds: float | None) -> None:
+        self.values["paused_until"] = None if seconds is None else self._clock.wall() + seconds
 
     def end(self, error: BaseException | None) -> None:
         """The last word: why the join ended, where it was no run's end."""
@@ -83,6 +102,7 @@ class Status:
             self.values |= {"state": "stopped", "last_error": str(error) or type(error).__name__}
         elif self.values["state"] != _STATES["farewell"]:
             self.values["state"] = "stopped"
+        self.values |= {"paused": None, "paused_until": None}
         self._write()
 
     def _write(self) -> None:
@@ -102,9 +122,17 @@ def read_status(path: Path) -> dict[str, Any] | None:
     return found
 
 
+def pause_sentence(reason: str, seconds: float | None) -> str:
+    """ "paused by its owner, for another 42 min", "paused: on battery"."""
+    said = f"paused {reason}" if reason.startswith("by ") else f"paused: {reason}"
+    return said if seconds is None else f"{said}, for another {human_seconds(seconds)}"
+
+
 def sentences(found: dict[str, Any], *, is_running: bool, now: float) -> list[str]:
     """The status for people: state, hub, round, step, due time, memory, last error with its fix."""
     state = found["state"] if is_running or found["state"] in ("stopped", "the run is over") else "ended without a word"
+    if is_running and found.get("paused"):  # a home may hold the status of an older release
+        state = pause_sentence(found["paused"], found["paused_until"] and max(0.0, found["paused_until"] - now))
     lines = [f"{state}" + (f" (pid {found['pid']})" if is_running else "")]
     if found["run"]:
         lines.append(f"run {found['run']} as {found['edge']} at {found['hub']}")

@@ -25,6 +25,7 @@ from fedsoda_edge.model.nf4 import NF4Linear, dequantize, quantize
 from fedsoda_edge.model.sub_llm import SubLLM, build
 from fedsoda_edge.ports.child import Report, Values, serve
 from fedsoda_edge.ports.disk import BlobStore, sha256_file, write_durably
+from fedsoda_edge.ports.system import lower_priority
 from fedsoda_edge.protocol.manifest import TOKENIZER_FILES
 from fedsoda_edge.protocol.messages import LocalSettings
 from fedsoda_edge.training import fine_tune
@@ -228,6 +229,7 @@ class Worker:
 
 
 def main() -> None:
+    lower_priority()
     threads = os.environ.get("FEDSODA_THREADS")
     if threads:
         torch.set_num_threads(int(threads))

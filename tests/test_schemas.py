@@ -34,7 +34,7 @@ from jsonschema import Draft202012Validator
 
 import fedsoda_edge.cli
 import fedsoda_hub.cli
-from fedsoda_edge import errors
+from fedsoda_edge import control, errors
 from fedsoda_edge.config import Home
 from fedsoda_edge.errors import HubUnreachable, WorkerFailed
 from fedsoda_edge.ports import console
@@ -360,7 +360,10 @@ class WorkerHere:
 
 
 class MoodyHub(ScriptedHub):
-    """Its disk is full, then it has closed round 1, then it is away for a moment; in round 2 all goes well."""
+    """Its disk is full, then it has closed round 1, then it is away for a moment; in round 2 all goes well.
+
+    The owner of the device pauses before all that.
+    """
 
     def __init__(self) -> None:
         super().__init__(rounds=2)
@@ -380,6 +383,8 @@ class MoodyHub(ScriptedHub):
         said = self._session.receive(frame)
         match said:
             case ms.Hello():
+                if self._num_asked == 0:
+                    control.ask(Home().control, "pause", 0.001)
                 self._say(self._welcome())
             case ms.Ready():
                 self._offer()
@@ -443,6 +448,31 @@ def test_join_reports_with_json_what_its_terminal_event_says(joined: Joined) -> 
         found = edge("join", "http://hub", "--data", joined.data, FEDSODA_HOME=joined.home, FEDSODA_TOKEN="t")
     assert found.keys() == joined.events[-1].keys() - {"event", "terminal"}
     assert found["rounds"] == []  # the run is over
+
+
+def test_what_a_join_does_of_a_wish_is_told() -> None:
+    home, asked = Home(), []
+
+    def answer() -> None:
+        paused = {"state": "paused", "was_paused": False, "reason": "by its owner", "seconds": 1.5, "freed_bytes": 9}
+        running = {"state": "running", "was_paused": True, "reason": None, "seconds": None, "freed_bytes": 0}
+        for values in (paused, running, running | {"state": "finishing"}):
+            until = time.monotonic() + 30
+            while not (wishes := control.wishes(home.control)):
+                assert time.monotonic() < until
+                time.sleep(0.01)
+            asked.append((wishes[0].do, wishes[0].seconds))
+            control.answer(wishes[0], values | {"round": 3})
+
+    home.lock()
+    with meanwhile(answer):
+        assert edge("pause", "--for", "1.5h")["reason"] == "by its owner"
+        assert edge("resume")["was_paused"] is True
+        assert edge("finish")["round"] == 3
+    with mock.patch.object(control, "ANSWER_SECONDS", 0.0):
+        assert edge("pause")["state"] == "noted"
+    home.unlock()
+    assert asked == [("pause", 5400.0), ("resume", None), ("finish", None)]
 
 
 def test_the_home_of_a_join_is_told(joined: Joined) -> None:

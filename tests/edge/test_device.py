@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsoda_edge.device import choose_device, read_device
+from fedsoda_edge.device import choose_device, choose_device_within, read_device
 from fedsoda_edge.errors import DeviceTooSmall, UsageProblem
 from fedsoda_edge.ports.console import human_bytes
 from fedsoda_edge.protocol.manifest import EdgeNeeds
@@ -115,3 +115,22 @@ def test_sizes_are_read_by_people() -> None:
         "1.00 GiB",
         "1.50 GiB",
     ]
+
+
+def test_the_owners_limit_is_told_with_both_numbers() -> None:
+    roomy = device(vram=4 * GIB)
+    assert choose_device_within("auto", NEEDS, roomy) == "cuda"
+    assert choose_device_within("auto", NEEDS, roomy, max_vram=3 * GIB - 1) == "cpu"
+    assert choose_device_within("cpu", NEEDS, roomy, max_ram=6 * GIB) == "cpu"
+    with pytest.raises(DeviceTooSmall) as failure:
+        choose_device_within("cpu", NEEDS, roomy, max_ram=5 * GIB)
+    assert failure.value.exit_status == 4
+    assert str(failure.value) == (
+        "--max-ram allows 5.00 GiB, the sub-LLM needs 6.00 GiB; allow more, or ask the hub's owner for a smaller sub-LLM"
+    )
+    with pytest.raises(
+        DeviceTooSmall, match=r"--max-ram allows 5.00 GiB, .* and --max-vram allows 1.00 GiB, the sub-LLM"
+    ):
+        choose_device_within("auto", NEEDS, roomy, max_ram=5 * GIB, max_vram=GIB)
+    with pytest.raises(DeviceTooSmall, match=r"this device has 2\.00 GiB of memory free"):
+        choose_device_within("auto", NEEDS, device(ram=2 * GIB), max_ram=5 * GIB)

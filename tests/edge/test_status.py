@@ -27,6 +27,7 @@ JOINED: list[dict[str, Any]] = [
     {"event": "training", "round": 3, "step": 40, "steps": 100, "loss": 0.52},
 ]
 REFUSED = {"event": "refused", "round": 3, "reason": "round 3 is closed; wait for the next offer", "loss": 0.5}
+PAUSED = {"event": "paused", "reason": "by its owner", "seconds": 2520.0}
 LOST = {"event": "reconnecting", "message": "TCP: nothing answers at h:1; is the hub running?"}
 
 
@@ -63,8 +64,25 @@ LOST = {"event": "reconnecting", "message": "TCP: nothing answers at h:1; is the
                 "last error: round 3 is closed; wait for the next offer",
             ],
         ),
+        (
+            [*JOINED, PAUSED, LOST, {"event": "reconnected"}],
+            [
+                "paused by its owner, for another 42 min (pid PID)",
+                "run triage as clinic-7 at http://h",
+                "round 3 of 20, step 40 of 100, loss 0.520, due in 14 min",
+                "worker holds 2.00 GiB of memory",
+            ],
+        ),
+        (
+            [*JOINED[:2], {"event": "paused", "reason": "on battery", "seconds": None}],
+            ["paused: on battery (pid PID)", "run triage as clinic-7 at http://h", "worker holds 2.00 GiB of memory"],
+        ),
+        (
+            [*JOINED[:2], PAUSED, {"event": "resumed"}],
+            ["waiting for a round (pid PID)", "run triage as clinic-7 at http://h", "worker holds 2.00 GiB of memory"],
+        ),
     ],
-    ids=["connecting", "training", "lost", "refused"],
+    ids=["connecting", "training", "lost", "refused", "paused", "on battery", "resumed"],
 )
 def test_a_running_join_says_what_it_does(tmp_path: Path, events: list[dict[str, Any]], expected: list[str]) -> None:
     status = Status(tmp_path / "status.json", "http://h", Clocks(), lambda: 2 << 30 if events else None)
@@ -109,6 +127,17 @@ def test_it_is_written_once_a_second_and_at_every_change_of_state(tmp_path: Path
     clock.now += 1.0
     status.note(JOINED[-1] | {"step": 42})
     assert step() == 42
+
+
+def test_a_wall_clock_that_is_set_does_not_change_how_long_a_pause_is_for_long(tmp_path: Path) -> None:
+    clock = Clocks()
+    status = Status(tmp_path / "status.json", "http://h", clock, lambda: None)
+    status.note(PAUSED)
+    clock.now += 7200.0  # somebody set it
+    status.still_paused(2490.0)
+    found = read_status(tmp_path / "status.json")
+    assert found is not None
+    assert sentences(found, is_running=True, now=clock.now)[0].startswith("paused by its owner, for another 42 min (")
 
 
 def test_a_home_without_a_join_has_no_status(tmp_path: Path) -> None:

@@ -72,3 +72,15 @@ def test_wsl_is_told_where_its_memory_is(monkeypatch: pytest.MonkeyPatch) -> Non
     assert ".wslconfig" in memory_limit_hint()
     monkeypatch.setattr("platform.release", lambda: "6.1.0-13-amd64")
     assert memory_limit_hint() == ""
+
+
+def test_a_process_that_lowers_its_priority_lets_others_go_before_it_unless_it_is_told_not_to() -> None:
+    code = "import os; from fedsoda_edge.ports.system import lower_priority; before = os.nice(0); lower_priority()\n"
+    code += "print(os.nice(0) - before)"
+
+    def lowered(**environment: str) -> int:
+        kept = {name: value for name, value in os.environ.items() if name != "FEDSODA_NICE"} | environment
+        return int(subprocess.run([sys.executable, "-c", code], env=kept, capture_output=True, check=True).stdout)
+
+    assert lowered() == min(10, 19 - os.nice(0))
+    assert lowered(FEDSODA_NICE="0") == 0
