@@ -348,6 +348,7 @@ fine_tune(
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no kill -9")
 def test_a_process_killed_in_the_middle_of_a_round_leaves_what_the_next_one_needs(
     bundle: Bundle, border: Border, tmp_path: Path
