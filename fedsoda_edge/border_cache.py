@@ -352,6 +352,10 @@ class CachedStates:
         return self._slice[name]
 
     @property
+    def dtype(self) -> str:
+        return self._settings.dtype
+
+    @property
     def digest(self) -> str:
         """Of all samples in their order; it does not depend on the key."""
         return _digest([sample.numpy().tobytes().hex() for sample in self._ids])

@@ -22,6 +22,8 @@ from fedsoda_edge.errors import DiskFull, HomeInUse, ProtocolViolation, UsagePro
 from fedsoda_edge.ports.disk import write_durably
 from fedsoda_edge.ports.system import Held, Lock
 
+KEY_BYTES = 32  # AES-256
+
 
 def default_home() -> Path:
     """FEDSODA_HOME, else the platform's user directory."""
@@ -103,10 +105,13 @@ class Home:
         with self._usable():
             if not keep:
                 path.unlink(missing_ok=True)
-                return secrets.token_bytes(32)
+                return secrets.token_bytes(KEY_BYTES)
             if not path.exists():
-                write_durably(path, secrets.token_bytes(32), 0o600)
-            return path.read_bytes()
+                write_durably(path, secrets.token_bytes(KEY_BYTES), 0o600)
+            key = path.read_bytes()
+        if len(key) != KEY_BYTES:
+            raise UsageProblem(f"{path} has {len(key)} bytes, a key has {KEY_BYTES}; delete it, a new one will be made")
+        return key
 
     def forget_borders(self) -> int:
         """Delete the border states of every run; the bytes freed."""

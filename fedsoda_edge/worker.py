@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
@@ -161,6 +162,8 @@ class Worker:
             "threads": torch.get_num_threads(),
             "device": self._device,
             "samples": self._states.digest,
+            "cache": self._states.dtype,
+            "software": version("fedsoda"),
         }
         checkpoint = RoundCheckpoint(Path(values["checkpoint"]), identity)
         damaged = self._states.num_damaged

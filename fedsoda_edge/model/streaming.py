@@ -159,6 +159,8 @@ def _tensor_table(directory: Path, name: str) -> dict[str, Path]:
     raise UsageProblem(f"{name} has no model.safetensors; found {[p.name for p in directory.iterdir()][:8]}")
 
 
+KEPT_MASK_BYTES = 64 << 20  # of what the layers of a sweep are called with, by shape of the batch
+
 Visit = Callable[[int, list[Tensor]], None]
 Progress = Callable[[int, int], None]
 
@@ -239,32 +241,36 @@ def _embedded(module: Any, table: Tensor, ids: Sequence[Tensor], dtype: torch.dt
 
 
 class _Recorder(torch.nn.Module):
-    """Stands in a layer's place while the family's own base model runs, and notes how it is called."""
+    """Stands in a layer's place while the family's own base model runs, and notes how it is called for each shape."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
         self.__dict__["layer"] = layer  # not a submodule: the base model must not see its weights
-        self.__dict__["shape"] = None
-        self.__dict__["call"] = None
+        self.__dict__["calls"] = {}  # shape of the hidden states -> the other arguments: mask, rotary table, ...
         for name, value in vars(layer).items():
             if name.startswith("_") or name in ("training",):
                 continue
             self.__dict__[name] = value
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.__dict__["call"] = (args, kwargs)
-        return args[0] if args else kwargs["hidden_states"]
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        self.__dict__["calls"][hidden.shape] = args[1:], kwargs
+        return hidden
 
     def arguments(self, base: Any, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The layer's arguments for these hidden states, as the family's own forward would pass them."""
-        if self.__dict__["shape"] != hidden.shape:
-            base(inputs_embeds=hidden, use_cache=False)
-            for recorder in base.layers:
-                recorder.__dict__["shape"] = hidden.shape
-        args, kwargs = self.__dict__["call"]
-        if args:
-            return (hidden, *args[1:]), kwargs
-        return (), {**kwargs, "hidden_states": hidden}
+        calls = self.__dict__["calls"]
+        if hidden.shape not in calls:
+            if sum(_mask_size(shape) for shape in (*calls, hidden.shape)) > KEPT_MASK_BYTES:
+                for recorder in base.layers:
+                    recorder.__dict__["calls"].clear()
+            base(inputs_embeds=hidden, use_cache=False)  # once for all layers, which share what it makes
+        others, named = calls[hidden.shape]
+        return (hidden, *others), named
+
+
+def _mask_size(shape: torch.Size) -> int:
+    return int(shape[0] * shape[1] * shape[1])
 
 
 def _record_calls(base: Any) -> list[_Recorder]:

@@ -155,11 +155,11 @@ def parse_bytes(text: str) -> int:
     Raises:
         UsageProblem: it is no size.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b?)\s*", text.lower())
+    match = re.fullmatch(r"\s*(\d{1,12}(?:\.\d+)?)\s*(?:([kmgt])(i?b)?|b)?\s*", text.lower())
     if match is None:
         raise UsageProblem(f"{text!r} is no size; write it as 8GB, 500MiB or 2T")
     number, unit, kind = match.groups()
-    return int(float(number) * (1000 if kind == "b" and unit else 1024) ** " kmgt".index(unit or " "))
+    return int(float(number) * (1000 if kind == "b" else 1024) ** " kmgt".index(unit or " "))
 
 
 # What others write (an edge's reason, a model's answer) must not steer this terminal.

@@ -247,3 +247,10 @@ def test_the_run_joined_last_is_remembered_while_its_tokenizer_is_here(tmp_path:
     assert home.last_joined() == about
     tokenizer.unlink()  # `cache prune`
     assert home.last_joined() is None
+
+
+def test_a_kept_key_that_is_none_is_refused_with_what_to_do(home: Home) -> None:
+    home.cache_key(keep=True)
+    (home.directory / "cache.key").write_bytes(b"short")
+    with pytest.raises(UsageProblem, match=r"cache\.key has 5 bytes, a key has 32; delete it"):
+        home.cache_key(keep=True)

@@ -184,7 +184,9 @@ def test_a_size_is_read_as_people_write_it(text: str, size: int) -> None:
     assert parse_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "8 G B", "8XB", "1e9", "1,5GB", ".5G", "8GB free", "nan"])
+@pytest.mark.parametrize(
+    "text", ["", "GB", "-1GB", "8 G B", "8XB", "1e9", "1,5GB", ".5G", "8GB free", "nan", "1i", "8iB", "9" * 400]
+)
 def test_what_is_no_size_is_refused_with_how_to_write_one(text: str) -> None:
     with pytest.raises(UsageProblem) as failure:
         parse_bytes(text)
