@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 BLOCK = 64  # weights to an absmax
 NESTED_BLOCK = 256  # absmax values to a second-level absmax
 PIECE = 4096  # blocks dequantized at once: 1 MiB of fp32
+TILE = 512  # the matrix is multiplied on the CPU in tiles of 512 x 512: 1 MiB of fp32
 
 # Quantiles of the standard normal, normalised to [-1, 1] (QLoRA, appendix E).
 CODEBOOK = (
@@ -193,16 +195,91 @@ def dequantize(tensor: NF4Tensor) -> Tensor:
     return _values(tensor.codes, tensor.absmax_values(), tensor.shape, torch.float32)
 
 
+class _Scratch(threading.local):
+    """Flat tensors that a thread fills again and again: fresh pages would cost more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def take(self, use: str, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        kept = self.kept.get((use, dtype))
+        if kept is None or kept.numel() < size:
+            with torch.inference_mode(False):  # a tensor made in inference mode could not be written to after it
+                kept = self.kept[use, dtype] = torch.empty(size, dtype=dtype)
+        return kept[:size]
+
+
+_scratch = _Scratch()
+
+
+@functools.cache
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU has instructions for products of this dtype; without, fp32 is 10 to 80 times quicker."""
+    if dtype in (torch.float32, torch.float64):
+        return True
+    return dtype == torch.bfloat16 and bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def _multiply(x: Tensor, layer: NF4Linear, is_forward: bool) -> Tensor:
+    """x W^T, or x W for the gradient, on the CPU; W is dequantized in tiles that stay in the cache.
+
+    A dtype without instructions is multiplied and summed in fp32 from the same rounded weights, and rounded once.
+    """
+    rows, cols = layer.shape
+    is_tiled = cols % BLOCK == 0
+    wide = x.dtype if _multiplies(x.dtype) and (is_tiled or x.dtype.itemsize > 2) else torch.float32
+    is_widened = wide != x.dtype
+    if not is_tiled:  # blocks run on from row to row: a tile is rows that end where a block does
+        unit = BLOCK // math.gcd(cols, BLOCK)
+        height, width = max(unit, TILE * TILE // cols // unit * unit), cols
+    elif wide.itemsize == 2:  # a partial sum would be rounded: a tile has all that is summed
+        height = max(1, TILE * TILE // cols) if is_forward else rows
+        width = cols if is_forward else max(1, TILE * TILE // rows // BLOCK) * BLOCK
+    else:
+        height, width = TILE, TILE
+    out_size, out_step = (rows, height) if is_forward else (cols, width)
+    sum_size, sum_step = (cols, width) if is_forward else (rows, height)
+    flat = x.reshape(-1, sum_size)
+    out = torch.empty(*x.shape[:-1], out_size, dtype=x.dtype)
+    flat_out = out.view(-1, out_size)
+    step = max(1, min(TILE * TILE // max(out_step, sum_step), len(flat))) if is_widened else max(1, len(flat))
+    for start in range(0, len(flat), step):
+        part, result = flat[start : start + step], flat_out[start : start + step]
+        for at in range(0, out_size, out_step):
+            target = result[:, at : at + out_step]
+            total = _scratch.take("sum", target.numel()).view(target.shape) if is_widened else target
+            for begin in range(0, sum_size, sum_step):
+                piece = part[:, begin : begin + sum_step]
+                if is_widened:
+                    piece = _scratch.take("piece", piece.numel()).view(piece.shape).copy_(piece)
+                matrix = (
+                    layer.tile(at, begin, height, width, x.dtype, wide).t()
+                    if is_forward
+                    else layer.tile(begin, at, height, width, x.dtype, wide)
+                )
+                if begin == 0:
+                    torch.mm(piece, matrix, out=total)
+                else:
+                    total.addmm_(piece, matrix)
+            if is_widened:
+                target.copy_(total)
+    return out
+
+
 class _NF4Matmul(torch.autograd.Function):
     """y = x W^T with W made anew in forward and backward; no gradient for W, which is frozen."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: NF4Linear) -> Tensor:
         ctx.layer = layer
+        if x.device.type == "cpu":
+            return _multiply(x, layer, True)
         return nn.functional.linear(x, layer.dense(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        if grad.device.type == "cpu":
+            return _multiply(grad, ctx.layer, False), None
         return grad @ ctx.layer.dense(grad.dtype), None
 
 
@@ -227,6 +304,37 @@ class NF4Linear(nn.Linear):
         values = _values_bitsandbytes if self.weight.is_cuda else _values
         return values(self.weight, self.absmax, self.shape, dtype)
 
+    def tile(self, top: int, left: int, height: int, width: int, dtype: torch.dtype, wide: torch.dtype) -> Tensor:
+        """The part of the matrix at (top, left), its values those of `dense(dtype)`, held in `wide`; CPU only.
+
+        It lies in scratch memory that the thread's next tile overwrites. A tile's edges are edges of blocks.
+        """
+        rows, cols = self.shape
+        height, width = min(height, rows - top), min(width, cols - left)
+        if cols % BLOCK == 0:
+            codes = self.weight.view(rows, cols // 2)[top : top + height, left // 2 : (left + width) // 2]
+            blocks, perrow = self.absmax.view(rows, -1), width // BLOCK
+            absmax = blocks[top : top + height, left // BLOCK : left // BLOCK + perrow]
+        else:
+            first, last = top * cols, (top + height) * cols
+            codes = self.weight[first // 2 : math.ceil(last / 2)]
+            absmax = self.absmax[first // BLOCK : math.ceil(last / BLOCK)]
+        index = _scratch.take("index", absmax.numel() * BLOCK // 2, torch.int32)
+        index[codes.numel() :].zero_()  # the last block of a matrix may be short
+        index[: codes.numel()].view(codes.shape).copy_(codes)
+        pairs = _scratch.take("pairs", index.numel(), torch.int64)
+        torch.index_select(_pair_table("cpu"), 0, index, out=pairs)
+        values = pairs.view(torch.float32)
+        values.view(*absmax.shape, BLOCK).mul_(absmax[..., None])
+        values = values[: height * width]
+        if dtype != torch.float32:
+            if dtype.itemsize == 2:  # the indices are used up, and take as many bytes
+                rounded = index.view(dtype)[: values.numel()].copy_(values)
+            else:
+                rounded = _scratch.take("rounded", values.numel(), dtype).copy_(values)
+            values = rounded if wide == dtype else values.copy_(rounded)
+        return values.view(height, width)
+
     def forward(self, input: Tensor) -> Tensor:
         out: Tensor = _NF4Matmul.apply(input, self)
-        return out if self.bias is None else out + self.bias.to(out.dtype)
+        return out if self.bias is None else out.add_(self.bias.to(out.dtype))

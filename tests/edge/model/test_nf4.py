@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes.functional as bnb
 import pytest
 import torch
 from safetensors.torch import load, save
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fedsoda_edge.model import nf4
 from fedsoda_edge.model.nf4 import (
     NF4Linear,
     NF4Tensor,
@@ -78,7 +83,7 @@ def test_tensors_go_through_safetensors() -> None:
         NF4Tensor.from_tensors("w", broken)
 
 
-def gradient(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+def gradient(layer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     x = x.clone().requires_grad_()
     layer(x).pow(2).sum().backward()
     assert x.grad is not None
@@ -112,3 +117,108 @@ def test_no_order_of_modes_loses_the_gradient(first: str, tmp_path: Path) -> Non
                 else:
                     layer.train(action == "train")
             torch.testing.assert_close(gradient(layer, x), expected)
+
+
+@pytest.fixture(params=[False, True], ids=["widened", "native"])
+def bf16_is_native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Both ways to multiply bf16, whatever this CPU has instructions for."""
+    native: bool = request.param
+    monkeypatch.setattr(nf4, "_multiplies", lambda dtype: dtype.itemsize > 2 or (native and dtype == torch.bfloat16))
+    return native
+
+
+# (rows, cols): several tiles with rests, one tile, a short last block, odd columns, long rows, one weight.
+PRODUCTS = [(600, 1088), (64, 64), (96, 44), (333, 77), (3, 5), (2, 20000), (1, 1)]
+TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float64: 1e-12}
+
+
+@pytest.mark.usefixtures("bf16_is_native")
+@pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("shape", PRODUCTS)
+def test_a_product_in_tiles_is_the_product_with_the_dense_matrix(
+    shape: tuple[int, int], dtype: torch.dtype, has_bias: bool
+) -> None:
+    rows, cols = shape
+    generator = torch.Generator().manual_seed(4)
+    bias = torch.randn(rows, generator=generator) if has_bias else None
+    layer = NF4Linear(quantize(torch.randn(shape, generator=generator) * 0.05), bias, "cpu")
+    x = torch.randn(2, 3, cols, generator=generator).to(dtype).requires_grad_()
+    grad = torch.randn(2, 3, rows, generator=generator).to(dtype)
+    y = layer(x)
+    y.backward(grad)
+    dense = layer.dense(dtype).double()
+    wanted = x.detach().double() @ dense.T + (0 if bias is None else bias.to(dtype).double())
+    assert x.grad is not None
+    for got, exact in ((y.detach(), wanted), (x.grad, grad.double() @ dense)):
+        assert got.dtype == dtype
+        assert float((got.double() - exact).abs().max() / exact.abs().max()) < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(600, 1088), (333, 77)])
+def test_a_tile_holds_the_dense_values_to_the_bit(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    layer = NF4Linear(quantize(torch.randn(shape, generator=torch.Generator().manual_seed(5))), None, "cpu")
+    top, left, width = (256, 512, 512) if shape[1] % 64 == 0 else (64, 0, 77)
+    wanted = layer.dense(dtype)[top : top + 256, left : left + width]
+    for wide in {dtype, max(dtype, torch.float32, key=lambda it: it.itemsize)}:
+        assert torch.equal(layer.tile(top, left, 256, width, dtype, wide), wanted.to(wide))
+
+
+def test_long_inputs_and_slices_and_no_rows_at_all() -> None:
+    layer = NF4Linear(quantize(torch.randn(192, 128, generator=torch.Generator().manual_seed(6))), None, "cpu")
+    dense = layer.dense(torch.float32)
+    x = torch.randn(128, 2100, generator=torch.Generator().manual_seed(7)).T
+    torch.testing.assert_close(layer(x), x @ dense.T)
+    rounded = layer.dense(torch.bfloat16).float()
+    torch.testing.assert_close(layer(x.bfloat16()).float(), x.bfloat16().float() @ rounded.T, rtol=1e-2, atol=0.2)
+    torch.testing.assert_close(gradient(layer, x), gradient(lambda x: x @ dense.T, x))
+    assert layer(torch.empty(0, 128)).shape == (0, 192)
+    assert layer(torch.ones(128)).shape == (192,)
+
+
+def test_inference_mode_leaves_nothing_that_training_trips_over() -> None:
+    nf4._scratch.kept.clear()
+    layer = NF4Linear(quantize(torch.randn(64, 128)), None, "cpu")
+    with torch.inference_mode():
+        layer(torch.randn(3, 128))
+        layer(torch.randn(3, 128).bfloat16())
+    gradient(layer, torch.randn(3, 128))
+    gradient(layer, torch.randn(3, 128).bfloat16())
+
+
+class Made(TorchDispatchMode):
+    """Bytes of every tensor an operation gives back, by storage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            storage = out.untyped_storage()  # kept, so that no address is used twice
+            self.storages[storage.data_ptr()] = storage
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("num_rows", [8, 700])
+def test_no_dense_matrix_is_made_on_the_way(bf16_is_native: bool, num_rows: int, dtype: torch.dtype) -> None:
+    """All tensors of forward and backward, beside input, output, gradients and the layer itself: 4 MB in sum."""
+    bytes_of = functools.partial(torch.randint, 256, dtype=torch.uint8, generator=torch.Generator().manual_seed(8))
+    codes, absmax = bytes_of(size=(4096 * 2048,)), bytes_of(size=(4096 * 64,))  # quantizing a matrix takes longer
+    tensor = NF4Tensor(codes, absmax, torch.ones(1024), torch.tensor(1.0), (4096, 4096))
+    layer = NF4Linear(tensor, None, "cpu")
+    if bf16_is_native and dtype == torch.bfloat16:
+        num_rows = 8  # more would take half a minute where there are no instructions for it
+    x = torch.randn(num_rows, 4096).to(dtype).requires_grad_()
+    grad = torch.randn(num_rows, 4096).to(dtype)
+    nf4._pair_table("cpu")
+    nf4._scratch.kept.clear()
+    with Made() as made:
+        y = layer(x)
+        y.backward(grad)
+    assert x.grad is not None
+    known = {it.untyped_storage().data_ptr() for it in (x, y, x.grad, grad, layer.weight, layer.absmax)}
+    assert sum(it.nbytes() for address, it in made.storages.items() if address not in known) <= 4e6
