@@ -117,9 +117,10 @@ def workers() -> list[psutil.Process]:
     return found
 
 
-def held_in_mid_round(has_begun: Callable[[], object]) -> psutil.Process:
-    """The worker, stopped in the middle of its round."""
-    until(has_begun)
+def held_in_mid_round() -> psutil.Process:
+    """The worker, stopped in the middle of its round, of which it has saved something."""
+    checkpoint = Home().directory / "runs" / "scripted" / "checkpoint"
+    until(lambda: list(checkpoint.glob("*.safetensors")))
     [worker] = workers()
     worker.suspend()
     return worker
@@ -180,7 +181,7 @@ def test_a_round_that_is_paused_in_its_middle_ends_with_the_bits_of_a_calm_one(
     hub = ToldHub(bundle)
     join = Join(hub, device.directory / "visits.jsonl")
     join.start()
-    worker = held_in_mid_round(lambda: join.has("training"))
+    worker = held_in_mid_round()
     with let_go_when(lambda: join.participation._agent._pause, worker):
         ran = device.run("pause", "--json")
         paused = report("pause", ran)
@@ -212,9 +213,8 @@ def test_a_round_that_is_paused_in_its_middle_ends_with_the_bits_of_a_calm_one(
         {"event": "paused", "reason": "by its owner", "seconds": None},
         {"event": "resumed"},
     ]
-    steps = [event["step"] for event in join.events if event["event"] == "training"]
     after = [event["step"] for event in join.events[join.events.index({"event": "resumed"}) :] if "step" in event]
-    assert steps[0] < after[0]  # from its checkpoint, not from the beginning
+    assert after[0] > 1  # from its checkpoint, not from the beginning
     for event in join.events:
         EDGE.check_event(event)
     assert list(Home().control.glob("*")) == []
@@ -290,8 +290,7 @@ def test_finish_ends_a_pause_hands_in_the_round_in_hand_and_leaves(
     hub, answers = ToldHub(bundle, rounds=5), list[Ran]()
 
     def finish() -> None:
-        checkpoint = Home().directory / "runs" / "scripted" / "checkpoint"
-        worker = held_in_mid_round(lambda: list(checkpoint.glob("*.safetensors")))
+        worker = held_in_mid_round()
         assert (
             report("pause", device.run("pause", "--json"))["round"] == 1
         )  # a worker that does not end in time is killed
