@@ -115,7 +115,7 @@ def _sentence(event: dict[str, Any]) -> str:
         case "round_opened":
             return f"round {event['round']} of {event['rounds']}: {', '.join(event['cohort'])}"
         case "cohort_extended":
-            return f"round {event['round']}: below quorum at its deadline, asking {', '.join(event['invited'])}"
+            return f"round {event['round']}: asking {', '.join(event['invited'])} too"
         case "update_accepted":
             return (
                 f"round {event['round']}: {event['edge']}, {event['num_examples']} examples, loss {event['loss']:.3f}"

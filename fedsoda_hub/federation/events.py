@@ -48,7 +48,7 @@ class RoundOpened(Record, frozen=True, tag="round_opened"):
 
 
 class CohortExtended(Record, frozen=True, tag="cohort_extended"):
-    """Below quorum at the deadline: `invited` are asked (again), the deadline moves on."""
+    """`invited` are asked (again): below quorum at the deadline, which moves on, or back from a pause before it."""
 
     round: int
     invited: tuple[EdgeId, ...]

@@ -171,6 +171,10 @@ class RoundMachine:
                 self._told.discard(event.edge)
                 self._uploading.discard(event.edge)  # an upload ends with the connection it came by
                 self._offered.pop(event.edge, None)  # a new connection has no offer yet
+                if state.phase == "collecting" and state.answered.get(event.edge) in ("paused", "left"):
+                    # It is back while its round is open: it is awaited again, until the same time.
+                    back = ev.CohortExtended(round=state.round, invited=(event.edge,), deadline_at=state.deadline_at)
+                    return [Append(back)]
                 return []
             case ev.EdgeGone():
                 self._forget(event.edge)

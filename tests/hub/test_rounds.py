@@ -561,6 +561,20 @@ def test_realignment_and_evaluation_see_the_master_and_the_emulators_view() -> N
     assert state.emulator_view != digest("emulator")
 
 
+def test_an_edge_that_is_back_while_its_round_is_open_is_awaited_again_until_the_same_time() -> None:
+    for how in ("paused", "left"):
+        run = collecting_run(replace(RULES, count=2), "ab")
+        due = run.state.deadline_at
+        run.do(ev.EdgeAway(edge("a"), how))
+        assert run.state.answered == {edge("a"): how}
+        run.ready("a")
+        assert (run.state.answered, run.state.deadline_at) == ({}, due)
+        run.send_update("b")
+        assert run.state.round == 1, "the round waits for a"
+        run.send_update("a")
+        assert run.state.round == 2
+
+
 def test_a_run_is_judged_after_every_kth_round_and_at_its_end_once() -> None:
     for every, judged in ((0, [5]), (2, [2, 4, 5]), (5, [5])):
         run = finish(collecting_run(replace(RULES, count=5, has_eval=True, eval_every=every)))
