@@ -28,13 +28,13 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from torch import Tensor
 
 from fedsoda_edge.model.bundle import Bundle
-from fedsoda_edge.model.streaming import stream
+from fedsoda_edge.model.streaming import buckets, stream
 
 DTYPES = ("bf16", "int8")
 _MAGIC = b"fedsoda border 1"
 _HEAD = struct.Struct("<16sI12s")  # the sample's name, its number of ids, the record's nonce
 _TAG_BYTES = 16
-_BATCH_TOKENS = 2048
+_GROUP_TOKENS = 512  # of samples that always run together: enough for a product, little to do again for one of them
 _KEEP_FREE_BYTES = 256 << 20  # of the disk: others need it too
 
 Progress = Callable[[int, int], None]
@@ -231,6 +231,11 @@ class CachedStates:
         for tier, parts in wanted.items():
             most = budget - sum(rows[other] * positions + (len(ids) << 7) for other in wanted if other != tier)
             self._files[tier] = RecordFile(paths[tier], settings.key, _digest(parts), rows[tier], most)
+        self._first = {name: at for at, name in reversed(list(enumerate(self._names)))}  # copies of a sample share it
+        firsts = sorted(self._first.values())
+        grouped = buckets([len(self._ids[at]) for at in firsts], _GROUP_TOKENS)
+        self._groups = sorted([firsts[place] for place in group] for group in grouped)
+        self._group_of = {self._names[at]: number for number, group in enumerate(self._groups) for at in group}
         self._expected: deque[int] = deque()
         self._slice: dict[bytes, Tensor] = {}  # by name
 
@@ -248,20 +253,29 @@ class CachedStates:
 
     def sweep(self, progress: Progress | None = None) -> None:
         """Compute what is not there yet and keep as much as fits."""
-        border = self._files["border"]
-        missing = {self._names[at]: at for at in range(len(self._ids)) if self._names[at] not in border}
         fitting = []
-        room = border.room
-        for at in missing.values():
-            room -= border.size(len(self._ids[at]))
-            if room >= 0:
-                fitting.append(at)
+        room = self._files["border"].room
+        for number, group in enumerate(self._groups):
+            needed = sum(self._files["border"].size(len(self._ids[at])) for at in self._unkept(group))
+            room -= needed
+            if needed and room >= 0:
+                fitting.append(number)
         slices = self._slices(fitting)
-        for done, indices in enumerate(slices):
-            states = self._compute(indices, self._partly(progress, done, len(slices)))
-            for at, state in zip(indices, states, strict=True):
-                if not border.put(self._names[at], len(self._ids[at]), to_record(state, self._settings.dtype)):
-                    return  # the disk is full: what is left is computed when it is asked for
+        for done, groups in enumerate(slices):
+            states = self._compute(groups, self._partly(progress, done, len(slices)))
+            if not self._keep(states):
+                return  # the disk is full: what is left is computed when it is asked for
+
+    def _unkept(self, group: Sequence[int]) -> list[int]:
+        return [at for at in group if self._names[at] not in self._files["border"]]
+
+    def _keep(self, states: dict[int, Tensor]) -> bool:
+        """Those that are not there yet; False where one found no room."""
+        border = self._files["border"]
+        return all(
+            border.put(self._names[at], len(self._ids[at]), to_record(states[at], self._settings.dtype))
+            for at in self._unkept(list(states))
+        )
 
     def _partly(self, progress: Progress | None, done: int, total: int) -> Progress | None:
         """Progress of one part as progress of all."""
@@ -270,58 +284,68 @@ class CachedStates:
         layers = len(self._below) + len(self._above)
         return lambda layer, _: progress(done * layers + layer, total * layers)
 
-    def _slices(self, indices: Sequence[int]) -> list[list[int]]:
-        """As many samples as fit the memory for one pass: every layer is read once for each slice."""
+    def _slices(self, groups: Sequence[int]) -> list[list[int]]:
+        """As many groups as fit the memory for one pass: every layer is read once for each slice."""
         slices: list[list[int]] = []
         left = 0
-        for at in indices:
-            size = self._memory(at)
+        for number in groups:
+            size = sum(self._memory(at) for at in self._groups[number])
             if not slices or size > left:
                 slices.append([])
                 left = self._settings.slice_bytes
-            slices[-1].append(at)
+            slices[-1].append(number)
             left -= size
         return slices
 
     def _memory(self, at: int) -> int:
         return 2 * len(self._ids[at]) * self._width * self._compute_dtype.itemsize  # one layer's input and output
 
-    def _compute(self, indices: Sequence[int], progress: Progress | None) -> list[Tensor]:
-        """Border states of these samples, from below the first layer with LoRA where that is kept.
+    def _compute(self, groups: Sequence[int], progress: Progress | None) -> dict[int, Tensor]:
+        """Border states of the samples of these groups, from below the first layer with LoRA where that is kept.
 
         States are rounded to bf16 there whether they are kept or not: the border must not depend on it.
         """
         if not (self._below and self._above):
-            return self._stream(indices, (*self._below, *self._above), None, progress)
+            return self._stream(groups, (*self._below, *self._above), None, progress)
         below = self._files.get("below")
-        records: dict[int, bytes | None] = {at: below.get(self._names[at]) if below else None for at in indices}
-        missing = [at for at, record in records.items() if record is None]
-        if missing:
-            for at, state in zip(missing, self._stream(missing, self._below, None, progress), strict=True):
-                record = to_record(state, "bf16")
-                records[at] = record
-                if below:
-                    below.put(self._names[at], len(self._ids[at]), record)
-        start = [from_record(records[at] or b"", self._width, "bf16") for at in indices]
+        start: dict[int, Tensor] = {}
+        missing = []
+        for number in groups:
+            records = {at: below.get(self._names[at]) if below else None for at in self._groups[number]}
+            start |= {at: from_record(data, self._width, "bf16") for at, data in records.items() if data is not None}
+            if None in records.values():
+                missing.append(number)
+        for at, state in self._stream(missing, self._below, None, progress).items() if missing else ():
+            record = to_record(state, "bf16")
+            start[at] = from_record(record, self._width, "bf16")
+            if below and self._names[at] not in below:
+                below.put(self._names[at], len(self._ids[at]), record)
         above = progress and (lambda layer, of: progress(len(self._below) + layer, of))
-        return self._stream(indices, self._above, start, above)
+        return self._stream(groups, self._above, start, above)
 
     def _stream(
-        self, indices: Sequence[int], layers: Sequence[int], start: list[Tensor] | None, progress: Progress | None
-    ) -> list[Tensor]:
-        """On a CPU each sample alone: in a batch, its last bits would depend on what else the slice holds."""
-        return stream(
+        self,
+        groups: Sequence[int],
+        layers: Sequence[int],
+        start: dict[int, Tensor] | None,
+        progress: Progress | None,
+    ) -> dict[int, Tensor]:
+        """Each group runs together, whatever else the slice holds: so its last bits are the same each time."""
+        indices = [at for number in groups for at in self._groups[number]]
+        places = {at: place for place, at in enumerate(indices)}
+        states = stream(
             self._bundle,
             layers,
             [self._ids[at] for at in indices],
-            start=start,
+            start=None if start is None else [start[at] for at in indices],
             lora=self._emulator,
             lora_scale=self._bundle.manifest.lora.scale,
             compute_dtype=self._compute_dtype,
             device=self._device,
             progress=progress,
-            batch_tokens=0 if self._device == "cpu" else _BATCH_TOKENS,
+            batches=[[places[at] for at in self._groups[number]] for number in groups],
         )
+        return dict(zip(indices, states, strict=True))
 
     # --- reading ---------------------------------------------------------------------------------------------
 
@@ -342,13 +366,14 @@ class CachedStates:
         name = self._names[index]
         if name not in self._slice:
             border = self._files["border"]
-            coming = {self._names[at]: at for at in (index, *self._expected) if self._names[at] not in border}
-            [indices, *_] = self._slices(list(coming.values()))
-            self._slice = {}
-            for at, state in zip(indices, self._compute(indices, None), strict=True):
-                record = to_record(state, self._settings.dtype)
-                border.put(self._names[at], len(self._ids[at]), record)
-                self._slice[self._names[at]] = from_record(record, self._width, self._settings.dtype)
+            coming = [self._names[at] for at in (index, *self._expected) if self._names[at] not in border]
+            [groups, *_] = self._slices(list(dict.fromkeys(self._group_of[each] for each in coming)))
+            states = self._compute(groups, None)
+            self._keep(states)
+            self._slice = {
+                self._names[at]: from_record(to_record(state, self._settings.dtype), self._width, self._settings.dtype)
+                for at, state in states.items()
+            }
         return self._slice[name]
 
     @property

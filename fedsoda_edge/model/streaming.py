@@ -175,6 +175,7 @@ def stream(
     device: str | torch.device = "cpu",
     store_dtype: torch.dtype | None = None,
     batch_tokens: int = 2048,
+    batches: Sequence[Sequence[int]] | None = None,
     lora: dict[str, Tensor] | None = None,
     lora_scale: float = 0.0,
     visit: Visit | None = None,
@@ -185,6 +186,8 @@ def stream(
     Args:
         ids: one (T_i,) int64 tensor per sample. Samples are bucketed by length and padded on the right:
             under causal attention no real position sees a pad, so no mask is needed.
+        batches: samples that run together instead, by their places in `ids`; what a sample's states are depends in
+            its last bits on who runs with it.
         start: hidden states (T_i, C) to begin with instead of the embeddings of `ids`.
         store_dtype: what hidden states are rounded to between layers; None: compute_dtype.
         lora: tensors by full-LLM name; applied unmerged, as PEFT does: y + scale * (x A^T) B^T.
@@ -197,7 +200,7 @@ def stream(
     store = store_dtype or compute_dtype
     family = source.family
     with torch.inference_mode():
-        batches = _buckets([len(sample) for sample in ids], batch_tokens)
+        batches = batches or buckets([len(sample) for sample in ids], batch_tokens)
         # All layers of the full config, so that layer l gets the mask and the rotary table of layer l.
         model = skeleton(family, build_config(family, source.fields))
         if start is None:
@@ -307,7 +310,7 @@ def _lora_hooks(
             handle.remove()
 
 
-def _buckets(lengths: Iterable[int], batch_tokens: int) -> list[list[int]]:
+def buckets(lengths: Iterable[int], batch_tokens: int) -> list[list[int]]:
     """Sample indices in batches of near-equal length with at most `batch_tokens` padded positions."""
     lengths = list(lengths)
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
