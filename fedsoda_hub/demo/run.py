@@ -71,8 +71,8 @@ sequences = {SEQUENCES}
 length = {LENGTH}
 
 [align]
-steps = 60
-realign_steps = 20
+steps = 40
+realign_steps = 12
 learning_rate = 3e-3
 
 [rounds]
@@ -91,7 +91,6 @@ max_length = {MAX_LENGTH}
 prompt = {json.dumps(task.PROMPT)}
 completion = {json.dumps(task.COMPLETION)}
 eval_data = "eval.jsonl"
-eval_every = 3
 
 [listen]
 port = 0                    # any free one
