@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -33,20 +33,17 @@ class Batch:
 
 
 class States(Protocol):
-    """A sequence of states; a list of tensors is one."""
+    """States that are not all in memory (`border_cache.CachedStates`)."""
 
     def __getitem__(self, index: int, /) -> Tensor: ...
 
-
-@runtime_checkable
-class Expecting(Protocol):
-    def expect(self, order: Sequence[int]) -> None: ...
+    def expect(self, order: Sequence[int], /) -> None: ...
 
 
 class Border:
     """Samples with their hidden states (T, C) at the border."""
 
-    def __init__(self, samples: Sequence[Sample], states: States) -> None:
+    def __init__(self, samples: Sequence[Sample], states: list[Tensor] | States) -> None:
         self.samples = samples
         self.states = states
 
@@ -79,8 +76,13 @@ class Border:
 
     def expect(self, order: Sequence[int]) -> None:
         """The samples that batches will ask for, in order; states that are not kept are computed with that in mind."""
-        if isinstance(self.states, Expecting):
+        if not isinstance(self.states, list):
             self.states.expect(order)
+
+    def num_labels(self, index: int) -> int:
+        """Completion ids of a sample that are predicted: nothing comes before its first id, so nothing predicts that."""
+        sample = self.samples[index]
+        return len(sample.ids) - max(sample.start, 1)
 
     def batch(self, indices: Sequence[int], device: str | torch.device = "cpu") -> Batch:
         """The samples of these indices, packed: padding each to the longest would waste half of the work."""
@@ -99,7 +101,7 @@ class Border:
                 sample, end = self.samples[indices[at]], begin + lengths[at]
                 states[row, begin:end] = found[at]
                 positions[row, begin:end] = torch.arange(lengths[at])
-                start = max(sample.start, 1)  # nothing comes before the first id, so nothing predicts it
+                start = lengths[at] - self.num_labels(indices[at])
                 rows += [row] * (lengths[at] - start)
                 columns += range(begin + start - 1, end - 1)
                 labels += sample.ids[start:]

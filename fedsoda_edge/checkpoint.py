@@ -24,10 +24,14 @@ SHARE_AT_RISK = 0.02  # of a round's steps may be lost, or one step
 
 @dataclass(frozen=True)
 class Saved:
-    """step: the last that is done. tokens: trained on so far. tensors: all that the next step depends on."""
+    """step: the last that is done. tokens: trained on so far. micro_batch: samples that went through at once.
+
+    tensors: all that the next step depends on.
+    """
 
     step: int
     tokens: int
+    micro_batch: int
     tensors: dict[str, Tensor]
 
 
@@ -68,14 +72,14 @@ class RoundCheckpoint:
             return None
         if about.get("digest") != _digest(tensors):
             return None  # a power cut may leave a file's length without its bytes
-        return Saved(int(about["step"]), int(about["tokens"]), tensors), generation
+        return Saved(int(about["step"]), int(about["tokens"]), int(about["micro_batch"]), tensors), generation
 
     def is_due(self, step: int, steps: int) -> bool:
         """Whether to save after this step: often enough to lose at most 2 % of the round, and never twice at a time."""
         every = max(1, int(steps * SHARE_AT_RISK))
         return step % every == 0 and step < steps and (self._writer is None or not self._writer.is_alive())
 
-    def save(self, step: int, tokens: int, tensors: dict[str, Tensor]) -> None:
+    def save(self, step: int, tokens: int, micro_batch: int, tensors: dict[str, Tensor]) -> None:
         """Write behind training's back: only the copies take its time.
 
         No fsync: the page cache outlives the process, and a power cut that takes both generations costs the round
@@ -83,9 +87,8 @@ class RoundCheckpoint:
         """
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         path, self._generation = self._path(self._generation), 1 - self._generation
-        self._writer = threading.Thread(
-            target=self._write, args=(path, {"step": str(step), "tokens": str(tokens)}, copies), daemon=True
-        )
+        about = {"step": str(step), "tokens": str(tokens), "micro_batch": str(micro_batch)}
+        self._writer = threading.Thread(target=self._write, args=(path, about, copies), daemon=True)
         self._writer.start()
 
     def _write(self, path: Path, about: dict[str, str], copies: dict[str, Tensor]) -> None:

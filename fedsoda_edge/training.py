@@ -1,19 +1,24 @@
-"""One local round: LoRA in the adapter on border states, AdamW, FedProx. Knows nothing of hubs."""
+"""One local round: LoRA in the adapter on border states, AdamW, FedProx. Knows nothing of hubs.
+
+A step's samples go through in micro-batches, whose gradients are summed: where memory runs out they are halved.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from fedsoda_edge.border import Batch, Border
 from fedsoda_edge.checkpoint import RoundCheckpoint
+from fedsoda_edge.errors import DeviceTooSmall
 from fedsoda_edge.model import lora
 from fedsoda_edge.model.loss import cross_entropy
 from fedsoda_edge.model.sub_llm import SubLLM
@@ -26,7 +31,8 @@ BETAS = (0.9, 0.95)  # paper, 6.1.2
 class Trained:
     """delta: new adapter LoRA minus the view, fp32. loss: mean over steps, NaN when training broke down.
 
-    num_examples: distinct samples trained on; seconds: wall clock, for people only.
+    num_examples: distinct samples trained on; seconds: wall clock, for people only. micro_batch: samples that went
+    through at once in the end.
     """
 
     delta: dict[str, Tensor]
@@ -35,6 +41,7 @@ class Trained:
     num_steps: int
     num_tokens: int
     seconds: float
+    micro_batch: int
 
 
 Progress = Callable[[int, int, float, float], None]  # step, steps, loss, tokens per second
@@ -62,6 +69,51 @@ def completion_loss(sub_llm: SubLLM, batch: Batch) -> Tensor:
     return cross_entropy(hidden, sub_llm.head, batch.labels)
 
 
+def accumulate(
+    sub_llm: SubLLM, border: Border, indices: Sequence[int], micro_batch: int, parameters: Sequence[Parameter]
+) -> tuple[Tensor, int, int]:
+    """The gradient of the completion loss of these samples; (loss, ids, the micro-batch that memory allowed).
+
+    Raises:
+        DeviceTooSmall: a single sample runs out of memory.
+    """
+    while True:
+        for parameter in parameters:
+            parameter.grad = None
+        try:
+            loss, tokens = _accumulate(sub_llm, border, indices, micro_batch)
+            return loss, tokens, micro_batch
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if micro_batch == 1:
+                longest = max(len(border.samples[index].ids) for index in indices)
+                raise DeviceTooSmall(
+                    f"memory ran out on {sub_llm.device} with one sample of up to {longest} ids; close other programs, "
+                    "or shorten the rows"
+                ) from error
+        micro_batch = math.ceil(min(micro_batch, len(indices)) / 2)
+        if sub_llm.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _accumulate(sub_llm: SubLLM, border: Border, indices: Sequence[int], micro_batch: int) -> tuple[Tensor, int]:
+    total, tokens = torch.zeros((), device=sub_llm.device), 0
+    num_labels = sum(border.num_labels(index) for index in indices)
+    for begin in range(0, len(indices), micro_batch):
+        batch = border.batch(indices[begin : begin + micro_batch], sub_llm.device)
+        loss = completion_loss(sub_llm, batch) * (len(batch.labels) / num_labels)
+        loss.backward()
+        total += loss.detach()
+        tokens += batch.num_tokens
+    return total, tokens
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch could not get memory, on whatever device; on a CPU it has no error of its own for that."""
+    return isinstance(error, torch.OutOfMemoryError) or "you tried to allocate" in str(error)
+
+
 def fine_tune(
     sub_llm: SubLLM,
     border: Border,
@@ -71,6 +123,7 @@ def fine_tune(
     seed: int,
     round_number: int,
     edge: str,
+    micro_batch: int | None = None,
     progress: Progress | None = None,
     checkpoint: RoundCheckpoint | None = None,
 ) -> Trained:
@@ -82,6 +135,7 @@ def fine_tune(
     Args:
         sub_llm: the adapter layers with LoRA attached; it is left with the trained values.
         border: this edge's samples; order and steps depend on their number alone.
+        micro_batch: samples of a step that go through at once; None: all of them.
         checkpoint: of this round; on a CPU a round that goes on from it ends with the same bits.
     """
     started = time.monotonic()
@@ -97,6 +151,7 @@ def fine_tune(
     total = num_steps(len(border.samples), settings)
     size = settings.batch_size
     order = list(islice(data_order(len(border.samples), settings.epochs, seed, round_number, edge), total * size))
+    at_once = min(micro_batch or size, size)
     losses: list[Tensor] = []
     done = tokens = 0
     saved = checkpoint.load() if checkpoint else None
@@ -104,23 +159,24 @@ def fine_tune(
         done = saved.step
         losses = list(saved.tensors.pop("losses").to(sub_llm.device))
         tokens = saved.tokens
+        at_once = min(at_once, saved.micro_batch)  # what memory allowed before, and the same sums
         _restore(optimizer, named, saved.tensors)
     before = tokens
     border.expect(order[done * size :])
     for step in range(done, total):
-        batch = border.batch(order[step * size : (step + 1) * size], sub_llm.device)
-        loss = completion_loss(sub_llm, batch)
+        loss, num_ids, at_once = accumulate(
+            sub_llm, border, order[step * size : (step + 1) * size], at_once, parameters
+        )
         drift = torch.cat([parameter.flatten() for parameter in parameters]) - reference
-        optimizer.zero_grad(set_to_none=True)
-        (loss + settings.proximal_mu / 2 * drift.square().sum()).backward()
+        (settings.proximal_mu / 2 * drift.square().sum()).backward()
         torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         optimizer.step()
-        losses.append(loss.detach())
-        tokens += batch.num_tokens
+        losses.append(loss)
+        tokens += num_ids
         if not torch.isfinite(losses[-1]):
             break  # no later step can mend it; the hub refuses the update and says so
         if checkpoint is not None and checkpoint.is_due(step + 1, total):
-            checkpoint.save(step + 1, tokens, _state(optimizer, named) | {"losses": torch.stack(losses)})
+            checkpoint.save(step + 1, tokens, at_once, _state(optimizer, named) | {"losses": torch.stack(losses)})
         if progress is not None:
             seconds = time.monotonic() - started
             progress(step + 1, total, losses[-1].item(), (tokens - before) / max(seconds, 1e-9))
@@ -134,10 +190,11 @@ def fine_tune(
         num_steps=len(losses),
         num_tokens=tokens,
         seconds=time.monotonic() - started,
+        micro_batch=at_once,
     )
 
 
-def _state(optimizer: torch.optim.Optimizer, named: Mapping[str, torch.nn.Parameter]) -> dict[str, Tensor]:
+def _state(optimizer: torch.optim.Optimizer, named: Mapping[str, Parameter]) -> dict[str, Tensor]:
     """LoRA and AdamW's moments and step counts, by name."""
     state: dict[str, Tensor] = dict(named)
     for name, parameter in named.items():
@@ -145,9 +202,7 @@ def _state(optimizer: torch.optim.Optimizer, named: Mapping[str, torch.nn.Parame
     return state
 
 
-def _restore(
-    optimizer: torch.optim.Optimizer, named: Mapping[str, torch.nn.Parameter], state: dict[str, Tensor]
-) -> None:
+def _restore(optimizer: torch.optim.Optimizer, named: Mapping[str, Parameter], state: dict[str, Tensor]) -> None:
     """The reverse of `_state`."""
     for name, parameter in named.items():
         with torch.no_grad():

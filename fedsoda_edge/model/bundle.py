@@ -293,11 +293,14 @@ class Bundle:
     def head(self) -> Tensor:
         return self._dense("embedding" if self.fields.get("tie_word_embeddings") else "head")["weight"]
 
+    def stored_head(self) -> Tensor | NF4Tensor:
+        return self._stored("embedding" if self.fields.get("tie_word_embeddings") else "head")["weight"]
+
     def layer(self, number: int) -> dict[str, Tensor]:
         return self._dense(f"layers.{number}")
 
-    def layer_nf4(self, number: int) -> dict[str, Tensor | NF4Tensor]:
-        """Tensors of a layer as stored: matrices in NF4 (dense in a bf16 adapter)."""
+    def stored_layer(self, number: int) -> dict[str, Tensor | NF4Tensor]:
+        """Matrices in NF4 (dense in a bf16 adapter)."""
         return self._stored(f"layers.{number}")
 
     def adapter_lora(self) -> dict[str, Tensor]:
@@ -362,7 +365,7 @@ class Bundle:
         dense_modules = [family.head]
         in_fp32 = self.manifest.quantized_embedding
         for number in self.plan.kept:
-            for name, value in self.layer_nf4(number).items():
+            for name, value in self.stored_layer(number).items():
                 local = local_name(family, self.plan.kept, f"layers.{number}.{name}")
                 if isinstance(value, NF4Tensor) and not name.endswith(".weight"):
                     tensors[local] = self.layer(number)[name]

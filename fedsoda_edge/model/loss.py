@@ -1,86 +1,146 @@
 """Cross-entropy and KL over a large vocabulary in chunks of rows: B x T x V never exists at once.
 
-Only the hidden states get a gradient: the head is frozen (method.md 8c). Which rows count is the caller's
-business.
+Only the hidden states get a gradient: the head is frozen (method.md 8c). Of a head that is not held in the dtype
+of the hidden states, one tile of the vocabulary is dense at a time. Which rows count is the caller's business.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-CHUNK_ROWS = 256
+from fedsoda_edge.model.nf4 import BLOCK, NF4Linear
+
+Head: TypeAlias = Tensor | NF4Linear  # (V, C), frozen
+
+LOGITS = 1 << 23  # of one chunk: 32 MiB in fp32
+TILE_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 24}  # of a head that is held in fewer bits
+
+
+def chunk_rows(vocab: int) -> int:
+    """Rows whose logits exist at once."""
+    return max(1, LOGITS // vocab)
+
+
+def _tiles(head: Head, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """(which ids, their dense rows of the head in `dtype`), ascending; a tile is gone when the next one comes."""
+    if isinstance(head, Tensor) and head.dtype == dtype:
+        yield slice(0, len(head)), head
+        return
+    vocab, width = head.shape
+    step = max(1, TILE_WEIGHTS[_device(head).type] // width // BLOCK) * BLOCK
+    for begin in range(0, vocab, step):
+        end = min(begin + step, vocab)
+        rows = head[begin:end].to(dtype) if isinstance(head, Tensor) else head.rows(begin, end, dtype)
+        yield slice(begin, end), rows
+
+
+def _device(head: Head) -> torch.device:
+    return head.device if isinstance(head, Tensor) else head.weight.device
+
+
+def _logits(hidden: Tensor, head: Head) -> Tensor:
+    """(M, V), fp32: products in the dtype of the hidden states."""
+    out = torch.empty(len(hidden), head.shape[0], device=hidden.device)
+    for ids, rows in _tiles(head, hidden.dtype):
+        if hidden.dtype == torch.float32:
+            torch.mm(hidden, rows.T, out=out[:, ids])
+        else:
+            out[:, ids] = hidden @ rows.T
+    return out
+
+
+def _times_head(grad: Tensor, head: Head, dtype: torch.dtype) -> Tensor:
+    """(M, C): grad (M, V) times the head, products in `dtype`, sums over tiles in fp32."""
+    total = torch.zeros(len(grad), head.shape[1], device=grad.device)
+    for ids, rows in _tiles(head, dtype):
+        if dtype == torch.float32:
+            total.addmm_(grad[:, ids], rows)
+        else:
+            total += grad[:, ids].to(dtype) @ rows
+    return total
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grads = []
-        for rows, wanted in zip(hidden.split(CHUNK_ROWS), labels.split(CHUNK_ROWS), strict=True):
-            logits = functional.linear(rows, head).float()
-            total += functional.cross_entropy(logits, wanted, reduction="sum")
-            grad = logits.softmax(dim=-1)
-            grad[torch.arange(len(wanted), device=grad.device), wanted] -= 1.0
-            grads.append(grad.to(head.dtype) @ head)
-        ctx.save_for_backward(torch.cat(grads) / len(labels))
+        grads = torch.empty_like(hidden)
+        step = chunk_rows(head.shape[0])
+        for begin in range(0, len(labels), step):
+            rows, wanted = hidden[begin : begin + step], labels[begin : begin + step, None]
+            scores = _logits(rows, head)
+            scores -= scores.amax(dim=1, keepdim=True)
+            chosen = scores.gather(1, wanted)
+            sums = scores.exp_().sum(dim=1, keepdim=True)
+            total += (sums.log() - chosen).sum()
+            scores /= sums  # softmax, in the logits' own place
+            scores.scatter_add_(1, wanted, torch.full_like(chosen, -1.0))
+            grads[begin : begin + step] = _times_head(scores, head, hidden.dtype)
+        ctx.save_for_backward(grads)
+        ctx.count = len(labels)
         return total / len(labels)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (hidden_grad,) = ctx.saved_tensors
-        return hidden_grad * grad, None, None
+        return hidden_grad * (grad / ctx.count).to(hidden_grad.dtype), None, None
 
 
-def cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
     """Mean over rows of -log softmax(hidden head^T)[label], fp32.
 
     Args:
-        hidden: (M, C), supervised rows only. head: (V, C), frozen. labels: (M,) int64.
+        hidden: (M, C), supervised rows only. head: (V, C), frozen, in any dtype or in NF4. labels: (M,) int64.
     """
-    return _CrossEntropy.apply(hidden, head, labels)
+    loss: Tensor = _CrossEntropy.apply(hidden, head, labels)
+    return loss
 
 
-def log_likelihoods(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+def log_likelihoods(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
     """(M,): log softmax(hidden head^T)[label], fp32, without a gradient.
 
     Args:
         hidden: (M, C), supervised rows only. head: (V, C). labels: (M,) int64.
     """
     found = []
+    step = chunk_rows(head.shape[0])
     with torch.no_grad():
-        for rows, wanted in zip(hidden.split(CHUNK_ROWS), labels.split(CHUNK_ROWS), strict=True):
-            logits = functional.linear(rows, head).float()
-            found.append(-functional.cross_entropy(logits, wanted, reduction="none"))
+        for rows, wanted in zip(hidden.split(step), labels.split(step), strict=True):
+            found.append(-functional.cross_entropy(_logits(rows, head), wanted, reduction="none"))
     return torch.cat(found)
 
 
 class _KL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, head: Tensor) -> Tensor:
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, head: Head) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=student.device)
-        grads = []
-        for ours, theirs in zip(student.split(CHUNK_ROWS), teacher.split(CHUNK_ROWS), strict=True):
-            log_student = functional.linear(ours, head).float().log_softmax(dim=-1)
-            log_teacher = functional.linear(theirs, head).float().log_softmax(dim=-1)
+        grads = torch.empty_like(student)
+        step = chunk_rows(head.shape[0])
+        for begin in range(0, len(student), step):
+            log_student = _logits(student[begin : begin + step], head).log_softmax(dim=-1)
+            log_teacher = _logits(teacher[begin : begin + step], head).log_softmax(dim=-1)
             total += functional.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
-            grads.append((log_student.exp() - log_teacher.exp()).to(head.dtype) @ head)
-        ctx.save_for_backward(torch.cat(grads) / len(student))
+            grads[begin : begin + step] = _times_head(log_student.exp_().sub_(log_teacher.exp_()), head, student.dtype)
+        ctx.save_for_backward(grads)
+        ctx.count = len(student)
         return total / len(student)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (student_grad,) = ctx.saved_tensors
-        return student_grad * grad, None, None
+        return student_grad * (grad / ctx.count).to(student_grad.dtype), None, None
 
 
-def kl_divergence(student: Tensor, teacher: Tensor, head: Tensor) -> Tensor:
+def kl_divergence(student: Tensor, teacher: Tensor, head: Head) -> Tensor:
     """Mean over rows of KL(teacher || student) in nats (paper eq. 7), fp32, temperature 1.
 
     Args:
-        student, teacher: (M, C) after the final norm; the teacher gets no gradient. head: (V, C).
+        student, teacher: (M, C) after the final norm; the teacher gets no gradient. head: (V, C), frozen.
     """
-    return _KL.apply(student, teacher, head)
+    divergence: Tensor = _KL.apply(student, teacher, head)
+    return divergence

@@ -190,9 +190,11 @@ def _values_bitsandbytes(codes: Tensor, absmax: Tensor, shape: tuple[int, int], 
     return bnb.dequantize_4bit(codes.reshape(-1, 1), state)
 
 
-def dequantize(tensor: NF4Tensor) -> Tensor:
-    """The dense matrix, fp32."""
-    return _values(tensor.codes, tensor.absmax_values(), tensor.shape, torch.float32)
+def dequantize(tensor: NF4Tensor, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Tensor:
+    """The dense matrix, made on the device; values are fp32 products, rounded to `dtype`."""
+    codes, absmax = tensor.codes.to(device), tensor.absmax_values().to(device)
+    values = _values_bitsandbytes if codes.is_cuda else _values
+    return values(codes, absmax, tensor.shape, dtype)
 
 
 class _Scratch(threading.local):
@@ -303,6 +305,15 @@ class NF4Linear(nn.Linear):
         """The matrix in `dtype`."""
         values = _values_bitsandbytes if self.weight.is_cuda else _values
         return values(self.weight, self.absmax, self.shape, dtype)
+
+    def rows(self, begin: int, end: int, dtype: torch.dtype) -> Tensor:
+        """(end - begin, cols) of the matrix in `dtype`; `begin` is a multiple of 64. The CPU's next tile overwrites it."""
+        cols = self.shape[1]
+        if not self.weight.is_cuda:
+            return self.tile(begin, 0, end - begin, cols, dtype, dtype)
+        codes = self.weight[begin * cols // 2 : math.ceil(end * cols / 2)]
+        absmax = self.absmax[begin * cols // BLOCK : math.ceil(end * cols / BLOCK)]
+        return _values_bitsandbytes(codes, absmax, (end - begin, cols), dtype)
 
     def tile(self, top: int, left: int, height: int, width: int, dtype: torch.dtype, wide: torch.dtype) -> Tensor:
         """The part of the matrix at (top, left), its values those of `dense(dtype)`, held in `wide`; CPU only.

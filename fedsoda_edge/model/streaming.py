@@ -1,7 +1,8 @@
 """Run a model layer by layer with one layer resident: SGP, teacher targets, the edge's border sweep.
 
 Layers are the outer loop, samples the inner one, so each weight is read once for all samples
-(method.md 8b). What the hidden states are for is the caller's business.
+(method.md 8b); the next layer is read, as it is stored, while this one computes. What the hidden states are for
+is the caller's business.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -16,10 +18,11 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model.families import Family, allowed_fields, build_config, family_of, merge_experts, skeleton
+from fedsoda_edge.model.nf4 import NF4Linear, NF4Tensor, dequantize
 from fedsoda_edge.ports.disk import sha256_file
 from fedsoda_edge.protocol.manifest import TOKENIZER_FILES
 
@@ -44,8 +47,16 @@ class LayerSource(Protocol):
         """(V, C); the embedding where they are tied."""
         ...
 
+    def stored_head(self) -> Tensor | NF4Tensor:
+        """(V, C), as it is stored."""
+        ...
+
     def layer(self, number: int) -> dict[str, Tensor]:
         """Dense tensors of one full-LLM layer, by name within the layer."""
+        ...
+
+    def stored_layer(self, number: int) -> dict[str, Tensor | NF4Tensor]:
+        """The same as they are stored."""
         ...
 
 
@@ -128,8 +139,14 @@ class Checkpoint:
             return self.embedding()
         return self._read(f"{self.family.head}.weight")
 
+    def stored_head(self) -> Tensor | NF4Tensor:
+        return self.head()
+
     def layer(self, number: int) -> dict[str, Tensor]:
         return merge_experts(self._below(f"{self.family.layers}.{number}."))
+
+    def stored_layer(self, number: int) -> dict[str, Tensor | NF4Tensor]:
+        return dict(self.layer(number))
 
     def _below(self, prefix: str) -> dict[str, Tensor]:
         names = [name for name in self._files if name.startswith(prefix)]
@@ -178,6 +195,7 @@ def stream(
     batches: Sequence[Sequence[int]] | None = None,
     lora: dict[str, Tensor] | None = None,
     lora_scale: float = 0.0,
+    dense: bool = True,
     visit: Visit | None = None,
     progress: Progress | None = None,
 ) -> list[Tensor]:
@@ -191,6 +209,7 @@ def stream(
         start: hidden states (T_i, C) to begin with instead of the embeddings of `ids`.
         store_dtype: what hidden states are rounded to between layers; None: compute_dtype.
         lora: tensors by full-LLM name; applied unmerged, as PEFT does: y + scale * (x A^T) B^T.
+        dense: NF4 weights are dequantized once for all samples; otherwise for each batch anew, tile by tile.
         visit: called as visit(layer, hidden states of all samples) after each layer.
         progress: called as progress(layers done, layers in all).
 
@@ -199,7 +218,8 @@ def stream(
     """
     store = store_dtype or compute_dtype
     family = source.family
-    with torch.inference_mode():
+    with torch.inference_mode(), ThreadPoolExecutor(1, "next layer") as reader:
+        coming = reader.submit(source.stored_layer, layers[0]) if layers else None
         batches = batches or buckets([len(sample) for sample in ids], batch_tokens)
         # All layers of the full config, so that layer l gets the mask and the rotary table of layer l.
         model = skeleton(family, build_config(family, source.fields))
@@ -211,9 +231,10 @@ def stream(
         recorders = _record_calls(base)
         base.rotary_emb.to(device)  # the only real tensors of the skeleton
         for done, number in enumerate(layers):
-            layer = recorders[number].layer
-            weights = {k: v.to(device=device, dtype=compute_dtype) for k, v in source.layer(number).items()}
-            layer.load_state_dict(weights, strict=True, assign=True)
+            assert coming is not None
+            layer = recorders[number].take_layer()
+            fill(layer, coming.result(), compute_dtype, device, dense=dense)
+            coming = reader.submit(source.stored_layer, layers[done + 1]) if done + 1 < len(layers) else None
             with _lora_hooks(layer, f"layers.{number}.", lora or {}, lora_scale, device, compute_dtype):
                 for batch in batches:
                     longest = max(len(hidden[i]) for i in batch)
@@ -225,7 +246,7 @@ def stream(
                     out = (out[0] if isinstance(out, tuple) else out).to(store).cpu()
                     for row, i in enumerate(batch):
                         hidden[i] = out[row, : len(hidden[i])].clone()
-            layer.to_empty(device="meta")
+            del layer
             if visit is not None:
                 visit(number, hidden)
             if progress is not None:
@@ -255,6 +276,10 @@ class _Recorder(torch.nn.Module):
                 continue
             self.__dict__[name] = value
 
+    def take_layer(self) -> Any:
+        """The layer, which nothing holds from now on but the caller."""
+        return self.__dict__.pop("layer")
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs.pop("hidden_states")
         self.__dict__["calls"][hidden.shape] = args[1:], kwargs
@@ -281,6 +306,37 @@ def _record_calls(base: Any) -> list[_Recorder]:
     base.layers = torch.nn.ModuleList(recorders)
     base.norm = torch.nn.Identity()
     return recorders
+
+
+def fill(
+    module: Any,
+    weights: dict[str, Tensor | NF4Tensor],
+    dtype: torch.dtype,
+    device: str | torch.device,
+    *,
+    dense: bool,
+) -> None:
+    """Replace a module's meta tensors by real ones.
+
+    Args:
+        dense: matrices in NF4 are dequantized, the same values; otherwise they become NF4Linear.
+    """
+    missing = {name for name, _ in module.named_parameters()} - set(weights)
+    assert not missing, f"{module} lacks {sorted(missing)}"
+    for name, value in weights.items():
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path) if path else module
+        if isinstance(value, NF4Tensor) and isinstance(owner, nn.Linear) and not dense:
+            bias = weights.get(f"{path}.bias")
+            assert not isinstance(bias, NF4Tensor)
+            linear = NF4Linear(value, bias, device)
+            parent, _, child = path.rpartition(".")
+            setattr(module.get_submodule(parent) if parent else module, child, linear)
+        elif not isinstance(owner, NF4Linear):  # whose bias it has already
+            if isinstance(value, NF4Tensor):
+                shape = getattr(owner, leaf).shape  # a stack of experts is one tall matrix in NF4
+                value = dequantize(value, dtype, device).reshape(shape)
+            setattr(owner, leaf, nn.Parameter(value.to(device=device, dtype=dtype), requires_grad=False))
 
 
 @contextmanager

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fedsoda_edge.model.families import Family, build_config, skeleton
-from fedsoda_edge.model.nf4 import NF4Linear, NF4Tensor, dequantize
-from fedsoda_edge.model.streaming import LayerSource
+from fedsoda_edge.model.nf4 import NF4Linear, NF4Tensor
+from fedsoda_edge.model.streaming import LayerSource, fill
 
 
 @dataclass
@@ -27,19 +29,15 @@ class SubLLM:
     model: Any
     family: Family
     numbers: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    recompute: bool = False
 
     @property
-    def head(self) -> Tensor:
-        """(V, C)."""
-        return self.model.get_submodule(self.family.head).weight
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.head.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.head.device
+    def head(self) -> Any:
+        """(V, C): a tensor, of `dtype` unless it was not to be dense, or an NF4Linear (`loss.Head`)."""
+        head = self.model.get_submodule(self.family.head)
+        return head if isinstance(head, NF4Linear) else head.weight
 
     def hidden(
         self, *, ids: Tensor | None = None, states: Tensor | None = None, positions: Tensor | None = None
@@ -50,7 +48,8 @@ class SubLLM:
         several samples where `positions` (B, T) starts anew with each: Transformers keeps attention within them.
         """
         base = self.model.get_submodule(self.family.layers.rpartition(".")[0])
-        return base(input_ids=ids, inputs_embeds=states, position_ids=positions, use_cache=False).last_hidden_state
+        with _made_again(base.layers[:-1]) if self.recompute else nullcontext():
+            return base(input_ids=ids, inputs_embeds=states, position_ids=positions, use_cache=False).last_hidden_state
 
     def hidden_at(self, rows: Tensor, columns: Tensor, *, states: Tensor, positions: Tensor | None = None) -> Tensor:
         """(M, C): `hidden` at the positions (rows, columns), (M,) each.
@@ -74,6 +73,18 @@ class SubLLM:
         match = re.fullmatch(re.escape(self.family.layers) + r"\.(\d+)\.(.+)", path)
         assert match, f"{path} is no module of a decoder layer"
         return f"layers.{self.numbers[int(match[1])]}.{match[2]}"
+
+
+@contextmanager
+def _made_again(layers: Any) -> Iterator[None]:
+    """Let these layers keep their input only and run again in the backward pass (arXiv 1604.06174)."""
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward  # the class's own again
 
 
 @contextmanager
@@ -136,6 +147,8 @@ def build(
     compute_dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     dense: bool = True,
+    dense_head: bool = True,
+    recompute: bool = False,
     embedding: bool = False,
 ) -> SubLLM:
     """A frozen model of the given full-LLM layers, with final norm and head.
@@ -143,50 +156,31 @@ def build(
     Args:
         dense: NF4 weights are dequantized once (the same values, quicker, more memory); otherwise
             they stay NF4 and are dequantized in every forward and backward.
+        dense_head: the head is held in compute_dtype; otherwise as it is stored, and widened tile by tile.
+        recompute: a layer's activations are made again for its backward, but for the last layer's, which are few.
         embedding: whether the model is fed with ids; without it the embedding is not loaded.
     """
     family = source.family
     numbers = tuple(layers)
     model = skeleton(family, build_config(family, source.fields, numbers))
     model.get_submodule(family.layers.rpartition(".")[0]).rotary_emb.to(device)
-    packed = getattr(source, "layer_nf4", None)
     for position, number in enumerate(numbers):
         module = model.get_submodule(f"{family.layers}.{position}")
-        if packed is None or dense:
-            weights: dict[str, Tensor | NF4Tensor] = dict(source.layer(number))
-        else:
-            weights = packed(number)
-        _fill(module, weights, compute_dtype, device)
-    _fill(model.get_submodule(family.norm), dict(source.norm()), compute_dtype, device)
-    _fill(model.get_submodule(family.head), {"weight": source.head()}, compute_dtype, device)
+        fill(module, source.stored_layer(number), compute_dtype, device, dense=dense)
+    fill(model.get_submodule(family.norm), dict(source.norm()), compute_dtype, device, dense=True)
+    stored_head = source.stored_head()
+    if isinstance(stored_head, NF4Tensor) and not dense_head:
+        model.set_submodule(family.head, NF4Linear(stored_head, None, device))
+    else:
+        head_dtype = compute_dtype if dense_head or isinstance(stored_head, NF4Tensor) else stored_head.dtype
+        fill(model.get_submodule(family.head), {"weight": stored_head}, head_dtype, device, dense=True)
     if embedding:
         if source.fields.get("tie_word_embeddings"):
             model.get_submodule(family.embedding).weight = model.get_submodule(family.head).weight
         else:
-            _fill(model.get_submodule(family.embedding), {"weight": source.embedding()}, compute_dtype, device)
+            embedding_module = model.get_submodule(family.embedding)
+            fill(embedding_module, {"weight": source.embedding()}, compute_dtype, device, dense=True)
         for buffer in model.get_submodule(family.embedding).buffers():
             buffer.data = buffer.data.to(device)  # a scale (Gemma)
     model.requires_grad_(False)
-    return SubLLM(model.eval(), family, numbers)
-
-
-def _fill(module: Any, weights: dict[str, Tensor | NF4Tensor], dtype: torch.dtype, device: str | torch.device) -> None:
-    """Replace a module's meta tensors by real ones; matrices in NF4 become NF4Linear."""
-    missing = {name for name, _ in module.named_parameters()} - set(weights)
-    assert not missing, f"{module} lacks {sorted(missing)}"
-    for name, value in weights.items():
-        path, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(path) if path else module
-        if isinstance(value, NF4Tensor) and not isinstance(owner, nn.Linear):
-            # A stack of experts: multiplied by slices, so it is dense here.
-            shape = getattr(owner, leaf).shape
-            dense = dequantize(value).reshape(shape).to(device=device, dtype=dtype)
-            setattr(owner, leaf, nn.Parameter(dense, requires_grad=False))
-        elif isinstance(value, NF4Tensor):
-            parent, _, child = path.rpartition(".")
-            bias = weights.get(f"{path}.bias")
-            assert not isinstance(bias, NF4Tensor)
-            linear = NF4Linear(value, bias, device)
-            setattr(module.get_submodule(parent) if parent else module, child, linear)
-        elif not isinstance(owner, NF4Linear):
-            setattr(owner, leaf, nn.Parameter(value.to(device=device, dtype=dtype), requires_grad=False))
+    return SubLLM(model.eval(), family, numbers, compute_dtype, torch.device(device), recompute)

@@ -35,8 +35,8 @@ SEVEN_STEPS = msgspec.structs.replace(SETTINGS, epochs=2, max_steps=0, proximal_
 class Prompt(RoundCheckpoint):
     """Its disk is quicker than training."""
 
-    def save(self, step: int, tokens: int, tensors: dict[str, torch.Tensor]) -> None:
-        super().save(step, tokens, tensors)
+    def save(self, step: int, tokens: int, micro_batch: int, tensors: dict[str, torch.Tensor]) -> None:
+        super().save(step, tokens, micro_batch, tensors)
         self.wait()
 
     def wait(self) -> None:
@@ -168,9 +168,9 @@ def tensors(step: int) -> dict[str, torch.Tensor]:
 def saved_twice(directory: Path) -> tuple[Path, Path]:
     """The files of steps 1 and 2."""
     saves = Prompt(directory, IDENTITY)
-    saves.save(1, 10, tensors(1))
+    saves.save(1, 10, 4, tensors(1))
     [older] = directory.iterdir()
-    saves.save(2, 20, tensors(2))
+    saves.save(2, 20, 4, tensors(2))
     [newer] = set(directory.iterdir()) - {older}
     return older, newer
 
@@ -214,7 +214,7 @@ def test_the_latest_save_is_the_one_that_counts(tmp_path: Path) -> None:
     assert is_step(RoundCheckpoint(tmp_path, IDENTITY).load(), 2)
     saves = Prompt(tmp_path, IDENTITY)
     saves.load()
-    saves.save(3, 30, tensors(3))
+    saves.save(3, 30, 4, tensors(3))
     assert len(list(tmp_path.iterdir())) == 2
     assert is_step(RoundCheckpoint(tmp_path, IDENTITY).load(), 3)
 
@@ -225,7 +225,7 @@ def test_the_save_before_is_used_where_the_newest_is_damaged(tmp_path: Path, dam
     damage(newer)
     saves = Prompt(tmp_path, IDENTITY)
     assert is_step(saves.load(), 1)
-    saves.save(2, 20, tensors(2))  # in the damaged one's place, so that step 1 stays while it is written
+    saves.save(2, 20, 4, tensors(2))  # in the damaged one's place, so that step 1 stays while it is written
     assert is_step(RoundCheckpoint(tmp_path, IDENTITY).load(), 2)
     newer.unlink()
     assert is_step(RoundCheckpoint(tmp_path, IDENTITY).load(), 1)
@@ -254,7 +254,7 @@ def test_another_round_begins_at_its_beginning(tmp_path: Path, change: dict[str,
     saved_twice(tmp_path)
     other = Prompt(tmp_path, IDENTITY | change)
     assert other.load() is None
-    other.save(1, 10, tensors(1))
+    other.save(1, 10, 4, tensors(1))
     assert is_step(RoundCheckpoint(tmp_path, IDENTITY | change).load(), 1)
 
 
@@ -272,7 +272,7 @@ def test_forgetting_leaves_no_file(tmp_path: Path) -> None:
 
 def test_what_is_saved_is_what_was_there_then(tmp_path: Path) -> None:
     saves, held = RoundCheckpoint(tmp_path, IDENTITY), tensors(1)
-    saves.save(1, 10, held)
+    saves.save(1, 10, 4, held)
     held["lora_A"].zero_()  # training goes on while the file is written
     saves._writer.join()  # type: ignore[union-attr]
     assert is_step(RoundCheckpoint(tmp_path, IDENTITY).load(), 1)
@@ -302,7 +302,7 @@ def test_a_slow_disk_has_one_save_to_write_at_a_time(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(checkpoint, "save_file", slow)
     saves = Prompt(tmp_path, IDENTITY)
-    RoundCheckpoint.save(saves, 1, 10, tensors(1))
+    RoundCheckpoint.save(saves, 1, 10, 4, tensors(1))
     assert not saves.is_due(2, 7)
     may_go_on.set()
     saves.wait()
