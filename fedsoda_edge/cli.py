@@ -124,23 +124,24 @@ def join(
         from fedsoda_edge.neighbour import parse_rules
         from fedsoda_edge.progress import Display
 
-        parse_rules(pause_on or "")  # a wrong option is known before data is read
-        local = LocalData.from_jsonl(data, columns=_columns(column or []))
-        for _ in local.rows() if local.is_text else ():  # bad data is known before anything else is done
-            pass
+        # Wrong options are known before data is read, which may take minutes; bad data before the hub is asked.
+        parse_rules(pause_on or "")
         if cache_key not in ("keep", "forget"):
             raise UsageProblem(f"--cache-key {cache_key!r} is neither keep nor forget")
+        local = LocalData.from_jsonl(data, columns=_columns(column or []))
         edge = Edge(
             url,
             token_file=token_file,
             device=device,
             threads=threads,
-            max_disk=None if max_disk is None else parse_bytes(max_disk),
+            max_disk=None if max_disk is None else parse_bytes(max_disk, "--max-disk"),
             cache=cache,
             keep_cache_key=cache_key == "keep",
-            max_ram=None if max_ram is None else parse_bytes(max_ram),
-            max_vram=None if max_vram is None else parse_bytes(max_vram),
+            max_ram=None if max_ram is None else parse_bytes(max_ram, "--max-ram"),
+            max_vram=None if max_vram is None else parse_bytes(max_vram, "--max-vram"),
         )
+        for _ in local.rows() if local.is_text else ():
+            pass
         with Display(jsonl) as display:
             display.say({"event": "settings", "values": effective_settings(context)})
             with edge.join(

@@ -149,15 +149,15 @@ def human_bytes(size: float) -> str:
     return f"{size:.{2 if size < 10 else 1 if size < 100 else 0}f} {unit}"
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str, option: str) -> int:
     """ "8GB", "500 MiB", "1.5T" -> bytes; KB is 1000, KiB and K are 1024.
 
     Raises:
-        UsageProblem: it is no size.
+        UsageProblem: it is no size; names the option.
     """
     match = re.fullmatch(r"\s*(\d{1,12}(?:\.\d+)?)\s*(?:([kmgt])(i?b)?|b)?\s*", text.lower())
     if match is None:
-        raise UsageProblem(f"{text!r} is no size; write it as 8GB, 500MiB or 2T")
+        raise UsageProblem(f"{option} {text!r} is no size; write it as 8GB, 500MiB or 2T")
     number, unit, kind = match.groups()
     return int(float(number) * (1000 if kind == "b" else 1024) ** " kmgt".index(unit or " "))
 
