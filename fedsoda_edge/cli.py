@@ -369,11 +369,12 @@ def data_check(
                 note(f"with the tokenizer and template of the run {joined['run']!r}")
         encoder = None
         if files or tokenizer is not None:
+            path = files["tokenizer.json"] if tokenizer is None else tokenizer / "tokenizer.json"
             try:
-                encoder = SampleTokenizer(files["tokenizer.json"], eos)
+                encoder = SampleTokenizer(path, eos)
             except Exception as error:  # the tokenizers library raises nothing narrower
                 raise UsageProblem(
-                    f"--tokenizer {tokenizer} holds no tokenizer.json that can be read ({error}); name a model's directory"
+                    f"{path} cannot be read as a tokenizer ({error}); name a model's directory with --tokenizer"
                 ) from error
         found = inspect(
             LocalData(file, _columns(column or [])),
@@ -408,13 +409,14 @@ def cache_prune(as_json: Json = False, debug: Debug = False) -> None:
     """Delete fetched bundles and border states; a join fetches and computes them again. State of runs stays."""
     with reporting(as_json, False, debug):
         from fedsoda_edge.config import Home
+        from fedsoda_edge.ports.console import human_bytes
 
         home = Home()
         home.lock()
         size = sum(path.stat().st_size for path in home.store.glob("*")) + home.forget_borders()
         shutil.rmtree(home.store, ignore_errors=True)
         home.unlock()
-        note(f"freed {size} bytes")
+        note(f"freed {human_bytes(size)}")
         finish({"status": "ok", "freed_bytes": size}, as_json, False)
 
 

@@ -229,7 +229,9 @@ def read_token(token_file: str | Path | None) -> str:
         try:
             token = Path(token_file).read_text(encoding="utf-8-sig", errors="replace")
         except OSError as error:
-            raise UsageProblem(f"the token file {token_file} cannot be read: {error.strerror}") from error
+            raise UsageProblem(
+                f"the token file {token_file} cannot be read: {error.strerror}; name the one from the hub's owner"
+            ) from error
     token = token.strip()
     if not token:
         raise UsageProblem(f"the token from {source} is empty; ask the hub's owner for one")

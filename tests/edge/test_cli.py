@@ -215,8 +215,9 @@ def test_every_command_that_reports_has_json() -> None:
     [
         (None, "the data visits.jsonl cannot be read: No such file or directory"),
         (GOOD_ROWS + '\n{"text": "ache", }\n', "visits.jsonl:4: not JSON: "),
+        ("[1, 2]", "visits.jsonl:1: a list, not an object; write one {...} a line"),
     ],
-    ids=["missing", "malformed"],
+    ids=["missing", "malformed", "no object"],
 )
 def test_bad_data_is_told_with_its_line_before_the_hub_is_asked(
     device: Device, content: str | None, sentence: str
@@ -261,7 +262,7 @@ def test_labels_that_are_not_strings_are_told_with_line_and_value(device: Device
         (["join", "http://hub.invalid", "--data", "none", "--cache-key", "x"], "--cache-key 'x' is neither keep nor"),
         (["join", "http://hub:99999", "--data", "d"], "'http://hub:99999' is no hub address"),
         (["join", "http://hub.invalid", "--data", "d"], "no token: give --token-file"),
-        (["data", "check", "d", "--tokenizer", ".", "--completion", "x"], "--tokenizer . holds no tokenizer.json"),
+        (["data", "check", "d", "--tokenizer", "e", "--completion", "x"], "e/tokenizer.json cannot be read as a tokenizer (No"),
     ],
     ids=lambda value: None if isinstance(value, str) else " ".join(value),
 )
@@ -391,7 +392,7 @@ def test_the_cache_is_listed_and_pruned_and_the_state_of_runs_stays(device: Devi
     assert listed.json["bytes"] == {"store": 3_000_000, "runs": 2_000_000}
     assert listed.err.splitlines() == [f"  2.86 MiB  {device.home / 'store'}", f"  1.91 MiB  {device.home / 'runs'}"]
     pruned = device.run("cache", "prune", "--json")
-    assert (pruned.status, pruned.json["freed_bytes"]) == (0, 3_000_000)
+    assert (pruned.status, pruned.json["freed_bytes"], pruned.err) == (0, 3_000_000, "freed 2.86 MiB\n")
     assert device.run("cache", "list", "--json").json["bytes"] == {"store": 0, "runs": 2_000_000}
 
 
