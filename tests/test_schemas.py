@@ -43,7 +43,7 @@ from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.coded import CODECS
 from fedsoda_edge.protocol.manifest import EdgeNeeds
 from fedsoda_edge.protocol.session import Upload
-from fedsoda_edge.status import _STATES
+from fedsoda_edge.status import _WORK
 from fedsoda_edge.testing import ScriptedHub, make_bundle
 from fedsoda_edge.worker import Worker
 from fedsoda_hub import daemon as daemon_module
@@ -162,7 +162,8 @@ def test_every_report_and_every_event_has_a_schema_and_no_other_thing_has(progra
 
 
 def test_closed_sets_are_those_of_the_code() -> None:
-    assert set(EDGE.parts["JoinStatus"]["properties"]["state"]["enum"]) == {"connecting", "stopped", *_STATES.values()}
+    others = {"connecting", "reconnecting", "paused", "stopped"}
+    assert set(EDGE.parts["JoinStatus"]["properties"]["state"]["enum"]) == others | set(_WORK.values())
     assert tuple(HUB.parts["plan"]["properties"]["settings"]["properties"]["codec"]["enum"]) == CODECS
     assert EDGE.parts["Failed"] == HUB.parts["Failed"]
 
