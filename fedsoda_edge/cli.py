@@ -209,8 +209,12 @@ def leave(url: Url, token_file: TokenFile = None, as_json: Json = False, debug: 
     with reporting(as_json, False, debug):
         import asyncio
 
+        from fedsoda_edge.config import Home
         from fedsoda_edge.edge import Edge, say_goodbye
 
+        home = Home()
+        if home.is_in_use():  # it would connect again at once, and be in again
+            raise UsageProblem(f"a join runs in {home.directory}; fedsoda-edge finish lets it hand in its round and leave")
         run = asyncio.run(say_goodbye(Edge(url, token_file=token_file)))
         note(f"left run {run}")
         finish({"status": "ok", "run": run}, as_json, False)

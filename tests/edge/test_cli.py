@@ -25,6 +25,7 @@ import typer
 
 from fedsoda_edge import errors
 from fedsoda_edge.cli import app
+from fedsoda_edge.config import Home
 from fedsoda_edge.protocol import manifest as mf
 from fedsoda_edge.protocol import messages as ms
 from tests.conftest import ROOT
@@ -307,6 +308,17 @@ def test_plan_and_leave_need_the_hub_too(device: Device, nowhere: str) -> None:
     for command in ("plan", "leave"):
         ran = device.run(command, nowhere, "--json", FEDSODA_TOKEN="good")
         assert (ran.status, ran.json["status"], ran.json["error"]) == (3, "error", "HubUnreachable")
+
+
+def test_a_device_that_is_joined_leaves_by_finish(device: Device, nowhere: str) -> None:
+    home = Home(device.home)
+    home.lock()
+    ran = device.run("leave", nowhere, FEDSODA_TOKEN="good")
+    home.unlock()
+    assert (ran.status, ran.sentence) == (
+        2,
+        f"a join runs in {device.home}; fedsoda-edge finish lets it hand in its round and leave",
+    )
 
 
 def test_a_refused_token_exits_5_with_the_hubs_reason(device: Device, hub: str) -> None:
