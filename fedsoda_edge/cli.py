@@ -214,7 +214,9 @@ def leave(url: Url, token_file: TokenFile = None, as_json: Json = False, debug: 
 
         home = Home()
         if home.is_in_use():  # it would connect again at once, and be in again
-            raise UsageProblem(f"a join runs in {home.directory}; fedsoda-edge finish lets it hand in its round and leave")
+            raise UsageProblem(
+                f"a join runs in {home.directory}; fedsoda-edge finish lets it hand in its round and leave"
+            )
         run = asyncio.run(say_goodbye(Edge(url, token_file=token_file)))
         note(f"left run {run}")
         finish({"status": "ok", "run": run}, as_json, False)

@@ -190,7 +190,9 @@ def option_defaults(path: Path, options: dict[str, Any]) -> dict[str, Any]:
     def of(names: Any, table: Any, where: str) -> dict[str, Any]:
         if not isinstance(table, dict):
             name = where.rstrip(".")
-            raise UsageProblem(f"{path} has {name} = {table!r}, and {name} is a command; write its options below [{name}]")
+            raise UsageProblem(
+                f"{path} has {name} = {table!r}, and {name} is a command; write its options below [{name}]"
+            )
         if isinstance(names, dict):
             _refuse_unknown(path, where, table, set(names))
             return {name: of(inner, table.get(name, {}), f"{where}{name}.") for name, inner in names.items()}

@@ -161,7 +161,9 @@ class LocalData:
                     f"{self.path}:{line}: not JSON: {error.msg} (column {error.colno}); write one object a line"
                 ) from error
             if not isinstance(row, dict):
-                raise DataProblem(f"{self.path}:{line}: a {type(row).__name__}, not an object; write one {{...}} a line")
+                raise DataProblem(
+                    f"{self.path}:{line}: a {type(row).__name__}, not an object; write one {{...}} a line"
+                )
             yield line, row
 
     def check(self, prompt: TextTemplate, completion: TextTemplate) -> int:

@@ -104,8 +104,15 @@ def nowhere() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of the hub's own listener: tokens `good` and `old`, and a sub-LLM that no device can hold."""
-    directory = tmp_path_factory.mktemp("bundle")
-    data = msgspec.json.encode(enormous_bundle())
+    template = ms.Template(prompt="Report: {text}\nDepartment:", completion="{department}")
+    with serving(tmp_path_factory.mktemp("bundle"), enormous_bundle(), template) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def serving(directory: Path, bundle: mf.BundleManifest, template: ms.Template | None = None) -> Iterator[str]:
+    """The URL of a small hub whose run has this bundle; blobs are the files of `directory`."""
+    data = msgspec.json.encode(bundle)
     digest = hashlib.sha256(data).hexdigest()
     (directory / digest).write_bytes(data)
     welcome = ms.Welcome(
@@ -116,7 +123,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         manifest=ms.BlobRef(digest=ms.Digest(digest), bytes=len(data)),
         rounds=2,
         rounds_done=0,
-        template=ms.Template(prompt="Report: {text}\nDepartment:", completion="{department}"),
+        template=template,
         max_length=64,
         codec="int8",
         seed=0,
@@ -263,7 +270,10 @@ def test_labels_that_are_not_strings_are_told_with_line_and_value(device: Device
         (["join", "http://hub.invalid", "--data", "none", "--cache-key", "x"], "--cache-key 'x' is neither keep nor"),
         (["join", "http://hub:99999", "--data", "d"], "'http://hub:99999' is no hub address"),
         (["join", "http://hub.invalid", "--data", "d"], "no token: give --token-file"),
-        (["data", "check", "d", "--tokenizer", "e", "--completion", "x"], "e/tokenizer.json cannot be read as a tokenizer (No"),
+        (
+            ["data", "check", "d", "--tokenizer", "e", "--completion", "x"],
+            "e/tokenizer.json cannot be read as a tokenizer (No",
+        ),
     ],
     ids=lambda value: None if isinstance(value, str) else " ".join(value),
 )

@@ -152,7 +152,7 @@ def test_before_the_first_round_there_is_nothing_to_export(tmp_path: Path, tiny_
         export(settings, tmp_path / "out")
     with pytest.raises(UsageProblem, match="holds no run"):
         evaluate_path(Path(settings.path), tmp_path / "eval.jsonl")
-    with pytest.raises(UsageProblem, match="has no fedsoda.json, so it is no export; name a RUN"):
+    with pytest.raises(UsageProblem, match=r"has no fedsoda\.json, so it is no export; name a RUN"):
         evaluate_path(tmp_path, tmp_path / "eval.jsonl")
     with pytest.raises(UsageProblem, match="gone is not there; name a RUN"):
         evaluate_path(tmp_path / "gone", tmp_path / "eval.jsonl")
