@@ -123,3 +123,20 @@ def test_an_option_goes_before_its_variable_and_that_before_the_file(
         "device cpu (FEDSODA_DEVICE); threads 2 (option); defaults: cache bf16, cache_key forget, unattended False"
     )
     assert said[1].startswith("error: no token")
+
+
+def test_a_wrong_value_is_told_with_where_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said() -> str:
+        with pytest.raises(SystemExit) as end:
+            fedsoda_edge.cli.main()
+        assert end.value.code == 2
+        return capsys.readouterr().err
+
+    monkeypatch.setenv("FEDSODA_HOME", str(tmp_path))
+    monkeypatch.setattr("sys.argv", ["fedsoda-edge", "join", "http://h", "--data", "d"])
+    (tmp_path / "config.toml").write_text('max_rounds = "many"\n')
+    assert "(max_rounds = 'many' in config.toml)" in said()
+    monkeypatch.setenv("FEDSODA_MAX_ROUNDS", "few")
+    assert "(it is 'few' there)" in said()

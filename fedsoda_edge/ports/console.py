@@ -80,11 +80,24 @@ def run(app: typer.Typer) -> None:
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()  # type: ignore[attr-defined]
         else:
-            note(f"error: {error.format_message().rstrip('.')}; --help shows how it is used")
+            note(f"error: {error.format_message().rstrip('.')}{_where(error)}; --help shows how it is used")
         fields = {"status": "error", "error": "Usage", "message": error.format_message(), "exit_status": 2}
         finish(fields, is_asked("--json"), is_asked("--jsonl"))
         status = 2
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _where(error: Any) -> str:
+    """The value that was wrong and where it stands, where that is not the command line."""
+    context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
+    if context is None or parameter is None:
+        return ""
+    source = getattr(context.get_parameter_source(parameter.name), "name", "")
+    if source == "ENVIRONMENT":
+        return f" (it is {os.environ.get(str(parameter.envvar), '')!r} there)"
+    if source == "DEFAULT_MAP":
+        return f" ({parameter.name} = {context.lookup_default(parameter.name)!r} in config.toml)"
+    return ""
 
 
 def is_asked(option: str) -> bool:
