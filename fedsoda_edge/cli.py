@@ -124,23 +124,24 @@ def join(
         from fedsoda_edge.neighbour import parse_rules
         from fedsoda_edge.progress import Display
 
-        parse_rules(pause_on or "")  # a wrong option is known before data is read
-        local = LocalData.from_jsonl(data, columns=_columns(column or []))
-        for _ in local.rows() if local.is_text else ():  # bad data is known before anything else is done
-            pass
+        # Wrong options are known before data is read, which may take minutes; bad data before the hub is asked.
+        parse_rules(pause_on or "")
         if cache_key not in ("keep", "forget"):
             raise UsageProblem(f"--cache-key {cache_key!r} is neither keep nor forget")
+        local = LocalData.from_jsonl(data, columns=_columns(column or []))
         edge = Edge(
             url,
             token_file=token_file,
             device=device,
             threads=threads,
-            max_disk=None if max_disk is None else parse_bytes(max_disk),
+            max_disk=None if max_disk is None else parse_bytes(max_disk, "--max-disk"),
             cache=cache,
             keep_cache_key=cache_key == "keep",
-            max_ram=None if max_ram is None else parse_bytes(max_ram),
-            max_vram=None if max_vram is None else parse_bytes(max_vram),
+            max_ram=None if max_ram is None else parse_bytes(max_ram, "--max-ram"),
+            max_vram=None if max_vram is None else parse_bytes(max_vram, "--max-vram"),
         )
+        for _ in local.rows() if local.is_text else ():
+            pass
         with Display(jsonl) as display:
             display.say({"event": "settings", "values": effective_settings(context)})
             with edge.join(
@@ -208,8 +209,14 @@ def leave(url: Url, token_file: TokenFile = None, as_json: Json = False, debug: 
     with reporting(as_json, False, debug):
         import asyncio
 
+        from fedsoda_edge.config import Home
         from fedsoda_edge.edge import Edge, say_goodbye
 
+        home = Home()
+        if home.is_in_use():  # it would connect again at once, and be in again
+            raise UsageProblem(
+                f"a join runs in {home.directory}; fedsoda-edge finish lets it hand in its round and leave"
+            )
         run = asyncio.run(say_goodbye(Edge(url, token_file=token_file)))
         note(f"left run {run}")
         finish({"status": "ok", "run": run}, as_json, False)
@@ -368,11 +375,12 @@ def data_check(
                 note(f"with the tokenizer and template of the run {joined['run']!r}")
         encoder = None
         if files or tokenizer is not None:
+            path = files["tokenizer.json"] if tokenizer is None else tokenizer / "tokenizer.json"
             try:
-                encoder = SampleTokenizer(files["tokenizer.json"], eos)
+                encoder = SampleTokenizer(path, eos)
             except Exception as error:  # the tokenizers library raises nothing narrower
                 raise UsageProblem(
-                    f"--tokenizer {tokenizer} holds no tokenizer.json that can be read ({error}); name a model's directory"
+                    f"{path} cannot be read as a tokenizer ({error}); name a model's directory with --tokenizer"
                 ) from error
         found = inspect(
             LocalData(file, _columns(column or [])),
@@ -407,13 +415,14 @@ def cache_prune(as_json: Json = False, debug: Debug = False) -> None:
     """Delete fetched bundles and border states; a join fetches and computes them again. State of runs stays."""
     with reporting(as_json, False, debug):
         from fedsoda_edge.config import Home
+        from fedsoda_edge.ports.console import human_bytes
 
         home = Home()
         home.lock()
         size = sum(path.stat().st_size for path in home.store.glob("*")) + home.forget_borders()
         shutil.rmtree(home.store, ignore_errors=True)
         home.unlock()
-        note(f"freed {size} bytes")
+        note(f"freed {human_bytes(size)}")
         finish({"status": "ok", "freed_bytes": size}, as_json, False)
 
 

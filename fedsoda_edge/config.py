@@ -171,7 +171,7 @@ def option_defaults(path: Path, options: dict[str, Any]) -> dict[str, Any]:
         options: {command: set of its options, or {subcommand: ...}}.
 
     Raises:
-        UsageProblem: it is not TOML, or no command has such an option; names the nearest.
+        UsageProblem: it is not TOML, or no command has such an option; names the nearest. A command is a table.
     """
     try:
         given = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -179,17 +179,27 @@ def option_defaults(path: Path, options: dict[str, Any]) -> dict[str, Any]:
         return {}
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageProblem(f"{path} cannot be read as TOML: {error}") from error
-    everywhere = {key: value for key, value in given.items() if not isinstance(value, dict)}
-    _refuse_unknown(path, "", everywhere, _leaves(options))
+    known = _leaves(options)
+    everywhere = {
+        key: value
+        for key, value in given.items()
+        if not isinstance(value, dict) and (key in known or key not in options)  # `data` is an option and a command
+    }
+    _refuse_unknown(path, "", everywhere, known)
 
-    def of(names: Any, table: dict[str, Any], where: str) -> dict[str, Any]:
+    def of(names: Any, table: Any, where: str) -> dict[str, Any]:
+        if not isinstance(table, dict):
+            name = where.rstrip(".")
+            raise UsageProblem(
+                f"{path} has {name} = {table!r}, and {name} is a command; write its options below [{name}]"
+            )
         if isinstance(names, dict):
             _refuse_unknown(path, where, table, set(names))
             return {name: of(inner, table.get(name, {}), f"{where}{name}.") for name, inner in names.items()}
         _refuse_unknown(path, where, table, names)
         return {key: value for key, value in everywhere.items() if key in names} | table
 
-    return of(options, {key: value for key, value in given.items() if isinstance(value, dict)}, "")
+    return of(options, {key: value for key, value in given.items() if key not in everywhere}, "")
 
 
 def _leaves(options: Any) -> set[str]:
@@ -221,7 +231,9 @@ def read_token(token_file: str | Path | None) -> str:
         try:
             token = Path(token_file).read_text(encoding="utf-8-sig", errors="replace")
         except OSError as error:
-            raise UsageProblem(f"the token file {token_file} cannot be read: {error.strerror}") from error
+            raise UsageProblem(
+                f"the token file {token_file} cannot be read: {error.strerror}; name the one from the hub's owner"
+            ) from error
     token = token.strip()
     if not token:
         raise UsageProblem(f"the token from {source} is empty; ask the hub's owner for one")

@@ -107,7 +107,7 @@ class LocalData:
             with self.path.open(encoding="utf-8") as file:
                 yield from self._parse(file)
         except OSError as error:
-            raise DataProblem(f"the data {self.path} cannot be read: {error.strerror}") from error
+            raise DataProblem(f"the data {self.path} cannot be read: {error.strerror}; check the path") from error
         except UnicodeDecodeError as error:
             raise DataProblem(f"the data {self.path} is not UTF-8 ({error.reason}); save it as UTF-8") from error
 
@@ -134,14 +134,19 @@ class LocalData:
             for number, row in enumerate(rows, start=1):
                 yield number, dict(row)
         except (OSError, pyarrow.ArrowException, ValueError, KeyError) as error:
-            raise DataProblem(f"the data {self.path} cannot be read: {error}") from error
+            wanted = "a directory of Dataset.save_to_disk" if self.path.is_dir() else "a Parquet file"
+            raise DataProblem(
+                f"the data {self.path} cannot be read: {str(error).rstrip('.')}; it must be {wanted}"
+            ) from error
 
     def _parse(self, file: Any) -> Iterator[tuple[int, Row]]:
         if self.path.suffix == ".json":
             try:
                 found = json.load(file)
             except json.JSONDecodeError as error:
-                raise DataProblem(f"{self.path}:{error.lineno}: not JSON: {error.msg}") from error
+                raise DataProblem(
+                    f"{self.path}:{error.lineno}: not JSON: {error.msg} (column {error.colno}); mend it there"
+                ) from error
             if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
                 raise DataProblem(f"{self.path} is not a list of objects; write [{{...}}, ...] or JSON Lines")
             yield from enumerate(found, start=1)
@@ -152,9 +157,13 @@ class LocalData:
             try:
                 row = json.loads(text)
             except json.JSONDecodeError as error:
-                raise DataProblem(f"{self.path}:{line}: not JSON: {error.msg} (column {error.colno})") from error
+                raise DataProblem(
+                    f"{self.path}:{line}: not JSON: {error.msg} (column {error.colno}); write one object a line"
+                ) from error
             if not isinstance(row, dict):
-                raise DataProblem(f"{self.path}:{line}: a {type(row).__name__}, not an object {{...}}")
+                raise DataProblem(
+                    f"{self.path}:{line}: a {type(row).__name__}, not an object; write one {{...}} a line"
+                )
             yield line, row
 
     def check(self, prompt: TextTemplate, completion: TextTemplate) -> int:
@@ -174,7 +183,7 @@ class LocalData:
                 if name not in row:
                     raise DataProblem(
                         f"{self.path}:{line}: no column {self.columns.get(name, name)!r}; there are "
-                        f"{', '.join(sorted(row))}; map one with --column {name}=COLUMN"
+                        f"{', '.join(sorted(row.keys() - self.columns.keys()))}; map one with --column {name}=COLUMN"
                     )
             for name in completion.columns:
                 if not isinstance(row[name], str):

@@ -17,7 +17,7 @@ from fedsoda_edge.ports.console import human_bytes, human_seconds
 
 WRITE_SECONDS = 1.0  # at most so often, but for a change of state
 
-_STATES = {
+_WORK = {  # what the events say that it works at
     "joined": "joining",
     "download": "downloading",
     "data": "waiting for a round",
@@ -27,10 +27,6 @@ _STATES = {
     "retrying": "waiting to send the update again",
     "accepted": "waiting for a round",
     "refused": "waiting for a round",
-    "reconnecting": "reconnecting",
-    "reconnected": "waiting for a round",
-    "paused": "paused",
-    "resumed": "waiting for a round",
     "farewell": "the run is over",
 }
 
@@ -41,8 +37,9 @@ class Status:
     def __init__(self, path: Path, hub: str, clock: Clock, memory: Callable[[], int | None]) -> None:
         self._path, self._clock, self._memory = path, clock, memory
         self._written = -WRITE_SECONDS
+        self._work = "connecting"  # goes on after a lost connection or a pause
         self.values: dict[str, Any] = {
-            "state": "connecting",
+            "state": self._work,
             "pid": os.getpid(),
             "hub": hub,
             "run": None,
@@ -64,14 +61,18 @@ class Status:
         """Take one event of the join in."""
         values, kind = self.values, event["event"]
         before = values["state"]
-        values["state"] = _STATES.get(kind, before)
+        self._work = _WORK.get(kind, self._work)
+        if kind in ("reconnecting", "paused"):
+            values["state"] = kind
+        elif kind in ("reconnected", "resumed") or kind in _WORK:
+            values["state"] = self._work
         if kind == "paused":
             values["paused"] = event["reason"]
             self._until(event["seconds"])
         elif kind in ("resumed", "farewell"):
             values |= {"paused": None, "paused_until": None}
         elif values["paused"] is not None:
-            values["state"] = _STATES["paused"]  # whatever comes or goes meanwhile
+            values["state"] = "paused"  # whatever comes or goes meanwhile
         values |= {name: event[name] for name in ("run", "edge", "round", "rounds", "loss") if name in event}
         if kind == "training":
             values |= {"step": event["step"], "steps": event["steps"]}
@@ -100,7 +101,7 @@ class Status:
         """The last word: why the join ended, where it was no run's end."""
         if error is not None:
             self.values |= {"state": "stopped", "last_error": str(error) or type(error).__name__}
-        elif self.values["state"] != _STATES["farewell"]:
+        elif self.values["state"] != _WORK["farewell"]:
             self.values["state"] = "stopped"
         self.values |= {"paused": None, "paused_until": None}
         self._write()

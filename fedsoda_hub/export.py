@@ -203,7 +203,8 @@ def evaluate_export(
         UsageProblem: this is no export, a merged one, or the full LLM is not to be found.
     """
     if not (directory / "fedsoda.json").exists():
-        raise UsageProblem(f"{directory} is neither a RUN.toml nor an export (it has no fedsoda.json)")
+        what = "has no fedsoda.json, so it is no export" if directory.is_dir() else "is not there"
+        raise UsageProblem(f"{directory} {what}; name a RUN.toml or a directory that `fedsoda-hub export` wrote")
     about = json.loads((directory / "fedsoda.json").read_text(encoding="utf-8"))
     if about["merged"]:
         raise UsageProblem(f"{directory} is a merged checkpoint; evaluate the run or the unmerged export")
@@ -250,5 +251,6 @@ def evaluate_path(
     """`fedsoda-hub evaluate`: a RUN.toml, or the directory of an export."""
     if run_or_export.is_file():
         settings = read_settings(run_or_export)
-        return RunJudge(settings, data, report).judge(read_outcome(settings.run_dir), samples)
+        outcome = read_outcome(settings.run_dir)  # says what is missing, where a bundle would only say that it is
+        return RunJudge(settings, data, report).judge(outcome, samples)
     return evaluate_export(run_or_export, data, report, model, samples)

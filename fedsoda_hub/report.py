@@ -11,7 +11,7 @@ import contextlib
 import html
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,6 +34,7 @@ from fedsoda_hub.ledger import Ledger
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
 MODELS = {"full": ("full model untouched", GREY), "sub_llm": ("sub-LLM", ORANGE), "plug_in": ("plug-in", BLUE)}
 DOTS_PER_INCH = 144
+NOT_STARTED = "this run has not been started, so there is nothing to report; start it with `fedsoda-hub serve RUN.toml`"
 
 
 @dataclass
@@ -81,6 +82,11 @@ class History:
         return [one for one in self.rounds if one.closed_at is not None]
 
     @property
+    def last_at(self) -> float:
+        """When the last round opened or closed; of a run with rounds."""
+        return max(one.closed_at or one.opened_at for one in self.rounds)
+
+    @property
     def edges(self) -> list[str]:
         """Every edge that was ever invited or sent anything; clinic-2 before clinic-10."""
         invited = {edge for one in self.rounds for edge in one.cohort}
@@ -105,7 +111,7 @@ def read_history(ledger: Ledger) -> History:
     """
     told = ledger.history()
     if not told:
-        raise UsageProblem("this run was not begun: there is nothing to report; start it with `fedsoda-hub serve`")
+        raise UsageProblem(NOT_STARTED)
     history = History(told[0][0])
     for at, record in told:
         now = history.rounds[-1] if history.rounds else None
@@ -142,7 +148,7 @@ def write_report(settings: RunSettings, to: Path) -> dict[str, Any]:
     """
     path = settings.run_dir / "ledger.sqlite"
     if not path.exists():
-        raise UsageProblem(f"{settings.name} has not been started; run `fedsoda-hub serve` first")
+        raise UsageProblem(NOT_STARTED)
     with contextlib.closing(Ledger(path)) as ledger:
         history = read_history(ledger)
     manifest_file = settings.run_dir / "bundle" / "manifest.json"
@@ -211,39 +217,52 @@ def draw(history: History, plan: LayerPlan | None) -> dict[str, tuple[Figure, st
 
 
 def draw_loss(history: History) -> Figure:
-    figure, (by_round, by_bytes) = _two_panels()
     rounds = history.closed
-    numbers = [one.number for one in rounds]
-    sizes = [history.bytes_until(number) / 1e6 for number in numbers]
     losses = [float("nan") if one.loss is None else one.loss for one in rounds]
-    for axes, places in ((by_round, numbers), (by_bytes, sizes)):
+
+    def curves(axes: Axes, places: Sequence[float]) -> None:
         dots = [
             (place, update.loss) for place, one in zip(places, rounds, strict=True) for update in one.updates.values()
         ]
         axes.scatter([x for x, _ in dots], [y for _, y in dots], s=10, color=GREY, alpha=0.6, label="one edge")
         axes.plot(places, losses, color=BLUE, marker="o", markersize=4, label="weighted mean")
-        axes.set_ylabel("training loss (nats per id)")
-    by_bytes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    _name_progress_axes(by_round, by_bytes)
+
+    figure, _ = _over_rounds_and_bytes(history, [one.number for one in rounds], curves, "training loss (nats per id)")
     return figure
 
 
 def draw_accuracy(history: History) -> Figure:
-    figure, (by_round, by_bytes) = _two_panels()
-    numbers = [record.round for record in history.evaluated]
-    sizes = [history.bytes_until(number) / 1e6 for number in numbers]
-    for axes, places in ((by_round, numbers), (by_bytes, sizes)):
+    def curves(axes: Axes, places: Sequence[float]) -> None:
         for name, (label, color) in MODELS.items():
-            values = [record.result["accuracy"].get(name) for record in history.evaluated]
+            percent = [100 * record.result["accuracy"][name] for record in history.evaluated]
             if name == "full":
-                axes.axhline(100 * values[-1], color=color, linestyle="--", label=label)
+                axes.axhline(percent[-1], color=color, linestyle="--", label=label)
             else:
-                axes.plot(places, [100 * value for value in values], color=color, marker="o", markersize=4, label=label)
-        axes.set_ylabel("accuracy (%)")
-        axes.set_ylim(0, 100)
-    by_bytes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    _name_progress_axes(by_round, by_bytes)
+                axes.plot(places, percent, color=color, marker="o", markersize=4, label=label)
+
+    numbers = [record.round for record in history.evaluated]
+    figure, first = _over_rounds_and_bytes(history, numbers, curves, "accuracy (%)")
+    first.set_ylim(0, 100)
     return figure
+
+
+def _over_rounds_and_bytes(
+    history: History, numbers: Sequence[int], curves: Callable[[Axes, Sequence[float]], None], what: str
+) -> tuple[Figure, Axes]:
+    """The same curves over the rounds `numbers` and over what all edges sent and received until then; the left axes."""
+    figure = Figure(figsize=(9.5, 3.4), layout="constrained")
+    by_round, by_bytes = figure.subplots(1, 2, sharey=True)
+    curves(by_round, numbers)
+    curves(by_bytes, [history.bytes_until(number) / 1e6 for number in numbers])
+    by_round.set_ylabel(what)
+    by_round.set_xlabel("round")
+    by_round.xaxis.set_major_locator(MaxNLocator(integer=True))
+    by_bytes.set_xlabel("MB sent and received by all edges")
+    by_bytes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    for axes in (by_round, by_bytes):
+        axes.set_xlim(left=0)
+        _plain(axes)
+    return figure, by_round
 
 
 def draw_alignment(history: History) -> Figure:
@@ -367,9 +386,8 @@ def draw_contributions(history: History) -> Figure:
         return (at - history.began_at) / scale
 
     most = max((u.num_examples for one in history.rounds for u in one.updates.values()), default=1)
-    end = max([one.closed_at or one.opened_at for one in history.rounds])
     for one in history.rounds:
-        axes.axvspan(since(one.opened_at), since(one.closed_at or end), color="#EEEEEE", zorder=0)
+        axes.axvspan(since(one.opened_at), since(one.closed_at or history.last_at), color="#EEEEEE", zorder=0)
         if len(history.rounds) <= 30:
             axes.annotate(
                 str(one.number), (since(one.opened_at), -0.75), fontsize=8, color=GREY, ha="left", va="center"
@@ -385,22 +403,6 @@ def draw_contributions(history: History) -> Figure:
     axes.set_xlabel(f"{unit} since the run began, {_date(history.began_at)}")
     _plain(axes)
     return figure
-
-
-def _two_panels() -> tuple[Figure, Sequence[Axes]]:
-    figure = Figure(figsize=(9.5, 3.4), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    return figure, list(panels)
-
-
-def _name_progress_axes(by_round: Axes, by_bytes: Axes) -> None:
-    by_round.set_xlabel("round")
-    by_round.xaxis.set_major_locator(MaxNLocator(integer=True))
-    by_bytes.set_xlabel("MB sent and received by all edges")
-    by_bytes.set_ylabel("")
-    for axes in (by_round, by_bytes):
-        axes.set_xlim(left=0)
-        _plain(axes)
 
 
 def _kl_stages(history: History) -> list[tuple[str, float]]:
@@ -429,8 +431,7 @@ def _short(name: str) -> str:
 
 
 def _time_unit(history: History) -> tuple[str, float]:
-    last = max([one.closed_at or one.opened_at for one in history.rounds])
-    span = last - history.began_at
+    span = history.last_at - history.began_at
     return ("seconds", 1.0) if span < 300 else ("minutes", 60.0) if span < 3 * 3600 else ("hours", 3600.0)
 
 

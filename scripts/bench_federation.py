@@ -1,7 +1,7 @@
 """Bench a federation on real input: SST-2 with the demo's 24-layer model, real hub and edge processes.
 
 Every cell (split, seed, codec, adapter base) is one federated run. Its scores on the dev rows are kept under
---out, so that a second call goes on where the first stopped. Arms of each cell:
+--out, so that a second call goes on where the first stopped. All of it takes about 2 hours on 2 cores. Arms of each cell:
 
     untouched   the full model                      sub_llm     the sub-LLM with its trained LoRA
     plug_in     the full model with the adapter LoRA local_only  each edge alone, as many steps, plugged in
@@ -403,7 +403,11 @@ def mean(values: list[float]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        epilog="About 2 hours on 2 cores; it may be stopped and goes on from --out. --main-only, --seeds 1 and fewer "
+        "--rounds or --eval-rows take less.",
+    )
     parser.add_argument(
         "--shared", default=str(ROOT.parent / "shared"), help="directory with data/sst2 and data/wikitext2"
     )

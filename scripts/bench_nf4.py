@@ -5,9 +5,10 @@ with a 95 % bootstrap interval, from wall and from CPU seconds. `dense` multipli
 already, so stock / dense is what no NF4 layer that multiplies in the same dtype gets past. `transient_bytes` is what
 VmHWM grows over what the process held, output and gradient included; each arm in a process of its own.
 
-Exit 1 when a check fails. The checks are the transient of both dtypes and, in bf16 with 64 rows or more, the target ratio;
-the other targets are reported, and fail only with --strict. `--planted-defect` lets our arm dequantize the whole
-matrix, twice: that must fail.
+Exit 1 when a check fails. The checks are the transient of both dtypes and, in bf16 with 64 rows or more, the ratio
+MIN_RATIO; in fp32 and of few rows the ratio is a figure and no check: in fp32 tiles buy memory, not speed
+(README, Decisions).
+`--planted-defect` lets our arm dequantize the whole matrix, twice: that must fail.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHAPES = [(8, 1024, 1024, 9), (512, 1024, 1024, 7), (512, 1024, 2816, 7), (512, 4096, 4096, 3), (512, 4096, 14336, 2)]
 QUICK = [(8, 1024, 1024, 9), (64, 1024, 1024, 7)]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-TARGET_RATIO, MAX_TRANSIENT = 1.9, 4_000_000
+MIN_RATIO, MAX_TRANSIENT = 1.9, 4_000_000
 TRANSIENT_SHAPE = (8, 4096, 4096)
 
 Step = Callable[[], None]
@@ -165,7 +166,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="small shapes only")
     parser.add_argument("--planted-defect", action="store_true", help="our arm makes the whole matrix twice: must fail")
-    parser.add_argument("--strict", action="store_true", help="exit 1 for a target that is not reached, too")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="of both")
     parser.add_argument("--max-size", type=int, default=0, help="leave out matrices of more weights")
@@ -187,11 +187,10 @@ def main() -> int:
             results.append(compare(shape, name, options.planted_defect))
             print(json.dumps(results[-1]), file=sys.stderr)
     checks = {f"transient of {name} <= {MAX_TRANSIENT}": memory[name]["ours"] <= MAX_TRANSIENT for name in names}
-    targets: dict[str, bool] = {}
     for found in results:
-        what = f"{found['dtype']} {found['rows_in']} x {found['matrix']}"
-        kind = checks if found["dtype"] == "bf16" and found["rows_in"] >= 64 else targets
-        kind[f"{what}: stock / ours >= {TARGET_RATIO}"] = found["stock_over_ours_wall"] >= TARGET_RATIO
+        if found["dtype"] == "bf16" and found["rows_in"] >= 64:
+            what = f"bf16 {found['rows_in']} x {found['matrix']}: stock / ours >= {MIN_RATIO}"
+            checks[what] = found["stock_over_ours_wall"] >= MIN_RATIO
     report = {
         "cpu": torch.cpu.get_capabilities().get("cpu_name"),
         "threads": options.threads,
@@ -200,10 +199,9 @@ def main() -> int:
         "results": results,
         "transient_bytes": memory,
         "checks": checks,
-        "targets": targets,
     }
     print(json.dumps(report, indent=1))
-    return 0 if all(checks.values()) and (all(targets.values()) or not options.strict) else 1
+    return 0 if all(checks.values()) else 1
 
 
 if __name__ == "__main__":

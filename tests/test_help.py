@@ -79,6 +79,8 @@ def test_a_key_at_the_top_is_for_every_command_that_has_it_and_a_commands_own_go
         "status": {},
         "data": {"check": {"device": "cpu", "column": ["a=b"]}},
     }
+    path.write_text('data = "rows.jsonl"\n')  # an option's name here, though a command has it too
+    assert option_defaults(path, OPTIONS)["join"] == {"data": "rows.jsonl"}
 
 
 @pytest.mark.parametrize(
@@ -88,7 +90,8 @@ def test_a_key_at_the_top_is_for_every_command_that_has_it_and_a_commands_own_go
         ("[joyn]\nthreads = 1", "a key joyn that no command knows; the nearest is join"),
         ("[join]\nthread = 1", "a key join.thread that no command knows; the nearest is join.threads"),
         ("[status]\nthreads = 1", "a key status.threads that no command knows; status takes no options"),
-        ("join = 1", "a key join that no command knows"),
+        ("join = 1", "join = 1, and join is a command; write its options below [join]"),
+        ("[data]\ncheck = 3", "data.check = 3, and data.check is a command; write its options below [data.check]"),
         ("device = ", "cannot be read as TOML"),
     ],
 )
@@ -120,3 +123,20 @@ def test_an_option_goes_before_its_variable_and_that_before_the_file(
         "device cpu (FEDSODA_DEVICE); threads 2 (option); defaults: cache bf16, cache_key forget, unattended False"
     )
     assert said[1].startswith("error: no token")
+
+
+def test_a_wrong_value_is_told_with_where_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said() -> str:
+        with pytest.raises(SystemExit) as end:
+            fedsoda_edge.cli.main()
+        assert end.value.code == 2
+        return capsys.readouterr().err
+
+    monkeypatch.setenv("FEDSODA_HOME", str(tmp_path))
+    monkeypatch.setattr("sys.argv", ["fedsoda-edge", "join", "http://h", "--data", "d"])
+    (tmp_path / "config.toml").write_text('max_rounds = "many"\n')
+    assert "(max_rounds = 'many' in config.toml)" in said()
+    monkeypatch.setenv("FEDSODA_MAX_ROUNDS", "few")
+    assert "(it is 'few' there)" in said()

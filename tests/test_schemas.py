@@ -10,7 +10,6 @@ import ast
 import asyncio
 import contextlib
 import dataclasses
-import hashlib
 import io
 import json
 import os
@@ -43,7 +42,7 @@ from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.coded import CODECS
 from fedsoda_edge.protocol.manifest import EdgeNeeds
 from fedsoda_edge.protocol.session import Upload
-from fedsoda_edge.status import _STATES
+from fedsoda_edge.status import _WORK
 from fedsoda_edge.testing import ScriptedHub, make_bundle
 from fedsoda_edge.worker import Worker
 from fedsoda_hub import daemon as daemon_module
@@ -52,8 +51,7 @@ from fedsoda_hub.federation import events as ev
 from fedsoda_hub.ledger import Ledger
 from fedsoda_hub.progress import Display
 from tests.conftest import ROOT
-from tests.edge.test_cli import enormous_bundle, in_a_thread
-from tests.edge.test_transport import SmallHub
+from tests.edge.test_cli import enormous_bundle, serving
 from tests.hub import test_daemon
 from tests.hub.runs import make_run
 from tests.schema import EDGE, HUB, read_json
@@ -162,7 +160,8 @@ def test_every_report_and_every_event_has_a_schema_and_no_other_thing_has(progra
 
 
 def test_closed_sets_are_those_of_the_code() -> None:
-    assert set(EDGE.parts["JoinStatus"]["properties"]["state"]["enum"]) == {"connecting", "stopped", *_STATES.values()}
+    others = {"connecting", "reconnecting", "paused", "stopped"}
+    assert set(EDGE.parts["JoinStatus"]["properties"]["state"]["enum"]) == others | set(_WORK.values())
     assert tuple(HUB.parts["plan"]["properties"]["settings"]["properties"]["codec"]["enum"]) == CODECS
     assert EDGE.parts["Failed"] == HUB.parts["Failed"]
 
@@ -516,25 +515,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     directory = tmp_path_factory.mktemp("served")
     bundle = enormous_bundle()
     needs = EdgeNeeds(disk_bytes=1, ram_bytes=1, vram_bytes=bundle.needs.vram_bytes)
-    data = msgspec.json.encode(msgspec.structs.replace(bundle, needs=needs))
-    digest = hashlib.sha256(data).hexdigest()
-    (directory / digest).write_bytes(data)
     (directory / bundle.files[0].sha256).write_bytes(bytes(100_000))
-    welcome = ms.Welcome(
-        protocol=ms.PROTOCOL_VERSION,
-        run_id="0123456789abcdef",
-        run_name="triage",
-        edge=ms.EdgeId("clinic-7"),
-        manifest=ms.BlobRef(digest=ms.Digest(digest), bytes=len(data)),
-        rounds=2,
-        rounds_done=0,
-        template=None,
-        max_length=64,
-        codec="int8",
-        seed=0,
-        stall_seconds=60.0,
-    )
-    with in_a_thread(SmallHub(directory, welcome)) as url:
+    with serving(directory, msgspec.structs.replace(bundle, needs=needs)) as url:
         yield url
 
 

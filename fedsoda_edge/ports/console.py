@@ -80,11 +80,24 @@ def run(app: typer.Typer) -> None:
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()  # type: ignore[attr-defined]
         else:
-            note(f"error: {error.format_message().rstrip('.')}; --help shows how it is used")
+            note(f"error: {error.format_message().rstrip('.')}{_where(error)}; --help shows how it is used")
         fields = {"status": "error", "error": "Usage", "message": error.format_message(), "exit_status": 2}
         finish(fields, is_asked("--json"), is_asked("--jsonl"))
         status = 2
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _where(error: Any) -> str:
+    """The value that was wrong and where it stands, where that is not the command line."""
+    context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
+    if context is None or parameter is None:
+        return ""
+    source = getattr(context.get_parameter_source(parameter.name), "name", "")
+    if source == "ENVIRONMENT":
+        return f" (it is {os.environ.get(str(parameter.envvar), '')!r} there)"
+    if source == "DEFAULT_MAP":
+        return f" ({parameter.name} = {context.lookup_default(parameter.name)!r} in config.toml)"
+    return ""
 
 
 def is_asked(option: str) -> bool:
@@ -149,15 +162,15 @@ def human_bytes(size: float) -> str:
     return f"{size:.{2 if size < 10 else 1 if size < 100 else 0}f} {unit}"
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str, option: str) -> int:
     """ "8GB", "500 MiB", "1.5T" -> bytes; KB is 1000, KiB and K are 1024.
 
     Raises:
-        UsageProblem: it is no size.
+        UsageProblem: it is no size; names the option.
     """
     match = re.fullmatch(r"\s*(\d{1,12}(?:\.\d+)?)\s*(?:([kmgt])(i?b)?|b)?\s*", text.lower())
     if match is None:
-        raise UsageProblem(f"{text!r} is no size; write it as 8GB, 500MiB or 2T")
+        raise UsageProblem(f"{option} {text!r} is no size; write it as 8GB, 500MiB or 2T")
     number, unit, kind = match.groups()
     return int(float(number) * (1000 if kind == "b" else 1024) ** " kmgt".index(unit or " "))
 

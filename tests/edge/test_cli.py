@@ -25,6 +25,7 @@ import typer
 
 from fedsoda_edge import errors
 from fedsoda_edge.cli import app
+from fedsoda_edge.config import Home
 from fedsoda_edge.protocol import manifest as mf
 from fedsoda_edge.protocol import messages as ms
 from tests.conftest import ROOT
@@ -103,8 +104,15 @@ def nowhere() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of the hub's own listener: tokens `good` and `old`, and a sub-LLM that no device can hold."""
-    directory = tmp_path_factory.mktemp("bundle")
-    data = msgspec.json.encode(enormous_bundle())
+    template = ms.Template(prompt="Report: {text}\nDepartment:", completion="{department}")
+    with serving(tmp_path_factory.mktemp("bundle"), enormous_bundle(), template) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def serving(directory: Path, bundle: mf.BundleManifest, template: ms.Template | None = None) -> Iterator[str]:
+    """The URL of a small hub whose run has this bundle; blobs are the files of `directory`."""
+    data = msgspec.json.encode(bundle)
     digest = hashlib.sha256(data).hexdigest()
     (directory / digest).write_bytes(data)
     welcome = ms.Welcome(
@@ -115,7 +123,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         manifest=ms.BlobRef(digest=ms.Digest(digest), bytes=len(data)),
         rounds=2,
         rounds_done=0,
-        template=ms.Template(prompt="Report: {text}\nDepartment:", completion="{department}"),
+        template=template,
         max_length=64,
         codec="int8",
         seed=0,
@@ -215,8 +223,9 @@ def test_every_command_that_reports_has_json() -> None:
     [
         (None, "the data visits.jsonl cannot be read: No such file or directory"),
         (GOOD_ROWS + '\n{"text": "ache", }\n', "visits.jsonl:4: not JSON: "),
+        ("[1, 2]", "visits.jsonl:1: a list, not an object; write one {...} a line"),
     ],
-    ids=["missing", "malformed"],
+    ids=["missing", "malformed", "no object"],
 )
 def test_bad_data_is_told_with_its_line_before_the_hub_is_asked(
     device: Device, content: str | None, sentence: str
@@ -256,9 +265,15 @@ def test_labels_that_are_not_strings_are_told_with_line_and_value(device: Device
         (["join", "http://hub.invalid"], "Missing option '--data'"),
         (["join", "http://hub.invalid", "--data", "d", "--max-rounds", "-1"], "Invalid value for '--max-rounds'"),
         (["join", "http://hub.invalid", "--data", "d", "--column", "text"], "--column 'text' is not NAME=COLUMN"),
+        (["join", "http://hub.invalid", "--data", "none", "--max-ram", "-5"], "--max-ram '-5' is no size"),
+        (["join", "http://hub.invalid", "--data", "none", "--cache", "fp8"], "cache is 'fp8'"),
+        (["join", "http://hub.invalid", "--data", "none", "--cache-key", "x"], "--cache-key 'x' is neither keep nor"),
         (["join", "http://hub:99999", "--data", "d"], "'http://hub:99999' is no hub address"),
         (["join", "http://hub.invalid", "--data", "d"], "no token: give --token-file"),
-        (["data", "check", "d", "--tokenizer", ".", "--completion", "x"], "--tokenizer . holds no tokenizer.json"),
+        (
+            ["data", "check", "d", "--tokenizer", "e", "--completion", "x"],
+            "e/tokenizer.json cannot be read as a tokenizer (No",
+        ),
     ],
     ids=lambda value: None if isinstance(value, str) else " ".join(value),
 )
@@ -303,6 +318,17 @@ def test_plan_and_leave_need_the_hub_too(device: Device, nowhere: str) -> None:
     for command in ("plan", "leave"):
         ran = device.run(command, nowhere, "--json", FEDSODA_TOKEN="good")
         assert (ran.status, ran.json["status"], ran.json["error"]) == (3, "error", "HubUnreachable")
+
+
+def test_a_device_that_is_joined_leaves_by_finish(device: Device, nowhere: str) -> None:
+    home = Home(device.home)
+    home.lock()
+    ran = device.run("leave", nowhere, FEDSODA_TOKEN="good")
+    home.unlock()
+    assert (ran.status, ran.sentence) == (
+        2,
+        f"a join runs in {device.home}; fedsoda-edge finish lets it hand in its round and leave",
+    )
 
 
 def test_a_refused_token_exits_5_with_the_hubs_reason(device: Device, hub: str) -> None:
@@ -388,7 +414,7 @@ def test_the_cache_is_listed_and_pruned_and_the_state_of_runs_stays(device: Devi
     assert listed.json["bytes"] == {"store": 3_000_000, "runs": 2_000_000}
     assert listed.err.splitlines() == [f"  2.86 MiB  {device.home / 'store'}", f"  1.91 MiB  {device.home / 'runs'}"]
     pruned = device.run("cache", "prune", "--json")
-    assert (pruned.status, pruned.json["freed_bytes"]) == (0, 3_000_000)
+    assert (pruned.status, pruned.json["freed_bytes"], pruned.err) == (0, 3_000_000, "freed 2.86 MiB\n")
     assert device.run("cache", "list", "--json").json["bytes"] == {"store": 0, "runs": 2_000_000}
 
 

@@ -204,7 +204,10 @@ def test_without_a_token_all_three_ways_are_named(monkeypatch: pytest.MonkeyPatc
 def test_a_token_file_that_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageProblem) as failure:
         read_token(tmp_path / "me.token")
-    assert str(failure.value) == f"the token file {tmp_path / 'me.token'} cannot be read: No such file or directory"
+    assert str(failure.value) == (
+        f"the token file {tmp_path / 'me.token'} cannot be read: No such file or directory; "
+        "name the one from the hub's owner"
+    )
     with pytest.raises(UsageProblem, match="cannot be read: Is a directory"):
         read_token(tmp_path)
 

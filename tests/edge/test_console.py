@@ -181,7 +181,7 @@ def test_durations_are_told_as_people_say_them() -> None:
     ],
 )
 def test_a_size_is_read_as_people_write_it(text: str, size: int) -> None:
-    assert parse_bytes(text) == size
+    assert parse_bytes(text, "--max-disk") == size
 
 
 @pytest.mark.parametrize(
@@ -189,5 +189,5 @@ def test_a_size_is_read_as_people_write_it(text: str, size: int) -> None:
 )
 def test_what_is_no_size_is_refused_with_how_to_write_one(text: str) -> None:
     with pytest.raises(UsageProblem) as failure:
-        parse_bytes(text)
-    assert str(failure.value) == f"{text!r} is no size; write it as 8GB, 500MiB or 2T"
+        parse_bytes(text, "--max-disk")
+    assert str(failure.value) == f"--max-disk {text!r} is no size; write it as 8GB, 500MiB or 2T"

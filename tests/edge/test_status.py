@@ -28,6 +28,7 @@ JOINED: list[dict[str, Any]] = [
 ]
 REFUSED = {"event": "refused", "round": 3, "reason": "round 3 is closed; wait for the next offer", "loss": 0.5}
 PAUSED = {"event": "paused", "reason": "by its owner", "seconds": 2520.0}
+RESUMED = {"event": "resumed"}
 LOST = {"event": "reconnecting", "message": "TCP: nothing answers at h:1; is the hub running?"}
 
 
@@ -78,11 +79,29 @@ LOST = {"event": "reconnecting", "message": "TCP: nothing answers at h:1; is the
             ["paused: on battery (pid PID)", "run triage as clinic-7 at http://h", "worker holds 2.00 GiB of memory"],
         ),
         (
-            [*JOINED[:2], PAUSED, {"event": "resumed"}],
+            [*JOINED[:2], PAUSED, RESUMED],
             ["waiting for a round (pid PID)", "run triage as clinic-7 at http://h", "worker holds 2.00 GiB of memory"],
         ),
+        (
+            [*JOINED, PAUSED, RESUMED],
+            [
+                "training (pid PID)",
+                "run triage as clinic-7 at http://h",
+                "round 3 of 20, step 40 of 100, loss 0.520, due in 14 min",
+                "worker holds 2.00 GiB of memory",
+            ],
+        ),
+        (
+            [*JOINED, PAUSED, {"event": "accepted", "round": 3, "loss": 0.5}, LOST, {"event": "reconnected"}, RESUMED],
+            [
+                "waiting for a round (pid PID)",
+                "run triage as clinic-7 at http://h",
+                "round 3 of 20, loss 0.500",
+                "worker holds 2.00 GiB of memory",
+            ],
+        ),
     ],
-    ids=["connecting", "training", "lost", "refused", "paused", "on battery", "resumed"],
+    ids=["connecting", "training", "lost", "refused", "paused", "on battery", "resumed", "in hand", "handed in"],
 )
 def test_a_running_join_says_what_it_does(tmp_path: Path, events: list[dict[str, Any]], expected: list[str]) -> None:
     status = Status(tmp_path / "status.json", "http://h", Clocks(), lambda: 2 << 30 if events else None)
