@@ -89,11 +89,11 @@ def plan(
 
 @app.command(epilog="Example: fedsoda-hub prepare triage.toml")
 def prepare(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
-    """SGP, NF4 and alignment into a bundle; goes on where it stopped."""
+    """SGP, NF4 and alignment into a bundle (of a full emulator, NF4 alone); goes on where it stopped."""
     with reporting(as_json, False, debug):
         from fedsoda_hub.config import read_settings
         from fedsoda_hub.daemon import lock_run
-        from fedsoda_hub.progress import Display
+        from fedsoda_hub.progress import Display, kl_sentence
 
         settings = read_settings(run)
         lock = lock_run(settings.run_dir)
@@ -108,10 +108,7 @@ def prepare(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
                 ).run()
         finally:
             lock.release()
-        kl = result["public_kl"]
-        note(
-            f"bundle: {settings.run_dir / 'bundle'}; public KL {kl['quantized']:.3f} quantized, {kl['aligned']:.3f} aligned"
-        )
+        note(f"bundle: {settings.run_dir / 'bundle'}; {kl_sentence(result['public_kl'])}")
         finish({"status": "ok", "bundle": str(settings.run_dir / "bundle"), **result}, as_json, False)
 
 

@@ -104,8 +104,7 @@ def _sentence(event: dict[str, Any]) -> str:
         case "progress" if "needed_bytes" in event:
             return f"{event['stage']}: {event['needed_bytes'] / 1e6:.0f} MB of disk, {event['free_bytes'] / 1e9:.0f} GB free"
         case "prepared":
-            kl = event["public_kl"]
-            return f"prepared: public KL {kl['pruned']:.3f} pruned, {kl['quantized']:.3f} in NF4, {kl['aligned']:.3f} aligned"
+            return f"prepared: {kl_sentence(event['public_kl'])}"
         case "edge_connected":
             return f"{event['edge']} is here"
         case "edge_gone":
@@ -138,6 +137,13 @@ def _sentence(event: dict[str, Any]) -> str:
         case "stopped":
             return f"stopping on {event['signal']}"
     return ""
+
+
+def kl_sentence(kl: dict[str, float]) -> str:
+    """What pruning and NF4 took, and alignment gave back."""
+    if not kl["pruned"]:  # a full emulator's, exactly
+        return f"public KL {kl['quantized']:.3f} in NF4, all layers kept"
+    return f"public KL {kl['pruned']:.3f} pruned, {kl['quantized']:.3f} in NF4, {kl['aligned']:.3f} aligned"
 
 
 def plan_table(report: dict[str, Any]) -> None:
