@@ -74,8 +74,8 @@ def test_public_kl_is_what_nf4_loses(full_run: RunSettings, tiny_llama: Path) ->
 def test_nothing_is_measured_aligned_or_cached(
     tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare_module.sgp, "measure", lambda *_, **__: pytest.fail("similarity is measured"))
-    monkeypatch.setattr(prepare_module.oda, "align", lambda *_, **__: pytest.fail("it aligns"))
+    monkeypatch.setattr("fedsoda_hub.algorithms.sgp.measure", lambda *_, **__: pytest.fail("similarity is measured"))
+    monkeypatch.setattr("fedsoda_hub.algorithms.oda.align", lambda *_, **__: pytest.fail("it aligns"))
     said: list[dict[str, Any]] = []
     settings = make_run(tmp_path, tiny_llama, **FULL)
     Preparation(settings, said.append).run()
