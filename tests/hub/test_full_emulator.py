@@ -27,7 +27,7 @@ from fedsoda_hub.prepare import Preparation
 from fedsoda_hub.report import write_report
 from tests.hub.runs import FULL, make_run, prepare
 from tests.hub.test_prepare import Killed
-from tests.schema import HUB
+from tests.schema import EDGE, HUB
 from tests.test_federation import Federation, write_run
 
 
@@ -152,8 +152,9 @@ def test_two_rounds_of_real_processes(tmp_path: Path, tiny_llama: Path) -> None:
         federation.finish(federation.hub(), federation.edge("a"))
     finally:
         federation.stop()
-    for event in federation.events("hub.log"):
-        HUB.check_event(event)
+    for log, outputs in (("hub.log", HUB), ("a.log", EDGE)):
+        for event in federation.events(log):
+            outputs.check_event(event)
     settings = read_settings(run_file)
     ledger = Ledger(settings.run_dir / "ledger.sqlite")
     records = list(ledger.records())
