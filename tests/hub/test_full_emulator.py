@@ -56,6 +56,12 @@ def test_every_layer_is_kept_and_none_carries_emulator_lora(full_run: RunSetting
     assert set(bundle.adapter_lora()) == {spec.name for spec in bundle.manifest.lora.adapter}
 
 
+def test_an_edge_needs_more_disk_and_no_more_memory(full_run: RunSettings, prepared: RunSettings) -> None:
+    full, sub = (Bundle.open(run.run_dir / "bundle").manifest.needs for run in (full_run, prepared))
+    assert (full.ram_bytes, full.vram_bytes) == (sub.ram_bytes, sub.vram_bytes)
+    assert full.disk_bytes > sub.disk_bytes
+
+
 def test_public_kl_is_what_nf4_loses(full_run: RunSettings, tiny_llama: Path) -> None:
     found = prepare(full_run)["public_kl"]
     ids = torch.stack(Preparation(full_run).held_out)
