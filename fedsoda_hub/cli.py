@@ -60,13 +60,19 @@ def plan(
     quantize_embedding: Annotated[
         bool, typer.Option("--quantize-embedding", envvar="FEDSODA_QUANTIZE_EMBEDDING", help="embedding and head too")
     ] = False,
+    mbit: Annotated[
+        float, typer.Option("--mbit", min=0.001, envvar="FEDSODA_MBIT", help="Mbit/s of an edge's line, assumed")
+    ] = 100.0,
+    tflops: Annotated[
+        float, typer.Option("--tflops", min=0.001, envvar="FEDSODA_TFLOPS", help="TFLOP/s of an edge, assumed")
+    ] = 1.0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """What a run of this model would cost an edge, and the paper's arithmetic beside it; needs no weights."""
+    """What a run of this model would cost an edge, with either emulator, and the paper's arithmetic; needs no weights."""
     with reporting(as_json, False, debug):
         from fedsoda_hub.config import settings_for_plan
-        from fedsoda_hub.plan import plan_report
+        from fedsoda_hub.plan import Rates, plan_report
         from fedsoda_hub.progress import plan_table
 
         settings = settings_for_plan(
@@ -82,18 +88,18 @@ def plan(
             lora={"rank": rank, "targets": [name.strip() for name in targets.split(",")]},
             wire={"codec": codec},
         )
-        report = plan_report(model, settings)
+        report = plan_report(model, settings, Rates(mbit, tflops))
         plan_table(report)
         finish({"status": "ok", **report}, as_json, False)
 
 
 @app.command(epilog="Example: fedsoda-hub prepare triage.toml")
 def prepare(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
-    """SGP, NF4 and alignment into a bundle; goes on where it stopped."""
+    """SGP, NF4 and alignment into a bundle (of a full emulator, NF4 alone); goes on where it stopped."""
     with reporting(as_json, False, debug):
         from fedsoda_hub.config import read_settings
         from fedsoda_hub.daemon import lock_run
-        from fedsoda_hub.progress import Display
+        from fedsoda_hub.progress import Display, kl_sentence
 
         settings = read_settings(run)
         lock = lock_run(settings.run_dir)
@@ -108,10 +114,7 @@ def prepare(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
                 ).run()
         finally:
             lock.release()
-        kl = result["public_kl"]
-        note(
-            f"bundle: {settings.run_dir / 'bundle'}; public KL {kl['quantized']:.3f} quantized, {kl['aligned']:.3f} aligned"
-        )
+        note(f"bundle: {settings.run_dir / 'bundle'}; {kl_sentence(result['public_kl'])}")
         finish({"status": "ok", "bundle": str(settings.run_dir / "bundle"), **result}, as_json, False)
 
 

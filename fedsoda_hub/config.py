@@ -20,6 +20,12 @@ from fedsoda_edge.protocol.coded import CODECS
 from fedsoda_edge.protocol.messages import LocalSettings
 
 METHODS = ("fedsoda",)
+EMULATORS = ("sub", "full")
+# What only a pruned emulator asks for; 0 beside emulator = "full".
+OF_PRUNING = (
+    *("[method] layers_per_group", "[method] groups", "[method] realign_every"),
+    *("[align] steps", "[align] realign_steps"),
+)
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -27,7 +33,10 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class Method(Section, frozen=True):
+    """emulator: what edges receive below the adapter: "sub", what SGP leaves of it, aligned; "full", all layers in NF4."""
+
     name: str = "fedsoda"
+    emulator: str = "sub"
     adapter_layers: int = 3
     layers_per_group: int = 3
     groups: int = 4
@@ -174,7 +183,7 @@ def read_settings(path: str | Path) -> RunSettings:
         settings = msgspec.convert({**raw, "path": str(path.resolve())}, RunSettings, strict=True)
     except msgspec.ValidationError as error:
         raise UsageProblem(f"{path.name}: {_in_words(str(error), raw)}") from error
-    _check_ranges(settings)
+    settings = _settled(settings, raw)
     for label, file in (("[public] text", settings.public_text), ("[task] eval_data", settings.eval_data)):
         if file is not None and not file.is_file():
             raise UsageProblem(f"{label}: {file} is not there; the path is relative to {path.name}")
@@ -206,9 +215,33 @@ def effective(settings: RunSettings) -> dict[str, dict[str, Any]]:
 def settings_for_plan(model: str, **tables: dict[str, Any]) -> RunSettings:
     """Settings of a run that is only thought of: checked like those of a file."""
     raw = {"name": "plan", "model": model, "public": {"text": ""}, "path": "the options", **tables}
-    settings = msgspec.convert(raw, RunSettings, strict=True)
+    return _settled(msgspec.convert(raw, RunSettings, strict=True), raw)
+
+
+def with_full_emulator(settings: RunSettings) -> RunSettings:
+    """The same run with every layer left in: `OF_PRUNING` is 0, so whoever reads it neither prunes nor aligns."""
+    replace = msgspec.structs.replace
+    method = replace(settings.method, emulator="full", layers_per_group=0, groups=0, realign_every=0)
+    return replace(settings, method=method, align=replace(settings.align, steps=0, realign_steps=0))
+
+
+def _settled(settings: RunSettings, raw: dict[str, Any]) -> RunSettings:
+    """Checked, and as its emulator has it.
+
+    Raises:
+        UsageProblem: a value is out of range, or asks for pruning or alignment of a full emulator.
+    """
     _check_ranges(settings)
-    return settings
+    if settings.method.emulator != "full":
+        return settings
+    given = _flat(raw)
+    for key in OF_PRUNING:
+        if given.get(key):
+            raise UsageProblem(
+                f'{key} = {given[key]!r} beside [method] emulator = "full" in {Path(settings.path).name}: a full '
+                f'emulator is neither pruned nor aligned; delete {key}, or write emulator = "sub"'
+            )
+    return with_full_emulator(settings)
 
 
 def _refuse_unknown(raw: dict[str, Any], struct: type[msgspec.Struct], where: str) -> None:
@@ -247,6 +280,7 @@ def _check_ranges(settings: RunSettings) -> None:
         ("device", s.device, bool(re.fullmatch(r"auto|cpu|cuda(:\d+)?", s.device)), "auto, cpu, cuda or cuda:N"),
         ("dtype", s.dtype, s.dtype in ("bfloat16", "float16", "float32"), "bfloat16, float16 or float32"),
         ("[method] name", s.method.name, s.method.name in METHODS, f"one of {', '.join(METHODS)}"),
+        ("[method] emulator", s.method.emulator, s.method.emulator in EMULATORS, " or ".join(EMULATORS)),
         ("[method] adapter_layers", s.method.adapter_layers, s.method.adapter_layers >= 1, "at least 1"),
         ("[method] layers_per_group", s.method.layers_per_group, s.method.layers_per_group >= 0, "at least 0"),
         ("[method] groups", s.method.groups, s.method.groups >= 0, "at least 0"),
@@ -298,10 +332,12 @@ def _check_ranges(settings: RunSettings) -> None:
 
 
 def differences(recorded: dict[str, Any], settings: RunSettings) -> list[str]:
-    """What a resumed run's RUN.toml changed that it may not, each with both values."""
-    now = settings.fixed()
-    return [
-        f"{key}: {recorded.get(key)!r} when the run began, {now.get(key)!r} now"
-        for key in sorted({*recorded, *now})
-        if recorded.get(key) != now.get(key)
-    ]
+    """What a resumed run's RUN.toml changed that it may not, each with both values.
+
+    A run that began before a key was thought of began with its default.
+    """
+    then, now = RunSettings(name="", model="", public=Public(text="")).fixed() | recorded, settings.fixed()
+    changed = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
+    if "[method] emulator" in changed:
+        changed = [key for key in changed if key not in OF_PRUNING]  # they follow from it
+    return [f"{key}: {then.get(key)!r} when the run began, {now.get(key)!r} now" for key in changed]

@@ -5,12 +5,16 @@ layers; a round's traffic is the adapter LoRA up and down and the emulator LoRA 
 at 4 bits a parameter without block constants; sizes in GiB at 16 bits. Its own slips: sub-LLMs are printed at 6 bits
 a parameter, which no layout of NF4 gives; FedPETuning on Qwen2 and FedBiOT count 32 and 17 layers where there are 28
 and 13; 15.2 M for FedPETuning on LLaMA3 and Mistral is 14.2 M.
+
+Both emulators stand side by side: what pruning saves an edge, and so what it costs to leave every layer in. Seconds are
+sizes divided by the rates that `Rates` says are assumed; nothing is measured here.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +28,17 @@ from fedsoda_edge.model.families import Family, allowed_fields, build_config, fa
 from fedsoda_edge.model.layer_plan import choose_groups, make_plan
 from fedsoda_edge.model.memory import edge_needs
 from fedsoda_edge.protocol.manifest import TOKENIZER_FILES, File, LayerPlan, LoRASpec
-from fedsoda_hub.config import RunSettings
+from fedsoda_hub.config import RunSettings, with_full_emulator
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What an edge is taken to reach and to hold: its line, its sustained arithmetic, its samples and their ids."""
+
+    mbit_per_second: float = 100.0
+    tflop_per_second: float = 1.0
+    samples: int = 1000
+    ids_per_sample: int = 512
 
 
 def read_config(model: str | Path) -> tuple[Family, dict[str, Any], str, Path | None]:
@@ -95,6 +109,7 @@ def predict(
     trainable, emulator_lora = _count(spec.adapter), _count(spec.emulator)
     per_round = 2 * trainable + (emulator_lora / method.realign_every if method.realign_every else 0)
     adapter = sum(layers[number] for number in plan.adapter)
+    swept = sum(layers[number] for number in plan.sub_emulator) + emulator_lora
     return {
         "family": family.model_type,
         "num_layers": plan.num_layers,
@@ -119,6 +134,7 @@ def predict(
             "gflop_per_token": {
                 "full_lora": _gflop(forward=full - ends + head, backward=full - ends + head, lora=_count(on_all)),
                 "sub_llm": _gflop(forward=sub - ends + head, backward=adapter + head, lora=trainable),
+                "sweep": _gflop(forward=swept, backward=0, lora=0),
                 "cached": _gflop(forward=adapter + head, backward=adapter + head, lora=trainable),
             },
         },
@@ -148,18 +164,45 @@ def _count(specs: Sequence[Any]) -> int:
     return sum(spec.shape[0] * spec.shape[1] for spec in specs)
 
 
-def plan_report(model: str, settings: RunSettings) -> dict[str, Any]:
-    """`fedsoda-hub plan MODEL` with these settings."""
+def plan_report(model: str, settings: RunSettings, rates: Rates = Rates()) -> dict[str, Any]:
+    """`fedsoda-hub plan MODEL` with these settings, and both emulators beside each other."""
     family, fields, dtype, directory = read_config(model)
-    method = settings.method
-    plan = likely_plan(int(fields["num_hidden_layers"]), method.adapter_layers, method.layers_per_group, method.groups)
     tokenizer = [directory / name for name in TOKENIZER_FILES] if directory is not None else []
+    tokenizer_bytes = sum(file.stat().st_size for file in tokenizer if file.exists())
+
+    def predicted(of: RunSettings) -> dict[str, Any]:
+        layers, method = int(fields["num_hidden_layers"]), of.method
+        plan = likely_plan(layers, method.adapter_layers, method.layers_per_group, method.groups)
+        return predict(family, fields, dtype, plan, of, tokenizer_bytes)
+
+    report = predicted(settings)
+    full = with_full_emulator(settings)
     return {
         "model": model,
         "settings": {
-            "method": msgspec.to_builtins(method),
+            "method": msgspec.to_builtins(settings.method),
             "lora": msgspec.to_builtins(settings.lora),
             "codec": settings.wire.codec,
         },
-        **predict(family, fields, dtype, plan, settings, sum(f.stat().st_size for f in tokenizer if f.exists())),
+        **report,
+        "emulators": {
+            "sub": _emulator(report, settings.method.realign_every, rates),
+            "full": _emulator(predicted(full), full.method.realign_every, rates),
+            "assumed": asdict(rates),
+        },
+    }
+
+
+def _emulator(report: dict[str, Any], realign_every: int, rates: Rates) -> dict[str, Any]:
+    """What an edge pays for what lies below the adapter, before its first step and, if realigned, again."""
+    ours = report["ours"]
+    sweep = ours["gflop_per_token"]["sweep"]
+    return {
+        "kept_layers": report["kept_layers"],
+        "bundle_bytes": ours["bundle_bytes"],
+        "download_seconds": 8 * ours["bundle_bytes"] / (rates.mbit_per_second * 1e6),
+        "sweep_gflop_per_token": sweep,
+        "sweep_seconds": sweep * rates.samples * rates.ids_per_sample / (rates.tflop_per_second * 1e3),
+        "realign_every": realign_every,
+        **{name: ours[name] for name in ("edge_memory_bytes", "edge_vram_bytes", "edge_disk_bytes")},
     }

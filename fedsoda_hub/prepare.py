@@ -1,5 +1,7 @@
 """Job 1: full LLM -> SGP -> NF4 -> LoRA -> ODA -> bundle. Resumable; one layer of the full LLM resident at a time.
 
+With `emulator = "full"` it is full LLM -> NF4 -> bundle: nothing is removed, so there is nothing to measure or align.
+
 Each stage leaves its result under `<run>/prepare/` with the fingerprint of what it was made from; a stage
 whose result is there is skipped. Rounds are the daemon's business.
 """
@@ -111,14 +113,19 @@ class Preparation:
         kl_file = self.work / "public_kl.json"
         if not (bundle_dir / "manifest.json").exists():
             plan = self.plan()
-            self._say_needed_disk(plan)
+            is_pruned = self.settings.method.emulator == "sub"
+            if is_pruned:
+                self._say_needed_disk(plan)
             unaligned = self.work / "unaligned"
             if not (unaligned / "manifest.json").exists():
                 self._write_unaligned(unaligned, plan)
             bundle = Bundle.open(unaligned)
-            emulator, kl = self._align_first(bundle)
-            write_durably_json(kl_file, kl)
-            replace_emulator_lora(unaligned, emulator)
+            if is_pruned:
+                emulator, kl = self._align_first(bundle)
+                write_durably_json(kl_file, kl)
+                replace_emulator_lora(unaligned, emulator)
+            else:
+                write_durably_json(kl_file, self._unpruned_kl(bundle))
             shutil.rmtree(bundle_dir, ignore_errors=True)
             os.replace(unaligned, bundle_dir)
             sync_directory(self.run_dir)
@@ -142,7 +149,7 @@ class Preparation:
         write_durably(mark, fingerprint.encode())
 
     def plan(self) -> LayerPlan:
-        """SGP: distances measured in one pass, groups chosen exactly."""
+        """SGP: distances measured in one pass, groups chosen exactly. All layers where the emulator stays full."""
         path = self.work / "plan.json"
         if path.exists():
             return msgspec.json.decode(path.read_bytes(), type=LayerPlan)
@@ -150,6 +157,8 @@ class Preparation:
         total = self.source.num_layers
         if method.adapter_layers >= total:
             raise UsageProblem(f"[method] adapter_layers = {method.adapter_layers}, the model has {total} layers")
+        if method.emulator == "full":
+            return make_plan(total, method.adapter_layers, ())
         emulator = total - method.adapter_layers
         # An infeasible (n, p) is refused before any work: distances do not matter for that.
         flat = [[0.0] * (emulator - 1 - layer) for layer in range(emulator)]
@@ -230,6 +239,30 @@ class Preparation:
         write_durably(done, save(emulator))
         write_durably_json(kl_done, kl)
         return emulator, kl
+
+    def _unpruned_kl(self, bundle: Bundle) -> dict[str, float]:
+        """The three public KLs of a bundle that keeps every layer: what NF4 loses, and no alignment changes."""
+        plan = bundle.plan
+        states = {
+            name: torch.stack(
+                stream(
+                    source,
+                    plan.emulator,
+                    self.held_out,
+                    compute_dtype=self.compute_dtype,
+                    device=self.device,
+                    progress=self._progress(f"running the {name} on public text"),
+                )
+            ).to(self.device)
+            for name, source in (("full LLM", self.source), ("sub-LLM", bundle))
+        }
+        teacher = build(self.source, plan.adapter, compute_dtype=self.compute_dtype, device=self.device)
+        with torch.no_grad():
+            wanted = torch.cat([teacher.hidden(states=some) for some in states["full LLM"].split(8)])
+        del teacher
+        student = build(bundle, plan.adapter, compute_dtype=self.compute_dtype, device=self.device)
+        kl = oda.public_kl(student, states["sub-LLM"], wanted)
+        return {"pruned": 0.0, "quantized": kl, "aligned": kl}
 
     def realign(
         self, version: int, adapter_master: dict[str, Tensor], emulator_view: dict[str, Tensor], codec: str

@@ -104,8 +104,7 @@ def _sentence(event: dict[str, Any]) -> str:
         case "progress" if "needed_bytes" in event:
             return f"{event['stage']}: {event['needed_bytes'] / 1e6:.0f} MB of disk, {event['free_bytes'] / 1e9:.0f} GB free"
         case "prepared":
-            kl = event["public_kl"]
-            return f"prepared: public KL {kl['pruned']:.3f} pruned, {kl['quantized']:.3f} in NF4, {kl['aligned']:.3f} aligned"
+            return f"prepared: {kl_sentence(event['public_kl'])}"
         case "edge_connected":
             return f"{event['edge']} is here"
         case "edge_gone":
@@ -140,6 +139,13 @@ def _sentence(event: dict[str, Any]) -> str:
     return ""
 
 
+def kl_sentence(kl: dict[str, float]) -> str:
+    """What pruning and NF4 took, and alignment gave back."""
+    if not kl["pruned"]:  # a full emulator's, exactly
+        return f"public KL {kl['quantized']:.3f} in NF4, all layers kept"
+    return f"public KL {kl['pruned']:.3f} pruned, {kl['quantized']:.3f} in NF4, {kl['aligned']:.3f} aligned"
+
+
 def plan_table(report: dict[str, Any]) -> None:
     """`fedsoda-hub plan` for people."""
     from rich.console import Console
@@ -168,4 +174,36 @@ def plan_table(report: dict[str, Any]) -> None:
     ]
     for row in rows:
         table.add_row(*row)
-    Console(stderr=True).print(table)
+    console = Console(stderr=True)
+    console.print(table)
+    console.print(_emulator_table(report["emulators"]))
+
+
+def _emulator_table(emulators: dict[str, Any]) -> Any:
+    from rich.markup import escape
+    from rich.table import Table
+
+    assumed = emulators["assumed"]
+    title = (
+        f"[method] emulator, at {assumed['mbit_per_second']:g} Mbit/s and {assumed['tflop_per_second']:g} TFLOP/s "
+        f"(assumed, not measured), {assumed['samples']:,} samples of {assumed['ids_per_sample']:,} ids"
+    )
+    both = [emulators["sub"], emulators["full"]]
+    again = [f"every {one['realign_every']} rounds" if one["realign_every"] else "never" for one in both]
+    table = Table("", "sub", "full", title=escape(title), title_justify="left")
+    table.add_row("layers that leave the hub", *(str(one["kept_layers"]) for one in both))
+    for label, size, seconds in (
+        ("download", "bundle_bytes", "download_seconds"),
+        ("sweep of all samples", "sweep_gflop_per_token", "sweep_seconds"),
+    ):
+        sizes = [human_bytes(one[size]) if size == "bundle_bytes" else f"{one[size]:.3g} GFLOP a token" for one in both]
+        times = [human_seconds(one[seconds]) for one in both]
+        table.add_row(label, *(f"{size}, {time}" for size, time in zip(sizes, times, strict=True)))
+    table.add_row("swept again from the first LoRA on", *again)
+    for label, name in (
+        ("memory of an edge without a GPU", "edge_memory_bytes"),
+        ("memory of an edge's GPU", "edge_vram_bytes"),
+        ("disk, border states not counted", "edge_disk_bytes"),
+    ):
+        table.add_row(label, *(human_bytes(one[name]) for one in both))
+    return table

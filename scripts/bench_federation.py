@@ -1,6 +1,6 @@
 """Bench a federation on real input: SST-2 with the demo's 24-layer model, real hub and edge processes.
 
-Every cell (split, seed, codec, adapter base) is one federated run. Its scores on the dev rows are kept under
+Every cell (split, seed, codec, adapter base, emulator) is one federated run. Its scores on the dev rows are kept under
 --out, so that a second call goes on where the first stopped. All of it takes about 2 hours on 2 cores. Arms of each cell:
 
     untouched   the full model                      sub_llm     the sub-LLM with its trained LoRA
@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -56,10 +56,25 @@ SHARES = {
     "iid": {"positive": (0.25, 0.25, 0.25, 0.25), "negative": (0.25, 0.25, 0.25, 0.25)},
     "dirichlet-0.5": {"positive": (0.31, 0.10, 0.43, 0.16), "negative": (0.04, 0.36, 0.05, 0.55)},
 }
-# (codec, adapter base) of the cells of each split: the main one on both, and each change of it on IID.
+
+
+class Variant(NamedTuple):
+    """What a cell is run with."""
+
+    codec: str
+    base: str
+    emulator: str = "sub"
+
+    def __str__(self) -> str:
+        return "/".join(self[: 2 if self.emulator == "sub" else 3])  # the names that cells always had
+
+
+MAIN = Variant("int8", "nf4")
+FULL_EMULATOR = Variant("int8", "nf4", "full")
+# The cells of each split: the main one and its full emulator on both, and each other change of it on IID.
 VARIANTS = {
-    "iid": (("int8", "nf4"), ("nf4", "nf4"), ("bf16", "nf4"), ("int8", "bf16")),
-    "dirichlet-0.5": (("int8", "nf4"),),
+    "iid": (MAIN, FULL_EMULATOR, Variant("nf4", "nf4"), Variant("bf16", "nf4"), Variant("int8", "bf16")),
+    "dirichlet-0.5": (MAIN, FULL_EMULATOR),
 }
 LOCAL = LocalSettings(
     epochs=100,
@@ -93,23 +108,21 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def run_toml(directory: Path, data: Path, *, seed: int, codec: str, base: str, rounds: int, rate: float) -> Path:
+def run_toml(directory: Path, data: Path, *, seed: int, variant: Variant, rounds: int, rate: float) -> Path:
     path = directory / "run.toml"
+    align = "" if variant.emulator == "full" else "[align]\nsteps = 120\nrealign_steps = 30\nlearning_rate = 3e-3\n"
     path.write_text(
         f"""name = "bench"
 model = "{MODEL}"
 seed = {seed}
 [method]
-adapter_base = "{base}"
+emulator = "{variant.emulator}"
+adapter_base = "{variant.base}"
 [public]
 text = "{data / "wikitext2" / "test.txt"}"
 sequences = 128
 length = 128
-[align]
-steps = 120
-realign_steps = 30
-learning_rate = 3e-3
-[rounds]
+{align}[rounds]
 count = {rounds}
 min_edges = {EDGES}
 quorum = 1.0
@@ -121,7 +134,7 @@ learning_rate = {rate}
 proximal_mu = {LOCAL.proximal_mu}
 max_length = {LOCAL.max_length}
 [wire]
-codec = "{codec}"
+codec = "{variant.codec}"
 [task]
 prompt = "Review: {{sentence}}\\nSentiment:"
 completion = "{{label}}"
@@ -137,11 +150,13 @@ def command(name: str, *arguments: str | Path) -> list[str]:
     return [sys.executable, "-m", f"fedsoda_{name}", *map(str, arguments)]
 
 
-def prepared(out: Path, data: Path, seed: int, base: str, log: Any) -> Path:
-    """The run directory after prepare, made once per (seed, adapter base)."""
-    directory = out / "prepared" / f"s{seed}-{base}"
+def prepared(out: Path, data: Path, seed: int, variant: Variant, log: Any) -> Path:
+    """The run directory after prepare, made once per (seed, adapter base, emulator)."""
+    directory = out / "prepared" / f"s{seed}-{variant.base}{'-full' if variant.emulator == 'full' else ''}"
     directory.mkdir(parents=True, exist_ok=True)
-    file = run_toml(directory, data, seed=seed, codec="int8", base=base, rounds=ROUNDS, rate=LEARNING_RATE)
+    file = run_toml(
+        directory, data, seed=seed, variant=variant._replace(codec="int8"), rounds=ROUNDS, rate=LEARNING_RATE
+    )
     subprocess.run(command("hub", "prepare", file), check=True, stdout=log, stderr=log)
     return directory / "bench.run"
 
@@ -239,17 +254,17 @@ class Bench:
         plan = bundle.plan
         return Judged(self.source, plan.emulator, plan.adapter, spec, self.none, adapter)
 
-    def cell(self, split: str, seed: int, codec: str, base: str) -> dict[str, dict[str, torch.Tensor]]:
+    def cell(self, split: str, seed: int, variant: Variant) -> dict[str, dict[str, torch.Tensor]]:
         """Scores of one federated run's arms."""
-        cell = self.out / "cells" / f"{split}-s{seed}-{codec}-{base}"
+        cell = self.out / "cells" / f"{split}-s{seed}-{variant}".replace("/", "-")
         done = cell / "scores.safetensors"
         if not done.exists():
             self.note(f"cell {cell.name}")
             started = time.monotonic()
             cell.mkdir(parents=True, exist_ok=True)
             rate = 0.0 if self.options.planted_defect else LEARNING_RATE
-            run = prepared(self.out, self.data, seed, base, self.log)
-            toml = run_toml(cell, self.data, seed=seed, codec=codec, base=base, rounds=self.options.rounds, rate=rate)
+            run = prepared(self.out, self.data, seed, variant, self.log)
+            toml = run_toml(cell, self.data, seed=seed, variant=variant, rounds=self.options.rounds, rate=rate)
             federate(cell, run, toml, split_rows(self.train, split, seed), self.log)
             settings = read_settings(toml)
             outcome = read_outcome(settings.run_dir)
@@ -273,7 +288,7 @@ class Bench:
         if not done.exists():
             self.note(f"local-only {done.stem}")
             done.parent.mkdir(exist_ok=True)
-            bundle = Bundle.open(prepared(self.out, self.data, seed, "nf4", self.log) / "bundle")
+            bundle = Bundle.open(prepared(self.out, self.data, seed, MAIN, self.log) / "bundle")
             spec, plan = bundle.manifest.lora, bundle.plan
             scores = {}
             for number, part in enumerate(split_rows(self.train, split, seed)):
@@ -293,7 +308,7 @@ class Bench:
         if not done.exists():
             self.note(f"ceiling, seed {seed}")
             done.parent.mkdir(exist_ok=True)
-            bundle = Bundle.open(prepared(self.out, self.data, seed, "nf4", self.log) / "bundle")
+            bundle = Bundle.open(prepared(self.out, self.data, seed, MAIN, self.log) / "bundle")
             spec, plan = bundle.manifest.lora, bundle.plan
             rows = [row for part in split_rows(self.train, "iid", seed) for row in part]
             border = Border.sweep(self.source, plan.emulator, self.samples(rows), lora={}, lora_scale=spec.scale)
@@ -349,11 +364,11 @@ class Bench:
             "splits": {},
             "checks": [],
         }
-        variants = {split: found[: 1 if self.options.main_only else None] for split, found in VARIANTS.items()}
+        variants = {split: found[: 2 if self.options.main_only else None] for split, found in VARIANTS.items()}
         for split in SHARES:  # the federated runs first: they are what the rest is held against
-            for codec, base in variants[split]:
+            for variant in variants[split]:
                 for seed in seeds:
-                    self.cell(split, seed, codec, base)
+                    self.cell(split, seed, variant)
         ceilings = [self.ceiling(seed) for seed in seeds]
         untouched = [scores["untouched"] for scores in ceilings]
         best = max(CENTRAL_RATES, key=lambda rate: mean([float(self.right(s[f"{rate}"]).mean()) for s in ceilings]))
@@ -365,12 +380,13 @@ class Bench:
         for split in SHARES:
             part: dict[str, Any] = {}
             main: list[torch.Tensor] = []
-            for codec, base in variants[split]:
-                cells = [self.cell(split, seed, codec, base) for seed in seeds]
+            for variant in variants[split]:
+                cells = [self.cell(split, seed, variant) for seed in seeds]
                 plug_in = [cell["plug_in"]["scores"] for cell in cells]
                 main = main or plug_in
-                if base == "nf4" and len({codec for codec, _ in variants[split]}) == 3:  # compared on the same rows
-                    codecs.setdefault(codec, []).extend(plug_in)
+                of_codecs = variant.base == "nf4" and variant.emulator == "sub"
+                if of_codecs and len({each.codec for each in variants[split]}) == 3:  # compared on the same rows
+                    codecs.setdefault(variant.codec, []).extend(plug_in)
                 figures = {
                     "plug_in": self.figures(plug_in),
                     "sub_llm": self.figures([c["sub_llm"]["scores"] for c in cells]),
@@ -380,14 +396,14 @@ class Bench:
                 figures["plug_in_minus_untouched"] = self.difference(plug_in, untouched)
                 figures["plug_in_minus_sub_llm"] = self.difference(plug_in, [c["sub_llm"]["scores"] for c in cells])
                 figures["plug_in_minus_main"] = self.difference(plug_in, main)
-                part[f"{codec}/{base}"] = figures
+                part[str(variant)] = figures
             alone = [self.local_only(split, seed) for seed in seeds]
             top = [max(edges, key=lambda scores: float(self.right(scores).mean())) for edges in alone]
             everyone = [scores for edges in alone for scores in edges]
             part["local_only"] = {"best": self.figures(top), "mean": self.figures(everyone)}
             part["plug_in_minus_best_alone"] = self.difference(main, top)
             result["splits"][split] = part
-            gain = part["int8/nf4"]["plug_in_minus_untouched"]
+            gain = part[str(MAIN)]["plug_in_minus_untouched"]
             result["checks"].append(
                 {"claim": f"{split}: plug-in beats the untouched model", "holds": gain["interval_95"][0] > 0, **gain}
             )
@@ -415,7 +431,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--eval-rows", type=int, default=2000, help="dev rows, a fixed sample; 6735 for all")
-    parser.add_argument("--main-only", action="store_true", help="int8 codec and NF4 adapter base only")
+    parser.add_argument("--main-only", action="store_true", help="int8 codec and NF4 adapter base only, both emulators")
     parser.add_argument("--planted-defect", action="store_true", help="learning rate 0: the harness must fail")
     options = parser.parse_args()
     if not (Path(options.shared) / "data" / "sst2").is_dir():

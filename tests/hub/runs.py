@@ -21,11 +21,16 @@ SMALL: dict[str, dict[str, Any]] = {
     "wire": {"codec": "bf16"},
     "task": {"prompt": "Say {word}:", "completion": "{answer}", "eval_data": "eval.jsonl"},
 }
+# Changes of SMALL for a run whose edges get every layer.
+FULL: dict[str, dict[str, Any]] = {
+    "method": {"emulator": "full", "layers_per_group": None, "groups": None},
+    "align": {"steps": None, "realign_steps": None},
+}
 WORDS = ["the", "cat", "on", "a", "mat", "an", "inn", "in", "rain", "one", "other", "than", "then", "tan", "tin", "ton"]
 
 
 def make_run(directory: Path, model: Path, **tables: dict[str, Any]) -> RunSettings:
-    """Settings of a run of `model` in `directory`; `tables` change SMALL."""
+    """Settings of a run of `model` in `directory`; `tables` change SMALL, where None leaves a key out."""
     directory.mkdir(parents=True, exist_ok=True)
     chooser = random.Random(0)
     (directory / "public.txt").write_text(" ".join(chooser.choices(WORDS, k=150)))
@@ -35,7 +40,7 @@ def make_run(directory: Path, model: Path, **tables: dict[str, Any]) -> RunSetti
     for table, values in SMALL.items():
         lines.append(f"[{table}]")
         merged = values | tables.get(table, {})
-        lines += [f"{key} = {json.dumps(value)}" for key, value in merged.items()]
+        lines += [f"{key} = {json.dumps(value)}" for key, value in merged.items() if value is not None]
     (directory / "RUN.toml").write_text("\n".join(lines))
     return read_settings(directory / "RUN.toml")
 

@@ -21,6 +21,7 @@ device = "auto"
 dtype = "bfloat16"
 [method]
 name = "fedsoda"
+emulator = "sub"
 adapter_layers = 3
 layers_per_group = 3
 groups = 4
@@ -137,6 +138,8 @@ def test_settings_cross_to_the_compute_child_as_json(folder: Path) -> None:
         (SHORT + "[local]\nproximal_mu = -1\n", "[local] proximal_mu = -1.0 in run.toml; it must be at least 0"),
         (SHORT + "[wire]\ncodec = 'zip'\n", "[wire] codec = 'zip' in run.toml; it must be one of nf4, int8, bf16"),
         (SHORT + "[method]\nname = 'fedot'\n", "[method] name = 'fedot' in run.toml; it must be one of fedsoda"),
+        (SHORT + "[method]\nemulator = 'fulll'\n", "[method] emulator = 'fulll' in run.toml; it must be sub or full"),
+        (SHORT + "[method]\nemulator = true\n", "[method] emulator = True; expected `str`, got `bool`"),
         (SHORT + "[method]\nadapter_base = 'int3'\n", "[method] adapter_base = 'int3' in run.toml; it must be nf4 or bf16"),
         ("device = 'gpu'\n" + SHORT, "device = 'gpu' in run.toml; it must be auto, cpu, cuda or cuda:N"),
         ("dtype = 'int8'\n" + SHORT, "dtype = 'int8' in run.toml"),
@@ -199,6 +202,52 @@ def test_count_quorum_deadline_host_and_port_may_change(folder: Path, change: tu
 def test_what_defines_model_and_method_may_not(folder: Path, change: tuple[str, str], sentence: str) -> None:
     before = recorded(read(folder, CONTRACT))
     assert differences(before, read(folder, CONTRACT.replace(*change))) == [sentence]
+
+
+FULL = SHORT + '[method]\nemulator = "full"\n'
+
+
+def test_a_full_emulator_is_neither_pruned_nor_aligned(folder: Path) -> None:
+    """One meaning of the defaults, wherever they are read: round machine, prepare, plan, what the hub says."""
+    settings = read(folder, FULL)
+    method, align = settings.method, settings.align
+    assert (method.layers_per_group, method.groups, method.realign_every) == (0, 0, 0)
+    assert (align.steps, align.realign_steps) == (0, 0)
+    assert effective(settings)["[method] realign_every"] == {"value": 0, "source": "default"}
+    assert read(folder, FULL + "groups = 0\n") == settings
+
+
+@pytest.mark.parametrize("key", ["layers_per_group = 3", "groups = 1", "realign_every = 5"])
+def test_what_a_full_emulator_cannot_use_is_refused_where_it_is_written(folder: Path, key: str) -> None:
+    name, _, value = key.partition(" = ")
+    with pytest.raises(UsageProblem) as caught:
+        read(folder, FULL + key + "\n")
+    assert str(caught.value) == (
+        f'[method] {name} = {value} beside [method] emulator = "full" in run.toml: a full emulator is neither pruned '
+        f'nor aligned; delete [method] {name}, or write emulator = "sub"'
+    )
+
+
+def test_alignment_steps_for_a_full_emulator_are_refused(folder: Path) -> None:
+    for key in ("steps", "realign_steps"):
+        with pytest.raises(UsageProblem, match=rf"\[align\] {key} = 7 beside"):
+            read(folder, FULL + f"[align]\n{key} = 7\n")
+
+
+@pytest.mark.parametrize(("before", "now"), [("sub", "full"), ("full", "sub")])
+def test_a_run_keeps_its_emulator(folder: Path, before: str, now: str) -> None:
+    text = SHORT + "[method]\nemulator = {!r}\n"
+    begun = recorded(read(folder, text.format(before)))
+    assert differences(begun, read(folder, text.format(now))) == [
+        f"[method] emulator: {before!r} when the run began, {now!r} now"
+    ]
+
+
+def test_a_run_that_began_before_a_key_existed_began_with_its_default(folder: Path) -> None:
+    begun = recorded(read(folder, CONTRACT))
+    del begun["[method] emulator"]
+    assert differences(begun, read(folder, CONTRACT)) == []
+    assert differences(begun, read(folder, FULL)) != []
 
 
 def test_every_setting_is_told_with_where_it_came_from(tmp_path: Path) -> None:

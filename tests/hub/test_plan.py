@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import save
@@ -15,7 +16,8 @@ from fedsoda_edge.model import delta
 from fedsoda_edge.model.bundle import Bundle, BundleSettings, shard_sizes
 from fedsoda_edge.protocol.coded import CODECS, safetensors_bytes
 from fedsoda_hub.config import RunSettings, settings_for_plan
-from fedsoda_hub.plan import plan_report
+from fedsoda_hub.plan import Rates, plan_report
+from fedsoda_hub.progress import plan_table
 from tests.edge.model.test_bundle import random_lora, write
 from tests.tiny import FAMILY_CONFIGS, make_tiny
 
@@ -122,6 +124,65 @@ def test_flops_count_each_weight_twice_a_direction(tmp_path: Path) -> None:
     assert flop["full_lora"] == pytest.approx((4 * (32 * layer + head) + 6 * 32 * lora) / 1e9)
     assert flop["sub_llm"] == pytest.approx((2 * (20 * layer + head) + 2 * (3 * layer + head) + 18 * lora) / 1e9)
     assert flop["cached"] == pytest.approx((4 * (3 * layer + head) + 18 * lora) / 1e9)
+
+
+def test_both_emulators_stand_side_by_side(tmp_path: Path) -> None:
+    """LLaMA3-8B by hand: 12 of 32 layers less, 113 MiB of NF4 and an emulator LoRA's 1,769,472 weights apart."""
+    emulators = plan_of(tmp_path, "LLaMA3-8B")["emulators"]
+    sub, full = emulators["sub"], emulators["full"]
+    layer, emulator_lora, vector = 218_112_000, 4 * 442_368, 4096
+    assert (sub["kept_layers"], full["kept_layers"]) == (20, 32)
+    nf4 = (layer - 2 * vector) * (0.5 + 1 / 64 + 4 / (64 * 256)) + 2 * 2 * vector  # norms in bf16
+    headers = 12 * 4096  # at most, of 12 shards
+    assert full["bundle_bytes"] - sub["bundle_bytes"] == pytest.approx(12 * nf4 - 4 * emulator_lora, abs=headers)
+    assert full["edge_disk_bytes"] - sub["edge_disk_bytes"] == full["bundle_bytes"] - sub["bundle_bytes"]
+    assert full["sweep_gflop_per_token"] == pytest.approx(2 * 29 * layer / 1e9)
+    assert sub["sweep_gflop_per_token"] == pytest.approx(2 * (17 * layer + emulator_lora) / 1e9)
+    for memory in ("edge_memory_bytes", "edge_vram_bytes"):
+        assert full[memory] == sub[memory]  # one layer is resident at a time
+    assert (sub["realign_every"], full["realign_every"]) == (5, 0)
+
+
+def test_seconds_are_sizes_at_the_rates_that_are_said(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(LLAMA))
+    rates = Rates(mbit_per_second=50, tflop_per_second=4)
+    emulators = plan_report(str(file), settings_for_plan(str(file)), rates)["emulators"]
+    assert emulators["assumed"] == msgspec.to_builtins(rates)
+    assert (rates.samples, rates.ids_per_sample) == (1000, 512)
+    for one in (emulators["sub"], emulators["full"]):
+        assert one["download_seconds"] == pytest.approx(one["bundle_bytes"] / 6.25e6)
+        assert one["sweep_seconds"] == pytest.approx(512_000 * one["sweep_gflop_per_token"] / 4000)
+
+
+def test_people_see_both_emulators_and_what_the_times_stand_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    plan_table(plan_of(tmp_path, "LLaMA3-8B"))
+    shown = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    for row in (
+        "[method] emulator, at 100 Mbit/s and 1 TFLOP/s (assumed, not measured), 1,000 samples of 512 ids",
+        "layers that leave the hub 20 32",
+        "download 4.06 GiB, 6 min 5.32 GiB, 8 min",
+        "sweep of all samples 7.42 GFLOP a token, 63 min 12.7 GFLOP a token, 108 min",
+        "swept again from the first LoRA on every 5 rounds never",
+        "memory of an edge without a GPU 6.89 GiB 6.89 GiB",
+    ):
+        assert row in shown
+
+
+def test_a_full_emulator_has_no_round_that_carries_more_than_the_adapter(tmp_path: Path) -> None:
+    plan_of(tmp_path, "LLaMA3-8B")
+    settings = settings_for_plan("x", method={"emulator": "full"})
+    report = plan_report(str(tmp_path / "config.json"), settings)
+    assert report["kept_layers"] == 32
+    assert report["ours"]["down_bytes_per_edge_round"] == report["ours"]["up_bytes_per_edge_round"]
+    assert report["paper"]["parameters_per_round"] == 2 * 1_327_104
+    full = report["emulators"]["full"]
+    assert {name: report["ours"].get(name) for name in full if name in report["ours"]} == {
+        name: value for name, value in full.items() if name in report["ours"]
+    }
 
 
 @pytest.mark.parametrize("family", sorted(FAMILY_CONFIGS))
