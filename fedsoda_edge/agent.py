@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import queue
-import random
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -22,6 +21,7 @@ from fedsoda_edge.aside import Aside
 from fedsoda_edge.config import Home
 from fedsoda_edge.data import DEFAULT_COMPLETION, DEFAULT_PROMPT, LocalData, TextTemplate
 from fedsoda_edge.device import choose_device_within, read_device
+from fedsoda_edge.download import Download, backoff_seconds
 from fedsoda_edge.errors import HubUnreachable, ProtocolMismatch, ProtocolViolation, RefusedByHub, WorkerFailed
 from fedsoda_edge.neighbour import Rules
 from fedsoda_edge.ports import Clock, Transport
@@ -38,7 +38,6 @@ from fedsoda_edge.views import Views
 Say = Callable[[dict[str, Any]], None]
 T = TypeVar("T")
 
-MAX_BACKOFF_SECONDS = 30.0
 PROGRESS_SECONDS = 0.5
 WORKER_TRIES = 3  # a round may take; the second begins at the first one's checkpoint
 
@@ -93,7 +92,6 @@ class Agent:
         self._session = EdgeSession()
         self._status: Status | None = None  # from the moment the home is this join's
         self._welcome: ms.Welcome | None = None
-        self._manifest: BundleManifest | None = None
         self._num_examples = 0
         self._cache_key = b""
         self._opening: dict[str, Any] | None = None  # what the worker was opened with, for the next one
@@ -107,7 +105,13 @@ class Agent:
         self._transfer: asyncio.Task[bytes] | None = None
         self._answer: asyncio.Future[ms.Receipt | ms.Refusal] | None = None
         self._offer: ms.RoundOffer | None = None
-        self._training: asyncio.Task[tuple[ms.RoundOffer, dict[str, Any]]] | None = None
+        self._preparing: asyncio.Task[None] | None = None
+        self._is_prepared = False  # bundle and data are here
+        self._working = asyncio.Lock()
+        self._opened: dict[str, Any] = {}
+        self._opened_by: int | None = None
+        self._early: asyncio.Task[None] | None = None
+        self._early_for = ms.Digest("")
         self._border_for: str | None = None
         self._working_on = 0
         self._submitting = asyncio.Lock()
@@ -121,7 +125,7 @@ class Agent:
     @property
     def is_finishing(self) -> bool:
         """Its owner wants the round in hand to be the last."""
-        return self._aside.is_finishing
+        return self._aside.finishing.is_set()
 
     def say(self, event: dict[str, Any]) -> None:
         if self._status is not None:
@@ -140,11 +144,6 @@ class Agent:
         assert self._status is not None
         self._status.still_paused(seconds)
 
-    async def break_off(self) -> None:
-        if (training := self._training) is not None:
-            training.cancel()
-            await asyncio.wait([training])
-
     # --- joining -------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
@@ -158,13 +157,36 @@ class Agent:
         self._status = Status(self.home.status, hub, self._clock, lambda: self.worker.rss_bytes)
         welcome = await self._greet(keep_trying=self._settings.unattended)
         self.say({"event": "joined", "run": welcome.run_name, "edge": welcome.edge, "rounds": welcome.rounds})
+        await self._aside.look()
+        if self._aside.pause is None:
+            await self.worker.start()  # its imports take seconds; nothing below needs it yet
+        self._connected.set()
+        await self.tell()
+        self._reader = asyncio.create_task(self._converse())
+        self._aside.watch(self.offers.put)
+        self._preparing = asyncio.create_task(self._prepare(welcome))
+        finishing = asyncio.create_task(self._aside.finishing.wait())
+        await asyncio.wait({self._preparing, self._reader, finishing}, return_when=asyncio.FIRST_COMPLETED)
+        finishing.cancel()
+        if not self._preparing.done():
+            return  # this edge goes, or the hub wants it no more: `offers` knows
+        self._preparing.result()
+        self._is_prepared = True
+        await self.tell()
+        if (self._run_dir / "pending" / "meta.json").exists():
+            # An update without receipt from before a crash goes first: the hub knows whether it has it.
+            await self._submit_pending()
+
+    async def _prepare(self, welcome: ms.Welcome) -> None:
+        """Check data and device, fetch the bundle; the data is read and swept while it comes."""
         rows = await self._check_data()
         store = FileStore(self.home.store)
-        manifest_path = await store.fetch(self.transport, welcome.manifest.digest, welcome.manifest.bytes)
+        download = Download(
+            self.transport, store, run=self._aside.run, say=self.say, keep_trying=self._settings.unattended
+        )
+        manifest_path = await download.file(welcome.manifest.digest, welcome.manifest.bytes)
         manifest = parse_manifest(manifest_path.read_bytes())
-        self._manifest = manifest
-        wanted = [(file.sha256, file.bytes) for file in manifest.files]
-        held = store.held_bytes(wanted)
+        held = store.held_bytes([(file.sha256, file.bytes) for file in manifest.files])
         facts = read_device(self.home.directory)
         device = self.fitting_device(manifest, facts, held)
         self.say(
@@ -177,15 +199,6 @@ class Agent:
                 "disk_free": facts.disk_bytes,
             }
         )
-        total, done = sum(size for _, size in wanted), 0
-
-        def came(count: int) -> None:
-            nonlocal done
-            done += count
-            self.say({"event": "download", "done": done, "total": total})
-
-        for digest, size in wanted:
-            await store.fetch(self.transport, digest, size, came)
         prompt, completion = self._template()
         self._opening = {
             "store": str(self.home.store),
@@ -197,8 +210,8 @@ class Agent:
             "max_length": welcome.max_length,
             "device": device,
         }
-        opened = await self.worker.call("open", self._opening)
-        self._num_examples = opened["num_examples"]
+        async with download.bundle(manifest, welcome.manifest.digest) as fetch:
+            opened = await _beside(fetch(), self._read(welcome))
         tokenizer = {file.name: str(store.path(file.sha256)) for file in manifest.files if file.name in TOKENIZER_FILES}
         about = {
             "run": welcome.run_name,
@@ -212,13 +225,64 @@ class Agent:
         self.say({"event": "data", "rows": rows, **opened})
         for missing in self._aside.missing():
             self.say({"event": "notice", "message": missing})
-        await self._aside.look()
-        await self._resume()
-        self._reader = asyncio.create_task(self._converse())
-        self._aside.watch(self.offers.put)
-        if (self._run_dir / "pending" / "meta.json").exists():
-            # An update without receipt from before a crash goes first: the hub knows whether it has it.
-            await self._submit_pending()
+
+    async def _read(self, welcome: ms.Welcome) -> dict[str, Any]:
+        """Read the data in the worker, and begin to sweep it with the alignment that is in force."""
+        opened = await self._at_work(self._open, tries=1)
+        self._num_examples = opened["num_examples"]
+        if (emulator := welcome.emulator) is not None:
+            self._early_for = emulator.digest
+            self._early = asyncio.create_task(self._at_work(lambda: self._sweep_early(welcome, emulator)))
+            self._early.add_done_callback(self._early_ended)
+        return opened
+
+    async def _open(self) -> dict[str, Any]:
+        """Let the worker have bundle and data, unless it does."""
+        if self.worker.pid is None or self.worker.pid != self._opened_by:
+            assert self._opening is not None
+            self._opened = await self.worker.call("open", self._opening)
+            self._opened_by, self._border_for = self.worker.pid, None
+        return self._opened
+
+    async def _sweep_early(self, welcome: ms.Welcome, emulator: ms.ViewRef) -> None:
+        """Before the first offer, and layer by layer as the bundle comes.
+
+        Only with an emulator that is here: the hub may align again any time, and then it has this one's blobs no more.
+        """
+        await self._open()
+        held = await self._views(welcome).held("emulator", emulator.digest)
+        if emulator.snapshot is None or held is not None:
+            await self._sweep(None if emulator.snapshot is None else held, emulator.digest)
+
+    def _early_ended(self, early: asyncio.Task[None]) -> None:
+        if not early.cancelled() and (error := early.exception()) is not None:
+            self.offers.put(error)
+
+    async def _use_early(self, emulator: ms.Digest) -> None:
+        """Let the early sweep end, where the round asks for it; else end it."""
+        if (early := self._early) is None:
+            return
+        if not early.done() and self._early_for != emulator:
+            early.cancel()
+            await asyncio.wait([early])
+            await self.worker.close()
+        await asyncio.wait([early])
+        if not early.cancelled():
+            early.result()
+
+    async def _at_work(self, work: Callable[[], Coroutine[Any, Any, T]], tries: int = WORKER_TRIES) -> T:
+        """What the worker does, one piece after the other. One that dies, or that a pause ended, is started again."""
+        async with self._working:
+            num_failures = 0
+            while True:
+                try:
+                    return await self._aside.run(work)
+                except WorkerFailed as error:
+                    num_failures += 1
+                    if num_failures == tries:
+                        raise
+                    self.say({"event": "notice", "message": f"{error}; starting it again"})
+                    await self.worker.close()
 
     def fitting_device(self, manifest: BundleManifest, facts: ms.DeviceFacts, held_bytes: int) -> str:
         limits = self._settings.limits
@@ -231,8 +295,12 @@ class Agent:
         prompt, completion = self._template()
         if self._settings.data.is_text:
             return self._settings.data.check(prompt, completion)
-        values = {"data": str(self._settings.data.path.absolute()), "columns": dict(self._settings.data.columns)}
-        checked = await self.worker.call("check", {**values, "prompt": prompt.text, "completion": completion.text})
+        values: dict[str, Any] = {
+            "data": str(self._settings.data.path.absolute()),
+            "columns": dict(self._settings.data.columns),
+        }
+        values |= {"prompt": prompt.text, "completion": completion.text}
+        checked = await self._at_work(lambda: self.worker.call("check", values), tries=1)
         return int(checked["rows"])
 
     def _template(self) -> tuple[TextTemplate, TextTemplate]:
@@ -252,9 +320,8 @@ class Agent:
                     raise
                 if attempt == 0:
                     self.say({"event": "reconnecting", "message": str(error)})
-                delay = min(MAX_BACKOFF_SECONDS, 0.5 * 2.0 ** min(attempt, 10))
+                await asyncio.sleep(backoff_seconds(attempt))
                 attempt += 1
-                await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # not all edges at once
 
     async def greet_once(self) -> ms.Welcome:
         await self.transport.connect()
@@ -297,6 +364,8 @@ class Agent:
             while (is_paused := self._aside.pause is not None) != self._told_pause:
                 if self._aside.pause is not None:
                     await self._send(ms.Paused(reason=self._aside.pause.reason))
+                elif not self._is_prepared:
+                    return  # neither the one nor the other
                 elif self._ready.is_set():
                     await self._send(ms.Resumed())
                 else:
@@ -436,7 +505,9 @@ class Agent:
             pending = self._run_dir / "pending"
             pending.mkdir(exist_ok=True)
             (pending / "meta.json").unlink(missing_ok=True)
-            offer, result = await self._train_in_worker(welcome, pending)
+            await self._use_early(offer.emulator.digest)
+            trained = await self._at_work(lambda: self._train_once(welcome, pending))
+            offer, result = trained
             digest = await asyncio.to_thread(sha256_file, self.update_path)
             start = ms.UpdateStart(
                 round=offer.round,
@@ -457,31 +528,8 @@ class Agent:
         finally:
             self._working_on = 0
 
-    async def _train_in_worker(self, welcome: ms.Welcome, pending: Path) -> tuple[ms.RoundOffer, dict[str, Any]]:
-        """The round's result. A worker that dies, or that a pause ended, is started again; it has its checkpoint."""
-        num_failures = 0
-        while True:
-            await self._aside.running.wait()
-            self._training = asyncio.create_task(self._train_once(welcome, pending))
-            try:
-                return await self._training
-            except asyncio.CancelledError:
-                this = asyncio.current_task()
-                if this is None or this.cancelling():
-                    raise  # not by a pause
-            except WorkerFailed as error:
-                num_failures += 1
-                if num_failures == WORKER_TRIES:
-                    raise
-                self.say({"event": "notice", "message": f"{error}; starting it again"})
-                await self.worker.close()
-            finally:
-                self._training = None
-
     async def _train_once(self, welcome: ms.Welcome, pending: Path) -> tuple[ms.RoundOffer, dict[str, Any]]:
-        if self.worker.pid is None and self._opening is not None:
-            await self.worker.call("open", self._opening)
-            self._border_for = None
+        await self._open()
         offer = self._offer
         assert offer is not None
         if offer.round != self._working_on:
@@ -492,8 +540,7 @@ class Agent:
         emulator = await views.bring_up("emulator", offer.emulator, offer.alignment)
         view = await views.bring_up("adapter", offer.view, offer.round)
         if self._border_for != offer.emulator.digest:
-            await self._sweep(emulator)
-            self._border_for = offer.emulator.digest
+            await self._sweep(emulator, offer.emulator.digest)
         result = await self.worker.call(
             "train",
             {
@@ -513,7 +560,7 @@ class Agent:
         self._say_damaged(result.pop("num_damaged"))
         return offer, result
 
-    async def _sweep(self, emulator: str | None) -> None:
+    async def _sweep(self, emulator: str | None, digest: ms.Digest) -> None:
         """Border states of all samples, those that are on the disk already left as they are."""
         assert self._welcome is not None
         cache = {
@@ -524,6 +571,7 @@ class Agent:
         }
         swept = await self.worker.call("border", {"emulator": emulator, "cache": cache}, self._report_sweep)
         self._say_damaged(swept["num_damaged"])
+        self._border_for = digest
         self.say({"event": "swept", "num_examples": self._num_examples, **swept})
 
     def _say_damaged(self, count: int) -> None:
@@ -625,7 +673,7 @@ class Agent:
     async def close(self, error: BaseException | None = None) -> None:
         if self._status is not None:
             self._status.end(error)
-        for task in (self._aside.watcher, self._reader, self._transfer):
+        for task in (self._aside.watcher, self._reader, self._transfer, self._preparing, self._early):
             if task is not None:
                 task.cancel()
                 await asyncio.wait([task])
@@ -645,3 +693,18 @@ class Agent:
             "agent_peak_rss_bytes": peak_rss_bytes(),
             "worker_peak_rss_bytes": self.worker.peak_rss_bytes,
         }
+
+
+async def _beside(one: Coroutine[Any, Any, object], other: Coroutine[Any, Any, T]) -> T:
+    """Both at the same time; the other's result. Where one fails, the other ends too."""
+    tasks = asyncio.create_task(one), asyncio.create_task(other)
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        for task in tasks:
+            if task.done():
+                task.result()
+        return tasks[1].result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from fedsoda_edge import control
 from fedsoda_edge.neighbour import SENSE_SECONDS, Neighbour, Pause, Readings, Rules, Sensors
@@ -19,6 +19,9 @@ from fedsoda_edge.ports.child import Child
 
 END_SECONDS = 5.0  # a worker whose stdin closed may take; then it is killed
 REFRESH_SECONDS = 30.0  # so often `status` learns how long a pause still is
+
+
+T = TypeVar("T")
 
 
 class Join(Protocol):
@@ -32,17 +35,13 @@ class Join(Protocol):
     def say(self, event: dict[str, Any]) -> None: ...
     def still_paused(self, seconds: float) -> None: ...
 
-    async def break_off(self) -> None:
-        """What the worker does; it goes on when `running` is set again."""
-        ...
-
     async def tell(self) -> None:
         """Let the hub know, where it is connected."""
         ...
 
 
 class Aside:
-    """The pauses of one join. `running` is set while there is none, and `is_finishing` when the owner wants no more."""
+    """The pauses of one join. `finishing` is set when its owner wants no round after the one in hand."""
 
     def __init__(self, join: Join, wishes: Path, rules: Rules, clock: Clock) -> None:
         self._join = join
@@ -54,14 +53,30 @@ class Aside:
         self._sensed = self._refreshed = float("-inf")
         self._neighbour = Neighbour(rules)
         self.pause: Pause | None = None
-        self.running = asyncio.Event()
-        self.running.set()
-        self.is_finishing = False
+        self.finishing = asyncio.Event()
+        self._running = asyncio.Event()  # not paused
+        self._running.set()
+        self._work: set[asyncio.Task[Any]] = set()
         self.watcher: asyncio.Task[None] | None = None
 
     def missing(self) -> list[str]:
         """What a rule asks for and this device does not have."""
         return self._sensors.missing()
+
+    async def run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Do the work while there is no pause; what one breaks off is begun again after it."""
+        while True:
+            await self._running.wait()
+            task = asyncio.create_task(work())
+            self._work.add(task)
+            try:
+                return await task
+            except asyncio.CancelledError:
+                this = asyncio.current_task()
+                if this is None or this.cancelling():
+                    raise  # not by a pause
+            finally:
+                self._work.discard(task)
 
     def watch(self, failed: Callable[[BaseException], None]) -> None:
         """Look twice a second from now on."""
@@ -88,7 +103,7 @@ class Aside:
                 self._neighbour.resume()
             elif wish.do == "finish":
                 self._neighbour.finish()
-                self.is_finishing = True
+                self.finishing.set()
         if self._rules != Rules() and now - self._sensed >= SENSE_SECONDS:
             self._sensed = now
             hour = time.localtime(self._clock.wall()).tm_hour
@@ -106,7 +121,7 @@ class Aside:
             control.answer(
                 wish,
                 {
-                    "state": "paused" if pause else "finishing" if self.is_finishing else "running",
+                    "state": "paused" if pause else "finishing" if self.finishing.is_set() else "running",
                     "was_paused": before is not None,
                     "reason": pause.reason if pause else None,
                     "seconds": pause.until - now if pause and pause.until is not None else None,
@@ -118,8 +133,11 @@ class Aside:
     async def _begin(self, pause: Pause, now: float) -> int:
         """End the worker, which keeps all on the disk, and tell the hub; the bytes that are free again."""
         self.pause, self._refreshed = pause, now
-        self.running.clear()
-        await self._join.break_off()
+        self._running.clear()
+        if self._work:
+            for task in self._work:
+                task.cancel()
+            await asyncio.wait(self._work)
         worker = self._join.worker
         freed = worker.rss_bytes or 0
         try:
@@ -140,4 +158,4 @@ class Aside:
         self.pause = None
         await self._join.tell()
         self._join.say({"event": "resumed"})
-        self.running.set()
+        self._running.set()

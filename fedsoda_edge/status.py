@@ -22,6 +22,7 @@ _STATES = {
     "download": "downloading",
     "data": "waiting for a round",
     "sweep": "sweeping the data through the sub-emulator",
+    "swept": "waiting for a round",
     "training": "training",
     "trained": "sending the update",
     "retrying": "waiting to send the update again",
@@ -33,6 +34,7 @@ _STATES = {
     "resumed": "waiting for a round",
     "farewell": "the run is over",
 }
+_BESIDE = ("sweep", "swept")  # done while the download runs, which lasts longer
 
 
 class Status:
@@ -41,6 +43,7 @@ class Status:
     def __init__(self, path: Path, hub: str, clock: Clock, memory: Callable[[], int | None]) -> None:
         self._path, self._clock, self._memory = path, clock, memory
         self._written = -WRITE_SECONDS
+        self._is_downloading = False
         self.values: dict[str, Any] = {
             "state": "connecting",
             "pid": os.getpid(),
@@ -64,7 +67,10 @@ class Status:
         """Take one event of the join in."""
         values, kind = self.values, event["event"]
         before = values["state"]
-        values["state"] = _STATES.get(kind, before)
+        if kind == "download":
+            self._is_downloading = event["done"] < event["total"]
+        if not (kind in _BESIDE and self._is_downloading):
+            values["state"] = _STATES.get(kind, before)
         if kind == "paused":
             values["paused"] = event["reason"]
             self._until(event["seconds"])

@@ -42,7 +42,7 @@ class Views:
         mark = self._directory / f"{which}.number"
         if wanted.snapshot is None or wanted.delta is None:
             return None
-        if path.exists() and await asyncio.to_thread(sha256_file, path) == wanted.digest:
+        if await self.held(which, wanted.digest):
             write_durably(mark, str(number).encode())
             return str(path)
         held = int(mark.read_text()) if path.exists() and mark.exists() else 0
@@ -72,6 +72,12 @@ class Views:
         write_durably(path, data)
         write_durably(mark, str(number).encode())
         return str(path)
+
+    async def held(self, which: str, digest: ms.Digest) -> str | None:
+        """The file of a view that is here already."""
+        path = self._directory / f"{which}.safetensors"
+        is_here = path.exists() and await asyncio.to_thread(sha256_file, path) == digest
+        return str(path) if is_here else None
 
     def residual(self, round_number: int) -> str | None:
         """The error feedback of the last receipt; dropped after five missed rounds."""

@@ -150,7 +150,10 @@ class Leave(Message, frozen=True, tag="leave"):
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
-    """Answer to Hello. `manifest` is fetched by HTTP as a blob."""
+    """Answer to Hello. `manifest` is fetched by HTTP as a blob.
+
+    emulator: of the alignment in force, so that an edge can sweep before its first offer; None: an older hub.
+    """
 
     protocol: int
     run_id: str
@@ -164,6 +167,7 @@ class Welcome(Message, frozen=True, tag="welcome"):
     codec: str
     seed: int
     stall_seconds: float
+    emulator: ViewRef | None = None
 
 
 class RoundOffer(Message, frozen=True, tag="round_offer"):
