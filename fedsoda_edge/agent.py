@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from fedsoda_edge import control
-from fedsoda_edge.aside import Aside
+from fedsoda_edge.aside import Aside, end
 from fedsoda_edge.config import Home
 from fedsoda_edge.data import DEFAULT_COMPLETION, DEFAULT_PROMPT, LocalData, TextTemplate
 from fedsoda_edge.device import choose_device_within, read_device
@@ -265,7 +265,7 @@ class Agent:
         if not early.done() and self._early_for != emulator:
             early.cancel()
             await asyncio.wait([early])
-            await self.worker.close()
+            await end(self.worker)
         await asyncio.wait([early])
         if not early.cancelled():
             early.result()
@@ -678,7 +678,7 @@ class Agent:
                 task.cancel()
                 await asyncio.wait([task])
         await self.transport.close()
-        await self.worker.close()
+        await end(self.worker)
         if self._opening is not None and not self._settings.cache.keep_key:
             self.home.forget_borders()  # without the key they are of no use
         self.home.unlock()

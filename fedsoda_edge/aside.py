@@ -40,6 +40,19 @@ class Join(Protocol):
         ...
 
 
+async def end(worker: Child) -> None:
+    """Let the worker end by itself; one that is in the middle of its imports, or stopped, is killed."""
+    try:
+        async with asyncio.timeout(END_SECONDS):
+            await worker.close()
+    except TimeoutError:
+        import psutil
+
+        with contextlib.suppress(psutil.Error):
+            psutil.Process(worker.pid).kill()
+        await worker.close()
+
+
 class Aside:
     """The pauses of one join. `finishing` is set when its owner wants no round after the one in hand."""
 
@@ -140,15 +153,7 @@ class Aside:
             await asyncio.wait(self._work)
         worker = self._join.worker
         freed = worker.rss_bytes or 0
-        try:
-            async with asyncio.timeout(END_SECONDS):
-                await worker.close()
-        except TimeoutError:
-            import psutil
-
-            with contextlib.suppress(psutil.Error):
-                psutil.Process(worker.pid).kill()
-            await worker.close()
+        await end(worker)
         seconds = None if pause.until is None else pause.until - now
         self._join.say({"event": "paused", "reason": pause.reason, "seconds": seconds})
         await self._join.tell()

@@ -149,7 +149,7 @@ class Leave(Message, frozen=True, tag="leave"):
 # --- hub to edge ------------------------------------------------------------------------------------
 
 
-class Welcome(Message, frozen=True, tag="welcome"):
+class Welcome(Message, frozen=True, tag="welcome", omit_defaults=True):
     """Answer to Hello. `manifest` is fetched by HTTP as a blob.
 
     emulator: of the alignment in force, so that an edge can sweep before its first offer; None: an older hub.
