@@ -166,8 +166,10 @@ class Agent:
         self._aside.watch(self.offers.put)
         self._preparing = asyncio.create_task(self._prepare(welcome))
         finishing = asyncio.create_task(self._aside.finishing.wait())
-        await asyncio.wait({self._preparing, self._reader, finishing}, return_when=asyncio.FIRST_COMPLETED)
-        finishing.cancel()
+        try:
+            await asyncio.wait({self._preparing, self._reader, finishing}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            finishing.cancel()
         if not self._preparing.done():
             return  # this edge goes, or the hub wants it no more: `offers` knows
         self._preparing.result()
