@@ -28,13 +28,15 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from torch import Tensor
 
 from fedsoda_edge.model.bundle import Bundle
+from fedsoda_edge.model.memory import GROUP_POSITIONS
 from fedsoda_edge.model.streaming import buckets, stream
 
 DTYPES = ("bf16", "int8")
 _MAGIC = b"fedsoda border 1"
 _HEAD = struct.Struct("<16sI12s")  # the sample's name, its number of ids, the record's nonce
 _TAG_BYTES = 16
-_GROUP_TOKENS = 512  # of samples that always run together: enough for a product, little to do again for one of them
+_GROUP_TOKENS = GROUP_POSITIONS  # of samples that always run together: one of them is little to do again
+_HEAD_BYTES = 128  # and more than a record takes besides its rows
 _KEEP_FREE_BYTES = 256 << 20  # of the disk: others need it too
 
 Progress = Callable[[int, int], None]
@@ -171,7 +173,8 @@ def from_record(data: bytes, width: int, dtype: str) -> Tensor:
 class CacheSettings:
     """Where border states are kept and how. max_bytes: of disk, all files together; None: what is free.
 
-    slice_bytes: of memory for the samples that one pass over the layers takes along.
+    slice_bytes: of memory for the samples that one pass over the layers takes along. dense: whether a layer's weights
+    are dequantized once for all of them.
     """
 
     directory: Path
@@ -179,6 +182,7 @@ class CacheSettings:
     dtype: str = "bf16"
     max_bytes: int | None = None
     slice_bytes: int = 256 << 20
+    dense: bool = True
 
 
 class CachedStates:
@@ -205,13 +209,14 @@ class CachedStates:
         self._settings = settings
         self._compute_dtype = compute_dtype
         self._device = device
+        self._digest_of_all = _digest([sample.numpy().tobytes().hex() for sample in self._ids])
         self._names = [hmac.digest(settings.key, sample.numpy().tobytes(), "sha256")[:16] for sample in self._ids]
         layers = bundle.plan.sub_emulator
         carrying = {int(name.split(".")[1]) for name in emulator}
         split = next((at for at, number in enumerate(layers) if number in carrying), len(layers))
         self._below, self._above = layers[:split], layers[split:]
         self._width = int(bundle.manifest.config["hidden_size"])
-        kind = f"{device.partition(':')[0]} {compute_dtype}"
+        kind = f"{device.partition(':')[0]} {compute_dtype} {'dense' if settings.dense else 'packed'}"
         config = json.dumps(bundle.manifest.config, sort_keys=True)
         fixed = [kind, config, *self._digests(["embedding", *(f"layers.{number}" for number in self._below)])]
         above = self._digests(f"layers.{number}" for number in self._above)
@@ -221,7 +226,7 @@ class CachedStates:
         budget = self._budget()
         wanted = {"border": moving}
         # Both or the border alone: half of each would save nothing.
-        if self._below and self._above and positions * sum(rows.values()) + (len(ids) << 7) <= budget:
+        if self._below and self._above and positions * sum(rows.values()) + len(ids) * _HEAD_BYTES <= budget:
             wanted["below"] = fixed
         paths = {tier: settings.directory / f"{tier}-{_digest(parts)[:16]}.cache" for tier, parts in wanted.items()}
         for path in settings.directory.iterdir():
@@ -229,7 +234,7 @@ class CachedStates:
                 path.unlink()  # of another alignment or bundle
         self._files: dict[str, RecordFile] = {}
         for tier, parts in wanted.items():
-            most = budget - sum(rows[other] * positions + (len(ids) << 7) for other in wanted if other != tier)
+            most = budget - sum(rows[other] * positions + len(ids) * _HEAD_BYTES for other in wanted if other != tier)
             self._files[tier] = RecordFile(paths[tier], settings.key, _digest(parts), rows[tier], most)
         self._first = {name: at for at, name in reversed(list(enumerate(self._names)))}  # copies of a sample share it
         firsts = sorted(self._first.values())
@@ -342,6 +347,7 @@ class CachedStates:
             lora_scale=self._bundle.manifest.lora.scale,
             compute_dtype=self._compute_dtype,
             device=self._device,
+            dense=self._settings.dense,
             progress=progress,
             batches=[[places[at] for at in self._groups[number]] for number in groups],
         )
@@ -383,7 +389,7 @@ class CachedStates:
     @property
     def digest(self) -> str:
         """Of all samples in their order; it does not depend on the key."""
-        return _digest([sample.numpy().tobytes().hex() for sample in self._ids])
+        return self._digest_of_all
 
     @property
     def num_kept(self) -> int:

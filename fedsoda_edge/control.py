@@ -1,7 +1,7 @@
 """How `pause`, `resume` and `finish` reach the running join of a home: small files, no signals, no sockets.
 
 A wish is one file, written whole; the join reads about twice a second, does it, and answers in another file. What a
-wish does is `neighbour.py`'s and `edge.py`'s.
+wish does is `neighbour.py`'s and `aside.py`'s.
 """
 
 from __future__ import annotations

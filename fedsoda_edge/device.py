@@ -1,19 +1,30 @@
-"""What this device has free, and whether a bundle fits: the sentence that says so, before anything is fetched."""
+"""What this device has free, and how training fits it: the sentence that says so, before anything is fetched."""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import psutil
 
 from fedsoda_edge.errors import DeviceTooSmall, UsageProblem
+from fedsoda_edge.model.memory import PROCESS_BYTES, MemoryPlan, Samples, Shape, plans
 from fedsoda_edge.ports.console import human_bytes
-from fedsoda_edge.protocol.manifest import EdgeNeeds
 from fedsoda_edge.protocol.messages import DeviceFacts
+
+EASY_SHARE = 0.9  # of what is free may be taken lightly: other programs grow too
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bytes that training may take. None: what is free."""
+
+    max_ram: int | None = None
+    max_vram: int | None = None
 
 
 def read_device(home: Path) -> DeviceFacts:
@@ -53,68 +64,80 @@ def _free_vram() -> tuple[str, int]:
         pynvml.nvmlShutdown()
 
 
-def choose_device_within(
-    wanted: str,
-    needs: EdgeNeeds,
-    facts: DeviceFacts,
-    held_bytes: int = 0,
-    *,
-    max_ram: int | None = None,
-    max_vram: int | None = None,
-) -> str:
-    """`choose_device` where the owner allows at most so many bytes of RAM and VRAM; None: all that is free.
+def check_device_name(wanted: str) -> None:
+    """Raises UsageProblem where `wanted` is none of "auto", "cpu", "cuda[:n]"."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", wanted):
+        raise UsageProblem(f"--device {wanted!r} is none of auto, cpu, cuda, cuda:N")
 
-    Raises:
-        DeviceTooSmall: says which limit keeps it from training, with both numbers.
-    """
-    limits = (("--max-ram", max_ram, needs.ram_bytes), ("--max-vram", max_vram, needs.vram_bytes))
-    allowed = msgspec.structs.replace(
-        facts,
-        ram_bytes=facts.ram_bytes if max_ram is None else min(facts.ram_bytes, max_ram),
-        vram_bytes=facts.vram_bytes if max_vram is None else min(facts.vram_bytes, max_vram),
-    )
-    try:
-        return choose_device(wanted, needs, allowed, held_bytes)
-    except DeviceTooSmall:
-        choose_device(wanted, needs, facts, held_bytes)  # says so itself where the device is too small
-        told = " and ".join(
-            f"{name} allows {human_bytes(most)}, the sub-LLM needs {human_bytes(needed)}"
-            for name, most, needed in limits
-            if most is not None and most < needed
+
+def check_disk(needed: int, facts: DeviceFacts) -> None:
+    """Raises DeviceTooSmall where the disk has no room for what is still to be fetched."""
+    if facts.disk_bytes < needed:
+        raise DeviceTooSmall(
+            f"this device has {human_bytes(facts.disk_bytes)} of disk free, the bundle needs {human_bytes(needed)}; "
+            "free space or point FEDSODA_HOME to another disk"
         )
-        raise DeviceTooSmall(f"{told}; allow more, or ask the hub's owner for a smaller sub-LLM") from None
 
 
-def choose_device(wanted: str, needs: EdgeNeeds, facts: DeviceFacts, held_bytes: int = 0) -> str:
-    """ "cpu" or "cuda[:n]": where this bundle can be trained.
+def fit(
+    wanted: str,
+    shape: Shape,
+    samples: Samples,
+    facts: DeviceFacts,
+    limits: Limits = Limits(),
+    *,
+    process_bytes: int = PROCESS_BYTES,
+) -> MemoryPlan:
+    """The quickest way to train this sub-LLM that has room here.
 
     Args:
         wanted: "auto", "cpu" or "cuda[:n]"; auto takes a GPU that has room, else the CPU.
-        held_bytes: bytes of the bundle that are on the disk already.
+        process_bytes: of a worker before it has read anything.
 
     Raises:
-        DeviceTooSmall: nothing it may use has room; says both numbers.
-        UsageProblem: `wanted` is none of these.
+        DeviceTooSmall: not even the way that needs least has room on what may be used; says both numbers.
     """
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", wanted):
-        raise UsageProblem(f"--device {wanted!r} is none of auto, cpu, cuda, cuda:N")
-    disk = max(0, needs.disk_bytes - held_bytes)
-    if facts.disk_bytes < disk:
-        raise DeviceTooSmall(
-            f"this device has {human_bytes(facts.disk_bytes)} of disk free, the bundle needs {human_bytes(disk)}; "
-            "free space or point FEDSODA_HOME to another disk"
-        )
-    has_vram = facts.vram_bytes >= needs.vram_bytes
-    if wanted.startswith("cuda") and not has_vram:
-        raise DeviceTooSmall(
-            f"the GPU {facts.accelerator or '(none found)'} has {human_bytes(facts.vram_bytes)} free, the sub-LLM needs "
-            f"{human_bytes(needs.vram_bytes)}; close what uses it, or --device cpu"
-        )
-    if wanted != "cpu" and has_vram:
-        return "cuda" if wanted == "auto" else wanted
-    if facts.ram_bytes < needs.ram_bytes:
-        raise DeviceTooSmall(
-            f"this device has {human_bytes(facts.ram_bytes)} of memory free, the sub-LLM needs {human_bytes(needs.ram_bytes)}; "
-            "close other programs, or ask the hub's owner for a smaller sub-LLM"
-        )
-    return "cpu"
+    devices = {"auto": ["cuda", "cpu"] if facts.accelerator else ["cpu"]}.get(wanted, [wanted])
+    refusals = []
+    for device in devices:
+        room = _room(device, facts, limits)
+        ways = list(plans(shape, device, samples, process_bytes))
+        easy = next((plan for plan in ways if plan.peak <= EASY_SHARE * room), None)
+        least = min(ways, key=lambda plan: plan.peak)
+        if easy is not None or least.peak <= room:
+            return easy or least
+        refusals.append(_refusal(device, least.peak, facts, limits))
+    raise DeviceTooSmall(refusals[-1])
+
+
+def leaner(plan: MemoryPlan, shape: Shape, samples: Samples, process_bytes: int) -> MemoryPlan | None:
+    """The next way to train that needs less; None where there is none."""
+    ways: Iterator[MemoryPlan] = plans(shape, plan.device, samples, process_bytes)
+    return next((way for way in ways if way.peak < plan.peak and _order(way) > _order(plan)), None)
+
+
+def _order(plan: MemoryPlan) -> tuple[bool, bool, int]:
+    """Ascending as `plans` yields them."""
+    return plan.packed, plan.recompute, -plan.micro_batch
+
+
+def _room(device: str, facts: DeviceFacts, limits: Limits) -> int:
+    on_gpu = device.startswith("cuda")
+    free, most = (facts.vram_bytes, limits.max_vram) if on_gpu else (facts.ram_bytes, limits.max_ram)
+    return free if most is None else min(free, most)
+
+
+def _refusal(device: str, needed: int, facts: DeviceFacts, limits: Limits) -> str:
+    on_gpu = device.startswith("cuda")
+    free, most = (facts.vram_bytes, limits.max_vram) if on_gpu else (facts.ram_bytes, limits.max_ram)
+    room = _room(device, facts, limits)
+    least = f"the sub-LLM needs at least {human_bytes(needed)}, {human_bytes(needed - room)} more"
+    smaller = "ask the hub's owner for a smaller sub-LLM"
+    if on_gpu and not facts.accelerator:
+        return "no NVIDIA GPU is seen here; install its driver, or --device cpu"
+    if most is not None and most == room:
+        option = "--max-vram" if on_gpu else "--max-ram"
+        return f"{option} allows {human_bytes(most)}, {least}; allow more, or {smaller}"
+    if on_gpu:
+        return f"the GPU {facts.accelerator} has {human_bytes(free)} free, {least}; close what uses it, or --device cpu"
+    return f"this device has {human_bytes(free)} of memory free, {least}; close other programs, or {smaller}"

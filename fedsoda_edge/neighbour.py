@@ -1,6 +1,6 @@
 """Decide when a device is its owner's alone: wishes and readings in, a pause with its reason out. No clock.
 
-`Sensors` reads battery and GPUs, thinly. What a pause does to a join is `edge.py`'s, how wishes come `control.py`'s.
+`Sensors` reads battery and GPUs, thinly. What a pause does to a join is `aside.py`'s, how wishes come `control.py`'s.
 """
 
 from __future__ import annotations

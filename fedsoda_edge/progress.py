@@ -23,6 +23,8 @@ class Display:
         self._jsonl = jsonl
         self._lock = threading.Lock()
         self._line = ProgressLine(is_live=sys.stderr.isatty() and not jsonl)
+        self._download: dict[str, Any] | None = None  # while it runs
+        self._swept = ""  # beside it
 
     def __enter__(self) -> Display:
         return self
@@ -41,12 +43,19 @@ class Display:
                 return
             match event["event"]:
                 case "download":
-                    self._line.show("downloading", event["done"], event["total"], is_bytes=True)
+                    self._download = event
+                    self._show_download()
                     if event["done"] >= event["total"]:
-                        self._line.show("starting the training process", 0, None)
+                        self._download = None
+                        if not self._swept:
+                            self._line.show("starting the training process", 0, None)
                 case "sweep":
                     detail = f"layer {event['done']} of {event['total']}"
-                    self._line.show("sweeping the data", event["done"], event["total"], detail)
+                    self._swept = f"swept {detail}"
+                    if self._download is not None:
+                        self._show_download()
+                    else:
+                        self._line.show("sweeping the data", event["done"], event["total"], detail)
                 case "training":
                     loss = "nan" if event["loss"] is None else f"{event['loss']:.3f}"
                     detail = f"step {event['step']} of {event['steps']}, loss {loss}, "
@@ -54,12 +63,17 @@ class Display:
                     self._line.show(f"round {event['round']}", event["step"], event["steps"], detail)
                 case kind:
                     text = _sentence(event)
-                    if text and kind not in _ASIDES:
+                    if (text and kind not in _ASIDES) or (kind == "swept" and self._download is None):
                         self._line.end()
                     if text:
                         self._line.say(text)
                     if kind == "device":
                         self._line.show("starting the training process", 0, None)
+
+    def _show_download(self) -> None:
+        """One bar for both: what is swept while it comes stands beside it."""
+        assert self._download is not None
+        self._line.show("downloading", self._download["done"], self._download["total"], self._swept, is_bytes=True)
 
 
 def _sentence(event: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ _WORK = {  # what the events say that it works at
     "download": "downloading",
     "data": "waiting for a round",
     "sweep": "sweeping the data through the sub-emulator",
+    "swept": "waiting for a round",
     "training": "training",
     "trained": "sending the update",
     "retrying": "waiting to send the update again",
@@ -29,6 +30,7 @@ _WORK = {  # what the events say that it works at
     "refused": "waiting for a round",
     "farewell": "the run is over",
 }
+_BESIDE = ("sweep", "swept")  # done while the download runs, which lasts longer
 
 
 class Status:
@@ -38,6 +40,7 @@ class Status:
         self._path, self._clock, self._memory = path, clock, memory
         self._written = -WRITE_SECONDS
         self._work = "connecting"  # goes on after a lost connection or a pause
+        self._is_downloading = False
         self.values: dict[str, Any] = {
             "state": self._work,
             "pid": os.getpid(),
@@ -61,10 +64,14 @@ class Status:
         """Take one event of the join in."""
         values, kind = self.values, event["event"]
         before = values["state"]
-        self._work = _WORK.get(kind, self._work)
+        if kind == "download":
+            self._is_downloading = event["done"] < event["total"]
+        if kind in _WORK and not (kind in _BESIDE and self._is_downloading):
+            self._work = _WORK[kind]
+            values["state"] = self._work
         if kind in ("reconnecting", "paused"):
             values["state"] = kind
-        elif kind in ("reconnected", "resumed") or kind in _WORK:
+        elif kind in ("reconnected", "resumed"):
             values["state"] = self._work
         if kind == "paused":
             values["paused"] = event["reason"]

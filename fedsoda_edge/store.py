@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fedsoda_edge.errors import BlobCorrupt, DiskFull, ProtocolViolation
@@ -12,9 +14,18 @@ from fedsoda_edge.ports import Transport
 from fedsoda_edge.ports.disk import BlobStore, sha256_file
 from fedsoda_edge.ports.system import sync_directory
 
+ARRIVAL_SECONDS = 0.02  # so often a reader looks whether its file is here
+
+
+def when_here(path: Path, coming: Path) -> Path:
+    """Wait for a file of a store as long as the file `coming` says that a download is under way."""
+    while not path.exists() and coming.exists():
+        time.sleep(ARRIVAL_SECONDS)
+    return path
+
 
 class FileStore(BlobStore):
-    """A BlobStore that fetches what it lacks."""
+    """A BlobStore that fetches what it lacks. A file gets its name when it is whole and verified, not before."""
 
     def held_bytes(self, files: list[tuple[str, int]]) -> int:
         """How many bytes of these (digest, size) files are here already, parts of downloads included."""
@@ -24,6 +35,22 @@ class FileStore(BlobStore):
                 if path.exists():
                     total += min(size, path.stat().st_size)
         return total
+
+    def verified(self, digests: Sequence[str]) -> set[str]:
+        """Those that are here and whole. What the disk or another program changed is taken away."""
+        found = set()
+        for digest in digests:
+            path = self.path(digest)
+            if path.exists():
+                if sha256_file(path) == digest:
+                    found.add(digest)
+                else:
+                    path.unlink()
+        return found
+
+    def coming(self, digest: str) -> Path:
+        """The file that is there while the bundle of this manifest is fetched, for `when_here`."""
+        return self.path(digest).with_suffix(".coming")
 
     def _part(self, digest: str) -> Path:
         return self.path(digest).with_suffix(".part")
@@ -47,16 +74,14 @@ class FileStore(BlobStore):
             raise ProtocolViolation(
                 f"the hub names a file {digest[:80]!r}, which is no sha256; upgrade the hub"
             ) from error
-        if path.exists():
-            if sha256_file(path) == digest:
-                progress(size)
-                return path
-            path.unlink()  # the disk or another program changed it
+        if await asyncio.to_thread(self.verified, [digest]):
+            progress(size)
+            return path
         self.directory.mkdir(parents=True, exist_ok=True)
         found = ""
         for _ in range(2):
             await self._download(transport, digest, size, part, progress)
-            found = sha256_file(part)
+            found = await asyncio.to_thread(sha256_file, part)
             if found == digest:
                 os.replace(part, path)
                 sync_directory(self.directory)

@@ -99,23 +99,25 @@ class ScriptedHub:
             codec="int8",
             seed=0,
             stall_seconds=60.0,
+            emulator=self._view("emulator"),
         )
+
+    def _view(self, name: str) -> ms.ViewRef:
+        digest = ms.Digest(sha256_file(self._bundle / f"{name}_lora.safetensors"))
+        return ms.ViewRef(digest=digest, delta=None, snapshot=None)
 
     def _offer(self) -> None:
         number = len(self.updates) + 1
         if number > self.rounds:
             self._say(ms.Farewell(rounds=self.rounds, reason="the script is over"))
             return
-        digests = {
-            name: ms.Digest(sha256_file(self._bundle / f"{name}_lora.safetensors")) for name in ("adapter", "emulator")
-        }
         self._say(
             ms.RoundOffer(
                 round=number,
                 rounds=self.rounds,
-                view=ms.ViewRef(digest=digests["adapter"], delta=None, snapshot=None),
+                view=self._view("adapter"),
                 alignment=0,
-                emulator=ms.ViewRef(digest=digests["emulator"], delta=None, snapshot=None),
+                emulator=self._view("emulator"),
                 local=LOCAL,
                 due_seconds=3600.0,
             )

@@ -22,6 +22,8 @@ from fedsoda_edge.errors import HubUnreachable, RefusedByHub, UsageProblem
 from fedsoda_edge.protocol.codec import MAX_FRAME_BYTES, wire_bytes
 
 OPEN_SECONDS = 20.0
+PIECE_BYTES = 64 << 10  # what came of a piece that a cut connection leaves behind is fetched again
+IDLE_SECONDS = 2.0  # a kept connection is used again; servers close theirs after five and more
 
 
 class HubTransport:
@@ -39,6 +41,7 @@ class HubTransport:
         self._parts = parts
         self._headers = {"Authorization": f"Bearer {token}"}
         self._socket: Any = None
+        self._http: Any = None  # one for all files: on a slow link each new connection costs round trips
         self.up = 0
         self.down = 0
 
@@ -52,7 +55,7 @@ class HubTransport:
         from websockets.asyncio.client import connect
         from websockets.exceptions import InvalidStatus, WebSocketException
 
-        await self.close()
+        await self._hang_up()
         address = f"{'wss' if self._parts.scheme == 'https' else 'ws'}://{self._parts.netloc}/v1/session"
         try:
             self._socket = await connect(
@@ -187,6 +190,13 @@ class HubTransport:
                 yield data
 
     async def close(self) -> None:
+        await self._hang_up()
+        if self._http is not None:
+            await self._http.aclose()
+            self._http = None
+
+    async def _hang_up(self) -> None:
+        """The websocket; a download goes on."""
         if self._socket is not None:
             await self._socket.close()
             self._socket = None
@@ -202,15 +212,16 @@ class HubTransport:
         headers = {**self._headers, "Accept-Encoding": "identity"}  # a digest is of the bytes as they are
         if offset:
             headers["Range"] = f"bytes={offset}-"
+        if self._http is None:
+            self._http = httpx.AsyncClient(
+                timeout=httpx.Timeout(OPEN_SECONDS, read=60.0), limits=httpx.Limits(keepalive_expiry=IDLE_SECONDS)
+            )
         try:
-            async with (
-                httpx.AsyncClient(timeout=httpx.Timeout(OPEN_SECONDS, read=60.0)) as client,
-                client.stream("GET", f"{self.url}/v1/blobs/{digest}", headers=headers) as response,
-            ):
+            async with self._http.stream("GET", f"{self.url}/v1/blobs/{digest}", headers=headers) as response:
                 if response.status_code not in (200, 206):
                     raise self._bad_status(response.status_code, await response.aread())
                 skip = offset if response.status_code == 200 else 0  # a proxy that drops Range sends it all
-                async for piece in response.aiter_raw(1 << 20):
+                async for piece in response.aiter_raw(PIECE_BYTES):
                     if skip:
                         skip, piece = max(0, skip - len(piece)), piece[skip:]
                     if piece:

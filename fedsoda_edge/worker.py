@@ -25,10 +25,11 @@ from fedsoda_edge.model.bundle import Bundle, read_manifest
 from fedsoda_edge.model.nf4 import NF4Linear, dequantize, quantize
 from fedsoda_edge.model.sub_llm import SubLLM, build
 from fedsoda_edge.ports.child import Report, Values, serve
-from fedsoda_edge.ports.disk import BlobStore, sha256_file, write_durably
+from fedsoda_edge.ports.disk import sha256_file, write_durably
 from fedsoda_edge.ports.system import lower_priority
 from fedsoda_edge.protocol.manifest import TOKENIZER_FILES
 from fedsoda_edge.protocol.messages import LocalSettings
+from fedsoda_edge.store import FileStore, when_here
 from fedsoda_edge.training import fine_tune
 
 MIN_SLICE_BYTES, MAX_SLICE_BYTES = 16 << 20, 1 << 30  # of samples that one pass over the layers takes along
@@ -52,10 +53,14 @@ class Worker:
         return self._bundle
 
     def open(self, values: Values, _: Report) -> Values:
-        """Verify the bundle and read the data; how many samples there are."""
-        store = BlobStore(Path(values["store"]))
+        """Read the data, as soon as the tokenizer is here; how many samples there are.
+
+        The rest of the bundle may still be coming. Each file is verified when it is first used.
+        """
+        store = FileStore(Path(values["store"]))
+        coming = store.coming(values["manifest"])
         manifest = read_manifest(store.get(values["manifest"]))
-        self._bundle = Bundle(manifest, lambda file: store.path(file.sha256))
+        self._bundle = Bundle(manifest, lambda file: when_here(store.path(file.sha256), coming))
         self._device = values["device"]
         if self._device.startswith("cuda"):
             if not torch.cuda.is_available():

@@ -410,6 +410,7 @@ class Daemon:
             codec=self.settings.wire.codec,
             seed=self.settings.seed,
             stall_seconds=self.settings.wire.stall_seconds,
+            emulator=self._view_ref(state.emulator_view, state.emulator_delta),
         )
 
     async def said(self, connection: Connection, message: ms.EdgeMessage | Upload) -> None:

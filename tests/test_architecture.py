@@ -31,7 +31,13 @@ TENSORS = {"torch", "transformers", "peft", "bitsandbytes", "accelerate"}
 OUTER_WORLD = TENSORS | NETWORK | {"numpy", "safetensors", "asyncio", "threading", "subprocess", "signal", "select"}
 OUTER_WORLD |= {"time", "datetime", "sqlite3", "os", "pathlib", "shutil", "tempfile", "io", "selectors"}
 RUNS_CODE = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "multiprocessing", "runpy"}
-HOLDS_A_SOCKET = ("fedsoda_edge.edge", "fedsoda_edge.transport", "fedsoda_hub.daemon", "fedsoda_hub.listener")
+HOLDS_A_SOCKET = (
+    "fedsoda_edge.edge",
+    "fedsoda_edge.agent",
+    "fedsoda_edge.transport",
+    "fedsoda_hub.daemon",
+    "fedsoda_hub.listener",
+)
 LIGHT = ("fedsoda_edge", "fedsoda_edge.cli", "fedsoda_hub.cli", *HOLDS_A_SOCKET)
 
 

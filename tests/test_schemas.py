@@ -349,11 +349,16 @@ class WorkerHere:
         self._worker = Worker()
         self.pid = 1
 
-    async def call(self, command: str, arguments: dict[str, Any], report: Any = None) -> dict[str, Any]:
-        def crossing(values: dict[str, Any]) -> None:
-            report(read_json(json.dumps(values)))  # what crosses the pipe is JSON
+    async def start(self) -> None: ...
 
-        return dict(read_json(json.dumps(getattr(self._worker, command)(arguments, crossing))))
+    async def call(self, command: str, arguments: dict[str, Any], report: Any = None) -> dict[str, Any]:
+        loop = asyncio.get_running_loop()
+
+        def crossing(values: dict[str, Any]) -> None:
+            loop.call_soon_threadsafe(report, read_json(json.dumps(values)))  # what crosses the pipe is JSON
+
+        done = await asyncio.to_thread(getattr(self._worker, command), arguments, crossing)
+        return dict(read_json(json.dumps(done)))
 
     async def close(self) -> None: ...
 

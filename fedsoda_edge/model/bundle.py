@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -35,7 +35,16 @@ from fedsoda_edge.model.families import (
 )
 from fedsoda_edge.model.layer_plan import check_plan
 from fedsoda_edge.model.memory import edge_needs
-from fedsoda_edge.model.nf4 import CODEBOOK, NF4Tensor, dequantize, dynamic_map, nf4_entries, quantize
+from fedsoda_edge.model.nf4 import (
+    BLOCK,
+    CODEBOOK,
+    NF4Tensor,
+    dequantize,
+    dequantize_rows,
+    dynamic_map,
+    nf4_entries,
+    quantize,
+)
 from fedsoda_edge.model.streaming import LayerSource
 from fedsoda_edge.model.sub_llm import local_name
 from fedsoda_edge.ports.disk import sha256, sha256_file, write_durably
@@ -286,6 +295,29 @@ class Bundle:
 
     def embedding(self) -> Tensor:
         return self._dense("embedding")["weight"]
+
+    def embedding_rows(self, ids: Tensor) -> Tensor:
+        [(vocab, width)] = self._shapes("embedding").values()
+        path = self.path("embedding.safetensors")
+        with _no_shard(path), safe_open(path, framework="pt") as file:
+            if "weight" in file.keys():  # noqa: SIM118  the file is no mapping
+                table = file.get_slice("weight")
+                if tuple(table.get_shape()) != (vocab, width):
+                    raise ValueError(f"weight is {tuple(table.get_shape())}, not {(vocab, width)}")
+                return torch.cat([table[row : row + 1] for row in ids.tolist()])
+            if width % BLOCK:  # a block runs over the ends of rows
+                return self.embedding()[ids]
+            parts = {name: file.get_slice(f"weight.{name}") for name in ("codes", "absmax")}
+            wide = {"codes": width // 2, "absmax": width // BLOCK}
+            for name, part in parts.items():
+                if part.get_shape() != [vocab * wide[name]]:
+                    raise ValueError(f"weight.{name} is {part.get_shape()}, not {[vocab * wide[name]]}")
+            codes, absmax = (
+                torch.stack([parts[name][row * wide[name] : (row + 1) * wide[name]] for row in ids.tolist()])
+                for name in ("codes", "absmax")
+            )
+            ends = (file.get_tensor("weight.nested_absmax"), file.get_tensor("weight.offset"))
+            return dequantize_rows(codes, absmax, ids, *ends)
 
     def norm(self) -> dict[str, Tensor]:
         return self._dense("norm")

@@ -1,27 +1,200 @@
-"""What a plan needs on an edge, from sizes alone. Whether a device has it is `device.py`'s business.
+"""How training fits a device: what a worker's memory holds, from sizes alone, and the quickest way that has room.
 
-Sizes are bytes. The process itself (Python, torch, transformers, peft) is measured, the rest is counted:
+Everything is bytes. A plan is one way to train (`MemoryPlan`); `plans` lists them, the quickest first:
 
-    sweep = one dense layer in compute dtype + hidden states of one batch
-    train = adapter layers + head in compute dtype + LoRA x 16 (weight, gradient, two moments in fp32)
-            + activations of the adapter layers for one batch + one chunk of logits
+    dense                 weights in compute dtype
+    packed                weights as they are stored, a tile dense at a time (nf4.py, loss.py)
+    packed, recomputed    a layer's activations are made again in the backward pass as well
+
+each with all samples of a step at once, then half of them, and so on. All but the first give memory back at once,
+which costs page faults, and holds what is used: malloc keeps 1.2 to 2.9 x the activations otherwise.
+
+    sweep = a layer + the next one as it is stored + hidden states of a slice + activations of one group
+    train = adapter layers + head + LoRA x 16 (weight, gradient, two moments in fp32) + activations + logits
     peak  = process + max(sweep, train)
 
-Border states of the edge's own samples are on disk, on top of the bundle: their number is known only there.
+Activations are what autograd keeps for a decoder layer with LoRA (counted for llama; other families keep no more),
+the last layer's MLP at supervised positions only (sub_llm.py). What the process itself takes is measured, so is what
+malloc adds. What a device has is `device.py`'s business; border states are on disk, on top of the bundle.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from fedsoda_edge.protocol.manifest import EdgeNeeds, File, LoRASpec
+import msgspec
 
-PROCESS_BYTES = 620 << 20  # measured: worker with torch 2.13 (CPU), transformers 5.23, peft 0.21 imported
+from fedsoda_edge.protocol.manifest import BundleManifest, EdgeNeeds, File, LoRASpec
+
+PROCESS_BYTES = 440 << 20  # measured: worker with torch 2.13 (CPU), transformers 5.23, peft 0.21 imported
+KERNEL_BYTES = 48 << 20  # measured: what libraries of kernels load and hold once a first step has run
 CUDA_CONTEXT_BYTES = 450 << 20  # measured elsewhere for torch on consumer cards; not on a GPU of ours
-LOGIT_ROWS = 256  # rows of logits that exist at once (loss.py)
-ACTIVATION_FACTOR = 16  # hidden-size-wide tensors an adapter layer keeps for backward, per position
-BATCH_POSITIONS = 2048  # positions of one batch we plan for
+KEPT_HEAP = 1.7  # measured: what malloc holds for each byte of activations, unless it returns memory at once
+
+NF4_STORED = 0.5 + 1 / 64 + 4 / 64 / 256  # bytes a weight: codes, absmax, nested absmax
+NF4_HELD = 0.5 + 4 / 64  # with absmax as fp32, which every use needs
+LOGITS = 1 << 23  # of one chunk of rows (loss.py)
+GROUP_POSITIONS = 512  # that a sweep runs together: enough for a product
+MIN_SLICE_BYTES, MAX_SLICE_BYTES = 16 << 20, 1 << 30  # of samples that one pass over the layers takes along
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of what an edge trains. layer_parameters: of the largest kept layer.
+
+    stored_layer, stored_head: bytes a weight as stored; NF4_STORED, or those of a dtype.
+    """
+
+    hidden: int
+    mlp: int
+    queries: int
+    keys: int
+    vocab: int
+    num_adapter_layers: int
+    layer_parameters: int
+    lora_parameters: int
+    stored_layer: float = NF4_STORED
+    stored_head: float = 2.0
+
+
+def shape_of(manifest: BundleManifest) -> Shape:
+    """From the manifest alone: no file of the bundle needs to be here."""
+    width = 4 if manifest.dtype == "float32" else 2
+    stored = NF4_STORED if manifest.adapter_base == "nf4" else width
+    adapter = manifest.plan.adapter
+    parameters = {
+        number: manifest.file(f"layers.{number}.safetensors").bytes / (stored if number in adapter else NF4_STORED)
+        for number in manifest.plan.kept
+    }
+    head = NF4_STORED if manifest.quantized_embedding else width
+    return _shape(manifest.config, len(adapter), round(max(parameters.values())), manifest.lora, stored, head)
+
+
+def _shape(
+    fields: dict[str, Any],
+    num_adapter_layers: int,
+    layer_parameters: int,
+    lora: LoRASpec,
+    stored_layer: float,
+    stored_head: float,
+) -> Shape:
+    hidden, heads = int(fields["hidden_size"]), int(fields["num_attention_heads"])
+    head = int(fields.get("head_dim") or hidden // heads)
+    experts = int(fields.get("moe_intermediate_size") or 0) * int(fields.get("num_experts_per_tok") or 0)
+    return Shape(
+        hidden,
+        max(int(fields["intermediate_size"]), experts),
+        heads * head,
+        int(fields.get("num_key_value_heads") or heads) * head,
+        int(fields["vocab_size"]),
+        num_adapter_layers,
+        layer_parameters,
+        sum(spec.shape[0] * spec.shape[1] for spec in lora.adapter),
+        stored_layer,
+        stored_head,
+    )
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a step trains on: how many, and the ids and completion ids of the longest."""
+
+    batch_size: int
+    ids: int
+    labels: int
+
+
+class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """One way to train and what its memory holds, in bytes; `peak` is of the device that trains.
+
+    packed: adapter and head stay as they are stored. micro_batch: samples at once, of batch_size. frugal: malloc is
+    to return memory at once (`ports.system.return_memory_at_once`).
+    """
+
+    device: str
+    packed: bool
+    recompute: bool
+    frugal: bool
+    micro_batch: int
+    batch_size: int
+    slice_bytes: int
+    process: int
+    weights: int
+    head: int
+    lora: int
+    activations: int
+    logits: int
+    sweep: int
+
+    @property
+    def peak(self) -> int:
+        return self.process + max(self.sweep, self.weights + self.head + self.lora + self.activations + self.logits)
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches whose gradients make one step."""
+        return math.ceil(self.batch_size / self.micro_batch)
+
+
+def plans(shape: Shape, device: str, samples: Samples, process_bytes: int = PROCESS_BYTES) -> Iterator[MemoryPlan]:
+    """Ways to train on "cpu" or "cuda[:n]", the quickest first.
+
+    Args:
+        process_bytes: of a worker's RAM before it has read anything.
+    """
+    forms = [(False, False), (True, False), (True, True)]
+    for packed, recompute in forms:
+        micro = samples.batch_size
+        while True:
+            yield _plan(shape, device, samples, process_bytes, packed, recompute, micro)
+            if micro == 1:
+                break
+            micro = math.ceil(micro / 2)
+
+
+def _plan(
+    shape: Shape, device: str, samples: Samples, process_bytes: int, packed: bool, recompute: bool, micro: int
+) -> MemoryPlan:
+    on_cpu = not device.startswith("cuda")
+    size = 4 if on_cpu else 2
+    frugal = packed or micro < samples.batch_size
+    heap = KEPT_HEAP if on_cpu and not frugal else 1.0
+    d, f, q, k = shape.hidden, shape.mlp, shape.queries, shape.keys
+    positions, labels = micro * samples.ids, micro * samples.labels
+    is_nf4, head_nf4 = shape.stored_layer == NF4_STORED, shape.stored_head == NF4_STORED
+    layer_size = NF4_HELD if packed and is_nf4 else size
+    head_size = (NF4_HELD if head_nf4 else shape.stored_head) if packed else size
+    others = shape.num_adapter_layers - 1
+    whole = (6 * d + 3 * q + 2 * k + 4 * f) * positions
+    last = (3 * d + 2 * k) * positions + (6 * d + 2 * q + 4 * f) * labels
+    if recompute and others:
+        kept = others * d * positions + max(whole + (d + f) * positions, last)
+    else:  # the gradients on their way through a layer come when the last layer's activations are gone
+        kept = others * whole + max(last, (2 * d + 3 * f) * positions if others else 0)
+    rows = min(labels, max(1, LOGITS // shape.vocab))
+    transient = 0 if on_cpu or not packed else size * d * f  # bitsandbytes makes a matrix dense for each product
+    slice_bytes = MIN_SLICE_BYTES if packed else MAX_SLICE_BYTES // 4
+    sweep_layer = shape.layer_parameters * (NF4_HELD if packed else size)
+    group = (4 * d + 2 * q + 2 * k + 3 * f) * max(GROUP_POSITIONS, samples.ids) * size * heap
+    return MemoryPlan(
+        device=device,
+        packed=packed,
+        recompute=recompute,
+        frugal=frugal,
+        micro_batch=micro,
+        batch_size=samples.batch_size,
+        slice_bytes=slice_bytes,
+        process=process_bytes + KERNEL_BYTES if on_cpu else CUDA_CONTEXT_BYTES,
+        weights=round(shape.num_adapter_layers * shape.layer_parameters * layer_size) + transient,
+        head=round(shape.vocab * d * head_size),
+        lora=16 * shape.lora_parameters,
+        activations=round(kept * size * heap),
+        logits=round(rows * shape.vocab * 4),
+        sweep=round(sweep_layer + shape.layer_parameters * NF4_STORED + slice_bytes + group),
+    )
 
 
 def edge_needs(
@@ -32,19 +205,11 @@ def edge_needs(
     files: Sequence[File],
 ) -> EdgeNeeds:
     """Least free disk, RAM (training on CPU) and VRAM (training on a GPU) for a bundle of this shape."""
-    hidden, vocab = int(fields["hidden_size"]), int(fields["vocab_size"])
-    width = max(hidden, int(fields["intermediate_size"]))
-    lora_parameters = sum(spec.shape[0] * spec.shape[1] for spec in lora.adapter)
-
-    def peak(size: int) -> int:
-        sweep = layer_parameters * size + 3 * BATCH_POSITIONS * width * size
-        activations = num_adapter_layers * ACTIVATION_FACTOR * BATCH_POSITIONS * hidden * size
-        weights = (num_adapter_layers * layer_parameters + vocab * hidden) * size
-        train = weights + 16 * lora_parameters + activations + 3 * LOGIT_ROWS * vocab * 4
-        return max(sweep, train)
-
+    shape = _shape(fields, num_adapter_layers, layer_parameters, lora, NF4_STORED, 2.0)
+    samples = Samples(1, GROUP_POSITIONS, GROUP_POSITIONS)
+    least = {device: min(plan.peak for plan in plans(shape, device, samples)) for device in ("cpu", "cuda")}
     return EdgeNeeds(
-        disk_bytes=sum(file.bytes for file in files) + 64 * lora_parameters,
-        ram_bytes=PROCESS_BYTES + peak(4),
-        vram_bytes=CUDA_CONTEXT_BYTES + peak(2),
+        disk_bytes=sum(file.bytes for file in files) + 64 * shape.lora_parameters,
+        ram_bytes=least["cpu"],
+        vram_bytes=least["cuda"],
     )

@@ -197,6 +197,19 @@ def dequantize(tensor: NF4Tensor, dtype: torch.dtype = torch.float32, device: st
     return values(codes, absmax, tensor.shape, dtype)
 
 
+def dequantize_rows(codes: Tensor, absmax: Tensor, rows: Tensor, nested_absmax: Tensor, offset: Tensor) -> Tensor:
+    """(M, C), fp32: some rows of a matrix whose rows are whole blocks.
+
+    Args:
+        codes: (M, C / 2), absmax: (M, C / 64) of these rows. rows: (M,), their places in the matrix.
+        nested_absmax, offset: of the whole matrix.
+    """
+    per_row = absmax.shape[1]
+    blocks = rows[:, None] * per_row + torch.arange(per_row)
+    values = dynamic_map()[absmax.long()] * nested_absmax[blocks // NESTED_BLOCK] + offset
+    return _values(codes.flatten(), values.flatten(), (len(rows), per_row * BLOCK), torch.float32)
+
+
 class _Scratch(threading.local):
     """Flat tensors that a thread fills again and again: fresh pages would cost more than the arithmetic."""
 

@@ -39,6 +39,10 @@ class LayerSource(Protocol):
         """(V, C)."""
         ...
 
+    def embedding_rows(self, ids: Tensor) -> Tensor:
+        """(M, C): those rows of it, (M,) int64; the others are not read."""
+        ...
+
     def norm(self) -> dict[str, Tensor]:
         """The final norm's tensors by name within it."""
         ...
@@ -130,6 +134,12 @@ class Checkpoint:
 
     def embedding(self) -> Tensor:
         return self._read(f"{self.family.embedding}.weight")
+
+    def embedding_rows(self, ids: Tensor) -> Tensor:
+        name = f"{self.family.embedding}.weight"
+        with safe_open(self._files[name], framework="pt") as file:
+            table = file.get_slice(name)
+            return torch.cat([table[row : row + 1] for row in ids.tolist()])
 
     def norm(self) -> dict[str, Tensor]:
         return self._below(f"{self.family.norm}.")
@@ -224,7 +234,7 @@ def stream(
         # All layers of the full config, so that layer l gets the mask and the rotary table of layer l.
         model = skeleton(family, build_config(family, source.fields))
         if start is None:
-            hidden = _embedded(model.get_submodule(family.embedding), source.embedding(), ids, store)
+            hidden = _embedded(model.get_submodule(family.embedding), source, ids, store)
         else:
             hidden = [state.to(store) for state in start]
         base = model.get_submodule(family.layers.rpartition(".")[0])
@@ -254,10 +264,10 @@ def stream(
     return [state.clone() for state in hidden]
 
 
-def _embedded(module: Any, table: Tensor, ids: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def _embedded(module: Any, source: LayerSource, ids: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """The ids' rows through the family's own embedding module, which may scale them (Gemma); other rows stay out."""
     used, places = torch.unique(torch.cat(list(ids)), return_inverse=True)
-    module.weight = torch.nn.Parameter(table[used].to(dtype), requires_grad=False)
+    module.weight = nn.Parameter(source.embedding_rows(used).to(dtype), requires_grad=False)
     module.padding_idx = None  # an id of the whole table; without gradients it has no meaning
     rows = module(places)
     module.to_empty(device="meta")

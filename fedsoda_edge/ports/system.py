@@ -140,6 +140,21 @@ def sync_directory(directory: Path) -> None:
             os.close(handle)
 
 
+def return_memory_at_once() -> None:
+    """Let malloc map every large block and give it back when it is freed, instead of keeping holes for later.
+
+    What a process holds is then what it uses; page faults cost some time. Only glibc can be told so.
+    """
+    if sys.platform == "linux":
+        import ctypes
+
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "gnu_get_libc_version"):
+            m_trim_threshold, m_mmap_threshold = -1, -3
+            libc.mallopt(m_mmap_threshold, 1 << 20)
+            libc.mallopt(m_trim_threshold, 32 << 20)
+
+
 def memory_limit_hint() -> str:
     """Where this system keeps memory from its programs, in words; "" where it does not."""
     if "microsoft" in platform.release().lower():

@@ -149,8 +149,11 @@ class Leave(Message, frozen=True, tag="leave"):
 # --- hub to edge ------------------------------------------------------------------------------------
 
 
-class Welcome(Message, frozen=True, tag="welcome"):
-    """Answer to Hello. `manifest` is fetched by HTTP as a blob."""
+class Welcome(Message, frozen=True, tag="welcome", omit_defaults=True):
+    """Answer to Hello. `manifest` is fetched by HTTP as a blob.
+
+    emulator: of the alignment in force, so that an edge can sweep before its first offer; None: an older hub.
+    """
 
     protocol: int
     run_id: str
@@ -164,6 +167,7 @@ class Welcome(Message, frozen=True, tag="welcome"):
     codec: str
     seed: int
     stall_seconds: float
+    emulator: ViewRef | None = None
 
 
 class RoundOffer(Message, frozen=True, tag="round_offer"):

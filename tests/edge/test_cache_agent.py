@@ -3,6 +3,7 @@ that dies goes on where it was."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import stat
 from dataclasses import dataclass, field
@@ -31,18 +32,23 @@ class WorkerHere:
         self.pid: int | None = None
         self._dies = dies
 
+    async def start(self) -> None: ...
+
     async def call(self, command: str, arguments: dict[str, Any], report: Any = None) -> dict[str, Any]:
         if self.pid is None:
             self.pid, self._worker = 1, Worker()
 
+        loop = asyncio.get_running_loop()
+
         def crossing(values: dict[str, Any]) -> None:
-            report(json.loads(json.dumps(values)))
+            loop.call_soon_threadsafe(report, json.loads(json.dumps(values)))
             if values.get("step") == 2 and self._dies:
                 self._dies -= 1
                 self.pid = None
                 raise WorkerFailed("the worker was killed", "")
 
-        return dict(json.loads(json.dumps(getattr(self._worker, command)(arguments, crossing))))
+        done = await asyncio.to_thread(getattr(self._worker, command), arguments, crossing)
+        return dict(json.loads(json.dumps(done)))
 
     async def close(self) -> None:
         self.pid = None
@@ -74,12 +80,21 @@ class Joined:
         return [event for event in self.events if event["event"] == kind]
 
 
-def join(home: Path, data: LocalData, made: Path, rounds: int, *, dies: int = 0, **options: Any) -> Joined:
+def join(
+    home: Path,
+    data: LocalData,
+    made: Path,
+    rounds: int,
+    *,
+    dies: int = 0,
+    worker: WorkerHere | None = None,
+    **options: Any,
+) -> Joined:
     """Take part to the end."""
     hub, joined = ScriptedHub(rounds=rounds), Joined()
     hub._bundle = made
     with (
-        mock.patch("fedsoda_edge.edge.Child", return_value=WorkerHere(dies)),
+        mock.patch("fedsoda_edge.edge.Child", return_value=worker or WorkerHere(dies)),
         Edge(hub, home=home, threads=1, **options).join(data, on_event=joined.events.append) as participation,
     ):
         for offer in participation:

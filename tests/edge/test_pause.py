@@ -15,8 +15,7 @@ import msgspec
 import psutil
 import pytest
 
-from fedsoda_edge import Edge, LocalData, testing
-from fedsoda_edge import edge as edge_module
+from fedsoda_edge import Edge, LocalData, aside, testing
 from fedsoda_edge.config import Home
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.codec import decode
@@ -182,7 +181,7 @@ def test_a_round_that_is_paused_in_its_middle_ends_with_the_bits_of_a_calm_one(
     join = Join(hub, device.directory / "visits.jsonl")
     join.start()
     worker = held_in_mid_round()
-    with let_go_when(lambda: join.participation._agent._pause, worker):
+    with let_go_when(lambda: join.participation._agent._aside.pause, worker):
         ran = device.run("pause", "--json")
         paused = report("pause", ran)
         assert (paused["state"], paused["reason"], paused["seconds"], paused["round"]) == (
@@ -244,7 +243,7 @@ def test_a_round_that_ended_during_the_pause_gives_way_to_the_one_that_is_offere
         assert run("fedsoda-edge", "pause").status == 0
         hub.is_idle = False
         join.on_loop(hub._offer)  # it was on its way when the pause began
-        join.until(lambda: join.participation._agent._in_hand == 1)  # the script blocks in train()
+        join.until(lambda: join.participation._agent.in_hand == 1)  # the script blocks in train()
         hub.updates.append(UNTOLD)  # the hub closes round 1 with the updates of others
         join.on_loop(hub._offer)
         join.until(lambda: join.has("offer", round=2))
@@ -286,7 +285,7 @@ def joined(hub: ToldHub, device: Device) -> Ran:
 def test_finish_ends_a_pause_hands_in_the_round_in_hand_and_leaves(
     device: Device, bundle: Path, calm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(edge_module, "END_SECONDS", 0.2)
+    monkeypatch.setattr(aside, "END_SECONDS", 0.2)
     hub, answers = ToldHub(bundle, rounds=5), list[Ran]()
 
     def finish() -> None:

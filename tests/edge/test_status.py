@@ -26,6 +26,7 @@ JOINED: list[dict[str, Any]] = [
     {"event": "offer", "round": 3, "due_seconds": 840.0},
     {"event": "training", "round": 3, "step": 40, "steps": 100, "loss": 0.52},
 ]
+SWEEP = {"event": "sweep", "stage": "sweep", "done": 3, "total": 9}
 REFUSED = {"event": "refused", "round": 3, "reason": "round 3 is closed; wait for the next offer", "loss": 0.5}
 PAUSED = {"event": "paused", "reason": "by its owner", "seconds": 2520.0}
 RESUMED = {"event": "resumed"}
@@ -100,8 +101,23 @@ LOST = {"event": "reconnecting", "message": "TCP: nothing answers at h:1; is the
                 "worker holds 2.00 GiB of memory",
             ],
         ),
+        (
+            [JOINED[0], {"event": "download", "done": 1, "total": 2}, SWEEP],
+            ["downloading (pid PID)", "run triage as clinic-7 at http://h", "worker holds 2.00 GiB of memory"],
+        ),
+        (
+            [JOINED[0], {"event": "download", "done": 2, "total": 2}, JOINED[1], SWEEP],
+            [
+                "sweeping the data through the sub-emulator (pid PID)",
+                "run triage as clinic-7 at http://h",
+                "worker holds 2.00 GiB of memory",
+            ],
+        ),
     ],
-    ids=["connecting", "training", "lost", "refused", "paused", "on battery", "resumed", "in hand", "handed in"],
+    ids=[
+        *("connecting", "training", "lost", "refused", "paused", "on battery", "resumed", "in hand", "handed in"),
+        *("beside", "after"),
+    ],
 )
 def test_a_running_join_says_what_it_does(tmp_path: Path, events: list[dict[str, Any]], expected: list[str]) -> None:
     status = Status(tmp_path / "status.json", "http://h", Clocks(), lambda: 2 << 30 if events else None)

@@ -402,3 +402,29 @@ def test_lora_of_another_shape_is_refused(tmp_path: Path, written: Path) -> None
     wrong = {name: tensor[:, :1].clone() for name, tensor in bundle.adapter_lora().items()}
     with pytest.raises(BlobCorrupt, match="no shard of this bundle"):
         break_shard(bundle, "adapter_lora.safetensors", save(wrong)).adapter_lora()
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_rows_of_the_embedding_are_the_tables_without_reading_it(
+    tmp_path: Path, tiny_llama: Path, quantized: bool
+) -> None:
+    bundle = write(tmp_path / "bundle", tiny_llama, quantize_embedding=quantized)
+    ids = torch.tensor([0, 7, 3, len(bundle.embedding()) - 1])
+    assert torch.equal(bundle.embedding_rows(ids), bundle.embedding()[ids])
+
+
+def test_a_head_in_nf4_gives_the_loss_and_the_gradient_of_the_dense_one(tmp_path: Path, tiny_llama: Path) -> None:
+    bundle = write(tmp_path / "bundle", tiny_llama, quantize_embedding=True)
+    packed = build(bundle, bundle.plan.adapter, dense_head=False)
+    dense = build(bundle, bundle.plan.adapter)
+    assert isinstance(packed.head, NF4Linear)
+    assert isinstance(dense.head, torch.Tensor)
+    hidden = torch.randn(5, dense.head.shape[1], generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(5)
+    found = []
+    for head in (packed.head, dense.head):
+        states = hidden.clone().requires_grad_()
+        value = cross_entropy(states, head, labels)
+        value.backward()
+        found.append((value.detach(), states.grad))
+    torch.testing.assert_close(found[0], found[1])
