@@ -20,16 +20,24 @@ from fedsoda_edge import control
 from fedsoda_edge.aside import Aside, end
 from fedsoda_edge.config import Home
 from fedsoda_edge.data import DEFAULT_COMPLETION, DEFAULT_PROMPT, LocalData, TextTemplate
-from fedsoda_edge.device import choose_device_within, read_device
+from fedsoda_edge.device import Limits, check_disk, fit, leaner, read_device, room_for, table, told
 from fedsoda_edge.download import Download, backoff_seconds
-from fedsoda_edge.errors import HubUnreachable, ProtocolMismatch, ProtocolViolation, RefusedByHub, WorkerFailed
+from fedsoda_edge.errors import (
+    DeviceTooSmall,
+    HubUnreachable,
+    ProtocolMismatch,
+    ProtocolViolation,
+    RefusedByHub,
+    WorkerFailed,
+)
+from fedsoda_edge.model.memory import MemoryPlan, Samples, Shape, shape_of
 from fedsoda_edge.neighbour import Rules
 from fedsoda_edge.ports import Clock, Transport
 from fedsoda_edge.ports.child import Child
 from fedsoda_edge.ports.disk import sha256_file, write_durably
 from fedsoda_edge.ports.system import peak_rss_bytes
 from fedsoda_edge.protocol import messages as ms
-from fedsoda_edge.protocol.manifest import TOKENIZER_FILES, BundleManifest, parse_manifest
+from fedsoda_edge.protocol.manifest import TOKENIZER_FILES, parse_manifest
 from fedsoda_edge.protocol.session import Blob, EdgeSession, chunks
 from fedsoda_edge.status import Status
 from fedsoda_edge.store import FileStore
@@ -57,14 +65,6 @@ class Cache:
 
 
 @dataclass(frozen=True)
-class Limits:
-    """Bytes that training may take. None: what is free."""
-
-    max_ram: int | None = None
-    max_vram: int | None = None
-
-
-@dataclass(frozen=True)
 class AgentSettings:
     """What one join is asked to do. unattended: retry for ever, even when the hub cannot be reached at first."""
 
@@ -72,7 +72,7 @@ class AgentSettings:
     data: LocalData = field(default_factory=lambda: LocalData(Path()))
     unattended: bool = False
     cache: Cache = Cache()
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
     rules: Rules = field(default_factory=Rules)
 
 
@@ -109,6 +109,8 @@ class Agent:
         self._is_prepared = False  # bundle and data are here
         self._working = asyncio.Lock()
         self._opened: dict[str, Any] = {}
+        self._shape: Shape | None = None
+        self._memory: MemoryPlan | None = None  # how to train, from the moment the data is read
         self._opened_by: int | None = None
         self._early: asyncio.Task[None] | None = None
         self._early_for = ms.Digest("")
@@ -137,8 +139,8 @@ class Agent:
     @property
     def pid_on_gpu(self) -> int | None:
         """Of the worker, where it computes on one."""
-        device = self._opening["device"] if self._opening else "cpu"
-        return self.worker.pid if device != "cpu" else None
+        on_gpu = self._memory is not None and self._memory.device != "cpu"
+        return self.worker.pid if on_gpu else None
 
     def still_paused(self, seconds: float) -> None:
         assert self._status is not None
@@ -190,14 +192,17 @@ class Agent:
         manifest = parse_manifest(manifest_path.read_bytes())
         held = store.held_bytes([(file.sha256, file.bytes) for file in manifest.files])
         facts = read_device(self.home.directory)
-        device = self.fitting_device(manifest, facts, held)
+        check_disk(disk_needed := max(0, manifest.needs.disk_bytes - held), facts)
+        self._shape = shape_of(manifest)
+        # Rows are not read yet: a device is refused now that could not train on one of two ids.
+        least = fit(self._settings.device, self._shape, Samples(1, 2, 1), facts, self._settings.limits)
         self.say(
             {
                 "event": "device",
-                "device": device,
-                "ram_needed": manifest.needs.ram_bytes,
+                "device": least.device,
+                "ram_needed": least.peak if least.device == "cpu" else 0,
                 "ram_free": facts.ram_bytes,
-                "disk_needed": max(0, manifest.needs.disk_bytes - held),
+                "disk_needed": disk_needed,
                 "disk_free": facts.disk_bytes,
             }
         )
@@ -210,7 +215,6 @@ class Agent:
             "prompt": prompt.text,
             "completion": completion.text,
             "max_length": welcome.max_length,
-            "device": device,
         }
         async with download.bundle(manifest, welcome.manifest.digest) as fetch:
             opened = await _beside(fetch(), self._read(welcome))
@@ -244,7 +248,42 @@ class Agent:
             assert self._opening is not None
             self._opened = await self.worker.call("open", self._opening)
             self._opened_by, self._border_for = self.worker.pid, None
+            if self._memory is None:
+                self._plan_memory()
         return self._opened
+
+    @property
+    def _samples(self) -> Samples:
+        assert self._welcome is not None
+        return Samples(self._welcome.batch_size, self._opened["longest_ids"], self._opened["longest_labels"])
+
+    def _facts(self) -> ms.DeviceFacts:
+        """What is free, with what the worker holds already: a plan counts it in."""
+        facts = read_device(self.home.directory)
+        return msgspec.structs.replace(facts, ram_bytes=facts.ram_bytes + (self.worker.rss_bytes or 0))
+
+    def _plan_memory(self) -> None:
+        """The quickest way that has room; a round that is in the middle goes on the way it began, to the same bits."""
+        assert self._shape is not None
+        facts, limits, kept = self._facts(), self._settings.limits, self._run_dir / "memory.json"
+        process = self._opened["process_bytes"]
+        plan = fit(self._settings.device, self._shape, self._samples, facts, limits, process_bytes=process)
+        if kept.exists() and any((self._run_dir / "checkpoint").glob("round.*")):
+            before = msgspec.json.decode(kept.read_bytes(), type=MemoryPlan)
+            if before.device == plan.device and before.peak <= room_for(before.device, facts, limits):
+                plan = before
+        self._train_by(plan, facts)
+
+    def _train_by(self, plan: MemoryPlan, facts: ms.DeviceFacts) -> None:
+        self._memory = plan
+        write_durably(self._run_dir / "memory.json", msgspec.json.encode(plan))
+        parts = [{"part": name, "bytes": size} for name, size in table(plan)]
+        self.say({"event": "memory", "message": told(plan, facts), **msgspec.to_builtins(plan), "parts": parts})
+
+    def _leaner(self) -> MemoryPlan | None:
+        if self._memory is None or self._shape is None:
+            return None
+        return leaner(self._memory, self._shape, self._samples, self._opened["process_bytes"])
 
     async def _sweep_early(self, welcome: ms.Welcome, emulator: ms.ViewRef) -> None:
         """Before the first offer, and layer by layer as the bundle comes.
@@ -273,24 +312,35 @@ class Agent:
             early.result()
 
     async def _at_work(self, work: Callable[[], Coroutine[Any, Any, T]], tries: int = WORKER_TRIES) -> T:
-        """What the worker does, one piece after the other. One that dies, or that a pause ended, is started again."""
+        """What the worker does, one piece after the other. One that dies, or that a pause ended, is started again.
+
+        Where memory ran out it goes on a leaner way, if there is one; a kill from outside counts as that when it
+        comes a second time.
+        """
         async with self._working:
             num_failures = 0
             while True:
                 try:
                     return await self._aside.run(work)
+                except DeviceTooSmall as error:
+                    plan = self._leaner()
+                    if plan is None:
+                        raise
+                    self._go_leaner(error, plan)
                 except WorkerFailed as error:
                     num_failures += 1
-                    if num_failures == tries:
+                    plan = self._leaner() if error.was_killed and num_failures > 1 else None
+                    if plan is not None:
+                        self._go_leaner(error, plan)
+                    elif num_failures >= tries:
                         raise
-                    self.say({"event": "notice", "message": f"{error}; starting it again"})
-                    await self.worker.close()
+                    else:
+                        self.say({"event": "notice", "message": f"{error}; starting it again"})
+                await end(self.worker)
 
-    def fitting_device(self, manifest: BundleManifest, facts: ms.DeviceFacts, held_bytes: int) -> str:
-        limits = self._settings.limits
-        return choose_device_within(
-            self._settings.device, manifest.needs, facts, held_bytes, max_ram=limits.max_ram, max_vram=limits.max_vram
-        )
+    def _go_leaner(self, error: Exception, plan: MemoryPlan) -> None:
+        self.say({"event": "notice", "message": f"{error}; going on in a way that needs less"})
+        self._train_by(plan, self._facts())
 
     async def _check_data(self) -> int:
         """Every row, before anything is fetched; the number of rows."""
@@ -571,7 +621,14 @@ class Agent:
             "dtype": self._settings.cache.dtype,
             "max_bytes": self._settings.cache.max_bytes,
         }
-        swept = await self.worker.call("border", {"emulator": emulator, "cache": cache}, self._report_sweep)
+        assert self._memory is not None
+        values = {
+            "emulator": emulator,
+            "cache": cache,
+            "memory": msgspec.to_builtins(self._memory),
+            "room": room_for(self._memory.device, self._facts(), self._settings.limits),
+        }
+        swept = await self.worker.call("border", values, self._report_sweep)
         self._say_damaged(swept["num_damaged"])
         self._border_for = digest
         self.say({"event": "swept", "num_examples": self._num_examples, **swept})

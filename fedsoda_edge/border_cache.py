@@ -31,7 +31,6 @@ from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.memory import GROUP_POSITIONS
 from fedsoda_edge.model.streaming import buckets, stream
 
-DTYPES = ("bf16", "int8")
 _MAGIC = b"fedsoda border 1"
 _HEAD = struct.Struct("<16sI12s")  # the sample's name, its number of ids, the record's nonce
 _TAG_BYTES = 16

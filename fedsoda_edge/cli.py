@@ -36,6 +36,11 @@ Columns = Annotated[
     list[str] | None,
     typer.Option("--column", envvar="FEDSODA_COLUMN", help="NAME=COLUMN: template name to column"),
 ]
+Device = Annotated[str, typer.Option(envvar="FEDSODA_DEVICE", help="auto, cpu, cuda or cuda:N")]
+MaxRam = Annotated[
+    str | None, typer.Option(envvar="FEDSODA_MAX_RAM", help="training may take, as 6GB; exit 4 where it needs more")
+]
+MaxVram = Annotated[str | None, typer.Option(envvar="FEDSODA_MAX_VRAM", help="the same of the GPU's memory")]
 Debug = Annotated[bool, typer.Option("--debug", envvar="FEDSODA_DEBUG", help="add the traceback to an error")]
 
 
@@ -80,7 +85,7 @@ def join(
         typer.Option("--data", envvar="FEDSODA_DATA", help="JSON Lines, JSON, Parquet or a saved dataset's directory"),
     ],
     token_file: TokenFile = None,
-    device: Annotated[str, typer.Option(envvar="FEDSODA_DEVICE", help="auto, cpu, cuda or cuda:N")] = "auto",
+    device: Device = "auto",
     column: Columns = None,
     max_rounds: Annotated[
         int, typer.Option(envvar="FEDSODA_MAX_ROUNDS", min=0, help="leave after so many rounds; 0: stay")
@@ -104,12 +109,8 @@ def join(
             envvar="FEDSODA_PAUSE_ON", help="stand aside by itself: battery, gpu-busy, hours=9-17 (local), with commas"
         ),
     ] = None,
-    max_ram: Annotated[
-        str | None, typer.Option(envvar="FEDSODA_MAX_RAM", help="training may take, as 6GB; exit 4 where it needs more")
-    ] = None,
-    max_vram: Annotated[
-        str | None, typer.Option(envvar="FEDSODA_MAX_VRAM", help="the same of the GPU's memory")
-    ] = None,
+    max_ram: MaxRam = None,
+    max_vram: MaxVram = None,
     unattended: Annotated[
         bool, typer.Option(envvar="FEDSODA_UNATTENDED", help="retry for ever, also at first")
     ] = False,
@@ -156,21 +157,38 @@ def join(
 
 
 @app.command(epilog="Example: fedsoda-edge plan https://hub.example.org --token-file me.token")
-def plan(url: Url, token_file: TokenFile = None, as_json: Json = False, debug: Debug = False) -> None:
+def plan(
+    url: Url,
+    token_file: TokenFile = None,
+    device: Device = "auto",
+    max_ram: MaxRam = None,
+    max_vram: MaxVram = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
     """What would be downloaded and trained here, and what it needs; exit 4 if this device cannot."""
     with reporting(as_json, False, debug):
         import asyncio
 
         from fedsoda_edge.edge import Edge, look_at
         from fedsoda_edge.ports.console import human_bytes
+        from fedsoda_edge.progress import show_memory
 
-        found = asyncio.run(look_at(Edge(url, token_file=token_file)))
+        edge = Edge(
+            url,
+            token_file=token_file,
+            device=device,
+            max_ram=None if max_ram is None else parse_bytes(max_ram, "--max-ram"),
+            max_vram=None if max_vram is None else parse_bytes(max_vram, "--max-vram"),
+        )
+        found = asyncio.run(look_at(edge))
         note(
             f"run {found['run']}: {found['source']}, {found['layers_kept']} of {found['layers']} layers, "
             f"LoRA rank {found['rank']} in the last {found['adapter_layers']}\n"
-            f"download {human_bytes(found['disk_needed'])} (free {human_bytes(found['disk_free'])}), "
-            f"memory {human_bytes(found['ram_needed'])} (free {human_bytes(found['ram_free'])}), device: {found['device']}"
+            f"download {human_bytes(found['disk_needed'])} (free {human_bytes(found['disk_free'])}); border states on disk: "
+            f"{human_bytes(found['border_bytes_per_row'])} a row at most, or half with --cache int8"
         )
+        show_memory(found["memory"])
         finish({"status": "ok", **found}, as_json, False)
 
 
@@ -198,7 +216,16 @@ def doctor(
 
         asyncio.run(look())
         status = next((check.exit_status for check in checks if not check.passed), 0)
-        lines = [{"name": c.name, "passed": c.passed, "detail": c.detail, "fix": c.fix} for c in checks]
+        lines = [
+            {
+                "name": check.name,
+                "passed": check.passed,
+                "detail": check.detail,
+                "fix": check.fix,
+                "parts": [{"part": name, "bytes": size} for name, size in check.parts],
+            }
+            for check in checks
+        ]
         finish({"status": "error" if status else "ok", "exit_status": status, "checks": lines}, as_json, False)
         raise typer.Exit(status)
 

@@ -23,6 +23,7 @@ from fedsoda_edge.ports.disk import write_durably
 from fedsoda_edge.ports.system import Held, Lock
 
 KEY_BYTES = 32  # AES-256
+CACHE_DTYPES = ("bf16", "int8")  # border states are kept in
 
 
 def default_home() -> Path:

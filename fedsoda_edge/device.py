@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,38 +99,67 @@ def fit(
     devices = {"auto": ["cuda", "cpu"] if facts.accelerator else ["cpu"]}.get(wanted, [wanted])
     refusals = []
     for device in devices:
-        room = _room(device, facts, limits)
+        room = room_for(device, facts, limits)
         ways = list(plans(shape, device, samples, process_bytes))
         easy = next((plan for plan in ways if plan.peak <= EASY_SHARE * room), None)
         least = min(ways, key=lambda plan: plan.peak)
         if easy is not None or least.peak <= room:
             return easy or least
-        refusals.append(_refusal(device, least.peak, facts, limits))
+        refusals.append(_refusal(device, least.peak, samples, facts, limits))
     raise DeviceTooSmall(refusals[-1])
 
 
+def told(plan: MemoryPlan, facts: DeviceFacts) -> str:
+    """The plan as a sentence."""
+    on_gpu = plan.device.startswith("cuda")
+    free = facts.vram_bytes if on_gpu else facts.ram_bytes
+    where = f"on the GPU {facts.accelerator}" if on_gpu else "on the CPU"
+    ways = ["adapter and head as they are stored" if plan.packed else "adapter and head dense"]
+    if plan.micro_batch == plan.batch_size:
+        ways.append(f"{plan.batch_size} samples at once")
+    else:
+        ways.append(f"{plan.micro_batch} of {plan.batch_size} samples at once")
+    if plan.recompute:
+        ways.append("activations made twice")
+    return f"training {where} takes {human_bytes(plan.peak)} of {human_bytes(free)} free: {', '.join(ways)}"
+
+
+def table(plan: MemoryPlan) -> list[tuple[str, int]]:
+    """The plan's parts, in bytes."""
+    form = "as stored" if plan.packed else "dense"
+    context = "CUDA context" if plan.device.startswith("cuda") else "the process, with its libraries"
+    return [
+        (context, plan.process),
+        (f"adapter weights, {form}", plan.weights),
+        (f"head, {form}", plan.head),
+        ("LoRA and optimiser", plan.lora),
+        (f"activations of {plan.micro_batch} samples", plan.activations),
+        ("logits of a chunk", plan.logits),
+        ("or instead of these five, the sweep", plan.sweep),
+        ("peak", plan.peak),
+    ]
+
+
 def leaner(plan: MemoryPlan, shape: Shape, samples: Samples, process_bytes: int) -> MemoryPlan | None:
-    """The next way to train that needs less; None where there is none."""
-    ways: Iterator[MemoryPlan] = plans(shape, plan.device, samples, process_bytes)
-    return next((way for way in ways if way.peak < plan.peak and _order(way) > _order(plan)), None)
+    """The next slower way to train, which needs less; None where there is none."""
+    ways = list(plans(shape, plan.device, samples, process_bytes))
+    slower = ways[ways.index(plan) + 1 :]
+    return next((way for way in slower if way.peak < plan.peak), None)
 
 
-def _order(plan: MemoryPlan) -> tuple[bool, bool, int]:
-    """Ascending as `plans` yields them."""
-    return plan.packed, plan.recompute, -plan.micro_batch
-
-
-def _room(device: str, facts: DeviceFacts, limits: Limits) -> int:
+def room_for(device: str, facts: DeviceFacts, limits: Limits) -> int:
+    """Bytes that training may take there."""
     on_gpu = device.startswith("cuda")
     free, most = (facts.vram_bytes, limits.max_vram) if on_gpu else (facts.ram_bytes, limits.max_ram)
     return free if most is None else min(free, most)
 
 
-def _refusal(device: str, needed: int, facts: DeviceFacts, limits: Limits) -> str:
+def _refusal(device: str, needed: int, samples: Samples, facts: DeviceFacts, limits: Limits) -> str:
     on_gpu = device.startswith("cuda")
     free, most = (facts.vram_bytes, limits.max_vram) if on_gpu else (facts.ram_bytes, limits.max_ram)
-    room = _room(device, facts, limits)
-    least = f"the sub-LLM needs at least {human_bytes(needed)}, {human_bytes(needed - room)} more"
+    room = room_for(device, facts, limits)
+    row = f" for a row of {samples.ids} ids" if samples.ids > 2 else ""
+    least = f"the sub-LLM needs at least {human_bytes(needed)}{row}, {human_bytes(needed - room)} more"
     smaller = "ask the hub's owner for a smaller sub-LLM"
     if on_gpu and not facts.accelerator:
         return "no NVIDIA GPU is seen here; install its driver, or --device cpu"

@@ -27,13 +27,17 @@ PROBE_BYTES = 4 << 20  # of the bundle are fetched to measure the way
 
 @dataclass(frozen=True)
 class Check:
-    """One step. fix: what to do; exit_status: of the command when this is the first step that fails."""
+    """One step. fix: what to do; exit_status: of the command when this is the first step that fails.
+
+    parts: what the detail is made of, in bytes.
+    """
 
     name: str
     passed: bool
     detail: str
     fix: str = ""
     exit_status: int = 0
+    parts: tuple[tuple[str, int], ...] = ()
 
 
 def _failed(name: str, error: FedSODAError) -> Check:
@@ -116,8 +120,8 @@ async def _way_to(url: str, token_file: str | Path | None, home: Home) -> AsyncI
         yield Check(
             step,
             True,
-            f"{found['source']} on {found['device']}: memory {human_bytes(found['ram_needed'])} of "
-            f"{human_bytes(found['ram_free'])} free, download {human_bytes(found['disk_needed'])}",
+            f"{found['source']}: {found['memory']['message']}; download {human_bytes(found['disk_needed'])}",
+            parts=tuple((part["part"], part["bytes"]) for part in found["memory"]["parts"]),
         )
         step = "bandwidth"
         size, seconds = await _bandwidth(transport, found["largest_file"])

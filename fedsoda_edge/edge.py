@@ -15,11 +15,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from fedsoda_edge.agent import Agent, AgentSettings, Cache, Limits, Say
-from fedsoda_edge.config import Home, read_token
+import msgspec
+
+from fedsoda_edge.agent import Agent, AgentSettings, Cache, Say
+from fedsoda_edge.config import CACHE_DTYPES, Home, read_token
 from fedsoda_edge.data import LocalData
-from fedsoda_edge.device import read_device
+from fedsoda_edge.device import Limits, check_device_name, check_disk, fit, read_device, table, told
 from fedsoda_edge.errors import UsageProblem
+from fedsoda_edge.model.memory import Samples, shape_of
 from fedsoda_edge.neighbour import parse_rules
 from fedsoda_edge.ports import SystemClock, Transport
 from fedsoda_edge.ports.child import Child
@@ -30,7 +33,6 @@ from fedsoda_edge.transport import HubTransport
 
 T = TypeVar("T")
 
-CACHE_DTYPES = ("bf16", "int8")
 WORKER_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "USE_HUB_KERNELS": "0", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -98,7 +100,8 @@ class Edge:
         max_vram: int | None = None,
     ) -> None:
         if cache not in CACHE_DTYPES:
-            raise UsageProblem(f"cache is {cache!r}; it must be one of {', '.join(CACHE_DTYPES)}")
+            raise UsageProblem(f"--cache {cache!r} is none of {', '.join(CACHE_DTYPES)}")
+        check_device_name(device)
         self._hub = hub
         self._token_file = token_file
         self._home = Path(home) if home is not None else None
@@ -224,6 +227,11 @@ async def look_at(edge: Edge) -> dict[str, Any]:
         manifest = parse_manifest(path.read_bytes())
         facts = read_device(home.directory)
         held = store.held_bytes([(file.sha256, file.bytes) for file in manifest.files])
+        check_disk(disk_needed := max(0, manifest.needs.disk_bytes - held), facts)
+        # The edge's rows are not looked at: as long as the run allows, and all of them completion.
+        samples = Samples(welcome.batch_size, welcome.max_length, welcome.max_length)
+        memory = fit(edge._device, shape_of(manifest), samples, facts, edge._limits)
+        on_cpu = memory.device == "cpu"
         return {
             "run": welcome.run_name,
             "source": manifest.source,
@@ -233,13 +241,19 @@ async def look_at(edge: Edge) -> dict[str, Any]:
             "rank": manifest.lora.rank,
             "rounds": welcome.rounds,
             "largest_file": max(manifest.files, key=lambda file: file.bytes).sha256,
-            "disk_needed": max(0, manifest.needs.disk_bytes - held),
+            "disk_needed": disk_needed,
             "disk_free": facts.disk_bytes,
-            "ram_needed": manifest.needs.ram_bytes,
+            "border_bytes_per_row": 2 * int(manifest.config["hidden_size"]) * welcome.max_length,
+            "ram_needed": memory.peak if on_cpu else 0,
             "ram_free": facts.ram_bytes,
-            "vram_needed": manifest.needs.vram_bytes,
+            "vram_needed": 0 if on_cpu else memory.peak,
             "vram_free": facts.vram_bytes,
-            "device": agent.fitting_device(manifest, facts, held),
+            "device": memory.device,
+            "memory": {
+                "message": told(memory, facts),
+                **msgspec.to_builtins(memory),
+                "parts": [{"part": name, "bytes": size} for name, size in table(memory)],
+            },
         }
     finally:
         await agent.transport.close()

@@ -76,9 +76,13 @@ class DiskFull(LocalError):
 
 @dataclass
 class WorkerFailed(LocalError):
-    """The worker ended or raised something that is not ours; `details` is its traceback or last words."""
+    """The worker ended or raised something that is not ours; `details` is its traceback or last words.
+
+    was_killed: from outside, as by kill -9 or where memory ran out.
+    """
 
     details: str = ""
+    was_killed: bool = False
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
@@ -84,9 +85,11 @@ def _sentence(event: dict[str, Any]) -> str:
             return f"joined run {event['run']} as {event['edge']} ({event['rounds']} rounds)"
         case "device":
             return (
-                f"training on {event['device']}: memory {human_bytes(event['ram_needed'])} needed, {human_bytes(event['ram_free'])} free; "
-                f"disk {human_bytes(event['disk_needed'])} needed, {human_bytes(event['disk_free'])} free"
+                f"training on {event['device']}; disk {human_bytes(event['disk_needed'])} needed, "
+                f"{human_bytes(event['disk_free'])} free"
             )
+        case "memory":
+            return str(event["message"])
         case "data":
             skipped = f", {event['num_skipped']} skipped (completion cut away)" if event["num_skipped"] else ""
             return f"{event['num_examples']} samples{skipped}; waiting for a round"
@@ -129,6 +132,18 @@ def show_check(check: Check) -> None:
         f"{'PASS' if check.passed else 'FAIL'}  {check.name:<14} {check.detail}"
         + (f"; {check.fix}" if check.fix else "")
     )
+    _show_parts(check.parts)
+
+
+def show_memory(memory: dict[str, Any]) -> None:
+    """How training fits, as a sentence and a table."""
+    note(memory["message"])
+    _show_parts([(part["part"], part["bytes"]) for part in memory["parts"]])
+
+
+def _show_parts(parts: Iterable[tuple[str, int]]) -> None:
+    for name, size in parts:
+        note(f"    {name:<36} {human_bytes(size):>9}")
 
 
 def show_data(found: dict[str, Any], max_length: int) -> None:

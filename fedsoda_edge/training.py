@@ -109,6 +109,22 @@ def _accumulate(sub_llm: SubLLM, border: Border, indices: Sequence[int], micro_b
     return total, tokens
 
 
+def probe(sub_llm: SubLLM, border: Border, indices: Sequence[int], micro_batch: int) -> int:
+    """The micro-batch that memory allows, at most `micro_batch`: one step with these samples, of which nothing stays.
+
+    Raises:
+        DeviceTooSmall: a single sample runs out of memory.
+    """
+    parameters = list(lora.parameters(sub_llm).values())
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    _, _, allowed = accumulate(sub_llm, border, indices, micro_batch, parameters)
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    return allowed
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether torch could not get memory, on whatever device; on a CPU it has no error of its own for that."""
     return isinstance(error, torch.OutOfMemoryError) or "you tried to allocate" in str(error)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,33 +21,34 @@ from fedsoda_edge.border_cache import CachedStates, CacheSettings
 from fedsoda_edge.chat import ChatTemplate
 from fedsoda_edge.checkpoint import RoundCheckpoint
 from fedsoda_edge.data import LocalData, SampleTokenizer, TextTemplate, read_samples
-from fedsoda_edge.errors import UsageProblem
+from fedsoda_edge.errors import DeviceTooSmall, UsageProblem
 from fedsoda_edge.model import delta, lora
 from fedsoda_edge.model.bundle import Bundle, read_manifest
+from fedsoda_edge.model.memory import MemoryPlan
 from fedsoda_edge.model.nf4 import NF4Linear, dequantize, quantize
 from fedsoda_edge.model.sub_llm import SubLLM, build
 from fedsoda_edge.ports.child import Report, Values, serve
+from fedsoda_edge.ports.console import human_bytes
 from fedsoda_edge.ports.disk import sha256_file, write_durably
-from fedsoda_edge.ports.system import lower_priority
+from fedsoda_edge.ports.system import lower_priority, peak_rss_bytes, return_memory_at_once
 from fedsoda_edge.protocol.manifest import TOKENIZER_FILES
 from fedsoda_edge.protocol.messages import LocalSettings
 from fedsoda_edge.store import FileStore, when_here
-from fedsoda_edge.training import fine_tune
-
-MIN_SLICE_BYTES, MAX_SLICE_BYTES = 16 << 20, 1 << 30  # of samples that one pass over the layers takes along
+from fedsoda_edge.training import fine_tune, is_out_of_memory, probe
 
 
 class Worker:
     """One run on one device. Paths come from the agent; what is between them stays here."""
 
     def __init__(self) -> None:
+        self._process_bytes = psutil.Process().memory_info().rss  # of imports alone
+        self._memory: MemoryPlan | None = None
+        self._micro_batch = self._room = 0
         self._bundle: Bundle | None = None
         self._border: Border | None = None
         self._states: CachedStates | None = None
         self._emulator_name = ""
         self._sub_llm: SubLLM | None = None
-        self._device = "cpu"
-        self._compute_dtype = torch.float32
 
     @property
     def bundle(self) -> Bundle:
@@ -61,13 +64,6 @@ class Worker:
         coming = store.coming(values["manifest"])
         manifest = read_manifest(store.get(values["manifest"]))
         self._bundle = Bundle(manifest, lambda file: when_here(store.path(file.sha256), coming))
-        self._device = values["device"]
-        if self._device.startswith("cuda"):
-            if not torch.cuda.is_available():
-                raise UsageProblem(
-                    f"--device {self._device}: torch has no CUDA here; install a CUDA build, or --device cpu"
-                )
-            self._compute_dtype = torch.bfloat16
         tokenizer = SampleTokenizer(self._bundle.path("tokenizer.json"), manifest.config.get("eos_token_id"))
         names = {file.name for file in manifest.files}
         files = {name: self._bundle.path(name) for name in TOKENIZER_FILES if name in names}
@@ -83,7 +79,19 @@ class Worker:
             "num_examples": len(self._samples.samples),
             "num_skipped": self._samples.num_skipped,
             "threads": torch.get_num_threads(),
+            "process_bytes": self._process_bytes,
+            "longest_ids": max((len(sample.ids) for sample in self._samples.samples), default=0),
+            "longest_labels": max((len(sample.ids) - sample.start for sample in self._samples.samples), default=0),
         }
+
+    @property
+    def memory(self) -> MemoryPlan:
+        assert self._memory is not None, "the agent says how to train when it asks for the border"
+        return self._memory
+
+    @property
+    def _compute_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.memory.device.startswith("cuda") else torch.float32
 
     def doctor(self, _: Values, __: Report) -> Values:
         """What torch sees here, and whether a gradient comes through NF4 as through the dense matrix."""
@@ -117,6 +125,14 @@ class Worker:
         """Sweep all samples through the sub-emulator with this alignment; what is on the disk already is not."""
         bundle, spec = self.bundle, self.bundle.manifest.lora
         path, cache = values["emulator"], values["cache"]
+        self._memory = memory = msgspec.convert(values["memory"], MemoryPlan)
+        self._micro_batch, self._room = memory.micro_batch, values["room"]
+        if memory.device.startswith("cuda") and not torch.cuda.is_available():
+            raise UsageProblem(
+                f"--device {memory.device}: torch has no CUDA here; install a CUDA build, or --device cpu"
+            )
+        if memory.frugal:
+            return_memory_at_once()
         emulator = bundle.emulator_lora() if path is None else delta.from_bytes(Path(path).read_bytes(), spec.emulator)
         name = bundle.manifest.file("emulator_lora.safetensors").sha256 if path is None else sha256_file(Path(path))
         if self._states is not None:
@@ -131,12 +147,14 @@ class Worker:
                 bytes.fromhex(cache["key"]),
                 cache["dtype"],
                 cache["max_bytes"],
-                max(MIN_SLICE_BYTES, min(MAX_SLICE_BYTES, psutil.virtual_memory().available // 8)),
+                memory.slice_bytes,
+                not memory.packed,
             ),
             compute_dtype=self._compute_dtype,
-            device=self._device,
+            device=memory.device,
         )
-        self._states.sweep(lambda done, total: report({"stage": "sweep", "done": done, "total": total}))
+        with _out_of_memory_is_told(memory):
+            self._states.sweep(lambda done, total: report({"stage": "sweep", "done": done, "total": total}))
         self._border = Border(self._samples.samples, self._states)
         self._emulator_name = name
         return {
@@ -147,25 +165,18 @@ class Worker:
 
     def train(self, values: Values, report: Report) -> Values:
         """One local round: the coded delta and the new residual as files."""
-        bundle, spec = self.bundle, self.bundle.manifest.lora
+        spec = self.bundle.manifest.lora
         assert self._border is not None, "the agent asks for the border first"
         assert self._states is not None
-        view = self._view(values["view"])
+        view, settings = self._view(values["view"]), msgspec.convert(values["settings"], LocalSettings)
         if self._sub_llm is None:
-            self._sub_llm = build(
-                bundle,
-                bundle.plan.adapter,
-                compute_dtype=self._compute_dtype,
-                device=self._device,
-                dense=self._has_room_for_dense(),
-            )
-            lora.attach(self._sub_llm, spec, view)
+            self._sub_llm = self._built(view, settings.batch_size)
         identity = {
             **{key: values[key] for key in ("settings", "seed", "round", "edge")},
             "view": delta.digest(view),
             "emulator": self._emulator_name,
             "threads": torch.get_num_threads(),
-            "device": self._device,
+            "device": self.memory.device,
             "samples": self._states.digest,
             "cache": self._states.dtype,
             "software": version("fedsoda"),
@@ -176,10 +187,11 @@ class Worker:
             self._sub_llm,
             self._border,
             view,
-            msgspec.convert(values["settings"], LocalSettings),
+            settings,
             seed=values["seed"],
             round_number=values["round"],
             edge=values["edge"],
+            micro_batch=self._micro_batch,
             checkpoint=checkpoint,
             progress=lambda step, steps, loss, rate: report(
                 {
@@ -191,6 +203,7 @@ class Worker:
                 }
             ),
         )
+        self._micro_batch = trained.micro_batch
         finite = math.isfinite(trained.loss)
         # A broken round still answers, with nothing in it: the hub refuses it and the round goes on.
         wanted = trained.delta if finite else {name: torch.zeros_like(value) for name, value in view.items()}
@@ -206,6 +219,7 @@ class Worker:
             "num_examples": trained.num_examples,
             "num_steps": trained.num_steps,
             "num_tokens": trained.num_tokens,
+            "micro_batch": trained.micro_batch,
             "seconds": trained.seconds,
             "loss": trained.loss if finite else None,
         }
@@ -228,12 +242,46 @@ class Worker:
             return self.bundle.adapter_lora()
         return delta.from_bytes(Path(path).read_bytes(), self.bundle.manifest.lora.adapter)
 
-    def _has_room_for_dense(self) -> bool:
-        """Dequantized adapter weights are the same values and quicker; they may take a quarter of free RAM."""
-        if self._device != "cpu":
-            return False
-        stored = sum(self.bundle.path(f"layers.{n}.safetensors").stat().st_size for n in self.bundle.plan.adapter)
-        return stored * 8 < psutil.virtual_memory().available / 4
+    def _built(self, view: dict[str, torch.Tensor], batch_size: int) -> SubLLM:
+        """The adapter as the memory plan has it, after a probe: the heaviest micro-batch fits, or a smaller one."""
+        assert self._border is not None
+        memory, samples = self.memory, self._samples.samples
+        with _out_of_memory_is_told(memory):
+            sub_llm = build(
+                self.bundle,
+                self.bundle.plan.adapter,
+                compute_dtype=self._compute_dtype,
+                device=memory.device,
+                dense=not memory.packed,
+                dense_head=not memory.packed,
+                recompute=memory.recompute,
+            )
+        lora.attach(sub_llm, self.bundle.manifest.lora, view)
+        longest = sorted(range(len(samples)), key=lambda at: -len(samples[at].ids))[
+            : min(batch_size, self._micro_batch)
+        ]
+        self._micro_batch = probe(sub_llm, self._border, longest, self._micro_batch)
+        on_cpu, taken = memory.device == "cpu", peak_rss_bytes()
+        if on_cpu and taken > self._room:
+            raise DeviceTooSmall(
+                f"the first step took {human_bytes(taken)} of memory, {human_bytes(self._room)} may be taken; "
+                "allow more, or close other programs"
+            )
+        return sub_llm
+
+
+@contextmanager
+def _out_of_memory_is_told(memory: MemoryPlan) -> Iterator[None]:
+    """Where no smaller micro-batch helps, the agent may know a leaner way."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DeviceTooSmall(
+            f"memory ran out on {memory.device}, where {human_bytes(memory.peak)} were planned; close other programs, or "
+            "ask the hub's owner for a smaller sub-LLM"
+        ) from error
 
 
 def main() -> None:

@@ -407,6 +407,7 @@ class Daemon:
             rounds_done=len(state.losses),
             template=ms.Template(prompt=task.prompt, completion=task.completion),
             max_length=self.settings.local.max_length,
+            batch_size=self.settings.local.batch_size,
             codec=self.settings.wire.codec,
             seed=self.settings.seed,
             stall_seconds=self.settings.wire.stall_seconds,

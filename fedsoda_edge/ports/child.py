@@ -113,6 +113,7 @@ class Child:
                     f"the process {self.module} ended with status {status} during {command!r}"
                     + (" (killed, most likely out of memory)" if was_killed(status) else ""),
                     "\n".join(self._last_words),
+                    was_killed(status),
                 ) from error
             self.peak_rss_bytes = max(self.peak_rss_bytes, int(reply.get("peak_rss_bytes", 0)))
             if "error" in reply:

@@ -152,6 +152,7 @@ class Leave(Message, frozen=True, tag="leave"):
 class Welcome(Message, frozen=True, tag="welcome", omit_defaults=True):
     """Answer to Hello. `manifest` is fetched by HTTP as a blob.
 
+    batch_size: samples of a step, which an edge's memory is planned with.
     emulator: of the alignment in force, so that an edge can sweep before its first offer; None: an older hub.
     """
 
@@ -167,6 +168,7 @@ class Welcome(Message, frozen=True, tag="welcome", omit_defaults=True):
     codec: str
     seed: int
     stall_seconds: float
+    batch_size: int = 8
     emulator: ViewRef | None = None
 
 

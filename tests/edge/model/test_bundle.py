@@ -20,7 +20,8 @@ from fedsoda_edge.errors import BlobCorrupt, DiskFull
 from fedsoda_edge.model import delta, lora
 from fedsoda_edge.model.bundle import Bundle, BundleSettings, encode_manifest, read_manifest, write_bundle
 from fedsoda_edge.model.layer_plan import choose_groups, make_plan
-from fedsoda_edge.model.nf4 import dequantize, quantize
+from fedsoda_edge.model.loss import cross_entropy
+from fedsoda_edge.model.nf4 import NF4Linear, dequantize, quantize
 from fedsoda_edge.model.streaming import Checkpoint, stream
 from fedsoda_edge.model.sub_llm import SubLLM, build
 from fedsoda_edge.protocol.manifest import File, LayerPlan, LoRASpec
