@@ -213,7 +213,7 @@ def cached(
 ) -> tuple[int, float, float]:
     bundle = Bundle.open(directory / "bundle")
     plan = way(bundle, geometry, packed=packed, recompute=recompute)
-    if packed:
+    if plan.frugal:
         return_memory_at_once()
     # What is read was swept dense: the arms differ in training alone.
     where = directory / ("none" if is_broken else "cache")

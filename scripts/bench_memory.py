@@ -56,7 +56,7 @@ def child(directory: Path, cell: Cell, way: str) -> dict[str, Any]:
     geometry, _ = cell
     bundle = Bundle.open(directory / "bundle")
     plan = ways(bundle, cell, process_bytes)[way]
-    if plan.packed:
+    if plan.frugal:
         return_memory_at_once()
     states = bench_edge.states_of(bundle, geometry, directory / f"cache-{WAYS.index(way)}", plan)
     states.sweep()

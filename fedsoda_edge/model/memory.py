@@ -32,7 +32,7 @@ from fedsoda_edge.protocol.manifest import BundleManifest, EdgeNeeds, File, LoRA
 PROCESS_BYTES = 440 << 20  # measured: worker with torch 2.13 (CPU), transformers 5.23, peft 0.21 imported
 KERNEL_BYTES = 48 << 20  # measured: what libraries of kernels load and hold once a first step has run
 CUDA_CONTEXT_BYTES = 450 << 20  # measured elsewhere for torch on consumer cards; not on a GPU of ours
-KEPT_HEAP = 1.7  # measured: what malloc holds for each byte of activations, unless it returns memory at once
+KEPT_HEAP = 1.7  # measured (scripts/bench_memory): what malloc holds for a byte of activations that comes and goes
 
 NF4_STORED = 0.5 + 1 / 64 + 4 / 64 / 256  # bytes a weight: codes, absmax, nested absmax
 NF4_HELD = 0.5 + 4 / 64  # with absmax as fp32, which every use needs
