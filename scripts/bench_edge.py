@@ -11,7 +11,8 @@ Arms, each in a child process of its own, interleaved ABBA:
     recipe_full  the recipe on the full model
 
 Figures are ratios of tokens a second, medians over the repeats with a 95 % bootstrap interval; memory is a child's
-high-water mark less that after its imports. Exit status 1 when a target is missed; `--planted-defect` makes ours
+high-water mark less that after its imports. What ran is kept under --out, so that a second call goes on there; delete
+it to begin anew. Exit status 1 when a target is missed; `--planted-defect` makes ours
 compute the border anew for every sample and must make it fail.
 """
 
@@ -47,6 +48,7 @@ from transformers import (
 
 from fedsoda_edge.border import Border
 from fedsoda_edge.border_cache import CachedStates, CacheSettings
+from fedsoda_edge.checkpoint import RoundCheckpoint
 from fedsoda_edge.data import Sample
 from fedsoda_edge.model import lora
 from fedsoda_edge.model.bundle import Bundle, BundleSettings, shard_sizes, write_bundle
@@ -169,7 +171,13 @@ def states_of(
     )
 
 
-def train_ours(bundle: Bundle, geometry: Geometry, states: CachedStates, plan: MemoryPlan) -> Callable[[], Trained]:
+def train_ours(
+    bundle: Bundle,
+    geometry: Geometry,
+    states: CachedStates,
+    plan: MemoryPlan,
+    checkpoint: RoundCheckpoint | None = None,
+) -> Callable[[], Trained]:
     """The adapter built; call it to train one epoch."""
     spec, view = bundle.manifest.lora, bundle.adapter_lora()
     sub_llm = build(
@@ -191,7 +199,17 @@ def train_ours(bundle: Bundle, geometry: Geometry, states: CachedStates, plan: M
         max_length=geometry.length,
     )
     border, at_once = Border(samples(geometry), states), plan.micro_batch
-    return lambda: fine_tune(sub_llm, border, view, settings, seed=0, round_number=1, edge="bench", micro_batch=at_once)
+    return lambda: fine_tune(
+        sub_llm,
+        border,
+        view,
+        settings,
+        seed=0,
+        round_number=1,
+        edge="bench",
+        micro_batch=at_once,
+        checkpoint=checkpoint,
+    )
 
 
 def first(directory: Path, geometry: Geometry, is_broken: bool) -> tuple[int, float, float]:
@@ -363,6 +381,29 @@ def is_bit_identical(directory: Path, geometry: Geometry) -> bool:
     return all(torch.equal(deltas[0][name], deltas[1][name]) for name in deltas[0])
 
 
+def checkpoint_share(directory: Path, geometry: Geometry) -> float:
+    """Of a step's time that a save takes where every step is saved; longer rounds save every fiftieth part."""
+    bundle = Bundle.open(directory / "bundle")
+    plan = way(bundle, geometry)
+    spent = 0.0
+
+    class Timed(RoundCheckpoint):
+        def is_due(self, step: int, steps: int) -> bool:
+            return step < steps
+
+        def save(self, step: int, tokens: int, micro_batch: int, tensors: dict[str, torch.Tensor]) -> None:
+            nonlocal spent
+            began = time.perf_counter()
+            super().save(step, tokens, micro_batch, tensors)
+            spent += time.perf_counter() - began
+
+    checkpoint = Timed(directory / "checkpoint", {})
+    states = states_of(bundle, geometry, directory / "cache", plan)
+    trained = train_ours(bundle, geometry, states, plan, checkpoint)()
+    checkpoint.forget()
+    return spent / trained.seconds
+
+
 def bits_of_8b() -> float:
     """Bits per parameter of the shards of a Llama-3-8B sub-LLM, embedding and head in NF4 too; from shapes alone."""
     family = family_of("llama")
@@ -393,10 +434,17 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     states_of(bundle, geometry, directory / "cache", way(bundle, geometry)).sweep()
     found: dict[str, list[dict[str, float]]] = {name: [] for name in ARMS}
     repeats = options.repeats or geometry.repeats
-    for repeat in range(repeats):
-        for name in list(ARMS) if repeat % 2 == 0 else reversed(ARMS):
-            found[name].append(run_arm(name, options))
-            print(f"{repeat + 1} of {repeats}: {name} {found[name][-1]}", file=sys.stderr, flush=True)
+    order = [name for repeat in range(repeats) for name in (list(ARMS) if repeat % 2 == 0 else reversed(ARMS))]
+    done = directory / ("runs-defect.jsonl" if options.planted_defect else "runs.jsonl")
+    kept = done.read_text().splitlines() if done.exists() else []
+    for number, name in enumerate(order):
+        if number == len(kept):
+            kept.append(json.dumps({"arm": name, **run_arm(name, options)}))
+            done.write_text("\n".join(kept) + "\n")
+            print(f"{number + 1} of {len(order)}: {kept[-1]}", file=sys.stderr, flush=True)
+        run = json.loads(kept[number])
+        assert run["arm"] == name, f"{done} is of another bench; delete it"
+        found[name].append(run)
     speed = {name: [run["tokens"] / run["seconds"] for run in runs] for name, runs in found.items()}
     work = {name: [run["tokens"] / run["cpu_seconds"] for run in runs] for name, runs in found.items()}
     peak = {name: statistics.median(run["peak_bytes"] for run in runs) for name, runs in found.items()}
@@ -410,7 +458,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "recomputed_over_recipe_sub": (peak["recomputed"] / peak["recipe_sub"], 0.30),
         "recomputed_over_recipe_full": (peak["recomputed"] / peak["recipe_full"], 0.15),
     }
-    same, bits = is_bit_identical(directory, geometry), bits_of_8b()
+    same, bits, saving = is_bit_identical(directory, geometry), bits_of_8b(), checkpoint_share(directory, geometry)
     checks = [
         *(
             {"claim": name, **value, "target": target, "holds": value["median"] >= target}
@@ -421,6 +469,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             for name, (value, target) in memory.items()
         ),
         {"claim": "cached and recomputed deltas are bit-identical", "holds": same},
+        {
+            "claim": "share of a step that its checkpoint takes",
+            "share": saving,
+            "target": 0.01,
+            "holds": saving <= 0.01,
+        },
         {"claim": "bits per parameter, 8B, everything quantized", "bits": bits, "target": 4.2, "holds": bits <= 4.2},
     ]
     return {
