@@ -255,7 +255,8 @@ class Agent:
     @property
     def _samples(self) -> Samples:
         assert self._welcome is not None
-        return Samples(self._welcome.batch_size, self._opened["longest_ids"], self._opened["longest_labels"])
+        longest = self._opened["longest_ids"], self._opened["longest_labels"]
+        return Samples(self._welcome.batch_size, *longest, self._opened["num_examples"])
 
     def _facts(self) -> ms.DeviceFacts:
         """What is free, with what the worker holds already: a plan counts it in."""

@@ -43,7 +43,7 @@ def ways(bundle: Bundle, cell: Cell, process_bytes: int) -> dict[str, MemoryPlan
     """A plan of each kind for this shape."""
     geometry, batch_size = cell
     labels = geometry.length - round(geometry.length * (1 - bench_edge.SUPERVISED))
-    samples = Samples(batch_size, geometry.length, labels)
+    samples = Samples(batch_size, geometry.length, labels, geometry.samples)
     found = list(plans(shape_of(bundle.manifest), "cpu", samples, process_bytes))
     dense, packed, recomputed = (plan for plan in found if plan.micro_batch == batch_size)
     halved = next(plan for plan in found if plan.micro_batch == batch_size // 2)

@@ -38,7 +38,7 @@ NF4_STORED = 0.5 + 1 / 64 + 4 / 64 / 256  # bytes a weight: codes, absmax, neste
 NF4_HELD = 0.5 + 4 / 64  # with absmax as fp32, which every use needs
 LOGITS = 1 << 23  # of one chunk of rows (loss.py)
 GROUP_POSITIONS = 512  # that a sweep runs together: enough for a product
-MIN_SLICE_BYTES, MAX_SLICE_BYTES = 16 << 20, 1 << 30  # of samples that one pass over the layers takes along
+MIN_SLICE_BYTES, MAX_SLICE_BYTES = 64 << 20, 1 << 30  # of samples that one pass over the layers takes along
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,12 @@ def _shape(
 
 @dataclass(frozen=True)
 class Samples:
-    """What a step trains on: how many, and the ids and completion ids of the longest."""
+    """What a step trains on: how many, and the ids and completion ids of the longest. count: of all; None: not known."""
 
     batch_size: int
     ids: int
     labels: int
+    count: int | None = None
 
 
 class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -176,9 +177,20 @@ def _plan(
         kept = others * whole + max(last, (2 * d + 3 * f) * positions if others else 0)
     rows = min(labels, max(1, LOGITS // shape.vocab))
     transient = 0 if on_cpu or not packed else size * d * f  # bitsandbytes makes a matrix dense for each product
-    slice_bytes = MIN_SLICE_BYTES if packed else MAX_SLICE_BYTES // 4
-    sweep_layer = shape.layer_parameters * (NF4_HELD if packed else size)
-    group = (4 * d + 2 * q + 2 * k + 3 * f) * max(GROUP_POSITIONS, samples.ids) * size * heap
+    weights = round(shape.num_adapter_layers * shape.layer_parameters * layer_size) + transient
+    head = round(shape.vocab * d * head_size)
+    lora = 16 * shape.lora_parameters
+    activations = round(kept * size * heap)
+    logits = round(rows * shape.vocab * 4)
+    sweep = shape.layer_parameters * ((NF4_HELD if packed else size) + NF4_STORED)
+    sweep += (4 * d + 2 * q + 2 * k + 3 * f) * max(GROUP_POSITIONS, samples.ids) * size * heap
+    # Hidden states of a slice lie in RAM; on a CPU they may take what training will take anyway.
+    slice_bytes = MAX_SLICE_BYTES // 2
+    if on_cpu:
+        spare = weights + head + lora + activations + logits - sweep
+        slice_bytes = round(max(MIN_SLICE_BYTES, min(MAX_SLICE_BYTES, spare)))
+    if samples.count is not None:
+        slice_bytes = min(slice_bytes, 2 * samples.count * samples.ids * d * size)
     return MemoryPlan(
         device=device,
         packed=packed,
@@ -188,12 +200,12 @@ def _plan(
         batch_size=samples.batch_size,
         slice_bytes=slice_bytes,
         process=process_bytes + KERNEL_BYTES if on_cpu else CUDA_CONTEXT_BYTES,
-        weights=round(shape.num_adapter_layers * shape.layer_parameters * layer_size) + transient,
-        head=round(shape.vocab * d * head_size),
-        lora=16 * shape.lora_parameters,
-        activations=round(kept * size * heap),
-        logits=round(rows * shape.vocab * 4),
-        sweep=round(sweep_layer + shape.layer_parameters * NF4_STORED + slice_bytes + group),
+        weights=weights,
+        head=head,
+        lora=lora,
+        activations=activations,
+        logits=logits,
+        sweep=round(sweep) + (slice_bytes if on_cpu else 0),
     )
 
 
