@@ -266,13 +266,14 @@ class Agent:
     def _plan_memory(self) -> None:
         """The quickest way that has room; a round that is in the middle goes on the way it began, to the same bits."""
         assert self._shape is not None
-        facts, limits, kept = self._facts(), self._settings.limits, self._run_dir / "memory.json"
+        facts, limits = self._facts(), self._settings.limits
         process = self._opened["process_bytes"]
         plan = fit(self._settings.device, self._shape, self._samples, facts, limits, process_bytes=process)
-        if kept.exists() and any((self._run_dir / "checkpoint").glob("round.*")):
-            before = msgspec.json.decode(kept.read_bytes(), type=MemoryPlan)
-            if before.device == plan.device and before.peak <= room_for(before.device, facts, limits):
-                plan = before
+        if any((self._run_dir / "checkpoint").glob("round.*")):
+            with contextlib.suppress(FileNotFoundError, msgspec.MsgspecError):  # another version planned otherwise
+                before = msgspec.json.decode((self._run_dir / "memory.json").read_bytes(), type=MemoryPlan)
+                if before.device == plan.device and before.peak <= room_for(before.device, facts, limits):
+                    plan = before
         self._train_by(plan, facts)
 
     def _train_by(self, plan: MemoryPlan, facts: ms.DeviceFacts) -> None:

@@ -142,9 +142,12 @@ def table(plan: MemoryPlan) -> list[tuple[str, int]]:
 
 def leaner(plan: MemoryPlan, shape: Shape, samples: Samples, process_bytes: int) -> MemoryPlan | None:
     """The next slower way to train, which needs less; None where there is none."""
-    ways = list(plans(shape, plan.device, samples, process_bytes))
-    slower = ways[ways.index(plan) + 1 :]
-    return next((way for way in slower if way.peak < plan.peak), None)
+
+    def place(way: MemoryPlan) -> tuple[bool, bool, int]:  # a worker that was started again has other process_bytes
+        return way.packed, way.recompute, -way.micro_batch
+
+    ways = plans(shape, plan.device, samples, process_bytes)
+    return next((way for way in ways if place(way) > place(plan) and way.peak < plan.peak), None)
 
 
 def room_for(device: str, facts: DeviceFacts, limits: Limits) -> int:
