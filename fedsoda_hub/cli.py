@@ -29,7 +29,7 @@ def demo(
     directory: Annotated[
         Path, typer.Option("--dir", envvar="FEDSODA_DEMO_DIR", help="where the run lies; a demo's own is replaced")
     ] = Path("fedsoda-demo"),
-    rounds: Annotated[int, typer.Option(envvar="FEDSODA_DEMO_ROUNDS", help="rounds to run")] = 6,
+    rounds: Annotated[int, typer.Option(min=1, envvar="FEDSODA_DEMO_ROUNDS", help="rounds to run")] = 6,
     seed: Annotated[int, typer.Option(envvar="FEDSODA_DEMO_SEED", help="of data and training")] = 0,
     as_json: Json = False,
     debug: Debug = False,

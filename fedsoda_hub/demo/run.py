@@ -39,12 +39,19 @@ Say = Callable[[dict[str, Any]], None]
 
 
 def write_run(directory: Path, rounds: int, seed: int) -> Path:
-    """RUN.toml, the edges' private data and the evaluation rows; a directory that is no demo's is not touched."""
-    if directory.exists() and any(directory.iterdir()) and not (directory / MARK).exists():
-        raise UsageProblem(f"{directory} is not empty and no demo's; name another with --dir")
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
-    (directory / MARK).touch()
+    """RUN.toml, the edges' private data and the evaluation rows; a directory that is no demo's is not touched.
+
+    Raises:
+        UsageProblem: the directory is another's, or cannot be made.
+    """
+    try:
+        if directory.is_dir() and any(directory.iterdir()) and not (directory / MARK).exists():
+            raise UsageProblem(f"{directory} is not empty and no demo's; name another with --dir")
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+        (directory / MARK).touch()
+    except OSError as error:
+        raise UsageProblem(f"--dir {directory} cannot be made ({error.strerror}); name another") from error
     for number, office in enumerate(task.OFFICES):
         write_rows(directory / f"{office.name}.jsonl", task.training(number, seed))
     prompt, completion = TextTemplate(task.PROMPT), TextTemplate(task.COMPLETION)

@@ -283,6 +283,19 @@ def test_export_before_any_round_closed_is_refused_before_torch_loads(run_file: 
     assert not to.exists()
 
 
+# --- the demo --------------------------------------------------------------------------------------------------------
+
+
+def test_a_demo_of_no_rounds_or_in_no_directory_is_wrong_usage(run_file: Path) -> None:
+    ended = hub(run_file, "demo", "--rounds", "0", "--dir", run_file.parent / "demo")
+    assert_refused(ended, "'--rounds'", "greater than or equal to 1")
+    assert not (run_file.parent / "demo").exists()
+    for there, why in ((run_file, "File exists"), (run_file / "below", "Not a directory")):
+        ended = hub(run_file, "demo", "--dir", there)
+        assert_refused(ended, f"--dir {there} cannot be made ({why}); name another")
+    assert run_file.is_file()
+
+
 # --- errors, for people and for scripts ------------------------------------------------------------------------------
 
 
