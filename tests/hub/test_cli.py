@@ -247,7 +247,7 @@ def test_status_of_a_running_hub_is_what_it_says_and_another_runs_hub_is_not_tak
 def test_serve_refuses_settings_that_cannot_be_before_it_leaves_anything(run_file: Path) -> None:
     good = run_file.read_text()
     run_file.write_text(good.replace("quorum", "quorun"))
-    assert_refused(hub(run_file, "serve", "RUN"), "RUN.toml has no key [rounds] quorun; the nearest is [rounds] quorum")
+    assert_refused(hub(run_file, "serve", "RUN"), "run.toml has no key [rounds] quorun; the nearest is [rounds] quorum")
     run_file.write_text(good + '\n[task]\neval_data = "eval.jsonl"\n')
     assert_refused(hub(run_file, "serve", "RUN"), "[task] eval_data", f"{run_file.parent / 'eval.jsonl'} is not there")
     run_file.write_text(good)
