@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import typer
 
-from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.ports.console import EXIT_HELP, finish, human_bytes, note, reporting
 from fedsoda_edge.ports.console import run as run_command
 
@@ -210,18 +209,17 @@ def _status(run: Path) -> dict[str, Any]:
     """Of the running hub, else of the ledger."""
     from fedsoda_hub.config import read_settings
     from fedsoda_hub.daemon import run_status
-    from fedsoda_hub.ledger import Ledger
+    from fedsoda_hub.ledger import Ledger, not_started
     from fedsoda_hub.listener import ask_running_hub
 
     settings = read_settings(run)
     path = settings.run_dir / "ledger.sqlite"
-    not_started = UsageProblem(f"{settings.name} has not been started; run `fedsoda-hub serve {run}`")
     if not path.exists():
-        raise not_started
+        raise not_started(settings.path)
     with contextlib.closing(Ledger(path)) as ledger:
         state = ledger.replay()
         if not state.run_id:  # there are tokens, and no more
-            raise not_started
+            raise not_started(settings.path)
         live = ask_running_hub(settings.run_dir)
         if live is not None and live.get("run_id") == state.run_id:  # not another run's hub at an old address
             return {"running": True, **live}
@@ -281,7 +279,7 @@ def export(
         from fedsoda_hub.ledger import read_outcome
 
         settings = read_settings(run)
-        read_outcome(settings.run_dir)  # refuses in no time; loading torch takes seconds
+        read_outcome(settings.run_dir, settings.path)  # refuses in no time; loading torch takes seconds
         from fedsoda_hub.export import export as write_export
 
         result = write_export(settings, to, merge=merge)

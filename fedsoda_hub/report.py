@@ -28,13 +28,12 @@ from fedsoda_edge.ports.disk import write_durably
 from fedsoda_edge.protocol.manifest import LayerPlan, parse_manifest
 from fedsoda_hub.config import RunSettings, effective
 from fedsoda_hub.federation import events as ev
-from fedsoda_hub.ledger import Ledger
+from fedsoda_hub.ledger import Ledger, not_started
 
 # Okabe and Ito's colours, which people who see fewer colours can tell apart.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
 MODELS = {"full": ("full model untouched", GREY), "sub_llm": ("sub-LLM", ORANGE), "plug_in": ("plug-in", BLUE)}
 DOTS_PER_INCH = 144
-NOT_STARTED = "this run has not been started, so there is nothing to report; start it with `fedsoda-hub serve RUN.toml`"
 
 
 @dataclass
@@ -104,14 +103,8 @@ def _natural(name: str) -> list[str]:
 
 
 def read_history(ledger: Ledger) -> History:
-    """Fold the records.
-
-    Raises:
-        UsageProblem: the run was not begun.
-    """
+    """Fold the records of a run that was started."""
     told = ledger.history()
-    if not told:
-        raise UsageProblem(NOT_STARTED)
     history = History(told[0][0])
     for at, record in told:
         now = history.rounds[-1] if history.rounds else None
@@ -144,12 +137,14 @@ def write_report(settings: RunSettings, to: Path) -> dict[str, Any]:
     """report.html and its pictures in the directory `to`; the paths of all, and which pictures have no data yet.
 
     Raises:
-        UsageProblem: the run was not begun, or `to` cannot be written. DiskFull.
+        UsageProblem: the run was not started, or `to` cannot be written. DiskFull.
     """
     path = settings.run_dir / "ledger.sqlite"
     if not path.exists():
-        raise UsageProblem(NOT_STARTED)
+        raise not_started(settings.path)
     with contextlib.closing(Ledger(path)) as ledger:
+        if not ledger.replay().run_id:  # there are tokens, and no more
+            raise not_started(settings.path)
         history = read_history(ledger)
     manifest_file = settings.run_dir / "bundle" / "manifest.json"
     plan = parse_manifest(manifest_file.read_bytes()).plan if manifest_file.exists() else None

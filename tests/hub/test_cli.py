@@ -46,6 +46,14 @@ def run_file(tmp_path: Path) -> Path:
     return Path(write_run(tmp_path / "run").path)
 
 
+@pytest.fixture
+def _sigterm_as_it_was() -> Iterator[None]:
+    """For commands that run in this process."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
 def environment(run_file: Path) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith("FEDSODA_")}
     return kept | {"PYTHONPATH": str(run_file.parent.parent / "no-torch"), "COLUMNS": "120"}
@@ -178,14 +186,25 @@ def test_a_secret_never_replaces_what_is_no_file(tmp_path: Path) -> None:
 # --- status and edges ------------------------------------------------------------------------------------------------
 
 
-def test_status_and_edges_of_a_run_that_was_not_started_say_so_also_when_there_are_tokens(run_file: Path) -> None:
-    assert_refused(hub(run_file, "status", "RUN"), "small has not been started", f"fedsoda-hub serve {run_file}")
+@pytest.mark.usefixtures("_sigterm_as_it_was")
+def test_a_run_that_was_not_started_is_said_in_one_sentence_by_all_that_need_it_started(run_file: Path) -> None:
+    """Also when there are tokens, and no more. In this process: `report` and `evaluate` load what `hub` forbids."""
+    needing = ["status", "edges", "export --to adapter", "report", "evaluate --data eval.jsonl"]
+    said = f"error: {run_file.name} has not been started; run `fedsoda-hub serve {run_file}`\n"
+    for command in needing:
+        name, *options = command.split()
+        shown = CliRunner().invoke(app, [name, str(run_file), *options])
+        assert (shown.exit_code, shown.stderr) == (2, said), command
     assert not (run_file.parent / "small.run").exists()  # asking leaves nothing behind
     ledger = Ledger(run_file.parent / "small.run" / "ledger.sqlite")
     ledger.create_token("alice")
     ledger.close()
-    assert_refused(hub(run_file, "status", "RUN"), "small has not been started")
-    assert_refused(hub(run_file, "edges", "RUN"), "small has not been started")
+    for command in needing:
+        name, *options = command.split()
+        shown = CliRunner().invoke(app, [name, str(run_file), *options])
+        assert (shown.exit_code, shown.stderr) == (2, said), command
+    for command in ("status", "edges"):  # before torch would load
+        assert_refused(hub(run_file, command, "RUN"), said)
 
 
 def test_status_and_edges_of_an_ended_run_come_from_its_ledger(run_file: Path) -> None:
@@ -274,7 +293,7 @@ def test_a_changed_setting_of_the_method_ends_serve_with_both_values(run_file: P
 
 def test_export_before_any_round_closed_is_refused_before_torch_loads(run_file: Path) -> None:
     to = run_file.parent / "adapter"
-    assert_refused(hub(run_file, "export", "RUN", "--to", to), "small.run holds no run", "fedsoda-hub serve")
+    assert_refused(hub(run_file, "export", "RUN", "--to", to), "run.toml has not been started", "fedsoda-hub serve")
     ledger = Ledger(run_file.parent / "small.run" / "ledger.sqlite")
     for record in ENDED[:3]:
         ledger.append(record)
@@ -297,13 +316,6 @@ def test_a_demo_of_no_rounds_or_in_no_directory_is_wrong_usage(run_file: Path) -
 
 
 # --- errors, for people and for scripts ------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def _sigterm_as_it_was() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.usefixtures("_sigterm_as_it_was")

@@ -106,7 +106,7 @@ def test_pictures_without_data_are_left_out() -> None:
 
 def test_a_run_that_was_not_begun_has_no_report(tmp_path: Path, tiny_llama: Path) -> None:
     settings = make_run(tmp_path, tiny_llama)
-    with pytest.raises(UsageProblem, match=r"has not been started.*start it with `fedsoda-hub serve"):
+    with pytest.raises(UsageProblem, match=r"RUN\.toml has not been started; run `fedsoda-hub serve"):
         write_report(settings, tmp_path / "report")
     ledger = Ledger(settings.run_dir / "ledger.sqlite")  # as `token create` leaves it
     ledger.create_token("ann")
