@@ -175,9 +175,8 @@ def token_create(
 def token_list(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
     """Edges that may join, and whether a device has."""
     with reporting(as_json, False, debug):
-        ledger = _ledger(run)
-        tokens = ledger.tokens()
-        ledger.close()
+        with contextlib.closing(_ledger(run)) as ledger:
+            tokens = ledger.tokens()
         for token in tokens:
             state = "revoked" if token.revoked else "in use" if token.device else "unused"
             note(f"{token.edge:<24} {state}")
@@ -191,9 +190,8 @@ def token_revoke(
 ) -> None:
     """The edge is refused from its next connection on."""
     with reporting(as_json, False, debug):
-        ledger = _ledger(run)
-        ledger.revoke_token(name)
-        ledger.close()
+        with contextlib.closing(_ledger(run)) as ledger:
+            ledger.revoke_token(name)
         note(f"revoked the token of {name}")
         finish({"status": "ok", "edge": name}, as_json, False)
 

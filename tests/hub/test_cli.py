@@ -183,6 +183,25 @@ def test_a_secret_never_replaces_what_is_no_file(tmp_path: Path) -> None:
     assert Path("/dev/null").is_char_device()
 
 
+@pytest.mark.usefixtures("_sigterm_as_it_was")
+@pytest.mark.parametrize("command", ["list", "revoke nobody", "revoke alice", "create --name alice"])
+def test_a_token_command_closes_its_ledger_also_where_it_fails(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    ledger = Ledger(run_file.parent / "small.run" / "ledger.sqlite")
+    ledger.create_token("alice")
+    ledger.close()
+    closed: list[Ledger] = []
+
+    def close(ledger: Ledger) -> None:
+        closed.append(ledger)
+
+    monkeypatch.setattr(Ledger, "close", close)
+    name, *options = command.split()
+    CliRunner().invoke(app, ["token", name, str(run_file), *options])
+    assert len(closed) == 1
+
+
 # --- status and edges ------------------------------------------------------------------------------------------------
 
 
