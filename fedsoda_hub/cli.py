@@ -238,9 +238,10 @@ def status(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
         )
         if found["losses"]:
             note("losses: " + " ".join(f"{loss:.3f}" for loss in found["losses"]))
-        size = found["bytes"]
-        up, down = human_bytes(size["up_per_edge_round"]), human_bytes(size["down_per_edge_round"])
-        note(f"an edge and round: {up} up, {down} down")
+        if found["rounds_closed"]:  # until then greetings travelled
+            size = found["bytes"]
+            up, down = human_bytes(size["up_per_edge_round"]), human_bytes(size["down_per_edge_round"])
+            note(f"an edge and round: {up} up, {down} down")
         if found["evaluation"]:
             note(
                 "accuracy: "

@@ -196,7 +196,7 @@ def draw(history: History, plan: LayerPlan | None) -> dict[str, tuple[Figure, st
             "Angular distance between the outputs of two layers, in units of pi. Each box is a chosen group: the layer "
             "below it stays, the removed ones lie between. The strip below shows what every layer became.",
         )
-    if history.traffic:
+    if history.traffic and history.closed:  # until then greetings travelled
         figures["bytes"] = (
             draw_bytes(history),
             "What each edge sent and received in each round (websocket payload and framing). An empty field: the edge "
@@ -525,7 +525,7 @@ def _facts(settings: RunSettings, history: History, plan: LayerPlan | None) -> s
         facts.append(
             ("examples trained on", f"{examples:,} in {sum(len(one.updates) for one in history.closed)} updates")
         )
-    if history.traffic:
+    if history.traffic and history.closed:  # until then greetings travelled
         up, down = (sum(sizes[i] for sizes in history.traffic.values()) for i in (0, 1))
         pairs = len(history.traffic)
         facts.append(

@@ -254,6 +254,20 @@ def test_status_and_edges_of_an_ended_run_come_from_its_ledger(run_file: Path) -
     assert edges.stderr.split() == ["alice", "away"]
 
 
+def test_before_the_first_round_closed_nothing_is_said_of_an_edge_and_round(run_file: Path) -> None:
+    """What travelled until then is greetings."""
+    ledger = Ledger(run_file.parent / "small.run" / "ledger.sqlite")
+    for record in ENDED[:2]:
+        ledger.append(record)
+    ledger.add_traffic(EdgeId("alice"), 1, 1100, 300)
+    shown = hub(run_file, "status", "RUN")
+    assert shown.stderr == "small: idle, round 0 of 2, 0 closed, hub not running\n"
+    for record in ENDED[2:]:
+        ledger.append(record)
+    ledger.close()
+    assert "an edge and round: 1.07 KiB up, 300 B down\n" in hub(run_file, "status", "RUN").stderr
+
+
 def test_status_of_a_running_hub_is_what_it_says_and_another_runs_hub_is_not_taken_for_it(
     run_file: Path, tmp_path: Path
 ) -> None:

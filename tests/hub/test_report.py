@@ -101,7 +101,11 @@ def test_pictures_without_data_are_left_out() -> None:
     ledger.append(TOLD[0])
     assert list(draw(read_history(ledger), None)) == []
     ledger.append(TOLD[1])
+    ledger.add_traffic(ANN, 1, 1100, 300)  # greetings
     assert list(draw(read_history(ledger), None)) == ["alignment"]
+    for record in TOLD[2:8]:
+        ledger.append(record)
+    assert list(draw(read_history(ledger), None)) == ["loss", "alignment", "bytes", "contributions"]
 
 
 def test_a_run_that_was_not_begun_has_no_report(tmp_path: Path, tiny_llama: Path) -> None:
@@ -114,6 +118,20 @@ def test_a_run_that_was_not_begun_has_no_report(tmp_path: Path, tiny_llama: Path
     with pytest.raises(UsageProblem, match="has not been started"):
         write_report(settings, tmp_path / "report")
     assert not (tmp_path / "report").exists()
+
+
+def test_of_greetings_alone_no_bytes_of_an_edge_and_round_are_shown(tmp_path: Path, tiny_llama: Path) -> None:
+    settings = make_run(tmp_path, tiny_llama)
+    ledger = Ledger(settings.run_dir / "ledger.sqlite")
+    for record in TOLD[:2]:
+        ledger.append(record)
+    ledger.add_traffic(ANN, 1, 1100, 300)
+    assert "an edge and round" not in Path(write_report(settings, tmp_path / "report")["report"]).read_text()
+    for record in TOLD[2:8]:
+        ledger.append(record)
+    ledger.close()
+    page = Path(write_report(settings, tmp_path / "report")["report"]).read_text()
+    assert "1.07 KiB / 300 B an edge and round" in page
 
 
 def test_a_target_that_cannot_be_written_is_named(run: RunSettings, tmp_path: Path) -> None:
