@@ -23,7 +23,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_edge.ports.console import human_bytes, human_seconds
+from fedsoda_edge.ports.console import counted, human_bytes, human_seconds
 from fedsoda_edge.ports.disk import write_durably
 from fedsoda_edge.protocol.manifest import LayerPlan, parse_manifest
 from fedsoda_hub.config import RunSettings, effective
@@ -496,7 +496,8 @@ def render(
 def _lead(settings: RunSettings, history: History) -> str:
     state = "over" if history.is_over else "not over"
     return (
-        f"{_model_name(settings)}: {len(history.closed)} of {settings.rounds.count} rounds closed, {len(history.edges)} edges, "
+        f"{_model_name(settings)}: {len(history.closed)} of {counted(settings.rounds.count, 'round')} closed, "
+        f"{counted(len(history.edges), 'edge')}, "
         f"begun {_date(history.began_at)}; the run is {state}."
     )
 
@@ -522,9 +523,8 @@ def _facts(settings: RunSettings, history: History, plan: LayerPlan | None) -> s
         facts.append(("public KL", ", ".join(f"{stage} {kl:.3f}" for stage, kl in _kl_stages(history))))
     examples = sum(u.num_examples for one in history.closed for u in one.updates.values())
     if examples:
-        facts.append(
-            ("examples trained on", f"{examples:,} in {sum(len(one.updates) for one in history.closed)} updates")
-        )
+        updates = counted(sum(len(one.updates) for one in history.closed), "update")
+        facts.append(("examples trained on", f"{examples:,} in {updates}"))
     if history.traffic and history.closed:  # until then greetings travelled
         up, down = (sum(sizes[i] for sizes in history.traffic.values()) for i in (0, 1))
         pairs = len(history.traffic)

@@ -23,7 +23,7 @@ import msgspec
 from fedsoda_edge.data import TextTemplate
 from fedsoda_edge.errors import UsageProblem, WorkerFailed
 from fedsoda_edge.ports.child import Child
-from fedsoda_edge.ports.console import note
+from fedsoda_edge.ports.console import counted, note
 from fedsoda_edge.ports.system import group_of_its_own, stop_signal
 from fedsoda_hub.config import read_settings
 from fedsoda_hub.demo import task
@@ -165,7 +165,9 @@ async def run_demo(directory: Path, *, rounds: int, seed: int) -> dict[str, Any]
     started = time.monotonic()
     directory = directory.resolve()
     run_file = write_run(directory, rounds, seed)
-    note(f"hub, {len(task.OFFICES)} edges and {rounds} rounds on this machine; all of it lies in {directory}")
+    note(
+        f"hub, {len(task.OFFICES)} edges and {counted(rounds, 'round')} on this machine; all of it lies in {directory}"
+    )
     with Display(jsonl=False) as display:
         prepared, ended, peaks = await _federate(directory, run_file, display.say)
         display.say({"event": "progress", "stage": "training each edge alone", "done": 0, "total": len(task.OFFICES)})
