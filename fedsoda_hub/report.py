@@ -29,6 +29,7 @@ from fedsoda_edge.protocol.manifest import LayerPlan, parse_manifest
 from fedsoda_hub.config import RunSettings, effective
 from fedsoda_hub.federation import events as ev
 from fedsoda_hub.ledger import Ledger, not_started
+from fedsoda_hub.progress import kl_sentence
 
 # Okabe and Ito's colours, which people who see fewer colours can tell apart.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
@@ -184,7 +185,7 @@ def draw(history: History, plan: LayerPlan | None) -> dict[str, tuple[Figure, st
             f"Accuracy on the run's evaluation data ({history.evaluated[-1].result['num_examples']} rows). "
             "[task] eval_every says how often the hub judges.",
         )
-    if history.public_kl:
+    if history.public_kl and history.public_kl["pruned"]:  # 0 exactly: a full emulator's, which is not aligned
         figures["alignment"] = (
             draw_alignment(history),
             "Public KL, full model to sub-LLM, in nats on held-out public blocks: after pruning, in NF4, after "
@@ -520,7 +521,7 @@ def _facts(settings: RunSettings, history: History, plan: LayerPlan | None) -> s
             )
         )
     if history.public_kl:
-        facts.append(("public KL", ", ".join(f"{stage} {kl:.3f}" for stage, kl in _kl_stages(history))))
+        facts.append(("public KL", kl_sentence(history.public_kl).removeprefix("public KL ")))
     examples = sum(u.num_examples for one in history.closed for u in one.updates.values())
     if examples:
         updates = counted(sum(len(one.updates) for one in history.closed), "update")
