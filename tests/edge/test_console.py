@@ -10,7 +10,6 @@ import typer
 from fedsoda_edge.errors import DeviceTooSmall, UsageProblem
 from fedsoda_edge.ports.console import (
     ProgressLine,
-    counted,
     effective_settings,
     finish,
     human_seconds,
@@ -116,18 +115,6 @@ def test_every_setting_is_told_with_where_it_came_from(monkeypatch: pytest.Monke
         "token_file": (None, "default"),
     }
     assert settings_line(seen) == "settings: url http://h (argument); device cpu (FEDSODA_DEVICE); threads 2 (option)"
-
-
-def test_settings_are_one_line_also_where_a_prompt_is_several() -> None:
-    values = {"[task] prompt": "Review: {text}\nLabel:", "name": "x", "[task] completion": "{label}"}
-    told = {name: {"value": value, "source": "run.toml"} for name, value in values.items()}
-    assert settings_line(told) == (
-        r"settings: [task] prompt 'Review: {text}\nLabel:', name x, [task] completion {label} (run.toml)"
-    )
-
-
-def test_a_number_of_things_is_one_thing_or_several() -> None:
-    assert [counted(number, "sample") for number in (0, 1, 1234)] == ["0 samples", "1 sample", "1,234 samples"]
 
 
 def test_what_others_write_does_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:

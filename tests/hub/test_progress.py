@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from fedsoda_edge.ports.console import counted, settings_line
 from fedsoda_hub.progress import Display, _OpenRound, kl_sentence
 
 OPENED = {"event": "round_opened", "round": 2, "rounds": 9, "cohort": ["a", "b"], "deadline_at": 1060.0}
@@ -90,3 +91,15 @@ def test_one_is_no_plural_and_sizes_are_written_as_everywhere(capsys: pytest.Cap
         "the run is over after 1 round",
     ]
     assert _OpenRound(local={"a": (0, 0)}, due_at=60.0).detail(1, 0.0) == "0 of 1 answered, 1 edge in, due in 60 s"
+
+
+def test_settings_are_one_line_also_where_a_prompt_is_several() -> None:
+    values = {"[task] prompt": "Review: {text}\nLabel:", "name": "x", "[task] completion": "{label}"}
+    told = {name: {"value": value, "source": "run.toml"} for name, value in values.items()}
+    assert settings_line(told) == (
+        r"settings: [task] prompt 'Review: {text}\nLabel:', name x, [task] completion {label} (run.toml)"
+    )
+
+
+def test_a_number_of_things_is_one_thing_or_several() -> None:
+    assert [counted(number, "sample") for number in (0, 1, 1234)] == ["0 samples", "1 sample", "1,234 samples"]
