@@ -728,8 +728,10 @@ class Agent:
     # --- the end -------------------------------------------------------------------------------------------
 
     async def leave(self, reason: str) -> None:
+        """Tell the hub, where it can be reached, and whoever watches: the last sentence of a join that ends early."""
         if self._session.state == "open":
             await self._try_send(ms.Leave(reason=reason))
+        self.say({"event": "notice", "message": f"left the run: {reason}"})
 
     async def close(self, error: BaseException | None = None) -> None:
         if self._status is not None:

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from fedsoda_edge.doctor import Check
-from fedsoda_edge.ports.console import ProgressLine, human_bytes, human_seconds, note, settings_line
+from fedsoda_edge.ports.console import ProgressLine, counted, human_bytes, human_seconds, note, settings_line
 from fedsoda_edge.status import pause_sentence
 
 # What is said without the work that the bar shows having ended.
@@ -82,7 +82,7 @@ def _sentence(event: dict[str, Any]) -> str:
         case "settings":
             return settings_line(event["values"])
         case "joined":
-            return f"joined run {event['run']} as {event['edge']} ({event['rounds']} rounds)"
+            return f"joined run {event['run']} as {event['edge']} ({counted(event['rounds'], 'round')})"
         case "device":
             return (
                 f"training on {event['device']}; disk {human_bytes(event['disk_needed'])} needed, "
@@ -92,7 +92,7 @@ def _sentence(event: dict[str, Any]) -> str:
             return str(event["message"])
         case "data":
             skipped = f", {event['num_skipped']} skipped (completion cut away)" if event["num_skipped"] else ""
-            return f"{event['num_examples']} samples{skipped}; waiting for a round"
+            return f"{counted(event['num_examples'], 'sample')}{skipped}; waiting for a round"
         case "swept" if event["num_kept"] < event["num_examples"]:
             return (
                 f"the disk keeps the border states of {event['num_kept']} of {event['num_examples']} samples "
@@ -120,7 +120,7 @@ def _sentence(event: dict[str, Any]) -> str:
         case "resumed":
             return "going on after the pause"
         case "farewell":
-            return f"done: {event['reason']} after {event['rounds']} rounds"
+            return f"done: {event['reason']} after {counted(event['rounds'], 'round')}"
         case "notice":
             return str(event["message"])
     return ""

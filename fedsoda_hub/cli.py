@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import typer
 
-from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.ports.console import EXIT_HELP, finish, human_bytes, note, reporting
 from fedsoda_edge.ports.console import run as run_command
 
@@ -29,7 +28,7 @@ def demo(
     directory: Annotated[
         Path, typer.Option("--dir", envvar="FEDSODA_DEMO_DIR", help="where the run lies; a demo's own is replaced")
     ] = Path("fedsoda-demo"),
-    rounds: Annotated[int, typer.Option(envvar="FEDSODA_DEMO_ROUNDS", help="rounds to run")] = 6,
+    rounds: Annotated[int, typer.Option(min=1, envvar="FEDSODA_DEMO_ROUNDS", help="rounds to run")] = 6,
     seed: Annotated[int, typer.Option(envvar="FEDSODA_DEMO_SEED", help="of data and training")] = 0,
     as_json: Json = False,
     debug: Debug = False,
@@ -176,9 +175,8 @@ def token_create(
 def token_list(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
     """Edges that may join, and whether a device has."""
     with reporting(as_json, False, debug):
-        ledger = _ledger(run)
-        tokens = ledger.tokens()
-        ledger.close()
+        with contextlib.closing(_ledger(run)) as ledger:
+            tokens = ledger.tokens()
         for token in tokens:
             state = "revoked" if token.revoked else "in use" if token.device else "unused"
             note(f"{token.edge:<24} {state}")
@@ -192,9 +190,8 @@ def token_revoke(
 ) -> None:
     """The edge is refused from its next connection on."""
     with reporting(as_json, False, debug):
-        ledger = _ledger(run)
-        ledger.revoke_token(name)
-        ledger.close()
+        with contextlib.closing(_ledger(run)) as ledger:
+            ledger.revoke_token(name)
         note(f"revoked the token of {name}")
         finish({"status": "ok", "edge": name}, as_json, False)
 
@@ -210,18 +207,17 @@ def _status(run: Path) -> dict[str, Any]:
     """Of the running hub, else of the ledger."""
     from fedsoda_hub.config import read_settings
     from fedsoda_hub.daemon import run_status
-    from fedsoda_hub.ledger import Ledger
+    from fedsoda_hub.ledger import Ledger, not_started
     from fedsoda_hub.listener import ask_running_hub
 
     settings = read_settings(run)
     path = settings.run_dir / "ledger.sqlite"
-    not_started = UsageProblem(f"{settings.name} has not been started; run `fedsoda-hub serve {run}`")
     if not path.exists():
-        raise not_started
+        raise not_started(settings.path)
     with contextlib.closing(Ledger(path)) as ledger:
         state = ledger.replay()
         if not state.run_id:  # there are tokens, and no more
-            raise not_started
+            raise not_started(settings.path)
         live = ask_running_hub(settings.run_dir)
         if live is not None and live.get("run_id") == state.run_id:  # not another run's hub at an old address
             return {"running": True, **live}
@@ -242,9 +238,10 @@ def status(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
         )
         if found["losses"]:
             note("losses: " + " ".join(f"{loss:.3f}" for loss in found["losses"]))
-        size = found["bytes"]
-        up, down = human_bytes(size["up_per_edge_round"]), human_bytes(size["down_per_edge_round"])
-        note(f"an edge and round: {up} up, {down} down")
+        if found["rounds_closed"]:  # until then greetings travelled
+            size = found["bytes"]
+            up, down = human_bytes(size["up_per_edge_round"]), human_bytes(size["down_per_edge_round"])
+            note(f"an edge and round: {up} up, {down} down")
         if found["evaluation"]:
             note(
                 "accuracy: "
@@ -281,7 +278,7 @@ def export(
         from fedsoda_hub.ledger import read_outcome
 
         settings = read_settings(run)
-        read_outcome(settings.run_dir)  # refuses in no time; loading torch takes seconds
+        read_outcome(settings.run_dir, settings.path)  # refuses in no time; loading torch takes seconds
         from fedsoda_hub.export import export as write_export
 
         result = write_export(settings, to, merge=merge)

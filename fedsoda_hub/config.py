@@ -166,8 +166,8 @@ def read_settings(path: str | Path) -> RunSettings:
     """Read and check RUN.toml.
 
     Raises:
-        UsageProblem: the file is missing, not TOML, has an unknown key (names the nearest) or a value out
-            of range; public text or evaluation data are not there.
+        UsageProblem: the file is missing, not TOML, has an unknown key (names the nearest), lacks one, or
+            has a value out of range; public text or evaluation data are not there.
     """
     path = Path(path)
     try:
@@ -175,14 +175,16 @@ def read_settings(path: str | Path) -> RunSettings:
     except FileNotFoundError:
         raise UsageProblem(f"{path} is not there; write a RUN.toml (README, A federation of your own)") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageProblem(f"{path} cannot be read: {error}") from error
+        raise UsageProblem(f"{path} cannot be read ({error}); name a file of UTF-8 text that you may read") from error
     except tomllib.TOMLDecodeError as error:
-        raise UsageProblem(f"{path} is not TOML: {error}") from error
-    _refuse_unknown(raw, RunSettings, "")
+        raise UsageProblem(
+            f"{path} is not TOML: {error}; mend it there: text stands in quotes, a table's name in [ ]"
+        ) from error
+    _check_keys(raw, RunSettings, path.name)
     try:
         settings = msgspec.convert({**raw, "path": str(path.resolve())}, RunSettings, strict=True)
     except msgspec.ValidationError as error:
-        raise UsageProblem(f"{path.name}: {_in_words(str(error), raw)}") from error
+        raise UsageProblem(_in_words(str(error), raw, path.name)) from error
     settings = _settled(settings, raw)
     for label, file in (("[public] text", settings.public_text), ("[task] eval_data", settings.eval_data)):
         if file is not None and not file.is_file():
@@ -244,32 +246,51 @@ def _settled(settings: RunSettings, raw: dict[str, Any]) -> RunSettings:
     return with_full_emulator(settings)
 
 
-def _refuse_unknown(raw: dict[str, Any], struct: type[msgspec.Struct], where: str) -> None:
+def _check_keys(raw: dict[str, Any], struct: type[msgspec.Struct], file: str, table: str = "") -> None:
+    """Every key is known, and every key that has no default is there."""
     fields = {field.name: field for field in msgspec.structs.fields(struct) if field.name != "path"}
+    where = f"[{table}] " if table else ""
     for key, value in raw.items():
         if key not in fields:
             near = difflib.get_close_matches(key, fields, 1, cutoff=0.0)
-            raise UsageProblem(f"RUN.toml has no key {where}{key}; the nearest is {where}{near[0]}")
-        kind = fields[key].type
-        if isinstance(kind, type) and issubclass(kind, Section):
-            if not isinstance(value, dict):
-                raise UsageProblem(f"RUN.toml: {key} is {value!r}, but it is a table: write [{key}]")
-            _refuse_unknown(value, kind, f"[{key}] ")
+            raise UsageProblem(f"{file} has no key {where}{key}; the nearest is {where}{near[0]}")
+        if _is_table(fields[key].type) and not isinstance(value, dict):
+            raise UsageProblem(f"{file}: {key} is {value!r}, but it is a table: write [{key}]")
+    for key, field in fields.items():
+        if _is_table(field.type):
+            if field.required or key in raw:
+                _check_keys(raw.get(key, {}), field.type, file, key)
+        elif field.required and key not in raw:
+            below = f" below [{table}]" if table else ""
+            raise UsageProblem(f"{file} has no {where}{key}; write {key} = ...{below}")
 
 
-def _in_words(problem: str, raw: dict[str, Any]) -> str:
-    """msgspec's "Expected `int`, got `str` - at `$.rounds.count`" with the key as people write it, and the value."""
-    expected, mark, place = problem.partition(" - at `$.")
-    if not mark:
-        return problem[:1].lower() + problem[1:]  # a required key at the top is missing
-    *tables, key = place.rstrip("`").split(".")
-    value: Any = raw
-    for name in (*tables, key.partition("[")[0]):
-        value = value.get(name) if isinstance(value, dict) else None
-    where = "".join(f"[{name}] " for name in tables) + key
-    if expected.startswith("Object missing"):
-        return f"[{key}] {expected.removeprefix('Object ')}"
-    return f"{where} = {value!r}; {expected[:1].lower()}{expected[1:]}"
+def _is_table(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Section)
+
+
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text in quotes",
+    "str | null": "text in quotes",
+    "bool": "true or false",
+    "array": "a list",
+}
+
+
+def _in_words(problem: str, raw: dict[str, Any], file: str) -> str:
+    """msgspec's "Expected `int`, got `str` - at `$.rounds.count`" as people say it, with the value."""
+    found = re.fullmatch(
+        r"(?:Expected `(.+)`, got `.+`|Number out of range) - at `\$\.(?:(\w+)\.)?(\w+)(?:\[(\d+)\])?`", problem
+    )
+    assert found is not None, f"_check_keys leaves nothing but a value's type to be wrong: {problem}"
+    expected, table, key, place = found.groups()
+    value = (raw[table] if table else raw)[key]
+    where = (f"[{table}] " if table else "") + key
+    if place is not None:
+        value, where = value[int(place)], f"{where}[{place}]"
+    return f"{where} = {value!r} in {file}; it must be {_KINDS[expected] if expected else 'a smaller number'}"
 
 
 def _check_ranges(settings: RunSettings) -> None:

@@ -40,7 +40,7 @@ def export(settings: RunSettings, directory: Path, *, merge: bool = False) -> di
     Raises:
         UsageProblem: no round has closed yet, or `directory` holds something that is not an export.
     """
-    outcome = read_outcome(settings.run_dir)
+    outcome = read_outcome(settings.run_dir, settings.path)
     bundle = Bundle.open(settings.run_dir / "bundle")
     spec, family, manifest = bundle.manifest.lora, bundle.family, bundle.manifest
     tensors = delta.from_bytes(BlobStore(settings.run_dir / "blobs").get(outcome.master), spec.adapter)
@@ -233,7 +233,7 @@ def evaluate_export(
     spec = LoRASpec(config["r"], config["lora_alpha"], (), (), ())
     models: dict[str, Judged] = _full_models(source, plan, spec, adapter, {})
     if settings is not None:
-        outcome, bundle = read_outcome(settings.run_dir), Bundle.open(settings.run_dir / "bundle")
+        outcome, bundle = read_outcome(settings.run_dir, settings.path), Bundle.open(settings.run_dir / "bundle")
         blob = BlobStore(settings.run_dir / "blobs").get(outcome.emulator_view)
         models = judged_models(bundle, source, adapter, delta.from_bytes(blob, bundle.manifest.lora.emulator))
     task = msgspec.convert(about["task"], Task)
@@ -251,6 +251,8 @@ def evaluate_path(
     """`fedsoda-hub evaluate`: a RUN.toml, or the directory of an export."""
     if run_or_export.is_file():
         settings = read_settings(run_or_export)
-        outcome = read_outcome(settings.run_dir)  # says what is missing, where a bundle would only say that it is
+        outcome = read_outcome(
+            settings.run_dir, settings.path
+        )  # says what is missing, where a bundle would only say that it is
         return RunJudge(settings, data, report).judge(outcome, samples)
     return evaluate_export(run_or_export, data, report, model, samples)

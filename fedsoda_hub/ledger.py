@@ -6,6 +6,7 @@ is `federation/rounds.py`'s business.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import secrets
@@ -196,20 +197,27 @@ class Outcome:
     evaluation: dict[str, Any] | None
 
 
-def read_outcome(run_dir: Path) -> Outcome:
+def not_started(run_file: str | Path) -> UsageProblem:
+    """Of a run whose settings are in this file: what all say that need a run."""
+    return UsageProblem(f"{Path(run_file).name} has not been started; run `fedsoda-hub serve {run_file}`")
+
+
+def read_outcome(run_dir: Path, run_file: str | Path = "RUN.toml") -> Outcome:
     """From the ledger of a run, live or not.
+
+    Args:
+        run_file: the run's settings, as they are named where there is no run.
 
     Raises:
         UsageProblem: there is no run, or no round has closed yet.
     """
     path = run_dir / "ledger.sqlite"
     if not path.exists():
-        raise UsageProblem(f"{run_dir} holds no run; start it with `fedsoda-hub serve RUN.toml`")
-    ledger = Ledger(path)
-    try:
+        raise not_started(run_file)
+    with contextlib.closing(Ledger(path)) as ledger:
         state = ledger.replay()
-    finally:
-        ledger.close()
-    if not state.losses:
-        raise UsageProblem(f"no round of {run_dir.name} has closed yet (phase: {state.phase}); wait for the first")
-    return Outcome(state.master, state.emulator_view, len(state.losses), state.evaluation)
+    if state.losses:
+        return Outcome(state.master, state.emulator_view, len(state.losses), state.evaluation)
+    if not state.run_id:  # there are tokens, and no more
+        raise not_started(run_file)
+    raise UsageProblem(f"no round of {run_dir.name} has closed yet (phase: {state.phase}); wait for the first")

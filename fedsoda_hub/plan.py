@@ -51,6 +51,8 @@ def read_config(model: str | Path) -> tuple[Family, dict[str, Any], str, Path | 
     file = path / "config.json" if path.is_dir() else path
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(raw, dict):
+            raise ValueError(f"it holds a {type(raw).__name__}")
     except (OSError, ValueError) as error:
         raise UsageProblem(
             f"{model} is neither a model directory nor a config.json ({error}); download the model's config.json"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-from fedsoda_edge.ports.console import ProgressLine, human_bytes, human_seconds, settings_line
+from fedsoda_edge.ports.console import ProgressLine, counted, human_bytes, human_seconds, settings_line
 
 
 class Display:
@@ -90,7 +90,7 @@ class _OpenRound:
 
     def detail(self, num_connected: int, now: float) -> str:
         return (
-            f"{len(self.answered)} of {len(self.local)} answered, {num_connected} edges in, "
+            f"{len(self.answered)} of {len(self.local)} answered, {counted(num_connected, 'edge')} in, "
             f"due in {human_seconds(max(0.0, self.due_at - now))}"
         )
 
@@ -102,7 +102,8 @@ def _sentence(event: dict[str, Any]) -> str:
         case "listening":
             return f"serving {event['run']} at {event['url']}"
         case "progress" if "needed_bytes" in event:
-            return f"{event['stage']}: {event['needed_bytes'] / 1e6:.0f} MB of disk, {event['free_bytes'] / 1e9:.0f} GB free"
+            needed, free = human_bytes(event["needed_bytes"]), human_bytes(event["free_bytes"])
+            return f"{event['stage']}: {needed} of disk, {free} free"
         case "prepared":
             return f"prepared: {kl_sentence(event['public_kl'])}"
         case "edge_connected":
@@ -116,14 +117,14 @@ def _sentence(event: dict[str, Any]) -> str:
         case "cohort_extended":
             return f"round {event['round']}: asking {', '.join(event['invited'])} too"
         case "update_accepted":
-            return (
-                f"round {event['round']}: {event['edge']}, {event['num_examples']} examples, loss {event['loss']:.3f}"
-            )
+            examples = counted(event["num_examples"], "example")
+            return f"round {event['round']}: {event['edge']}, {examples}, loss {event['loss']:.3f}"
         case "edge_answered":
             return f"round {event['round']}: no update from {event['edge']} ({event['how']})"
         case "round_closed":
             sizes = f"{human_bytes(event['bytes_up'])} up, {human_bytes(event['bytes_down'])} down so far"
-            return f"round {event['round']} closed: {event['updates']} updates, loss {event['loss']:.3f}; {sizes}"
+            updates = counted(event["updates"], "update")
+            return f"round {event['round']} closed: {updates}, loss {event['loss']:.3f}; {sizes}"
         case "realigned":
             return f"realigned before round {event['round']}: public KL {event['kl_before']:.3f} to {event['kl_after']:.3f}"
         case "evaluated":
@@ -133,7 +134,7 @@ def _sentence(event: dict[str, Any]) -> str:
         case "disk_full" | "compute_failed":
             return f"{event['message']}"
         case "run_ended":
-            return f"the run is over after {event['rounds']} rounds"
+            return f"the run is over after {counted(event['rounds'], 'round')}"
         case "stopped":
             return f"stopping on {event['signal']}"
     return ""

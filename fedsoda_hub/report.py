@@ -23,18 +23,18 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_edge.ports.console import human_bytes, human_seconds
+from fedsoda_edge.ports.console import counted, human_bytes, human_seconds
 from fedsoda_edge.ports.disk import write_durably
 from fedsoda_edge.protocol.manifest import LayerPlan, parse_manifest
 from fedsoda_hub.config import RunSettings, effective
 from fedsoda_hub.federation import events as ev
-from fedsoda_hub.ledger import Ledger
+from fedsoda_hub.ledger import Ledger, not_started
+from fedsoda_hub.progress import kl_sentence
 
 # Okabe and Ito's colours, which people who see fewer colours can tell apart.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
 MODELS = {"full": ("full model untouched", GREY), "sub_llm": ("sub-LLM", ORANGE), "plug_in": ("plug-in", BLUE)}
 DOTS_PER_INCH = 144
-NOT_STARTED = "this run has not been started, so there is nothing to report; start it with `fedsoda-hub serve RUN.toml`"
 
 
 @dataclass
@@ -104,14 +104,8 @@ def _natural(name: str) -> list[str]:
 
 
 def read_history(ledger: Ledger) -> History:
-    """Fold the records.
-
-    Raises:
-        UsageProblem: the run was not begun.
-    """
+    """Fold the records of a run that was started."""
     told = ledger.history()
-    if not told:
-        raise UsageProblem(NOT_STARTED)
     history = History(told[0][0])
     for at, record in told:
         now = history.rounds[-1] if history.rounds else None
@@ -144,12 +138,14 @@ def write_report(settings: RunSettings, to: Path) -> dict[str, Any]:
     """report.html and its pictures in the directory `to`; the paths of all, and which pictures have no data yet.
 
     Raises:
-        UsageProblem: the run was not begun, or `to` cannot be written. DiskFull.
+        UsageProblem: the run was not started, or `to` cannot be written. DiskFull.
     """
     path = settings.run_dir / "ledger.sqlite"
     if not path.exists():
-        raise UsageProblem(NOT_STARTED)
+        raise not_started(settings.path)
     with contextlib.closing(Ledger(path)) as ledger:
+        if not ledger.replay().run_id:  # there are tokens, and no more
+            raise not_started(settings.path)
         history = read_history(ledger)
     manifest_file = settings.run_dir / "bundle" / "manifest.json"
     plan = parse_manifest(manifest_file.read_bytes()).plan if manifest_file.exists() else None
@@ -189,7 +185,7 @@ def draw(history: History, plan: LayerPlan | None) -> dict[str, tuple[Figure, st
             f"Accuracy on the run's evaluation data ({history.evaluated[-1].result['num_examples']} rows). "
             "[task] eval_every says how often the hub judges.",
         )
-    if history.public_kl:
+    if history.public_kl and history.public_kl["pruned"]:  # 0 exactly: a full emulator's, which is not aligned
         figures["alignment"] = (
             draw_alignment(history),
             "Public KL, full model to sub-LLM, in nats on held-out public blocks: after pruning, in NF4, after "
@@ -201,7 +197,7 @@ def draw(history: History, plan: LayerPlan | None) -> dict[str, tuple[Figure, st
             "Angular distance between the outputs of two layers, in units of pi. Each box is a chosen group: the layer "
             "below it stays, the removed ones lie between. The strip below shows what every layer became.",
         )
-    if history.traffic:
+    if history.traffic and history.closed:  # until then greetings travelled
         figures["bytes"] = (
             draw_bytes(history),
             "What each edge sent and received in each round (websocket payload and framing). An empty field: the edge "
@@ -501,7 +497,8 @@ def render(
 def _lead(settings: RunSettings, history: History) -> str:
     state = "over" if history.is_over else "not over"
     return (
-        f"{_model_name(settings)}: {len(history.closed)} of {settings.rounds.count} rounds closed, {len(history.edges)} edges, "
+        f"{_model_name(settings)}: {len(history.closed)} of {counted(settings.rounds.count, 'round')} closed, "
+        f"{counted(len(history.edges), 'edge')}, "
         f"begun {_date(history.began_at)}; the run is {state}."
     )
 
@@ -524,13 +521,12 @@ def _facts(settings: RunSettings, history: History, plan: LayerPlan | None) -> s
             )
         )
     if history.public_kl:
-        facts.append(("public KL", ", ".join(f"{stage} {kl:.3f}" for stage, kl in _kl_stages(history))))
+        facts.append(("public KL", kl_sentence(history.public_kl).removeprefix("public KL ")))
     examples = sum(u.num_examples for one in history.closed for u in one.updates.values())
     if examples:
-        facts.append(
-            ("examples trained on", f"{examples:,} in {sum(len(one.updates) for one in history.closed)} updates")
-        )
-    if history.traffic:
+        updates = counted(sum(len(one.updates) for one in history.closed), "update")
+        facts.append(("examples trained on", f"{examples:,} in {updates}"))
+    if history.traffic and history.closed:  # until then greetings travelled
         up, down = (sum(sizes[i] for sizes in history.traffic.values()) for i in (0, 1))
         pairs = len(history.traffic)
         facts.append(

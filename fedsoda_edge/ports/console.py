@@ -145,10 +145,17 @@ def settings_line(settings: dict[str, dict[str, Any]]) -> str:
     by_source: dict[str, list[str]] = {}
     for name, setting in settings.items():
         if setting["value"] is not None:
-            by_source.setdefault(setting["source"], []).append(f"{name} {setting['value']}")
+            shown = str(setting["value"])
+            shown = repr(shown) if "\n" in shown else shown  # the settings are one line
+            by_source.setdefault(setting["source"], []).append(f"{name} {shown}")
     defaults = by_source.pop("default", [])
     given = [f"{', '.join(values)} ({source})" for source, values in by_source.items()]
     return "settings: " + "; ".join([*given, *([f"defaults: {', '.join(defaults)}"] if defaults else [])])
+
+
+def counted(number: int, noun: str) -> str:
+    """(1, "edge") -> "1 edge", (1200, "edge") -> "1,200 edges"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def human_bytes(size: float) -> str:

@@ -23,7 +23,7 @@ import msgspec
 from fedsoda_edge.data import TextTemplate
 from fedsoda_edge.errors import UsageProblem, WorkerFailed
 from fedsoda_edge.ports.child import Child
-from fedsoda_edge.ports.console import note
+from fedsoda_edge.ports.console import counted, note
 from fedsoda_edge.ports.system import group_of_its_own, stop_signal
 from fedsoda_hub.config import read_settings
 from fedsoda_hub.demo import task
@@ -39,12 +39,19 @@ Say = Callable[[dict[str, Any]], None]
 
 
 def write_run(directory: Path, rounds: int, seed: int) -> Path:
-    """RUN.toml, the edges' private data and the evaluation rows; a directory that is no demo's is not touched."""
-    if directory.exists() and any(directory.iterdir()) and not (directory / MARK).exists():
-        raise UsageProblem(f"{directory} is not empty and no demo's; name another with --dir")
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
-    (directory / MARK).touch()
+    """RUN.toml, the edges' private data and the evaluation rows; a directory that is no demo's is not touched.
+
+    Raises:
+        UsageProblem: the directory is another's, or cannot be made.
+    """
+    try:
+        if directory.is_dir() and any(directory.iterdir()) and not (directory / MARK).exists():
+            raise UsageProblem(f"{directory} is not empty and no demo's; name another with --dir")
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+        (directory / MARK).touch()
+    except OSError as error:
+        raise UsageProblem(f"--dir {directory} cannot be made ({error.strerror}); name another") from error
     for number, office in enumerate(task.OFFICES):
         write_rows(directory / f"{office.name}.jsonl", task.training(number, seed))
     prompt, completion = TextTemplate(task.PROMPT), TextTemplate(task.COMPLETION)
@@ -158,7 +165,9 @@ async def run_demo(directory: Path, *, rounds: int, seed: int) -> dict[str, Any]
     started = time.monotonic()
     directory = directory.resolve()
     run_file = write_run(directory, rounds, seed)
-    note(f"hub, {len(task.OFFICES)} edges and {rounds} rounds on this machine; all of it lies in {directory}")
+    note(
+        f"hub, {len(task.OFFICES)} edges and {counted(rounds, 'round')} on this machine; all of it lies in {directory}"
+    )
     with Display(jsonl=False) as display:
         prepared, ended, peaks = await _federate(directory, run_file, display.say)
         display.say({"event": "progress", "stage": "training each edge alone", "done": 0, "total": len(task.OFFICES)})

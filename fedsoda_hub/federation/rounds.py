@@ -396,7 +396,9 @@ class RoundMachine:
             }
             return self._start("realign", arguments)
         if len(self.eligible) < rules.min_edges:
-            return self._wait(f"round {upcoming} needs {rules.min_edges} edges, {len(self.eligible)} are here")
+            edges = "1 edge" if rules.min_edges == 1 else f"{rules.min_edges} edges"
+            here = "1 is here" if len(self.eligible) == 1 else f"{len(self.eligible)} are here"
+            return self._wait(f"round {upcoming} needs {edges}, {here}")
         self._waiting = ""
         return [
             Append(

@@ -46,6 +46,14 @@ def run_file(tmp_path: Path) -> Path:
     return Path(write_run(tmp_path / "run").path)
 
 
+@pytest.fixture
+def _sigterm_as_it_was() -> Iterator[None]:
+    """For commands that run in this process."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
 def environment(run_file: Path) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith("FEDSODA_")}
     return kept | {"PYTHONPATH": str(run_file.parent.parent / "no-torch"), "COLUMNS": "120"}
@@ -175,17 +183,47 @@ def test_a_secret_never_replaces_what_is_no_file(tmp_path: Path) -> None:
     assert Path("/dev/null").is_char_device()
 
 
+@pytest.mark.usefixtures("_sigterm_as_it_was")
+@pytest.mark.parametrize("command", ["list", "revoke nobody", "revoke alice", "create --name alice"])
+def test_a_token_command_closes_its_ledger_also_where_it_fails(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    ledger = Ledger(run_file.parent / "small.run" / "ledger.sqlite")
+    ledger.create_token("alice")
+    ledger.close()
+    closed: list[Ledger] = []
+
+    def close(ledger: Ledger) -> None:
+        closed.append(ledger)
+
+    monkeypatch.setattr(Ledger, "close", close)
+    name, *options = command.split()
+    CliRunner().invoke(app, ["token", name, str(run_file), *options])
+    assert len(closed) == 1
+
+
 # --- status and edges ------------------------------------------------------------------------------------------------
 
 
-def test_status_and_edges_of_a_run_that_was_not_started_say_so_also_when_there_are_tokens(run_file: Path) -> None:
-    assert_refused(hub(run_file, "status", "RUN"), "small has not been started", f"fedsoda-hub serve {run_file}")
+@pytest.mark.usefixtures("_sigterm_as_it_was")
+def test_a_run_that_was_not_started_is_said_in_one_sentence_by_all_that_need_it_started(run_file: Path) -> None:
+    """Also when there are tokens, and no more. In this process: `report` and `evaluate` load what `hub` forbids."""
+    needing = ["status", "edges", "export --to adapter", "report", "evaluate --data eval.jsonl"]
+    said = f"error: {run_file.name} has not been started; run `fedsoda-hub serve {run_file}`\n"
+    for command in needing:
+        name, *options = command.split()
+        shown = CliRunner().invoke(app, [name, str(run_file), *options])
+        assert (shown.exit_code, shown.stderr) == (2, said), command
     assert not (run_file.parent / "small.run").exists()  # asking leaves nothing behind
     ledger = Ledger(run_file.parent / "small.run" / "ledger.sqlite")
     ledger.create_token("alice")
     ledger.close()
-    assert_refused(hub(run_file, "status", "RUN"), "small has not been started")
-    assert_refused(hub(run_file, "edges", "RUN"), "small has not been started")
+    for command in needing:
+        name, *options = command.split()
+        shown = CliRunner().invoke(app, [name, str(run_file), *options])
+        assert (shown.exit_code, shown.stderr) == (2, said), command
+    for command in ("status", "edges"):  # before torch would load
+        assert_refused(hub(run_file, command, "RUN"), said)
 
 
 def test_status_and_edges_of_an_ended_run_come_from_its_ledger(run_file: Path) -> None:
@@ -214,6 +252,20 @@ def test_status_and_edges_of_an_ended_run_come_from_its_ledger(run_file: Path) -
         {"edge": "alice", "connected": False, "eligible": False, "revoked": False, "step": None, "steps": None},
     ]
     assert edges.stderr.split() == ["alice", "away"]
+
+
+def test_before_the_first_round_closed_nothing_is_said_of_an_edge_and_round(run_file: Path) -> None:
+    """What travelled until then is greetings."""
+    ledger = Ledger(run_file.parent / "small.run" / "ledger.sqlite")
+    for record in ENDED[:2]:
+        ledger.append(record)
+    ledger.add_traffic(EdgeId("alice"), 1, 1100, 300)
+    shown = hub(run_file, "status", "RUN")
+    assert shown.stderr == "small: idle, round 0 of 2, 0 closed, hub not running\n"
+    for record in ENDED[2:]:
+        ledger.append(record)
+    ledger.close()
+    assert "an edge and round: 1.07 KiB up, 300 B down\n" in hub(run_file, "status", "RUN").stderr
 
 
 def test_status_of_a_running_hub_is_what_it_says_and_another_runs_hub_is_not_taken_for_it(
@@ -247,7 +299,7 @@ def test_status_of_a_running_hub_is_what_it_says_and_another_runs_hub_is_not_tak
 def test_serve_refuses_settings_that_cannot_be_before_it_leaves_anything(run_file: Path) -> None:
     good = run_file.read_text()
     run_file.write_text(good.replace("quorum", "quorun"))
-    assert_refused(hub(run_file, "serve", "RUN"), "RUN.toml has no key [rounds] quorun; the nearest is [rounds] quorum")
+    assert_refused(hub(run_file, "serve", "RUN"), "run.toml has no key [rounds] quorun; the nearest is [rounds] quorum")
     run_file.write_text(good + '\n[task]\neval_data = "eval.jsonl"\n')
     assert_refused(hub(run_file, "serve", "RUN"), "[task] eval_data", f"{run_file.parent / 'eval.jsonl'} is not there")
     run_file.write_text(good)
@@ -274,7 +326,7 @@ def test_a_changed_setting_of_the_method_ends_serve_with_both_values(run_file: P
 
 def test_export_before_any_round_closed_is_refused_before_torch_loads(run_file: Path) -> None:
     to = run_file.parent / "adapter"
-    assert_refused(hub(run_file, "export", "RUN", "--to", to), "small.run holds no run", "fedsoda-hub serve")
+    assert_refused(hub(run_file, "export", "RUN", "--to", to), "run.toml has not been started", "fedsoda-hub serve")
     ledger = Ledger(run_file.parent / "small.run" / "ledger.sqlite")
     for record in ENDED[:3]:
         ledger.append(record)
@@ -283,14 +335,20 @@ def test_export_before_any_round_closed_is_refused_before_torch_loads(run_file: 
     assert not to.exists()
 
 
+# --- the demo --------------------------------------------------------------------------------------------------------
+
+
+def test_a_demo_of_no_rounds_or_in_no_directory_is_wrong_usage(run_file: Path) -> None:
+    ended = hub(run_file, "demo", "--rounds", "0", "--dir", run_file.parent / "demo")
+    assert_refused(ended, "'--rounds'", "greater than or equal to 1")
+    assert not (run_file.parent / "demo").exists()
+    for there, why in ((run_file, "File exists"), (run_file / "below", "Not a directory")):
+        ended = hub(run_file, "demo", "--dir", there)
+        assert_refused(ended, f"--dir {there} cannot be made ({why}); name another")
+    assert run_file.is_file()
+
+
 # --- errors, for people and for scripts ------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def _sigterm_as_it_was() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.usefixtures("_sigterm_as_it_was")

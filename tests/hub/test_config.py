@@ -116,19 +116,26 @@ def test_settings_cross_to_the_compute_child_as_json(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        (SHORT.replace("model", "modle"), "RUN.toml has no key modle; the nearest is model"),
-        (SHORT + "[round]\ncount = 3\n", "RUN.toml has no key round; the nearest is rounds"),
-        (SHORT + "[rounds]\ndeadline = 3\n", "RUN.toml has no key [rounds] deadline; the nearest is [rounds] deadline_seconds"),
+        (SHORT.replace("model", "modle"), "run.toml has no key modle; the nearest is model"),
+        (SHORT + "[round]\ncount = 3\n", "run.toml has no key round; the nearest is rounds"),
+        (SHORT + "[rounds]\ndeadline = 3\n", "run.toml has no key [rounds] deadline; the nearest is [rounds] deadline_seconds"),
         (SHORT + "[method]\nlayers_per_groups = 3\n", "the nearest is [method] layers_per_group"),
-        (SHORT.replace("[public]", "path = 1\n[public]"), "RUN.toml has no key path"),
-        ("rounds = 3\n" + SHORT, "RUN.toml: rounds is 3, but it is a table: write [rounds]"),
-        ('model = "m"\n[public]\ntext = "public.txt"\n', "run.toml: object missing required field `name`"),
-        (SHORT.replace('text = "public.txt"', "length = 9"), "run.toml: [public] missing required field `text`"),
-        (SHORT + "[rounds]\ncount = 'ten'\n", "run.toml: [rounds] count = 'ten'; expected `int`, got `str`"),
-        (SHORT + "[rounds]\ncount = 1.5\n", "run.toml: [rounds] count = 1.5; expected `int`, got `float`"),
-        (SHORT + "[rounds]\ncount = true\n", "run.toml: [rounds] count = True; expected `int`, got `bool`"),
-        ("seed = 'x'\n" + SHORT, "run.toml: seed = 'x'; expected `int`, got `str`"),
-        (SHORT + "[lora]\ntargets = ['q_proj', 3]\n", "[lora] targets[1] = ['q_proj', 3]; expected `str`, got `int`"),
+        (SHORT.replace("[public]", "path = 1\n[public]"), "run.toml has no key path"),
+        ("rounds = 3\n" + SHORT, "run.toml: rounds is 3, but it is a table: write [rounds]"),
+        ('model = "m"\n[public]\ntext = "public.txt"\n', "run.toml has no name; write name = ..."),
+        (SHORT.replace('text = "public.txt"', "length = 9"), "run.toml has no [public] text; write text = ... below [public]"),
+        ('name = "triage"\nmodel = "m"\n', "run.toml has no [public] text; write text = ... below [public]"),
+        ("", "run.toml has no name; write name = ..."),
+        (SHORT + "[rounds]\ncount = 'ten'\n", "[rounds] count = 'ten' in run.toml; it must be a whole number"),
+        (SHORT + "[rounds]\ncount = 1.5\n", "[rounds] count = 1.5 in run.toml; it must be a whole number"),
+        (SHORT + "[rounds]\ncount = true\n", "[rounds] count = True in run.toml; it must be a whole number"),
+        (SHORT + "[rounds]\nquorum = 'all'\n", "[rounds] quorum = 'all' in run.toml; it must be a number"),
+        (SHORT + f"[lora]\nalpha = 1{'0' * 400}\n", "00 in run.toml; it must be a smaller number"),
+        ("seed = 'x'\n" + SHORT, "seed = 'x' in run.toml; it must be a whole number"),
+        (SHORT + "[lora]\ntargets = ['q_proj', 3]\n", "[lora] targets[1] = 3 in run.toml; it must be text in quotes"),
+        (SHORT + "[lora]\ntargets = 'q_proj'\n", "[lora] targets = 'q_proj' in run.toml; it must be a list"),
+        (SHORT + "[task]\neval_data = 3\n", "[task] eval_data = 3 in run.toml; it must be text in quotes"),
+        (SHORT + "[method]\nquantize_embedding = 1\n", "quantize_embedding = 1 in run.toml; it must be true or false"),
         (SHORT + "[rounds]\ncount = 0\n", "[rounds] count = 0 in run.toml; it must be at least 1"),
         (SHORT + "[rounds]\nquorum = 1.5\n", "[rounds] quorum = 1.5 in run.toml; it must be above 0, at most 1"),
         (SHORT + "[rounds]\nquorum = 0\n", "[rounds] quorum = 0.0 in run.toml"),
@@ -139,7 +146,7 @@ def test_settings_cross_to_the_compute_child_as_json(folder: Path) -> None:
         (SHORT + "[wire]\ncodec = 'zip'\n", "[wire] codec = 'zip' in run.toml; it must be one of nf4, int8, bf16"),
         (SHORT + "[method]\nname = 'fedot'\n", "[method] name = 'fedot' in run.toml; it must be one of fedsoda"),
         (SHORT + "[method]\nemulator = 'fulll'\n", "[method] emulator = 'fulll' in run.toml; it must be sub or full"),
-        (SHORT + "[method]\nemulator = true\n", "[method] emulator = True; expected `str`, got `bool`"),
+        (SHORT + "[method]\nemulator = true\n", "[method] emulator = True in run.toml; it must be text in quotes"),
         (SHORT + "[method]\nadapter_base = 'int3'\n", "[method] adapter_base = 'int3' in run.toml; it must be nf4 or bf16"),
         ("device = 'gpu'\n" + SHORT, "device = 'gpu' in run.toml; it must be auto, cpu, cuda or cuda:N"),
         ("dtype = 'int8'\n" + SHORT, "dtype = 'int8' in run.toml"),
@@ -147,7 +154,7 @@ def test_settings_cross_to_the_compute_child_as_json(folder: Path) -> None:
         (SHORT + "[listen]\nport = 70000\n", "[listen] port = 70000 in run.toml; it must be 0 to 65535"),
         (SHORT.replace("public.txt", "gone.txt"), "[public] text: "),
         (SHORT + "[task]\neval_data = 'gone.jsonl'\n", "[task] eval_data: "),
-        ("name = ", "run.toml is not TOML"),
+        ("name = ", "run.toml is not TOML: Invalid value (at end of document); mend it there: text stands in quotes"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named_with_its_value(folder: Path, text: str, sentence: str) -> None:
@@ -160,6 +167,23 @@ def test_what_is_wrong_is_named_with_its_value(folder: Path, text: str, sentence
 def test_a_file_that_is_not_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(UsageProblem, match=r"run\.toml is not there; write a RUN\.toml"):
         read_settings(tmp_path / "run.toml")
+
+
+def test_a_file_is_called_what_it_is_called(folder: Path) -> None:
+    for text, sentence in (
+        ("modle = 1", "miss.toml has no key modle"),
+        ('name = "m"', "miss.toml has no model; write"),
+    ):
+        (folder / "miss.toml").write_text(text)
+        with pytest.raises(UsageProblem, match=f"^{sentence}"):
+            read_settings(folder / "miss.toml")
+
+
+def test_a_file_that_cannot_be_read_is_said_with_what_to_do(folder: Path) -> None:
+    (folder / "run.toml").write_bytes(b"\xff")
+    for path in (folder, folder / "run.toml"):
+        with pytest.raises(UsageProblem, match=r"cannot be read \(.*\); name a file of UTF-8 text that you may read"):
+            read_settings(path)
 
 
 def test_a_template_with_more_than_names_is_refused(folder: Path) -> None:

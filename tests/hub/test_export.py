@@ -148,9 +148,9 @@ def test_an_export_that_left_its_run_is_judged_with_the_full_model_alone(
 
 def test_before_the_first_round_there_is_nothing_to_export(tmp_path: Path, tiny_llama: Path) -> None:
     settings = make_run(tmp_path, tiny_llama)
-    with pytest.raises(UsageProblem, match="holds no run"):
+    with pytest.raises(UsageProblem, match=r"RUN\.toml has not been started"):
         export(settings, tmp_path / "out")
-    with pytest.raises(UsageProblem, match="holds no run"):
+    with pytest.raises(UsageProblem, match=r"RUN\.toml has not been started"):
         evaluate_path(Path(settings.path), tmp_path / "eval.jsonl")
     with pytest.raises(UsageProblem, match=r"has no fedsoda\.json, so it is no export; name a RUN"):
         evaluate_path(tmp_path, tmp_path / "eval.jsonl")

@@ -212,10 +212,15 @@ def test_traffic_adds_up_per_edge_and_round_and_is_no_part_of_replay(reopen: Cal
 
 
 def test_the_outcome_of_a_run_is_its_master_and_the_emulators_view(tmp_path: Path) -> None:
-    with pytest.raises(UsageProblem, match="holds no run"):
-        read_outcome(tmp_path)
+    with pytest.raises(
+        UsageProblem, match=r"triage\.toml has not been started; run `fedsoda-hub serve x/triage\.toml`"
+    ):
+        read_outcome(tmp_path, "x/triage.toml")
     assert not (tmp_path / "ledger.sqlite").exists()
     ledger = Ledger(tmp_path / "ledger.sqlite")
+    ledger.create_token("alice")
+    with pytest.raises(UsageProblem, match=r"RUN\.toml has not been started"):
+        read_outcome(tmp_path)
     for record in ROUND_1[:-1]:
         ledger.append(record)
     with pytest.raises(UsageProblem, match=r"no round of .* has closed yet \(phase: collecting\)"):

@@ -243,5 +243,11 @@ def test_what_does_not_fit_is_refused_before_any_work(tmp_path: Path) -> None:
         plan_of(tmp_path, "LLaMA3-8B", 8, 4)
     with pytest.raises(UsageProblem, match=r"is neither a model directory nor a config\.json"):
         plan_report(str(tmp_path / "nothing"), settings_for_plan("x"))
+    (tmp_path / "l.json").write_text("[1, 2]")
+    with pytest.raises(
+        UsageProblem, match=r"l\.json is neither a model .* \(it holds a list\); download the model's"
+    ) as no:
+        plan_report(str(tmp_path / "l.json"), settings_for_plan("x"))
+    assert no.value.exit_status == 2
     with pytest.raises(UsageProblem, match="'o_prj', which matches nothing in layer"):
         plan_of(tmp_path, "LLaMA3-8B", lora={"targets": ["o_prj"]})

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from fedsoda_hub.progress import Display, kl_sentence
+from fedsoda_edge.ports.console import counted, settings_line
+from fedsoda_hub.progress import Display, _OpenRound, kl_sentence
 
 OPENED = {"event": "round_opened", "round": 2, "rounds": 9, "cohort": ["a", "b"], "deadline_at": 1060.0}
 
@@ -71,3 +72,34 @@ def test_nothing_is_said_of_an_alignment_that_a_full_emulator_does_not_need() ->
     assert kl_sentence(pruned) == "public KL 0.619 pruned, 0.631 in NF4, 0.386 aligned"
     full = {"pruned": 0.0, "quantized": 0.012, "aligned": 0.012}
     assert kl_sentence(full) == "public KL 0.012 in NF4, all layers kept"
+
+
+def test_one_is_no_plural_and_sizes_are_written_as_everywhere(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = Display(jsonl=False)
+    disk = {"needed_bytes": 700_000_000, "free_bytes": 20_000_000_000}
+    shown.say({"event": "progress", "job": "prepare", "stage": "caching teacher targets", **disk})
+    shown.say({"event": "update_accepted", "round": 1, "edge": "a", "num_examples": 1, "loss": 0.5})
+    closed = {"event": "round_closed", "round": 1, "loss": 0.5, "bytes_up": 10, "bytes_down": 20}
+    shown.say(closed | {"updates": 1})
+    shown.say(closed | {"updates": 2})
+    shown.say({"event": "run_ended", "rounds": 1})
+    assert capsys.readouterr().err.splitlines() == [
+        "caching teacher targets: 668 MiB of disk, 18.6 GiB free",
+        "round 1: a, 1 example, loss 0.500",
+        "round 1 closed: 1 update, loss 0.500; 10 B up, 20 B down so far",
+        "round 1 closed: 2 updates, loss 0.500; 10 B up, 20 B down so far",
+        "the run is over after 1 round",
+    ]
+    assert _OpenRound(local={"a": (0, 0)}, due_at=60.0).detail(1, 0.0) == "0 of 1 answered, 1 edge in, due in 60 s"
+
+
+def test_settings_are_one_line_also_where_a_prompt_is_several() -> None:
+    values = {"[task] prompt": "Review: {text}\nLabel:", "name": "x", "[task] completion": "{label}"}
+    told = {name: {"value": value, "source": "run.toml"} for name, value in values.items()}
+    assert settings_line(told) == (
+        r"settings: [task] prompt 'Review: {text}\nLabel:', name x, [task] completion {label} (run.toml)"
+    )
+
+
+def test_a_number_of_things_is_one_thing_or_several() -> None:
+    assert [counted(number, "sample") for number in (0, 1, 1234)] == ["0 samples", "1 sample", "1,234 samples"]

@@ -20,7 +20,7 @@ from fedsoda_hub.config import RunSettings
 from fedsoda_hub.federation import events as ev
 from fedsoda_hub.ledger import Ledger
 from fedsoda_hub.report import draw, read_history, write_report
-from tests.hub.runs import make_run
+from tests.hub.runs import FULL, make_run
 
 A = Digest("a" * 64)
 ANN, BOB = EdgeId("ann"), EdgeId("<script>bob</script>")
@@ -101,12 +101,16 @@ def test_pictures_without_data_are_left_out() -> None:
     ledger.append(TOLD[0])
     assert list(draw(read_history(ledger), None)) == []
     ledger.append(TOLD[1])
+    ledger.add_traffic(ANN, 1, 1100, 300)  # greetings
     assert list(draw(read_history(ledger), None)) == ["alignment"]
+    for record in TOLD[2:8]:
+        ledger.append(record)
+    assert list(draw(read_history(ledger), None)) == ["loss", "alignment", "bytes", "contributions"]
 
 
 def test_a_run_that_was_not_begun_has_no_report(tmp_path: Path, tiny_llama: Path) -> None:
     settings = make_run(tmp_path, tiny_llama)
-    with pytest.raises(UsageProblem, match=r"has not been started.*start it with `fedsoda-hub serve"):
+    with pytest.raises(UsageProblem, match=r"RUN\.toml has not been started; run `fedsoda-hub serve"):
         write_report(settings, tmp_path / "report")
     ledger = Ledger(settings.run_dir / "ledger.sqlite")  # as `token create` leaves it
     ledger.create_token("ann")
@@ -114,6 +118,35 @@ def test_a_run_that_was_not_begun_has_no_report(tmp_path: Path, tiny_llama: Path
     with pytest.raises(UsageProblem, match="has not been started"):
         write_report(settings, tmp_path / "report")
     assert not (tmp_path / "report").exists()
+
+
+def test_of_greetings_alone_no_bytes_of_an_edge_and_round_are_shown(tmp_path: Path, tiny_llama: Path) -> None:
+    settings = make_run(tmp_path, tiny_llama)
+    ledger = Ledger(settings.run_dir / "ledger.sqlite")
+    for record in TOLD[:2]:
+        ledger.append(record)
+    ledger.add_traffic(ANN, 1, 1100, 300)
+    assert "an edge and round" not in Path(write_report(settings, tmp_path / "report")["report"]).read_text()
+    for record in TOLD[2:8]:
+        ledger.append(record)
+    ledger.close()
+    page = Path(write_report(settings, tmp_path / "report")["report"]).read_text()
+    assert "1.07 KiB / 300 B an edge and round" in page
+
+
+def test_of_a_full_emulator_no_alignment_is_shown_but_what_nf4_took(tmp_path: Path, tiny_llama: Path) -> None:
+    settings = make_run(tmp_path, tiny_llama, **FULL)
+    ledger = Ledger(settings.run_dir / "ledger.sqlite")
+    kl = {"pruned": 0.0, "quantized": 0.012, "aligned": 0.012}
+    ledger.append(TOLD[0])
+    ledger.append(ev.Prepared(manifest=A, adapter_view=A, emulator_view=A, public_kl=kl))
+    assert list(draw(read_history(ledger), None)) == []
+    ledger.close()
+    written = write_report(settings, tmp_path / "report")
+    page = Path(written["report"]).read_text()
+    assert "<dt>public KL</dt><dd>0.012 in NF4, all layers kept</dd>" in page
+    assert "aligned" not in page
+    assert "after alignment" not in page
 
 
 def test_a_target_that_cannot_be_written_is_named(run: RunSettings, tmp_path: Path) -> None:
@@ -136,6 +169,7 @@ def test_the_page_fetches_nothing_runs_nothing_and_names_no_path_of_the_hub(run:
     assert "&lt;script&gt;bob" in page
     assert str(tmp_path) not in page
     assert "declined" in page
+    assert "<dt>public KL</dt><dd>0.500 pruned, 0.600 in NF4, 0.200 aligned</dd>" in page
 
 
 # --- in a browser --------------------------------------------------------------------------------------------

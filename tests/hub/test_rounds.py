@@ -197,6 +197,7 @@ def collecting_run(rules: Rules, names: str = "ab") -> Run:
 def test_a_round_opens_when_min_edges_are_there_and_not_before() -> None:
     run = Run(replace(RULES, min_edges=2))
     assert run.waiting == ["round 1 needs 2 edges, 0 are here"]
+    assert Run(replace(RULES, min_edges=1)).waiting == ["round 1 needs 1 edge, 0 are here"]
     run.ready("a")
     assert run.state.phase == "idle"
     run.ready("b")

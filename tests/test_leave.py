@@ -1,0 +1,54 @@
+"""A join that ends before its run does says so in its last sentence: `--max-rounds` and `finish`."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from typer.testing import CliRunner
+
+from fedsoda_edge.agent import Agent
+from fedsoda_edge.cli import app
+from fedsoda_edge.testing import ScriptedHub
+from tests.test_schemas import ROWS, WorkerHere
+
+
+@pytest.fixture
+def _sigterm_as_it_was() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("_sigterm_as_it_was")
+@pytest.mark.parametrize(
+    ("options", "is_finishing", "sentence"),
+    [
+        (["--max-rounds", "2"], False, "left the run: took part in 2 rounds"),
+        ([], True, "left the run: the owner of the device finished"),
+    ],
+)
+def test_a_join_that_leaves_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], is_finishing: bool, sentence: str
+) -> None:
+    monkeypatch.setenv("FEDSODA_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("FEDSODA_TOKEN", "t")
+    if is_finishing:
+        monkeypatch.setattr(Agent, "is_finishing", True)
+    (tmp_path / "visits.jsonl").write_text(ROWS)
+    for output in ([], ["--jsonl"]):
+        with (
+            mock.patch("fedsoda_edge.edge.HubTransport", return_value=ScriptedHub(rounds=5)),
+            mock.patch("fedsoda_edge.edge.Child", return_value=WorkerHere()),
+        ):
+            words = ["join", "http://hub", "--data", str(tmp_path / "visits.jsonl"), *options, *output]
+            ran = CliRunner().invoke(app, words)
+        assert ran.exit_code == 0, ran.output
+        if output:
+            assert json.loads(ran.stdout.splitlines()[-2]) == {"event": "notice", "message": sentence}
+        else:
+            assert ran.stderr.splitlines()[-1] == sentence
