@@ -180,9 +180,11 @@ def fine_tune(
     before = tokens
     border.expect(order[done * size :])
     for step in range(done, total):
-        loss, num_ids, at_once = accumulate(
-            sub_llm, border, order[step * size : (step + 1) * size], at_once, parameters
-        )
+        indices = order[step * size : (step + 1) * size]
+        loss, num_ids, allowed = accumulate(sub_llm, border, indices, at_once, parameters)
+        if allowed < at_once:
+            at_once = allowed
+            border.expect(order[(step + 1) * size :])  # the step asked for its samples twice
         drift = torch.cat([parameter.flatten() for parameter in parameters]) - reference
         (settings.proximal_mu / 2 * drift.square().sum()).backward()
         torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)

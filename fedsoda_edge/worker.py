@@ -260,6 +260,7 @@ class Worker:
         longest = sorted(range(len(samples)), key=lambda at: -len(samples[at].ids))[
             : min(batch_size, self._micro_batch)
         ]
+        self._border.expect(longest)
         self._micro_batch = probe(sub_llm, self._border, longest, self._micro_batch)
         on_cpu, taken = memory.device == "cpu", peak_rss_bytes()
         if on_cpu and taken > self._room:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fedsoda_edge import Edge, LocalData, agent
+from fedsoda_edge.border import Border
 from fedsoda_edge.errors import DeviceTooSmall, FedSODAError, WorkerFailed
 from fedsoda_edge.model.memory import KERNEL_BYTES, PROCESS_BYTES, Samples, plans, shape_of
 from fedsoda_edge.ports.disk import sha256_file
@@ -159,6 +160,17 @@ def test_a_limit_below_every_way_ends_the_join_before_anything_but_the_manifest_
     assert failure.value.exit_status == 4
     assert str(failure.value).startswith("--max-ram allows 200 MiB, the sub-LLM needs at least ")
     assert hub.fetched == [sha256_file(made / "manifest.json")]
+
+
+def test_the_first_step_is_tried_with_the_longest_rows_which_are_swept_together(tmp_path: Path, made: Path) -> None:
+    path = tmp_path / "visits.jsonl"
+    rows = [{"prompt": "visit " * (1 + 3 * i % 8), "completion": "home"} for i in range(8)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with mock.patch.object(Border, "expect", autospec=True) as expect:
+        join(tmp_path / "home", LocalData(path), made, WorkerHere())
+    tried, trained = (call.args[1] for call in expect.call_args_list)
+    assert {len(rows[index]["prompt"].split()) for index in tried} == {5, 6, 7, 8}
+    assert sorted(trained) == list(range(8))
 
 
 # -- memory that runs out -------------------------------------------------------------------------------

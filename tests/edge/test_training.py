@@ -329,6 +329,18 @@ def test_where_memory_runs_out_the_step_is_done_again_in_halves_and_the_round_go
     assert (found.loss, found.num_tokens, found.num_steps) == (expected.loss, expected.num_tokens, 6)
 
 
+def test_states_on_disk_know_what_comes_after_a_step_that_was_done_again(
+    bundle: Bundle, uneven: Border, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They skip what is not asked for in turn: without the second word they would skip to the next epoch."""
+    told = list[list[int]]()
+    monkeypatch.setattr(Border, "expect", lambda _, order: told.append(list(order)))
+    scarce = Scarce(monkeypatch, torch.OutOfMemoryError("CUDA out of memory."), most=1, from_step=3)
+    trained(bundle, uneven, 2, scarce.progress)
+    order = list(data_order(8, 3, 0, 1, "a"))
+    assert told == [order, order[4 * 4 :]]
+
+
 @OUT_OF_MEMORY
 def test_memory_for_less_than_one_sample_is_a_device_too_small(
     bundle: Bundle, uneven: Border, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
