@@ -190,6 +190,24 @@ def test_a_worker_for_which_memory_runs_out_goes_on_leaner_again_and_again(
     assert [trained["round"] for trained in joined.of("trained")] == [1, 2]  # the second as the first
 
 
+def test_memory_that_runs_out_outside_of_a_step_is_told_as_such(
+    tmp_path: Path, data: LocalData, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, failures = torch.optim.AdamW.step, [torch.OutOfMemoryError("CUDA out of memory.")]
+
+    def step(self: torch.optim.AdamW) -> Any:
+        if failures:
+            raise failures.pop()
+        return plain(self)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    joined = join(tmp_path / "home", data, made, WorkerHere())
+    assert len(ways(joined)) == 2
+    [notice] = notices(joined)
+    assert notice.startswith("memory ran out on cpu, where ")
+    assert notice.endswith(LEANER)
+
+
 def test_where_no_way_is_leaner_the_join_ends_with_status_4(tmp_path: Path, data: LocalData, made: Path) -> None:
     worker = WorkerHere(*[TOO_SMALL] * 20)
     with pytest.raises(DeviceTooSmall) as failure:

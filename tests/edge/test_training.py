@@ -363,6 +363,12 @@ def test_an_error_that_is_not_of_memory_is_not_taken_for_one(
     assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
+def test_memory_that_torch_does_not_manage_may_run_out_too() -> None:
+    """Where CUDA's context or cuBLAS' workspace finds no room (c10/cuda/CUDAException.h, ATen/cuda/Exceptions.cpp)."""
+    assert is_out_of_memory(RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`"))
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+
+
 # -- the probe ------------------------------------------------------------------------------------------
 
 
