@@ -20,7 +20,7 @@ from fedsoda_edge import control
 from fedsoda_edge.aside import Aside, end
 from fedsoda_edge.config import Home
 from fedsoda_edge.data import DEFAULT_COMPLETION, DEFAULT_PROMPT, LocalData, TextTemplate
-from fedsoda_edge.device import Limits, check_disk, fit, leaner, read_device, room_for, table, told
+from fedsoda_edge.device import Limits, check_disk, fit, leaner, read_device, room_for, same_way, table, told
 from fedsoda_edge.download import Download, backoff_seconds
 from fedsoda_edge.errors import (
     DeviceTooSmall,
@@ -228,7 +228,8 @@ class Agent:
             "eos": manifest.config.get("eos_token_id"),
         }
         self.home.remember_run(welcome.run_id, about)
-        self.say({"event": "data", "rows": rows, **opened})
+        counts = {name: opened[name] for name in ("num_examples", "num_skipped", "threads")}  # the rest is for the plan
+        self.say({"event": "data", "rows": rows, **counts})
         for missing in self._aside.missing():
             self.say({"event": "notice", "message": missing})
 
@@ -266,14 +267,13 @@ class Agent:
     def _plan_memory(self) -> None:
         """The quickest way that has room; a round that is in the middle goes on the way it began, to the same bits."""
         assert self._shape is not None
-        facts, limits = self._facts(), self._settings.limits
+        facts, limits, kept = self._facts(), self._settings.limits, self._run_dir / "memory.json"
         process = self._opened["process_bytes"]
         plan = fit(self._settings.device, self._shape, self._samples, facts, limits, process_bytes=process)
-        if any((self._run_dir / "checkpoint").glob("round.*")):
-            with contextlib.suppress(FileNotFoundError, msgspec.MsgspecError):  # another version planned otherwise
-                before = msgspec.json.decode((self._run_dir / "memory.json").read_bytes(), type=MemoryPlan)
-                if before.device == plan.device and before.peak <= room_for(before.device, facts, limits):
-                    plan = before
+        if any((self._run_dir / "checkpoint").glob("round.*")) and (before := _read_plan(kept)) is not None:
+            again = same_way(before, self._shape, self._samples, process)
+            if again is not None and again.device == plan.device and again.peak <= room_for(plan.device, facts, limits):
+                plan = again
         self._train_by(plan, facts)
 
     def _train_by(self, plan: MemoryPlan, facts: ms.DeviceFacts) -> None:
@@ -756,6 +756,14 @@ class Agent:
             "agent_peak_rss_bytes": peak_rss_bytes(),
             "worker_peak_rss_bytes": self.worker.peak_rss_bytes,
         }
+
+
+def _read_plan(path: Path) -> MemoryPlan | None:
+    """None where there is none, or none that this version reads."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=MemoryPlan)
+    except (FileNotFoundError, msgspec.MsgspecError):
+        return None
 
 
 async def _beside(one: Coroutine[Any, Any, object], other: Coroutine[Any, Any, T]) -> T:

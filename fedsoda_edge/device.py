@@ -140,14 +140,25 @@ def table(plan: MemoryPlan) -> list[tuple[str, int]]:
     ]
 
 
+def same_way(plan: MemoryPlan, shape: Shape, samples: Samples, process_bytes: int) -> MemoryPlan | None:
+    """The way of a plan made before, with what it needs now; None where the hub asks for other batches now.
+
+    Each worker process is of another size, and rows may have been added.
+    """
+    wanted = _way(plan)
+    return next((way for way in plans(shape, plan.device, samples, process_bytes) if _way(way) == wanted), None)
+
+
 def leaner(plan: MemoryPlan, shape: Shape, samples: Samples, process_bytes: int) -> MemoryPlan | None:
     """The next slower way to train, which needs less; None where there is none."""
+    ways = list(plans(shape, plan.device, samples, process_bytes))
+    place = [_way(way) for way in ways].index(_way(plan))
+    return next((way for way in ways[place + 1 :] if way.peak < ways[place].peak), None)
 
-    def place(way: MemoryPlan) -> tuple[bool, bool, int]:  # a worker that was started again has other process_bytes
-        return way.packed, way.recompute, -way.micro_batch
 
-    ways = plans(shape, plan.device, samples, process_bytes)
-    return next((way for way in ways if place(way) > place(plan) and way.peak < plan.peak), None)
+def _way(plan: MemoryPlan) -> tuple[bool, bool, int, int]:
+    """What tells plans apart that are of one device."""
+    return plan.packed, plan.recompute, plan.micro_batch, plan.batch_size
 
 
 def room_for(device: str, facts: DeviceFacts, limits: Limits) -> int:

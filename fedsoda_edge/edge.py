@@ -26,6 +26,7 @@ from fedsoda_edge.model.memory import Samples, shape_of
 from fedsoda_edge.neighbour import parse_rules
 from fedsoda_edge.ports import SystemClock, Transport
 from fedsoda_edge.ports.child import Child
+from fedsoda_edge.ports.console import counted
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.manifest import parse_manifest
 from fedsoda_edge.store import FileStore
@@ -171,7 +172,7 @@ class Participation:
     def __iter__(self) -> Iterator[Offer]:
         while True:
             if self._max_rounds and self._agent.submitted >= self._max_rounds:
-                self._call(self._agent.leave(f"took part in {self._agent.submitted} rounds"))
+                self._call(self._agent.leave(f"took part in {counted(self._agent.submitted, 'round')}"))
                 return
             item = self._next()
             if item is None:

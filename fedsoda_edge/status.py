@@ -30,7 +30,7 @@ _WORK = {  # what the events say that it works at
     "refused": "waiting for a round",
     "farewell": "the run is over",
 }
-_BESIDE = ("sweep", "swept")  # done while the download runs, which lasts longer
+_BESIDE = ("sweep", "swept")  # done while the download runs, which lasts longer; a sweep may also outlive the run
 
 
 class Status:
@@ -40,7 +40,7 @@ class Status:
         self._path, self._clock, self._memory = path, clock, memory
         self._written = -WRITE_SECONDS
         self._work = "connecting"  # goes on after a lost connection or a pause
-        self._is_downloading = False
+        self._is_downloading = self._has_ended = False
         self.values: dict[str, Any] = {
             "state": self._work,
             "pid": os.getpid(),
@@ -62,11 +62,14 @@ class Status:
 
     def note(self, event: dict[str, Any]) -> None:
         """Take one event of the join in."""
+        if self._has_ended:
+            return  # of a worker that is still being stopped
         values, kind = self.values, event["event"]
         before = values["state"]
         if kind == "download":
             self._is_downloading = event["done"] < event["total"]
-        if kind in _WORK and not (kind in _BESIDE and self._is_downloading):
+        is_beside = kind in _BESIDE and (self._is_downloading or self._work == _WORK["farewell"])
+        if kind in _WORK and not is_beside:
             self._work = _WORK[kind]
             values["state"] = self._work
         if kind in ("reconnecting", "paused"):
@@ -106,6 +109,7 @@ class Status:
 
     def end(self, error: BaseException | None) -> None:
         """The last word: why the join ended, where it was no run's end."""
+        self._has_ended = True
         if error is not None:
             self.values |= {"state": "stopped", "last_error": str(error) or type(error).__name__}
         elif self.values["state"] != _WORK["farewell"]:

@@ -100,6 +100,7 @@ class ScriptedHub:
             seed=0,
             stall_seconds=60.0,
             emulator=self._view("emulator"),
+            batch_size=LOCAL.batch_size,
         )
 
     def _view(self, name: str) -> ms.ViewRef:

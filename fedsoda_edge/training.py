@@ -25,6 +25,8 @@ from fedsoda_edge.model.sub_llm import SubLLM
 from fedsoda_edge.protocol.messages import LocalSettings
 
 BETAS = (0.9, 0.95)  # paper, 6.1.2
+# What torch says where it has no error of its own: on a CPU, of what CUDA takes for itself, of a matrix product's space.
+NO_MEMORY = ("you tried to allocate", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 @dataclass(frozen=True)
@@ -126,8 +128,8 @@ def probe(sub_llm: SubLLM, border: Border, indices: Sequence[int], micro_batch: 
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch could not get memory, on whatever device; on a CPU it has no error of its own for that."""
-    return isinstance(error, torch.OutOfMemoryError) or "you tried to allocate" in str(error)
+    """Whether torch could not get memory, on whatever device."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in NO_MEMORY)
 
 
 def fine_tune(
@@ -180,9 +182,11 @@ def fine_tune(
     before = tokens
     border.expect(order[done * size :])
     for step in range(done, total):
-        loss, num_ids, at_once = accumulate(
-            sub_llm, border, order[step * size : (step + 1) * size], at_once, parameters
-        )
+        indices = order[step * size : (step + 1) * size]
+        loss, num_ids, allowed = accumulate(sub_llm, border, indices, at_once, parameters)
+        if allowed < at_once:
+            at_once = allowed
+            border.expect(order[(step + 1) * size :])  # the step asked for its samples twice
         drift = torch.cat([parameter.flatten() for parameter in parameters]) - reference
         (settings.proximal_mu / 2 * drift.square().sum()).backward()
         torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)

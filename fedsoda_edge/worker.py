@@ -183,26 +183,27 @@ class Worker:
         }
         checkpoint = RoundCheckpoint(Path(values["checkpoint"]), identity)
         damaged = self._states.num_damaged
-        trained = fine_tune(
-            self._sub_llm,
-            self._border,
-            view,
-            settings,
-            seed=values["seed"],
-            round_number=values["round"],
-            edge=values["edge"],
-            micro_batch=self._micro_batch,
-            checkpoint=checkpoint,
-            progress=lambda step, steps, loss, rate: report(
-                {
-                    "stage": "train",
-                    "step": step,
-                    "steps": steps,
-                    "loss": loss if math.isfinite(loss) else None,
-                    "tokens_per_second": rate,
-                }
-            ),
-        )
+        with _out_of_memory_is_told(self.memory):  # outside of a step too: the optimiser's first one takes its moments
+            trained = fine_tune(
+                self._sub_llm,
+                self._border,
+                view,
+                settings,
+                seed=values["seed"],
+                round_number=values["round"],
+                edge=values["edge"],
+                micro_batch=self._micro_batch,
+                checkpoint=checkpoint,
+                progress=lambda step, steps, loss, rate: report(
+                    {
+                        "stage": "train",
+                        "step": step,
+                        "steps": steps,
+                        "loss": loss if math.isfinite(loss) else None,
+                        "tokens_per_second": rate,
+                    }
+                ),
+            )
         self._micro_batch = trained.micro_batch
         finite = math.isfinite(trained.loss)
         # A broken round still answers, with nothing in it: the hub refuses it and the round goes on.
@@ -260,6 +261,7 @@ class Worker:
         longest = sorted(range(len(samples)), key=lambda at: -len(samples[at].ids))[
             : min(batch_size, self._micro_batch)
         ]
+        self._border.expect(longest)
         self._micro_batch = probe(sub_llm, self._border, longest, self._micro_batch)
         on_cpu, taken = memory.device == "cpu", peak_rss_bytes()
         if on_cpu and taken > self._room:

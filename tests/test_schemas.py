@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import msgspec
 import pytest
 import torch
 import typer
@@ -40,7 +39,6 @@ from fedsoda_edge.ports import console
 from fedsoda_edge.ports.disk import BlobStore
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.coded import CODECS
-from fedsoda_edge.protocol.manifest import EdgeNeeds
 from fedsoda_edge.protocol.session import Upload
 from fedsoda_edge.status import _WORK
 from fedsoda_edge.testing import ScriptedHub, make_bundle
@@ -51,7 +49,7 @@ from fedsoda_hub.federation import events as ev
 from fedsoda_hub.ledger import Ledger
 from fedsoda_hub.progress import Display
 from tests.conftest import ROOT
-from tests.edge.test_cli import enormous_bundle, serving
+from tests.edge.test_cli import a_bundle, serving
 from tests.hub import test_daemon
 from tests.hub.runs import make_run
 from tests.schema import EDGE, HUB, read_json
@@ -145,7 +143,7 @@ def test_an_object_has_no_field_but_those_named_and_lacks_none(program: str) -> 
         "#/$defs/evaluate": {"samples"},
         "#/$defs/evaluate/properties/samples/items": {"sub_llm"},
     }
-    completed = {f"#/$defs/{part}" for part in ("Join", "Serve", "Run", "Live", "Failed", "Terminated")}
+    completed = {f"#/$defs/{part}" for part in ("Join", "Serve", "Run", "Live", "Failed", "Memory", "Terminated")}
     for path, schema in subschemas(APPS[program][0].document):
         if schema.get("type") == "object" and "properties" in schema:
             assert set(schema["properties"]) - set(schema["required"]) == optional.get(path, set()), path
@@ -518,10 +516,9 @@ def test_a_join_that_sigterm_stops_says_so_and_leaves_a_status(nowhere: str, tmp
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of the hub's own listener: a sub-LLM that fits everywhere, tokens `good` and `old`."""
     directory = tmp_path_factory.mktemp("served")
-    bundle = enormous_bundle()
-    needs = EdgeNeeds(disk_bytes=1, ram_bytes=1, vram_bytes=bundle.needs.vram_bytes)
+    bundle = a_bundle(layer_bytes=100_000)
     (directory / bundle.files[0].sha256).write_bytes(bytes(100_000))
-    with serving(directory, msgspec.structs.replace(bundle, needs=needs)) as url:
+    with serving(directory, bundle) as url:
         yield url
 
 

@@ -13,9 +13,10 @@ which costs page faults, and holds what is used: malloc keeps 1.2 to 2.9 x the a
     train = adapter layers + head + LoRA x 16 (weight, gradient, two moments in fp32) + activations + logits
     peak  = process + max(sweep, train)
 
-Activations are what autograd keeps for a decoder layer with LoRA (counted for llama; other families keep no more),
-the last layer's MLP at supervised positions only (sub_llm.py). What the process itself takes is measured, so is what
-malloc adds. What a device has is `device.py`'s business; border states are on disk, on top of the bundle.
+Activations are what autograd keeps for a decoder layer with LoRA, the last layer's MLP at supervised positions only
+(sub_llm.py): one formula for nine families, of which llama keeps a tenth to a fifth less and gemma3 as much more. What
+the process itself takes is measured, so is what malloc adds. What a device has is `device.py`'s business; border states
+are on disk, on top of the bundle.
 """
 
 from __future__ import annotations
@@ -169,8 +170,8 @@ def _plan(
     layer_size = NF4_HELD if packed and is_nf4 else size
     head_size = (NF4_HELD if head_nf4 else shape.stored_head) if packed else size
     others = shape.num_adapter_layers - 1
-    whole = (6 * d + 3 * q + 2 * k + 4 * f) * positions
-    last = (3 * d + 2 * k) * positions + (6 * d + 2 * q + 4 * f) * labels
+    whole = (6 * d + 3 * q + 3 * k + 4 * f) * positions
+    last = (d + 3 * q + 3 * k) * positions + (7 * d + q + 4 * f) * labels
     if recompute and others:
         kept = others * d * positions + max(whole + (d + f) * positions, last)
     else:  # the gradients on their way through a layer come when the last layer's activations are gone

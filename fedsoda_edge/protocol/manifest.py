@@ -18,7 +18,8 @@ MAX_MANIFEST_BYTES = 16 << 20
 MAX_FILE_BYTES = 1 << 40
 MAX_LAYERS = 4096
 MAX_SIZE = 1 << 24  # of a dimension: no vocabulary or layer is wider
-SIZES = ("hidden_size", "vocab_size")  # config fields that every family has
+SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")  # config fields of every family
+OTHER_SIZES = ("head_dim", "moe_intermediate_size", "num_experts_per_tok", "num_key_value_heads")  # of some
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -158,6 +159,7 @@ def parse_manifest(data: bytes) -> BundleManifest:
     if not manifest.config.get("tie_word_embeddings"):
         required.add("head.safetensors")
     lora = manifest.lora
+    sizes = {name: manifest.config.get(name) for name in (*SIZES, *OTHER_SIZES)}
     numbers = [value for value in _leaves(manifest.config) if isinstance(value, int | float)]
     shapes = [size for spec in (*lora.adapter, *lora.emulator) for size in spec.shape]
     problems = {
@@ -167,10 +169,14 @@ def parse_manifest(data: bytes) -> BundleManifest:
         "no tokenizer.json": "tokenizer.json" not in names,
         "a digest that is not one": not all(re.fullmatch(r"[0-9a-f]{64}", file.sha256) for file in manifest.files),
         "a size that cannot be": not all(0 < file.bytes < MAX_FILE_BYTES for file in manifest.files),
-        "a number of layers that no model has": not 0 < manifest.plan.num_layers <= MAX_LAYERS,
+        "a number of layers that no model has": not 0 < manifest.plan.num_layers <= MAX_LAYERS
+        or not 0 < len(manifest.plan.adapter) <= len(manifest.plan.kept) <= manifest.plan.num_layers,
         "another number of layers than its plan": manifest.config.get("num_hidden_layers") != manifest.plan.num_layers,
         "a config number out of bounds": not all(abs(value) < 2.0**40 for value in numbers),
-        "a model of no size": not all(_is_size(manifest.config.get(name)) for name in SIZES),
+        **{
+            f"a model whose {name} is {str(size)[:20]}": not _is_size(size) and (name in SIZES or size is not None)
+            for name, size in sizes.items()
+        },
         "a LoRA that cannot be": not (0 < lora.rank <= MAX_SIZE and math.isfinite(lora.alpha) and lora.alpha > 0)
         or not all(0 < size <= MAX_SIZE for size in shapes),
         "an adapter base that is not known": manifest.adapter_base not in ("nf4", "bf16"),

@@ -17,12 +17,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fedsoda_edge import checkpoint
-from fedsoda_edge.border import Border
+from fedsoda_edge import checkpoint, training
+from fedsoda_edge.border import Batch, Border
 from fedsoda_edge.checkpoint import RoundCheckpoint, Saved
 from fedsoda_edge.model import delta, lora
 from fedsoda_edge.model.bundle import Bundle
-from fedsoda_edge.model.sub_llm import build
+from fedsoda_edge.model.sub_llm import SubLLM, build
 from fedsoda_edge.training import Trained, fine_tune, num_steps
 from tests.edge.model.test_bundle import write
 from tests.edge.test_training import SETTINGS, make_samples
@@ -73,6 +73,7 @@ def trained(
     saves: RoundCheckpoint | None = None,
     progress: Callable[[int, int, float, float], None] | None = None,
     epochs: int = 2,
+    micro_batch: int | None = None,
 ) -> Trained:
     """A round with a fresh sub-LLM, as a process has that has just begun."""
     tail, view = build(bundle, bundle.plan.adapter), bundle.adapter_lora()
@@ -80,7 +81,16 @@ def trained(
     settings = msgspec.structs.replace(SEVEN_STEPS, epochs=epochs)
     assert epochs != 2 or num_steps(len(SAMPLES), settings) == 7
     return fine_tune(
-        tail, border, view, settings, seed=0, round_number=1, edge="a", progress=progress, checkpoint=saves
+        tail,
+        border,
+        view,
+        settings,
+        seed=0,
+        round_number=1,
+        edge="a",
+        micro_batch=micro_batch,
+        progress=progress,
+        checkpoint=saves,
     )
 
 
@@ -118,6 +128,44 @@ def test_a_round_killed_again_and_again_goes_on_to_the_same_bits(
         with pytest.raises(Killed):
             trained(bundle, border, Prompt(tmp_path, IDENTITY), killed_at(step))
     assert same(trained(bundle, border, Prompt(tmp_path, IDENTITY)), calm)
+
+
+@pytest.mark.parametrize("micro_batch", [None, 3, 1])
+def test_a_round_that_ran_out_of_memory_goes_on_with_the_micro_batch_it_had(
+    bundle: Bundle, border: Border, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_batch: int | None
+) -> None:
+    """Memory is short in step 3 alone: what comes after it, in this process or the next, goes in the same sums."""
+    plain, steps = training.completion_loss, list[int]()
+
+    def scarce(sub_llm: SubLLM, batch: Batch) -> torch.Tensor:
+        if steps[-1:] == [2] and batch.num_samples > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return plain(sub_llm, batch)
+
+    monkeypatch.setattr(training, "completion_loss", scarce)
+    whole = trained(bundle, border, None, lambda done, *_: steps.append(done), micro_batch=micro_batch)
+    allowed = 1 if micro_batch == 1 else 2
+    assert whole.micro_batch == allowed
+    steps.clear()
+
+    def killed(done: int, *_: float) -> None:
+        steps.append(done)
+        if done == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        trained(bundle, border, Prompt(tmp_path, IDENTITY), killed, micro_batch=micro_batch)
+    steps.clear()
+    seen = list[int]()
+
+    def noting(sub_llm: SubLLM, batch: Batch) -> torch.Tensor:
+        seen.append(batch.num_samples)
+        return plain(sub_llm, batch)
+
+    monkeypatch.setattr(training, "completion_loss", noting)
+    result = trained(bundle, border, Prompt(tmp_path, IDENTITY), micro_batch=micro_batch)
+    assert set(seen) == {allowed}
+    assert same(result, whole)
 
 
 def test_a_checkpoint_does_not_change_a_round(bundle: Bundle, border: Border, calm: Trained, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from fedsoda_edge.protocol import messages as ms
 from tests.conftest import ROOT
 from tests.edge.test_transport import SmallHub, listening
 
-PIB = 2**50
+TIB = 2**40
 GOOD_ROWS = '{"text": "fever", "department": "er"}\n{"text": "cough", "department": "gp"}\n'
 
 
@@ -105,7 +105,7 @@ def nowhere() -> Iterator[str]:
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of the hub's own listener: tokens `good` and `old`, and a sub-LLM that no device can hold."""
     template = ms.Template(prompt="Report: {text}\nDepartment:", completion="{department}")
-    with serving(tmp_path_factory.mktemp("bundle"), enormous_bundle(), template) as url:
+    with serving(tmp_path_factory.mktemp("bundle"), a_bundle(layer_bytes=TIB - 1), template) as url:
         yield url
 
 
@@ -133,22 +133,33 @@ def serving(directory: Path, bundle: mf.BundleManifest, template: ms.Template | 
         yield url
 
 
-def enormous_bundle() -> mf.BundleManifest:
+def a_bundle(layer_bytes: int) -> mf.BundleManifest:
+    """A manifest, as small as one can be but for its layers."""
     roles = ("layers.0", "layers.1", "embedding", "norm", "emulator_lora", "adapter_lora")
     names = [f"{role}.safetensors" for role in roles] + ["tokenizer.json"]
     return mf.BundleManifest(
         format_version=mf.FORMAT_VERSION,
         family="llama",
-        config={"num_hidden_layers": 2, "hidden_size": 64, "vocab_size": 320, "tie_word_embeddings": True},
+        config={
+            "num_hidden_layers": 2,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_attention_heads": 4,
+            "vocab_size": 320,
+            "tie_word_embeddings": True,
+        },
         dtype="bfloat16",
-        source="enormous",
+        source="made",
         source_revision="",
         plan=mf.LayerPlan(num_layers=2, adapter=(1,), kept=(0, 1), groups=(), mapping=()),
         lora=mf.LoRASpec(rank=4, alpha=8.0, targets=("q_proj",), adapter=(), emulator=()),
         adapter_base="nf4",
         quantized_embedding=False,
-        files=tuple(mf.File(name, f"{number:064x}", 1) for number, name in enumerate(names)),
-        needs=mf.EdgeNeeds(disk_bytes=1, ram_bytes=PIB, vram_bytes=PIB),
+        files=tuple(
+            mf.File(name, f"{number:064x}", layer_bytes if name.startswith("layers") else 1)
+            for number, name in enumerate(names)
+        ),
+        needs=mf.EdgeNeeds(disk_bytes=1, ram_bytes=1, vram_bytes=1),
         bits_per_parameter=4.5,
     )
 
@@ -266,7 +277,7 @@ def test_labels_that_are_not_strings_are_told_with_line_and_value(device: Device
         (["join", "http://hub.invalid", "--data", "d", "--max-rounds", "-1"], "Invalid value for '--max-rounds'"),
         (["join", "http://hub.invalid", "--data", "d", "--column", "text"], "--column 'text' is not NAME=COLUMN"),
         (["join", "http://hub.invalid", "--data", "none", "--max-ram", "-5"], "--max-ram '-5' is no size"),
-        (["join", "http://hub.invalid", "--data", "none", "--cache", "fp8"], "cache is 'fp8'"),
+        (["join", "http://hub.invalid", "--data", "none", "--cache", "fp8"], "--cache 'fp8' is none of bf16, int8"),
         (["join", "http://hub.invalid", "--data", "none", "--cache-key", "x"], "--cache-key 'x' is neither keep nor"),
         (["join", "http://hub:99999", "--data", "d"], "'http://hub:99999' is no hub address"),
         (["join", "http://hub.invalid", "--data", "d"], "no token: give --token-file"),
@@ -349,12 +360,17 @@ def test_a_sub_llm_that_does_not_fit_exits_4_with_both_numbers_before_it_is_down
     ran = device.run("join", hub, "--data", "visits.jsonl", "--token-file", "-", "--json", stdin="good\n")
     assert ran.status == 4
     assert ran.json["error"] == "DeviceTooSmall"
-    assert re.search(r"has [\d.]+ [GM]iB of memory free, the sub-LLM needs 1024 TiB; ", ran.json["message"])
+    # 2^40 bytes of NF4 a layer, as they are held for training, with the next one as it is stored.
+    least = r"[\d.]+ [GM]iB of memory free, the sub-LLM needs at least 2\.\d\d TiB, [\d.]+ TiB more; "
+    assert re.search(f"this device has {least}", ran.json["message"])
     assert "joined run triage as clinic-7" in ran.err
     assert len(list((device.home / "store").iterdir())) == 1  # the manifest
     plan = device.run("plan", hub, FEDSODA_TOKEN="good")
     assert plan.status == 4
-    assert re.search(r"the sub-LLM needs 1024 TiB; ", plan.sentence)
+    assert re.search(r"the sub-LLM needs at least 2\.\d\d TiB for a row of 64 ids, ", plan.sentence)
+    owners = device.run("plan", hub, "--max-ram", "300MB", "--json", FEDSODA_TOKEN="good")
+    assert (owners.status, owners.json["error"]) == (4, "DeviceTooSmall")
+    assert owners.json["message"].startswith("--max-ram allows 286 MiB, the sub-LLM needs at least 2.")
 
 
 # -- while a join runs ----------------------------------------------------------------------------------

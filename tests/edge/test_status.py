@@ -179,3 +179,16 @@ def test_a_home_without_a_join_has_no_status(tmp_path: Path) -> None:
     assert read_status(tmp_path / "status.json") is None
     (tmp_path / "status.json").write_text("{torn")
     assert read_status(tmp_path / "status.json") is None
+
+
+def test_a_sweep_that_outlives_its_run_does_not_change_how_the_run_ended(tmp_path: Path) -> None:
+    """The early sweep of a join whose run is over ends with its worker, which may come after the last word."""
+    status = Status(tmp_path / "status.json", "http://h", Clocks(), lambda: 0)
+    swept = {"event": "swept", "num_examples": 5, "num_kept": 5, "kept_bytes": 9, "num_damaged": 0}
+    for event in (*JOINED[:2], {"event": "farewell", "rounds": 20, "reason": "all rounds are done"}, SWEEP, swept):
+        status.note(event)
+    status.end(None)
+    status.note(SWEEP)
+    found = read_status(tmp_path / "status.json")
+    assert found is not None
+    assert found["state"] == "the run is over"

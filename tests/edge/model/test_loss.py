@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional
 
 from fedsoda_edge.model import loss
+from fedsoda_edge.model.nf4 import NF4Linear, dequantize, quantize
 
 
 @pytest.mark.parametrize("rows", [1, 255, 600])
@@ -46,3 +47,59 @@ def test_kl_is_teacher_to_student_and_zero_for_equals() -> None:
     torch.testing.assert_close(ours, expected)
     torch.testing.assert_close(student.grad, reference.grad, rtol=1e-4, atol=1e-7)
     assert float(loss.kl_divergence(teacher, teacher, head)) == pytest.approx(0.0, abs=1e-6)
+
+
+# -- heads that are not dense in the dtype of the hidden states ------------------------------------------
+
+
+VOCAB, WIDTH = 13_607, 80  # a tile has 13056 rows; the last block of 64 weights is a short one
+
+
+def stored(form: str) -> tuple[loss.Head, torch.Tensor]:
+    """(the head as it is stored, its values in fp32)."""
+    weight = torch.randn(VOCAB, WIDTH, generator=torch.Generator().manual_seed(1)) / WIDTH**0.5
+    if form == "bf16":
+        return weight.bfloat16(), weight.bfloat16().float()
+    tensor = quantize(weight)
+    return NF4Linear(tensor, None, "cpu"), dequantize(tensor)
+
+
+@pytest.mark.parametrize("form", ["nf4", "bf16"])
+@pytest.mark.parametrize(
+    ("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=["fp32 compute", "bf16 compute"]
+)
+def test_a_head_of_several_tiles_is_the_dense_one(
+    form: str, dtype: torch.dtype, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three chunks of logits; some labels are in the last tile."""
+    assert loss.TILE_WEIGHTS["cpu"] // WIDTH < VOCAB
+    monkeypatch.setattr(loss, "LOGITS", 40 * VOCAB)
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(100, WIDTH, generator=generator).to(dtype)
+    teacher = torch.randn(100, WIDTH, generator=generator).to(dtype)
+    labels = torch.randint(0, VOCAB, (100,), generator=generator)
+    labels[:3] = torch.tensor([VOCAB - 1, 13_056, 13_055])
+    head, values = stored(form)
+    values = values.to(dtype).float()
+    logits = [(states.float() @ values.T).requires_grad_() for states in (hidden, teacher)]
+    scores, wanted = logits[0].log_softmax(-1), logits[1].detach().log_softmax(-1)
+    expected = {
+        "cross-entropy": -scores[torch.arange(100), labels].mean(),
+        "KL": (wanted.exp() * (wanted - scores)).sum(-1).mean(),
+    }
+    ours = {
+        "cross-entropy": lambda states: loss.cross_entropy(states, head, labels),
+        "KL": lambda states: loss.kl_divergence(states, teacher, head),
+    }
+    for name, reference in expected.items():
+        states = hidden.clone().requires_grad_()
+        found = ours[name](states)
+        found.backward()
+        [by_logit] = torch.autograd.grad(reference, logits[0], retain_graph=True)
+        gradient = by_logit @ values
+        assert found.dtype == torch.float32
+        assert found.item() == pytest.approx(reference.item(), rel=most), name
+        assert states.grad is not None
+        assert (states.grad.float() - gradient).norm() <= most * gradient.norm(), name
+    likelihoods = loss.log_likelihoods(hidden, head, labels)
+    torch.testing.assert_close(likelihoods, scores[torch.arange(100), labels].detach(), rtol=most, atol=most)

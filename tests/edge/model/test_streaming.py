@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from fedsoda_edge.data import SampleTokenizer
-from fedsoda_edge.errors import UsageProblem
+from fedsoda_edge.errors import BlobCorrupt, UsageProblem
 from fedsoda_edge.model import lora
+from fedsoda_edge.model.bundle import Bundle
+from fedsoda_edge.model.nf4 import NF4Tensor
 from fedsoda_edge.model.streaming import Checkpoint, stream
+from tests.edge.model.test_bundle import write
 
 SAMPLES = [torch.arange(3, 3 + length) for length in (5, 17, 1, 17, 9)]
 
@@ -134,3 +138,61 @@ def test_a_config_may_list_several_ids_that_end_a_text(model_dir: Path) -> None:
     one = SampleTokenizer(model_dir / "tokenizer.json", source.fields["eos_token_id"]).sample("a b", "c")
     two = SampleTokenizer(model_dir / "tokenizer.json", 2).sample("a b", "c")
     assert one == two
+
+
+# -- on an edge: from a bundle --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Bundle:
+    return write(tmp_path_factory.mktemp("b") / "bundle", tiny_llama, trained=True)
+
+
+def test_layers_that_stay_as_they_are_stored_give_the_states_of_dense_ones(bundle: Bundle) -> None:
+    def states(dense: bool) -> list[torch.Tensor]:
+        return stream(
+            bundle, bundle.plan.sub_emulator, SAMPLES, lora=bundle.emulator_lora(), lora_scale=2.0, dense=dense
+        )
+
+    for one, other in zip(states(True), states(False), strict=True):
+        assert (one - other).norm() <= 1e-5 * one.norm()
+
+
+def test_one_layer_is_read_ahead_while_the_one_before_computes(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were the next one read after this one's work, its reading would not begin before `visit` returns."""
+    layers, read = bundle.plan.sub_emulator, list[int]()
+    begun = {number: threading.Event() for number in layers}
+    plain = bundle.stored_layer
+
+    def noting(number: int) -> dict[str, torch.Tensor | NF4Tensor]:
+        read.append(number)
+        begun[number].set()
+        return plain(number)
+
+    def visit(number: int, _: list[torch.Tensor]) -> None:
+        ahead = layers[: layers.index(number) + 2]
+        assert begun[ahead[-1]].wait(10)
+        assert read == list(ahead)
+
+    monkeypatch.setattr(bundle, "stored_layer", noting)
+    stream(bundle, layers, SAMPLES, visit=visit)
+    assert read == list(layers)
+    assert len(layers) > 2
+
+
+@pytest.mark.parametrize("place", [0, 1, -1])
+def test_a_layer_that_cannot_be_read_ends_the_sweep_with_its_own_error(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, place: int
+) -> None:
+    layers, done = bundle.plan.sub_emulator, list[int]()
+    plain = bundle.stored_layer
+
+    def damaged(number: int) -> dict[str, torch.Tensor | NF4Tensor]:
+        if number == layers[place]:
+            raise BlobCorrupt(f"layer {number} is not as it was")
+        return plain(number)
+
+    monkeypatch.setattr(bundle, "stored_layer", damaged)
+    with pytest.raises(BlobCorrupt, match=f"layer {layers[place]} is not as it was"):
+        stream(bundle, layers, SAMPLES, visit=lambda number, _: done.append(number))
+    assert done == list(layers[: layers.index(layers[place])])

@@ -19,15 +19,15 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 ATTENTION = TARGETS[:4]  # experts carry no LoRA
 
 
-def with_lora(directory: Path, dtype: torch.dtype) -> SubLLM:
-    """The last two layers with random LoRA that asks for a gradient."""
+def with_lora(directory: Path, dtype: torch.dtype, num_layers: int = 2, *, recompute: bool = False) -> SubLLM:
+    """The last layers with random LoRA that asks for a gradient."""
     source = Checkpoint.open(str(directory))
-    layers = (source.num_layers - 2, source.num_layers - 1)
+    layers = tuple(range(source.num_layers))[-num_layers:]
     targets = ATTENTION if source.family.model_type == "qwen3_moe" else TARGETS
     layout = lora.specs(source.family, source.fields, layers, targets, 4)
     generator = torch.Generator().manual_seed(0)
     tensors = {spec.name: 0.1 * torch.randn(spec.shape, generator=generator) for spec in layout}
-    made = build(source, layers, compute_dtype=dtype)
+    made = build(source, layers, compute_dtype=dtype, recompute=recompute)
     lora.attach(made, LoRASpec(4, 8, targets, layout, ()), tensors)
     for parameter in lora.parameters(made).values():
         parameter.requires_grad_(True)
@@ -92,3 +92,34 @@ def test_the_last_layer_works_on_those_rows_alone(tiny_llama: Path) -> None:
         f"{last}.self_attn.o_proj": [2],
         f"{last}.mlp.up_proj": [2],
     }
+
+
+@pytest.mark.parametrize("family", sorted(FAMILY_CONFIGS))
+def test_layers_that_are_made_again_give_the_same_gradients(family: str, tmp_path: Path) -> None:
+    """Three layers, of which two run twice; masks of a sliding window and positions of packed rows go with them."""
+    directory = make_tiny(tmp_path, family)
+    states = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(1))
+    positions = torch.tensor([[*range(9), *range(7)], [*range(11), *[0] * 5]])
+    rows, columns = torch.tensor([0, 0, 0, 1]), torch.tensor([7, 8, 14, 9])
+    found, calls = [], []
+    for recompute in (False, True):
+        model = with_lora(directory, torch.float32, 3, recompute=recompute)
+        counts = [0, 0, 0]
+
+        def count(place: int, counts: list[int] = counts) -> Any:
+            def note(*_: Any) -> None:
+                counts[place] += 1
+
+            return note
+
+        for place, number in enumerate(model.numbers):
+            model.layer(number).self_attn.o_proj.register_forward_pre_hook(count(place))
+        hidden = model.hidden_at(rows, columns, states=states, positions=positions)
+        found.append((hidden.detach(), gradients(model, hidden)))
+        calls.append(counts)
+        assert not any("forward" in vars(model.layer(number)) for number in model.numbers)  # nothing stays on it
+    assert calls == [[1, 1, 1], [2, 2, 1]]
+    (plain, expected), (again, made) = found
+    assert torch.equal(again, plain)
+    for name, gradient in expected.items():
+        assert (made[name] - gradient).norm() <= 1e-6 * gradient.norm(), name
