@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,8 @@ class Daemon:
         self._compute = Child("fedsoda_hub.compute")
         self._manifest: BundleManifest | None = None
         self._files: dict[str, Path] = {}
+        self._arriving: Counter[ms.Digest] = Counter()  # uploads whose blob is written, until they are judged
+        self._unkept: set[ms.Digest] = set()  # blobs that an upload brought, until it is known that they stay
         self._farewelled: set[ms.EdgeId] = set()
         self._failure: FedSODAError | None = None
         self._finished = asyncio.Event()
@@ -232,8 +235,26 @@ class Daemon:
             event = await self._events.get()
             if event is not None:
                 await self._perform(self.machine.handle(event), event)
+            if isinstance(event, ev.UpdateArrived) and event.problem is None:
+                self._arriving[event.digest] -= 1
             while await self._perform(self.machine.owed(self.clock.wall()), None):
                 pass
+            self._delete_refused()
+
+    def _delete_refused(self) -> None:
+        """Blobs that came with updates none of which was accepted. One that was there before is never touched."""
+        if self.machine.is_computing:  # a result may have the same bytes; until it is written down nobody knows
+            return
+        state = self.machine.state
+        kept = {update.digest for update in (*state.accepted.values(), *state.receipts.values())}
+        kept |= {state.master, state.view, state.emulator_view}
+        kept |= {delta for delta in (state.view_delta, state.emulator_delta) if delta is not None}
+        for digest in [digest for digest in self._unkept if not self._arriving[digest]]:
+            self._unkept.discard(digest)
+            del self._arriving[digest]
+            if digest not in kept:
+                with contextlib.suppress(OSError):  # it only takes space
+                    self.blobs.path(digest).unlink()
 
     async def _perform(self, effects: list[ev.Effect], cause: ev.Event | None) -> bool:
         """In order; whether a record was appended. A record that cannot be written stops what hangs on it."""
@@ -446,7 +467,7 @@ class Daemon:
             if start.codec != self.settings.wire.codec:
                 raise ProtocolViolation(f"the update is coded as {start.codec}, the run as {self.settings.wire.codec}")
             await asyncio.to_thread(check, upload.data, self._manifest.lora.adapter, self.settings.wire.codec)
-            await asyncio.to_thread(self.blobs.put, upload.data)
+            await self._store(upload)
         except ProtocolViolation as error:
             problem = str(error)
         except DiskFull as error:
@@ -466,6 +487,17 @@ class Daemon:
                 problem,
             )
         )
+
+    async def _store(self, upload: Upload) -> None:
+        digest = upload.start.digest
+        if not self.blobs.has(digest):
+            self._unkept.add(digest)
+        self._arriving[digest] += 1
+        try:
+            await asyncio.to_thread(self.blobs.put, upload.data)
+        except BaseException:
+            self._arriving[digest] -= 1
+            raise
 
     def ended(self, connection: Connection) -> None:
         self._count_traffic(connection)

@@ -155,6 +155,11 @@ class RoundMachine:
             self._running = None  # not before: a result that could not be written down is not lost
 
     @property
+    def is_computing(self) -> bool:
+        """A job runs whose result is not written down yet."""
+        return self._running is not None
+
+    @property
     def quorum(self) -> int:
         """Accepted updates that the open round needs."""
         return math.ceil(self.rules.quorum * self.state.invited)

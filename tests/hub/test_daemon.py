@@ -530,6 +530,49 @@ def test_an_update_that_cannot_be_used_is_refused_and_ends_nothing_else(
     asyncio.run(talk())
 
 
+def test_of_refused_updates_no_blob_stays_but_one_that_the_run_has(settings: RunSettings) -> None:
+    """An edge that sends the bytes of another's update, or of the hub's own, must not get them deleted."""
+
+    async def talk() -> None:
+        async with (
+            serving(settings) as hub,
+            joined(hub.url, hub.token("a")) as a,
+            joined(hub.url, hub.token("b"), "phone") as b,
+        ):
+            before = set(hub.daemon.blobs.directory.iterdir())
+            offer = await a.hear(ms.RoundOffer)
+            await a.upload(offer, update(0.5))
+            await a.hear(ms.Receipt)
+            for data, other in ((update(0.5), {"loss": None}), (update(0.25), {"alignment": 1})):
+                await b.upload(offer, data, **other)
+                await b.hear(ms.Refusal)
+            await b.upload(offer, update(0.75), round=7)
+            await b.hear(ms.Refusal)
+            await a.hear(ms.RoundClosed)  # b answered
+            await a.hear(ms.RoundOffer)
+            stored = {path.name for path in set(hub.daemon.blobs.directory.iterdir()) - before}
+            state = hub.daemon.machine.state
+            assert stored == {sha256(update(0.5)), state.master, state.view, state.view_delta}
+            assert hub.daemon._arriving.total() == 0
+
+    asyncio.run(talk())
+
+
+def test_a_refused_upload_of_what_the_run_had_before_deletes_nothing(settings: RunSettings) -> None:
+    async def talk() -> None:
+        async with serving(settings) as hub, joined(hub.url, hub.token("a")) as a:
+            hub.daemon.blobs.put(update(0.125))
+            async with joined(hub.url, hub.token("b"), "phone"):
+                offer = await a.hear(ms.RoundOffer)
+                await a.upload(offer, update(0.125), loss=None)
+                await a.hear(ms.Refusal)
+                await a.upload(offer, update(0.25), loss=None)
+                await until(lambda: not hub.daemon.blobs.has(sha256(update(0.25))) and hub.daemon._events.empty())
+                assert hub.daemon.blobs.has(sha256(update(0.125)))
+
+    asyncio.run(talk())
+
+
 def test_an_update_is_accepted_once_and_sent_again_gets_the_first_receipt(settings: RunSettings) -> None:
     async def talk() -> None:
         async with serving(settings) as hub:
