@@ -6,7 +6,7 @@ Arms, each in a child process of its own, interleaved ABBA:
     cached       ours: an epoch on cached border states, everything dense
     packed       the same as a memory plan has it where memory is short: adapter in NF4, head as it is stored
     recomputed   the same with activations made again as well, which needs least
-    plain        HF + PEFT, LoRA on the adapter only, no checkpointing, the model's own loss
+    plain        HF + PEFT, LoRA on the adapter only, dense, no checkpointing, the model's own loss
     recipe_sub   PEFT's QLoRA recipe (LoRA everywhere, gradient checkpointing, HF Trainer) on the sub-LLM
     recipe_full  the recipe on the full model
 
@@ -312,8 +312,9 @@ def recipe_full(directory: Path, geometry: Geometry, _: bool) -> tuple[int, floa
 
 
 def plain(directory: Path, geometry: Geometry, _: bool) -> tuple[int, float, float]:
-    # In bf16, its own dtype, a CPU without instructions for it takes ten times as long: no baseline.
-    model = AutoModelForCausalLM.from_pretrained(directory / "plain", dtype=torch.float32)
+    # Dense and in fp32: below the adapter nothing has a gradient, and there bitsandbytes takes a kernel that is five times
+    # as slow on CPUs without AVX512; bf16 is slower still. Its memory is not compared.
+    model = AutoModelForCausalLM.from_pretrained(directory / "plain", dtype=torch.float32).dequantize().float()
     kept = AutoConfig.from_pretrained(directory / "plain").num_hidden_layers
     adapter = range(kept - ADAPTER_LAYERS, kept)
     names = [
