@@ -260,8 +260,13 @@ class Agent:
         return Samples(self._welcome.batch_size, *longest, self._opened["num_examples"])
 
     def _facts(self) -> ms.DeviceFacts:
-        """What is free, with what the worker holds already: a plan counts it in."""
+        """What is free, with what the worker holds already: a plan counts it in.
+
+        A GPU that its torch cannot use is none, unless it was asked for: then the worker says what to install.
+        """
         facts = read_device(self.home.directory)
+        if self._settings.device == "auto" and not self._opened["has_cuda"]:
+            facts = msgspec.structs.replace(facts, vram_bytes=0, accelerator="")
         return msgspec.structs.replace(facts, ram_bytes=facts.ram_bytes + (self.worker.rss_bytes or 0))
 
     def _plan_memory(self) -> None:

@@ -139,7 +139,7 @@ class ScriptedHub:
         yield (self._bundle / names[digest]).read_bytes()[offset:]
 
 
-def make_bundle(directory: Path) -> None:
+def make_bundle(directory: Path, vocab_size: int = 259) -> None:
     """A 4-layer random llama with a byte-level tokenizer as a bundle (this needs torch; run as a process)."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -155,7 +155,7 @@ def make_bundle(directory: Path) -> None:
         model_dir = Path(made) / "scripted-llama"
         torch.manual_seed(0)
         config = LlamaConfig(
-            vocab_size=259,
+            vocab_size=vocab_size,
             hidden_size=64,
             intermediate_size=128,
             num_hidden_layers=4,

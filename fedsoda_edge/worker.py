@@ -80,6 +80,7 @@ class Worker:
             "num_skipped": self._samples.num_skipped,
             "threads": torch.get_num_threads(),
             "process_bytes": self._process_bytes,
+            "has_cuda": torch.cuda.is_available(),
             "longest_ids": max((len(sample.ids) for sample in self._samples.samples), default=0),
             "longest_labels": max((len(sample.ids) - sample.start for sample in self._samples.samples), default=0),
         }

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,7 +16,7 @@ import torch
 
 from fedsoda_edge import Edge, LocalData, agent
 from fedsoda_edge.border import Border
-from fedsoda_edge.errors import DeviceTooSmall, FedSODAError, WorkerFailed
+from fedsoda_edge.errors import DeviceTooSmall, FedSODAError, UsageProblem, WorkerFailed
 from fedsoda_edge.model.memory import KERNEL_BYTES, PROCESS_BYTES, Samples, plans, shape_of
 from fedsoda_edge.ports.disk import sha256_file
 from fedsoda_edge.protocol.manifest import parse_manifest
@@ -29,7 +30,10 @@ from tests.schema import EDGE
 
 MIB = 2**20
 PROCESS = PROCESS_BYTES  # what the worker here says of itself: what a join reckons with before there is one
-LITTLE, PLENTY = PROCESS + 200 * MIB, 16 * 1024 * MIB  # a dense plan takes 300 MiB more than the process
+VOCABULARY = (
+    1_000_000  # plans see that many ids: a dense head takes 244 MiB more than the process, a packed one 122 MiB
+)
+LITTLE, PLENTY = PROCESS + 310 * MIB, 16 * 1024 * MIB
 TOO_SMALL = DeviceTooSmall("memory ran out on cpu; close other programs")
 KILLED = WorkerFailed("the process ended with status -9 (killed, most likely out of memory)", "", True)
 
@@ -102,6 +106,7 @@ def join(
         mock.patch("fedsoda_edge.edge.Child", return_value=worker),
         mock.patch("fedsoda_edge.worker.peak_rss_bytes", return_value=0),
         mock.patch("fedsoda_edge.worker.return_memory_at_once"),
+        mock.patch.object(agent, "shape_of", lambda manifest: replace(shape_of(manifest), vocab=VOCABULARY)),
         Edge(hub, home=home, threads=1, **options).join(data, on_event=joined.events.append) as participation,
     ):
         for offer in participation:
@@ -135,7 +140,7 @@ def test_memory_decides_the_way_and_the_way_is_told_before_the_data_is(
     little = join(tmp_path / "little", data, made, WorkerHere(), ram=LITTLE)
     limited = join(tmp_path / "limited", data, made, WorkerHere(), max_ram=LITTLE)
     assert (ways(plenty), ways(little), ways(limited)) == ([DENSE], [PACKED], [PACKED])
-    for joined, free in ((plenty, "16.0 GiB"), (little, "640 MiB"), (limited, "16.0 GiB")):
+    for joined, free in ((plenty, "16.0 GiB"), (little, "750 MiB"), (limited, "16.0 GiB")):
         [plan] = joined.of("memory")
         parts = {part["part"]: part["bytes"] for part in plan["parts"]}
         assert parts["the process, with its libraries"] == PROCESS + 4096 + KERNEL_BYTES
@@ -281,12 +286,12 @@ def test_a_plan_that_this_version_does_not_read_is_none(tmp_path: Path, data: Lo
 # -- a real worker --------------------------------------------------------------------------------------
 
 
-def test_a_worker_process_trains_below_a_limit_that_only_a_leaner_way_keeps(
-    tmp_path: Path, data: LocalData, made: Path
-) -> None:
+def test_a_worker_process_trains_below_a_limit_that_only_a_leaner_way_keeps(tmp_path: Path, data: LocalData) -> None:
     """Nothing is made up here: the process measures itself, and its first step, against --max-ram."""
-    limit, hub, events = PROCESS_BYTES + 200 * MIB, ManifestHub(made, rounds=1), list[dict[str, Any]]()
-    manifest = parse_manifest((made / "manifest.json").read_bytes())
+    wide = tmp_path / "wide"
+    make_bundle(wide, VOCABULARY)
+    limit, hub, events = PROCESS_BYTES + 270 * MIB, ManifestHub(wide, rounds=1), list[dict[str, Any]]()
+    manifest = parse_manifest((wide / "manifest.json").read_bytes())
     dense = [plan for plan in plans(shape_of(manifest), "cpu", Samples(4, 2, 1)) if not plan.packed]
     assert min(plan.peak for plan in dense) > limit
     edge = Edge(hub, home=tmp_path / "home", device="cpu", threads=1, max_ram=limit)
@@ -299,3 +304,28 @@ def test_a_worker_process_trains_below_a_limit_that_only_a_leaner_way_keeps(
     assert 0 < peak <= limit
     [trained] = [event for event in events if event["event"] == "trained"]
     assert trained["num_steps"] == num_steps(8, LOCAL)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here torch has CUDA")
+def test_a_gpu_that_torch_cannot_use_is_none_unless_it_was_asked_for(
+    tmp_path: Path, data: LocalData, made: Path
+) -> None:
+    gpu = DeviceFacts(ram_bytes=PLENTY, vram_bytes=PLENTY, disk_bytes=PLENTY, threads=1, accelerator="RTX 4060")
+    for device in ("auto", "cuda"):
+        events: list[dict[str, Any]] = []
+        with (
+            mock.patch.object(agent, "read_device", return_value=gpu),
+            mock.patch("fedsoda_edge.edge.Child", return_value=WorkerHere()),
+        ):
+            edge = Edge(ManifestHub(made, 1), home=tmp_path / device, threads=1, device=device)
+            if device == "auto":
+                with edge.join(data, on_event=events.append) as participation:
+                    for offer in participation:
+                        assert offer.submit(offer.train())
+                assert [event["device"] for event in events if event["event"] == "memory"] == ["cpu"]
+            else:
+                refused = pytest.raises(
+                    UsageProblem, match="torch has no CUDA here; install a CUDA build, or --device cpu"
+                )
+                with refused, edge.join(data, on_event=events.append) as participation:
+                    next(iter(participation)).train()
