@@ -734,6 +734,9 @@ class Agent:
 
     async def leave(self, reason: str) -> None:
         """Tell the hub, where it can be reached, and whoever watches: the last sentence of a join that ends early."""
+        if self._early is not None and not self._early.done():
+            self._early.cancel()  # nothing is said after the last sentence
+            await asyncio.wait([self._early])
         if self._session.state == "open":
             await self._try_send(ms.Leave(reason=reason))
         self.say({"event": "notice", "message": f"left the run: {reason}"})

@@ -167,7 +167,7 @@ def test_people_see_both_emulators_and_what_the_times_stand_on(
         "download 4.06 GiB, 6 min 5.32 GiB, 8 min",
         "sweep of all samples 7.42 GFLOP a token, 63 min 12.7 GFLOP a token, 108 min",
         "swept again from the first LoRA on every 5 rounds never",
-        "memory of an edge without a GPU 2.08 GiB 2.08 GiB",
+        "memory of an edge without a GPU 2.09 GiB 2.09 GiB",
     ):
         assert row in shown
 
