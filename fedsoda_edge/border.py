@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedsoda_edge.data import Sample
+from fedsoda_edge.model.border_map import mapped
 from fedsoda_edge.model.streaming import LayerSource, stream
 
 
@@ -60,7 +61,7 @@ class Border:
         device: str | torch.device = "cpu",
         progress: Callable[[int, int], None] | None = None,
     ) -> Border:
-        """Run all samples through the layers below the adapter, one layer resident."""
+        """Run all samples through the layers below the adapter, one layer resident, and the border map in `lora`."""
         ids = [torch.tensor(sample.ids) for sample in samples]
         states = stream(
             source,
@@ -72,7 +73,7 @@ class Border:
             device=device,
             progress=progress,
         )
-        return cls(samples, states)
+        return cls(samples, [mapped(state, lora) for state in states])
 
     def expect(self, order: Sequence[int]) -> None:
         """The samples that batches will ask for, in order; states that are not kept are computed with that in mind."""

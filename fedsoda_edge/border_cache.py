@@ -27,6 +27,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from torch import Tensor
 
+from fedsoda_edge.model.border_map import PREFIX, mapped
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.memory import GROUP_POSITIONS
 from fedsoda_edge.model.streaming import buckets, stream
@@ -211,7 +212,7 @@ class CachedStates:
         self._digest_of_all = _digest([sample.numpy().tobytes().hex() for sample in self._ids])
         self._names = [hmac.digest(settings.key, sample.numpy().tobytes(), "sha256")[:16] for sample in self._ids]
         layers = bundle.plan.sub_emulator
-        carrying = {int(name.split(".")[1]) for name in emulator}
+        carrying = {int(name.split(".")[1]) for name in emulator if not name.startswith(PREFIX)}
         split = next((at for at, number in enumerate(layers) if number in carrying), len(layers))
         self._below, self._above = layers[:split], layers[split:]
         self._width = int(bundle.manifest.config["hidden_size"])
@@ -310,7 +311,7 @@ class CachedStates:
         States are rounded to bf16 there whether they are kept or not: the border must not depend on it.
         """
         if not (self._below and self._above):
-            return self._stream(groups, (*self._below, *self._above), None, progress)
+            return self._mapped(self._stream(groups, (*self._below, *self._above), None, progress))
         below = self._files.get("below")
         start: dict[int, Tensor] = {}
         missing = []
@@ -325,7 +326,10 @@ class CachedStates:
             if below and self._names[at] not in below:
                 below.put(self._names[at], len(self._ids[at]), record)
         above = progress and (lambda layer, of: progress(len(self._below) + layer, of))
-        return self._stream(groups, self._above, start, above)
+        return self._mapped(self._stream(groups, self._above, start, above))
+
+    def _mapped(self, states: dict[int, Tensor]) -> dict[int, Tensor]:
+        return {at: mapped(state, self._emulator) for at, state in states.items()}
 
     def _stream(
         self,

@@ -21,10 +21,11 @@ from fedsoda_edge.protocol.messages import LocalSettings
 
 METHODS = ("fedsoda",)
 EMULATORS = ("sub", "full")
+BORDER_MAPS = ("none", "ridge")
 # What only a pruned emulator asks for; 0 beside emulator = "full".
 OF_PRUNING = (
     *("[method] layers_per_group", "[method] groups", "[method] realign_every"),
-    *("[align] steps", "[align] realign_steps"),
+    *("[align] steps", "[align] realign_steps", "[align] border_map"),
 )
 
 
@@ -52,12 +53,19 @@ class LoRA(Section, frozen=True):
 
 
 class Public(Section, frozen=True):
+    """like_task: unlabelled rows with the columns of [task] prompt, which the border map is fitted on."""
+
     text: str
+    like_task: str | None = None
     sequences: int = 128
     length: int = 512
 
 
 class Align(Section, frozen=True):
+    """border_map: "ridge", fitted after every alignment, or "none"; border_rank: at most, the model's width is whole."""
+
+    border_map: str = "none"
+    border_rank: int = 256
     steps: int = 200
     realign_steps: int = 30
     batch_size: int = 8
@@ -140,6 +148,10 @@ class RunSettings(Section, frozen=True):
         return self.directory / self.public.text
 
     @property
+    def like_task(self) -> Path | None:
+        return self.directory / self.public.like_task if self.public.like_task else None
+
+    @property
     def eval_data(self) -> Path | None:
         return self.directory / self.task.eval_data if self.task.eval_data else None
 
@@ -186,7 +198,11 @@ def read_settings(path: str | Path) -> RunSettings:
     except msgspec.ValidationError as error:
         raise UsageProblem(_in_words(str(error), raw, path.name)) from error
     settings = _settled(settings, raw)
-    for label, file in (("[public] text", settings.public_text), ("[task] eval_data", settings.eval_data)):
+    for label, file in (
+        ("[public] text", settings.public_text),
+        ("[public] like_task", settings.like_task),
+        ("[task] eval_data", settings.eval_data),
+    ):
         if file is not None and not file.is_file():
             raise UsageProblem(f"{label}: {file} is not there; the path is relative to {path.name}")
     return settings
@@ -224,7 +240,7 @@ def with_full_emulator(settings: RunSettings) -> RunSettings:
     """The same run with every layer left in: `OF_PRUNING` is 0, so whoever reads it neither prunes nor aligns."""
     replace = msgspec.structs.replace
     method = replace(settings.method, emulator="full", layers_per_group=0, groups=0, realign_every=0)
-    return replace(settings, method=method, align=replace(settings.align, steps=0, realign_steps=0))
+    return replace(settings, method=method, align=replace(settings.align, steps=0, realign_steps=0, border_map="none"))
 
 
 def _settled(settings: RunSettings, raw: dict[str, Any]) -> RunSettings:
@@ -234,16 +250,26 @@ def _settled(settings: RunSettings, raw: dict[str, Any]) -> RunSettings:
         UsageProblem: a value is out of range, or asks for pruning or alignment of a full emulator.
     """
     _check_ranges(settings)
-    if settings.method.emulator != "full":
+    if settings.method.emulator == "sub":
+        _check_border_map(settings)
         return settings
     given = _flat(raw)
     for key in OF_PRUNING:
-        if given.get(key):
+        if given.get(key) not in (None, 0, "none"):
             raise UsageProblem(
                 f'{key} = {given[key]!r} beside [method] emulator = "full" in {Path(settings.path).name}: a full '
                 f'emulator is neither pruned nor aligned; delete {key}, or write emulator = "sub"'
             )
     return with_full_emulator(settings)
+
+
+def _check_border_map(settings: RunSettings) -> None:
+    if settings.align.border_map != "none" and not settings.public.like_task:
+        raise UsageProblem(
+            f"[align] border_map = {settings.align.border_map!r} in {Path(settings.path).name} without [public] like_task; "
+            "the map helps only where it was fitted on text like the task's: name a file of unlabelled rows with the "
+            'columns of [task] prompt, or write border_map = "none"'
+        )
 
 
 def _check_keys(raw: dict[str, Any], struct: type[msgspec.Struct], file: str, table: str = "") -> None:
@@ -312,6 +338,8 @@ def _check_ranges(settings: RunSettings) -> None:
         ("[lora] targets", s.lora.targets, bool(s.lora.targets), "at least one module name"),
         ("[public] sequences", s.public.sequences, s.public.sequences >= 1, "at least 1"),
         ("[public] length", s.public.length, s.public.length >= 2, "at least 2"),
+        ("[align] border_map", s.align.border_map, s.align.border_map in BORDER_MAPS, " or ".join(BORDER_MAPS)),
+        ("[align] border_rank", s.align.border_rank, s.align.border_rank >= 1, "at least 1"),
         ("[align] steps", s.align.steps, s.align.steps >= 0, "at least 0"),
         ("[align] realign_steps", s.align.realign_steps, s.align.realign_steps >= 0, "at least 0"),
         ("[align] batch_size", s.align.batch_size, s.align.batch_size >= 1, "at least 1"),

@@ -31,6 +31,7 @@ from fedsoda_edge.data import (
 )
 from fedsoda_edge.errors import DataProblem
 from fedsoda_edge.model import lora, loss
+from fedsoda_edge.model.border_map import mapped
 from fedsoda_edge.model.streaming import LayerSource, stream
 from fedsoda_edge.model.sub_llm import SubLLM, build
 from fedsoda_edge.protocol.manifest import LoRASpec
@@ -184,7 +185,7 @@ class Evaluator:
                 device=self._device,
                 progress=self._report,
             )
-            self._borders[key] = model, states
+            self._borders[key] = model, [mapped(state, model.emulator_lora) for state in states]
         return self._borders[key][1]
 
     def check_lengths(self, positions: int) -> None:

@@ -22,8 +22,9 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from fedsoda_edge.data import SampleTokenizer
 from fedsoda_edge.errors import DiskFull, UsageProblem
-from fedsoda_edge.model import delta, lora
+from fedsoda_edge.model import border_map, delta, lora
 from fedsoda_edge.model.bundle import (
     Bundle,
     BundleSettings,
@@ -38,9 +39,9 @@ from fedsoda_edge.model.sub_llm import SubLLM, build
 from fedsoda_edge.ports.disk import BlobStore, sha256_file, write_durably
 from fedsoda_edge.ports.system import sync_directory
 from fedsoda_edge.protocol.manifest import LayerPlan, LoRASpec
-from fedsoda_hub.algorithms import oda, sgp
+from fedsoda_hub.algorithms import oda, ridge, sgp
 from fedsoda_hub.config import RunSettings
-from fedsoda_hub.public_text import read_blocks
+from fedsoda_hub.public_text import read_blocks, read_prompts
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -84,6 +85,14 @@ class Preparation:
             settings.public.sequences,
             settings.public.length,
         )
+        self._prompts: list[Tensor] = []
+        if settings.like_task is not None and settings.align.border_map != "none":
+            self._prompts = read_prompts(
+                settings.like_task,
+                settings.prompt,
+                SampleTokenizer(tokenizer, None),
+                settings.local.max_length,
+            )
         limit = int(self.source.fields["max_position_embeddings"])
         for key, length in (
             ("[public] length", settings.public.length),
@@ -99,6 +108,7 @@ class Preparation:
             self.source.revision,
             sha256_file(settings.public_text),
             settings.seed,
+            [settings.task.prompt, sha256_file(settings.like_task)] if settings.like_task else None,
             msgspec.to_builtins([settings.method, settings.lora, settings.public, settings.align]),
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -200,7 +210,12 @@ class Preparation:
             alpha=s.lora.alpha,
             targets=tuple(s.lora.targets),
             adapter=lora.specs(family, fields, plan.adapter, s.lora.targets, s.lora.rank),
-            emulator=lora.specs(family, fields, plan.aligned, s.lora.targets, s.lora.rank),
+            emulator=(
+                *border_map.specs(
+                    int(fields["hidden_size"]), s.align.border_rank if s.align.border_map == "ridge" else 0
+                ),
+                *lora.specs(family, fields, plan.aligned, s.lora.targets, s.lora.rank),
+            ),
         )
         write_bundle(
             directory,
@@ -235,6 +250,8 @@ class Preparation:
         student, states = self._student(bundle, bundle.emulator_lora(), adapter)
         kl["quantized"] = oda.public_kl(student, states[len(self.used) :], wanted)
         emulator = self._train(student, plan, states, final, self.settings.align.steps, version=0)
+        emulator |= self._fit_border_map(bundle, emulator)
+        lora.load(student, emulator)
         kl["aligned"] = oda.public_kl(student, states[len(self.used) :], wanted)
         write_durably(done, save(emulator))
         write_durably_json(kl_done, kl)
@@ -275,6 +292,7 @@ class Preparation:
         student, states = self._student(bundle, emulator_view, adapter_master)
         before = oda.public_kl(student, states[len(self.used) :], wanted)
         trained = self._train(student, plan, states, final, self.settings.align.realign_steps, version)
+        trained |= self._fit_border_map(bundle, trained)
         coded, view = delta.step_down(trained, emulator_view, spec.emulator, codec)
         lora.load(student, view)
         after = oda.public_kl(student, states[len(self.used) :], wanted)
@@ -315,6 +333,44 @@ class Preparation:
         return {
             name: tensor for name, tensor in lora.snapshot(student).items() if int(name.split(".")[1]) in plan.aligned
         }
+
+    def _fit_border_map(self, bundle: Bundle, emulator: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The map's tensors for the sub-emulator with this LoRA; none where the run has no map."""
+        if not self._prompts:
+            return {}
+        path = self.work / "teacher.prompts.safetensors"
+        if not path.exists():
+            states = stream(
+                self.source,
+                bundle.plan.emulator,
+                self._prompts,
+                compute_dtype=self.compute_dtype,
+                device=self.device,
+                progress=self._progress("running the full LLM on prompts like the task's"),
+            )
+            write_durably(path, save({"hidden": torch.cat(states)}))
+        teacher = load_file(path)["hidden"].split([len(ids) for ids in self._prompts])
+        student = stream(
+            bundle,
+            bundle.plan.sub_emulator,
+            self._prompts,
+            lora=emulator,
+            lora_scale=bundle.manifest.lora.scale,
+            compute_dtype=self.compute_dtype,
+            device=self.device,
+            progress=self._progress("running the sub-LLM on prompts like the task's"),
+        )
+        width = int(self.source.fields["hidden_size"])
+        fit = ridge.fit(zip(student, teacher, strict=True), width, self.settings.align.border_rank)
+        self.report(
+            {
+                "stage": "border map",
+                "error_before": fit.error_before,
+                "error": fit.error,
+                "error_whole": fit.error_whole,
+            }
+        )
+        return fit.tensors
 
     def _student(
         self, bundle: Bundle, emulator: dict[str, Tensor], adapter: dict[str, Tensor]

@@ -1,6 +1,6 @@
-"""Cut the public text into blocks, as contract.md "Public text" reads it.
+"""What the hub reads itself: public text in blocks (contract.md, "Public text"), public prompts like the task's.
 
-SGP and ODA read only these blocks; they never see an edge's data.
+SGP, ODA and the border map read only these; they never see an edge's data.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from fedsoda_edge.errors import UsageProblem
+from fedsoda_edge.data import LocalData, SampleTokenizer, TextTemplate
+from fedsoda_edge.errors import DataProblem, UsageProblem
 
 MAX_HELD_OUT = 32
+MIN_PROMPTS, MAX_PROMPT_IDS = 50, 1 << 16
 
 
 def read_blocks(
@@ -43,3 +45,28 @@ def read_blocks(
             f"held out need {(sequences + 1) * step}; give a longer text or lower sequences or length"
         )
     return blocks[:sequences], blocks[sequences:]
+
+
+def read_prompts(rows: Path, prompt: TextTemplate, tokenizer: SampleTokenizer, max_length: int) -> list[Tensor]:
+    """The run's prompts with these rows in them, as ids: the first `MAX_PROMPT_IDS`. No completion is read.
+
+    Raises:
+        UsageProblem: the rows lack a column of the prompt, or are too few to fit a border map.
+    """
+    data = LocalData(rows)
+    found: list[Tensor] = []
+    left = MAX_PROMPT_IDS
+    try:
+        for _, row in data.rows():
+            ids = tokenizer.encode(prompt.render(row))[:max_length]
+            left -= len(ids)
+            if left < 0:
+                break
+            found.append(torch.tensor(ids))
+    except (DataProblem, KeyError) as error:
+        raise UsageProblem(f"[public] like_task: {error}") from error
+    if len(found) < MIN_PROMPTS:
+        raise UsageProblem(
+            f"[public] like_task {rows} gives {len(found)} prompts; a border map needs {MIN_PROMPTS}: name a file with more rows"
+        )
+    return found

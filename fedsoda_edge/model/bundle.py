@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fedsoda_edge.errors import BlobCorrupt, UsageProblem
-from fedsoda_edge.model import lora
+from fedsoda_edge.model import border_map, lora
 from fedsoda_edge.model.families import (
     FAMILIES,
     Family,
@@ -247,10 +247,11 @@ def read_manifest(data: bytes) -> BundleManifest:
                 raise ValueError(f"{size} is {manifest.config[size]}")
         # One layer on the meta device: finds unknown activations, rotary types and shapes at no cost.
         skeleton(family, build_config(family, manifest.config, plan.adapter[:1]))
-        layouts = [
+        adapter, emulator = (
             lora.specs(family, manifest.config, on, spec.targets, spec.rank) for on in (plan.adapter, plan.aligned)
-        ]
-        if layouts != [spec.adapter, spec.emulator]:
+        )
+        bordering = border_map.specs_like(spec.emulator, int(manifest.config["hidden_size"]))
+        if (adapter, (*bordering, *emulator)) != (spec.adapter, spec.emulator):
             raise ValueError("its LoRA tensors are not those of its plan, targets and rank")
     except Exception as error:  # a config class raises whatever its validation likes
         raise BlobCorrupt(f"the manifest is not one of a bundle: {error}") from error
@@ -389,7 +390,7 @@ class Bundle:
 
         Layers keep local positions there, as any Transformers checkpoint does; LoRA lies beside it as a PEFT
         adapter in `lora/`. A quantized embedding and stacks of experts are written dense in fp32: bitsandbytes has
-        no 4-bit form for them.
+        no 4-bit form for them. A border map has no place in it and is left out.
         """
         directory.mkdir(parents=True, exist_ok=True)
         family = self.family
@@ -435,6 +436,8 @@ class Bundle:
         spec = self.manifest.lora
         tensors, modules = {}, set()
         for name, tensor in {**self.emulator_lora(), **self.adapter_lora()}.items():
+            if name.startswith(border_map.PREFIX):
+                continue
             local = local_name(self.family, self.plan.kept, name)
             modules.add(local.rpartition(".")[0])
             tensors[f"base_model.model.{local}.weight"] = tensor

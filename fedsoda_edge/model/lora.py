@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
+from fedsoda_edge.model.border_map import PREFIX, BorderMap, part
 from fedsoda_edge.model.families import Family, lora_modules
 from fedsoda_edge.model.sub_llm import SubLLM
 from fedsoda_edge.protocol.manifest import LoRASpec, TensorSpec
@@ -34,14 +35,14 @@ def specs(
 
 
 def initial(layout: Sequence[TensorSpec], seed: int) -> LoRATensors:
-    """A ~ N(0, 1 / rank^2), B = 0 (paper eq. 3; sigma as PEFT's "gaussian"), fp32.
+    """A ~ N(0, 1 / rank^2), B = 0 (paper eq. 3; sigma as PEFT's "gaussian"), a border map that changes nothing; fp32.
 
     Each tensor has a generator of its own, seeded by (seed, name), so that no tensor depends on which
     others there are.
     """
     tensors = {}
     for spec in layout:
-        if spec.name.endswith("lora_B"):
+        if not spec.name.endswith("lora_A"):
             tensors[spec.name] = torch.zeros(spec.shape)
             continue
         number = int.from_bytes(hashlib.sha256(f"{seed}/{spec.name}".encode()).digest()[:8], "big") >> 1
@@ -51,8 +52,13 @@ def initial(layout: Sequence[TensorSpec], seed: int) -> LoRATensors:
 
 
 def attach(sub_llm: SubLLM, spec: LoRASpec, tensors: LoRATensors) -> None:
-    """Put LoRA on exactly the modules that `tensors` names, with these values, unmerged and not trainable."""
-    modules = sorted({name.rpartition(".lora_")[0] for name in tensors})
+    """Put LoRA on exactly the modules that `tensors` names, with these values, unmerged and not trainable.
+
+    A border map among them goes before the adapter's first layer.
+    """
+    modules = sorted({name.rpartition(".lora_")[0] for name in tensors if not name.startswith(PREFIX)})
+    if part(tensors):
+        sub_llm.border_map = BorderMap(sub_llm.layer(spec.first_adapter_layer), tensors)
     if modules:
         config = LoraConfig(
             r=spec.rank,
@@ -80,8 +86,10 @@ def parameters(sub_llm: SubLLM) -> dict[str, torch.nn.Parameter]:
 
 
 def load(sub_llm: SubLLM, tensors: LoRATensors) -> None:
-    """Overwrite attached LoRA with `tensors`; a name that is not attached is a KeyError."""
-    attached = parameters(sub_llm)
+    """Overwrite attached LoRA, and the border map, with `tensors`; a name that is not attached is a KeyError."""
+    attached: dict[str, Tensor] = dict(parameters(sub_llm))
+    if sub_llm.border_map is not None:
+        attached |= sub_llm.border_map.tensors
     with torch.no_grad():
         for name, tensor in tensors.items():
             attached[name].copy_(tensor)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from fedsoda_edge.model.border_map import BorderMap
 from fedsoda_edge.model.families import Family, build_config, skeleton
 from fedsoda_edge.model.nf4 import NF4Linear, NF4Tensor
 from fedsoda_edge.model.streaming import LayerSource, fill
@@ -24,7 +25,10 @@ from fedsoda_edge.model.streaming import LayerSource, fill
 
 @dataclass
 class SubLLM:
-    """model: a CausalLM with layers `numbers` (full-LLM) in local positions 0, 1, ..."""
+    """model: a CausalLM with layers `numbers` (full-LLM) in local positions 0, 1, ...
+
+    border_map: what `lora.attach` put before the adapter's first layer, if the view has one.
+    """
 
     model: Any
     family: Family
@@ -32,6 +36,7 @@ class SubLLM:
     dtype: torch.dtype
     device: torch.device
     recompute: bool = False
+    border_map: BorderMap | None = None
 
     @property
     def head(self) -> Any:

@@ -81,7 +81,7 @@ class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class LoRASpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`adapter` and `emulator` list the tensors each LoRA has, ascending by name."""
+    """`adapter` and `emulator` list the tensors each LoRA has, ascending by name; the emulator's with its border map."""
 
     rank: int
     alpha: float
@@ -92,6 +92,10 @@ class LoRASpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
+
+    @property
+    def first_adapter_layer(self) -> int:
+        return min(int(spec.name.split(".")[1]) for spec in self.adapter)
 
 
 class EdgeNeeds(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
