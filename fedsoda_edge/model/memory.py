@@ -37,9 +37,14 @@ KEPT_HEAP = 1.7  # measured (scripts/bench_memory): what malloc holds for a byte
 
 NF4_STORED = 0.5 + 1 / 64 + 4 / 64 / 256  # bytes a weight: codes, absmax, nested absmax
 NF4_HELD = 0.5 + 4 / 64  # with absmax as fp32, which every use needs
-LOGITS = 1 << 23  # of one chunk of rows (loss.py)
+LOGITS = 1 << 23  # of one chunk of rows: 32 MiB in fp32
 GROUP_POSITIONS = 512  # that a sweep runs together: enough for a product
 MIN_SLICE_BYTES, MAX_SLICE_BYTES = 64 << 20, 1 << 30  # of samples that one pass over the layers takes along
+
+
+def chunk_rows(vocab: int) -> int:
+    """Rows whose logits exist at once (loss.py)."""
+    return max(1, LOGITS // vocab)
 
 
 @dataclass(frozen=True)
@@ -176,7 +181,7 @@ def _plan(
         kept = others * d * positions + max(whole + (d + f) * positions, last)
     else:  # the gradients on their way through a layer come when the last layer's activations are gone
         kept = others * whole + max(last, (2 * d + 3 * f) * positions if others else 0)
-    rows = min(labels, max(1, LOGITS // shape.vocab))
+    rows = min(labels, chunk_rows(shape.vocab))
     transient = 0 if on_cpu or not packed else size * d * f  # bitsandbytes makes a matrix dense for each product
     weights = round(shape.num_adapter_layers * shape.layer_parameters * layer_size) + transient
     head = round(shape.vocab * d * head_size)
