@@ -7,7 +7,7 @@ Everything is bytes. A plan is one way to train (`MemoryPlan`); `plans` lists th
     packed, recomputed    a layer's activations are made again in the backward pass as well
 
 each with all samples of a step at once, then half of them, and so on. All but the first give memory back at once,
-which costs page faults, and holds what is used: malloc keeps 1.2 to 2.9 x the activations otherwise.
+which costs page faults, and holds what is used: otherwise malloc keeps more than the activations (KEPT_HEAP).
 
     sweep = a layer + the next one as it is stored + hidden states of a slice + activations of one group
     train = adapter layers + head + LoRA x 16 (weight, gradient, two moments in fp32) + activations + logits
