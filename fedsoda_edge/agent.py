@@ -20,7 +20,7 @@ from fedsoda_edge import control
 from fedsoda_edge.aside import Aside, end
 from fedsoda_edge.config import Home
 from fedsoda_edge.data import DEFAULT_COMPLETION, DEFAULT_PROMPT, LocalData, TextTemplate
-from fedsoda_edge.device import Limits, check_disk, fit, leaner, read_device, room_for, same_way, table, told
+from fedsoda_edge.device import Limits, check_disk, fit, leaner, memory_report, read_device, room_for, same_way
 from fedsoda_edge.download import Download, backoff_seconds
 from fedsoda_edge.errors import (
     DeviceTooSmall,
@@ -284,8 +284,7 @@ class Agent:
     def _train_by(self, plan: MemoryPlan, facts: ms.DeviceFacts) -> None:
         self._memory = plan
         write_durably(self._run_dir / "memory.json", msgspec.json.encode(plan))
-        parts = [{"part": name, "bytes": size} for name, size in table(plan)]
-        self.say({"event": "memory", "message": told(plan, facts), **msgspec.to_builtins(plan), "parts": parts})
+        self.say({"event": "memory", **memory_report(plan, facts)})
 
     def _leaner(self) -> MemoryPlan | None:
         if self._memory is None or self._shape is None:

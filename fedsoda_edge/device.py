@@ -7,7 +7,9 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import psutil
 
 from fedsoda_edge.errors import DeviceTooSmall, UsageProblem
@@ -124,20 +126,26 @@ def told(plan: MemoryPlan, facts: DeviceFacts) -> str:
     return f"training {where} takes {human_bytes(plan.peak)} of {human_bytes(free)} free: {', '.join(ways)}"
 
 
-def table(plan: MemoryPlan) -> list[tuple[str, int]]:
-    """The plan's parts, in bytes."""
+def table(plan: MemoryPlan) -> list[dict[str, Any]]:
+    """The plan's parts, as {"part": name, "bytes": size}."""
     form = "as stored" if plan.packed else "dense"
     context = "CUDA context" if plan.device.startswith("cuda") else "the process, with its libraries"
-    return [
-        (context, plan.process),
-        (f"adapter weights, {form}", plan.weights),
-        (f"head, {form}", plan.head),
-        ("LoRA and optimiser", plan.lora),
-        (f"activations of {plan.micro_batch} samples", plan.activations),
-        ("logits of a chunk", plan.logits),
-        ("or instead of these five, the sweep", plan.sweep),
-        ("peak", plan.peak),
-    ]
+    sizes = {
+        context: plan.process,
+        f"adapter weights, {form}": plan.weights,
+        f"head, {form}": plan.head,
+        "LoRA and optimiser": plan.lora,
+        f"activations of {plan.micro_batch} samples": plan.activations,
+        "logits of a chunk": plan.logits,
+        "or instead of these five, the sweep": plan.sweep,
+        "peak": plan.peak,
+    }
+    return [{"part": name, "bytes": size} for name, size in sizes.items()]
+
+
+def memory_report(plan: MemoryPlan, facts: DeviceFacts) -> dict[str, Any]:
+    """The plan for people and programs: its sentence, its fields, its table."""
+    return {"message": told(plan, facts), **msgspec.to_builtins(plan), "parts": table(plan)}
 
 
 def same_way(plan: MemoryPlan, shape: Shape, samples: Samples, process_bytes: int) -> MemoryPlan | None:
