@@ -140,11 +140,6 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     def peak(self) -> int:
         return self.process + max(self.sweep, self.weights + self.head + self.lora + self.activations + self.logits)
 
-    @property
-    def accumulation(self) -> int:
-        """Micro-batches whose gradients make one step."""
-        return math.ceil(self.batch_size / self.micro_batch)
-
 
 def plans(shape: Shape, device: str, samples: Samples, process_bytes: int = PROCESS_BYTES) -> Iterator[MemoryPlan]:
     """Ways to train on "cpu" or "cuda[:n]", the quickest first.

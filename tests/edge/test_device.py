@@ -48,11 +48,6 @@ def test_ways_come_quickest_first_and_each_form_halves_its_micro_batch() -> None
         assert peaks == sorted(peaks, reverse=True)
 
 
-def test_accumulation_covers_the_whole_batch() -> None:
-    for way in ways("cpu", Samples(7, 64, 10)):
-        assert way.accumulation * way.micro_batch >= 7 > (way.accumulation - 1) * way.micro_batch
-
-
 def test_plenty_of_memory_is_used_for_speed() -> None:
     assert fit("auto", SHAPE, SAMPLES, facts()) == ways("cpu")[0]
 
