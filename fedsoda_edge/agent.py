@@ -30,7 +30,7 @@ from fedsoda_edge.errors import (
     RefusedByHub,
     WorkerFailed,
 )
-from fedsoda_edge.model.memory import MemoryPlan, Samples, Shape, shape_of
+from fedsoda_edge.model.memory import SHORTEST, MemoryPlan, Samples, Shape, shape_of
 from fedsoda_edge.neighbour import Rules
 from fedsoda_edge.ports import Clock, Transport
 from fedsoda_edge.ports.child import Child
@@ -194,8 +194,8 @@ class Agent:
         facts = read_device(self.home.directory)
         check_disk(disk_needed := max(0, manifest.needs.disk_bytes - held), facts)
         self._shape = shape_of(manifest)
-        # Rows are not read yet: a device is refused now that could not train on one of two ids.
-        least = fit(self._settings.device, self._shape, Samples(1, 2, 1), facts, self._settings.limits)
+        # Rows are not read yet: a device is refused now that could train on none.
+        least = fit(self._settings.device, self._shape, SHORTEST, facts, self._settings.limits)
         self.say(
             {
                 "event": "device",

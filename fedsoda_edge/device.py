@@ -13,7 +13,7 @@ import msgspec
 import psutil
 
 from fedsoda_edge.errors import DeviceTooSmall, UsageProblem
-from fedsoda_edge.model.memory import PROCESS_BYTES, MemoryPlan, Samples, Shape, plans
+from fedsoda_edge.model.memory import PROCESS_BYTES, SHORTEST, MemoryPlan, Samples, Shape, plans
 from fedsoda_edge.ports.console import human_bytes
 from fedsoda_edge.protocol.messages import DeviceFacts
 
@@ -180,7 +180,7 @@ def _refusal(device: str, needed: int, samples: Samples, facts: DeviceFacts, lim
     on_gpu = device.startswith("cuda")
     free, most = (facts.vram_bytes, limits.max_vram) if on_gpu else (facts.ram_bytes, limits.max_ram)
     room = room_for(device, facts, limits)
-    row = f" for a row of {samples.ids} ids" if samples.ids > 2 else ""
+    row = "" if samples == SHORTEST else f" for a row of {samples.ids} ids"
     least = f"the sub-LLM needs at least {human_bytes(needed)}{row}, {human_bytes(needed - room)} more"
     smaller = "ask the hub's owner for a smaller sub-LLM"
     if on_gpu and not facts.accelerator:

@@ -129,6 +129,9 @@ class Samples:
     count: int | None = None
 
 
+SHORTEST = Samples(1, 2, 1)  # no row that is trained on is shorter: what every edge needs, whatever its rows
+
+
 class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     """One way to train and what its memory holds, in bytes; `peak` is of the device that trains.
 
