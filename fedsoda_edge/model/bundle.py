@@ -45,7 +45,7 @@ from fedsoda_edge.model.nf4 import (
     nf4_entries,
     quantize,
 )
-from fedsoda_edge.model.streaming import LayerSource
+from fedsoda_edge.model.streaming import LayerSource, read_rows
 from fedsoda_edge.model.sub_llm import local_name
 from fedsoda_edge.ports.disk import sha256, sha256_file, write_durably
 from fedsoda_edge.ports.system import sync_directory
@@ -315,7 +315,7 @@ class Bundle:
                 table = file.get_slice("weight")
                 if tuple(table.get_shape()) != (vocab, width):
                     raise ValueError(f"weight is {tuple(table.get_shape())}, not {(vocab, width)}")
-                return torch.cat([table[row : row + 1] for row in ids.tolist()])
+                return read_rows(table, ids)
             if width % BLOCK:  # a block runs over the ends of rows
                 return self.embedding()[ids]
             parts = {name: file.get_slice(f"weight.{name}") for name in ("codes", "absmax")}
