@@ -125,7 +125,10 @@ async def _way_to(url: str, token_file: str | Path | None, home: Home) -> AsyncI
             parts=found["memory"]["parts"],
         )
         step = "bandwidth"
-        size, seconds = await _bandwidth(transport, found["largest_file"])
+        try:
+            size, seconds = await _bandwidth(transport, found["largest_file"])
+        finally:
+            await transport.close()
         yield Check(step, True, f"{human_bytes(size / seconds)}/s")
     except FedSODAError as error:
         yield _failed("memory" if isinstance(error, DeviceTooSmall) else step, error)
