@@ -287,9 +287,15 @@ class Agent:
         self.say({"event": "memory", **memory_report(plan, facts)})
 
     def _leaner(self) -> MemoryPlan | None:
+        """The next way that needs less; after a GPU's last one, under auto, the CPU's first that has room."""
         if self._memory is None or self._shape is None:
             return None
-        return leaner(self._memory, self._shape, self._samples, self._opened["process_bytes"])
+        process, limits = self._opened["process_bytes"], self._settings.limits
+        plan = leaner(self._memory, self._shape, self._samples, process)
+        if plan is None and self._settings.device == "auto" and self._memory.device != "cpu":
+            with contextlib.suppress(DeviceTooSmall):  # no room there either: what the GPU said is told
+                plan = fit("cpu", self._shape, self._samples, self._facts(), limits, process_bytes=process)
+        return plan
 
     async def _sweep_early(self, welcome: ms.Welcome, emulator: ms.ViewRef) -> None:
         """Before the first offer, and layer by layer as the bundle comes.
