@@ -440,7 +440,7 @@ class Agent:
     async def tell(self) -> None:
         """The update that is being handed in goes first: a hub that hears of the pause before may close the round."""
         if self._connected.is_set() and not self._submitting.locked():
-            with contextlib.suppress(HubUnreachable, AssertionError):  # then the next connection begins with it
+            with contextlib.suppress(HubUnreachable):  # then the next connection begins with it
                 await self._tell_now()
 
     # --- the conversation ----------------------------------------------------------------------------------
@@ -517,8 +517,15 @@ class Agent:
         is_latest = self._offer is None or self._offer.round <= round_number
         return is_latest and not self.has_handed_in(round_number)
 
+    @property
+    def _open_session(self) -> EdgeSession:
+        """HubUnreachable from a loss to the next Welcome, and after Leave: work on the old connection may still speak."""
+        if self._session.state != "open":
+            raise HubUnreachable("the connection ended", "TCP")
+        return self._session
+
     async def _send(self, message: ms.EdgeMessage, payload: bytes | memoryview = b"") -> None:
-        await self.transport.send(self._session.send(message, payload))
+        await self.transport.send(self._open_session.send(message, payload))
 
     async def _patiently(self, may: asyncio.Event, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Do again what a lost connection broke off, each time when it may be."""
@@ -526,16 +533,14 @@ class Agent:
             await may.wait()
             try:
                 return await work()
-            except (HubUnreachable, AssertionError) as error:
-                if isinstance(error, AssertionError) and may.is_set():
-                    raise
-                await asyncio.sleep(0.05)
+            except HubUnreachable:
+                await asyncio.sleep(0.05)  # until `_converse` has seen it too
 
     async def _fetch(self, blob: ms.BlobRef) -> bytes:
         async def once() -> bytes:
             async with self._blob_lock:
                 self._blob = asyncio.get_running_loop().create_future()
-                await self.transport.send(self._session.request(blob))
+                await self.transport.send(self._open_session.request(blob))
                 return await self._blob
 
         # A pause breaks off who waits, not the transfer: its chunks come all the same, and the next one has to wait.
@@ -679,7 +684,7 @@ class Agent:
         return report
 
     async def _try_send(self, message: ms.EdgeMessage) -> None:
-        with contextlib.suppress(HubUnreachable, AssertionError):
+        with contextlib.suppress(HubUnreachable):
             await self._send(message)
 
     async def submit(self) -> bool:
