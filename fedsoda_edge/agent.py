@@ -20,7 +20,7 @@ from fedsoda_edge import control
 from fedsoda_edge.aside import Aside, end
 from fedsoda_edge.config import Home
 from fedsoda_edge.data import DEFAULT_COMPLETION, DEFAULT_PROMPT, LocalData, TextTemplate
-from fedsoda_edge.device import Limits, check_disk, fit, leaner, read_device, room_for, same_way, table, told
+from fedsoda_edge.device import Limits, check_disk, fit, leaner, memory_report, read_device, room_for, same_way
 from fedsoda_edge.download import Download, backoff_seconds
 from fedsoda_edge.errors import (
     DeviceTooSmall,
@@ -30,7 +30,7 @@ from fedsoda_edge.errors import (
     RefusedByHub,
     WorkerFailed,
 )
-from fedsoda_edge.model.memory import MemoryPlan, Samples, Shape, shape_of
+from fedsoda_edge.model.memory import SHORTEST, MemoryPlan, Samples, Shape, shape_of
 from fedsoda_edge.neighbour import Rules
 from fedsoda_edge.ports import Clock, Transport
 from fedsoda_edge.ports.child import Child
@@ -194,8 +194,8 @@ class Agent:
         facts = read_device(self.home.directory)
         check_disk(disk_needed := max(0, manifest.needs.disk_bytes - held), facts)
         self._shape = shape_of(manifest)
-        # Rows are not read yet: a device is refused now that could not train on one of two ids.
-        least = fit(self._settings.device, self._shape, Samples(1, 2, 1), facts, self._settings.limits)
+        # Rows are not read yet: a device is refused now that could train on none.
+        least = fit(self._settings.device, self._shape, SHORTEST, facts, self._settings.limits)
         self.say(
             {
                 "event": "device",
@@ -284,13 +284,18 @@ class Agent:
     def _train_by(self, plan: MemoryPlan, facts: ms.DeviceFacts) -> None:
         self._memory = plan
         write_durably(self._run_dir / "memory.json", msgspec.json.encode(plan))
-        parts = [{"part": name, "bytes": size} for name, size in table(plan)]
-        self.say({"event": "memory", "message": told(plan, facts), **msgspec.to_builtins(plan), "parts": parts})
+        self.say({"event": "memory", **memory_report(plan, facts)})
 
     def _leaner(self) -> MemoryPlan | None:
+        """The next way that needs less; after a GPU's last one, under auto, the CPU's first that has room."""
         if self._memory is None or self._shape is None:
             return None
-        return leaner(self._memory, self._shape, self._samples, self._opened["process_bytes"])
+        process, limits = self._opened["process_bytes"], self._settings.limits
+        plan = leaner(self._memory, self._shape, self._samples, process)
+        if plan is None and self._settings.device == "auto" and self._memory.device != "cpu":
+            with contextlib.suppress(DeviceTooSmall):  # no room there either: what the GPU said is told
+                plan = fit("cpu", self._shape, self._samples, self._facts(), limits, process_bytes=process)
+        return plan
 
     async def _sweep_early(self, welcome: ms.Welcome, emulator: ms.ViewRef) -> None:
         """Before the first offer, and layer by layer as the bundle comes.
@@ -435,7 +440,7 @@ class Agent:
     async def tell(self) -> None:
         """The update that is being handed in goes first: a hub that hears of the pause before may close the round."""
         if self._connected.is_set() and not self._submitting.locked():
-            with contextlib.suppress(HubUnreachable, AssertionError):  # then the next connection begins with it
+            with contextlib.suppress(HubUnreachable):  # then the next connection begins with it
                 await self._tell_now()
 
     # --- the conversation ----------------------------------------------------------------------------------
@@ -512,8 +517,15 @@ class Agent:
         is_latest = self._offer is None or self._offer.round <= round_number
         return is_latest and not self.has_handed_in(round_number)
 
+    @property
+    def _open_session(self) -> EdgeSession:
+        """HubUnreachable from a loss to the next Welcome, and after Leave: work on the old connection may still speak."""
+        if self._session.state != "open":
+            raise HubUnreachable("the connection ended", "TCP")
+        return self._session
+
     async def _send(self, message: ms.EdgeMessage, payload: bytes | memoryview = b"") -> None:
-        await self.transport.send(self._session.send(message, payload))
+        await self.transport.send(self._open_session.send(message, payload))
 
     async def _patiently(self, may: asyncio.Event, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Do again what a lost connection broke off, each time when it may be."""
@@ -521,16 +533,14 @@ class Agent:
             await may.wait()
             try:
                 return await work()
-            except (HubUnreachable, AssertionError) as error:
-                if isinstance(error, AssertionError) and may.is_set():
-                    raise
-                await asyncio.sleep(0.05)
+            except HubUnreachable:
+                await asyncio.sleep(0.05)  # until `_converse` has seen it too
 
     async def _fetch(self, blob: ms.BlobRef) -> bytes:
         async def once() -> bytes:
             async with self._blob_lock:
                 self._blob = asyncio.get_running_loop().create_future()
-                await self.transport.send(self._session.request(blob))
+                await self.transport.send(self._open_session.request(blob))
                 return await self._blob
 
         # A pause breaks off who waits, not the transfer: its chunks come all the same, and the next one has to wait.
@@ -674,7 +684,7 @@ class Agent:
         return report
 
     async def _try_send(self, message: ms.EdgeMessage) -> None:
-        with contextlib.suppress(HubUnreachable, AssertionError):
+        with contextlib.suppress(HubUnreachable):
             await self._send(message)
 
     async def submit(self) -> bool:

@@ -35,7 +35,6 @@ from fedsoda_edge.model.streaming import buckets, stream
 _MAGIC = b"fedsoda border 1"
 _HEAD = struct.Struct("<16sI12s")  # the sample's name, its number of ids, the record's nonce
 _TAG_BYTES = 16
-_GROUP_TOKENS = GROUP_POSITIONS  # of samples that always run together: one of them is little to do again
 _HEAD_BYTES = 128  # and more than a record takes besides its rows
 _KEEP_FREE_BYTES = 256 << 20  # of the disk: others need it too
 
@@ -238,7 +237,8 @@ class CachedStates:
             self._files[tier] = RecordFile(paths[tier], settings.key, _digest(parts), rows[tier], most)
         self._first = {name: at for at, name in reversed(list(enumerate(self._names)))}  # copies of a sample share it
         firsts = sorted(self._first.values())
-        grouped = buckets([len(self._ids[at]) for at in firsts], _GROUP_TOKENS)
+        # Samples that always run together: one of them is little to do again.
+        grouped = buckets([len(self._ids[at]) for at in firsts], GROUP_POSITIONS)
         self._groups = sorted([firsts[place] for place in group] for group in grouped)
         self._group_of = {self._names[at]: number for number, group in enumerate(self._groups) for at in group}
         self._expected: deque[int] = deque()

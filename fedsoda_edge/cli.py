@@ -222,7 +222,7 @@ def doctor(
                 "passed": check.passed,
                 "detail": check.detail,
                 "fix": check.fix,
-                "parts": [{"part": name, "bytes": size} for name, size in check.parts],
+                "parts": check.parts,
             }
             for check in checks
         ]

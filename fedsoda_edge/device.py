@@ -7,11 +7,13 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import psutil
 
 from fedsoda_edge.errors import DeviceTooSmall, UsageProblem
-from fedsoda_edge.model.memory import PROCESS_BYTES, MemoryPlan, Samples, Shape, plans
+from fedsoda_edge.model.memory import PROCESS_BYTES, SHORTEST, MemoryPlan, Samples, Shape, plans
 from fedsoda_edge.ports.console import human_bytes
 from fedsoda_edge.protocol.messages import DeviceFacts
 
@@ -124,20 +126,26 @@ def told(plan: MemoryPlan, facts: DeviceFacts) -> str:
     return f"training {where} takes {human_bytes(plan.peak)} of {human_bytes(free)} free: {', '.join(ways)}"
 
 
-def table(plan: MemoryPlan) -> list[tuple[str, int]]:
-    """The plan's parts, in bytes."""
+def table(plan: MemoryPlan) -> list[dict[str, Any]]:
+    """The plan's parts, as {"part": name, "bytes": size}."""
     form = "as stored" if plan.packed else "dense"
     context = "CUDA context" if plan.device.startswith("cuda") else "the process, with its libraries"
-    return [
-        (context, plan.process),
-        (f"adapter weights, {form}", plan.weights),
-        (f"head, {form}", plan.head),
-        ("LoRA and optimiser", plan.lora),
-        (f"activations of {plan.micro_batch} samples", plan.activations),
-        ("logits of a chunk", plan.logits),
-        ("or instead of these five, the sweep", plan.sweep),
-        ("peak", plan.peak),
-    ]
+    sizes = {
+        context: plan.process,
+        f"adapter weights, {form}": plan.weights,
+        f"head, {form}": plan.head,
+        "LoRA and optimiser": plan.lora,
+        f"activations of {plan.micro_batch} samples": plan.activations,
+        "logits of a chunk": plan.logits,
+        "or instead of these five, the sweep": plan.sweep,
+        "peak": plan.peak,
+    }
+    return [{"part": name, "bytes": size} for name, size in sizes.items()]
+
+
+def memory_report(plan: MemoryPlan, facts: DeviceFacts) -> dict[str, Any]:
+    """The plan for people and programs: its sentence, its fields, its table."""
+    return {"message": told(plan, facts), **msgspec.to_builtins(plan), "parts": table(plan)}
 
 
 def same_way(plan: MemoryPlan, shape: Shape, samples: Samples, process_bytes: int) -> MemoryPlan | None:
@@ -172,7 +180,7 @@ def _refusal(device: str, needed: int, samples: Samples, facts: DeviceFacts, lim
     on_gpu = device.startswith("cuda")
     free, most = (facts.vram_bytes, limits.max_vram) if on_gpu else (facts.ram_bytes, limits.max_ram)
     room = room_for(device, facts, limits)
-    row = f" for a row of {samples.ids} ids" if samples.ids > 2 else ""
+    row = "" if samples == SHORTEST else f" for a row of {samples.ids} ids"
     least = f"the sub-LLM needs at least {human_bytes(needed)}{row}, {human_bytes(needed - room)} more"
     smaller = "ask the hub's owner for a smaller sub-LLM"
     if on_gpu and not facts.accelerator:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from fedsoda_edge.config import Home, read_token
 from fedsoda_edge.device import read_device
@@ -29,7 +30,7 @@ PROBE_BYTES = 4 << 20  # of the bundle are fetched to measure the way
 class Check:
     """One step. fix: what to do; exit_status: of the command when this is the first step that fails.
 
-    parts: what the detail is made of, in bytes.
+    parts: what the detail is made of, as {"part": name, "bytes": size}.
     """
 
     name: str
@@ -37,7 +38,7 @@ class Check:
     detail: str
     fix: str = ""
     exit_status: int = 0
-    parts: tuple[tuple[str, int], ...] = ()
+    parts: Sequence[dict[str, Any]] = ()
 
 
 def _failed(name: str, error: FedSODAError) -> Check:
@@ -121,10 +122,13 @@ async def _way_to(url: str, token_file: str | Path | None, home: Home) -> AsyncI
             step,
             True,
             f"{found['source']}: {found['memory']['message']}; download {human_bytes(found['disk_needed'])}",
-            parts=tuple((part["part"], part["bytes"]) for part in found["memory"]["parts"]),
+            parts=found["memory"]["parts"],
         )
         step = "bandwidth"
-        size, seconds = await _bandwidth(transport, found["largest_file"])
+        try:
+            size, seconds = await _bandwidth(transport, found["largest_file"])
+        finally:
+            await transport.close()
         yield Check(step, True, f"{human_bytes(size / seconds)}/s")
     except FedSODAError as error:
         yield _failed("memory" if isinstance(error, DeviceTooSmall) else step, error)

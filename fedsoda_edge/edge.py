@@ -15,12 +15,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-import msgspec
-
 from fedsoda_edge.agent import Agent, AgentSettings, Cache, Say
 from fedsoda_edge.config import CACHE_DTYPES, Home, read_token
 from fedsoda_edge.data import LocalData
-from fedsoda_edge.device import Limits, check_device_name, check_disk, fit, read_device, table, told
+from fedsoda_edge.device import Limits, check_device_name, check_disk, fit, memory_report, read_device
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model.memory import Samples, shape_of
 from fedsoda_edge.neighbour import parse_rules
@@ -250,11 +248,7 @@ async def look_at(edge: Edge) -> dict[str, Any]:
             "vram_needed": 0 if on_cpu else memory.peak,
             "vram_free": facts.vram_bytes,
             "device": memory.device,
-            "memory": {
-                "message": told(memory, facts),
-                **msgspec.to_builtins(memory),
-                "parts": [{"part": name, "bytes": size} for name, size in table(memory)],
-            },
+            "memory": memory_report(memory, facts),
         }
     finally:
         await agent.transport.close()

@@ -138,12 +138,12 @@ def show_check(check: Check) -> None:
 def show_memory(memory: dict[str, Any]) -> None:
     """How training fits, as a sentence and a table."""
     note(memory["message"])
-    _show_parts([(part["part"], part["bytes"]) for part in memory["parts"]])
+    _show_parts(memory["parts"])
 
 
-def _show_parts(parts: Iterable[tuple[str, int]]) -> None:
-    for name, size in parts:
-        note(f"    {name:<36} {human_bytes(size):>9}")
+def _show_parts(parts: Iterable[dict[str, Any]]) -> None:
+    for part in parts:
+        note(f"    {part['part']:<36} {human_bytes(part['bytes']):>9}")
 
 
 def show_data(found: dict[str, Any], max_length: int) -> None:

@@ -26,7 +26,7 @@ from fedsoda_edge.model.bundle import BundleSettings, shard_sizes
 from fedsoda_edge.model.delta import encoded_bytes
 from fedsoda_edge.model.families import Family, allowed_fields, build_config, family_of, layer_on_meta, skeleton
 from fedsoda_edge.model.layer_plan import choose_groups, make_plan
-from fedsoda_edge.model.memory import edge_needs
+from fedsoda_edge.model.memory import edge_needs, make_shape
 from fedsoda_edge.protocol.manifest import TOKENIZER_FILES, File, LayerPlan, LoRASpec
 from fedsoda_hub.config import RunSettings, with_full_emulator
 
@@ -105,7 +105,16 @@ def predict(
     )
     weights = sum(size for name, size in sizes.items() if not name.endswith("_lora"))
     files = [File(name, "", size) for name, size in sizes.items()]
-    needs = edge_needs(fields, len(plan.adapter), max(layers[n] for n in plan.kept), spec, files)
+    shape = make_shape(
+        fields,
+        len(plan.adapter),
+        max(layers[number] for number in plan.kept),
+        spec,
+        adapter_base=method.adapter_base,
+        quantized_embedding=method.quantize_embedding,
+        dtype=dtype,
+    )
+    needs = edge_needs(shape, files)
     adapter_bytes = encoded_bytes(spec.adapter, settings.wire.codec)
     emulator_bytes = encoded_bytes(spec.emulator, settings.wire.codec) if method.realign_every else 0
     trainable, emulator_lora = _count(spec.adapter), _count(spec.emulator)

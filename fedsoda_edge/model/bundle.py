@@ -34,7 +34,7 @@ from fedsoda_edge.model.families import (
     skeleton,
 )
 from fedsoda_edge.model.layer_plan import check_plan
-from fedsoda_edge.model.memory import edge_needs
+from fedsoda_edge.model.memory import edge_needs, make_shape
 from fedsoda_edge.model.nf4 import (
     BLOCK,
     CODEBOOK,
@@ -45,7 +45,7 @@ from fedsoda_edge.model.nf4 import (
     nf4_entries,
     quantize,
 )
-from fedsoda_edge.model.streaming import LayerSource
+from fedsoda_edge.model.streaming import LayerSource, read_rows
 from fedsoda_edge.model.sub_llm import local_name
 from fedsoda_edge.ports.disk import sha256, sha256_file, write_durably
 from fedsoda_edge.ports.system import sync_directory
@@ -103,8 +103,9 @@ def write_bundle(
         layer_parameters = 0
         for done, number in enumerate(plan.kept):
             dense = source.layer(number)
-            layer_parameters = sum(tensor.numel() for tensor in dense.values())
-            parameters += layer_parameters
+            size = sum(tensor.numel() for tensor in dense.values())
+            parameters += size
+            layer_parameters = max(layer_parameters, size)
             keep_dense = number in plan.adapter and settings.adapter_base != "nf4"
             wanted = set() if keep_dense else _quantizable(layer_on_meta(source.family, source.fields, number))
             shard(f"layers.{number}", _packed(dense, wanted))
@@ -123,11 +124,21 @@ def write_bundle(
             data = path.read_bytes()
             write_durably(temporary / path.name, data)
             files.append(File(name=path.name, sha256=sha256(data), bytes=len(data)))
+        dtype = next(key for key, value in DTYPES.items() if value == source.dtype)
+        shape = make_shape(
+            source.fields,
+            len(plan.adapter),
+            layer_parameters,
+            settings.lora,
+            adapter_base=settings.adapter_base,
+            quantized_embedding=settings.quantize_embedding,
+            dtype=dtype,
+        )
         manifest = BundleManifest(
             format_version=FORMAT_VERSION,
             family=source.family.model_type,
             config=source.fields,
-            dtype=next(key for key, value in DTYPES.items() if value == source.dtype),
+            dtype=dtype,
             source=name,
             source_revision=revision,
             plan=plan,
@@ -135,7 +146,7 @@ def write_bundle(
             adapter_base=settings.adapter_base,
             quantized_embedding=settings.quantize_embedding,
             files=tuple(files),
-            needs=edge_needs(source.fields, len(plan.adapter), layer_parameters, settings.lora, files),
+            needs=edge_needs(shape, files),
             bits_per_parameter=8 * weight_bytes / parameters,
         )
         write_durably(temporary / "manifest.json", encode_manifest(manifest))
@@ -305,7 +316,7 @@ class Bundle:
                 table = file.get_slice("weight")
                 if tuple(table.get_shape()) != (vocab, width):
                     raise ValueError(f"weight is {tuple(table.get_shape())}, not {(vocab, width)}")
-                return torch.cat([table[row : row + 1] for row in ids.tolist()])
+                return read_rows(table, ids)
             if width % BLOCK:  # a block runs over the ends of rows
                 return self.embedding()[ids]
             parts = {name: file.get_slice(f"weight.{name}") for name in ("codes", "absmax")}

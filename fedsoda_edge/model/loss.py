@@ -13,17 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fedsoda_edge.model.memory import chunk_rows
 from fedsoda_edge.model.nf4 import BLOCK, NF4Linear
 
 Head: TypeAlias = Tensor | NF4Linear  # (V, C), frozen
 
-LOGITS = 1 << 23  # of one chunk: 32 MiB in fp32
 TILE_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 24}  # of a head that is held in fewer bits
-
-
-def chunk_rows(vocab: int) -> int:
-    """Rows whose logits exist at once."""
-    return max(1, LOGITS // vocab)
 
 
 def _tiles(head: Head, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

@@ -7,7 +7,7 @@ Everything is bytes. A plan is one way to train (`MemoryPlan`); `plans` lists th
     packed, recomputed    a layer's activations are made again in the backward pass as well
 
 each with all samples of a step at once, then half of them, and so on. All but the first give memory back at once,
-which costs page faults, and holds what is used: malloc keeps 1.2 to 2.9 x the activations otherwise.
+which costs page faults, and holds what is used: otherwise malloc keeps more than the activations (KEPT_HEAP).
 
     sweep = a layer + the next one as it is stored + hidden states of a slice + activations of one group
     train = adapter layers + head + LoRA x 16 (weight, gradient, two moments in fp32) + activations + logits
@@ -37,16 +37,21 @@ KEPT_HEAP = 1.7  # measured (scripts/bench_memory): what malloc holds for a byte
 
 NF4_STORED = 0.5 + 1 / 64 + 4 / 64 / 256  # bytes a weight: codes, absmax, nested absmax
 NF4_HELD = 0.5 + 4 / 64  # with absmax as fp32, which every use needs
-LOGITS = 1 << 23  # of one chunk of rows (loss.py)
+LOGITS = 1 << 23  # of one chunk of rows: 32 MiB in fp32
 GROUP_POSITIONS = 512  # that a sweep runs together: enough for a product
 MIN_SLICE_BYTES, MAX_SLICE_BYTES = 64 << 20, 1 << 30  # of samples that one pass over the layers takes along
+
+
+def chunk_rows(vocab: int) -> int:
+    """Rows whose logits exist at once (loss.py)."""
+    return max(1, LOGITS // vocab)
 
 
 @dataclass(frozen=True)
 class Shape:
     """Sizes of what an edge trains. layer_parameters: of the largest kept layer.
 
-    stored_layer, stored_head: bytes a weight as stored; NF4_STORED, or those of a dtype.
+    width: bytes of a weight that is not stored in NF4.
     """
 
     hidden: int
@@ -57,31 +62,45 @@ class Shape:
     num_adapter_layers: int
     layer_parameters: int
     lora_parameters: int
-    stored_layer: float = NF4_STORED
-    stored_head: float = 2.0
+    adapter_in_nf4: bool
+    head_in_nf4: bool
+    width: int
 
 
 def shape_of(manifest: BundleManifest) -> Shape:
     """From the manifest alone: no file of the bundle needs to be here."""
-    width = 4 if manifest.dtype == "float32" else 2
+    adapter, width = manifest.plan.adapter, _width(manifest.dtype)
     stored = NF4_STORED if manifest.adapter_base == "nf4" else width
-    adapter = manifest.plan.adapter
     parameters = {
         number: manifest.file(f"layers.{number}.safetensors").bytes / (stored if number in adapter else NF4_STORED)
         for number in manifest.plan.kept
     }
-    head = NF4_STORED if manifest.quantized_embedding else width
-    return _shape(manifest.config, len(adapter), round(max(parameters.values())), manifest.lora, stored, head)
+    return make_shape(
+        manifest.config,
+        len(adapter),
+        round(max(parameters.values())),
+        manifest.lora,
+        adapter_base=manifest.adapter_base,
+        quantized_embedding=manifest.quantized_embedding,
+        dtype=manifest.dtype,
+    )
 
 
-def _shape(
+def _width(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
+
+
+def make_shape(
     fields: dict[str, Any],
     num_adapter_layers: int,
     layer_parameters: int,
     lora: LoRASpec,
-    stored_layer: float,
-    stored_head: float,
+    *,
+    adapter_base: str,
+    quantized_embedding: bool,
+    dtype: str,
 ) -> Shape:
+    """From a model's config, before there is a bundle; the last three as its manifest will name them."""
     hidden, heads = int(fields["hidden_size"]), int(fields["num_attention_heads"])
     head = int(fields.get("head_dim") or hidden // heads)
     experts = int(fields.get("moe_intermediate_size") or 0) * int(fields.get("num_experts_per_tok") or 0)
@@ -94,8 +113,9 @@ def _shape(
         num_adapter_layers,
         layer_parameters,
         sum(spec.shape[0] * spec.shape[1] for spec in lora.adapter),
-        stored_layer,
-        stored_head,
+        adapter_base == "nf4",
+        quantized_embedding,
+        _width(dtype),
     )
 
 
@@ -107,6 +127,9 @@ class Samples:
     ids: int
     labels: int
     count: int | None = None
+
+
+SHORTEST = Samples(1, 2, 1)  # no row that is trained on is shorter: what every edge needs, whatever its rows
 
 
 class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -135,11 +158,6 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     def peak(self) -> int:
         return self.process + max(self.sweep, self.weights + self.head + self.lora + self.activations + self.logits)
 
-    @property
-    def accumulation(self) -> int:
-        """Micro-batches whose gradients make one step."""
-        return math.ceil(self.batch_size / self.micro_batch)
-
 
 def plans(shape: Shape, device: str, samples: Samples, process_bytes: int = PROCESS_BYTES) -> Iterator[MemoryPlan]:
     """Ways to train on "cpu" or "cuda[:n]", the quickest first.
@@ -166,9 +184,9 @@ def _plan(
     heap = KEPT_HEAP if on_cpu and not frugal else 1.0
     d, f, q, k = shape.hidden, shape.mlp, shape.queries, shape.keys
     positions, labels = micro * samples.ids, micro * samples.labels
-    is_nf4, head_nf4 = shape.stored_layer == NF4_STORED, shape.stored_head == NF4_STORED
-    layer_size = NF4_HELD if packed and is_nf4 else size
-    head_size = (NF4_HELD if head_nf4 else shape.stored_head) if packed else size
+    in_nf4 = packed and shape.adapter_in_nf4
+    layer_size = NF4_HELD if in_nf4 else size
+    head_size = (NF4_HELD if shape.head_in_nf4 else shape.width) if packed else size
     others = shape.num_adapter_layers - 1
     whole = (6 * d + 3 * q + 3 * k + 4 * f) * positions
     last = (d + 3 * q + 3 * k) * positions + (7 * d + q + 4 * f) * labels
@@ -176,8 +194,8 @@ def _plan(
         kept = others * d * positions + max(whole + (d + f) * positions, last)
     else:  # the gradients on their way through a layer come when the last layer's activations are gone
         kept = others * whole + max(last, (2 * d + 3 * f) * positions if others else 0)
-    rows = min(labels, max(1, LOGITS // shape.vocab))
-    transient = 0 if on_cpu or not packed else size * d * f  # bitsandbytes makes a matrix dense for each product
+    rows = min(labels, chunk_rows(shape.vocab))
+    transient = size * d * f if in_nf4 and not on_cpu else 0  # bitsandbytes makes a matrix dense for each product
     weights = round(shape.num_adapter_layers * shape.layer_parameters * layer_size) + transient
     head = round(shape.vocab * d * head_size)
     lora = 16 * shape.lora_parameters
@@ -210,15 +228,8 @@ def _plan(
     )
 
 
-def edge_needs(
-    fields: dict[str, Any],
-    num_adapter_layers: int,
-    layer_parameters: int,
-    lora: LoRASpec,
-    files: Sequence[File],
-) -> EdgeNeeds:
+def edge_needs(shape: Shape, files: Sequence[File]) -> EdgeNeeds:
     """Least free disk, RAM (training on CPU) and VRAM (training on a GPU) for a bundle of this shape."""
-    shape = _shape(fields, num_adapter_layers, layer_parameters, lora, NF4_STORED, 2.0)
     samples = Samples(1, GROUP_POSITIONS, GROUP_POSITIONS)
     least = {device: min(plan.peak for plan in plans(shape, device, samples)) for device in ("cpu", "cuda")}
     return EdgeNeeds(

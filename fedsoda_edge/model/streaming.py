@@ -138,8 +138,7 @@ class Checkpoint:
     def embedding_rows(self, ids: Tensor) -> Tensor:
         name = f"{self.family.embedding}.weight"
         with safe_open(self._files[name], framework="pt") as file:
-            table = file.get_slice(name)
-            return torch.cat([table[row : row + 1] for row in ids.tolist()])
+            return read_rows(file.get_slice(name), ids)
 
     def norm(self) -> dict[str, Tensor]:
         return self._below(f"{self.family.norm}.")
@@ -163,6 +162,11 @@ class Checkpoint:
         if not names:
             raise UsageProblem(f"{self.name} has no tensor below {prefix!r}; the checkpoint is incomplete")
         return {name.removeprefix(prefix): self._read(name) for name in names}
+
+
+def read_rows(table: Any, ids: Tensor) -> Tensor:
+    """(M, C): the rows `ids` of a safetensors slice; the others are not read."""
+    return torch.cat([table[row : row + 1] for row in ids.tolist()])
 
 
 def _tensor_table(directory: Path, name: str) -> dict[str, Path]:

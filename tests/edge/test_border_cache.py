@@ -67,7 +67,7 @@ def bundle(request: pytest.FixtureRequest) -> Bundle:
 @pytest.fixture(autouse=True)
 def _groups_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each sample runs alone, so that passes can be counted by samples; groups have tests of their own."""
-    monkeypatch.setattr(border_cache, "_GROUP_TOKENS", 0)
+    monkeypatch.setattr(border_cache, "GROUP_POSITIONS", 0)
 
 
 Passes = list[tuple[tuple[int, ...], list[tuple[int, ...]]]]
@@ -512,17 +512,17 @@ def test_a_sample_larger_than_a_slice_is_a_slice(one_tier: Bundle, tmp_path: Pat
     states.close()
 
 
-@pytest.mark.parametrize(("dtype", "group_tokens"), [("bf16", 0), ("int8", 0), ("bf16", 40)])
+@pytest.mark.parametrize(("dtype", "group_positions"), [("bf16", 0), ("int8", 0), ("bf16", 40)])
 def test_the_delta_does_not_depend_on_what_is_kept(
     bundle: Bundle,
     tmp_path: Path,
     passes: Passes,
     monkeypatch: pytest.MonkeyPatch,
     dtype: str,
-    group_tokens: int,
+    group_positions: int,
 ) -> None:
     """Nor do groups of samples: they are made of the data alone."""
-    monkeypatch.setattr(border_cache, "_GROUP_TOKENS", group_tokens)
+    monkeypatch.setattr(border_cache, "GROUP_POSITIONS", group_positions)
     states = kept(bundle, tmp_path / "all", dtype=dtype)
     everything = trained(bundle, states)
     assert any(tensor.any() for tensor in everything.values())
@@ -567,7 +567,7 @@ def test_kept_states_fit_a_smaller_budget_of_the_next_join(bundle: Bundle, tmp_p
 def calm(one_tier: Bundle, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     """The delta where nothing is damaged."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(border_cache, "_GROUP_TOKENS", 0)
+        patch.setattr(border_cache, "GROUP_POSITIONS", 0)
         states = kept(one_tier, tmp_path_factory.mktemp("calm"))
         delta = trained(one_tier, states)
         states.close()
@@ -720,7 +720,7 @@ def test_short_samples_run_together_and_long_ones_alone(
         return stream(*args, **rest)
 
     monkeypatch.setattr(border_cache, "stream", noting)
-    monkeypatch.setattr(border_cache, "_GROUP_TOKENS", 40)
+    monkeypatch.setattr(border_cache, "GROUP_POSITIONS", 40)
     samples = [Sample(tuple(range(3, 3 + length)), length - 1) for length in (9, 60, 10, 11, 12, 50)]
     kept(one_tier, tmp_path / "c", samples).close()
     assert batches == [[9, 10, 11], [60], [12], [50]]  # at most 40 ids with pads, by their first sample

@@ -15,7 +15,9 @@ from fedsoda_edge.protocol.messages import DeviceFacts
 
 GIB = 2**30
 # Llama-3-8B with three adapter layers, everything in NF4.
-SHAPE = Shape(4096, 14336, 4096, 1024, 128256, 3, 218_000_000, 5_000_000, stored_head=0.516)
+SHAPE = Shape(
+    4096, 14336, 4096, 1024, 128256, 3, 218_000_000, 5_000_000, adapter_in_nf4=True, head_in_nf4=True, width=2
+)
 SAMPLES = Samples(8, 512, 100)
 
 
@@ -46,11 +48,6 @@ def test_ways_come_quickest_first_and_each_form_halves_its_micro_batch() -> None
     for form in range(3):
         peaks = [way.peak for way in ways("cpu")[4 * form : 4 * form + 4]]
         assert peaks == sorted(peaks, reverse=True)
-
-
-def test_accumulation_covers_the_whole_batch() -> None:
-    for way in ways("cpu", Samples(7, 64, 10)):
-        assert way.accumulation * way.micro_batch >= 7 > (way.accumulation - 1) * way.micro_batch
 
 
 def test_plenty_of_memory_is_used_for_speed() -> None:
@@ -120,8 +117,7 @@ def test_a_leaner_way_needs_less_until_there_is_none() -> None:
 
 def test_the_table_adds_up_to_the_peak() -> None:
     for way in ways("cpu"):
-        *parts, (_, sweep), (_, peak) = table(way)
-        rest = [size for _, size in parts]
+        *rest, sweep, peak = [part["bytes"] for part in table(way)]
         assert peak == way.peak == max(sum(rest), rest[0] + sweep)
 
 

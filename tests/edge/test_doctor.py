@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from fedsoda_edge import doctor
+from fedsoda_edge import doctor, edge, transport
 from fedsoda_edge.config import Home
 from fedsoda_edge.doctor import Check, examine
 from fedsoda_edge.protocol import messages as ms
-from tests.edge.test_transport import RUN_IS_OVER, SmallHub, listening
+from fedsoda_edge.transport import HubTransport
+from tests.edge.test_transport import DATA, DIGEST, RUN_IS_OVER, SmallHub, listening
 
 DEVICE = ["Python", "torch", "GPU", "NF4", "memory", "disk"]
 
@@ -102,6 +103,34 @@ def test_a_hub_that_refuses_the_greeting_is_quoted(tmp_path: Path) -> None:
     last = asyncio.run(knock())[-1]
     assert (last.name, last.passed, last.exit_status) == ("fits", False, 5)
     assert "another device holds this token" in last.detail
+
+
+@pytest.mark.parametrize("file", ["there", "gone"])
+def test_the_bandwidth_is_measured_and_no_connection_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    (tmp_path / DIGEST).write_bytes(DATA)
+    made: list[HubTransport] = []
+
+    class Noted(HubTransport):
+        def __init__(self, url: str, token: str) -> None:
+            super().__init__(url, token)
+            made.append(self)
+
+    async def look_at(_: Any) -> dict[str, Any]:
+        largest = DIGEST if file == "there" else "0" * 64
+        return {"source": "m", "memory": {"message": "fits", "parts": []}, "disk_needed": 0, "largest_file": largest}
+
+    async def knock() -> list[Check]:
+        (tmp_path / "token").write_text("good")
+        async with listening(SmallHub(tmp_path)) as url:
+            return await all_of(examine(url, tmp_path / "token", Home(tmp_path / "home")))
+
+    monkeypatch.setattr(edge, "look_at", look_at)
+    monkeypatch.setattr(transport, "HubTransport", Noted)
+    last = asyncio.run(knock())[-1]
+    assert (last.name, last.passed) == ("bandwidth", file == "there")
+    assert [(each._http, each._socket) for each in made] == [(None, None)] * 2
 
 
 def test_the_worker_sees_a_gradient_through_nf4() -> None:

@@ -35,6 +35,7 @@ VOCABULARY = (
 )
 LITTLE, PLENTY = PROCESS + 310 * MIB, 16 * 1024 * MIB
 TOO_SMALL = DeviceTooSmall("memory ran out on cpu; close other programs")
+NO_VRAM = DeviceTooSmall("memory ran out on cuda; close other programs")
 KILLED = WorkerFailed("the process ended with status -9 (killed, most likely out of memory)", "", True)
 
 
@@ -58,6 +59,16 @@ class WorkerHere(test_cache_agent.WorkerHere):
                 self.pid = None
             raise failure
         return await super().call(command, arguments, report)
+
+
+class FullGPU(WorkerHere):
+    """Its torch sees a GPU, whose memory runs out whichever way it trains there."""
+
+    async def call(self, command: str, arguments: dict[str, Any], report: Any = None) -> dict[str, Any]:
+        if command == "border" and arguments["memory"]["device"] != "cpu":
+            raise NO_VRAM
+        answer = await super().call(command, arguments, report)
+        return answer | {"has_cuda": True} if command == "open" else answer
 
 
 class ManifestHub(ScriptedHub):
@@ -90,19 +101,28 @@ def data(tmp_path: Path) -> LocalData:
     return LocalData(path)
 
 
-def has(ram: int) -> Any:
-    """A device with so much memory free, and no GPU."""
-    facts = DeviceFacts(ram_bytes=ram, vram_bytes=0, disk_bytes=PLENTY, threads=1, accelerator="")
+def has(ram: int, vram: int = 0) -> Any:
+    """A device with so much memory free; without VRAM it has no GPU."""
+    gpu = "RTX 4060" if vram else ""
+    facts = DeviceFacts(ram_bytes=ram, vram_bytes=vram, disk_bytes=PLENTY, threads=1, accelerator=gpu)
     return mock.patch.object(agent, "read_device", return_value=facts)
 
 
 def join(
-    home: Path, data: LocalData, made: Path, worker: WorkerHere, *, ram: int = PLENTY, rounds: int = 1, **options: Any
+    home: Path,
+    data: LocalData,
+    made: Path,
+    worker: WorkerHere,
+    *,
+    ram: int = PLENTY,
+    vram: int = 0,
+    rounds: int = 1,
+    **options: Any,
 ) -> Joined:
     """Take part to the end; the worker's own peak, which is that of all tests, is not looked at."""
     hub, joined = ManifestHub(made, rounds), Joined()
     with (
-        has(ram),
+        has(ram, vram),
         mock.patch("fedsoda_edge.edge.Child", return_value=worker),
         mock.patch("fedsoda_edge.worker.peak_rss_bytes", return_value=0),
         mock.patch("fedsoda_edge.worker.return_memory_at_once"),
@@ -240,6 +260,40 @@ def test_a_worker_that_fails_by_itself_is_not_short_of_memory(tmp_path: Path, da
     assert notices(joined) == [f"{failed}; starting it again"] * 2
 
 
+# -- a GPU ----------------------------------------------------------------------------------------------
+
+
+def test_auto_goes_on_with_the_cpu_where_a_gpu_has_memory_for_no_way(
+    tmp_path: Path, data: LocalData, made: Path
+) -> None:
+    joined = join(tmp_path / "home", data, made, FullGPU(), vram=PLENTY)
+    *before, last = [plan["device"] for plan in joined.of("memory")]
+    assert len(before) > 1
+    assert (set(before), last) == ({"cuda"}, "cpu")
+    assert notices(joined) == [f"{NO_VRAM}{LEANER}"] * len(before)
+    assert ways(joined)[-1] == DENSE
+    assert joined.digests == join(tmp_path / "cpu", data, made, WorkerHere()).digests
+
+
+@pytest.mark.parametrize(("device", "ram"), [("cuda", PLENTY), ("auto", 100 * MIB)], ids=["asked for", "no RAM"])
+def test_a_gpu_without_memory_ends_the_join_where_the_cpu_is_not_to_be_used_or_has_no_room(
+    tmp_path: Path, data: LocalData, made: Path, device: str, ram: int
+) -> None:
+    with pytest.raises(DeviceTooSmall) as failure:
+        join(tmp_path / "home", data, made, FullGPU(), ram=ram, vram=PLENTY, device=device)
+    assert str(failure.value) == str(NO_VRAM)
+
+
+def test_a_gpu_that_torch_cannot_use_is_none_unless_it_was_asked_for(
+    tmp_path: Path, data: LocalData, made: Path
+) -> None:
+    with mock.patch("torch.cuda.is_available", return_value=False):
+        joined = join(tmp_path / "auto", data, made, WorkerHere(), vram=PLENTY)
+        assert [plan["device"] for plan in joined.of("memory")] == ["cpu"]
+        with pytest.raises(UsageProblem, match="torch has no CUDA here; install a CUDA build, or --device cpu"):
+            join(tmp_path / "cuda", data, made, WorkerHere(), vram=PLENTY, device="cuda")
+
+
 # -- a round that is taken up again ---------------------------------------------------------------------
 
 
@@ -304,28 +358,3 @@ def test_a_worker_process_trains_below_a_limit_that_only_a_leaner_way_keeps(tmp_
     assert 0 < peak <= limit
     [trained] = [event for event in events if event["event"] == "trained"]
     assert trained["num_steps"] == num_steps(8, LOCAL)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="here torch has CUDA")
-def test_a_gpu_that_torch_cannot_use_is_none_unless_it_was_asked_for(
-    tmp_path: Path, data: LocalData, made: Path
-) -> None:
-    gpu = DeviceFacts(ram_bytes=PLENTY, vram_bytes=PLENTY, disk_bytes=PLENTY, threads=1, accelerator="RTX 4060")
-    for device in ("auto", "cuda"):
-        events: list[dict[str, Any]] = []
-        with (
-            mock.patch.object(agent, "read_device", return_value=gpu),
-            mock.patch("fedsoda_edge.edge.Child", return_value=WorkerHere()),
-        ):
-            edge = Edge(ManifestHub(made, 1), home=tmp_path / device, threads=1, device=device)
-            if device == "auto":
-                with edge.join(data, on_event=events.append) as participation:
-                    for offer in participation:
-                        assert offer.submit(offer.train())
-                assert [event["device"] for event in events if event["event"] == "memory"] == ["cpu"]
-            else:
-                refused = pytest.raises(
-                    UsageProblem, match="torch has no CUDA here; install a CUDA build, or --device cpu"
-                )
-                with refused, edge.join(data, on_event=events.append) as participation:
-                    next(iter(participation)).train()

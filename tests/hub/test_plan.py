@@ -143,6 +143,25 @@ def test_both_emulators_stand_side_by_side(tmp_path: Path) -> None:
     assert (sub["realign_every"], full["realign_every"]) == (5, 0)
 
 
+def test_memory_is_of_the_form_that_the_settings_give_adapter_and_head(tmp_path: Path) -> None:
+    """LLaMA3-8B: 3 layers of 218,112,000 weights and a head of 128256 x 4096. Held in NF4 a weight takes 0.5 bytes of
+    code and 4 / 64 of absmax; else a layer is in compute dtype (4 bytes on a CPU, 2 on a GPU), the head as stored."""
+
+    def needs(dtype: str = "bfloat16", **method: Any) -> dict[str, int]:
+        (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"dtype": dtype}))
+        ours: dict[str, int] = plan_report(str(tmp_path / "config.json"), settings_for_plan("x", method=method))["ours"]
+        return ours
+
+    cpu, gpu, default = "edge_memory_bytes", "edge_vram_bytes", needs()
+    nf4, layers, head = 0.5 + 4 / 64, 3 * 218_112_000, 128256 * 4096
+    quantized, dense, float32 = needs(quantize_embedding=True), needs(adapter_base="bf16"), needs("float32")
+    assert default[cpu] - quantized[cpu] == default[gpu] - quantized[gpu] == head * (2 - nf4)
+    assert dense[cpu] - default[cpu] == layers * (4 - nf4)
+    one_matrix = 2 * 4096 * 14336  # that bitsandbytes makes dense for a product
+    assert dense[gpu] - default[gpu] == layers * (2 - nf4) - one_matrix
+    assert float32[cpu] - default[cpu] == head * (4 - 2)
+
+
 def test_seconds_are_sizes_at_the_rates_that_are_said(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps(LLAMA))
@@ -225,6 +244,8 @@ def test_the_plan_of_a_run_has_the_bytes_that_its_preparation_wrote(prepared: Ru
     bundle = Bundle.open(prepared.run_dir / "bundle")
     assert ours["bundle_bytes"] == sum(file.bytes for file in bundle.manifest.files)
     assert ours["bits_per_parameter"] == pytest.approx(bundle.manifest.bits_per_parameter, rel=1e-12)
+    needs = [ours[f"edge_{name}_bytes"] for name in ("disk", "memory", "vram")]
+    assert needs == list(msgspec.structs.astuple(bundle.manifest.needs))
     adapter = delta.encode(bundle.adapter_lora(), prepared.wire.codec)
     emulator = delta.encode(bundle.emulator_lora(), prepared.wire.codec)
     assert ours["up_bytes_per_edge_round"] == len(adapter)

@@ -6,8 +6,10 @@ import hashlib
 import itertools
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import msgspec
 import pytest
@@ -17,10 +19,12 @@ from safetensors.torch import load, load_file, save
 from transformers import AutoModelForCausalLM
 
 from fedsoda_edge.errors import BlobCorrupt, DiskFull
+from fedsoda_edge.model import bundle as bundle_module
 from fedsoda_edge.model import delta, lora
 from fedsoda_edge.model.bundle import Bundle, BundleSettings, encode_manifest, read_manifest, write_bundle
 from fedsoda_edge.model.layer_plan import choose_groups, make_plan
 from fedsoda_edge.model.loss import cross_entropy
+from fedsoda_edge.model.memory import edge_needs, shape_of
 from fedsoda_edge.model.nf4 import NF4Linear, dequantize, quantize
 from fedsoda_edge.model.streaming import Checkpoint, stream
 from fedsoda_edge.model.sub_llm import SubLLM, build
@@ -70,6 +74,18 @@ def write(directory: Path, model: Path, **change: Any) -> Bundle:
 def random_lora(spec: LoRASpec, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {t.name: torch.randn(t.shape, generator=generator) * 0.1 for t in (*spec.adapter, *spec.emulator)}
+
+
+@pytest.mark.parametrize("change", [{}, {"adapter_base": "bf16", "quantize_embedding": True}], ids=["nf4", "bf16"])
+def test_what_an_edge_needs_is_reckoned_with_the_shape_that_the_edge_finds(
+    tmp_path: Path, tiny_llama: Path, change: dict[str, Any]
+) -> None:
+    with mock.patch.object(bundle_module, "edge_needs", side_effect=edge_needs) as needs:
+        manifest = write(tmp_path / "b", tiny_llama, **change).manifest
+    [(written, _)] = [call.args for call in needs.call_args_list]
+    assert replace(written, layer_parameters=0) == replace(shape_of(manifest), layer_parameters=0)  # by size of file
+    layers = Checkpoint.open(str(tiny_llama)).layer
+    assert written.layer_parameters == sum(tensor.numel() for tensor in layers(0).values())
 
 
 def relative_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
