@@ -20,7 +20,6 @@ import asyncio
 import contextlib
 import json
 import os
-import shutil
 import statistics
 import sys
 import tempfile
@@ -30,17 +29,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM
+import random_bundle  # beside this file
+from random_bundle import Shape
 
-from fedsoda_edge.model import lora
-from fedsoda_edge.model.bundle import BundleSettings, write_bundle
 from fedsoda_edge.model.layer_plan import make_plan
-from fedsoda_edge.model.streaming import Checkpoint
 from fedsoda_edge.ports.disk import sha256_file
 from fedsoda_edge.protocol import messages as ms
-from fedsoda_edge.protocol.manifest import BundleManifest, Group, LoRASpec, parse_manifest
+from fedsoda_edge.protocol.manifest import BundleManifest, Group, parse_manifest
 from fedsoda_edge.protocol.session import Upload
 from fedsoda_edge.store import FileStore
 from fedsoda_edge.transport import HubTransport
@@ -50,7 +45,7 @@ from fedsoda_hub.listener import Connection, bind, make_server
 ROOT = Path(__file__).resolve().parent.parent
 FACTOR, SECONDS = 1.15, 3.0  # together at most FACTOR x the longer + SECONDS
 PIECE_BYTES = 16 << 10
-ADAPTER_LAYERS, RANK, VOCAB = 3, 8, 2000
+ADAPTER_LAYERS, VOCAB = 3, 2000
 
 
 @dataclass(frozen=True)
@@ -72,46 +67,9 @@ GEOMETRIES = {
 
 def make(directory: Path, geometry: Geometry) -> None:
     """A random model's bundle and data."""
-    if (directory / "ready").exists():
-        return
-    shutil.rmtree(directory, ignore_errors=True)
-    full = directory / "full"
-    full.mkdir(parents=True)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=geometry.width,
-        intermediate_size=geometry.width * 11 // 4,
-        num_hidden_layers=geometry.layers,
-        num_attention_heads=geometry.width // 64,
-        num_key_value_heads=geometry.width // 64,
-        max_position_embeddings=256,
-        bos_token_id=1,
-        eos_token_id=2,
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(full)
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(full / "tokenizer.json"))
-    (full / "tokenizer_config.json").write_text("{}")
-    source = Checkpoint.open(str(full))
     plan = make_plan(geometry.layers, ADAPTER_LAYERS, [Group(start=2, removed=(3, 4), distance=0.1)])
-    targets = ("q_proj", "v_proj")
-    layouts = [lora.specs(source.family, source.fields, on, targets, RANK) for on in (plan.adapter, plan.aligned)]
-    spec = LoRASpec(rank=RANK, alpha=16.0, targets=targets, adapter=layouts[0], emulator=layouts[1])
-    write_bundle(
-        directory / "bundle",
-        source,
-        plan,
-        BundleSettings(spec, adapter_base="nf4", quantize_embedding=True),
-        name=source.name,
-        revision=source.revision,
-        adapter_lora=lora.initial(spec.adapter, 0),
-        emulator_lora=lora.initial(spec.emulator, 0),
-        tokenizer_files=source.tokenizer_files,
-    )
-    shutil.rmtree(full)
+    shape = Shape(geometry.width, geometry.layers, VOCAB, length=256)
+    random_bundle.make(directory / "model", shape, plan, ("q_proj", "v_proj"), quantize_embedding=True, device="cpu")
     rows = [
         {
             "prompt": " ".join(f"w{3 + (7 * row + 13 * at) % (VOCAB - 3)}" for at in range(geometry.words)),
@@ -120,7 +78,6 @@ def make(directory: Path, geometry: Geometry) -> None:
         for row in range(geometry.rows)
     ]
     (directory / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (directory / "ready").touch()
 
 
 class OneRoundHub:
@@ -293,9 +250,9 @@ async def join(url: str, data: Path, home: Path) -> tuple[float, dict[str, float
 async def measure(options: argparse.Namespace) -> dict[str, Any]:
     directory, geometry = Path(options.out), GEOMETRIES[options.geometry]
     make(directory, geometry)
-    manifest = parse_manifest((directory / "bundle" / "manifest.json").read_bytes())
+    manifest = parse_manifest((directory / "model" / "bundle" / "manifest.json").read_bytes())
     size, data = sum(file.bytes for file in manifest.files), directory / "data.jsonl"
-    hub = OneRoundHub(directory / "bundle", geometry.steps, tells_alignment=not options.planted_defect)
+    hub = OneRoundHub(directory / "model" / "bundle", geometry.steps, tells_alignment=not options.planted_defect)
     seconds: dict[str, list[float]] = {"download": [], "compute": [], "together": []}
     timelines: list[dict[str, float]] = []
     async with behind_a_link(hub) as (link, url):

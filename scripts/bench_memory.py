@@ -20,6 +20,7 @@ import bench_edge  # beside this file
 import msgspec
 import psutil
 import torch
+from random_bundle import Shape  # beside this file
 
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.memory import MemoryPlan, Samples, plans, shape_of
@@ -29,9 +30,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 TOLERANCE, FROM_BYTES = 0.15, 512 << 20
 CELLS = {  # shape, batch size, samples
-    "narrow": (bench_edge.Geometry(512, 10, 1, 32000, 512, 8, 0, 0), 8),
-    "wide": (bench_edge.Geometry(2048, 8, 1, 16000, 256, 8, 0, 0), 4),
-    "vocabulary": (bench_edge.Geometry(1024, 8, 1, 96000, 512, 4, 0, 0), 2),
+    "narrow": (bench_edge.Geometry(Shape(512, 10, 32000, 512), 1, 8), 8),
+    "wide": (bench_edge.Geometry(Shape(2048, 8, 16000, 256), 1, 8), 4),
+    "vocabulary": (bench_edge.Geometry(Shape(1024, 8, 96000, 512), 1, 4), 2),
 }
 WAYS = ("dense", "dense, halved", "packed", "packed, recomputed")
 
@@ -54,7 +55,7 @@ def child(directory: Path, cell: Cell, way: str) -> dict[str, Any]:
     """Sweep and train one epoch this way, in this process."""
     process_bytes = psutil.Process().memory_info().rss
     geometry, _ = cell
-    bundle = Bundle.open(directory / "bundle")
+    bundle = Bundle.open(directory / "model" / "bundle")
     plan = ways(bundle, cell, process_bytes)[way]
     if plan.frugal:
         return_memory_at_once()

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 
+from fedsoda_edge.testing import make_bundle
 from tests.tiny import make_tiny_llama
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,6 +48,15 @@ def _one_thread_and_nothing_left() -> Iterator[None]:
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """8 layers, C 64, untied, bf16."""
     return make_tiny_llama(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def scripted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of `ScriptedHub`, to read only: made once, where each hub would make its own."""
+    directory = tmp_path_factory.mktemp("scripted") / "bundle"
+    with torch.random.fork_rng():
+        make_bundle(directory)
+    return directory
 
 
 @pytest.fixture(scope="session")

@@ -12,11 +12,10 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import torch
 
 from fedsoda_edge import Edge, LocalData
 from fedsoda_edge.errors import WorkerFailed
-from fedsoda_edge.testing import LOCAL, ScriptedHub, make_bundle
+from fedsoda_edge.testing import LOCAL, ScriptedHub
 from fedsoda_edge.training import num_steps
 from fedsoda_edge.worker import Worker
 
@@ -54,14 +53,6 @@ class WorkerHere:
         self.pid = None
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("scripted") / "bundle"
-    with torch.random.fork_rng():
-        make_bundle(directory)
-    return directory
-
-
 @pytest.fixture
 def data(tmp_path: Path) -> LocalData:
     rows = [{"prompt": f"visit {i}", "completion": "home" if i % 2 else "ward"} for i in range(NUM_ROWS)]
@@ -83,7 +74,7 @@ class Joined:
 def join(
     home: Path,
     data: LocalData,
-    made: Path,
+    scripted: Path,
     rounds: int,
     *,
     dies: int = 0,
@@ -92,7 +83,7 @@ def join(
 ) -> Joined:
     """Take part to the end."""
     hub, joined = ScriptedHub(rounds=rounds), Joined()
-    hub._bundle = made
+    hub._bundle = scripted
     with (
         mock.patch("fedsoda_edge.edge.Child", return_value=worker or WorkerHere(dies)),
         Edge(hub, home=home, threads=1, **options).join(data, on_event=joined.events.append) as participation,
@@ -110,12 +101,14 @@ def borders(home: Path) -> set[Path]:
     return set(home.glob("runs/*/border/*"))
 
 
-def test_a_join_that_ended_leaves_neither_border_states_nor_a_key(tmp_path: Path, data: LocalData, made: Path) -> None:
+def test_a_join_that_ended_leaves_neither_border_states_nor_a_key(
+    tmp_path: Path, data: LocalData, scripted: Path
+) -> None:
     home = tmp_path / "home"
     left = home / "runs" / "killed" / "border" / "border-0.cache"  # by a join that was killed: nobody has its key
     left.parent.mkdir(parents=True)
     left.write_bytes(b"sealed")
-    joined = join(home, data, made, rounds=2)
+    joined = join(home, data, scripted, rounds=2)
     assert joined.files_during == {"border"}
     [swept] = joined.of("swept")  # once for both rounds: the alignment stayed
     assert (swept["num_kept"], swept["num_damaged"]) == (NUM_ROWS, 0)
@@ -129,10 +122,10 @@ def test_a_join_that_ended_leaves_neither_border_states_nor_a_key(tmp_path: Path
 
 
 def test_with_its_key_kept_the_next_join_sweeps_nothing_and_trains_the_same(
-    tmp_path: Path, data: LocalData, made: Path
+    tmp_path: Path, data: LocalData, scripted: Path
 ) -> None:
     home = tmp_path / "home"
-    first = join(home, data, made, rounds=1, keep_cache_key=True)
+    first = join(home, data, scripted, rounds=1, keep_cache_key=True)
     key = (home / "cache.key").read_bytes()
     held = {path: path.read_bytes() for path in borders(home)}
     assert stat.S_IMODE((home / "cache.key").stat().st_mode) == 0o600
@@ -140,7 +133,7 @@ def test_with_its_key_kept_the_next_join_sweeps_nothing_and_trains_the_same(
     assert first.of("sweep")
     for path in home.glob("runs/*/residual*"):
         path.unlink()  # so that the second join hands in what the first did
-    second = join(home, data, made, rounds=1, keep_cache_key=True)
+    second = join(home, data, scripted, rounds=1, keep_cache_key=True)
     assert second.of("sweep") == []
     assert second.of("swept")[0]["num_kept"] == NUM_ROWS
     assert second.digests == first.digests
@@ -150,10 +143,10 @@ def test_with_its_key_kept_the_next_join_sweeps_nothing_and_trains_the_same(
 
 @pytest.mark.parametrize("dies", [1, 2])
 def test_a_worker_that_died_is_started_again_and_hands_in_the_same_update(
-    tmp_path: Path, data: LocalData, made: Path, dies: int
+    tmp_path: Path, data: LocalData, scripted: Path, dies: int
 ) -> None:
-    calm = join(tmp_path / "calm", data, made, rounds=1)
-    joined = join(tmp_path / "home", data, made, rounds=1, dies=dies)
+    calm = join(tmp_path / "calm", data, scripted, rounds=1)
+    joined = join(tmp_path / "home", data, scripted, rounds=1, dies=dies)
     assert joined.digests == calm.digests
     assert len(joined.of("swept")) == 1 + dies
     assert joined.of("sweep") == calm.of("sweep")  # states are kept: only the first worker swept
@@ -164,7 +157,7 @@ def test_a_worker_that_died_is_started_again_and_hands_in_the_same_update(
     assert trained["num_steps"] == num_steps(NUM_ROWS, LOCAL)
 
 
-def test_a_worker_that_dies_thrice_in_a_round_ends_the_join(tmp_path: Path, data: LocalData, made: Path) -> None:
+def test_a_worker_that_dies_thrice_in_a_round_ends_the_join(tmp_path: Path, data: LocalData, scripted: Path) -> None:
     with pytest.raises(WorkerFailed, match="the worker was killed"):
-        join(tmp_path / "home", data, made, rounds=1, dies=3)
+        join(tmp_path / "home", data, scripted, rounds=1, dies=3)
     assert not list((tmp_path / "home").glob("runs/*/border"))

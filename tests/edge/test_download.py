@@ -30,11 +30,9 @@ from fedsoda_edge.transport import PIECE_BYTES, HubTransport
 from tests.conftest import ROOT
 from tests.edge.test_cache_agent import WorkerHere
 from tests.edge.test_cache_agent import join as calm_join
-from tests.edge.test_pause import Join, ToldHub, bundle, workers
+from tests.edge.test_pause import Join, ToldHub, workers
 from tests.edge.test_transport import DATA, DIGEST, SmallHub, listening
 from tests.test_schemas import ROWS, run
-
-__all__ = ["bundle"]  # a fixture
 
 
 class Gate(ToldHub):
@@ -80,11 +78,11 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def late(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+def late(scripted: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The digest of the update of a join that sweeps when its offer has come."""
     directory = tmp_path_factory.mktemp("late")
     (directory / "visits.jsonl").write_text(ROWS)
-    hub = Gate(bundle, emulator=None)
+    hub = Gate(scripted, emulator=None)
     hub.let()
     with mock.patch.dict("os.environ", FEDSODA_HOME=str(directory / "home")), worker_here():
         join = Join(hub, directory / "visits.jsonl")
@@ -110,8 +108,8 @@ def joining(hub: Gate, data: Path, **options: Any) -> Iterator[Join]:
 # -- the order ------------------------------------------------------------------------------------------
 
 
-def test_files_come_in_the_order_of_their_use(bundle: Path) -> None:
-    manifest = parse_manifest((bundle / "manifest.json").read_bytes())
+def test_files_come_in_the_order_of_their_use(scripted: Path) -> None:
+    manifest = parse_manifest((scripted / "manifest.json").read_bytes())
     assert (manifest.plan.sub_emulator, manifest.plan.adapter) == ((0, 2), (3,))
     assert [file.name.removesuffix(".safetensors") for file in in_order(manifest)] == [
         "tokenizer.json", "tokenizer_config.json", "emulator_lora", "embedding",
@@ -120,8 +118,10 @@ def test_files_come_in_the_order_of_their_use(bundle: Path) -> None:
     assert sorted(file.name for file in in_order(manifest)) == sorted(file.name for file in manifest.files)
 
 
-def test_a_layer_is_swept_before_the_next_is_delivered_and_no_bit_differs(bundle: Path, data: Path, late: str) -> None:
-    hub = Gate(bundle)
+def test_a_layer_is_swept_before_the_next_is_delivered_and_no_bit_differs(
+    scripted: Path, data: Path, late: str
+) -> None:
+    hub = Gate(scripted)
     with worker_here(), joining(hub, data) as join:
         hub.let_until("layers.0.safetensors")
         join.until(lambda: hub.asked[-1:] == ["layers.0.safetensors"])
@@ -139,8 +139,8 @@ def test_a_layer_is_swept_before_the_next_is_delivered_and_no_bit_differs(bundle
     assert hub.kinds == ["Hello", "Ready", "UpdateStart"]
 
 
-def test_a_sweep_of_another_emulator_than_the_rounds_is_done_again(bundle: Path, data: Path, late: str) -> None:
-    hub = Gate(bundle, emulator=ms.ViewRef(digest=ms.Digest("0" * 64), delta=None, snapshot=None))
+def test_a_sweep_of_another_emulator_than_the_rounds_is_done_again(scripted: Path, data: Path, late: str) -> None:
+    hub = Gate(scripted, emulator=ms.ViewRef(digest=ms.Digest("0" * 64), delta=None, snapshot=None))
     hub.let()
     with worker_here(), joining(hub, data) as join:
         pass
@@ -148,9 +148,9 @@ def test_a_sweep_of_another_emulator_than_the_rounds_is_done_again(bundle: Path,
     assert join.has("trained")
 
 
-def test_an_emulator_that_the_edge_does_not_hold_is_swept_with_the_offer(bundle: Path, data: Path) -> None:
+def test_an_emulator_that_the_edge_does_not_hold_is_swept_with_the_offer(scripted: Path, data: Path) -> None:
     blob = ms.BlobRef(digest=ms.Digest("1" * 64), bytes=9)
-    hub = Gate(bundle, emulator=ms.ViewRef(digest=ms.Digest("0" * 64), delta=blob, snapshot=blob))
+    hub = Gate(scripted, emulator=ms.ViewRef(digest=ms.Digest("0" * 64), delta=blob, snapshot=blob))
     hub.let()
     with worker_here(), joining(hub, data) as join:
         pass
@@ -175,9 +175,9 @@ def test_who_reads_a_file_waits_only_while_it_is_coming(tmp_path: Path) -> None:
 
 
 def test_a_shard_that_comes_wrong_once_is_fetched_again_while_the_sweep_waits(
-    bundle: Path, data: Path, late: str
+    scripted: Path, data: Path, late: str
 ) -> None:
-    hub = Gate(bundle)
+    hub = Gate(scripted)
     hub.spoilt["layers.2.safetensors"] = 1
     hub.let()
     with worker_here(), joining(hub, data):
@@ -186,8 +186,8 @@ def test_a_shard_that_comes_wrong_once_is_fetched_again_while_the_sweep_waits(
     assert hub.updates[0].digest == late
 
 
-def test_a_shard_that_comes_wrong_twice_ends_the_join_and_the_sweep(bundle: Path, data: Path) -> None:
-    hub = Gate(bundle)
+def test_a_shard_that_comes_wrong_twice_ends_the_join_and_the_sweep(scripted: Path, data: Path) -> None:
+    hub = Gate(scripted)
     hub.spoilt["layers.2.safetensors"] = 2
     hub.let_until("layers.2.safetensors")
     join = Join(hub, data)
@@ -203,11 +203,11 @@ def test_a_shard_that_comes_wrong_twice_ends_the_join_and_the_sweep(bundle: Path
 
 
 def test_a_shard_that_the_disk_damaged_is_fetched_anew_before_the_sweep_meets_it(
-    bundle: Path, data: Path, late: str
+    scripted: Path, data: Path, late: str
 ) -> None:
     with worker_here():
         for _ in range(2):
-            hub = Gate(bundle)
+            hub = Gate(scripted)
             hub.let()
             with joining(hub, data):
                 pass
@@ -217,8 +217,8 @@ def test_a_shard_that_the_disk_damaged_is_fetched_anew_before_the_sweep_meets_it
     assert hub.updates[0].num_examples
 
 
-def test_a_connection_that_is_lost_during_the_download_is_made_again(bundle: Path, data: Path) -> None:
-    hub = Gate(bundle)
+def test_a_connection_that_is_lost_during_the_download_is_made_again(scripted: Path, data: Path) -> None:
+    hub = Gate(scripted)
     with worker_here(), joining(hub, data) as join:
         hub.let_until("layers.2.safetensors")
         join.until(lambda: join.has("sweep", done=1, total=2))
@@ -230,9 +230,9 @@ def test_a_connection_that_is_lost_during_the_download_is_made_again(bundle: Pat
 
 
 def test_a_pause_in_the_middle_of_the_early_sweep_frees_the_worker_and_the_link(
-    bundle: Path, data: Path, late: str
+    scripted: Path, data: Path, late: str
 ) -> None:
-    hub = Gate(bundle)
+    hub = Gate(scripted)
     with joining(hub, data) as join:
         hub.let_until("layers.2.safetensors")
         join.until(lambda: join.has("sweep", done=1, total=2))
@@ -249,8 +249,8 @@ def test_a_pause_in_the_middle_of_the_early_sweep_frees_the_worker_and_the_link(
     assert hub.updates[0].digest == late
 
 
-def test_finish_during_the_download_leaves_at_once(bundle: Path, data: Path) -> None:
-    hub = Gate(bundle)
+def test_finish_during_the_download_leaves_at_once(scripted: Path, data: Path) -> None:
+    hub = Gate(scripted)
     with joining(hub, data) as join:
         hub.let_until("layers.2.safetensors")
         join.until(lambda: join.has("sweep", done=1, total=2))
@@ -272,9 +272,9 @@ with Edge(hub, device="cpu").join(LocalData.from_jsonl(sys.argv[2]), on_event=sa
 
 
 def test_an_agent_that_is_killed_in_the_middle_leaves_nothing_that_the_next_trips_over(
-    bundle: Path, data: Path, late: str
+    scripted: Path, data: Path, late: str
 ) -> None:
-    command = [sys.executable, "-c", KILLED, str(bundle), str(data)]
+    command = [sys.executable, "-c", KILLED, str(scripted), str(data)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
@@ -287,7 +287,7 @@ def test_an_agent_that_is_killed_in_the_middle_leaves_nothing_that_the_next_trip
     assert children
     assert not alive
     assert {path.suffix for path in Home().store.iterdir()} <= {"", ".part", ".coming"}
-    hub = Gate(bundle)
+    hub = Gate(scripted)
     hub.let()
     with worker_here(), joining(hub, data):
         pass
@@ -375,12 +375,12 @@ def test_a_transfer_that_does_not_move_is_given_up_unless_nobody_attends(
     assert said == ["reconnecting"]  # once, not at every try
 
 
-def test_all_files_come_by_one_connection(tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_files_come_by_one_connection(tmp_path: Path, scripted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "*")
-    manifest: BundleManifest = parse_manifest((bundle / "manifest.json").read_bytes())
+    manifest: BundleManifest = parse_manifest((scripted / "manifest.json").read_bytes())
     (tmp_path / "files").mkdir()
     for file in manifest.files:
-        (tmp_path / "files" / file.sha256).write_bytes((bundle / file.name).read_bytes())
+        (tmp_path / "files" / file.sha256).write_bytes((scripted / file.name).read_bytes())
 
     async def fetch() -> int:
         async with listening(SmallHub(tmp_path / "files")) as url:
@@ -396,7 +396,7 @@ def test_all_files_come_by_one_connection(tmp_path: Path, bundle: Path, monkeypa
     assert asyncio.run(fetch()) == 1
 
 
-def test_a_worker_that_dies_in_the_early_sweep_is_started_again(tmp_path: Path, bundle: Path, data: Path) -> None:
+def test_a_worker_that_dies_in_the_early_sweep_is_started_again(tmp_path: Path, scripted: Path, data: Path) -> None:
     worker, died = WorkerHere(0), list[bool]()
     call = worker.call
 
@@ -408,6 +408,6 @@ def test_a_worker_that_dies_in_the_early_sweep_is_started_again(tmp_path: Path, 
         return await call(command, arguments, report)
 
     with mock.patch.object(worker, "call", mortal):
-        joined = calm_join(tmp_path / "home", LocalData(data), bundle, 1, worker=worker)
+        joined = calm_join(tmp_path / "home", LocalData(data), scripted, 1, worker=worker)
     assert [said["message"] for said in joined.of("notice")][:1] == ["the worker was killed; starting it again"]
     assert len(joined.of("swept")) == 1

@@ -74,23 +74,15 @@ class FullGPU(WorkerHere):
 class ManifestHub(ScriptedHub):
     """Notes what is fetched of the bundle."""
 
-    def __init__(self, made: Path, rounds: int) -> None:
+    def __init__(self, scripted: Path, rounds: int) -> None:
         super().__init__(rounds)
-        self._bundle = made
+        self._bundle = scripted
         self.fetched: list[str] = []
 
     async def fetch(self, digest: str, offset: int) -> AsyncIterator[bytes]:
         self.fetched.append(digest)
         async for piece in super().fetch(digest, offset):
             yield piece
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("scripted") / "bundle"
-    with torch.random.fork_rng():
-        make_bundle(directory)
-    return directory
 
 
 @pytest.fixture
@@ -111,7 +103,7 @@ def has(ram: int, vram: int = 0) -> Any:
 def join(
     home: Path,
     data: LocalData,
-    made: Path,
+    scripted: Path,
     worker: WorkerHere,
     *,
     ram: int = PLENTY,
@@ -120,7 +112,7 @@ def join(
     **options: Any,
 ) -> Joined:
     """Take part to the end; the worker's own peak, which is that of all tests, is not looked at."""
-    hub, joined = ManifestHub(made, rounds), Joined()
+    hub, joined = ManifestHub(scripted, rounds), Joined()
     with (
         has(ram, vram),
         mock.patch("fedsoda_edge.edge.Child", return_value=worker),
@@ -154,11 +146,11 @@ LEANER = "; going on in a way that needs less"
 
 
 def test_memory_decides_the_way_and_the_way_is_told_before_the_data_is(
-    tmp_path: Path, data: LocalData, made: Path
+    tmp_path: Path, data: LocalData, scripted: Path
 ) -> None:
-    plenty = join(tmp_path / "plenty", data, made, WorkerHere())
-    little = join(tmp_path / "little", data, made, WorkerHere(), ram=LITTLE)
-    limited = join(tmp_path / "limited", data, made, WorkerHere(), max_ram=LITTLE)
+    plenty = join(tmp_path / "plenty", data, scripted, WorkerHere())
+    little = join(tmp_path / "little", data, scripted, WorkerHere(), ram=LITTLE)
+    limited = join(tmp_path / "limited", data, scripted, WorkerHere(), max_ram=LITTLE)
     assert (ways(plenty), ways(little), ways(limited)) == ([DENSE], [PACKED], [PACKED])
     for joined, free in ((plenty, "16.0 GiB"), (little, "750 MiB"), (limited, "16.0 GiB")):
         [plan] = joined.of("memory")
@@ -173,9 +165,9 @@ def test_memory_decides_the_way_and_the_way_is_told_before_the_data_is(
 
 
 def test_a_limit_below_every_way_ends_the_join_before_anything_but_the_manifest_is_fetched(
-    tmp_path: Path, data: LocalData, made: Path
+    tmp_path: Path, data: LocalData, scripted: Path
 ) -> None:
-    hub = ManifestHub(made, rounds=1)
+    hub = ManifestHub(scripted, rounds=1)
     with (
         mock.patch("fedsoda_edge.edge.Child", return_value=WorkerHere()),
         pytest.raises(DeviceTooSmall) as failure,
@@ -184,15 +176,15 @@ def test_a_limit_below_every_way_ends_the_join_before_anything_but_the_manifest_
         pass
     assert failure.value.exit_status == 4
     assert str(failure.value).startswith("--max-ram allows 200 MiB, the sub-LLM needs at least ")
-    assert hub.fetched == [sha256_file(made / "manifest.json")]
+    assert hub.fetched == [sha256_file(scripted / "manifest.json")]
 
 
-def test_the_first_step_is_tried_with_the_longest_rows_which_are_swept_together(tmp_path: Path, made: Path) -> None:
+def test_the_first_step_is_tried_with_the_longest_rows_which_are_swept_together(tmp_path: Path, scripted: Path) -> None:
     path = tmp_path / "visits.jsonl"
     rows = [{"prompt": "visit " * (1 + 3 * i % 8), "completion": "home"} for i in range(8)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with mock.patch.object(Border, "expect", autospec=True) as expect:
-        join(tmp_path / "home", LocalData(path), made, WorkerHere())
+        join(tmp_path / "home", LocalData(path), scripted, WorkerHere())
     tried, trained = (call.args[1] for call in expect.call_args_list)
     assert {len(rows[index]["prompt"].split()) for index in tried} == {5, 6, 7, 8}
     assert sorted(trained) == list(range(8))
@@ -202,10 +194,10 @@ def test_the_first_step_is_tried_with_the_longest_rows_which_are_swept_together(
 
 
 def test_a_worker_for_which_memory_runs_out_goes_on_leaner_again_and_again(
-    tmp_path: Path, data: LocalData, made: Path
+    tmp_path: Path, data: LocalData, scripted: Path
 ) -> None:
     worker = WorkerHere(TOO_SMALL, TOO_SMALL)
-    joined = join(tmp_path / "home", data, made, worker, rounds=2)
+    joined = join(tmp_path / "home", data, scripted, worker, rounds=2)
     first, second, third = joined.of("memory")
     assert ways(joined)[0] == DENSE
     assert notices(joined) == [f"{TOO_SMALL}{LEANER}"] * 2
@@ -216,7 +208,7 @@ def test_a_worker_for_which_memory_runs_out_goes_on_leaner_again_and_again(
 
 
 def test_memory_that_runs_out_outside_of_a_step_is_told_as_such(
-    tmp_path: Path, data: LocalData, made: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, data: LocalData, scripted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, failures = torch.optim.AdamW.step, [torch.OutOfMemoryError("CUDA out of memory.")]
 
@@ -226,36 +218,36 @@ def test_memory_that_runs_out_outside_of_a_step_is_told_as_such(
         return plain(self)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    joined = join(tmp_path / "home", data, made, WorkerHere())
+    joined = join(tmp_path / "home", data, scripted, WorkerHere())
     assert len(ways(joined)) == 2
     [notice] = notices(joined)
     assert notice.startswith("memory ran out on cpu, where ")
     assert notice.endswith(LEANER)
 
 
-def test_where_no_way_is_leaner_the_join_ends_with_status_4(tmp_path: Path, data: LocalData, made: Path) -> None:
+def test_where_no_way_is_leaner_the_join_ends_with_status_4(tmp_path: Path, data: LocalData, scripted: Path) -> None:
     worker = WorkerHere(*[TOO_SMALL] * 20)
     with pytest.raises(DeviceTooSmall) as failure:
-        join(tmp_path / "home", data, made, worker)
+        join(tmp_path / "home", data, scripted, worker)
     assert failure.value.exit_status == 4
     assert str(failure.value) == str(TOO_SMALL)
     assert 1 < worker.num_started <= 12
 
 
 def test_a_first_kill_is_taken_for_an_accident_and_a_second_for_a_lack_of_memory(
-    tmp_path: Path, data: LocalData, made: Path
+    tmp_path: Path, data: LocalData, scripted: Path
 ) -> None:
-    once = join(tmp_path / "once", data, made, WorkerHere(KILLED))
-    twice = join(tmp_path / "twice", data, made, WorkerHere(KILLED, KILLED))
+    once = join(tmp_path / "once", data, scripted, WorkerHere(KILLED))
+    twice = join(tmp_path / "twice", data, scripted, WorkerHere(KILLED, KILLED))
     assert (ways(once), notices(once)) == ([DENSE], [f"{KILLED}; starting it again"])
     assert ways(twice)[0] == DENSE
     assert len(ways(twice)) == 2
     assert notices(twice) == [f"{KILLED}; starting it again", f"{KILLED}{LEANER}"]
 
 
-def test_a_worker_that_fails_by_itself_is_not_short_of_memory(tmp_path: Path, data: LocalData, made: Path) -> None:
+def test_a_worker_that_fails_by_itself_is_not_short_of_memory(tmp_path: Path, data: LocalData, scripted: Path) -> None:
     failed = WorkerFailed("ValueError: no", "")
-    joined = join(tmp_path / "home", data, made, WorkerHere(failed, failed))
+    joined = join(tmp_path / "home", data, scripted, WorkerHere(failed, failed))
     assert ways(joined) == [DENSE]
     assert notices(joined) == [f"{failed}; starting it again"] * 2
 
@@ -264,43 +256,43 @@ def test_a_worker_that_fails_by_itself_is_not_short_of_memory(tmp_path: Path, da
 
 
 def test_auto_goes_on_with_the_cpu_where_a_gpu_has_memory_for_no_way(
-    tmp_path: Path, data: LocalData, made: Path
+    tmp_path: Path, data: LocalData, scripted: Path
 ) -> None:
-    joined = join(tmp_path / "home", data, made, FullGPU(), vram=PLENTY)
+    joined = join(tmp_path / "home", data, scripted, FullGPU(), vram=PLENTY)
     *before, last = [plan["device"] for plan in joined.of("memory")]
     assert len(before) > 1
     assert (set(before), last) == ({"cuda"}, "cpu")
     assert notices(joined) == [f"{NO_VRAM}{LEANER}"] * len(before)
     assert ways(joined)[-1] == DENSE
-    assert joined.digests == join(tmp_path / "cpu", data, made, WorkerHere()).digests
+    assert joined.digests == join(tmp_path / "cpu", data, scripted, WorkerHere()).digests
 
 
 @pytest.mark.parametrize(("device", "ram"), [("cuda", PLENTY), ("auto", 100 * MIB)], ids=["asked for", "no RAM"])
 def test_a_gpu_without_memory_ends_the_join_where_the_cpu_is_not_to_be_used_or_has_no_room(
-    tmp_path: Path, data: LocalData, made: Path, device: str, ram: int
+    tmp_path: Path, data: LocalData, scripted: Path, device: str, ram: int
 ) -> None:
     with pytest.raises(DeviceTooSmall) as failure:
-        join(tmp_path / "home", data, made, FullGPU(), ram=ram, vram=PLENTY, device=device)
+        join(tmp_path / "home", data, scripted, FullGPU(), ram=ram, vram=PLENTY, device=device)
     assert str(failure.value) == str(NO_VRAM)
 
 
 def test_a_gpu_that_torch_cannot_use_is_none_unless_it_was_asked_for(
-    tmp_path: Path, data: LocalData, made: Path
+    tmp_path: Path, data: LocalData, scripted: Path
 ) -> None:
     with mock.patch("torch.cuda.is_available", return_value=False):
-        joined = join(tmp_path / "auto", data, made, WorkerHere(), vram=PLENTY)
+        joined = join(tmp_path / "auto", data, scripted, WorkerHere(), vram=PLENTY)
         assert [plan["device"] for plan in joined.of("memory")] == ["cpu"]
         with pytest.raises(UsageProblem, match="torch has no CUDA here; install a CUDA build, or --device cpu"):
-            join(tmp_path / "cuda", data, made, WorkerHere(), vram=PLENTY, device="cuda")
+            join(tmp_path / "cuda", data, scripted, WorkerHere(), vram=PLENTY, device="cuda")
 
 
 # -- a round that is taken up again ---------------------------------------------------------------------
 
 
-def broken_off(home: Path, data: LocalData, made: Path, ram: int) -> None:
+def broken_off(home: Path, data: LocalData, scripted: Path, ram: int) -> None:
     """A join that ended in the middle of its round, of which something is saved."""
     with pytest.raises(WorkerFailed):
-        join(home, data, made, WorkerHere(dies=3), ram=ram)
+        join(home, data, scripted, WorkerHere(dies=3), ram=ram)
     until = time.monotonic() + 10
     while not list(home.glob("runs/*/checkpoint/round.*.safetensors")):  # a thread writes it
         assert time.monotonic() < until
@@ -308,33 +300,35 @@ def broken_off(home: Path, data: LocalData, made: Path, ram: int) -> None:
 
 
 def test_a_round_in_its_middle_goes_on_the_way_it_began_and_the_next_join_plans_anew(
-    tmp_path: Path, data: LocalData, made: Path
+    tmp_path: Path, data: LocalData, scripted: Path
 ) -> None:
     home = tmp_path / "home"
-    calm = join(tmp_path / "calm", data, made, WorkerHere(), ram=LITTLE)
-    broken_off(home, data, made, LITTLE)
-    again = join(home, data, made, WorkerHere(), ram=PLENTY)
+    calm = join(tmp_path / "calm", data, scripted, WorkerHere(), ram=LITTLE)
+    broken_off(home, data, scripted, LITTLE)
+    again = join(home, data, scripted, WorkerHere(), ram=PLENTY)
     assert ways(again) == [PACKED]
     assert again.digests == calm.digests
-    assert ways(join(home, data, made, WorkerHere(), ram=PLENTY)) == [DENSE]
+    assert ways(join(home, data, scripted, WorkerHere(), ram=PLENTY)) == [DENSE]
 
 
 def test_a_round_in_its_middle_goes_on_another_way_where_its_own_has_no_room(
-    tmp_path: Path, data: LocalData, made: Path
+    tmp_path: Path, data: LocalData, scripted: Path
 ) -> None:
-    broken_off(tmp_path / "home", data, made, PLENTY)
-    again = join(tmp_path / "home", data, made, WorkerHere(), ram=LITTLE)
+    broken_off(tmp_path / "home", data, scripted, PLENTY)
+    again = join(tmp_path / "home", data, scripted, WorkerHere(), ram=LITTLE)
     assert ways(again) == [PACKED]
     assert len(again.digests) == 1
 
 
 @pytest.mark.parametrize("left", ["", "{}", '{"packed": 1}'])
-def test_a_plan_that_this_version_does_not_read_is_none(tmp_path: Path, data: LocalData, made: Path, left: str) -> None:
+def test_a_plan_that_this_version_does_not_read_is_none(
+    tmp_path: Path, data: LocalData, scripted: Path, left: str
+) -> None:
     home = tmp_path / "home"
-    broken_off(home, data, made, LITTLE)
+    broken_off(home, data, scripted, LITTLE)
     [kept] = home.glob("runs/*/memory.json")
     kept.write_text(left)
-    assert ways(join(home, data, made, WorkerHere(), ram=PLENTY)) == [DENSE]
+    assert ways(join(home, data, scripted, WorkerHere(), ram=PLENTY)) == [DENSE]
 
 
 # -- a real worker --------------------------------------------------------------------------------------

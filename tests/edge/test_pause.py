@@ -19,7 +19,7 @@ from fedsoda_edge import Edge, LocalData, aside, testing
 from fedsoda_edge.config import Home
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.codec import decode
-from fedsoda_edge.testing import ScriptedHub, make_bundle
+from fedsoda_edge.testing import ScriptedHub
 from tests.edge.test_cli import Device, Ran
 from tests.schema import EDGE
 from tests.test_schemas import ROWS, WorkerHere, meanwhile, run
@@ -138,21 +138,11 @@ def let_go_when(condition: Callable[[], object], worker: psutil.Process) -> Iter
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import torch
-
-    path = tmp_path_factory.mktemp("scripted") / "bundle"
-    with torch.random.fork_rng():
-        make_bundle(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def calm(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+def calm(scripted: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The digest of the update of a join that nobody disturbed."""
     directory = tmp_path_factory.mktemp("calm")
     (directory / "visits.jsonl").write_text(ROWS)
-    hub = ToldHub(bundle)
+    hub = ToldHub(scripted)
     with mock.patch.dict("os.environ", FEDSODA_HOME=str(directory / "home")):
         join = Join(hub, directory / "visits.jsonl")
         join.start()
@@ -175,9 +165,9 @@ def report(command: str, ran: Ran) -> dict[str, Any]:
 
 
 def test_a_round_that_is_paused_in_its_middle_ends_with_the_bits_of_a_calm_one(
-    device: Device, bundle: Path, calm: str
+    device: Device, scripted: Path, calm: str
 ) -> None:
-    hub = ToldHub(bundle)
+    hub = ToldHub(scripted)
     join = Join(hub, device.directory / "visits.jsonl")
     join.start()
     worker = held_in_mid_round()
@@ -219,8 +209,8 @@ def test_a_round_that_is_paused_in_its_middle_ends_with_the_bits_of_a_calm_one(
     assert list(Home().control.glob("*")) == []
 
 
-def test_a_pause_for_some_time_ends_by_itself(device: Device, bundle: Path) -> None:
-    hub = ToldHub(bundle, is_idle=True)
+def test_a_pause_for_some_time_ends_by_itself(device: Device, scripted: Path) -> None:
+    hub = ToldHub(scripted, is_idle=True)
     with mock.patch("fedsoda_edge.edge.Child", return_value=WorkerHere()):
         join = Join(hub, device.directory / "visits.jsonl")
         join.start()
@@ -234,8 +224,10 @@ def test_a_pause_for_some_time_ends_by_itself(device: Device, bundle: Path) -> N
         join.ended()
 
 
-def test_a_round_that_ended_during_the_pause_gives_way_to_the_one_that_is_offered(device: Device, bundle: Path) -> None:
-    hub = ToldHub(bundle, rounds=2, is_idle=True)
+def test_a_round_that_ended_during_the_pause_gives_way_to_the_one_that_is_offered(
+    device: Device, scripted: Path
+) -> None:
+    hub = ToldHub(scripted, rounds=2, is_idle=True)
     with mock.patch("fedsoda_edge.edge.Child", return_value=WorkerHere()):
         join = Join(hub, device.directory / "visits.jsonl")
         join.start()
@@ -255,8 +247,8 @@ def test_a_round_that_ended_during_the_pause_gives_way_to_the_one_that_is_offere
     assert [update.round for update in hub.updates] == [1, 2]
 
 
-def test_rules_pause_a_join_before_it_says_that_it_is_ready(device: Device, bundle: Path) -> None:
-    hub = ToldHub(bundle, rounds=0)
+def test_rules_pause_a_join_before_it_says_that_it_is_ready(device: Device, scripted: Path) -> None:
+    hub = ToldHub(scripted, rounds=0)
     hour = time.localtime().tm_hour
     rule = f"hours={hour}-{(hour + 2) % 24}"
     with mock.patch("fedsoda_edge.edge.Child", return_value=WorkerHere()):
@@ -283,10 +275,10 @@ def joined(hub: ToldHub, device: Device) -> Ran:
 
 
 def test_finish_ends_a_pause_hands_in_the_round_in_hand_and_leaves(
-    device: Device, bundle: Path, calm: str, monkeypatch: pytest.MonkeyPatch
+    device: Device, scripted: Path, calm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(aside, "END_SECONDS", 0.2)
-    hub, answers = ToldHub(bundle, rounds=5), list[Ran]()
+    hub, answers = ToldHub(scripted, rounds=5), list[Ran]()
 
     def finish() -> None:
         worker = held_in_mid_round()
@@ -308,8 +300,8 @@ def test_finish_ends_a_pause_hands_in_the_round_in_hand_and_leaves(
     assert answers[0].err == "round 1 is finished and handed in first, then this device leaves\n"
 
 
-def test_finish_without_a_round_in_hand_leaves_at_once(device: Device, bundle: Path) -> None:
-    hub, answers = ToldHub(bundle, is_idle=True), list[Ran]()
+def test_finish_without_a_round_in_hand_leaves_at_once(device: Device, scripted: Path) -> None:
+    hub, answers = ToldHub(scripted, is_idle=True), list[Ran]()
 
     def finish() -> None:
         until(lambda: "Ready" in hub.kinds)

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import pytest
+
+import fedsoda_edge.model.bundle as bundle_module
+import fedsoda_hub.prepare as prepare_module
+from fedsoda_edge.ports.disk import write_durably
 from fedsoda_edge.protocol.messages import Digest
 from fedsoda_hub.config import RunSettings, read_settings
 from fedsoda_hub.ledger import Ledger
@@ -52,6 +60,30 @@ def finish(settings: RunSettings, master: str, emulator_view: str) -> None:
     state.master, state.emulator_view, state.losses = Digest(master), Digest(emulator_view), [1.0]
     ledger.snapshot(state)
     ledger.close()
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing of ours catches it."""
+
+
+@contextmanager
+def killed_after(writes: int) -> Iterator[None]:
+    """A prepare in here ends after so many durable writes."""
+    left = writes
+
+    def write(path: Path, data: bytes) -> None:
+        nonlocal left
+        write_durably(path, data)
+        left -= 1
+        if left == 0:
+            raise Killed
+
+    with (
+        mock.patch.object(bundle_module, "write_durably", write),
+        mock.patch.object(prepare_module, "write_durably", write),
+        pytest.raises(Killed),
+    ):
+        yield
 
 
 def prepare(settings: RunSettings) -> dict[str, Any]:

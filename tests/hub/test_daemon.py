@@ -242,6 +242,17 @@ async def joined(url: str, token: str, device: str = "laptop") -> AsyncIterator[
         yield edge
 
 
+@contextlib.asynccontextmanager
+async def serving_two(settings: RunSettings) -> AsyncIterator[tuple[Hub, Device, Device]]:
+    """The daemon and two edges that it asks for round 1."""
+    async with (
+        serving(settings) as hub,
+        joined(hub.url, hub.token("a")) as a,
+        joined(hub.url, hub.token("b"), "phone") as b,
+    ):
+        yield hub, a, b
+
+
 def update(value: float, layout: tuple[TensorSpec, ...] = LAYOUT, codec: str = "bf16") -> bytes:
     """A coded update, every value the same: safetensors by hand, as `model/delta.py` writes it with torch."""
     header: dict[str, Any] = {"__metadata__": {"codec": codec}}
@@ -507,11 +518,7 @@ def test_an_update_that_cannot_be_used_is_refused_and_ends_nothing_else(
     settings: RunSettings, data: bytes, other: dict[str, Any], why: str
 ) -> None:
     async def talk() -> None:
-        async with (
-            serving(settings) as hub,
-            joined(hub.url, hub.token("a")) as a,
-            joined(hub.url, hub.token("b"), "phone") as b,
-        ):
+        async with serving_two(settings) as (hub, a, b):
             offer = await a.hear(ms.RoundOffer)
             await a.upload(offer, data, **other)
             refusal = await a.hear(ms.Refusal)
@@ -534,11 +541,7 @@ def test_of_refused_updates_no_blob_stays_but_one_that_the_run_has(settings: Run
     """An edge that sends the bytes of another's update, or of the hub's own, must not get them deleted."""
 
     async def talk() -> None:
-        async with (
-            serving(settings) as hub,
-            joined(hub.url, hub.token("a")) as a,
-            joined(hub.url, hub.token("b"), "phone") as b,
-        ):
+        async with serving_two(settings) as (hub, a, b):
             before = set(hub.daemon.blobs.directory.iterdir())
             offer = await a.hear(ms.RoundOffer)
             await a.upload(offer, update(0.5))
@@ -595,11 +598,7 @@ def test_an_update_is_accepted_once_and_sent_again_gets_the_first_receipt(settin
 
 def test_an_upload_in_progress_at_the_deadline_is_waited_for(settings: RunSettings) -> None:
     async def talk() -> None:
-        async with (
-            serving(settings) as hub,
-            joined(hub.url, hub.token("a")) as a,
-            joined(hub.url, hub.token("b"), "phone") as b,
-        ):
+        async with serving_two(settings) as (hub, a, b):
             offer = await b.hear(ms.RoundOffer)
             await a.upload(await a.hear(ms.RoundOffer), update(0.5))
             await a.hear(ms.Receipt)
@@ -619,11 +618,7 @@ def test_an_upload_that_stalls_at_the_deadline_is_not_waited_for(tmp_path: Path)
     settings = write_run(tmp_path, wire={"stall_seconds": 0.1})
 
     async def talk() -> None:
-        async with (
-            serving(settings) as hub,
-            joined(hub.url, hub.token("a")) as a,
-            joined(hub.url, hub.token("b"), "phone") as b,
-        ):
+        async with serving_two(settings) as (hub, a, b):
             await a.upload(await a.hear(ms.RoundOffer), update(0.5))
             await a.hear(ms.Receipt)
             await b.announce(await b.hear(ms.RoundOffer), update(0.25))
@@ -657,11 +652,7 @@ def test_an_update_that_finds_the_disk_full_gets_no_receipt_but_a_refusal_to_ret
     settings: RunSettings, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     async def talk() -> None:
-        async with (
-            serving(settings) as hub,
-            joined(hub.url, hub.token("a")) as a,
-            joined(hub.url, hub.token("b"), "phone") as b,
-        ):
+        async with serving_two(settings) as (hub, a, b):
             if place == "ledger":
                 met = full_once(monkeypatch, Ledger, "append", lambda record: isinstance(record, ev.UpdateAccepted))
             else:

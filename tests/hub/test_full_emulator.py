@@ -12,12 +12,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-import fedsoda_edge.model.bundle as bundle_module
-import fedsoda_hub.prepare as prepare_module
 from fedsoda_edge.border_cache import CachedStates, CacheSettings
 from fedsoda_edge.data import SampleTokenizer
 from fedsoda_edge.model.bundle import Bundle
-from fedsoda_edge.ports.disk import write_durably
 from fedsoda_hub.config import RunSettings, read_settings
 from fedsoda_hub.evaluation import read_questions
 from fedsoda_hub.export import export
@@ -25,8 +22,7 @@ from fedsoda_hub.federation.events import Realigned, RoundClosed
 from fedsoda_hub.ledger import Ledger, read_outcome
 from fedsoda_hub.prepare import Preparation
 from fedsoda_hub.report import write_report
-from tests.hub.runs import FULL, make_run, prepare
-from tests.hub.test_prepare import Killed
+from tests.hub.runs import FULL, killed_after, make_run, prepare
 from tests.schema import EDGE, HUB
 from tests.test_federation import Federation, write_run
 
@@ -93,23 +89,11 @@ def test_nothing_is_measured_aligned_or_cached(
 
 @pytest.mark.parametrize("writes", [1, 2, 9, 15, 16, 17])
 def test_prepare_killed_after_any_write_ends_with_the_same_bytes(
-    tmp_path: Path, tiny_llama: Path, full_run: RunSettings, writes: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_llama: Path, full_run: RunSettings, writes: int
 ) -> None:
     settings = make_run(tmp_path, tiny_llama, **FULL)
-    left = writes
-
-    def write(path: Path, data: bytes) -> None:
-        nonlocal left
-        write_durably(path, data)
-        left -= 1
-        if left == 0:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(bundle_module, "write_durably", write)
-        patch.setattr(prepare_module, "write_durably", write)
-        with pytest.raises(Killed):
-            prepare(settings)
+    with killed_after(writes):
+        prepare(settings)
     assert prepare(settings) == prepare(full_run)
 
 

@@ -11,22 +11,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import fedsoda_edge.model.bundle as bundle_module
 import fedsoda_hub.prepare as prepare_module
 from fedsoda_edge.errors import DiskFull, UsageProblem
 from fedsoda_edge.model import delta
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.streaming import Checkpoint
-from fedsoda_edge.ports.disk import write_durably
 from fedsoda_hub.config import RunSettings
 from fedsoda_hub.prepare import Preparation, open_full_llm
 from tests.edge.model.test_bundle import pruned_by_hand, random_lora
-from tests.hub.runs import make_run, prepare
+from tests.hub.runs import killed_after, make_run, prepare
 from tests.tiny import make_tiny_llama
-
-
-class Killed(BaseException):
-    """Stands for kill -9: nothing of ours catches it."""
 
 
 def test_public_kl_is_that_of_models_pruned_by_hand(prepared: RunSettings, tiny_llama: Path) -> None:
@@ -53,23 +47,11 @@ def test_a_second_prepare_does_nothing_again(prepared: RunSettings, monkeypatch:
 
 @pytest.mark.parametrize("writes", [1, 2, 6, 13, 17, 19, 22, 24])
 def test_prepare_killed_after_any_write_ends_with_the_same_bytes(
-    tmp_path: Path, tiny_llama: Path, prepared: RunSettings, writes: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_llama: Path, prepared: RunSettings, writes: int
 ) -> None:
     settings = make_run(tmp_path, tiny_llama)
-    left = writes
-
-    def write(path: Path, data: bytes) -> None:
-        nonlocal left
-        write_durably(path, data)
-        left -= 1
-        if left == 0:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(bundle_module, "write_durably", write)
-        patch.setattr(prepare_module, "write_durably", write)
-        with pytest.raises(Killed):
-            prepare(settings)
+    with killed_after(writes):
+        prepare(settings)
     assert not (settings.run_dir / "bundle" / "manifest.json").exists()
     assert prepare(settings) == prepare(prepared)
 
