@@ -22,7 +22,8 @@ from fedsoda_edge.errors import DeviceTooSmall
 from fedsoda_edge.model import lora
 from fedsoda_edge.model.loss import cross_entropy
 from fedsoda_edge.model.sub_llm import SubLLM
-from fedsoda_edge.protocol.messages import LocalSettings
+from fedsoda_edge.protocol.coded import is_of
+from fedsoda_edge.protocol.messages import Factor, LocalSettings
 
 BETAS = (0.9, 0.95)  # paper, 6.1.2
 # What torch says where it has no error of its own: on a CPU, of what CUDA takes for itself, of a matrix product's space.
@@ -31,7 +32,7 @@ NO_MEMORY = ("you tried to allocate", "CUDA error: out of memory", "CUBLAS_STATU
 
 @dataclass(frozen=True)
 class Trained:
-    """delta: new adapter LoRA minus the view, fp32. loss: mean over steps, NaN when training broke down.
+    """delta: trained adapter LoRA minus the view, fp32. loss: mean over steps, NaN when training broke down.
 
     num_examples: distinct samples trained on; seconds: wall clock, for people only. micro_batch: samples that went
     through at once in the end.
@@ -141,6 +142,7 @@ def fine_tune(
     seed: int,
     round_number: int,
     edge: str,
+    trains: Factor = "both",
     micro_batch: int | None = None,
     progress: Progress | None = None,
     checkpoint: RoundCheckpoint | None = None,
@@ -153,12 +155,13 @@ def fine_tune(
     Args:
         sub_llm: the adapter layers with LoRA attached; it is left with the trained values.
         border: this edge's samples; order and steps depend on their number alone.
+        trains: the factor that is trained; the other one keeps the view's bits and is no part of the delta.
         micro_batch: samples of a step that go through at once; None: all of them.
         checkpoint: of this round; on a CPU a round that goes on from it ends with the same bits.
     """
     started = time.monotonic()
     lora.load(sub_llm, view)
-    named = lora.parameters(sub_llm)
+    named = {name: value for name, value in lora.parameters(sub_llm).items() if is_of(trains, name)}
     parameters = list(named.values())
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -204,7 +207,7 @@ def fine_tune(
         parameter.requires_grad_(False)
     trained = lora.snapshot(sub_llm)
     return Trained(
-        delta={name: trained[name] - view[name] for name in view},
+        delta={name: trained[name] - view[name] for name in named},
         num_examples=len(set(order[: len(losses) * size])),
         loss=torch.stack(losses).mean().item(),
         num_steps=len(losses),

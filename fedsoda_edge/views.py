@@ -57,6 +57,7 @@ class Views:
                     "which": which,
                     "view": str(path) if path.exists() else None,
                     "delta": str(coded),
+                    "moved": wanted.moved,
                     "codec": self._codec,
                     "out": str(moved),
                 },

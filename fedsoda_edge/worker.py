@@ -31,6 +31,7 @@ from fedsoda_edge.ports.child import Report, Values, serve
 from fedsoda_edge.ports.console import human_bytes
 from fedsoda_edge.ports.disk import sha256_file, write_durably
 from fedsoda_edge.ports.system import lower_priority, peak_rss_bytes, return_memory_at_once
+from fedsoda_edge.protocol.coded import of_factor
 from fedsoda_edge.protocol.manifest import TOKENIZER_FILES
 from fedsoda_edge.protocol.messages import LocalSettings
 from fedsoda_edge.store import FileStore, when_here
@@ -173,7 +174,7 @@ class Worker:
         if self._sub_llm is None:
             self._sub_llm = self._built(view, settings.batch_size)
         identity = {
-            **{key: values[key] for key in ("settings", "seed", "round", "edge")},
+            **{key: values[key] for key in ("settings", "seed", "round", "edge", "trains")},
             "view": delta.digest(view),
             "emulator": self._emulator_name,
             "threads": torch.get_num_threads(),
@@ -193,6 +194,7 @@ class Worker:
                 seed=values["seed"],
                 round_number=values["round"],
                 edge=values["edge"],
+                trains=values["trains"],
                 micro_batch=self._micro_batch,
                 checkpoint=checkpoint,
                 progress=lambda step, steps, loss, rate: report(
@@ -208,13 +210,15 @@ class Worker:
         self._micro_batch = trained.micro_batch
         finite = math.isfinite(trained.loss)
         # A broken round still answers, with nothing in it: the hub refuses it and the round goes on.
-        wanted = trained.delta if finite else {name: torch.zeros_like(value) for name, value in view.items()}
+        wanted = {name: value if finite else torch.zeros_like(value) for name, value in trained.delta.items()}
         residual = None
         if finite and values["residual"] is not None:
             residual = delta.from_bytes(Path(values["residual"]).read_bytes(), spec.adapter)
-        coded, left = delta.encode_with_feedback(wanted, residual, view, spec.adapter, values["codec"])
+        layout = of_factor(spec.adapter, values["trains"])
+        coded, left = delta.encode_with_feedback(wanted, residual, view, layout, values["codec"])
         write_durably(Path(values["update"]), coded)
-        write_durably(Path(values["new_residual"]), delta.to_bytes(left))
+        waiting = residual or {name: torch.zeros_like(value) for name, value in view.items()}  # of the other factor
+        write_durably(Path(values["new_residual"]), delta.to_bytes({**waiting, **left}))
         checkpoint.forget()
         return {
             "num_damaged": self._states.num_damaged - damaged,
@@ -235,7 +239,8 @@ class Worker:
             view = delta.from_bytes(Path(held).read_bytes(), layout)
         else:
             view = self.bundle.adapter_lora() if values["which"] == "adapter" else self.bundle.emulator_lora()
-        moved = delta.advance(view, Path(values["delta"]).read_bytes(), layout, values["codec"])
+        coded = Path(values["delta"]).read_bytes()
+        moved = delta.advance(view, coded, of_factor(layout, values["moved"]), values["codec"])
         write_durably(Path(values["out"]), delta.to_bytes(moved))
         return {"digest": delta.digest(moved)}
 

@@ -238,6 +238,9 @@ def status(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
         )
         if found["losses"]:
             note("losses: " + " ".join(f"{loss:.3f}" for loss in found["losses"]))
+        if found["cross_terms"]:
+            shares = " ".join(f"{share:.2%}" for share in found["cross_terms"].values())
+            note(f"of the mean product, averaging A and B apart loses: {shares}")
         if found["rounds_closed"]:  # until then greetings travelled
             size = found["bytes"]
             up, down = human_bytes(size["up_per_edge_round"]), human_bytes(size["down_per_edge_round"])

@@ -11,14 +11,19 @@ from typing import Any
 
 import msgspec
 import torch
+from safetensors.torch import load
 
 from fedsoda_edge.model import delta
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.ports.child import Report, Values, serve
 from fedsoda_edge.ports.disk import BlobStore
+from fedsoda_edge.protocol.coded import of_factor
+from fedsoda_hub.algorithms import flexlora, server_optimizer
 from fedsoda_hub.algorithms.aggregation import CodedUpdate, weighted_mean
+from fedsoda_hub.algorithms.products import cross_term, pairs_by_module
 from fedsoda_hub.config import RunSettings
 from fedsoda_hub.export import RunJudge, check_evaluation
+from fedsoda_hub.federation.rounds import trained_factor
 from fedsoda_hub.ledger import Outcome
 from fedsoda_hub.prepare import Preparation
 
@@ -49,22 +54,34 @@ class Compute:
         return Preparation(self.settings, report).run()
 
     def aggregate(self, values: Values, _: Report) -> Values:
-        """w += weighted mean of the decoded updates; c = Q(w - v); v += decode(c) (delta.py)."""
+        """The next master of the decoded updates, as [aggregation] says; c = Q(w - v); v += decode(c) (delta.py)."""
         spec = Bundle.open(self.settings.run_dir / "bundle").manifest.lora
-        codec, blobs = self.settings.wire.codec, self.blobs
+        how, codec, max_weight = self.settings.aggregation, self.settings.wire.codec, self.settings.rounds.max_weight
+        blobs, layout = self.blobs, of_factor(spec.adapter, trained_factor(how.rule, values["round"]))
         master = delta.from_bytes(blobs.get(values["master"]), spec.adapter)
         view = delta.from_bytes(blobs.get(values["view"]), spec.adapter)
         updates = [
             CodedUpdate(edge, num_examples, partial(blobs.get, digest))
             for edge, num_examples, digest in values["updates"]
         ]
-        mean = weighted_mean(updates, spec.adapter, codec, self.settings.rounds.max_weight)
-        new_master = delta.moved(master, mean, codec)
-        coded, new_view = delta.step_down(new_master, view, spec.adapter, codec)
+        products = partial(pairs_by_module, updates, view, layout, codec, max_weight)
+        moments = None
+        if how.rule == "flexlora":
+            new_master = flexlora.merge(products(), view)
+        elif how.optimizer == "none":
+            new_master = delta.moved(master, weighted_mean(updates, layout, codec, max_weight), codec)
+        else:
+            held = {} if values["moments"] is None else load(blobs.get(values["moments"]))
+            mean = weighted_mean(updates, layout, codec, max_weight)
+            new_master, held = server_optimizer.step(master, mean, held, how)
+            moments = blobs.put(delta.to_bytes(held))
+        coded, new_view = delta.step_down(new_master, view, layout, codec)
         return {
             "master": blobs.put(delta.to_bytes(new_master)),
             "view": blobs.put(delta.to_bytes(new_view)),
             "delta": blobs.put(coded),
+            "moments": moments,
+            "cross_term": cross_term(products()),
         }
 
     def realign(self, values: Values, report: Report) -> Values:

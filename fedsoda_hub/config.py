@@ -22,6 +22,14 @@ from fedsoda_edge.protocol.messages import LocalSettings
 METHODS = ("fedsoda",)
 EMULATORS = ("sub", "full")
 BORDER_MAPS = ("none", "ridge")
+RULES = ("fedavg", "ffa", "rolora", "flexlora")
+# Of the hub's step: the keys that each one reads. An adaptive step is about learning_rate long, whatever the deltas.
+OPTIMIZERS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "fedavgm": ("learning_rate", "beta1"),
+    "fedadam": ("learning_rate", "beta1", "beta2", "tau"),
+    "fedyogi": ("learning_rate", "beta1", "beta2", "tau"),
+}
 # What only a pruned emulator asks for; 0 beside emulator = "full".
 OF_PRUNING = (
     *("[method] layers_per_group", "[method] groups", "[method] realign_every"),
@@ -83,6 +91,26 @@ class Rounds(Section, frozen=True):
     max_weight: float = 3.0
 
 
+class Aggregation(Section, frozen=True):
+    """How updates become the master. rule: "fedavg" averages A and B apart; "ffa" trains B alone, "rolora" B in odd and
+    A in even rounds; "flexlora" takes the SVD of the mean product. optimizer: of the hub's step; "none" takes the mean
+    itself. learning_rate None: 1 for fedavgm, 0.001 for the adaptive ones. beta1: FedAvgM's momentum too.
+    """
+
+    rule: str = "fedavg"
+    optimizer: str = "none"
+    learning_rate: float | None = None
+    beta1: float = 0.9
+    beta2: float = 0.99
+    tau: float = 1e-3
+
+    @property
+    def step_size(self) -> float:
+        if self.learning_rate is None:
+            return 1.0 if self.optimizer == "fedavgm" else 1e-3
+        return self.learning_rate
+
+
 class Local(Section, frozen=True):
     epochs: int = 1
     max_steps: int = 0
@@ -129,6 +157,7 @@ class RunSettings(Section, frozen=True):
     lora: LoRA = msgspec.field(default_factory=LoRA)
     align: Align = Align()
     rounds: Rounds = Rounds()
+    aggregation: Aggregation = Aggregation()
     local: Local = Local()
     wire: Wire = Wire()
     task: Task = Task()
@@ -247,13 +276,15 @@ def _settled(settings: RunSettings, raw: dict[str, Any]) -> RunSettings:
     """Checked, and as its emulator has it.
 
     Raises:
-        UsageProblem: a value is out of range, or asks for pruning or alignment of a full emulator.
+        UsageProblem: a value is out of range, does not go with another, or asks for pruning or alignment of a full
+            emulator.
     """
     _check_ranges(settings)
+    given = _flat(raw)
+    _check_aggregation(settings, given)
     if settings.method.emulator == "sub":
         _check_border_map(settings)
         return settings
-    given = _flat(raw)
     for key in OF_PRUNING:
         if given.get(key) not in (None, 0, "none"):
             raise UsageProblem(
@@ -298,6 +329,7 @@ def _is_table(kind: Any) -> bool:
 _KINDS = {
     "int": "a whole number",
     "float": "a number",
+    "float | null": "a number",
     "str": "text in quotes",
     "str | null": "text in quotes",
     "bool": "true or false",
@@ -357,6 +389,17 @@ def _check_ranges(settings: RunSettings) -> None:
         ("[rounds] quorum", s.rounds.quorum, 0 < s.rounds.quorum <= 1, "above 0, at most 1"),
         ("[rounds] deadline_seconds", s.rounds.deadline_seconds, s.rounds.deadline_seconds > 0, "above 0"),
         ("[rounds] max_weight", s.rounds.max_weight, s.rounds.max_weight >= 1, "at least 1"),
+        ("[aggregation] rule", s.aggregation.rule, s.aggregation.rule in RULES, f"one of {', '.join(RULES)}"),
+        (
+            "[aggregation] optimizer",
+            s.aggregation.optimizer,
+            s.aggregation.optimizer in OPTIMIZERS,
+            f"one of {', '.join(OPTIMIZERS)}",
+        ),
+        ("[aggregation] learning_rate", s.aggregation.learning_rate, s.aggregation.step_size > 0, "above 0"),
+        ("[aggregation] beta1", s.aggregation.beta1, 0 <= s.aggregation.beta1 < 1, "at least 0, below 1"),
+        ("[aggregation] beta2", s.aggregation.beta2, 0 <= s.aggregation.beta2 < 1, "at least 0, below 1"),
+        ("[aggregation] tau", s.aggregation.tau, s.aggregation.tau > 0, "above 0"),
         ("[local] epochs", s.local.epochs, s.local.epochs >= 1, "at least 1"),
         ("[local] max_steps", s.local.max_steps, s.local.max_steps >= 0, "at least 0"),
         ("[local] batch_size", s.local.batch_size, s.local.batch_size >= 1, "at least 1"),
@@ -378,6 +421,38 @@ def _check_ranges(settings: RunSettings) -> None:
             raise UsageProblem(f"{key} = {value!r} in {Path(s.path).name}; it must be {allowed}")
     TextTemplate(s.task.prompt)
     TextTemplate(s.task.completion)
+
+
+def _check_aggregation(settings: RunSettings, given: dict[str, Any]) -> None:
+    """Rule, optimiser and codec go together, and every key that is written is read.
+
+    Raises:
+        UsageProblem: with the choices that would work.
+    """
+    s, file = settings.aggregation, Path(settings.path).name
+    codec, choices = settings.wire.codec, 'rule = "fedavg", "ffa" or "rolora"'
+    if s.rule == "flexlora" and codec != "bf16":
+        raise UsageProblem(
+            f'[aggregation] rule = "flexlora" beside [wire] codec = {codec!r} in {file}: the SVD turns the gauge every '
+            f'round, so what coding left over would be added to other directions; write codec = "bf16", or {choices}'
+        )
+    if s.rule == "flexlora" and s.optimizer != "none":
+        raise UsageProblem(
+            f'[aggregation] rule = "flexlora" beside optimizer = {s.optimizer!r} in {file}: the SVD turns the gauge every '
+            f'round, so moments would belong to other directions; write optimizer = "none", or {choices}'
+        )
+    if s.optimizer != "none" and codec == "nf4-weight":
+        raise UsageProblem(
+            f"[aggregation] optimizer = {s.optimizer!r} beside [wire] codec = 'nf4-weight' in {file}: an optimiser steps "
+            'along deltas, and whole weights travel; write codec = "nf4", "int8" or "bf16", or optimizer = "none"'
+        )
+    for key in ("learning_rate", "beta1", "beta2", "tau"):
+        if f"[aggregation] {key}" in given and key not in OPTIMIZERS[s.optimizer]:
+            readers = ", ".join(name for name, keys in OPTIMIZERS.items() if key in keys)
+            raise UsageProblem(
+                f"[aggregation] {key} beside optimizer = {s.optimizer!r} in {file} would not be read; delete it, or "
+                f"choose an optimizer that reads it: {readers}"
+            )
 
 
 def differences(recorded: dict[str, Any], settings: RunSettings) -> list[str]:

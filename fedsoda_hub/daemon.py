@@ -18,12 +18,12 @@ from fedsoda_edge.ports.child import Child
 from fedsoda_edge.ports.disk import BlobStore, write_durably
 from fedsoda_edge.ports.system import Held, Lock, on_signal_in
 from fedsoda_edge.protocol import messages as ms
-from fedsoda_edge.protocol.coded import check, coded_bytes
+from fedsoda_edge.protocol.coded import check, coded_bytes, of_factor
 from fedsoda_edge.protocol.manifest import BundleManifest
 from fedsoda_edge.protocol.session import Upload
 from fedsoda_hub.config import RunSettings, differences
 from fedsoda_hub.federation import events as ev
-from fedsoda_hub.federation.rounds import RoundMachine, Rules
+from fedsoda_hub.federation.rounds import RoundMachine, Rules, trained_factor
 from fedsoda_hub.ledger import Ledger, Token, write_secret
 from fedsoda_hub.listener import Connection, bind, is_same_secret, listen, make_server
 
@@ -248,7 +248,7 @@ class Daemon:
         state = self.machine.state
         kept = {update.digest for update in (*state.accepted.values(), *state.receipts.values())}
         kept |= {state.master, state.view, state.emulator_view}
-        kept |= {delta for delta in (state.view_delta, state.emulator_delta) if delta is not None}
+        kept |= {blob for blob in (state.view_delta, state.emulator_delta, state.moments) if blob is not None}
         for digest in [digest for digest in self._unkept if not self._arriving[digest]]:
             self._unkept.discard(digest)
             del self._arriving[digest]
@@ -318,21 +318,23 @@ class Daemon:
                 self._farewelled.add(edge)
 
     def _offer(self) -> ms.RoundOffer:
-        state = self.machine.state
+        state, rule = self.machine.state, self.settings.aggregation.rule
         return ms.RoundOffer(
             round=state.round,
             rounds=self.settings.rounds.count,
-            view=self._view_ref(state.view, state.view_delta),
+            view=self._view_ref(state.view, state.view_delta, trained_factor(rule, state.round - 1)),
             alignment=state.alignment,
             emulator=self._view_ref(state.emulator_view, state.emulator_delta),
             local=self.settings.local.message(),
             due_seconds=max(0.0, state.deadline_at - self.clock.wall()),
+            trains=trained_factor(rule, state.round),
+            has_feedback=rule != "flexlora",
         )
 
-    def _view_ref(self, view: ms.Digest, delta: ms.Digest | None) -> ms.ViewRef:
+    def _view_ref(self, view: ms.Digest, delta: ms.Digest | None, moved: ms.Factor = "both") -> ms.ViewRef:
         if delta is None:
             return ms.ViewRef(digest=view, delta=None, snapshot=None)
-        return ms.ViewRef(digest=view, delta=self._blob_ref(delta), snapshot=self._blob_ref(view))
+        return ms.ViewRef(digest=view, delta=self._blob_ref(delta), snapshot=self._blob_ref(view), moved=moved)
 
     def _blob_ref(self, digest: ms.Digest) -> ms.BlobRef:
         return ms.BlobRef(digest=digest, bytes=self.blobs.path(digest).stat().st_size)
@@ -466,7 +468,9 @@ class Daemon:
         try:
             if start.codec != self.settings.wire.codec:
                 raise ProtocolViolation(f"the update is coded as {start.codec}, the run as {self.settings.wire.codec}")
-            await asyncio.to_thread(check, upload.data, self._manifest.lora.adapter, self.settings.wire.codec)
+            factor = trained_factor(self.settings.aggregation.rule, start.round)
+            layout = of_factor(self._manifest.lora.adapter, factor)
+            await asyncio.to_thread(check, upload.data, layout, self.settings.wire.codec)
             await self._store(upload)
         except ProtocolViolation as error:
             problem = str(error)
@@ -569,6 +573,7 @@ def run_status(settings: RunSettings, ledger: Ledger, state: Any) -> dict[str, A
         "accepted": sorted(state.accepted),
         "answered": state.answered,
         "losses": state.losses,
+        "cross_terms": state.cross_terms,
         "public_kl": state.public_kl,
         "realignments": state.realignments,
         "evaluation": state.evaluation,

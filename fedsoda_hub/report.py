@@ -73,6 +73,7 @@ class History:
     is_over: bool = False
     public_kl: dict[str, float] = field(default_factory=dict)
     rounds: list[Round] = field(default_factory=list)
+    cross_terms: dict[int, float] = field(default_factory=dict)
     realigned: list[ev.Realigned] = field(default_factory=list)
     evaluated: list[ev.Evaluated] = field(default_factory=list)
     traffic: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
@@ -125,6 +126,8 @@ def read_history(ledger: Ledger) -> History:
                 now.answered[record.edge] = at, record.how
             case ev.RoundClosed() if now:
                 now.closed_at = at
+                if record.cross_term is not None:
+                    history.cross_terms[record.round] = record.cross_term
             case ev.Realigned():
                 history.realigned.append(record)
             case ev.Evaluated():
@@ -185,6 +188,12 @@ def draw(history: History, plan: LayerPlan | None) -> dict[str, tuple[Figure, st
             f"Accuracy on the run's evaluation data ({history.evaluated[-1].result['num_examples']} rows). "
             "[task] eval_every says how often the hub judges.",
         )
+    if any(history.cross_terms.values()):
+        figures["cross_term"] = (
+            draw_cross_terms(history),
+            "What averaging A and B apart loses of the mean of the edges' products B A: the norm of the difference over "
+            "that of the mean. FFA-LoRA and RoLoRA lose nothing; FlexLoRA does not average so.",
+        )
     if history.public_kl and history.public_kl["pruned"]:  # 0 exactly: a full emulator's, which is not aligned
         figures["alignment"] = (
             draw_alignment(history),
@@ -239,6 +248,16 @@ def draw_accuracy(history: History) -> Figure:
     numbers = [record.round for record in history.evaluated]
     figure, first = _over_rounds_and_bytes(history, numbers, curves, "accuracy (%)")
     first.set_ylim(0, 100)
+    return figure
+
+
+def draw_cross_terms(history: History) -> Figure:
+    def curve(axes: Axes, places: Sequence[float]) -> None:
+        percent = [100 * share for share in history.cross_terms.values()]
+        axes.plot(places, percent, color=BLUE, marker="o", markersize=4, label="all modules")
+
+    figure, first = _over_rounds_and_bytes(history, list(history.cross_terms), curve, "lost by averaging (%)")
+    first.set_ylim(bottom=0)
     return figure
 
 

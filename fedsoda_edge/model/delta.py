@@ -4,7 +4,7 @@
     up    u = Q(delta + e), e' = delta + e - decode(u)
 
 decode is one fp32 multiplication per value on the CPU, so both sides get the same bits. When each step
-happens is the round's business.
+happens is the round's business. A layout may hold one factor only, where the other one stays (FFA-LoRA, RoLoRA).
 
 The codec "nf4-weight" is the paper's literal one, for comparison: whole weights in NF4 in both directions, no
 feedback. A round's step is mostly smaller than half a code of the weight it belongs to, and is lost.
@@ -13,7 +13,7 @@ feedback. A round's step is mostly smaller than half a code of the weight it bel
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from safetensors.torch import load, save
@@ -38,15 +38,16 @@ def encode(tensors: Mapping[str, Tensor], codec: str) -> bytes:
     return save(coded, {"codec": codec})
 
 
-def decode(data: bytes, layout: Sequence[TensorSpec], codec: str) -> LoRATensors:
-    """The fp32 tensors that `encode` stands for.
+def decode(data: bytes, layout: Sequence[TensorSpec], codec: str, only: Collection[str] | None = None) -> LoRATensors:
+    """The fp32 tensors that `encode` stands for; `only`: those of these names.
 
     Raises:
         ProtocolViolation: names, sizes or scales are not those of the layout (protocol/coded.py).
     """
     check(data, layout, codec)
     coded = load(data)
-    return {spec.name: _decode_tensor(coded[spec.name], spec.shape, codec) for spec in layout}
+    wanted = [spec for spec in layout if only is None or spec.name in only]
+    return {spec.name: _decode_tensor(coded[spec.name], spec.shape, codec) for spec in wanted}
 
 
 def encoded_bytes(layout: Sequence[TensorSpec], codec: str) -> int:
@@ -123,7 +124,8 @@ def step_down(
     master: Mapping[str, Tensor], view: Mapping[str, Tensor], layout: Sequence[TensorSpec], codec: str
 ) -> tuple[bytes, LoRATensors]:
     """(c, new view): code what the view lacks of the master."""
-    lacking = master if codec == "nf4-weight" else {name: master[name] - view[name] for name in view}
+    names = [spec.name for spec in layout]
+    lacking = {name: master[name] if codec == "nf4-weight" else master[name] - view[name] for name in names}
     coded = encode(lacking, codec)
     return coded, advance(view, coded, layout, codec)
 
@@ -134,10 +136,12 @@ def advance(view: Mapping[str, Tensor], coded: bytes, layout: Sequence[TensorSpe
 
 
 def moved(weights: Mapping[str, Tensor], decoded: Mapping[str, Tensor], codec: str) -> LoRATensors:
-    """The weights after a decoded step: w + d; with nf4-weight what was decoded are the new weights."""
-    if codec == "nf4-weight":
-        return dict(decoded)
-    return {name: weights[name] + decoded[name] for name in weights}
+    """The weights after a decoded step: w + d; with nf4-weight what was decoded are the new weights.
+
+    Weights that the step does not hold stay.
+    """
+    stepped = decoded if codec == "nf4-weight" else {name: weights[name] + value for name, value in decoded.items()}
+    return {**weights, **stepped}
 
 
 def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from fedsoda_edge.errors import ProtocolViolation
 from fedsoda_edge.protocol.manifest import TensorSpec
+from fedsoda_edge.protocol.messages import Factor
 
 # Deltas with error feedback; nf4-weight codes whole weights without it, as the paper writes, for comparison.
 CODECS = ("nf4", "int8", "bf16", "nf4-weight")
@@ -18,6 +19,16 @@ BLOCK = 64
 MAX_HEADER_BYTES = 1 << 20  # safetensors itself would accept 100 MB
 _WITHOUT_SIGN = bytes(byte & 0x7F for byte in range(256))
 _TOO_LARGE = (111 + 127) >> 1  # upper seven bits of the exponent of 2^111: no LoRA value is ever that large
+
+
+def is_of(factor: Factor, name: str) -> bool:
+    """Whether this LoRA tensor moves where only this factor does."""
+    return factor == "both" or name.endswith(f".lora_{factor}")
+
+
+def of_factor(layout: Sequence[TensorSpec], factor: Factor) -> tuple[TensorSpec, ...]:
+    """The tensors that travel where only this factor moves."""
+    return tuple(spec for spec in layout if is_of(factor, spec.name))
 
 
 def coded_bytes(shape: tuple[int, int], codec: str) -> int:

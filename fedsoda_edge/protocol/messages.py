@@ -6,7 +6,7 @@ are `session`'s. Nothing here knows sockets, tensors, clock or disk.
 
 from __future__ import annotations
 
-from typing import NewType
+from typing import Literal, NewType
 
 import msgspec
 
@@ -14,6 +14,7 @@ PROTOCOL_VERSION = 1
 
 EdgeId = NewType("EdgeId", str)
 Digest = NewType("Digest", str)  # sha256, 64 lower-case hex digits
+Factor = Literal["both", "A", "B"]  # of a LoRA product B @ A
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=False, tag_field="type", kw_only=True):
@@ -58,16 +59,18 @@ class LocalSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_length: int
 
 
-class ViewRef(msgspec.Struct, frozen=True, kw_only=True):
+class ViewRef(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A view (federation.md): its digest as fp32 safetensors, and the two ways to reach it.
 
     delta: the coded step from the previous view; None when there is none (first view).
     snapshot: the whole view, fp32; None when the view is the bundle's own initial LoRA.
+    moved: the factor that `delta` holds; the other one is as it was in the previous view.
     """
 
     digest: Digest
     delta: BlobRef | None
     snapshot: BlobRef | None
+    moved: Factor = "both"
 
 
 # --- edge to hub ------------------------------------------------------------------------------------
@@ -172,8 +175,12 @@ class Welcome(Message, frozen=True, tag="welcome", omit_defaults=True):
     emulator: ViewRef | None = None
 
 
-class RoundOffer(Message, frozen=True, tag="round_offer"):
-    """Train from view `view` and send back the delta before `due_seconds` from now."""
+class RoundOffer(Message, frozen=True, tag="round_offer", omit_defaults=True):
+    """Train from view `view` and send back the delta before `due_seconds` from now.
+
+    trains: the factor that is trained and sent; the other one stays the view's.
+    has_feedback: whether what coding left over of the last update still means something.
+    """
 
     round: int
     rounds: int
@@ -182,6 +189,8 @@ class RoundOffer(Message, frozen=True, tag="round_offer"):
     emulator: ViewRef
     local: LocalSettings
     due_seconds: float
+    trains: Factor = "both"
+    has_feedback: bool = True
 
 
 class BlobChunk(Message, frozen=True, tag="blob_chunk"):

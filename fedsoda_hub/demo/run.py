@@ -305,6 +305,7 @@ async def _alone(directory: Path, office: str, rounds: int, seed: int) -> Path:
                     "round": number,
                     "edge": office,
                     "codec": settings.wire.codec,
+                    "trains": "both",
                     "residual": None if residual is None else str(residual),
                     "update": str(update),
                     "new_residual": str(left),
@@ -312,8 +313,9 @@ async def _alone(directory: Path, office: str, rounds: int, seed: int) -> Path:
                 },
             )
             out = work / f"view.{number}"
-            arguments = {"which": "adapter", "delta": str(update), "codec": settings.wire.codec, "out": str(out)}
-            await worker.call("advance", {**arguments, "view": None if view is None else str(view)})
+            step = {"which": "adapter", "delta": str(update), "moved": "both", "codec": settings.wire.codec}
+            held = None if view is None else str(view)
+            await worker.call("advance", {**step, "view": held, "out": str(out)})
             view, residual = out, left
         assert view is not None
         return view

@@ -76,12 +76,18 @@ class DeadlinePassed(Record, frozen=True, tag="deadline_passed"):
 
 
 class RoundClosed(Record, frozen=True, tag="round_closed"):
-    """w, v and the coded step between views, as digests."""
+    """w, v and the coded step between views, as digests.
+
+    moments: of the hub's optimiser, where it has any. cross_term: ||M_res|| / ||M||, what averaging A and B apart loses
+    of the mean product (algorithms/products.py); None: closed by a hub that did not measure it.
+    """
 
     round: int
     master: Digest
     view: Digest
     delta: Digest
+    moments: Digest | None = None
+    cross_term: float | None = None
 
 
 class Realigned(Record, frozen=True, tag="realigned"):

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from fedsoda_edge.protocol.messages import Digest, EdgeId, Farewell, Receipt, Refusal
+from fedsoda_edge.protocol.messages import Digest, EdgeId, Factor, Farewell, Receipt, Refusal
 from fedsoda_edge.protocol.messages import RoundClosed as RoundClosedMessage
 from fedsoda_hub.federation import events as ev
 from fedsoda_hub.federation.events import Append, Compute, Effect, Event, Ignored, Send
@@ -70,6 +70,7 @@ class RunState(msgspec.Struct):
     master: Digest = Digest("")
     view: Digest = Digest("")
     view_delta: Digest | None = None  # None: the view is the bundle's initial LoRA
+    moments: Digest | None = None  # of the hub's optimiser
     alignment: int = 0
     emulator_view: Digest = Digest("")
     emulator_delta: Digest | None = None
@@ -77,6 +78,7 @@ class RunState(msgspec.Struct):
     evaluation: dict[str, Any] | None = None
     evaluated_round: int = 0
     losses: list[float] = []  # weighted mean of each closed round
+    cross_terms: dict[int, float] = {}  # by round
     realignments: list[dict[str, int | float]] = []
 
     def apply(self, record: ev.AnyRecord) -> None:
@@ -116,6 +118,9 @@ class RunState(msgspec.Struct):
                 mean = sum(update.loss * update.num_examples for update in self.accepted.values()) / total
                 self.losses.append(mean)
                 self.master, self.view, self.view_delta = record.master, record.view, record.delta
+                self.moments = record.moments
+                if record.cross_term is not None:
+                    self.cross_terms[record.round] = record.cross_term
                 self.phase = "idle"
             case ev.Realigned():
                 self.alignment, self.realigned_for = record.version, record.round
@@ -360,7 +365,8 @@ class RoundMachine:
     def _aggregate(self) -> list[Effect]:
         state = self.state
         updates = [[edge, u.num_examples, u.digest] for edge, u in sorted(state.accepted.items())]
-        return self._start("aggregate", {"master": state.master, "view": state.view, "updates": updates})
+        arguments = {"round": state.round, "master": state.master, "view": state.view, "moments": state.moments}
+        return self._start("aggregate", {**arguments, "updates": updates})
 
     def _extend(self, now: float) -> list[Effect]:
         """Below quorum at the deadline: number and accepted updates stay, replacements are invited.
@@ -423,6 +429,16 @@ class RoundMachine:
             return []
         self._waiting = why
         return [ev.Waiting(why)]
+
+
+def trained_factor(rule: str, round_number: int) -> Factor:
+    """What edges train and send: B alone (FFA-LoRA, arXiv 2403.12313), B and A by turns (RoLoRA, 2502.01755), or both.
+
+    Where all edges share one factor, the mean of the other gives the mean of the products, and half travels.
+    """
+    if rule == "rolora":
+        return "B" if round_number % 2 else "A"
+    return "B" if rule == "ffa" else "both"
 
 
 def choose_cohort(eligible: set[EdgeId], size: int, seed: int, round_number: int) -> tuple[EdgeId, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import pytest
@@ -135,6 +136,25 @@ def test_a_round_is_reproducible_and_depends_on_round_and_edge(bundle: Bundle) -
     assert all(torch.equal(once[name], again[name]) for name in once)
     assert any(not torch.equal(once[n], run(bundle, edge="b")[n]) for n in once)
     assert any(not torch.equal(once[n], run(bundle, round=2)[n]) for n in once)
+
+
+@pytest.mark.parametrize("factor", ["A", "B"])
+def test_a_frozen_factor_keeps_its_bits_and_the_other_one_learns_as_ever(
+    bundle: Bundle, factor: Literal["A", "B"]
+) -> None:
+    tail, view = build(bundle, bundle.plan.adapter), random_lora(bundle.manifest.lora, 1)
+    view = {name: view[name] for name in bundle.adapter_lora()}
+    lora.attach(tail, bundle.manifest.lora, view)
+    border = swept(bundle, make_samples(), bundle.emulator_lora())
+    # In the first step nothing of the one depends on the other's: AdamW goes number by number, and nothing is clipped.
+    settings = msgspec.structs.replace(SETTINGS, max_steps=1, max_grad_norm=1e9, proximal_mu=0.5)
+    both = fine_tune(tail, border, view, settings, seed=0, round_number=1, edge="a").delta
+    one = fine_tune(tail, border, view, settings, seed=0, round_number=1, edge="a", trains=factor).delta
+    assert set(one) == {name for name in view if name.endswith(f"lora_{factor}")}
+    for name, value in lora.snapshot(tail).items():
+        assert torch.equal(value, view[name]) == (name not in one)
+        assert name not in one or torch.equal(one[name], both[name])
+    assert not any(parameter.requires_grad for parameter in tail.model.parameters())
 
 
 def test_the_proximal_term_pulls_towards_the_view(bundle: Bundle) -> None:

@@ -45,9 +45,9 @@ def make_run(directory: Path, model: Path, **tables: dict[str, Any]) -> RunSetti
     rows = [{"word": word, "answer": "yes" if i % 3 else "no"} for i, word in enumerate(WORDS)]
     (directory / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     lines = ['name = "small"', f"model = {json.dumps(str(model))}", 'device = "cpu"']
-    for table, values in SMALL.items():
+    for table in {**SMALL, **tables}:
         lines.append(f"[{table}]")
-        merged = values | tables.get(table, {})
+        merged = SMALL.get(table, {}) | tables.get(table, {})
         lines += [f"{key} = {json.dumps(value)}" for key, value in merged.items() if value is not None]
     (directory / "RUN.toml").write_text("\n".join(lines))
     return read_settings(directory / "RUN.toml")

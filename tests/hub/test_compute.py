@@ -64,6 +64,8 @@ def test_a_round_moves_master_and_view_as_the_pseudocode_says(prepared: RunSetti
     }
     coded = {edge: delta.encode(tensors, codec) for edge, (_, tensors) in updates.items()}
     values: dict[str, Any] = {
+        "round": 1,
+        "moments": None,
         "master": blobs.put(delta.to_bytes(master)),
         "view": blobs.put(delta.to_bytes(view)),
         "updates": [[edge, count, blobs.put(coded[edge])] for edge, (count, _) in updates.items()],

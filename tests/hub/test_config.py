@@ -144,6 +144,12 @@ def test_settings_cross_to_the_compute_child_as_json(folder: Path) -> None:
         (SHORT + "[local]\nmax_grad_norm = 0\n", "[local] max_grad_norm = 0.0 in run.toml; it must be above 0"),
         (SHORT + "[local]\nproximal_mu = -1\n", "[local] proximal_mu = -1.0 in run.toml; it must be at least 0"),
         (SHORT + "[wire]\ncodec = 'zip'\n", "[wire] codec = 'zip' in run.toml; it must be one of nf4, int8, bf16"),
+        (SHORT + "[aggregation]\nrule = 'flora'\n", "rule = 'flora' in run.toml; it must be one of fedavg, ffa, rolora, fl"),
+        (SHORT + "[aggregation]\noptimizer = 'adam'\n", "it must be one of none, fedavgm, fedadam, fedyogi"),
+        (SHORT + "[aggregation]\nlearning_rate = 'fast'\n", "learning_rate = 'fast' in run.toml; it must be a number"),
+        (SHORT + "[aggregation]\noptimizer = 'fedadam'\nlearning_rate = 0\n", "learning_rate = 0.0 in run.toml; it must"),
+        (SHORT + "[aggregation]\noptimizer = 'fedadam'\nbeta2 = 1\n", "beta2 = 1.0 in run.toml; it must be at least 0, below 1"),
+        (SHORT + "[aggregation]\noptimizer = 'fedyogi'\ntau = 0\n", "[aggregation] tau = 0.0 in run.toml; it must be above 0"),
         (SHORT + "[method]\nname = 'fedot'\n", "[method] name = 'fedot' in run.toml; it must be one of fedsoda"),
         (SHORT + "[method]\nemulator = 'fulll'\n", "[method] emulator = 'fulll' in run.toml; it must be sub or full"),
         (SHORT + "[method]\nemulator = true\n", "[method] emulator = True in run.toml; it must be text in quotes"),
@@ -162,6 +168,44 @@ def test_what_is_wrong_is_named_with_its_value(folder: Path, text: str, sentence
         read(folder, text)
     assert sentence in str(caught.value)
     assert caught.value.exit_status == 2
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "codec", "sentence"),
+    [
+        (
+            "rule = 'flexlora'",
+            "nf4",
+            r"""rule = "flexlora" beside \[wire\] codec = 'nf4' in run.toml: .*"bf16", or rule""",
+        ),
+        ("rule = 'flexlora'", "int8", r"""write codec = "bf16", or rule = "fedavg", "ffa" or "rolora"$"""),
+        ("rule = 'flexlora'", "nf4-weight", r"""write codec = "bf16", or rule = """),
+        (
+            "rule = 'flexlora'\noptimizer = 'fedadam'",
+            "bf16",
+            r"""write optimizer = "none", or rule = "fedavg", "ffa" or""",
+        ),
+        ("optimizer = 'fedavgm'", "nf4-weight", r"""write codec = "nf4", "int8" or "bf16", or optimizer = "none"$"""),
+        ("learning_rate = 0.1", "nf4", "optimizer that reads it: fedavgm, fedadam, fedyogi$"),
+        (
+            "optimizer = 'fedavgm'\ntau = 0.1",
+            "nf4",
+            r"tau beside optimizer = 'fedavgm' .* delete it, or .*: fedadam, fedyogi$",
+        ),
+    ],
+)
+def test_aggregation_that_does_not_go_with_the_rest_is_refused_with_both_ways_out(
+    folder: Path, aggregation: str, codec: str, sentence: str
+) -> None:
+    with pytest.raises(UsageProblem, match=sentence):
+        read(folder, SHORT + f"[aggregation]\n{aggregation}\n[wire]\ncodec = '{codec}'\n")
+
+
+def test_flexlora_goes_with_bf16_and_every_optimiser_has_its_own_step(folder: Path) -> None:
+    read(folder, SHORT + "[aggregation]\nrule = 'flexlora'\n[wire]\ncodec = 'bf16'\n")
+    for optimizer, step_size in (("fedavgm", 1.0), ("fedadam", 1e-3), ("fedyogi", 1e-3)):
+        how = read(folder, SHORT + f"[aggregation]\noptimizer = '{optimizer}'\n").aggregation
+        assert (how.rule, how.step_size, how.beta1, how.beta2, how.tau) == ("fedavg", step_size, 0.9, 0.99, 1e-3)
 
 
 def test_a_file_that_is_not_there_is_said(tmp_path: Path) -> None:

@@ -537,6 +537,28 @@ def test_an_update_that_cannot_be_used_is_refused_and_ends_nothing_else(
     asyncio.run(talk())
 
 
+def test_where_one_factor_trains_the_offer_says_so_and_an_update_of_both_is_refused(tmp_path: Path) -> None:
+    settings = write_run(tmp_path, aggregation={"rule": "rolora"}, rounds={"min_edges": 1})
+    lora_a, lora_b = LAYOUT[:1], LAYOUT[1:]
+
+    async def talk() -> None:
+        async with serving(settings) as hub, joined(hub.url, hub.token("a")) as a:
+            offer = await a.hear(ms.RoundOffer)
+            assert (offer.trains, offer.has_feedback) == ("B", True)
+            await a.upload(offer, update(0.5))  # as an edge does that does not know of factors
+            assert "the update has 2 tensors, the run 1" in (await a.hear(ms.Refusal)).reason
+            await a.socket.close()
+            async with joined(hub.url, hub.token("b"), "phone") as b:
+                await b.upload(await b.hear(ms.RoundOffer), update(0.5, lora_b))
+                assert (await b.hear(ms.RoundClosed)).round == 1
+                offer = await b.hear(ms.RoundOffer)
+                assert (offer.round, offer.trains, offer.view.moved) == (2, "A", "B")
+                await b.upload(offer, update(0.5, lora_a))
+                assert (await b.hear(ms.Receipt)).round == 2
+
+    asyncio.run(talk())
+
+
 def test_of_refused_updates_no_blob_stays_but_one_that_the_run_has(settings: RunSettings) -> None:
     """An edge that sends the bytes of another's update, or of the hub's own, must not get them deleted."""
 

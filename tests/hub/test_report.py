@@ -108,6 +108,17 @@ def test_pictures_without_data_are_left_out() -> None:
     assert list(draw(read_history(ledger), None)) == ["loss", "alignment", "bytes", "contributions"]
 
 
+def test_what_averaging_loses_has_a_picture_where_it_loses_anything() -> None:
+    ledger = Ledger(None)
+    for number, share in enumerate((0.0, 0.01, None), start=1):
+        ledger.append(opened(number, ANN))
+        ledger.append(accepted(number, ANN, 1, 1.0))
+        ledger.append(ev.RoundClosed(round=number, master=A, view=A, delta=A, cross_term=share))
+        history = read_history(ledger)
+        assert ("cross_term" in draw(history, None)) == (number > 1)
+    assert history.cross_terms == {1: 0.0, 2: 0.01}
+
+
 def test_a_run_that_was_not_begun_has_no_report(tmp_path: Path, tiny_llama: Path) -> None:
     settings = make_run(tmp_path, tiny_llama)
     with pytest.raises(UsageProblem, match=r"RUN\.toml has not been started; run `fedsoda-hub serve"):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedsoda_edge.errors import ProtocolViolation
 from fedsoda_edge.model import delta
-from fedsoda_edge.protocol.coded import CODECS, check
+from fedsoda_edge.protocol.coded import CODECS, check, of_factor
 from fedsoda_edge.protocol.manifest import TensorSpec
 from fedsoda_hub.algorithms.aggregation import CodedUpdate, weighted_mean
 
@@ -78,6 +78,20 @@ def test_an_edge_that_joins_late_by_snapshot_has_the_same_bits(codec: str) -> No
     for name in view:
         bound = 0.05 if codec in FEEDBACK else STEP[codec] * float(master[name].abs().max())
         assert float((master[name] - view[name]).abs().max()) <= bound
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_step_of_one_factor_leaves_the_bits_of_the_other_and_is_no_step_of_both(codec: str) -> None:
+    master, view = tensors(0, 0.1), tensors(1, 0.1)
+    half = of_factor(LAYOUT, "B")
+    coded, after = delta.step_down(master, view, half, codec)
+    assert [spec.name for spec in half] == ["layers.6.a.lora_B"]
+    assert list(delta.decode(coded, half, codec)) == ["layers.6.a.lora_B"]
+    assert torch.equal(after["layers.6.a.lora_A"], view["layers.6.a.lora_A"])
+    assert not torch.equal(after["layers.6.a.lora_B"], view["layers.6.a.lora_B"])
+    for layout in (LAYOUT, of_factor(LAYOUT, "A")):
+        with pytest.raises(ProtocolViolation, match="first other"):
+            check(coded, layout, codec)
 
 
 def test_whole_weights_in_nf4_lose_a_step_that_deltas_in_nf4_deliver() -> None:

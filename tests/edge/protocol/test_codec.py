@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -115,6 +116,16 @@ def frame(header: bytes, payload: bytes = b"") -> bytes:
 
 def test_a_newer_side_may_say_more() -> None:
     assert decode(frame(b'{"type":"ready","num_examples":3,"mood":"good"}')) == (ms.Ready(num_examples=3), b"")
+
+
+def test_what_most_offers_do_not_say_takes_no_bytes() -> None:
+    """An offer of both factors is the one that edges knew before there were others."""
+    [offer] = [example[0] for example in EXAMPLES if isinstance(example[0], ms.RoundOffer)]
+    assert (offer.trains, offer.has_feedback, offer.view.moved) == ("both", True, "both")
+    half = msgspec.structs.replace(offer, trains="B", view=msgspec.structs.replace(VIEW, moved="A"))
+    assert decode(encode(half)) == (half, b"")
+    with pytest.raises(ProtocolViolation, match="Invalid enum value 'C'"):
+        decode(encode(half).replace(b'"trains":"B"', b'"trains":"C"'))
 
 
 CHUNK = b'{"type":"update_chunk","digest":"%s","offset":0}' % DIGEST.encode()
