@@ -177,7 +177,8 @@ def plan_table(report: dict[str, Any]) -> None:
         table.add_row(*row)
     console = Console(stderr=True)
     console.print(table)
-    console.print(_emulator_table(report["emulators"]))
+    if report["emulators"] is not None:
+        console.print(_emulator_table(report["emulators"]))
 
 
 def _emulator_table(emulators: dict[str, Any]) -> Any:

@@ -319,7 +319,7 @@ def draw_layers(plan: LayerPlan) -> Figure:
             "adapter"
             if layer in plan.adapter
             else "retained, with emulator LoRA"
-            if layer in plan.aligned
+            if layer in plan.retained
             else "kept"
             if layer in plan.kept
             else "removed"

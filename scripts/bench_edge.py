@@ -60,6 +60,7 @@ from fedsoda_edge.ports.system import peak_rss_bytes, return_memory_at_once
 from fedsoda_edge.protocol.manifest import LoRASpec
 from fedsoda_edge.protocol.messages import LocalSettings
 from fedsoda_edge.training import Trained, fine_tune
+from fedsoda_hub.config import Method
 from fedsoda_hub.plan import likely_plan
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,13 +114,13 @@ def make(directory: Path, geometry: Geometry) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(full / "tokenizer.json"))
     source = Checkpoint.open(str(full))
-    plan = likely_plan(geometry.layers, ADAPTER_LAYERS, 3, geometry.groups)
+    plan = likely_plan(geometry.layers, Method(adapter_layers=ADAPTER_LAYERS, groups=geometry.groups))
     spec = LoRASpec(
         RANK,
         16,
         TARGETS,
         lora.specs(source.family, source.fields, plan.adapter, TARGETS, RANK),
-        lora.specs(source.family, source.fields, plan.aligned, TARGETS, RANK),
+        lora.specs(source.family, source.fields, plan.retained, TARGETS, RANK),
     )
     write_bundle(
         directory / "bundle",
@@ -419,7 +420,7 @@ def bits_of_8b() -> float:
         tie_word_embeddings=False,
     )
     fields = allowed_fields(family, config)
-    plan = likely_plan(32, ADAPTER_LAYERS, 3, 4)
+    plan = likely_plan(32, Method(adapter_layers=ADAPTER_LAYERS))
     spec = LoRASpec(RANK, 16, TARGETS, lora.specs(family, fields, plan.adapter, TARGETS, RANK), ())
     sizes = shard_sizes(family, fields, plan, BundleSettings(spec, "nf4", True), "bfloat16")
     weights = sum(size for name, size in sizes.items() if not name.endswith("_lora"))

@@ -98,7 +98,7 @@ def make(directory: Path, geometry: Geometry) -> None:
     source = Checkpoint.open(str(full))
     plan = make_plan(geometry.layers, ADAPTER_LAYERS, [Group(start=2, removed=(3, 4), distance=0.1)])
     targets = ("q_proj", "v_proj")
-    layouts = [lora.specs(source.family, source.fields, on, targets, RANK) for on in (plan.adapter, plan.aligned)]
+    layouts = [lora.specs(source.family, source.fields, on, targets, RANK) for on in (plan.adapter, plan.retained)]
     spec = LoRASpec(rank=RANK, alpha=16.0, targets=targets, adapter=layouts[0], emulator=layouts[1])
     write_bundle(
         directory / "bundle",

@@ -10,7 +10,7 @@ each with all samples of a step at once, then half of them, and so on. All but t
 which costs page faults, and holds what is used: malloc keeps 1.2 to 2.9 x the activations otherwise.
 
     sweep = a layer + the next one as it is stored + hidden states of a slice + activations of one group
-    train = adapter layers + head + LoRA x 16 (weight, gradient, two moments in fp32) + activations + logits
+    train = resident layers + head + LoRA x 16 (weight, gradient, two moments in fp32) + activations + logits
     peak  = process + max(sweep, train)
 
 Activations are what autograd keeps for a decoder layer with LoRA, the last layer's MLP at supervised positions only
@@ -22,13 +22,13 @@ are on disk, on top of the bundle.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
-from fedsoda_edge.protocol.manifest import BundleManifest, EdgeNeeds, File, LoRASpec
+from fedsoda_edge.protocol.manifest import BundleManifest, EdgeNeeds, File, LayerPlan, LoRASpec, TensorSpec
 
 PROCESS_BYTES = 440 << 20  # measured: worker with torch 2.13 (CPU), transformers 5.23, peft 0.21 imported
 KERNEL_BYTES = 48 << 20  # measured: what libraries of kernels load and hold once a first step has run
@@ -46,7 +46,9 @@ MIN_SLICE_BYTES, MAX_SLICE_BYTES = 64 << 20, 1 << 30  # of samples that one pass
 class Shape:
     """Sizes of what an edge trains. layer_parameters: of the largest kept layer.
 
-    stored_layer, stored_head: bytes a weight as stored; NF4_STORED, or those of a dtype.
+    stored_layer, stored_head, stored_emulator: bytes a weight as stored; NF4_STORED, or those of a dtype.
+    num_frozen_layers: of the emulator above the border, which gradients go through; frozen_lora_parameters: theirs.
+    is_swept: whether there are layers below the border.
     """
 
     hidden: int
@@ -59,27 +61,37 @@ class Shape:
     lora_parameters: int
     stored_layer: float = NF4_STORED
     stored_head: float = 2.0
+    stored_emulator: float = NF4_STORED
+    num_frozen_layers: int = 0
+    frozen_lora_parameters: int = 0
+    is_swept: bool = True
 
 
 def shape_of(manifest: BundleManifest) -> Shape:
     """From the manifest alone: no file of the bundle needs to be here."""
-    width = 4 if manifest.dtype == "float32" else 2
-    stored = NF4_STORED if manifest.adapter_base == "nf4" else width
-    adapter = manifest.plan.adapter
+    plan, dtype = manifest.plan, manifest.dtype
+    stored, of_emulator = stored_bytes(manifest.adapter_base, dtype), stored_bytes(manifest.emulator_base, dtype)
     parameters = {
-        number: manifest.file(f"layers.{number}.safetensors").bytes / (stored if number in adapter else NF4_STORED)
-        for number in manifest.plan.kept
+        number: manifest.file(f"layers.{number}.safetensors").bytes
+        / (stored if number in plan.adapter else of_emulator)
+        for number in plan.kept
     }
-    head = NF4_STORED if manifest.quantized_embedding else width
-    return _shape(manifest.config, len(adapter), round(max(parameters.values())), manifest.lora, stored, head)
+    head = stored_bytes("nf4" if manifest.quantized_embedding else "bf16", dtype)
+    return _shape(manifest.config, plan, round(max(parameters.values())), manifest.lora, stored, of_emulator, head)
+
+
+def stored_bytes(base: str, dtype: str) -> float:
+    """Of a weight in a bundle, whose base is "nf4" or "bf16": the checkpoint's own dtype."""
+    return NF4_STORED if base == "nf4" else 4 if dtype == "float32" else 2
 
 
 def _shape(
     fields: dict[str, Any],
-    num_adapter_layers: int,
+    plan: LayerPlan,
     layer_parameters: int,
     lora: LoRASpec,
     stored_layer: float,
+    stored_emulator: float,
     stored_head: float,
 ) -> Shape:
     hidden, heads = int(fields["hidden_size"]), int(fields["num_attention_heads"])
@@ -91,12 +103,20 @@ def _shape(
         heads * head,
         int(fields.get("num_key_value_heads") or heads) * head,
         int(fields["vocab_size"]),
-        num_adapter_layers,
+        len(plan.adapter),
         layer_parameters,
-        sum(spec.shape[0] * spec.shape[1] for spec in lora.adapter),
+        _count(lora.adapter),
         stored_layer,
         stored_head,
+        stored_emulator,
+        len(plan.resident) - len(plan.adapter),
+        _count(spec for spec in lora.emulator if int(spec.name.split(".")[1]) in plan.resident),
+        bool(plan.swept),
     )
+
+
+def _count(specs: Iterable[TensorSpec]) -> int:
+    return sum(spec.shape[0] * spec.shape[1] for spec in specs)
 
 
 @dataclass(frozen=True)
@@ -166,10 +186,14 @@ def _plan(
     heap = KEPT_HEAP if on_cpu and not frugal else 1.0
     d, f, q, k = shape.hidden, shape.mlp, shape.queries, shape.keys
     positions, labels = micro * samples.ids, micro * samples.labels
-    is_nf4, head_nf4 = shape.stored_layer == NF4_STORED, shape.stored_head == NF4_STORED
-    layer_size = NF4_HELD if packed and is_nf4 else size
+    head_nf4 = shape.stored_head == NF4_STORED
+    layer_size, emulator_size = (
+        NF4_HELD if packed and stored == NF4_STORED else size for stored in (shape.stored_layer, shape.stored_emulator)
+    )
     head_size = (NF4_HELD if head_nf4 else shape.stored_head) if packed else size
-    others = shape.num_adapter_layers - 1
+    others = (
+        shape.num_adapter_layers + shape.num_frozen_layers - 1
+    )  # a frozen layer keeps as much: gradients go through
     whole = (6 * d + 3 * q + 3 * k + 4 * f) * positions
     last = (d + 3 * q + 3 * k) * positions + (7 * d + q + 4 * f) * labels
     if recompute and others:
@@ -178,13 +202,16 @@ def _plan(
         kept = others * whole + max(last, (2 * d + 3 * f) * positions if others else 0)
     rows = min(labels, max(1, LOGITS // shape.vocab))
     transient = 0 if on_cpu or not packed else size * d * f  # bitsandbytes makes a matrix dense for each product
-    weights = round(shape.num_adapter_layers * shape.layer_parameters * layer_size) + transient
+    held = shape.num_adapter_layers * layer_size + shape.num_frozen_layers * emulator_size
+    weights = round(shape.layer_parameters * held) + transient
     head = round(shape.vocab * d * head_size)
-    lora = 16 * shape.lora_parameters
+    lora = 16 * shape.lora_parameters + 4 * shape.frozen_lora_parameters
     activations = round(kept * size * heap)
     logits = round(rows * shape.vocab * 4)
-    sweep = shape.layer_parameters * ((NF4_HELD if packed else size) + NF4_STORED)
-    sweep += (4 * d + 2 * q + 2 * k + 3 * f) * max(GROUP_POSITIONS, samples.ids) * size * heap
+    sweep = 0.0
+    if shape.is_swept:
+        sweep = shape.layer_parameters * (emulator_size + shape.stored_emulator)
+        sweep += (4 * d + 2 * q + 2 * k + 3 * f) * max(GROUP_POSITIONS, samples.ids) * size * heap
     # Hidden states of a slice lie in RAM; on a CPU they may take what training will take anyway.
     slice_bytes = MAX_SLICE_BYTES // 2
     if on_cpu:
@@ -212,15 +239,17 @@ def _plan(
 
 def edge_needs(
     fields: dict[str, Any],
-    num_adapter_layers: int,
+    plan: LayerPlan,
     layer_parameters: int,
     lora: LoRASpec,
     files: Sequence[File],
+    stored_layer: float = NF4_STORED,
+    stored_emulator: float = NF4_STORED,
 ) -> EdgeNeeds:
     """Least free disk, RAM (training on CPU) and VRAM (training on a GPU) for a bundle of this shape."""
-    shape = _shape(fields, num_adapter_layers, layer_parameters, lora, NF4_STORED, 2.0)
+    shape = _shape(fields, plan, layer_parameters, lora, stored_layer, stored_emulator, 2.0)
     samples = Samples(1, GROUP_POSITIONS, GROUP_POSITIONS)
-    least = {device: min(plan.peak for plan in plans(shape, device, samples)) for device in ("cpu", "cuda")}
+    least = {device: min(way.peak for way in plans(shape, device, samples)) for device in ("cpu", "cuda")}
     return EdgeNeeds(
         disk_bytes=sum(file.bytes for file in files) + 64 * shape.lora_parameters,
         ram_bytes=least["cpu"],

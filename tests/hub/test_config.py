@@ -144,7 +144,7 @@ def test_settings_cross_to_the_compute_child_as_json(folder: Path) -> None:
         (SHORT + "[local]\nmax_grad_norm = 0\n", "[local] max_grad_norm = 0.0 in run.toml; it must be above 0"),
         (SHORT + "[local]\nproximal_mu = -1\n", "[local] proximal_mu = -1.0 in run.toml; it must be at least 0"),
         (SHORT + "[wire]\ncodec = 'zip'\n", "[wire] codec = 'zip' in run.toml; it must be one of nf4, int8, bf16"),
-        (SHORT + "[method]\nname = 'fedot'\n", "[method] name = 'fedot' in run.toml; it must be one of fedsoda"),
+        (SHORT + "[method]\nname = 'fedavg'\n", "[method] name = 'fedavg' in run.toml; it must be one of fedsoda, exact, fedbiot"),
         (SHORT + "[method]\nemulator = 'fulll'\n", "[method] emulator = 'fulll' in run.toml; it must be sub or full"),
         (SHORT + "[method]\nemulator = true\n", "[method] emulator = True in run.toml; it must be text in quotes"),
         (SHORT + "[method]\nadapter_base = 'int3'\n", "[method] adapter_base = 'int3' in run.toml; it must be nf4 or bf16"),

@@ -45,7 +45,7 @@ def write(directory: Path, model: Path, **change: Any) -> Bundle:
         alpha=8.0,
         targets=targets,
         adapter=lora.specs(source.family, source.fields, plan.adapter, targets, 4),
-        emulator=lora.specs(source.family, source.fields, plan.aligned, targets, 4),
+        emulator=lora.specs(source.family, source.fields, plan.retained, targets, 4),
     )
     settings = BundleSettings(spec, change.get("adapter_base", "nf4"), change.get("quantize_embedding", False))
     tensors = (

@@ -57,7 +57,7 @@ def test_a_plan_says_every_layer_by_its_full_number() -> None:
     for start in (4, 9, 13, 17):
         distances[start][2] = 0.1
     plan = make_plan(24, 3, choose_groups(distances, 24, 3, 3, 4), distances)
-    assert plan.aligned == (4, 9, 13, 17)
+    assert plan.retained == (4, 9, 13, 17)
     assert plan.kept == (0, 1, 2, 3, 4, 8, 9, 13, 17, 21, 22, 23)
     assert plan.mapping == ((4, 4), (9, 6), (13, 7), (17, 8))
     assert plan.sub_emulator == (0, 1, 2, 3, 4, 8, 9, 13, 17)
