@@ -1,6 +1,7 @@
-"""Hidden states at the border between sub-emulator and adapter: swept once per alignment, then reused.
+"""Hidden states at the border below the first layer that trains: swept once per alignment, then reused.
 
-The sub-emulator is frozen between alignments, so its output for a sample is a constant (method.md 8a).
+What lies below is frozen between alignments, so its output for a sample is a constant (method.md 8a): the
+sub-emulator's where the adapter is on top of it, the embedding's where the lowest layer trains.
 Here states become batches; they come from memory, or on an edge from disk (`border_cache.py`). Training is `training.py`'s.
 """
 
@@ -61,7 +62,7 @@ class Border:
         device: str | torch.device = "cpu",
         progress: Callable[[int, int], None] | None = None,
     ) -> Border:
-        """Run all samples through the layers below the adapter, one layer resident, and the border map in `lora`."""
+        """Run all samples through the layers below the border, one layer resident, and the border map in `lora`."""
         ids = [torch.tensor(sample.ids) for sample in samples]
         states = stream(
             source,

@@ -210,7 +210,7 @@ class CachedStates:
         self._device = device
         self._digest_of_all = _digest([sample.numpy().tobytes().hex() for sample in self._ids])
         self._names = [hmac.digest(settings.key, sample.numpy().tobytes(), "sha256")[:16] for sample in self._ids]
-        layers = bundle.plan.sub_emulator
+        layers = bundle.plan.swept
         carrying = {int(name.split(".")[1]) for name in emulator if not name.startswith(PREFIX)}
         split = next((at for at, number in enumerate(layers) if number in carrying), len(layers))
         self._below, self._above = layers[:split], layers[split:]

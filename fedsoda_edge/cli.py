@@ -171,7 +171,7 @@ def plan(
         import asyncio
 
         from fedsoda_edge.edge import Edge, look_at
-        from fedsoda_edge.ports.console import human_bytes
+        from fedsoda_edge.ports.console import counted, human_bytes
         from fedsoda_edge.progress import show_memory
 
         edge = Edge(
@@ -184,7 +184,7 @@ def plan(
         found = asyncio.run(look_at(edge))
         note(
             f"run {found['run']}: {found['source']}, {found['layers_kept']} of {found['layers']} layers, "
-            f"LoRA rank {found['rank']} in the last {found['adapter_layers']}\n"
+            f"LoRA rank {found['rank']} in {counted(found['adapter_layers'], 'layer')}\n"
             f"download {human_bytes(found['disk_needed'])} (free {human_bytes(found['disk_free'])}); border states on disk: "
             f"{human_bytes(found['border_bytes_per_row'])} a row at most, or half with --cache int8"
         )

@@ -182,7 +182,7 @@ def make_bundle(directory: Path, vocab_size: int = 259) -> None:
             alpha=8.0,
             targets=targets,
             adapter=lora.specs(source.family, source.fields, plan.adapter, targets, 4),
-            emulator=lora.specs(source.family, source.fields, plan.aligned, targets, 4),
+            emulator=lora.specs(source.family, source.fields, plan.retained, targets, 4),
         )
         write_bundle(
             directory,

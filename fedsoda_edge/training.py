@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -112,13 +112,13 @@ def _accumulate(sub_llm: SubLLM, border: Border, indices: Sequence[int], micro_b
     return total, tokens
 
 
-def probe(sub_llm: SubLLM, border: Border, indices: Sequence[int], micro_batch: int) -> int:
+def probe(sub_llm: SubLLM, border: Border, view: Container[str], indices: Sequence[int], micro_batch: int) -> int:
     """The micro-batch that memory allows, at most `micro_batch`: one step with these samples, of which nothing stays.
 
     Raises:
         DeviceTooSmall: a single sample runs out of memory.
     """
-    parameters = list(lora.parameters(sub_llm).values())
+    parameters = list(_named(sub_llm, view).values())
     for parameter in parameters:
         parameter.requires_grad_(True)
     _, _, allowed = accumulate(sub_llm, border, indices, micro_batch, parameters)
@@ -126,6 +126,11 @@ def probe(sub_llm: SubLLM, border: Border, indices: Sequence[int], micro_batch: 
         parameter.requires_grad_(False)
         parameter.grad = None
     return allowed
+
+
+def _named(sub_llm: SubLLM, view: Container[str]) -> dict[str, Parameter]:
+    """The attached LoRA that trains; emulator LoRA of layers above the border does not."""
+    return {name: parameter for name, parameter in lora.parameters(sub_llm).items() if name in view}
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -147,13 +152,13 @@ def fine_tune(
     progress: Progress | None = None,
     checkpoint: RoundCheckpoint | None = None,
 ) -> Trained:
-    """Train the adapter LoRA from `view` and return the delta.
+    """Train the adapter LoRA, those attached tensors that `view` names, from `view` and return the delta.
 
     Minimises F_k(w) + mu/2 ||w - view||^2 (paper eq. 9; the sign in its eq. 10 is reversed, method.md 1.7)
     with a fresh AdamW, LoRA in fp32, no dropout.
 
     Args:
-        sub_llm: the adapter layers with LoRA attached; it is left with the trained values.
+        sub_llm: the layers from the border on with LoRA attached; it is left with the trained values.
         border: this edge's samples; order and steps depend on their number alone.
         trains: the factor that is trained; the other one keeps the view's bits and is no part of the delta.
         micro_batch: samples of a step that go through at once; None: all of them.
@@ -161,7 +166,7 @@ def fine_tune(
     """
     started = time.monotonic()
     lora.load(sub_llm, view)
-    named = {name: value for name, value in lora.parameters(sub_llm).items() if is_of(trains, name)}
+    named = {name: value for name, value in _named(sub_llm, view).items() if is_of(trains, name)}
     parameters = list(named.values())
     for parameter in parameters:
         parameter.requires_grad_(True)

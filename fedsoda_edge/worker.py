@@ -49,6 +49,7 @@ class Worker:
         self._border: Border | None = None
         self._states: CachedStates | None = None
         self._emulator_name = ""
+        self._frozen_lora: dict[str, torch.Tensor] = {}  # emulator LoRA of layers that are trained through
         self._sub_llm: SubLLM | None = None
 
     @property
@@ -159,6 +160,7 @@ class Worker:
             self._states.sweep(lambda done, total: report({"stage": "sweep", "done": done, "total": total}))
         self._border = Border(self._samples.samples, self._states)
         self._emulator_name = name
+        self._frozen_lora = lora.on(bundle.plan.resident, emulator)
         return {
             "num_kept": self._states.num_kept,
             "kept_bytes": self._states.kept_bytes,
@@ -173,6 +175,7 @@ class Worker:
         view, settings = self._view(values["view"]), msgspec.convert(values["settings"], LocalSettings)
         if self._sub_llm is None:
             self._sub_llm = self._built(view, settings.batch_size)
+        lora.load(self._sub_llm, self._frozen_lora)  # another one since the last alignment
         identity = {
             **{key: values[key] for key in ("settings", "seed", "round", "edge", "trains")},
             "view": delta.digest(view),
@@ -250,25 +253,25 @@ class Worker:
         return delta.from_bytes(Path(path).read_bytes(), self.bundle.manifest.lora.adapter)
 
     def _built(self, view: dict[str, torch.Tensor], batch_size: int) -> SubLLM:
-        """The adapter as the memory plan has it, after a probe: the heaviest micro-batch fits, or a smaller one."""
+        """What trains, as the memory plan has it, after a probe: the heaviest micro-batch fits, or a smaller one."""
         assert self._border is not None
         memory, samples = self.memory, self._samples.samples
         with _out_of_memory_is_told(memory):
             sub_llm = build(
                 self.bundle,
-                self.bundle.plan.adapter,
+                self.bundle.plan.resident,
                 compute_dtype=self._compute_dtype,
                 device=memory.device,
                 dense=not memory.packed,
                 dense_head=not memory.packed,
                 recompute=memory.recompute,
             )
-        lora.attach(sub_llm, self.bundle.manifest.lora, view)
+        lora.attach(sub_llm, self.bundle.manifest.lora, {**self._frozen_lora, **view})
         longest = sorted(range(len(samples)), key=lambda at: -len(samples[at].ids))[
             : min(batch_size, self._micro_batch)
         ]
         self._border.expect(longest)
-        self._micro_batch = probe(sub_llm, self._border, longest, self._micro_batch)
+        self._micro_batch = probe(sub_llm, self._border, view, longest, self._micro_batch)
         on_cpu, taken = memory.device == "cpu", peak_rss_bytes()
         if on_cpu and taken > self._room:
             raise DeviceTooSmall(

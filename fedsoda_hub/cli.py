@@ -44,18 +44,38 @@ def demo(
 @app.command(epilog="Example: fedsoda-hub plan config.json --groups 4 --layers-per-group 3\n\n" + EXIT_HELP)
 def plan(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="a model directory or a bare config.json")],
-    layers_per_group: Annotated[int, typer.Option(min=0, envvar="FEDSODA_LAYERS_PER_GROUP", help="n")] = 3,
-    groups: Annotated[int, typer.Option(min=0, envvar="FEDSODA_GROUPS", help="p")] = 4,
+    method: Annotated[
+        str, typer.Option(envvar="FEDSODA_METHOD", help="fedsoda, exact, fedbiot, fedot or fedpetuning")
+    ] = "fedsoda",
+    layers_per_group: Annotated[
+        int | None, typer.Option(min=0, envvar="FEDSODA_LAYERS_PER_GROUP", help="n; fedsoda: 3")
+    ] = None,
+    groups: Annotated[int | None, typer.Option(min=0, envvar="FEDSODA_GROUPS", help="p; fedsoda: 4")] = None,
+    drop_layers: Annotated[
+        int | None, typer.Option(min=0, envvar="FEDSODA_DROP_LAYERS", help="in all; fedbiot and fedot: 12")
+    ] = None,
     adapter_layers: Annotated[
-        int, typer.Option(min=1, envvar="FEDSODA_ADAPTER_LAYERS", help="last layers that train")
-    ] = 3,
+        int | None, typer.Option(min=1, envvar="FEDSODA_ADAPTER_LAYERS", help="last layers that train: 3; fedot: 2")
+    ] = None,
+    bottom_layers: Annotated[
+        int | None, typer.Option(min=0, envvar="FEDSODA_BOTTOM_LAYERS", help="first layers that train; fedot: 1")
+    ] = None,
     rank: Annotated[int, typer.Option(min=1, envvar="FEDSODA_RANK", help="of LoRA")] = 8,
-    realign_every: Annotated[int, typer.Option(min=0, envvar="FEDSODA_REALIGN_EVERY", help="rounds; 0: never")] = 5,
+    realign_every: Annotated[
+        int | None,
+        typer.Option(min=0, envvar="FEDSODA_REALIGN_EVERY", help="rounds; 0: never; fedsoda: 5, fedbiot: 1"),
+    ] = None,
     targets: Annotated[
         str, typer.Option(envvar="FEDSODA_TARGETS", help="modules with LoRA, by comma")
     ] = "q_proj,k_proj,v_proj,up_proj,down_proj",
     codec: Annotated[str, typer.Option(envvar="FEDSODA_CODEC", help="of deltas: nf4, int8 or bf16")] = "nf4",
-    adapter_base: Annotated[str, typer.Option(envvar="FEDSODA_ADAPTER_BASE", help="nf4 or bf16")] = "nf4",
+    adapter_base: Annotated[
+        str | None,
+        typer.Option(envvar="FEDSODA_ADAPTER_BASE", help="nf4 or bf16; fedsoda and exact: nf4, the others: bf16"),
+    ] = None,
+    emulator_base: Annotated[
+        str | None, typer.Option(envvar="FEDSODA_EMULATOR_BASE", help="nf4 or bf16, as for the adapter")
+    ] = None,
     quantize_embedding: Annotated[
         bool, typer.Option("--quantize-embedding", envvar="FEDSODA_QUANTIZE_EMBEDDING", help="embedding and head too")
     ] = False,
@@ -68,21 +88,28 @@ def plan(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """What a run of this model would cost an edge, with either emulator, and the paper's arithmetic; needs no weights."""
+    """What a run of this model would cost an edge, and the paper's arithmetic; needs no weights."""
     with reporting(as_json, False, debug):
         from fedsoda_hub.config import settings_for_plan
         from fedsoda_hub.plan import Rates, plan_report
         from fedsoda_hub.progress import plan_table
 
+        given = {
+            "adapter_layers": adapter_layers,
+            "bottom_layers": bottom_layers,
+            "layers_per_group": layers_per_group,
+            "groups": groups,
+            "drop_layers": drop_layers,
+            "realign_every": realign_every,
+            "adapter_base": adapter_base,
+            "emulator_base": emulator_base,
+        }
         settings = settings_for_plan(
             model,
             method={
-                "adapter_layers": adapter_layers,
-                "layers_per_group": layers_per_group,
-                "groups": groups,
-                "realign_every": realign_every,
-                "adapter_base": adapter_base,
+                "name": method,
                 "quantize_embedding": quantize_embedding,
+                **{key: value for key, value in given.items() if value is not None},
             },
             lora={"rank": rank, "targets": [name.strip() for name in targets.split(",")]},
             wire={"codec": codec},
@@ -94,7 +121,7 @@ def plan(
 
 @app.command(epilog="Example: fedsoda-hub prepare triage.toml")
 def prepare(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
-    """SGP, NF4 and alignment into a bundle (of a full emulator, NF4 alone); goes on where it stopped."""
+    """SGP, NF4 and alignment into a bundle, as the run's method has them; goes on where it stopped."""
     with reporting(as_json, False, debug):
         from fedsoda_hub.config import read_settings
         from fedsoda_hub.daemon import lock_run

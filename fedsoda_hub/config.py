@@ -17,9 +17,10 @@ import msgspec
 from fedsoda_edge.data import TextTemplate
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.protocol.coded import CODECS
+from fedsoda_edge.protocol.manifest import BASES
 from fedsoda_edge.protocol.messages import LocalSettings
+from fedsoda_hub.algorithms.methods import METHODS, FederatedMethod, method_of
 
-METHODS = ("fedsoda",)
 EMULATORS = ("sub", "full")
 BORDER_MAPS = ("none", "ridge")
 RULES = ("fedavg", "ffa", "rolora", "flexlora")
@@ -30,11 +31,20 @@ OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "fedadam": ("learning_rate", "beta1", "beta2", "tau"),
     "fedyogi": ("learning_rate", "beta1", "beta2", "tau"),
 }
-# What only a pruned emulator asks for; 0 beside emulator = "full".
-OF_PRUNING = (
-    *("[method] layers_per_group", "[method] groups", "[method] realign_every"),
-    *("[align] steps", "[align] realign_steps", "[align] border_map"),
-)
+# What not every method has a use for, and its value where it has none.
+NOT_OF_ALL: dict[str, Any] = {
+    "[method] emulator": "sub",
+    "[method] adapter_layers": 0,
+    "[method] bottom_layers": 0,
+    "[method] layers_per_group": 0,
+    "[method] groups": 0,
+    "[method] drop_layers": 0,
+    "[method] realign_every": 0,
+    "[method] emulator_base": "nf4",
+    "[align] steps": 0,
+    "[align] realign_steps": 0,
+    "[align] border_map": "none",
+}
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -42,15 +52,24 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class Method(Section, frozen=True):
-    """emulator: what edges receive below the adapter: "sub", what SGP leaves of it, aligned; "full", all layers in NF4."""
+    """Defaults are FedSODA's; other methods have their own (algorithms/methods.py).
+
+    emulator: what edges receive below the adapter: "sub", what SGP leaves of it, aligned; "full", all its layers.
+    adapter_layers: last layers that train; bottom_layers: first ones that do.
+    drop_layers: how many go in all where they go uniformly: groups have no meaning there, and a share of the layers
+    would have to be rounded. Bases: "nf4" or "bf16", the checkpoint's own dtype.
+    """
 
     name: str = "fedsoda"
     emulator: str = "sub"
     adapter_layers: int = 3
+    bottom_layers: int = 0
     layers_per_group: int = 3
     groups: int = 4
+    drop_layers: int = 0
     realign_every: int = 5
     adapter_base: str = "nf4"
+    emulator_base: str = "nf4"
     quantize_embedding: bool = False
 
 
@@ -266,32 +285,52 @@ def settings_for_plan(model: str, **tables: dict[str, Any]) -> RunSettings:
 
 
 def with_full_emulator(settings: RunSettings) -> RunSettings:
-    """The same run with every layer left in: `OF_PRUNING` is 0, so whoever reads it neither prunes nor aligns."""
-    replace = msgspec.structs.replace
-    method = replace(settings.method, emulator="full", layers_per_group=0, groups=0, realign_every=0)
-    return replace(settings, method=method, align=replace(settings.align, steps=0, realign_steps=0, border_map="none"))
+    """The same run of FedSODA with every layer left in: whoever reads it neither prunes nor aligns."""
+    method = msgspec.structs.replace(settings.method, emulator="full")
+    return _with(settings, _unused(method_of(method)) | {"[method] emulator": "full"})
 
 
 def _settled(settings: RunSettings, raw: dict[str, Any]) -> RunSettings:
-    """Checked, and as its emulator has it.
+    """Checked, and as its method has it: the method's defaults, and nothing where it has no use for a key.
 
     Raises:
-        UsageProblem: a value is out of range, does not go with another, or asks for pruning or alignment of a full
-            emulator.
+        UsageProblem: a value is out of range, does not go with another, or is given to a method that has no use for it.
     """
     _check_ranges(settings)
-    given = _flat(raw)
+    method, given = method_of(settings.method), _flat(raw)
     _check_aggregation(settings, given)
-    if settings.method.emulator == "sub":
-        _check_border_map(settings)
-        return settings
-    for key in OF_PRUNING:
-        if given.get(key) not in (None, 0, "none"):
-            raise UsageProblem(
-                f'{key} = {given[key]!r} beside [method] emulator = "full" in {Path(settings.path).name}: a full '
-                f'emulator is neither pruned nor aligned; delete {key}, or write emulator = "sub"'
-            )
-    return with_full_emulator(settings)
+    settled = _unused(method) | {key: value for key, value in method.DEFAULTS.items() if key not in given}
+    for key in NOT_OF_ALL:
+        if key not in method.USES and given.get(key, settled[key]) != settled[key]:
+            raise UsageProblem(_no_use(key, given[key], settings))
+    settings = _with(settings, settled)
+    _check_border_map(settings)
+    return settings
+
+
+def _no_use(key: str, value: Any, settings: RunSettings) -> str:
+    name = settings.method.name
+    if key in METHODS[name].USES:
+        beside, why = '[method] emulator = "full"', "a full emulator is neither pruned nor aligned"
+        others = 'emulator = "sub"'
+    else:
+        beside, why = f'[method] name = "{name}"', f"{name} has no use for it"
+        others = "name = " + " or ".join(f'"{other}"' for other, method in METHODS.items() if key in method.USES)
+    return f"{key} = {value!r} beside {beside} in {Path(settings.path).name}: {why}; delete {key}, or write {others}"
+
+
+def _unused(method: FederatedMethod) -> dict[str, Any]:
+    """Of the keys that the method has no use for."""
+    return {key: method.DEFAULTS.get(key, value) for key, value in NOT_OF_ALL.items() if key not in method.USES}
+
+
+def _with(settings: RunSettings, values: dict[str, Any]) -> RunSettings:
+    """These values by flat key."""
+    for key, value in values.items():
+        table, _, name = key.removeprefix("[").partition("] ")
+        changed = msgspec.structs.replace(getattr(settings, table), **{name: value})
+        settings = msgspec.structs.replace(settings, **{table: changed})
+    return settings
 
 
 def _check_border_map(settings: RunSettings) -> None:
@@ -361,10 +400,13 @@ def _check_ranges(settings: RunSettings) -> None:
         ("[method] name", s.method.name, s.method.name in METHODS, f"one of {', '.join(METHODS)}"),
         ("[method] emulator", s.method.emulator, s.method.emulator in EMULATORS, " or ".join(EMULATORS)),
         ("[method] adapter_layers", s.method.adapter_layers, s.method.adapter_layers >= 1, "at least 1"),
+        ("[method] bottom_layers", s.method.bottom_layers, s.method.bottom_layers >= 0, "at least 0"),
+        ("[method] drop_layers", s.method.drop_layers, s.method.drop_layers >= 0, "at least 0"),
         ("[method] layers_per_group", s.method.layers_per_group, s.method.layers_per_group >= 0, "at least 0"),
         ("[method] groups", s.method.groups, s.method.groups >= 0, "at least 0"),
         ("[method] realign_every", s.method.realign_every, s.method.realign_every >= 0, "at least 0"),
-        ("[method] adapter_base", s.method.adapter_base, s.method.adapter_base in ("nf4", "bf16"), "nf4 or bf16"),
+        ("[method] adapter_base", s.method.adapter_base, s.method.adapter_base in BASES, " or ".join(BASES)),
+        ("[method] emulator_base", s.method.emulator_base, s.method.emulator_base in BASES, " or ".join(BASES)),
         ("[lora] rank", s.lora.rank, 1 <= s.lora.rank <= 1024, "1 to 1024"),
         ("[lora] alpha", s.lora.alpha, s.lora.alpha > 0, "above 0"),
         ("[lora] targets", s.lora.targets, bool(s.lora.targets), "at least one module name"),
@@ -462,6 +504,8 @@ def differences(recorded: dict[str, Any], settings: RunSettings) -> list[str]:
     """
     then, now = RunSettings(name="", model="", public=Public(text="")).fixed() | recorded, settings.fixed()
     changed = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
-    if "[method] emulator" in changed:
-        changed = [key for key in changed if key not in OF_PRUNING]  # they follow from it
+    for decisive in ("[method] name", "[method] emulator"):
+        if decisive in changed:  # the others may follow from it
+            of_methods = {*NOT_OF_ALL, *(key for method in METHODS.values() for key in method.DEFAULTS)}
+            changed = [key for key in changed if key == decisive or key not in of_methods]
     return [f"{key}: {then.get(key)!r} when the run began, {now.get(key)!r} now" for key in changed]

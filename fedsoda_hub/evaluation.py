@@ -1,6 +1,6 @@
 """Accuracy and loss of full / sub-LLM / plug-in, as contract.md "Accuracy" reads them.
 
-LoRA sits only in the adapter, so models that share an emulator share its border states: one sweep serves the
+Nothing trains below the border, so models that share what lies there share its states: one sweep serves the
 untouched model, the plug-in and any other adapter LoRA. Which adapters to judge is the caller's business.
 """
 
@@ -72,11 +72,14 @@ class Answers:
 
 @dataclass(frozen=True)
 class Judged:
-    """A model to judge: `emulator` layers of `source` with emulator_lora, `adapter` layers with adapter_lora."""
+    """A model to judge: layers of `source`, those `below` the border and those `above`, with emulator and adapter LoRA.
+
+    No adapter LoRA lies below the border; emulator LoRA may lie on both sides.
+    """
 
     source: LayerSource
-    emulator: Sequence[int]
-    adapter: Sequence[int]
+    below: Sequence[int]
+    above: Sequence[int]
     spec: LoRASpec
     emulator_lora: Mapping[str, Tensor]
     adapter_lora: Mapping[str, Tensor]
@@ -167,7 +170,7 @@ class Evaluator:
         self._borders: dict[tuple[int, int], tuple[Judged, list[Tensor]]] = {}
 
     def border(self, model: Judged) -> list[Tensor]:
-        """States below the adapter, swept once for each (source, emulator LoRA).
+        """States at the border, swept once for each (source, emulator LoRA).
 
         Raises:
             DataProblem: a question with its answer is longer than the model's positions.
@@ -177,7 +180,7 @@ class Evaluator:
             self.check_lengths(_positions(model))
             states = stream(
                 model.source,
-                model.emulator,
+                model.below,
                 [torch.tensor(sample.ids) for sample in self._samples],
                 lora=dict(model.emulator_lora),
                 lora_scale=model.spec.scale,
@@ -218,8 +221,8 @@ class Evaluator:
 
     def answers(self, model: Judged) -> Answers:
         states = self.border(model)
-        tail = build(model.source, model.adapter, compute_dtype=self._compute_dtype, device=self._device)
-        lora.attach(tail, model.spec, dict(model.adapter_lora))
+        tail = build(model.source, model.above, compute_dtype=self._compute_dtype, device=self._device)
+        lora.attach(tail, model.spec, {**lora.on(model.above, model.emulator_lora), **model.adapter_lora})
         scores = log_likelihoods(tail, self._samples, states)
         nll = -float(scores[self._gold].sum()) / sum(self.supervised_ids())
         if not self.choices:
@@ -231,7 +234,7 @@ class Evaluator:
     def _generate(self, model: Judged) -> list[str]:
         whole = build(
             model.source,
-            [*model.emulator, *model.adapter],
+            [*model.below, *model.above],
             compute_dtype=self._compute_dtype,
             device=self._device,
             embedding=True,

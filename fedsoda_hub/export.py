@@ -118,7 +118,7 @@ def judged_models(
     full = _full_models(source, plan, spec, adapter, {} if none is None else none)
     return {
         "full": full["full"],
-        "sub_llm": Judged(bundle, plan.sub_emulator, plan.adapter, spec, emulator, adapter),
+        "sub_llm": Judged(bundle, plan.swept, plan.resident, spec, emulator, adapter),
         "plug_in": full["plug_in"],
     }
 
@@ -126,10 +126,11 @@ def judged_models(
 def _full_models(
     source: Checkpoint, plan: LayerPlan, spec: LoRASpec, adapter: dict[str, Tensor], none: dict[str, Tensor]
 ) -> dict[str, Judged]:
-    """Both with the same object `none`, so that they share the full emulator's border."""
+    """Both with the same object `none`, so that they share the border's states."""
+    below, above = range(plan.border), range(plan.border, plan.num_layers)
     return {
-        "full": Judged(source, plan.emulator, plan.adapter, spec, none, {}),
-        "plug_in": Judged(source, plan.emulator, plan.adapter, spec, none, adapter),
+        "full": Judged(source, below, above, spec, none, {}),
+        "plug_in": Judged(source, below, above, spec, none, adapter),
     }
 
 

@@ -1,19 +1,19 @@
 """Say from shapes alone what a run of this model costs: bytes, memory, arithmetic; the paper's figures beside ours.
 
-Needs a config.json, no weights. What the paper counts (method.md 1.10): LoRA on the adapter and on the retained
-layers; a round's traffic is the adapter LoRA up and down and the emulator LoRA down once in `realign_every` rounds,
+Needs a config.json, no weights. What the paper counts (method.md 1.10), for each method: LoRA on the adapter and on
+the aligned layers; a round's traffic is the adapter LoRA up and down and the emulator LoRA down once in `realign_every` rounds,
 at 4 bits a parameter without block constants; sizes in GiB at 16 bits. Its own slips: sub-LLMs are printed at 6 bits
 a parameter, which no layout of NF4 gives; FedPETuning on Qwen2 and FedBiOT count 32 and 17 layers where there are 28
 and 13; 15.2 M for FedPETuning on LLaMA3 and Mistral is 14.2 M.
 
-Both emulators stand side by side: what pruning saves an edge, and so what it costs to leave every layer in. Seconds are
-sizes divided by the rates that `Rates` says are assumed; nothing is measured here.
+For FedSODA both emulators stand side by side: what pruning saves an edge, and so what it costs to leave every layer in.
+Seconds are sizes divided by the rates that `Rates` says are assumed; nothing is measured here.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,11 @@ from fedsoda_edge.model import lora
 from fedsoda_edge.model.bundle import BundleSettings, shard_sizes
 from fedsoda_edge.model.delta import encoded_bytes
 from fedsoda_edge.model.families import Family, allowed_fields, build_config, family_of, layer_on_meta, skeleton
-from fedsoda_edge.model.layer_plan import choose_groups, make_plan
 from fedsoda_edge.model.memory import edge_needs, make_shape
-from fedsoda_edge.protocol.manifest import TOKENIZER_FILES, File, LayerPlan, LoRASpec
-from fedsoda_hub.config import RunSettings, with_full_emulator
+from fedsoda_edge.protocol.manifest import TOKENIZER_FILES, File, LayerPlan, TensorSpec
+from fedsoda_hub.algorithms.methods import method_of
+from fedsoda_hub.config import Method, RunSettings, with_full_emulator
+from fedsoda_hub.prepare import lora_spec
 
 
 @dataclass(frozen=True)
@@ -63,20 +64,17 @@ def read_config(model: str | Path) -> tuple[Family, dict[str, Any], str, Path | 
     return family, fields, dtype, path if path.is_dir() else None
 
 
-def likely_plan(num_layers: int, adapter_layers: int, layers_per_group: int, groups: int) -> LayerPlan:
-    """A plan of this shape. Which layers go is known after SGP only; sizes depend on it by the digits of their
+def likely_plan(num_layers: int, settings: Method) -> LayerPlan:
+    """A plan of this shape. Which layers SGP removes is known after it only; sizes depend on it by the digits of their
     numbers in the headers of two LoRA shards.
 
     Raises:
-        UsageProblem: it does not fit; names the nearest that do.
+        UsageProblem: it does not fit; names what does.
     """
-    emulator = num_layers - adapter_layers
-    if not 0 < adapter_layers < num_layers:
-        raise UsageProblem(f"{adapter_layers} adapter layers, the model has {num_layers} layers")
-    flat = [[0.0] * (emulator - 1 - layer) for layer in range(emulator)]
-    return make_plan(
-        num_layers, adapter_layers, choose_groups(flat, num_layers, adapter_layers, layers_per_group, groups)
+    plan = method_of(settings).plan(
+        num_layers, settings, lambda count: [[0.0] * (count - 1 - layer) for layer in range(count)]
     )
+    return msgspec.structs.replace(plan, distances=())
 
 
 def predict(
@@ -89,28 +87,22 @@ def predict(
 ) -> dict[str, Any]:
     """The report of contract.md, `plan --json`."""
     method, targets, rank = settings.method, settings.lora.targets, settings.lora.rank
-    spec = LoRASpec(
-        rank=rank,
-        alpha=settings.lora.alpha,
-        targets=tuple(targets),
-        adapter=lora.specs(family, fields, plan.adapter, targets, rank),
-        emulator=lora.specs(family, fields, plan.aligned, targets, rank),
-    )
+    spec = lora_spec(settings, family, fields, plan)
     on_all = lora.specs(family, fields, range(plan.num_layers), targets, rank)
     layers = {number: _parameters(layer_on_meta(family, fields, number)) for number in range(plan.num_layers)}
     ends, head = _ends(family, fields)
     full, sub = sum(layers.values()) + ends, sum(layers[number] for number in plan.kept) + ends
-    sizes = shard_sizes(
-        family, fields, plan, BundleSettings(spec, method.adapter_base, method.quantize_embedding), dtype
-    )
+    bundle = BundleSettings(spec, method.adapter_base, method.quantize_embedding, method.emulator_base)
+    sizes = shard_sizes(family, fields, plan, bundle, dtype)
     weights = sum(size for name, size in sizes.items() if not name.endswith("_lora"))
     files = [File(name, "", size) for name, size in sizes.items()]
     shape = make_shape(
         fields,
-        len(plan.adapter),
+        plan,
         max(layers[number] for number in plan.kept),
         spec,
         adapter_base=method.adapter_base,
+        emulator_base=method.emulator_base,
         quantized_embedding=method.quantize_embedding,
         dtype=dtype,
     )
@@ -119,8 +111,10 @@ def predict(
     emulator_bytes = encoded_bytes(spec.emulator, settings.wire.codec) if method.realign_every else 0
     trainable, emulator_lora = _count(spec.adapter), _count(spec.emulator)
     per_round = 2 * trainable + (emulator_lora / method.realign_every if method.realign_every else 0)
-    adapter = sum(layers[number] for number in plan.adapter)
-    swept = sum(layers[number] for number in plan.sub_emulator) + emulator_lora
+    resident = sum(layers[number] for number in plan.resident)
+    swept_lora = _count(item for item in spec.emulator if item.layer in plan.swept)
+    swept = sum(layers[number] for number in plan.swept) + swept_lora
+    through = resident + emulator_lora - swept_lora + head  # what gradients go through
     return {
         "family": family.model_type,
         "num_layers": plan.num_layers,
@@ -144,9 +138,9 @@ def predict(
             "edge_disk_bytes": needs.disk_bytes + tokenizer_bytes,
             "gflop_per_token": {
                 "full_lora": _gflop(forward=full - ends + head, backward=full - ends + head, lora=_count(on_all)),
-                "sub_llm": _gflop(forward=sub - ends + head, backward=adapter + head, lora=trainable),
+                "sub_llm": _gflop(forward=sub - ends + head, backward=through, lora=trainable),
                 "sweep": _gflop(forward=swept, backward=0, lora=0),
-                "cached": _gflop(forward=adapter + head, backward=adapter + head, lora=trainable),
+                "cached": _gflop(forward=through, backward=through, lora=trainable),
             },
         },
     }
@@ -171,23 +165,29 @@ def _ends(family: Family, fields: dict[str, Any]) -> tuple[int, int]:
     return norm + model.get_submodule(family.embedding).weight.numel() + (0 if tied else head), head
 
 
-def _count(specs: Sequence[Any]) -> int:
+def _count(specs: Iterable[TensorSpec]) -> int:
     return sum(spec.shape[0] * spec.shape[1] for spec in specs)
 
 
 def plan_report(model: str, settings: RunSettings, rates: Rates = Rates()) -> dict[str, Any]:
-    """`fedsoda-hub plan MODEL` with these settings, and both emulators beside each other."""
+    """`fedsoda-hub plan MODEL` with these settings; both emulators of FedSODA beside each other."""
     family, fields, dtype, directory = read_config(model)
     tokenizer = [directory / name for name in TOKENIZER_FILES] if directory is not None else []
     tokenizer_bytes = sum(file.stat().st_size for file in tokenizer if file.exists())
 
     def predicted(of: RunSettings) -> dict[str, Any]:
-        layers, method = int(fields["num_hidden_layers"]), of.method
-        plan = likely_plan(layers, method.adapter_layers, method.layers_per_group, method.groups)
+        plan = likely_plan(int(fields["num_hidden_layers"]), of.method)
         return predict(family, fields, dtype, plan, of, tokenizer_bytes)
 
     report = predicted(settings)
-    full = with_full_emulator(settings)
+    emulators = None
+    if settings.method.name == "fedsoda":
+        full = with_full_emulator(settings)
+        emulators = {
+            "sub": _emulator(report, settings.method.realign_every, rates),
+            "full": _emulator(predicted(full), full.method.realign_every, rates),
+            "assumed": asdict(rates),
+        }
     return {
         "model": model,
         "settings": {
@@ -196,11 +196,7 @@ def plan_report(model: str, settings: RunSettings, rates: Rates = Rates()) -> di
             "codec": settings.wire.codec,
         },
         **report,
-        "emulators": {
-            "sub": _emulator(report, settings.method.realign_every, rates),
-            "full": _emulator(predicted(full), full.method.realign_every, rates),
-            "assumed": asdict(rates),
-        },
+        "emulators": emulators,
     }
 
 

@@ -1,6 +1,6 @@
 """Job 1: full LLM -> SGP -> NF4 -> LoRA -> ODA -> bundle. Resumable; one layer of the full LLM resident at a time.
 
-With `emulator = "full"` it is full LLM -> NF4 -> bundle: nothing is removed, so there is nothing to measure or align.
+The run's method says which layers go and what is aligned; where nothing is, it is full LLM -> NF4 -> bundle.
 
 Each stage leaves its result under `<run>/prepare/` with the fingerprint of what it was made from; a stage
 whose result is there is skipped. Rounds are the daemon's business.
@@ -33,13 +33,14 @@ from fedsoda_edge.model.bundle import (
     write_bundle,
     write_durably_json,
 )
-from fedsoda_edge.model.layer_plan import choose_groups, make_plan
+from fedsoda_edge.model.families import Family
 from fedsoda_edge.model.streaming import Checkpoint, LayerSource, stream
 from fedsoda_edge.model.sub_llm import SubLLM, build
 from fedsoda_edge.ports.disk import BlobStore, sha256_file, write_durably
 from fedsoda_edge.ports.system import sync_directory
 from fedsoda_edge.protocol.manifest import LayerPlan, LoRASpec
 from fedsoda_hub.algorithms import oda, ridge, sgp
+from fedsoda_hub.algorithms.methods import method_of
 from fedsoda_hub.config import RunSettings
 from fedsoda_hub.public_text import read_blocks, read_prompts
 
@@ -66,6 +67,18 @@ def open_full_llm(settings: RunSettings) -> Checkpoint:
     return source
 
 
+def lora_spec(settings: RunSettings, family: Family, fields: dict[str, Any], plan: LayerPlan) -> LoRASpec:
+    """The tensors of the run's two LoRAs, and of its border map beside the emulator's."""
+    rank, targets = settings.lora.rank, settings.lora.targets
+    on_adapter, on_emulator = (
+        lora.specs(family, fields, layers, targets, rank)
+        for layers in (plan.adapter, method_of(settings.method).aligned(plan))
+    )
+    map_rank = settings.align.border_rank if settings.align.border_map == "ridge" else 0
+    bordering = border_map.specs(int(fields["hidden_size"]), map_rank)
+    return LoRASpec(rank, settings.lora.alpha, tuple(targets), on_adapter, (*bordering, *on_emulator))
+
+
 class Preparation:
     """The pieces of a run that need the full LLM, made once and found again."""
 
@@ -75,6 +88,7 @@ class Preparation:
         self.run_dir = settings.run_dir
         self.work = self.run_dir / "prepare"
         self.blobs = BlobStore(self.run_dir / "blobs")
+        self.method = method_of(settings.method)
         self.device, self.compute_dtype = pick_device(settings.device, settings.dtype)
         self.source = open_full_llm(settings)
         tokenizer = self.source.path / "tokenizer.json"
@@ -123,14 +137,14 @@ class Preparation:
         kl_file = self.work / "public_kl.json"
         if not (bundle_dir / "manifest.json").exists():
             plan = self.plan()
-            is_pruned = self.settings.method.emulator == "sub"
-            if is_pruned:
+            is_aligned = bool(self.method.aligned(plan))
+            if is_aligned:
                 self._say_needed_disk(plan)
             unaligned = self.work / "unaligned"
             if not (unaligned / "manifest.json").exists():
                 self._write_unaligned(unaligned, plan)
             bundle = Bundle.open(unaligned)
-            if is_pruned:
+            if is_aligned:
                 emulator, kl = self._align_first(bundle)
                 write_durably_json(kl_file, kl)
                 replace_emulator_lora(unaligned, emulator)
@@ -159,30 +173,22 @@ class Preparation:
         write_durably(mark, fingerprint.encode())
 
     def plan(self) -> LayerPlan:
-        """SGP: distances measured in one pass, groups chosen exactly. All layers where the emulator stays full."""
+        """The method's; distances, where it asks for them, are measured in one pass."""
         path = self.work / "plan.json"
         if path.exists():
             return msgspec.json.decode(path.read_bytes(), type=LayerPlan)
-        method = self.settings.method
-        total = self.source.num_layers
-        if method.adapter_layers >= total:
-            raise UsageProblem(f"[method] adapter_layers = {method.adapter_layers}, the model has {total} layers")
-        if method.emulator == "full":
-            return make_plan(total, method.adapter_layers, ())
-        emulator = total - method.adapter_layers
-        # An infeasible (n, p) is refused before any work: distances do not matter for that.
-        flat = [[0.0] * (emulator - 1 - layer) for layer in range(emulator)]
-        choose_groups(flat, total, method.adapter_layers, method.layers_per_group, method.groups)
-        distances = sgp.measure(
-            self.source,
-            self.used,
-            emulator,
-            compute_dtype=self.compute_dtype,
-            device=self.device,
-            progress=self._progress("measuring layer similarity"),
+        plan = self.method.plan(
+            self.source.num_layers,
+            self.settings.method,
+            lambda num_layers: sgp.measure(
+                self.source,
+                self.used,
+                num_layers,
+                compute_dtype=self.compute_dtype,
+                device=self.device,
+                progress=self._progress("measuring layer similarity"),
+            ),
         )
-        groups = choose_groups(distances, total, method.adapter_layers, method.layers_per_group, method.groups)
-        plan = make_plan(total, method.adapter_layers, groups, distances)
         write_durably(path, msgspec.json.encode(plan))
         return plan
 
@@ -192,7 +198,8 @@ class Preparation:
     def _say_needed_disk(self, plan: LayerPlan) -> None:
         hidden = int(self.source.fields["hidden_size"])
         blocks = len(self.used) + len(self.held_out)
-        files = {*(f"teacher.{layer}" for layer in _target_layers(plan)), f"student.below.{_first_trained(plan)}"}
+        first = min(self.method.aligned(plan))
+        files = {*(f"teacher.{layer}" for layer in self._target_layers(plan)), f"student.below.{first}"}
         missing = sum(not (self.work / f"{name}.safetensors").exists() for name in files)
         needed = missing * blocks * self.settings.public.length * hidden * self.compute_dtype.itemsize
         free = shutil.disk_usage(self.work).free
@@ -204,24 +211,13 @@ class Preparation:
             )
 
     def _write_unaligned(self, directory: Path, plan: LayerPlan) -> None:
-        s, family, fields = self.settings, self.source.family, self.source.fields
-        spec = LoRASpec(
-            rank=s.lora.rank,
-            alpha=s.lora.alpha,
-            targets=tuple(s.lora.targets),
-            adapter=lora.specs(family, fields, plan.adapter, s.lora.targets, s.lora.rank),
-            emulator=(
-                *border_map.specs(
-                    int(fields["hidden_size"]), s.align.border_rank if s.align.border_map == "ridge" else 0
-                ),
-                *lora.specs(family, fields, plan.aligned, s.lora.targets, s.lora.rank),
-            ),
-        )
+        s = self.settings
+        spec = lora_spec(s, self.source.family, self.source.fields, plan)
         write_bundle(
             directory,
             self.source,
             plan,
-            BundleSettings(spec, s.method.adapter_base, s.method.quantize_embedding),
+            BundleSettings(spec, s.method.adapter_base, s.method.quantize_embedding, s.method.emulator_base),
             name=self.source.name,
             revision=self.source.revision,
             adapter_lora=lora.initial(spec.adapter, s.seed),
@@ -241,10 +237,8 @@ class Preparation:
         plan, adapter = bundle.plan, bundle.adapter_lora()
         final = self._teacher_final(plan, adapter)
         wanted = final[len(self.used) :]
-        pruned = stream(
-            self.source, plan.sub_emulator, self.held_out, compute_dtype=self.compute_dtype, device=self.device
-        )
-        tail = build(self.source, plan.adapter, compute_dtype=self.compute_dtype, device=self.device)
+        pruned = stream(self.source, plan.swept, self.held_out, compute_dtype=self.compute_dtype, device=self.device)
+        tail = build(self.source, plan.resident, compute_dtype=self.compute_dtype, device=self.device)
         kl = {"pruned": oda.public_kl(tail, torch.stack(pruned).to(self.device), wanted)}
         del tail
         student, states = self._student(bundle, bundle.emulator_lora(), adapter)
@@ -258,13 +252,13 @@ class Preparation:
         return emulator, kl
 
     def _unpruned_kl(self, bundle: Bundle) -> dict[str, float]:
-        """The three public KLs of a bundle that keeps every layer: what NF4 loses, and no alignment changes."""
+        """The three public KLs of a bundle that keeps every layer: what storing it loses, and no alignment changes."""
         plan = bundle.plan
         states = {
             name: torch.stack(
                 stream(
                     source,
-                    plan.emulator,
+                    plan.swept,
                     self.held_out,
                     compute_dtype=self.compute_dtype,
                     device=self.device,
@@ -273,11 +267,11 @@ class Preparation:
             ).to(self.device)
             for name, source in (("full LLM", self.source), ("sub-LLM", bundle))
         }
-        teacher = build(self.source, plan.adapter, compute_dtype=self.compute_dtype, device=self.device)
+        teacher = build(self.source, plan.resident, compute_dtype=self.compute_dtype, device=self.device)
         with torch.no_grad():
             wanted = torch.cat([teacher.hidden(states=some) for some in states["full LLM"].split(8)])
         del teacher
-        student = build(bundle, plan.adapter, compute_dtype=self.compute_dtype, device=self.device)
+        student = build(bundle, plan.resident, compute_dtype=self.compute_dtype, device=self.device)
         kl = oda.public_kl(student, states["sub-LLM"], wanted)
         return {"pruned": 0.0, "quantized": kl, "aligned": kl}
 
@@ -315,7 +309,7 @@ class Preparation:
         align = self.settings.align
         count = len(self.used)
         teacher = oda.Teacher(
-            {group.start: self._target(group.removed[-1])[:count] for group in plan.groups},
+            {layer: self._target(other)[:count] for layer, other in self.method.held_against(plan).items()},
             self._target(plan.emulator[-1])[:count],
             teacher_final[:count],
         )
@@ -330,9 +324,7 @@ class Preparation:
             seed=self.settings.seed * 1000 + version,
             progress=lambda done, total, kl: self.report({"stage": "aligning", "done": done, "total": total, "kl": kl}),
         )
-        return {
-            name: tensor for name, tensor in lora.snapshot(student).items() if int(name.split(".")[1]) in plan.aligned
-        }
+        return lora.on(plan.emulator, lora.snapshot(student))
 
     def _fit_border_map(self, bundle: Bundle, emulator: dict[str, Tensor]) -> dict[str, Tensor]:
         """The map's tensors for the sub-emulator with this LoRA; none where the run has no map."""
@@ -375,18 +367,16 @@ class Preparation:
     def _student(
         self, bundle: Bundle, emulator: dict[str, Tensor], adapter: dict[str, Tensor]
     ) -> tuple[SubLLM, Tensor]:
-        """The student from its first aligned layer on, and its hidden states below that, which never change."""
-        plan = bundle.plan
-        first = _first_trained(plan)
-        below = tuple(layer for layer in plan.kept if layer < first)
-        states = self._cached(f"student.below.{first}", bundle, below)
-        student = build(
-            bundle,
-            tuple(layer for layer in plan.kept if layer >= first),
-            compute_dtype=self.compute_dtype,
-            device=self.device,
-        )
-        lora.attach(student, bundle.manifest.lora, {**emulator, **adapter})
+        """The student from its first aligned layer on, and its hidden states below that, which never change.
+
+        Adapter layers may lie below it in a method that aligns before round 1 alone: their LoRA is zero then.
+        """
+        spec, kept = bundle.manifest.lora, bundle.plan.kept
+        first = min(spec.aligned, default=bundle.plan.border)
+        states = self._cached(f"student.below.{first}", bundle, tuple(layer for layer in kept if layer < first))
+        trained = tuple(layer for layer in kept if layer >= first)
+        student = build(bundle, trained, compute_dtype=self.compute_dtype, device=self.device)
+        lora.attach(student, spec, {**lora.on(trained, {**emulator, **adapter}), **border_map.part(emulator)})
         return student, states.to(self.device)
 
     def _cached(self, name: str, source: LayerSource, layers: Sequence[int]) -> Tensor:
@@ -409,7 +399,7 @@ class Preparation:
         path = self.work / f"teacher.{layer}.safetensors"
         if not path.exists():
             plan = self.plan()
-            wanted = _target_layers(plan)
+            wanted = self._target_layers(plan)
 
             def keep(number: int, hidden: list[Tensor]) -> None:
                 if number in wanted:
@@ -418,7 +408,7 @@ class Preparation:
 
             stream(
                 self.source,
-                plan.emulator,
+                range(plan.emulator[-1] + 1),
                 [*self.used, *self.held_out],
                 compute_dtype=self.compute_dtype,
                 device=self.device,
@@ -428,26 +418,21 @@ class Preparation:
             gc.collect()
         return load_file(path)["hidden"].to(self.device)
 
+    def _target_layers(self, plan: LayerPlan) -> set[int]:
+        """Full-LLM layers whose outputs the student is held against: the method's, and the emulator's last."""
+        return {*self.method.held_against(plan).values(), plan.emulator[-1]}
+
     def _teacher_final(self, plan: LayerPlan, adapter: dict[str, Tensor]) -> Tensor:
-        """(N, T, C): the full LLM's final hidden with this adapter LoRA, from its cached border."""
+        """(N, T, C): the full LLM's final hidden with this adapter LoRA, from its cached emulator's output."""
         border = self._target(plan.emulator[-1])
-        teacher = build(self.source, plan.adapter, compute_dtype=self.compute_dtype, device=self.device)
+        above = range(plan.emulator[-1] + 1, plan.num_layers)
+        teacher = build(self.source, above, compute_dtype=self.compute_dtype, device=self.device)
         s = self.settings.lora
-        layout = lora.specs(self.source.family, self.source.fields, plan.adapter, s.targets, s.rank)
+        layout = lora.specs(self.source.family, self.source.fields, above, s.targets, s.rank)
         spec = LoRASpec(rank=s.rank, alpha=s.alpha, targets=tuple(s.targets), adapter=layout, emulator=())
-        lora.attach(teacher, spec, adapter)
+        lora.attach(teacher, spec, lora.on(above, adapter))
         with torch.no_grad():
             return torch.cat([teacher.hidden(states=states) for states in border.split(8)])
-
-
-def _target_layers(plan: LayerPlan) -> set[int]:
-    """Full-LLM layers whose outputs the student is held against: each t_i + n, and the last below the adapter."""
-    return {group.removed[-1] for group in plan.groups} | {plan.emulator[-1]}
-
-
-def _first_trained(plan: LayerPlan) -> int:
-    """The lowest layer that alignment changes; what lies below it is a constant."""
-    return min(plan.aligned, default=plan.adapter[0])
 
 
 def manifest_of(run_dir: Path) -> Any:

@@ -141,10 +141,10 @@ def _sentence(event: dict[str, Any]) -> str:
 
 
 def kl_sentence(kl: dict[str, float]) -> str:
-    """What pruning and NF4 took, and alignment gave back."""
+    """What pruning and then storing it took, and alignment gave back."""
     if not kl["pruned"]:  # a full emulator's, exactly
-        return f"public KL {kl['quantized']:.3f} in NF4, all layers kept"
-    return f"public KL {kl['pruned']:.3f} pruned, {kl['quantized']:.3f} in NF4, {kl['aligned']:.3f} aligned"
+        return f"public KL {kl['quantized']:.3f} as stored, all layers kept"
+    return f"public KL {kl['pruned']:.3f} pruned, {kl['quantized']:.3f} as stored, {kl['aligned']:.3f} aligned"
 
 
 def plan_table(report: dict[str, Any]) -> None:
@@ -177,7 +177,8 @@ def plan_table(report: dict[str, Any]) -> None:
         table.add_row(*row)
     console = Console(stderr=True)
     console.print(table)
-    console.print(_emulator_table(report["emulators"]))
+    if report["emulators"] is not None:
+        console.print(_emulator_table(report["emulators"]))
 
 
 def _emulator_table(emulators: dict[str, Any]) -> Any:

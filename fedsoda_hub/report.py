@@ -197,7 +197,7 @@ def draw(history: History, plan: LayerPlan | None) -> dict[str, tuple[Figure, st
     if history.public_kl and history.public_kl["pruned"]:  # 0 exactly: a full emulator's, which is not aligned
         figures["alignment"] = (
             draw_alignment(history),
-            "Public KL, full model to sub-LLM, in nats on held-out public blocks: after pruning, in NF4, after "
+            "Public KL, full model to sub-LLM, in nats on held-out public blocks: after pruning, as stored, after "
             "alignment; then before and after each realignment.",
         )
     if plan is not None and plan.distances:
@@ -338,7 +338,7 @@ def draw_layers(plan: LayerPlan) -> Figure:
             "adapter"
             if layer in plan.adapter
             else "retained, with emulator LoRA"
-            if layer in plan.aligned
+            if layer in plan.retained
             else "kept"
             if layer in plan.kept
             else "removed"
@@ -536,7 +536,7 @@ def _facts(settings: RunSettings, history: History, plan: LayerPlan | None) -> s
         facts.append(
             (
                 "layers",
-                f"{len(plan.kept)} of {plan.num_layers} kept, LoRA rank {settings.lora.rank} in the last {len(plan.adapter)}",
+                f"{len(plan.kept)} of {plan.num_layers} kept, LoRA rank {settings.lora.rank} in {len(plan.adapter)}",
             )
         )
     if history.public_kl:

@@ -252,7 +252,7 @@ class Bench:
 
     def plugged(self, spec: LoRASpec, bundle: Bundle, adapter: dict[str, torch.Tensor]) -> Judged:
         plan = bundle.plan
-        return Judged(self.source, plan.emulator, plan.adapter, spec, self.none, adapter)
+        return Judged(self.source, range(plan.border), range(plan.border, plan.num_layers), spec, self.none, adapter)
 
     def cell(self, split: str, seed: int, variant: Variant) -> dict[str, dict[str, torch.Tensor]]:
         """Scores of one federated run's arms."""

@@ -66,11 +66,16 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @dataclass(frozen=True)
 class BundleSettings:
-    """What prepare decides beside the plan. adapter_base: "nf4" or "bf16" (the checkpoint's own dtype)."""
+    """What prepare decides beside the plan. Bases are "nf4" or "bf16" (the checkpoint's own dtype)."""
 
     lora: LoRASpec
     adapter_base: str
     quantize_embedding: bool
+    emulator_base: str = "nf4"
+
+    def is_dense(self, number: int, plan: LayerPlan) -> bool:
+        """Whether this layer is stored as it is."""
+        return (self.adapter_base if number in plan.adapter else self.emulator_base) != "nf4"
 
 
 def write_bundle(
@@ -106,9 +111,8 @@ def write_bundle(
             size = sum(tensor.numel() for tensor in dense.values())
             parameters += size
             layer_parameters = max(layer_parameters, size)
-            keep_dense = number in plan.adapter and settings.adapter_base != "nf4"
-            wanted = set() if keep_dense else _quantizable(layer_on_meta(source.family, source.fields, number))
-            shard(f"layers.{number}", _packed(dense, wanted))
+            layer = layer_on_meta(source.family, source.fields, number)
+            shard(f"layers.{number}", _packed(dense, set() if settings.is_dense(number, plan) else _quantizable(layer)))
             if progress is not None:
                 progress(done + 1, len(plan.kept))
         ends = {"embedding": {"weight": source.embedding()}, "norm": source.norm()}
@@ -127,10 +131,11 @@ def write_bundle(
         dtype = next(key for key, value in DTYPES.items() if value == source.dtype)
         shape = make_shape(
             source.fields,
-            len(plan.adapter),
+            plan,
             layer_parameters,
             settings.lora,
             adapter_base=settings.adapter_base,
+            emulator_base=settings.emulator_base,
             quantized_embedding=settings.quantize_embedding,
             dtype=dtype,
         )
@@ -148,6 +153,7 @@ def write_bundle(
             files=tuple(files),
             needs=edge_needs(shape, files),
             bits_per_parameter=8 * weight_bytes / parameters,
+            emulator_base=settings.emulator_base,
         )
         write_durably(temporary / "manifest.json", encode_manifest(manifest))
     return manifest
@@ -171,8 +177,8 @@ def shard_sizes(
     sizes = {}
     for number in plan.kept:
         layer = layer_on_meta(family, fields, number)
-        is_dense = number in plan.adapter and settings.adapter_base != "nf4"
-        sizes[f"layers.{number}"] = size(_shapes_of(layer), set() if is_dense else _quantizable(layer))
+        wanted = set() if settings.is_dense(number, plan) else _quantizable(layer)
+        sizes[f"layers.{number}"] = size(_shapes_of(layer), wanted)
     model = skeleton(family, build_config(family, fields, plan.adapter[:1]))
     ends = {"embedding": family.embedding, "norm": family.norm}
     if not fields.get("tie_word_embeddings"):
@@ -258,8 +264,10 @@ def read_manifest(data: bytes) -> BundleManifest:
                 raise ValueError(f"{size} is {manifest.config[size]}")
         # One layer on the meta device: finds unknown activations, rotary types and shapes at no cost.
         skeleton(family, build_config(family, manifest.config, plan.adapter[:1]))
+        if not set(spec.aligned) <= set(plan.sub_emulator):
+            raise ValueError(f"its emulator LoRA lies on the layers {spec.aligned}")
         adapter, emulator = (
-            lora.specs(family, manifest.config, on, spec.targets, spec.rank) for on in (plan.adapter, plan.aligned)
+            lora.specs(family, manifest.config, on, spec.targets, spec.rank) for on in (plan.adapter, spec.aligned)
         )
         bordering = border_map.specs_like(spec.emulator, int(manifest.config["hidden_size"]))
         if (adapter, (*bordering, *emulator)) != (spec.adapter, spec.emulator):
@@ -344,7 +352,7 @@ class Bundle:
         return self._dense(f"layers.{number}")
 
     def stored_layer(self, number: int) -> dict[str, Tensor | NF4Tensor]:
-        """Matrices in NF4 (dense in a bf16 adapter)."""
+        """Matrices in NF4 (dense where the base is bf16)."""
         return self._stored(f"layers.{number}")
 
     def adapter_lora(self) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.protocol.manifest import Group, LayerPlan
@@ -59,12 +60,33 @@ def make_plan(
     groups: Sequence[Group],
     distances: Sequence[Sequence[float]] = (),
 ) -> LayerPlan:
-    """The plan for chosen groups, checked."""
+    """The plan for chosen groups below an adapter of the last layers, checked."""
+    return plan_around(num_layers, range(num_layers - adapter_layers, num_layers), groups, distances)
+
+
+def drop_layers(num_layers: int, adapter: Sequence[int], kept_emulator: Sequence[int]) -> LayerPlan:
+    """The plan of a sub-emulator that was chosen without distances: what is removed goes to the layer below it.
+
+    Args:
+        kept_emulator: ascending, with the emulator's first layer.
+    """
+    kept = {*adapter, *kept_emulator}
+    groups = []
+    for start, end in pairwise([*kept_emulator, max(set(range(num_layers)) - set(adapter)) + 1]):
+        if removed := tuple(layer for layer in range(start + 1, end) if layer not in kept):
+            groups.append(Group(start=start, removed=removed, distance=0.0))
+    return plan_around(num_layers, adapter, groups)
+
+
+def plan_around(
+    num_layers: int, adapter: Sequence[int], groups: Sequence[Group], distances: Sequence[Sequence[float]] = ()
+) -> LayerPlan:
+    """The plan for an adapter of any layers and the groups between them, checked."""
     removed = {layer for group in groups for layer in group.removed}
     kept = tuple(layer for layer in range(num_layers) if layer not in removed)
     plan = LayerPlan(
         num_layers=num_layers,
-        adapter=tuple(range(num_layers - adapter_layers, num_layers)),
+        adapter=tuple(adapter),
         kept=kept,
         groups=tuple(groups),
         mapping=tuple((group.start, kept.index(group.start)) for group in groups if group.start in kept),
@@ -75,20 +97,18 @@ def make_plan(
 
 
 def check_plan(plan: LayerPlan) -> None:
-    """Raises UsageProblem unless the plan is one that SGP can make: a plan also comes over the network."""
-    first = plan.adapter[0] if plan.adapter else -1
+    """Raises UsageProblem unless the plan is one that a method can make: a plan also comes over the network."""
     removed = [layer for group in plan.groups for layer in group.removed]
+    layers, of_groups = set(range(plan.num_layers)), {*removed, *(group.start for group in plan.groups)}
     checks = {
-        "the adapter is the last layers": plan.adapter
-        and plan.adapter == tuple(range(first, plan.num_layers))
-        and first >= 0,
+        "the adapter is layers of the model, ascending": plan.adapter
+        and plan.adapter == tuple(sorted(layers & set(plan.adapter))),
         "each group removes the layers right above its start": all(
             group.removed == tuple(range(group.start + 1, group.start + 1 + len(group.removed))) and group.removed
             for group in plan.groups
         ),
-        "groups lie below the adapter and do not overlap": all(0 <= layer < first for layer in removed)
-        and len(set(removed)) == len(removed)
-        and not {group.start for group in plan.groups} & set(removed),
+        "groups lie in the emulator and do not overlap": of_groups <= layers - set(plan.adapter)
+        and len(of_groups) == len(removed) + len(plan.groups),
         "kept is every layer that is not removed": plan.kept
         == tuple(layer for layer in range(plan.num_layers) if layer not in set(removed)),
         "mapping gives (t, s) of each group": plan.mapping

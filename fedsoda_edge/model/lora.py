@@ -1,14 +1,14 @@
 """LoRA through PEFT, named by full-LLM layers: `layers.29.self_attn.q_proj.lora_A` (rank, in), `lora_B` (out, rank).
 
-Two sets of tensors share one mechanism: the emulator LoRA on the retained layers, the adapter LoRA on the
-last layers. Training them is `training.py`'s and `oda.py`'s business.
+Two sets of tensors share one mechanism: the emulator LoRA, which alignment trains, and the adapter LoRA, which edges
+train. Training them is `oda.py`'s and `training.py`'s business.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -20,6 +20,7 @@ from fedsoda_edge.model.sub_llm import SubLLM
 from fedsoda_edge.protocol.manifest import LoRASpec, TensorSpec
 
 LoRATensors = dict[str, Tensor]
+Held = TypeVar("Held", bound=Tensor)
 
 
 def specs(
@@ -51,6 +52,12 @@ def initial(layout: Sequence[TensorSpec], seed: int) -> LoRATensors:
     return tensors
 
 
+def on(layers: Container[int], tensors: Mapping[str, Held]) -> dict[str, Held]:
+    """Those of `tensors` that lie on these full-LLM layers; a border map lies on none."""
+    lying = {name: tensor for name, tensor in tensors.items() if not name.startswith(PREFIX)}
+    return {name: tensor for name, tensor in lying.items() if int(name.split(".")[1]) in layers}
+
+
 def attach(sub_llm: SubLLM, spec: LoRASpec, tensors: LoRATensors) -> None:
     """Put LoRA on exactly the modules that `tensors` names, with these values, unmerged and not trainable.
 
@@ -58,7 +65,7 @@ def attach(sub_llm: SubLLM, spec: LoRASpec, tensors: LoRATensors) -> None:
     """
     modules = sorted({name.rpartition(".lora_")[0] for name in tensors if not name.startswith(PREFIX)})
     if part(tensors):
-        sub_llm.border_map = BorderMap(sub_llm.layer(spec.first_adapter_layer), tensors)
+        sub_llm.border_map = BorderMap(sub_llm.layer(spec.border), tensors)
     if modules:
         config = LoraConfig(
             r=spec.rank,

@@ -10,7 +10,7 @@ each with all samples of a step at once, then half of them, and so on. All but t
 which costs page faults, and holds what is used: otherwise malloc keeps more than the activations (KEPT_HEAP).
 
     sweep = a layer + the next one as it is stored + hidden states of a slice + activations of one group
-    train = adapter layers + head + LoRA x 16 (weight, gradient, two moments in fp32) + activations + logits
+    train = resident layers + head + LoRA x 16 (weight, gradient, two moments in fp32) + activations + logits
     peak  = process + max(sweep, train)
 
 Activations are what autograd keeps for a decoder layer with LoRA, the last layer's MLP at supervised positions only
@@ -22,13 +22,13 @@ are on disk, on top of the bundle.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
-from fedsoda_edge.protocol.manifest import BundleManifest, EdgeNeeds, File, LoRASpec
+from fedsoda_edge.protocol.manifest import BundleManifest, EdgeNeeds, File, LayerPlan, LoRASpec, TensorSpec
 
 PROCESS_BYTES = 440 << 20  # measured: worker with torch 2.13 (CPU), transformers 5.23, peft 0.21 imported
 KERNEL_BYTES = 48 << 20  # measured: what libraries of kernels load and hold once a first step has run
@@ -51,7 +51,8 @@ def chunk_rows(vocab: int) -> int:
 class Shape:
     """Sizes of what an edge trains. layer_parameters: of the largest kept layer.
 
-    width: bytes of a weight that is not stored in NF4.
+    width: bytes of a weight that is not stored in NF4. num_frozen_layers: of the emulator above the border, which
+    gradients go through; frozen_lora_parameters: theirs. is_swept: whether there are layers below the border.
     """
 
     hidden: int
@@ -63,27 +64,38 @@ class Shape:
     layer_parameters: int
     lora_parameters: int
     adapter_in_nf4: bool
+    emulator_in_nf4: bool
     head_in_nf4: bool
     width: int
+    num_frozen_layers: int = 0
+    frozen_lora_parameters: int = 0
+    is_swept: bool = True
 
 
 def shape_of(manifest: BundleManifest) -> Shape:
     """From the manifest alone: no file of the bundle needs to be here."""
-    adapter, width = manifest.plan.adapter, _width(manifest.dtype)
-    stored = NF4_STORED if manifest.adapter_base == "nf4" else width
+    plan, dtype = manifest.plan, manifest.dtype
+    stored, of_emulator = (stored_bytes(base, dtype) for base in (manifest.adapter_base, manifest.emulator_base))
     parameters = {
-        number: manifest.file(f"layers.{number}.safetensors").bytes / (stored if number in adapter else NF4_STORED)
-        for number in manifest.plan.kept
+        number: manifest.file(f"layers.{number}.safetensors").bytes
+        / (stored if number in plan.adapter else of_emulator)
+        for number in plan.kept
     }
     return make_shape(
         manifest.config,
-        len(adapter),
+        plan,
         round(max(parameters.values())),
         manifest.lora,
         adapter_base=manifest.adapter_base,
+        emulator_base=manifest.emulator_base,
         quantized_embedding=manifest.quantized_embedding,
-        dtype=manifest.dtype,
+        dtype=dtype,
     )
+
+
+def stored_bytes(base: str, dtype: str) -> float:
+    """Of a weight in a bundle, whose base is "nf4" or "bf16": the checkpoint's own dtype."""
+    return NF4_STORED if base == "nf4" else _width(dtype)
 
 
 def _width(dtype: str) -> int:
@@ -92,11 +104,12 @@ def _width(dtype: str) -> int:
 
 def make_shape(
     fields: dict[str, Any],
-    num_adapter_layers: int,
+    plan: LayerPlan,
     layer_parameters: int,
     lora: LoRASpec,
     *,
     adapter_base: str,
+    emulator_base: str,
     quantized_embedding: bool,
     dtype: str,
 ) -> Shape:
@@ -110,13 +123,21 @@ def make_shape(
         heads * head,
         int(fields.get("num_key_value_heads") or heads) * head,
         int(fields["vocab_size"]),
-        num_adapter_layers,
+        len(plan.adapter),
         layer_parameters,
-        sum(spec.shape[0] * spec.shape[1] for spec in lora.adapter),
+        _count(lora.adapter),
         adapter_base == "nf4",
+        emulator_base == "nf4",
         quantized_embedding,
         _width(dtype),
+        len(plan.resident) - len(plan.adapter),
+        _count(spec for spec in lora.emulator if spec.layer in plan.resident),
+        bool(plan.swept),
     )
+
+
+def _count(specs: Iterable[TensorSpec]) -> int:
+    return sum(spec.shape[0] * spec.shape[1] for spec in specs)
 
 
 @dataclass(frozen=True)
@@ -185,9 +206,11 @@ def _plan(
     d, f, q, k = shape.hidden, shape.mlp, shape.queries, shape.keys
     positions, labels = micro * samples.ids, micro * samples.labels
     in_nf4 = packed and shape.adapter_in_nf4
-    layer_size = NF4_HELD if in_nf4 else size
+    layer_size, emulator_size = (
+        NF4_HELD if packed and is_nf4 else size for is_nf4 in (shape.adapter_in_nf4, shape.emulator_in_nf4)
+    )
     head_size = (NF4_HELD if shape.head_in_nf4 else shape.width) if packed else size
-    others = shape.num_adapter_layers - 1
+    others = shape.num_adapter_layers + shape.num_frozen_layers - 1  # a frozen layer keeps as much
     whole = (6 * d + 3 * q + 3 * k + 4 * f) * positions
     last = (d + 3 * q + 3 * k) * positions + (7 * d + q + 4 * f) * labels
     if recompute and others:
@@ -196,13 +219,16 @@ def _plan(
         kept = others * whole + max(last, (2 * d + 3 * f) * positions if others else 0)
     rows = min(labels, chunk_rows(shape.vocab))
     transient = size * d * f if in_nf4 and not on_cpu else 0  # bitsandbytes makes a matrix dense for each product
-    weights = round(shape.num_adapter_layers * shape.layer_parameters * layer_size) + transient
+    held = shape.num_adapter_layers * layer_size + shape.num_frozen_layers * emulator_size
+    weights = round(shape.layer_parameters * held) + transient
     head = round(shape.vocab * d * head_size)
-    lora = 16 * shape.lora_parameters
+    lora = 16 * shape.lora_parameters + 4 * shape.frozen_lora_parameters
     activations = round(kept * size * heap)
     logits = round(rows * shape.vocab * 4)
-    sweep = shape.layer_parameters * ((NF4_HELD if packed else size) + NF4_STORED)
-    sweep += (4 * d + 2 * q + 2 * k + 3 * f) * max(GROUP_POSITIONS, samples.ids) * size * heap
+    sweep = 0.0
+    if shape.is_swept:
+        sweep = shape.layer_parameters * (emulator_size + (NF4_STORED if shape.emulator_in_nf4 else shape.width))
+        sweep += (4 * d + 2 * q + 2 * k + 3 * f) * max(GROUP_POSITIONS, samples.ids) * size * heap
     # Hidden states of a slice lie in RAM; on a CPU they may take what training will take anyway.
     slice_bytes = MAX_SLICE_BYTES // 2
     if on_cpu:
@@ -231,7 +257,7 @@ def _plan(
 def edge_needs(shape: Shape, files: Sequence[File]) -> EdgeNeeds:
     """Least free disk, RAM (training on CPU) and VRAM (training on a GPU) for a bundle of this shape."""
     samples = Samples(1, GROUP_POSITIONS, GROUP_POSITIONS)
-    least = {device: min(plan.peak for plan in plans(shape, device, samples)) for device in ("cpu", "cuda")}
+    least = {device: min(way.peak for way in plans(shape, device, samples)) for device in ("cpu", "cuda")}
     return EdgeNeeds(
         disk_bytes=sum(file.bytes for file in files) + 64 * shape.lora_parameters,
         ram_bytes=least["cpu"],

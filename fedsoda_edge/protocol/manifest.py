@@ -20,13 +20,14 @@ MAX_LAYERS = 4096
 MAX_SIZE = 1 << 24  # of a dimension: no vocabulary or layer is wider
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")  # config fields of every family
 OTHER_SIZES = ("head_dim", "moe_intermediate_size", "num_experts_per_tok", "num_key_value_heads")  # of some
+BASES = ("nf4", "bf16")  # how layers are stored; bf16: dense, in the checkpoint's own dtype
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 class Group(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One pruned group: layer `start` stays, `removed` layers above it go.
 
-    `distance` is d(out(start), out(start + len(removed))), paper eq. 5, in units of pi (0..1).
+    `distance` is d(out(start), out(start + len(removed))), paper eq. 5, in units of pi (0..1); 0 where none was measured.
     """
 
     start: int
@@ -37,6 +38,7 @@ class Group(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class LayerPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which full-LLM layers the sub-LLM keeps. Every number is a full-LLM layer number but s in `mapping`.
 
+    adapter: the layers that train, ascending: the last ones in FedSODA, any in other methods.
     kept: all layers of the sub-LLM, ascending, the adapter included.
     mapping: (t, s) per group: full-LLM layer t is local layer s of the sub-LLM (paper, I_i = (t_i, s_i)).
     distances: distances[l][m-1] = d between the outputs of layers l and l+m, below the adapter.
@@ -51,17 +53,32 @@ class LayerPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def emulator(self) -> tuple[int, ...]:
-        """Layers of the full emulator."""
-        return tuple(range(self.adapter[0]))
+        """Layers of the full emulator: all that do not train."""
+        return tuple(layer for layer in range(self.num_layers) if layer not in self.adapter)
 
     @property
     def sub_emulator(self) -> tuple[int, ...]:
-        """Kept layers below the adapter."""
-        return tuple(layer for layer in self.kept if layer < self.adapter[0])
+        """Those of them that are kept."""
+        return tuple(layer for layer in self.kept if layer not in self.adapter)
 
     @property
-    def aligned(self) -> tuple[int, ...]:
-        """The retained layers t_i that carry the emulator LoRA."""
+    def border(self) -> int:
+        """The first layer that trains; its input is a constant between alignments."""
+        return self.adapter[0]
+
+    @property
+    def swept(self) -> tuple[int, ...]:
+        """Kept layers below the border, which an edge runs once."""
+        return tuple(layer for layer in self.kept if layer < self.border)
+
+    @property
+    def resident(self) -> tuple[int, ...]:
+        """Kept layers from the border on, which an edge holds and trains through; the frozen ones among them too."""
+        return tuple(layer for layer in self.kept if layer >= self.border)
+
+    @property
+    def retained(self) -> tuple[int, ...]:
+        """The layers t_i that stay of their groups."""
         return tuple(group.start for group in self.groups)
 
 
@@ -70,6 +87,11 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     name: str
     shape: tuple[int, int]
+
+    @property
+    def layer(self) -> int | None:
+        """The full-LLM layer that it lies on; None: a border map's."""
+        return int(self.name.split(".")[1]) if self.name.startswith("layers.") else None
 
 
 class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -94,8 +116,14 @@ class LoRASpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.alpha / self.rank
 
     @property
-    def first_adapter_layer(self) -> int:
-        return min(int(spec.name.split(".")[1]) for spec in self.adapter)
+    def border(self) -> int:
+        """The first layer that trains (`LayerPlan.border`)."""
+        return min(spec.layer for spec in self.adapter if spec.layer is not None)
+
+    @property
+    def aligned(self) -> tuple[int, ...]:
+        """Layers that carry emulator LoRA, ascending."""
+        return tuple(sorted({spec.layer for spec in self.emulator if spec.layer is not None}))
 
 
 class EdgeNeeds(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -106,7 +134,7 @@ class EdgeNeeds(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     vram_bytes: int
 
 
-class BundleManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class BundleManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """manifest.json: written once, by prepare.
 
     config: the allow-listed, numeric part of the model's config; no class names, no code.
@@ -128,6 +156,7 @@ class BundleManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     files: tuple[File, ...]
     needs: EdgeNeeds
     bits_per_parameter: float
+    emulator_base: str = "nf4"  # left out then: edges of releases that know no other read such a manifest
 
     def file(self, name: str) -> File:
         """The file of that name; KeyError when the bundle has none."""
@@ -183,7 +212,7 @@ def parse_manifest(data: bytes) -> BundleManifest:
         },
         "a LoRA that cannot be": not (0 < lora.rank <= MAX_SIZE and math.isfinite(lora.alpha) and lora.alpha > 0)
         or not all(0 < size <= MAX_SIZE for size in shapes),
-        "an adapter base that is not known": manifest.adapter_base not in ("nf4", "bf16"),
+        "a base that is not known": not {manifest.adapter_base, manifest.emulator_base} <= set(BASES),
         "needs below nothing": min(msgspec.structs.astuple(manifest.needs)) < 0,
     }
     for problem, found in problems.items():

@@ -8,7 +8,7 @@ teacher's hidden states, and the student's own below the first layer that trains
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,8 +38,9 @@ class AlignSettings:
 class Teacher:
     """The full LLM on the public blocks; none of it depends on what trains.
 
-    retained: by group start t_i, the output of layer t_i + n (N, T, C). border: the output of the emulator
-    (N, T, C). final: after the adapter with the current adapter LoRA and the final norm (N, T, C).
+    retained: by layer of the student, the output it is held against (N, T, C): in FedSODA by group start t_i that of
+    layer t_i + n. border: the output of the emulator's last layer (N, T, C). final: with the current adapter LoRA and
+    after the final norm (N, T, C).
     """
 
     retained: Mapping[int, Tensor]
@@ -57,18 +58,18 @@ def representation_loss(teacher: Tensor, student: Tensor) -> Tensor:
     return (wanted - made).square().mean() / wanted.square().mean()
 
 
-def forward(student: SubLLM, plan: LayerPlan, start: Tensor) -> tuple[dict[int, Tensor], Tensor]:
-    """The student's own outputs (not teacher-forced) of the retained layers and the border, and its final hidden.
+def forward(student: SubLLM, layers: Iterable[int], start: Tensor) -> tuple[dict[int, Tensor], Tensor]:
+    """The student's own outputs (not teacher-forced) of these layers, and its final hidden.
 
     Args:
         start: (B, T, C), hidden states below the student's first layer.
 
     Returns:
-        ({layer: (B, T, C)} for each t_i and the last layer below the adapter, (B, T, C) after the norm).
+        ({layer: (B, T, C)}, (B, T, C) after the norm).
     """
     kept: dict[int, Tensor] = {}
     handles = []
-    for number in {*plan.aligned, plan.sub_emulator[-1]}:
+    for number in set(layers):
 
         def keep(_: object, __: object, out: Tensor | tuple[Tensor, ...], number: int = number) -> None:
             kept[number] = out[0] if isinstance(out, tuple) else out
@@ -85,10 +86,13 @@ def forward(student: SubLLM, plan: LayerPlan, start: Tensor) -> tuple[dict[int, 
 def objective(
     student: SubLLM, plan: LayerPlan, start: Tensor, teacher: Teacher, settings: AlignSettings
 ) -> tuple[Tensor, Tensor]:
-    """(alpha * (L_inter + L_final) + beta * L_KL, L_KL) of a batch; L_inter is the mean over the groups."""
-    outputs, final = forward(student, plan, start)
-    inter = [representation_loss(teacher.retained[t], outputs[t]) for t in plan.aligned]
-    rep = representation_loss(teacher.border, outputs[plan.sub_emulator[-1]]) + torch.stack(inter).mean()
+    """(alpha * (L_inter + L_final) + beta * L_KL, L_KL) of a batch; L_inter is the mean over `teacher.retained`."""
+    last = plan.sub_emulator[-1]
+    outputs, final = forward(student, [*teacher.retained, last], start)
+    rep = representation_loss(teacher.border, outputs[last])
+    if teacher.retained:
+        inter = [representation_loss(wanted, outputs[layer]) for layer, wanted in teacher.retained.items()]
+        rep = rep + torch.stack(inter).mean()
     kl = kl_divergence(final.flatten(0, 1), teacher.final.flatten(0, 1), student.head)
     return settings.representation_weight * rep + settings.kl_weight * kl, kl
 
@@ -109,9 +113,7 @@ def align(
         start: (N, T, C) for all blocks, constant because nothing below the first aligned layer trains.
         seed: order of the blocks; each pass over them is a new permutation.
     """
-    trained = [
-        parameter for name, parameter in lora.parameters(student).items() if int(name.split(".")[1]) in plan.aligned
-    ]
+    trained = list(lora.on(plan.emulator, lora.parameters(student)).values())
     if not trained or settings.steps == 0:
         return
     for parameter in trained:

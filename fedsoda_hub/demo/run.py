@@ -358,7 +358,7 @@ def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Pa
     accuracies = {}
     for office, path in alone.items():
         trained = delta.from_bytes(path.read_bytes(), spec.adapter)
-        model = Judged(source, plan.emulator, plan.adapter, spec, none, trained)
+        model = Judged(source, range(plan.border), range(plan.border, plan.num_layers), spec, none, trained)
         accuracies[office] = evaluator.accuracy(evaluator.answers(model))
     ledger = Ledger(settings.run_dir / "ledger.sqlite")
     state = ledger.replay()

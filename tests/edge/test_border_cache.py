@@ -544,7 +544,7 @@ def test_the_delta_does_not_depend_on_what_is_kept(
     assert same(trained(bundle, states), everything)
     states.close()
 
-    below = room_for(SAMPLES) if bundle.plan.aligned[0] > 0 else 0
+    below = room_for(SAMPLES) if bundle.plan.retained[0] > 0 else 0
     Full(monkeypatch, below + room_for(SAMPLES[:5]))
     states = kept(bundle, tmp_path / "full", dtype=dtype)
     assert 1 <= states.num_kept <= 9

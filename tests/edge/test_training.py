@@ -395,7 +395,7 @@ def test_memory_that_torch_does_not_manage_may_run_out_too() -> None:
 def test_a_probe_leaves_no_trace(bundle: Bundle, uneven: Border) -> None:
     tail = with_random_lora(bundle)
     before = lora.snapshot(tail)
-    assert probe(tail, uneven, range(8), 4) == 4
+    assert probe(tail, uneven, bundle.adapter_lora(), range(8), 4) == 4
     assert bits(lora.snapshot(tail)) == bits(before)
     assert all(each.grad is None and not each.requires_grad for each in tail.model.parameters())
     settings = msgspec.structs.replace(SETTINGS, epochs=3, max_steps=6, proximal_mu=0.1)
@@ -409,5 +409,5 @@ def test_a_probe_finds_the_micro_batch_that_memory_allows(
 ) -> None:
     Scarce(monkeypatch, error, most=2)
     tail = with_random_lora(bundle)
-    assert probe(tail, uneven, range(8), 8) == 2
+    assert probe(tail, uneven, bundle.adapter_lora(), range(8), 8) == 2
     assert all(each.grad is None and not each.requires_grad for each in tail.model.parameters())

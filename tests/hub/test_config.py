@@ -150,7 +150,7 @@ def test_settings_cross_to_the_compute_child_as_json(folder: Path) -> None:
         (SHORT + "[aggregation]\noptimizer = 'fedadam'\nlearning_rate = 0\n", "learning_rate = 0.0 in run.toml; it must"),
         (SHORT + "[aggregation]\noptimizer = 'fedadam'\nbeta2 = 1\n", "beta2 = 1.0 in run.toml; it must be at least 0, below 1"),
         (SHORT + "[aggregation]\noptimizer = 'fedyogi'\ntau = 0\n", "[aggregation] tau = 0.0 in run.toml; it must be above 0"),
-        (SHORT + "[method]\nname = 'fedot'\n", "[method] name = 'fedot' in run.toml; it must be one of fedsoda"),
+        (SHORT + "[method]\nname = 'fedavg'\n", "[method] name = 'fedavg' in run.toml; it must be one of fedsoda, exact, fedbiot"),
         (SHORT + "[method]\nemulator = 'fulll'\n", "[method] emulator = 'fulll' in run.toml; it must be sub or full"),
         (SHORT + "[method]\nemulator = true\n", "[method] emulator = True in run.toml; it must be text in quotes"),
         (SHORT + "[method]\nadapter_base = 'int3'\n", "[method] adapter_base = 'int3' in run.toml; it must be nf4 or bf16"),

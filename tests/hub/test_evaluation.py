@@ -126,7 +126,7 @@ def test_a_freed_emulator_lora_never_lends_its_states_to_the_next(
     losses = []
     for size in (0.0, 1.0, 2.0, 3.0):  # each dict is freed before the next is made, so ids may repeat
         scaled = {name: size * tensor for name, tensor in model.emulator_lora.items()}
-        losses.append(judge.answers(Judged(model.source, model.emulator, model.adapter, model.spec, scaled, {})).nll)
+        losses.append(judge.answers(Judged(model.source, model.below, model.above, model.spec, scaled, {})).nll)
         del scaled
     assert len(set(losses)) == 4
 

@@ -72,7 +72,7 @@ def teacher_of(full: Any, plan: LayerPlan, ids: Tensor) -> oda.Teacher:
 
 
 def student_of(bundle: Bundle, tensors: dict[str, Tensor], ids: Tensor = IDS) -> tuple[SubLLM, Tensor]:
-    first = min(bundle.plan.aligned)
+    first = min(bundle.plan.retained)
     below = [layer for layer in bundle.plan.kept if layer < first]
     student = build(bundle, [layer for layer in bundle.plan.kept if layer >= first])
     lora.attach(student, bundle.manifest.lora, tensors)
@@ -137,7 +137,7 @@ def test_alignment_trains_the_emulator_lora_alone_and_brings_unseen_text_nearer(
     after, kl_before, kl_after = aligned()
     assert kl_after < kl_before
     changed = {int(name.split(".")[1]) for name, tensor in after.items() if not torch.equal(tensor, started[name])}
-    assert changed == set(plan.aligned)
+    assert changed == set(plan.retained)
     again, _, _ = aligned()
     assert all(torch.equal(after[name], again[name]) for name in after)
 

@@ -69,9 +69,9 @@ def test_a_round_that_closed_has_no_bar(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_nothing_is_said_of_an_alignment_that_a_full_emulator_does_not_need() -> None:
     pruned = {"pruned": 0.619, "quantized": 0.631, "aligned": 0.386}
-    assert kl_sentence(pruned) == "public KL 0.619 pruned, 0.631 in NF4, 0.386 aligned"
+    assert kl_sentence(pruned) == "public KL 0.619 pruned, 0.631 as stored, 0.386 aligned"
     full = {"pruned": 0.0, "quantized": 0.012, "aligned": 0.012}
-    assert kl_sentence(full) == "public KL 0.012 in NF4, all layers kept"
+    assert kl_sentence(full) == "public KL 0.012 as stored, all layers kept"
 
 
 def test_one_is_no_plural_and_sizes_are_written_as_everywhere(capsys: pytest.CaptureFixture[str]) -> None:

@@ -155,7 +155,7 @@ def test_of_a_full_emulator_no_alignment_is_shown_but_what_nf4_took(tmp_path: Pa
     ledger.close()
     written = write_report(settings, tmp_path / "report")
     page = Path(written["report"]).read_text()
-    assert "<dt>public KL</dt><dd>0.012 in NF4, all layers kept</dd>" in page
+    assert "<dt>public KL</dt><dd>0.012 as stored, all layers kept</dd>" in page
     assert "aligned" not in page
     assert "after alignment" not in page
 
@@ -180,7 +180,7 @@ def test_the_page_fetches_nothing_runs_nothing_and_names_no_path_of_the_hub(run:
     assert "&lt;script&gt;bob" in page
     assert str(tmp_path) not in page
     assert "declined" in page
-    assert "<dt>public KL</dt><dd>0.500 pruned, 0.600 in NF4, 0.200 aligned</dd>" in page
+    assert "<dt>public KL</dt><dd>0.500 pruned, 0.600 as stored, 0.200 aligned</dd>" in page
 
 
 # --- in a browser --------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def write(directory: Path, model: Path, **change: Any) -> Bundle:
         alpha=8.0,
         targets=targets,
         adapter=lora.specs(source.family, source.fields, plan.adapter, targets, 4),
-        emulator=lora.specs(source.family, source.fields, plan.aligned, targets, 4),
+        emulator=lora.specs(source.family, source.fields, plan.retained, targets, 4),
     )
     settings = BundleSettings(spec, change.get("adapter_base", "nf4"), change.get("quantize_embedding", False))
     tensors = (
@@ -311,7 +311,7 @@ DELETE = object()
         (["family"], "auto", "'auto' is not supported"),
         (["dtype"], "object", "the dtype 'object'"),
         (["auto_map"], {}, "unknown field"),
-        (["adapter_base"], "fp4", "an adapter base that is not known"),
+        (["adapter_base"], "fp4", "a base that is not known"),
         (["needs", "ram_bytes"], -1, "needs below nothing"),
         (["config", "auto_map"], {"AutoModel": "x.y"}, "'auto_map' is not allowed"),
         (["config", "hidden_act"], "os.system", "os.system"),
@@ -333,7 +333,8 @@ DELETE = object()
         (["lora", "alpha"], -1.0, "a LoRA that cannot be"),
         (["lora", "targets"], ["__init__"], "'__init__'"),
         (["lora", "adapter", 0, "shape"], [4, 4096], "not those of its plan"),
-        (["lora", "emulator"], [], "not those of its plan"),
+        (["lora", "emulator", 0, "shape"], [4, 4096], "not those of its plan"),
+        (["lora", "emulator", 0, "name"], "layers.7.mlp.up_proj.lora_A", "its emulator LoRA lies on"),
         (["files", 0, "sha256"], "../../../etc/passwd", "a digest that is not one"),
         (["files", 0, "bytes"], 1 << 50, "a size that cannot be"),
         (["files", 0, "bytes"], 0, "a size that cannot be"),

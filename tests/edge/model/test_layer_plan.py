@@ -8,7 +8,7 @@ import random
 import pytest
 
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_edge.model.layer_plan import check_plan, choose_groups, make_plan
+from fedsoda_edge.model.layer_plan import check_plan, choose_groups, drop_layers, make_plan
 from fedsoda_edge.protocol.manifest import LayerPlan
 
 
@@ -57,10 +57,21 @@ def test_a_plan_says_every_layer_by_its_full_number() -> None:
     for start in (4, 9, 13, 17):
         distances[start][2] = 0.1
     plan = make_plan(24, 3, choose_groups(distances, 24, 3, 3, 4), distances)
-    assert plan.aligned == (4, 9, 13, 17)
+    assert plan.retained == (4, 9, 13, 17)
     assert plan.kept == (0, 1, 2, 3, 4, 8, 9, 13, 17, 21, 22, 23)
     assert plan.mapping == ((4, 4), (9, 6), (13, 7), (17, 8))
     assert plan.sub_emulator == (0, 1, 2, 3, 4, 8, 9, 13, 17)
+
+
+def test_the_border_lies_below_the_first_layer_that_trains() -> None:
+    plan = drop_layers(8, (1, 6, 7), (0, 2, 4))
+    assert plan.kept == (0, 1, 2, 4, 6, 7)
+    assert [(group.start, group.removed) for group in plan.groups] == [(2, (3,)), (4, (5,))]
+    assert plan.mapping == ((2, 2), (4, 3))
+    assert (plan.emulator, plan.sub_emulator) == ((0, 2, 3, 4, 5), (0, 2, 4))
+    assert (plan.border, plan.swept, plan.resident) == (1, (0,), (1, 2, 4, 6, 7))
+    with pytest.raises(UsageProblem, match="breaks a rule"):
+        drop_layers(8, (3, 6, 7), (0, 2, 5))  # what goes would lie on both sides of a layer that trains
 
 
 @pytest.mark.parametrize(
@@ -71,6 +82,10 @@ def test_a_plan_says_every_layer_by_its_full_number() -> None:
         {"mapping": ((2, 3),)},
         {"num_layers": 9},
         {"adapter": ()},
+        {"adapter": (7, 6)},
+        {"adapter": (6, 8)},
+        {"adapter": (6, 6, 7)},
+        {"adapter": (3, 7)},
     ],
 )
 def test_a_plan_from_the_network_is_checked(change: dict[str, object]) -> None:

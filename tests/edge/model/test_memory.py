@@ -33,10 +33,11 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def kept_bytes(bundle: Bundle, samples: Samples, *, recompute: bool = False) -> int:
     """Of all storages that autograd or a layer to be made again holds after a forward pass, frozen weights left out."""
-    model = build(bundle, bundle.plan.adapter, dense=False, dense_head=False, recompute=recompute)
-    lora.attach(model, bundle.manifest.lora, bundle.adapter_lora())
-    for parameter in lora.parameters(model).values():
-        parameter.requires_grad_(True)
+    view, resident = bundle.adapter_lora(), bundle.plan.resident
+    model = build(bundle, resident, dense=False, dense_head=False, recompute=recompute)
+    lora.attach(model, bundle.manifest.lora, {**lora.on(resident, bundle.emulator_lora()), **view})
+    for name, parameter in lora.parameters(model).items():
+        parameter.requires_grad_(name in view)
     count, length, labels = samples.batch_size, samples.ids, samples.labels
     states = torch.randn(count, length, 64)
     weights = [states, *model.model.parameters(), *model.model.buffers()]

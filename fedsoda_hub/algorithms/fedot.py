@@ -1,0 +1,56 @@
+"""FedOT: offsite-tuning (arXiv 2302.04870) run federated (FederatedScope-LLM, arXiv 2309.00363). Adapter at both ends,
+layers dropped uniformly between them, one distillation before round 1, no realignment; everything in 16 bits.
+
+Which layers: those of mit-han-lab/offsite-tuning, index round(i * stride), halves to even. As FedSODA compares it: 1
+layer below, 2 above, 12 dropped, and LoRA where the papers train whole layers, in the distillation too. The lowest
+layer trains, so an edge holds the whole emulator and sends gradients through it: there is nothing to sweep.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+from fedsoda_edge.errors import UsageProblem
+from fedsoda_edge.model.layer_plan import drop_layers
+from fedsoda_edge.protocol.manifest import LayerPlan
+from fedsoda_hub.algorithms.fedbiot import num_kept
+
+if TYPE_CHECKING:
+    from fedsoda_hub.algorithms.methods import Measure
+    from fedsoda_hub.config import Method
+
+USES: tuple[str, ...] = (
+    *("[method] adapter_layers", "[method] bottom_layers", "[method] drop_layers", "[method] emulator_base"),
+    "[align] steps",
+)
+DEFAULTS: dict[str, Any] = {
+    "[method] adapter_layers": 2,
+    "[method] bottom_layers": 1,
+    "[method] drop_layers": 12,
+    "[method] adapter_base": "bf16",
+    "[method] emulator_base": "bf16",
+    "[align] steps": 500,  # of FederatedScope's align_student_with_teacher, which has no KL either
+    "[align] kl_weight": 0.0,
+}
+
+
+def plan(num_layers: int, settings: Method, measure: Measure) -> LayerPlan:
+    bottom, top = settings.bottom_layers, settings.adapter_layers
+    emulator = num_layers - bottom - top
+    if bottom == 0 or emulator < 2:
+        raise UsageProblem(
+            f"[method] bottom_layers = {bottom} and adapter_layers = {top}, the model has {num_layers} layers; fedot "
+            f"trains some at both ends and leaves two or more between them: lower them, or write bottom_layers = 1"
+        )
+    count = num_kept(emulator, settings.drop_layers)
+    kept = [bottom + round(Fraction(place * (emulator - 1), count - 1)) for place in range(count)]
+    return drop_layers(num_layers, [*range(bottom), *range(num_layers - top, num_layers)], kept)
+
+
+def aligned(plan: LayerPlan) -> tuple[int, ...]:
+    return plan.sub_emulator
+
+
+def held_against(plan: LayerPlan) -> dict[int, int]:
+    return {}

@@ -1,0 +1,44 @@
+"""FedSODA (arXiv 2508.12727): adapter on top, similarity group pruning below it, LoRA on the retained layers aligned
+before round 1 and again every few rounds.
+
+What is read otherwise than printed, and why: method.md 1. Beyond the paper, edges keep the border's states on disk.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fedsoda_edge.model.layer_plan import choose_groups, make_plan
+from fedsoda_edge.protocol.manifest import LayerPlan
+from fedsoda_hub.algorithms.exact import check_adapter
+
+if TYPE_CHECKING:
+    from fedsoda_hub.algorithms.methods import Measure
+    from fedsoda_hub.config import Method
+
+USES: tuple[str, ...] = (
+    *("[method] emulator", "[method] adapter_layers", "[method] layers_per_group", "[method] groups"),
+    *("[method] realign_every", "[method] emulator_base", "[align] steps", "[align] realign_steps"),
+    "[align] border_map",
+)
+DEFAULTS: dict[str, Any] = {}
+
+
+def plan(num_layers: int, settings: Method, measure: Measure) -> LayerPlan:
+    """SGP: the groups with the least sum of distances, chosen exactly."""
+    check_adapter(num_layers, settings.adapter_layers)
+    emulator = num_layers - settings.adapter_layers
+    shape = num_layers, settings.adapter_layers, settings.layers_per_group, settings.groups
+    # An infeasible (n, p) is refused before any work: distances do not matter for that.
+    choose_groups([[0.0] * (emulator - 1 - layer) for layer in range(emulator)], *shape)
+    distances = measure(emulator)
+    return make_plan(num_layers, settings.adapter_layers, choose_groups(distances, *shape), distances)
+
+
+def aligned(plan: LayerPlan) -> tuple[int, ...]:
+    return plan.retained
+
+
+def held_against(plan: LayerPlan) -> dict[int, int]:
+    """The output of t_i against that of t_i + n (paper, eq. 6)."""
+    return {group.start: group.removed[-1] for group in plan.groups}
