@@ -54,7 +54,8 @@ def test_a_text_begins_broadly_and_goes_on_with_the_likeliest_ids(
     monkeypatch.setattr(self_generated, "TOP_K", 1)
     used, held_out = generate_blocks(Checkpoint.open(str(tiny_llama)), 3, 12, seed=0)
     texts = [block.tolist() for block in used + held_out]
-    assert len({tuple(text[1:5]) for text in texts}) == 6
+    for at in range(1, 5):
+        assert any(text[at] != likeliest(reference, text[:at]) for text in texts)
     for text in texts:
         assert text[5:] == [likeliest(reference, text[:at]) for at in range(5, 12)]
 
