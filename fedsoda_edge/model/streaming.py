@@ -192,6 +192,7 @@ def _tensor_table(directory: Path, name: str) -> dict[str, Path]:
 
 KEPT_MASK_BYTES = 64 << 20  # of what the layers of a sweep are called with, by shape of the batch
 
+Enter = Callable[[int, Any], None]
 Visit = Callable[[int, list[Tensor]], None]
 Progress = Callable[[int, int], None]
 
@@ -210,6 +211,7 @@ def stream(
     lora: dict[str, Tensor] | None = None,
     lora_scale: float = 0.0,
     dense: bool = True,
+    enter: Enter | None = None,
     visit: Visit | None = None,
     progress: Progress | None = None,
 ) -> list[Tensor]:
@@ -224,6 +226,7 @@ def stream(
         store_dtype: what hidden states are rounded to between layers; None: compute_dtype.
         lora: tensors by full-LLM name; applied unmerged, as PEFT does: y + scale * (x A^T) B^T.
         dense: NF4 weights are dequantized once for all samples; otherwise for each batch anew, tile by tile.
+        enter: called as enter(layer, its module) before it runs; hooks that it puts there go with the module.
         visit: called as visit(layer, hidden states of all samples) after each layer.
         progress: called as progress(layers done, layers in all).
 
@@ -249,6 +252,8 @@ def stream(
             layer = recorders[number].take_layer()
             fill(layer, coming.result(), compute_dtype, device, dense=dense)
             coming = reader.submit(source.stored_layer, layers[done + 1]) if done + 1 < len(layers) else None
+            if enter is not None:
+                enter(number, layer)
             with _lora_hooks(layer, f"layers.{number}.", lora or {}, lora_scale, device, compute_dtype):
                 for batch in batches:
                     longest = max(len(hidden[i]) for i in batch)

@@ -1,0 +1,117 @@
+"""Text that the full LLM writes is its own: what plain Transformers would write, cut into blocks as public text is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
+
+import fedsoda_hub.self_generated as self_generated
+from fedsoda_edge.data import TextTemplate
+from fedsoda_edge.errors import UsageProblem
+from fedsoda_edge.model.streaming import Checkpoint
+from fedsoda_hub.self_generated import generate_blocks
+
+BOS, EOS = 1, 2
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(self_generated, "BATCH_SIZE", 6)
+    monkeypatch.setattr(self_generated, "MAX_HELD_OUT", 3)
+    monkeypatch.setattr(self_generated, "COLUMN_IDS", 20)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_llama: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+
+
+def likeliest(reference: Any, ids: list[int]) -> int:
+    with torch.no_grad():
+        return int(reference(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+
+
+def test_blocks_are_those_of_a_public_text_and_the_same_every_time(tiny_llama: Path) -> None:
+    source = Checkpoint.open(str(tiny_llama))
+    used, held_out = generate_blocks(source, 4, 12, seed=0)
+    assert [len(blocks) for blocks in (used, held_out)] == [4, 3]
+    assert all(len(block) == 12 and int(block[0]) == BOS and block.dtype == torch.int64 for block in used + held_out)
+    before = torch.get_rng_state()
+    again, others = (torch.cat(generate_blocks(source, 4, 12, seed=seed)[0]) for seed in (0, 1))
+    assert torch.equal(again, torch.cat(used))
+    assert not torch.equal(others, again)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_text_begins_broadly_and_goes_on_with_the_likeliest_ids(
+    tiny_llama: Path, reference: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(self_generated, "TOP_K", 1)
+    used, held_out = generate_blocks(Checkpoint.open(str(tiny_llama)), 3, 12, seed=0)
+    texts = [block.tolist() for block in used + held_out]
+    for at in range(1, 5):
+        assert any(text[at] != likeliest(reference, text[:at]) for text in texts)
+    for text in texts:
+        assert text[5:] == [likeliest(reference, text[:at]) for at in range(5, 12)]
+
+
+def test_only_the_k_likeliest_are_drawn(tiny_llama: Path, reference: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(self_generated, "TOP_K", 3)
+    used, held_out = generate_blocks(Checkpoint.open(str(tiny_llama)), 3, 12, seed=0)
+    ranks = []
+    for text in used + held_out:
+        with torch.no_grad():
+            logits = reference(text[None], use_cache=False).logits[0]
+        ranks += [int((logits[at - 1] > logits[at - 1, text[at]]).sum()) for at in range(5, 12)]
+    assert set(ranks) == {0, 1, 2}
+
+
+def test_a_template_gives_rows_whose_columns_the_model_has_written(
+    tiny_llama: Path, reference: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(self_generated, "TOP_K", 1)
+    source = Checkpoint.open(str(tiny_llama))
+    tokenizer = Tokenizer.from_file(str(tiny_llama / "tokenizer.json"))
+    template = TextTemplate("Say {word}? It is {answer}")
+    used, held_out = generate_blocks(source, 6, 30, seed=3, template=template)
+    ids = [token for block in used + held_out for token in block.tolist()[1:]]
+    lines = tokenizer.decode(ids).split("\n")[:-1]
+    rows = [line.removeprefix("Say ").split("? It is ") for line in lines]
+    assert len({word for word, _ in rows}) > 3
+    for line, (word, answer) in zip(lines, rows, strict=True):
+        assert line == template.render({"word": word, "answer": answer})
+        assert "?" not in word  # where the next fixed text begins, a column ends
+        start = tokenizer.encode(f"Say {word}? It is").ids  # with bos
+        made: list[int] = []
+        while len(made) < 20 and (not made or made[-1] != EOS):
+            made.append(likeliest(reference, start + made))
+        written = tokenizer.decode([token for token in made if token != EOS]).lstrip()
+        assert answer == written.partition("\n")[0].strip()
+
+
+def test_without_bos_texts_begin_with_any_id_and_rows_on_a_new_line(tiny_llama: Path) -> None:
+    source = Checkpoint.open(str(tiny_llama))
+    source.fields["bos_token_id"] = None
+    used, _ = generate_blocks(source, 6, 12, seed=0)
+    assert len({int(block[0]) for block in used}) > 3
+    assert {len(block) for block in used} == {12}
+    rows, _ = generate_blocks(source, 3, 40, seed=0, template=TextTemplate("{word}, {word}"))
+    tokenizer = Tokenizer.from_file(str(tiny_llama / "tokenizer.json"))
+    first, second = tokenizer.decode(torch.cat(rows).tolist()).split("\n")[0].split(", ", 1)
+    assert first == second
+
+
+def test_a_model_that_writes_nothing_is_named(tiny_llama: Path) -> None:
+    source = Checkpoint.open(str(tiny_llama))
+    source.fields["eos_token_id"] = list(range(320))
+    with pytest.raises(
+        UsageProblem, match=r"ends all of 6 texts before it has written anything; give a \[public\] text"
+    ):
+        generate_blocks(source, 1, 12, seed=0)
+    with pytest.raises(UsageProblem, match=r"has 3\d\d ids before its last column, the model has 256 positions"):
+        generate_blocks(source, 1, 12, seed=0, template=TextTemplate("z" * 300 + "{word}"))
