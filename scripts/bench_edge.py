@@ -60,6 +60,7 @@ from fedsoda_edge.ports.system import peak_rss_bytes, return_memory_at_once
 from fedsoda_edge.protocol.manifest import LayerPlan
 from fedsoda_edge.protocol.messages import LocalSettings
 from fedsoda_edge.training import Trained, fine_tune, probe
+from fedsoda_hub.config import Method
 from fedsoda_hub.plan import likely_plan
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,7 +97,10 @@ class Geometry:
 
     @property
     def plan(self) -> LayerPlan:
-        return likely_plan(self.shape.layers, ADAPTER_LAYERS, LAYERS_PER_GROUP, self.groups)
+        return likely_plan(
+            self.shape.layers,
+            Method(adapter_layers=ADAPTER_LAYERS, layers_per_group=LAYERS_PER_GROUP, groups=self.groups),
+        )
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -235,7 +239,7 @@ def train_ours(
         max_length=geometry.length,
     )
     border, at_once = Border(samples(geometry), states), plan.micro_batch
-    probe(sub_llm, border, [0], at_once)
+    probe(sub_llm, border, view, [0], at_once)
     return lambda: fine_tune(
         sub_llm,
         border,

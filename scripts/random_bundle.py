@@ -85,7 +85,7 @@ def make(
 def lora_spec(shape: Shape, plan: LayerPlan, targets: Sequence[str]) -> LoRASpec:
     family = family_of(shape.model_type)
     fields = allowed_fields(family, shape.config)
-    adapter, emulator = (lora.specs(family, fields, on, targets, RANK) for on in (plan.adapter, plan.aligned))
+    adapter, emulator = (lora.specs(family, fields, on, targets, RANK) for on in (plan.adapter, plan.retained))
     return LoRASpec(rank=RANK, alpha=ALPHA, targets=tuple(targets), adapter=adapter, emulator=emulator)
 
 

@@ -72,11 +72,11 @@ def align(
     Raises:
         UsageProblem: a retained layer has no down_proj that ends its MLP, or no LoRA sits there.
     """
-    for layer in plan.aligned:
+    for layer in plan.retained:
         _check(source, layer, emulator_lora)
     solved = dict(emulator_lora)
-    states, begin = list(start), plan.aligned[0]
-    for done, layer in enumerate(plan.aligned):
+    states, begin = list(start), plan.retained[0]
+    for done, layer in enumerate(plan.retained):
         between = [number for number in plan.sub_emulator if begin <= number < layer]
         states = stream(
             source,
@@ -107,7 +107,7 @@ def align(
         )
         solved[a], solved[b] = solve(fit.gram, fit.cross, fit.down, scale, rank, damping)
         if progress is not None:
-            progress(done + 1, len(plan.aligned))
+            progress(done + 1, len(plan.retained))
     return solved
 
 

@@ -22,9 +22,11 @@ import msgspec
 
 from fedsoda_edge.data import TextTemplate
 from fedsoda_edge.errors import UsageProblem, WorkerFailed
+from fedsoda_edge.model.memory import Samples, plans, shape_of
 from fedsoda_edge.ports.child import Child
 from fedsoda_edge.ports.console import counted, note
 from fedsoda_edge.ports.system import group_of_its_own, stop_signal
+from fedsoda_edge.protocol.manifest import parse_manifest
 from fedsoda_hub.config import read_settings
 from fedsoda_hub.demo import task
 from fedsoda_hub.progress import Display
@@ -277,7 +279,7 @@ async def _alone(directory: Path, office: str, rounds: int, seed: int) -> Path:
     work.mkdir(parents=True)
     worker = Child("fedsoda_edge.worker", {"FEDSODA_THREADS": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
     try:
-        await worker.call(
+        opened = await worker.call(
             "open",
             {
                 "store": str(directory / "homes" / office / "store"),
@@ -287,11 +289,16 @@ async def _alone(directory: Path, office: str, rounds: int, seed: int) -> Path:
                 "prompt": task.PROMPT,
                 "completion": task.COMPLETION,
                 "max_length": MAX_LENGTH,
-                "device": "cpu",
             },
         )
+        longest = Samples(BATCH, opened["longest_ids"], opened["longest_labels"], opened["num_examples"])
+        shape = shape_of(parse_manifest((bundle / "manifest.json").read_bytes()))
+        memory = next(plans(shape, "cpu", longest))  # the quickest: the model is small
         cache = {"directory": str(work / "border"), "key": os.urandom(32).hex(), "dtype": "bf16", "max_bytes": None}
-        await worker.call("border", {"emulator": None, "cache": cache})
+        await worker.call(
+            "border",
+            {"emulator": None, "cache": cache, "memory": msgspec.to_builtins(memory), "room": sys.maxsize},
+        )
         view: Path | None = None
         residual: Path | None = None
         for number in range(1, rounds + 1):

@@ -16,7 +16,18 @@ from fedsoda_edge.protocol.messages import DeviceFacts
 GIB = 2**30
 # Llama-3-8B with three adapter layers, everything in NF4.
 SHAPE = Shape(
-    4096, 14336, 4096, 1024, 128256, 3, 218_000_000, 5_000_000, adapter_in_nf4=True, head_in_nf4=True, width=2
+    4096,
+    14336,
+    4096,
+    1024,
+    128256,
+    3,
+    218_000_000,
+    5_000_000,
+    adapter_in_nf4=True,
+    emulator_in_nf4=True,
+    head_in_nf4=True,
+    width=2,
 )
 SAMPLES = Samples(8, 512, 100)
 

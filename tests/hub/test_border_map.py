@@ -162,6 +162,7 @@ def test_edge_hub_and_a_whole_model_apply_it_alike(run: RunSettings, tmp_path: P
         device="cpu",
     )
     cached.sweep()
+    assert isinstance(swept.states, list)
     for at, state in enumerate(swept.states):
         assert (cached[at] - state).norm() < 1e-2 * state.norm()  # records are bf16
     cached.close()
@@ -180,8 +181,8 @@ def test_edge_hub_and_a_whole_model_apply_it_alike(run: RunSettings, tmp_path: P
         made = whole.model.generate(
             prompt, attention_mask=mask, do_sample=False, max_new_tokens=4, eos_token_id=None, pad_token_id=0
         )
-        for row, length in ((0, 3), (1, 5)):
-            own = made[row, 5 - length :]
+        for which, length in ((0, 3), (1, 5)):
+            own = made[which, 5 - length :]
             logits = whole.model(own[None, :-1]).logits[0, length - 1 :]
             assert own[length:].tolist() == logits.argmax(dim=-1).tolist()
 

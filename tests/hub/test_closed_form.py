@@ -95,7 +95,7 @@ def retained(bundle: Bundle, tiny_llama: Path) -> dict[int, Tensor]:
 
 
 def aligned(bundle: Bundle, retained: dict[int, Tensor], emulator: dict[str, Tensor]) -> dict[str, Tensor]:
-    below = [layer for layer in bundle.plan.kept if layer < bundle.plan.aligned[0]]
+    below = [layer for layer in bundle.plan.kept if layer < bundle.plan.retained[0]]
     start = stream(bundle, below, BLOCKS)
     return closed_form.align(bundle, bundle.plan, BLOCKS, start, retained, emulator, bundle.manifest.lora.scale)
 
@@ -114,8 +114,8 @@ def test_each_group_is_solved_on_states_that_those_below_have_corrected(
     emulator, scale = bundle.emulator_lora(), bundle.manifest.lora.scale
     made = aligned(bundle, retained, emulator)
     changed = {name for name in made if not torch.equal(made[name], emulator[name])}
-    assert changed == {f"layers.{t}.mlp.down_proj.lora_{side}" for t in bundle.plan.aligned for side in "AB"}
-    for layer in bundle.plan.aligned:
+    assert changed == {f"layers.{t}.mlp.down_proj.lora_{side}" for t in bundle.plan.retained for side in "AB"}
+    for layer in bundle.plan.retained:
         target = retained[layer][:, 1:].flatten(0, 1)
         a, b = (f"layers.{layer}.mlp.down_proj.lora_{side}" for side in "AB")
         without = {name: tensor for name, tensor in made.items() if name not in (a, b)}
@@ -137,7 +137,7 @@ def test_factors_that_are_trained_already_are_solved_for_anew(bundle: Bundle, re
     assert all(torch.equal(once[name], again[name]) for name in fresh)
     attention = {name: old[name] if "q_proj" in name else tensor for name, tensor in fresh.items()}
     other = aligned(bundle, retained, attention)
-    name = f"layers.{bundle.plan.aligned[0]}.mlp.down_proj.lora_A"
+    name = f"layers.{bundle.plan.retained[0]}.mlp.down_proj.lora_A"
     assert not torch.equal(other[name], once[name])  # solved with what the other factors do
 
 
