@@ -144,7 +144,8 @@ def kl_sentence(kl: dict[str, float]) -> str:
     """What pruning and then storing it took, and alignment gave back."""
     if not kl["pruned"]:  # a full emulator's, exactly
         return f"public KL {kl['quantized']:.3f} as stored, all layers kept"
-    return f"public KL {kl['pruned']:.3f} pruned, {kl['quantized']:.3f} as stored, {kl['aligned']:.3f} aligned"
+    aligned = f"{kl['aligned']:.3f} aligned" if kl["aligned"] != kl["quantized"] else "not aligned"
+    return f"public KL {kl['pruned']:.3f} pruned, {kl['quantized']:.3f} as stored, {aligned}"
 
 
 def plan_table(report: dict[str, Any]) -> None:
