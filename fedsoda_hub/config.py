@@ -9,6 +9,7 @@ import difflib
 import math
 import re
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ NOT_OF_ALL: dict[str, Any] = {
     "[method] bottom_layers": 0,
     "[method] layers_per_group": 0,
     "[method] groups": 0,
+    "[method] classes": [],
     "[method] drop_layers": 0,
     "[method] layer_choice": "contiguous",
     "[method] realign_every": 0,
@@ -58,6 +60,7 @@ class Method(Section, frozen=True):
 
     emulator: what edges receive below the adapter: "sub", what SGP leaves of it, aligned; "full", all its layers.
     adapter_layers: last layers that train; bottom_layers: first ones that do.
+    classes: numbers of groups of further, smaller sub-LLMs, ascending: an edge takes the largest that it has room for.
     drop_layers: how many go in all where they go uniformly: groups have no meaning there, and a share of the layers
     would have to be rounded. layer_choice: how FedPruner finds those that stay: the most important of each of its
     groups, which are "contiguous" or "spectral"; or, to compare with, "uniform", "random" or all but the "top". Bases: "nf4" or "bf16", the checkpoint's own dtype.
@@ -69,6 +72,7 @@ class Method(Section, frozen=True):
     bottom_layers: int = 0
     layers_per_group: int = 3
     groups: int = 4
+    classes: list[int] = msgspec.field(default_factory=list)
     drop_layers: int = 0
     layer_choice: str = "contiguous"
     realign_every: int = 5
@@ -176,7 +180,7 @@ class RunSettings(Section, frozen=True):
     seed: int = 0
     device: str = "auto"
     dtype: str = "bfloat16"
-    method: Method = Method()
+    method: Method = msgspec.field(default_factory=Method)
     lora: LoRA = msgspec.field(default_factory=LoRA)
     align: Align = Align()
     rounds: Rounds = Rounds()
@@ -414,6 +418,12 @@ def _check_ranges(settings: RunSettings) -> None:
         ),
         ("[method] layers_per_group", s.method.layers_per_group, s.method.layers_per_group >= 0, "at least 0"),
         ("[method] groups", s.method.groups, s.method.groups >= 0, "at least 0"),
+        (
+            "[method] classes",
+            s.method.classes,
+            len(s.method.classes) <= 3 and all(a < b for a, b in pairwise([s.method.groups, *s.method.classes])),
+            "at most 3 numbers, ascending, each above [method] groups",
+        ),
         ("[method] realign_every", s.method.realign_every, s.method.realign_every >= 0, "at least 0"),
         ("[method] adapter_base", s.method.adapter_base, s.method.adapter_base in BASES, " or ".join(BASES)),
         ("[method] emulator_base", s.method.emulator_base, s.method.emulator_base in BASES, " or ".join(BASES)),

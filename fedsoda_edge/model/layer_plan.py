@@ -14,7 +14,12 @@ from fedsoda_edge.protocol.manifest import Group, LayerPlan
 
 
 def choose_groups(
-    distances: Sequence[Sequence[float]], num_layers: int, adapter_layers: int, n: int, p: int
+    distances: Sequence[Sequence[float]],
+    num_layers: int,
+    adapter_layers: int,
+    n: int,
+    p: int,
+    beside: Sequence[Group] = (),
 ) -> tuple[Group, ...]:
     """The p non-overlapping groups with the least sum of d(out(t), out(t+n)); ties go to deeper layers.
 
@@ -23,10 +28,12 @@ def choose_groups(
 
     Args:
         distances: distances[l][m-1] = d between the outputs of layers l and l+m, in units of pi.
+        beside: groups of n that go in any case; the p are chosen around them, so that the removals are nested.
 
     Raises:
         UsageProblem: p groups of n+1 layers do not fit; names the nearest (n, p) that do.
     """
+    taken = {layer for group in beside for layer in (group.start, *group.removed)}
     emulator = num_layers - adapter_layers
     if n == 0 or p == 0:
         return ()
@@ -42,7 +49,12 @@ def choose_groups(
     for j in range(1, p + 1):
         for t in range(starts - 1, -1, -1):
             take = distances[t][n - 1] + best[j - 1][min(t + n + 1, emulator)]
-            best[j][t] = min(best[j][t + 1], take)
+            best[j][t] = best[j][t + 1] if taken & {*range(t, t + n + 1)} else min(best[j][t + 1], take)
+    if best[p][0] == math.inf:
+        raise UsageProblem(
+            f"{p} groups of {n} removed layers do not fit beside those that start at {[g.start for g in beside]}; "
+            "write fewer in [method] classes"
+        )
     groups = []
     t, j = 0, p
     while j:

@@ -73,6 +73,13 @@ class ViewRef(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     moved: Factor = "both"
 
 
+class SizeClass(msgspec.Struct, frozen=True, kw_only=True):
+    """A smaller sub-LLM of the same run, with the same adapter. emulator: of the alignment in force."""
+
+    manifest: BlobRef
+    emulator: ViewRef
+
+
 # --- edge to hub ------------------------------------------------------------------------------------
 
 
@@ -85,10 +92,14 @@ class Hello(Message, frozen=True, tag="hello"):
     device: DeviceFacts
 
 
-class Ready(Message, frozen=True, tag="ready"):
-    """The bundle is verified and the data is read: this edge may be invited."""
+class Ready(Message, frozen=True, tag="ready", omit_defaults=True):
+    """The bundle is verified and the data is read: this edge may be invited.
+
+    size_class: which sub-LLM it took: 0 the Welcome's own, 1 the first of `smaller`, ...
+    """
 
     num_examples: int
+    size_class: int = 0
 
 
 class BlobRequest(Message, frozen=True, tag="blob_request"):
@@ -157,6 +168,7 @@ class Welcome(Message, frozen=True, tag="welcome", omit_defaults=True):
 
     batch_size: samples of a step, which an edge's memory is planned with.
     emulator: of the alignment in force, so that an edge can sweep before its first offer; None: an older hub.
+    smaller: sub-LLMs to take instead, from larger to smaller, where the device has no room for `manifest`'s.
     """
 
     protocol: int
@@ -173,6 +185,7 @@ class Welcome(Message, frozen=True, tag="welcome", omit_defaults=True):
     stall_seconds: float
     batch_size: int = 8
     emulator: ViewRef | None = None
+    smaller: tuple[SizeClass, ...] = ()
 
 
 class RoundOffer(Message, frozen=True, tag="round_offer", omit_defaults=True):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 USES: tuple[str, ...] = (
     *("[method] emulator", "[method] adapter_layers", "[method] layers_per_group", "[method] groups"),
     *("[method] realign_every", "[method] emulator_base", "[align] steps", "[align] realign_steps"),
-    "[align] border_map",
+    *("[align] border_map", "[method] classes"),
 )
 DEFAULTS: dict[str, Any] = {}
 
@@ -34,6 +34,22 @@ def plan(full_llm: FullLLM, settings: Method, seed: int) -> LayerPlan:
     choose_groups([[0.0] * (emulator - 1 - layer) for layer in range(emulator)], *shape)
     distances = full_llm.distances(emulator)
     return make_plan(num_layers, settings.adapter_layers, choose_groups(distances, *shape), distances)
+
+
+def size_classes(plan: LayerPlan, settings: Method) -> tuple[LayerPlan, ...]:
+    """The run's plan, then those of its smaller sub-LLMs: each removes all that the one before it does, and more
+    (method.md 8d), so they share its shards; all have the same adapter.
+
+    Raises:
+        UsageProblem: the further groups do not fit around the others.
+    """
+    plans = [plan]
+    for groups in settings.classes:
+        shape = plan.num_layers, len(plan.adapter), settings.layers_per_group, groups - len(plans[-1].groups)
+        more = choose_groups(plan.distances, *shape, beside=plans[-1].groups)
+        together = sorted((*plans[-1].groups, *more), key=lambda group: group.start)
+        plans.append(make_plan(plan.num_layers, len(plan.adapter), together, plan.distances))
+    return tuple(plans)
 
 
 def aligned(plan: LayerPlan) -> tuple[int, ...]:

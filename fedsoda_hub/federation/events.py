@@ -32,11 +32,22 @@ class SettingsChanged(Record, frozen=True, tag="settings_changed"):
     values: dict[str, Any]
 
 
+class PreparedClass(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One of the smaller sub-LLMs, which share shards and adapter with the largest."""
+
+    manifest: Digest
+    emulator_view: Digest
+    public_kl: dict[str, float]
+
+
 class Prepared(Record, frozen=True, tag="prepared"):
+    """Of the largest sub-LLM; smaller: by size class, from class 1 on."""
+
     manifest: Digest
     adapter_view: Digest
     emulator_view: Digest
     public_kl: dict[str, float]
+    smaller: tuple[PreparedClass, ...] = ()
 
 
 class RoundOpened(Record, frozen=True, tag="round_opened"):
@@ -90,8 +101,18 @@ class RoundClosed(Record, frozen=True, tag="round_closed"):
     cross_term: float | None = None
 
 
+class RealignedClass(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    view: Digest
+    delta: Digest
+    kl_before: float
+    kl_after: float
+
+
 class Realigned(Record, frozen=True, tag="realigned"):
-    """Before local training of `round`: a new version of the emulator LoRA."""
+    """Before local training of `round`: a new version of the emulator LoRA; smaller: by size class, from class 1 on.
+
+    All classes are realigned at once, so that a version means the same to every edge.
+    """
 
     round: int
     version: int
@@ -99,6 +120,7 @@ class Realigned(Record, frozen=True, tag="realigned"):
     delta: Digest
     kl_before: float
     kl_after: float
+    smaller: tuple[RealignedClass, ...] = ()
 
 
 class Evaluated(Record, frozen=True, tag="evaluated"):

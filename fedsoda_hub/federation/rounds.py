@@ -51,6 +51,15 @@ class Collected(msgspec.Struct, frozen=True):
     loss: float
 
 
+class SizeClass(msgspec.Struct):
+    """A smaller sub-LLM that the run has beside its largest."""
+
+    manifest: Digest
+    public_kl: dict[str, float]
+    emulator_view: Digest
+    emulator_delta: Digest | None = None
+
+
 class RunState(msgspec.Struct):
     """The ledger, folded. phase: preparing, idle (between rounds), collecting, ended."""
 
@@ -74,12 +83,18 @@ class RunState(msgspec.Struct):
     alignment: int = 0
     emulator_view: Digest = Digest("")
     emulator_delta: Digest | None = None
+    smaller: list[SizeClass] = []  # from size class 1 on; class 0 is in the fields above
     realigned_for: int = 0
     evaluation: dict[str, Any] | None = None
     evaluated_round: int = 0
     losses: list[float] = []  # weighted mean of each closed round
     cross_terms: dict[int, float] = {}  # by round
     realignments: list[dict[str, int | float]] = []
+
+    def emulator(self, size_class: int) -> tuple[Digest, Digest | None]:
+        """(view, coded step to it or None) of the emulator LoRA that edges of the class hold."""
+        of_class = self.smaller[size_class - 1] if size_class else self
+        return of_class.emulator_view, of_class.emulator_delta
 
     def apply(self, record: ev.AnyRecord) -> None:
         """Fold one record in."""
@@ -93,6 +108,7 @@ class RunState(msgspec.Struct):
                 self.manifest, self.public_kl = record.manifest, record.public_kl
                 self.master = self.view = record.adapter_view
                 self.emulator_view = record.emulator_view
+                self.smaller = [SizeClass(one.manifest, one.public_kl, one.emulator_view) for one in record.smaller]
                 self.phase = "idle"
             case ev.RoundOpened():
                 self.round, self.cohort = record.round, list(record.cohort)
@@ -125,6 +141,8 @@ class RunState(msgspec.Struct):
             case ev.Realigned():
                 self.alignment, self.realigned_for = record.version, record.round
                 self.emulator_view, self.emulator_delta = record.view, record.delta
+                for held, made in zip(self.smaller, record.smaller, strict=True):
+                    held.emulator_view, held.emulator_delta = made.view, made.delta
                 self.realignments.append(
                     {"round": record.round, "kl_before": record.kl_before, "kl_after": record.kl_after}
                 )
@@ -285,7 +303,8 @@ class RoundMachine:
         state, result = self.state, event.result
         match event.job:
             case "prepare":
-                return [Append(ev.Prepared(**result))]
+                smaller = msgspec.convert(result.get("smaller", ()), tuple[ev.PreparedClass, ...])
+                return [Append(ev.Prepared(**result | {"smaller": smaller}))]
             case "aggregate":
                 told = [
                     Send(edge, RoundClosedMessage(round=state.round, num_updates=len(state.accepted)))
@@ -293,7 +312,9 @@ class RoundMachine:
                 ]
                 return [Append(ev.RoundClosed(round=state.round, **result)), *told]
             case "realign":
-                return [Append(ev.Realigned(round=state.round + 1, version=state.alignment + 1, **result))]
+                aligned = msgspec.convert(result.get("smaller", ()), tuple[ev.RealignedClass, ...])
+                numbers = {"round": state.round + 1, "version": state.alignment + 1}
+                return [Append(ev.Realigned(**numbers, **result | {"smaller": aligned}))]
             case "evaluate":
                 return [Append(ev.Evaluated(round=state.round, result=result))]
         raise AssertionError(f"no such job: {event.job}")
@@ -404,6 +425,7 @@ class RoundMachine:
                 "version": state.alignment + 1,
                 "master": state.master,
                 "emulator_view": state.emulator_view,
+                "smaller": [held.emulator_view for held in state.smaller],
             }
             return self._start("realign", arguments)
         if len(self.eligible) < rules.min_edges:

@@ -9,6 +9,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -552,7 +553,12 @@ def test_realignment_and_evaluation_see_the_master_and_the_emulators_view() -> N
     [realign] = run.jobs
     state = run.state
     assert state.master != state.view
-    assert realign.arguments == {"version": 1, "master": state.master, "emulator_view": digest("emulator")}
+    assert realign.arguments == {
+        "version": 1,
+        "master": state.master,
+        "emulator_view": digest("emulator"),
+        "smaller": [],
+    }
     run.finish_job()
     run.send_update("a")
     run.send_update("b")
@@ -894,3 +900,40 @@ def test_any_order_of_events_agrees_with_the_model(
             assert set(run.state.accepted) == model.accepted
             assert set(run.state.answered) == model.answered
         assert run.ledger.replay() == run.state
+
+
+# --- size classes -----------------------------------------------------------------------------------------------
+
+
+def test_every_size_class_has_its_emulator_and_all_share_rounds_and_versions() -> None:
+    run = Run(replace(RULES, count=3, realign_every=2), holds_jobs=True)
+    smaller = [{"manifest": digest("m", n), "emulator_view": digest("e", n), "public_kl": {}} for n in (1, 2)]
+    [job] = run.jobs
+    run.do(ev.ComputeDone("prepare", compute(job) | {"smaller": smaller}))
+    assert [run.state.emulator(n) for n in range(3)] == [
+        (run.state.emulator_view, None),
+        (digest("e", 1), None),
+        (digest("e", 2), None),
+    ]
+    run.jobs.clear()
+    state = run.state
+    state.round = 1
+    run.do(ev.EdgeReady(edge("a")))
+    [job] = run.jobs
+    assert (job.job, job.arguments["smaller"]) == ("realign", [digest("e", 1), digest("e", 2)])
+    made = [{"view": digest("v", n), "delta": digest("d", n), "kl_before": 1.0, "kl_after": 0.5} for n in (1, 2)]
+    run.do(ev.ComputeDone("realign", compute(job) | {"smaller": made}))
+    assert state.alignment == 1
+    assert [state.emulator(n) for n in (1, 2)] == [(digest("v", n), digest("d", n)) for n in (1, 2)]
+    again = run.ledger.replay()  # records come back as they were, and fold to the same
+    assert again.smaller == state.smaller
+
+
+def test_a_ledger_of_a_run_without_classes_replays() -> None:
+    """Recorded before there were any."""
+    old = b'{"record":"prepared","manifest":"m","adapter_view":"a","emulator_view":"e","public_kl":{"pruned":0.5}}'
+    state = RunState()
+    state.apply(msgspec.json.decode(old, type=ev.Prepared))
+    old = b'{"record":"realigned","round":2,"version":1,"view":"v","delta":"d","kl_before":1.0,"kl_after":0.5}'
+    state.apply(msgspec.json.decode(old, type=ev.Realigned))
+    assert (state.smaller, state.emulator(0)) == ([], ("v", "d"))

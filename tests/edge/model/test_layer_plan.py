@@ -48,6 +48,37 @@ def test_the_choice_is_the_best_of_all_sets(integers: bool) -> None:
         cases += 1
 
 
+def test_groups_beside_others_are_the_best_of_those_around_them() -> None:
+    chance, refused = random.Random(1), 0
+    for _ in range(200):
+        emulator, n, first, more = (
+            chance.randint(4, 13),
+            chance.randint(1, 3),
+            chance.randint(1, 2),
+            chance.randint(1, 3),
+        )
+        if first * (n + 1) > emulator or more * (n + 1) > emulator:
+            continue
+        distances = [[chance.random() for _ in range(emulator - 1 - layer)] for layer in range(emulator)]
+        beside = choose_groups(distances, emulator + 2, 2, n, first)
+        taken = {layer for group in beside for layer in range(group.start, group.start + n + 1)}
+        free = [start for start in range(emulator - n) if not taken & {*range(start, start + n + 1)}]
+        sets = [
+            starts
+            for starts in itertools.combinations(free, more)
+            if all(b - a > n for a, b in itertools.pairwise(starts))
+        ]
+        if not sets:
+            refused += 1
+            with pytest.raises(UsageProblem, match=r"do not fit beside those that start at .* \[method\] classes"):
+                choose_groups(distances, emulator + 2, 2, n, more, beside)
+            continue
+        found = choose_groups(distances, emulator + 2, 2, n, more, beside)
+        best = min(sets, key=lambda starts: sum(distances[start][n - 1] for start in starts))
+        assert tuple(group.start for group in found) == best
+    assert refused > 10
+
+
 def test_what_does_not_fit_is_refused_with_what_would() -> None:
     with pytest.raises(UsageProblem, match=r"need 16 layers below the adapter, the model has 13 .*\(3, 3\)"):
         choose_groups([[0.0] * 13] * 13, 16, 3, n=3, p=4)
