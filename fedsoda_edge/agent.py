@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from fedsoda_edge import control
+from fedsoda_edge import control, size_class
 from fedsoda_edge.aside import Aside, end
 from fedsoda_edge.config import Home
 from fedsoda_edge.data import DEFAULT_COMPLETION, DEFAULT_PROMPT, LocalData, TextTemplate
-from fedsoda_edge.device import Limits, check_disk, fit, leaner, memory_report, read_device, room_for, same_way
+from fedsoda_edge.device import Limits, fit, leaner, memory_report, read_device, room_for, same_way
 from fedsoda_edge.download import Download, backoff_seconds
 from fedsoda_edge.errors import (
     DeviceTooSmall,
@@ -37,7 +37,7 @@ from fedsoda_edge.ports.child import Child
 from fedsoda_edge.ports.disk import sha256_file, write_durably
 from fedsoda_edge.ports.system import peak_rss_bytes
 from fedsoda_edge.protocol import messages as ms
-from fedsoda_edge.protocol.manifest import TOKENIZER_FILES, parse_manifest
+from fedsoda_edge.protocol.manifest import TOKENIZER_FILES
 from fedsoda_edge.protocol.session import Blob, EdgeSession, chunks
 from fedsoda_edge.status import Status
 from fedsoda_edge.store import FileStore
@@ -93,6 +93,7 @@ class Agent:
         self._status: Status | None = None  # from the moment the home is this join's
         self._welcome: ms.Welcome | None = None
         self._num_examples = 0
+        self._size_class = 0
         self._cache_key = b""
         self._opening: dict[str, Any] | None = None  # what the worker was opened with, for the next one
         self._reader: asyncio.Task[None] | None = None
@@ -188,36 +189,41 @@ class Agent:
         download = Download(
             self.transport, store, run=self._aside.run, say=self.say, keep_trying=self._settings.unattended
         )
-        manifest_path = await download.file(welcome.manifest.digest, welcome.manifest.bytes)
-        manifest = parse_manifest(manifest_path.read_bytes())
-        held = store.held_bytes([(file.sha256, file.bytes) for file in manifest.files])
-        facts = read_device(self.home.directory)
-        check_disk(disk_needed := max(0, manifest.needs.disk_bytes - held), facts)
-        self._shape = shape_of(manifest)
-        # Rows are not read yet: a device is refused now that could train on none.
-        least = fit(self._settings.device, self._shape, SHORTEST, facts, self._settings.limits)
+        taken = await size_class.take(
+            welcome,
+            lambda manifest: download.file(manifest.digest, manifest.bytes),
+            store,
+            self.home.directory,
+            self._settings.device,
+            SHORTEST,  # rows are not read yet: a device is refused now that could train on none
+            self._settings.limits,
+            self.say,
+        )
+        manifest, manifest_digest = taken.manifest, taken.size_class.manifest.digest
+        self._size_class, self._shape = taken.number, shape_of(manifest)
         self.say(
             {
                 "event": "device",
-                "device": least.device,
-                "ram_needed": least.peak if least.device == "cpu" else 0,
-                "ram_free": facts.ram_bytes,
-                "disk_needed": disk_needed,
-                "disk_free": facts.disk_bytes,
+                "device": taken.memory.device,
+                "ram_needed": taken.memory.peak if taken.memory.device == "cpu" else 0,
+                "ram_free": taken.facts.ram_bytes,
+                "disk_needed": taken.disk_needed,
+                "disk_free": taken.facts.disk_bytes,
+                "size_class": taken.number,
             }
         )
         prompt, completion = self._template()
         self._opening = {
             "store": str(self.home.store),
-            "manifest": welcome.manifest.digest,
+            "manifest": manifest_digest,
             "data": str(self._settings.data.path.absolute()),
             "columns": dict(self._settings.data.columns),
             "prompt": prompt.text,
             "completion": completion.text,
             "max_length": welcome.max_length,
         }
-        async with download.bundle(manifest, welcome.manifest.digest) as fetch:
-            opened = await _beside(fetch(), self._read(welcome))
+        async with download.bundle(manifest, manifest_digest) as fetch:
+            opened = await _beside(fetch(), self._read(welcome, taken.size_class.emulator))
         tokenizer = {file.name: str(store.path(file.sha256)) for file in manifest.files if file.name in TOKENIZER_FILES}
         about = {
             "run": welcome.run_name,
@@ -233,11 +239,11 @@ class Agent:
         for missing in self._aside.missing():
             self.say({"event": "notice", "message": missing})
 
-    async def _read(self, welcome: ms.Welcome) -> dict[str, Any]:
+    async def _read(self, welcome: ms.Welcome, emulator: ms.ViewRef | None) -> dict[str, Any]:
         """Read the data in the worker, and begin to sweep it with the alignment that is in force."""
         opened = await self._at_work(self._open, tries=1)
         self._num_examples = opened["num_examples"]
-        if (emulator := welcome.emulator) is not None:
+        if emulator is not None:
             self._early_for = emulator.digest
             self._early = asyncio.create_task(self._at_work(lambda: self._sweep_early(welcome, emulator)))
             self._early.add_done_callback(self._early_ended)
@@ -433,7 +439,7 @@ class Agent:
                 elif self._ready.is_set():
                     await self._send(ms.Resumed())
                 else:
-                    await self._send(ms.Ready(num_examples=self._num_examples))
+                    await self._send(ms.Ready(num_examples=self._num_examples, size_class=self._size_class))
                     self._ready.set()
                 self._told_pause = is_paused
 

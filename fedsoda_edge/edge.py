@@ -15,18 +15,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+from fedsoda_edge import size_class
 from fedsoda_edge.agent import Agent, AgentSettings, Cache, Say
 from fedsoda_edge.config import CACHE_DTYPES, Home, read_token
 from fedsoda_edge.data import LocalData
-from fedsoda_edge.device import Limits, check_device_name, check_disk, fit, memory_report, read_device
+from fedsoda_edge.device import Limits, check_device_name, memory_report
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_edge.model.memory import Samples, shape_of
+from fedsoda_edge.model.memory import Samples
 from fedsoda_edge.neighbour import parse_rules
 from fedsoda_edge.ports import SystemClock, Transport
 from fedsoda_edge.ports.child import Child
 from fedsoda_edge.ports.console import counted
 from fedsoda_edge.protocol import messages as ms
-from fedsoda_edge.protocol.manifest import parse_manifest
 from fedsoda_edge.store import FileStore
 from fedsoda_edge.transport import HubTransport
 
@@ -222,14 +222,18 @@ async def look_at(edge: Edge) -> dict[str, Any]:
     try:
         welcome = await agent.greet_once()
         store = FileStore(home.store)
-        path = await store.fetch(agent.transport, welcome.manifest.digest, welcome.manifest.bytes)
-        manifest = parse_manifest(path.read_bytes())
-        facts = read_device(home.directory)
-        held = store.held_bytes([(file.sha256, file.bytes) for file in manifest.files])
-        check_disk(disk_needed := max(0, manifest.needs.disk_bytes - held), facts)
-        # The edge's rows are not looked at: as long as the run allows, and all of them completion.
-        samples = Samples(welcome.batch_size, welcome.max_length, welcome.max_length)
-        memory = fit(edge._device, shape_of(manifest), samples, facts, edge._limits)
+        taken = await size_class.take(
+            welcome,
+            lambda manifest: store.fetch(agent.transport, manifest.digest, manifest.bytes),
+            store,
+            home.directory,
+            edge._device,
+            # The edge's rows are not looked at: as long as the run allows, and all of them completion.
+            Samples(welcome.batch_size, welcome.max_length, welcome.max_length),
+            edge._limits,
+            lambda _: None,  # which class it is says enough
+        )
+        manifest, memory, facts = taken.manifest, taken.memory, taken.facts
         on_cpu = memory.device == "cpu"
         return {
             "run": welcome.run_name,
@@ -240,7 +244,8 @@ async def look_at(edge: Edge) -> dict[str, Any]:
             "rank": manifest.lora.rank,
             "rounds": welcome.rounds,
             "largest_file": max(manifest.files, key=lambda file: file.bytes).sha256,
-            "disk_needed": disk_needed,
+            "size_class": taken.number,
+            "disk_needed": taken.disk_needed,
             "disk_free": facts.disk_bytes,
             "border_bytes_per_row": 2 * int(manifest.config["hidden_size"]) * welcome.max_length,
             "ram_needed": memory.peak if on_cpu else 0,

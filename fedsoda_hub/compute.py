@@ -85,13 +85,21 @@ class Compute:
         }
 
     def realign(self, values: Values, report: Report) -> Values:
-        spec = Bundle.open(self.settings.run_dir / "bundle").manifest.lora
-        return Preparation(self.settings, report).realign(
-            values["version"],
-            delta.from_bytes(self.blobs.get(values["master"]), spec.adapter),
-            delta.from_bytes(self.blobs.get(values["emulator_view"]), spec.emulator),
-            self.settings.wire.codec,
-        )
+        """All size classes, one after the other."""
+        preparation, made = Preparation(self.settings, report), []
+        for size_class, view in enumerate([values["emulator_view"], *values["smaller"]]):
+            spec = Bundle.open(self.settings.run_dir / "bundle", size_class).manifest.lora
+            made.append(
+                preparation.realign(
+                    values["version"],
+                    delta.from_bytes(self.blobs.get(values["master"]), spec.adapter),
+                    delta.from_bytes(self.blobs.get(view), spec.emulator),
+                    self.settings.wire.codec,
+                    size_class,
+                )
+            )
+        largest, *smaller = made
+        return largest | {"smaller": smaller}
 
     def evaluate(self, values: Values, report: Report) -> Values:
         if self._judge is None:

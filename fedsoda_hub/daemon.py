@@ -19,7 +19,7 @@ from fedsoda_edge.ports.disk import BlobStore, write_durably
 from fedsoda_edge.ports.system import Held, Lock, on_signal_in
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.coded import check, coded_bytes, of_factor
-from fedsoda_edge.protocol.manifest import BundleManifest
+from fedsoda_edge.protocol.manifest import BundleManifest, file_of
 from fedsoda_edge.protocol.session import Upload
 from fedsoda_hub.config import RunSettings, differences
 from fedsoda_hub.federation import events as ev
@@ -62,6 +62,7 @@ class Daemon:
         self._events: asyncio.Queue[ev.Event | None] = asyncio.Queue()
         self._connections: dict[ms.EdgeId, Connection] = {}
         self._progress: dict[ms.EdgeId, ms.Progress] = {}
+        self._size_classes: dict[ms.EdgeId, int] = {}  # as each said when it was last ready
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._compute = Child("fedsoda_hub.compute")
@@ -216,11 +217,13 @@ class Daemon:
         await asyncio.sleep(0.2)  # let the last frames leave
 
     def _load_manifest(self) -> None:
-        data = self.blobs.get(self.machine.state.manifest)
-        manifest = msgspec.json.decode(data, type=BundleManifest)
-        bundle = self.run_dir / "bundle"
-        self._files = {file.sha256: bundle / file.name for file in manifest.files}
-        self._files[self.machine.state.manifest] = self.blobs.path(self.machine.state.manifest)
+        bundle, state = self.run_dir / "bundle", self.machine.state
+        digests = (state.manifest, *(held.manifest for held in state.smaller))
+        manifests = [msgspec.json.decode(self.blobs.get(digest), type=BundleManifest) for digest in digests]
+        manifest = manifests[0]
+        for size_class, (digest, one) in enumerate(zip(digests, manifests, strict=True)):
+            self._files[digest] = self.blobs.path(digest)
+            self._files |= {file.sha256: bundle / file_of(file.name, size_class) for file in one.files}
         # Names and offsets of the safetensors header: at most 256 bytes a tensor.
         self.max_update_bytes = 4096 + sum(
             256 + max(coded_bytes(spec.shape, codec) for codec in ("bf16", "int8")) for spec in manifest.lora.adapter
@@ -249,6 +252,9 @@ class Daemon:
         kept = {update.digest for update in (*state.accepted.values(), *state.receipts.values())}
         kept |= {state.master, state.view, state.emulator_view}
         kept |= {blob for blob in (state.view_delta, state.emulator_delta, state.moments) if blob is not None}
+        kept |= {
+            blob for held in state.smaller for blob in (held.emulator_view, held.emulator_delta) if blob is not None
+        }
         for digest in [digest for digest in self._unkept if not self._arriving[digest]]:
             self._unkept.discard(digest)
             del self._arriving[digest]
@@ -273,7 +279,7 @@ class Daemon:
                 case ev.Send(edge, message):
                     self._send(edge, message)
                 case ev.Offer(edge):
-                    self._send(edge, self._offer())
+                    self._send(edge, self._offer(self._size_classes.get(edge, 0)))
                 case ev.SetDeadline(number, at):
                     self._set_deadline(number, at)
                 case ev.Compute(job, arguments):
@@ -317,14 +323,14 @@ class Daemon:
             if isinstance(message, ms.Farewell):
                 self._farewelled.add(edge)
 
-    def _offer(self) -> ms.RoundOffer:
+    def _offer(self, size_class: int) -> ms.RoundOffer:
         state, rule = self.machine.state, self.settings.aggregation.rule
         return ms.RoundOffer(
             round=state.round,
             rounds=self.settings.rounds.count,
             view=self._view_ref(state.view, state.view_delta, trained_factor(rule, state.round - 1)),
             alignment=state.alignment,
-            emulator=self._view_ref(state.emulator_view, state.emulator_delta),
+            emulator=self._view_ref(*state.emulator(size_class)),
             local=self.settings.local.message(),
             due_seconds=max(0.0, state.deadline_at - self.clock.wall()),
             trains=trained_factor(rule, state.round),
@@ -391,7 +397,9 @@ class Daemon:
 
     def run_blob(self, digest: str) -> bytes | None:
         state = self.machine.state
-        now = (state.view, state.view_delta, state.emulator_view, state.emulator_delta)
+        now = {state.view, state.view_delta}.union(
+            *(state.emulator(number) for number in range(1 + len(state.smaller)))
+        )
         return self.blobs.get(digest) if digest in now else None
 
     def greet(self, connection: Connection, hello: ms.Hello) -> ms.Welcome | ms.Refusal:
@@ -434,13 +442,24 @@ class Daemon:
             codec=self.settings.wire.codec,
             seed=self.settings.seed,
             stall_seconds=self.settings.wire.stall_seconds,
-            emulator=self._view_ref(state.emulator_view, state.emulator_delta),
+            emulator=self._view_ref(*state.emulator(0)),
+            smaller=tuple(
+                ms.SizeClass(manifest=self._blob_ref(held.manifest), emulator=self._view_ref(*state.emulator(number)))
+                for number, held in enumerate(state.smaller, 1)
+            ),
         )
 
     async def said(self, connection: Connection, message: ms.EdgeMessage | Upload) -> None:
         edge = connection.edge
         match message:
-            case ms.Ready() | ms.Resumed():
+            case ms.Ready() if not 0 <= message.size_class <= len(self.machine.state.smaller):
+                last = len(self.machine.state.smaller)
+                reason = f"there is no size class {message.size_class}; this run has 0 to {last}: join again"
+                self._send(edge, ms.Refusal(reason=reason, fatal=True))
+            case ms.Ready():
+                self._size_classes[edge] = message.size_class
+                self._events.put_nowait(ev.EdgeReady(edge))
+            case ms.Resumed():
                 self._events.put_nowait(ev.EdgeReady(edge))
             case ms.Paused():
                 self._events.put_nowait(ev.EdgeAway(edge, "paused"))

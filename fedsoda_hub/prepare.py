@@ -33,14 +33,15 @@ from fedsoda_edge.model.bundle import (
     replace_emulator_lora,
     write_bundle,
     write_durably_json,
+    write_size_class,
 )
 from fedsoda_edge.model.families import Family
 from fedsoda_edge.model.streaming import Checkpoint, LayerSource, stream
 from fedsoda_edge.model.sub_llm import SubLLM, build
 from fedsoda_edge.ports.disk import BlobStore, sha256_file, write_durably
 from fedsoda_edge.ports.system import sync_directory
-from fedsoda_edge.protocol.manifest import LayerPlan, LoRASpec
-from fedsoda_hub.algorithms import oda, representatives, ridge, sgp
+from fedsoda_edge.protocol.manifest import LayerPlan, LoRASpec, file_of
+from fedsoda_hub.algorithms import fedsoda, oda, representatives, ridge, sgp
 from fedsoda_hub.algorithms.methods import method_of
 from fedsoda_hub.config import RunSettings
 from fedsoda_hub.public_text import read_blocks, read_prompts
@@ -135,33 +136,42 @@ class Preparation:
         self.work.mkdir(parents=True, exist_ok=True)
         self._forget_other_runs()
         bundle_dir = self.run_dir / "bundle"
-        kl_file = self.work / "public_kl.json"
         if not (bundle_dir / "manifest.json").exists():
-            plan = self.plan()
-            is_aligned = bool(self.method.aligned(plan))
-            if is_aligned:
-                self._say_needed_disk(plan)
+            plans = self.plans()
+            if any(self.method.aligned(plan) for plan in plans):
+                self._say_needed_disk()
             unaligned = self.work / "unaligned"
             if not (unaligned / "manifest.json").exists():
-                self._write_unaligned(unaligned, plan)
-            bundle = Bundle.open(unaligned)
-            if is_aligned:
-                emulator, kl = self._align_first(bundle)
-                write_durably_json(kl_file, kl)
-                replace_emulator_lora(unaligned, emulator)
-            else:
-                write_durably_json(kl_file, self._unaligned_kl(bundle))
+                self._write_unaligned(unaligned, plans[0])
+            for size_class, plan in enumerate(plans):
+                self._finish_class(unaligned, size_class, plan)
             shutil.rmtree(bundle_dir, ignore_errors=True)
             os.replace(unaligned, bundle_dir)
             sync_directory(self.run_dir)
-        bundle = Bundle.open(bundle_dir)
-        manifest_bytes = (bundle_dir / "manifest.json").read_bytes()
-        return {
-            "manifest": self.blobs.put(manifest_bytes),
-            "adapter_view": self.blobs.put(delta.to_bytes(bundle.adapter_lora())),
-            "emulator_view": self.blobs.put(delta.to_bytes(bundle.emulator_lora())),
-            "public_kl": json.loads(kl_file.read_text()),
-        }
+        largest, *smaller = [
+            {
+                "manifest": self.blobs.put((bundle_dir / file_of("manifest.json", size_class)).read_bytes()),
+                "emulator_view": self.blobs.put(delta.to_bytes(Bundle.open(bundle_dir, size_class).emulator_lora())),
+                "public_kl": json.loads((self.work / f"public_kl.{size_class}.json").read_text()),
+            }
+            for size_class in range(1 + len(self.settings.method.classes))
+        ]
+        adapter_view = self.blobs.put(delta.to_bytes(Bundle.open(bundle_dir).adapter_lora()))
+        return largest | {"adapter_view": adapter_view} | ({"smaller": smaller} if smaller else {})
+
+    def _finish_class(self, directory: Path, size_class: int, plan: LayerPlan) -> None:
+        """Align one size class of the bundle, or measure it where the method does not align."""
+        s = self.settings
+        if not (directory / file_of("manifest.json", size_class)).exists():
+            spec = lora_spec(s, self.source.family, self.source.fields, plan)
+            write_size_class(directory, size_class, plan, spec, lora.initial(spec.emulator, s.seed))
+        bundle, kl_file = Bundle.open(directory, size_class), self.work / f"public_kl.{size_class}.json"
+        if self.method.aligned(plan):
+            emulator, kl = self._align_first(bundle, size_class)
+            write_durably_json(kl_file, kl)
+            replace_emulator_lora(directory, emulator, size_class)
+        else:
+            write_durably_json(kl_file, self._unaligned_kl(bundle))
 
     def _forget_other_runs(self) -> None:
         mark = self.work / "fingerprint"
@@ -181,6 +191,10 @@ class Preparation:
         plan = self.method.plan(self, self.settings.method, self.settings.seed)
         write_durably(path, msgspec.json.encode(plan))
         return plan
+
+    def plans(self) -> tuple[LayerPlan, ...]:
+        """By size class; one where the run has no more."""
+        return fedsoda.size_classes(self.plan(), self.settings.method)
 
     # What a method asks: algorithms.methods.FullLLM.
 
@@ -216,11 +230,11 @@ class Preparation:
     def _progress(self, stage: str) -> Callable[[int, int], None]:
         return lambda done, total: self.report({"stage": stage, "done": done, "total": total})
 
-    def _say_needed_disk(self, plan: LayerPlan) -> None:
+    def _say_needed_disk(self) -> None:
         hidden = int(self.source.fields["hidden_size"])
         blocks = len(self.used) + len(self.held_out)
-        first = min(self.method.aligned(plan))
-        files = {*(f"teacher.{layer}" for layer in self._target_layers(plan)), f"student.below.{first}"}
+        firsts = {min(aligned) for plan in self.plans() if (aligned := self.method.aligned(plan))}
+        files = {*(f"teacher.{n}" for n in self._target_layers()), *(f"student.below.{n}" for n in firsts)}
         missing = sum(not (self.work / f"{name}.safetensors").exists() for name in files)
         needed = missing * blocks * self.settings.public.length * hidden * self.compute_dtype.itemsize
         free = shutil.disk_usage(self.work).free
@@ -249,10 +263,10 @@ class Preparation:
 
     # --- alignment -------------------------------------------------------------------------------------
 
-    def _align_first(self, bundle: Bundle) -> tuple[dict[str, Tensor], dict[str, float]]:
+    def _align_first(self, bundle: Bundle, size_class: int) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Pre-alignment; the aligned emulator LoRA and the three public KLs."""
-        done = self.work / "emulator_lora.safetensors"
-        kl_done = self.work / "first_kl.json"
+        done = self.work / f"emulator_lora.{size_class}.safetensors"
+        kl_done = self.work / f"first_kl.{size_class}.json"
         if done.exists() and kl_done.exists():
             return load_file(done), json.loads(kl_done.read_text())
         plan, adapter = bundle.plan, bundle.adapter_lora()
@@ -299,10 +313,15 @@ class Preparation:
         return {"pruned": pruned, "quantized": quantized, "aligned": quantized}
 
     def realign(
-        self, version: int, adapter_master: dict[str, Tensor], emulator_view: dict[str, Tensor], codec: str
+        self,
+        version: int,
+        adapter_master: dict[str, Tensor],
+        emulator_view: dict[str, Tensor],
+        codec: str,
+        size_class: int = 0,
     ) -> dict[str, Any]:
         """Realignment with the current adapter LoRA in teacher and student; the coded step and the new view."""
-        bundle = Bundle.open(self.run_dir / "bundle")
+        bundle = Bundle.open(self.run_dir / "bundle", size_class)
         plan, spec = bundle.plan, bundle.manifest.lora
         final = self._teacher_final(plan, adapter_master)
         wanted = final[len(self.used) :]
@@ -421,8 +440,7 @@ class Preparation:
         """(N, T, C): the full LLM's output of an emulator layer on all public blocks, made once for all groups."""
         path = self.work / f"teacher.{layer}.safetensors"
         if not path.exists():
-            plan = self.plan()
-            wanted = self._target_layers(plan)
+            wanted = self._target_layers()
 
             def keep(number: int, hidden: list[Tensor]) -> None:
                 if number in wanted:
@@ -431,7 +449,7 @@ class Preparation:
 
             stream(
                 self.source,
-                range(plan.emulator[-1] + 1),
+                range(max(wanted) + 1),
                 [*self.used, *self.held_out],
                 compute_dtype=self.compute_dtype,
                 device=self.device,
@@ -441,9 +459,10 @@ class Preparation:
             gc.collect()
         return load_file(path)["hidden"].to(self.device)
 
-    def _target_layers(self, plan: LayerPlan) -> set[int]:
-        """Full-LLM layers whose outputs the student is held against: the method's, and the emulator's last."""
-        return {*self.method.held_against(plan).values(), plan.emulator[-1]}
+    def _target_layers(self) -> set[int]:
+        """Full-LLM layers whose outputs a student is held against: the method's, and the emulator's last."""
+        plans = self.plans()
+        return {layer for plan in plans for layer in self.method.held_against(plan).values()} | {plans[0].emulator[-1]}
 
     def _teacher_final(self, plan: LayerPlan, adapter: dict[str, Tensor]) -> Tensor:
         """(N, T, C): the full LLM's final hidden with this adapter LoRA, from its cached emulator's output."""

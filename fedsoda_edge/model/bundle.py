@@ -34,7 +34,7 @@ from fedsoda_edge.model.families import (
     skeleton,
 )
 from fedsoda_edge.model.layer_plan import check_plan
-from fedsoda_edge.model.memory import edge_needs, make_shape
+from fedsoda_edge.model.memory import edge_needs, make_shape, shape_of
 from fedsoda_edge.model.nf4 import (
     BLOCK,
     CODEBOOK,
@@ -51,6 +51,7 @@ from fedsoda_edge.ports.disk import sha256, sha256_file, write_durably
 from fedsoda_edge.ports.system import sync_directory
 from fedsoda_edge.protocol.coded import safetensors_bytes
 from fedsoda_edge.protocol.manifest import (
+    EMULATOR_LORA,
     FORMAT_VERSION,
     MAX_SIZE,
     BundleManifest,
@@ -58,6 +59,7 @@ from fedsoda_edge.protocol.manifest import (
     LayerPlan,
     LoRASpec,
     TensorSpec,
+    file_of,
     parse_manifest,
 )
 
@@ -211,17 +213,54 @@ def _whole_or_not_at_all(directory: Path) -> Iterator[Path]:
     sync_directory(directory.parent)
 
 
-def replace_emulator_lora(directory: Path, tensors: dict[str, Tensor]) -> BundleManifest:
+def replace_emulator_lora(directory: Path, tensors: dict[str, Tensor], size_class: int = 0) -> BundleManifest:
     """Give a bundle that no one has seen yet its aligned emulator LoRA: one shard and the manifest change."""
-    manifest = read_manifest((directory / "manifest.json").read_bytes())
-    name = "emulator_lora.safetensors"
-    data = save({key: value.contiguous() for key, value in sorted(tensors.items())})
-    write_durably(directory / name, data)
-    files = tuple(
-        File(name=name, sha256=sha256(data), bytes=len(data)) if file.name == name else file for file in manifest.files
+    manifest = read_manifest((directory / file_of("manifest.json", size_class)).read_bytes())
+    files = _with_emulator_lora(directory, size_class, manifest.files, tensors)
+    return _write_manifest(directory, size_class, msgspec.structs.replace(manifest, files=files))
+
+
+def write_size_class(
+    directory: Path, size_class: int, plan: LayerPlan, spec: LoRASpec, emulator_lora: dict[str, Tensor]
+) -> BundleManifest:
+    """A smaller sub-LLM of some of a bundle's shards, in its directory: a manifest and an emulator LoRA are added.
+
+    Args:
+        size_class: 1, 2, ...; the bundle's own is 0. plan: keeps some of the bundle's layers, and has its adapter.
+    """
+    check_plan(plan)
+    whole = read_manifest((directory / "manifest.json").read_bytes())
+    assert set(plan.kept) <= set(whole.plan.kept), "size classes are nested"
+    gone = {f"layers.{number}.safetensors": number for number in set(whole.plan.kept) - set(plan.kept)}
+    left = tuple(file for file in whole.files if file.name not in gone)
+    files = _with_emulator_lora(directory, size_class, left, emulator_lora)
+
+    def weight_bytes(files: Sequence[File]) -> int:
+        names = {f"{role}.safetensors" for role in ("embedding", "norm", "head")}
+        return sum(file.bytes for file in files if file.name in names or file.name.startswith("layers."))
+
+    family = family_of(whole.family)
+    lost = sum(p.numel() for number in gone.values() for p in layer_on_meta(family, whole.config, number).parameters())
+    parameters = 8 * weight_bytes(whole.files) / whole.bits_per_parameter - lost
+    manifest = msgspec.structs.replace(
+        whole, plan=plan, lora=spec, files=files, bits_per_parameter=8 * weight_bytes(files) / parameters
     )
-    manifest = msgspec.structs.replace(manifest, files=files)
-    write_durably(directory / "manifest.json", encode_manifest(manifest))
+    needs = edge_needs(shape_of(manifest), files)
+    return _write_manifest(directory, size_class, msgspec.structs.replace(manifest, needs=needs))
+
+
+def _with_emulator_lora(
+    directory: Path, size_class: int, files: Sequence[File], tensors: dict[str, Tensor]
+) -> tuple[File, ...]:
+    """Write it; the manifest's files with it in the place of the one before."""
+    data = save({key: value.contiguous() for key, value in sorted(tensors.items())})
+    write_durably(directory / file_of(EMULATOR_LORA, size_class), data)
+    made = File(name=EMULATOR_LORA, sha256=sha256(data), bytes=len(data))
+    return tuple(made if file.name == EMULATOR_LORA else file for file in files)
+
+
+def _write_manifest(directory: Path, size_class: int, manifest: BundleManifest) -> BundleManifest:
+    write_durably(directory / file_of("manifest.json", size_class), encode_manifest(manifest))
     return manifest
 
 
@@ -292,13 +331,13 @@ class Bundle:
         self._shape_of: dict[str, dict[str, tuple[int, ...]]] = {}  # by role
 
     @classmethod
-    def open(cls, directory: Path) -> Bundle:
+    def open(cls, directory: Path, size_class: int = 0) -> Bundle:
         """A bundle in a directory, as prepare writes it."""
         try:
-            manifest = read_manifest((directory / "manifest.json").read_bytes())
+            manifest = read_manifest((directory / file_of("manifest.json", size_class)).read_bytes())
         except FileNotFoundError:
             raise UsageProblem(f"{directory} has no manifest.json; it is no bundle") from None
-        return cls(manifest, lambda file: directory / file.name)
+        return cls(manifest, lambda file: directory / file_of(file.name, size_class))
 
     def path(self, name: str) -> Path:
         """The verified file of that name. Raises BlobCorrupt when its bytes are not the manifest's."""

@@ -74,10 +74,10 @@ class ViewRef(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class SizeClass(msgspec.Struct, frozen=True, kw_only=True):
-    """A smaller sub-LLM of the same run, with the same adapter. emulator: of the alignment in force."""
+    """A sub-LLM of the run; all have one adapter. emulator: of the alignment in force; None: an older hub."""
 
     manifest: BlobRef
-    emulator: ViewRef
+    emulator: ViewRef | None
 
 
 # --- edge to hub ------------------------------------------------------------------------------------

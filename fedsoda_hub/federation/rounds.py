@@ -313,8 +313,8 @@ class RoundMachine:
                 return [Append(ev.RoundClosed(round=state.round, **result)), *told]
             case "realign":
                 aligned = msgspec.convert(result.get("smaller", ()), tuple[ev.RealignedClass, ...])
-                numbers = {"round": state.round + 1, "version": state.alignment + 1}
-                return [Append(ev.Realigned(**numbers, **result | {"smaller": aligned}))]
+                made = result | {"smaller": aligned}
+                return [Append(ev.Realigned(round=state.round + 1, version=state.alignment + 1, **made))]
             case "evaluate":
                 return [Append(ev.Evaluated(round=state.round, result=result))]
         raise AssertionError(f"no such job: {event.job}")

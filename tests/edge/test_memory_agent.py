@@ -3,6 +3,7 @@ a round that it takes up again."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import AsyncIterator
@@ -14,7 +15,7 @@ from unittest import mock
 import pytest
 import torch
 
-from fedsoda_edge import Edge, LocalData, agent
+from fedsoda_edge import Edge, LocalData, agent, size_class
 from fedsoda_edge.border import Border
 from fedsoda_edge.errors import DeviceTooSmall, FedSODAError, UsageProblem, WorkerFailed
 from fedsoda_edge.model.memory import KERNEL_BYTES, PROCESS_BYTES, Samples, plans, shape_of
@@ -97,7 +98,10 @@ def has(ram: int, vram: int = 0) -> Any:
     """A device with so much memory free; without VRAM it has no GPU."""
     gpu = "RTX 4060" if vram else ""
     facts = DeviceFacts(ram_bytes=ram, vram_bytes=vram, disk_bytes=PLENTY, threads=1, accelerator=gpu)
-    return mock.patch.object(agent, "read_device", return_value=facts)
+    stack = contextlib.ExitStack()
+    for module in (agent, size_class):
+        stack.enter_context(mock.patch.object(module, "read_device", return_value=facts))
+    return stack
 
 
 def join(

@@ -94,6 +94,7 @@ class Torch:
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.problems: list[Exception] = []
         self.hangs_at = ""
+        self.num_smaller = 0
 
     async def call(self, command: str, arguments: dict[str, Any], _: Any = None) -> dict[str, Any]:
         self.calls.append((command, arguments))
@@ -110,7 +111,12 @@ class Torch:
             (self.run_dir / "bundle" / "norm.safetensors").write_bytes(SHARD)
             kl = {"pruned": 0.3, "quantized": 0.2, "aligned": 0.1}
             views = {"adapter_view": self.blobs.put(b"adapter"), "emulator_view": self.blobs.put(b"emulator")}
-            return {"manifest": self.blobs.put(manifest()), **views, "public_kl": kl}
+            emulators = [self.blobs.put(f"emulator {number}".encode()) for number in range(self.num_smaller)]
+            smaller = [
+                {"manifest": self.blobs.put(manifest() + b" " * number), "emulator_view": view, "public_kl": kl}
+                for number, view in enumerate(emulators, 1)
+            ]
+            return {"manifest": self.blobs.put(manifest()), **views, "public_kl": kl, "smaller": smaller}
         assert command == "aggregate"
         seen = json.dumps(arguments, sort_keys=True).encode()
         return {name: self.blobs.put(name.encode() + seen) for name in ("master", "view", "delta")}
@@ -298,6 +304,55 @@ def test_the_lock_goes_with_a_killed_hub(tmp_path: Path) -> None:
     killed = subprocess.run([sys.executable, "-c", program], check=False)
     assert killed.returncode == -signal.SIGKILL
     lock_run(tmp_path).release()
+
+
+# --- size classes ----------------------------------------------------------------------------------------------------
+
+
+def test_each_edge_is_offered_the_emulator_of_the_class_it_took(tmp_path: Path) -> None:
+    async def talk() -> None:
+        settings = write_run(tmp_path, rounds={"count": 1, "min_edges": 2})
+        async with (
+            serving(settings, num_smaller=2) as hub,
+            connected(hub.url, hub.token("a")) as large,
+            connected(hub.url, hub.token("b")) as small,
+        ):
+            for edge, size_class in ((large, 0), (small, 2)):
+                await edge.say(hello(f"device {size_class}"))
+                welcome = await edge.hear(ms.Welcome)
+                classes = [ms.SizeClass(manifest=welcome.manifest, emulator=welcome.emulator), *welcome.smaller]
+                assert [one.emulator and one.emulator.digest for one in classes] == [
+                    ms.Digest(sha256(name)) for name in (b"emulator", b"emulator 0", b"emulator 1")
+                ]
+                assert [one.manifest.bytes - len(manifest()) for one in classes] == [0, 1, 2]
+                await edge.say(ms.Ready(num_examples=3, size_class=size_class))
+            for edge, name in ((large, b"emulator"), (small, b"emulator 1")):
+                offer = await edge.hear(ms.RoundOffer)
+                assert offer.emulator.digest == sha256(name)
+                await edge.upload(offer, update(1.0))
+                assert (await edge.hear(ms.Receipt)).round == 1  # of one round, whatever the class
+            async with httpx.AsyncClient() as client:
+                headers = {"Authorization": f"Bearer {hub.token('c')}"}
+                for one in classes:
+                    answer = await client.get(f"{hub.url}/v1/blobs/{one.manifest.digest}", headers=headers)
+                    assert sha256(answer.content) == one.manifest.digest
+
+    asyncio.run(talk())
+
+
+def test_a_class_that_the_run_has_not_is_refused(tmp_path: Path) -> None:
+    async def talk() -> None:
+        async with serving(write_run(tmp_path), num_smaller=1) as hub, connected(hub.url, hub.token("a")) as edge:
+            await edge.say(hello("laptop"))
+            await edge.hear(ms.Welcome)
+            await edge.say(ms.Ready(num_examples=3, size_class=2))
+            refusal = await edge.hear(ms.Refusal)
+            assert (refusal.fatal, refusal.reason) == (
+                True,
+                "there is no size class 2; this run has 0 to 1: join again",
+            )
+
+    asyncio.run(talk())
 
 
 # --- what may change on resume ---------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def test_a_resumed_prepare_needs_no_disk_for_what_is_there(
     said: list[dict[str, Any]] = []
     made = Preparation(settings, said.append)
     made.run()
-    made._say_needed_disk(made.plan())
+    made._say_needed_disk()
     first, last = (report["needed_bytes"] for report in said if "needed_bytes" in report)
     blocks = len(made.used) + len(made.held_out)
     assert first == (2 + 1 + 1) * blocks * 24 * 64 * 4  # two groups, the border, the student's own start
