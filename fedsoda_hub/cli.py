@@ -51,6 +51,10 @@ def plan(
         int | None, typer.Option(min=0, envvar="FEDSODA_LAYERS_PER_GROUP", help="n; fedsoda: 3")
     ] = None,
     groups: Annotated[int | None, typer.Option(min=0, envvar="FEDSODA_GROUPS", help="p; fedsoda: 4")] = None,
+    classes: Annotated[
+        list[int] | None,
+        typer.Option(envvar="FEDSODA_CLASSES", help="groups of a smaller sub-LLM beside it; may be repeated"),
+    ] = None,
     drop_layers: Annotated[
         int | None, typer.Option(min=0, envvar="FEDSODA_DROP_LAYERS", help="in all; fedbiot, fedot, fedpruner: 12")
     ] = None,
@@ -99,6 +103,7 @@ def plan(
             "bottom_layers": bottom_layers,
             "layers_per_group": layers_per_group,
             "groups": groups,
+            "classes": classes or None,
             "drop_layers": drop_layers,
             "realign_every": realign_every,
             "adapter_base": adapter_base,
@@ -248,7 +253,7 @@ def _status(run: Path) -> dict[str, Any]:
         live = ask_running_hub(settings.run_dir)
         if live is not None and live.get("run_id") == state.run_id:  # not another run's hub at an old address
             return {"running": True, **live}
-        unknown = {"connected": False, "eligible": False, "step": None, "steps": None}
+        unknown = {"connected": False, "eligible": False, "size_class": None, "step": None, "steps": None}
         edges = [{"edge": token.edge, "revoked": token.revoked, **unknown} for token in ledger.tokens()]
         shown = run_status(settings, ledger, state)
         return {"running": False, **shown, "url": None, "due_seconds": None, "edges": edges}
@@ -288,7 +293,8 @@ def edges(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
         for edge in found:
             state = "revoked" if edge["revoked"] else "connected" if edge["connected"] else "away"
             step = f", step {edge['step']} of {edge['steps']}" if edge.get("step") else ""
-            note(f"{edge['edge']:<24} {state}{step}")
+            taken = f", size class {edge['size_class']}" if edge.get("size_class") else ""
+            note(f"{edge['edge']:<24} {state}{taken}{step}")
         finish({"status": "ok", "edges": found}, as_json, False)
 
 

@@ -556,6 +556,7 @@ class Daemon:
                     "connected": token.edge in self._connections,
                     "eligible": token.edge in self.machine.eligible,
                     "revoked": token.revoked,
+                    "size_class": self._size_classes.get(token.edge),
                     "step": self._progress[token.edge].step if token.edge in self._progress else None,
                     "steps": self._progress[token.edge].steps if token.edge in self._progress else None,
                 }

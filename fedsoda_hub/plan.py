@@ -28,9 +28,13 @@ from fedsoda_edge.model.families import Family, allowed_fields, build_config, fa
 from fedsoda_edge.model.memory import edge_needs, make_shape
 from fedsoda_edge.protocol.manifest import TOKENIZER_FILES, File, LayerPlan, TensorSpec
 from fedsoda_hub.algorithms.fedot import evenly
+from fedsoda_hub.algorithms.fedsoda import size_classes
 from fedsoda_hub.algorithms.methods import method_of
 from fedsoda_hub.config import Method, RunSettings, with_full_emulator
 from fedsoda_hub.prepare import lora_spec
+
+# Of a smaller size class; the adapter, and so what an edge sends, is that of the largest.
+CLASS_SIZES = ("bundle_bytes", "down_bytes_per_edge_round", "edge_memory_bytes", "edge_vram_bytes", "edge_disk_bytes")
 
 
 @dataclass(frozen=True)
@@ -79,14 +83,19 @@ class Unmeasured:
 
 
 def likely_plan(num_layers: int, settings: Method, seed: int = 0) -> LayerPlan:
-    """A plan of this shape. Which layers a measuring method removes is known after it only; sizes depend on it by the
+    """The largest of `likely_plans`: the only one where the run has no size classes."""
+    return likely_plans(num_layers, settings, seed)[0]
+
+
+def likely_plans(num_layers: int, settings: Method, seed: int = 0) -> list[LayerPlan]:
+    """A plan of this shape for each size class. Which layers a measuring method removes is known after it only; sizes depend on it by the
     digits of their numbers in the headers of two LoRA shards.
 
     Raises:
         UsageProblem: it does not fit; names what does.
     """
     plan = method_of(settings).plan(Unmeasured(num_layers), settings, seed)
-    return msgspec.structs.replace(plan, distances=())
+    return [msgspec.structs.replace(one, distances=()) for one in size_classes(plan, settings)]
 
 
 def predict(
@@ -187,17 +196,17 @@ def plan_report(model: str, settings: RunSettings, rates: Rates = Rates()) -> di
     tokenizer = [directory / name for name in TOKENIZER_FILES] if directory is not None else []
     tokenizer_bytes = sum(file.stat().st_size for file in tokenizer if file.exists())
 
-    def predicted(of: RunSettings) -> dict[str, Any]:
-        plan = likely_plan(int(fields["num_hidden_layers"]), of.method, of.seed)
-        return predict(family, fields, dtype, plan, of, tokenizer_bytes)
+    def predicted(of: RunSettings) -> list[dict[str, Any]]:
+        plans = likely_plans(int(fields["num_hidden_layers"]), of.method, of.seed)
+        return [predict(family, fields, dtype, plan, of, tokenizer_bytes) for plan in plans]
 
-    report = predicted(settings)
+    report, *smaller = predicted(settings)
     emulators = None
     if settings.method.name == "fedsoda":
         full = with_full_emulator(settings)
         emulators = {
             "sub": _emulator(report, settings.method.realign_every, rates),
-            "full": _emulator(predicted(full), full.method.realign_every, rates),
+            "full": _emulator(predicted(full)[0], full.method.realign_every, rates),
             "assumed": asdict(rates),
         }
     return {
@@ -209,6 +218,14 @@ def plan_report(model: str, settings: RunSettings, rates: Rates = Rates()) -> di
         },
         **report,
         "emulators": emulators,
+        "smaller": [
+            {
+                "groups": groups,
+                "kept_layers": one["kept_layers"],
+                **{name: one["ours"][name] for name in CLASS_SIZES},
+            }
+            for groups, one in zip(settings.method.classes, smaller, strict=True)
+        ],
     }
 
 

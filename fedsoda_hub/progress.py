@@ -174,6 +174,14 @@ def plan_table(report: dict[str, Any]) -> None:
         ("GFLOP a token: sub-LLM, first time", f"{flop['sub_llm']:.3g}", ""),
         ("GFLOP a token: border cached", f"{flop['cached']:.3g}", ""),
     ]
+    rows += [
+        (
+            f"smaller class of {one['groups']} groups, {one['kept_layers']} layers kept",
+            f"bundle {human_bytes(one['bundle_bytes'])}, disk {human_bytes(one['edge_disk_bytes'])}",
+            "",
+        )
+        for one in report["smaller"]
+    ]
     for row in rows:
         table.add_row(*row)
     console = Console(stderr=True)

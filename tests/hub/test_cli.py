@@ -249,7 +249,15 @@ def test_status_and_edges_of_an_ended_run_come_from_its_ledger(run_file: Path) -
     assert "small: ended, round 1 of 2, 1 closed, hub not running" in asked.stderr
     edges = hub(run_file, "edges", "RUN", "--json")
     assert the_object(edges)["edges"] == [
-        {"edge": "alice", "connected": False, "eligible": False, "revoked": False, "step": None, "steps": None},
+        {
+            "edge": "alice",
+            "connected": False,
+            "eligible": False,
+            "revoked": False,
+            "size_class": None,
+            "step": None,
+            "steps": None,
+        },
     ]
     assert edges.stderr.split() == ["alice", "away"]
 

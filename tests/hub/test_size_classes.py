@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fedsoda_edge import size_class
+from fedsoda_edge import Edge, LocalData, size_class
 from fedsoda_edge.device import Limits, read_device
 from fedsoda_edge.errors import DeviceTooSmall, UsageProblem
 from fedsoda_edge.model import delta, lora
@@ -22,11 +23,15 @@ from fedsoda_edge.ports.disk import BlobStore
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.store import FileStore
 from fedsoda_hub.compute import Compute
-from fedsoda_hub.config import RunSettings, settings_for_plan
+from fedsoda_hub.config import RunSettings, read_settings, settings_for_plan
+from fedsoda_hub.federation.events import Realigned, UpdateAccepted
+from fedsoda_hub.ledger import Ledger
+from fedsoda_hub.plan import plan_report
 from fedsoda_hub.prepare import Preparation
 from tests.edge.model.test_bundle import pruned_by_hand
 from tests.hub.runs import make_run, prepare
 from tests.hub.test_oda import with_peft
+from tests.test_federation import Federation, write_run
 
 METHOD = {"groups": 1, "classes": [2]}
 
@@ -149,6 +154,16 @@ def test_an_edge_takes_the_largest_that_its_disk_has_room_for(tmp_path: Path, ru
         taken(small - 1)
 
 
+def test_the_plan_foretells_every_class(tiny_llama: Path, run: RunSettings) -> None:
+    report = plan_report(str(tiny_llama), run)
+    [foretold] = report["smaller"]
+    small = bundles(run)[1]
+    assert (foretold["groups"], foretold["kept_layers"]) == (2, len(small.plan.kept))
+    assert foretold["bundle_bytes"] == sum(file.bytes for file in small.manifest.files)
+    assert foretold["edge_disk_bytes"] == small.manifest.needs.disk_bytes
+    assert report["ours"]["bundle_bytes"] == sum(file.bytes for file in bundles(run)[0].manifest.files)
+
+
 @pytest.mark.parametrize("classes", [[1], [3, 2], [2, 2], [2, 3, 4, 5]])
 def test_classes_ascend_from_the_largest(classes: list[int]) -> None:
     with pytest.raises(
@@ -162,3 +177,48 @@ def test_only_fedsoda_has_classes() -> None:
         UsageProblem, match=r'\[method\] classes = \[5\] beside .*"fedbiot" .* or write name = "fedsoda"'
     ):
         settings_for_plan("m", method={"name": "fedbiot", "classes": [5]})
+
+
+@pytest.mark.slow
+def test_edges_of_two_classes_train_one_adapter(tmp_path: Path, tiny_llama: Path) -> None:
+    """A hub as it is; one edge has a disk that the largest sub-LLM does not fit on."""
+    run_file = write_run(tmp_path / "run", tiny_llama, rounds=2)
+    text = (
+        run_file.read_text()
+        .replace("groups = 2", "groups = 1\nclasses = [2]")
+        .replace("max_steps = 40", "max_steps = 5")
+    )
+    run_file.write_text(text)
+    federation = Federation(run_file)
+    try:
+        hub = federation.hub()
+        federation.wait_for("hub.log", event="listening")
+        settings = read_settings(run_file)
+        large, small = (bundle.manifest.needs.disk_bytes for bundle in bundles(settings))
+        facts = msgspec.structs.replace(read_device(tmp_path), disk_bytes=(small + large) // 2)
+        big = federation.edge("b")
+        said: list[dict[str, Any]] = []
+        edge = Edge(
+            f"http://127.0.0.1:{settings.listen.port}", token_file=run_file.parent / "a.token", home=tmp_path / "home-a"
+        )
+        with (
+            mock.patch.object(size_class, "read_device", return_value=facts),
+            edge.join(LocalData(run_file.parent / "a.jsonl"), on_event=said.append) as participation,
+        ):
+            for offer in participation:
+                assert offer.submit(offer.train())
+        federation.finish(hub, big)
+    finally:
+        federation.stop()
+    assert [event["size_class"] for event in said if event["event"] == "device"] == [1]
+    assert [event["size_class"] for event in federation.events("b.log") if event["event"] == "device"] == [0]
+    with contextlib.closing(Ledger(settings.run_dir / "ledger.sqlite")) as ledger:
+        records = list(ledger.records())
+    accepted = [(record.round, record.edge) for record in records if isinstance(record, UpdateAccepted)]
+    assert sorted(accepted) == [(1, "a"), (1, "b"), (2, "a"), (2, "b")]
+    [realigned] = [record for record in records if isinstance(record, Realigned)]
+    assert len(realigned.smaller) == 1
+    missing = set(bundles(settings)[0].plan.kept) - set(bundles(settings)[1].plan.kept)
+    shards = {file.name: file.sha256 for file in bundles(settings)[0].manifest.files}
+    held = {path.name for path in (tmp_path / "home-a").rglob("*") if path.is_file()}
+    assert not held & {shards[f"layers.{number}.safetensors"] for number in missing}
