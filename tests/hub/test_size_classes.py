@@ -31,6 +31,7 @@ from fedsoda_hub.prepare import Preparation
 from tests.edge.model.test_bundle import pruned_by_hand
 from tests.hub.runs import make_run, prepare
 from tests.hub.test_oda import with_peft
+from tests.schema import EDGE, HUB
 from tests.test_federation import Federation, write_run
 
 METHOD = {"groups": 1, "classes": [2]}
@@ -208,6 +209,9 @@ def test_edges_of_two_classes_train_one_adapter(tmp_path: Path, tiny_llama: Path
             for offer in participation:
                 assert offer.submit(offer.train())
         federation.finish(hub, big)
+        for log, outputs in (("hub.log", HUB), ("b.log", EDGE)):
+            for event in federation.events(log):
+                outputs.check_event(event)
     finally:
         federation.stop()
     assert [event["size_class"] for event in said if event["event"] == "device"] == [1]
