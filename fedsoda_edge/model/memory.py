@@ -191,9 +191,8 @@ def _plan(
         NF4_HELD if packed and stored == NF4_STORED else size for stored in (shape.stored_layer, shape.stored_emulator)
     )
     head_size = (NF4_HELD if head_nf4 else shape.stored_head) if packed else size
-    others = (
-        shape.num_adapter_layers + shape.num_frozen_layers - 1
-    )  # a frozen layer keeps as much: gradients go through
+    # Gradients go through frozen layers too, which keep less than this: there is no LoRA of theirs to train.
+    others = shape.num_adapter_layers + shape.num_frozen_layers - 1
     whole = (6 * d + 3 * q + 3 * k + 4 * f) * positions
     last = (d + 3 * q + 3 * k) * positions + (7 * d + q + 4 * f) * labels
     if recompute and others:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedsoda_edge.border import Border
 from fedsoda_edge.border_cache import CachedStates, CacheSettings
@@ -29,7 +29,7 @@ from fedsoda_edge.training import completion_loss, fine_tune
 from fedsoda_edge.worker import Worker
 from fedsoda_hub.algorithms.methods import METHODS, method_of
 from fedsoda_hub.config import Method, RunSettings, read_settings, settings_for_plan
-from fedsoda_hub.export import export
+from fedsoda_hub.export import export, judged_models
 from fedsoda_hub.federation.events import Realigned, RoundClosed
 from fedsoda_hub.ledger import Ledger, read_outcome
 from fedsoda_hub.plan import likely_plan, plan_report
@@ -38,6 +38,7 @@ from tests.edge.model.test_bundle import pruned_by_hand, random_lora
 from tests.edge.model.test_memory import kept_bytes, plan_of
 from tests.edge.test_training import SETTINGS, make_samples
 from tests.hub.runs import make_run, prepare
+from tests.hub.test_evaluation import QUESTIONS, evaluator, score_by_hand
 from tests.hub.test_full_emulator import mean_nll
 from tests.hub.test_oda import with_peft
 from tests.hub.test_plan import MODELS
@@ -446,6 +447,27 @@ def test_only_another_base_is_named_in_a_manifest(prepared: RunSettings, tmp_pat
     ):
         with pytest.raises(BlobCorrupt, match=problem):
             read_manifest(encode_manifest(msgspec.structs.replace(manifest, **change)))
+
+
+# --- evaluation --------------------------------------------------------------------------------------------
+
+
+def test_the_hub_judges_a_bottom_adapter_with_the_emulator_lora_above_it(tmp_path: Path, tiny_llama: Path) -> None:
+    bundle = bundle_of(tmp_path / "b", tiny_llama, "fedot", "bf16")
+    spec, tensors = bundle.manifest.lora, {**bundle.adapter_lora(), **bundle.emulator_lora()}
+    models = judged_models(bundle, Checkpoint.open(str(tiny_llama)), bundle.adapter_lora(), bundle.emulator_lora())
+    full: Any = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    places = {number: position for position, number in enumerate(bundle.plan.kept)}
+    pruned = pruned_by_hand(tiny_llama, bundle.plan, quantized=False)
+    by_hand = {
+        "sub_llm": with_peft(pruned, places, tensors, spec.rank, spec.alpha),
+        "plug_in": with_peft(full, {n: n for n in bundle.plan.adapter}, tensors, spec.rank, spec.alpha),
+    }
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiny_llama)
+    for name, whole in by_hand.items():
+        own = [score_by_hand(whole, tokenizer, q.prompt, q.completion) for q in QUESTIONS]
+        expected = -sum(score for score, _ in own) / sum(count for _, count in own)
+        assert evaluator(tiny_llama).answers(models[name]).nll == pytest.approx(expected, rel=1e-5), name
 
 
 # --- a whole run -------------------------------------------------------------------------------------------
