@@ -28,12 +28,14 @@ from fedsoda_edge.model.bundle import Bundle, write_durably_json
 from fedsoda_edge.ports.console import Terminated
 from fedsoda_edge.ports.disk import sha256_file, write_durably
 from fedsoda_edge.ports.system import on_signal_in
-from fedsoda_edge.protocol.manifest import LoRASpec
+from fedsoda_edge.protocol.manifest import LayerPlan, LoRASpec
 from fedsoda_hub import processes
 from fedsoda_hub.compare import in_process
 from fedsoda_hub.compare.central import train_central
+from fedsoda_hub.compare.pictures import write_pages
 from fedsoda_hub.compare.settings import Cell, Comparison
 from fedsoda_hub.compare.splits import choose, deal
+from fedsoda_hub.compare.summary import summarise
 from fedsoda_hub.config import RunSettings, write_toml
 from fedsoda_hub.evaluation import Evaluator, Judged
 from fedsoda_hub.export import RunJudge
@@ -42,7 +44,6 @@ from fedsoda_hub.ledger import Ledger
 from fedsoda_hub.plan import predict
 from fedsoda_hub.prepare import Preparation, open_full_llm
 
-TRANSPORTS = ("memory", "network")
 Say = Callable[[dict[str, Any]], None]
 Result = dict[str, Any]
 T = TypeVar("T")
@@ -52,8 +53,8 @@ class Stopped(Exception):
     """A signal came; what was done is kept."""
 
 
-def run_comparison(comparison: Comparison, out: Path, transport: str, say: Say) -> dict[Cell | str, Result]:
-    """Results of all cells, and of baselines by name ("untouched", "central SPLIT SEED").
+def run_comparison(comparison: Comparison, out: Path, transport: str, say: Say) -> Result:
+    """Do what is not done; the report of `compare --json`, which is also written to `out`, with its pages and pictures.
 
     Raises:
         KeyboardInterrupt, Terminated: SIGINT or SIGTERM came; what was done is kept. UsageProblem, DataProblem: rows and splits do not fit.
@@ -63,9 +64,13 @@ def run_comparison(comparison: Comparison, out: Path, transport: str, say: Say) 
         torch.set_num_threads(int(threads))
     run = _Run(comparison, out, transport, say)
     try:
-        return asyncio.run(run.results())
+        results = asyncio.run(run.results())
     except Stopped:
         raise KeyboardInterrupt if run.signal == "SIGINT" else Terminated from None
+    report = summarise(comparison, results, transport)
+    report |= write_pages(report, run.plans(), run.out)
+    write_durably_json(run.out / "compare.json", report)
+    return {**report, "results": str(run.out / "compare.json")}
 
 
 class _Run:
@@ -135,6 +140,7 @@ class _Run:
     # --- all of it -------------------------------------------------------------------------------------------
 
     async def results(self) -> dict[Cell | str, Result]:
+        """Of all cells, and by name of what is not federated."""
         loop = asyncio.get_running_loop()
         self._stop = loop.create_future()
 
@@ -170,6 +176,15 @@ class _Run:
         for split, seed in self.parts:
             results[f"dealt {split} {seed}"] = self.dealt(split, seed)
         return results
+
+    def plans(self) -> dict[str, LayerPlan]:
+        """Of each variant that prunes, for the first seed. One of those that were pruned alike."""
+        found: dict[str, LayerPlan] = {}
+        for cell in list(self.comparison.cells())[: len(self.comparison.settings)]:
+            plan = Bundle.open(self._settings_of(cell, 1).run_dir / "bundle").plan
+            if plan.distances and plan not in found.values():
+                found[cell.variant] = plan
+        return found
 
     def _units(self, cell: Cell) -> int:
         """Of progress: its rounds, and judging it."""
