@@ -36,7 +36,7 @@ def test_iid_parts_are_of_one_size_and_a_small_alpha_makes_edges_of_one_label() 
 
 def test_dirichlet_shares_are_drawn_again_until_every_edge_has_enough() -> None:
     assert min(len(part) for part in dealt("dirichlet-0.1", least=20)) >= 20
-    with pytest.raises(UsageProblem, match="gives one of 4 edges .* rows, \\[compare\\] least_rows = 101"):
+    with pytest.raises(UsageProblem, match=r"gives one of 4 edges .* rows, \[compare\] least_rows = 101"):
         dealt("dirichlet-0.1", least=101)
 
 
