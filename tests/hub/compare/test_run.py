@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from fedsoda_edge.errors import DataProblem, UsageProblem
+from fedsoda_hub.compare import in_process
 from fedsoda_hub.compare import run as run_module
 from fedsoda_hub.compare.run import run_comparison
 from fedsoda_hub.compare.settings import read_comparison
@@ -89,7 +90,7 @@ def test_a_second_call_does_nothing_again(
     calm: tuple[Path, Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, out, report = calm
-    monkeypatch.setattr(run_module.in_process, "federate", None)
+    monkeypatch.setattr(in_process, "federate", None)
     monkeypatch.setattr(run_module, "train_central", None)
     assert compared(path, out) == report
 

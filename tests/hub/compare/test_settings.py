@@ -14,7 +14,10 @@ from tests.hub.compare.files import write_comparison
 
 
 def test_a_variant_is_the_base_with_its_overrides_and_a_cell_is_one_of_each(tmp_path: Path) -> None:
-    variants = {"plain": {"align": {"steps": 5}}, "coarse": {"wire": {"codec": "int8"}, "method": {"groups": 1}}}
+    variants: dict[str, dict[str, Any]] = {
+        "plain": {"align": {"steps": 5}},
+        "coarse": {"wire": {"codec": "int8"}, "method": {"groups": 1}},
+    }
     path = write_comparison(tmp_path, tmp_path / "model", variants, compare={"splits": ["iid", "dirichlet-0.5"]})
     comparison = read_comparison(path)
     plain, coarse = comparison.settings["plain"], comparison.settings["coarse"]
