@@ -34,6 +34,7 @@ from fedsoda_hub.ledger import Token
 from fedsoda_hub.listener import Connection, Hub
 
 PIECE_BYTES = 1 << 20
+CLOSE_SECONDS = 5.0  # that edges may take to end after their Farewell
 
 
 async def federate(
@@ -76,6 +77,8 @@ async def federate(
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     task.result()
+            if not stop.done():
+                await asyncio.wait(joining, timeout=CLOSE_SECONDS)
         finally:
             for task in (*joining, serving):
                 task.cancel()

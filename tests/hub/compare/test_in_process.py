@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from fedsoda_hub.compare import in_process
 from fedsoda_hub.config import RunSettings, write_toml
 from fedsoda_hub.federation.events import Realigned, RoundClosed
 from fedsoda_hub.ledger import Ledger
-from tests.hub.runs import WORDS, make_run, prepare
+from tests.hub.runs import WORDS, make_run
 
 EDGES = ("a", "b")
 THREAD = {"FEDSODA_THREADS": "1", "OMP_NUM_THREADS": "1"}
@@ -64,12 +65,24 @@ def history(settings: RunSettings) -> list[tuple[str, ...]]:
     ]
 
 
-def test_one_process_gives_the_bits_of_real_processes(tmp_path: Path, tiny_llama: Path) -> None:
-    said: dict[str, list[dict[str, Any]]] = {name: [] for name in EDGES}
-    ours, data = make(tmp_path / "memory", tiny_llama)
-    in_one_process(ours, data, lambda _: None, lambda name: said[name].append)
+@dataclass
+class Ran:
+    """A run in one process, and what its edges said."""
 
-    theirs, data = make(tmp_path / "network", tiny_llama)
+    settings: RunSettings
+    said: dict[str, list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Ran:
+    settings, data = make(tmp_path_factory.mktemp("calm"), tiny_llama)
+    ran = Ran(settings, {name: [] for name in EDGES})
+    in_one_process(settings, data, lambda _: None, lambda name: ran.said[name].append)
+    return ran
+
+
+def test_one_process_gives_the_bits_of_real_processes(calm: Ran, tmp_path: Path, tiny_llama: Path) -> None:
+    theirs, data = make(tmp_path, tiny_llama)
 
     async def run() -> None:
         stop = asyncio.get_running_loop().create_future()
@@ -77,25 +90,22 @@ def test_one_process_gives_the_bits_of_real_processes(tmp_path: Path, tiny_llama
         await processes.federate(theirs, data, homes, stop, lambda _: None, lambda _: lambda _: None, THREAD, THREAD)
 
     asyncio.run(run())
-    assert len(history(ours)) == 4  # two rounds, a realignment before each
-    assert history(ours) == history(theirs)
+    assert len(history(calm.settings)) == 4  # two rounds, a realignment before each
+    assert history(calm.settings) == history(theirs)
     for name in EDGES:
-        assert [event["round"] for event in said[name] if event["event"] == "accepted"] == [1, 2]
-        assert said[name][-1]["event"] == "farewell"
+        assert [event["round"] for event in calm.said[name] if event["event"] == "accepted"] == [1, 2]
+        assert calm.said[name][-1]["event"] == "farewell"
     with (
-        contextlib.closing(Ledger(ours.run_dir / "ledger.sqlite")) as one,
+        contextlib.closing(Ledger(calm.settings.run_dir / "ledger.sqlite")) as one,
         contextlib.closing(Ledger(theirs.run_dir / "ledger.sqlite")) as other,
     ):
         bytes_up = [sum(up for _, _, up, _ in ledger.traffic()) for ledger in (one, other)]
     assert bytes_up[0] == pytest.approx(bytes_up[1], rel=0.1)  # progress messages come by the clock
 
 
-def test_what_was_stopped_goes_on_to_the_same_bits(tmp_path: Path, tiny_llama: Path) -> None:
+def test_what_was_stopped_goes_on_to_the_same_bits(calm: Ran, tmp_path: Path, tiny_llama: Path) -> None:
     """The hub fails when it hears of the first update of round 2, with the second one in training."""
-    calm, data = make(tmp_path / "calm", tiny_llama)
-    prepare(calm)
-    in_one_process(calm, data, lambda _: None, lambda _: lambda _: None)
-    rough, data = make(tmp_path / "rough", tiny_llama)
+    rough, data = make(tmp_path, tiny_llama)
 
     def fail(event: dict[str, Any]) -> None:
         if event["event"] == "update_accepted" and event["round"] == 2:
@@ -105,7 +115,7 @@ def test_what_was_stopped_goes_on_to_the_same_bits(tmp_path: Path, tiny_llama: P
         in_one_process(rough, data, fail, lambda _: lambda _: None)
     assert 2 <= len(history(rough)) < 4
     in_one_process(rough, data, lambda _: None, lambda _: lambda _: None)
-    assert history(rough) == history(calm)
+    assert history(rough) == history(calm.settings)
 
 
 def test_an_edge_that_fails_ends_the_run_with_its_own_words(tmp_path: Path, tiny_llama: Path) -> None:
@@ -115,22 +125,11 @@ def test_an_edge_that_fails_ends_the_run_with_its_own_words(tmp_path: Path, tiny
         in_one_process(settings, data, lambda _: None, lambda _: lambda _: None)
 
 
-def test_workers_share_one_adapter_and_no_progress(tmp_path: Path, tiny_llama: Path) -> None:
-    """Two edges with the same rows and names as one alone: each round from the view, not from the other's training."""
-    settings, data = make(tmp_path / "pair", tiny_llama)
-    losses: dict[str, list[float]] = {name: [] for name in EDGES}
-
-    def of(name: str) -> Say:
-        return lambda event: losses[name].append(event["loss"]) if event["event"] == "trained" else None
-
-    in_one_process(settings, data, lambda _: None, of)
-    single, data = make(tmp_path / "single", tiny_llama)
-    alone: list[float] = []
-    single = replace(single, rounds=replace(single.rounds, min_edges=1, count=1))
-    in_one_process(
-        single,
-        {"b": data["b"]},
-        lambda _: None,
-        lambda _: lambda event: alone.append(event["loss"]) if event["event"] == "trained" else None,
-    )
-    assert alone == losses["b"][:1]
+def test_edges_share_an_adapter_and_nothing_that_was_trained(calm: Ran, tmp_path: Path, tiny_llama: Path) -> None:
+    """b alone says the loss of its first round that it said after a had trained the same adapter."""
+    settings, data = make(tmp_path, tiny_llama)
+    settings = replace(settings, rounds=replace(settings.rounds, min_edges=1, count=1))
+    alone: list[dict[str, Any]] = []
+    in_one_process(settings, {"b": data["b"]}, lambda _: None, lambda _: alone.append)
+    first = [next(e["loss"] for e in said if e["event"] == "trained") for said in (alone, calm.said["b"])]
+    assert first[0] == first[1]
