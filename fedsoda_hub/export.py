@@ -187,10 +187,14 @@ class RunJudge:
         """The three models after the rounds of `outcome`."""
         models = self.models(outcome.master, outcome.emulator_view)
         result = summary(self.evaluator, models, samples)
+        self.forget(models)
+        return result
+
+    def forget(self, models: dict[str, Judged]) -> None:
+        """Free the border states of the sub-LLM; those of the full model too where they are many."""
         self.evaluator.forget(models["sub_llm"])
         if self.evaluator.border_bytes > KEPT_BORDER_BYTES:
             self.evaluator.forget(models["full"])
-        return result
 
 
 def check_evaluation(settings: RunSettings) -> None:

@@ -338,9 +338,9 @@ class _Run:
         }
         if cell.alone is None:
             result["right"]["sub_llm"] = _right(judge.evaluator, models["sub_llm"])
-            judge.evaluator.forget(models["sub_llm"])
             result["public_kl"] = next(record.public_kl for record in records if isinstance(record, Prepared))
             result["costs"] = self._costs(settings)
+        judge.forget(models)
         return result
 
     def _judge(self, settings: RunSettings) -> RunJudge:
