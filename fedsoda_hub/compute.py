@@ -15,7 +15,7 @@ from safetensors.torch import load
 
 from fedsoda_edge.model import delta
 from fedsoda_edge.model.bundle import Bundle
-from fedsoda_edge.ports.child import Report, Values, serve
+from fedsoda_edge.ports.child import Handler, Report, Values, serve
 from fedsoda_edge.ports.disk import BlobStore
 from fedsoda_edge.protocol.coded import of_factor
 from fedsoda_hub.algorithms import flexlora, server_optimizer
@@ -44,6 +44,11 @@ class Compute:
     @property
     def blobs(self) -> BlobStore:
         return BlobStore(self.settings.run_dir / "blobs")
+
+    @property
+    def commands(self) -> dict[str, Handler]:
+        commands = (self.open, self.prepare, self.aggregate, self.realign, self.evaluate)
+        return {command.__name__: command for command in commands}
 
     def open(self, values: Values, _: Report) -> Values:
         self._settings = msgspec.convert(values["settings"], RunSettings)
@@ -110,16 +115,7 @@ def main() -> None:
     threads: Any = os.environ.get("FEDSODA_THREADS")
     if threads:
         torch.set_num_threads(int(threads))
-    compute = Compute()
-    serve(
-        {
-            "open": compute.open,
-            "prepare": compute.prepare,
-            "aggregate": compute.aggregate,
-            "realign": compute.realign,
-            "evaluate": compute.evaluate,
-        }
-    )
+    serve(Compute().commands)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,13 @@ Unknown keys are errors that name the nearest key. What the settings do is each 
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import re
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -229,9 +231,13 @@ def read_settings(path: str | Path) -> RunSettings:
         UsageProblem: the file is missing, not TOML, has an unknown key (names the nearest), lacks one, or
             has a value out of range; public text or evaluation data are not there.
     """
-    path = Path(path)
+    return settings_of(read_toml(Path(path)), Path(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Raises UsageProblem: the file is missing or not TOML."""
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageProblem(f"{path} is not there; write a RUN.toml (README, A federation of your own)") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -240,6 +246,10 @@ def read_settings(path: str | Path) -> RunSettings:
         raise UsageProblem(
             f"{path} is not TOML: {error}; mend it there: text stands in quotes, a table's name in [ ]"
         ) from error
+
+
+def settings_of(raw: dict[str, Any], path: Path) -> RunSettings:
+    """The settings that these tables hold, checked as `read_settings` says. path: of the file that they are from."""
     _check_keys(raw, RunSettings, path.name)
     try:
         settings = msgspec.convert({**raw, "path": str(path.resolve())}, RunSettings, strict=True)
@@ -254,6 +264,34 @@ def read_settings(path: str | Path) -> RunSettings:
         if file is not None and not file.is_file():
             raise UsageProblem(f"{label}: {file} is not there; the path is relative to {path.name}")
     return settings
+
+
+S = TypeVar("S", bound=Section)
+
+
+def table_of(values: Any, kind: type[S], name: str, file: str) -> S:
+    """One table of a file of ours, such as [compare], checked like those of RUN.toml but for ranges."""
+    if not isinstance(values, dict):
+        raise UsageProblem(f"{file}: {name} is {values!r}, but it is a table: write [{name}]")
+    _check_keys(values, kind, file, name)
+    try:
+        return msgspec.convert(values, kind, strict=True)
+    except msgspec.ValidationError as error:
+        raise UsageProblem(_in_words(str(error).replace("`$.", f"`$.{name}."), {name: values}, file)) from error
+
+
+def write_toml(settings: RunSettings) -> str:
+    """A RUN.toml with all of these settings. JSON's scalars and lists are TOML's too."""
+    lines: list[str] = []
+    tables = msgspec.to_builtins(settings)
+    del tables["path"]
+    for key, value in sorted(tables.items(), key=lambda item: isinstance(item[1], dict)):
+        if isinstance(value, dict):
+            lines.append(f"[{key}]")
+        for name, scalar in value.items() if isinstance(value, dict) else [(key, value)]:
+            if scalar is not None:
+                lines.append(f"{name} = {json.dumps(scalar, ensure_ascii=False, allow_nan=False)}")
+    return "\n".join(lines) + "\n"
 
 
 def _flat(tree: dict[str, Any]) -> dict[str, Any]:
@@ -322,6 +360,17 @@ def _no_use(key: str, value: Any, settings: RunSettings) -> str:
 def _unused(method: FederatedMethod) -> dict[str, Any]:
     """Of the keys that the method has no use for."""
     return {key: method.DEFAULTS.get(key, value) for key, value in NOT_OF_ALL.items() if key not in method.USES}
+
+
+def without_unused(raw: dict[str, Any], method: FederatedMethod) -> dict[str, Any]:
+    """The tables of a RUN.toml without the keys that the method has no use for."""
+    unused = {key for key in NOT_OF_ALL if key not in method.USES}
+    return {
+        table: {key: value for key, value in values.items() if f"[{table}] {key}" not in unused}
+        if isinstance(values, dict)
+        else values
+        for table, values in raw.items()
+    }
 
 
 def _with(settings: RunSettings, values: dict[str, Any]) -> RunSettings:
@@ -457,12 +506,17 @@ def _check_ranges(settings: RunSettings) -> None:
         ("[task] eval_every", s.task.eval_every, s.task.eval_every >= 0, "at least 0 rounds (0: at the end only)"),
         ("[listen] port", s.listen.port, 0 <= s.listen.port <= 65535, "0 to 65535"),
     ]
+    refuse_unless(rules, Path(s.path).name)
+    TextTemplate(s.task.prompt)
+    TextTemplate(s.task.completion)
+
+
+def refuse_unless(rules: Iterable[tuple[str, Any, bool, str]], file: str) -> None:
+    """Raises UsageProblem for the first of (key, value, whether it holds, what is allowed) that does not hold."""
     for key, value, holds, allowed in rules:
         is_finite = not isinstance(value, float) or math.isfinite(value)  # TOML has inf and nan
         if not holds or not is_finite:
-            raise UsageProblem(f"{key} = {value!r} in {Path(s.path).name}; it must be {allowed}")
-    TextTemplate(s.task.prompt)
-    TextTemplate(s.task.completion)
+            raise UsageProblem(f"{key} = {value!r} in {file}; it must be {allowed}")
 
 
 def _check_aggregation(settings: RunSettings, given: dict[str, Any]) -> None:

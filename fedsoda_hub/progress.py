@@ -36,7 +36,8 @@ class Display:
             return
         kind = event["event"]
         if kind == "progress" and "total" in event:
-            self._line.show(event["stage"], event["done"], event["total"], f"{event['done']} of {event['total']}")
+            detail = event.get("detail", f"{event['done']} of {event['total']}")
+            self._line.show(event["stage"], event["done"], event["total"], detail)
             return
         self._fold(event)
         text = _sentence(event)
@@ -129,6 +130,8 @@ def _sentence(event: dict[str, Any]) -> str:
             return f"realigned before round {event['round']}: public KL {event['kl_before']:.3f} to {event['kl_after']:.3f}"
         case "evaluated":
             return "accuracy: " + ", ".join(f"{k} {v:.1%}" for k, v in event["result"]["accuracy"].items())
+        case "cell":
+            return f"{event['cell']}: {event['accuracy']:.1%} in {human_seconds(event['seconds'])}"
         case "waiting":
             return f"waiting: {event['why']}"
         case "disk_full" | "compute_failed":
