@@ -336,7 +336,7 @@ def _settled(settings: RunSettings, raw: dict[str, Any]) -> RunSettings:
     """
     _check_ranges(settings)
     method, given = method_of(settings.method), _flat(raw)
-    _check_aggregation(settings, given)
+    _check_aggregation(settings)
     settled = _unused(method) | {key: value for key, value in method.DEFAULTS.items() if key not in given}
     for key in NOT_OF_ALL:
         if key not in method.USES and given.get(key, settled[key]) != settled[key]:
@@ -519,8 +519,8 @@ def refuse_unless(rules: Iterable[tuple[str, Any, bool, str]], file: str) -> Non
             raise UsageProblem(f"{key} = {value!r} in {file}; it must be {allowed}")
 
 
-def _check_aggregation(settings: RunSettings, given: dict[str, Any]) -> None:
-    """Rule, optimiser and codec go together, and every key that is written is read.
+def _check_aggregation(settings: RunSettings) -> None:
+    """Rule, optimiser and codec go together, and what is set is read.
 
     Raises:
         UsageProblem: with the choices that would work.
@@ -543,7 +543,7 @@ def _check_aggregation(settings: RunSettings, given: dict[str, Any]) -> None:
             'along deltas, and whole weights travel; write codec = "nf4", "int8" or "bf16", or optimizer = "none"'
         )
     for key in ("learning_rate", "beta1", "beta2", "tau"):
-        if f"[aggregation] {key}" in given and key not in OPTIMIZERS[s.optimizer]:
+        if getattr(s, key) != getattr(Aggregation(), key) and key not in OPTIMIZERS[s.optimizer]:
             readers = ", ".join(name for name, keys in OPTIMIZERS.items() if key in keys)
             raise UsageProblem(
                 f"[aggregation] {key} beside optimizer = {s.optimizer!r} in {file} would not be read; delete it, or "

@@ -56,7 +56,7 @@ def test_the_settings_of_a_variant_are_a_run_file(tmp_path: Path) -> None:
         ),
         ({"compare": {"splits": ["shards"]}}, None, "'shards' is no split"),
         ({"compare": {"baselines": ["best"]}}, None, "it must be of untouched, alone, central"),
-        ({"compare": {"level_of": "fedot"}}, None, "[compare] level_of = 'fedot' in compare.toml; it must be one of"),
+        ({"compare": {"level_of": "fedavg"}}, None, "[compare] level_of = 'fedavg' in compare.toml; it must be one of"),
         ({"compare": {"data": ["gone.jsonl"]}}, None, "gone.jsonl is not there"),
         ({"alignment": {}}, None, "compare.toml has no key alignment; the nearest is align"),
         ({"rounds": {"quorum": 0.5}}, None, "[rounds] quorum, which a comparison sets itself; delete it"),
