@@ -354,14 +354,8 @@ class Preparation:
         )
         width = int(self.source.fields["hidden_size"])
         fit = ridge.fit(zip(student, teacher, strict=True), width, self.settings.align.border_rank)
-        self.report(
-            {
-                "stage": "border map",
-                "error_before": fit.error_before,
-                "error": fit.error,
-                "error_whole": fit.error_whole,
-            }
-        )
+        errors = {"error_before": fit.error_before, "error_whole": fit.error_whole, "error": fit.error}
+        self.report({"stage": "fitting the border map", **errors})
         return fit.tensors
 
     def _student(

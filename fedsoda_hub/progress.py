@@ -105,6 +105,11 @@ def _sentence(event: dict[str, Any]) -> str:
         case "progress" if "needed_bytes" in event:
             needed, free = human_bytes(event["needed_bytes"]), human_bytes(event["free_bytes"])
             return f"{event['stage']}: {needed} of disk, {free} free"
+        case "progress" if "error_before" in event:
+            return (
+                f"{event['stage']}: on prompts left out, border states are {event['error_before']:.1%} away from the full "
+                f"emulator's without it, {event['error']:.1%} with it"
+            )
         case "prepared":
             return f"prepared: {kl_sentence(event['public_kl'])}"
         case "edge_connected":

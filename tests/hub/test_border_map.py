@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from fedsoda_hub.evaluation import Evaluator, Question
 from fedsoda_hub.export import judged_models
 from fedsoda_hub.prepare import Preparation
 from tests.hub.runs import make_run, prepare
+from tests.schema import HUB
 
 WIDTH = 12
 
@@ -134,7 +136,8 @@ def test_prepare_fits_the_map_after_alignment_and_the_bundle_carries_it(run: Run
 
 
 def test_a_realignment_fits_it_anew_and_sends_it_like_the_lora(run: RunSettings) -> None:
-    made = Preparation(run)
+    said: list[dict[str, Any]] = []
+    made = Preparation(run, said.append)
     bundle = Bundle.open(run.run_dir / "bundle")
     before = bundle.emulator_lora()
     disturbed = {name: tensor + (0.2 if name == "border.D" else 0.0) for name, tensor in before.items()}
@@ -144,6 +147,10 @@ def test_a_realignment_fits_it_anew_and_sends_it_like_the_lora(run: RunSettings)
     moved = delta.advance(disturbed, made.blobs.get(result["delta"]), layout, "nf4")
     assert all(torch.equal(view[name], moved[name]) for name in view)
     assert error_on_prompts(run, view) < 0.5 * error_on_prompts(run, disturbed)
+    for event in said:
+        HUB.check_event({"event": "progress", "job": "realign", **event})
+    [errors] = [event for event in said if event["stage"] == "fitting the border map"]
+    assert errors["error"] < errors["error_before"]
 
 
 def test_edge_hub_and_a_whole_model_apply_it_alike(run: RunSettings, tmp_path: Path) -> None:
