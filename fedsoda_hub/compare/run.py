@@ -218,13 +218,14 @@ class _Run:
         result = _kept(done, fingerprint)
         if result is None:
             started = time.monotonic()
-            mark = directory / "fingerprint"
-            if not mark.exists() or mark.read_text() != fingerprint:
+            # A run knows its model by its place: what was begun with another copy of the same model is begun anew.
+            mark, begun = directory / "fingerprint", f"{fingerprint} {settings.model}"
+            if not mark.exists() or mark.read_text() != begun:
                 shutil.rmtree(directory, ignore_errors=True)
             self._alive()
             await self._in_thread(lambda: self._prepare(settings))
             self._lay_out(settings, names)
-            write_durably(mark, fingerprint.encode())
+            write_durably(mark, begun.encode())
             await self._federate(settings, names)
             if self._stop.done():
                 raise Stopped
