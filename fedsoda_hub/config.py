@@ -22,7 +22,8 @@ from fedsoda_edge.protocol.messages import LocalSettings
 from fedsoda_hub.algorithms.methods import METHODS, FederatedMethod, method_of
 
 EMULATORS = ("sub", "full")
-BORDER_MAPS = ("none", "ridge")
+BORDER_MAPS = ("auto", "ridge", "none")
+SELF_GENERATED = "self-generated"  # in the place of a file of [public]
 RULES = ("fedavg", "ffa", "rolora", "flexlora")
 # Of the hub's step: the keys that each one reads. An adaptive step is about learning_rate long, whatever the deltas.
 OPTIMIZERS: dict[str, tuple[str, ...]] = {
@@ -44,6 +45,7 @@ NOT_OF_ALL: dict[str, Any] = {
     "[align] steps": 0,
     "[align] realign_steps": 0,
     "[align] border_map": "none",
+    "[align] closed_form": False,
 }
 
 
@@ -80,19 +82,25 @@ class LoRA(Section, frozen=True):
 
 
 class Public(Section, frozen=True):
-    """like_task: unlabelled rows with the columns of [task] prompt, which the border map is fitted on."""
+    """text: a file. like_task: a file of unlabelled rows with the columns of [task] prompt, on which the border map is
+    fitted. Either may be "self-generated": the full LLM writes it.
+    """
 
     text: str
-    like_task: str | None = None
+    like_task: str = SELF_GENERATED
     sequences: int = 128
     length: int = 512
 
 
 class Align(Section, frozen=True):
-    """border_map: "ridge", fitted after every alignment, or "none"; border_rank: at most, the model's width is whole."""
+    """border_map: "ridge", fitted after every alignment; "auto", the same where the hub has prompts to fit it on; "none".
+    border_rank: at most, the model's width is whole. closed_form: whether pre-alignment begins with
+    `algorithms/closed_form.py`; with steps = 0 it is all of it.
+    """
 
-    border_map: str = "none"
+    border_map: str = "auto"
     border_rank: int = 256
+    closed_form: bool = False
     steps: int = 200
     realign_steps: int = 30
     batch_size: int = 8
@@ -192,12 +200,14 @@ class RunSettings(Section, frozen=True):
         return self.directory / f"{self.name}.run"
 
     @property
-    def public_text(self) -> Path:
-        return self.directory / self.public.text
+    def public_text(self) -> Path | None:
+        """None: the full LLM writes it."""
+        return None if self.public.text == SELF_GENERATED else self.directory / self.public.text
 
     @property
     def like_task(self) -> Path | None:
-        return self.directory / self.public.like_task if self.public.like_task else None
+        """None: the full LLM writes them."""
+        return None if self.public.like_task == SELF_GENERATED else self.directory / self.public.like_task
 
     @property
     def eval_data(self) -> Path | None:
@@ -303,9 +313,7 @@ def _settled(settings: RunSettings, raw: dict[str, Any]) -> RunSettings:
     for key in NOT_OF_ALL:
         if key not in method.USES and given.get(key, settled[key]) != settled[key]:
             raise UsageProblem(_no_use(key, given[key], settings))
-    settings = _with(settings, settled)
-    _check_border_map(settings)
-    return settings
+    return _with(settings, settled)
 
 
 def _no_use(key: str, value: Any, settings: RunSettings) -> str:
@@ -331,15 +339,6 @@ def _with(settings: RunSettings, values: dict[str, Any]) -> RunSettings:
         changed = msgspec.structs.replace(getattr(settings, table), **{name: value})
         settings = msgspec.structs.replace(settings, **{table: changed})
     return settings
-
-
-def _check_border_map(settings: RunSettings) -> None:
-    if settings.align.border_map != "none" and not settings.public.like_task:
-        raise UsageProblem(
-            f"[align] border_map = {settings.align.border_map!r} in {Path(settings.path).name} without [public] like_task; "
-            "the map helps only where it was fitted on text like the task's: name a file of unlabelled rows with the "
-            'columns of [task] prompt, or write border_map = "none"'
-        )
 
 
 def _check_keys(raw: dict[str, Any], struct: type[msgspec.Struct], file: str, table: str = "") -> None:

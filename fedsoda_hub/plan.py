@@ -109,11 +109,11 @@ def predict(
     needs = edge_needs(shape, files)
     adapter_bytes = encoded_bytes(spec.adapter, settings.wire.codec)
     emulator_bytes = encoded_bytes(spec.emulator, settings.wire.codec) if method.realign_every else 0
-    trainable, emulator_lora = _count(spec.adapter), _count(spec.emulator)
+    trainable, emulator_lora = _count(spec.adapter), _count(item for item in spec.emulator if item.layer is not None)
     per_round = 2 * trainable + (emulator_lora / method.realign_every if method.realign_every else 0)
     resident = sum(layers[number] for number in plan.resident)
     swept_lora = _count(item for item in spec.emulator if item.layer in plan.swept)
-    swept = sum(layers[number] for number in plan.swept) + swept_lora
+    swept = sum(layers[number] for number in plan.swept) + swept_lora + _count(spec.emulator) - emulator_lora
     through = resident + emulator_lora - swept_lora + head  # what gradients go through
     return {
         "family": family.model_type,

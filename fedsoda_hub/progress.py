@@ -104,6 +104,10 @@ def _sentence(event: dict[str, Any]) -> str:
         case "progress" if "needed_bytes" in event:
             needed, free = human_bytes(event["needed_bytes"]), human_bytes(event["free_bytes"])
             return f"{event['stage']}: {needed} of disk, {free} free"
+        case "progress" if event["stage"] == "border map":
+            return f"border map: {event['error_before']:.3f} of the border's square error without, {event['error']:.3f} with"
+        case "progress" if event["stage"] == "no border map":
+            return f"no border map: {event['why']}"
         case "prepared":
             return f"prepared: {kl_sentence(event['public_kl'])}"
         case "edge_connected":
@@ -144,7 +148,8 @@ def kl_sentence(kl: dict[str, float]) -> str:
     """What pruning and then storing it took, and alignment gave back."""
     if not kl["pruned"]:  # a full emulator's, exactly
         return f"public KL {kl['quantized']:.3f} as stored, all layers kept"
-    return f"public KL {kl['pruned']:.3f} pruned, {kl['quantized']:.3f} as stored, {kl['aligned']:.3f} aligned"
+    solved = f"{kl['closed_form']:.3f} in closed form, " if "closed_form" in kl else ""
+    return f"public KL {kl['pruned']:.3f} pruned, {kl['quantized']:.3f} as stored, {solved}{kl['aligned']:.3f} aligned"
 
 
 def plan_table(report: dict[str, Any]) -> None:
