@@ -1,4 +1,4 @@
-"""The hub's child process that owns torch: prepare, aggregate, realign, evaluate. No sockets, no decisions.
+"""The hub's child process that owns torch: prepare, aggregate, probe, realign, evaluate. No sockets, no decisions.
 
 Arguments and results are JSON; tensors are blobs by digest in the run directory.
 """
@@ -15,6 +15,7 @@ from safetensors.torch import load
 
 from fedsoda_edge.model import delta
 from fedsoda_edge.model.bundle import Bundle
+from fedsoda_edge.model.lora import LoRATensors
 from fedsoda_edge.ports.child import Report, Values, serve
 from fedsoda_edge.ports.disk import BlobStore
 from fedsoda_edge.protocol.coded import of_factor
@@ -84,13 +85,20 @@ class Compute:
             "cross_term": cross_term(products()),
         }
 
+    def probe(self, values: Values, report: Report) -> Values:
+        return Preparation(self.settings, report).probe(*self._tensors(values))
+
     def realign(self, values: Values, report: Report) -> Values:
-        spec = Bundle.open(self.settings.run_dir / "bundle").manifest.lora
         return Preparation(self.settings, report).realign(
-            values["version"],
+            values["version"], *self._tensors(values), self.settings.wire.codec
+        )
+
+    def _tensors(self, values: Values) -> tuple[LoRATensors, LoRATensors]:
+        """The adapter's master and the emulator's view."""
+        spec = Bundle.open(self.settings.run_dir / "bundle").manifest.lora
+        return (
             delta.from_bytes(self.blobs.get(values["master"]), spec.adapter),
             delta.from_bytes(self.blobs.get(values["emulator_view"]), spec.emulator),
-            self.settings.wire.codec,
         )
 
     def evaluate(self, values: Values, report: Report) -> Values:
@@ -116,6 +124,7 @@ def main() -> None:
             "open": compute.open,
             "prepare": compute.prepare,
             "aggregate": compute.aggregate,
+            "probe": compute.probe,
             "realign": compute.realign,
             "evaluate": compute.evaluate,
         }

@@ -20,6 +20,7 @@ from fedsoda_edge.protocol.coded import CODECS
 from fedsoda_edge.protocol.manifest import BASES
 from fedsoda_edge.protocol.messages import LocalSettings
 from fedsoda_hub.algorithms.methods import METHODS, FederatedMethod, method_of
+from fedsoda_hub.federation.rounds import AUTO, AUTO_ROUNDS
 
 EMULATORS = ("sub", "full")
 BORDER_MAPS = ("auto", "ridge", "none")
@@ -59,7 +60,8 @@ class Method(Section, frozen=True):
     emulator: what edges receive below the adapter: "sub", what SGP leaves of it, aligned; "full", all its layers.
     adapter_layers: last layers that train; bottom_layers: first ones that do.
     drop_layers: how many go in all where they go uniformly: groups have no meaning there, and a share of the layers
-    would have to be rounded. Bases: "nf4" or "bf16", the checkpoint's own dtype.
+    would have to be rounded. realign_every: rounds, or "auto": when the sub-LLM is measured to have drifted.
+    Bases: "nf4" or "bf16", the checkpoint's own dtype.
     """
 
     name: str = "fedsoda"
@@ -69,10 +71,15 @@ class Method(Section, frozen=True):
     layers_per_group: int = 3
     groups: int = 4
     drop_layers: int = 0
-    realign_every: int = 5
+    realign_every: int | str = 5
     adapter_base: str = "nf4"
     emulator_base: str = "nf4"
     quantize_embedding: bool = False
+
+    @property
+    def most_often(self) -> int:
+        """Rounds from one realignment to the next, at the least; 0: none."""
+        return AUTO_ROUNDS if isinstance(self.realign_every, str) else self.realign_every
 
 
 class LoRA(Section, frozen=True):
@@ -366,6 +373,7 @@ def _is_table(kind: Any) -> bool:
 
 _KINDS = {
     "int": "a whole number",
+    "int | str": 'a whole number or "auto"',
     "float": "a number",
     "float | null": "a number",
     "str": "text in quotes",
@@ -403,7 +411,12 @@ def _check_ranges(settings: RunSettings) -> None:
         ("[method] drop_layers", s.method.drop_layers, s.method.drop_layers >= 0, "at least 0"),
         ("[method] layers_per_group", s.method.layers_per_group, s.method.layers_per_group >= 0, "at least 0"),
         ("[method] groups", s.method.groups, s.method.groups >= 0, "at least 0"),
-        ("[method] realign_every", s.method.realign_every, s.method.realign_every >= 0, "at least 0"),
+        (
+            "[method] realign_every",
+            s.method.realign_every,
+            s.method.realign_every == AUTO if isinstance(s.method.realign_every, str) else s.method.realign_every >= 0,
+            'at least 0, or "auto"',
+        ),
         ("[method] adapter_base", s.method.adapter_base, s.method.adapter_base in BASES, " or ".join(BASES)),
         ("[method] emulator_base", s.method.emulator_base, s.method.emulator_base in BASES, " or ".join(BASES)),
         ("[lora] rank", s.lora.rank, 1 <= s.lora.rank <= 1024, "1 to 1024"),

@@ -41,7 +41,7 @@ from fedsoda_edge.model.sub_llm import SubLLM, build
 from fedsoda_edge.ports.disk import BlobStore, sha256_file, write_durably
 from fedsoda_edge.ports.system import sync_directory
 from fedsoda_edge.protocol.manifest import LayerPlan, LoRASpec
-from fedsoda_hub.algorithms import closed_form, oda, ridge, sgp
+from fedsoda_hub.algorithms import closed_form, drift, oda, ridge, sgp
 from fedsoda_hub.algorithms.methods import method_of
 from fedsoda_hub.config import RunSettings
 from fedsoda_hub.public_text import read_blocks, read_prompts
@@ -360,6 +360,19 @@ class Preparation:
         kl = oda.public_kl(student, states["sub-LLM"], wanted)
         return {"pruned": 0.0, "quantized": kl, "aligned": kl}
 
+    def probe(self, adapter_master: dict[str, Tensor], emulator_view: dict[str, Tensor]) -> dict[str, float]:
+        """How far sub-LLM and full LLM are apart with the current adapter LoRA, on the held-out blocks."""
+        bundle, first = Bundle.open(self.run_dir / "bundle"), len(self.used)
+        adapter, ids = bundle.plan.adapter, torch.stack(self.held_out)
+        teacher, border = self._teacher(bundle.plan, adapter_master), self._target(bundle.plan.emulator[-1])[first:]
+        with torch.no_grad():
+            final = torch.cat([teacher.hidden(states=states) for states in border.split(8)])
+        wanted = drift.adapter_gradient(teacher, adapter, border, ids)
+        del teacher
+        student, states = self._student(bundle, emulator_view, adapter_master)
+        made = drift.adapter_gradient(student, adapter, states[first:], ids)
+        return {"kl": oda.public_kl(student, states[first:], final), "cosine": drift.cosine(wanted, made)}
+
     def realign(
         self, version: int, adapter_master: dict[str, Tensor], emulator_view: dict[str, Tensor], codec: str
     ) -> dict[str, Any]:
@@ -509,15 +522,19 @@ class Preparation:
 
     def _teacher_final(self, plan: LayerPlan, adapter: dict[str, Tensor]) -> Tensor:
         """(N, T, C): the full LLM's final hidden with this adapter LoRA, from its cached emulator's output."""
-        border = self._target(plan.emulator[-1])
+        border, teacher = self._target(plan.emulator[-1]), self._teacher(plan, adapter)
+        with torch.no_grad():
+            return torch.cat([teacher.hidden(states=states) for states in border.split(8)])
+
+    def _teacher(self, plan: LayerPlan, adapter: dict[str, Tensor]) -> SubLLM:
+        """The full LLM above its emulator, with this adapter LoRA."""
         above = range(plan.emulator[-1] + 1, plan.num_layers)
         teacher = build(self.source, above, compute_dtype=self.compute_dtype, device=self.device)
         s = self.settings.lora
         layout = lora.specs(self.source.family, self.source.fields, above, s.targets, s.rank)
         spec = LoRASpec(rank=s.rank, alpha=s.alpha, targets=tuple(s.targets), adapter=layout, emulator=())
         lora.attach(teacher, spec, lora.on(above, adapter))
-        with torch.no_grad():
-            return torch.cat([teacher.hidden(states=states) for states in border.split(8)])
+        return teacher
 
 
 def _sha256(file: Path | None) -> str | None:

@@ -129,6 +129,10 @@ def _sentence(event: dict[str, Any]) -> str:
             sizes = f"{human_bytes(event['bytes_up'])} up, {human_bytes(event['bytes_down'])} down so far"
             updates = counted(event["updates"], "update")
             return f"round {event['round']} closed: {updates}, loss {event['loss']:.3f}; {sizes}"
+        case "probed":
+            return (
+                f"before round {event['round']}: public KL {event['kl']:.3f}, cosine of gradients {event['cosine']:.3f}"
+            )
         case "realigned":
             return f"realigned before round {event['round']}: public KL {event['kl_before']:.3f} to {event['kl_after']:.3f}"
         case "evaluated":
