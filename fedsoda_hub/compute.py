@@ -1,4 +1,4 @@
-"""The hub's child process that owns torch: prepare, aggregate, realign, evaluate. No sockets, no decisions.
+"""The hub's child process that owns torch: prepare, aggregate, probe, realign, evaluate. No sockets, no decisions.
 
 Arguments and results are JSON; tensors are blobs by digest in the run directory.
 """
@@ -15,6 +15,7 @@ from safetensors.torch import load
 
 from fedsoda_edge.model import delta
 from fedsoda_edge.model.bundle import Bundle
+from fedsoda_edge.model.lora import LoRATensors
 from fedsoda_edge.ports.child import Handler, Report, Values, serve
 from fedsoda_edge.ports.disk import BlobStore
 from fedsoda_edge.protocol.coded import of_factor
@@ -47,7 +48,7 @@ class Compute:
 
     @property
     def commands(self) -> dict[str, Handler]:
-        commands = (self.open, self.prepare, self.aggregate, self.realign, self.evaluate)
+        commands = (self.open, self.prepare, self.aggregate, self.probe, self.realign, self.evaluate)
         return {command.__name__: command for command in commands}
 
     def open(self, values: Values, _: Report) -> Values:
@@ -89,13 +90,20 @@ class Compute:
             "cross_term": cross_term(products()),
         }
 
+    def probe(self, values: Values, report: Report) -> Values:
+        return Preparation(self.settings, report).probe(*self._tensors(values))
+
     def realign(self, values: Values, report: Report) -> Values:
-        spec = Bundle.open(self.settings.run_dir / "bundle").manifest.lora
         return Preparation(self.settings, report).realign(
-            values["version"],
+            values["version"], *self._tensors(values), self.settings.wire.codec
+        )
+
+    def _tensors(self, values: Values) -> tuple[LoRATensors, LoRATensors]:
+        """The adapter's master and the emulator's view."""
+        spec = Bundle.open(self.settings.run_dir / "bundle").manifest.lora
+        return (
             delta.from_bytes(self.blobs.get(values["master"]), spec.adapter),
             delta.from_bytes(self.blobs.get(values["emulator_view"]), spec.emulator),
-            self.settings.wire.codec,
         )
 
     def evaluate(self, values: Values, report: Report) -> Values:

@@ -22,9 +22,11 @@ from fedsoda_edge.protocol.coded import CODECS
 from fedsoda_edge.protocol.manifest import BASES
 from fedsoda_edge.protocol.messages import LocalSettings
 from fedsoda_hub.algorithms.methods import METHODS, FederatedMethod, method_of
+from fedsoda_hub.federation.rounds import AUTO, AUTO_ROUNDS
 
 EMULATORS = ("sub", "full")
-BORDER_MAPS = ("none", "ridge")
+BORDER_MAPS = ("auto", "ridge", "none")
+SELF_GENERATED = "self-generated"  # in the place of a file of [public]
 RULES = ("fedavg", "ffa", "rolora", "flexlora")
 # Of the hub's step: the keys that each one reads. An adaptive step is about learning_rate long, whatever the deltas.
 OPTIMIZERS: dict[str, tuple[str, ...]] = {
@@ -46,6 +48,7 @@ NOT_OF_ALL: dict[str, Any] = {
     "[align] steps": 0,
     "[align] realign_steps": 0,
     "[align] border_map": "none",
+    "[align] closed_form": False,
 }
 
 
@@ -59,7 +62,8 @@ class Method(Section, frozen=True):
     emulator: what edges receive below the adapter: "sub", what SGP leaves of it, aligned; "full", all its layers.
     adapter_layers: last layers that train; bottom_layers: first ones that do.
     drop_layers: how many go in all where they go uniformly: groups have no meaning there, and a share of the layers
-    would have to be rounded. Bases: "nf4" or "bf16", the checkpoint's own dtype.
+    would have to be rounded. realign_every: rounds, or "auto": when the sub-LLM is measured to have drifted.
+    Bases: "nf4" or "bf16", the checkpoint's own dtype.
     """
 
     name: str = "fedsoda"
@@ -69,10 +73,15 @@ class Method(Section, frozen=True):
     layers_per_group: int = 3
     groups: int = 4
     drop_layers: int = 0
-    realign_every: int = 5
+    realign_every: int | str = 5
     adapter_base: str = "nf4"
     emulator_base: str = "nf4"
     quantize_embedding: bool = False
+
+    @property
+    def most_often(self) -> int:
+        """Rounds from one realignment to the next, at the least; 0: none."""
+        return AUTO_ROUNDS if isinstance(self.realign_every, str) else self.realign_every
 
 
 class LoRA(Section, frozen=True):
@@ -82,19 +91,25 @@ class LoRA(Section, frozen=True):
 
 
 class Public(Section, frozen=True):
-    """like_task: unlabelled rows with the columns of [task] prompt, which the border map is fitted on."""
+    """text: a file. like_task: a file of unlabelled rows with the columns of [task] prompt, on which the border map is
+    fitted. Either may be "self-generated": the full LLM writes it.
+    """
 
     text: str
-    like_task: str | None = None
+    like_task: str = SELF_GENERATED
     sequences: int = 128
     length: int = 512
 
 
 class Align(Section, frozen=True):
-    """border_map: "ridge", fitted after every alignment, or "none"; border_rank: at most, the model's width is whole."""
+    """border_map: "ridge", fitted after every alignment; "auto", the same where the hub has prompts to fit it on; "none".
+    border_rank: at most, the model's width is whole. closed_form: whether pre-alignment begins with
+    `algorithms/closed_form.py`; with steps = 0 it is all of it.
+    """
 
-    border_map: str = "none"
+    border_map: str = "auto"
     border_rank: int = 256
+    closed_form: bool = False
     steps: int = 200
     realign_steps: int = 30
     batch_size: int = 8
@@ -194,12 +209,14 @@ class RunSettings(Section, frozen=True):
         return self.directory / f"{self.name}.run"
 
     @property
-    def public_text(self) -> Path:
-        return self.directory / self.public.text
+    def public_text(self) -> Path | None:
+        """None: the full LLM writes it."""
+        return None if self.public.text == SELF_GENERATED else self.directory / self.public.text
 
     @property
     def like_task(self) -> Path | None:
-        return self.directory / self.public.like_task if self.public.like_task else None
+        """None: the full LLM writes them."""
+        return None if self.public.like_task == SELF_GENERATED else self.directory / self.public.like_task
 
     @property
     def eval_data(self) -> Path | None:
@@ -341,9 +358,7 @@ def _settled(settings: RunSettings, raw: dict[str, Any]) -> RunSettings:
     for key in NOT_OF_ALL:
         if key not in method.USES and given.get(key, settled[key]) != settled[key]:
             raise UsageProblem(_no_use(key, given[key], settings))
-    settings = _with(settings, settled)
-    _check_border_map(settings)
-    return settings
+    return _with(settings, settled)
 
 
 def _no_use(key: str, value: Any, settings: RunSettings) -> str:
@@ -382,15 +397,6 @@ def _with(settings: RunSettings, values: dict[str, Any]) -> RunSettings:
     return settings
 
 
-def _check_border_map(settings: RunSettings) -> None:
-    if settings.align.border_map != "none" and not settings.public.like_task:
-        raise UsageProblem(
-            f"[align] border_map = {settings.align.border_map!r} in {Path(settings.path).name} without [public] like_task; "
-            "the map helps only where it was fitted on text like the task's: name a file of unlabelled rows with the "
-            'columns of [task] prompt, or write border_map = "none"'
-        )
-
-
 def _check_keys(raw: dict[str, Any], struct: type[msgspec.Struct], file: str, table: str = "") -> None:
     """Every key is known, and every key that has no default is there."""
     fields = {field.name: field for field in msgspec.structs.fields(struct) if field.name != "path"}
@@ -416,6 +422,7 @@ def _is_table(kind: Any) -> bool:
 
 _KINDS = {
     "int": "a whole number",
+    "int | str": 'a whole number or "auto"',
     "float": "a number",
     "float | null": "a number",
     "str": "text in quotes",
@@ -453,7 +460,12 @@ def _check_ranges(settings: RunSettings) -> None:
         ("[method] drop_layers", s.method.drop_layers, s.method.drop_layers >= 0, "at least 0"),
         ("[method] layers_per_group", s.method.layers_per_group, s.method.layers_per_group >= 0, "at least 0"),
         ("[method] groups", s.method.groups, s.method.groups >= 0, "at least 0"),
-        ("[method] realign_every", s.method.realign_every, s.method.realign_every >= 0, "at least 0"),
+        (
+            "[method] realign_every",
+            s.method.realign_every,
+            s.method.realign_every == AUTO if isinstance(s.method.realign_every, str) else s.method.realign_every >= 0,
+            'at least 0, or "auto"',
+        ),
         ("[method] adapter_base", s.method.adapter_base, s.method.adapter_base in BASES, " or ".join(BASES)),
         ("[method] emulator_base", s.method.emulator_base, s.method.emulator_base in BASES, " or ".join(BASES)),
         ("[lora] rank", s.lora.rank, 1 <= s.lora.rank <= 1024, "1 to 1024"),

@@ -586,6 +586,7 @@ def run_status(settings: RunSettings, ledger: Ledger, state: Any) -> dict[str, A
         "cross_terms": state.cross_terms,
         "public_kl": state.public_kl,
         "realignments": state.realignments,
+        "probes": state.probes,
         "evaluation": state.evaluation,
         "bytes": {
             "up_per_edge_round": sum(row[2] for row in rows) / pairs,

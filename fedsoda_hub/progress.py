@@ -110,6 +110,8 @@ def _sentence(event: dict[str, Any]) -> str:
                 f"{event['stage']}: on prompts left out, border states are {event['error_before']:.1%} away from the full "
                 f"emulator's without it, {event['error']:.1%} with it"
             )
+        case "progress" if event["stage"] == "no border map":
+            return f"no border map: {event['why']}"
         case "prepared":
             return f"prepared: {kl_sentence(event['public_kl'])}"
         case "edge_connected":
@@ -131,6 +133,10 @@ def _sentence(event: dict[str, Any]) -> str:
             sizes = f"{human_bytes(event['bytes_up'])} up, {human_bytes(event['bytes_down'])} down so far"
             updates = counted(event["updates"], "update")
             return f"round {event['round']} closed: {updates}, loss {event['loss']:.3f}; {sizes}"
+        case "probed":
+            return (
+                f"before round {event['round']}: public KL {event['kl']:.3f}, cosine of gradients {event['cosine']:.3f}"
+            )
         case "realigned":
             return f"realigned before round {event['round']}: public KL {event['kl_before']:.3f} to {event['kl_after']:.3f}"
         case "evaluated":
@@ -152,7 +158,8 @@ def kl_sentence(kl: dict[str, float]) -> str:
     """What pruning and then storing it took, and alignment gave back."""
     if not kl["pruned"]:  # a full emulator's, exactly
         return f"public KL {kl['quantized']:.3f} as stored, all layers kept"
-    return f"public KL {kl['pruned']:.3f} pruned, {kl['quantized']:.3f} as stored, {kl['aligned']:.3f} aligned"
+    solved = f"{kl['closed_form']:.3f} in closed form, " if "closed_form" in kl else ""
+    return f"public KL {kl['pruned']:.3f} pruned, {kl['quantized']:.3f} as stored, {solved}{kl['aligned']:.3f} aligned"
 
 
 def plan_table(report: dict[str, Any]) -> None:

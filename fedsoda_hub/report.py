@@ -197,8 +197,8 @@ def draw(history: History, plan: LayerPlan | None) -> dict[str, tuple[Figure, st
     if history.public_kl and history.public_kl["pruned"]:  # 0 exactly: a full emulator's, which is not aligned
         figures["alignment"] = (
             draw_alignment(history),
-            "Public KL, full model to sub-LLM, in nats on held-out public blocks: after pruning, as stored, after "
-            "alignment; then before and after each realignment.",
+            "Public KL, full model to sub-LLM, in nats on held-out public blocks: after pruning, as stored, "
+            "after a start in closed form where the run has one, after alignment; then before and after each realignment.",
         )
     if plan is not None and plan.distances:
         figures["layers"] = (
@@ -284,12 +284,13 @@ def draw_alignment(history: History) -> Figure:
     figure = Figure(figsize=(9.5, 3.4), layout="constrained")
     axes = figure.add_subplot()
     stages = _kl_stages(history)
-    axes.bar(range(3), [kl for _, kl in stages], color=[GREY, ORANGE, BLUE], width=0.6)
-    labels = [stage for stage, _ in stages]
+    colors = [{"pruned": GREY, "quantized": ORANGE}.get(stage, BLUE) for stage, _ in stages]
+    axes.bar(range(len(stages)), [kl for _, kl in stages], color=colors, width=0.6)
+    labels = [stage.replace("_", " ") for stage, _ in stages]
     top = max(kl for _, kl in stages)
     for place, (_, kl) in enumerate(stages):
         axes.annotate(f"{kl:.3f}", (place, kl), ha="center", va="bottom", fontsize=9)
-    for place, record in enumerate(history.realigned, start=3):
+    for place, record in enumerate(history.realigned, start=len(stages)):
         axes.plot([place, place], [record.kl_before, record.kl_after], color=GREY, linewidth=1)
         axes.scatter([place], [record.kl_before], color=ORANGE, zorder=3)
         axes.scatter([place], [record.kl_after], color=BLUE, zorder=3)
@@ -421,7 +422,8 @@ def draw_contributions(history: History) -> Figure:
 
 
 def _kl_stages(history: History) -> list[tuple[str, float]]:
-    return [(stage, history.public_kl[stage]) for stage in ("pruned", "quantized", "aligned")]
+    kl = history.public_kl
+    return [(stage, kl[stage]) for stage in ("pruned", "quantized", "closed_form", "aligned") if stage in kl]
 
 
 def plain(axes: Axes) -> None:

@@ -16,6 +16,7 @@ from fedsoda_edge.errors import UsageProblem
 from fedsoda_hub.algorithms.methods import METHODS
 from fedsoda_hub.compare.splits import check_split
 from fedsoda_hub.config import (
+    SELF_GENERATED,
     RunSettings,
     Section,
     read_toml,
@@ -155,8 +156,8 @@ def _variant(base: dict[str, Any], name: str, values: dict[str, Any], path: Path
         model=str(model.resolve()) if model.is_dir() else checked.model,
         public=msgspec.structs.replace(
             checked.public,
-            text=str(checked.public_text),
-            like_task=None if checked.like_task is None else str(checked.like_task),
+            text=str(checked.public_text or SELF_GENERATED),
+            like_task=str(checked.like_task or SELF_GENERATED),
         ),
         task=msgspec.structs.replace(checked.task, eval_data=str(checked.eval_data)),
     )

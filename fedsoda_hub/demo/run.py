@@ -79,6 +79,7 @@ sequences = {SEQUENCES}
 length = {LENGTH}
 
 [align]
+border_map = "none"         # its prompts would have to be written first
 steps = 40
 realign_steps = 12
 learning_rate = 3e-3

@@ -101,6 +101,15 @@ class Realigned(Record, frozen=True, tag="realigned"):
     kl_after: float
 
 
+class Probed(Record, frozen=True, tag="probed"):
+    """Before local training of `round`, where drift decides: KL(full LLM || sub-LLM) on held-out public blocks, and the
+    cosine of the adapter LoRA's gradients in both; with the current adapter LoRA."""
+
+    round: int
+    kl: float
+    cosine: float
+
+
 class Evaluated(Record, frozen=True, tag="evaluated"):
     round: int
     result: dict[str, Any]
@@ -121,6 +130,7 @@ AnyRecord = (
     | DeadlinePassed
     | RoundClosed
     | Realigned
+    | Probed
     | Evaluated
     | RunEnded
 )

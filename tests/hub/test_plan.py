@@ -249,7 +249,7 @@ def test_the_plan_of_a_run_has_the_bytes_that_its_preparation_wrote(prepared: Ru
     adapter = delta.encode(bundle.adapter_lora(), prepared.wire.codec)
     emulator = delta.encode(bundle.emulator_lora(), prepared.wire.codec)
     assert ours["up_bytes_per_edge_round"] == len(adapter)
-    assert ours["down_bytes_per_edge_round"] == len(adapter) + len(emulator) / prepared.method.realign_every
+    assert ours["down_bytes_per_edge_round"] == len(adapter) + len(emulator) / prepared.method.most_often
 
 
 def test_the_demos_model_and_configuration(ref24: Path) -> None:

@@ -13,7 +13,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "method": {"adapter_layers": 2, "layers_per_group": 1, "groups": 2, "realign_every": 1},
     "lora": {"rank": 4, "alpha": 8},
     "public": {"text": "public.txt", "sequences": 4, "length": 16},
-    "align": {"steps": 2, "realign_steps": 1, "batch_size": 4, "learning_rate": 1e-2},
+    "align": {"border_map": "none", "steps": 2, "realign_steps": 1, "batch_size": 4, "learning_rate": 1e-2},
     "rounds": {"count": 2},
     "local": {"max_steps": 3, "batch_size": 4, "learning_rate": 1e-2, "max_length": 64},
     "task": {"prompt": "Say {word}:", "completion": "{answer}", "eval_data": "eval.jsonl"},
