@@ -25,6 +25,7 @@ from fedsoda_hub.algorithms.methods import METHODS, FederatedMethod, method_of
 from fedsoda_hub.federation.rounds import AUTO, AUTO_ROUNDS
 
 EMULATORS = ("sub", "full")
+LAYER_CHOICES = ("contiguous", "spectral", "uniform", "random", "top")
 BORDER_MAPS = ("auto", "ridge", "none")
 SELF_GENERATED = "self-generated"  # in the place of a file of [public]
 RULES = ("fedavg", "ffa", "rolora", "flexlora")
@@ -43,6 +44,7 @@ NOT_OF_ALL: dict[str, Any] = {
     "[method] layers_per_group": 0,
     "[method] groups": 0,
     "[method] drop_layers": 0,
+    "[method] layer_choice": "contiguous",
     "[method] realign_every": 0,
     "[method] emulator_base": "nf4",
     "[align] steps": 0,
@@ -62,8 +64,10 @@ class Method(Section, frozen=True):
     emulator: what edges receive below the adapter: "sub", what SGP leaves of it, aligned; "full", all its layers.
     adapter_layers: last layers that train; bottom_layers: first ones that do.
     drop_layers: how many go in all where they go uniformly: groups have no meaning there, and a share of the layers
-    would have to be rounded. realign_every: rounds, or "auto": when the sub-LLM is measured to have drifted.
-    Bases: "nf4" or "bf16", the checkpoint's own dtype.
+    would have to be rounded. layer_choice: how FedPruner finds those that stay: the most important of each of its
+    groups, which are "contiguous" or "spectral"; or, to compare with, "uniform", "random" or all but the "top".
+    realign_every: rounds, or "auto": when the sub-LLM is measured to have drifted. Bases: "nf4" or "bf16", the
+    checkpoint's own dtype.
     """
 
     name: str = "fedsoda"
@@ -73,6 +77,7 @@ class Method(Section, frozen=True):
     layers_per_group: int = 3
     groups: int = 4
     drop_layers: int = 0
+    layer_choice: str = "contiguous"
     realign_every: int | str = 5
     adapter_base: str = "nf4"
     emulator_base: str = "nf4"
@@ -458,6 +463,12 @@ def _check_ranges(settings: RunSettings) -> None:
         ("[method] adapter_layers", s.method.adapter_layers, s.method.adapter_layers >= 1, "at least 1"),
         ("[method] bottom_layers", s.method.bottom_layers, s.method.bottom_layers >= 0, "at least 0"),
         ("[method] drop_layers", s.method.drop_layers, s.method.drop_layers >= 0, "at least 0"),
+        (
+            "[method] layer_choice",
+            s.method.layer_choice,
+            s.method.layer_choice in LAYER_CHOICES,
+            f"one of {', '.join(LAYER_CHOICES)}",
+        ),
         ("[method] layers_per_group", s.method.layers_per_group, s.method.layers_per_group >= 0, "at least 0"),
         ("[method] groups", s.method.groups, s.method.groups >= 0, "at least 0"),
         (

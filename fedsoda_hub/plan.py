@@ -27,6 +27,7 @@ from fedsoda_edge.model.delta import encoded_bytes
 from fedsoda_edge.model.families import Family, allowed_fields, build_config, family_of, layer_on_meta, skeleton
 from fedsoda_edge.model.memory import edge_needs, make_shape
 from fedsoda_edge.protocol.manifest import TOKENIZER_FILES, File, LayerPlan, TensorSpec
+from fedsoda_hub.algorithms.fedot import evenly
 from fedsoda_hub.algorithms.methods import method_of
 from fedsoda_hub.config import Method, RunSettings, with_full_emulator
 from fedsoda_hub.prepare import lora_spec
@@ -64,16 +65,27 @@ def read_config(model: str | Path) -> tuple[Family, dict[str, Any], str, Path | 
     return family, fields, dtype, path if path.is_dir() else None
 
 
-def likely_plan(num_layers: int, settings: Method) -> LayerPlan:
-    """A plan of this shape. Which layers SGP removes is known after it only; sizes depend on it by the digits of their
-    numbers in the headers of two LoRA shards.
+@dataclass(frozen=True)
+class Unmeasured:
+    """A full LLM of which nothing but the size is known (`algorithms.methods.FullLLM`)."""
+
+    num_layers: int
+
+    def distances(self, num_layers: int) -> list[list[float]]:
+        return [[0.0] * (num_layers - 1 - layer) for layer in range(num_layers)]
+
+    def representatives(self, count: int, grouping: str) -> list[int]:
+        return evenly(self.num_layers, count)
+
+
+def likely_plan(num_layers: int, settings: Method, seed: int = 0) -> LayerPlan:
+    """A plan of this shape. Which layers a measuring method removes is known after it only; sizes depend on it by the
+    digits of their numbers in the headers of two LoRA shards.
 
     Raises:
         UsageProblem: it does not fit; names what does.
     """
-    plan = method_of(settings).plan(
-        num_layers, settings, lambda count: [[0.0] * (count - 1 - layer) for layer in range(count)]
-    )
+    plan = method_of(settings).plan(Unmeasured(num_layers), settings, seed)
     return msgspec.structs.replace(plan, distances=())
 
 
@@ -176,7 +188,7 @@ def plan_report(model: str, settings: RunSettings, rates: Rates = Rates()) -> di
     tokenizer_bytes = sum(file.stat().st_size for file in tokenizer if file.exists())
 
     def predicted(of: RunSettings) -> dict[str, Any]:
-        plan = likely_plan(int(fields["num_hidden_layers"]), of.method)
+        plan = likely_plan(int(fields["num_hidden_layers"]), of.method, of.seed)
         return predict(family, fields, dtype, plan, of, tokenizer_bytes)
 
     report = predicted(settings)

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from fedsoda_edge.model.sub_llm import SubLLM, build
 from fedsoda_edge.ports.disk import BlobStore, sha256_file, write_durably
 from fedsoda_edge.ports.system import sync_directory
 from fedsoda_edge.protocol.manifest import LayerPlan, LoRASpec
-from fedsoda_hub.algorithms import closed_form, drift, oda, ridge, sgp
+from fedsoda_hub.algorithms import closed_form, drift, oda, representatives, ridge, sgp
 from fedsoda_hub.algorithms.methods import method_of
 from fedsoda_hub.config import RunSettings
 from fedsoda_hub.public_text import read_blocks, read_prompts
@@ -214,7 +214,7 @@ class Preparation:
                 write_durably_json(kl_file, kl)
                 replace_emulator_lora(unaligned, emulator)
             else:
-                write_durably_json(kl_file, self._unpruned_kl(bundle))
+                write_durably_json(kl_file, self._unaligned_kl(bundle))
             shutil.rmtree(bundle_dir, ignore_errors=True)
             os.replace(unaligned, bundle_dir)
             sync_directory(self.run_dir)
@@ -238,24 +238,44 @@ class Preparation:
         write_durably(mark, fingerprint.encode())
 
     def plan(self) -> LayerPlan:
-        """The method's; distances, where it asks for them, are measured in one pass."""
+        """The method's, made once."""
         path = self.work / "plan.json"
         if path.exists():
             return msgspec.json.decode(path.read_bytes(), type=LayerPlan)
-        plan = self.method.plan(
-            self.source.num_layers,
-            self.settings.method,
-            lambda num_layers: sgp.measure(
-                self.source,
-                self.used,
-                num_layers,
-                compute_dtype=self.compute_dtype,
-                device=self.device,
-                progress=self._progress("measuring layer similarity"),
-            ),
-        )
+        plan = self.method.plan(self, self.settings.method, self.settings.seed)
         write_durably(path, msgspec.json.encode(plan))
         return plan
+
+    # What a method asks: algorithms.methods.FullLLM.
+
+    @property
+    def num_layers(self) -> int:
+        return self.source.num_layers
+
+    def distances(self, num_layers: int) -> list[list[float]]:
+        return sgp.measure(
+            self.source,
+            self.used,
+            num_layers,
+            compute_dtype=self.compute_dtype,
+            device=self.device,
+            progress=self._progress("measuring layer similarity"),
+        )
+
+    def representatives(self, count: int, grouping: str) -> tuple[int, ...]:
+        seed = self.settings.seed
+        measured = representatives.measure_layers(
+            self.source,
+            self.used,
+            seed=seed,
+            compute_dtype=self.compute_dtype,
+            device=self.device,
+            progress=self._progress("measuring layer similarity"),
+        )
+        partition = (
+            partial(representatives.spectral, seed=seed) if grouping == "spectral" else representatives.contiguous
+        )
+        return representatives.select_layers(measured, count, partition, keep_ends=True)
 
     def _progress(self, stage: str) -> Callable[[int, int], None]:
         return lambda done, total: self.report({"stage": stage, "done": done, "total": total})
@@ -313,9 +333,8 @@ class Preparation:
             lora.load(student, self._solve(bundle, states[: len(self.used)]))
             kl["closed_form"] = oda.public_kl(student, states[len(self.used) :], wanted)
         emulator = self._train(student, plan, states, final, self.settings.align.steps, version=0)
-        emulator |= self._fit_border_map(bundle, emulator)
-        lora.load(student, emulator)
         kl["aligned"] = oda.public_kl(student, states[len(self.used) :], wanted)
+        emulator |= self._fit_border_map(bundle, emulator)
         write_durably(done, save(emulator))
         write_durably_json(kl_done, kl)
         return emulator, kl
@@ -329,36 +348,38 @@ class Preparation:
             self.used,
             list(states),
             {layer: self._target(other)[: len(self.used)] for layer, other in held_against.items()},
-            bundle.emulator_lora(),
+            lora.on(bundle.plan.emulator, bundle.emulator_lora()),
             bundle.manifest.lora.scale,
             compute_dtype=self.compute_dtype,
             device=self.device,
             progress=self._progress("solving for the emulator LoRA"),
         )
 
-    def _unpruned_kl(self, bundle: Bundle) -> dict[str, float]:
-        """The public KLs of a bundle that keeps every layer: what storing it loses, and no alignment changes."""
-        plan = bundle.plan
-        states = {
-            name: torch.stack(
-                stream(
-                    source,
-                    plan.swept,
-                    self.held_out,
-                    compute_dtype=self.compute_dtype,
-                    device=self.device,
-                    progress=self._progress(f"running the {name} on public text"),
-                )
-            ).to(self.device)
-            for name, source in (("full LLM", self.source), ("sub-LLM", bundle))
-        }
-        teacher = build(self.source, plan.resident, compute_dtype=self.compute_dtype, device=self.device)
+    def _unaligned_kl(self, bundle: Bundle) -> dict[str, float]:
+        """The three public KLs where nothing is aligned; one layer resident at a time, whatever trains."""
+
+        def ran(source: LayerSource, layers: Sequence[int], name: str) -> Tensor:
+            states = stream(
+                source,
+                layers,
+                self.held_out,
+                compute_dtype=self.compute_dtype,
+                device=self.device,
+                progress=self._progress(f"running the {name} on public text"),
+            )
+            return torch.stack(states).to(self.device)
+
+        def ends(source: LayerSource) -> SubLLM:
+            return build(source, (), compute_dtype=self.compute_dtype, device=self.device)
+
+        plan, top = bundle.plan, ends(self.source)
         with torch.no_grad():
-            wanted = torch.cat([teacher.hidden(states=some) for some in states["full LLM"].split(8)])
-        del teacher
-        student = build(bundle, plan.resident, compute_dtype=self.compute_dtype, device=self.device)
-        kl = oda.public_kl(student, states["sub-LLM"], wanted)
-        return {"pruned": 0.0, "quantized": kl, "aligned": kl}
+            wanted = top.hidden(states=ran(self.source, range(plan.num_layers), "full LLM"))
+        pruned = 0.0  # exactly, where all layers are kept
+        if len(plan.kept) < plan.num_layers:
+            pruned = oda.public_kl(top, ran(self.source, plan.kept, "pruned LLM"), wanted)
+        quantized = oda.public_kl(ends(bundle), ran(bundle, plan.kept, "sub-LLM"), wanted)
+        return {"pruned": pruned, "quantized": quantized, "aligned": quantized}
 
     def probe(self, adapter_master: dict[str, Tensor], emulator_view: dict[str, Tensor]) -> dict[str, float]:
         """How far sub-LLM and full LLM are apart with the current adapter LoRA, on the held-out blocks."""
@@ -386,7 +407,7 @@ class Preparation:
         trained = self._train(student, plan, states, final, self.settings.align.realign_steps, version)
         trained |= self._fit_border_map(bundle, trained)
         coded, view = delta.step_down(trained, emulator_view, spec.emulator, codec)
-        lora.load(student, view)
+        lora.load(student, lora.on(plan.emulator, view))
         after = oda.public_kl(student, states[len(self.used) :], wanted)
         return {
             "view": self.blobs.put(delta.to_bytes(view)),
@@ -461,6 +482,8 @@ class Preparation:
     ) -> tuple[SubLLM, Tensor]:
         """The student from its first aligned layer on, and its hidden states below that, which never change.
 
+        Without the border map: it was fitted for text like the task's, and elsewhere it is far off. An alignment that saw
+        it on public text would bend the emulator LoRA to undo it.
         Adapter layers may lie below it in a method that aligns before round 1 alone: their LoRA is zero then.
         """
         spec, kept = bundle.manifest.lora, bundle.plan.kept
@@ -468,7 +491,7 @@ class Preparation:
         states = self._cached(f"student.below.{first}", bundle, tuple(layer for layer in kept if layer < first))
         trained = tuple(layer for layer in kept if layer >= first)
         student = build(bundle, trained, compute_dtype=self.compute_dtype, device=self.device)
-        lora.attach(student, spec, {**lora.on(trained, {**emulator, **adapter}), **border_map.part(emulator)})
+        lora.attach(student, spec, lora.on(trained, {**emulator, **adapter}))
         return student, states.to(self.device)
 
     def _cached(self, name: str, source: LayerSource, layers: Sequence[int]) -> Tensor:

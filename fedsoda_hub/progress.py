@@ -159,7 +159,8 @@ def kl_sentence(kl: dict[str, float]) -> str:
     if not kl["pruned"]:  # a full emulator's, exactly
         return f"public KL {kl['quantized']:.3f} as stored, all layers kept"
     solved = f"{kl['closed_form']:.3f} in closed form, " if "closed_form" in kl else ""
-    return f"public KL {kl['pruned']:.3f} pruned, {kl['quantized']:.3f} as stored, {solved}{kl['aligned']:.3f} aligned"
+    aligned = f"{kl['aligned']:.3f} aligned" if kl["aligned"] != kl["quantized"] else "not aligned"
+    return f"public KL {kl['pruned']:.3f} pruned, {kl['quantized']:.3f} as stored, {solved}{aligned}"
 
 
 def plan_table(report: dict[str, Any]) -> None:

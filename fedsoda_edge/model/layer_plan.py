@@ -65,16 +65,17 @@ def make_plan(
 
 
 def drop_layers(num_layers: int, adapter: Sequence[int], kept_emulator: Sequence[int]) -> LayerPlan:
-    """The plan of a sub-emulator that was chosen without distances: what is removed goes to the layer below it.
+    """The plan of a sub-LLM that was chosen without distances: what is removed goes to the kept layer below it.
 
     Args:
-        kept_emulator: ascending, with the emulator's first layer.
+        adapter, kept_emulator: layer 0 is in one of them.
     """
-    kept = {*adapter, *kept_emulator}
-    groups = []
-    for start, end in pairwise([*kept_emulator, max(set(range(num_layers)) - set(adapter)) + 1]):
-        if removed := tuple(layer for layer in range(start + 1, end) if layer not in kept):
-            groups.append(Group(start=start, removed=removed, distance=0.0))
+    kept = sorted({*adapter, *kept_emulator})
+    groups = [
+        Group(start=start, removed=tuple(range(start + 1, end)), distance=0.0)
+        for start, end in pairwise([*kept, num_layers])
+        if end > start + 1
+    ]
     return plan_around(num_layers, adapter, groups)
 
 
@@ -107,7 +108,8 @@ def check_plan(plan: LayerPlan) -> None:
             group.removed == tuple(range(group.start + 1, group.start + 1 + len(group.removed))) and group.removed
             for group in plan.groups
         ),
-        "groups lie in the emulator and do not overlap": of_groups <= layers - set(plan.adapter)
+        "groups do not overlap and remove nothing that trains": of_groups <= layers
+        and not set(removed) & set(plan.adapter)
         and len(of_groups) == len(removed) + len(plan.groups),
         "kept is every layer that is not removed": plan.kept
         == tuple(layer for layer in range(plan.num_layers) if layer not in set(removed)),

@@ -11,7 +11,7 @@ from fedsoda_edge.model.layer_plan import make_plan
 from fedsoda_edge.protocol.manifest import LayerPlan
 
 if TYPE_CHECKING:
-    from fedsoda_hub.algorithms.methods import Measure
+    from fedsoda_hub.algorithms.methods import FullLLM
     from fedsoda_hub.config import Method
 
 USES: tuple[str, ...] = ("[method] adapter_layers", "[method] emulator_base")
@@ -27,9 +27,9 @@ def check_adapter(num_layers: int, adapter_layers: int) -> None:
         )
 
 
-def plan(num_layers: int, settings: Method, measure: Measure) -> LayerPlan:
-    check_adapter(num_layers, settings.adapter_layers)
-    return make_plan(num_layers, settings.adapter_layers, ())
+def plan(full_llm: FullLLM, settings: Method, seed: int) -> LayerPlan:
+    check_adapter(full_llm.num_layers, settings.adapter_layers)
+    return make_plan(full_llm.num_layers, settings.adapter_layers, ())
 
 
 def aligned(plan: LayerPlan) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from fedsoda_edge.protocol.manifest import LayerPlan
 from fedsoda_hub.algorithms.exact import check_adapter
 
 if TYPE_CHECKING:
-    from fedsoda_hub.algorithms.methods import Measure
+    from fedsoda_hub.algorithms.methods import FullLLM
     from fedsoda_hub.config import Method
 
 USES: tuple[str, ...] = (
@@ -35,7 +35,8 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def plan(num_layers: int, settings: Method, measure: Measure) -> LayerPlan:
+def plan(full_llm: FullLLM, settings: Method, seed: int) -> LayerPlan:
+    num_layers = full_llm.num_layers
     check_adapter(num_layers, settings.adapter_layers)
     emulator = num_layers - settings.adapter_layers
     count = num_kept(emulator, settings.drop_layers)

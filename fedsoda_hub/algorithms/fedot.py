@@ -17,7 +17,7 @@ from fedsoda_edge.protocol.manifest import LayerPlan
 from fedsoda_hub.algorithms.fedbiot import num_kept
 
 if TYPE_CHECKING:
-    from fedsoda_hub.algorithms.methods import Measure
+    from fedsoda_hub.algorithms.methods import FullLLM
     from fedsoda_hub.config import Method
 
 USES: tuple[str, ...] = (
@@ -35,8 +35,8 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def plan(num_layers: int, settings: Method, measure: Measure) -> LayerPlan:
-    bottom, top = settings.bottom_layers, settings.adapter_layers
+def plan(full_llm: FullLLM, settings: Method, seed: int) -> LayerPlan:
+    num_layers, bottom, top = full_llm.num_layers, settings.bottom_layers, settings.adapter_layers
     emulator = num_layers - bottom - top
     if bottom == 0 or emulator < 2:
         raise UsageProblem(
@@ -44,8 +44,13 @@ def plan(num_layers: int, settings: Method, measure: Measure) -> LayerPlan:
             f"trains some at both ends and leaves two or more between them: lower them, or write bottom_layers = 1"
         )
     count = num_kept(emulator, settings.drop_layers)
-    kept = [bottom + round(Fraction(place * (emulator - 1), count - 1)) for place in range(count)]
+    kept = [bottom + place for place in evenly(emulator, count)]
     return drop_layers(num_layers, [*range(bottom), *range(num_layers - top, num_layers)], kept)
+
+
+def evenly(num_layers: int, count: int) -> list[int]:
+    """`count` places of so many, two or more, the first and the last among them."""
+    return [round(Fraction(place * (num_layers - 1), count - 1)) for place in range(count)]
 
 
 def aligned(plan: LayerPlan) -> tuple[int, ...]:

@@ -14,15 +14,15 @@ from fedsoda_edge.model.layer_plan import plan_around
 from fedsoda_edge.protocol.manifest import LayerPlan
 
 if TYPE_CHECKING:
-    from fedsoda_hub.algorithms.methods import Measure
+    from fedsoda_hub.algorithms.methods import FullLLM
     from fedsoda_hub.config import Method
 
 USES: tuple[str, ...] = ()
 DEFAULTS: dict[str, Any] = {"[method] emulator": "full", "[method] adapter_base": "bf16"}
 
 
-def plan(num_layers: int, settings: Method, measure: Measure) -> LayerPlan:
-    return plan_around(num_layers, range(num_layers), ())
+def plan(full_llm: FullLLM, settings: Method, seed: int) -> LayerPlan:
+    return plan_around(full_llm.num_layers, range(full_llm.num_layers), ())
 
 
 def aligned(plan: LayerPlan) -> tuple[int, ...]:

@@ -1,431 +1,55 @@
-"""FedPruner: group layers that do the same, keep the one of each group that does most, as many as a device affords.
+"""FedPruner (arXiv 2508.17209): a sub-LLM of the layers that stand for the others, LoRA on all that it keeps.
 
-FedPruner (arXiv 2508.17209), read as in method.md 5, since its text leaves open how. FedPruner+ keeps attention and
-MLP blocks each by themselves. Measuring is one streamed pass over the hub's blocks; choosing is pure and cheap, so
-every device gets its own choice from one measurement. Building and training what is kept is the business of others.
+One sub-LLM for all edges, chosen once by the hub on public text; the paper has every device choose anew each round,
+for which it would need the full LLM (method.md 5). Nothing is aligned. What to compare the choice with at equal
+memory, since the sub-LLM has as many layers: "uniform", "random", and "top", which drops the topmost layers.
+
+All but "top" keep the first and the last layer, which no other layer stands for.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise, product
-from typing import Any
-
-import torch
-from torch import Tensor
-from torch.nn.functional import cosine_similarity, normalize, pad
+import random
+from typing import TYPE_CHECKING, Any
 
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_edge.model.loss import log_likelihoods
-from fedsoda_edge.model.streaming import LayerSource, Progress, buckets, stream
-from fedsoda_edge.model.sub_llm import build
+from fedsoda_edge.model.layer_plan import drop_layers
+from fedsoda_edge.protocol.manifest import LayerPlan
+from fedsoda_hub.algorithms.fedot import evenly
 
-SAMPLED_TOKENS = 2048
-BATCH_TOKENS = 2048
-TEMPERATURE = 0.5  # tau of the selection probabilities
-RESTARTS = 10  # of k-means
-MAX_ITERATIONS = 100
+if TYPE_CHECKING:
+    from fedsoda_hub.algorithms.methods import FullLLM
+    from fedsoda_hub.config import Method
 
-Groups = list[tuple[int, ...]]  # full-LLM layers, each in one group, ascending
-Partition = Callable[[Tensor, int], Groups]  # (L, L) CKA and a number of groups -> so many groups
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Layers, or all components of one kind. similarity: (L, L) CKA, float64. importance: by layer."""
-
-    similarity: Tensor
-    importance: tuple[float, ...]
+USES: tuple[str, ...] = ("[method] drop_layers", "[method] layer_choice")
+DEFAULTS: dict[str, Any] = {
+    "[method] drop_layers": 12,  # as the other methods do where FedSODA compares them
+    "[method] adapter_base": "bf16",
+}
 
 
-@dataclass(frozen=True)
-class Components:
-    """Layers that keep their attention block, and layers that keep their MLP block; ascending."""
-
-    attention: tuple[int, ...]
-    mlp: tuple[int, ...]
-
-
-# -- measuring ------------------------------------------------------------------------------------------
-
-
-def linear_cka(outputs: Sequence[Tensor]) -> Tensor:
-    """||Z_i^T Z_j||_F^2 / (||Z_i^T Z_i||_F ||Z_j^T Z_j||_F) of every two outputs, columns centred.
-
-    Kornblith et al. (arXiv 1905.00414) eq. 5; below N = C through the Gram matrices Z Z^T, which give the same.
-
-    Args:
-        outputs: (N, C) of each layer at the same N tokens.
-
-    Returns:
-        (L, L), float64; 0 for an output that is the same at every token.
-    """
-    centred = [output.double() - output.double().mean(dim=0) for output in outputs]
-    tokens, width = centred[0].shape
-    if tokens < width:
-        grams = torch.stack([(output @ output.T).flatten() for output in centred])
-        products = grams @ grams.T
+def plan(full_llm: FullLLM, settings: Method, seed: int) -> LayerPlan:
+    num_layers, choice = full_llm.num_layers, settings.layer_choice
+    count = num_layers - settings.drop_layers
+    if count < 2:
+        raise UsageProblem(
+            f"[method] drop_layers = {settings.drop_layers}, the model has {num_layers} layers and fedpruner keeps two "
+            f"at least, the first and the last; write at most {num_layers - 2}"
+        )
+    if choice == "uniform":
+        kept = evenly(num_layers, count)
+    elif choice == "random":
+        kept = sorted({0, num_layers - 1, *random.Random(seed).sample(range(1, num_layers - 1), count - 2)})
+    elif choice == "top":
+        kept = list(range(count))
     else:
-        products = torch.zeros(len(centred), len(centred), dtype=torch.float64)
-        for i, lower in enumerate(centred):
-            for j, upper in enumerate(centred[: i + 1]):
-                products[i, j] = products[j, i] = (lower.T @ upper).square().sum()
-    norms = products.diagonal().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
-    return products / norms[:, None] / norms
+        kept = list(full_llm.representatives(count, choice))
+    return drop_layers(num_layers, kept, ())
 
 
-def block_influence(before: Tensor, after: Tensor) -> float:
-    """1 - mean cos(h_in, h_out) over tokens (N, C): how much a block turns its stream (ShortGPT, arXiv 2403.03853)."""
-    return float(1 - cosine_similarity(before.double(), after.double(), dim=-1).mean())
+def aligned(plan: LayerPlan) -> tuple[int, ...]:
+    return ()
 
 
-def measure_layers(
-    source: LayerSource,
-    blocks: Sequence[Tensor],
-    *,
-    seed: int,
-    compute_dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    progress: Progress | None = None,
-) -> Measured:
-    """CKA of all layers' outputs and their Block Influence, from one streamed pass over the blocks.
-
-    Both at the same tokens, at most SAMPLED_TOKENS of all blocks; never a block's first, whose massive activations
-    (arXiv 2402.17762) would be all that CKA sees.
-
-    Args:
-        blocks: (T_i,) ids each. seed: which tokens.
-    """
-    tokens = _sampled(blocks, seed)
-    streams = [_at(tokens, stream(source, (), blocks))]
-    stream(
-        source,
-        range(source.num_layers),
-        blocks,
-        compute_dtype=compute_dtype,
-        device=device,
-        visit=lambda _, hidden: streams.append(_at(tokens, hidden)),
-        progress=progress,
-    )
-    influence = [block_influence(before, after) for before, after in pairwise(streams)]
-    return Measured(linear_cka(streams[1:]), tuple(influence))
-
-
-def measure_components(
-    source: LayerSource,
-    blocks: Sequence[Tensor],
-    *,
-    seed: int,
-    compute_dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    progress: Progress | None = None,
-) -> tuple[Measured, Measured]:
-    """(attention blocks, MLP blocks), from one streamed pass over the blocks, at the tokens of `measure_layers`.
-
-    CKA of what a component adds to the stream; Block Influence of the stream before and after it adds that.
-    """
-    tokens = _sampled(blocks, seed)
-    batches = buckets([len(block) for block in blocks], BATCH_TOKENS)
-    before = _at(tokens, stream(source, (), blocks))
-    outputs: tuple[list[Tensor], list[Tensor]] = ([], [])
-    influence: tuple[list[float], list[float]] = ([], [])
-    added: tuple[dict[int, Tensor], dict[int, Tensor]] = ({}, {})  # by one layer, by sample
-
-    def enter(_: int, layer: Any) -> None:
-        for module, made in zip(branch_ends(layer), added, strict=True):
-            turns = iter(batches)
-
-            def keep(_: Any, __: Any, out: Any, made: dict[int, Tensor] = made, turns: Any = turns) -> None:
-                states = out[0] if isinstance(out, tuple) else out
-                for row, sample in enumerate(next(turns)):
-                    made[sample] = states[row, tokens[sample]].float().cpu()
-
-            module.register_forward_hook(keep)
-
-    def visit(_: int, __: list[Tensor]) -> None:
-        nonlocal before
-        for made, kept, influences in zip(added, outputs, influence, strict=True):
-            kept.append(torch.cat([made[sample] for sample in range(len(blocks))]))
-            after = before + kept[-1]
-            influences.append(block_influence(before, after))
-            before = after
-
-    stream(
-        source,
-        range(source.num_layers),
-        blocks,
-        compute_dtype=compute_dtype,
-        device=device,
-        batches=batches,
-        enter=enter,
-        visit=visit,
-        progress=progress,
-    )
-    attention, mlp = (Measured(linear_cka(o), tuple(i)) for o, i in zip(outputs, influence, strict=True))
-    return attention, mlp
-
-
-def branch_ends(layer: Any) -> tuple[Any, Any]:
-    """The modules of a decoder layer whose outputs are added to the stream: the attention's and the MLP's."""
-    if hasattr(layer, "post_feedforward_layernorm"):  # gemma3, olmo2: a norm behind each block
-        return layer.post_attention_layernorm, layer.post_feedforward_layernorm
-    return layer.self_attn, layer.mlp
-
-
-def skip_losses(
-    source: LayerSource,
-    blocks: Sequence[Tensor],
-    *,
-    compute_dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    progress: Progress | None = None,
-) -> tuple[float, ...]:
-    """Importance by what it costs to skip a layer: the rise of the mean next-token loss in nats.
-
-    The most faithful measure and the dearest: L + 1 forwards, half of their layers shared, so L^2 / 2 layers are read.
-    """
-    tail = build(source, (), compute_dtype=compute_dtype, device=device)
-
-    def loss(states: Sequence[Tensor]) -> float:
-        total, count = 0.0, 0
-        for state, ids in zip(states, blocks, strict=True):
-            hidden = tail.hidden(states=state[None].to(device))[0, :-1]
-            total -= float(log_likelihoods(hidden, tail.head, ids[1:].to(device)).double().sum())
-            count += len(ids) - 1
-        return total / count
-
-    def onward(layers: Sequence[int], start: list[Tensor]) -> list[Tensor]:
-        return stream(source, layers, blocks, start=start, compute_dtype=compute_dtype, device=device)
-
-    with torch.no_grad():
-        states = stream(source, (), blocks, compute_dtype=compute_dtype)
-        skipped = []
-        for layer in range(source.num_layers):
-            skipped.append(loss(onward(range(layer + 1, source.num_layers), states)))
-            states = onward((layer,), states)
-            if progress is not None:
-                progress(layer + 1, source.num_layers)
-        whole = loss(states)
-    return tuple(one - whole for one in skipped)
-
-
-def _sampled(blocks: Sequence[Tensor], seed: int) -> list[Tensor]:
-    """Of each block the positions to look at, ascending: at most SAMPLED_TOKENS of all, no block's first."""
-    lengths = [len(block) - 1 for block in blocks]
-    order = torch.randperm(sum(lengths), generator=torch.Generator().manual_seed(seed))
-    chosen = torch.zeros(sum(lengths), dtype=torch.bool)
-    chosen[order[:SAMPLED_TOKENS]] = True
-    return [1 + of_block.nonzero()[:, 0] for of_block in chosen.split(lengths)]
-
-
-def _at(tokens: Sequence[Tensor], hidden: Sequence[Tensor]) -> Tensor:
-    """(N, C), fp32: the states at these positions of each block."""
-    return torch.cat([states[places].float() for places, states in zip(tokens, hidden, strict=True)])
-
-
-# -- grouping -------------------------------------------------------------------------------------------
-
-
-def _affinity(similarity: Tensor) -> Tensor:
-    """CKA at least 0; no layer has affinity to itself, or being alone would look like the best group."""
-    return similarity.double().clamp_min(0.0).fill_diagonal_(0.0)
-
-
-def contiguous(similarity: Tensor, count: int) -> Groups:
-    """The `count` runs of neighbouring layers with the greatest sum of the groups' mean affinities.
-
-    Exact, by dynamic programming over the cuts: O(count * L^2). A group's mean is over all s^2 entries of its block,
-    so that (s - 1) / s of it is the mean CKA of its pairs. Ties go to the larger last group: deeper layers are the
-    more alike (Gromov et al., arXiv 2403.17887).
-    """
-    layers = len(similarity)
-    _check_count(count, layers)
-    sums = pad(_affinity(similarity).cumsum(0).cumsum(1), (1, 0, 1, 0)).tolist()  # sums[a][b]: of W[:a, :b]
-
-    def mean(a: int, b: int) -> float:
-        return (sums[b][b] - sums[a][b] - sums[b][a] + sums[a][a]) / (b - a) ** 2
-
-    # best[k][end] = (value, -begin of the last group) of the layers below `end` in k groups.
-    best = [[(-math.inf, 0)] * (layers + 1) for _ in range(count + 1)]
-    best[0][0] = (0.0, 0)
-    for k in range(1, count + 1):
-        for end in range(k, layers + 1):
-            best[k][end] = max((best[k - 1][a][0] + mean(a, end), -a) for a in range(k - 1, end))
-    groups: Groups = []
-    end = layers
-    for k in range(count, 0, -1):
-        begin = -best[k][end][1]
-        groups.insert(0, tuple(range(begin, end)))
-        end = begin
-    return groups
-
-
-def spectral(similarity: Tensor, count: int, *, seed: int) -> Groups:
-    """Groups of layers wherever they lie: normalised Laplacian, its `count` lowest eigenvectors, k-means.
-
-    Ng, Jordan, Weiss (NIPS 2001), which is how method.md 5.2 reads "graph partitioning".
-
-    Returns:
-        Groups by their first layer.
-    """
-    _check_count(count, len(similarity))
-    affinity = _affinity(similarity)
-    degree = affinity.sum(dim=1).clamp_min(torch.finfo(torch.float64).tiny).rsqrt()
-    laplacian = torch.eye(len(affinity), dtype=torch.float64) - degree[:, None] * affinity * degree
-    points = normalize(torch.linalg.eigh(laplacian).eigenvectors[:, :count], dim=1)
-    labels = _k_means(points, count, torch.Generator().manual_seed(seed))
-    return sorted(tuple((labels == group).nonzero()[:, 0].tolist()) for group in range(count))
-
-
-def _k_means(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """(N,) cluster of each point, none empty: the best of RESTARTS runs of Lloyd's algorithm."""
-    best, least = torch.arange(len(points)), math.inf
-    for _ in range(RESTARTS):
-        centres, labels = _spread(points, count, generator), torch.full((len(points),), -1)
-        for _ in range(MAX_ITERATIONS):
-            distances = torch.cdist(points, centres).square()
-            nearest = distances.argmin(dim=1)
-            for empty in set(range(count)) - set(nearest.tolist()):
-                # Takes the worst placed point of a cluster that has others.
-                shared = nearest.bincount(minlength=count)[nearest] > 1
-                worst = distances.gather(1, nearest[:, None])[:, 0].where(shared, torch.tensor(-1.0)).argmax()
-                nearest[worst] = empty
-            if torch.equal(nearest, labels):
-                break
-            labels = nearest
-            centres = torch.stack([points[labels == group].mean(dim=0) for group in range(count)])
-        spread = float((points - centres[labels]).square().sum())
-        if spread < least:
-            best, least = labels, spread
-    return best
-
-
-def _spread(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Points to begin with, each drawn by its squared distance from those before it (k-means++)."""
-    chosen = [int(torch.randint(len(points), (1,), generator=generator))]
-    while len(chosen) < count:
-        weights = torch.cdist(points, points[chosen]).square().amin(dim=1) + 1e-12  # equal points: any of them
-        weights[chosen] = 0.0
-        chosen.append(int(torch.multinomial(weights, 1, generator=generator)))
-    return points[chosen]
-
-
-def _check_count(count: int, layers: int) -> None:
-    if not 1 <= count <= layers:
-        raise ValueError(f"{count} groups of {layers} layers; between 1 and {layers} can be")
-
-
-# -- choosing -------------------------------------------------------------------------------------------
-
-
-def affordable_layers(memory_bytes: int, fixed_bytes: int, layer_bytes: int, num_layers: int) -> int:
-    """K: how many layers fit beside what a device needs whatever it keeps (method.md 5.4).
-
-    Raises:
-        UsageProblem: not one layer fits.
-    """
-    count = (memory_bytes - fixed_bytes) // layer_bytes
-    if count < 1:
-        raise UsageProblem(
-            f"one layer of {layer_bytes / 1e6:.0f} MB beside {fixed_bytes / 1e6:.0f} MB that are always needed does "
-            f"not fit into {memory_bytes / 1e6:.0f} MB; join with a larger device, or shorten the samples"
-        )
-    return min(count, num_layers)
-
-
-def select_layers(
-    measured: Measured,
-    count: int,
-    partition: Partition = contiguous,
-    *,
-    keep_ends: bool = False,
-    generator: torch.Generator | None = None,
-) -> tuple[int, ...]:
-    """The kept layers, ascending: one of each of `count` groups.
-
-    Args:
-        keep_ends: the first and the last layer are groups of their own.
-        generator: draw by softmax(importance / TEMPERATURE) within a group, so that all layers come to be trained
-            over the rounds; None: the most important, the lowest of equals.
-    """
-    layers = len(measured.importance)
-    _check_count(count, layers)
-    ends = {0, layers - 1} if keep_ends else set()
-    inner = [layer for layer in range(layers) if layer not in ends]
-    groups = partition(measured.similarity[inner][:, inner], count - len(ends)) if count != len(ends) else []
-    chosen = [_choose([inner[place] for place in group], measured.importance, generator) for group in groups]
-    return tuple(sorted({*chosen, *ends}))
-
-
-def _choose(group: Sequence[int], importance: Sequence[float], generator: torch.Generator | None) -> int:
-    if generator is None:
-        return max(group, key=lambda layer: (importance[layer], -layer))
-    chances = torch.tensor([importance[layer] for layer in group], dtype=torch.float64).div(TEMPERATURE).softmax(0)
-    return group[int(torch.multinomial(chances, 1, generator=generator))]
-
-
-def select_components(
-    attention: Measured,
-    mlp: Measured,
-    attention_bytes: int,
-    mlp_bytes: int,
-    budget_bytes: int,
-    partition: Partition = contiguous,
-) -> Components:
-    """FedPruner+: attention and MLP blocks chosen apart, for the greatest sum of importance within the budget.
-
-    Each kind is grouped by itself and keeps the most important block of each group, at least one; all pairs of numbers
-    of groups that fit are compared, so the division of the bytes is exact. Equals go to fewer bytes.
-
-    Args:
-        attention_bytes, mlp_bytes: what one block of the kind takes.
-
-    Raises:
-        UsageProblem: not one block of each kind fits.
-    """
-    if attention_bytes + mlp_bytes > budget_bytes:
-        raise UsageProblem(
-            f"one attention block of {attention_bytes / 1e6:.0f} MB and one MLP block of {mlp_bytes / 1e6:.0f} MB do "
-            f"not fit into {budget_bytes / 1e6:.0f} MB; join with a larger device"
-        )
-
-    def size(kept: Components) -> int:
-        return len(kept.attention) * attention_bytes + len(kept.mlp) * mlp_bytes
-
-    def worth(kept: Components) -> float:
-        return sum(attention.importance[n] for n in kept.attention) + sum(mlp.importance[n] for n in kept.mlp)
-
-    of_attention, of_mlp = (
-        [select_layers(measured, count, partition) for count in range(1, len(measured.importance) + 1)]
-        for measured in (attention, mlp)
-    )
-    pairs = [Components(*pair) for pair in product(of_attention, of_mlp)]
-    return max((kept for kept in pairs if size(kept) <= budget_bytes), key=lambda kept: (worth(kept), -size(kept)))
-
-
-# -- averaging ------------------------------------------------------------------------------------------
-
-
-def mean_over_holders(updates: Iterable[tuple[Mapping[str, Tensor], float]]) -> dict[str, Tensor]:
-    """Of each tensor the weighted mean over the updates that hold it: devices keep different layers.
-
-    The FedRA rule (arXiv 2311.11227), the same for values and for deltas from one view. A name that no update holds is
-    not in the result: what nobody trained keeps its value.
-
-    Args:
-        updates: (tensors, weight > 0), read one at a time; one shape per name.
-
-    Returns:
-        fp32 CPU tensors.
-    """
-    totals: dict[str, Tensor] = {}
-    weights: dict[str, float] = {}
-    for tensors, weight in updates:
-        for name, tensor in tensors.items():
-            if name not in totals:
-                totals[name], weights[name] = torch.zeros(tensor.shape), 0.0
-            totals[name].add_(tensor.float().cpu(), alpha=weight)
-            weights[name] += weight
-    return {name: total.div_(weights[name]) for name, total in totals.items()}
+def held_against(plan: LayerPlan) -> dict[int, int]:
+    return {}

@@ -13,7 +13,7 @@ from fedsoda_edge.protocol.manifest import LayerPlan
 from fedsoda_hub.algorithms.exact import check_adapter
 
 if TYPE_CHECKING:
-    from fedsoda_hub.algorithms.methods import Measure
+    from fedsoda_hub.algorithms.methods import FullLLM
     from fedsoda_hub.config import Method
 
 USES: tuple[str, ...] = (
@@ -24,14 +24,15 @@ USES: tuple[str, ...] = (
 DEFAULTS: dict[str, Any] = {}
 
 
-def plan(num_layers: int, settings: Method, measure: Measure) -> LayerPlan:
+def plan(full_llm: FullLLM, settings: Method, seed: int) -> LayerPlan:
     """SGP: the groups with the least sum of distances, chosen exactly."""
+    num_layers = full_llm.num_layers
     check_adapter(num_layers, settings.adapter_layers)
     emulator = num_layers - settings.adapter_layers
     shape = num_layers, settings.adapter_layers, settings.layers_per_group, settings.groups
     # An infeasible (n, p) is refused before any work: distances do not matter for that.
     choose_groups([[0.0] * (emulator - 1 - layer) for layer in range(emulator)], *shape)
-    distances = measure(emulator)
+    distances = full_llm.distances(emulator)
     return make_plan(num_layers, settings.adapter_layers, choose_groups(distances, *shape), distances)
 
 

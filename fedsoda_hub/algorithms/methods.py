@@ -7,16 +7,35 @@ no more than a layer plan, the layers that carry emulator LoRA, and what these a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fedsoda_edge.protocol.manifest import LayerPlan
-from fedsoda_hub.algorithms import exact, fedbiot, fedot, fedpetuning, fedsoda
+from fedsoda_hub.algorithms import exact, fedbiot, fedot, fedpetuning, fedpruner, fedsoda
 
 if TYPE_CHECKING:
     from fedsoda_hub.config import Method
 
-Measure = Callable[[int], Sequence[Sequence[float]]]  # distances between the outputs of the first so many layers
+
+class FullLLM(Protocol):
+    """What a method may ask about the hub's model before any of its layers goes; each answer is measured in one pass
+    over the public text.
+    """
+
+    @property
+    def num_layers(self) -> int: ...
+
+    def distances(self, num_layers: int) -> Sequence[Sequence[float]]:
+        """Between the outputs of the first so many layers, as `sgp.angular_distances` has them."""
+        ...
+
+    def representatives(self, count: int, grouping: str) -> Sequence[int]:
+        """So many layers that stand for all, the ends among them, ascending: `representatives.select_layers`.
+
+        Args:
+            grouping: "contiguous" or "spectral".
+        """
+        ...
 
 
 class FederatedMethod(Protocol):
@@ -29,8 +48,8 @@ class FederatedMethod(Protocol):
     USES: tuple[str, ...]
     DEFAULTS: dict[str, Any]
 
-    def plan(self, num_layers: int, settings: Method, measure: Measure) -> LayerPlan:
-        """Which layers train and which stay.
+    def plan(self, full_llm: FullLLM, settings: Method, seed: int) -> LayerPlan:
+        """Which layers train and which stay; `seed` where chance has a say.
 
         Raises:
             UsageProblem: the model has too few layers; says how many would do. Nothing was measured yet.
@@ -52,6 +71,7 @@ METHODS: dict[str, FederatedMethod] = {
     "fedbiot": fedbiot,
     "fedot": fedot,
     "fedpetuning": fedpetuning,
+    "fedpruner": fedpruner,
 }
 
 

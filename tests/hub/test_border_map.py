@@ -136,6 +136,14 @@ def test_prepare_fits_the_map_after_alignment_and_the_bundle_carries_it(run: Run
     assert error_on_prompts(run, view) < 0.7 * error_on_prompts(run, without)
 
 
+def test_alignment_and_public_kl_do_not_see_it(run: RunSettings, tmp_path: Path, tiny_llama: Path) -> None:
+    plain = make_run(tmp_path, tiny_llama, align={"border_map": "none", "steps": 4, "realign_steps": 2})
+    kl, view = prepare(plain)["public_kl"], Bundle.open(plain.run_dir / "bundle").emulator_lora()
+    assert kl == prepare(run)["public_kl"]
+    mapped = Bundle.open(run.run_dir / "bundle").emulator_lora()
+    assert all(torch.equal(mapped[name], tensor) for name, tensor in view.items())
+
+
 def test_a_realignment_fits_it_anew_and_sends_it_like_the_lora(run: RunSettings) -> None:
     said: list[dict[str, Any]] = []
     made = Preparation(run, said.append)

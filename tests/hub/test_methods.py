@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import msgspec
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -28,7 +30,8 @@ from fedsoda_edge.protocol.manifest import LoRASpec
 from fedsoda_edge.training import completion_loss, fine_tune
 from fedsoda_edge.worker import Worker
 from fedsoda_hub.algorithms.methods import METHODS, method_of
-from fedsoda_hub.config import Method, RunSettings, read_settings, settings_for_plan
+from fedsoda_hub.algorithms.representatives import contiguous, measure_layers, select_layers, spectral
+from fedsoda_hub.config import LAYER_CHOICES, Method, RunSettings, read_settings, settings_for_plan
 from fedsoda_hub.export import export, judged_models
 from fedsoda_hub.federation.events import Realigned, RoundClosed
 from fedsoda_hub.ledger import Ledger, read_outcome
@@ -50,6 +53,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "fedbiot": {"adapter_layers": 2, "drop_layers": 2},
     "fedot": {"adapter_layers": 2, "bottom_layers": 1, "drop_layers": 2},
     "fedpetuning": {"adapter_layers": None},
+    "fedpruner": {"adapter_layers": None, "drop_layers": 3},
 }
 
 
@@ -101,6 +105,7 @@ def test_layers_of_the_papers_llama() -> None:
     assert len(layers_of("fedot", 32)[1]) == 17
     assert layers_of("fedpetuning", 32) == (every, ())
     assert layers_of("exact", 32) == ((29, 30, 31), every[:29])
+    assert (len(layers_of("fedpruner", 32)[0]), layers_of("fedpruner", 32)[1]) == (20, ())
     assert likely_plan(32, Method(emulator="full")) == likely_plan(32, Method(name="exact"))
 
 
@@ -113,12 +118,42 @@ def test_layers_of_the_papers_llama() -> None:
         ("fedbiot", {}, "drop_layers = 12, the emulator has 5 layers .*; write at most 3"),
         ("fedot", {"drop_layers": 4}, "drop_layers = 4, the emulator has 5 layers .*; write at most 3"),
         ("fedot", {"bottom_layers": 5}, "bottom_layers = 5 and adapter_layers = 2, the model has 8 layers; .* lower them"),
+        ("fedpruner", {"drop_layers": 7}, "drop_layers = 7, the model has 8 layers and .*; write at most 6"),
         ("fedot", {"bottom_layers": 0}, "bottom_layers = 0 and .* at both ends .* write bottom_layers = 1"),
     ],
 )  # fmt: skip
 def test_too_few_layers_are_refused_before_any_work(name: str, keys: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UsageProblem, match=sentence):
         layers_of(name, 8, **keys)
+
+
+def test_fedpruner_keeps_what_its_functions_choose_of_the_public_text(tmp_path: Path, tiny_llama: Path) -> None:
+    chosen = set()
+    for choice, partition in (("contiguous", contiguous), ("spectral", partial(spectral, seed=0))):
+        keys = {"layer_choice": choice, "drop_layers": 1}
+        made = Preparation(run_of(tmp_path / choice, tiny_llama, "fedpruner", keys))
+        made.work.mkdir(parents=True)
+        measured = measure_layers(made.source, made.used, seed=0)
+        plan = made.plan()
+        assert plan.kept == plan.adapter == select_layers(measured, 7, partition, keep_ends=True)
+        assert plan.kept[-1] == 7 != select_layers(measured, 7, contiguous)[-1]  # no group of its own without ends
+        chosen.add(plan.kept)
+    assert len(chosen) == 2
+
+
+def test_what_fedpruner_is_compared_with_keeps_as_many_layers() -> None:
+    every = set(range(24))
+    kept = {choice: layers_of("fedpruner", 24, layer_choice=choice, drop_layers=8)[0] for choice in LAYER_CHOICES}
+    assert {len(layers) for layers in kept.values()} == {16}
+    assert kept["top"] == tuple(range(16))
+    assert list(kept["uniform"]) == by_offsite_tunings_code(24, 16)
+    drawn = [
+        likely_plan(24, Method(name="fedpruner", layer_choice="random", drop_layers=8), seed).kept for seed in range(40)
+    ]
+    assert drawn[0] == kept["random"]
+    assert all(layers[0] == 0 and layers[-1] == 23 and len(layers) == 16 for layers in drawn)
+    assert every == {layer for layers in drawn for layer in layers}
+    assert len(set(drawn)) == 40
 
 
 # --- settings ----------------------------------------------------------------------------------------------
@@ -146,7 +181,9 @@ def test_a_method_has_its_own_defaults(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "table", "way"),
     [
-        ("fedsoda", {"method": {"drop_layers": 3}}, 'name = "fedbiot" or "fedot"'),
+        ("fedsoda", {"method": {"drop_layers": 3}}, 'name = "fedbiot" or "fedot" or "fedpruner"'),
+        ("fedot", {"method": {"layer_choice": "spectral"}}, 'name = "fedpruner"'),
+        ("fedpruner", {"method": {"realign_every": 2}}, 'name = "fedsoda" or "fedbiot"'),
         ("fedbiot", {"method": {"groups": 2}}, 'name = "fedsoda"'),
         ("fedbiot", {"method": {"emulator": "full"}}, 'name = "fedsoda"'),
         ("fedot", {"method": {"realign_every": 2}}, 'name = "fedsoda" or "fedbiot"'),
@@ -182,6 +219,7 @@ LLAMA, QWEN = 442_368, 483_328  # LoRA of one layer, method.md 1.10
         ("fedot", "Qwen2-7B", 3 * QWEN, 6 * QWEN),
         ("fedbiot", "LLaMA3-8B", 3 * LLAMA, (6 + 17) * LLAMA),  # 10.17 M
         ("fedbiot", "Qwen2-7B", 3 * QWEN, (6 + 13) * QWEN),  # the paper counts 17
+        ("fedpruner", "LLaMA3-8B", 20 * LLAMA, 40 * LLAMA),
         ("exact", "LLaMA3-8B", 3 * LLAMA, 6 * LLAMA),
     ],
 )
@@ -270,7 +308,7 @@ def on_an_edge(
     return model, Border(samples, states)
 
 
-@pytest.mark.parametrize("name", ["fedot", "fedpetuning"])
+@pytest.mark.parametrize("name", ["fedot", "fedpetuning", "fedpruner"])
 @pytest.mark.parametrize("base", ["bf16", "nf4"])
 def test_gradients_are_those_of_peft_on_the_materialized_model(
     tmp_path: Path, tiny_llama: Path, name: str, base: str
@@ -371,7 +409,7 @@ def test_a_worker_trains_through_the_emulator_lora_of_the_last_alignment(tmp_pat
     assert not are_near(by_hand(first), by_hand(second))
 
 
-@pytest.mark.parametrize("name", ["fedot", "fedpetuning"])
+@pytest.mark.parametrize("name", ["fedot", "fedpetuning", "fedpruner"])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_memory_plan_has_room_for_all_layers_that_gradients_go_through(
     tmp_path: Path, tiny_llama: Path, name: str, recompute: bool
@@ -389,21 +427,21 @@ def test_the_memory_plan_has_room_for_all_layers_that_gradients_go_through(
 # --- preparation -------------------------------------------------------------------------------------------
 
 
-def run_of(directory: Path, model: Path, name: str, **align: Any) -> RunSettings:
-    method = {"name": name, "layers_per_group": None, "groups": None, **SMALL[name]}
+def run_of(directory: Path, model: Path, name: str, keys: dict[str, Any] | None = None, **align: Any) -> RunSettings:
+    method = {"name": name, "layers_per_group": None, "groups": None, **SMALL[name], **(keys or {})}
     steps: dict[str, Any] = {"steps": 8, "realign_steps": 4} | align
     used = {key: value if f"[align] {key}" in METHODS[name].USES else None for key, value in steps.items()}
     return make_run(directory, model, method=method, align={**align, **used})
 
 
-@pytest.mark.parametrize("name", ["fedbiot", "fedot", "fedpetuning"])
+@pytest.mark.parametrize("name", ["fedbiot", "fedot", "fedpetuning", "fedpruner"])
 def test_a_preparation_stores_what_the_method_asks_for(tmp_path: Path, tiny_llama: Path, name: str) -> None:
     settings = run_of(tmp_path / name, tiny_llama, name, learning_rate=1e-2)
     result = prepare(settings)
     bundle = Bundle.open(settings.run_dir / "bundle")
     plan, manifest = bundle.plan, bundle.manifest
     assert manifest.adapter_base == "bf16"
-    assert manifest.emulator_base == ("nf4" if name == "fedpetuning" else "bf16")
+    assert manifest.emulator_base == ("bf16" if METHODS[name].aligned(plan) else "nf4")
     for number in plan.kept:  # the checkpoint's own bits, also below the adapter
         theirs = Checkpoint.open(str(tiny_llama)).layer(number)
         assert all(torch.equal(tensor, theirs[key]) for key, tensor in bundle.stored_layer(number).items())
@@ -426,8 +464,9 @@ def test_a_preparation_stores_what_the_method_asks_for(tmp_path: Path, tiny_llam
         expected = (teacher.exp() * (teacher - student)).sum(-1).mean().item()
         assert kl[key] == pytest.approx(expected, rel=1e-4, abs=1e-9), key
     assert kl["quantized"] == pytest.approx(kl["pruned"], rel=1e-6)  # 16 bits lose nothing
-    if name == "fedpetuning":
+    if not METHODS[name].aligned(plan):
         assert bundle.emulator_lora() == {}
+        assert kl["aligned"] == kl["quantized"]
     else:
         assert kl["aligned"] < kl["quantized"]
         moved = {
@@ -474,7 +513,7 @@ def test_the_hub_judges_a_bottom_adapter_with_the_emulator_lora_above_it(tmp_pat
 
 
 @pytest.mark.parametrize(
-    "name", ["fedot", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fedbiot", "fedpetuning"))]
+    "name", ["fedot", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fedbiot", "fedpetuning", "fedpruner"))]
 )
 def test_two_rounds_of_real_processes(tmp_path: Path, tiny_llama: Path, name: str) -> None:
     """An edge as it is joins and trains; what the hub then says of both models, Transformers and PEFT say too."""
@@ -514,6 +553,8 @@ def test_two_rounds_of_real_processes(tmp_path: Path, tiny_llama: Path, name: st
         spec.alpha,
     )
     export(settings, tmp_path / "adapter")
+    exported = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {int(re.findall(r"layers\.(\d+)\.", key)[0]) for key in exported} == set(plan.adapter)
     full: Any = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
     plugged: Any = PeftModel.from_pretrained(full, str(tmp_path / "adapter")).eval()
     assert outcome.evaluation is not None

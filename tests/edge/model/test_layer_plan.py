@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 
+import msgspec
 import pytest
 
 from fedsoda_edge.errors import UsageProblem
@@ -70,8 +71,18 @@ def test_the_border_lies_below_the_first_layer_that_trains() -> None:
     assert plan.mapping == ((2, 2), (4, 3))
     assert (plan.emulator, plan.sub_emulator) == ((0, 2, 3, 4, 5), (0, 2, 4))
     assert (plan.border, plan.swept, plan.resident) == (1, (0,), (1, 2, 4, 6, 7))
+    around = drop_layers(8, (3, 6, 7), (0, 2, 5))  # what goes lies on both sides of a layer that trains
+    assert [(group.start, group.removed) for group in around.groups] == [(0, (1,)), (3, (4,))]
+    assert (around.swept, around.resident) == ((0, 2), (3, 5, 6, 7))
+
+
+def test_all_that_is_kept_may_train() -> None:
+    plan = drop_layers(8, (0, 3, 4), ())
+    assert plan.kept == plan.adapter == plan.resident == (0, 3, 4)
+    assert [(group.start, group.removed) for group in plan.groups] == [(0, (1, 2)), (4, (5, 6, 7))]
+    assert (plan.emulator, plan.sub_emulator, plan.swept) == ((1, 2, 5, 6, 7), (), ())
     with pytest.raises(UsageProblem, match="breaks a rule"):
-        drop_layers(8, (3, 6, 7), (0, 2, 5))  # what goes would lie on both sides of a layer that trains
+        check_plan(msgspec.structs.replace(plan, adapter=(0, 1, 3, 4)))  # layer 1 is removed
 
 
 @pytest.mark.parametrize(
@@ -85,7 +96,6 @@ def test_the_border_lies_below_the_first_layer_that_trains() -> None:
         {"adapter": (7, 6)},
         {"adapter": (6, 8)},
         {"adapter": (6, 6, 7)},
-        {"adapter": (3, 7)},
     ],
 )
 def test_a_plan_from_the_network_is_checked(change: dict[str, object]) -> None:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model.streaming import Checkpoint
 from fedsoda_edge.model.sub_llm import build
-from fedsoda_hub.algorithms.fedpruner import (
+from fedsoda_hub.algorithms.representatives import (
     Components,
     Groups,
     Measured,
@@ -92,7 +92,7 @@ def test_few_tokens_of_many_are_looked_at_the_same_ones_every_time(
 ) -> None:
     source, blocks = Checkpoint.open(str(tiny_llama)), blocks_of(*[30] * 10)
     whole = measure_layers(source, blocks, seed=0)
-    monkeypatch.setattr("fedsoda_hub.algorithms.fedpruner.SAMPLED_TOKENS", 60)
+    monkeypatch.setattr("fedsoda_hub.algorithms.representatives.SAMPLED_TOKENS", 60)
     some, again, others = (measure_layers(source, blocks, seed=seed) for seed in (0, 0, 1))
     assert some.importance == again.importance
     assert torch.equal(some.similarity, again.similarity)
