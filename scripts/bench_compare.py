@@ -23,7 +23,7 @@ UNMAPPED: dict[str, Any] = {"border_map": "none"}
 BASE: dict[str, dict[str, Any]] = {
     "compare": {
         "rows": 8000,
-        "edges": 4,
+        "edges": 8,
         "seeds": [0, 1, 2],
         "splits": ["iid", "dirichlet-0.5"],
         "eval_rows": 2000,
@@ -33,7 +33,7 @@ BASE: dict[str, dict[str, Any]] = {
     "public": {"sequences": 128, "length": 128},
     "align": {"steps": 120, "realign_steps": 30, "learning_rate": 3e-3},
     "rounds": {"count": 10},
-    "local": {"epochs": 100, "max_steps": 100, "learning_rate": 2e-3, "max_length": 96},
+    "local": {"epochs": 100, "max_steps": 50, "learning_rate": 2e-3, "max_length": 96},
     "task": {"prompt": "Review: {sentence}\nSentiment:", "completion": "{label}"},
 }
 QUICK: dict[str, dict[str, Any]] = {
