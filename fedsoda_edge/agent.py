@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import queue
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -32,8 +31,7 @@ from fedsoda_edge.errors import (
 )
 from fedsoda_edge.model.memory import SHORTEST, MemoryPlan, Samples, Shape, shape_of
 from fedsoda_edge.neighbour import Rules
-from fedsoda_edge.ports import Clock, Transport
-from fedsoda_edge.ports.child import Child
+from fedsoda_edge.ports import Clock, TorchPort, Transport
 from fedsoda_edge.ports.disk import sha256_file, write_durably
 from fedsoda_edge.ports.system import peak_rss_bytes
 from fedsoda_edge.protocol import messages as ms
@@ -77,10 +75,10 @@ class AgentSettings:
 
 
 class Agent:
-    """A join as it runs. Its owner calls it from the loop that it lives on; offers and errors wait in `offers`."""
+    """A join as it runs. Its owner calls it from the loop that it lives on."""
 
     def __init__(
-        self, transport: Transport, worker: Child, home: Home, settings: AgentSettings, say: Say, clock: Clock
+        self, transport: Transport, worker: TorchPort, home: Home, settings: AgentSettings, say: Say, clock: Clock
     ) -> None:
         self.transport = transport
         self.worker = worker
@@ -121,7 +119,7 @@ class Agent:
         self._progress_tasks: set[asyncio.Task[None]] = set()
         self._told_what_leaves = False
         self.in_hand: int | None = None  # the round that is trained or handed in
-        self.offers: queue.Queue[ms.RoundOffer | BaseException | None] = queue.Queue()
+        self._offers: asyncio.Queue[ms.RoundOffer | BaseException | None] = asyncio.Queue()
         self.submitted = 0
         self.rounds: list[dict[str, Any]] = []
 
@@ -166,7 +164,7 @@ class Agent:
         self._connected.set()
         await self.tell()
         self._reader = asyncio.create_task(self._converse())
-        self._aside.watch(self.offers.put)
+        self._aside.watch(self._offers.put_nowait)
         self._preparing = asyncio.create_task(self._prepare(welcome))
         finishing = asyncio.create_task(self._aside.finishing.wait())
         try:
@@ -174,7 +172,7 @@ class Agent:
         finally:
             finishing.cancel()
         if not self._preparing.done():
-            return  # this edge goes, or the hub wants it no more: `offers` knows
+            return  # this edge goes, or the hub wants it no more: `next_offer` knows
         self._preparing.result()
         self._is_prepared = True
         await self.tell()
@@ -315,7 +313,7 @@ class Agent:
 
     def _early_ended(self, early: asyncio.Task[None]) -> None:
         if not early.cancelled() and (error := early.exception()) is not None:
-            self.offers.put(error)
+            self._offers.put_nowait(error)
 
     async def _use_early(self, emulator: ms.Digest) -> None:
         """Let the early sweep end, where the round asks for it; else end it."""
@@ -457,7 +455,7 @@ class Agent:
             while True:
                 async for frame in self.transport.frames():
                     if self._received(self._session.receive(frame)):
-                        self.offers.put(None)
+                        self._offers.put_nowait(None)
                         return
                 if self._session.state == "over":  # this edge left
                     return
@@ -472,7 +470,7 @@ class Agent:
             raise
         except BaseException as error:
             self._lost()
-            self.offers.put(error)
+            self._offers.put_nowait(error)
 
     def _lost(self) -> None:
         self._connected.clear()
@@ -493,7 +491,7 @@ class Agent:
                 self._offer = message
                 self.say({"event": "offer", "round": message.round, "due_seconds": message.due_seconds})
                 if is_new or not self._is_busy(message.round):
-                    self.offers.put(message)
+                    self._offers.put_nowait(message)
             case ms.Receipt():
                 if self._answer is not None and not self._answer.done():
                     self._answer.set_result(message)
@@ -567,6 +565,15 @@ class Agent:
 
     def _views(self, welcome: ms.Welcome) -> Views:
         return Views(self._run_dir, welcome.codec, self.worker, self._fetch)
+
+    async def next_offer(self) -> ms.RoundOffer | None:
+        """The next round worth taking, when there is one; None when no more will come. Raises what ended the join."""
+        while True:
+            item = await self._offers.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item is None or self.is_worth_taking(item.round):
+                return item
 
     async def train(self, round_number: int) -> ms.UpdateStart:
         """Bring views up to date, sweep the border if the alignment changed, train; what is to be announced."""

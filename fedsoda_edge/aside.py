@@ -14,8 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 from fedsoda_edge import control
 from fedsoda_edge.neighbour import SENSE_SECONDS, Neighbour, Pause, Readings, Rules, Sensors
-from fedsoda_edge.ports import Clock
-from fedsoda_edge.ports.child import Child
+from fedsoda_edge.ports import Clock, TorchPort
 
 END_SECONDS = 5.0  # a worker whose stdin closed may take; then it is killed
 REFRESH_SECONDS = 30.0  # so often `status` learns how long a pause still is
@@ -27,7 +26,7 @@ T = TypeVar("T")
 class Join(Protocol):
     """What stands aside."""
 
-    worker: Child
+    worker: TorchPort
     in_hand: int | None
 
     @property
@@ -40,7 +39,7 @@ class Join(Protocol):
         ...
 
 
-async def end(worker: Child) -> None:
+async def end(worker: TorchPort) -> None:
     """Let the worker end by itself; one that is in the middle of its imports, or stopped, is killed."""
     try:
         async with asyncio.timeout(END_SECONDS):

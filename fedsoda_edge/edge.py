@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import queue
 import threading
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
@@ -177,16 +176,12 @@ class Participation:
                 if self._agent.is_finishing:
                     self._call(self._agent.leave("the owner of the device finished"))
                 return
-            if isinstance(item, BaseException):
-                raise item
             yield Offer(item.round, item.rounds, item.due_seconds, self)
 
-    def _next(self) -> ms.RoundOffer | BaseException | None:
+    def _next(self) -> ms.RoundOffer | None:
         while not self._agent.is_finishing:
-            with contextlib.suppress(queue.Empty):
-                item = self._agent.offers.get(timeout=0.5)
-                if not isinstance(item, ms.RoundOffer) or self._agent.is_worth_taking(item.round):
-                    return item
+            with contextlib.suppress(TimeoutError):
+                return self._call(asyncio.wait_for(self._agent.next_offer(), 0.5))
         return None
 
     @property

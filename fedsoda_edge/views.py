@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from fedsoda_edge.errors import BlobCorrupt
-from fedsoda_edge.ports.child import Child
+from fedsoda_edge.ports import TorchPort
 from fedsoda_edge.ports.disk import sha256, sha256_file, write_durably
 from fedsoda_edge.protocol import messages as ms
 
@@ -22,7 +22,7 @@ class Views:
     """Those in one run's directory. `fetch` asks the hub for a blob of the round."""
 
     def __init__(
-        self, directory: Path, codec: str, worker: Child, fetch: Callable[[ms.BlobRef], Awaitable[bytes]]
+        self, directory: Path, codec: str, worker: TorchPort, fetch: Callable[[ms.BlobRef], Awaitable[bytes]]
     ) -> None:
         self._directory = directory
         self._codec = codec

@@ -24,10 +24,10 @@ from fedsoda_edge.data import LocalData, SampleTokenizer, TextTemplate, read_sam
 from fedsoda_edge.errors import DeviceTooSmall, UsageProblem
 from fedsoda_edge.model import delta, lora
 from fedsoda_edge.model.bundle import Bundle, read_manifest
-from fedsoda_edge.model.memory import MemoryPlan
+from fedsoda_edge.model.memory import PROCESS_BYTES, MemoryPlan
 from fedsoda_edge.model.nf4 import NF4Linear, dequantize, quantize
 from fedsoda_edge.model.sub_llm import SubLLM, build
-from fedsoda_edge.ports.child import Report, Values, serve
+from fedsoda_edge.ports.child import Handler, Report, Values, serve
 from fedsoda_edge.ports.console import human_bytes
 from fedsoda_edge.ports.disk import sha256_file, write_durably
 from fedsoda_edge.ports.system import lower_priority, peak_rss_bytes, return_memory_at_once
@@ -39,10 +39,16 @@ from fedsoda_edge.training import fine_tune, is_out_of_memory, probe
 
 
 class Worker:
-    """One run on one device. Paths come from the agent; what is between them stays here."""
+    """One run on one device. Paths come from the agent; what is between them stays here.
 
-    def __init__(self) -> None:
-        self._process_bytes = psutil.Process().memory_info().rss  # of imports alone
+    Args:
+        shared: adapters that workers of one process train in turn, each from its own view; None: this one is alone.
+    """
+
+    def __init__(self, shared: dict[bytes, SubLLM] | None = None) -> None:
+        # Of imports alone; among others in one process, what each would take in its own.
+        self._process_bytes = psutil.Process().memory_info().rss if shared is None else PROCESS_BYTES
+        self._models = {} if shared is None else shared
         self._memory: MemoryPlan | None = None
         self._micro_batch = self._room = 0
         self._bundle: Bundle | None = None
@@ -56,6 +62,11 @@ class Worker:
     def bundle(self) -> Bundle:
         assert self._bundle is not None, "the agent opens the bundle first"
         return self._bundle
+
+    @property
+    def commands(self) -> dict[str, Handler]:
+        commands = (self.doctor, self.check, self.open, self.border, self.train, self.advance)
+        return {command.__name__: command for command in commands}
 
     def open(self, values: Values, _: Report) -> Values:
         """Read the data, as soon as the tokenizer is here; how many samples there are.
@@ -256,17 +267,21 @@ class Worker:
         """What trains, as the memory plan has it, after a probe: the heaviest micro-batch fits, or a smaller one."""
         assert self._border is not None
         memory, samples = self.memory, self._samples.samples
-        with _out_of_memory_is_told(memory):
-            sub_llm = build(
-                self.bundle,
-                self.bundle.plan.resident,
-                compute_dtype=self._compute_dtype,
-                device=memory.device,
-                dense=not memory.packed,
-                dense_head=not memory.packed,
-                recompute=memory.recompute,
-            )
-        lora.attach(sub_llm, self.bundle.manifest.lora, {**self._frozen_lora, **view})
+        key = msgspec.json.encode([self.bundle.manifest, memory.device, memory.packed, memory.recompute])
+        if key not in self._models:
+            with _out_of_memory_is_told(memory):
+                sub_llm = build(
+                    self.bundle,
+                    self.bundle.plan.resident,
+                    compute_dtype=self._compute_dtype,
+                    device=memory.device,
+                    dense=not memory.packed,
+                    dense_head=not memory.packed,
+                    recompute=memory.recompute,
+                )
+            lora.attach(sub_llm, self.bundle.manifest.lora, {**self._frozen_lora, **view})
+            self._models[key] = sub_llm
+        sub_llm = self._models[key]
         longest = sorted(range(len(samples)), key=lambda at: -len(samples[at].ids))[
             : min(batch_size, self._micro_batch)
         ]
@@ -300,9 +315,7 @@ def main() -> None:
     threads = os.environ.get("FEDSODA_THREADS")
     if threads:
         torch.set_num_threads(int(threads))
-    worker = Worker()
-    commands = (worker.doctor, worker.check, worker.open, worker.border, worker.train, worker.advance)
-    serve({command.__name__: command for command in commands})
+    serve(Worker().commands)
 
 
 if __name__ == "__main__":

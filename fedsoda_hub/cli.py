@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,14 @@ from fedsoda_edge.ports.console import run as run_command
 app = typer.Typer(help="Prepare, serve and evaluate a federated run.", epilog=EXIT_HELP, no_args_is_help=True)
 token_app = typer.Typer(help="What an edge needs to join.", no_args_is_help=True)
 app.add_typer(token_app, name="token")
+
+
+class Transport(StrEnum):
+    """How edges of a comparison reach their hub."""
+
+    memory = "memory"
+    network = "network"
+
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.toml", help="the run's settings")]
 Json = Annotated[bool, typer.Option("--json", envvar="FEDSODA_JSON", help="one JSON object on stdout")]
@@ -393,6 +402,36 @@ def report(
         written = write_report(settings, to or settings.run_dir / "report")
         note(f"wrote {written['report']} and {len(written['pictures'])} pictures beside it")
         finish({"status": "ok", **written}, as_json, False)
+
+
+@app.command(epilog="Example: fedsoda-hub compare COMPARE.toml --out comparison\n\n" + EXIT_HELP)
+def compare(
+    file: Annotated[Path, typer.Argument(metavar="COMPARE.toml", help="methods, seeds and splits on one task")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", envvar="FEDSODA_COMPARE_OUT", help="a directory; else beside the file, named after it"),
+    ] = None,
+    transport: Annotated[
+        Transport,
+        typer.Option("--transport", envvar="FEDSODA_TRANSPORT", help="memory: one process; network: real ones"),
+    ] = Transport.memory,
+    as_json: Json = False,
+    jsonl: JsonLines = False,
+    debug: Debug = False,
+) -> None:
+    """Methods x seeds x splits on one task, with the daemon's own machine and codecs; goes on where it stopped."""
+    with reporting(as_json, jsonl, debug):
+        from fedsoda_hub.compare.settings import read_comparison
+        from fedsoda_hub.progress import Display
+
+        comparison = read_comparison(file)  # refuses in no time; loading torch takes seconds
+        from fedsoda_hub.compare.run import run_comparison
+
+        with Display(jsonl) as display:
+            report = run_comparison(comparison, out or file.with_suffix(".compare"), transport.value, display.say)
+        note(Path(report["markdown"]).read_text(encoding="utf-8"))
+        note(f"wrote {report['report']} and {len(report['pictures'])} pictures beside it")
+        finish({"status": "ok", **report}, as_json, jsonl)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The hub's child process that owns torch: prepare, aggregate, realign, evaluate. No sockets, no decisions.
+"""The hub's child process that owns torch: prepare, aggregate, probe, realign, evaluate. No sockets, no decisions.
 
 Arguments and results are JSON; tensors are blobs by digest in the run directory.
 """
@@ -15,7 +15,8 @@ from safetensors.torch import load
 
 from fedsoda_edge.model import delta
 from fedsoda_edge.model.bundle import Bundle
-from fedsoda_edge.ports.child import Report, Values, serve
+from fedsoda_edge.model.lora import LoRATensors
+from fedsoda_edge.ports.child import Handler, Report, Values, serve
 from fedsoda_edge.ports.disk import BlobStore
 from fedsoda_edge.protocol.coded import of_factor
 from fedsoda_hub.algorithms import flexlora, server_optimizer
@@ -44,6 +45,11 @@ class Compute:
     @property
     def blobs(self) -> BlobStore:
         return BlobStore(self.settings.run_dir / "blobs")
+
+    @property
+    def commands(self) -> dict[str, Handler]:
+        commands = (self.open, self.prepare, self.aggregate, self.probe, self.realign, self.evaluate)
+        return {command.__name__: command for command in commands}
 
     def open(self, values: Values, _: Report) -> Values:
         self._settings = msgspec.convert(values["settings"], RunSettings)
@@ -84,6 +90,9 @@ class Compute:
             "cross_term": cross_term(products()),
         }
 
+    def probe(self, values: Values, report: Report) -> Values:
+        return Preparation(self.settings, report).probe(*self._tensors(values))
+
     def realign(self, values: Values, report: Report) -> Values:
         """All size classes, one after the other."""
         preparation, made = Preparation(self.settings, report), []
@@ -100,6 +109,14 @@ class Compute:
             )
         largest, *smaller = made
         return largest | {"smaller": smaller}
+
+    def _tensors(self, values: Values) -> tuple[LoRATensors, LoRATensors]:
+        """The adapter's master and the largest sub-LLM's emulator view."""
+        spec = Bundle.open(self.settings.run_dir / "bundle").manifest.lora
+        return (
+            delta.from_bytes(self.blobs.get(values["master"]), spec.adapter),
+            delta.from_bytes(self.blobs.get(values["emulator_view"]), spec.emulator),
+        )
 
     def evaluate(self, values: Values, report: Report) -> Values:
         if self._judge is None:
@@ -118,16 +135,7 @@ def main() -> None:
     threads: Any = os.environ.get("FEDSODA_THREADS")
     if threads:
         torch.set_num_threads(int(threads))
-    compute = Compute()
-    serve(
-        {
-            "open": compute.open,
-            "prepare": compute.prepare,
-            "aggregate": compute.aggregate,
-            "realign": compute.realign,
-            "evaluate": compute.evaluate,
-        }
-    )
+    serve(Compute().commands)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,14 @@ Unknown keys are errors that name the nearest key. What the settings do is each 
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import re
 import tomllib
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -21,10 +23,12 @@ from fedsoda_edge.protocol.coded import CODECS
 from fedsoda_edge.protocol.manifest import BASES
 from fedsoda_edge.protocol.messages import LocalSettings
 from fedsoda_hub.algorithms.methods import METHODS, FederatedMethod, method_of
+from fedsoda_hub.federation.rounds import AUTO, AUTO_ROUNDS
 
 EMULATORS = ("sub", "full")
 LAYER_CHOICES = ("contiguous", "spectral", "uniform", "random", "top")
-BORDER_MAPS = ("none", "ridge")
+BORDER_MAPS = ("auto", "ridge", "none")
+SELF_GENERATED = "self-generated"  # in the place of a file of [public]
 RULES = ("fedavg", "ffa", "rolora", "flexlora")
 # Of the hub's step: the keys that each one reads. An adaptive step is about learning_rate long, whatever the deltas.
 OPTIMIZERS: dict[str, tuple[str, ...]] = {
@@ -48,6 +52,7 @@ NOT_OF_ALL: dict[str, Any] = {
     "[align] steps": 0,
     "[align] realign_steps": 0,
     "[align] border_map": "none",
+    "[align] closed_form": False,
 }
 
 
@@ -63,7 +68,9 @@ class Method(Section, frozen=True):
     classes: numbers of groups of further, smaller sub-LLMs, ascending: an edge takes the largest that it has room for.
     drop_layers: how many go in all where they go uniformly: groups have no meaning there, and a share of the layers
     would have to be rounded. layer_choice: how FedPruner finds those that stay: the most important of each of its
-    groups, which are "contiguous" or "spectral"; or, to compare with, "uniform", "random" or all but the "top". Bases: "nf4" or "bf16", the checkpoint's own dtype.
+    groups, which are "contiguous" or "spectral"; or, to compare with, "uniform", "random" or all but the "top".
+    realign_every: rounds, or "auto": when the sub-LLM is measured to have drifted. Bases: "nf4" or "bf16", the
+    checkpoint's own dtype.
     """
 
     name: str = "fedsoda"
@@ -75,10 +82,15 @@ class Method(Section, frozen=True):
     classes: list[int] = msgspec.field(default_factory=list)
     drop_layers: int = 0
     layer_choice: str = "contiguous"
-    realign_every: int = 5
+    realign_every: int | str = 5
     adapter_base: str = "nf4"
     emulator_base: str = "nf4"
     quantize_embedding: bool = False
+
+    @property
+    def most_often(self) -> int:
+        """Rounds from one realignment to the next, at the least; 0: none."""
+        return AUTO_ROUNDS if isinstance(self.realign_every, str) else self.realign_every
 
 
 class LoRA(Section, frozen=True):
@@ -88,19 +100,25 @@ class LoRA(Section, frozen=True):
 
 
 class Public(Section, frozen=True):
-    """like_task: unlabelled rows with the columns of [task] prompt, which the border map is fitted on."""
+    """text: a file. like_task: a file of unlabelled rows with the columns of [task] prompt, on which the border map is
+    fitted. Either may be "self-generated": the full LLM writes it.
+    """
 
     text: str
-    like_task: str | None = None
+    like_task: str = SELF_GENERATED
     sequences: int = 128
     length: int = 512
 
 
 class Align(Section, frozen=True):
-    """border_map: "ridge", fitted after every alignment, or "none"; border_rank: at most, the model's width is whole."""
+    """border_map: "ridge", fitted after every alignment; "auto", the same where the hub has prompts to fit it on; "none".
+    border_rank: at most, the model's width is whole. closed_form: whether pre-alignment begins with
+    `algorithms/closed_form.py`; with steps = 0 it is all of it.
+    """
 
-    border_map: str = "none"
+    border_map: str = "auto"
     border_rank: int = 256
+    closed_form: bool = False
     steps: int = 200
     realign_steps: int = 30
     batch_size: int = 8
@@ -200,12 +218,14 @@ class RunSettings(Section, frozen=True):
         return self.directory / f"{self.name}.run"
 
     @property
-    def public_text(self) -> Path:
-        return self.directory / self.public.text
+    def public_text(self) -> Path | None:
+        """None: the full LLM writes it."""
+        return None if self.public.text == SELF_GENERATED else self.directory / self.public.text
 
     @property
     def like_task(self) -> Path | None:
-        return self.directory / self.public.like_task if self.public.like_task else None
+        """None: the full LLM writes them."""
+        return None if self.public.like_task == SELF_GENERATED else self.directory / self.public.like_task
 
     @property
     def eval_data(self) -> Path | None:
@@ -237,9 +257,13 @@ def read_settings(path: str | Path) -> RunSettings:
         UsageProblem: the file is missing, not TOML, has an unknown key (names the nearest), lacks one, or
             has a value out of range; public text or evaluation data are not there.
     """
-    path = Path(path)
+    return settings_of(read_toml(Path(path)), Path(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Raises UsageProblem: the file is missing or not TOML."""
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageProblem(f"{path} is not there; write a RUN.toml (README, A federation of your own)") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -248,6 +272,10 @@ def read_settings(path: str | Path) -> RunSettings:
         raise UsageProblem(
             f"{path} is not TOML: {error}; mend it there: text stands in quotes, a table's name in [ ]"
         ) from error
+
+
+def settings_of(raw: dict[str, Any], path: Path) -> RunSettings:
+    """The settings that these tables hold, checked as `read_settings` says. path: of the file that they are from."""
     _check_keys(raw, RunSettings, path.name)
     try:
         settings = msgspec.convert({**raw, "path": str(path.resolve())}, RunSettings, strict=True)
@@ -262,6 +290,34 @@ def read_settings(path: str | Path) -> RunSettings:
         if file is not None and not file.is_file():
             raise UsageProblem(f"{label}: {file} is not there; the path is relative to {path.name}")
     return settings
+
+
+S = TypeVar("S", bound=Section)
+
+
+def table_of(values: Any, kind: type[S], name: str, file: str) -> S:
+    """One table of a file of ours, such as [compare], checked like those of RUN.toml but for ranges."""
+    if not isinstance(values, dict):
+        raise UsageProblem(f"{file}: {name} is {values!r}, but it is a table: write [{name}]")
+    _check_keys(values, kind, file, name)
+    try:
+        return msgspec.convert(values, kind, strict=True)
+    except msgspec.ValidationError as error:
+        raise UsageProblem(_in_words(str(error).replace("`$.", f"`$.{name}."), {name: values}, file)) from error
+
+
+def write_toml(settings: RunSettings) -> str:
+    """A RUN.toml with all of these settings. JSON's scalars and lists are TOML's too."""
+    lines: list[str] = []
+    tables = msgspec.to_builtins(settings)
+    del tables["path"]
+    for key, value in sorted(tables.items(), key=lambda item: isinstance(item[1], dict)):
+        if isinstance(value, dict):
+            lines.append(f"[{key}]")
+        for name, scalar in value.items() if isinstance(value, dict) else [(key, value)]:
+            if scalar is not None:
+                lines.append(f"{name} = {json.dumps(scalar, ensure_ascii=False, allow_nan=False)}")
+    return "\n".join(lines) + "\n"
 
 
 def _flat(tree: dict[str, Any]) -> dict[str, Any]:
@@ -306,14 +362,12 @@ def _settled(settings: RunSettings, raw: dict[str, Any]) -> RunSettings:
     """
     _check_ranges(settings)
     method, given = method_of(settings.method), _flat(raw)
-    _check_aggregation(settings, given)
+    _check_aggregation(settings)
     settled = _unused(method) | {key: value for key, value in method.DEFAULTS.items() if key not in given}
     for key in NOT_OF_ALL:
         if key not in method.USES and given.get(key, settled[key]) != settled[key]:
             raise UsageProblem(_no_use(key, given[key], settings))
-    settings = _with(settings, settled)
-    _check_border_map(settings)
-    return settings
+    return _with(settings, settled)
 
 
 def _no_use(key: str, value: Any, settings: RunSettings) -> str:
@@ -332,6 +386,17 @@ def _unused(method: FederatedMethod) -> dict[str, Any]:
     return {key: method.DEFAULTS.get(key, value) for key, value in NOT_OF_ALL.items() if key not in method.USES}
 
 
+def without_unused(raw: dict[str, Any], method: FederatedMethod) -> dict[str, Any]:
+    """The tables of a RUN.toml without the keys that the method has no use for."""
+    unused = {key for key in NOT_OF_ALL if key not in method.USES}
+    return {
+        table: {key: value for key, value in values.items() if f"[{table}] {key}" not in unused}
+        if isinstance(values, dict)
+        else values
+        for table, values in raw.items()
+    }
+
+
 def _with(settings: RunSettings, values: dict[str, Any]) -> RunSettings:
     """These values by flat key."""
     for key, value in values.items():
@@ -339,15 +404,6 @@ def _with(settings: RunSettings, values: dict[str, Any]) -> RunSettings:
         changed = msgspec.structs.replace(getattr(settings, table), **{name: value})
         settings = msgspec.structs.replace(settings, **{table: changed})
     return settings
-
-
-def _check_border_map(settings: RunSettings) -> None:
-    if settings.align.border_map != "none" and not settings.public.like_task:
-        raise UsageProblem(
-            f"[align] border_map = {settings.align.border_map!r} in {Path(settings.path).name} without [public] like_task; "
-            "the map helps only where it was fitted on text like the task's: name a file of unlabelled rows with the "
-            'columns of [task] prompt, or write border_map = "none"'
-        )
 
 
 def _check_keys(raw: dict[str, Any], struct: type[msgspec.Struct], file: str, table: str = "") -> None:
@@ -375,6 +431,7 @@ def _is_table(kind: Any) -> bool:
 
 _KINDS = {
     "int": "a whole number",
+    "int | str": 'a whole number or "auto"',
     "float": "a number",
     "float | null": "a number",
     "str": "text in quotes",
@@ -424,7 +481,12 @@ def _check_ranges(settings: RunSettings) -> None:
             len(s.method.classes) <= 3 and all(a < b for a, b in pairwise([s.method.groups, *s.method.classes])),
             "at most 3 numbers, ascending, each above [method] groups",
         ),
-        ("[method] realign_every", s.method.realign_every, s.method.realign_every >= 0, "at least 0"),
+        (
+            "[method] realign_every",
+            s.method.realign_every,
+            s.method.realign_every == AUTO if isinstance(s.method.realign_every, str) else s.method.realign_every >= 0,
+            'at least 0, or "auto"',
+        ),
         ("[method] adapter_base", s.method.adapter_base, s.method.adapter_base in BASES, " or ".join(BASES)),
         ("[method] emulator_base", s.method.emulator_base, s.method.emulator_base in BASES, " or ".join(BASES)),
         ("[lora] rank", s.lora.rank, 1 <= s.lora.rank <= 1024, "1 to 1024"),
@@ -477,16 +539,21 @@ def _check_ranges(settings: RunSettings) -> None:
         ("[task] eval_every", s.task.eval_every, s.task.eval_every >= 0, "at least 0 rounds (0: at the end only)"),
         ("[listen] port", s.listen.port, 0 <= s.listen.port <= 65535, "0 to 65535"),
     ]
-    for key, value, holds, allowed in rules:
-        is_finite = not isinstance(value, float) or math.isfinite(value)  # TOML has inf and nan
-        if not holds or not is_finite:
-            raise UsageProblem(f"{key} = {value!r} in {Path(s.path).name}; it must be {allowed}")
+    refuse_unless(rules, Path(s.path).name)
     TextTemplate(s.task.prompt)
     TextTemplate(s.task.completion)
 
 
-def _check_aggregation(settings: RunSettings, given: dict[str, Any]) -> None:
-    """Rule, optimiser and codec go together, and every key that is written is read.
+def refuse_unless(rules: Iterable[tuple[str, Any, bool, str]], file: str) -> None:
+    """Raises UsageProblem for the first of (key, value, whether it holds, what is allowed) that does not hold."""
+    for key, value, holds, allowed in rules:
+        is_finite = not isinstance(value, float) or math.isfinite(value)  # TOML has inf and nan
+        if not holds or not is_finite:
+            raise UsageProblem(f"{key} = {value!r} in {file}; it must be {allowed}")
+
+
+def _check_aggregation(settings: RunSettings) -> None:
+    """Rule, optimiser and codec go together, and what is set is read.
 
     Raises:
         UsageProblem: with the choices that would work.
@@ -509,7 +576,7 @@ def _check_aggregation(settings: RunSettings, given: dict[str, Any]) -> None:
             'along deltas, and whole weights travel; write codec = "nf4", "int8" or "bf16", or optimizer = "none"'
         )
     for key in ("learning_rate", "beta1", "beta2", "tau"):
-        if f"[aggregation] {key}" in given and key not in OPTIMIZERS[s.optimizer]:
+        if getattr(s, key) != getattr(Aggregation(), key) and key not in OPTIMIZERS[s.optimizer]:
             readers = ", ".join(name for name, keys in OPTIMIZERS.items() if key in keys)
             raise UsageProblem(
                 f"[aggregation] {key} beside optimizer = {s.optimizer!r} in {file} would not be read; delete it, or "

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from fedsoda_edge.errors import DiskFull, FedSODAError, ProtocolViolation, UsageProblem, WorkerFailed
-from fedsoda_edge.ports import Clock, SystemClock
+from fedsoda_edge.ports import Clock, SystemClock, TorchPort
 from fedsoda_edge.ports.child import Child
 from fedsoda_edge.ports.disk import BlobStore, write_durably
 from fedsoda_edge.ports.system import Held, Lock, on_signal_in
@@ -25,7 +25,7 @@ from fedsoda_hub.config import RunSettings, differences
 from fedsoda_hub.federation import events as ev
 from fedsoda_hub.federation.rounds import RoundMachine, Rules, trained_factor
 from fedsoda_hub.ledger import Ledger, Token, write_secret
-from fedsoda_hub.listener import Connection, bind, is_same_secret, listen, make_server
+from fedsoda_hub.listener import Connection, Door, Listener, is_same_secret
 
 COMPUTE_TRIES = 3
 DISK_RETRY_SECONDS = 10.0
@@ -47,9 +47,21 @@ def lock_run(run_dir: Path) -> Lock:
 
 
 class Daemon:
-    """A run that serves. `say` gets one dict per event, for people and `--jsonl`."""
+    """A run that serves. `say` gets one dict per event, for people and `--jsonl`.
 
-    def __init__(self, settings: RunSettings, say: Say, clock: Clock | None = None) -> None:
+    Args:
+        door: where edges come in; None: the port of [listen]. compute: what has torch; None: a child process.
+    """
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        say: Say,
+        clock: Clock | None = None,
+        *,
+        door: Door | None = None,
+        compute: TorchPort | None = None,
+    ) -> None:
         self.settings = settings
         self.say = say
         self.clock = clock or SystemClock()
@@ -65,7 +77,8 @@ class Daemon:
         self._size_classes: dict[ms.EdgeId, int] = {}  # as each said when it was last ready
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
-        self._compute = Child("fedsoda_hub.compute")
+        self._door = door
+        self._compute: TorchPort = compute or Child("fedsoda_hub.compute")
         self._manifest: BundleManifest | None = None
         self._files: dict[str, Path] = {}
         self._arriving: Counter[ms.Digest] = Counter()  # uploads whose blob is written, until they are judged
@@ -143,13 +156,6 @@ class Daemon:
         Raises:
             UsageProblem: the port is in use. WorkerFailed: torch work failed again and again.
         """
-        try:
-            taken = bind(self.settings.listen.host, self.settings.listen.port)
-        except UsageProblem:
-            self._let_go()
-            raise
-        self.port = taken.getsockname()[1]
-        server = make_server(self)
         loop = asyncio.get_running_loop()
         stop: asyncio.Future[str] = loop.create_future()
 
@@ -158,7 +164,17 @@ class Daemon:
                 stop.set_result(name)
 
         on_signal_in(loop, stopped)
-        serving: asyncio.Task[None] | None = None
+        await self.serve(stop, exit_when_done=exit_when_done)
+
+    async def serve(self, stop: asyncio.Future[str], *, exit_when_done: bool) -> None:
+        """As `run`, until `stop` holds the name of a signal."""
+        try:
+            door = self._door or Listener(self.settings.listen.host, self.settings.listen.port)
+        except UsageProblem:
+            self._let_go()
+            raise
+        self.port = door.port
+        is_open = False
         deciding = asyncio.create_task(self._decide())
         watched: set[asyncio.Future[Any]] = {stop, deciding}
         try:
@@ -167,11 +183,9 @@ class Daemon:
             while not stop.done() and not deciding.done() and self._failure is None:
                 if self._manifest is None and self.machine.state.manifest:
                     self._load_manifest()
-                if serving is None and self._manifest is not None:
-                    listen(taken)
-                    serving = asyncio.create_task(server.serve(sockets=[taken]))
-                    while not server.started and not serving.done():
-                        await asyncio.sleep(0.01)
+                if not is_open and self._manifest is not None:
+                    await door.open(self)
+                    is_open = True
                     write_durably(self.run_dir / "address", self.url.encode())
                     self.say({"event": "listening", "url": self.url, "run": self.settings.name})
                 if self._finished.is_set() and exit_when_done:
@@ -192,11 +206,7 @@ class Daemon:
                 task.cancel()
             for connection in list(self._connections.values()):
                 connection.close()
-            if serving is not None:
-                server.should_exit = True
-                with contextlib.suppress(asyncio.CancelledError):
-                    await serving
-            taken.close()
+            await door.close()
             self._flush_traffic()
             await self._compute.close()
             with contextlib.suppress(OSError):
@@ -596,6 +606,7 @@ def run_status(settings: RunSettings, ledger: Ledger, state: Any) -> dict[str, A
         "cross_terms": state.cross_terms,
         "public_kl": state.public_kl,
         "realignments": state.realignments,
+        "probes": state.probes,
         "evaluation": state.evaluation,
         "bytes": {
             "up_per_edge_round": sum(row[2] for row in rows) / pairs,

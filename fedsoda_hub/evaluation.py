@@ -167,15 +167,15 @@ class Evaluator:
                     raise DataProblem(f"the completion {completion!r} has no ids after {question.prompt[-40:]!r}")
                 self._samples.append(sample)
         # The model is kept beside its states: the id of a freed object could be given to another one.
-        self._borders: dict[tuple[int, int], tuple[Judged, list[Tensor]]] = {}
+        self._borders: dict[_BorderKey, tuple[Judged, list[Tensor]]] = {}
 
     def border(self, model: Judged) -> list[Tensor]:
-        """States at the border, swept once for each (source, emulator LoRA).
+        """States at the border, swept once for each (source, layers, emulator LoRA).
 
         Raises:
             DataProblem: a question with its answer is longer than the model's positions.
         """
-        key = (id(model.source), id(model.emulator_lora))
+        key = _border_key(model)
         if key not in self._borders:
             self.check_lengths(_positions(model))
             states = stream(
@@ -208,7 +208,7 @@ class Evaluator:
 
     def forget(self, model: Judged) -> None:
         """Free the border states of a model's emulator."""
-        self._borders.pop((id(model.source), id(model.emulator_lora)), None)
+        self._borders.pop(_border_key(model), None)
 
     @property
     def border_bytes(self) -> int:
@@ -286,9 +286,13 @@ class Evaluator:
 
         Among choices only the very one is right: "grade 1" and "level 1" may both be choices.
         """
-        same = is_right if answers.scores is None else str.__eq__
-        right = [same(made, q.completion) for made, q in zip(answers.chosen, self.questions, strict=True)]
+        right = self.right(answers)
         return sum(right) / len(right)
+
+    def right(self, answers: Answers) -> list[bool]:
+        """Of each question, whether it was answered as the data says."""
+        same = is_right if answers.scores is None else str.__eq__
+        return [same(made, q.completion) for made, q in zip(answers.chosen, self.questions, strict=True)]
 
     def auc(self, answers: Answers) -> float | None:
         """Area under the ROC curve of the score difference, where there are two choices."""
@@ -296,6 +300,13 @@ class Evaluator:
             return None
         positive = torch.tensor([q.completion == self.choices[1] for q in self.questions])
         return auc(answers.scores[:, 1] - answers.scores[:, 0], positive)
+
+
+_BorderKey = tuple[int, tuple[int, ...], int]
+
+
+def _border_key(model: Judged) -> _BorderKey:
+    return id(model.source), tuple(model.below), id(model.emulator_lora)
 
 
 def _positions(model: Judged) -> int:

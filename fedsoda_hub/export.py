@@ -5,6 +5,7 @@ Runs in a process without sockets. The hub may be running: only finished blobs a
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -162,21 +163,39 @@ class RunJudge:
         self._blobs = BlobStore(settings.run_dir / "blobs")
         self._source = open_full_llm(settings)
         self._none: dict[str, Tensor] = {}
-        self._evaluator = _evaluator(
+        self.evaluator = _evaluator(
             self._source, data, settings.task, settings.seed, settings.device, settings.dtype, report
         )
 
+    def of(self, run_dir: Path) -> RunJudge:
+        """The same questions to another run of the same full LLM; what that says below the adapter is kept for all."""
+        other = copy.copy(self)
+        other._bundle, other._blobs = Bundle.open(run_dir / "bundle"), BlobStore(run_dir / "blobs")
+        return other
+
+    def models(self, master: str, emulator_view: str) -> dict[str, Judged]:
+        """full, sub_llm and plug_in with these blobs of the run."""
+        spec = self._bundle.manifest.lora
+        adapter = delta.from_bytes(self._blobs.get(master), spec.adapter)
+        emulator = delta.from_bytes(self._blobs.get(emulator_view), spec.emulator)
+        return self.judged(adapter, emulator)
+
+    def judged(self, adapter: dict[str, Tensor], emulator: dict[str, Tensor]) -> dict[str, Judged]:
+        """The same with these tensors."""
+        return judged_models(self._bundle, self._source, adapter, emulator, self._none)
+
     def judge(self, outcome: Outcome, samples: int = 0) -> dict[str, Any]:
         """The three models after the rounds of `outcome`."""
-        spec = self._bundle.manifest.lora
-        adapter = delta.from_bytes(self._blobs.get(outcome.master), spec.adapter)
-        emulator = delta.from_bytes(self._blobs.get(outcome.emulator_view), spec.emulator)
-        models = judged_models(self._bundle, self._source, adapter, emulator, self._none)
-        result = summary(self._evaluator, models, samples)
-        self._evaluator.forget(models["sub_llm"])
-        if self._evaluator.border_bytes > KEPT_BORDER_BYTES:
-            self._evaluator.forget(models["full"])
+        models = self.models(outcome.master, outcome.emulator_view)
+        result = summary(self.evaluator, models, samples)
+        self.forget(models)
         return result
+
+    def forget(self, models: dict[str, Judged]) -> None:
+        """Free the border states of the sub-LLM; those of the full model too where they are many."""
+        self.evaluator.forget(models["sub_llm"])
+        if self.evaluator.border_bytes > KEPT_BORDER_BYTES:
+            self.evaluator.forget(models["full"])
 
 
 def check_evaluation(settings: RunSettings) -> None:

@@ -46,16 +46,27 @@ class Hub(Protocol):
     def ended(self, connection: Connection) -> None: ...
 
 
-class Connection:
-    """One edge's websocket. Frames leave through a queue, so that a slow edge never holds up the hub."""
+class Channel(Protocol):
+    """Where one edge's frames come and go: a websocket, or queues where hub and edge share a process."""
 
-    def __init__(self, hub: Hub, token: Token, websocket: WebSocket) -> None:
+    async def send_bytes(self, data: bytes) -> None: ...
+    async def receive_bytes(self) -> bytes:
+        """Raises ConnectionError, or WebSocketDisconnect, when the other side is gone."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class Connection:
+    """One edge's conversation. Frames leave through a queue, so that a slow edge never holds up the hub."""
+
+    def __init__(self, hub: Hub, token: Token, channel: Channel) -> None:
         self.edge = token.edge
         self.up = 0
         self.down = 0
         self.session = HubSession(hub.max_update_bytes)
         self._hub = hub
-        self._websocket = websocket
+        self._channel = channel
         self._out: asyncio.Queue[bytes | None] = asyncio.Queue()
 
     def send(self, message: ms.HubMessage, payload: bytes | memoryview = b"") -> None:
@@ -73,7 +84,7 @@ class Connection:
             await self._read()
         except ProtocolViolation as error:
             self.send(ms.Refusal(reason=str(error), fatal=True))
-        except (WebSocketDisconnect, TimeoutError, RuntimeError, DiskFull):
+        except (WebSocketDisconnect, ConnectionError, TimeoutError, RuntimeError, DiskFull):
             pass  # gone, stalled, closed under our hands, or no place to note its device: all the same to the round
         finally:
             self._hub.ended(self)
@@ -83,9 +94,9 @@ class Connection:
     async def _write(self) -> None:
         with contextlib.suppress(WebSocketDisconnect, RuntimeError, OSError):
             while (frame := await self._out.get()) is not None:
-                await self._websocket.send_bytes(frame)
+                await self._channel.send_bytes(frame)
                 self.down += wire_bytes(frame, masked=False)
-            await self._websocket.close()
+            await self._channel.close()
 
     async def _read(self) -> None:
         while self.session.state != "over":
@@ -110,7 +121,7 @@ class Connection:
 
     async def _frame(self) -> bytes:
         try:
-            return await self._websocket.receive_bytes()
+            return await self._channel.receive_bytes()
         except KeyError:  # starlette's answer to a text frame
             raise ProtocolViolation("the edge sent text, but frames are binary") from None
 
@@ -245,6 +256,46 @@ def ask_running_hub(run_dir: Path) -> dict[str, Any] | None:
         return dict(answer.json()) if answer.status_code == 200 else None
     except (httpx.HTTPError, ValueError, TypeError):  # a killed hub leaves its address, and others may take the port
         return None
+
+
+class Door(Protocol):
+    """Where edges come in. port: of its address, as far as it has one."""
+
+    port: int
+
+    async def open(self, hub: Hub) -> None:
+        """Let edges in from now on. Raises UsageProblem where something else took the place by now."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class Listener:
+    """A `Door` to the network. The port is taken at once, so that one in use is known before any preparation.
+
+    Raises:
+        UsageProblem: it is in use or may not be taken.
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        self._taken = bind(host, port)
+        self.port = int(self._taken.getsockname()[1])
+        self._server: Server | None = None
+        self._serving: asyncio.Task[None] | None = None
+
+    async def open(self, hub: Hub) -> None:
+        listen(self._taken)
+        self._server = make_server(hub)
+        self._serving = asyncio.create_task(self._server.serve(sockets=[self._taken]))
+        while not self._server.started and not self._serving.done():
+            await asyncio.sleep(0.01)
+
+    async def close(self) -> None:
+        if self._server is not None and self._serving is not None:
+            self._server.should_exit = True
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._serving
+        self._taken.close()
 
 
 class Server(uvicorn.Server):

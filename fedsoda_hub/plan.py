@@ -129,12 +129,12 @@ def predict(
     )
     needs = edge_needs(shape, files)
     adapter_bytes = encoded_bytes(spec.adapter, settings.wire.codec)
-    emulator_bytes = encoded_bytes(spec.emulator, settings.wire.codec) if method.realign_every else 0
-    trainable, emulator_lora = _count(spec.adapter), _count(spec.emulator)
-    per_round = 2 * trainable + (emulator_lora / method.realign_every if method.realign_every else 0)
+    emulator_bytes = encoded_bytes(spec.emulator, settings.wire.codec) if method.most_often else 0
+    trainable, emulator_lora = _count(spec.adapter), _count(item for item in spec.emulator if item.layer is not None)
+    per_round = 2 * trainable + (emulator_lora / method.most_often if method.most_often else 0)
     resident = sum(layers[number] for number in plan.resident)
     swept_lora = _count(item for item in spec.emulator if item.layer in plan.swept)
-    swept = sum(layers[number] for number in plan.swept) + swept_lora
+    swept = sum(layers[number] for number in plan.swept) + swept_lora + _count(spec.emulator) - emulator_lora
     through = resident + emulator_lora - swept_lora + head  # what gradients go through
     return {
         "family": family.model_type,
@@ -153,7 +153,7 @@ def predict(
             "bundle_bytes": sum(sizes.values()) + tokenizer_bytes,
             "bits_per_parameter": 8 * weights / sub,
             "up_bytes_per_edge_round": adapter_bytes,
-            "down_bytes_per_edge_round": adapter_bytes + emulator_bytes / max(method.realign_every, 1),
+            "down_bytes_per_edge_round": adapter_bytes + emulator_bytes / max(method.most_often, 1),
             "edge_memory_bytes": needs.ram_bytes,
             "edge_vram_bytes": needs.vram_bytes,
             "edge_disk_bytes": needs.disk_bytes + tokenizer_bytes,
@@ -205,8 +205,8 @@ def plan_report(model: str, settings: RunSettings, rates: Rates = Rates()) -> di
     if settings.method.name == "fedsoda":
         full = with_full_emulator(settings)
         emulators = {
-            "sub": _emulator(report, settings.method.realign_every, rates),
-            "full": _emulator(predicted(full)[0], full.method.realign_every, rates),
+            "sub": _emulator(report, settings.method.most_often, rates),
+            "full": _emulator(predicted(full)[0], full.method.most_often, rates),
             "assumed": asdict(rates),
         }
     return {

@@ -14,7 +14,8 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,11 @@ from fedsoda_edge.model.sub_llm import SubLLM, build
 from fedsoda_edge.ports.disk import BlobStore, sha256_file, write_durably
 from fedsoda_edge.ports.system import sync_directory
 from fedsoda_edge.protocol.manifest import LayerPlan, LoRASpec, file_of
-from fedsoda_hub.algorithms import fedsoda, oda, representatives, ridge, sgp
+from fedsoda_hub.algorithms import closed_form, drift, fedsoda, oda, representatives, ridge, sgp
 from fedsoda_hub.algorithms.methods import method_of
 from fedsoda_hub.config import RunSettings
 from fedsoda_hub.public_text import read_blocks, read_prompts
+from fedsoda_hub.self_generated import generate_blocks, generate_prompts
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -69,15 +71,19 @@ def open_full_llm(settings: RunSettings) -> Checkpoint:
     return source
 
 
-def lora_spec(settings: RunSettings, family: Family, fields: dict[str, Any], plan: LayerPlan) -> LoRASpec:
-    """The tensors of the run's two LoRAs, and of its border map beside the emulator's."""
+def lora_spec(
+    settings: RunSettings, family: Family, fields: dict[str, Any], plan: LayerPlan, *, is_mapped: bool = True
+) -> LoRASpec:
+    """The tensors of the run's two LoRAs, and of its border map beside the emulator's where something is aligned.
+
+    Args:
+        is_mapped: whether there is anything to fit a map on that the settings ask for.
+    """
     rank, targets = settings.lora.rank, settings.lora.targets
-    on_adapter, on_emulator = (
-        lora.specs(family, fields, layers, targets, rank)
-        for layers in (plan.adapter, method_of(settings.method).aligned(plan))
-    )
-    map_rank = settings.align.border_rank if settings.align.border_map == "ridge" else 0
-    bordering = border_map.specs(int(fields["hidden_size"]), map_rank)
+    aligned = method_of(settings.method).aligned(plan)
+    on_adapter, on_emulator = (lora.specs(family, fields, layers, targets, rank) for layers in (plan.adapter, aligned))
+    is_mapped = is_mapped and bool(aligned) and settings.align.border_map != "none"
+    bordering = border_map.specs(int(fields["hidden_size"]), settings.align.border_rank if is_mapped else 0)
     return LoRASpec(rank, settings.lora.alpha, tuple(targets), on_adapter, (*bordering, *on_emulator))
 
 
@@ -93,22 +99,11 @@ class Preparation:
         self.method = method_of(settings.method)
         self.device, self.compute_dtype = pick_device(settings.device, settings.dtype)
         self.source = open_full_llm(settings)
-        tokenizer = self.source.path / "tokenizer.json"
-        self.used, self.held_out = read_blocks(
-            settings.public_text,
-            tokenizer,
-            self.source.fields.get("bos_token_id"),
-            settings.public.sequences,
-            settings.public.length,
-        )
-        self._prompts: list[Tensor] = []
-        if settings.like_task is not None and settings.align.border_map != "none":
-            self._prompts = read_prompts(
-                settings.like_task,
-                settings.prompt,
-                SampleTokenizer(tokenizer, None),
-                settings.local.max_length,
-            )
+        # What is read is read now: files that do not serve are refused before any work.
+        if settings.public_text is not None:
+            _ = self._blocks
+        if settings.like_task is not None:
+            _ = self._prompts
         limit = int(self.source.fields["max_position_embeddings"])
         for key, length in (
             ("[public] length", settings.public.length),
@@ -116,18 +111,87 @@ class Preparation:
         ):
             if length > limit:
                 raise UsageProblem(f"{key} = {length}, but {self.source.name} has {limit} positions; lower it")
+        if settings.align.closed_form:
+            family, fields, s = self.source.family, self.source.fields, settings.lora
+            emulator = range(self.source.num_layers - settings.method.adapter_layers)
+            names = [item.name for item in lora.specs(family, fields, emulator, s.targets, s.rank)]
+            closed_form.check(self.source, emulator, names)
 
     def fingerprint(self) -> str:
         """Of everything the stages are made from; reads the weights once."""
         settings = self.settings
         parts = [
             self.source.revision,
-            sha256_file(settings.public_text),
+            _sha256(settings.public_text),
             settings.seed,
-            [settings.task.prompt, sha256_file(settings.like_task)] if settings.like_task else None,
+            [settings.task.prompt, _sha256(settings.like_task)] if settings.align.border_map != "none" else None,
             msgspec.to_builtins([settings.method, settings.lora, settings.public, settings.align]),
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    # --- public text -----------------------------------------------------------------------------------
+
+    @property
+    def used(self) -> list[Tensor]:
+        return self._blocks[: self.settings.public.sequences]
+
+    @property
+    def held_out(self) -> list[Tensor]:
+        return self._blocks[self.settings.public.sequences :]
+
+    @cached_property
+    def _blocks(self) -> list[Tensor]:
+        """Public blocks, those that are used and then those that are held out."""
+        public, file = self.settings.public, self.settings.public_text
+        if file is None:
+            return self._written(
+                "public",
+                "writing public text",
+                lambda **how: list(chain(*generate_blocks(self.source, public.sequences, public.length, **how))),
+            )
+        tokenizer, bos = self.source.path / "tokenizer.json", self.source.fields.get("bos_token_id")
+        return list(chain(*read_blocks(file, tokenizer, bos, public.sequences, public.length)))
+
+    @cached_property
+    def _prompts(self) -> list[Tensor]:
+        """What the border map is fitted on; nothing where the run has none.
+
+        Raises:
+            UsageProblem: there is nothing to fit the map on that the settings insist on.
+        """
+        s = self.settings
+        if s.align.border_map == "none":
+            return []
+        if s.like_task is not None:
+            tokenizer = SampleTokenizer(self.source.path / "tokenizer.json", None)
+            return read_prompts(s.like_task, s.prompt, tokenizer, s.local.max_length)
+        try:
+            return self._written(
+                "prompts",
+                "writing prompts like the task's",
+                lambda **how: generate_prompts(self.source, s.prompt, s.local.max_length, **how),
+            )
+        except UsageProblem as problem:
+            if s.align.border_map == "ridge":
+                raise
+            self.report({"stage": "no border map", "why": str(problem)})
+            return []
+
+    def _written(self, name: str, stage: str, write: Callable[..., list[Tensor]]) -> list[Tensor]:
+        """What the full LLM writes, ids of each text; once for a run."""
+        path = self.work / f"{name}.safetensors"
+        if not path.exists():
+            texts = write(
+                seed=self.settings.seed,
+                compute_dtype=self.compute_dtype,
+                device=self.device,
+                progress=self._progress(stage),
+            )
+            gc.collect()
+            lengths = torch.tensor([len(ids) for ids in texts])
+            write_durably(path, save({"ids": torch.cat(texts), "lengths": lengths}))
+        held = load_file(path)
+        return list(held["ids"].split(held["lengths"].tolist()))
 
     # --- stages ----------------------------------------------------------------------------------------
 
@@ -163,7 +227,7 @@ class Preparation:
         """Align one size class of the bundle, or measure it where the method does not align."""
         s = self.settings
         if not (directory / file_of("manifest.json", size_class)).exists():
-            spec = lora_spec(s, self.source.family, self.source.fields, plan)
+            spec = self._lora_spec(plan)
             write_size_class(directory, size_class, plan, spec, lora.initial(spec.emulator, s.seed))
         bundle, kl_file = Bundle.open(directory, size_class), self.work / f"public_kl.{size_class}.json"
         if self.method.aligned(plan):
@@ -245,9 +309,13 @@ class Preparation:
                 "free space, or lower [public] sequences or length"
             )
 
+    def _lora_spec(self, plan: LayerPlan) -> LoRASpec:
+        is_mapped = bool(self.method.aligned(plan) and self._prompts)
+        return lora_spec(self.settings, self.source.family, self.source.fields, plan, is_mapped=is_mapped)
+
     def _write_unaligned(self, directory: Path, plan: LayerPlan) -> None:
         s = self.settings
-        spec = lora_spec(s, self.source.family, self.source.fields, plan)
+        spec = self._lora_spec(plan)
         write_bundle(
             directory,
             self.source,
@@ -264,7 +332,7 @@ class Preparation:
     # --- alignment -------------------------------------------------------------------------------------
 
     def _align_first(self, bundle: Bundle, size_class: int) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Pre-alignment; the aligned emulator LoRA and the three public KLs."""
+        """Pre-alignment; the aligned emulator LoRA and the public KL of each stage."""
         done = self.work / f"emulator_lora.{size_class}.safetensors"
         kl_done = self.work / f"first_kl.{size_class}.json"
         if done.exists() and kl_done.exists():
@@ -278,13 +346,31 @@ class Preparation:
         del tail
         student, states = self._student(bundle, bundle.emulator_lora(), adapter)
         kl["quantized"] = oda.public_kl(student, states[len(self.used) :], wanted)
+        if self.settings.align.closed_form:
+            lora.load(student, self._solve(bundle, states[: len(self.used)]))
+            kl["closed_form"] = oda.public_kl(student, states[len(self.used) :], wanted)
         emulator = self._train(student, plan, states, final, self.settings.align.steps, version=0)
-        emulator |= self._fit_border_map(bundle, emulator)
-        lora.load(student, emulator)
         kl["aligned"] = oda.public_kl(student, states[len(self.used) :], wanted)
+        emulator |= self._fit_border_map(bundle, emulator)
         write_durably(done, save(emulator))
         write_durably_json(kl_done, kl)
         return emulator, kl
+
+    def _solve(self, bundle: Bundle, states: Tensor) -> dict[str, Tensor]:
+        """The emulator LoRA in closed form. states: (N, T, C) of the public blocks below its first layer."""
+        held_against = self.method.held_against(bundle.plan)
+        return closed_form.align(
+            bundle,
+            bundle.plan,
+            self.used,
+            list(states),
+            {layer: self._target(other)[: len(self.used)] for layer, other in held_against.items()},
+            lora.on(bundle.plan.emulator, bundle.emulator_lora()),
+            bundle.manifest.lora.scale,
+            compute_dtype=self.compute_dtype,
+            device=self.device,
+            progress=self._progress("solving for the emulator LoRA"),
+        )
 
     def _unaligned_kl(self, bundle: Bundle) -> dict[str, float]:
         """The three public KLs where nothing is aligned; one layer resident at a time, whatever trains."""
@@ -312,6 +398,19 @@ class Preparation:
         quantized = oda.public_kl(ends(bundle), ran(bundle, plan.kept, "sub-LLM"), wanted)
         return {"pruned": pruned, "quantized": quantized, "aligned": quantized}
 
+    def probe(self, adapter_master: dict[str, Tensor], emulator_view: dict[str, Tensor]) -> dict[str, float]:
+        """How far sub-LLM and full LLM are apart with the current adapter LoRA, on the held-out blocks."""
+        bundle, first = Bundle.open(self.run_dir / "bundle"), len(self.used)
+        adapter, ids = bundle.plan.adapter, torch.stack(self.held_out)
+        teacher, border = self._teacher(bundle.plan, adapter_master), self._target(bundle.plan.emulator[-1])[first:]
+        with torch.no_grad():
+            final = torch.cat([teacher.hidden(states=states) for states in border.split(8)])
+        wanted = drift.adapter_gradient(teacher, adapter, border, ids)
+        del teacher
+        student, states = self._student(bundle, emulator_view, adapter_master)
+        made = drift.adapter_gradient(student, adapter, states[first:], ids)
+        return {"kl": oda.public_kl(student, states[first:], final), "cosine": drift.cosine(wanted, made)}
+
     def realign(
         self,
         version: int,
@@ -330,7 +429,7 @@ class Preparation:
         trained = self._train(student, plan, states, final, self.settings.align.realign_steps, version)
         trained |= self._fit_border_map(bundle, trained)
         coded, view = delta.step_down(trained, emulator_view, spec.emulator, codec)
-        lora.load(student, view)
+        lora.load(student, lora.on(plan.emulator, view))
         after = oda.public_kl(student, states[len(self.used) :], wanted)
         return {
             "view": self.blobs.put(delta.to_bytes(view)),
@@ -369,8 +468,8 @@ class Preparation:
         return lora.on(plan.emulator, lora.snapshot(student))
 
     def _fit_border_map(self, bundle: Bundle, emulator: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The map's tensors for the sub-emulator with this LoRA; none where the run has no map."""
-        if not self._prompts:
+        """The map's tensors for the sub-emulator with this LoRA; none where the bundle has no map."""
+        if not any(item.name.startswith(border_map.PREFIX) for item in bundle.manifest.lora.emulator):
             return {}
         path = self.work / "teacher.prompts.safetensors"
         if not path.exists():
@@ -396,14 +495,8 @@ class Preparation:
         )
         width = int(self.source.fields["hidden_size"])
         fit = ridge.fit(zip(student, teacher, strict=True), width, self.settings.align.border_rank)
-        self.report(
-            {
-                "stage": "border map",
-                "error_before": fit.error_before,
-                "error": fit.error,
-                "error_whole": fit.error_whole,
-            }
-        )
+        errors = {"error_before": fit.error_before, "error_whole": fit.error_whole, "error": fit.error}
+        self.report({"stage": "fitting the border map", **errors})
         return fit.tensors
 
     def _student(
@@ -411,6 +504,8 @@ class Preparation:
     ) -> tuple[SubLLM, Tensor]:
         """The student from its first aligned layer on, and its hidden states below that, which never change.
 
+        Without the border map: it was fitted for text like the task's, and elsewhere it is far off. An alignment that saw
+        it on public text would bend the emulator LoRA to undo it.
         Adapter layers may lie below it in a method that aligns before round 1 alone: their LoRA is zero then.
         """
         spec, kept = bundle.manifest.lora, bundle.plan.kept
@@ -418,7 +513,7 @@ class Preparation:
         states = self._cached(f"student.below.{first}", bundle, tuple(layer for layer in kept if layer < first))
         trained = tuple(layer for layer in kept if layer >= first)
         student = build(bundle, trained, compute_dtype=self.compute_dtype, device=self.device)
-        lora.attach(student, spec, {**lora.on(trained, {**emulator, **adapter}), **border_map.part(emulator)})
+        lora.attach(student, spec, lora.on(trained, {**emulator, **adapter}))
         return student, states.to(self.device)
 
     def _cached(self, name: str, source: LayerSource, layers: Sequence[int]) -> Tensor:
@@ -466,15 +561,23 @@ class Preparation:
 
     def _teacher_final(self, plan: LayerPlan, adapter: dict[str, Tensor]) -> Tensor:
         """(N, T, C): the full LLM's final hidden with this adapter LoRA, from its cached emulator's output."""
-        border = self._target(plan.emulator[-1])
+        border, teacher = self._target(plan.emulator[-1]), self._teacher(plan, adapter)
+        with torch.no_grad():
+            return torch.cat([teacher.hidden(states=states) for states in border.split(8)])
+
+    def _teacher(self, plan: LayerPlan, adapter: dict[str, Tensor]) -> SubLLM:
+        """The full LLM above its emulator, with this adapter LoRA."""
         above = range(plan.emulator[-1] + 1, plan.num_layers)
         teacher = build(self.source, above, compute_dtype=self.compute_dtype, device=self.device)
         s = self.settings.lora
         layout = lora.specs(self.source.family, self.source.fields, above, s.targets, s.rank)
         spec = LoRASpec(rank=s.rank, alpha=s.alpha, targets=tuple(s.targets), adapter=layout, emulator=())
         lora.attach(teacher, spec, lora.on(above, adapter))
-        with torch.no_grad():
-            return torch.cat([teacher.hidden(states=states) for states in border.split(8)])
+        return teacher
+
+
+def _sha256(file: Path | None) -> str | None:
+    return None if file is None else sha256_file(file)
 
 
 def manifest_of(run_dir: Path) -> Any:

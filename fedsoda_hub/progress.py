@@ -36,7 +36,8 @@ class Display:
             return
         kind = event["event"]
         if kind == "progress" and "total" in event:
-            self._line.show(event["stage"], event["done"], event["total"], f"{event['done']} of {event['total']}")
+            detail = event.get("detail", f"{event['done']} of {event['total']}")
+            self._line.show(event["stage"], event["done"], event["total"], detail)
             return
         self._fold(event)
         text = _sentence(event)
@@ -104,6 +105,13 @@ def _sentence(event: dict[str, Any]) -> str:
         case "progress" if "needed_bytes" in event:
             needed, free = human_bytes(event["needed_bytes"]), human_bytes(event["free_bytes"])
             return f"{event['stage']}: {needed} of disk, {free} free"
+        case "progress" if "error_before" in event:
+            return (
+                f"{event['stage']}: on prompts left out, border states are {event['error_before']:.1%} away from the full "
+                f"emulator's without it, {event['error']:.1%} with it"
+            )
+        case "progress" if event["stage"] == "no border map":
+            return f"no border map: {event['why']}"
         case "prepared":
             return f"prepared: {kl_sentence(event['public_kl'])}"
         case "edge_connected":
@@ -125,10 +133,16 @@ def _sentence(event: dict[str, Any]) -> str:
             sizes = f"{human_bytes(event['bytes_up'])} up, {human_bytes(event['bytes_down'])} down so far"
             updates = counted(event["updates"], "update")
             return f"round {event['round']} closed: {updates}, loss {event['loss']:.3f}; {sizes}"
+        case "probed":
+            return (
+                f"before round {event['round']}: public KL {event['kl']:.3f}, cosine of gradients {event['cosine']:.3f}"
+            )
         case "realigned":
             return f"realigned before round {event['round']}: public KL {event['kl_before']:.3f} to {event['kl_after']:.3f}"
         case "evaluated":
             return "accuracy: " + ", ".join(f"{k} {v:.1%}" for k, v in event["result"]["accuracy"].items())
+        case "cell":
+            return f"{event['cell']}: {event['accuracy']:.1%} in {human_seconds(event['seconds'])}"
         case "waiting":
             return f"waiting: {event['why']}"
         case "disk_full" | "compute_failed":
@@ -144,8 +158,9 @@ def kl_sentence(kl: dict[str, float]) -> str:
     """What pruning and then storing it took, and alignment gave back."""
     if not kl["pruned"]:  # a full emulator's, exactly
         return f"public KL {kl['quantized']:.3f} as stored, all layers kept"
+    solved = f"{kl['closed_form']:.3f} in closed form, " if "closed_form" in kl else ""
     aligned = f"{kl['aligned']:.3f} aligned" if kl["aligned"] != kl["quantized"] else "not aligned"
-    return f"public KL {kl['pruned']:.3f} pruned, {kl['quantized']:.3f} as stored, {aligned}"
+    return f"public KL {kl['pruned']:.3f} pruned, {kl['quantized']:.3f} as stored, {solved}{aligned}"
 
 
 def plan_table(report: dict[str, Any]) -> None:

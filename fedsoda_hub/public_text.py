@@ -15,7 +15,7 @@ from fedsoda_edge.data import LocalData, SampleTokenizer, TextTemplate
 from fedsoda_edge.errors import DataProblem, UsageProblem
 
 MAX_HELD_OUT = 32
-MIN_PROMPTS, MAX_PROMPT_IDS = 50, 1 << 16
+MIN_PROMPTS, MAX_PROMPTS, MAX_PROMPT_IDS = 50, 1000, 1 << 16  # MAX_PROMPTS: of those that the full LLM writes
 
 
 def read_blocks(

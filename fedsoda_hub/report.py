@@ -153,7 +153,7 @@ def write_report(settings: RunSettings, to: Path) -> dict[str, Any]:
     manifest_file = settings.run_dir / "bundle" / "manifest.json"
     plan = parse_manifest(manifest_file.read_bytes()).plan if manifest_file.exists() else None
     figures = draw(history, plan)
-    pictures = {name: _png(figure) for name, (figure, _) in figures.items()}
+    pictures = {name: png(figure) for name, (figure, _) in figures.items()}
     page = render(settings, history, plan, {name: (pictures[name], text) for name, (_, text) in figures.items()})
     try:
         for name, data in pictures.items():
@@ -197,8 +197,8 @@ def draw(history: History, plan: LayerPlan | None) -> dict[str, tuple[Figure, st
     if history.public_kl and history.public_kl["pruned"]:  # 0 exactly: a full emulator's, which is not aligned
         figures["alignment"] = (
             draw_alignment(history),
-            "Public KL, full model to sub-LLM, in nats on held-out public blocks: after pruning, as stored, after "
-            "alignment; then before and after each realignment.",
+            "Public KL, full model to sub-LLM, in nats on held-out public blocks: after pruning, as stored, "
+            "after a start in closed form where the run has one, after alignment; then before and after each realignment.",
         )
     if plan is not None and plan.distances:
         figures["layers"] = (
@@ -276,7 +276,7 @@ def _over_rounds_and_bytes(
     by_bytes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     for axes in (by_round, by_bytes):
         axes.set_xlim(left=0)
-        _plain(axes)
+        plain(axes)
     return figure, by_round
 
 
@@ -284,12 +284,13 @@ def draw_alignment(history: History) -> Figure:
     figure = Figure(figsize=(9.5, 3.4), layout="constrained")
     axes = figure.add_subplot()
     stages = _kl_stages(history)
-    axes.bar(range(3), [kl for _, kl in stages], color=[GREY, ORANGE, BLUE], width=0.6)
-    labels = [stage for stage, _ in stages]
+    colors = [{"pruned": GREY, "quantized": ORANGE}.get(stage, BLUE) for stage, _ in stages]
+    axes.bar(range(len(stages)), [kl for _, kl in stages], color=colors, width=0.6)
+    labels = [stage.replace("_", " ") for stage, _ in stages]
     top = max(kl for _, kl in stages)
     for place, (_, kl) in enumerate(stages):
         axes.annotate(f"{kl:.3f}", (place, kl), ha="center", va="bottom", fontsize=9)
-    for place, record in enumerate(history.realigned, start=3):
+    for place, record in enumerate(history.realigned, start=len(stages)):
         axes.plot([place, place], [record.kl_before, record.kl_after], color=GREY, linewidth=1)
         axes.scatter([place], [record.kl_before], color=ORANGE, zorder=3)
         axes.scatter([place], [record.kl_after], color=BLUE, zorder=3)
@@ -310,7 +311,7 @@ def draw_alignment(history: History) -> Figure:
             loc="upper left",
             bbox_to_anchor=(1.0, 1.0),
         )
-    _plain(axes)
+    plain(axes)
     return figure
 
 
@@ -416,15 +417,16 @@ def draw_contributions(history: History) -> Figure:
     axes.set_yticks(*_some_names(edges))
     axes.set_ylim(len(edges) - 0.4, -1.1)
     axes.set_xlabel(f"{unit} since the run began, {_date(history.began_at)}")
-    _plain(axes)
+    plain(axes)
     return figure
 
 
 def _kl_stages(history: History) -> list[tuple[str, float]]:
-    return [(stage, history.public_kl[stage]) for stage in ("pruned", "quantized", "aligned")]
+    kl = history.public_kl
+    return [(stage, kl[stage]) for stage in ("pruned", "quantized", "closed_form", "aligned") if stage in kl]
 
 
-def _plain(axes: Axes) -> None:
+def plain(axes: Axes) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
 
@@ -450,7 +452,7 @@ def _time_unit(history: History) -> tuple[str, float]:
     return ("seconds", 1.0) if span < 300 else ("minutes", 60.0) if span < 3 * 3600 else ("hours", 3600.0)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=DOTS_PER_INCH)
     return out.getvalue()
@@ -486,20 +488,11 @@ def render(
 ) -> str:
     """The page: pictures inside it, no script, nothing fetched from anywhere."""
     parts = [
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        # Whatever a name may hold, the page fetches and runs nothing.
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
-        f"<title>{_text(settings.name)}: FedSODA run</title><style>{_STYLE}</style></head><body>",
         f"<h1>{_text(settings.name)}</h1><p class=lead>{_text(_lead(settings, history))}</p>",
         _facts(settings, history, plan),
     ]
     for name, (data, caption) in pictures.items():
-        source = base64.b64encode(data).decode()
-        parts.append(
-            f'<h2 id="{name}">{_TITLES[name]}</h2><figure><img alt="{_TITLES[name]}" src="data:image/png;base64,{source}">'
-            f"<figcaption>{_text(caption)}</figcaption></figure>"
-        )
+        parts.append(picture_of(name, _TITLES[name], data, caption))
         if name == "contributions":
             parts.append(_edges_table(history))
         if name == "layers" and plan is not None:
@@ -507,10 +500,29 @@ def render(
     if history.rounds:
         parts.append("<h2>Rounds</h2>" + _rounds_table(history))
     parts.append("<h2>Settings</h2>" + _settings_list(settings))
-    parts.append(
-        f"<p class=lead>Written by fedsoda-hub report, {_date(datetime.now(UTC).timestamp())}.</p></body></html>"
+    parts.append(f"<p class=lead>Written by fedsoda-hub report, {_date(datetime.now(UTC).timestamp())}.</p>")
+    return page(f"{settings.name}: FedSODA run", parts)
+
+
+def page(title: str, parts: Iterable[str]) -> str:
+    """A whole HTML page around these parts."""
+    head = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        # Whatever a name may hold, the page fetches and runs nothing.
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
+        f"<title>{_text(title)}</title><style>{_STYLE}</style></head><body>"
     )
-    return "\n".join(parts)
+    return "\n".join([head, *parts, "</body></html>"])
+
+
+def picture_of(name: str, title: str, data: bytes, caption: str) -> str:
+    """A heading and the PNG below it, inside the page."""
+    source = base64.b64encode(data).decode()
+    return (
+        f'<h2 id="{_text(name)}">{_text(title)}</h2><figure><img alt="{_text(title)}" src="data:image/png;base64,{source}">'
+        f"<figcaption>{_text(caption)}</figcaption></figure>"
+    )
 
 
 def _lead(settings: RunSettings, history: History) -> str:

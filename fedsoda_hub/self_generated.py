@@ -1,8 +1,9 @@
-"""Public text out of the full LLM itself, for a hub that has none: plain text, or rows of a run's template.
+"""Public text out of the full LLM itself, for a hub that has none: plain text, and prompts like the run's.
 
-LLM-QAT (arXiv 2305.17888) section 3.1: text begins with bos and the model goes on, its first ids drawn from the whole
-vocabulary for breadth, later ones from the TOP_K likeliest. What is generated is cut into blocks as a public text is
-(`public_text.py`); SGP and ODA do not see a difference.
+The idea is LLM-QAT's (arXiv 2305.17888): distil on what the model writes itself. Text begins with bos and the model
+goes on, its first ids drawn from the whole vocabulary for breadth, later ones from the TOP_K likeliest. What is
+generated is cut into blocks, or kept as prompts, as what is read is (`public_text.py`); SGP, ODA and the border map do
+not see a difference.
 """
 
 from __future__ import annotations
@@ -12,16 +13,17 @@ from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Any
 
+import psutil
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from fedsoda_edge.data import TextTemplate
+from fedsoda_edge.data import SampleTokenizer, TextTemplate
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model.streaming import Checkpoint
 from fedsoda_edge.model.sub_llm import SubLLM, build
-from fedsoda_hub.public_text import MAX_HELD_OUT
+from fedsoda_hub.public_text import MAX_HELD_OUT, MAX_PROMPT_IDS, MAX_PROMPTS, MIN_PROMPTS
 
 BROAD_IDS = 4  # of a text's beginning come from the whole vocabulary
 TOP_K = 50
@@ -35,7 +37,6 @@ def generate_blocks(
     length: int,
     *,
     seed: int,
-    template: TextTemplate | None = None,
     compute_dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     progress: Callable[[int, int], None] | None = None,
@@ -45,15 +46,12 @@ def generate_blocks(
     The whole full LLM is held while it generates. On a CPU the same seed gives the same blocks.
 
     Args:
-        template: of whole rows, prompt and completion joined: its fixed text stands in every text and the model writes
-            the columns. None: plain text.
         progress: called as progress(ids made, ids needed).
 
     Raises:
-        UsageProblem: the model ends its texts before it has written anything.
+        UsageProblem: the full LLM does not fit into memory, or ends its texts before it has written anything.
     """
-    model = build(source, range(source.num_layers), compute_dtype=compute_dtype, device=device, embedding=True)
-    writer = _Writer(model, Tokenizer.from_file(str(source.path / "tokenizer.json")), source.fields)
+    writer = _Writer.of(source, compute_dtype, device)
     head = [] if writer.bos is None else [writer.bos]
     step = length - len(head)
     needed = (sequences + MAX_HELD_OUT) * step
@@ -61,11 +59,11 @@ def generate_blocks(
     with torch.random.fork_rng(), torch.inference_mode():  # `generate` draws from the global generator
         torch.manual_seed(seed)
         while len(made) < needed:
-            texts = writer.plain(step) if template is None else writer.rows(template)
+            texts = writer.plain(step)
             if not any(texts):
                 raise UsageProblem(
                     f"{source.name} ends all of {BATCH_SIZE} texts before it has written anything; "
-                    "give a [public] text, or begin the template's prompt with words that it can go on from"
+                    "give a file as [public] text"
                 )
             made += [token for text in texts for token in text]
             if progress is not None:
@@ -74,8 +72,76 @@ def generate_blocks(
     return blocks[:sequences], blocks[sequences:]
 
 
+def generate_prompts(
+    source: Checkpoint,
+    template: TextTemplate,
+    max_length: int,
+    *,
+    seed: int,
+    compute_dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Tensor]:
+    """As `public_text.read_prompts`: prompts whose columns the full LLM has written, no two the same, each whole.
+
+    As many as MAX_PROMPTS and MAX_PROMPT_IDS allow; fewer where the model has nothing new to write. The whole full LLM
+    is held while it generates. On a CPU the same seed gives the same prompts.
+
+    Args:
+        max_length: of a prompt in ids; longer ones are left out, since their end is what the task is known by.
+
+    Raises:
+        UsageProblem: the template has no column or no text of its own, the full LLM does not fit into memory, or too few
+            prompts come out; says what to do.
+    """
+    beside = 'give a file as [public] like_task, or write [align] border_map = "none"'
+    if not template.columns or not any(text.strip() for text, *_ in string.Formatter().parse(template.text)):
+        raise UsageProblem(
+            f"[task] prompt = {template.text!r} does not tell the full LLM what the task's prompts are like: it needs a "
+            f"column and text around it; {beside}"
+        )
+    writer, tokenizer = _Writer.of(source, compute_dtype, device), SampleTokenizer(source.path / "tokenizer.json", None)
+    found: dict[str, Tensor] = {}
+    left, is_new = MAX_PROMPT_IDS, True
+    with torch.random.fork_rng(), torch.inference_mode():
+        torch.manual_seed(seed)
+        while is_new:
+            is_new = False
+            for text in writer.rows(template):
+                ids = tokenizer.encode(text)
+                if text and text not in found and len(ids) <= min(max_length, left) and len(found) < MAX_PROMPTS:
+                    found[text], is_new = torch.tensor(ids), True
+                    left -= len(ids)
+            if progress is not None:
+                progress(len(found), MAX_PROMPTS)
+    if len(found) < MIN_PROMPTS:
+        raise UsageProblem(
+            f"{source.name} has written {len(found)} different prompts of at most {max_length} ids; a border map needs "
+            f"{MIN_PROMPTS}: {beside}"
+        )
+    return list(found.values())
+
+
 class _Writer:
     """Lets a model write BATCH_SIZE texts at a time."""
+
+    @classmethod
+    def of(cls, source: Checkpoint, compute_dtype: torch.dtype, device: str | torch.device) -> _Writer:
+        """The whole full LLM.
+
+        Raises:
+            UsageProblem: it does not fit into what is free; nothing was loaded.
+        """
+        is_cuda = torch.device(device).type == "cuda"
+        free = torch.cuda.mem_get_info(device)[0] if is_cuda else psutil.virtual_memory().available
+        needed = source.bytes * compute_dtype.itemsize // source.dtype.itemsize
+        if needed > free:
+            raise UsageProblem(
+                f"to write text {source.name} needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; free "
+                'some, or give files as [public] text and like_task (or write [align] border_map = "none")'
+            )
+        model = build(source, range(source.num_layers), compute_dtype=compute_dtype, device=device, embedding=True)
+        return cls(model, Tokenizer.from_file(str(source.path / "tokenizer.json")), source.fields)
 
     def __init__(self, model: SubLLM, tokenizer: Tokenizer, fields: dict[str, Any]) -> None:
         tokenizer.no_truncation()
@@ -94,15 +160,15 @@ class _Writer:
 
     def plain(self, num_ids: int) -> list[list[int]]:
         """Texts of at most `num_ids` ids; a line break where the model ends one earlier."""
-        if self.bos is None:  # as LLM-QAT begins
+        if self.bos is None:
             first = torch.randint(self._vocab, (BATCH_SIZE, 1)).tolist()
             texts = [a + b for a, b in zip(first, self._go_on(first, num_ids - 1, BROAD_IDS), strict=True)]
         else:
             texts = self._go_on([[self.bos]] * BATCH_SIZE, num_ids, BROAD_IDS)
         return [text + self._break if 0 < len(text) < num_ids else text for text in texts]
 
-    def rows(self, template: TextTemplate) -> list[list[int]]:
-        """Rows of a template, a line break after each; nothing of a row in which a column stays empty.
+    def rows(self, template: TextTemplate) -> list[str]:
+        """Rows of a template; nothing of a row in which a column stays empty.
 
         A column is what the model writes after the text before it, up to a line break, the template's next fixed text
         or its own end.
@@ -121,7 +187,7 @@ class _Writer:
                 values[name] = self._column(starts, following.strip(), 0 if values else BROAD_IDS)
             texts = [text + value for text, value in zip(texts, values[name], strict=True)]
         whole = [all(row) for row in zip(*values.values(), strict=True)]
-        return [self._encode(text + "\n") if is_whole else [] for text, is_whole in zip(texts, whole, strict=True)]
+        return [text if is_whole else "" for text, is_whole in zip(texts, whole, strict=True)]
 
     def _column(self, starts: list[list[int]], following: str, broad: int) -> list[str]:
         """What the model writes after each start, up to a line break or the text that follows the column."""

@@ -110,7 +110,11 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
 
 def run_toml(directory: Path, data: Path, *, seed: int, variant: Variant, rounds: int, rate: float) -> Path:
     path = directory / "run.toml"
-    align = "" if variant.emulator == "full" else "[align]\nsteps = 120\nrealign_steps = 30\nlearning_rate = 3e-3\n"
+    align = (
+        ""
+        if variant.emulator == "full"
+        else '[align]\nborder_map = "none"\nsteps = 120\nrealign_steps = 30\nlearning_rate = 3e-3\n'
+    )
     path.write_text(
         f"""name = "bench"
 model = "{MODEL}"

@@ -22,7 +22,10 @@ Sources = Mapping[str, str]  # "fedsoda_edge/transport.py" -> its text
 Checker = Callable[[Sources], list[str]]
 
 HUB_MAY_IMPORT = ("protocol", "model", "ports", "data", "errors")
-HUB_EXTRA = {"fedsoda_hub/compare.py": ("training", "edge")}  # trains without the wire, to compare methods
+HUB_EXTRA = {  # a comparison runs edges in its own process, and trains without a federation to compare with
+    "fedsoda_hub/compare/in_process.py": ("agent", "config", "worker"),
+    "fedsoda_hub/compare/central.py": ("border", "training"),
+}
 NETWORK_FILES = ("fedsoda_edge/transport.py", "fedsoda_hub/listener.py")
 SYSTEM_FILE = "fedsoda_edge/ports/system.py"
 NETWORK = {"httpx", "websockets", "uvicorn", "starlette", "socket", "ssl", "requests", "aiohttp", "urllib.request"}
@@ -246,7 +249,7 @@ TRANSPORT = "fedsoda_edge/transport.py"
         (hub_imports_the_contract_only, {HUB: "from fedsoda_edge.training import fine_tune"}),
         (hub_imports_the_contract_only, {HUB: "from fedsoda_edge import data, store"}),
         (hub_imports_the_contract_only, {HUB: "import fedsoda_edge"}),
-        (hub_imports_the_contract_only, {"fedsoda_hub/compare.py": "from fedsoda_edge.worker import main"}),
+        (hub_imports_the_contract_only, {"fedsoda_hub/compare/run.py": "from fedsoda_edge.worker import main"}),
         (decisions_are_pure, {FEDERATION: "from time import monotonic"}),
         (decisions_are_pure, {FEDERATION: "from fedsoda_hub.ledger import Ledger"}),
         (decisions_are_pure, {FEDERATION: "from ..ledger import Ledger"}),
@@ -287,7 +290,7 @@ def test_a_rule_fails_on_a_planted_defect(rule: Checker, planted: dict[str, str]
 
 def test_what_the_rules_allow_passes() -> None:
     allowed = {
-        "fedsoda_hub/compare.py": "from fedsoda_edge.training import fine_tune\nfrom fedsoda_edge import edge, data",
+        "fedsoda_hub/compare/central.py": "from fedsoda_edge.training import fine_tune\nfrom fedsoda_edge import data",
         "fedsoda_hub/prepare.py": "from fedsoda_edge.model import lora\nfrom fedsoda_edge import errors\nimport torch",
         "fedsoda_hub/federation/rounds.py": "import random\nfrom fedsoda_edge.protocol.messages import Receipt",
         "fedsoda_hub/listener.py": "import uvicorn",

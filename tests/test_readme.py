@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from fedsoda_edge.testing import ScriptedHub
+from fedsoda_hub.compare.settings import read_comparison
 from fedsoda_hub.config import RunSettings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +43,17 @@ def test_the_script_of_the_readme_runs_against_a_scripted_hub(
 def test_the_run_file_of_the_readme_is_one() -> None:
     raw = tomllib.loads(block("toml"))
     assert msgspec.convert(raw, RunSettings).method.groups == 4
+
+
+def test_the_comparison_of_the_readme_is_one(tmp_path: Path) -> None:
+    for name in ("train.jsonl", "dev.jsonl", "public.txt"):
+        (tmp_path / name).touch()
+    found = next(text for text in re.findall(r"```toml\n(.*?)```", README, re.DOTALL) if "[compare]" in text)
+    (tmp_path / "compare.toml").write_text(found)
+    comparison = read_comparison(tmp_path / "compare.toml")
+    assert {name: settings.align.steps for name, settings in comparison.settings.items()} == {
+        "fedsoda": 200, "unaligned": 0, "int8": 200
+    }  # fmt: skip
 
 
 def test_the_tree_of_the_readme_is_the_tree() -> None:

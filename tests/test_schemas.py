@@ -687,8 +687,10 @@ class Torch(test_daemon.Torch):
     """In the place of torch; what it says and returns is held against real work by `told` and test_federation.py."""
 
     async def call(self, command: str, arguments: dict[str, Any], report: Any = None) -> dict[str, Any]:
-        if command not in ("realign", "evaluate"):
+        if command not in ("probe", "realign", "evaluate"):
             return await super().call(command, arguments, report)
+        if command == "probe":
+            return {"kl": 0.5, "cosine": 0.75}
         stage = {"realign": "aligning", "evaluate": "evaluating"}[command]
         report({"stage": stage, "done": 1, "total": 2, **({"kl": 0.25} if command == "realign" else {})})
         if command == "realign":
@@ -736,7 +738,7 @@ def test_a_run_says_every_event_that_a_hub_has(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "eval.jsonl").write_text(ROWS)
     settings = test_daemon.write_run(
         tmp_path,
-        method={"realign_every": 2},
+        method={"realign_every": "auto"},
         rounds={"min_edges": 1, "deadline_seconds": 1.0},
         task={"eval_data": "eval.jsonl"},
     )

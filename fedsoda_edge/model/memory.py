@@ -210,7 +210,8 @@ def _plan(
         NF4_HELD if packed and is_nf4 else size for is_nf4 in (shape.adapter_in_nf4, shape.emulator_in_nf4)
     )
     head_size = (NF4_HELD if shape.head_in_nf4 else shape.width) if packed else size
-    others = shape.num_adapter_layers + shape.num_frozen_layers - 1  # a frozen layer keeps as much
+    # Gradients go through frozen layers too, which keep less than this: there is no LoRA of theirs to train.
+    others = shape.num_adapter_layers + shape.num_frozen_layers - 1
     whole = (6 * d + 3 * q + 3 * k + 4 * f) * positions
     last = (d + 3 * q + 3 * k) * positions + (7 * d + q + 4 * f) * labels
     if recompute and others:

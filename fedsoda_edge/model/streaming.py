@@ -102,6 +102,11 @@ class Checkpoint:
         files = {path.name: sha256_file(path) for path in set(self._files.values())}
         return hashlib.sha256(json.dumps([files, self.fields], sort_keys=True).encode()).hexdigest()
 
+    @property
+    def bytes(self) -> int:
+        """Of its weights, as stored."""
+        return sum(path.stat().st_size for path in set(self._files.values()))
+
     @classmethod
     def open(cls, model: str, *, relative_to: Path | None = None, revision: str | None = None) -> Checkpoint:
         """A directory, or a model hub's id that `huggingface_hub` fetches (safetensors and JSON only).

@@ -1,10 +1,10 @@
-"""The seams to the outer world as small Protocols: Clock, Disk, Transport. The real ones stand beside."""
+"""The seams to the outer world as small Protocols: Clock, Disk, Transport, TorchPort. The real ones stand beside."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
-from typing import Protocol
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Protocol
 
 
 class Clock(Protocol):
@@ -59,3 +59,31 @@ class Transport(Protocol):
     def fetch(self, digest: str, offset: int) -> AsyncIterator[bytes]:
         """The bytes of a bundle file from `offset` on."""
         ...
+
+
+class TorchPort(Protocol):
+    """Commands that need torch, which runs elsewhere: `child.Child` starts a process for them."""
+
+    @property
+    def pid(self) -> int | None:
+        """Another number after each start; None where nothing runs."""
+        ...
+
+    @property
+    def rss_bytes(self) -> int | None: ...
+
+    @property
+    def peak_rss_bytes(self) -> int: ...
+
+    async def start(self) -> None: ...
+
+    async def call(
+        self,
+        command: str,
+        arguments: dict[str, Any],
+        on_progress: Callable[[dict[str, Any]], None] | None = None,
+    ) -> dict[str, Any]:
+        """Raises FedSODAError, WorkerFailed among them."""
+        ...
+
+    async def close(self) -> None: ...

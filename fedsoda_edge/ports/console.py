@@ -24,7 +24,7 @@ EXIT_HELP = (
 )
 
 
-class _Terminated(BaseException):
+class Terminated(BaseException):
     """SIGTERM: save state and exit 0."""
 
 
@@ -33,7 +33,7 @@ def reporting(as_json: bool, jsonl: bool, debug: bool) -> Iterator[None]:
     """Errors as one sentence and the exit status of their class."""
 
     def terminate(_: int, __: Any) -> None:
-        raise _Terminated
+        raise Terminated
 
     on_stop(terminate)
     try:
@@ -46,7 +46,7 @@ def reporting(as_json: bool, jsonl: bool, debug: bool) -> Iterator[None]:
         raise
     except Exception as error:
         _fail(error, 1, as_json, jsonl, debug, "")
-    except _Terminated:
+    except Terminated:
         note("stopped; the same command goes on where this left off")
         finish({"status": "ok", "stopped": "SIGTERM"}, as_json, jsonl)
         raise typer.Exit(0) from None

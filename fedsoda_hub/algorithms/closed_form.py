@@ -6,7 +6,7 @@ ReplaceMe's linear map in the place of removed layers (arXiv 2505.02819) at the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,8 +72,7 @@ def align(
     Raises:
         UsageProblem: a retained layer has no down_proj that ends its MLP, or no LoRA sits there.
     """
-    for layer in plan.retained:
-        _check(source, layer, emulator_lora)
+    check(source, plan.retained, emulator_lora)
     solved = dict(emulator_lora)
     states, begin = list(start), plan.retained[0]
     for done, layer in enumerate(plan.retained):
@@ -111,19 +110,21 @@ def align(
     return solved
 
 
-def _check(source: LayerSource, layer: int, emulator_lora: LoRATensors) -> None:
-    module = layer_on_meta(source.family, source.fields, layer)
-    # gemma3 and olmo2 have a norm behind the MLP, qwen3_moe many down_proj.
-    if MODULE not in linear_modules(module) or hasattr(module, "post_feedforward_layernorm"):
-        raise UsageProblem(
-            f"layer {layer} of this {source.family.model_type} model adds to its stream what is no output of one "
-            "down_proj; closed-form alignment needs that, use gradient steps"
-        )
-    if f"layers.{layer}.{MODULE}.lora_A" not in emulator_lora:
-        raise UsageProblem(
-            f"no LoRA sits on down_proj of layer {layer}; closed-form alignment needs it, add 'down_proj' to "
-            "[lora] targets"
-        )
+def check(source: LayerSource, layers: Iterable[int], names: Container[str]) -> None:
+    """Raises UsageProblem unless each of these layers could be solved for, with LoRA tensors of these names."""
+    for layer in layers:
+        module = layer_on_meta(source.family, source.fields, layer)
+        # gemma3 and olmo2 have a norm behind the MLP, qwen3_moe many down_proj.
+        if MODULE not in linear_modules(module) or hasattr(module, "post_feedforward_layernorm"):
+            raise UsageProblem(
+                f"layer {layer} of this {source.family.model_type} model adds to its stream what is no output of one "
+                "down_proj; closed-form alignment needs that: write [align] closed_form = false"
+            )
+        if f"layers.{layer}.{MODULE}.lora_A" not in names:
+            raise UsageProblem(
+                f"no LoRA sits on down_proj of layer {layer}; closed-form alignment needs it: add 'down_proj' to "
+                "[lora] targets, or write [align] closed_form = false"
+            )
 
 
 class _Fit:

@@ -31,6 +31,7 @@ DEFAULTS: dict[str, Any] = {
     "[method] emulator_base": "bf16",
     "[align] steps": 500,  # initial_update_rounds x local_update_steps, then local_update_steps
     "[align] realign_steps": 10,
+    "[align] border_map": "none",  # the paper has none
 }
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 USES: tuple[str, ...] = (
     *("[method] emulator", "[method] adapter_layers", "[method] layers_per_group", "[method] groups"),
     *("[method] realign_every", "[method] emulator_base", "[align] steps", "[align] realign_steps"),
-    *("[align] border_map", "[method] classes"),
+    *("[align] border_map", "[align] closed_form", "[method] classes"),
 )
 DEFAULTS: dict[str, Any] = {}
 

@@ -7,7 +7,6 @@ edge trained alone. Data and model are those of this folder; the rounds are the 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import shutil
@@ -21,14 +20,14 @@ from typing import Any
 import msgspec
 
 from fedsoda_edge.data import TextTemplate
-from fedsoda_edge.errors import UsageProblem, WorkerFailed
+from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model.memory import Samples, plans, shape_of
 from fedsoda_edge.ports.child import Child
 from fedsoda_edge.ports.console import counted, note
-from fedsoda_edge.ports.system import group_of_its_own, stop_signal
 from fedsoda_edge.protocol.manifest import parse_manifest
 from fedsoda_hub.config import read_settings
 from fedsoda_hub.demo import task
+from fedsoda_hub.processes import federate
 from fedsoda_hub.progress import Display
 
 HERE = Path(__file__).resolve().parent
@@ -80,6 +79,7 @@ sequences = {SEQUENCES}
 length = {LENGTH}
 
 [align]
+border_map = "none"         # its prompts would have to be written first
 steps = 40
 realign_steps = 12
 learning_rate = 3e-3
@@ -111,55 +111,6 @@ port = 0                    # any free one
 
 def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-class Process:
-    """One of the real commands, in its own group, with its events."""
-
-    def __init__(self, module: str, arguments: list[str], environment: dict[str, str]) -> None:
-        self._command = [sys.executable, "-m", module, *arguments]
-        # What is set for this command (FEDSODA_JSON, say) is not meant for those it starts.
-        ours = {name: value for name, value in os.environ.items() if not name.startswith("FEDSODA_")}
-        self._environment = {**ours, **environment}
-        self._process: asyncio.subprocess.Process | None = None
-        self.last: dict[str, Any] = {}
-
-    async def start(self) -> None:
-        self._process = await asyncio.create_subprocess_exec(
-            *self._command,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            env=self._environment,
-            limit=1 << 22,
-            **group_of_its_own(),
-        )
-
-    async def follow(self, say: Say) -> None:
-        """Pass events on until the process ends. Raises WorkerFailed when it did not end well."""
-        assert self._process is not None
-        assert self._process.stdout is not None
-        assert self._process.stderr is not None
-        words = asyncio.create_task(self._process.stderr.read())
-        async for line in self._process.stdout:
-            self.last = json.loads(line)
-            say(self.last)
-        status = await self._process.wait()
-        said = (await words).decode(errors="replace").strip()
-        if status != 0:
-            raise WorkerFailed(f"{' '.join(self._command[2:4])} ended with status {status}: {said[-400:]}", said)
-
-    async def stop(self) -> None:
-        """End it and everything it started."""
-        if self._process is None or self._process.returncode is not None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(stop_signal())
-        try:
-            async with asyncio.timeout(10):
-                await self._process.wait()
-        except TimeoutError:
-            self._process.kill()
-            await self._process.wait()
 
 
 async def run_demo(directory: Path, *, rounds: int, seed: int) -> dict[str, Any]:
@@ -195,66 +146,31 @@ async def run_demo(directory: Path, *, rounds: int, seed: int) -> dict[str, Any]
 
 async def _federate(directory: Path, run_file: Path, say: Say) -> tuple[float, float, dict[str, int]]:
     """Hub and edges to the end of the run; when it was prepared, when it ended, peak memory of the edges."""
-    listening: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    times = {"prepared": 0.0, "ended": 0.0}
+    times: dict[str, float] = {}
+    last: dict[str, dict[str, Any]] = {}
 
     def heard(event: dict[str, Any]) -> None:
-        if event["event"] == "listening":
-            listening.set_result(event["url"])
-            times["prepared"] = time.monotonic()
-        if event["event"] == "run_ended":
-            times["ended"] = time.monotonic()
+        times[event["event"]] = time.monotonic()
         say(event)
 
-    hub = Process("fedsoda_hub", ["serve", str(run_file), "--exit-when-done", "--jsonl"], {})
-    edges: list[Process] = []
-    try:
-        await hub.start()
-        async with asyncio.TaskGroup() as group:
-            following = group.create_task(hub.follow(heard))
-            first: set[asyncio.Future[Any]] = {following, listening}
-            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
-            if not listening.done():
-                await following
-                raise WorkerFailed("the hub ended before it listened", "")
-            for office in task.OFFICES:
-                token = directory / f"{office.name}.token"
-                _create_token(run_file, office.name, token)
-                edge = Process(
-                    "fedsoda_edge",
-                    [
-                        "join",
-                        listening.result(),
-                        "--token-file",
-                        str(token),
-                        "--data",
-                        str(directory / f"{office.name}.jsonl"),
-                        "--jsonl",
-                    ],
-                    {"FEDSODA_HOME": str(directory / "homes" / office.name), "FEDSODA_THREADS": "1"},
-                )
-                edges.append(edge)
-                await edge.start()
-                group.create_task(edge.follow(lambda _: None))
-    except BaseExceptionGroup as failures:
-        raise failures.exceptions[0] from None
-    finally:
-        for process in (hub, *edges):
-            await process.stop()
+    def keep_last(office: str) -> Say:
+        return lambda event: last.update({office: event})
+
+    await federate(
+        read_settings(run_file),
+        {office.name: directory / f"{office.name}.jsonl" for office in task.OFFICES},
+        directory / "homes",
+        asyncio.get_running_loop().create_future(),
+        heard,
+        keep_last,
+        {"FEDSODA_THREADS": "1"},
+    )
     peaks = {
-        "edge_peak_rss_bytes": max(edge.last["worker_peak_rss_bytes"] for edge in edges),
-        "agent_peak_rss_bytes": max(edge.last["agent_peak_rss_bytes"] for edge in edges),
+        f"{which}_peak_rss_bytes": max(one[f"{which}_peak_rss_bytes"] for one in last.values())
+        for which in ("worker", "agent")
     }
-    return times["prepared"], times["ended"], peaks
-
-
-def _create_token(run_file: Path, name: str, out: Path) -> None:
-    from fedsoda_hub.ledger import Ledger
-
-    ledger = Ledger(read_settings(run_file).run_dir / "ledger.sqlite")
-    out.touch(mode=0o600)
-    out.write_text(ledger.create_token(name), encoding="utf-8")
-    ledger.close()
+    peaks["edge_peak_rss_bytes"] = peaks.pop("worker_peak_rss_bytes")
+    return times["listening"], times["run_ended"], peaks
 
 
 async def _train_alone(directory: Path, rounds: int, seed: int, say: Say) -> dict[str, Path]:

@@ -123,6 +123,15 @@ class Realigned(Record, frozen=True, tag="realigned"):
     smaller: tuple[RealignedClass, ...] = ()
 
 
+class Probed(Record, frozen=True, tag="probed"):
+    """Before local training of `round`, where drift decides: KL(full LLM || sub-LLM) on held-out public blocks, and the
+    cosine of the adapter LoRA's gradients in both; with the current adapter LoRA."""
+
+    round: int
+    kl: float
+    cosine: float
+
+
 class Evaluated(Record, frozen=True, tag="evaluated"):
     round: int
     result: dict[str, Any]
@@ -143,6 +152,7 @@ AnyRecord = (
     | DeadlinePassed
     | RoundClosed
     | Realigned
+    | Probed
     | Evaluated
     | RunEnded
 )

@@ -19,6 +19,10 @@ from fedsoda_edge.protocol.messages import RoundClosed as RoundClosedMessage
 from fedsoda_hub.federation import events as ev
 from fedsoda_hub.federation.events import Append, Compute, Effect, Event, Ignored, Send
 
+AUTO = "auto"  # realign_every: when the sub-LLM has drifted, measured before every round that may bring a realignment
+AUTO_ROUNDS = 2  # from one realignment to the next, at least; method.md 8d has these three
+KL_GROWTH = 1.1
+LEAST_COSINE = 0.9
 MAX_EXAMPLES = 2**31
 MAX_LOSS = 1e6  # nats; a larger one would make the round's mean, and what is shown of it, infinite
 
@@ -36,7 +40,7 @@ class Rules:
     quorum: float
     deadline_seconds: float
     stall_seconds: float
-    realign_every: int
+    realign_every: int | str
     seed: int
     has_eval: bool
     eval_every: int = 0
@@ -90,6 +94,12 @@ class RunState(msgspec.Struct):
     losses: list[float] = []  # weighted mean of each closed round
     cross_terms: dict[int, float] = {}  # by round
     realignments: list[dict[str, int | float]] = []
+    probes: list[dict[str, int | float]] = []
+
+    @property
+    def aligned_kl(self) -> float:
+        """Public KL after the last alignment, which `Probed` is held against."""
+        return self.realignments[-1]["kl_after"] if self.realignments else self.public_kl["aligned"]
 
     def emulator(self, size_class: int) -> tuple[Digest, Digest | None]:
         """(view, coded step to it or None) of the emulator LoRA that edges of the class hold."""
@@ -146,6 +156,8 @@ class RunState(msgspec.Struct):
                 self.realignments.append(
                     {"round": record.round, "kl_before": record.kl_before, "kl_after": record.kl_after}
                 )
+            case ev.Probed():
+                self.probes.append({"round": record.round, "kl": record.kl, "cosine": record.cosine})
             case ev.Evaluated():
                 self.evaluation, self.evaluated_round = record.result, record.round
             case ev.RunEnded():
@@ -174,7 +186,7 @@ class RoundMachine:
             self._extensions += 1
         if isinstance(record, ev.RoundOpened | ev.CohortExtended):
             self._timer = None
-        if isinstance(record, ev.Prepared | ev.RoundClosed | ev.Realigned | ev.Evaluated):
+        if isinstance(record, ev.Prepared | ev.RoundClosed | ev.Realigned | ev.Probed | ev.Evaluated):
             self._running = None  # not before: a result that could not be written down is not lost
 
     @property
@@ -315,6 +327,8 @@ class RoundMachine:
                 aligned = msgspec.convert(result.get("smaller", ()), tuple[ev.RealignedClass, ...])
                 made = result | {"smaller": aligned}
                 return [Append(ev.Realigned(round=state.round + 1, version=state.alignment + 1, **made))]
+            case "probe":
+                return [Append(ev.Probed(round=state.round + 1, **result))]
             case "evaluate":
                 return [Append(ev.Evaluated(round=state.round, result=result))]
         raise AssertionError(f"no such job: {event.job}")
@@ -420,14 +434,20 @@ class RoundMachine:
         if is_last:
             return [Append(ev.RunEnded(rounds=state.round))]
         upcoming = state.round + 1
-        if rules.realign_every and upcoming % rules.realign_every == 0 and state.realigned_for < upcoming:
-            arguments = {
-                "version": state.alignment + 1,
-                "master": state.master,
-                "emulator_view": state.emulator_view,
-                "smaller": [held.emulator_view for held in state.smaller],
-            }
-            return self._start("realign", arguments)
+        alike = {"master": state.master, "emulator_view": state.emulator_view}
+        every = rules.realign_every
+        if isinstance(every, int):
+            is_due = every > 0 and upcoming % every == 0 and state.realigned_for < upcoming
+        elif upcoming - state.realigned_for < AUTO_ROUNDS:
+            is_due = False
+        elif not state.probes or state.probes[-1]["round"] != upcoming:
+            return self._start("probe", alike)
+        else:
+            found = state.probes[-1]
+            is_due = found["kl"] > KL_GROWTH * state.aligned_kl or found["cosine"] < LEAST_COSINE
+        if is_due:
+            smaller = [held.emulator_view for held in state.smaller]
+            return self._start("realign", {"version": state.alignment + 1, **alike, "smaller": smaller})
         if len(self.eligible) < rules.min_edges:
             edges = "1 edge" if rules.min_edges == 1 else f"{rules.min_edges} edges"
             here = "1 is here" if len(self.eligible) == 1 else f"{len(self.eligible)} are here"

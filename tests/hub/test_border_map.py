@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+import fedsoda_hub.self_generated as self_generated
 from fedsoda_edge.border import Border
 from fedsoda_edge.border_cache import CachedStates, CacheSettings
 from fedsoda_edge.data import Sample, SampleTokenizer
@@ -23,7 +25,8 @@ from fedsoda_hub.config import RunSettings
 from fedsoda_hub.evaluation import Evaluator, Question
 from fedsoda_hub.export import judged_models
 from fedsoda_hub.prepare import Preparation
-from tests.hub.runs import make_run, prepare
+from tests.hub.runs import killed_after, make_run, prepare
+from tests.schema import HUB
 
 WIDTH = 12
 
@@ -133,8 +136,17 @@ def test_prepare_fits_the_map_after_alignment_and_the_bundle_carries_it(run: Run
     assert error_on_prompts(run, view) < 0.7 * error_on_prompts(run, without)
 
 
+def test_alignment_and_public_kl_do_not_see_it(run: RunSettings, tmp_path: Path, tiny_llama: Path) -> None:
+    plain = make_run(tmp_path, tiny_llama, align={"border_map": "none", "steps": 4, "realign_steps": 2})
+    kl, view = prepare(plain)["public_kl"], Bundle.open(plain.run_dir / "bundle").emulator_lora()
+    assert kl == prepare(run)["public_kl"]
+    mapped = Bundle.open(run.run_dir / "bundle").emulator_lora()
+    assert all(torch.equal(mapped[name], tensor) for name, tensor in view.items())
+
+
 def test_a_realignment_fits_it_anew_and_sends_it_like_the_lora(run: RunSettings) -> None:
-    made = Preparation(run)
+    said: list[dict[str, Any]] = []
+    made = Preparation(run, said.append)
     bundle = Bundle.open(run.run_dir / "bundle")
     before = bundle.emulator_lora()
     disturbed = {name: tensor + (0.2 if name == "border.D" else 0.0) for name, tensor in before.items()}
@@ -144,6 +156,10 @@ def test_a_realignment_fits_it_anew_and_sends_it_like_the_lora(run: RunSettings)
     moved = delta.advance(disturbed, made.blobs.get(result["delta"]), layout, "nf4")
     assert all(torch.equal(view[name], moved[name]) for name in view)
     assert error_on_prompts(run, view) < 0.5 * error_on_prompts(run, disturbed)
+    for event in said:
+        HUB.check_event({"event": "progress", "job": "realign", **event})
+    [errors] = [event for event in said if event["stage"] == "fitting the border map"]
+    assert errors["error"] < errors["error_before"]
 
 
 def test_edge_hub_and_a_whole_model_apply_it_alike(run: RunSettings, tmp_path: Path) -> None:
@@ -204,8 +220,7 @@ def test_the_sub_llm_is_judged_with_it_and_the_plug_in_without(run: RunSettings)
 @pytest.mark.parametrize(
     ("tables", "message"),
     [
-        ({"align": {"border_map": "ridge"}}, r"border_map = 'ridge' in RUN.toml without \[public\] like_task"),
-        ({"align": {"border_map": "linear"}}, r"border_map = 'linear' in RUN.toml; it must be none or ridge"),
+        ({"align": {"border_map": "linear"}}, r"border_map = 'linear' in RUN.toml; it must be auto or ridge or none"),
         (
             {"public": {"like_task": "none.jsonl"}, "align": {"border_map": "ridge"}},
             r"like_task: .*none.jsonl is not there",
@@ -233,3 +248,70 @@ def test_prompts_without_the_column_are_refused(tmp_path: Path, tiny_llama: Path
     settings = make_run(tmp_path, tiny_llama, public={"like_task": "other.jsonl"}, align={"border_map": "ridge"})
     with pytest.raises(UsageProblem, match="word"):
         Preparation(settings)
+
+
+@pytest.fixture(autouse=True)
+def _few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(self_generated, "MAX_PROMPTS", 60)
+    monkeypatch.setattr(self_generated, "COLUMN_IDS", 8)
+
+
+BY_DEFAULT: dict[str, dict[str, object]] = {"align": {"border_map": None, "steps": 0}}
+
+
+def test_without_a_word_about_it_the_map_is_fitted_on_prompts_that_the_full_llm_writes(
+    tmp_path: Path, tiny_llama: Path
+) -> None:
+    settings = make_run(tmp_path / "first", tiny_llama, **BY_DEFAULT)
+    said: list[dict[str, object]] = []
+    first = Preparation(settings, said.append).run()
+    [fit] = [values for values in said if values["stage"] == "fitting the border map"]
+    assert fit["error"] < 0.7 * fit["error_before"]  # type: ignore[operator]
+    again = make_run(tmp_path / "again", tiny_llama, **BY_DEFAULT)
+    with killed_after(5):
+        prepare(again)
+    written = (again.run_dir / "prepare" / "prompts.safetensors").stat().st_mtime_ns
+    assert prepare(again) == first
+    assert (again.run_dir / "prepare" / "prompts.safetensors").stat().st_mtime_ns == written
+    other = make_run(tmp_path / "again", tiny_llama, **BY_DEFAULT, task={"prompt": "Tell {word}:"})
+    assert prepare(other)["emulator_view"] != first["emulator_view"]
+
+
+def test_where_the_full_llm_cannot_write_prompts_a_run_goes_on_without_a_map_unless_one_was_asked_for(
+    tmp_path: Path, tiny_llama: Path
+) -> None:
+    bare = {"prompt": "{word}"}
+    without = prepare(make_run(tmp_path / "none", tiny_llama, align={"steps": 0}, task=bare))
+    said: list[dict[str, object]] = []
+    settings = make_run(tmp_path / "auto", tiny_llama, **BY_DEFAULT, task=bare)
+    assert Preparation(settings, said.append).run() == without
+    [why] = [values["why"] for values in said if values["stage"] == "no border map"]
+    assert "does not tell the full LLM what the task's prompts are like" in str(why)
+    bundle = Bundle.open(settings.run_dir / "bundle")
+    made = Preparation(settings, lambda _: None)
+    assert made.realign(1, bundle.adapter_lora(), bundle.emulator_lora(), "bf16")["kl_after"] > 0
+    asked = make_run(tmp_path / "asked", tiny_llama, align={"border_map": "ridge", "steps": 0}, task=bare)
+    with pytest.raises(UsageProblem, match=r'write \[align\] border_map = "none"'):
+        prepare(asked)
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ({}, "auto"),
+        ({"emulator": "full", "layers_per_group": None, "groups": None}, "none"),
+        ({"name": "fedbiot", "layers_per_group": None, "groups": None, "drop_layers": 2}, "none"),
+    ],
+)
+def test_only_fedsoda_has_a_map_by_default(
+    tmp_path: Path, tiny_llama: Path, method: dict[str, object], expected: str
+) -> None:
+    align = {"border_map": None, "steps": None, "realign_steps": None}
+    assert make_run(tmp_path, tiny_llama, method=method, align=align).align.border_map == expected
+
+
+def test_nothing_removed_leaves_nothing_to_map(tmp_path: Path, tiny_llama: Path) -> None:
+    settings = make_run(tmp_path, tiny_llama, **BY_DEFAULT, method={"groups": 0})
+    prepare(settings)
+    assert not Bundle.open(settings.run_dir / "bundle").emulator_lora()
+    assert not (settings.run_dir / "prepare" / "prompts.safetensors").exists()

@@ -14,6 +14,7 @@ from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.streaming import Checkpoint, stream
 from fedsoda_hub.algorithms import closed_form
 from tests.edge.model.test_bundle import random_lora, write
+from tests.hub.runs import make_run, prepare
 from tests.tiny import make_tiny
 
 RANK, SCALE = 3, 2.0
@@ -161,3 +162,33 @@ def test_what_closed_form_cannot_solve_is_said(tmp_path: Path, bundle: Bundle, r
     other = write(tmp_path / "bundle", make_tiny(tmp_path / "gemma", "gemma3_text"))
     with pytest.raises(UsageProblem, match=r"gemma3_text model adds to its stream what is no output of one down_proj"):
         aligned(other, retained, lora.initial(other.manifest.lora.emulator, 0))
+
+
+def test_a_preparation_begins_with_it_or_ends_with_it(tmp_path: Path, tiny_llama: Path) -> None:
+    alone = prepare(make_run(tmp_path / "alone", tiny_llama, align={"closed_form": True, "steps": 0}))["public_kl"]
+    assert alone["aligned"] == alone["closed_form"] < alone["quantized"]
+    before = prepare(make_run(tmp_path / "before", tiny_llama, align={"closed_form": True}))["public_kl"]
+    assert before["closed_form"] == alone["closed_form"]
+    assert before["aligned"] != before["closed_form"]
+    plain = prepare(make_run(tmp_path / "alone", tiny_llama, align={"steps": 0}))["public_kl"]  # another run's place
+    assert plain == {"pruned": alone["pruned"], "quantized": alone["quantized"], "aligned": alone["quantized"]}
+
+
+def test_a_run_that_could_not_be_solved_for_is_refused_before_any_work(tmp_path: Path, tiny_llama: Path) -> None:
+    asked = {"closed_form": True}
+    with pytest.raises(
+        UsageProblem, match=r"add 'down_proj' to \[lora\] targets, or write \[align\] closed_form = false"
+    ):
+        prepare(make_run(tmp_path / "llama", tiny_llama, align=asked, lora={"targets": ["q_proj"]}))
+    gemma = make_tiny(tmp_path / "gemma", "gemma3_text")
+    settings = make_run(tmp_path / "run", gemma, align=asked)
+    with pytest.raises(UsageProblem, match=r"needs that: write \[align\] closed_form = false"):
+        prepare(settings)
+    assert not (settings.run_dir / "prepare").exists()
+    with pytest.raises(UsageProblem, match=r'closed_form = True beside \[method\] name = "fedot"'):
+        make_run(
+            tmp_path / "ot",
+            tiny_llama,
+            method={"name": "fedot", "layers_per_group": None, "groups": None, "adapter_layers": 2},
+            align={**asked, "realign_steps": None},
+        )

@@ -15,23 +15,24 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedsoda_edge.border import Border
 from fedsoda_edge.border_cache import CachedStates, CacheSettings
 from fedsoda_edge.errors import BlobCorrupt, UsageProblem
 from fedsoda_edge.model import delta, lora
 from fedsoda_edge.model.bundle import Bundle, BundleSettings, encode_manifest, read_manifest, write_bundle
-from fedsoda_edge.model.memory import Samples
+from fedsoda_edge.model.memory import Samples, plans, shape_of
 from fedsoda_edge.model.streaming import Checkpoint
 from fedsoda_edge.model.sub_llm import SubLLM, build
 from fedsoda_edge.ports.disk import BlobStore
 from fedsoda_edge.protocol.manifest import LoRASpec
 from fedsoda_edge.training import completion_loss, fine_tune
+from fedsoda_edge.worker import Worker
 from fedsoda_hub.algorithms.methods import METHODS, method_of
 from fedsoda_hub.algorithms.representatives import contiguous, measure_layers, select_layers, spectral
 from fedsoda_hub.config import LAYER_CHOICES, Method, RunSettings, read_settings, settings_for_plan
-from fedsoda_hub.export import export
+from fedsoda_hub.export import export, judged_models
 from fedsoda_hub.federation.events import Realigned, RoundClosed
 from fedsoda_hub.ledger import Ledger, read_outcome
 from fedsoda_hub.plan import likely_plan, plan_report
@@ -40,6 +41,7 @@ from tests.edge.model.test_bundle import pruned_by_hand, random_lora
 from tests.edge.model.test_memory import kept_bytes, plan_of
 from tests.edge.test_training import SETTINGS, make_samples
 from tests.hub.runs import make_run, prepare
+from tests.hub.test_evaluation import QUESTIONS, evaluator, score_by_hand
 from tests.hub.test_full_emulator import mean_nll
 from tests.hub.test_oda import with_peft
 from tests.hub.test_plan import MODELS
@@ -359,6 +361,54 @@ def test_training_moves_both_ends_and_not_what_lies_between(tmp_path: Path, tiny
     assert not any(parameter.requires_grad for parameter in model.model.parameters())
 
 
+def test_a_worker_trains_through_the_emulator_lora_of_the_last_alignment(tmp_path: Path, tiny_llama: Path) -> None:
+    bundle = bundle_of(tmp_path / "bundle", tiny_llama, "fedot", "bf16")
+    spec, store = bundle.manifest.lora, BlobStore(tmp_path / "store")
+    digests = {path.name: store.put(path.read_bytes()) for path in (tmp_path / "bundle").iterdir()}
+    rows = [{"prompt": f"Say {word}:", "completion": word[::-1]} for word in ("cat", "rain", "inn", "mat")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    worker = Worker()
+    worker.open(
+        {
+            "store": str(tmp_path / "store"),
+            "manifest": digests["manifest.json"],
+            "data": str(tmp_path / "rows.jsonl"),
+            "columns": {},
+            "prompt": "{prompt}",
+            "completion": "{completion}",
+            "max_length": 64,
+        },
+        lambda _: None,
+    )
+    samples, view = worker._samples.samples, bundle.adapter_lora()
+    settings = msgspec.structs.replace(SETTINGS, max_steps=3)
+
+    def by_worker(emulator: Path | None) -> dict[str, Tensor]:
+        memory = msgspec.to_builtins(next(plans(shape_of(bundle.manifest), "cpu", Samples(4, 64, 64))))
+        cache = {"directory": str(tmp_path / "border"), "key": "00" * 32, "dtype": "bf16", "max_bytes": None}
+        path = None if emulator is None else str(emulator)
+        worker.border({"emulator": path, "cache": cache, "memory": memory, "room": 2**50}, lambda _: None)
+        files = {key: str(tmp_path / key) for key in ("update", "new_residual", "checkpoint")}
+        task = {"settings": msgspec.to_builtins(settings), "seed": 0, "round": 1, "edge": "a", "codec": "bf16"}
+        worker.train({**files, **task, "view": None, "residual": None}, lambda _: None)
+        return delta.decode((tmp_path / "update").read_bytes(), spec.adapter, "bf16")
+
+    def by_hand(emulator: dict[str, Tensor]) -> dict[str, Tensor]:
+        border = Border.sweep(bundle, (), samples, lora={}, lora_scale=spec.scale)
+        model = build(bundle, bundle.plan.resident)
+        lora.attach(model, spec, {**emulator, **view})
+        return fine_tune(model, border, view, settings, seed=0, round_number=1, edge="a").delta
+
+    def are_near(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+        return all(float((ours[key] - theirs[key]).norm()) < 0.01 * float(theirs[key].norm()) for key in theirs)
+
+    first, second = bundle.emulator_lora(), lora.on(bundle.plan.emulator, random_lora(spec, 9))
+    (tmp_path / "aligned").write_bytes(delta.to_bytes(second))
+    assert are_near(by_worker(None), by_hand(first))
+    assert are_near(by_worker(tmp_path / "aligned"), by_hand(second))
+    assert not are_near(by_hand(first), by_hand(second))
+
+
 @pytest.mark.parametrize("name", ["fedot", "fedpetuning", "fedpruner"])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_memory_plan_has_room_for_all_layers_that_gradients_go_through(
@@ -436,6 +486,27 @@ def test_only_another_base_is_named_in_a_manifest(prepared: RunSettings, tmp_pat
     ):
         with pytest.raises(BlobCorrupt, match=problem):
             read_manifest(encode_manifest(msgspec.structs.replace(manifest, **change)))
+
+
+# --- evaluation --------------------------------------------------------------------------------------------
+
+
+def test_the_hub_judges_a_bottom_adapter_with_the_emulator_lora_above_it(tmp_path: Path, tiny_llama: Path) -> None:
+    bundle = bundle_of(tmp_path / "b", tiny_llama, "fedot", "bf16")
+    spec, tensors = bundle.manifest.lora, {**bundle.adapter_lora(), **bundle.emulator_lora()}
+    models = judged_models(bundle, Checkpoint.open(str(tiny_llama)), bundle.adapter_lora(), bundle.emulator_lora())
+    full: Any = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    places = {number: position for position, number in enumerate(bundle.plan.kept)}
+    pruned = pruned_by_hand(tiny_llama, bundle.plan, quantized=False)
+    by_hand = {
+        "sub_llm": with_peft(pruned, places, tensors, spec.rank, spec.alpha),
+        "plug_in": with_peft(full, {n: n for n in bundle.plan.adapter}, tensors, spec.rank, spec.alpha),
+    }
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiny_llama)
+    for name, whole in by_hand.items():
+        own = [score_by_hand(whole, tokenizer, q.prompt, q.completion) for q in QUESTIONS]
+        expected = -sum(score for score, _ in own) / sum(count for _, count in own)
+        assert evaluator(tiny_llama).answers(models[name]).nll == pytest.approx(expected, rel=1e-5), name
 
 
 # --- a whole run -------------------------------------------------------------------------------------------

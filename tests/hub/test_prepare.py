@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import msgspec
 import pytest
@@ -54,6 +55,24 @@ def test_prepare_killed_after_any_write_ends_with_the_same_bytes(
         prepare(settings)
     assert not (settings.run_dir / "bundle" / "manifest.json").exists()
     assert prepare(settings) == prepare(prepared)
+
+
+def test_public_text_of_the_full_llm_itself_is_written_once_and_the_same_after_an_end(
+    tmp_path: Path, tiny_llama: Path
+) -> None:
+    own: dict[str, dict[str, Any]] = {"public": {"text": "self-generated", "sequences": 4}, "align": {"steps": 2}}
+    settings = make_run(tmp_path / "a", tiny_llama, **own)
+    (tmp_path / "a" / "public.txt").unlink()
+    first = prepare(settings)
+    made = Preparation(settings)
+    assert {len(ids) for ids in made.used + made.held_out} == {24}
+    assert (len(made.used), len(made.held_out)) == (4, 32)
+    again = make_run(tmp_path / "b", tiny_llama, **own)
+    with killed_after(2):
+        prepare(again)
+    with mock.patch.object(prepare_module, "generate_blocks", side_effect=AssertionError("it writes again")):
+        assert prepare(again) == first
+    assert prepare(msgspec.structs.replace(again, seed=1))["public_kl"]["pruned"] != first["public_kl"]["pruned"]
 
 
 def test_another_method_gives_another_bundle(tmp_path: Path, tiny_llama: Path) -> None:

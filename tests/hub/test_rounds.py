@@ -6,8 +6,10 @@ import contextlib
 import hashlib
 import json
 import math
+import sys
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import msgspec
 import pytest
@@ -176,6 +178,8 @@ def compute(job: ev.Compute) -> dict[str, Any]:
             return {**made, "moments": digest(job.job, "moments", job.arguments), "cross_term": 0.01}
         case "realign":
             return {"view": made["view"], "delta": made["delta"], "kl_before": 0.3, "kl_after": 0.2}
+        case "probe":
+            return {"kl": 0.21, "cosine": 0.95}
     return {"accuracy": {"full": 0.5}}
 
 
@@ -544,6 +548,45 @@ def test_realignment_comes_before_local_training_of_every_kth_round() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("probes", "expected"),
+    [
+        # The alignment before round 1 left a KL of 0.2.
+        ([(0.21, 0.95)] * 4, "1 ? 2 ? 3 ? 4 ? 5"),
+        ([(0.21, 0.95), (0.23, 0.95), (0.21, 0.95)], "1 ? 2 ? r 3 4 ? 5"),  # at most every second round
+        ([(0.21, 0.89), (0.21, 0.89)], "1 ? r 2 3 ? r 4 5"),
+        # A realignment left one of 0.3, so 0.32 is no drift any more, and 0.34 is.
+        ([(0.5, 0.95), (0.32, 0.9), (0.34, 0.95)], "1 ? r 2 3 ? 4 ? r 5"),
+    ],
+)
+def test_auto_realigns_where_a_probe_shows_drift(probes: list[tuple[float, float]], expected: str) -> None:
+    left, calm = iter(probes), compute
+
+    def measured(job: ev.Compute) -> dict[str, Any]:
+        if job.job == "probe":
+            kl, cosine = next(left)
+            return {"kl": kl, "cosine": cosine}
+        return calm(job) | ({"kl_after": 0.3} if job.job == "realign" else {})
+
+    with mock.patch.object(sys.modules[__name__], "compute", measured):
+        run = finish(collecting_run(replace(RULES, count=5, realign_every="auto")))
+    marks = {ev.Probed: "?", ev.Realigned: "r"}
+    records = [r for r in run.ledger.records() if isinstance(r, ev.RoundOpened | ev.Probed | ev.Realigned)]
+    assert " ".join(marks.get(type(r), str(r.round)) for r in records) == expected
+    assert [probe["kl"] for probe in run.state.probes] == [kl for kl, _ in probes]
+    assert next(left, None) is None
+
+
+def test_a_probe_sees_the_master_and_the_emulators_view() -> None:
+    run = collecting_run(replace(RULES, count=2, realign_every="auto"))
+    run.holds_jobs = True
+    run.send_update("a")
+    run.send_update("b")
+    run.finish_job()
+    [probe] = run.jobs
+    assert probe == ev.Compute("probe", {"master": run.state.master, "emulator_view": digest("emulator")})
+
+
 def test_realignment_and_evaluation_see_the_master_and_the_emulators_view() -> None:
     run = collecting_run(replace(RULES, count=2, realign_every=2, has_eval=True))
     run.holds_jobs = True
@@ -691,6 +734,9 @@ def drive(run: Run, restarts: int = 3) -> Run:
 LONG = replace(RULES, count=4, realign_every=2, has_eval=True, eval_every=3, min_edges=2)
 
 
+AUTO = replace(LONG, realign_every="auto")
+
+
 def facts(run: Run) -> list[ev.AnyRecord]:
     """What must be equal: all but when (deadline_at)."""
     return [
@@ -701,13 +747,17 @@ def facts(run: Run) -> list[ev.AnyRecord]:
     ]
 
 
+# prepared; open, a, b, closed; two realignments, or three probes; two evaluations; ended
+@pytest.mark.parametrize(
+    ("rules", "durable"), [(LONG, 1 + 4 * 4 + 2 + 2 + 1), (AUTO, 1 + 4 * 4 + 3 + 2 + 1)], ids=["fixed", "auto"]
+)
 @pytest.mark.parametrize("written", [False, True])
-def test_a_kill_at_any_durable_step_leaves_the_calm_runs_records(written: bool) -> None:
-    calm = drive(Run(LONG))
+def test_a_kill_at_any_durable_step_leaves_the_calm_runs_records(written: bool, rules: Rules, durable: int) -> None:
+    calm = drive(Run(rules))
     steps = calm.appends
-    assert steps == 1 + 4 * 4 + 2 + 2 + 1  # prepared; open, a, b, closed; two realignments; two evaluations; ended
+    assert steps == durable
     for step in range(1, steps + 1):
-        cut = Run(LONG, cut_at=step, written=written)
+        cut = Run(rules, cut_at=step, written=written)
         drive(cut)
         assert cut.was_cut, f"step {step} was not reached"
         assert facts(cut) == facts(calm), f"killed at step {step}"

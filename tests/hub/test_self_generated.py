@@ -14,7 +14,7 @@ import fedsoda_hub.self_generated as self_generated
 from fedsoda_edge.data import TextTemplate
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model.streaming import Checkpoint
-from fedsoda_hub.self_generated import generate_blocks
+from fedsoda_hub.self_generated import generate_blocks, generate_prompts
 
 BOS, EOS = 1, 2
 
@@ -24,6 +24,8 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(self_generated, "BATCH_SIZE", 6)
     monkeypatch.setattr(self_generated, "MAX_HELD_OUT", 3)
     monkeypatch.setattr(self_generated, "COLUMN_IDS", 20)
+    monkeypatch.setattr(self_generated, "MAX_PROMPTS", 12)
+    monkeypatch.setattr(self_generated, "MIN_PROMPTS", 5)
 
 
 @pytest.fixture(scope="module")
@@ -71,27 +73,68 @@ def test_only_the_k_likeliest_are_drawn(tiny_llama: Path, reference: Any, monkey
     assert set(ranks) == {0, 1, 2}
 
 
-def test_a_template_gives_rows_whose_columns_the_model_has_written(
+def prompts(model: Path, template: str, max_length: int = 64, **changes: Any) -> list[torch.Tensor]:
+    source = Checkpoint.open(str(model))
+    source.fields.update(changes)
+    return generate_prompts(source, TextTemplate(template), max_length, seed=3)
+
+
+def test_prompts_are_the_template_with_columns_that_the_model_has_written(
     tiny_llama: Path, reference: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(self_generated, "TOP_K", 1)
-    source = Checkpoint.open(str(tiny_llama))
     tokenizer = Tokenizer.from_file(str(tiny_llama / "tokenizer.json"))
-    template = TextTemplate("Say {word}? It is {answer}")
-    used, held_out = generate_blocks(source, 6, 30, seed=3, template=template)
-    ids = [token for block in used + held_out for token in block.tolist()[1:]]
-    lines = tokenizer.decode(ids).split("\n")[:-1]
-    rows = [line.removeprefix("Say ").split("? It is ") for line in lines]
-    assert len({word for word, _ in rows}) > 3
-    for line, (word, answer) in zip(lines, rows, strict=True):
-        assert line == template.render({"word": word, "answer": answer})
+    found = prompts(tiny_llama, "Say {word}? Then {answer}:")
+    texts = [tokenizer.decode(ids.tolist()) for ids in found]
+    assert len(set(texts)) == len(texts) == 12
+    for ids, text in zip(found, texts, strict=True):
+        assert ids.tolist() == tokenizer.encode(text).ids  # with bos, as an edge reads it
+        word, answer = text.removeprefix("Say ").removesuffix(":").split("? Then ")
+        assert text == f"Say {word}? Then {answer}:"
         assert "?" not in word  # where the next fixed text begins, a column ends
-        start = tokenizer.encode(f"Say {word}? It is").ids  # with bos
+        start = tokenizer.encode(f"Say {word}? Then").ids
         made: list[int] = []
         while len(made) < 20 and (not made or made[-1] != EOS):
             made.append(likeliest(reference, start + made))
         written = tokenizer.decode([token for token in made if token != EOS]).lstrip()
-        assert answer == written.partition("\n")[0].strip()
+        assert answer == written.partition("\n")[0].partition(":")[0].strip()
+
+
+def test_prompts_are_few_enough_and_whole(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    every = prompts(tiny_llama, "Say {word}:")
+    assert [ids.tolist() for ids in prompts(tiny_llama, "Say {word}:")] == [ids.tolist() for ids in every]
+    longest = max(map(len, every))
+    shorter = prompts(tiny_llama, "Say {word}:", longest - 1)
+    assert len(shorter) == 12
+    assert max(map(len, shorter)) < longest
+    assert {int(ids[-1]) for ids in every + shorter} == {int(every[0][-1])}  # the colon: nothing is cut off
+    monkeypatch.setattr(self_generated, "MAX_PROMPT_IDS", sum(map(len, every[:7])))
+    assert 6 <= len(prompts(tiny_llama, "Say {word}:")) <= 12
+    assert sum(map(len, prompts(tiny_llama, "Say {word}:"))) <= sum(map(len, every[:7]))
+
+
+@pytest.mark.parametrize(
+    ("template", "max_length", "changes", "message"),
+    [
+        ("{word}", 64, {}, r"does not tell the full LLM what .* are like.*give a file as \[public\] like_task"),
+        ("Go on:", 64, {}, "does not tell the full LLM"),
+        ("Say {word}:", 2, {}, r'has written 0 different prompts of at most 2 ids; .* \[align\] border_map = "none"'),
+        ("Say {word}:", 64, {"eos_token_id": list(range(320))}, "has written 0 different prompts"),
+        ("z" * 300 + "{word}", 64, {}, r"has 3\d\d ids before its last column, the model has 256 positions"),
+    ],
+)
+def test_prompts_that_cannot_be_are_refused(
+    tiny_llama: Path, template: str, max_length: int, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageProblem, match=message):
+        prompts(tiny_llama, template, max_length, **changes)
+
+
+def test_a_full_llm_that_does_not_fit_is_not_loaded(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Checkpoint, "bytes", 10**15)
+    monkeypatch.setattr(self_generated, "build", lambda *_, **__: pytest.fail("it is loaded"))
+    with pytest.raises(UsageProblem, match=r"tiny needs \d+\.0 GB of memory, .* GB are free"):
+        generate_blocks(Checkpoint.open(str(tiny_llama)), 1, 12, seed=0)
 
 
 def test_without_bos_texts_begin_with_any_id_and_rows_on_a_new_line(tiny_llama: Path) -> None:
@@ -100,18 +143,16 @@ def test_without_bos_texts_begin_with_any_id_and_rows_on_a_new_line(tiny_llama: 
     used, _ = generate_blocks(source, 6, 12, seed=0)
     assert len({int(block[0]) for block in used}) > 3
     assert {len(block) for block in used} == {12}
-    rows, _ = generate_blocks(source, 3, 40, seed=0, template=TextTemplate("{word}, {word}"))
     tokenizer = Tokenizer.from_file(str(tiny_llama / "tokenizer.json"))
-    first, second = tokenizer.decode(torch.cat(rows).tolist()).split("\n")[0].split(", ", 1)
-    assert first == second
+    for ids in prompts(tiny_llama, "{word}, {word}", bos_token_id=None):
+        first, _, second = tokenizer.decode(ids.tolist()).rpartition(", ")
+        assert first == second
 
 
 def test_a_model_that_writes_nothing_is_named(tiny_llama: Path) -> None:
     source = Checkpoint.open(str(tiny_llama))
     source.fields["eos_token_id"] = list(range(320))
     with pytest.raises(
-        UsageProblem, match=r"ends all of 6 texts before it has written anything; give a \[public\] text"
+        UsageProblem, match=r"ends all of 6 texts before it has written anything; give a file as \[public\] text"
     ):
         generate_blocks(source, 1, 12, seed=0)
-    with pytest.raises(UsageProblem, match=r"has 3\d\d ids before its last column, the model has 256 positions"):
-        generate_blocks(source, 1, 12, seed=0, template=TextTemplate("z" * 300 + "{word}"))

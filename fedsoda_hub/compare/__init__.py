@@ -1,0 +1,1 @@
+"""`fedsoda-hub compare`: methods x seeds x splits on one task, through the machine and codecs that daemons use."""

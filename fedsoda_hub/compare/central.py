@@ -1,0 +1,52 @@
+"""The ceiling: the same LoRA trained on the full 16-bit model with all rows in one place. No federation, no wire."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+from torch import Tensor
+
+from fedsoda_edge.border import Border
+from fedsoda_edge.data import LocalData, SampleTokenizer, read_samples
+from fedsoda_edge.model import lora
+from fedsoda_edge.model.bundle import Bundle
+from fedsoda_edge.model.sub_llm import build
+from fedsoda_edge.training import fine_tune, num_steps
+from fedsoda_hub.config import RunSettings
+from fedsoda_hub.prepare import open_full_llm, pick_device
+
+
+def train_central(
+    settings: RunSettings, data: Path, edge_rows: Sequence[int], rates: Sequence[float], said: Callable[[], None]
+) -> dict[float, dict[str, Tensor]]:
+    """The adapter LoRA for each learning rate, after as many rounds and as many examples in each as the cohort has.
+
+    Args:
+        settings: of a prepared run. data: all rows. edge_rows: how many of them each edge holds. said: called after
+        each round.
+    """
+    source, bundle = open_full_llm(settings), Bundle.open(settings.run_dir / "bundle")
+    spec, plan, local = bundle.manifest.lora, bundle.plan, settings.local.message()
+    device, dtype = pick_device(settings.device, settings.dtype)
+    tokenizer = SampleTokenizer(source.path / "tokenizer.json", source.fields.get("eos_token_id"))
+    rows = read_samples(LocalData(data), settings.prompt, settings.completion, tokenizer, local.max_length)
+    border = Border.sweep(
+        source, plan.emulator, rows.samples, lora={}, lora_scale=spec.scale, compute_dtype=dtype, device=device
+    )
+    share = min(1.0, settings.rounds.cohort / len(edge_rows))
+    steps = round(share * sum(num_steps(number, local) for number in edge_rows))
+    epochs = -(-steps * local.batch_size // len(rows.samples))
+    trained = {}
+    for rate in rates:
+        central = msgspec.structs.replace(local, max_steps=steps, epochs=epochs, learning_rate=rate)
+        tail = build(source, plan.adapter, compute_dtype=dtype, device=device)
+        view = bundle.adapter_lora()
+        lora.attach(tail, spec, view)
+        for number in range(1, settings.rounds.count + 1):
+            step = fine_tune(tail, border, view, central, seed=settings.seed, round_number=number, edge="central")
+            view = {name: view[name] + step.delta[name] for name in view}
+            said()
+        trained[rate] = view
+    return trained

@@ -1,0 +1,150 @@
+"""A whole comparison of a small model: its report, its tables, and a second call that goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedsoda_edge.errors import DataProblem, UsageProblem
+from fedsoda_hub.compare import in_process
+from fedsoda_hub.compare import run as run_module
+from fedsoda_hub.compare.run import run_comparison
+from fedsoda_hub.compare.settings import read_comparison
+from fedsoda_hub.compare.summary import markdown
+from tests.hub.compare.files import write_comparison
+from tests.schema import HUB
+
+VARIANTS = {"aligned": {"align": {"steps": 2}}, "none": {"align": {"steps": 0}, "method": {"realign_every": 0}}}
+MEASURED = ("seconds_per_edge_round", "bytes", "by_round", "to_level", "edge_memory_bytes")
+
+
+def compared(path: Path, out: Path, events: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+    def say(event: dict[str, Any]) -> None:
+        HUB.check_event(event)
+        if events is not None:
+            events.append(event)
+
+    return run_comparison(read_comparison(path), out, "memory", say)
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> tuple[Path, Path, dict[str, Any]]:
+    """(COMPARE.toml, where its results lie, the report)."""
+    directory = tmp_path_factory.mktemp("calm")
+    path = write_comparison(directory, tiny_llama, VARIANTS, compare={"baselines": ["untouched", "alone", "central"]})
+    return path, directory / "out", compared(path, directory / "out")
+
+
+def test_the_report_is_as_promised(calm: tuple[Path, Path, dict[str, Any]]) -> None:
+    _, out, report = calm
+    HUB.check("compare", {"schema": 1, "status": "ok", **report})
+    assert json.loads((out / "compare.json").read_text()) == {k: v for k, v in report.items() if k != "results"}
+    of = report["splits"]["iid"]
+    assert of["variants"].keys() == VARIANTS.keys()
+    for row in of["variants"].values():
+        assert [one["round"] for one in row["by_round"]] == [1, 2]
+        assert row["by_round"][-1]["accuracy"] == row["plug_in"]["mean"]
+        assert row["edge_peak_rss_bytes"] is None  # of a process of its own, which there is none
+    assert of["variants"]["aligned"]["to_level"]["rounds"] in (1, 2)  # its own
+    assert {one["rows"] for one in report["dealt"]["iid"]["0"].values()} == {16}
+    assert len(of["differences"]) == 10  # each pair of two variants and three baselines
+    assert len(report["orderings"]) == sum(one["is_shown"] for one in of["differences"])
+
+
+def test_the_tables_have_the_papers_columns(calm: tuple[Path, Path, dict[str, Any]]) -> None:
+    _, _, report = calm
+    text = Path(report["markdown"]).read_text()
+    row = report["splits"]["iid"]["variants"]["none"]
+    assert f"| none | {100 * row['plug_in']['mean']:.1f} |" in text
+    heads = "trainable | parameters a round | bytes an edge and round, up | down | model | edge memory | GFLOP"
+    assert heads in text
+    # LoRA of the two adapter layers, by their shapes: rank 4 x (in + out) of q, k, v, up and down.
+    trainable = 2 * 4 * ((64 + 64) + 2 * (64 + 32) + 3 * (64 + 128) - (64 + 128))
+    assert row["trainable"] == trainable
+    assert f"| none | {trainable:,} | {2 * trainable:,} |" in text
+    assert "full model untouched" in text
+    assert "To the accuracy of aligned, iid (Table 9)" in text
+
+
+def test_orderings_are_claimed_only_where_the_interval_excludes_0(calm: tuple[Path, Path, dict[str, Any]]) -> None:
+    _, _, report = calm
+    assert "None.\n" in markdown({**report, "orderings": []})
+    for found in report["splits"]["iid"]["differences"]:
+        low, high = found["interval_95"]
+        claim = any(found["one"] in line and found["other"] in line for line in report["orderings"])
+        assert claim == (low > 0 or high < 0)
+
+
+def test_the_page_holds_its_pictures_and_fetches_nothing(calm: tuple[Path, Path, dict[str, Any]]) -> None:
+    _, out, report = calm
+    page = Path(report["report"]).read_text()
+    assert page.count("data:image/png;base64,") == len(report["pictures"]) == 3  # accuracy, split, layers
+    assert "http" not in page.replace("http-equiv", "")
+    assert all(Path(name).parent == out for name in report["pictures"])
+
+
+def test_a_second_call_does_nothing_again(
+    calm: tuple[Path, Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out, report = calm
+    monkeypatch.setattr(in_process, "federate", None)
+    monkeypatch.setattr(run_module, "train_central", None)
+    assert compared(path, out) == report
+
+
+def test_a_comparison_that_was_stopped_goes_on_to_the_same_report(
+    calm: tuple[Path, Path, dict[str, Any]], tmp_path: Path, tiny_llama: Path
+) -> None:
+    """Stopped after the first round of the second cell; only what is measured may differ."""
+    path = write_comparison(tmp_path, tiny_llama, VARIANTS)
+
+    class Killed(Exception):
+        pass
+
+    def kill(event: dict[str, Any]) -> None:
+        if event["event"] == "progress" and event["detail"] == "none, iid, seed 0":
+            raise Killed
+
+    with pytest.raises(Killed):
+        run_comparison(read_comparison(path), tmp_path / "out", "memory", kill)
+    assert not (tmp_path / "out" / "compare.json").exists()
+    events: list[dict[str, Any]] = []
+    report = compared(path, tmp_path / "out", events)
+    assert [event["cell"] for event in events if event["event"] == "cell"] == ["none, iid, seed 0"]
+    for variant in VARIANTS:
+        ours, theirs = (dict(one["splits"]["iid"]["variants"][variant]) for one in (report, calm[2]))
+        assert [one["accuracy"] for one in ours["by_round"]] == [one["accuracy"] for one in theirs["by_round"]]
+        for name in MEASURED:
+            del ours[name], theirs[name]
+        assert ours == theirs
+        results = [
+            json.loads((out / "memory" / variant / "iid" / "seed-0" / "all" / "result.json").read_text())
+            for out in (tmp_path / "out", calm[1])
+        ]
+        ours_and_theirs = [[one["master"] for one in result["rounds"]] for result in results]
+        assert ours_and_theirs[0] == ours_and_theirs[1]
+        assert results[0]["right"] == results[1]["right"]
+
+
+@pytest.mark.parametrize(
+    ("tables", "error", "message"),
+    [
+        ({"edges": 20}, UsageProblem, "split iid gives one of 20 edges 1 rows, [compare] least_rows = 2"),
+        (
+            {"splits": ["users:clinic"]},
+            DataProblem,
+            "asks for the column 'clinic'; row 1 of [compare] data has answer, word",
+        ),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused_before_work(
+    tmp_path: Path, tiny_llama: Path, tables: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    path = write_comparison(tmp_path, tiny_llama, compare=tables)
+    with pytest.raises(error) as refused:
+        compared(path, tmp_path / "out")
+    assert message in str(refused.value)
+    assert not (tmp_path / "out" / "prepared").exists()
