@@ -230,7 +230,10 @@ def test_edges_of_two_classes_train_one_adapter(tmp_path: Path, tiny_llama: Path
 
 def test_each_class_has_a_border_map_of_its_own(tmp_path: Path, tiny_llama: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text("".join(f'{{"word": "cat {number}"}}\n' for number in range(60)))
-    like = {"public": {"like_task": "prompts.jsonl"}, "align": {"border_map": "ridge", "steps": 0, "realign_steps": 0}}
+    like: dict[str, dict[str, Any]] = {
+        "public": {"like_task": "prompts.jsonl"},
+        "align": {"border_map": "ridge", "steps": 0, "realign_steps": 0},
+    }
     settings = make_run(tmp_path, tiny_llama, method=METHOD, **like)
     prepare(settings)
     first, second = (Bundle.open(settings.run_dir / "bundle", at).emulator_lora()["border.D"] for at in (0, 1))
