@@ -390,6 +390,7 @@ def test_a_worker_trains_through_the_emulator_lora_of_the_last_alignment(tmp_pat
         worker.border({"emulator": path, "cache": cache, "memory": memory, "room": 2**50}, lambda _: None)
         files = {key: str(tmp_path / key) for key in ("update", "new_residual", "checkpoint")}
         task = {"settings": msgspec.to_builtins(settings), "seed": 0, "round": 1, "edge": "a", "codec": "bf16"}
+        task["trains"] = "both"
         worker.train({**files, **task, "view": None, "residual": None}, lambda _: None)
         return delta.decode((tmp_path / "update").read_bytes(), spec.adapter, "bf16")
 
