@@ -476,6 +476,7 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; }
 _TITLES = {
     "loss": "Loss",
     "accuracy": "Accuracy",
+    "cross_term": "What averaging A and B apart loses",
     "alignment": "Alignment",
     "layers": "Layers",
     "bytes": "Bytes by edge and round",

@@ -166,10 +166,9 @@ async def _federate(directory: Path, run_file: Path, say: Say) -> tuple[float, f
         {"FEDSODA_THREADS": "1"},
     )
     peaks = {
-        f"{which}_peak_rss_bytes": max(one[f"{which}_peak_rss_bytes"] for one in last.values())
-        for which in ("worker", "agent")
+        "edge_peak_rss_bytes": max(one["worker_peak_rss_bytes"] for one in last.values()),
+        "agent_peak_rss_bytes": max(one["agent_peak_rss_bytes"] for one in last.values()),
     }
-    peaks["edge_peak_rss_bytes"] = peaks.pop("worker_peak_rss_bytes")
     return times["listening"], times["run_ended"], peaks
 
 
