@@ -36,6 +36,7 @@ def test_an_edge_alone_trains_in_a_worker_like_that_of_a_join(tmp_path: Path, pr
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # minutes on a machine that has other work
 def test_the_demo_ends_with_a_report_and_an_export(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fedsoda_hub", "demo", "--rounds", "1", "--dir", str(tmp_path / "demo"), "--json"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
