@@ -32,11 +32,11 @@ def test_a_geometry_has_the_published_number_of_parameters(bench: Any, name: str
     assert len(bench.GEOMETRIES[name].plan.kept) == shape.layers - 12
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_geometry_of_a_gpu_is_refused_without_one_in_a_sentence(
     bench: Any, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("sys.argv", ["bench_edge", "--geometry", name])
     with pytest.raises(SystemExit) as stopped:
         bench.main()
