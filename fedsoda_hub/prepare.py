@@ -225,10 +225,9 @@ class Preparation:
 
     def _finish_class(self, directory: Path, size_class: int, plan: LayerPlan) -> None:
         """Align one size class of the bundle, or measure it where the method does not align."""
-        s = self.settings
         if not (directory / file_of("manifest.json", size_class)).exists():
             spec = self._lora_spec(plan)
-            write_size_class(directory, size_class, plan, spec, lora.initial(spec.emulator, s.seed))
+            write_size_class(directory, size_class, plan, spec, lora.initial(spec.emulator, self.settings.seed))
         bundle, kl_file = Bundle.open(directory, size_class), self.work / f"public_kl.{size_class}.json"
         if self.method.aligned(plan):
             emulator, kl = self._align_first(bundle, size_class)
