@@ -19,9 +19,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize, pad
 
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_edge.model.loss import log_likelihoods
 from fedsoda_edge.model.streaming import LayerSource, Progress, buckets, stream
-from fedsoda_edge.model.sub_llm import build
 
 SAMPLED_TOKENS = 2048
 BATCH_TOKENS = 2048
@@ -173,43 +171,6 @@ def branch_ends(layer: Any) -> tuple[Any, Any]:
     if hasattr(layer, "post_feedforward_layernorm"):  # gemma3, olmo2: a norm behind each block
         return layer.post_attention_layernorm, layer.post_feedforward_layernorm
     return layer.self_attn, layer.mlp
-
-
-def skip_losses(
-    source: LayerSource,
-    blocks: Sequence[Tensor],
-    *,
-    compute_dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    progress: Progress | None = None,
-) -> tuple[float, ...]:
-    """Importance by what it costs to skip a layer: the rise of the mean next-token loss in nats.
-
-    The most faithful measure and the dearest: L + 1 forwards, half of their layers shared, so L^2 / 2 layers are read.
-    """
-    tail = build(source, (), compute_dtype=compute_dtype, device=device)
-
-    def loss(states: Sequence[Tensor]) -> float:
-        total, count = 0.0, 0
-        for state, ids in zip(states, blocks, strict=True):
-            hidden = tail.hidden(states=state[None].to(device))[0, :-1]
-            total -= float(log_likelihoods(hidden, tail.head, ids[1:].to(device)).double().sum())
-            count += len(ids) - 1
-        return total / count
-
-    def onward(layers: Sequence[int], start: list[Tensor]) -> list[Tensor]:
-        return stream(source, layers, blocks, start=start, compute_dtype=compute_dtype, device=device)
-
-    with torch.no_grad():
-        states = stream(source, (), blocks, compute_dtype=compute_dtype)
-        skipped = []
-        for layer in range(source.num_layers):
-            skipped.append(loss(onward(range(layer + 1, source.num_layers), states)))
-            states = onward((layer,), states)
-            if progress is not None:
-                progress(layer + 1, source.num_layers)
-        whole = loss(states)
-    return tuple(one - whole for one in skipped)
 
 
 def _sampled(blocks: Sequence[Tensor], seed: int) -> list[Tensor]:

@@ -31,7 +31,6 @@ from fedsoda_hub.algorithms.representatives import (
     measure_layers,
     select_components,
     select_layers,
-    skip_losses,
     spectral,
 )
 from tests.tiny import FAMILY_CONFIGS, make_tiny
@@ -148,24 +147,6 @@ def test_components_are_measured_where_they_join_the_stream(tiny_llama: Path) ->
             x, y = at[number, begin], at[number, end]
             expected = 1 - ((x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))).mean().item()
             assert kind.importance[number] == pytest.approx(expected, rel=1e-4)
-
-
-def test_skip_losses_are_those_of_models_without_the_layer(tiny_llama: Path) -> None:
-    blocks = blocks_of(24, 17)
-    made = skip_losses(Checkpoint.open(str(tiny_llama)), blocks)
-
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
-    layers = list(model.model.layers)
-
-    def loss(skipped: int | None) -> float:
-        model.model.layers = torch.nn.ModuleList(layer for number, layer in enumerate(layers) if number != skipped)
-        model.config.num_hidden_layers = len(model.model.layers)
-        with torch.no_grad():
-            logs = [model(block[None], use_cache=False).logits[0].double().log_softmax(-1) for block in blocks]
-        scores = torch.cat([log[:-1].gather(1, b[1:, None]) for log, b in zip(logs, blocks, strict=True)])
-        return -scores.mean().item()
-
-    assert made == pytest.approx([loss(layer) - loss(None) for layer in range(8)], abs=1e-4)
 
 
 # -- grouping -------------------------------------------------------------------------------------------
