@@ -260,12 +260,12 @@ def read_settings(path: str | Path) -> RunSettings:
     return settings_of(read_toml(Path(path)), Path(path))
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """Raises UsageProblem: the file is missing or not TOML."""
+def read_toml(path: Path, example: str = "a RUN.toml (README, A federation of your own)") -> dict[str, Any]:
+    """Raises UsageProblem: the file is missing, which names what to write, or not TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UsageProblem(f"{path} is not there; write a RUN.toml (README, A federation of your own)") from None
+        raise UsageProblem(f"{path} is not there; write {example}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageProblem(f"{path} cannot be read ({error}); name a file of UTF-8 text that you may read") from error
     except tomllib.TOMLDecodeError as error:

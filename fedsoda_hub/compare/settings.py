@@ -112,7 +112,7 @@ def read_comparison(path: Path) -> Comparison:
     Raises:
         UsageProblem: as `config.read_settings`; a variant's problem names the variant.
     """
-    raw = read_toml(path)
+    raw = read_toml(path, "a COMPARE.toml (README, Compare methods)")
     file = path.name
     for name in ("compare", "task"):
         if name not in raw:

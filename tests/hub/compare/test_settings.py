@@ -84,3 +84,8 @@ def test_what_is_wrong_is_refused(
     assert message in str(refused.value)
     assert refused.value.exit_status == 2
     assert not list(tmp_path.glob("*.compare"))
+
+
+def test_a_file_that_is_not_there_is_asked_for_by_its_kind(tmp_path: Path) -> None:
+    with pytest.raises(UsageProblem, match=r"gone\.toml is not there; write a COMPARE\.toml"):
+        read_comparison(tmp_path / "gone.toml")
