@@ -131,6 +131,7 @@ def test_the_border_is_the_hidden_state_of_the_whole_model_in_nf4(
     states.close()
 
 
+@pytest.mark.slow
 def test_two_rounds_of_real_processes(tmp_path: Path, tiny_llama: Path) -> None:
     """An edge as it is joins, sweeps and trains; the sub-LLM is the plug-in but for NF4, and nothing is realigned."""
     run_file = write_run(tmp_path / "run", tiny_llama, rounds=2, edges="a")

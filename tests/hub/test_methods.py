@@ -513,9 +513,8 @@ def test_the_hub_judges_a_bottom_adapter_with_the_emulator_lora_above_it(tmp_pat
 # --- a whole run -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", ["fedot", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fedbiot", "fedpetuning", "fedpruner"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fedot", "fedbiot", "fedpetuning", "fedpruner"])
 def test_two_rounds_of_real_processes(tmp_path: Path, tiny_llama: Path, name: str) -> None:
     """An edge as it is joins and trains; what the hub then says of both models, Transformers and PEFT say too."""
     run_file = write_run(tmp_path / "run", tiny_llama, rounds=2, edges="a")
