@@ -200,12 +200,12 @@ def test_a_method_without_a_border_cache_is_not_said_to_have_one(
     plan_table(plan_of(tmp_path, "LLaMA3-8B"))
     swept = capsys.readouterr().err
     assert "border cached" in swept
-    assert "6.00" in swept
+    assert " 6.00" in swept
     plan_table(plan_report(str(tmp_path / "config.json"), settings_for_plan("x", method={"name": "fedpetuning"})))
     through = capsys.readouterr().err
     assert "border cached" not in through
     assert "sub-LLM, every time" in through
-    assert "6.00" not in through  # of the paper's sub-LLM alone
+    assert " 6.00" not in through  # of the paper's sub-LLM alone
 
 
 def test_a_full_emulator_has_no_round_that_carries_more_than_the_adapter(tmp_path: Path) -> None:
