@@ -44,6 +44,7 @@ NOT_OF_ALL: dict[str, Any] = {
     "[method] bottom_layers": 0,
     "[method] layers_per_group": 0,
     "[method] groups": 0,
+    "[method] bundle_bytes": 0,
     "[method] classes": [],
     "[method] drop_layers": 0,
     "[method] layer_choice": "contiguous",
@@ -65,6 +66,8 @@ class Method(Section, frozen=True):
 
     emulator: what edges receive below the adapter: "sub", what SGP leaves of it, aligned; "full", all its layers.
     adapter_layers: last layers that train; bottom_layers: first ones that do.
+    groups: how many, or "auto": the size and number of groups that keep the sub-LLM nearest to the full LLM while all
+    files of it take at most bundle_bytes on an edge; layers_per_group has no meaning then.
     classes: numbers of groups of further, smaller sub-LLMs, ascending: an edge takes the largest that it has room for.
     drop_layers: how many go in all where they go uniformly: groups have no meaning there, and a share of the layers
     would have to be rounded. layer_choice: how FedPruner finds those that stay: the most important of each of its
@@ -78,7 +81,8 @@ class Method(Section, frozen=True):
     adapter_layers: int = 3
     bottom_layers: int = 0
     layers_per_group: int = 3
-    groups: int = 4
+    groups: int | str = 4
+    bundle_bytes: int = 0
     classes: list[int] = msgspec.field(default_factory=list)
     drop_layers: int = 0
     layer_choice: str = "contiguous"
@@ -367,7 +371,9 @@ def _settled(settings: RunSettings, raw: dict[str, Any]) -> RunSettings:
     for key in NOT_OF_ALL:
         if key not in method.USES and given.get(key, settled[key]) != settled[key]:
             raise UsageProblem(_no_use(key, given[key], settings))
-    return _with(settings, settled)
+    settings = _with(settings, settled)
+    _check_groups(settings, given)
+    return settings
 
 
 def _no_use(key: str, value: Any, settings: RunSettings) -> str:
@@ -474,11 +480,21 @@ def _check_ranges(settings: RunSettings) -> None:
             f"one of {', '.join(LAYER_CHOICES)}",
         ),
         ("[method] layers_per_group", s.method.layers_per_group, s.method.layers_per_group >= 0, "at least 0"),
-        ("[method] groups", s.method.groups, s.method.groups >= 0, "at least 0"),
+        (
+            "[method] groups",
+            s.method.groups,
+            s.method.groups == AUTO if isinstance(s.method.groups, str) else s.method.groups >= 0,
+            'at least 0, or "auto"',
+        ),
+        ("[method] bundle_bytes", s.method.bundle_bytes, s.method.bundle_bytes >= 0, "at least 0"),
         (
             "[method] classes",
             s.method.classes,
-            len(s.method.classes) <= 3 and all(a < b for a, b in pairwise([s.method.groups, *s.method.classes])),
+            len(s.method.classes) <= 3
+            and all(
+                a < b
+                for a, b in pairwise([0 if isinstance(s.method.groups, str) else s.method.groups, *s.method.classes])
+            ),
             "at most 3 numbers, ascending, each above [method] groups",
         ),
         (
@@ -550,6 +566,33 @@ def refuse_unless(rules: Iterable[tuple[str, Any, bool, str]], file: str) -> Non
         is_finite = not isinstance(value, float) or math.isfinite(value)  # TOML has inf and nan
         if not holds or not is_finite:
             raise UsageProblem(f"{key} = {value!r} in {file}; it must be {allowed}")
+
+
+def _check_groups(settings: RunSettings, given: dict[str, Any]) -> None:
+    """What is chosen by itself is not written too, and what it is chosen by is.
+
+    Raises:
+        UsageProblem: with what to write.
+    """
+    method, file = settings.method, Path(settings.path).name
+    if method.groups != AUTO:
+        if method.bundle_bytes:
+            raise UsageProblem(
+                f"[method] bundle_bytes = {method.bundle_bytes} beside groups = {method.groups} in {file}: the number of "
+                f'groups says how large the sub-LLM is; delete bundle_bytes, or write groups = "auto"'
+            )
+        return
+    if not method.bundle_bytes:
+        raise UsageProblem(
+            f'[method] groups = "auto" in {file} without bundle_bytes; write how many bytes the files of the sub-LLM may '
+            "take on an edge, such as bundle_bytes = 2_000_000_000"
+        )
+    for key in ("[method] layers_per_group", "[method] classes"):
+        if given.get(key):
+            raise UsageProblem(
+                f'{key} = {given[key]!r} beside groups = "auto" in {file}: their size is chosen with their number; '
+                f"delete {key.split()[1]}, or write groups = {Method().groups}"
+            )
 
 
 def _check_aggregation(settings: RunSettings) -> None:

@@ -13,7 +13,7 @@ Seconds are sizes divided by the rates that `Rates` says are assumed; nothing is
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,12 @@ class Unmeasured:
 
     def representatives(self, count: int, grouping: str) -> list[int]:
         return evenly(self.num_layers, count)
+
+    def fits(self, plan: LayerPlan) -> bool:
+        return True
+
+    def nearest(self, plans: Sequence[LayerPlan]) -> LayerPlan:
+        return plans[0]
 
 
 def likely_plan(num_layers: int, settings: Method, seed: int = 0) -> LayerPlan:

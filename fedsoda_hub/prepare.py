@@ -8,12 +8,13 @@ whose result is there is skipped. Rounds are the daemon's business.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -32,6 +33,7 @@ from fedsoda_edge.model.bundle import (
     BundleSettings,
     read_manifest,
     replace_emulator_lora,
+    shard_sizes,
     write_bundle,
     write_durably_json,
     write_size_class,
@@ -49,6 +51,7 @@ from fedsoda_hub.public_text import read_blocks, read_prompts
 from fedsoda_hub.self_generated import generate_blocks, generate_prompts
 
 Report = Callable[[dict[str, Any]], None]
+KL_TIE = 1.05
 
 
 def pick_device(wanted: str, dtype: str) -> tuple[str, torch.dtype]:
@@ -290,6 +293,61 @@ class Preparation:
         )
         return representatives.select_layers(measured, count, partition, keep_ends=True)
 
+    def fits(self, plan: LayerPlan) -> bool:
+        dtype = str(self.source.dtype).removeprefix("torch.")
+        sizes = shard_sizes(self.source.family, self.source.fields, plan, self._bundle_settings(plan), dtype)
+        tokenizer = sum(file.stat().st_size for file in self.source.tokenizer_files)
+        return sum(sizes.values()) + tokenizer <= self.settings.method.bundle_bytes
+
+    def nearest(self, plans: Sequence[LayerPlan]) -> LayerPlan:
+        """By public KL after closed-form alignment, on held-out blocks; of those within KL_TIE of the least, by the cosine
+        between the adapter's gradients in sub-LLM and full LLM (method.md 8d). Neither is quantized: that is alike for all.
+        """
+        groups = [group for plan in plans for group in plan.groups]
+        made = self._held_against(plans) | {group.start - 1 for group in groups if group.start}
+        self._make_targets(made)
+        found = [self._try(plan) for plan in plans]
+        least = min(kl for kl, _ in found)
+        good = [(cosine, plan) for (kl, cosine), plan in zip(found, plans, strict=True) if kl <= KL_TIE * least]
+        chosen = max(good, key=lambda one: one[0])[1]
+        for layer in made - self._held_against([chosen]):
+            (self.work / f"teacher.{layer}.safetensors").unlink()
+        return chosen
+
+    def _try(self, plan: LayerPlan) -> tuple[float, float]:
+        """(public KL, cosine of the adapter's gradients) of this plan's sub-LLM before anything is trained."""
+        spec, count, first = self._lora_spec(plan), len(self.used), min(plan.retained)
+        adapter = lora.initial(spec.adapter, self.settings.seed)
+        emulator = lora.initial([item for item in spec.emulator if item.layer is not None], self.settings.seed)
+        ids = [*self.used, *self.held_out]
+        below = self._target(first - 1) if first else torch.stack(stream(self.source, (), ids)).to(self.device)
+        with contextlib.suppress(UsageProblem):  # of this family nothing can be solved for: unaligned, then
+            emulator = closed_form.align(
+                self.source,
+                plan,
+                self.used,
+                list(below[:count]),
+                {group.start: self._target(group.removed[-1])[:count] for group in plan.groups},
+                emulator,
+                spec.scale,
+                compute_dtype=self.compute_dtype,
+                device=self.device,
+            )
+        teacher = self._teacher(plan, adapter)
+        border, held_out = self._target(plan.emulator[-1])[count:], torch.stack(self.held_out)
+        with torch.no_grad():
+            final = torch.cat([teacher.hidden(states=states) for states in border.split(8)])
+        wanted = drift.adapter_gradient(teacher, plan.adapter, border, held_out)
+        del teacher
+        trained = tuple(layer for layer in plan.kept if layer >= first)
+        student = build(self.source, trained, compute_dtype=self.compute_dtype, device=self.device)
+        lora.attach(student, spec, lora.on(trained, {**emulator, **adapter}))
+        made = drift.adapter_gradient(student, plan.adapter, below[count:], held_out)
+        kl, cosine = oda.public_kl(student, below[count:], final), drift.cosine(wanted, made)
+        n, p = len(plan.groups[0].removed), len(plan.groups)
+        self.report({"stage": "choosing groups", "layers_per_group": n, "groups": p, "kl": kl, "cosine": cosine})
+        return kl, cosine
+
     def _progress(self, stage: str) -> Callable[[int, int], None]:
         return lambda done, total: self.report({"stage": stage, "done": done, "total": total})
 
@@ -312,6 +370,12 @@ class Preparation:
         is_mapped = bool(self.method.aligned(plan) and self._prompts)
         return lora_spec(self.settings, self.source.family, self.source.fields, plan, is_mapped=is_mapped)
 
+    def _bundle_settings(self, plan: LayerPlan) -> BundleSettings:
+        method = self.settings.method
+        return BundleSettings(
+            self._lora_spec(plan), method.adapter_base, method.quantize_embedding, method.emulator_base
+        )
+
     def _write_unaligned(self, directory: Path, plan: LayerPlan) -> None:
         s = self.settings
         spec = self._lora_spec(plan)
@@ -319,7 +383,7 @@ class Preparation:
             directory,
             self.source,
             plan,
-            BundleSettings(spec, s.method.adapter_base, s.method.quantize_embedding, s.method.emulator_base),
+            self._bundle_settings(plan),
             name=self.source.name,
             revision=self.source.revision,
             adapter_lora=lora.initial(spec.adapter, s.seed),
@@ -534,28 +598,33 @@ class Preparation:
         """(N, T, C): the full LLM's output of an emulator layer on all public blocks, made once for all groups."""
         path = self.work / f"teacher.{layer}.safetensors"
         if not path.exists():
-            wanted = self._target_layers()
-
-            def keep(number: int, hidden: list[Tensor]) -> None:
-                if number in wanted:
-                    data = save({"hidden": torch.stack(hidden)})
-                    write_durably(self.work / f"teacher.{number}.safetensors", data)
-
-            stream(
-                self.source,
-                range(max(wanted) + 1),
-                [*self.used, *self.held_out],
-                compute_dtype=self.compute_dtype,
-                device=self.device,
-                visit=keep,
-                progress=self._progress("running the full LLM on public text"),
-            )
-            gc.collect()
+            self._make_targets(self._target_layers())
         return load_file(path)["hidden"].to(self.device)
+
+    def _make_targets(self, layers: Collection[int]) -> None:
+        """The files of `_target`, in one pass."""
+
+        def keep(number: int, hidden: list[Tensor]) -> None:
+            if number in layers:
+                data = save({"hidden": torch.stack(hidden)})
+                write_durably(self.work / f"teacher.{number}.safetensors", data)
+
+        stream(
+            self.source,
+            range(max(layers) + 1),
+            [*self.used, *self.held_out],
+            compute_dtype=self.compute_dtype,
+            device=self.device,
+            visit=keep,
+            progress=self._progress("running the full LLM on public text"),
+        )
+        gc.collect()
 
     def _target_layers(self) -> set[int]:
         """Full-LLM layers whose outputs a student is held against: the method's, and the emulator's last."""
-        plans = self.plans()
+        return self._held_against(self.plans())
+
+    def _held_against(self, plans: Sequence[LayerPlan]) -> set[int]:
         return {layer for plan in plans for layer in self.method.held_against(plan).values()} | {plans[0].emulator[-1]}
 
     def _teacher_final(self, plan: LayerPlan, adapter: dict[str, Tensor]) -> Tensor:

@@ -1,6 +1,7 @@
-"""Compare what a run can be, on real input: SST-2 with the demo's 24-layer model, through `fedsoda-hub compare`.
+"""Compare what a run can be, on real input: SST-2 and Dolly with the demo's 24-layer model, through `fedsoda-hub compare`.
 
-Each set is one COMPARE.toml (`SETS`), written below --out and run there; a second call goes on where the first stopped.
+A set is some of VARIANTS on a task's splits, written as COMPARE.toml below --out and run there; a second call goes on
+where the first stopped, and sets share the cells they have in common.
 `--planted-defect` trains with learning rate 0: the set must then show no ordering among its variants, and every one must
 be the untouched model; the script fails (exit 1) where the harness still sees a difference.
 """
@@ -12,72 +13,89 @@ import json
 import random
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedsoda_edge.border import Border
+from fedsoda_edge.data import LocalData, Sample, SampleTokenizer, read_samples
+from fedsoda_edge.model import lora
+from fedsoda_edge.model.bundle import Bundle
+from fedsoda_edge.model.streaming import Checkpoint, LayerSource
+from fedsoda_edge.model.sub_llm import build
+from fedsoda_edge.training import accumulate
+from fedsoda_hub.algorithms import drift
+from fedsoda_hub.compare.settings import read_comparison
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "fedsoda_hub" / "demo" / "model"
 LIKE_TASK_ROWS = 2000  # unlabelled, of rows that no edge is dealt
-UNMAPPED: dict[str, Any] = {"border_map": "none"}
+DOLLY_EVAL_ROWS = 1500
+DOLLY_LENGTH = 200  # characters; longer instructions are left out
 
 BASE: dict[str, dict[str, Any]] = {
     "compare": {
         "rows": 8000,
-        "edges": 8,
+        "edges": 10,
         "seeds": [0, 1, 2],
-        "splits": ["iid", "dirichlet-0.5"],
         "eval_rows": 2000,
         "eval_every": 2,
-        "baselines": [],
+        "baselines": ["untouched"],
     },
     "public": {"sequences": 128, "length": 128},
-    "align": {"steps": 120, "realign_steps": 30, "learning_rate": 3e-3},
+    "align": {"border_map": "none", "steps": 120, "realign_steps": 30, "learning_rate": 3e-3},
     "rounds": {"count": 10},
     "local": {"epochs": 100, "max_steps": 50, "learning_rate": 2e-3, "max_length": 96},
-    "task": {"prompt": "Review: {sentence}\nSentiment:", "completion": "{label}"},
 }
 QUICK: dict[str, dict[str, Any]] = {
-    "compare": {"rows": 1600, "seeds": [0], "splits": ["dirichlet-0.5"], "eval_rows": 500},
-    "align": {"steps": 30, "realign_steps": 10, "learning_rate": 3e-3},
+    "compare": {"rows": 1600, "seeds": [0], "eval_rows": 500},
+    "align": {**BASE["align"], "steps": 30, "realign_steps": 10},
     "rounds": {"count": 4},
     "local": {**BASE["local"], "max_steps": 40},
 }
-NO_ALIGNMENT = {"align": {"steps": 0}, "method": {"realign_every": 0}}
-
-
-def mapped(like_task: str, **align: Any) -> dict[str, Any]:
-    return {"public": {"like_task": like_task}, "align": {"border_map": "ridge", **align}}
-
-
-def variants(which: str, like_task: str) -> dict[str, dict[str, Any]]:
-    """What is compared, as COMPARE.toml has it. like_task: a file of unlabelled rows."""
-    return {
-        "border-map": {
-            "aligned": {"align": UNMAPPED},
-            "mapped": {**NO_ALIGNMENT, **mapped(like_task, steps=0)},
-            "aligned-mapped": mapped(like_task),
-            "aligned-mapped-self": mapped("self-generated"),
-            "exact": {"method": {"name": "exact"}},
-        },
-        "methods": {
-            "fedsoda": mapped("self-generated"),
-            "fedbiot": {"method": {"name": "fedbiot"}, "align": {**UNMAPPED, "steps": 120, "realign_steps": 10}},
-            "fedot": {"method": {"name": "fedot"}, "align": {"steps": 120}},
-            "fedpetuning": {"method": {"name": "fedpetuning"}},
-            "exact": {"method": {"name": "exact"}},
-        },
-        "ablation": {
-            "neither": {"align": {**UNMAPPED, "steps": 0}, "method": {"realign_every": 0}},
-            "realign": {"align": {**UNMAPPED, "steps": 0}},
-            "pre-align": {"align": UNMAPPED, "method": {"realign_every": 0}},
-            "both": {"align": UNMAPPED},
-        },
-        "groups": {f"n{n}-p{p}": {"method": {"layers_per_group": n, "groups": p}} for n, p in ((2, 6), (3, 4), (4, 3))},
-        "codecs": {codec: {"wire": {"codec": codec}} for codec in ("nf4", "int8", "bf16")},
-    }[which]
-
-
-SETS = ("border-map", "methods", "ablation", "groups", "codecs")
+TASKS: dict[str, dict[str, Any]] = {
+    "sst2": {"prompt": "Review: {sentence}\nSentiment:", "completion": "{label}"},
+    "dolly": {"prompt": "Instruction: {instruction}\nCategory:", "completion": "{category}"},
+}
+LIKE_TASK = "like_task.jsonl"
+NEVER = {"method": {"realign_every": 0}}
+# What is compared, as COMPARE.toml has it. "aligned" is FedSODA as the paper has it.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "aligned": {},
+    "neither": {**NEVER, "align": {"steps": 0}},
+    "realign": {"align": {"steps": 0}},
+    "pre-align": NEVER,
+    "mapped": {**NEVER, "align": {"steps": 0, "border_map": "ridge"}, "public": {"like_task": LIKE_TASK}},
+    "aligned-mapped": {"align": {"border_map": "ridge"}, "public": {"like_task": LIKE_TASK}},
+    "aligned-mapped-self": {"align": {"border_map": "ridge"}, "public": {"like_task": "self-generated"}},
+    "exact": {"method": {"name": "exact"}},
+    "n2-p6": {"method": {"layers_per_group": 2, "groups": 6}},
+    "n4-p3": {"method": {"layers_per_group": 4, "groups": 3}},
+    "int8": {"wire": {"codec": "int8"}},
+    "bf16": {"wire": {"codec": "bf16"}},
+    "public-like-task": {"public": {"text": "like_task.txt"}},
+    "public-self": {"public": {"text": "self-generated"}},
+    "fedbiot": {"method": {"name": "fedbiot"}, "align": {"steps": 120, "realign_steps": 10}},
+    "fedot": {"method": {"name": "fedot"}, "align": {"steps": 120}},
+    "fedpetuning": {"method": {"name": "fedpetuning"}},
+    "fedpruner": {"method": {"name": "fedpruner"}},
+    "fedpruner-uniform": {"method": {"name": "fedpruner", "layer_choice": "uniform"}},
+    "fedpruner-random": {"method": {"name": "fedpruner", "layer_choice": "random"}},
+    "fedpruner-top": {"method": {"name": "fedpruner", "layer_choice": "top"}},
+}
+SETS: dict[str, tuple[str, ...]] = {
+    "methods": ("aligned-mapped-self", "aligned", "fedbiot", "fedot", "fedpetuning", "exact"),
+    "border-map": ("aligned", "mapped", "aligned-mapped", "aligned-mapped-self", "exact"),
+    "ablation": ("neither", "realign", "pre-align", "aligned"),
+    "groups": ("n2-p6", "aligned", "n4-p3"),
+    "codecs": ("aligned", "int8", "bf16"),
+    "public": ("aligned", "public-like-task", "public-self"),
+    "pruning": ("fedpruner", "fedpruner-uniform", "fedpruner-random", "fedpruner-top"),
+}
+SPLITS = {"sst2": ("dirichlet-0.5",), "dolly": ("files",)}
 
 
 def as_toml(tables: dict[str, Any]) -> str:
@@ -89,63 +107,142 @@ def as_toml(tables: dict[str, Any]) -> str:
     return "\n".join(plain) + "\n"
 
 
+def write_sst2(directory: Path, data: Path) -> tuple[list[str], str]:
+    """Rows in an order of their own; the last are dealt, what the first ask is like the task. ([compare] data, eval_data)"""
+    rows = (data / "sst2" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    random.Random(0).shuffle(rows)
+    (directory / "train.jsonl").write_text("\n".join(rows[LIKE_TASK_ROWS:]) + "\n")
+    write_like_task(directory, ({"sentence": json.loads(row)["sentence"]} for row in rows[:LIKE_TASK_ROWS]))
+    return ["train.jsonl"], str(data / "sst2" / "dev.jsonl")
+
+
+def write_dolly(directory: Path, data: Path) -> tuple[list[str], str]:
+    """Ten users, each with a few of eight categories; what is judged was drawn from all of them. As `write_sst2`."""
+    users = [data / "dolly_federated" / f"local_training_{user}.json" for user in range(10)]
+    rows = [
+        {"user": user.stem, "instruction": row["instruction"], "category": row["category"]}
+        for user in users
+        for row in json.loads(user.read_text(encoding="utf-8"))
+        if len(row["instruction"]) <= DOLLY_LENGTH
+    ]
+    random.Random(0).shuffle(rows)
+    judged, like, dealt = (
+        rows[:DOLLY_EVAL_ROWS],
+        rows[DOLLY_EVAL_ROWS:][:LIKE_TASK_ROWS],
+        rows[DOLLY_EVAL_ROWS + LIKE_TASK_ROWS :],
+    )
+    write_rows(directory / "eval_rows.jsonl", judged)
+    write_like_task(directory, ({"instruction": row["instruction"]} for row in like))
+    for user in users:
+        write_rows(directory / f"{user.stem}.jsonl", (row for row in dealt if row["user"] == user.stem))
+    return [f"{user.stem}.jsonl" for user in users], "eval_rows.jsonl"
+
+
+def write_like_task(directory: Path, rows: Iterable[dict[str, str]]) -> None:
+    """Unlabelled rows, and their text as public text."""
+    rows = list(rows)
+    write_rows(directory / LIKE_TASK, rows)
+    (directory / "like_task.txt").write_text("\n".join(text for row in rows for text in row.values()) + "\n")
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
 def write(directory: Path, options: argparse.Namespace) -> Path:
     """COMPARE.toml of a set and the rows that it names."""
     directory.mkdir(parents=True, exist_ok=True)
     data = Path(options.shared).resolve() / "data"
-    rows = (data / "sst2" / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    random.Random(0).shuffle(rows)
-    (directory / "train.jsonl").write_text("\n".join(rows[LIKE_TASK_ROWS:]) + "\n")
-    unlabelled = [json.dumps({"sentence": json.loads(row)["sentence"]}) for row in rows[:LIKE_TASK_ROWS]]
-    (directory / "like_task.jsonl").write_text("\n".join(unlabelled) + "\n")
+    dealt, judged = (write_sst2 if options.task == "sst2" else write_dolly)(directory, data)
     changes = QUICK if options.quick else {}
     tables = {name: {**table, **changes.get(name, {})} for name, table in BASE.items()}
-    tables["compare"] |= {"data": ["train.jsonl"]}
+    tables["compare"] |= {"data": dealt, "splits": options.splits or SPLITS[options.task]}
     tables["compare"] |= {"seeds": options.seeds} if options.seeds else {}
-    tables["compare"] |= {"splits": options.splits} if options.splits else {}
     tables["public"]["text"] = str(data / "wikitext2" / "test.txt")
-    tables["task"]["eval_data"] = str(data / "sst2" / "dev.jsonl")
+    tables["task"] = {**TASKS[options.task], "eval_data": judged}
     if options.planted_defect:
         tables["local"]["learning_rate"] = 0.0
-        tables["compare"]["baselines"] = ["untouched"]
-    chosen = variants(options.set, "like_task.jsonl")
-    unknown = set(options.variants) - set(chosen)
-    if unknown:
-        raise SystemExit(f"the set {options.set} has no variant {sorted(unknown)[0]}; it has {', '.join(chosen)}")
+    names = options.variants or SETS[options.set]
+    if unknown := set(names) - set(VARIANTS):
+        raise SystemExit(f"there is no variant {sorted(unknown)[0]}; there are {', '.join(VARIANTS)}")
     text = as_toml({"model": str(MODEL), **tables})
-    for name in options.variants or chosen:
-        text += as_toml({f"variants.{name}.{table}": values for table, values in chosen[name].items()})
-    path = directory / "compare.toml"
+    for name in names:
+        text += as_toml(
+            {f"variants.{name}.{table}": values for table, values in VARIANTS[name].items()} or {f"variants.{name}": {}}
+        )
+    path = directory / f"{options.set}.toml"
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def gradient_agreement(path: Path) -> dict[str, list[float]]:
+    """Of each variant, by split and seed, before round 1: the cosine between what edges compute on rows of the task as the
+    adapter's gradient and what they would compute on the full LLM's border states."""
+    comparison = read_comparison(path)
+    source = Checkpoint.open(str(MODEL), relative_to=ROOT)
+    found: dict[str, list[float]] = {}
+    for cell in comparison.cells():
+        settings = comparison.settings[cell.variant]
+        bundle = Bundle.open(path.parent / "cells" / "memory" / cell.directory / "run.run" / "bundle")
+        tokenizer = SampleTokenizer(MODEL / "tokenizer.json", source.fields.get("eos_token_id"))
+        rows = path.parent / comparison.compare.data[0]
+        samples = read_samples(LocalData(rows), settings.prompt, settings.completion, tokenizer, 96).samples[:256]
+        made = adapter_gradient(bundle, bundle.plan.swept, bundle.emulator_lora(), bundle, samples)
+        wanted = adapter_gradient(source, bundle.plan.emulator, {}, bundle, samples)
+        found.setdefault(cell.variant, []).append(drift.cosine(made, wanted))
+    return found
+
+
+def adapter_gradient(
+    source: LayerSource,
+    layers: Sequence[int],
+    emulator_lora: dict[str, Tensor],
+    bundle: Bundle,
+    samples: Sequence[Sample],
+) -> Tensor:
+    """(P,): of the completion loss by the adapter's LoRA as the bundle has it, above these layers of `source`."""
+    spec = bundle.manifest.lora
+    border = Border.sweep(source, layers, samples, lora=emulator_lora, lora_scale=spec.scale)
+    tail = build(source, bundle.plan.adapter)
+    lora.attach(tail, spec, bundle.adapter_lora())
+    trained = [value.requires_grad_(True) for _, value in sorted(lora.parameters(tail).items())]
+    accumulate(tail, border, range(len(samples)), 8, trained)
+    return torch.cat([value.grad.flatten() for value in trained if value.grad is not None])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0],
-        epilog="About 4 minutes a cell on 2 cores; methods without a border cache take several times as long.",
+        epilog="About a minute a cell on 2 cores; methods without a border cache take several times as long.",
     )
     parser.add_argument("--set", choices=SETS, default="methods")
-    parser.add_argument("--quick", action="store_true", help="one seed, one split, fewer rows and steps: 10 minutes")
+    parser.add_argument("--task", choices=TASKS, default="sst2")
+    parser.add_argument("--quick", action="store_true", help="one seed, fewer rows and steps: 10 minutes")
     parser.add_argument("--seeds", type=int, nargs="*", default=[])
     parser.add_argument("--splits", nargs="*", default=[])
-    parser.add_argument("--variants", nargs="*", default=[], help="of the set; none: all")
+    parser.add_argument("--variants", nargs="*", default=[], help="instead of the set's")
     parser.add_argument(
-        "--shared", default=str(ROOT.parent / "shared"), help="directory with data/sst2, data/wikitext2"
+        "--shared",
+        default=str(ROOT.parent / "shared"),
+        help="directory with data/sst2, data/dolly_federated, data/wikitext2",
     )
     parser.add_argument("--out", default=str(ROOT / "bench-out" / "compare"))
     parser.add_argument("--planted-defect", action="store_true", help="learning rate 0: no variant may differ")
     options = parser.parse_args()
     if not (Path(options.shared) / "data" / "sst2").is_dir():
         raise SystemExit(f"{options.shared}/data/sst2 is not there; name the data with --shared")
-    kind = options.set + ("-quick" if options.quick else "") + ("-defect" if options.planted_defect else "")
+    kind = options.task + ("-quick" if options.quick else "") + ("-defect" if options.planted_defect else "")
     path = write(Path(options.out).resolve() / kind, options)
-    command = [sys.executable, "-m", "fedsoda_hub", "compare", str(path), "--json"]
+    command = [sys.executable, "-m", "fedsoda_hub", "compare", str(path), "--out", str(path.parent / "cells"), "--json"]
     ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    print(ended.stdout, end="")
     if ended.returncode != 0:
         raise SystemExit(ended.returncode)
-    found = [one for split in json.loads(ended.stdout)["splits"].values() for one in split["differences"]]
+    report = json.loads(ended.stdout)
+    if options.set == "border-map":
+        report["gradient_agreement"] = gradient_agreement(path)
+    print(json.dumps(report))
+    path.with_suffix(".json").write_text(json.dumps(report), encoding="utf-8")
+    found = [one for split in report["splits"].values() for one in split["differences"]]
     if options.planted_defect and any(one["points"] != 0 for one in found):
         raise SystemExit("learning rate 0 and yet variants differ from the untouched model: the harness is wrong")
 

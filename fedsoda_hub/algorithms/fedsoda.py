@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model.layer_plan import choose_groups, make_plan
 from fedsoda_edge.protocol.manifest import LayerPlan
 from fedsoda_hub.algorithms.exact import check_adapter
@@ -19,21 +20,57 @@ if TYPE_CHECKING:
 USES: tuple[str, ...] = (
     *("[method] emulator", "[method] adapter_layers", "[method] layers_per_group", "[method] groups"),
     *("[method] realign_every", "[method] emulator_base", "[align] steps", "[align] realign_steps"),
-    *("[align] border_map", "[align] closed_form", "[method] classes"),
+    *("[align] border_map", "[align] closed_form", "[method] classes", "[method] bundle_bytes"),
 )
+SHORTLIST = 5  # of shapes that are measured where [method] groups = "auto"
 DEFAULTS: dict[str, Any] = {}
 
 
 def plan(full_llm: FullLLM, settings: Method, seed: int) -> LayerPlan:
     """SGP: the groups with the least sum of distances, chosen exactly."""
-    num_layers = full_llm.num_layers
-    check_adapter(num_layers, settings.adapter_layers)
-    emulator = num_layers - settings.adapter_layers
-    shape = num_layers, settings.adapter_layers, settings.layers_per_group, settings.groups
+    num_layers, adapter = full_llm.num_layers, settings.adapter_layers
+    check_adapter(num_layers, adapter)
+    emulator = num_layers - adapter
     # An infeasible (n, p) is refused before any work: distances do not matter for that.
-    choose_groups([[0.0] * (emulator - 1 - layer) for layer in range(emulator)], *shape)
+    unmeasured = [[0.0] * (emulator - 1 - layer) for layer in range(emulator)]
+    if isinstance(settings.groups, str):
+        shapes = _shapes(full_llm, unmeasured, adapter)
+    else:
+        shapes = [(settings.layers_per_group, settings.groups)]
+        choose_groups(unmeasured, num_layers, adapter, *shapes[0])
     distances = full_llm.distances(emulator)
-    return make_plan(num_layers, settings.adapter_layers, choose_groups(distances, *shape), distances)
+    plans = [
+        make_plan(num_layers, adapter, choose_groups(distances, num_layers, adapter, n, p), distances)
+        for n, p in shapes
+    ]
+    plans.sort(key=lambda plan: sum(group.distance for group in plan.groups))
+    return plans[0] if len(plans) == 1 else full_llm.nearest(plans[:SHORTLIST])
+
+
+def _shapes(full_llm: FullLLM, unmeasured: list[list[float]], adapter: int) -> list[tuple[int, int]]:
+    """Of each group size n the least number of groups p with which the sub-LLM is small enough (method.md 8d).
+
+    Raises:
+        UsageProblem: no (n, p) that leaves room for its groups is.
+    """
+    num_layers, emulator = full_llm.num_layers, len(unmeasured)
+
+    def is_small_enough(n: int, p: int) -> bool:
+        return full_llm.fits(make_plan(num_layers, adapter, choose_groups(unmeasured, num_layers, adapter, n, p)))
+
+    if is_small_enough(0, 0):
+        return [(0, 0)]
+    least = (
+        (n, next((p for p in range(1, emulator // (n + 1) + 1) if is_small_enough(n, p)), 0))
+        for n in range(1, emulator)
+    )
+    shapes = [(n, p) for n, p in least if p]
+    if not shapes:
+        raise UsageProblem(
+            f"no sub-LLM of this model is within [method] bundle_bytes: one of {num_layers - emulator + 1} layers "
+            'is larger; raise it, write quantize_embedding = true or adapter_base = "nf4", or lower adapter_layers'
+        )
+    return shapes
 
 
 def size_classes(plan: LayerPlan, settings: Method) -> tuple[LayerPlan, ...]:

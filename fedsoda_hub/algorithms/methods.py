@@ -37,6 +37,14 @@ class FullLLM(Protocol):
         """
         ...
 
+    def fits(self, plan: LayerPlan) -> bool:
+        """Whether all files of this sub-LLM are within [method] bundle_bytes."""
+        ...
+
+    def nearest(self, plans: Sequence[LayerPlan]) -> LayerPlan:
+        """Whose sub-LLM comes nearest to the full LLM, by public KL and by what its adapter would learn."""
+        ...
+
 
 class FederatedMethod(Protocol):
     """A module of this directory.

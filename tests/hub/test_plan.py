@@ -193,6 +193,21 @@ def test_people_see_both_emulators_and_what_the_times_stand_on(
         assert row in shown
 
 
+def test_a_method_without_a_border_cache_is_not_said_to_have_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    plan_table(plan_of(tmp_path, "LLaMA3-8B"))
+    swept = capsys.readouterr().err
+    assert "border cached" in swept
+    assert " 6.00" in swept
+    plan_table(plan_report(str(tmp_path / "config.json"), settings_for_plan("x", method={"name": "fedpetuning"})))
+    through = capsys.readouterr().err
+    assert "border cached" not in through
+    assert "sub-LLM, every time" in through
+    assert " 6.00" not in through  # of the paper's sub-LLM alone
+
+
 def test_a_full_emulator_has_no_round_that_carries_more_than_the_adapter(tmp_path: Path) -> None:
     plan_of(tmp_path, "LLaMA3-8B")
     settings = settings_for_plan("x", method={"emulator": "full"})
