@@ -38,7 +38,7 @@ DOLLY_LENGTH = 200  # characters; longer instructions are left out
 
 BASE: dict[str, dict[str, Any]] = {
     "compare": {
-        "rows": 6000,
+        "rows": 3600,
         "edges": 6,
         "seeds": [0, 1, 2],
         "eval_rows": 2000,
@@ -48,13 +48,13 @@ BASE: dict[str, dict[str, Any]] = {
     "public": {"sequences": 96, "length": 96},
     "align": {"border_map": "none", "steps": 60, "realign_steps": 15, "learning_rate": 3e-3},
     "rounds": {"count": 10},
-    "local": {"epochs": 100, "max_steps": 40, "learning_rate": 2e-3, "max_length": 96},
+    "local": {"epochs": 100, "max_steps": 20, "learning_rate": 3e-3, "max_length": 96},
 }
 QUICK: dict[str, dict[str, Any]] = {
-    "compare": {"rows": 1600, "seeds": [0], "eval_rows": 500},
+    "compare": {"rows": 1200, "seeds": [0], "eval_rows": 500},
     "align": {**BASE["align"], "steps": 30, "realign_steps": 5},
     "rounds": {"count": 4},
-    "local": {**BASE["local"], "max_steps": 30},
+    "local": {**BASE["local"], "max_steps": 20},
 }
 TASKS: dict[str, dict[str, Any]] = {
     "sst2": {"prompt": "Review: {sentence}\nSentiment:", "completion": "{label}"},
