@@ -90,6 +90,13 @@ def lora_spec(
     return LoRASpec(rank, settings.lora.alpha, tuple(targets), on_adapter, (*bordering, *on_emulator))
 
 
+def made_of(settings: RunSettings) -> Any:
+    """The tables that a bundle is made of: not when and how long it is aligned again."""
+    method = msgspec.structs.replace(settings.method, realign_every=0)
+    align = msgspec.structs.replace(settings.align, realign_steps=0)
+    return msgspec.to_builtins([method, settings.lora, settings.public, align])
+
+
 class Preparation:
     """The pieces of a run that need the full LLM, made once and found again."""
 
@@ -128,7 +135,7 @@ class Preparation:
             _sha256(settings.public_text),
             settings.seed,
             [settings.task.prompt, _sha256(settings.like_task)] if settings.align.border_map != "none" else None,
-            msgspec.to_builtins([settings.method, settings.lora, settings.public, settings.align]),
+            made_of(settings),
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

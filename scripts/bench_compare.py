@@ -38,23 +38,23 @@ DOLLY_LENGTH = 200  # characters; longer instructions are left out
 
 BASE: dict[str, dict[str, Any]] = {
     "compare": {
-        "rows": 8000,
-        "edges": 10,
+        "rows": 3600,
+        "edges": 6,
         "seeds": [0, 1, 2],
         "eval_rows": 2000,
-        "eval_every": 2,
+        "eval_every": 5,
         "baselines": ["untouched"],
     },
-    "public": {"sequences": 128, "length": 128},
-    "align": {"border_map": "none", "steps": 120, "realign_steps": 30, "learning_rate": 3e-3},
+    "public": {"sequences": 96, "length": 96},
+    "align": {"border_map": "none", "steps": 60, "realign_steps": 15, "learning_rate": 3e-3},
     "rounds": {"count": 10},
-    "local": {"epochs": 100, "max_steps": 50, "learning_rate": 2e-3, "max_length": 96},
+    "local": {"epochs": 100, "max_steps": 20, "learning_rate": 3e-3, "max_length": 96},
 }
 QUICK: dict[str, dict[str, Any]] = {
-    "compare": {"rows": 1600, "seeds": [0], "eval_rows": 500},
-    "align": {**BASE["align"], "steps": 30, "realign_steps": 10},
+    "compare": {"rows": 1200, "seeds": [0], "eval_rows": 500},
+    "align": {**BASE["align"], "steps": 30, "realign_steps": 5},
     "rounds": {"count": 4},
-    "local": {**BASE["local"], "max_steps": 40},
+    "local": {**BASE["local"], "max_steps": 20},
 }
 TASKS: dict[str, dict[str, Any]] = {
     "sst2": {"prompt": "Review: {sentence}\nSentiment:", "completion": "{label}"},
@@ -78,8 +78,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bf16": {"wire": {"codec": "bf16"}},
     "public-like-task": {"public": {"text": "like_task.txt"}},
     "public-self": {"public": {"text": "self-generated"}},
-    "fedbiot": {"method": {"name": "fedbiot"}, "align": {"steps": 120, "realign_steps": 10}},
-    "fedot": {"method": {"name": "fedot"}, "align": {"steps": 120}},
+    "fedbiot": {"method": {"name": "fedbiot"}, "align": {"steps": 60, "realign_steps": 5}},
+    "fedot": {"method": {"name": "fedot"}},
     "fedpetuning": {"method": {"name": "fedpetuning"}},
     "fedpruner": {"method": {"name": "fedpruner"}},
     "fedpruner-uniform": {"method": {"name": "fedpruner", "layer_choice": "uniform"}},

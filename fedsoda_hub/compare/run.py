@@ -42,7 +42,7 @@ from fedsoda_hub.export import RunJudge
 from fedsoda_hub.federation.events import Prepared, RoundClosed
 from fedsoda_hub.ledger import Ledger
 from fedsoda_hub.plan import predict
-from fedsoda_hub.prepare import Preparation, open_full_llm
+from fedsoda_hub.prepare import Preparation, made_of, open_full_llm
 
 Say = Callable[[dict[str, Any]], None]
 Result = dict[str, Any]
@@ -263,10 +263,7 @@ class _Run:
     def _prepared(self, settings: RunSettings) -> RunSettings:
         """The run that is only prepared, the same for all whose bundles are."""
         shared = [settings.seed, settings.model, settings.device, settings.dtype]
-        tables = msgspec.to_builtins(
-            [settings.method, settings.lora, settings.public, settings.align, settings.task.prompt]
-        )
-        key = hashlib.sha256(json.dumps([shared, tables]).encode()).hexdigest()[:16]
+        key = hashlib.sha256(json.dumps([shared, made_of(settings), settings.task.prompt]).encode()).hexdigest()[:16]
         return msgspec.structs.replace(settings, path=str(self.out / "prepared" / key / "run.toml"))
 
     def _prepare(self, settings: RunSettings) -> None:

@@ -20,9 +20,10 @@ from fedsoda_hub.federation import events as ev
 from fedsoda_hub.federation.events import Append, Compute, Effect, Event, Ignored, Send
 
 AUTO = "auto"  # realign_every: when the sub-LLM has drifted, measured before every round that may bring a realignment
-AUTO_ROUNDS = 2  # from one realignment to the next, at least; method.md 8d has these three
+# method.md 8d has these three, but a cosine of 0.9: an alignment may begin below that, and what it does not reach it cannot mend.
+AUTO_ROUNDS = 2  # from one realignment to the next, at least
 KL_GROWTH = 1.1
-LEAST_COSINE = 0.9
+COSINE_LEFT = 0.9  # of what the alignment's first probe found
 MAX_EXAMPLES = 2**31
 MAX_LOSS = 1e6  # nats; a larger one would make the round's mean, and what is shown of it, infinite
 
@@ -100,6 +101,11 @@ class RunState(msgspec.Struct):
     def aligned_kl(self) -> float:
         """Public KL after the last alignment, which `Probed` is held against."""
         return self.realignments[-1]["kl_after"] if self.realignments else self.public_kl["aligned"]
+
+    @property
+    def first_probe(self) -> dict[str, int | float]:
+        """Of those since the last alignment; there is one."""
+        return next(probe for probe in self.probes if probe["round"] > self.realigned_for)
 
     def emulator(self, size_class: int) -> tuple[Digest, Digest | None]:
         """(view, coded step to it or None) of the emulator LoRA that edges of the class hold."""
@@ -443,8 +449,8 @@ class RoundMachine:
         elif not state.probes or state.probes[-1]["round"] != upcoming:
             return self._start("probe", alike)
         else:
-            found = state.probes[-1]
-            is_due = found["kl"] > KL_GROWTH * state.aligned_kl or found["cosine"] < LEAST_COSINE
+            found, fresh = state.probes[-1], state.first_probe
+            is_due = found["kl"] > KL_GROWTH * state.aligned_kl or found["cosine"] < COSINE_LEFT * fresh["cosine"]
         if is_due:
             smaller = [held.emulator_view for held in state.smaller]
             return self._start("realign", {"version": state.alignment + 1, **alike, "smaller": smaller})

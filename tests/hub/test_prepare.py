@@ -75,6 +75,25 @@ def test_public_text_of_the_full_llm_itself_is_written_once_and_the_same_after_a
     assert prepare(msgspec.structs.replace(again, seed=1))["public_kl"]["pruned"] != first["public_kl"]["pruned"]
 
 
+def test_when_and_how_long_it_is_aligned_again_is_nothing_that_a_bundle_is_made_of(
+    tmp_path: Path, tiny_llama: Path
+) -> None:
+    runs = [
+        make_run(tmp_path, tiny_llama),
+        make_run(tmp_path, tiny_llama, method={"realign_every": 0}, align={"realign_steps": 1}),
+        make_run(tmp_path, tiny_llama, method={"realign_every": "auto"}),
+        make_run(tmp_path, tiny_llama, align={"steps": 3}),
+    ]
+    said: list[dict[str, Any]] = []
+    made = [Preparation(run, said.append).run() for run in runs[:1]]
+    assert said
+    said.clear()
+    made += [Preparation(run, said.append).run() for run in runs[1:3]]
+    assert not said
+    made.append(prepare(runs[3]))
+    assert made[0] == made[1] == made[2] != made[3]
+
+
 def test_another_method_gives_another_bundle(tmp_path: Path, tiny_llama: Path) -> None:
     first = prepare(make_run(tmp_path, tiny_llama, align={"steps": 0}))
     other = prepare(make_run(tmp_path, tiny_llama, align={"steps": 0}, method={"groups": 1}))
