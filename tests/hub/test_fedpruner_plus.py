@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 import torch
 from msgspec.structs import replace
@@ -17,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_edge.model import delta, lora
+from fedsoda_edge.model import delta
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.ports.disk import BlobStore
 from fedsoda_hub.algorithms.representatives import contiguous, measure_components, select_components, spectral
@@ -27,6 +26,7 @@ from fedsoda_hub.federation.events import RoundClosed, UpdateAccepted
 from fedsoda_hub.ledger import Ledger, read_outcome
 from fedsoda_hub.plan import plan_report, predict
 from fedsoda_hub.prepare import Preparation
+from fedsoda_hub.report import write_report
 from tests.edge.model.test_bundle import pruned_by_hand
 from tests.hub.compare.test_in_process import in_one_process
 from tests.hub.runs import WORDS, make_run, prepare
@@ -163,6 +163,8 @@ def test_two_rounds_and_what_they_leave(tmp_path: Path, tiny_llama: Path) -> Non
     assert reported["sub_llm"] < reported["full"]
     about = json.loads((tmp_path / "adapter" / "fedsoda.json").read_text())
     assert tuple(about["plan"]["without_attention"]) == plan.without_attention
+    page = Path(write_report(settings, tmp_path / "report")["report"]).read_text()
+    assert "6 of 8 kept (1 without attention, 1 without MLP), LoRA rank 4 in 6" in page
 
     # Without choices the hub generates, through a cache of keys and values that layers without attention have no part in.
     open_ended = replace(settings, task=replace(settings.task, choices="none"))
@@ -175,17 +177,16 @@ def test_two_rounds_and_what_they_leave(tmp_path: Path, tiny_llama: Path) -> Non
         assert made == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
-def test_a_family_with_experts_and_one_with_norms_behind_go_the_same_way(tmp_path: Path) -> None:
-    for family in ("qwen3_moe", "gemma3_text"):
-        model = make_tiny(tmp_path / family, family)
-        settings = run_of(tmp_path / f"{family}-run", model)
-        settings = replace(settings, lora=replace(settings.lora, targets=["q_proj", "o_proj"]))
-        result = prepare(settings)
-        bundle = Bundle.open(settings.run_dir / "bundle")
-        assert bundle.plan.lacking
-        assert {item.layer for item in bundle.manifest.lora.adapter} == {
-            number for number in bundle.plan.kept if number not in bundle.plan.without_attention
-        }
-        assert result["public_kl"]["quantized"] == pytest.approx(result["public_kl"]["pruned"], rel=1e-6)
-        assert lora.initial(bundle.manifest.lora.adapter, settings.seed).keys() == bundle.adapter_lora().keys()
-        assert msgspec.to_builtins(bundle.plan)["distances"] == ()
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen3_moe"])
+def test_norms_behind_and_experts_go_with_their_half(tmp_path: Path, family: str) -> None:
+    settings = run_of(tmp_path / "run", make_tiny(tmp_path / family, family))
+    result = prepare(replace(settings, lora=replace(settings.lora, targets=["q_proj", "o_proj"])))
+    bundle = Bundle.open(settings.run_dir / "bundle")
+    plan = bundle.plan
+    assert plan.without_mlp
+    for number in plan.without_mlp:
+        held = {name.partition(".")[0] for name in bundle.layer(number)}
+        assert "self_attn" in held
+        assert not any("mlp" in name or "feedforward" in name for name in held)
+    assert {item.layer for item in bundle.manifest.lora.adapter} == {*plan.kept} - {*plan.without_attention}
+    assert result["public_kl"]["quantized"] == pytest.approx(result["public_kl"]["pruned"], rel=1e-6)  # 16 bits
