@@ -297,7 +297,7 @@ class Preparation:
             seed=self.settings.seed,
             compute_dtype=self.compute_dtype,
             device=self.device,
-            progress=self._progress("measuring the similarity of attention and MLP blocks"),
+            progress=self._progress("measuring layer similarity"),
         )
         dtype, base = str(self.source.dtype).removeprefix("torch."), self.settings.method.adapter_base
         of_attention, of_mlp = (
