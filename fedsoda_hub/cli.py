@@ -54,7 +54,10 @@ def demo(
 def plan(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="a model directory or a bare config.json")],
     method: Annotated[
-        str, typer.Option(envvar="FEDSODA_METHOD", help="fedsoda, exact, fedbiot, fedot, fedpetuning or fedpruner")
+        str,
+        typer.Option(
+            envvar="FEDSODA_METHOD", help="fedsoda, exact, fedbiot, fedot, fedpetuning, fedpruner or fedpruner+"
+        ),
     ] = "fedsoda",
     layers_per_group: Annotated[
         int | None, typer.Option(min=0, envvar="FEDSODA_LAYERS_PER_GROUP", help="n; fedsoda: 3")
@@ -65,7 +68,8 @@ def plan(
         typer.Option(envvar="FEDSODA_CLASSES", help="groups of a smaller sub-LLM beside it; may be repeated"),
     ] = None,
     drop_layers: Annotated[
-        int | None, typer.Option(min=0, envvar="FEDSODA_DROP_LAYERS", help="in all; fedbiot, fedot, fedpruner: 12")
+        int | None,
+        typer.Option(min=0, envvar="FEDSODA_DROP_LAYERS", help="in all; fedbiot, fedot, fedpruner, fedpruner+: 12"),
     ] = None,
     adapter_layers: Annotated[
         int | None, typer.Option(min=1, envvar="FEDSODA_ADAPTER_LAYERS", help="last layers that train: 3; fedot: 2")

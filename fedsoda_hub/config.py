@@ -26,7 +26,8 @@ from fedsoda_hub.algorithms.methods import METHODS, FederatedMethod, method_of
 from fedsoda_hub.federation.rounds import AUTO, AUTO_ROUNDS
 
 EMULATORS = ("sub", "full")
-LAYER_CHOICES = ("contiguous", "spectral", "uniform", "random", "top")
+GROUPINGS = ("contiguous", "spectral")
+LAYER_CHOICES = (*GROUPINGS, "uniform", "random", "top")
 BORDER_MAPS = ("auto", "ridge", "none")
 SELF_GENERATED = "self-generated"  # in the place of a file of [public]
 RULES = ("fedavg", "ffa", "rolora", "flexlora")
@@ -72,6 +73,7 @@ class Method(Section, frozen=True):
     drop_layers: how many go in all where they go uniformly: groups have no meaning there, and a share of the layers
     would have to be rounded. layer_choice: how FedPruner finds those that stay: the most important of each of its
     groups, which are "contiguous" or "spectral"; or, to compare with, "uniform", "random" or all but the "top".
+    FedPruner+ groups attention and MLP blocks each by themselves, in the bytes of the layers that drop_layers leaves.
     realign_every: rounds, or "auto": when the sub-LLM is measured to have drifted. Bases: "nf4" or "bf16", the
     checkpoint's own dtype.
     """
@@ -478,6 +480,12 @@ def _check_ranges(settings: RunSettings) -> None:
             s.method.layer_choice,
             s.method.layer_choice in LAYER_CHOICES,
             f"one of {', '.join(LAYER_CHOICES)}",
+        ),
+        (
+            "[method] layer_choice",
+            s.method.layer_choice,
+            s.method.layer_choice in GROUPINGS or s.method.name != "fedpruner+",
+            f'{" or ".join(GROUPINGS)} where name = "fedpruner+"',
         ),
         ("[method] layers_per_group", s.method.layers_per_group, s.method.layers_per_group >= 0, "at least 0"),
         (

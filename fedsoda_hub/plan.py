@@ -87,6 +87,11 @@ class Unmeasured:
     def nearest(self, plans: Sequence[LayerPlan]) -> LayerPlan:
         return plans[0]
 
+    def components(self, count: int, grouping: str) -> tuple[list[int], list[int]]:
+        """Whole layers, which have the bytes that there is room for; what is measured may divide them otherwise."""
+        layers = evenly(self.num_layers, count)
+        return layers, layers
+
 
 def likely_plan(num_layers: int, settings: Method, seed: int = 0) -> LayerPlan:
     """The largest of `likely_plans`: the only one where the run has no size classes."""
@@ -94,8 +99,9 @@ def likely_plan(num_layers: int, settings: Method, seed: int = 0) -> LayerPlan:
 
 
 def likely_plans(num_layers: int, settings: Method, seed: int = 0) -> list[LayerPlan]:
-    """A plan of this shape for each size class. Which layers a measuring method removes is known after it only; sizes depend on it by the
-    digits of their numbers in the headers of two LoRA shards.
+    """A plan of this shape for each size class. Which layers a measuring method removes is known after it only; sizes
+    depend on it by the digits of their numbers in the headers of two LoRA shards, and FedPruner+'s LoRA on how it
+    divides the bytes.
 
     Raises:
         UsageProblem: it does not fit; names what does.
@@ -116,9 +122,12 @@ def predict(
     method, targets, rank = settings.method, settings.lora.targets, settings.lora.rank
     spec = lora_spec(settings, family, fields, plan)
     on_all = lora.specs(family, fields, range(plan.num_layers), targets, rank)
-    layers = {number: _parameters(layer_on_meta(family, fields, number)) for number in range(plan.num_layers)}
     ends, head = _ends(family, fields)
-    full, sub = sum(layers.values()) + ends, sum(layers[number] for number in plan.kept) + ends
+    full = sum(_parameters(layer_on_meta(family, fields, number)) for number in range(plan.num_layers)) + ends
+    layers = {
+        number: _parameters(layer_on_meta(family, fields, number, plan.lacking.get(number))) for number in plan.kept
+    }
+    sub = sum(layers.values()) + ends
     bundle = BundleSettings(spec, method.adapter_base, method.quantize_embedding, method.emulator_base)
     sizes = shard_sizes(family, fields, plan, bundle, dtype)
     weights = sum(size for name, size in sizes.items() if not name.endswith("_lora"))
@@ -126,7 +135,7 @@ def predict(
     shape = make_shape(
         fields,
         plan,
-        max(layers[number] for number in plan.kept),
+        layers,
         spec,
         adapter_base=method.adapter_base,
         emulator_base=method.emulator_base,

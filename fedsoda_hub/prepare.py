@@ -31,6 +31,7 @@ from fedsoda_edge.model import border_map, delta, lora
 from fedsoda_edge.model.bundle import (
     Bundle,
     BundleSettings,
+    half_bytes,
     read_manifest,
     replace_emulator_lora,
     shard_sizes,
@@ -46,6 +47,7 @@ from fedsoda_edge.ports.system import sync_directory
 from fedsoda_edge.protocol.manifest import LayerPlan, LoRASpec, file_of
 from fedsoda_hub.algorithms import closed_form, drift, fedsoda, oda, representatives, ridge, sgp
 from fedsoda_hub.algorithms.methods import method_of
+from fedsoda_hub.algorithms.representatives import Components, Partition
 from fedsoda_hub.config import RunSettings
 from fedsoda_hub.public_text import read_blocks, read_prompts
 from fedsoda_hub.self_generated import generate_blocks, generate_prompts
@@ -84,7 +86,9 @@ def lora_spec(
     """
     rank, targets = settings.lora.rank, settings.lora.targets
     aligned = method_of(settings.method).aligned(plan)
-    on_adapter, on_emulator = (lora.specs(family, fields, layers, targets, rank) for layers in (plan.adapter, aligned))
+    on_adapter, on_emulator = (
+        lora.specs(family, fields, layers, targets, rank, plan.lacking) for layers in (plan.adapter, aligned)
+    )
     is_mapped = is_mapped and bool(aligned) and settings.align.border_map != "none"
     bordering = border_map.specs(int(fields["hidden_size"]), settings.align.border_rank if is_mapped else 0)
     return LoRASpec(rank, settings.lora.alpha, tuple(targets), on_adapter, (*bordering, *on_emulator))
@@ -286,19 +290,42 @@ class Preparation:
         )
 
     def representatives(self, count: int, grouping: str) -> tuple[int, ...]:
-        seed = self.settings.seed
         measured = representatives.measure_layers(
             self.source,
             self.used,
-            seed=seed,
+            seed=self.settings.seed,
             compute_dtype=self.compute_dtype,
             device=self.device,
             progress=self._progress("measuring layer similarity"),
         )
-        partition = (
-            partial(representatives.spectral, seed=seed) if grouping == "spectral" else representatives.contiguous
+        return representatives.select_layers(measured, count, self._partition(grouping), keep_ends=True)
+
+    def components(self, count: int, grouping: str) -> Components:
+        attention, mlp = representatives.measure_components(
+            self.source,
+            self.used,
+            seed=self.settings.seed,
+            compute_dtype=self.compute_dtype,
+            device=self.device,
+            progress=self._progress("measuring layer similarity"),
         )
-        return representatives.select_layers(measured, count, partition, keep_ends=True)
+        dtype, base = str(self.source.dtype).removeprefix("torch."), self.settings.method.adapter_base
+        of_attention, of_mlp = (
+            [
+                half_bytes(self.source.family, self.source.fields, number, half, base, dtype)
+                for number in range(self.num_layers)
+            ]
+            for half in ("attention", "mlp")
+        )
+        budget = sum(of_attention + of_mlp) * count // self.num_layers  # layers of qwen3_moe are of two sizes
+        return representatives.select_components(
+            attention, mlp, of_attention, of_mlp, budget, self._partition(grouping)
+        )
+
+    def _partition(self, grouping: str) -> Partition:
+        if grouping == "spectral":
+            return partial(representatives.spectral, seed=self.settings.seed)
+        return representatives.contiguous
 
     def fits(self, plan: LayerPlan) -> bool:
         dtype = str(self.source.dtype).removeprefix("torch.")
@@ -462,9 +489,9 @@ class Preparation:
         plan, top = bundle.plan, ends(self.source)
         with torch.no_grad():
             wanted = top.hidden(states=ran(self.source, range(plan.num_layers), "full LLM"))
-        pruned = 0.0  # exactly, where all layers are kept
-        if len(plan.kept) < plan.num_layers:
-            pruned = oda.public_kl(top, ran(self.source, plan.kept, "pruned LLM"), wanted)
+        pruned = 0.0  # exactly, where all layers are kept whole
+        if len(plan.kept) < plan.num_layers or plan.lacking:
+            pruned = oda.public_kl(top, ran(self.source.without(plan.lacking), plan.kept, "pruned LLM"), wanted)
         quantized = oda.public_kl(ends(bundle), ran(bundle, plan.kept, "sub-LLM"), wanted)
         return {"pruned": pruned, "quantized": quantized, "aligned": quantized}
 

@@ -546,12 +546,10 @@ def _facts(settings: RunSettings, history: History, plan: LayerPlan | None) -> s
             shown = "not a number" if loss is None else f"{loss:.3f}"
             facts.append((label, f"accuracy {last['accuracy'][name]:.1%}, loss {shown}{more}"))
     if plan is not None:
-        facts.append(
-            (
-                "layers",
-                f"{len(plan.kept)} of {plan.num_layers} kept, LoRA rank {settings.lora.rank} in {len(plan.adapter)}",
-            )
-        )
+        kept = f"{len(plan.kept)} of {plan.num_layers} kept"
+        if plan.lacking:
+            kept += f" ({len(plan.without_attention)} without attention, {len(plan.without_mlp)} without MLP)"
+        facts.append(("layers", f"{kept}, LoRA rank {settings.lora.rank} in {len(plan.adapter)}"))
     if history.public_kl:
         facts.append(("public KL", kl_sentence(history.public_kl).removeprefix("public KL ")))
     examples = sum(u.num_examples for one in history.closed for u in one.updates.values())

@@ -27,6 +27,7 @@ from fedsoda_edge.model import border_map, lora
 from fedsoda_edge.model.families import (
     FAMILIES,
     Family,
+    branch,
     build_config,
     family_of,
     layer_on_meta,
@@ -45,17 +46,18 @@ from fedsoda_edge.model.nf4 import (
     nf4_entries,
     quantize,
 )
-from fedsoda_edge.model.streaming import LayerSource, read_rows
+from fedsoda_edge.model.streaming import Checkpoint, read_rows
 from fedsoda_edge.model.sub_llm import local_name
 from fedsoda_edge.ports.disk import sha256, sha256_file, write_durably
 from fedsoda_edge.ports.system import sync_directory
-from fedsoda_edge.protocol.coded import safetensors_bytes
+from fedsoda_edge.protocol.coded import safetensors_bytes, tensor_bytes
 from fedsoda_edge.protocol.manifest import (
     EMULATOR_LORA,
     FORMAT_VERSION,
     MAX_SIZE,
     BundleManifest,
     File,
+    Half,
     LayerPlan,
     LoRASpec,
     TensorSpec,
@@ -82,7 +84,7 @@ class BundleSettings:
 
 def write_bundle(
     directory: Path,
-    source: LayerSource,
+    source: Checkpoint,
     plan: LayerPlan,
     settings: BundleSettings,
     *,
@@ -98,30 +100,28 @@ def write_bundle(
     The same input gives the same bytes. Raises DiskFull; a half-written bundle never has the name `directory`.
     """
     check_plan(plan)
+    source = source.without(plan.lacking)
     with _whole_or_not_at_all(directory) as temporary:
         files: list[File] = []
-        parameters = 0
+        parameters: dict[int, int] = {}
 
         def shard(role: str, tensors: dict[str, Tensor]) -> None:
             data = save({key: value.contiguous() for key, value in sorted(tensors.items())})
             write_durably(temporary / f"{role}.safetensors", data)
             files.append(File(name=f"{role}.safetensors", sha256=sha256(data), bytes=len(data)))
 
-        layer_parameters = 0
         for done, number in enumerate(plan.kept):
+            layer = layer_on_meta(source.family, source.fields, number, plan.lacking.get(number))
             dense = source.layer(number)
-            size = sum(tensor.numel() for tensor in dense.values())
-            parameters += size
-            layer_parameters = max(layer_parameters, size)
-            layer = layer_on_meta(source.family, source.fields, number)
+            parameters[number] = sum(tensor.numel() for tensor in dense.values())
             shard(f"layers.{number}", _packed(dense, set() if settings.is_dense(number, plan) else _quantizable(layer)))
             if progress is not None:
                 progress(done + 1, len(plan.kept))
         ends = {"embedding": {"weight": source.embedding()}, "norm": source.norm()}
         if not source.fields.get("tie_word_embeddings"):
             ends["head"] = {"weight": source.head()}
+        end_parameters = sum(tensor.numel() for tensors in ends.values() for tensor in tensors.values())
         for role, tensors in ends.items():
-            parameters += sum(tensor.numel() for tensor in tensors.values())
             shard(role, _packed(tensors, {"weight"} if settings.quantize_embedding and role != "norm" else set()))
         weight_bytes = sum(file.bytes for file in files)
         shard("emulator_lora", emulator_lora)
@@ -134,7 +134,7 @@ def write_bundle(
         shape = make_shape(
             source.fields,
             plan,
-            layer_parameters,
+            parameters,
             settings.lora,
             adapter_base=settings.adapter_base,
             emulator_base=settings.emulator_base,
@@ -154,43 +154,56 @@ def write_bundle(
             quantized_embedding=settings.quantize_embedding,
             files=tuple(files),
             needs=edge_needs(shape, files),
-            bits_per_parameter=8 * weight_bytes / parameters,
+            bits_per_parameter=8 * weight_bytes / (sum(parameters.values()) + end_parameters),
             emulator_base=settings.emulator_base,
         )
         write_durably(temporary / "manifest.json", encode_manifest(manifest))
     return manifest
 
 
+Entries = dict[str, tuple[str, tuple[int, ...]]]  # of a shard: (dtype as safetensors names it, shape) by name
+
+
 def shard_sizes(
     family: Family, fields: dict[str, Any], plan: LayerPlan, settings: BundleSettings, dtype: str
 ) -> dict[str, int]:
     """Bytes of each shard that `write_bundle` writes for a checkpoint of this shape, by role; no weights needed."""
-    kind = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[dtype]
-
-    def size(shapes: Mapping[str, tuple[int, ...]], wanted: set[str]) -> int:
-        entries: dict[str, tuple[str, tuple[int, ...]]] = {}
-        for name, shape in shapes.items():
-            if name in wanted:
-                entries |= {f"{name}.{part}": entry for part, entry in nf4_entries(math.prod(shape)).items()}
-            else:
-                entries[name] = (kind, shape)
-        return safetensors_bytes(entries, {})
-
-    sizes = {}
+    shards: dict[str, Entries] = {}
     for number in plan.kept:
-        layer = layer_on_meta(family, fields, number)
-        wanted = set() if settings.is_dense(number, plan) else _quantizable(layer)
-        sizes[f"layers.{number}"] = size(_shapes_of(layer), wanted)
+        layer = layer_on_meta(family, fields, number, plan.lacking.get(number))
+        shards[f"layers.{number}"] = _layer_entries(layer, dtype, is_dense=settings.is_dense(number, plan))
     model = skeleton(family, build_config(family, fields, plan.adapter[:1]))
     ends = {"embedding": family.embedding, "norm": family.norm}
     if not fields.get("tie_word_embeddings"):
         ends["head"] = family.head
     for role, path in ends.items():
         wanted = {"weight"} if settings.quantize_embedding and role != "norm" else set()
-        sizes[role] = size(_shapes_of(model.get_submodule(path)), wanted)
+        shards[role] = _entries(_shapes_of(model.get_submodule(path)), wanted, dtype)
     for role, specs in (("emulator_lora", settings.lora.emulator), ("adapter_lora", settings.lora.adapter)):
-        sizes[role] = safetensors_bytes({spec.name: ("F32", spec.shape) for spec in specs}, {})
-    return sizes
+        shards[role] = {spec.name: ("F32", spec.shape) for spec in specs}
+    return {role: safetensors_bytes(entries, {}) for role, entries in shards.items()}
+
+
+def half_bytes(family: Family, fields: dict[str, Any], number: int, half: Half, base: str, dtype: str) -> int:
+    """Of the tensors that hold one half of a layer in a bundle, its norms among them; the file's header is not counted."""
+    layer = layer_on_meta(family, fields, number, "mlp" if half == "attention" else "attention")
+    return tensor_bytes(_layer_entries(layer, dtype, is_dense=base != "nf4"))
+
+
+def _layer_entries(layer: Any, dtype: str, *, is_dense: bool) -> Entries:
+    return _entries(_shapes_of(layer), set() if is_dense else _quantizable(layer), dtype)
+
+
+def _entries(shapes: Mapping[str, tuple[int, ...]], wanted: set[str], dtype: str) -> Entries:
+    """What a shard holds of tensors of these shapes, those wanted in NF4."""
+    kind = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[dtype]
+    entries: Entries = {}
+    for name, shape in shapes.items():
+        if name in wanted:
+            entries |= {f"{name}.{part}": entry for part, entry in nf4_entries(math.prod(shape)).items()}
+        else:
+            entries[name] = (kind, shape)
+    return entries
 
 
 def _shapes_of(module: Any) -> dict[str, tuple[int, ...]]:
@@ -240,7 +253,8 @@ def write_size_class(
         return sum(file.bytes for file in files if file.name in names or file.name.startswith("layers."))
 
     family = family_of(whole.family)
-    lost = sum(p.numel() for number in gone.values() for p in layer_on_meta(family, whole.config, number).parameters())
+    layers = [layer_on_meta(family, whole.config, number, whole.plan.lacking.get(number)) for number in gone.values()]
+    lost = sum(parameter.numel() for layer in layers for parameter in layer.parameters())
     parameters = 8 * weight_bytes(whole.files) / whole.bits_per_parameter - lost
     manifest = msgspec.structs.replace(
         whole, plan=plan, lora=spec, files=files, bits_per_parameter=8 * weight_bytes(files) / parameters
@@ -306,7 +320,8 @@ def read_manifest(data: bytes) -> BundleManifest:
         if not set(spec.aligned) <= set(plan.sub_emulator):
             raise ValueError(f"its emulator LoRA lies on the layers {spec.aligned}")
         adapter, emulator = (
-            lora.specs(family, manifest.config, on, spec.targets, spec.rank) for on in (plan.adapter, spec.aligned)
+            lora.specs(family, manifest.config, on, spec.targets, spec.rank, plan.lacking)
+            for on in (plan.adapter, spec.aligned)
         )
         bordering = border_map.specs_like(spec.emulator, int(manifest.config["hidden_size"]))
         if (adapter, (*bordering, *emulator)) != (spec.adapter, spec.emulator):
@@ -326,6 +341,7 @@ class Bundle:
         self.fields = manifest.config
         self.num_layers = manifest.plan.num_layers
         self.dtype = DTYPES[manifest.dtype]
+        self.lacking: Mapping[int, Half] = manifest.plan.lacking
         self._path_of = path_of
         self._verified: set[str] = set()
         self._shape_of: dict[str, dict[str, tuple[int, ...]]] = {}  # by role
@@ -435,7 +451,8 @@ class Bundle:
             return self._shape_of[role]
         family = self.family
         if role.startswith("layers."):
-            module = layer_on_meta(family, self.fields, int(role.removeprefix("layers.")))
+            number = int(role.removeprefix("layers."))
+            module = layer_on_meta(family, self.fields, number, self.lacking.get(number))
         else:
             ends = {"embedding": family.embedding, "norm": family.norm, "head": family.head}
             model = skeleton(family, build_config(family, self.fields, self.plan.adapter[:1]))
@@ -448,7 +465,8 @@ class Bundle:
 
         Layers keep local positions there, as any Transformers checkpoint does; LoRA lies beside it as a PEFT
         adapter in `lora/`. A quantized embedding and stacks of experts are written dense in fp32: bitsandbytes has
-        no 4-bit form for them. A border map has no place in it and is left out.
+        no 4-bit form for them. The half that a layer lacks is written as zeros, which add nothing. A border map has
+        no place in it and is left out.
         """
         directory.mkdir(parents=True, exist_ok=True)
         family = self.family
@@ -456,7 +474,8 @@ class Bundle:
         dense_modules = [family.head]
         in_fp32 = self.manifest.quantized_embedding
         for number in self.plan.kept:
-            for name, value in self.stored_layer(number).items():
+            zeros = self._zeros(number) if number in self.lacking else {}
+            for name, value in {**self.stored_layer(number), **zeros}.items():
                 local = local_name(family, self.plan.kept, f"layers.{number}.{name}")
                 if isinstance(value, NF4Tensor) and not name.endswith(".weight"):
                     tensors[local] = self.layer(number)[name]
@@ -489,6 +508,13 @@ class Bundle:
             if file.name.startswith(("tokenizer", "special_tokens", "chat_template")):
                 shutil.copyfile(self.path(file.name), directory / file.name)
         self._write_lora(directory / "lora")
+
+    def _zeros(self, number: int) -> dict[str, Tensor]:
+        """In the place of the half that a layer lacks."""
+        layer = layer_on_meta(self.family, self.fields, number)
+        pruned = branch(layer, self.lacking[number])
+        shapes = {name: shape for name, shape in _shapes_of(layer).items() if name.partition(".")[0] in pruned}
+        return {name: torch.zeros(shape, dtype=self.dtype) for name, shape in shapes.items()}
 
     def _write_lora(self, directory: Path) -> None:
         spec = self.manifest.lora

@@ -17,6 +17,7 @@ import transformers
 from torch import Tensor
 
 from fedsoda_edge.errors import UsageProblem
+from fedsoda_edge.protocol.manifest import Half
 
 # Config fields that may travel: numbers, flags and tables, never names of code.
 _COMMON = (
@@ -220,15 +221,52 @@ def skeleton(family: Family, config: Any) -> Any:
     return model.requires_grad_(False)
 
 
-def layer_on_meta(family: Family, fields: dict[str, Any], number: int) -> Any:
+def branch(layer: Any, half: Half) -> tuple[str, ...]:
+    """Names of a decoder layer's modules that make up f(norm(x)) of h = x + f(norm(x)), in the order they run."""
+    names: dict[Half, tuple[str, ...]]
+    if hasattr(layer, "post_feedforward_layernorm"):  # gemma3, olmo2: a norm behind each f
+        names = {
+            "attention": ("input_layernorm", "self_attn", "post_attention_layernorm"),
+            "mlp": ("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"),
+        }
+    else:
+        names = {"attention": ("input_layernorm", "self_attn"), "mlp": ("post_attention_layernorm", "mlp")}
+    return tuple(name for name in names[half] if hasattr(layer, name))  # olmo2 has none before
+
+
+class _NoAttention(torch.nn.Module):
+    """In the place of an attention that is pruned: what it adds to the stream is 0, of no weights."""
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+        return hidden_states.new_zeros(()), None
+
+
+class _NoMLP(torch.nn.Module):
+    """The same in the place of an MLP."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states.new_zeros(())
+
+
+def prune_half(layer: Any, half: Half | None) -> None:
+    """Make h = x of a decoder layer's h = x + f(norm(x)): f and its norms go with all their weights. None: of neither."""
+    stand_ins = {"self_attn": _NoAttention, "mlp": _NoMLP}
+    for name in branch(layer, half) if half is not None else ():
+        setattr(layer, name, stand_ins.get(name, torch.nn.Identity)())
+
+
+def layer_on_meta(family: Family, fields: dict[str, Any], number: int, lacks: Half | None = None) -> Any:
     """One full-LLM layer's module with its weights on the meta device: shapes and module names at no cost."""
-    return _layer_on_meta(family.model_type, json.dumps(fields, sort_keys=True), number)
+    return _layer_on_meta(family.model_type, json.dumps(fields, sort_keys=True), number, lacks)
 
 
 @functools.lru_cache(maxsize=512)
-def _layer_on_meta(model_type: str, fields: str, number: int) -> Any:
+def _layer_on_meta(model_type: str, fields: str, number: int, lacks: Half | None) -> Any:
     family = FAMILIES[model_type]
-    return skeleton(family, build_config(family, json.loads(fields), (number,))).get_submodule(f"{family.layers}.0")
+    model = skeleton(family, build_config(family, json.loads(fields), (number,)))
+    layer = model.get_submodule(f"{family.layers}.0")
+    prune_half(layer, lacks)
+    return layer
 
 
 def linear_modules(layer: Any) -> dict[str, torch.nn.Linear]:
@@ -237,17 +275,18 @@ def linear_modules(layer: Any) -> dict[str, torch.nn.Linear]:
 
 
 def lora_modules(
-    family: Family, fields: dict[str, Any], number: int, targets: Sequence[str]
+    family: Family, fields: dict[str, Any], number: int, targets: Sequence[str], lacks: Half | None = None
 ) -> dict[str, tuple[int, int]]:
     """Dotted names within layer `number` that these LoRA targets mean, and their (out, in) features.
 
     A target is a module's last name or dotted name; names known from llama are translated where a family fuses
-    them, so two targets may mean one module.
+    them, so two targets may mean one module. Of a half that the layer lacks there is none.
 
     Raises:
-        UsageProblem: a target matches no module of the layer; names those there are.
+        UsageProblem: a target matches no module of the whole layer; names those there are.
     """
     modules = linear_modules(layer_on_meta(family, fields, number))
+    kept = linear_modules(layer_on_meta(family, fields, number, lacks))
     found: dict[str, tuple[int, int]] = {}
     for target in targets:
         wanted = family.fused.get(target, target)
@@ -257,7 +296,7 @@ def lora_modules(
                 f"[lora] targets names {target!r}, which matches nothing in layer {number} of this "
                 f"{family.model_type} model; it has: {', '.join(name.rpartition('.')[2] for name in modules)}"
             )
-        found |= {name: (modules[name].out_features, modules[name].in_features) for name in names}
+        found |= {name: (modules[name].out_features, modules[name].in_features) for name in names if name in kept}
     return found
 
 

@@ -112,6 +112,7 @@ def plan_around(
 def check_plan(plan: LayerPlan) -> None:
     """Raises UsageProblem unless the plan is one that a method can make: a plan also comes over the network."""
     removed = [layer for group in plan.groups for layer in group.removed]
+    halves = (*plan.without_attention, *plan.without_mlp)
     layers, of_groups = set(range(plan.num_layers)), {*removed, *(group.start for group in plan.groups)}
     checks = {
         "the adapter is layers of the model, ascending": plan.adapter
@@ -127,6 +128,11 @@ def check_plan(plan: LayerPlan) -> None:
         == tuple(layer for layer in range(plan.num_layers) if layer not in set(removed)),
         "mapping gives (t, s) of each group": plan.mapping
         == tuple((g.start, plan.kept.index(g.start)) for g in plan.groups if g.start in plan.kept),
+        "a kept layer lacks one half at most": len({*halves}) == len(halves) and {*halves} <= set(plan.kept),
+        "what lacks a half is ascending": all(
+            half == tuple(sorted(half)) for half in (plan.without_attention, plan.without_mlp)
+        ),
+        "some layer has attention": set(plan.kept) != set(plan.without_attention),  # or nothing would count positions
     }
     for rule, holds in checks.items():
         if not holds:

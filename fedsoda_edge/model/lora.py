@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Container, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -17,19 +18,28 @@ from torch import Tensor
 from fedsoda_edge.model.border_map import PREFIX, BorderMap, part
 from fedsoda_edge.model.families import Family, lora_modules
 from fedsoda_edge.model.sub_llm import SubLLM
-from fedsoda_edge.protocol.manifest import LoRASpec, TensorSpec
+from fedsoda_edge.protocol.manifest import Half, LoRASpec, TensorSpec
 
 LoRATensors = dict[str, Tensor]
 Held = TypeVar("Held", bound=Tensor)
 
 
 def specs(
-    family: Family, fields: dict[str, Any], layers: Iterable[int], targets: Sequence[str], rank: int
+    family: Family,
+    fields: dict[str, Any],
+    layers: Iterable[int],
+    targets: Sequence[str],
+    rank: int,
+    lacking: Mapping[int, Half] = MappingProxyType({}),
 ) -> tuple[TensorSpec, ...]:
-    """Names and shapes of the LoRA tensors on these full-LLM layers, ascending by name."""
+    """Names and shapes of the LoRA tensors on these full-LLM layers, ascending by name.
+
+    Args:
+        lacking: layers of which a half is pruned (`LayerPlan.lacking`).
+    """
     found = []
     for layer in layers:
-        for module, (rows, cols) in lora_modules(family, fields, layer, targets).items():
+        for module, (rows, cols) in lora_modules(family, fields, layer, targets, lacking.get(layer)).items():
             found.append(TensorSpec(f"layers.{layer}.{module}.lora_A", (rank, cols)))
             found.append(TensorSpec(f"layers.{layer}.{module}.lora_B", (rows, rank)))
     return tuple(sorted(found, key=lambda spec: spec.name))

@@ -22,7 +22,7 @@ are on disk, on top of the bundle.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,8 +51,9 @@ def chunk_rows(vocab: int) -> int:
 class Shape:
     """Sizes of what an edge trains. layer_parameters: of the largest kept layer.
 
-    width: bytes of a weight that is not stored in NF4. num_frozen_layers: of the emulator above the border, which
-    gradients go through; frozen_lora_parameters: theirs. is_swept: whether there are layers below the border.
+    num_layers: from the border on, which gradients go through; num_attention and num_mlp: how many of them below the
+    last, which counts as whole, have that half. frozen_parameters, frozen_lora_parameters: of those among them that do
+    not train. width: bytes of a weight that is not stored in NF4. is_swept: whether there are layers below the border.
     """
 
     hidden: int
@@ -60,14 +61,17 @@ class Shape:
     queries: int
     keys: int
     vocab: int
-    num_adapter_layers: int
+    num_layers: int
+    num_attention: int
+    num_mlp: int
     layer_parameters: int
+    adapter_parameters: int
+    frozen_parameters: int
     lora_parameters: int
     adapter_in_nf4: bool
     emulator_in_nf4: bool
     head_in_nf4: bool
     width: int
-    num_frozen_layers: int = 0
     frozen_lora_parameters: int = 0
     is_swept: bool = True
 
@@ -77,14 +81,15 @@ def shape_of(manifest: BundleManifest) -> Shape:
     plan, dtype = manifest.plan, manifest.dtype
     stored, of_emulator = (stored_bytes(base, dtype) for base in (manifest.adapter_base, manifest.emulator_base))
     parameters = {
-        number: manifest.file(f"layers.{number}.safetensors").bytes
-        / (stored if number in plan.adapter else of_emulator)
+        number: round(
+            manifest.file(f"layers.{number}.safetensors").bytes / (stored if number in plan.adapter else of_emulator)
+        )
         for number in plan.kept
     }
     return make_shape(
         manifest.config,
         plan,
-        round(max(parameters.values())),
+        parameters,
         manifest.lora,
         adapter_base=manifest.adapter_base,
         emulator_base=manifest.emulator_base,
@@ -105,7 +110,7 @@ def _width(dtype: str) -> int:
 def make_shape(
     fields: dict[str, Any],
     plan: LayerPlan,
-    layer_parameters: int,
+    parameters: Mapping[int, int],
     lora: LoRASpec,
     *,
     adapter_base: str,
@@ -113,7 +118,11 @@ def make_shape(
     quantized_embedding: bool,
     dtype: str,
 ) -> Shape:
-    """From a model's config, before there is a bundle; the last three as its manifest will name them."""
+    """From a model's config, before there is a bundle; the last four as its manifest will name them.
+
+    Args:
+        parameters: of each kept layer.
+    """
     hidden, heads = int(fields["hidden_size"]), int(fields["num_attention_heads"])
     head = int(fields.get("head_dim") or hidden // heads)
     experts = int(fields.get("moe_intermediate_size") or 0) * int(fields.get("num_experts_per_tok") or 0)
@@ -123,14 +132,17 @@ def make_shape(
         heads * head,
         int(fields.get("num_key_value_heads") or heads) * head,
         int(fields["vocab_size"]),
-        len(plan.adapter),
-        layer_parameters,
+        len(plan.resident),
+        len({*plan.resident[:-1]} - {*plan.without_attention}),
+        len({*plan.resident[:-1]} - {*plan.without_mlp}),
+        max(parameters[number] for number in plan.kept),
+        sum(parameters[number] for number in plan.adapter),
+        sum(parameters[number] for number in plan.resident if number not in plan.adapter),
         _count(lora.adapter),
         adapter_base == "nf4",
         emulator_base == "nf4",
         quantized_embedding,
         _width(dtype),
-        len(plan.resident) - len(plan.adapter),
         _count(spec for spec in lora.emulator if spec.layer in plan.resident),
         bool(plan.swept),
     )
@@ -211,17 +223,17 @@ def _plan(
     )
     head_size = (NF4_HELD if shape.head_in_nf4 else shape.width) if packed else size
     # Gradients go through frozen layers too, which keep less than this: there is no LoRA of theirs to train.
-    others = shape.num_adapter_layers + shape.num_frozen_layers - 1
-    whole = (6 * d + 3 * q + 3 * k + 4 * f) * positions
+    others = shape.num_layers - 1
+    attention, mlp = 3 * (d + q + k) * positions, (3 * d + 4 * f) * positions
     last = (d + 3 * q + 3 * k) * positions + (7 * d + q + 4 * f) * labels
     if recompute and others:
-        kept = others * d * positions + max(whole + (d + f) * positions, last)
+        kept = others * d * positions + max(attention + mlp + (d + f) * positions, last)
     else:  # the gradients on their way through a layer come when the last layer's activations are gone
-        kept = others * whole + max(last, (2 * d + 3 * f) * positions if others else 0)
+        kept = shape.num_attention * attention + shape.num_mlp * mlp
+        kept += max(last, (2 * d + 3 * f) * positions if others else 0)
     rows = min(labels, chunk_rows(shape.vocab))
     transient = size * d * f if in_nf4 and not on_cpu else 0  # bitsandbytes makes a matrix dense for each product
-    held = shape.num_adapter_layers * layer_size + shape.num_frozen_layers * emulator_size
-    weights = round(shape.layer_parameters * held) + transient
+    weights = round(shape.adapter_parameters * layer_size + shape.frozen_parameters * emulator_size) + transient
     head = round(shape.vocab * d * head_size)
     lora = 16 * shape.lora_parameters + 4 * shape.frozen_lora_parameters
     activations = round(kept * size * heap)

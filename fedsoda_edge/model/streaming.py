@@ -7,9 +7,10 @@ is the caller's business.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
@@ -21,10 +22,20 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_edge.model.families import Family, allowed_fields, build_config, family_of, merge_experts, skeleton
+from fedsoda_edge.model.families import (
+    Family,
+    allowed_fields,
+    branch,
+    build_config,
+    family_of,
+    layer_on_meta,
+    merge_experts,
+    prune_half,
+    skeleton,
+)
 from fedsoda_edge.model.nf4 import NF4Linear, NF4Tensor, dequantize
 from fedsoda_edge.ports.disk import sha256_file
-from fedsoda_edge.protocol.manifest import TOKENIZER_FILES
+from fedsoda_edge.protocol.manifest import TOKENIZER_FILES, Half
 
 
 class LayerSource(Protocol):
@@ -34,6 +45,7 @@ class LayerSource(Protocol):
     fields: dict[str, Any]
     num_layers: int
     dtype: torch.dtype
+    lacking: Mapping[int, Half]  # layers of which a half is pruned (`LayerPlan.lacking`)
 
     def embedding(self) -> Tensor:
         """(V, C)."""
@@ -89,6 +101,7 @@ class Checkpoint:
         self.num_layers = int(config.num_hidden_layers)
         self._files = _tensor_table(directory, name)
         self.dtype = self._read(f"{self.family.embedding}.weight").dtype
+        self.lacking: Mapping[int, Half] = {}
         self._revision = revision
         self.tokenizer_files = [directory / file for file in TOKENIZER_FILES if (directory / file).exists()]
         if not (directory / "tokenizer.json").exists():
@@ -101,6 +114,12 @@ class Checkpoint:
             return self._revision
         files = {path.name: sha256_file(path) for path in set(self._files.values())}
         return hashlib.sha256(json.dumps([files, self.fields], sort_keys=True).encode()).hexdigest()
+
+    def without(self, lacking: Mapping[int, Half]) -> Checkpoint:
+        """The same checkpoint with these halves of layers pruned: nobody reads or runs them."""
+        pruned = copy.copy(self)
+        pruned.lacking = lacking
+        return pruned
 
     @property
     def bytes(self) -> int:
@@ -157,16 +176,20 @@ class Checkpoint:
         return self.head()
 
     def layer(self, number: int) -> dict[str, Tensor]:
-        return merge_experts(self._below(f"{self.family.layers}.{number}."))
+        pruned: tuple[str, ...] = ()
+        if number in self.lacking:
+            pruned = branch(layer_on_meta(self.family, self.fields, number), self.lacking[number])
+        return merge_experts(self._below(f"{self.family.layers}.{number}.", pruned))
 
     def stored_layer(self, number: int) -> dict[str, Tensor | NF4Tensor]:
         return dict(self.layer(number))
 
-    def _below(self, prefix: str) -> dict[str, Tensor]:
-        names = [name for name in self._files if name.startswith(prefix)]
+    def _below(self, prefix: str, pruned: Sequence[str] = ()) -> dict[str, Tensor]:
+        """The tensors of a module by name within it, but those of its modules `pruned`."""
+        names = [name.removeprefix(prefix) for name in self._files if name.startswith(prefix)]
         if not names:
             raise UsageProblem(f"{self.name} has no tensor below {prefix!r}; the checkpoint is incomplete")
-        return {name.removeprefix(prefix): self._read(name) for name in names}
+        return {name: self._read(prefix + name) for name in names if name.partition(".")[0] not in pruned}
 
 
 def read_rows(table: Any, ids: Tensor) -> Tensor:
@@ -255,6 +278,7 @@ def stream(
         for done, number in enumerate(layers):
             assert coming is not None
             layer = recorders[number].take_layer()
+            prune_half(layer, source.lacking.get(number))
             fill(layer, coming.result(), compute_dtype, device, dense=dense)
             coming = reader.submit(source.stored_layer, layers[done + 1]) if done + 1 < len(layers) else None
             if enter is not None:

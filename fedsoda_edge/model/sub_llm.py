@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fedsoda_edge.model.border_map import BorderMap
-from fedsoda_edge.model.families import Family, build_config, skeleton
+from fedsoda_edge.model.families import Family, build_config, prune_half, skeleton
 from fedsoda_edge.model.nf4 import NF4Linear, NF4Tensor
 from fedsoda_edge.model.streaming import LayerSource, fill
 
@@ -121,12 +121,13 @@ def _last_layer_at(layer: Any, rows: Tensor, columns: Tensor) -> Iterator[None]:
         shape = (*everything[0].shape[:2], out.shape[-1])
         return out.new_zeros(shape).index_put((rows, columns), out)  # other positions ask nothing
 
-    hooks = [
-        layer.register_forward_pre_hook(enter_layer, with_kwargs=True),
-        attention.register_forward_pre_hook(enter_attention, with_kwargs=True),
-        attention.register_forward_hook(leave_attention),
-        attention.o_proj.register_forward_pre_hook(select),
-    ]
+    hooks = [layer.register_forward_pre_hook(enter_layer, with_kwargs=True)]
+    if hasattr(attention, "o_proj"):  # otherwise it is pruned, and no position asks for another
+        hooks += [
+            attention.register_forward_pre_hook(enter_attention, with_kwargs=True),
+            attention.register_forward_hook(leave_attention),
+            attention.o_proj.register_forward_pre_hook(select),
+        ]
     if hasattr(attention, "q_proj"):  # phi3 computes queries, keys and values in one product
         hooks += [
             attention.q_proj.register_forward_pre_hook(select),
@@ -137,6 +138,19 @@ def _last_layer_at(layer: Any, rows: Tensor, columns: Tensor) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _number_attention(model: Any, source: LayerSource, numbers: Sequence[int]) -> None:
+    """Give a place in the cache of keys and values to those layers alone that have attention.
+
+    Transformers takes the length of what a cache holds from its first layer, and what kind of cache each layer has
+    from the config of the CausalLM; the base model below goes through all layers by its own.
+    """
+    attending = [position for position, number in enumerate(numbers) if source.lacking.get(number) != "attention"]
+    if len(attending) < len(numbers):
+        for place, position in enumerate(attending):
+            model.get_submodule(f"{source.family.layers}.{position}").self_attn.layer_idx = place
+        model.config = build_config(source.family, source.fields, [numbers[position] for position in attending])
 
 
 def local_name(family: Family, numbers: Sequence[int], name: str) -> str:
@@ -171,7 +185,9 @@ def build(
     model.get_submodule(family.layers.rpartition(".")[0]).rotary_emb.to(device)
     for position, number in enumerate(numbers):
         module = model.get_submodule(f"{family.layers}.{position}")
+        prune_half(module, source.lacking.get(number))
         fill(module, source.stored_layer(number), compute_dtype, device, dense=dense)
+    _number_attention(model, source, numbers)
     fill(model.get_submodule(family.norm), dict(source.norm()), compute_dtype, device, dense=True)
     stored_head = source.stored_head()
     if isinstance(stored_head, NF4Tensor) and not dense_head:

@@ -43,6 +43,11 @@ def coded_bytes(shape: tuple[int, int], codec: str) -> int:
 _DTYPE_BYTES = {"F32": 4, "I32": 4, "BF16": 2, "F16": 2, "U8": 1}  # in the order safetensors writes tensors
 
 
+def tensor_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
+    """Of tensors of these dtypes ("BF16", ...) and shapes."""
+    return sum(_DTYPE_BYTES[dtype] * math.prod(shape) for dtype, shape in tensors.values())
+
+
 def safetensors_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> int:
     """Size of the file that safetensors writes for tensors of these dtypes ("BF16", ...) and shapes."""
     order = list(_DTYPE_BYTES)

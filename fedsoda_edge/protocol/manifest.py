@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -21,6 +21,7 @@ MAX_SIZE = 1 << 24  # of a dimension: no vocabulary or layer is wider
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")  # config fields of every family
 OTHER_SIZES = ("head_dim", "moe_intermediate_size", "num_experts_per_tok", "num_key_value_heads")  # of some
 BASES = ("nf4", "bf16")  # how layers are stored; bf16: dense, in the checkpoint's own dtype
+Half = Literal["attention", "mlp"]  # of a decoder layer: h = x + f(norm(x)) with f either of them
 EMULATOR_LORA = "emulator_lora.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
@@ -36,13 +37,15 @@ class Group(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     distance: float
 
 
-class LayerPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class LayerPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Which full-LLM layers the sub-LLM keeps. Every number is a full-LLM layer number but s in `mapping`.
 
     adapter: the layers that train, ascending: the last ones in FedSODA, any in other methods.
     kept: all layers of the sub-LLM, ascending, the adapter included.
     mapping: (t, s) per group: full-LLM layer t is local layer s of the sub-LLM (paper, I_i = (t_i, s_i)).
     distances: distances[l][m-1] = d between the outputs of layers l and l+m, below the adapter.
+    without_attention, without_mlp: kept layers of which a half is pruned, so that h = x + f(norm(x)) is h = x there.
+        Left out where there are none: edges of releases that know no halves read such a plan.
     """
 
     num_layers: int
@@ -50,7 +53,9 @@ class LayerPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kept: tuple[int, ...]
     groups: tuple[Group, ...]
     mapping: tuple[tuple[int, int], ...]
-    distances: tuple[tuple[float, ...], ...] = ()
+    distances: tuple[tuple[float, ...], ...]
+    without_attention: tuple[int, ...] = ()
+    without_mlp: tuple[int, ...] = ()
 
     @property
     def emulator(self) -> tuple[int, ...]:
@@ -76,6 +81,12 @@ class LayerPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def resident(self) -> tuple[int, ...]:
         """Kept layers from the border on, which an edge holds and trains through; the frozen ones among them too."""
         return tuple(layer for layer in self.kept if layer >= self.border)
+
+    @property
+    def lacking(self) -> dict[int, Half]:
+        """{kept layer: the half that it lacks}; whole layers are not in it."""
+        lacks_attention: dict[int, Half] = dict.fromkeys(self.without_attention, "attention")
+        return lacks_attention | dict.fromkeys(self.without_mlp, "mlp")
 
     @property
     def retained(self) -> tuple[int, ...]:

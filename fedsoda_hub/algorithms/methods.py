@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fedsoda_edge.protocol.manifest import LayerPlan
-from fedsoda_hub.algorithms import exact, fedbiot, fedot, fedpetuning, fedpruner, fedsoda
+from fedsoda_hub.algorithms import exact, fedbiot, fedot, fedpetuning, fedpruner, fedpruner_plus, fedsoda
 
 if TYPE_CHECKING:
     from fedsoda_hub.config import Method
@@ -43,6 +43,12 @@ class FullLLM(Protocol):
 
     def nearest(self, plans: Sequence[LayerPlan]) -> LayerPlan:
         """Whose sub-LLM comes nearest to the full LLM, by public KL and by what its adapter would learn."""
+        ...
+
+    def components(self, count: int, grouping: str) -> tuple[Sequence[int], Sequence[int]]:
+        """Layers that keep their attention and layers that keep their MLP, those of the ends among both, ascending, in
+        no more bytes than so many layers: `representatives.select_components`.
+        """
         ...
 
 
@@ -80,6 +86,7 @@ METHODS: dict[str, FederatedMethod] = {
     "fedot": fedot,
     "fedpetuning": fedpetuning,
     "fedpruner": fedpruner,
+    "fedpruner+": fedpruner_plus,
 }
 
 

@@ -3,7 +3,7 @@
 FedPruner's choice (arXiv 2508.17209), read as in method.md 5, since its text leaves open how. FedPruner+ keeps
 attention and MLP blocks each by themselves. Measuring is one streamed pass over the hub's blocks; choosing is pure and cheap, so
 every device gets its own choice from one measurement. Building and training what is kept is the
-business of others; the method is `fedpruner.py`.
+business of others; the methods are `fedpruner.py` and `fedpruner_plus.py`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize, pad
 
 from fedsoda_edge.errors import UsageProblem
+from fedsoda_edge.model.families import branch
 from fedsoda_edge.model.streaming import LayerSource, Progress, buckets, stream
 
 SAMPLED_TOKENS = 2048
@@ -39,8 +40,7 @@ class Measured:
     importance: tuple[float, ...]
 
 
-@dataclass(frozen=True)
-class Components:
+class Components(NamedTuple):
     """Layers that keep their attention block, and layers that keep their MLP block; ascending."""
 
     attention: tuple[int, ...]
@@ -168,9 +168,7 @@ def measure_components(
 
 def branch_ends(layer: Any) -> tuple[Any, Any]:
     """The modules of a decoder layer whose outputs are added to the stream: the attention's and the MLP's."""
-    if hasattr(layer, "post_feedforward_layernorm"):  # gemma3, olmo2: a norm behind each block
-        return layer.post_attention_layernorm, layer.post_feedforward_layernorm
-    return layer.self_attn, layer.mlp
+    return getattr(layer, branch(layer, "attention")[-1]), getattr(layer, branch(layer, "mlp")[-1])
 
 
 def _sampled(blocks: Sequence[Tensor], seed: int) -> list[Tensor]:
@@ -331,40 +329,42 @@ def _choose(group: Sequence[int], importance: Sequence[float], generator: torch.
 def select_components(
     attention: Measured,
     mlp: Measured,
-    attention_bytes: int,
-    mlp_bytes: int,
+    attention_bytes: Sequence[int],
+    mlp_bytes: Sequence[int],
     budget_bytes: int,
     partition: Partition = contiguous,
 ) -> Components:
     """FedPruner+: attention and MLP blocks chosen apart, for the greatest sum of importance within the budget.
 
-    Each kind is grouped by itself and keeps the most important block of each group, at least one; all pairs of numbers
-    of groups that fit are compared, so the division of the bytes is exact. Equals go to fewer bytes.
+    Each kind is grouped by itself and keeps the most important block of each group, and those of the first and the
+    last layer, as `select_layers` does with `keep_ends`; all pairs of numbers of blocks that fit are compared, so the
+    division of the bytes is exact. Equals go to fewer bytes.
 
     Args:
-        attention_bytes, mlp_bytes: what one block of the kind takes.
+        attention_bytes, mlp_bytes: what each layer's block of the kind takes.
 
     Raises:
-        UsageProblem: not one block of each kind fits.
+        UsageProblem: the blocks of the first and the last layer do not fit.
     """
-    if attention_bytes + mlp_bytes > budget_bytes:
-        raise UsageProblem(
-            f"one attention block of {attention_bytes / 1e6:.0f} MB and one MLP block of {mlp_bytes / 1e6:.0f} MB do "
-            f"not fit into {budget_bytes / 1e6:.0f} MB; join with a larger device"
-        )
 
     def size(kept: Components) -> int:
-        return len(kept.attention) * attention_bytes + len(kept.mlp) * mlp_bytes
+        return sum(attention_bytes[n] for n in kept.attention) + sum(mlp_bytes[n] for n in kept.mlp)
 
     def worth(kept: Components) -> float:
         return sum(attention.importance[n] for n in kept.attention) + sum(mlp.importance[n] for n in kept.mlp)
 
     of_attention, of_mlp = (
-        [select_layers(measured, count, partition) for count in range(1, len(measured.importance) + 1)]
+        [select_layers(measured, count, partition, keep_ends=True) for count in range(2, 1 + len(measured.importance))]
         for measured in (attention, mlp)
     )
     pairs = [Components(*pair) for pair in product(of_attention, of_mlp)]
-    return max((kept for kept in pairs if size(kept) <= budget_bytes), key=lambda kept: (worth(kept), -size(kept)))
+    fitting = [kept for kept in pairs if size(kept) <= budget_bytes]
+    if not fitting:
+        raise UsageProblem(
+            f"the first and the last layer, which stay, take {size(pairs[0]) / 1e6:.1f} MB, and the layers that "
+            f"[method] drop_layers leaves {budget_bytes / 1e6:.1f} MB; lower it"
+        )
+    return max(fitting, key=lambda kept: (worth(kept), -size(kept)))
 
 
 # -- averaging ------------------------------------------------------------------------------------------

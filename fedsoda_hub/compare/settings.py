@@ -5,6 +5,7 @@ All of it is checked before any work. What a variant's settings do is each room'
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,9 +136,8 @@ def read_comparison(path: Path) -> Comparison:
 
 def _variant(base: dict[str, Any], name: str, values: dict[str, Any], path: Path) -> RunSettings:
     """The base with these values, table by table."""
-    refuse_unless(
-        [("the name", name, name.replace("-", "").replace("_", "").isalnum(), "letters, digits, - and _")], path.name
-    )
+    is_name = bool(re.fullmatch(r"[\w+-]+", name))  # a method's, say, and a directory's
+    refuse_unless([("the name", name, is_name, "letters, digits, -, _ and +")], path.name)
     _refuse_its_own(values, path.name)
     if "eval_data" in values.get("task", {}):
         raise UsageProblem("[task] eval_data; all variants answer the same questions: name them in [task] alone")

@@ -151,7 +151,7 @@ def a_bundle(layer_bytes: int) -> mf.BundleManifest:
         dtype="bfloat16",
         source="made",
         source_revision="",
-        plan=mf.LayerPlan(num_layers=2, adapter=(1,), kept=(0, 1), groups=(), mapping=()),
+        plan=mf.LayerPlan(num_layers=2, adapter=(1,), kept=(0, 1), groups=(), mapping=(), distances=()),
         lora=mf.LoRASpec(rank=4, alpha=8.0, targets=("q_proj",), adapter=(), emulator=()),
         adapter_base="nf4",
         quantized_embedding=False,

@@ -73,7 +73,7 @@ def manifest() -> bytes:
             dtype="bfloat16",
             source="no-model",
             source_revision="",
-            plan=LayerPlan(num_layers=2, adapter=(1,), kept=(0, 1), groups=(), mapping=()),
+            plan=LayerPlan(num_layers=2, adapter=(1,), kept=(0, 1), groups=(), mapping=(), distances=()),
             lora=LoRASpec(rank=2, alpha=4, targets=("q_proj",), adapter=LAYOUT, emulator=()),
             adapter_base="bf16",
             quantized_embedding=False,

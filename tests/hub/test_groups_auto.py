@@ -39,6 +39,9 @@ class FullLLM:
     def representatives(self, count: int, grouping: str) -> Sequence[int]:
         raise NotImplementedError
 
+    def components(self, count: int, grouping: str) -> tuple[Sequence[int], Sequence[int]]:
+        raise NotImplementedError
+
     def nearest(self, plans: Sequence[LayerPlan]) -> LayerPlan:
         self.given = list(plans)
         return plans[-1]

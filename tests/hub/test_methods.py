@@ -54,6 +54,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "fedot": {"adapter_layers": 2, "bottom_layers": 1, "drop_layers": 2},
     "fedpetuning": {"adapter_layers": None},
     "fedpruner": {"adapter_layers": None, "drop_layers": 3},
+    "fedpruner+": {"adapter_layers": None, "drop_layers": 3, "layer_choice": "spectral"},
 }
 
 
@@ -106,6 +107,7 @@ def test_layers_of_the_papers_llama() -> None:
     assert layers_of("fedpetuning", 32) == (every, ())
     assert layers_of("exact", 32) == ((29, 30, 31), every[:29])
     assert (len(layers_of("fedpruner", 32)[0]), layers_of("fedpruner", 32)[1]) == (20, ())
+    assert layers_of("fedpruner+", 32) == layers_of("fedpruner", 32)  # as many bytes, before anything is measured
     assert likely_plan(32, Method(emulator="full")) == likely_plan(32, Method(name="exact"))
 
 
@@ -119,6 +121,7 @@ def test_layers_of_the_papers_llama() -> None:
         ("fedot", {"drop_layers": 4}, "drop_layers = 4, the emulator has 5 layers .*; write at most 3"),
         ("fedot", {"bottom_layers": 5}, "bottom_layers = 5 and adapter_layers = 2, the model has 8 layers; .* lower them"),
         ("fedpruner", {"drop_layers": 7}, "drop_layers = 7, the model has 8 layers and .*; write at most 6"),
+        ("fedpruner+", {"drop_layers": 7}, "drop_layers = 7, the model has 8 layers and .*; write at most 6"),
         ("fedot", {"bottom_layers": 0}, "bottom_layers = 0 and .* at both ends .* write bottom_layers = 1"),
     ],
 )  # fmt: skip
@@ -181,8 +184,8 @@ def test_a_method_has_its_own_defaults(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "table", "way"),
     [
-        ("fedsoda", {"method": {"drop_layers": 3}}, 'name = "fedbiot" or "fedot" or "fedpruner"'),
-        ("fedot", {"method": {"layer_choice": "spectral"}}, 'name = "fedpruner"'),
+        ("fedsoda", {"method": {"drop_layers": 3}}, 'name = "fedbiot" or "fedot" or "fedpruner" or "fedpruner+"'),
+        ("fedot", {"method": {"layer_choice": "spectral"}}, 'name = "fedpruner" or "fedpruner+"'),
         ("fedpruner", {"method": {"realign_every": 2}}, 'name = "fedsoda" or "fedbiot"'),
         ("fedbiot", {"method": {"groups": 2}}, 'name = "fedsoda"'),
         ("fedbiot", {"method": {"emulator": "full"}}, 'name = "fedsoda"'),
@@ -220,6 +223,7 @@ LLAMA, QWEN = 442_368, 483_328  # LoRA of one layer, method.md 1.10
         ("fedbiot", "LLaMA3-8B", 3 * LLAMA, (6 + 17) * LLAMA),  # 10.17 M
         ("fedbiot", "Qwen2-7B", 3 * QWEN, (6 + 13) * QWEN),  # the paper counts 17
         ("fedpruner", "LLaMA3-8B", 20 * LLAMA, 40 * LLAMA),
+        ("fedpruner+", "LLaMA3-8B", 20 * LLAMA, 40 * LLAMA),
         ("exact", "LLaMA3-8B", 3 * LLAMA, 6 * LLAMA),
     ],
 )
@@ -435,7 +439,7 @@ def run_of(directory: Path, model: Path, name: str, keys: dict[str, Any] | None 
     return make_run(directory, model, method=method, align={**align, **used})
 
 
-@pytest.mark.parametrize("name", ["fedbiot", "fedot", "fedpetuning", "fedpruner"])
+@pytest.mark.parametrize("name", ["fedbiot", "fedot", "fedpetuning", "fedpruner", "fedpruner+"])
 def test_a_preparation_stores_what_the_method_asks_for(tmp_path: Path, tiny_llama: Path, name: str) -> None:
     settings = run_of(tmp_path / name, tiny_llama, name, learning_rate=1e-2)
     result = prepare(settings)
@@ -514,7 +518,7 @@ def test_the_hub_judges_a_bottom_adapter_with_the_emulator_lora_above_it(tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["fedot", "fedbiot", "fedpetuning", "fedpruner"])
+@pytest.mark.parametrize("name", ["fedot", "fedbiot", "fedpetuning", "fedpruner", "fedpruner+"])
 def test_two_rounds_of_real_processes(tmp_path: Path, tiny_llama: Path, name: str) -> None:
     """An edge as it is joins and trains; what the hub then says of both models, Transformers and PEFT say too."""
     run_file = write_run(tmp_path / "run", tiny_llama, rounds=2, edges="a")

@@ -83,9 +83,9 @@ def test_what_an_edge_needs_is_reckoned_with_the_shape_that_the_edge_finds(
     with mock.patch.object(bundle_module, "edge_needs", side_effect=edge_needs) as needs:
         manifest = write(tmp_path / "b", tiny_llama, **change).manifest
     [(written, _)] = [call.args for call in needs.call_args_list]
-    assert replace(written, layer_parameters=0) == replace(shape_of(manifest), layer_parameters=0)  # by size of file
-    layers = Checkpoint.open(str(tiny_llama)).layer
-    assert written.layer_parameters == sum(tensor.numel() for tensor in layers(0).values())
+    layer = sum(tensor.numel() for tensor in Checkpoint.open(str(tiny_llama)).layer(0).values())
+    counted = {"layer_parameters": layer, "adapter_parameters": 2 * layer, "frozen_parameters": 0}
+    assert written == replace(shape_of(manifest), **counted)  # which counts by the sizes of files
 
 
 def relative_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -93,7 +93,10 @@ def relative_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def pruned_by_hand(model_dir: Path, plan: LayerPlan, quantized: bool) -> Any:
-    """The full Transformers model with layers deleted and, if asked, weights replaced by their NF4 values."""
+    """The full Transformers model with layers deleted and, if asked, weights replaced by their NF4 values.
+
+    A half that is pruned ends in zeros, so it adds nothing.
+    """
     model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
     model.model.layers = torch.nn.ModuleList([model.model.layers[i] for i in plan.kept])
     for position, layer in enumerate(model.model.layers):
@@ -104,6 +107,10 @@ def pruned_by_hand(model_dir: Path, plan: LayerPlan, quantized: bool) -> Any:
         for weight in model.model.layers.parameters():
             if weight.ndim == 2:
                 weight.data = dequantize(quantize(weight.data))
+    for number, half in plan.lacking.items():
+        layer = model.model.layers[plan.kept.index(number)]
+        end = layer.self_attn.o_proj if half == "attention" else layer.mlp.down_proj
+        end.weight.data.zero_()
     return model.eval()
 
 
