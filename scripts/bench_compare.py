@@ -38,8 +38,8 @@ DOLLY_LENGTH = 200  # characters; longer instructions are left out
 
 BASE: dict[str, dict[str, Any]] = {
     "compare": {
-        "rows": 3600,
-        "edges": 6,
+        "rows": 4000,
+        "edges": 5,
         "seeds": [0, 1, 2],
         "eval_rows": 2000,
         "eval_every": 5,
@@ -48,13 +48,13 @@ BASE: dict[str, dict[str, Any]] = {
     "public": {"sequences": 96, "length": 96},
     "align": {"border_map": "none", "steps": 60, "realign_steps": 15, "learning_rate": 3e-3},
     "rounds": {"count": 10},
-    "local": {"epochs": 100, "max_steps": 20, "learning_rate": 3e-3, "max_length": 96},
+    "local": {"epochs": 100, "max_steps": 50, "batch_size": 4, "learning_rate": 2e-3, "max_length": 96},
 }
 QUICK: dict[str, dict[str, Any]] = {
     "compare": {"rows": 1200, "seeds": [0], "eval_rows": 500},
     "align": {**BASE["align"], "steps": 30, "realign_steps": 5},
     "rounds": {"count": 4},
-    "local": {**BASE["local"], "max_steps": 20},
+    "local": {**BASE["local"], "max_steps": 40},
 }
 TASKS: dict[str, dict[str, Any]] = {
     "sst2": {"prompt": "Review: {sentence}\nSentiment:", "completion": "{label}"},
