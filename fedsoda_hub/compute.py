@@ -6,6 +6,7 @@ Arguments and results are JSON; tensors are blobs by digest in the run directory
 from __future__ import annotations
 
 import os
+from collections import ChainMap
 from functools import partial
 from typing import Any
 
@@ -48,7 +49,7 @@ class Compute:
 
     @property
     def commands(self) -> dict[str, Handler]:
-        commands = (self.open, self.prepare, self.aggregate, self.probe, self.realign, self.evaluate)
+        commands = (self.open, self.prepare, self.aggregate, self.probe, self.realign, self.reprune, self.evaluate)
         return {command.__name__: command for command in commands}
 
     def open(self, values: Values, _: Report) -> Values:
@@ -60,32 +61,39 @@ class Compute:
         return Preparation(self.settings, report).run()
 
     def aggregate(self, values: Values, _: Report) -> Values:
-        """The next master of the decoded updates, as [aggregation] says; c = Q(w - v); v += decode(c) (delta.py)."""
-        spec = Bundle.open(self.settings.run_dir / "bundle").manifest.lora
+        """The next master of the decoded updates, as [aggregation] says; c = Q(w - v); v += decode(c) (delta.py).
+
+        Every size class with LoRA of its own has its own v and c: of the tensors of w that it holds.
+        """
         how, codec, max_weight = self.settings.aggregation, self.settings.wire.codec, self.settings.rounds.max_weight
-        blobs, layout = self.blobs, of_factor(spec.adapter, trained_factor(how.rule, values["round"]))
-        master = delta.from_bytes(blobs.get(values["master"]), spec.adapter)
-        view = delta.from_bytes(blobs.get(values["view"]), spec.adapter)
+        blobs, factor = self.blobs, trained_factor(how.rule, values["round"])
+        master = load(blobs.get(values["master"]))
+        views = {digest: load(blobs.get(digest)) for digest in (values["view"], *values["smaller"])}
+        layouts = {digest: of_factor(delta.layout_of(view), factor) for digest, view in views.items()}
         updates = [
-            CodedUpdate(edge, num_examples, partial(blobs.get, digest))
-            for edge, num_examples, digest in values["updates"]
+            CodedUpdate(edge, num_examples, partial(blobs.get, digest), views[base], layouts[base])
+            for edge, num_examples, digest, base in values["updates"]
         ]
-        products = partial(pairs_by_module, updates, view, layout, codec, max_weight)
+        products = partial(pairs_by_module, updates, codec, max_weight)
         moments = None
         if how.rule == "flexlora":
-            new_master = flexlora.merge(products(), view)
+            before = ChainMap(*views.values(), master)  # what edges hold, where any do
+            new_master = master | flexlora.merge(products(), before)
         elif how.optimizer == "none":
-            new_master = delta.moved(master, weighted_mean(updates, layout, codec, max_weight), codec)
+            new_master = delta.moved(master, weighted_mean(updates, codec, max_weight), codec)
         else:
             held = {} if values["moments"] is None else load(blobs.get(values["moments"]))
-            mean = weighted_mean(updates, layout, codec, max_weight)
+            mean = weighted_mean(updates, codec, max_weight)
             new_master, held = server_optimizer.step(master, mean, held, how)
             moments = blobs.put(delta.to_bytes(held))
-        coded, new_view = delta.step_down(new_master, view, layout, codec)
+        steps = {}
+        for digest, view in views.items():
+            coded, new_view = delta.step_down(new_master, view, layouts[digest], codec)
+            steps[digest] = {"view": blobs.put(delta.to_bytes(new_view)), "delta": blobs.put(coded)}
         return {
             "master": blobs.put(delta.to_bytes(new_master)),
-            "view": blobs.put(delta.to_bytes(new_view)),
-            "delta": blobs.put(coded),
+            **steps[values["view"]],
+            "smaller": [steps[digest] for digest in values["smaller"]],
             "moments": moments,
             "cross_term": cross_term(products()),
         }
@@ -110,6 +118,9 @@ class Compute:
         largest, *smaller = made
         return largest | {"smaller": smaller}
 
+    def reprune(self, values: Values, report: Report) -> Values:
+        return Preparation(self.settings, report).reprune(values["round"], load(self.blobs.get(values["master"])))
+
     def _tensors(self, values: Values) -> tuple[LoRATensors, LoRATensors]:
         """The adapter's master and the largest sub-LLM's emulator view."""
         spec = Bundle.open(self.settings.run_dir / "bundle").manifest.lora
@@ -128,7 +139,8 @@ class Compute:
                 lambda done, total: self._report({"stage": "evaluating", "done": done, "total": total}),
             )
         self._report = report
-        return self._judge.judge(Outcome(values["master"], values["emulator_view"], values["round"], None))
+        reached = Outcome(values["master"], values["emulator_view"], values["manifest"], values["round"], None)
+        return self._judge.judge(reached)
 
 
 def main() -> None:

@@ -28,7 +28,6 @@ from fedsoda_edge.model.families import Family, allowed_fields, build_config, fa
 from fedsoda_edge.model.memory import edge_needs, make_shape
 from fedsoda_edge.protocol.manifest import TOKENIZER_FILES, File, LayerPlan, TensorSpec
 from fedsoda_hub.algorithms.fedot import evenly
-from fedsoda_hub.algorithms.fedsoda import size_classes
 from fedsoda_hub.algorithms.methods import method_of
 from fedsoda_hub.config import Method, RunSettings, with_full_emulator
 from fedsoda_hub.prepare import lora_spec
@@ -78,7 +77,7 @@ class Unmeasured:
     def distances(self, num_layers: int) -> list[list[float]]:
         return [[0.0] * (num_layers - 1 - layer) for layer in range(num_layers)]
 
-    def representatives(self, count: int, grouping: str) -> list[int]:
+    def representatives(self, count: int, grouping: str, drawn_by: int | None = None) -> list[int]:
         return evenly(self.num_layers, count)
 
 
@@ -94,8 +93,8 @@ def likely_plans(num_layers: int, settings: Method, seed: int = 0) -> list[Layer
     Raises:
         UsageProblem: it does not fit; names what does.
     """
-    plan = method_of(settings).plan(Unmeasured(num_layers), settings, seed)
-    return [msgspec.structs.replace(one, distances=()) for one in size_classes(plan, settings)]
+    plans = method_of(settings).plans(Unmeasured(num_layers), settings, seed)
+    return [msgspec.structs.replace(one, distances=()) for one in plans]
 
 
 def predict(

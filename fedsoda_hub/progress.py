@@ -137,6 +137,8 @@ def _sentence(event: dict[str, Any]) -> str:
             return (
                 f"before round {event['round']}: public KL {event['kl']:.3f}, cosine of gradients {event['cosine']:.3f}"
             )
+        case "repruned":
+            return f"chose the layers of every sub-LLM anew for round {event['round']}"
         case "realigned":
             return f"realigned before round {event['round']}: public KL {event['kl_before']:.3f} to {event['kl_after']:.3f}"
         case "evaluated":

@@ -24,8 +24,15 @@ USES: tuple[str, ...] = (
 DEFAULTS: dict[str, Any] = {}
 
 
-def plan(full_llm: FullLLM, settings: Method, seed: int) -> LayerPlan:
-    """SGP: the groups with the least sum of distances, chosen exactly."""
+def plans(full_llm: FullLLM, settings: Method, seed: int) -> tuple[LayerPlan, ...]:
+    """SGP: the groups with the least sum of distances, chosen exactly.
+
+    A smaller sub-LLM removes all that the one before it does, and more (method.md 8d), so they share their shards; all
+    have the same adapter.
+
+    Raises:
+        UsageProblem: also: the further groups do not fit around the others.
+    """
     num_layers = full_llm.num_layers
     check_adapter(num_layers, settings.adapter_layers)
     emulator = num_layers - settings.adapter_layers
@@ -33,23 +40,13 @@ def plan(full_llm: FullLLM, settings: Method, seed: int) -> LayerPlan:
     # An infeasible (n, p) is refused before any work: distances do not matter for that.
     choose_groups([[0.0] * (emulator - 1 - layer) for layer in range(emulator)], *shape)
     distances = full_llm.distances(emulator)
-    return make_plan(num_layers, settings.adapter_layers, choose_groups(distances, *shape), distances)
-
-
-def size_classes(plan: LayerPlan, settings: Method) -> tuple[LayerPlan, ...]:
-    """The run's plan, then those of its smaller sub-LLMs: each removes all that the one before it does, and more
-    (method.md 8d), so they share its shards; all have the same adapter.
-
-    Raises:
-        UsageProblem: the further groups do not fit around the others.
-    """
-    plans = [plan]
+    found = [make_plan(num_layers, settings.adapter_layers, choose_groups(distances, *shape), distances)]
     for groups in settings.classes:
-        shape = plan.num_layers, len(plan.adapter), settings.layers_per_group, groups - len(plans[-1].groups)
-        more = choose_groups(plan.distances, *shape, beside=plans[-1].groups)
-        together = sorted((*plans[-1].groups, *more), key=lambda group: group.start)
-        plans.append(make_plan(plan.num_layers, len(plan.adapter), together, plan.distances))
-    return tuple(plans)
+        larger = found[-1].groups
+        more = choose_groups(distances, *shape[:3], groups - len(larger), beside=larger)
+        together = sorted((*larger, *more), key=lambda group: group.start)
+        found.append(make_plan(num_layers, settings.adapter_layers, together, distances))
+    return tuple(found)
 
 
 def aligned(plan: LayerPlan) -> tuple[int, ...]:
