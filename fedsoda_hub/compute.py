@@ -77,7 +77,13 @@ class Compute:
         products = partial(pairs_by_module, updates, codec, max_weight)
         moments = None
         if how.rule == "flexlora":
-            before = ChainMap(*views.values(), master)  # what edges hold, where any do
+            at_its_rank = (
+                {name: tensor for name, tensor in view.items() if tensor.shape == master[name].shape}
+                for view in views.values()
+            )
+            before = ChainMap(
+                *at_its_rank, master
+            )  # what edges hold of a module, where any hold it at the master's rank
             new_master = master | flexlora.merge(products(), before)
         elif how.optimizer == "none":
             new_master = delta.moved(master, weighted_mean(updates, codec, max_weight), codec)
@@ -88,14 +94,15 @@ class Compute:
             moments = blobs.put(delta.to_bytes(held))
         steps = {}
         for digest, view in views.items():
-            coded, new_view = delta.step_down(new_master, view, layouts[digest], codec)
+            coded, new_view = delta.step_down(flexlora.cut(new_master, view), view, layouts[digest], codec)
             steps[digest] = {"view": blobs.put(delta.to_bytes(new_view)), "delta": blobs.put(coded)}
         return {
             "master": blobs.put(delta.to_bytes(new_master)),
             **steps[values["view"]],
             "smaller": [steps[digest] for digest in values["smaller"]],
             "moments": moments,
-            "cross_term": cross_term(products()),
+            # Factors of different ranks have no mean that anything could be lost by.
+            "cross_term": cross_term(products()) if len(set(self.settings.lora.ranks)) < 2 else None,
         }
 
     def probe(self, values: Values, report: Report) -> Values:
@@ -104,15 +111,11 @@ class Compute:
     def realign(self, values: Values, report: Report) -> Values:
         """All size classes, one after the other."""
         preparation, made = Preparation(self.settings, report), []
+        master = load(self.blobs.get(values["master"]))
         for size_class, view in enumerate([values["emulator_view"], *values["smaller"]]):
-            spec = Bundle.open(self.settings.run_dir / "bundle", size_class).manifest.lora
             made.append(
                 preparation.realign(
-                    values["version"],
-                    delta.from_bytes(self.blobs.get(values["master"]), spec.adapter),
-                    delta.from_bytes(self.blobs.get(view), spec.emulator),
-                    self.settings.wire.codec,
-                    size_class,
+                    values["version"], master, load(self.blobs.get(view)), self.settings.wire.codec, size_class
                 )
             )
         largest, *smaller = made

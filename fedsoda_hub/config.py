@@ -99,9 +99,15 @@ class Method(Section, frozen=True):
 
 
 class LoRA(Section, frozen=True):
+    """ranks: of each size class, from the largest on; empty: all have `rank`, which is the master's and the export's."""
+
     rank: int = 8
     alpha: float = 16
     targets: list[str] = msgspec.field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"])
+    ranks: list[int] = msgspec.field(default_factory=list)
+
+    def of_class(self, size_class: int) -> int:
+        return self.ranks[size_class] if self.ranks else self.rank
 
 
 class Public(Section, frozen=True):
@@ -380,7 +386,7 @@ def _settled(settings: RunSettings, raw: dict[str, Any]) -> RunSettings:
 
 
 def _check_sizes(settings: RunSettings) -> None:
-    """Size classes ascend from the largest; layers are drawn anew by a choice that draws.
+    """Size classes ascend from the largest, their ranks go with [aggregation]; layers are drawn anew by a choice that draws.
 
     Raises:
         UsageProblem: with what would do.
@@ -390,6 +396,17 @@ def _check_sizes(settings: RunSettings) -> None:
     ascends = all(a < b for a, b in pairwise([getattr(m, largest), *m.classes]))
     allowed = f"at most 3 numbers, ascending, each above [method] {largest} = {getattr(m, largest)}"
     refuse_unless([("[method] classes", m.classes, len(m.classes) <= 3 and ascends, allowed)], file)
+    rank, ranks, rule = settings.lora.rank, settings.lora.ranks, settings.aggregation.rule
+    if ranks and rule != "flexlora":
+        raise UsageProblem(
+            f'[lora] ranks = {ranks} beside [aggregation] rule = "{rule}" in {file}: factors of different ranks have no mean; '
+            'write rule = "flexlora" and [wire] codec = "bf16", or delete ranks'
+        )
+    is_one_each = not ranks or (
+        len(ranks) == 1 + len(m.classes) and ranks[0] == rank and 1 <= min(ranks) <= max(ranks) <= rank
+    )
+    allowed = f"{1 + len(m.classes)} numbers, one for each size class, the first [lora] rank = {rank} and none above it"
+    refuse_unless([("[lora] ranks", ranks, is_one_each, allowed)], file)
     if m.reprune_every and m.layer_choice in NEVER_DRAWN:
         others = " or ".join(f'"{choice}"' for choice in LAYER_CHOICES if choice not in NEVER_DRAWN)
         raise UsageProblem(

@@ -161,6 +161,7 @@ class RunJudge:
 
     def __init__(self, settings: RunSettings, data: Path, report: Report | None = None) -> None:
         self._run_dir = settings.run_dir
+        self._bundles: dict[str, Bundle] = {}  # by manifest: their files are verified once
         self._source = open_full_llm(settings)
         self._none: dict[str, Tensor] = {}
         self.evaluator = _evaluator(
@@ -170,12 +171,15 @@ class RunJudge:
     def of(self, run_dir: Path) -> RunJudge:
         """The same questions to another run of the same full LLM; what that says below the adapter is kept for all."""
         other = copy.copy(self)
-        other._run_dir = run_dir
+        other._run_dir, other._bundles = run_dir, {}
         return other
 
     def models(self, master: str, emulator_view: str, manifest: str) -> dict[str, Judged]:
         """full, sub_llm and plug_in with these blobs of the run."""
-        blobs, bundle = BlobStore(self._run_dir / "blobs"), bundle_of(self._run_dir, manifest)
+        blobs = BlobStore(self._run_dir / "blobs")
+        if manifest not in self._bundles:
+            self._bundles[manifest] = bundle_of(self._run_dir, manifest)
+        bundle = self._bundles[manifest]
         emulator = delta.from_bytes(blobs.get(emulator_view), bundle.manifest.lora.emulator)
         return judged_models(bundle, self._source, load(blobs.get(master)), emulator, self._none)
 

@@ -32,8 +32,10 @@ from fedsoda_hub.algorithms.methods import method_of
 from fedsoda_hub.config import Method, RunSettings, with_full_emulator
 from fedsoda_hub.prepare import lora_spec
 
-# Of a smaller size class; the adapter, and so what an edge sends, is that of the largest.
-CLASS_SIZES = ("bundle_bytes", "down_bytes_per_edge_round", "edge_memory_bytes", "edge_vram_bytes", "edge_disk_bytes")
+CLASS_SIZES = (  # of a smaller size class
+    *("bundle_bytes", "up_bytes_per_edge_round", "down_bytes_per_edge_round"),
+    *("edge_memory_bytes", "edge_vram_bytes", "edge_disk_bytes"),
+)
 
 
 @dataclass(frozen=True)
@@ -104,10 +106,11 @@ def predict(
     plan: LayerPlan,
     settings: RunSettings,
     tokenizer_bytes: int = 0,
+    size_class: int = 0,
 ) -> dict[str, Any]:
-    """The report of contract.md, `plan --json`."""
+    """The report of contract.md, `plan --json`, for the edges of one size class."""
     method, targets, rank = settings.method, settings.lora.targets, settings.lora.rank
-    spec = lora_spec(settings, family, fields, plan)
+    spec = lora_spec(settings, family, fields, plan, size_class)
     on_all = lora.specs(family, fields, range(plan.num_layers), targets, rank)
     layers = {number: _parameters(layer_on_meta(family, fields, number)) for number in range(plan.num_layers)}
     ends, head = _ends(family, fields)
@@ -197,7 +200,10 @@ def plan_report(model: str, settings: RunSettings, rates: Rates = Rates()) -> di
 
     def predicted(of: RunSettings) -> list[dict[str, Any]]:
         plans = likely_plans(int(fields["num_hidden_layers"]), of.method, of.seed)
-        return [predict(family, fields, dtype, plan, of, tokenizer_bytes) for plan in plans]
+        return [
+            predict(family, fields, dtype, plan, of, tokenizer_bytes, size_class)
+            for size_class, plan in enumerate(plans)
+        ]
 
     report, *smaller = predicted(settings)
     emulators = None
@@ -219,7 +225,7 @@ def plan_report(model: str, settings: RunSettings, rates: Rates = Rates()) -> di
         "emulators": emulators,
         "smaller": [
             {
-                "groups": groups,
+                "groups": groups if settings.method.name == "fedsoda" else None,
                 "kept_layers": one["kept_layers"],
                 **{name: one["ours"][name] for name in CLASS_SIZES},
             }

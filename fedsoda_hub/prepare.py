@@ -44,7 +44,7 @@ from fedsoda_edge.model.sub_llm import SubLLM, build
 from fedsoda_edge.ports.disk import BlobStore, sha256_file, write_durably
 from fedsoda_edge.ports.system import sync_directory
 from fedsoda_edge.protocol.manifest import ADAPTER_LORA, EMULATOR_LORA, File, LayerPlan, LoRASpec, file_of
-from fedsoda_hub.algorithms import closed_form, drift, fedpruner, oda, representatives, ridge, sgp
+from fedsoda_hub.algorithms import closed_form, drift, fedpruner, flexlora, oda, representatives, ridge, sgp
 from fedsoda_hub.algorithms.methods import method_of
 from fedsoda_hub.algorithms.representatives import Measured
 from fedsoda_hub.config import RunSettings
@@ -75,14 +75,20 @@ def open_full_llm(settings: RunSettings) -> Checkpoint:
 
 
 def lora_spec(
-    settings: RunSettings, family: Family, fields: dict[str, Any], plan: LayerPlan, *, is_mapped: bool = True
+    settings: RunSettings,
+    family: Family,
+    fields: dict[str, Any],
+    plan: LayerPlan,
+    size_class: int = 0,
+    *,
+    is_mapped: bool = True,
 ) -> LoRASpec:
-    """The tensors of the run's two LoRAs, and of its border map beside the emulator's where something is aligned.
+    """The tensors of a size class's two LoRAs, and of its border map beside the emulator's where something is aligned.
 
     Args:
         is_mapped: whether there is anything to fit a map on that the settings ask for.
     """
-    rank, targets = settings.lora.rank, settings.lora.targets
+    rank, targets = settings.lora.of_class(size_class), settings.lora.targets
     aligned = method_of(settings.method).aligned(plan)
     on_adapter, on_emulator = (lora.specs(family, fields, layers, targets, rank) for layers in (plan.adapter, aligned))
     is_mapped = is_mapped and bool(aligned) and settings.align.border_map != "none"
@@ -226,8 +232,10 @@ class Preparation:
             }
             for size_class, (bundle, view) in enumerate(zip(bundles, views, strict=True))
         ]
-        master = self.blobs.put(delta.to_bytes(self._first_master([bundle.plan for bundle in bundles])))
-        return largest | ({"smaller": smaller, "master": master} if smaller else {})
+        if not smaller:
+            return largest
+        master = self._first_master(bundle.plan for bundle in bundles)
+        return largest | {"smaller": smaller, "master": self.blobs.put(delta.to_bytes(master))}
 
     def _first_master(self, plans: Iterable[LayerPlan]) -> dict[str, Tensor]:
         """w before anything is trained, of all layers that train in one of these plans, at the run's rank."""
@@ -243,9 +251,9 @@ class Preparation:
         plans = fedpruner.redrawn(self, self.settings.method, self.settings.seed, round_number)
         master = self._first_master(plans) | master
         made = []
-        for plan in plans:
-            spec = self._lora_spec(plan)
-            view = {item.name: master[item.name] for item in spec.adapter}
+        for size_class, plan in enumerate(plans):
+            spec = self._lora_spec(plan, size_class)
+            view = flexlora.cut(master, lora.initial(spec.adapter, self.settings.seed))
             manifest = sub_manifest(self.run_dir / "bundle", plan, spec, view, {})
             made.append(
                 {
@@ -259,7 +267,7 @@ class Preparation:
     def _finish_class(self, directory: Path, size_class: int, plan: LayerPlan) -> None:
         """Align one size class of the bundle, or measure it where the method does not align."""
         if not (directory / file_of("manifest.json", size_class)).exists():
-            spec = self._lora_spec(plan)
+            spec = self._lora_spec(plan, size_class)
             first = (lora.initial(layout, self.settings.seed) for layout in (spec.adapter, spec.emulator))
             write_size_class(directory, size_class, plan, spec, *first)
         bundle, kl_file = Bundle.open(directory, size_class), self.work / f"public_kl.{size_class}.json"
@@ -350,9 +358,9 @@ class Preparation:
                 "free space, or lower [public] sequences or length"
             )
 
-    def _lora_spec(self, plan: LayerPlan) -> LoRASpec:
+    def _lora_spec(self, plan: LayerPlan, size_class: int = 0) -> LoRASpec:
         is_mapped = bool(self.method.aligned(plan) and self._prompts)
-        return lora_spec(self.settings, self.source.family, self.source.fields, plan, is_mapped=is_mapped)
+        return lora_spec(self.settings, self.source.family, self.source.fields, plan, size_class, is_mapped=is_mapped)
 
     def _write_unaligned(self, directory: Path, plans: Sequence[LayerPlan]) -> None:
         """With the shards of all layers that a smaller sub-LLM keeps, or one of a later round may."""
@@ -382,7 +390,7 @@ class Preparation:
         if done.exists() and kl_done.exists():
             return load_file(done), json.loads(kl_done.read_text())
         plan, adapter = bundle.plan, bundle.adapter_lora()
-        final = self._teacher_final(plan, adapter)
+        final = self._teacher_final(plan, self._first_master([plan]))
         wanted = final[len(self.used) :]
         pruned = stream(self.source, plan.swept, self.held_out, compute_dtype=self.compute_dtype, device=self.device)
         tail = build(self.source, plan.resident, compute_dtype=self.compute_dtype, device=self.device)
@@ -472,7 +480,8 @@ class Preparation:
         plan, spec = bundle.plan, bundle.manifest.lora
         final = self._teacher_final(plan, adapter_master)
         wanted = final[len(self.used) :]
-        student, states = self._student(bundle, emulator_view, adapter_master)
+        adapter = flexlora.cut(adapter_master, lora.initial(spec.adapter, self.settings.seed))  # at the class's rank
+        student, states = self._student(bundle, emulator_view, adapter)
         before = oda.public_kl(student, states[len(self.used) :], wanted)
         trained = self._train(student, plan, states, final, self.settings.align.realign_steps, version)
         trained |= self._fit_border_map(bundle, trained)

@@ -193,7 +193,7 @@ def plan_table(report: dict[str, Any]) -> None:
     ]
     rows += [
         (
-            f"smaller class of {one['groups']} groups, {one['kept_layers']} layers kept",
+            f"smaller class, {one['kept_layers']} layers kept",
             f"bundle {human_bytes(one['bundle_bytes'])}, disk {human_bytes(one['edge_disk_bytes'])}",
             "",
         )

@@ -225,6 +225,23 @@ def test_flexlora_loses_no_direction_of_a_where_the_product_has_none() -> None:
     torch.testing.assert_close(a @ a.T, length**2 * torch.eye(RANK, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("rank", [1, 2, RANK])
+def test_a_class_of_lower_rank_holds_the_masters_largest_singular_values(rank: int) -> None:
+    alpha, master, module = 16.0, tensors(5, 0.3), MODULES[1]
+    view = {f"{module}.lora_A": torch.randn(rank, IN), f"{module}.lora_B": torch.zeros(OUT, rank)}
+    held = flexlora.cut(master, view)
+    assert {name: tensor.shape for name, tensor in held.items()} == {
+        name: tensor.shape for name, tensor in view.items()
+    }
+    if rank == RANK:
+        assert all(torch.equal(held[name], master[name]) for name in view)
+    whole = alpha / RANK * master[f"{module}.lora_B"].double() @ master[f"{module}.lora_A"].double()
+    u, sigma, vt = torch.linalg.svd(whole, full_matrices=False)
+    best = u[:, :rank] @ torch.diag(sigma[:rank]) @ vt[:rank]
+    found = alpha / rank * held[f"{module}.lora_B"].double() @ held[f"{module}.lora_A"].double()
+    torch.testing.assert_close(found, best, rtol=0, atol=1e-5)
+
+
 def test_flexlora_loses_less_than_fedavg_of_what_three_edges_learnt() -> None:
     updates = round_of("bf16", LAYOUT)
     exact, ours = dense(updates, LAYOUT, "bf16"), averaged(updates, "bf16")

@@ -27,7 +27,7 @@ from fedsoda_edge.device import Limits, read_device
 from fedsoda_edge.errors import DeviceTooSmall, UsageProblem
 from fedsoda_edge.model import delta, lora
 from fedsoda_edge.model.bundle import Bundle, BundleSettings, write_bundle
-from fedsoda_edge.model.memory import MemoryPlan, Samples, Shape, plans
+from fedsoda_edge.model.memory import MemoryPlan, Samples, Shape, plans, shape_of
 from fedsoda_edge.ports.disk import BlobStore, sha256_file
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.coded import of_factor
@@ -67,7 +67,7 @@ def make(directory: Path, model: Path, **tables: dict[str, Any]) -> RunSettings:
         method=METHOD | tables.pop("method", {}),
         align={"steps": None, "realign_steps": None, "border_map": None},
         local={"max_steps": 3, "batch_size": 4, "learning_rate": 1e-2},
-        wire={"codec": "nf4"},
+        wire={"codec": "nf4"} | tables.pop("wire", {}),
         rounds={"count": ROUNDS, "min_edges": 2, "quorum": 1.0},
         listen={"port": 0},
         **tables,
@@ -84,14 +84,15 @@ def rows_of(directory: Path, name: str) -> Path:
 
 
 @contextlib.contextmanager
-def little_memory() -> Iterator[None]:
-    """One edge has room for three layers that train, whatever this machine has: a tiny model's layers are not what counts."""
+def little_memory(settings: RunSettings) -> Iterator[None]:
+    """One edge has no room for the largest sub-LLM, whatever this machine has: a tiny model's layers are not what counts."""
+    largest = shape_of(Bundle.open(settings.run_dir / "bundle").manifest).lora_parameters
 
     def facts(home: Path) -> ms.DeviceFacts:
         return replace(read_device(home), ram_bytes=1) if home.name == SMALL_EDGE else read_device(home)
 
     def fit(device: str, shape: Shape, samples: Samples, facts: ms.DeviceFacts, limits: Limits) -> MemoryPlan:
-        if facts.ram_bytes == 1 and shape.num_adapter_layers > 3:
+        if facts.ram_bytes == 1 and shape.lora_parameters == largest:
             raise DeviceTooSmall("no room")
         return next(plans(shape, device, samples))
 
@@ -113,7 +114,7 @@ def federate(settings: RunSettings, edges: str = "ab", say: Say = lambda _: None
         await in_process.federate(settings, data, homes, stop, say, lambda name: said[name].append)
 
     prepare(settings)
-    with little_memory():
+    with little_memory(settings):
         asyncio.run(run())
     return said
 
@@ -408,9 +409,7 @@ def test_the_models_of_a_choice_that_is_over_are_given_back(tmp_path: Path, tiny
 def test_every_rule_goes_with_classes_and_draws(
     tmp_path: Path, tiny_llama: Path, codec: str, how: dict[str, Any]
 ) -> None:
-    settings = make(tmp_path, tiny_llama, aggregation=how)
-    settings = replace(settings, wire=replace(settings.wire, codec=codec))
-    Path(settings.path).write_text(write_toml(settings))
+    settings = make(tmp_path, tiny_llama, aggregation=how, wire={"codec": codec})
     federate(settings)
     closed = [record for record in records(settings) if isinstance(record, ev.RoundClosed)]
     blobs = BlobStore(settings.run_dir / "blobs")
