@@ -41,6 +41,7 @@ from fedsoda_hub.federation.rounds import trained_factor
 from fedsoda_hub.ledger import Ledger, read_outcome
 from fedsoda_hub.plan import likely_plans
 from fedsoda_hub.prepare import Preparation, bundle_of
+from fedsoda_hub.report import read_history
 from tests.edge.model.test_bundle import pruned_by_hand
 from tests.hub.runs import WORDS, make_run, prepare
 from tests.hub.test_full_emulator import mean_nll
@@ -251,6 +252,11 @@ def test_master_and_views_are_what_the_rules_say_of_the_updates(calm: Ran) -> No
                     layout = bundle_of(settings.run_dir, manifest).manifest.lora.adapter
                     views[number] = {spec.name: master[spec.name] for spec in layout}
                     assert delta.digest(views[number]) == digest
+
+
+def test_the_report_says_when_layers_were_drawn(calm: Ran) -> None:
+    with contextlib.closing(Ledger(calm.settings.run_dir / "ledger.sqlite")) as ledger:
+        assert read_history(ledger).repruned == [3, 5]
 
 
 def test_what_nobody_trained_keeps_its_bits(calm: Ran) -> None:
