@@ -77,13 +77,12 @@ class Compute:
         products = partial(pairs_by_module, updates, codec, max_weight)
         moments = None
         if how.rule == "flexlora":
-            at_its_rank = (
+            # What edges hold of a module, where any hold it at the master's rank.
+            held_whole = (
                 {name: tensor for name, tensor in view.items() if tensor.shape == master[name].shape}
                 for view in views.values()
             )
-            before = ChainMap(
-                *at_its_rank, master
-            )  # what edges hold of a module, where any hold it at the master's rank
+            before = ChainMap(*held_whole, master)
             new_master = master | flexlora.merge(products(), before)
         elif how.optimizer == "none":
             new_master = delta.moved(master, weighted_mean(updates, codec, max_weight), codec)

@@ -298,6 +298,7 @@ def test_edges_follow_and_fetch_only_what_they_do_not_hold(calm: Ran) -> None:
         assert {layer for layer, digest in shards.items() if digest in store} == kept
     for event in calm.heard:
         HUB.check_event(json.loads(json.dumps(event)))
+    assert "repruned" in {event["event"] for event in calm.heard}
 
 
 def test_the_full_llm_gets_all_layers_that_anybody_trained(calm: Ran, tmp_path: Path, tiny_llama: Path) -> None:
