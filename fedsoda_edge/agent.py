@@ -35,7 +35,7 @@ from fedsoda_edge.ports import Clock, TorchPort, Transport
 from fedsoda_edge.ports.disk import sha256_file, write_durably
 from fedsoda_edge.ports.system import peak_rss_bytes
 from fedsoda_edge.protocol import messages as ms
-from fedsoda_edge.protocol.manifest import TOKENIZER_FILES
+from fedsoda_edge.protocol.manifest import TOKENIZER_FILES, parse_manifest
 from fedsoda_edge.protocol.session import Blob, EdgeSession, chunks
 from fedsoda_edge.status import Status
 from fedsoda_edge.store import FileStore
@@ -93,6 +93,7 @@ class Agent:
         self._num_examples = 0
         self._size_class = 0
         self._cache_key = b""
+        self._download: Download | None = None
         self._opening: dict[str, Any] | None = None  # what the worker was opened with, for the next one
         self._reader: asyncio.Task[None] | None = None
         self._connected = asyncio.Event()
@@ -184,7 +185,7 @@ class Agent:
         """Check data and device, fetch the bundle; the data is read and swept while it comes."""
         rows = await self._check_data()
         store = FileStore(self.home.store)
-        download = Download(
+        self._download = download = Download(
             self.transport, store, run=self._aside.run, say=self.say, keep_trying=self._settings.unattended
         )
         taken = await size_class.take(
@@ -199,6 +200,7 @@ class Agent:
         )
         manifest, manifest_digest = taken.manifest, taken.size_class.manifest.digest
         self._size_class, self._shape = taken.number, shape_of(manifest)
+        self._views(welcome).begin(manifest_digest)
         self.say(
             {
                 "event": "device",
@@ -619,6 +621,8 @@ class Agent:
             self.say({"event": "notice", "message": message})
             self._working_on = self.in_hand = offer.round
         views = self._views(welcome)
+        if offer.manifest is not None:
+            await self._follow(offer.manifest, views)
         emulator = await views.bring_up("emulator", offer.emulator, offer.alignment)
         view = await views.bring_up("adapter", offer.view, offer.round)
         if self._border_for != offer.emulator.digest:
@@ -642,6 +646,23 @@ class Agent:
         )
         self._say_damaged(result.pop("num_damaged"))
         return offer, result
+
+    async def _follow(self, wanted: ms.BlobRef, views: Views) -> None:
+        """Other layers are in force since the last round: fetch what is not here, and begin with them."""
+        assert self._opening is not None
+        assert self._download is not None
+        if self._opening["manifest"] == wanted.digest:
+            return
+        manifest = parse_manifest((await self._download.file(wanted.digest, wanted.bytes)).read_bytes())
+        async with self._download.bundle(manifest, wanted.digest) as fetch:
+            await fetch()
+        self._shape = shape_of(manifest)
+        self._opening["manifest"] = wanted.digest
+        views.begin(wanted.digest)
+        await end(self.worker)
+        await self._open()
+        layers = ", ".join(map(str, manifest.plan.kept))
+        self.say({"event": "notice", "message": f"the hub has chosen layers anew; this device now trains {layers}"})
 
     async def _sweep(self, emulator: str | None, digest: ms.Digest) -> None:
         """Border states of all samples, those that are on the disk already left as they are."""

@@ -74,7 +74,7 @@ class Download:
             mark.unlink(missing_ok=True)
 
     async def _fetch(self, files: Sequence[File], held: set[str]) -> None:
-        self._total = sum(file.bytes for file in files)
+        self._done, self._total = 0, sum(file.bytes for file in files)
         for file in files:
             if file.sha256 not in held:
                 await self.file(file.sha256, file.bytes)

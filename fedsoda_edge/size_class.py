@@ -1,6 +1,6 @@
 """Take the largest of a run's sub-LLMs that this device has room for. Only manifests are fetched for that.
 
-All of them have one adapter, so what an edge holds below it is nobody else's business.
+The hub averages each LoRA tensor over the edges that hold it, so which layers an edge keeps is nobody else's business.
 """
 
 from __future__ import annotations

@@ -29,6 +29,15 @@ class Views:
         self._worker = worker
         self._fetch = fetch
 
+    def begin(self, manifest: ms.Digest) -> None:
+        """The views of another bundle mean nothing to this one; the residual of a layer that both have does."""
+        mark = self._directory / "views.manifest"
+        if mark.exists() and mark.read_text() != manifest:
+            for which in ("adapter", "emulator"):
+                for kind in ("number", "safetensors"):  # a kill in between leaves a view that is too old for its delta
+                    (self._directory / f"{which}.{kind}").unlink(missing_ok=True)
+        write_durably(mark, manifest.encode())
+
     async def bring_up(self, which: str, wanted: ms.ViewRef, number: int) -> str | None:
         """The file of a view; None for the bundle's own. By delta from the one before, else by snapshot.
 
@@ -41,13 +50,14 @@ class Views:
         path = self._directory / f"{which}.safetensors"
         mark = self._directory / f"{which}.number"
         if wanted.snapshot is None or wanted.delta is None:
+            write_durably(mark, str(number).encode())
             return None
         if await self.held(which, wanted.digest):
             write_durably(mark, str(number).encode())
             return str(path)
-        held = int(mark.read_text()) if path.exists() and mark.exists() else 0
+        held = int(mark.read_text()) if mark.exists() else 0
         first = 1 if which == "emulator" else 2
-        if (path.exists() and held == number - 1) or (not path.exists() and number == first):
+        if held == number - 1 or (not path.exists() and number == first):
             coded = self._directory / f"{which}.delta"
             moved = self._directory / f"{which}.moved"
             write_durably(coded, await self._fetch(wanted.delta))

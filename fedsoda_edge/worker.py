@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -45,10 +45,10 @@ class Worker:
         shared: adapters that workers of one process train in turn, each from its own view; None: this one is alone.
     """
 
-    def __init__(self, shared: dict[bytes, SubLLM] | None = None) -> None:
+    def __init__(self, shared: MutableMapping[bytes, SubLLM] | None = None) -> None:
         # Of imports alone; among others in one process, what each would take in its own.
         self._process_bytes = psutil.Process().memory_info().rss if shared is None else PROCESS_BYTES
-        self._models = {} if shared is None else shared
+        self._models: MutableMapping[bytes, SubLLM] = {} if shared is None else shared
         self._memory: MemoryPlan | None = None
         self._micro_batch = self._room = 0
         self._bundle: Bundle | None = None
@@ -227,7 +227,7 @@ class Worker:
         wanted = {name: value if finite else torch.zeros_like(value) for name, value in trained.delta.items()}
         residual = None
         if finite and values["residual"] is not None:
-            residual = delta.from_bytes(Path(values["residual"]).read_bytes(), spec.adapter)
+            residual = delta.feedback_of(Path(values["residual"]).read_bytes(), spec.adapter)
         layout = of_factor(spec.adapter, values["trains"])
         coded, left = delta.encode_with_feedback(wanted, residual, view, layout, values["codec"])
         write_durably(Path(values["update"]), coded)
@@ -268,7 +268,8 @@ class Worker:
         assert self._border is not None
         memory, samples = self.memory, self._samples.samples
         key = msgspec.json.encode([self.bundle.manifest, memory.device, memory.packed, memory.recompute])
-        if key not in self._models:
+        sub_llm = self._models.get(key)
+        if sub_llm is None:
             with _out_of_memory_is_told(memory):
                 sub_llm = build(
                     self.bundle,
@@ -281,7 +282,6 @@ class Worker:
                 )
             lora.attach(sub_llm, self.bundle.manifest.lora, {**self._frozen_lora, **view})
             self._models[key] = sub_llm
-        sub_llm = self._models[key]
         longest = sorted(range(len(samples)), key=lambda at: -len(samples[at].ids))[
             : min(batch_size, self._micro_batch)
         ]

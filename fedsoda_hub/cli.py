@@ -65,7 +65,9 @@ def plan(
     groups: Annotated[int | None, typer.Option(min=0, envvar="FEDSODA_GROUPS", help="p; fedsoda: 4")] = None,
     classes: Annotated[
         list[int] | None,
-        typer.Option(envvar="FEDSODA_CLASSES", help="groups of a smaller sub-LLM beside it; may be repeated"),
+        typer.Option(
+            envvar="FEDSODA_CLASSES", help="groups of a smaller sub-LLM, fedpruner: dropped layers; may be repeated"
+        ),
     ] = None,
     drop_layers: Annotated[
         int | None,

@@ -6,6 +6,7 @@ Arguments and results are JSON; tensors are blobs by digest in the run directory
 from __future__ import annotations
 
 import os
+from collections import ChainMap
 from functools import partial
 from typing import Any
 
@@ -48,7 +49,7 @@ class Compute:
 
     @property
     def commands(self) -> dict[str, Handler]:
-        commands = (self.open, self.prepare, self.aggregate, self.probe, self.realign, self.evaluate)
+        commands = (self.open, self.prepare, self.aggregate, self.probe, self.realign, self.reprune, self.evaluate)
         return {command.__name__: command for command in commands}
 
     def open(self, values: Values, _: Report) -> Values:
@@ -60,34 +61,47 @@ class Compute:
         return Preparation(self.settings, report).run()
 
     def aggregate(self, values: Values, _: Report) -> Values:
-        """The next master of the decoded updates, as [aggregation] says; c = Q(w - v); v += decode(c) (delta.py)."""
-        spec = Bundle.open(self.settings.run_dir / "bundle").manifest.lora
+        """The next master of the decoded updates, as [aggregation] says; c = Q(w - v); v += decode(c) (delta.py).
+
+        Every size class with LoRA of its own has its own v and c: of the tensors of w that it holds.
+        """
         how, codec, max_weight = self.settings.aggregation, self.settings.wire.codec, self.settings.rounds.max_weight
-        blobs, layout = self.blobs, of_factor(spec.adapter, trained_factor(how.rule, values["round"]))
-        master = delta.from_bytes(blobs.get(values["master"]), spec.adapter)
-        view = delta.from_bytes(blobs.get(values["view"]), spec.adapter)
+        blobs, factor = self.blobs, trained_factor(how.rule, values["round"])
+        master = load(blobs.get(values["master"]))
+        views = {digest: load(blobs.get(digest)) for digest in (values["view"], *values["smaller"])}
+        layouts = {digest: of_factor(delta.layout_of(view), factor) for digest, view in views.items()}
         updates = [
-            CodedUpdate(edge, num_examples, partial(blobs.get, digest))
-            for edge, num_examples, digest in values["updates"]
+            CodedUpdate(edge, num_examples, partial(blobs.get, digest), views[base], layouts[base])
+            for edge, num_examples, digest, base in values["updates"]
         ]
-        products = partial(pairs_by_module, updates, view, layout, codec, max_weight)
+        products = partial(pairs_by_module, updates, codec, max_weight)
         moments = None
         if how.rule == "flexlora":
-            new_master = flexlora.merge(products(), view)
+            # What edges hold of a module, where any hold it at the master's rank.
+            held_whole = (
+                {name: tensor for name, tensor in view.items() if tensor.shape == master[name].shape}
+                for view in views.values()
+            )
+            before = ChainMap(*held_whole, master)
+            new_master = master | flexlora.merge(products(), before)
         elif how.optimizer == "none":
-            new_master = delta.moved(master, weighted_mean(updates, layout, codec, max_weight), codec)
+            new_master = delta.moved(master, weighted_mean(updates, codec, max_weight), codec)
         else:
             held = {} if values["moments"] is None else load(blobs.get(values["moments"]))
-            mean = weighted_mean(updates, layout, codec, max_weight)
+            mean = weighted_mean(updates, codec, max_weight)
             new_master, held = server_optimizer.step(master, mean, held, how)
             moments = blobs.put(delta.to_bytes(held))
-        coded, new_view = delta.step_down(new_master, view, layout, codec)
+        steps = {}
+        for digest, view in views.items():
+            coded, new_view = delta.step_down(flexlora.cut(new_master, view), view, layouts[digest], codec)
+            steps[digest] = {"view": blobs.put(delta.to_bytes(new_view)), "delta": blobs.put(coded)}
         return {
             "master": blobs.put(delta.to_bytes(new_master)),
-            "view": blobs.put(delta.to_bytes(new_view)),
-            "delta": blobs.put(coded),
+            **steps[values["view"]],
+            "smaller": [steps[digest] for digest in values["smaller"]],
             "moments": moments,
-            "cross_term": cross_term(products()),
+            # Factors of different ranks have no mean that anything could be lost by.
+            "cross_term": cross_term(products()) if len(set(self.settings.lora.ranks)) < 2 else None,
         }
 
     def probe(self, values: Values, report: Report) -> Values:
@@ -96,19 +110,18 @@ class Compute:
     def realign(self, values: Values, report: Report) -> Values:
         """All size classes, one after the other."""
         preparation, made = Preparation(self.settings, report), []
+        master = load(self.blobs.get(values["master"]))
         for size_class, view in enumerate([values["emulator_view"], *values["smaller"]]):
-            spec = Bundle.open(self.settings.run_dir / "bundle", size_class).manifest.lora
             made.append(
                 preparation.realign(
-                    values["version"],
-                    delta.from_bytes(self.blobs.get(values["master"]), spec.adapter),
-                    delta.from_bytes(self.blobs.get(view), spec.emulator),
-                    self.settings.wire.codec,
-                    size_class,
+                    values["version"], master, load(self.blobs.get(view)), self.settings.wire.codec, size_class
                 )
             )
         largest, *smaller = made
         return largest | {"smaller": smaller}
+
+    def reprune(self, values: Values, report: Report) -> Values:
+        return Preparation(self.settings, report).reprune(values["round"], load(self.blobs.get(values["master"])))
 
     def _tensors(self, values: Values) -> tuple[LoRATensors, LoRATensors]:
         """The adapter's master and the largest sub-LLM's emulator view."""
@@ -128,7 +141,8 @@ class Compute:
                 lambda done, total: self._report({"stage": "evaluating", "done": done, "total": total}),
             )
         self._report = report
-        return self._judge.judge(Outcome(values["master"], values["emulator_view"], values["round"], None))
+        reached = Outcome(values["master"], values["emulator_view"], values["manifest"], values["round"], None)
+        return self._judge.judge(reached)
 
 
 def main() -> None:

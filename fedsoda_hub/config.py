@@ -22,6 +22,7 @@ from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.protocol.coded import CODECS
 from fedsoda_edge.protocol.manifest import BASES
 from fedsoda_edge.protocol.messages import LocalSettings
+from fedsoda_hub.algorithms.fedpruner import NEVER_DRAWN
 from fedsoda_hub.algorithms.methods import METHODS, FederatedMethod, method_of
 from fedsoda_hub.federation.rounds import AUTO, AUTO_ROUNDS
 
@@ -49,6 +50,7 @@ NOT_OF_ALL: dict[str, Any] = {
     "[method] classes": [],
     "[method] drop_layers": 0,
     "[method] layer_choice": "contiguous",
+    "[method] reprune_every": 0,
     "[method] realign_every": 0,
     "[method] emulator_base": "nf4",
     "[align] steps": 0,
@@ -69,11 +71,13 @@ class Method(Section, frozen=True):
     adapter_layers: last layers that train; bottom_layers: first ones that do.
     groups: how many, or "auto": the size and number of groups that keep the sub-LLM nearest to the full LLM while all
     files of it take at most bundle_bytes on an edge; layers_per_group has no meaning then.
-    classes: numbers of groups of further, smaller sub-LLMs, ascending: an edge takes the largest that it has room for.
+    classes: further, smaller sub-LLMs, ascending: numbers of groups, FedPruner's of dropped layers. An edge takes the
+    largest that it has room for.
     drop_layers: how many go in all where they go uniformly: groups have no meaning there, and a share of the layers
     would have to be rounded. layer_choice: how FedPruner finds those that stay: the most important of each of its
     groups, which are "contiguous" or "spectral"; or, to compare with, "uniform", "random" or all but the "top".
     FedPruner+ groups attention and MLP blocks each by themselves, in the bytes of the layers that drop_layers leaves.
+    reprune_every: rounds after which FedPruner draws them anew; 0: never.
     realign_every: rounds, or "auto": when the sub-LLM is measured to have drifted. Bases: "nf4" or "bf16", the
     checkpoint's own dtype.
     """
@@ -88,6 +92,7 @@ class Method(Section, frozen=True):
     classes: list[int] = msgspec.field(default_factory=list)
     drop_layers: int = 0
     layer_choice: str = "contiguous"
+    reprune_every: int = 0
     realign_every: int | str = 5
     adapter_base: str = "nf4"
     emulator_base: str = "nf4"
@@ -100,9 +105,15 @@ class Method(Section, frozen=True):
 
 
 class LoRA(Section, frozen=True):
+    """ranks: of each size class, from the largest on; empty: all have `rank`, which is the master's and the export's."""
+
     rank: int = 8
     alpha: float = 16
     targets: list[str] = msgspec.field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"])
+    ranks: list[int] = msgspec.field(default_factory=list)
+
+    def of_class(self, size_class: int) -> int:
+        return self.ranks[size_class] if self.ranks else self.rank
 
 
 class Public(Section, frozen=True):
@@ -370,12 +381,45 @@ def _settled(settings: RunSettings, raw: dict[str, Any]) -> RunSettings:
     method, given = method_of(settings.method), _flat(raw)
     _check_aggregation(settings)
     settled = _unused(method) | {key: value for key, value in method.DEFAULTS.items() if key not in given}
+    if settings.method.layer_choice in NEVER_DRAWN and "[method] reprune_every" not in given:
+        settled["[method] reprune_every"] = 0
     for key in NOT_OF_ALL:
         if key not in method.USES and given.get(key, settled[key]) != settled[key]:
             raise UsageProblem(_no_use(key, given[key], settings))
     settings = _with(settings, settled)
     _check_groups(settings, given)
+    _check_sizes(settings)
     return settings
+
+
+def _check_sizes(settings: RunSettings) -> None:
+    """Size classes ascend from the largest, their ranks go with [aggregation]; layers are drawn anew by a choice that draws.
+
+    Raises:
+        UsageProblem: with what would do.
+    """
+    m, file = settings.method, Path(settings.path).name
+    largest = "drop_layers" if m.name == "fedpruner" else "groups"
+    ascends = all(a < b for a, b in pairwise([getattr(m, largest), *m.classes]))
+    allowed = f"at most 3 numbers, ascending, each above [method] {largest} = {getattr(m, largest)}"
+    refuse_unless([("[method] classes", m.classes, len(m.classes) <= 3 and ascends, allowed)], file)
+    rank, ranks, rule = settings.lora.rank, settings.lora.ranks, settings.aggregation.rule
+    if ranks and rule != "flexlora":
+        raise UsageProblem(
+            f'[lora] ranks = {ranks} beside [aggregation] rule = "{rule}" in {file}: factors of different ranks have no mean; '
+            'write rule = "flexlora" and [wire] codec = "bf16", or delete ranks'
+        )
+    is_one_each = not ranks or (
+        len(ranks) == 1 + len(m.classes) and ranks[0] == rank and 1 <= min(ranks) <= max(ranks) <= rank
+    )
+    allowed = f"{1 + len(m.classes)} numbers, one for each size class, the first [lora] rank = {rank} and none above it"
+    refuse_unless([("[lora] ranks", ranks, is_one_each, allowed)], file)
+    if m.reprune_every and m.layer_choice in NEVER_DRAWN:
+        others = " or ".join(f'"{choice}"' for choice in LAYER_CHOICES if choice not in NEVER_DRAWN)
+        raise UsageProblem(
+            f"[method] reprune_every = {m.reprune_every} beside layer_choice = {m.layer_choice!r} in {file}, which is the "
+            f"same every time; write reprune_every = 0, or layer_choice = {others}"
+        )
 
 
 def _no_use(key: str, value: Any, settings: RunSettings) -> str:
@@ -495,16 +539,7 @@ def _check_ranges(settings: RunSettings) -> None:
             'at least 0, or "auto"',
         ),
         ("[method] bundle_bytes", s.method.bundle_bytes, s.method.bundle_bytes >= 0, "at least 0"),
-        (
-            "[method] classes",
-            s.method.classes,
-            len(s.method.classes) <= 3
-            and all(
-                a < b
-                for a, b in pairwise([0 if isinstance(s.method.groups, str) else s.method.groups, *s.method.classes])
-            ),
-            "at most 3 numbers, ascending, each above [method] groups",
-        ),
+        ("[method] reprune_every", s.method.reprune_every, s.method.reprune_every >= 0, "at least 0 rounds (0: never)"),
         (
             "[method] realign_every",
             s.method.realign_every,

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import secrets
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from fedsoda_edge.ports.disk import BlobStore, write_durably
 from fedsoda_edge.ports.system import Held, Lock, on_signal_in
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.coded import check, coded_bytes, of_factor
-from fedsoda_edge.protocol.manifest import BundleManifest, file_of
+from fedsoda_edge.protocol.manifest import ADAPTER_LORA, EMULATOR_LORA, BundleManifest
 from fedsoda_edge.protocol.session import Upload
 from fedsoda_hub.config import RunSettings, differences
 from fedsoda_hub.federation import events as ev
@@ -79,7 +79,7 @@ class Daemon:
         self._timer: asyncio.TimerHandle | None = None
         self._door = door
         self._compute: TorchPort = compute or Child("fedsoda_hub.compute")
-        self._manifest: BundleManifest | None = None
+        self._manifests: list[BundleManifest] = []  # in force, by size class
         self._files: dict[str, Path] = {}
         self._arriving: Counter[ms.Digest] = Counter()  # uploads whose blob is written, until they are judged
         self._unkept: set[ms.Digest] = set()  # blobs that an upload brought, until it is known that they stay
@@ -106,6 +106,7 @@ class Daemon:
             deadline_seconds=s.rounds.deadline_seconds,
             stall_seconds=s.wire.stall_seconds,
             realign_every=s.method.realign_every,
+            reprune_every=s.method.reprune_every,
             seed=s.seed,
             has_eval=s.eval_data is not None,
             eval_every=s.task.eval_every,
@@ -181,9 +182,9 @@ class Daemon:
             await self._compute.call("open", {"settings": msgspec.to_builtins(self.settings)})
             self._events.put_nowait(None)  # what a restart owes
             while not stop.done() and not deciding.done() and self._failure is None:
-                if self._manifest is None and self.machine.state.manifest:
-                    self._load_manifest()
-                if not is_open and self._manifest is not None:
+                if not self._manifests and self.machine.state.manifest:
+                    self._load_manifests(self.ledger.records())
+                if not is_open and self._manifests:
                     await door.open(self)
                     is_open = True
                     write_durably(self.run_dir / "address", self.url.encode())
@@ -226,19 +227,23 @@ class Daemon:
             await asyncio.sleep(0.05)
         await asyncio.sleep(0.2)  # let the last frames leave
 
-    def _load_manifest(self) -> None:
-        bundle, state = self.run_dir / "bundle", self.machine.state
-        digests = (state.manifest, *(held.manifest for held in state.smaller))
-        manifests = [msgspec.json.decode(self.blobs.get(digest), type=BundleManifest) for digest in digests]
-        manifest = manifests[0]
-        for size_class, (digest, one) in enumerate(zip(digests, manifests, strict=True)):
+    def _load_manifests(self, records: Iterable[ev.AnyRecord]) -> None:
+        """Those in force, and the files of all that these records name: an edge may still be fetching one of before."""
+        for digest in (digest for record in records for digest in _manifests_of(record)):
             self._files[digest] = self.blobs.path(digest)
-            self._files |= {file.sha256: bundle / file_of(file.name, size_class) for file in one.files}
+            for file in self._manifest(digest).files:
+                is_lora = file.name in (ADAPTER_LORA, EMULATOR_LORA)
+                shard = self.run_dir / "bundle" / file.name
+                self._files[file.sha256] = self.blobs.path(file.sha256) if is_lora else shard
+        self._manifests = [self._manifest(digest) for digest in self.machine.state.manifests]
         # Names and offsets of the safetensors header: at most 256 bytes a tensor.
-        self.max_update_bytes = 4096 + sum(
-            256 + max(coded_bytes(spec.shape, codec) for codec in ("bf16", "int8")) for spec in manifest.lora.adapter
+        self.max_update_bytes = 4096 + max(
+            sum(256 + max(coded_bytes(spec.shape, codec) for codec in ("bf16", "int8")) for spec in one.lora.adapter)
+            for one in self._manifests
         )
-        self._manifest = manifest
+
+    def _manifest(self, digest: ms.Digest) -> BundleManifest:
+        return msgspec.json.decode(self.blobs.get(digest), type=BundleManifest)
 
     # --- the loop of decisions ------------------------------------------------------------------------------
 
@@ -260,11 +265,7 @@ class Daemon:
             return
         state = self.machine.state
         kept = {update.digest for update in (*state.accepted.values(), *state.receipts.values())}
-        kept |= {state.master, state.view, state.emulator_view}
-        kept |= {blob for blob in (state.view_delta, state.emulator_delta, state.moments) if blob is not None}
-        kept |= {
-            blob for held in state.smaller for blob in (held.emulator_view, held.emulator_delta) if blob is not None
-        }
+        kept |= {state.master, *self._views()} | ({state.moments} if state.moments is not None else set())
         for digest in [digest for digest in self._unkept if not self._arriving[digest]]:
             self._unkept.discard(digest)
             del self._arriving[digest]
@@ -315,6 +316,8 @@ class Daemon:
         values = msgspec.to_builtins(record)
         name = values.pop("record")
         state = self.machine.state
+        if isinstance(record, ev.Repruned):
+            self._load_manifests([record])
         if isinstance(record, ev.RoundClosed):
             self._flush_traffic()
             with contextlib.suppress(DiskFull):  # it only bounds replay
@@ -335,16 +338,18 @@ class Daemon:
 
     def _offer(self, size_class: int) -> ms.RoundOffer:
         state, rule = self.machine.state, self.settings.aggregation.rule
+        manifest = self._blob_ref(state.manifests[size_class]) if state.repruned_for else None
         return ms.RoundOffer(
             round=state.round,
             rounds=self.settings.rounds.count,
-            view=self._view_ref(state.view, state.view_delta, trained_factor(rule, state.round - 1)),
+            view=self._view_ref(*state.adapter(size_class), trained_factor(rule, state.round - 1)),
             alignment=state.alignment,
             emulator=self._view_ref(*state.emulator(size_class)),
             local=self.settings.local.message(),
             due_seconds=max(0.0, state.deadline_at - self.clock.wall()),
             trains=trained_factor(rule, state.round),
             has_feedback=rule != "flexlora",
+            manifest=manifest,
         )
 
     def _view_ref(self, view: ms.Digest, delta: ms.Digest | None, moved: ms.Factor = "both") -> ms.ViewRef:
@@ -406,11 +411,14 @@ class Daemon:
         return self._files.get(digest)
 
     def run_blob(self, digest: str) -> bytes | None:
+        return self.blobs.get(digest) if digest in self._views() else None
+
+    def _views(self) -> set[ms.Digest]:
+        """Views of the open round, or of the one before the next, and the coded steps to them."""
         state = self.machine.state
-        now = {state.view, state.view_delta}.union(
-            *(state.emulator(number) for number in range(1 + len(state.smaller)))
-        )
-        return self.blobs.get(digest) if digest in now else None
+        classes = range(1 + len(state.smaller))
+        found = (blob for number in classes for blob in (*state.adapter(number), *state.emulator(number)))
+        return {blob for blob in found if blob is not None}
 
     def greet(self, connection: Connection, hello: ms.Hello) -> ms.Welcome | ms.Refusal:
         if hello.protocol != ms.PROTOCOL_VERSION:
@@ -429,7 +437,6 @@ class Daemon:
                 reason=f"the token of {connection.edge} is already in use on another device; ask for one of your own",
                 fatal=True,
             )
-        assert self._manifest is not None
         state = self.machine.state
         old = self._connections.get(connection.edge)
         self._connections[connection.edge] = connection
@@ -491,14 +498,13 @@ class Daemon:
 
     async def _uploaded(self, edge: ms.EdgeId, upload: Upload) -> None:
         """Check, store durably, then let the machine judge."""
-        start = upload.start
-        assert self._manifest is not None
+        start, size_class = upload.start, self._size_classes.get(edge, 0)
         problem = None
         try:
             if start.codec != self.settings.wire.codec:
                 raise ProtocolViolation(f"the update is coded as {start.codec}, the run as {self.settings.wire.codec}")
             factor = trained_factor(self.settings.aggregation.rule, start.round)
-            layout = of_factor(self._manifest.lora.adapter, factor)
+            layout = of_factor(self._manifests[size_class].lora.adapter, factor)
             await asyncio.to_thread(check, upload.data, layout, self.settings.wire.codec)
             await self._store(upload)
         except ProtocolViolation as error:
@@ -518,6 +524,7 @@ class Daemon:
                 start.num_examples,
                 start.loss,
                 problem,
+                size_class,
             )
         )
 
@@ -586,6 +593,12 @@ class Daemon:
             "fedsoda_edges_eligible": len(self.machine.eligible),
         }
         return "".join(f"# TYPE {name} gauge\n{name} {value}\n" for name, value in values.items())
+
+
+def _manifests_of(record: ev.AnyRecord) -> tuple[ms.Digest, ...]:
+    if isinstance(record, ev.Prepared | ev.Repruned):
+        return record.manifest, *(one.manifest for one in record.smaller)
+    return ()
 
 
 def run_status(settings: RunSettings, ledger: Ledger, state: Any) -> dict[str, Any]:

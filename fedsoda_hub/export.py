@@ -15,12 +15,12 @@ from typing import Any
 
 import msgspec
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load, load_file, save
 from torch import Tensor
 
 from fedsoda_edge.data import SampleTokenizer, TextTemplate
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_edge.model import delta
+from fedsoda_edge.model import delta, lora
 from fedsoda_edge.model.bundle import Bundle, peft_config, write_durably_json
 from fedsoda_edge.model.streaming import Checkpoint
 from fedsoda_edge.ports.disk import BlobStore, write_durably
@@ -28,7 +28,7 @@ from fedsoda_edge.protocol.manifest import LayerPlan, LoRASpec
 from fedsoda_hub.config import RunSettings, Task, read_settings
 from fedsoda_hub.evaluation import Evaluator, Judged, read_questions, summary
 from fedsoda_hub.ledger import Outcome, read_outcome
-from fedsoda_hub.prepare import open_full_llm, pick_device
+from fedsoda_hub.prepare import bundle_of, open_full_llm, pick_device
 
 KEPT_BORDER_BYTES = 256 << 20  # of evaluation data, between two evaluations of a run
 
@@ -42,9 +42,9 @@ def export(settings: RunSettings, directory: Path, *, merge: bool = False) -> di
         UsageProblem: no round has closed yet, or `directory` holds something that is not an export.
     """
     outcome = read_outcome(settings.run_dir, settings.path)
-    bundle = Bundle.open(settings.run_dir / "bundle")
+    bundle = bundle_of(settings.run_dir, outcome.manifest)
     spec, family, manifest = bundle.manifest.lora, bundle.family, bundle.manifest
-    tensors = delta.from_bytes(BlobStore(settings.run_dir / "blobs").get(outcome.master), spec.adapter)
+    tensors = load(BlobStore(settings.run_dir / "blobs").get(outcome.master))
     if directory.exists() and any(directory.iterdir()) and not (directory / "fedsoda.json").exists():
         raise UsageProblem(f"{directory} is not empty and no export of ours; name a new directory with --to")
     temporary = directory.with_name(f"{directory.name}.{os.getpid()}.part")
@@ -110,16 +110,17 @@ def judged_models(
     emulator: dict[str, Tensor],
     none: dict[str, Tensor] | None = None,
 ) -> dict[str, Judged]:
-    """full: untouched. sub_llm: with trained LoRA. plug_in: full with the adapter LoRA.
+    """full: untouched. sub_llm: with the trained LoRA of its layers. plug_in: full with all of it.
 
     Args:
+        adapter: of every layer that any sub-LLM of the run trained.
         none: the empty emulator LoRA of the full model; the same object again finds its border states again.
     """
     plan, spec = bundle.plan, bundle.manifest.lora
     full = _full_models(source, plan, spec, adapter, {} if none is None else none)
     return {
         "full": full["full"],
-        "sub_llm": Judged(bundle, plan.swept, plan.resident, spec, emulator, adapter),
+        "sub_llm": Judged(bundle, plan.swept, plan.resident, spec, emulator, lora.on(plan.adapter, adapter)),
         "plug_in": full["plug_in"],
     }
 
@@ -159,8 +160,8 @@ class RunJudge:
     """Judges a run on its data, again after later rounds: what the full model says below the adapter stays the same."""
 
     def __init__(self, settings: RunSettings, data: Path, report: Report | None = None) -> None:
-        self._bundle = Bundle.open(settings.run_dir / "bundle")
-        self._blobs = BlobStore(settings.run_dir / "blobs")
+        self._run_dir = settings.run_dir
+        self._bundles: dict[str, Bundle] = {}  # by manifest: their files are verified once
         self._source = open_full_llm(settings)
         self._none: dict[str, Tensor] = {}
         self.evaluator = _evaluator(
@@ -170,23 +171,25 @@ class RunJudge:
     def of(self, run_dir: Path) -> RunJudge:
         """The same questions to another run of the same full LLM; what that says below the adapter is kept for all."""
         other = copy.copy(self)
-        other._bundle, other._blobs = Bundle.open(run_dir / "bundle"), BlobStore(run_dir / "blobs")
+        other._run_dir, other._bundles = run_dir, {}
         return other
 
-    def models(self, master: str, emulator_view: str) -> dict[str, Judged]:
+    def models(self, master: str, emulator_view: str, manifest: str) -> dict[str, Judged]:
         """full, sub_llm and plug_in with these blobs of the run."""
-        spec = self._bundle.manifest.lora
-        adapter = delta.from_bytes(self._blobs.get(master), spec.adapter)
-        emulator = delta.from_bytes(self._blobs.get(emulator_view), spec.emulator)
-        return self.judged(adapter, emulator)
+        blobs = BlobStore(self._run_dir / "blobs")
+        if manifest not in self._bundles:
+            self._bundles[manifest] = bundle_of(self._run_dir, manifest)
+        bundle = self._bundles[manifest]
+        emulator = delta.from_bytes(blobs.get(emulator_view), bundle.manifest.lora.emulator)
+        return judged_models(bundle, self._source, load(blobs.get(master)), emulator, self._none)
 
     def judged(self, adapter: dict[str, Tensor], emulator: dict[str, Tensor]) -> dict[str, Judged]:
-        """The same with these tensors."""
-        return judged_models(self._bundle, self._source, adapter, emulator, self._none)
+        """The same with these tensors, and the layers that the run began with."""
+        return judged_models(Bundle.open(self._run_dir / "bundle"), self._source, adapter, emulator, self._none)
 
     def judge(self, outcome: Outcome, samples: int = 0) -> dict[str, Any]:
         """The three models after the rounds of `outcome`."""
-        models = self.models(outcome.master, outcome.emulator_view)
+        models = self.models(outcome.master, outcome.emulator_view, outcome.manifest)
         result = summary(self.evaluator, models, samples)
         self.forget(models)
         return result
@@ -253,7 +256,8 @@ def evaluate_export(
     spec = LoRASpec(config["r"], config["lora_alpha"], (), (), ())
     models: dict[str, Judged] = _full_models(source, plan, spec, adapter, {})
     if settings is not None:
-        outcome, bundle = read_outcome(settings.run_dir, settings.path), Bundle.open(settings.run_dir / "bundle")
+        outcome = read_outcome(settings.run_dir, settings.path)
+        bundle = bundle_of(settings.run_dir, outcome.manifest)
         blob = BlobStore(settings.run_dir / "blobs").get(outcome.emulator_view)
         models = judged_models(bundle, source, adapter, delta.from_bytes(blob, bundle.manifest.lora.emulator))
     task = msgspec.convert(about["task"], Task)

@@ -189,10 +189,12 @@ def write_secret(path: Path, secret: str) -> None:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run has reached: digests of w and of the emulator LoRA's view, closed rounds, the last evaluation."""
+    """What a run has reached: digests of w, of the largest sub-LLM's emulator view and of its manifest in force, closed
+    rounds, the last evaluation."""
 
     master: Digest
     emulator_view: Digest
+    manifest: Digest
     rounds: int
     evaluation: dict[str, Any] | None
 
@@ -217,7 +219,7 @@ def read_outcome(run_dir: Path, run_file: str | Path = "RUN.toml") -> Outcome:
     with contextlib.closing(Ledger(path)) as ledger:
         state = ledger.replay()
     if state.losses:
-        return Outcome(state.master, state.emulator_view, len(state.losses), state.evaluation)
+        return Outcome(state.master, state.emulator_view, state.manifest, len(state.losses), state.evaluation)
     if not state.run_id:  # there are tokens, and no more
         raise not_started(run_file)
     raise UsageProblem(f"no round of {run_dir.name} has closed yet (phase: {state.phase}); wait for the first")

@@ -28,13 +28,14 @@ from fedsoda_edge.model.families import Family, allowed_fields, build_config, fa
 from fedsoda_edge.model.memory import edge_needs, make_shape
 from fedsoda_edge.protocol.manifest import TOKENIZER_FILES, File, LayerPlan, TensorSpec
 from fedsoda_hub.algorithms.fedot import evenly
-from fedsoda_hub.algorithms.fedsoda import size_classes
 from fedsoda_hub.algorithms.methods import method_of
 from fedsoda_hub.config import Method, RunSettings, with_full_emulator
 from fedsoda_hub.prepare import lora_spec
 
-# Of a smaller size class; the adapter, and so what an edge sends, is that of the largest.
-CLASS_SIZES = ("bundle_bytes", "down_bytes_per_edge_round", "edge_memory_bytes", "edge_vram_bytes", "edge_disk_bytes")
+CLASS_SIZES = (  # of a smaller size class
+    *("bundle_bytes", "up_bytes_per_edge_round", "down_bytes_per_edge_round"),
+    *("edge_memory_bytes", "edge_vram_bytes", "edge_disk_bytes"),
+)
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Unmeasured:
     def distances(self, num_layers: int) -> list[list[float]]:
         return [[0.0] * (num_layers - 1 - layer) for layer in range(num_layers)]
 
-    def representatives(self, count: int, grouping: str) -> list[int]:
+    def representatives(self, count: int, grouping: str, drawn_by: int | None = None) -> list[int]:
         return evenly(self.num_layers, count)
 
     def fits(self, plan: LayerPlan) -> bool:
@@ -106,8 +107,8 @@ def likely_plans(num_layers: int, settings: Method, seed: int = 0) -> list[Layer
     Raises:
         UsageProblem: it does not fit; names what does.
     """
-    plan = method_of(settings).plan(Unmeasured(num_layers), settings, seed)
-    return [msgspec.structs.replace(one, distances=()) for one in size_classes(plan, settings)]
+    plans = method_of(settings).plans(Unmeasured(num_layers), settings, seed)
+    return [msgspec.structs.replace(one, distances=()) for one in plans]
 
 
 def predict(
@@ -117,10 +118,11 @@ def predict(
     plan: LayerPlan,
     settings: RunSettings,
     tokenizer_bytes: int = 0,
+    size_class: int = 0,
 ) -> dict[str, Any]:
-    """The report of contract.md, `plan --json`."""
+    """The report of contract.md, `plan --json`, for the edges of one size class."""
     method, targets, rank = settings.method, settings.lora.targets, settings.lora.rank
-    spec = lora_spec(settings, family, fields, plan)
+    spec = lora_spec(settings, family, fields, plan, size_class)
     on_all = lora.specs(family, fields, range(plan.num_layers), targets, rank)
     ends, head = _ends(family, fields)
     full = sum(_parameters(layer_on_meta(family, fields, number)) for number in range(plan.num_layers)) + ends
@@ -213,7 +215,10 @@ def plan_report(model: str, settings: RunSettings, rates: Rates = Rates()) -> di
 
     def predicted(of: RunSettings) -> list[dict[str, Any]]:
         plans = likely_plans(int(fields["num_hidden_layers"]), of.method, of.seed)
-        return [predict(family, fields, dtype, plan, of, tokenizer_bytes) for plan in plans]
+        return [
+            predict(family, fields, dtype, plan, of, tokenizer_bytes, size_class)
+            for size_class, plan in enumerate(plans)
+        ]
 
     report, *smaller = predicted(settings)
     emulators = None
@@ -235,7 +240,7 @@ def plan_report(model: str, settings: RunSettings, rates: Rates = Rates()) -> di
         "emulators": emulators,
         "smaller": [
             {
-                "groups": groups,
+                "groups": groups if settings.method.name == "fedsoda" else None,
                 "kept_layers": one["kept_layers"],
                 **{name: one["ours"][name] for name in CLASS_SIZES},
             }

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -31,10 +31,12 @@ from fedsoda_edge.model import border_map, delta, lora
 from fedsoda_edge.model.bundle import (
     Bundle,
     BundleSettings,
+    encode_manifest,
     half_bytes,
     read_manifest,
     replace_emulator_lora,
     shard_sizes,
+    sub_manifest,
     write_bundle,
     write_durably_json,
     write_size_class,
@@ -44,10 +46,10 @@ from fedsoda_edge.model.streaming import Checkpoint, LayerSource, stream
 from fedsoda_edge.model.sub_llm import SubLLM, build
 from fedsoda_edge.ports.disk import BlobStore, sha256_file, write_durably
 from fedsoda_edge.ports.system import sync_directory
-from fedsoda_edge.protocol.manifest import LayerPlan, LoRASpec, file_of
-from fedsoda_hub.algorithms import closed_form, drift, fedsoda, oda, representatives, ridge, sgp
+from fedsoda_edge.protocol.manifest import ADAPTER_LORA, EMULATOR_LORA, File, LayerPlan, LoRASpec, file_of
+from fedsoda_hub.algorithms import closed_form, drift, fedpruner, flexlora, oda, representatives, ridge, sgp
 from fedsoda_hub.algorithms.methods import method_of
-from fedsoda_hub.algorithms.representatives import Components, Partition
+from fedsoda_hub.algorithms.representatives import Components, Measured, Partition
 from fedsoda_hub.config import RunSettings
 from fedsoda_hub.public_text import read_blocks, read_prompts
 from fedsoda_hub.self_generated import generate_blocks, generate_prompts
@@ -77,14 +79,20 @@ def open_full_llm(settings: RunSettings) -> Checkpoint:
 
 
 def lora_spec(
-    settings: RunSettings, family: Family, fields: dict[str, Any], plan: LayerPlan, *, is_mapped: bool = True
+    settings: RunSettings,
+    family: Family,
+    fields: dict[str, Any],
+    plan: LayerPlan,
+    size_class: int = 0,
+    *,
+    is_mapped: bool = True,
 ) -> LoRASpec:
-    """The tensors of the run's two LoRAs, and of its border map beside the emulator's where something is aligned.
+    """The tensors of a size class's two LoRAs, and of its border map beside the emulator's where something is aligned.
 
     Args:
         is_mapped: whether there is anything to fit a map on that the settings ask for.
     """
-    rank, targets = settings.lora.rank, settings.lora.targets
+    rank, targets = settings.lora.of_class(size_class), settings.lora.targets
     aligned = method_of(settings.method).aligned(plan)
     on_adapter, on_emulator = (
         lora.specs(family, fields, layers, targets, rank, plan.lacking) for layers in (plan.adapter, aligned)
@@ -220,28 +228,61 @@ class Preparation:
                 self._say_needed_disk()
             unaligned = self.work / "unaligned"
             if not (unaligned / "manifest.json").exists():
-                self._write_unaligned(unaligned, plans[0])
+                self._write_unaligned(unaligned, plans)
             for size_class, plan in enumerate(plans):
                 self._finish_class(unaligned, size_class, plan)
             shutil.rmtree(bundle_dir, ignore_errors=True)
             os.replace(unaligned, bundle_dir)
             sync_directory(self.run_dir)
+        bundles = [Bundle.open(bundle_dir, number) for number in range(1 + len(self.settings.method.classes))]
+        views = [self.blobs.put(delta.to_bytes(bundle.adapter_lora())) for bundle in bundles]
         largest, *smaller = [
             {
                 "manifest": self.blobs.put((bundle_dir / file_of("manifest.json", size_class)).read_bytes()),
-                "emulator_view": self.blobs.put(delta.to_bytes(Bundle.open(bundle_dir, size_class).emulator_lora())),
+                "emulator_view": self.blobs.put(delta.to_bytes(bundle.emulator_lora())),
                 "public_kl": json.loads((self.work / f"public_kl.{size_class}.json").read_text()),
+                "adapter_view": view if size_class == 0 or view != views[0] else None,
             }
-            for size_class in range(1 + len(self.settings.method.classes))
+            for size_class, (bundle, view) in enumerate(zip(bundles, views, strict=True))
         ]
-        adapter_view = self.blobs.put(delta.to_bytes(Bundle.open(bundle_dir).adapter_lora()))
-        return largest | {"adapter_view": adapter_view} | ({"smaller": smaller} if smaller else {})
+        if not smaller:
+            return largest
+        master = self._first_master(bundle.plan for bundle in bundles)
+        return largest | {"smaller": smaller, "master": self.blobs.put(delta.to_bytes(master))}
+
+    def _first_master(self, plans: Iterable[LayerPlan]) -> dict[str, Tensor]:
+        """w before anything is trained, of all layers that train in one of these plans, at the run's rank."""
+        layers = sorted({layer for plan in plans for layer in plan.adapter})
+        s, source = self.settings, self.source
+        return lora.initial(lora.specs(source.family, source.fields, layers, s.lora.targets, s.lora.rank), s.seed)
+
+    def reprune(self, round_number: int, master: dict[str, Tensor]) -> dict[str, Any]:
+        """Other layers for each size class: manifests, and their first views, which are cut from the master.
+
+        Drawn by what was measured when the run was prepared: similarity and importance are the base's, which is frozen.
+        """
+        plans = fedpruner.redrawn(self, self.settings.method, self.settings.seed, round_number)
+        master = self._first_master(plans) | master
+        made = []
+        for size_class, plan in enumerate(plans):
+            spec = self._lora_spec(plan, size_class)
+            view = flexlora.cut(master, lora.initial(spec.adapter, self.settings.seed))
+            manifest = sub_manifest(self.run_dir / "bundle", plan, spec, view, {})
+            made.append(
+                {
+                    "manifest": self.blobs.put(encode_manifest(manifest)),
+                    "view": self.blobs.put(delta.to_bytes(view)),
+                }
+            )
+        largest, *smaller = made
+        return {"master": self.blobs.put(delta.to_bytes(master)), **largest, "smaller": smaller}
 
     def _finish_class(self, directory: Path, size_class: int, plan: LayerPlan) -> None:
         """Align one size class of the bundle, or measure it where the method does not align."""
         if not (directory / file_of("manifest.json", size_class)).exists():
-            spec = self._lora_spec(plan)
-            write_size_class(directory, size_class, plan, spec, lora.initial(spec.emulator, self.settings.seed))
+            spec = self._lora_spec(plan, size_class)
+            first = (lora.initial(layout, self.settings.seed) for layout in (spec.adapter, spec.emulator))
+            write_size_class(directory, size_class, plan, spec, *first)
         bundle, kl_file = Bundle.open(directory, size_class), self.work / f"public_kl.{size_class}.json"
         if self.method.aligned(plan):
             emulator, kl = self._align_first(bundle, size_class)
@@ -260,18 +301,14 @@ class Preparation:
         self.work.mkdir()
         write_durably(mark, fingerprint.encode())
 
-    def plan(self) -> LayerPlan:
-        """The method's, made once."""
-        path = self.work / "plan.json"
-        if path.exists():
-            return msgspec.json.decode(path.read_bytes(), type=LayerPlan)
-        plan = self.method.plan(self, self.settings.method, self.settings.seed)
-        write_durably(path, msgspec.json.encode(plan))
-        return plan
-
     def plans(self) -> tuple[LayerPlan, ...]:
-        """By size class; one where the run has no more."""
-        return fedsoda.size_classes(self.plan(), self.settings.method)
+        """The method's by size class, made once; one where the run has no more."""
+        path = self.work / "plans.json"
+        if path.exists():
+            return msgspec.json.decode(path.read_bytes(), type=tuple[LayerPlan, ...])
+        plans = self.method.plans(self, self.settings.method, self.settings.seed)
+        write_durably(path, msgspec.json.encode(plans))
+        return plans
 
     # What a method asks: algorithms.methods.FullLLM.
 
@@ -289,16 +326,28 @@ class Preparation:
             progress=self._progress("measuring layer similarity"),
         )
 
-    def representatives(self, count: int, grouping: str) -> tuple[int, ...]:
-        measured = representatives.measure_layers(
-            self.source,
-            self.used,
-            seed=self.settings.seed,
-            compute_dtype=self.compute_dtype,
-            device=self.device,
-            progress=self._progress("measuring layer similarity"),
-        )
-        return representatives.select_layers(measured, count, self._partition(grouping), keep_ends=True)
+    def representatives(self, count: int, grouping: str, drawn_by: int | None = None) -> tuple[int, ...]:
+        generator = None if drawn_by is None else torch.Generator().manual_seed(drawn_by)
+        partition = self._partition(grouping)
+        return representatives.select_layers(self._measured, count, partition, keep_ends=True, generator=generator)
+
+    @cached_property
+    def _measured(self) -> Measured:
+        """Similarity and importance of all layers, measured once for a run."""
+        path = self.work / "layers.safetensors"
+        if not path.exists():
+            measured = representatives.measure_layers(
+                self.source,
+                self.used,
+                seed=self.settings.seed,
+                compute_dtype=self.compute_dtype,
+                device=self.device,
+                progress=self._progress("measuring layer similarity"),
+            )
+            importance = torch.tensor(measured.importance, dtype=torch.float64)
+            write_durably(path, save({"similarity": measured.similarity, "importance": importance}))
+        held = load_file(path)
+        return Measured(held["similarity"], tuple(held["importance"].tolist()))
 
     def components(self, count: int, grouping: str) -> Components:
         attention, mlp = representatives.measure_components(
@@ -400,9 +449,9 @@ class Preparation:
                 "free space, or lower [public] sequences or length"
             )
 
-    def _lora_spec(self, plan: LayerPlan) -> LoRASpec:
+    def _lora_spec(self, plan: LayerPlan, size_class: int = 0) -> LoRASpec:
         is_mapped = bool(self.method.aligned(plan) and self._prompts)
-        return lora_spec(self.settings, self.source.family, self.source.fields, plan, is_mapped=is_mapped)
+        return lora_spec(self.settings, self.source.family, self.source.fields, plan, size_class, is_mapped=is_mapped)
 
     def _bundle_settings(self, plan: LayerPlan) -> BundleSettings:
         method = self.settings.method
@@ -410,9 +459,11 @@ class Preparation:
             self._lora_spec(plan), method.adapter_base, method.quantize_embedding, method.emulator_base
         )
 
-    def _write_unaligned(self, directory: Path, plan: LayerPlan) -> None:
-        s = self.settings
+    def _write_unaligned(self, directory: Path, plans: Sequence[LayerPlan]) -> None:
+        """With the shards of all layers that a smaller sub-LLM keeps, or one of a later round may."""
+        s, plan = self.settings, plans[0]
         spec = self._lora_spec(plan)
+        kept = range(plan.num_layers) if s.method.reprune_every else chain(*(one.kept for one in plans))
         write_bundle(
             directory,
             self.source,
@@ -423,6 +474,7 @@ class Preparation:
             adapter_lora=lora.initial(spec.adapter, s.seed),
             emulator_lora=lora.initial(spec.emulator, s.seed),
             tokenizer_files=self.source.tokenizer_files,
+            spare=sorted(set(kept) - set(plan.kept)),
             progress=self._progress("quantizing"),
         )
 
@@ -435,7 +487,7 @@ class Preparation:
         if done.exists() and kl_done.exists():
             return load_file(done), json.loads(kl_done.read_text())
         plan, adapter = bundle.plan, bundle.adapter_lora()
-        final = self._teacher_final(plan, adapter)
+        final = self._teacher_final(plan, self._first_master([plan]))
         wanted = final[len(self.used) :]
         pruned = stream(self.source, plan.swept, self.held_out, compute_dtype=self.compute_dtype, device=self.device)
         tail = build(self.source, plan.resident, compute_dtype=self.compute_dtype, device=self.device)
@@ -472,28 +524,33 @@ class Preparation:
     def _unaligned_kl(self, bundle: Bundle) -> dict[str, float]:
         """The three public KLs where nothing is aligned; one layer resident at a time, whatever trains."""
 
-        def ran(source: LayerSource, layers: Sequence[int], name: str) -> Tensor:
-            states = stream(
-                source,
-                layers,
-                self.held_out,
-                compute_dtype=self.compute_dtype,
-                device=self.device,
-                progress=self._progress(f"running the {name} on public text"),
-            )
-            return torch.stack(states).to(self.device)
-
-        def ends(source: LayerSource) -> SubLLM:
-            return build(source, (), compute_dtype=self.compute_dtype, device=self.device)
-
-        plan, top = bundle.plan, ends(self.source)
-        with torch.no_grad():
-            wanted = top.hidden(states=ran(self.source, range(plan.num_layers), "full LLM"))
+        plan, wanted = bundle.plan, self._full_final
         pruned = 0.0  # exactly, where all layers are kept whole
         if len(plan.kept) < plan.num_layers or plan.lacking:
-            pruned = oda.public_kl(top, ran(self.source.without(plan.lacking), plan.kept, "pruned LLM"), wanted)
-        quantized = oda.public_kl(ends(bundle), ran(bundle, plan.kept, "sub-LLM"), wanted)
+            source = self.source.without(plan.lacking)
+            pruned = oda.public_kl(self._ends(source), self._ran(source, plan.kept, "pruned LLM"), wanted)
+        quantized = oda.public_kl(self._ends(bundle), self._ran(bundle, plan.kept, "sub-LLM"), wanted)
         return {"pruned": pruned, "quantized": quantized, "aligned": quantized}
+
+    @cached_property
+    def _full_final(self) -> Tensor:
+        """(N, T, C): the full LLM's final hidden states on the held-out blocks, for all size classes."""
+        with torch.no_grad():
+            return self._ends(self.source).hidden(states=self._ran(self.source, range(self.num_layers), "full LLM"))
+
+    def _ends(self, source: LayerSource) -> SubLLM:
+        return build(source, (), compute_dtype=self.compute_dtype, device=self.device)
+
+    def _ran(self, source: LayerSource, layers: Sequence[int], name: str) -> Tensor:
+        states = stream(
+            source,
+            layers,
+            self.held_out,
+            compute_dtype=self.compute_dtype,
+            device=self.device,
+            progress=self._progress(f"running the {name} on public text"),
+        )
+        return torch.stack(states).to(self.device)
 
     def probe(self, adapter_master: dict[str, Tensor], emulator_view: dict[str, Tensor]) -> dict[str, float]:
         """How far sub-LLM and full LLM are apart with the current adapter LoRA, on the held-out blocks."""
@@ -521,7 +578,8 @@ class Preparation:
         plan, spec = bundle.plan, bundle.manifest.lora
         final = self._teacher_final(plan, adapter_master)
         wanted = final[len(self.used) :]
-        student, states = self._student(bundle, emulator_view, adapter_master)
+        adapter = flexlora.cut(adapter_master, lora.initial(spec.adapter, self.settings.seed))  # at the class's rank
+        student, states = self._student(bundle, emulator_view, adapter)
         before = oda.public_kl(student, states[len(self.used) :], wanted)
         trained = self._train(student, plan, states, final, self.settings.align.realign_steps, version)
         trained |= self._fit_border_map(bundle, trained)
@@ -688,3 +746,14 @@ def manifest_of(run_dir: Path) -> Any:
     if not path.exists():
         raise UsageProblem(f"{run_dir} has no bundle yet; run `fedsoda-hub prepare` or `serve` first")
     return read_manifest(path.read_bytes())
+
+
+def bundle_of(run_dir: Path, manifest: str) -> Bundle:
+    """A sub-LLM of a prepared run by its manifest's digest. Shards are prepare's; manifest and LoRA are blobs."""
+    blobs = BlobStore(run_dir / "blobs")
+
+    def path_of(file: File) -> Path:
+        is_lora = file.name in (ADAPTER_LORA, EMULATOR_LORA)
+        return blobs.path(file.sha256) if is_lora else run_dir / "bundle" / file.name
+
+    return Bundle(read_manifest(blobs.get(manifest)), path_of)

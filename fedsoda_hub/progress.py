@@ -137,6 +137,8 @@ def _sentence(event: dict[str, Any]) -> str:
             return (
                 f"before round {event['round']}: public KL {event['kl']:.3f}, cosine of gradients {event['cosine']:.3f}"
             )
+        case "repruned":
+            return f"chose the layers of every sub-LLM anew for round {event['round']}"
         case "realigned":
             return f"realigned before round {event['round']}: public KL {event['kl_before']:.3f} to {event['kl_after']:.3f}"
         case "evaluated":
@@ -200,7 +202,7 @@ def plan_table(report: dict[str, Any]) -> None:
         rows.append(("GFLOP a token: sub-LLM, every time", f"{flop['sub_llm']:.3g}", ""))
     rows += [
         (
-            f"smaller class of {one['groups']} groups, {one['kept_layers']} layers kept",
+            f"smaller class, {one['kept_layers']} layers kept",
             f"bundle {human_bytes(one['bundle_bytes'])}, disk {human_bytes(one['edge_disk_bytes'])}",
             "",
         )

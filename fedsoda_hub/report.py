@@ -67,7 +67,8 @@ class Round:
 
 @dataclass
 class History:
-    """A run, told by its records. traffic: (edge, round) -> bytes up, down; with realignments, without the bundle."""
+    """A run, told by its records. repruned: rounds before which layers were drawn anew. traffic: (edge, round) -> bytes
+    up, down; with realignments, without the bundle."""
 
     began_at: float
     is_over: bool = False
@@ -75,6 +76,7 @@ class History:
     rounds: list[Round] = field(default_factory=list)
     cross_terms: dict[int, float] = field(default_factory=dict)
     realigned: list[ev.Realigned] = field(default_factory=list)
+    repruned: list[int] = field(default_factory=list)
     evaluated: list[ev.Evaluated] = field(default_factory=list)
     traffic: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
 
@@ -130,6 +132,8 @@ def read_history(ledger: Ledger) -> History:
                     history.cross_terms[record.round] = record.cross_term
             case ev.Realigned():
                 history.realigned.append(record)
+            case ev.Repruned():
+                history.repruned.append(record.round)
             case ev.Evaluated():
                 history.evaluated.append(record)
         history.is_over = isinstance(record, ev.RunEnded)
@@ -550,6 +554,8 @@ def _facts(settings: RunSettings, history: History, plan: LayerPlan | None) -> s
         if plan.lacking:
             kept += f" ({len(plan.without_attention)} without attention, {len(plan.without_mlp)} without MLP)"
         facts.append(("layers", f"{kept}, LoRA rank {settings.lora.rank} in {len(plan.adapter)}"))
+    if history.repruned:
+        facts.append(("layers drawn anew", f"before rounds {', '.join(map(str, history.repruned))}"))
     if history.public_kl:
         facts.append(("public KL", kl_sentence(history.public_kl).removeprefix("public KL ")))
     examples = sum(u.num_examples for one in history.closed for u in one.updates.values())

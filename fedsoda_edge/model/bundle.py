@@ -52,6 +52,7 @@ from fedsoda_edge.ports.disk import sha256, sha256_file, write_durably
 from fedsoda_edge.ports.system import sync_directory
 from fedsoda_edge.protocol.coded import safetensors_bytes, tensor_bytes
 from fedsoda_edge.protocol.manifest import (
+    ADAPTER_LORA,
     EMULATOR_LORA,
     FORMAT_VERSION,
     MAX_SIZE,
@@ -65,6 +66,7 @@ from fedsoda_edge.protocol.manifest import (
     parse_manifest,
 )
 
+SHARDS = "shards.json"  # of all layers in a bundle's directory, where the manifest's plan leaves some of them out
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -93,11 +95,15 @@ def write_bundle(
     adapter_lora: dict[str, Tensor],
     emulator_lora: dict[str, Tensor],
     tokenizer_files: Sequence[Path],
+    spare: Sequence[int] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> BundleManifest:
     """Write shards one at a time and the manifest last, then move the whole into place.
 
     The same input gives the same bytes. Raises DiskFull; a half-written bundle never has the name `directory`.
+
+    Args:
+        spare: layers beside the plan's, which train in other sub-LLMs of the same shards (`sub_manifest`).
     """
     check_plan(plan)
     source = source.without(plan.lacking)
@@ -110,13 +116,18 @@ def write_bundle(
             write_durably(temporary / f"{role}.safetensors", data)
             files.append(File(name=f"{role}.safetensors", sha256=sha256(data), bytes=len(data)))
 
-        for done, number in enumerate(plan.kept):
+        for done, number in enumerate((*plan.kept, *spare)):
             layer = layer_on_meta(source.family, source.fields, number, plan.lacking.get(number))
             dense = source.layer(number)
-            parameters[number] = sum(tensor.numel() for tensor in dense.values())
-            shard(f"layers.{number}", _packed(dense, set() if settings.is_dense(number, plan) else _quantizable(layer)))
+            is_dense = settings.adapter_base != "nf4" if number in spare else settings.is_dense(number, plan)
+            shard(f"layers.{number}", _packed(dense, set() if is_dense else _quantizable(layer)))
+            if number not in spare:
+                parameters[number] = sum(tensor.numel() for tensor in dense.values())
             if progress is not None:
-                progress(done + 1, len(plan.kept))
+                progress(done + 1, len(plan.kept) + len(spare))
+        if spare:
+            write_durably(temporary / SHARDS, msgspec.json.encode(files))
+            del files[len(plan.kept) :]
         ends = {"embedding": {"weight": source.embedding()}, "norm": source.norm()}
         if not source.fields.get("tie_word_embeddings"):
             ends["head"] = {"weight": source.head()}
@@ -229,48 +240,79 @@ def _whole_or_not_at_all(directory: Path) -> Iterator[Path]:
 def replace_emulator_lora(directory: Path, tensors: dict[str, Tensor], size_class: int = 0) -> BundleManifest:
     """Give a bundle that no one has seen yet its aligned emulator LoRA: one shard and the manifest change."""
     manifest = read_manifest((directory / file_of("manifest.json", size_class)).read_bytes())
-    files = _with_emulator_lora(directory, size_class, manifest.files, tensors)
+    data = _lora_shard(tensors)
+    write_durably(directory / file_of(EMULATOR_LORA, size_class), data)
+    files = _with(manifest.files, {EMULATOR_LORA: data})
     return _write_manifest(directory, size_class, msgspec.structs.replace(manifest, files=files))
 
 
 def write_size_class(
-    directory: Path, size_class: int, plan: LayerPlan, spec: LoRASpec, emulator_lora: dict[str, Tensor]
+    directory: Path,
+    size_class: int,
+    plan: LayerPlan,
+    spec: LoRASpec,
+    adapter_lora: dict[str, Tensor],
+    emulator_lora: dict[str, Tensor],
 ) -> BundleManifest:
-    """A smaller sub-LLM of some of a bundle's shards, in its directory: a manifest and an emulator LoRA are added.
+    """A smaller sub-LLM of the shards in a bundle's directory: its manifest and its LoRA are added.
 
     Args:
-        size_class: 1, 2, ...; the bundle's own is 0. plan: keeps some of the bundle's layers, and has its adapter.
+        size_class: 1, 2, ...; the bundle's own is 0.
     """
+    manifest = sub_manifest(directory, plan, spec, adapter_lora, emulator_lora)
+    write_durably(directory / file_of(EMULATOR_LORA, size_class), _lora_shard(emulator_lora))
+    own = _lora_shard(adapter_lora)
+    if own != (directory / ADAPTER_LORA).read_bytes():
+        write_durably(directory / file_of(ADAPTER_LORA, size_class), own)
+    return _write_manifest(directory, size_class, manifest)
+
+
+def sub_manifest(
+    directory: Path,
+    plan: LayerPlan,
+    spec: LoRASpec,
+    adapter_lora: dict[str, Tensor],
+    emulator_lora: dict[str, Tensor],
+) -> BundleManifest:
+    """The manifest of another sub-LLM of the shards in a bundle's directory; who asks stores its LoRA."""
     check_plan(plan)
     whole = read_manifest((directory / "manifest.json").read_bytes())
-    assert set(plan.kept) <= set(whole.plan.kept), "size classes are nested"
-    gone = {f"layers.{number}.safetensors": number for number in set(whole.plan.kept) - set(plan.kept)}
-    left = tuple(file for file in whole.files if file.name not in gone)
-    files = _with_emulator_lora(directory, size_class, left, emulator_lora)
+    listed = directory / SHARDS
+    shards = msgspec.json.decode(listed.read_bytes(), type=list[File]) if listed.exists() else whole.files
+    by_name = {file.name: file for file in shards}
+    layers = [by_name[f"layers.{number}.safetensors"] for number in plan.kept]
+    others = [file for file in whole.files if not file.name.startswith("layers.")]
+    lora_shards = {EMULATOR_LORA: _lora_shard(emulator_lora), ADAPTER_LORA: _lora_shard(adapter_lora)}
+    files = (*layers, *_with(others, lora_shards))
 
     def weight_bytes(files: Sequence[File]) -> int:
         names = {f"{role}.safetensors" for role in ("embedding", "norm", "head")}
         return sum(file.bytes for file in files if file.name in names or file.name.startswith("layers."))
 
-    family = family_of(whole.family)
-    layers = [layer_on_meta(family, whole.config, number, whole.plan.lacking.get(number)) for number in gone.values()]
-    lost = sum(parameter.numel() for layer in layers for parameter in layer.parameters())
-    parameters = 8 * weight_bytes(whole.files) / whole.bits_per_parameter - lost
+    def in_layers(kept: Sequence[int]) -> int:
+        family, lacking = family_of(whole.family), whole.plan.lacking
+        layers = [layer_on_meta(family, whole.config, number, lacking.get(number)) for number in kept]
+        return sum(parameter.numel() for layer in layers for parameter in layer.parameters())
+
+    ends = 8 * weight_bytes(whole.files) / whole.bits_per_parameter - in_layers(whole.plan.kept)
     manifest = msgspec.structs.replace(
-        whole, plan=plan, lora=spec, files=files, bits_per_parameter=8 * weight_bytes(files) / parameters
+        whole,
+        plan=plan,
+        lora=spec,
+        files=files,
+        bits_per_parameter=8 * weight_bytes(files) / (ends + in_layers(plan.kept)),
     )
-    needs = edge_needs(shape_of(manifest), files)
-    return _write_manifest(directory, size_class, msgspec.structs.replace(manifest, needs=needs))
+    return msgspec.structs.replace(manifest, needs=edge_needs(shape_of(manifest), files))
 
 
-def _with_emulator_lora(
-    directory: Path, size_class: int, files: Sequence[File], tensors: dict[str, Tensor]
-) -> tuple[File, ...]:
-    """Write it; the manifest's files with it in the place of the one before."""
-    data = save({key: value.contiguous() for key, value in sorted(tensors.items())})
-    write_durably(directory / file_of(EMULATOR_LORA, size_class), data)
-    made = File(name=EMULATOR_LORA, sha256=sha256(data), bytes=len(data))
-    return tuple(made if file.name == EMULATOR_LORA else file for file in files)
+def _lora_shard(tensors: dict[str, Tensor]) -> bytes:
+    return save({key: value.contiguous() for key, value in sorted(tensors.items())})
+
+
+def _with(files: Sequence[File], changed: Mapping[str, bytes]) -> tuple[File, ...]:
+    """The same files, of which these have other bytes."""
+    made = {name: File(name=name, sha256=sha256(data), bytes=len(data)) for name, data in changed.items()}
+    return tuple(made.get(file.name, file) for file in files)
 
 
 def _write_manifest(directory: Path, size_class: int, manifest: BundleManifest) -> BundleManifest:
@@ -353,7 +395,12 @@ class Bundle:
             manifest = read_manifest((directory / file_of("manifest.json", size_class)).read_bytes())
         except FileNotFoundError:
             raise UsageProblem(f"{directory} has no manifest.json; it is no bundle") from None
-        return cls(manifest, lambda file: directory / file_of(file.name, size_class))
+
+        def path_of(file: File) -> Path:
+            own = directory / file_of(file.name, size_class)
+            return own if own.exists() else directory / file.name
+
+        return cls(manifest, path_of)
 
     def path(self, name: str) -> Path:
         """The verified file of that name. Raises BlobCorrupt when its bytes are not the manifest's."""

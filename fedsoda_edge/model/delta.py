@@ -158,6 +158,25 @@ def from_bytes(data: bytes, layout: Sequence[TensorSpec]) -> LoRATensors:
     return tensors
 
 
+def layout_of(tensors: Mapping[str, Tensor]) -> tuple[TensorSpec, ...]:
+    """Names and shapes of these LoRA tensors, ascending by name."""
+    return tuple(TensorSpec(name, (tensor.shape[0], tensor.shape[1])) for name, tensor in sorted(tensors.items()))
+
+
+def feedback_of(data: bytes, layout: Sequence[TensorSpec]) -> LoRATensors:
+    """What coding left over, from its `to_bytes`, for the tensors of this layout.
+
+    It may be of a sub-LLM with other layers: what left goes, what came begins with none.
+    """
+    held = load(data)
+    return {
+        spec.name: held[spec.name]
+        if spec.name in held and held[spec.name].shape == spec.shape
+        else torch.zeros(spec.shape)
+        for spec in layout
+    }
+
+
 def digest(tensors: Mapping[str, Tensor]) -> str:
     """A view's identity: the sha256 of its canonical bytes."""
     return hashlib.sha256(to_bytes(tensors)).hexdigest()

@@ -22,7 +22,7 @@ SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"
 OTHER_SIZES = ("head_dim", "moe_intermediate_size", "num_experts_per_tok", "num_key_value_heads")  # of some
 BASES = ("nf4", "bf16")  # how layers are stored; bf16: dense, in the checkpoint's own dtype
 Half = Literal["attention", "mlp"]  # of a decoder layer: h = x + f(norm(x)) with f either of them
-EMULATOR_LORA = "emulator_lora.safetensors"
+ADAPTER_LORA, EMULATOR_LORA = "adapter_lora.safetensors", "emulator_lora.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -179,9 +179,10 @@ class BundleManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
 
 
 def file_of(name: str, size_class: int) -> str:
-    """What a file is called in a bundle's directory: size classes share all but their manifests and emulator LoRAs."""
+    """What a file of a size class's own is called in a bundle's directory: the manifest, and LoRA unless it is shared."""
     stem, _, kind = name.partition(".")
-    return f"{stem}.{size_class}.{kind}" if size_class and name in ("manifest.json", EMULATOR_LORA) else name
+    own = ("manifest.json", ADAPTER_LORA, EMULATOR_LORA)
+    return f"{stem}.{size_class}.{kind}" if size_class and name in own else name
 
 
 def parse_manifest(data: bytes) -> BundleManifest:

@@ -74,7 +74,7 @@ class ViewRef(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class SizeClass(msgspec.Struct, frozen=True, kw_only=True):
-    """A sub-LLM of the run; all have one adapter. emulator: of the alignment in force; None: an older hub."""
+    """A sub-LLM of the run. emulator: of the alignment in force; None: an older hub."""
 
     manifest: BlobRef
     emulator: ViewRef | None
@@ -193,6 +193,7 @@ class RoundOffer(Message, frozen=True, tag="round_offer", omit_defaults=True):
 
     trains: the factor that is trained and sent; the other one stays the view's.
     has_feedback: whether what coding left over of the last update still means something.
+    manifest: of the sub-LLM that is in force for this edge's size class; None: the one that it had first.
     """
 
     round: int
@@ -204,6 +205,7 @@ class RoundOffer(Message, frozen=True, tag="round_offer", omit_defaults=True):
     due_seconds: float
     trains: Factor = "both"
     has_feedback: bool = True
+    manifest: BlobRef | None = None
 
 
 class BlobChunk(Message, frozen=True, tag="blob_chunk"):

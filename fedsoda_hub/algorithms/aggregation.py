@@ -1,13 +1,15 @@
 """Average coded LoRA deltas, weighted by the number of training examples.
 
 FedAvg (McMahan et al. 2017, arXiv 1602.05629, Algorithm 1), A and B apart, so the result is not the mean of
-the products B @ A (arXiv 2410.09432). Which updates belong to a round is the ledger's business.
+the products B @ A (arXiv 2410.09432). Edges may keep different layers: each tensor is averaged over those that hold it
+(FedRA, arXiv 2311.11227). Which updates belong to a round is the ledger's business.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,37 +21,49 @@ from fedsoda_edge.protocol.manifest import TensorSpec
 
 @dataclass(frozen=True)
 class CodedUpdate:
-    """read() gives the coded bytes; they are read once for the whole pass."""
+    """read() gives the coded bytes; they are read once for the whole pass.
+
+    view: what the edge trained from. layout: of the bytes; a factor of the view that it lacks did not train.
+    """
 
     edge: str
     num_examples: int
     read: Callable[[], bytes]
+    view: Mapping[str, Tensor]
+    layout: Sequence[TensorSpec]
 
 
-def capped_weights(num_examples: Sequence[int], max_weight: float) -> list[float]:
-    """Shares that sum to 1; no count goes in as more than max_weight times the round's median.
+def weighed(updates: Sequence[CodedUpdate], max_weight: float) -> list[tuple[CodedUpdate, float]]:
+    """In ascending edge id, each with its weight: num_examples, at most max_weight times the round's median.
 
     num_examples is what an edge says of itself (federation.md, Aggregation).
     """
-    cap = max_weight * statistics.median(num_examples)
-    counts = [min(float(count), cap) for count in num_examples]
-    return [count / sum(counts) for count in counts]
+    cap = max_weight * statistics.median([update.num_examples for update in updates])
+    ordered = sorted(updates, key=lambda update: update.edge)
+    return [(update, min(float(update.num_examples), cap)) for update in ordered]
 
 
-def weighted_mean(
-    updates: Sequence[CodedUpdate], layout: Sequence[TensorSpec], codec: str, max_weight: float
-) -> dict[str, Tensor]:
-    """sum_k share_k * decode(u_k) in fp32, in ascending edge id, one update in memory at a time.
+def weighted_mean(updates: Sequence[CodedUpdate], codec: str, max_weight: float) -> dict[str, Tensor]:
+    """Of each tensor sum_k (weight_k / sum weight) * decode(u_k) over the updates that hold it, one in memory at a time.
+
+    Returns:
+        fp32. What no update holds is not in it: what nobody trained keeps its value.
 
     Raises:
         ValueError: there is no update.
     """
     if not updates:
         raise ValueError("there is no update to average")
-    ordered = sorted(updates, key=lambda update: update.edge)
-    shares = capped_weights([update.num_examples for update in ordered], max_weight)
-    total = {spec.name: torch.zeros(spec.shape) for spec in layout}
-    for update, share in zip(ordered, shares, strict=True):
-        for name, value in decode(update.read(), layout, codec).items():
-            total[name].add_(value, alpha=share)
+    weights: dict[str, list[float]] = defaultdict(list)
+    ordered = weighed(updates, max_weight)
+    for update, weight in ordered:
+        for spec in update.layout:
+            weights[spec.name].append(weight)
+    wholes = {name: sum(of_holders) for name, of_holders in weights.items()}
+    total: dict[str, Tensor] = {}
+    for update, weight in ordered:
+        for name, value in decode(update.read(), update.layout, codec).items():
+            if name not in total:
+                total[name] = torch.zeros(value.shape)
+            total[name].add_(value, alpha=weight / wholes[name])
     return total

@@ -27,9 +27,9 @@ def check_adapter(num_layers: int, adapter_layers: int) -> None:
         )
 
 
-def plan(full_llm: FullLLM, settings: Method, seed: int) -> LayerPlan:
+def plans(full_llm: FullLLM, settings: Method, seed: int) -> tuple[LayerPlan, ...]:
     check_adapter(full_llm.num_layers, settings.adapter_layers)
-    return make_plan(full_llm.num_layers, settings.adapter_layers, ())
+    return (make_plan(full_llm.num_layers, settings.adapter_layers, ()),)
 
 
 def aligned(plan: LayerPlan) -> tuple[int, ...]:

@@ -35,13 +35,13 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def plan(full_llm: FullLLM, settings: Method, seed: int) -> LayerPlan:
+def plans(full_llm: FullLLM, settings: Method, seed: int) -> tuple[LayerPlan, ...]:
     num_layers = full_llm.num_layers
     check_adapter(num_layers, settings.adapter_layers)
     emulator = num_layers - settings.adapter_layers
     count = num_kept(emulator, settings.drop_layers)
     kept = [place * (emulator - 1) // (count - 1) for place in range(count)]
-    return drop_layers(num_layers, range(emulator, num_layers), kept)
+    return (drop_layers(num_layers, range(emulator, num_layers), kept),)
 
 
 def num_kept(emulator_layers: int, dropped: int) -> int:

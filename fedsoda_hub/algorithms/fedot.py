@@ -35,7 +35,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def plan(full_llm: FullLLM, settings: Method, seed: int) -> LayerPlan:
+def plans(full_llm: FullLLM, settings: Method, seed: int) -> tuple[LayerPlan, ...]:
     num_layers, bottom, top = full_llm.num_layers, settings.bottom_layers, settings.adapter_layers
     emulator = num_layers - bottom - top
     if bottom == 0 or emulator < 2:
@@ -45,7 +45,7 @@ def plan(full_llm: FullLLM, settings: Method, seed: int) -> LayerPlan:
         )
     count = num_kept(emulator, settings.drop_layers)
     kept = [bottom + place for place in evenly(emulator, count)]
-    return drop_layers(num_layers, [*range(bottom), *range(num_layers - top, num_layers)], kept)
+    return (drop_layers(num_layers, [*range(bottom), *range(num_layers - top, num_layers)], kept),)
 
 
 def evenly(num_layers: int, count: int) -> list[int]:

@@ -21,8 +21,8 @@ USES: tuple[str, ...] = ()
 DEFAULTS: dict[str, Any] = {"[method] emulator": "full", "[method] adapter_base": "bf16"}
 
 
-def plan(full_llm: FullLLM, settings: Method, seed: int) -> LayerPlan:
-    return plan_around(full_llm.num_layers, range(full_llm.num_layers), ())
+def plans(full_llm: FullLLM, settings: Method, seed: int) -> tuple[LayerPlan, ...]:
+    return (plan_around(full_llm.num_layers, range(full_llm.num_layers), ()),)
 
 
 def aligned(plan: LayerPlan) -> tuple[int, ...]:

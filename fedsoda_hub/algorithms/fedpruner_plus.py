@@ -23,7 +23,7 @@ USES: tuple[str, ...] = ("[method] drop_layers", "[method] layer_choice")
 DEFAULTS: dict[str, Any] = {"[method] drop_layers": 12, "[method] adapter_base": "bf16"}  # as FedPruner's
 
 
-def plan(full_llm: FullLLM, settings: Method, seed: int) -> LayerPlan:
+def plans(full_llm: FullLLM, settings: Method, seed: int) -> tuple[LayerPlan, ...]:
     num_layers = full_llm.num_layers
     count = num_layers - settings.drop_layers
     if count < 2:
@@ -33,11 +33,12 @@ def plan(full_llm: FullLLM, settings: Method, seed: int) -> LayerPlan:
         )
     attention, mlp = full_llm.components(count, settings.layer_choice)
     layers = sorted({*attention, *mlp})
-    return msgspec.structs.replace(
+    plan = msgspec.structs.replace(
         drop_layers(num_layers, layers, ()),
         without_attention=tuple(layer for layer in layers if layer not in attention),
         without_mlp=tuple(layer for layer in layers if layer not in mlp),
     )
+    return (plan,)
 
 
 def aligned(plan: LayerPlan) -> tuple[int, ...]:

@@ -26,8 +26,15 @@ SHORTLIST = 5  # of shapes that are measured where [method] groups = "auto"
 DEFAULTS: dict[str, Any] = {}
 
 
-def plan(full_llm: FullLLM, settings: Method, seed: int) -> LayerPlan:
-    """SGP: the groups with the least sum of distances, chosen exactly."""
+def plans(full_llm: FullLLM, settings: Method, seed: int) -> tuple[LayerPlan, ...]:
+    """SGP: the groups with the least sum of distances, chosen exactly.
+
+    A smaller sub-LLM removes all that the one before it does, and more (method.md 8d), so they share their shards; all
+    have the same adapter.
+
+    Raises:
+        UsageProblem: also: the further groups do not fit around the others.
+    """
     num_layers, adapter = full_llm.num_layers, settings.adapter_layers
     check_adapter(num_layers, adapter)
     emulator = num_layers - adapter
@@ -39,12 +46,19 @@ def plan(full_llm: FullLLM, settings: Method, seed: int) -> LayerPlan:
         shapes = [(settings.layers_per_group, settings.groups)]
         choose_groups(unmeasured, num_layers, adapter, *shapes[0])
     distances = full_llm.distances(emulator)
-    plans = [
+    tried = [
         make_plan(num_layers, adapter, choose_groups(distances, num_layers, adapter, n, p), distances)
         for n, p in shapes
     ]
-    plans.sort(key=lambda plan: sum(group.distance for group in plan.groups))
-    return plans[0] if len(plans) == 1 else full_llm.nearest(plans[:SHORTLIST])
+    tried.sort(key=lambda plan: sum(group.distance for group in plan.groups))
+    found = [tried[0] if len(tried) == 1 else full_llm.nearest(tried[:SHORTLIST])]
+    for groups in settings.classes:
+        larger = found[-1].groups
+        shape = num_layers, adapter, settings.layers_per_group, groups - len(larger)
+        more = choose_groups(distances, *shape, beside=larger)
+        together = sorted((*larger, *more), key=lambda group: group.start)
+        found.append(make_plan(num_layers, adapter, together, distances))
+    return tuple(found)
 
 
 def _shapes(full_llm: FullLLM, unmeasured: list[list[float]], adapter: int) -> list[tuple[int, int]]:
@@ -71,22 +85,6 @@ def _shapes(full_llm: FullLLM, unmeasured: list[list[float]], adapter: int) -> l
             'is larger; raise it, write quantize_embedding = true or adapter_base = "nf4", or lower adapter_layers'
         )
     return shapes
-
-
-def size_classes(plan: LayerPlan, settings: Method) -> tuple[LayerPlan, ...]:
-    """The run's plan, then those of its smaller sub-LLMs: each removes all that the one before it does, and more
-    (method.md 8d), so they share its shards; all have the same adapter.
-
-    Raises:
-        UsageProblem: the further groups do not fit around the others.
-    """
-    plans = [plan]
-    for groups in settings.classes:
-        shape = plan.num_layers, len(plan.adapter), settings.layers_per_group, groups - len(plans[-1].groups)
-        more = choose_groups(plan.distances, *shape, beside=plans[-1].groups)
-        together = sorted((*plans[-1].groups, *more), key=lambda group: group.start)
-        plans.append(make_plan(plan.num_layers, len(plan.adapter), together, plan.distances))
-    return tuple(plans)
 
 
 def aligned(plan: LayerPlan) -> tuple[int, ...]:

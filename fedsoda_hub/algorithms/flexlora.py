@@ -1,4 +1,4 @@
-"""FlexLoRA: the mean of the products B @ A, brought back to one rank by SVD (arXiv 2402.11505).
+"""FlexLoRA: the mean of the products B @ A, brought back to a rank by SVD, each size class's own (arXiv 2402.11505).
 
 The SVD is that of a small core between two QR factors (FLoRIST, arXiv 2506.09199). It turns the gauge of B and A, so
 error feedback and moments of the round before mean nothing after it. The rank may collapse towards the smallest
@@ -24,6 +24,22 @@ def merge(modules: Iterable[tuple[str, Sequence[Pair]]], view: Mapping[str, Tens
         found = truncated(pairs, previous_b, previous_a)
         merged |= {name: factor.float() for name, factor in zip(names, found, strict=True)}
     return merged
+
+
+def cut(master: Mapping[str, Tensor], view: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a size class is to hold of the master: the modules of its view, each at the view's rank.
+
+    At the master's own rank that is the master's pair; at a lower one its largest singular values.
+    """
+    held: dict[str, Tensor] = {}
+    for module in sorted({name.rpartition(".lora_")[0] for name in view}):
+        names = f"{module}.lora_B", f"{module}.lora_A"
+        b, a = (master[name] for name in names)
+        if a.shape != view[names[1]].shape:
+            previous_b, previous_a = (view[name].double() for name in names)
+            b, a = (factor.float() for factor in truncated([Pair(1.0, b.double(), a.double())], previous_b, previous_a))
+        held |= dict(zip(names, (b, a), strict=True))
+    return held
 
 
 def truncated(pairs: Sequence[Pair], previous_b: Tensor, previous_a: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,11 +29,11 @@ class FullLLM(Protocol):
         """Between the outputs of the first so many layers, as `sgp.angular_distances` has them."""
         ...
 
-    def representatives(self, count: int, grouping: str) -> Sequence[int]:
+    def representatives(self, count: int, grouping: str, drawn_by: int | None = None) -> Sequence[int]:
         """So many layers that stand for all, the ends among them, ascending: `representatives.select_layers`.
 
         Args:
-            grouping: "contiguous" or "spectral".
+            grouping: "contiguous" or "spectral". drawn_by: a seed; None: the most important of each group.
         """
         ...
 
@@ -62,8 +62,8 @@ class FederatedMethod(Protocol):
     USES: tuple[str, ...]
     DEFAULTS: dict[str, Any]
 
-    def plan(self, full_llm: FullLLM, settings: Method, seed: int) -> LayerPlan:
-        """Which layers train and which stay; `seed` where chance has a say.
+    def plans(self, full_llm: FullLLM, settings: Method, seed: int) -> tuple[LayerPlan, ...]:
+        """Which layers train and which stay, by size class from the largest on; `seed` where chance has a say.
 
         Raises:
             UsageProblem: the model has too few layers; says how many would do. Nothing was measured yet.

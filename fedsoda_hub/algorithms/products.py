@@ -6,50 +6,41 @@ A dense product is never formed: two stacks of factors stand for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fedsoda_edge.model.delta import decode, moved
-from fedsoda_edge.protocol.manifest import TensorSpec
-from fedsoda_hub.algorithms.aggregation import CodedUpdate, capped_weights
+from fedsoda_hub.algorithms.aggregation import CodedUpdate, weighed
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One edge's LoRA of one module after its training: its share of the round, b (out, rank), a (rank, in)."""
+    """One edge's LoRA of one module after its training: its share among those that hold it, b (out, rank), a (rank, in)."""
 
     share: float
     b: Tensor
     a: Tensor
 
 
-def pairs_by_module(
-    updates: Sequence[CodedUpdate],
-    view: Mapping[str, Tensor],
-    layout: Sequence[TensorSpec],
-    codec: str,
-    max_weight: float,
-) -> Iterator[tuple[str, list[Pair]]]:
-    """Each module's name and its pairs in ascending edge id, fp64: W_k = view + decode(u_k).
+def pairs_by_module(updates: Sequence[CodedUpdate], codec: str, max_weight: float) -> Iterator[tuple[str, list[Pair]]]:
+    """Each module's name and its pairs in ascending edge id, fp64: W_k = view_k + decode(u_k).
 
-    One module of all edges is in memory at a time, and one update.
-
-    Args:
-        layout: of an update; a factor that it does not hold is the view's.
+    One module of all edges is in memory at a time, and one update. A factor that an update does not hold is its view's.
     """
-    ordered = sorted(updates, key=lambda update: update.edge)
-    shares = capped_weights([update.num_examples for update in ordered], max_weight)
-    for module in sorted({name.rpartition(".lora_")[0] for name in view}):
+    ordered = weighed(updates, max_weight)
+    for module in sorted({name.rpartition(".lora_")[0] for update in updates for name in update.view}):
         names = f"{module}.lora_A", f"{module}.lora_B"
-        before = {name: view[name] for name in names}
+        holders = [(update, weight) for update, weight in ordered if names[0] in update.view]
+        whole = sum(weight for _, weight in holders)
         pairs = []
-        for update, share in zip(ordered, shares, strict=True):
-            after = moved(before, decode(update.read(), layout, codec, only=names), codec)
+        for update, weight in holders:
+            before = {name: update.view[name] for name in names}
+            after = moved(before, decode(update.read(), update.layout, codec, only=names), codec)
             a, b = (after[name].double() for name in names)
-            pairs.append(Pair(share, b, a))
+            pairs.append(Pair(weight / whole, b, a))
         yield module, pairs
 
 

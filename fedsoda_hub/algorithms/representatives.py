@@ -9,7 +9,7 @@ business of others; the methods are `fedpruner.py` and `fedpruner_plus.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 from typing import Any, NamedTuple
@@ -365,29 +365,3 @@ def select_components(
             f"[method] drop_layers leaves {budget_bytes / 1e6:.1f} MB; lower it"
         )
     return max(fitting, key=lambda kept: (worth(kept), -size(kept)))
-
-
-# -- averaging ------------------------------------------------------------------------------------------
-
-
-def mean_over_holders(updates: Iterable[tuple[Mapping[str, Tensor], float]]) -> dict[str, Tensor]:
-    """Of each tensor the weighted mean over the updates that hold it: devices keep different layers.
-
-    The FedRA rule (arXiv 2311.11227), the same for values and for deltas from one view. A name that no update holds is
-    not in the result: what nobody trained keeps its value.
-
-    Args:
-        updates: (tensors, weight > 0), read one at a time; one shape per name.
-
-    Returns:
-        fp32 CPU tensors.
-    """
-    totals: dict[str, Tensor] = {}
-    weights: dict[str, float] = {}
-    for tensors, weight in updates:
-        for name, tensor in tensors.items():
-            if name not in totals:
-                totals[name], weights[name] = torch.zeros(tensor.shape), 0.0
-            totals[name].add_(tensor.float().cpu(), alpha=weight)
-            weights[name] += weight
-    return {name: total.div_(weights[name]) for name, total in totals.items()}

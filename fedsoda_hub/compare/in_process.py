@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from fedsoda_edge.agent import Agent, AgentSettings
 from fedsoda_edge.config import Home
@@ -50,7 +51,8 @@ async def federate(
     Args:
         edges: the data file of each. homes: where they keep their state. say_of: what takes an edge's events.
     """
-    door, shared = MemoryDoor(), dict[bytes, SubLLM]()
+    door = MemoryDoor()
+    shared: WeakValueDictionary[bytes, SubLLM] = WeakValueDictionary()  # what no edge trains any more goes
     with TorchThread() as thread:
         daemon = Daemon(settings, say, door=door, compute=thread.port(lambda: Compute().commands))
         known = {token.edge for token in daemon.ledger.tokens()}

@@ -319,7 +319,7 @@ class _Run:
             right = None
             if is_last or (every and record.round % every == 0 and cell.alone is None):
                 self._alive()
-                models = judge.models(record.master, state.emulator_view)
+                models = judge.models(record.master, state.emulator_view, state.manifest)
                 right = _right(judge.evaluator, models["plug_in"])
             sizes = [(up, down) for _, number, up, down in traffic if number == record.round]
             rounds.append(

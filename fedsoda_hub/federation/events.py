@@ -33,21 +33,26 @@ class SettingsChanged(Record, frozen=True, tag="settings_changed"):
 
 
 class PreparedClass(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One of the smaller sub-LLMs, which share shards and adapter with the largest."""
+    """One of the smaller sub-LLMs. adapter_view: None where its LoRA has the layout of the largest's, whose view it shares."""
 
     manifest: Digest
     emulator_view: Digest
     public_kl: dict[str, float]
+    adapter_view: Digest | None = None
 
 
 class Prepared(Record, frozen=True, tag="prepared"):
-    """Of the largest sub-LLM; smaller: by size class, from class 1 on."""
+    """Of the largest sub-LLM; smaller: by size class, from class 1 on.
+
+    master: w, the LoRA of all layers that any of them trains; None: the largest's first view is all of it.
+    """
 
     manifest: Digest
     adapter_view: Digest
     emulator_view: Digest
     public_kl: dict[str, float]
     smaller: tuple[PreparedClass, ...] = ()
+    master: Digest | None = None
 
 
 class RoundOpened(Record, frozen=True, tag="round_opened"):
@@ -67,11 +72,14 @@ class CohortExtended(Record, frozen=True, tag="cohort_extended"):
 
 
 class UpdateAccepted(Record, frozen=True, tag="update_accepted"):
+    """size_class: whose view it starts from, and whose layout it has."""
+
     round: int
     edge: EdgeId
     digest: Digest
     num_examples: int
     loss: float
+    size_class: int = 0
 
 
 class EdgeAnswered(Record, frozen=True, tag="edge_answered"):
@@ -86,8 +94,14 @@ class DeadlinePassed(Record, frozen=True, tag="deadline_passed"):
     round: int
 
 
+class ClosedClass(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    view: Digest
+    delta: Digest
+
+
 class RoundClosed(Record, frozen=True, tag="round_closed"):
-    """w, v and the coded step between views, as digests.
+    """w, v of the largest sub-LLM and the coded step between views, as digests; smaller: of the classes that have a view of
+    their own, in order.
 
     moments: of the hub's optimiser, where it has any. cross_term: ||M_res|| / ||M||, what averaging A and B apart loses
     of the mean product (algorithms/products.py); None: closed by a hub that did not measure it.
@@ -99,6 +113,26 @@ class RoundClosed(Record, frozen=True, tag="round_closed"):
     delta: Digest
     moments: Digest | None = None
     cross_term: float | None = None
+    smaller: tuple[ClosedClass, ...] = ()
+
+
+class ReprunedClass(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    manifest: Digest
+    view: Digest
+
+
+class Repruned(Record, frozen=True, tag="repruned"):
+    """Before local training of `round`: other layers for each size class; smaller: from class 1 on.
+
+    A view is cut from w and is the LoRA that the bundle of its manifest begins with. master: w, with the LoRA of layers
+    that nobody had yet.
+    """
+
+    round: int
+    master: Digest
+    manifest: Digest
+    view: Digest
+    smaller: tuple[ReprunedClass, ...] = ()
 
 
 class RealignedClass(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -152,6 +186,7 @@ AnyRecord = (
     | DeadlinePassed
     | RoundClosed
     | Realigned
+    | Repruned
     | Probed
     | Evaluated
     | RunEnded
@@ -203,7 +238,7 @@ class UploadStalled:
 
 @dataclass(frozen=True)
 class UpdateArrived:
-    """A whole upload whose blob is durable. problem: what the structural check found, if anything."""
+    """A whole upload whose blob is durable. problem: what the structural check found, if anything; size_class: the edge's."""
 
     edge: EdgeId
     round: int
@@ -213,6 +248,7 @@ class UpdateArrived:
     num_examples: int
     loss: float | None
     problem: str | None = None
+    size_class: int = 0
 
 
 @dataclass(frozen=True)

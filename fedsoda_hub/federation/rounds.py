@@ -45,6 +45,7 @@ class Rules:
     seed: int
     has_eval: bool
     eval_every: int = 0
+    reprune_every: int = 0
 
 
 class Collected(msgspec.Struct, frozen=True):
@@ -54,15 +55,18 @@ class Collected(msgspec.Struct, frozen=True):
     digest: Digest
     num_examples: int
     loss: float
+    size_class: int = 0
 
 
 class SizeClass(msgspec.Struct):
-    """A smaller sub-LLM that the run has beside its largest."""
+    """A smaller sub-LLM that the run has beside its largest. view: of its adapter; None: it shares the largest's."""
 
     manifest: Digest
     public_kl: dict[str, float]
     emulator_view: Digest
     emulator_delta: Digest | None = None
+    view: Digest | None = None
+    view_delta: Digest | None = None
 
 
 class RunState(msgspec.Struct):
@@ -90,6 +94,7 @@ class RunState(msgspec.Struct):
     emulator_delta: Digest | None = None
     smaller: list[SizeClass] = []  # from size class 1 on; class 0 is in the fields above
     realigned_for: int = 0
+    repruned_for: int = 0
     evaluation: dict[str, Any] | None = None
     evaluated_round: int = 0
     losses: list[float] = []  # weighted mean of each closed round
@@ -112,6 +117,23 @@ class RunState(msgspec.Struct):
         of_class = self.smaller[size_class - 1] if size_class else self
         return of_class.emulator_view, of_class.emulator_delta
 
+    def adapter(self, size_class: int) -> tuple[Digest, Digest | None]:
+        """The same of the adapter LoRA."""
+        held = self.smaller[size_class - 1] if size_class else None
+        if held is None or held.view is None:
+            return self.view, self.view_delta
+        return held.view, held.view_delta
+
+    @property
+    def manifests(self) -> tuple[Digest, ...]:
+        """Those in force, by size class."""
+        return self.manifest, *(held.manifest for held in self.smaller)
+
+    @property
+    def with_own_view(self) -> list[SizeClass]:
+        """Smaller classes whose adapter LoRA has a layout of its own."""
+        return [held for held in self.smaller if held.view is not None]
+
     def apply(self, record: ev.AnyRecord) -> None:
         """Fold one record in."""
         match record:
@@ -122,9 +144,12 @@ class RunState(msgspec.Struct):
                     self.phase = "idle"  # a larger count goes on where the run ended
             case ev.Prepared():
                 self.manifest, self.public_kl = record.manifest, record.public_kl
-                self.master = self.view = record.adapter_view
+                self.master, self.view = record.master or record.adapter_view, record.adapter_view
                 self.emulator_view = record.emulator_view
-                self.smaller = [SizeClass(one.manifest, one.public_kl, one.emulator_view) for one in record.smaller]
+                self.smaller = [
+                    SizeClass(one.manifest, one.public_kl, one.emulator_view, view=one.adapter_view)
+                    for one in record.smaller
+                ]
                 self.phase = "idle"
             case ev.RoundOpened():
                 self.round, self.cohort = record.round, list(record.cohort)
@@ -138,7 +163,7 @@ class RunState(msgspec.Struct):
                         self.cohort.append(edge)
                 self.deadline_at, self.deadline_passed = record.deadline_at, False
             case ev.UpdateAccepted():
-                update = Collected(record.round, record.digest, record.num_examples, record.loss)
+                update = Collected(record.round, record.digest, record.num_examples, record.loss, record.size_class)
                 self.accepted[record.edge] = self.receipts[record.edge] = update
                 self.answered.pop(record.edge, None)
             case ev.EdgeAnswered():
@@ -150,6 +175,8 @@ class RunState(msgspec.Struct):
                 mean = sum(update.loss * update.num_examples for update in self.accepted.values()) / total
                 self.losses.append(mean)
                 self.master, self.view, self.view_delta = record.master, record.view, record.delta
+                for held, step in zip(self.with_own_view, record.smaller, strict=True):
+                    held.view, held.view_delta = step.view, step.delta
                 self.moments = record.moments
                 if record.cross_term is not None:
                     self.cross_terms[record.round] = record.cross_term
@@ -162,6 +189,11 @@ class RunState(msgspec.Struct):
                 self.realignments.append(
                     {"round": record.round, "kl_before": record.kl_before, "kl_after": record.kl_after}
                 )
+            case ev.Repruned():
+                self.repruned_for, self.master = record.round, record.master
+                self.manifest, self.view, self.view_delta = record.manifest, record.view, None
+                for held, drawn in zip(self.smaller, record.smaller, strict=True):
+                    held.manifest, held.view, held.view_delta = drawn.manifest, drawn.view, None
             case ev.Probed():
                 self.probes.append({"round": record.round, "kl": record.kl, "cosine": record.cosine})
             case ev.Evaluated():
@@ -192,7 +224,7 @@ class RoundMachine:
             self._extensions += 1
         if isinstance(record, ev.RoundOpened | ev.CohortExtended):
             self._timer = None
-        if isinstance(record, ev.Prepared | ev.RoundClosed | ev.Realigned | ev.Probed | ev.Evaluated):
+        if isinstance(record, ev.Prepared | ev.RoundClosed | ev.Realigned | ev.Repruned | ev.Probed | ev.Evaluated):
             self._running = None  # not before: a result that could not be written down is not lost
 
     @property
@@ -286,8 +318,9 @@ class RoundMachine:
         if edge in state.accepted:
             return [self._refusal(update, f"round {update.round} already has another update of {edge}")]
         problem = update.problem
-        if update.base != state.view:
-            problem = f"the update starts from view {update.base[:12]}, round {state.round} from {state.view[:12]}"
+        view, _ = state.adapter(update.size_class)
+        if update.base != view:
+            problem = f"the update starts from view {update.base[:12]}, round {state.round} from {view[:12]}"
         elif update.alignment != state.alignment:
             problem = f"the update used alignment {update.alignment}, round {state.round} has {state.alignment}"
         elif not 1 <= update.num_examples <= MAX_EXAMPLES:
@@ -309,6 +342,7 @@ class RoundMachine:
                     digest=update.digest,
                     num_examples=update.num_examples,
                     loss=update.loss,
+                    size_class=update.size_class,
                 )
             ),
             Send(edge, Receipt(round=update.round, digest=update.digest)),
@@ -328,11 +362,15 @@ class RoundMachine:
                     Send(edge, RoundClosedMessage(round=state.round, num_updates=len(state.accepted)))
                     for edge in sorted(self.eligible)
                 ]
-                return [Append(ev.RoundClosed(round=state.round, **result)), *told]
+                steps = msgspec.convert(result.get("smaller", ()), tuple[ev.ClosedClass, ...])
+                return [Append(ev.RoundClosed(round=state.round, **result | {"smaller": steps})), *told]
             case "realign":
                 aligned = msgspec.convert(result.get("smaller", ()), tuple[ev.RealignedClass, ...])
                 made = result | {"smaller": aligned}
                 return [Append(ev.Realigned(round=state.round + 1, version=state.alignment + 1, **made))]
+            case "reprune":
+                drawn = msgspec.convert(result["smaller"], tuple[ev.ReprunedClass, ...])
+                return [Append(ev.Repruned(round=state.round + 1, **result | {"smaller": drawn}))]
             case "probe":
                 return [Append(ev.Probed(round=state.round + 1, **result))]
             case "evaluate":
@@ -405,9 +443,13 @@ class RoundMachine:
 
     def _aggregate(self) -> list[Effect]:
         state = self.state
-        updates = [[edge, u.num_examples, u.digest] for edge, u in sorted(state.accepted.items())]
+        updates = [
+            [edge, u.num_examples, u.digest, state.adapter(u.size_class)[0]]
+            for edge, u in sorted(state.accepted.items())
+        ]
         arguments = {"round": state.round, "master": state.master, "view": state.view, "moments": state.moments}
-        return self._start("aggregate", {**arguments, "updates": updates})
+        smaller = [held.view for held in state.with_own_view]
+        return self._start("aggregate", {**arguments, "smaller": smaller, "updates": updates})
 
     def _extend(self, now: float) -> list[Effect]:
         """Below quorum at the deadline: number and accepted updates stay, replacements are invited.
@@ -436,10 +478,17 @@ class RoundMachine:
         is_judged = is_last or (rules.eval_every > 0 and state.round % rules.eval_every == 0)
         if rules.has_eval and is_judged and state.evaluated_round < state.round:
             arguments = {"master": state.master, "emulator_view": state.emulator_view, "round": state.round}
-            return self._start("evaluate", arguments)
+            return self._start("evaluate", {**arguments, "manifest": state.manifest})
         if is_last:
             return [Append(ev.RunEnded(rounds=state.round))]
         upcoming = state.round + 1
+        if (
+            rules.reprune_every
+            and state.round
+            and state.round % rules.reprune_every == 0
+            and state.repruned_for < upcoming
+        ):
+            return self._start("reprune", {"round": upcoming, "master": state.master})
         alike = {"master": state.master, "emulator_view": state.emulator_view}
         every = rules.realign_every
         if isinstance(every, int):

@@ -14,7 +14,7 @@ import pytest
 
 import fedsoda_edge.model.bundle as bundle_module
 import fedsoda_hub.prepare as prepare_module
-from fedsoda_edge.ports.disk import write_durably
+from fedsoda_edge.ports.disk import BlobStore, write_durably
 from fedsoda_edge.protocol.messages import Digest
 from fedsoda_hub.config import RunSettings, read_settings
 from fedsoda_hub.ledger import Ledger
@@ -58,6 +58,8 @@ def finish(settings: RunSettings, master: str, emulator_view: str) -> None:
     ledger = Ledger(settings.run_dir / "ledger.sqlite")
     state = ledger.replay()
     state.master, state.emulator_view, state.losses = Digest(master), Digest(emulator_view), [1.0]
+    manifest = (settings.run_dir / "bundle" / "manifest.json").read_bytes()
+    state.manifest = Digest(BlobStore(settings.run_dir / "blobs").put(manifest))
     ledger.snapshot(state)
     ledger.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -14,7 +15,7 @@ from fedsoda_edge.model import delta
 from fedsoda_edge.protocol.coded import of_factor
 from fedsoda_edge.protocol.manifest import TensorSpec
 from fedsoda_hub.algorithms import flexlora, server_optimizer
-from fedsoda_hub.algorithms.aggregation import CodedUpdate, capped_weights, weighted_mean
+from fedsoda_hub.algorithms.aggregation import CodedUpdate, weighted_mean
 from fedsoda_hub.algorithms.products import Pair, cross_term, pairs_by_module
 from fedsoda_hub.config import Aggregation
 from fedsoda_hub.federation.rounds import trained_factor
@@ -44,7 +45,7 @@ def round_of(codec: str, layout: Sequence[TensorSpec]) -> list[CodedUpdate]:
     for seed, (edge, num_examples) in enumerate(EXAMPLES.items(), start=1):
         step = tensors(seed, 0.1, layout)
         coded, _ = delta.encode_with_feedback(step, None, VIEW, layout, codec)
-        made.append(CodedUpdate(edge, num_examples, partial(bytes, coded)))
+        made.append(CodedUpdate(edge, num_examples, partial(bytes, coded), VIEW, layout))
     return made
 
 
@@ -60,9 +61,9 @@ def dense(updates: Sequence[CodedUpdate], layout: Sequence[TensorSpec], codec: s
     return found
 
 
-def averaged(updates: Sequence[CodedUpdate], layout: Sequence[TensorSpec], codec: str) -> dict[str, Tensor]:
+def averaged(updates: Sequence[CodedUpdate], codec: str) -> dict[str, Tensor]:
     """Bbar Abar of each module after the hub's mean."""
-    merged = delta.moved(VIEW, weighted_mean(updates, layout, codec, max_weight=3.0), codec)
+    merged = delta.moved(VIEW, weighted_mean(updates, codec, max_weight=3.0), codec)
     return {module: merged[f"{module}.lora_B"].double() @ merged[f"{module}.lora_A"].double() for module in MODULES}
 
 
@@ -70,8 +71,8 @@ def norm(matrices: dict[str, Tensor]) -> float:
     return math.sqrt(sum(float(matrix.square().sum()) for matrix in matrices.values()))
 
 
-def measured(updates: Sequence[CodedUpdate], layout: Sequence[TensorSpec], codec: str) -> float:
-    return cross_term(pairs_by_module(updates, VIEW, layout, codec, max_weight=3.0))
+def measured(updates: Sequence[CodedUpdate], codec: str) -> float:
+    return cross_term(pairs_by_module(updates, codec, max_weight=3.0))
 
 
 # --- one factor frozen ----------------------------------------------------------------------------------------------
@@ -91,27 +92,27 @@ def test_with_one_factor_frozen_the_mean_is_the_mean_of_the_products(rule: str, 
     layout = of_factor(LAYOUT, trained_factor(rule, number))
     assert len(layout) == len(LAYOUT) // 2
     updates = round_of(codec, layout)
-    exact, ours = dense(updates, layout, codec), averaged(updates, layout, codec)
+    exact, ours = dense(updates, layout, codec), averaged(updates, codec)
     for module in MODULES:
         torch.testing.assert_close(ours[module], exact[module], rtol=0, atol=1e-6)
-    assert measured(updates, layout, codec) == 0.0  # measured, not claimed: equal factors leave no rounding either
+    assert measured(updates, codec) == 0.0  # measured, not claimed: equal factors leave no rounding either
 
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_the_cross_term_is_what_fedavg_loses_of_the_dense_product(codec: str) -> None:
     updates = round_of(codec, LAYOUT)
-    exact, ours = dense(updates, LAYOUT, codec), averaged(updates, LAYOUT, codec)
+    exact, ours = dense(updates, LAYOUT, codec), averaged(updates, codec)
     lost = norm({module: exact[module] - ours[module] for module in MODULES}) / norm(exact)
     assert lost > 0.02
-    assert measured(updates, LAYOUT, codec) == pytest.approx(lost, rel=1e-4)
-    assert measured(updates[::-1], LAYOUT, codec) == measured(updates, LAYOUT, codec)
-    assert measured(updates[:1], LAYOUT, codec) == 0.0
+    assert measured(updates, codec) == pytest.approx(lost, rel=1e-4)
+    assert measured(updates[::-1], codec) == measured(updates, codec)
+    assert measured(updates[:1], codec) == 0.0
 
 
 def test_a_boastful_edge_counts_in_the_products_as_it_counts_in_the_mean() -> None:
-    updates = [CodedUpdate(u.edge, n, u.read) for u, n in zip(round_of("bf16", LAYOUT), (10, 10, 10**9), strict=True)]
-    shares = [pair.share for pair in next(iter(pairs_by_module(updates, VIEW, LAYOUT, "bf16", 3.0)))[1]]
-    assert shares == capped_weights([10, 10, 30], 99.0)
+    updates = [replace(u, num_examples=n) for u, n in zip(round_of("bf16", LAYOUT), (10, 10, 10**9), strict=True)]
+    shares = [pair.share for pair in next(iter(pairs_by_module(updates, "bf16", 3.0)))[1]]
+    assert shares == [10 / 50, 10 / 50, 30 / 50]
 
 
 def test_products_that_are_all_zero_lose_nothing() -> None:
@@ -120,12 +121,54 @@ def test_products_that_are_all_zero_lose_nothing() -> None:
     assert cross_term([("q", nothing)]) == 0.0
 
 
+# --- edges with different layers ------------------------------------------------------------------------------------
+
+
+def of_layers(codec: str) -> list[CodedUpdate]:
+    """a and c hold one of the two modules each, b both; nobody else holds anything."""
+    held = {"a": LAYOUT[:2], "b": LAYOUT, "c": LAYOUT[2:]}
+    made = []
+    for update in round_of(codec, LAYOUT):
+        layout = held[update.edge]
+        whole = delta.decode(update.read(), LAYOUT, codec)
+        data = delta.encode({spec.name: whole[spec.name] for spec in layout}, codec)
+        view = {spec.name: VIEW[spec.name] for spec in layout}
+        made.append(replace(update, read=partial(bytes, data), view=view, layout=layout))
+    return made
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_each_tensor_is_the_mean_over_those_who_hold_it(codec: str) -> None:
+    """The FedRA rule, arXiv 2311.11227, by hand."""
+    updates = of_layers(codec)
+    holders = {MODULES[0]: {"a": 10, "b": 30}, MODULES[1]: {"b": 30, "c": 20}}
+    decoded = {update.edge: delta.decode(update.read(), update.layout, codec) for update in updates}
+    made = weighted_mean(updates[::-1], codec, max_weight=3.0)
+    assert set(made) == {spec.name for spec in LAYOUT}
+    for name, mean in made.items():
+        weights = holders[name.rpartition(".lora_")[0]]
+        expected = sum(decoded[edge][name] * count for edge, count in weights.items()) / sum(weights.values())
+        torch.testing.assert_close(mean, expected)
+    assert set(weighted_mean(updates[:1], codec, 3.0)) == {spec.name for spec in LAYOUT[:2]}  # the rest keeps its value
+    for module, of_holders in pairs_by_module(updates, codec, 3.0):
+        total = sum(holders[module].values())
+        assert [pair.share for pair in of_holders] == [count / total for count in holders[module].values()]
+
+
+def test_the_median_that_caps_a_weight_is_the_whole_rounds() -> None:
+    """Not that of a tensor's few holders, which a boastful edge would be half of."""
+    updates = [replace(u, num_examples=n) for u, n in zip(of_layers("bf16"), (10, 10, 10**9), strict=True)]
+    shares = {module: [pair.share for pair in pairs] for module, pairs in pairs_by_module(updates, "bf16", 3.0)}
+    assert shares == {MODULES[0]: [0.5, 0.5], MODULES[1]: [0.25, 0.75]}
+
+
 # --- FlexLoRA -------------------------------------------------------------------------------------------------------
 
 
 def pairs(ranks: Sequence[int], seed: int = 0, out: int = OUT) -> list[Pair]:
     generator = torch.Generator().manual_seed(seed)
-    shares = capped_weights(list(EXAMPLES.values())[: len(ranks)], 3.0)
+    counts = list(EXAMPLES.values())[: len(ranks)]
+    shares = [count / sum(counts) for count in counts]
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -182,10 +225,27 @@ def test_flexlora_loses_no_direction_of_a_where_the_product_has_none() -> None:
     torch.testing.assert_close(a @ a.T, length**2 * torch.eye(RANK, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("rank", [1, 2, RANK])
+def test_a_class_of_lower_rank_holds_the_masters_largest_singular_values(rank: int) -> None:
+    alpha, master, module = 16.0, tensors(5, 0.3), MODULES[1]
+    view = {f"{module}.lora_A": torch.randn(rank, IN), f"{module}.lora_B": torch.zeros(OUT, rank)}
+    held = flexlora.cut(master, view)
+    assert {name: tensor.shape for name, tensor in held.items()} == {
+        name: tensor.shape for name, tensor in view.items()
+    }
+    if rank == RANK:
+        assert all(torch.equal(held[name], master[name]) for name in view)
+    whole = alpha / RANK * master[f"{module}.lora_B"].double() @ master[f"{module}.lora_A"].double()
+    u, sigma, vt = torch.linalg.svd(whole, full_matrices=False)
+    best = u[:, :rank] @ torch.diag(sigma[:rank]) @ vt[:rank]
+    found = alpha / rank * held[f"{module}.lora_B"].double() @ held[f"{module}.lora_A"].double()
+    torch.testing.assert_close(found, best, rtol=0, atol=1e-5)
+
+
 def test_flexlora_loses_less_than_fedavg_of_what_three_edges_learnt() -> None:
     updates = round_of("bf16", LAYOUT)
-    exact, ours = dense(updates, LAYOUT, "bf16"), averaged(updates, LAYOUT, "bf16")
-    merged = flexlora.merge(pairs_by_module(updates, VIEW, LAYOUT, "bf16", 3.0), VIEW)
+    exact, ours = dense(updates, LAYOUT, "bf16"), averaged(updates, "bf16")
+    merged = flexlora.merge(pairs_by_module(updates, "bf16", 3.0), VIEW)
     for module in MODULES:
         svd = merged[f"{module}.lora_B"].double() @ merged[f"{module}.lora_A"].double()
         assert (svd - exact[module]).norm() < (ours[module] - exact[module]).norm()
@@ -241,7 +301,7 @@ def test_the_optimiser_is_the_papers(optimizer: str) -> None:
 
 def test_fedavgm_without_momentum_is_fedavg() -> None:
     updates = round_of("int8", LAYOUT)
-    mean = weighted_mean(updates, LAYOUT, "int8", max_weight=3.0)
+    mean = weighted_mean(updates, "int8", max_weight=3.0)
     stepped, _ = server_optimizer.step(VIEW, mean, {}, Aggregation(optimizer="fedavgm", beta1=0.0))
     merged = delta.moved(VIEW, mean, "int8")
     assert all(torch.equal(stepped[name], merged[name]) for name in VIEW)

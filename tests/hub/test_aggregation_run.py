@@ -226,13 +226,13 @@ def test_a_hub_that_stops_in_the_middle_has_the_moments_of_the_one_that_was_not(
     blobs, layout = BlobStore(calm.run_dir / "blobs"), layout_of(calm)
     for record in closed(calm):  # Algorithm 2, line 10, of arXiv 2003.00295
         updates = [
-            CodedUpdate(one.edge, one.num_examples, partial(blobs.get, one.digest))
+            CodedUpdate(one.edge, one.num_examples, partial(blobs.get, one.digest), {}, layout)
             for one in records(calm, ev.UpdateAccepted)
             if one.round == record.round
         ]
         assert record.moments is not None
         moments = load(blobs.get(record.moments))
-        for name, mean in weighted_mean(updates, layout, "nf4", max_weight=3.0).items():
+        for name, mean in weighted_mean(updates, "nf4", max_weight=3.0).items():
             expected = 0.9 * before.get(f"{name}#m", torch.zeros_like(mean)) + 0.1 * mean
             torch.testing.assert_close(moments[f"{name}#m"], expected)
         before = moments

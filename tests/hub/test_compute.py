@@ -68,8 +68,9 @@ def test_a_round_moves_master_and_view_as_the_pseudocode_says(prepared: RunSetti
         "moments": None,
         "master": blobs.put(delta.to_bytes(master)),
         "view": blobs.put(delta.to_bytes(view)),
-        "updates": [[edge, count, blobs.put(coded[edge])] for edge, (count, _) in updates.items()],
+        "smaller": [],
     }
+    values["updates"] = [[edge, count, blobs.put(coded[edge]), values["view"]] for edge, (count, _) in updates.items()]
     compute = opened(prepared, codec)
     found = compute.aggregate(values, lambda _: None)
 

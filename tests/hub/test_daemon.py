@@ -64,7 +64,10 @@ def write_run(directory: Path, **tables: dict[str, Any]) -> RunSettings:
     return read_settings(directory / "run.toml")
 
 
-def manifest() -> bytes:
+OTHER = tuple(TensorSpec(spec.name.replace("layers.1", "layers.0"), spec.shape) for spec in LAYOUT)
+
+
+def manifest(layout: tuple[TensorSpec, ...] = LAYOUT) -> bytes:
     return msgspec.json.encode(
         BundleManifest(
             format_version=1,
@@ -74,7 +77,7 @@ def manifest() -> bytes:
             source="no-model",
             source_revision="",
             plan=LayerPlan(num_layers=2, adapter=(1,), kept=(0, 1), groups=(), mapping=(), distances=()),
-            lora=LoRASpec(rank=2, alpha=4, targets=("q_proj",), adapter=LAYOUT, emulator=()),
+            lora=LoRASpec(rank=2, alpha=4, targets=("q_proj",), adapter=layout, emulator=()),
             adapter_base="bf16",
             quantized_embedding=False,
             files=(File("norm.safetensors", sha256(SHARD), len(SHARD)),),
@@ -95,6 +98,7 @@ class Torch:
         self.problems: list[Exception] = []
         self.hangs_at = ""
         self.num_smaller = 0
+        self.has_other_layers = False  # in the smaller classes
 
     async def call(self, command: str, arguments: dict[str, Any], _: Any = None) -> dict[str, Any]:
         self.calls.append((command, arguments))
@@ -112,14 +116,32 @@ class Torch:
             kl = {"pruned": 0.3, "quantized": 0.2, "aligned": 0.1}
             views = {"adapter_view": self.blobs.put(b"adapter"), "emulator_view": self.blobs.put(b"emulator")}
             emulators = [self.blobs.put(f"emulator {number}".encode()) for number in range(self.num_smaller)]
+            layout, view = (OTHER, self.blobs.put(b"other")) if self.has_other_layers else (LAYOUT, None)
             smaller = [
-                {"manifest": self.blobs.put(manifest() + b" " * number), "emulator_view": view, "public_kl": kl}
-                for number, view in enumerate(emulators, 1)
+                {
+                    "manifest": self.blobs.put(manifest(layout) + b" " * number),
+                    "emulator_view": emulator,
+                    "public_kl": kl,
+                    "adapter_view": view,
+                }
+                for number, emulator in enumerate(emulators, 1)
             ]
             return {"manifest": self.blobs.put(manifest()), **views, "public_kl": kl, "smaller": smaller}
-        assert command == "aggregate"
         seen = json.dumps(arguments, sort_keys=True).encode()
-        return {name: self.blobs.put(name.encode() + seen) for name in ("master", "view", "delta")}
+        if command == "reprune":
+            drawn = [self.blobs.put(b"other" + seen), self.blobs.put(b"first" + seen)]
+            made = [
+                {"manifest": self.blobs.put(manifest(layout) + b"\n"), "view": view}
+                for layout, view in zip((OTHER, LAYOUT), drawn, strict=True)
+            ]
+            return {"master": arguments["master"], **made[0], "smaller": made[1 : 1 + self.num_smaller]}
+        assert command == "aggregate"
+        made_of = {name: self.blobs.put(name.encode() + seen) for name in ("master", "view", "delta")}
+        own = [
+            {name: self.blobs.put(f"{name} from {view}".encode()) for name in ("view", "delta")}
+            for view in arguments["smaller"]
+        ]
+        return {**made_of, "smaller": own}
 
     async def close(self) -> None:
         self.pid = None
@@ -336,6 +358,54 @@ def test_each_edge_is_offered_the_emulator_of_the_class_it_took(tmp_path: Path) 
                 for one in classes:
                     answer = await client.get(f"{hub.url}/v1/blobs/{one.manifest.digest}", headers=headers)
                     assert sha256(answer.content) == one.manifest.digest
+
+    asyncio.run(talk())
+
+
+def test_an_update_is_checked_against_the_layers_of_its_edges_class_also_after_a_draw(tmp_path: Path) -> None:
+    """Class 0 trains layer 1 and class 1 layer 0; before round 2 they change places."""
+
+    async def talk() -> None:
+        settings = write_run(
+            tmp_path,
+            rounds={"count": 2, "min_edges": 2},
+            method={"name": "fedpruner", "drop_layers": 1, "classes": [2], "reprune_every": 1},
+        )
+        async with (
+            serving(settings, num_smaller=1, has_other_layers=True) as hub,
+            connected(hub.url, hub.token("a")) as large,
+            connected(hub.url, hub.token("b")) as small,
+        ):
+            for size_class, edge in enumerate((large, small)):
+                await edge.say(hello(f"device {size_class}"))
+                await edge.hear(ms.Welcome)
+                await edge.say(ms.Ready(num_examples=3, size_class=size_class))
+            first = [await edge.hear(ms.RoundOffer) for edge in (large, small)]
+            assert [offer.view.digest for offer in first] == [sha256(b"adapter"), sha256(b"other")]
+            assert [offer.manifest for offer in first] == [None, None]
+            await large.upload(first[0], update(1.0))
+            await large.hear(ms.Receipt)
+            await small.upload(first[1], update(1.0))
+            assert "first other: layers.0" in (await small.hear(ms.Refusal)).reason
+            second = [await edge.hear(ms.RoundOffer) for edge in (large, small)]
+            assert all(offer.view.snapshot is None for offer in second)  # the new bundle's own
+            named = [offer.manifest for offer in second]
+            async with httpx.AsyncClient() as client:
+                headers = {"Authorization": f"Bearer {hub.token('c')}"}
+                for ref, layout in zip(named, (OTHER, LAYOUT), strict=True):
+                    assert ref is not None
+                    answer = await client.get(f"{hub.url}/v1/blobs/{ref.digest}", headers=headers)
+                    assert msgspec.json.decode(answer.content, type=BundleManifest).lora.adapter == layout
+            await large.upload(second[0], update(1.0, OTHER))
+            await small.upload(second[1], update(1.0))
+            assert [(await edge.hear(ms.Receipt)).round for edge in (large, small)] == [2, 2]
+            async with connected(hub.url, hub.token("d")) as late:
+                await late.say(hello("late"))
+                welcome = await late.hear(ms.Welcome)
+                assert [welcome.manifest, welcome.smaller[0].manifest] == named
+        [accepted, *others] = records(settings, ev.UpdateAccepted)
+        assert (accepted.edge, accepted.size_class) == ("a", 0)
+        assert {(record.edge, record.size_class) for record in others} == {("a", 0), ("b", 1)}
 
     asyncio.run(talk())
 
@@ -585,7 +655,7 @@ def test_an_update_that_cannot_be_used_is_refused_and_ends_nothing_else(
                 await a.say(ms.Decline(round=1, reason="busy"))
             assert await a.hear(ms.RoundClosed) == ms.RoundClosed(round=1, num_updates=1)
             [aggregated] = hub.torch.done("aggregate")
-            assert aggregated["updates"] == [["b", 5, sha256(update(0.25))]]
+            assert aggregated["updates"] == [["b", 5, sha256(update(0.25)), offer.view.digest]]
             assert (await a.hear(ms.RoundOffer)).round == 2  # a is asked again
             assert not any(isinstance(message, ms.Receipt) for message in a.heard)
 

@@ -65,7 +65,7 @@ def test_it_keeps_what_its_functions_choose_of_the_public_text(tmp_path: Path, t
         made.work.mkdir(parents=True)
         attention, mlp = measure_components(made.source, made.used, seed=0)
         kept = select_components(attention, mlp, *sizes, budget, partition)
-        plan = made.plan()
+        [plan] = made.plans()
         assert plan.kept == plan.adapter == tuple(sorted({*kept.attention, *kept.mlp}))
         assert tuple(layer for layer in plan.kept if layer not in plan.without_attention) == kept.attention
         assert tuple(layer for layer in plan.kept if layer not in plan.without_mlp) == kept.mlp
@@ -169,7 +169,7 @@ def test_two_rounds_and_what_they_leave(tmp_path: Path, tiny_llama: Path) -> Non
     # Without choices the hub generates, through a cache of keys and values that layers without attention have no part in.
     open_ended = replace(settings, task=replace(settings.task, choices="none"))
     judge = RunJudge(open_ended, Path(settings.directory / "eval.jsonl"))
-    answers = judge.evaluator.answers(judge.models(outcome.master, outcome.emulator_view)["sub_llm"])
+    answers = judge.evaluator.answers(judge.models(outcome.master, outcome.emulator_view, outcome.manifest)["sub_llm"])
     tokenizer: Any = AutoTokenizer.from_pretrained(tiny_llama)
     for question, made in list(zip(judge.evaluator.questions, answers.chosen, strict=True))[:4]:
         ids = tokenizer(question.prompt, return_tensors="pt").input_ids

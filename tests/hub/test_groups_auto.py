@@ -36,7 +36,7 @@ class FullLLM:
         assert num_layers == 15
         return self.measured
 
-    def representatives(self, count: int, grouping: str) -> Sequence[int]:
+    def representatives(self, count: int, grouping: str, drawn_by: int | None = None) -> Sequence[int]:
         raise NotImplementedError
 
     def components(self, count: int, grouping: str) -> tuple[Sequence[int], Sequence[int]]:
@@ -59,7 +59,7 @@ def least_cost(distances: list[list[float]], n: int, p: int) -> float:
 
 def test_of_each_group_size_the_fewest_groups_that_fit_and_the_five_that_change_least() -> None:
     model = FullLLM(lambda plan: len(plan.kept) <= 12)  # six layers must go
-    chosen = fedsoda.plan(model, AUTO, seed=0)
+    [chosen] = fedsoda.plans(model, AUTO, seed=0)
     shapes = [(1, 6), (2, 3), (3, 2), (4, 2), (5, 2), (6, 1), *((n, 1) for n in range(7, 15))]
     wanted = sorted(least_cost(model.measured, n, p) for n, p in shapes)[:5]
     assert [sum(group.distance for group in plan.groups) for plan in model.given] == pytest.approx(wanted)
@@ -68,7 +68,8 @@ def test_of_each_group_size_the_fewest_groups_that_fit_and_the_five_that_change_
 
 def test_a_model_that_fits_whole_loses_nothing() -> None:
     model = FullLLM(lambda _: True)
-    assert fedsoda.plan(model, AUTO, seed=0).kept == tuple(range(18))
+    [whole] = fedsoda.plans(model, AUTO, seed=0)
+    assert whole.kept == tuple(range(18))
     assert not model.given
 
 
@@ -76,7 +77,7 @@ def test_a_budget_that_no_sub_llm_meets_is_refused_before_anything_is_measured()
     model = FullLLM(lambda _: False)
     model.distances = None  # type: ignore[method-assign, assignment]
     with pytest.raises(UsageProblem, match=r"no sub-LLM of this model is within \[method\] bundle_bytes.*raise it"):
-        fedsoda.plan(model, AUTO, seed=0)
+        fedsoda.plans(model, AUTO, seed=0)
 
 
 BUDGET = 263_000  # of the tiny model, which takes 294 kB whole: three groups of one layer must go, or one of more

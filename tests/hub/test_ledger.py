@@ -35,6 +35,7 @@ ROUND_1: list[ev.AnyRecord] = [
 ]
 AFTER: list[ev.AnyRecord] = [
     ev.Realigned(round=2, version=1, view=A, delta=B, kl_before=0.3, kl_after=0.2),
+    ev.Repruned(round=2, master=C, manifest=D, view=B),
     ev.Evaluated(round=1, result={"accuracy": {"full": 0.5, "plug_in": None}}),
     ev.RunEnded(rounds=1),
 ]
@@ -226,7 +227,7 @@ def test_the_outcome_of_a_run_is_its_master_and_the_emulators_view(tmp_path: Pat
     with pytest.raises(UsageProblem, match=r"no round of .* has closed yet \(phase: collecting\)"):
         read_outcome(tmp_path)
     ledger.append(ROUND_1[-1])
-    assert read_outcome(tmp_path) == Outcome(master=A, emulator_view=C, rounds=1, evaluation=None)
+    assert read_outcome(tmp_path) == Outcome(master=A, emulator_view=C, manifest=A, rounds=1, evaluation=None)
     ledger.close()
 
 

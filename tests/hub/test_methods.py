@@ -137,7 +137,7 @@ def test_fedpruner_keeps_what_its_functions_choose_of_the_public_text(tmp_path: 
         made = Preparation(run_of(tmp_path / choice, tiny_llama, "fedpruner", keys))
         made.work.mkdir(parents=True)
         measured = measure_layers(made.source, made.used, seed=0)
-        plan = made.plan()
+        [plan] = made.plans()
         assert plan.kept == plan.adapter == select_layers(measured, 7, partition, keep_ends=True)
         assert plan.kept[-1] == 7 != select_layers(measured, 7, contiguous)[-1]  # no group of its own without ends
         chosen.add(plan.kept)

@@ -26,7 +26,6 @@ from fedsoda_hub.algorithms.representatives import (
     branch_ends,
     contiguous,
     linear_cka,
-    mean_over_holders,
     measure_components,
     measure_layers,
     select_components,
@@ -260,22 +259,3 @@ def test_components_of_no_importance_are_not_paid_for() -> None:
         UsageProblem, match=r"the first and the last layer, which stay, take 10.0 MB, .* leaves 9.0 MB; lower it"
     ):
         select_components(ALIKE, idle, [10**6] * 8, [4 * 10**6] * 8, 9 * 10**6)
-
-
-# -- averaging ------------------------------------------------------------------------------------------
-
-
-def test_each_tensor_is_the_mean_over_those_who_hold_it() -> None:
-    generator = torch.Generator().manual_seed(0)
-    held = [("a", "b"), ("b",), ("b", "c"), ()]
-    updates = [
-        ({name: torch.randn(3, 2, generator=generator) for name in names}, weight)
-        for names, weight in zip(held, (1.0, 2.0, 5.0, 9.0), strict=True)
-    ]
-    made = mean_over_holders(iter(updates))
-    assert set(made) == {"a", "b", "c"}  # what nobody trained is not there, and keeps its value
-    for name in made:
-        holders = [(tensors[name], weight) for tensors, weight in updates if name in tensors]
-        expected = sum(tensor * weight for tensor, weight in holders) / sum(weight for _, weight in holders)
-        torch.testing.assert_close(made[name], expected)
-    assert mean_over_holders([]) == {}

@@ -178,6 +178,11 @@ def compute(job: ev.Compute) -> dict[str, Any]:
             return {**made, "moments": digest(job.job, "moments", job.arguments), "cross_term": 0.01}
         case "realign":
             return {"view": made["view"], "delta": made["delta"], "kl_before": 0.3, "kl_after": 0.2}
+        case "reprune":
+            return {
+                **{name: digest(job.job, name, job.arguments) for name in ("master", "manifest", "view")},
+                "smaller": [],
+            }
         case "probe":
             return {"kl": 0.21, "cosine": 0.95}
     return {"accuracy": {"full": 0.5}}
@@ -609,7 +614,12 @@ def test_realignment_and_evaluation_see_the_master_and_the_emulators_view() -> N
     run.send_update("b")
     run.finish_job()
     [evaluate] = run.jobs
-    assert evaluate.arguments == {"master": state.master, "emulator_view": state.emulator_view, "round": 2}
+    assert evaluate.arguments == {
+        "master": state.master,
+        "emulator_view": state.emulator_view,
+        "round": 2,
+        "manifest": state.manifest,
+    }
     assert state.emulator_view != digest("emulator")
 
 
@@ -739,6 +749,9 @@ LONG = replace(RULES, count=4, realign_every=2, has_eval=True, eval_every=3, min
 AUTO = replace(LONG, realign_every="auto")
 
 
+REPRUNED = replace(LONG, realign_every=0, reprune_every=1)
+
+
 def facts(run: Run) -> list[ev.AnyRecord]:
     """What must be equal: all but when (deadline_at)."""
     return [
@@ -749,9 +762,11 @@ def facts(run: Run) -> list[ev.AnyRecord]:
     ]
 
 
-# prepared; open, a, b, closed; two realignments, or three probes; two evaluations; ended
+# prepared; open, a, b, closed; two realignments, or three probes, or three draws; two evaluations; ended
 @pytest.mark.parametrize(
-    ("rules", "durable"), [(LONG, 1 + 4 * 4 + 2 + 2 + 1), (AUTO, 1 + 4 * 4 + 3 + 2 + 1)], ids=["fixed", "auto"]
+    ("rules", "durable"),
+    [(LONG, 1 + 4 * 4 + 2 + 2 + 1), (AUTO, 1 + 4 * 4 + 3 + 2 + 1), (REPRUNED, 1 + 4 * 4 + 3 + 2 + 1)],
+    ids=["fixed", "auto", "repruned"],
 )
 @pytest.mark.parametrize("written", [False, True])
 def test_a_kill_at_any_durable_step_leaves_the_calm_runs_records(written: bool, rules: Rules, durable: int) -> None:
@@ -979,6 +994,72 @@ def test_every_size_class_has_its_emulator_and_all_share_rounds_and_versions() -
     assert [state.emulator(n) for n in (1, 2)] == [(digest("v", n), digest("d", n)) for n in (1, 2)]
     again = run.ledger.replay()  # records come back as they were, and fold to the same
     assert again.smaller == state.smaller
+
+
+def test_a_class_with_lora_of_its_own_has_its_view_and_its_updates_start_from_it() -> None:
+    run = Run(replace(RULES, min_edges=3), holds_jobs=True)
+    [job] = run.jobs
+    smaller: list[dict[str, Any]] = [
+        {"manifest": digest("m", n), "emulator_view": digest("e", n), "public_kl": {}, "adapter_view": view}
+        for n, view in ((1, digest("a", 1)), (2, None))
+    ]
+    run.do(ev.ComputeDone("prepare", compute(job) | {"smaller": smaller, "master": digest("w")}))
+    run.jobs.clear()
+    state = run.state
+    assert state.master == digest("w")
+    assert [state.adapter(n) for n in range(3)] == [
+        (digest("adapter"), None),
+        (digest("a", 1), None),
+        (digest("adapter"), None),
+    ]
+    run.ready("a", "b", "c")
+    [refusal] = run.send_update("b", size_class=1)
+    assert isinstance(refusal, Refusal)
+    assert refusal.reason == (
+        f"the update starts from view {digest('adapter')[:12]}, round 1 from {digest('a', 1)[:12]}"
+    )
+    run.send_update("b", size_class=1, base=digest("a", 1))
+    run.send_update("a")
+    run.send_update("c", size_class=2)
+    [job] = run.jobs
+    assert job.arguments["smaller"] == [digest("a", 1)]
+    assert [update[3] for update in job.arguments["updates"]] == [digest("adapter"), digest("a", 1), digest("adapter")]
+    steps = [{"view": digest("v", 1), "delta": digest("d", 1)}]
+    run.do(ev.ComputeDone("aggregate", compute(job) | {"smaller": steps}))
+    assert state.adapter(1) == (digest("v", 1), digest("d", 1))
+    assert state.adapter(2) == state.adapter(0) == (state.view, state.view_delta) != state.adapter(1)
+    accepted = [record for record in run.ledger.records() if isinstance(record, ev.UpdateAccepted)]
+    assert {record.edge: record.size_class for record in accepted} == {"a": 0, "b": 1, "c": 2}
+    assert run.ledger.replay() == state
+
+
+def test_layers_are_drawn_after_every_so_many_rounds_and_views_begin_anew_with_them() -> None:
+    run = Run(replace(RULES, count=6, reprune_every=2, min_edges=2), holds_jobs=True)
+    [job] = run.jobs
+    one = {"manifest": digest("m"), "emulator_view": digest("e"), "public_kl": {}, "adapter_view": digest("a")}
+    run.do(ev.ComputeDone("prepare", compute(job) | {"smaller": [one], "master": digest("w")}))
+    run.ready("a", "b")
+    drawn = []
+    while run.state.phase != "ended":
+        for name in "ab":
+            run.send_update(name)
+        run.jobs[:] = run.jobs[-1:]
+        [job] = run.jobs
+        made = compute(job)
+        if job.job == "aggregate":
+            made["smaller"] = [{"view": digest("v", job.arguments), "delta": digest("d", job.arguments)}]
+        else:
+            assert (job.job, job.arguments["master"]) == ("reprune", run.state.master)
+            number = job.arguments["round"]
+            made["smaller"] = [{"manifest": digest("m", number), "view": digest("v", number)}]
+            drawn.append(number)
+        run.do(ev.ComputeDone(job.job, made))
+        if job.job == "reprune":
+            assert run.state.manifests == (made["manifest"], digest("m", number))
+            assert [run.state.adapter(n) for n in (0, 1)] == [(made["view"], None), (digest("v", number), None)]
+            assert (run.state.round, run.state.phase) == (number, "collecting")
+    assert drawn == [3, 5]
+    assert run.ledger.replay() == run.state
 
 
 def test_a_ledger_of_a_run_without_classes_replays() -> None:

@@ -101,12 +101,24 @@ def test_whole_weights_in_nf4_lose_a_step_that_deltas_in_nf4_deliver() -> None:
     arrived = {}
     for codec in ("nf4", "nf4-weight"):
         coded, _ = delta.encode_with_feedback(step, None, view, LAYOUT, codec)
-        updates = [CodedUpdate("a", 1, partial(bytes, coded))]
-        after = delta.moved(view, weighted_mean(updates, LAYOUT, codec, max_weight=3.0), codec)
+        updates = [CodedUpdate("a", 1, partial(bytes, coded), view, LAYOUT)]
+        after = delta.moved(view, weighted_mean(updates, codec, max_weight=3.0), codec)
         arrived[codec] = sum(float(((after[n] - view[n]) * step[n]).sum()) for n in view)
     norm = sum(float(value.square().sum()) for value in step.values())
     assert arrived["nf4"] == pytest.approx(norm, rel=0.05)
     assert abs(arrived["nf4-weight"]) < 0.3 * norm
+
+
+def test_feedback_stays_with_the_layers_that_stay() -> None:
+    held = tensors(3)
+    data = delta.to_bytes({**held, "layers.9.a.lora_A": torch.ones(2, 2)})
+    wider = TensorSpec(LAYOUT[0].name, (LAYOUT[0].shape[0] + 1, LAYOUT[0].shape[1]))
+    layout = (*LAYOUT[1:], wider, TensorSpec("layers.8.a.lora_A", (2, 3)))
+    kept = delta.feedback_of(data, layout)
+    assert delta.layout_of(kept) == tuple(sorted(layout, key=lambda spec: spec.name))
+    assert all(torch.equal(kept[spec.name], held[spec.name]) for spec in LAYOUT[1:])
+    assert not kept[wider.name].any()  # the same tensor at another rank is another one
+    assert not kept["layers.8.a.lora_A"].any()
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -145,21 +157,21 @@ def fedavg(updates: list[tuple[dict[str, torch.Tensor], int]]) -> dict[str, torc
 
 def test_the_average_is_fedavg_and_does_not_depend_on_arrival() -> None:
     coded = [(f"edge-{i}", n, delta.encode(tensors(i), "int8")) for i, n in enumerate((10, 30, 20))]
-    updates = [CodedUpdate(edge, n, partial(bytes, data)) for edge, n, data in coded]
-    mean = weighted_mean(updates, LAYOUT, "int8", max_weight=3.0)
+    updates = [CodedUpdate(edge, n, partial(bytes, data), {}, LAYOUT) for edge, n, data in coded]
+    mean = weighted_mean(updates, "int8", max_weight=3.0)
     expected = fedavg([(delta.decode(data, LAYOUT, "int8"), n) for _, n, data in coded])
     for name in mean:
         torch.testing.assert_close(mean[name], expected[name], rtol=1e-6, atol=1e-9)
-    reordered = weighted_mean(updates[::-1], LAYOUT, "int8", max_weight=3.0)
+    reordered = weighted_mean(updates[::-1], "int8", max_weight=3.0)
     assert all(torch.equal(mean[name], reordered[name]) for name in mean)
 
 
 def test_a_boastful_edge_counts_at_most_three_medians() -> None:
     updates = [
-        CodedUpdate(edge, n, partial(delta.encode, tensors(i), "bf16"))
+        CodedUpdate(edge, n, partial(delta.encode, tensors(i), "bf16"), {}, LAYOUT)
         for i, (edge, n) in enumerate([("a", 10), ("b", 10), ("c", 10**9)])
     ]
-    mean = weighted_mean(updates, LAYOUT, "bf16", max_weight=3.0)
+    mean = weighted_mean(updates, "bf16", max_weight=3.0)
     expected = fedavg([(delta.decode(u.read(), LAYOUT, "bf16"), n) for u, n in zip(updates, (10, 10, 30), strict=True)])
     for name in mean:
         torch.testing.assert_close(mean[name], expected[name], rtol=1e-6, atol=1e-9)
