@@ -38,8 +38,8 @@ DOLLY_LENGTH = 200  # characters; longer instructions are left out
 
 BASE: dict[str, dict[str, Any]] = {
     "compare": {
-        "rows": 4000,
-        "edges": 5,
+        "rows": 6400,
+        "edges": 8,
         "seeds": [0, 1, 2],
         "eval_rows": 2000,
         "eval_every": 5,
@@ -48,7 +48,7 @@ BASE: dict[str, dict[str, Any]] = {
     "public": {"sequences": 96, "length": 96},
     "align": {"border_map": "none", "steps": 60, "realign_steps": 15, "learning_rate": 3e-3},
     "rounds": {"count": 10},
-    "local": {"epochs": 100, "max_steps": 50, "batch_size": 4, "learning_rate": 2e-3, "max_length": 96},
+    "local": {"epochs": 100, "max_steps": 50, "learning_rate": 2e-3, "max_length": 96},
 }
 QUICK: dict[str, dict[str, Any]] = {
     "compare": {"rows": 1200, "seeds": [0], "eval_rows": 500},
@@ -82,6 +82,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fedot": {"method": {"name": "fedot"}},
     "fedpetuning": {"method": {"name": "fedpetuning"}},
     "fedpruner": {"method": {"name": "fedpruner"}},
+    "fedpruner-once": {"method": {"name": "fedpruner", "reprune_every": 0}},
+    "fedpruner+": {"method": {"name": "fedpruner+"}},
     "fedpruner-uniform": {"method": {"name": "fedpruner", "layer_choice": "uniform"}},
     "fedpruner-random": {"method": {"name": "fedpruner", "layer_choice": "random"}},
     "fedpruner-top": {"method": {"name": "fedpruner", "layer_choice": "top"}},
@@ -93,9 +95,11 @@ SETS: dict[str, tuple[str, ...]] = {
     "groups": ("n2-p6", "aligned", "n4-p3"),
     "codecs": ("aligned", "int8", "bf16"),
     "public": ("aligned", "public-like-task", "public-self"),
-    "pruning": ("fedpruner", "fedpruner-uniform", "fedpruner-random", "fedpruner-top"),
+    "pruning": (
+        *("fedpruner", "fedpruner-once", "fedpruner+"),
+        *("fedpruner-uniform", "fedpruner-random", "fedpruner-top"),
+    ),
 }
-SPLITS = {"sst2": ("dirichlet-0.5",), "dolly": ("files",)}
 
 
 def as_toml(tables: dict[str, Any]) -> str:
@@ -119,12 +123,13 @@ def write_sst2(directory: Path, data: Path) -> tuple[list[str], str]:
 def write_dolly(directory: Path, data: Path) -> tuple[list[str], str]:
     """Ten users, each with a few of eight categories; what is judged was drawn from all of them. As `write_sst2`."""
     users = [data / "dolly_federated" / f"local_training_{user}.json" for user in range(10)]
-    rows = [
-        {"user": user.stem, "instruction": row["instruction"], "category": row["category"]}
+    found = {
+        row["instruction"]: {"user": user.stem, "instruction": row["instruction"], "category": row["category"]}
         for user in users
         for row in json.loads(user.read_text(encoding="utf-8"))
         if len(row["instruction"]) <= DOLLY_LENGTH
-    ]
+    }
+    rows = list(found.values())
     random.Random(0).shuffle(rows)
     judged, like, dealt = (
         rows[:DOLLY_EVAL_ROWS],
@@ -156,7 +161,10 @@ def write(directory: Path, options: argparse.Namespace) -> Path:
     dealt, judged = (write_sst2 if options.task == "sst2" else write_dolly)(directory, data)
     changes = QUICK if options.quick else {}
     tables = {name: {**table, **changes.get(name, {})} for name, table in BASE.items()}
-    tables["compare"] |= {"data": dealt, "splits": options.splits or SPLITS[options.task]}
+    splits = ["files"] if options.task == "dolly" else ["dirichlet-0.5"]
+    if (options.task, options.set, options.quick) == ("sst2", "methods", False):
+        splits.insert(0, "iid")
+    tables["compare"] |= {"data": dealt, "splits": options.splits or splits}
     tables["compare"] |= {"seeds": options.seeds} if options.seeds else {}
     tables["public"]["text"] = str(data / "wikitext2" / "test.txt")
     tables["task"] = {**TASKS[options.task], "eval_data": judged}
@@ -167,9 +175,8 @@ def write(directory: Path, options: argparse.Namespace) -> Path:
         raise SystemExit(f"there is no variant {sorted(unknown)[0]}; there are {', '.join(VARIANTS)}")
     text = as_toml({"model": str(MODEL), **tables})
     for name in names:
-        text += as_toml(
-            {f"variants.{name}.{table}": values for table, values in VARIANTS[name].items()} or {f"variants.{name}": {}}
-        )
+        header = f"variants.{json.dumps(name)}"  # TOML has no + in a bare name
+        text += as_toml({f"{header}.{table}": values for table, values in VARIANTS[name].items()} or {header: {}})
     path = directory / f"{options.set}.toml"
     path.write_text(text, encoding="utf-8")
     return path
@@ -213,7 +220,7 @@ def adapter_gradient(
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0],
-        epilog="About a minute a cell on 2 cores; methods without a border cache take several times as long.",
+        epilog="About four minutes of one core a cell; methods without a border cache take several times as long.",
     )
     parser.add_argument("--set", choices=SETS, default="methods")
     parser.add_argument("--task", choices=TASKS, default="sst2")
