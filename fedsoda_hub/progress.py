@@ -110,6 +110,11 @@ def _sentence(event: dict[str, Any]) -> str:
                 f"{event['stage']}: on prompts left out, border states are {event['error_before']:.1%} away from the full "
                 f"emulator's without it, {event['error']:.1%} with it"
             )
+        case "progress" if event["stage"] == "choosing groups":
+            return (
+                f"choosing groups: with {event['groups']} x {event['layers_per_group']} layers gone public KL is "
+                f"{event['kl']:.3f}, the adapter's gradient {event['cosine']:.1%} like the full LLM's"
+            )
         case "progress" if event["stage"] == "no border map":
             return f"no border map: {event['why']}"
         case "prepared":

@@ -17,6 +17,7 @@ from fedsoda_hub.algorithms import fedsoda
 from fedsoda_hub.config import Method, RunSettings
 from fedsoda_hub.prepare import KL_TIE, Preparation
 from tests.hub.runs import make_run, prepare
+from tests.schema import HUB
 
 AUTO = Method(groups="auto", bundle_bytes=1)
 
@@ -114,6 +115,8 @@ def test_the_bundle_is_within_the_bytes_and_with_one_group_less_it_would_not_be(
 def test_the_nearest_of_the_shapes_is_taken(chosen: tuple[RunSettings, list[dict[str, Any]]]) -> None:
     settings, tried = chosen
     assert len(tried) > 1
+    for one in tried:
+        HUB.check_event({"event": "progress", "job": "prepare", **one})
     least = min(one["kl"] for one in tried)
     best = max((one for one in tried if one["kl"] <= KL_TIE * least), key=lambda one: one["cosine"])
     groups = Bundle.open(settings.run_dir / "bundle").plan.groups

@@ -80,6 +80,8 @@ def test_one_is_no_plural_and_sizes_are_written_as_everywhere(capsys: pytest.Cap
     shown.say({"event": "progress", "job": "prepare", "stage": "caching teacher targets", **disk})
     errors = {"error_before": 0.333, "error_whole": 0.08, "error": 0.089}
     shown.say({"event": "progress", "job": "prepare", "stage": "fitting the border map", **errors})
+    tried = {"layers_per_group": 3, "groups": 4, "kl": 0.2512, "cosine": 0.8128}
+    shown.say({"event": "progress", "job": "prepare", "stage": "choosing groups", **tried})
     shown.say({"event": "update_accepted", "round": 1, "edge": "a", "num_examples": 1, "loss": 0.5})
     closed = {"event": "round_closed", "round": 1, "loss": 0.5, "bytes_up": 10, "bytes_down": 20}
     shown.say(closed | {"updates": 1})
@@ -88,6 +90,7 @@ def test_one_is_no_plural_and_sizes_are_written_as_everywhere(capsys: pytest.Cap
     assert capsys.readouterr().err.splitlines() == [
         "caching teacher targets: 668 MiB of disk, 18.6 GiB free",
         "fitting the border map: on prompts left out, border states are 33.3% away from the full emulator's without it, 8.9% with it",
+        "choosing groups: with 4 x 3 layers gone public KL is 0.251, the adapter's gradient 81.3% like the full LLM's",
         "round 1: a, 1 example, loss 0.500",
         "round 1 closed: 1 update, loss 0.500; 10 B up, 20 B down so far",
         "round 1 closed: 2 updates, loss 0.500; 10 B up, 20 B down so far",
