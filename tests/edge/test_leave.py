@@ -48,6 +48,7 @@ def test_a_join_that_leaves_says_why(
         ran = CliRunner().invoke(app, words)
     assert ran.exit_code == 0, ran.output
     if "--jsonl" in options:
-        assert json.loads(ran.stdout.splitlines()[-2]) == {"event": "notice", "message": sentence}
+        # An early sweep, which ends on its own, may have the last word.
+        assert {"event": "notice", "message": sentence} in [json.loads(line) for line in ran.stdout.splitlines()]
     else:
         assert ran.stderr.splitlines()[-1] == sentence
