@@ -229,6 +229,7 @@ def test_a_connection_that_is_lost_during_the_download_is_made_again(scripted: P
     assert hub.kinds == ["Hello", "Hello", "Ready", "UpdateStart"]
 
 
+@pytest.mark.slow
 def test_a_pause_in_the_middle_of_the_early_sweep_frees_the_worker_and_the_link(
     scripted: Path, data: Path, late: str
 ) -> None:
@@ -271,6 +272,7 @@ with Edge(hub, device="cpu").join(LocalData.from_jsonl(sys.argv[2]), on_event=sa
 """
 
 
+@pytest.mark.slow
 def test_an_agent_that_is_killed_in_the_middle_leaves_nothing_that_the_next_trips_over(
     scripted: Path, data: Path, late: str
 ) -> None:

@@ -338,6 +338,7 @@ def test_a_plan_that_this_version_does_not_read_is_none(
 # -- a real worker --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_worker_process_trains_below_a_limit_that_only_a_leaner_way_keeps(tmp_path: Path, data: LocalData) -> None:
     """Nothing is made up here: the process measures itself, and its first step, against --max-ram."""
     wide = tmp_path / "wide"

@@ -164,6 +164,7 @@ def report(command: str, ran: Ran) -> dict[str, Any]:
 # -- pause and resume -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_round_that_is_paused_in_its_middle_ends_with_the_bits_of_a_calm_one(
     device: Device, scripted: Path, calm: str
 ) -> None:

@@ -81,6 +81,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Ran:
     return ran
 
 
+@pytest.mark.slow
 def test_one_process_gives_the_bits_of_real_processes(calm: Ran, tmp_path: Path, tiny_llama: Path) -> None:
     theirs, data = make(tmp_path, tiny_llama)
 

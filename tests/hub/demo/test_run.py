@@ -20,6 +20,7 @@ from fedsoda_hub.demo import run
 from tests.schema import HUB
 
 
+@pytest.mark.slow
 def test_an_edge_alone_trains_in_a_worker_like_that_of_a_join(tmp_path: Path, prepared: RunSettings) -> None:
     shutil.copytree(prepared.directory, tmp_path, dirs_exist_ok=True)
     (tmp_path / "RUN.toml").rename(tmp_path / "run.toml")
