@@ -33,15 +33,22 @@ def _sigterm_as_it_was() -> Iterator[None]:
     ],
 )
 def test_a_join_that_leaves_says_why(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], is_finishing: bool, sentence: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    scripted: Path,
+    options: list[str],
+    is_finishing: bool,
+    sentence: str,
 ) -> None:
+    hub = ScriptedHub(rounds=5)
+    hub._bundle = scripted
     monkeypatch.setenv("FEDSODA_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("FEDSODA_TOKEN", "t")
     if is_finishing:
         monkeypatch.setattr(Agent, "is_finishing", True)
     (tmp_path / "visits.jsonl").write_text(ROWS)
     with (
-        mock.patch("fedsoda_edge.edge.HubTransport", return_value=ScriptedHub(rounds=5)),
+        mock.patch("fedsoda_edge.edge.HubTransport", return_value=hub),
         mock.patch("fedsoda_edge.edge.Child", return_value=WorkerHere()),
     ):
         words = ["join", "http://hub", "--data", str(tmp_path / "visits.jsonl"), *options]

@@ -275,6 +275,7 @@ def joined(hub: ToldHub, device: Device) -> Ran:
     return Ran(ran.status, ran.out, "")
 
 
+@pytest.mark.slow
 def test_finish_ends_a_pause_hands_in_the_round_in_hand_and_leaves(
     device: Device, scripted: Path, calm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
