@@ -280,21 +280,6 @@ def _check_count(count: int, layers: int) -> None:
 # -- choosing -------------------------------------------------------------------------------------------
 
 
-def affordable_layers(memory_bytes: int, fixed_bytes: int, layer_bytes: int, num_layers: int) -> int:
-    """K: how many layers fit beside what a device needs whatever it keeps (method.md 5.4).
-
-    Raises:
-        UsageProblem: not one layer fits.
-    """
-    count = (memory_bytes - fixed_bytes) // layer_bytes
-    if count < 1:
-        raise UsageProblem(
-            f"one layer of {layer_bytes / 1e6:.0f} MB beside {fixed_bytes / 1e6:.0f} MB that are always needed does "
-            f"not fit into {memory_bytes / 1e6:.0f} MB; join with a larger device, or shorten the samples"
-        )
-    return min(count, num_layers)
-
-
 def select_layers(
     measured: Measured,
     count: int,

@@ -22,7 +22,6 @@ from fedsoda_hub.algorithms.representatives import (
     Components,
     Groups,
     Measured,
-    affordable_layers,
     branch_ends,
     contiguous,
     linear_cka,
@@ -206,12 +205,6 @@ def test_more_groups_than_layers_are_refused(partition: Any) -> None:
 
 
 # -- choosing -------------------------------------------------------------------------------------------
-
-
-def test_as_many_layers_are_kept_as_fit() -> None:
-    assert [affordable_layers(size, 300, 100, 12) for size in (400, 499, 500, 10**6)] == [1, 1, 2, 12]
-    with pytest.raises(UsageProblem, match=r"one layer of 100 MB beside 300 MB .* does not fit into 399 MB"):
-        affordable_layers(399_000_000, 300_000_000, 100_000_000, 12)
 
 
 IMPORTANCE = (0.1, 0.4, 0.3, 0.9, 0.2, 0.2, 0.7, 0.0)
