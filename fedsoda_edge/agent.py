@@ -793,11 +793,12 @@ class Agent:
             if task is not None:
                 task.cancel()
                 await asyncio.wait([task])
-        await self.transport.close()
-        await end(self.worker)
-        if self._opening is not None and not self._settings.cache.keep_key:
-            self.home.forget_borders()  # without the key they are of no use
-        self.home.unlock()
+        async with contextlib.AsyncExitStack() as closing:  # from the last to the first, whatever one of them raises
+            closing.callback(self.home.unlock)
+            if self._opening is not None and not self._settings.cache.keep_key:
+                closing.callback(self.home.forget_borders)  # without the key they are of no use
+            closing.push_async_callback(end, self.worker)
+            closing.push_async_callback(self.transport.close)
 
     def report(self) -> dict[str, Any]:
         return {

@@ -43,12 +43,14 @@ class Worker:
 
     Args:
         shared: adapters that workers of one process train in turn, each from its own view; None: this one is alone.
+            Workers of one process keep no checkpoints: none of them dies alone.
     """
 
     def __init__(self, shared: MutableMapping[bytes, SubLLM] | None = None) -> None:
         # Of imports alone; among others in one process, what each would take in its own.
         self._process_bytes = psutil.Process().memory_info().rss if shared is None else PROCESS_BYTES
         self._models: MutableMapping[bytes, SubLLM] = {} if shared is None else shared
+        self._keeps_checkpoints = shared is None
         self._memory: MemoryPlan | None = None
         self._micro_batch = self._room = 0
         self._bundle: Bundle | None = None
@@ -197,7 +199,7 @@ class Worker:
             "cache": self._states.dtype,
             "software": version("fedsoda"),
         }
-        checkpoint = RoundCheckpoint(Path(values["checkpoint"]), identity)
+        checkpoint = RoundCheckpoint(Path(values["checkpoint"]), identity) if self._keeps_checkpoints else None
         damaged = self._states.num_damaged
         with _out_of_memory_is_told(self.memory):  # outside of a step too: the optimiser's first one takes its moments
             trained = fine_tune(
@@ -233,7 +235,8 @@ class Worker:
         write_durably(Path(values["update"]), coded)
         waiting = residual or {name: torch.zeros_like(value) for name, value in view.items()}  # of the other factor
         write_durably(Path(values["new_residual"]), delta.to_bytes({**waiting, **left}))
-        checkpoint.forget()
+        if checkpoint is not None:
+            checkpoint.forget()
         return {
             "num_damaged": self._states.num_damaged - damaged,
             "num_examples": trained.num_examples,

@@ -87,3 +87,14 @@ def test_a_mistake_of_our_own_is_told_and_not_tried_again(line: Line) -> None:
 
     with pytest.raises(AssertionError, match="one blob at a time"):
         asyncio.run(work())
+
+
+def test_a_home_is_free_after_a_close_that_the_connection_spoils(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def spoilt() -> None:
+        raise ConnectionResetError("the other end is gone")
+
+    monkeypatch.setattr(line, "close", spoilt)
+    line.agent.home.lock()
+    with pytest.raises(ConnectionResetError, match="the other end is gone"):
+        asyncio.run(line.agent.close())
+    assert not Home().is_in_use()
