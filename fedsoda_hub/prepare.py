@@ -389,47 +389,31 @@ class Preparation:
         groups = [group for plan in plans for group in plan.groups]
         made = self._held_against(plans) | {group.start - 1 for group in groups if group.start}
         self._make_targets(made)
-        found = [self._try(plan) for plan in plans]
-        least = min(kl for kl, _ in found)
-        good = [(cosine, plan) for (kl, cosine), plan in zip(found, plans, strict=True) if kl <= KL_TIE * least]
+        adapter = lora.initial(self._lora_spec(plans[0]).adapter, self.settings.seed)  # that of all of them
+        wanted = self._wanted(plans[0], adapter)
+        found = [self._try(plan, adapter, wanted) for plan in plans]
+        least = min(one["kl"] for one in found)
+        good = [(one["cosine"], plan) for one, plan in zip(found, plans, strict=True) if one["kl"] <= KL_TIE * least]
         chosen = max(good, key=lambda one: one[0])[1]
         for layer in made - self._held_against([chosen]):
             (self.work / f"teacher.{layer}.safetensors").unlink()
         return chosen
 
-    def _try(self, plan: LayerPlan) -> tuple[float, float]:
-        """(public KL, cosine of the adapter's gradients) of this plan's sub-LLM before anything is trained."""
+    def _try(self, plan: LayerPlan, adapter: dict[str, Tensor], wanted: tuple[Tensor, Tensor]) -> dict[str, float]:
+        """How far this plan's sub-LLM is from the full LLM, whose answers are `wanted`, before anything is trained."""
         spec, count, first = self._lora_spec(plan), len(self.used), min(plan.retained)
-        adapter = lora.initial(spec.adapter, self.settings.seed)
         emulator = lora.initial([item for item in spec.emulator if item.layer is not None], self.settings.seed)
         ids = [*self.used, *self.held_out]
         below = self._target(first - 1) if first else torch.stack(stream(self.source, (), ids)).to(self.device)
         with contextlib.suppress(UsageProblem):  # of this family nothing can be solved for: unaligned, then
-            emulator = closed_form.align(
-                self.source,
-                plan,
-                self.used,
-                list(below[:count]),
-                {group.start: self._target(group.removed[-1])[:count] for group in plan.groups},
-                emulator,
-                spec.scale,
-                compute_dtype=self.compute_dtype,
-                device=self.device,
-            )
-        teacher = self._teacher(plan, adapter)
-        border, held_out = self._target(plan.emulator[-1])[count:], torch.stack(self.held_out)
-        with torch.no_grad():
-            final = torch.cat([teacher.hidden(states=states) for states in border.split(8)])
-        wanted = drift.adapter_gradient(teacher, plan.adapter, border, held_out)
-        del teacher
+            emulator = self._solve(self.source, plan, below[:count], emulator, spec.scale)
         trained = tuple(layer for layer in plan.kept if layer >= first)
         student = build(self.source, trained, compute_dtype=self.compute_dtype, device=self.device)
         lora.attach(student, spec, lora.on(trained, {**emulator, **adapter}))
-        made = drift.adapter_gradient(student, plan.adapter, below[count:], held_out)
-        kl, cosine = oda.public_kl(student, below[count:], final), drift.cosine(wanted, made)
+        found = self._apart(student, plan.adapter, below[count:], wanted)
         n, p = len(plan.groups[0].removed), len(plan.groups)
-        self.report({"stage": "choosing groups", "layers_per_group": n, "groups": p, "kl": kl, "cosine": cosine})
-        return kl, cosine
+        self.report({"stage": "choosing groups", "layers_per_group": n, "groups": p, **found})
+        return found
 
     def _progress(self, stage: str) -> Callable[[int, int], None]:
         return lambda done, total: self.report({"stage": stage, "done": done, "total": total})
@@ -496,7 +480,9 @@ class Preparation:
         student, states = self._student(bundle, bundle.emulator_lora(), adapter)
         kl["quantized"] = oda.public_kl(student, states[len(self.used) :], wanted)
         if self.settings.align.closed_form:
-            lora.load(student, self._solve(bundle, states[: len(self.used)]))
+            begun = lora.on(plan.emulator, bundle.emulator_lora())
+            solved = self._solve(bundle, plan, states[: len(self.used)], begun, bundle.manifest.lora.scale)
+            lora.load(student, solved)
             kl["closed_form"] = oda.public_kl(student, states[len(self.used) :], wanted)
         emulator = self._train(student, plan, states, final, self.settings.align.steps, version=0)
         kl["aligned"] = oda.public_kl(student, states[len(self.used) :], wanted)
@@ -505,17 +491,19 @@ class Preparation:
         write_durably_json(kl_done, kl)
         return emulator, kl
 
-    def _solve(self, bundle: Bundle, states: Tensor) -> dict[str, Tensor]:
+    def _solve(
+        self, source: LayerSource, plan: LayerPlan, states: Tensor, emulator: dict[str, Tensor], scale: float
+    ) -> dict[str, Tensor]:
         """The emulator LoRA in closed form. states: (N, T, C) of the public blocks below its first layer."""
-        held_against = self.method.held_against(bundle.plan)
+        held_against = self.method.held_against(plan)
         return closed_form.align(
-            bundle,
-            bundle.plan,
+            source,
+            plan,
             self.used,
             list(states),
             {layer: self._target(other)[: len(self.used)] for layer, other in held_against.items()},
-            lora.on(bundle.plan.emulator, bundle.emulator_lora()),
-            bundle.manifest.lora.scale,
+            emulator,
+            scale,
             compute_dtype=self.compute_dtype,
             device=self.device,
             progress=self._progress("solving for the emulator LoRA"),
@@ -554,16 +542,25 @@ class Preparation:
 
     def probe(self, adapter_master: dict[str, Tensor], emulator_view: dict[str, Tensor]) -> dict[str, float]:
         """How far sub-LLM and full LLM are apart with the current adapter LoRA, on the held-out blocks."""
-        bundle, first = Bundle.open(self.run_dir / "bundle"), len(self.used)
-        adapter, ids = bundle.plan.adapter, torch.stack(self.held_out)
-        teacher, border = self._teacher(bundle.plan, adapter_master), self._target(bundle.plan.emulator[-1])[first:]
+        bundle = Bundle.open(self.run_dir / "bundle")
+        wanted = self._wanted(bundle.plan, adapter_master)
+        student, states = self._student(bundle, emulator_view, adapter_master)
+        return self._apart(student, bundle.plan.adapter, states[len(self.used) :], wanted)
+
+    def _wanted(self, plan: LayerPlan, adapter: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """On the held-out blocks the full LLM's final hidden (N, T, C) with this adapter LoRA, and its gradient (P,)."""
+        teacher, border = self._teacher(plan, adapter), self._target(plan.emulator[-1])[len(self.used) :]
         with torch.no_grad():
             final = torch.cat([teacher.hidden(states=states) for states in border.split(8)])
-        wanted = drift.adapter_gradient(teacher, adapter, border, ids)
-        del teacher
-        student, states = self._student(bundle, emulator_view, adapter_master)
-        made = drift.adapter_gradient(student, adapter, states[first:], ids)
-        return {"kl": oda.public_kl(student, states[first:], final), "cosine": drift.cosine(wanted, made)}
+        return final, drift.adapter_gradient(teacher, plan.adapter, border, torch.stack(self.held_out))
+
+    def _apart(
+        self, student: SubLLM, adapter: Sequence[int], states: Tensor, wanted: tuple[Tensor, Tensor]
+    ) -> dict[str, float]:
+        """Public KL, and the cosine of the adapter's gradients. states: (N, T, C) of the held-out blocks below the student."""
+        final, gradient = wanted
+        made = drift.adapter_gradient(student, adapter, states, torch.stack(self.held_out))
+        return {"kl": oda.public_kl(student, states, final), "cosine": drift.cosine(gradient, made)}
 
     def realign(
         self,

@@ -125,7 +125,7 @@ def test_the_nearest_of_the_shapes_is_taken(chosen: tuple[RunSettings, list[dict
     assert all(0 < one["cosine"] < 1 for one in tried)
 
 
-def test_a_shapes_kl_is_that_of_a_run_of_this_shape_aligned_in_closed_form(
+def test_a_shape_is_measured_as_a_run_of_it_that_is_aligned_in_closed_form(
     tmp_path: Path, chosen: tuple[RunSettings, list[dict[str, Any]]], tiny_llama: Path
 ) -> None:
     _, tried = chosen
@@ -133,8 +133,11 @@ def test_a_shapes_kl_is_that_of_a_run_of_this_shape_aligned_in_closed_form(
     unquantized = {"adapter_base": "bf16", "emulator_base": "bf16"}
     shape = {"layers_per_group": one["layers_per_group"], "groups": one["groups"]}
     align = {**TABLES["align"], "closed_form": True}
-    made = prepare(make_run(tmp_path, tiny_llama, align=align, method={**shape, **unquantized}))
-    assert made["public_kl"]["closed_form"] == pytest.approx(one["kl"], rel=1e-4)
+    settings = make_run(tmp_path, tiny_llama, align=align, method={**shape, **unquantized})
+    assert prepare(settings)["public_kl"]["closed_form"] == pytest.approx(one["kl"], rel=1e-4)
+    bundle = Bundle.open(settings.run_dir / "bundle")
+    probed = Preparation(settings).probe(bundle.adapter_lora(), bundle.emulator_lora())
+    assert probed == pytest.approx({"kl": one["kl"], "cosine": one["cosine"]}, rel=1e-4)
 
 
 def test_no_more_teacher_targets_stay_on_disk_than_an_alignment_reads(
