@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "fedsoda_hub" / "demo" / "model"
 LIKE_TASK_ROWS = 2000  # unlabelled, of rows that no edge is dealt
 DOLLY_EVAL_ROWS = 1500
+GRADIENT_SAMPLES = 256
 DOLLY_LENGTH = 200  # characters; longer instructions are left out
 
 BASE: dict[str, dict[str, Any]] = {
@@ -192,8 +193,17 @@ def gradient_agreement(path: Path) -> dict[str, list[float]]:
         settings = comparison.settings[cell.variant]
         bundle = Bundle.open(path.parent / "cells" / "memory" / cell.directory / "run.run" / "bundle")
         tokenizer = SampleTokenizer(MODEL / "tokenizer.json", source.fields.get("eos_token_id"))
-        rows = path.parent / comparison.compare.data[0]
-        samples = read_samples(LocalData(rows), settings.prompt, settings.completion, tokenizer, 96).samples[:256]
+        samples = [
+            sample
+            for name in comparison.compare.data  # of dolly's users each has a few categories
+            for sample in read_samples(
+                LocalData(path.parent / name),
+                settings.prompt,
+                settings.completion,
+                tokenizer,
+                settings.local.max_length,
+            ).samples[: GRADIENT_SAMPLES // len(comparison.compare.data)]
+        ]
         made = adapter_gradient(bundle, bundle.plan.swept, bundle.emulator_lora(), bundle, samples)
         wanted = adapter_gradient(source, bundle.plan.emulator, {}, bundle, samples)
         found.setdefault(cell.variant, []).append(drift.cosine(made, wanted))
