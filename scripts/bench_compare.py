@@ -35,27 +35,29 @@ MODEL = ROOT / "fedsoda_hub" / "demo" / "model"
 LIKE_TASK_ROWS = 2000  # unlabelled, of rows that no edge is dealt
 DOLLY_EVAL_ROWS = 1500
 GRADIENT_SAMPLES = 256
+DOLLY_USERS = 6
 DOLLY_LENGTH = 200  # characters; longer instructions are left out
 
 BASE: dict[str, dict[str, Any]] = {
     "compare": {
-        "rows": 6400,
-        "edges": 8,
+        "rows": 2400,
+        "edges": 6,
         "seeds": [0, 1, 2],
-        "eval_rows": 2000,
-        "eval_every": 5,
+        "eval_rows": 1500,
+        "eval_every": 6,
         "baselines": ["untouched"],
     },
+    "method": {"realign_every": 6},
     "public": {"sequences": 96, "length": 96},
     "align": {"border_map": "none", "steps": 60, "realign_steps": 15, "learning_rate": 3e-3},
-    "rounds": {"count": 10},
-    "local": {"epochs": 100, "max_steps": 50, "learning_rate": 2e-3, "max_length": 96},
+    "rounds": {"count": 12},
+    "local": {"epochs": 100, "max_steps": 25, "learning_rate": 2e-3, "max_length": 96},
 }
 QUICK: dict[str, dict[str, Any]] = {
-    "compare": {"rows": 1200, "seeds": [0], "eval_rows": 500},
-    "align": {**BASE["align"], "steps": 30, "realign_steps": 5},
+    "compare": {"rows": 1200, "edges": 4, "seeds": [0], "eval_rows": 500, "eval_every": 0},
+    "public": {"sequences": 48, "length": 64},
+    "align": {**BASE["align"], "steps": 20, "realign_steps": 5},
     "rounds": {"count": 4},
-    "local": {**BASE["local"], "max_steps": 40},
 }
 TASKS: dict[str, dict[str, Any]] = {
     "sst2": {"prompt": "Review: {sentence}\nSentiment:", "completion": "{label}"},
@@ -122,8 +124,8 @@ def write_sst2(directory: Path, data: Path) -> tuple[list[str], str]:
 
 
 def write_dolly(directory: Path, data: Path) -> tuple[list[str], str]:
-    """Ten users, each with a few of eight categories; what is judged was drawn from all of them. As `write_sst2`."""
-    users = [data / "dolly_federated" / f"local_training_{user}.json" for user in range(10)]
+    """Users, each with a few of eight categories; what is judged was drawn from all of them. As `write_sst2`."""
+    users = [data / "dolly_federated" / f"local_training_{user}.json" for user in range(DOLLY_USERS)]
     found = {
         row["instruction"]: {"user": user.stem, "instruction": row["instruction"], "category": row["category"]}
         for user in users
