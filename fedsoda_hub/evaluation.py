@@ -60,14 +60,22 @@ class Question:
 
 @dataclass(frozen=True)
 class Answers:
-    """One model's answers. chosen: its completion per question. nll: mean over all completion ids of the data.
+    """One model's answers.
 
-    scores: (questions, choices) total log-likelihood with eos; None without choices.
+    Args:
+        chosen: its completion per question.
+        losses: (questions,) nats of each question's own completion, eos included, by the data's mean number of completion ids.
+        scores: (questions, choices) total log-likelihood with eos; None without choices.
     """
 
     chosen: list[str]
-    nll: float
+    losses: Tensor
     scores: Tensor | None
+
+    @property
+    def nll(self) -> float:
+        """Nats a completion id, mean over all of the data."""
+        return float(self.losses.mean())
 
 
 @dataclass(frozen=True)
@@ -224,12 +232,12 @@ class Evaluator:
         tail = build(model.source, model.above, compute_dtype=self._compute_dtype, device=self._device)
         lora.attach(tail, model.spec, {**lora.on(model.above, model.emulator_lora), **model.adapter_lora})
         scores = log_likelihoods(tail, self._samples, states)
-        nll = -float(scores[self._gold].sum()) / sum(self.supervised_ids())
+        losses = -scores[self._gold] * (len(self.questions) / sum(self.supervised_ids()))
         if not self.choices:
-            return Answers(self._generate(model), nll, None)
+            return Answers(self._generate(model), losses, None)
         table = scores.reshape(len(self.questions), len(self.choices))
         # argmax takes the first of equals, and choices are sorted: ties go to the first in sorted order.
-        return Answers([self.choices[int(i)] for i in table.argmax(dim=1)], nll, table)
+        return Answers([self.choices[int(i)] for i in table.argmax(dim=1)], losses, table)
 
     def _generate(self, model: Judged) -> list[str]:
         whole = build(

@@ -35,6 +35,7 @@ from fedsoda_hub.compare.central import train_central
 from fedsoda_hub.compare.pictures import write_pages
 from fedsoda_hub.compare.settings import Cell, Comparison
 from fedsoda_hub.compare.splits import choose, deal
+from fedsoda_hub.compare.statistics import MAX_LOSS
 from fedsoda_hub.compare.summary import summarise
 from fedsoda_hub.config import RunSettings, write_toml
 from fedsoda_hub.evaluation import Evaluator, Judged
@@ -316,17 +317,17 @@ class _Run:
         rounds: list[Result] = []
         for record in closed:
             is_last = record.round == settings.rounds.count
-            right = None
+            answered: Result | None = None
             if is_last or (every and record.round % every == 0 and cell.alone is None):
                 self._alive()
                 models = judge.models(record.master, state.emulator_view, state.manifest)
-                right = _right(judge.evaluator, models["plug_in"])
+                answered = _answered(judge.evaluator, models["plug_in"])
             sizes = [(up, down) for _, number, up, down in traffic if number == record.round]
             rounds.append(
                 {
                     "round": record.round,
                     "master": record.master,
-                    "accuracy": None if right is None else _share(right),
+                    "accuracy": None if answered is None else _share(answered),
                     "bytes_up": sum(up for up, _ in sizes),
                     "bytes_down": sum(down for _, down in sizes),
                 }
@@ -335,10 +336,10 @@ class _Run:
             "cell": str(cell),
             "edges": settings.rounds.min_edges,
             "rounds": rounds,
-            "right": {"plug_in": right},
+            "answered": {"plug_in": answered},
         }
         if cell.alone is None:
-            result["right"]["sub_llm"] = _right(judge.evaluator, models["sub_llm"])
+            result["answered"]["sub_llm"] = _answered(judge.evaluator, models["sub_llm"])
             result["public_kl"] = next(record.public_kl for record in records if isinstance(record, Prepared))
             result["costs"] = self._costs(settings)
         judge.forget(models)
@@ -389,7 +390,7 @@ class _Run:
         def judged() -> Result:
             Preparation(settings, self._alive).run()
             judge = self._judge(settings)
-            return {"right": _right(judge.evaluator, judge.judged({}, {})["full"])}
+            return {"answered": _answered(judge.evaluator, judge.judged({}, {})["full"])}
 
         return await self._once("untouched", self._fingerprint(settings, {}), judged)
 
@@ -410,11 +411,12 @@ class _Run:
             _write_rows(data, [self._rows[row] for row in rows])
             trained = train_central(prepared, data, [len(part) for part in parts], rates, said)
             judge = self._judge(prepared)
-            right = {
-                rate: _right(judge.evaluator, judge.judged(adapter, {})["plug_in"]) for rate, adapter in trained.items()
+            answered = {
+                rate: _answered(judge.evaluator, judge.judged(adapter, {})["plug_in"])
+                for rate, adapter in trained.items()
             }
-            best = max(rates, key=lambda rate: _share(right[rate]))
-            return {"right": right[best], "learning_rate": best}
+            best = max(rates, key=lambda rate: _share(answered[rate]))
+            return {"answered": answered[best], "learning_rate": best}
 
         about = json.dumps([list(rates), sorted(map(len, parts))])
         fingerprint = self._fingerprint(settings, {about: rows})
@@ -456,12 +458,18 @@ def _link(source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
-def _right(evaluator: Evaluator, model: Judged) -> str:
-    """A 1 or 0 for each question."""
-    return "".join("01"[right] for right in evaluator.right(evaluator.answers(model)))
+def _answered(evaluator: Evaluator, model: Judged) -> Result:
+    """right: a 1 or 0 for each question. losses: of each, as `Answers` has them; JSON has no NaN."""
+    answers = evaluator.answers(model)
+    losses = answers.losses.nan_to_num(MAX_LOSS).clamp(max=MAX_LOSS)
+    return {
+        "right": "".join("01"[right] for right in evaluator.right(answers)),
+        "losses": [round(loss, 6) for loss in losses.tolist()],
+    }
 
 
-def _share(right: str) -> float:
+def _share(answered: Result) -> float:
+    right: str = answered["right"]
     return right.count("1") / len(right)
 
 

@@ -3,22 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 DRAWS = 2000
-Right = NDArray[np.float64]  # (seeds, questions), 1 where answered rightly
+MAX_LOSS = 1e4  # nats; of a model that says no number
+Array = NDArray[np.float64]  # (seeds, questions)
 
 
-def difference(one: Right, other: Right) -> dict[str, Any]:
-    """Accuracy of one minus the other in points, with its paired 95 % interval: percentile bootstrap over seeds and
-    questions (Efron and Tibshirani 1993, chapter 13).
+@dataclass(frozen=True)
+class Answered:
+    """By seed and question: right is 1 where answered rightly, losses as `evaluation.Answers` has them."""
+
+    right: Array
+    losses: Array
+
+
+def difference(one: Answered, other: Answered) -> dict[str, Any]:
+    """One minus the other, accuracy in points and loss in nats a completion id, each with its paired 95 % interval and
+    whether that excludes 0."""
+    points, nats = _interval(100 * (one.right - other.right)), _interval(one.losses - other.losses)
+    return {
+        "points": points.mean,
+        "interval_95": [points.low, points.high],
+        "is_shown": points.excludes_0,
+        "loss": {"nats": nats.mean, "interval_95": [nats.low, nats.high], "is_shown": nats.excludes_0},
+    }
+
+
+@dataclass(frozen=True)
+class Interval:
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def excludes_0(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+
+def _interval(gap: Array) -> Interval:
+    """Of the mean, 95 %: percentile bootstrap over seeds and questions (Efron and Tibshirani 1993, chapter 13).
 
     One seed cannot be drawn otherwise: the interval is then over the questions alone.
     """
-    gap = one - other
     seeds, questions = gap.shape
     chance = np.random.default_rng(0)
     drawn = [
@@ -26,13 +57,7 @@ def difference(one: Right, other: Right) -> dict[str, Any]:
         for _ in range(DRAWS)
     ]
     low, high = np.quantile(drawn, [0.025, 0.975])
-    return {"points": 100 * float(gap.mean()), "interval_95": [100 * float(low), 100 * float(high)]}
-
-
-def is_shown(found: dict[str, Any]) -> bool:
-    """Whether the interval excludes 0."""
-    low, high = found["interval_95"]
-    return bool(low > 0 or high < 0)
+    return Interval(float(gap.mean()), float(low), float(high))
 
 
 def mean_and_spread(values: Sequence[float]) -> dict[str, Any]:

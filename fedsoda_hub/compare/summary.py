@@ -11,7 +11,7 @@ import numpy as np
 
 from fedsoda_edge.ports.console import human_bytes
 from fedsoda_hub.compare.settings import Cell, Comparison
-from fedsoda_hub.compare.statistics import Right, difference, first_at, is_shown, mean_and_spread
+from fedsoda_hub.compare.statistics import Answered, difference, first_at, mean_and_spread
 
 Results = Mapping[Cell | str, dict[str, Any]]
 
@@ -22,7 +22,7 @@ def summarise(comparison: Comparison, results: Results, transport: str) -> dict[
     splits = {split: _of_split(comparison, results, split) for split in compare.splits}
     return {
         "transport": transport,
-        "eval_rows": len(next(iter(_rights(results)))),
+        "eval_rows": next(len(one["answered"]["plug_in"]["right"]) for one in results.values() if "answered" in one),
         "compare": msgspec.to_builtins(compare),
         "variants": comparison.overrides,
         "baseline_of": comparison.baseline_of,
@@ -30,30 +30,38 @@ def summarise(comparison: Comparison, results: Results, transport: str) -> dict[
         "dealt": {s: {f"{seed}": results[f"dealt {s} {seed}"] for seed in compare.seeds} for s in compare.splits},
         "splits": splits,
         "orderings": [
-            f"{split}: {found['one' if found['points'] > 0 else 'other']} above "
-            f"{found['other' if found['points'] > 0 else 'one']} by {abs(found['points']):.1f} points"
-            for split, of in splits.items()
-            for found in of["differences"]
-            if found["is_shown"]
+            line for split, of in splits.items() for found in of["differences"] for line in _orderings(split, found)
         ],
     }
 
 
-def _rights(results: Results) -> list[str]:
-    return [one["right"]["plug_in"] for key, one in results.items() if isinstance(key, Cell)]
+def _orderings(split: str, found: Mapping[str, Any]) -> list[str]:
+    """What a difference shows: one by accuracy, one by loss, or none."""
+    lines = []
+    if found["is_shown"]:
+        better, worse = ("one", "other") if found["points"] > 0 else ("other", "one")
+        lines.append(f"{split}: {found[better]} above {found[worse]} by {abs(found['points']):.1f} points")
+    if found["loss"]["is_shown"]:
+        nats = found["loss"]["nats"]
+        better, worse = ("one", "other") if nats < 0 else ("other", "one")
+        lines.append(f"{split}: {found[better]} below {found[worse]} by {abs(nats):.3f} nats a completion id")
+    return lines
 
 
-def _array(rights: Sequence[str]) -> Right:
-    return np.array([[float(right) for right in seed] for seed in rights])
+def _of_seeds(answered: Sequence[Mapping[str, Any]]) -> Answered:
+    return Answered(
+        np.array([[float(right) for right in seed["right"]] for seed in answered]),
+        np.array([seed["losses"] for seed in answered]),
+    )
 
 
 def _of_split(comparison: Comparison, results: Results, split: str) -> dict[str, Any]:
     compare = comparison.compare
-    answers: dict[str, Right] = {}
+    answers: dict[str, Answered] = {}
     rows: dict[str, Any] = {}
     for variant in comparison.settings:
         cells = [results[Cell(variant, split, seed)] for seed in compare.seeds]
-        answers[variant] = _array([cell["right"]["plug_in"] for cell in cells])
+        answers[variant] = _of_seeds([cell["answered"]["plug_in"] for cell in cells])
         rows[variant] = _of_variant(cells, comparison.settings[variant].rounds.cohort)
     level = rows[comparison.level_of]["plug_in"]["mean"]
     for row in rows.values():
@@ -62,60 +70,68 @@ def _of_split(comparison: Comparison, results: Results, split: str) -> dict[str,
         at = next((one for one in row["by_round"] if one["round"] == number), None)
         row["to_level"] = {"level": level, "rounds": number, "bytes": at and at["bytes_up"] + at["bytes_down"]}
     baselines = _baselines(comparison, results, split)
-    answers |= {name: _array(rights) for name, rights in baselines.items() if name != "alone"}
+    answers |= {name: _of_seeds(answered) for name, answered in baselines.items()}
     alone = _alone(comparison, results, split)
     if alone:
-        answers["best edge alone"] = _array([max(seed, key=lambda right: right.count("1")) for seed in alone])
+        answers["best edge alone"] = _of_seeds([max(edges, key=lambda one: one["right"].count("1")) for edges in alone])
     return {
         "variants": rows,
         "baselines": {
             "untouched": _accuracies(answers, "untouched"),
             "alone": {
                 "best": _accuracies(answers, "best edge alone"),
-                "mean": mean_and_spread([float(_array(seed).mean()) for seed in alone]),
+                "mean": mean_and_spread([float(_of_seeds(edges).right.mean()) for edges in alone]),
             }
             if alone
             else None,
             "central": _accuracies(answers, "central"),
+            "losses": {name: _mean_loss(answers[name]) for name in answers if name not in rows},
         },
         "differences": [
-            {"one": one, "other": other, **found, "is_shown": is_shown(found)}
+            {"one": one, "other": other, **difference(answers[one], answers[other])}
             for one, other in combinations(answers, 2)
-            for found in [difference(answers[one], answers[other])]
         ],
     }
 
 
-def _baselines(comparison: Comparison, results: Results, split: str) -> dict[str, list[str]]:
+def _baselines(comparison: Comparison, results: Results, split: str) -> dict[str, list[dict[str, Any]]]:
     """Answers of each seed."""
     compare, found = comparison.compare, {}
     if "untouched" in compare.baselines:
-        found["untouched"] = [results["untouched"]["right"]] * len(compare.seeds)
+        found["untouched"] = [results["untouched"]["answered"]] * len(compare.seeds)
     if "central" in compare.baselines:
-        found["central"] = [results[f"central {split} {seed}"]["right"] for seed in compare.seeds]
+        found["central"] = [results[f"central {split} {seed}"]["answered"] for seed in compare.seeds]
     return found
 
 
-def _alone(comparison: Comparison, results: Results, split: str) -> list[list[str]]:
+def _alone(comparison: Comparison, results: Results, split: str) -> list[list[dict[str, Any]]]:
     """Answers of each edge trained alone, by seed."""
     if "alone" not in comparison.compare.baselines:
         return []
     return [
         [
-            results[Cell(comparison.baseline_of, split, seed, edge)]["right"]["plug_in"]
+            results[Cell(comparison.baseline_of, split, seed, edge)]["answered"]["plug_in"]
             for edge in range(len(results[f"dealt {split} {seed}"]))
         ]
         for seed in comparison.compare.seeds
     ]
 
 
-def _accuracies(answers: Mapping[str, Right], name: str) -> dict[str, Any] | None:
-    return mean_and_spread(answers[name].mean(axis=1).tolist()) if name in answers else None
+def _accuracies(answers: Mapping[str, Answered], name: str) -> dict[str, Any] | None:
+    return _mean_accuracy(answers[name]) if name in answers else None
+
+
+def _mean_accuracy(answered: Answered) -> dict[str, Any]:
+    return mean_and_spread(answered.right.mean(axis=1).tolist())
+
+
+def _mean_loss(answered: Answered) -> dict[str, Any]:
+    return mean_and_spread(answered.losses.mean(axis=1).tolist())
 
 
 def _of_variant(cells: Sequence[dict[str, Any]], cohort: int) -> dict[str, Any]:
     """Means over seeds. Bytes of `by_round` are of all edges until then; of `bytes`, of an invited edge in a round."""
-    plug_in, sub_llm = (_array([cell["right"][which] for cell in cells]) for which in ("plug_in", "sub_llm"))
+    plug_in, sub_llm = (_of_seeds([cell["answered"][which] for cell in cells]) for which in ("plug_in", "sub_llm"))
     totals = {"bytes_up": 0.0, "bytes_down": 0.0}
     by_round = []
     for rounds in zip(*(cell["rounds"] for cell in cells), strict=True):
@@ -129,8 +145,9 @@ def _of_variant(cells: Sequence[dict[str, Any]], cohort: int) -> dict[str, Any]:
         for name in cells[0]["costs"]
     }
     return {
-        "plug_in": mean_and_spread(plug_in.mean(axis=1).tolist()),
-        "sub_llm": mean_and_spread(sub_llm.mean(axis=1).tolist()),
+        "plug_in": _mean_accuracy(plug_in),
+        "sub_llm": _mean_accuracy(sub_llm),
+        "loss": {"plug_in": _mean_loss(plug_in), "sub_llm": _mean_loss(sub_llm)},
         "by_round": by_round,
         "bytes": {
             "up_per_edge_round": totals["bytes_up"] / invited,
@@ -162,6 +179,22 @@ def markdown(report: Mapping[str, Any]) -> str:
                     [label, *(_percent(found) for found in row)]
                     for label, row in _baseline_rows(splits).items()
                     if any(row)
+                ),
+            ],
+        ),
+    ]
+    parts += [
+        "## Loss of the plug-in, nats a completion id\n",
+        _table(
+            ["", *splits],
+            [
+                *(
+                    [name, *(_nats(of["variants"][name]["loss"]["plug_in"]) for of in splits.values())]
+                    for name in names
+                ),
+                *(
+                    [label, *(_nats(of["baselines"]["losses"][label]) for of in splits.values())]
+                    for label in next(iter(splits.values()))["baselines"]["losses"]
                 ),
             ],
         ),
@@ -223,6 +256,11 @@ def _percent(found: Mapping[str, Any] | None) -> str:
         return ""
     spread = "" if found["spread"] is None else f" ± {100 * found['spread']:.1f}"
     return f"{100 * found['mean']:.1f}{spread}"
+
+
+def _nats(found: Mapping[str, Any]) -> str:
+    spread = "" if found["spread"] is None else f" ± {found['spread']:.3f}"
+    return f"{found['mean']:.3f}{spread}"
 
 
 def _or_never(value: Any, shown: Any) -> str:

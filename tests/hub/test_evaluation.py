@@ -179,8 +179,8 @@ def test_a_generated_answer_is_right_by_its_text_or_its_last_number(made: str, w
 
 def test_among_choices_only_the_very_one_is_right(tiny_llama: Path) -> None:
     judge = evaluator(tiny_llama, [Question("p", "grade 1"), Question("p", "level 1")])
-    assert judge.accuracy(Answers(["grade 1", "grade 1"], 0.0, torch.zeros(2, 2))) == 0.5
-    assert judge.accuracy(Answers(["grade 1", "grade 1"], 0.0, None)) == 1.0
+    assert judge.accuracy(Answers(["grade 1", "grade 1"], torch.zeros(2), torch.zeros(2, 2))) == 0.5
+    assert judge.accuracy(Answers(["grade 1", "grade 1"], torch.zeros(2), None)) == 1.0
 
 
 @pytest.mark.parametrize("gold", ["yes", "a right answer longer than the usual room"])
@@ -199,7 +199,7 @@ def test_without_choices_the_greedy_generation_is_the_answer(
     assert answers.chosen == expected
     assert answers.scores is None
     assert judge.auc(answers) is None
-    assert judge.accuracy(Answers([gold, "other"], 0.0, None)) == 0.5
+    assert judge.accuracy(Answers([gold, "other"], torch.zeros(2), None)) == 0.5
 
 
 def greedily(model: Any, tokenizer: Any, prompt: str, room: int) -> str:

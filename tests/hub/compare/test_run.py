@@ -51,7 +51,8 @@ def test_the_report_is_as_promised(calm: tuple[Path, Path, dict[str, Any]]) -> N
     assert of["variants"]["aligned"]["to_level"]["rounds"] in (1, 2)  # its own
     assert {one["rows"] for one in report["dealt"]["iid"]["0"].values()} == {16}
     assert len(of["differences"]) == 10  # each pair of two variants and three baselines
-    assert len(report["orderings"]) == sum(one["is_shown"] for one in of["differences"])
+    assert len(report["orderings"]) == sum(one["is_shown"] + one["loss"]["is_shown"] for one in of["differences"])
+    assert set(of["baselines"]["losses"]) == {"untouched", "best edge alone", "central"}
 
 
 def test_the_tables_have_the_papers_columns(calm: tuple[Path, Path, dict[str, Any]]) -> None:
@@ -72,10 +73,27 @@ def test_the_tables_have_the_papers_columns(calm: tuple[Path, Path, dict[str, An
 def test_orderings_are_claimed_only_where_the_interval_excludes_0(calm: tuple[Path, Path, dict[str, Any]]) -> None:
     _, _, report = calm
     assert "None.\n" in markdown({**report, "orderings": []})
-    for found in report["splits"]["iid"]["differences"]:
-        low, high = found["interval_95"]
-        claim = any(found["one"] in line and found["other"] in line for line in report["orderings"])
-        assert claim == (low > 0 or high < 0)
+    of = report["splits"]["iid"]
+    for found in of["differences"]:
+        claims = [line for line in report["orderings"] if found["one"] in line and found["other"] in line]
+        for unit, (low, high) in (
+            ("points", found["interval_95"]),
+            ("nats a completion id", found["loss"]["interval_95"]),
+        ):
+            assert any(line.endswith(unit) for line in claims) == (low > 0 or high < 0)
+
+
+def test_a_loss_is_a_difference_too(calm: tuple[Path, Path, dict[str, Any]]) -> None:
+    _, _, report = calm
+    of = report["splits"]["iid"]
+    losses = {name: row["loss"]["plug_in"]["mean"] for name, row in of["variants"].items()}
+    losses |= {name: found["mean"] for name, found in of["baselines"]["losses"].items()}
+    assert losses["central"] < losses["untouched"]
+    for found in of["differences"]:
+        assert found["loss"]["nats"] == pytest.approx(losses[found["one"]] - losses[found["other"]], abs=1e-9)
+    text = Path(report["markdown"]).read_text()
+    for name, loss in losses.items():
+        assert f"| {name} | {loss:.3f} |" in text
 
 
 def test_the_page_holds_its_pictures_and_fetches_nothing(calm: tuple[Path, Path, dict[str, Any]]) -> None:
@@ -126,7 +144,7 @@ def test_a_comparison_that_was_stopped_goes_on_to_the_same_report(
         ]
         ours_and_theirs = [[one["master"] for one in result["rounds"]] for result in results]
         assert ours_and_theirs[0] == ours_and_theirs[1]
-        assert results[0]["right"] == results[1]["right"]
+        assert results[0]["answered"] == results[1]["answered"]
 
 
 @pytest.mark.parametrize(
