@@ -1,4 +1,4 @@
-"""Compare what a run can be, on real input: SST-2 and Dolly with the demo's 24-layer model, through `fedsoda-hub compare`.
+"""Compare what a run can be, on real input: SST-2, Dolly and BoolQ with the demo's 24-layer model, by `fedsoda-hub compare`.
 
 A set is some of VARIANTS on a task's splits, written as COMPARE.toml below --out and run there; a second call goes on
 where the first stopped, and sets share the cells they have in common.
@@ -37,6 +37,9 @@ DOLLY_EVAL_ROWS = 1500
 GRADIENT_SAMPLES = 256
 DOLLY_USERS = 6
 DOLLY_LENGTH = 200  # characters; longer instructions are left out
+BOOLQ_LENGTH = 400  # characters; longer passages are left out
+BOOLQ_EVAL_ROWS, BOOLQ_LIKE_TASK_ROWS = 300, 150
+BOOLQ_IDS = 192  # a row
 
 BASE: dict[str, dict[str, Any]] = {
     "compare": {
@@ -62,6 +65,7 @@ QUICK: dict[str, dict[str, Any]] = {
 TASKS: dict[str, dict[str, Any]] = {
     "sst2": {"prompt": "Review: {sentence}\nSentiment:", "completion": "{label}"},
     "dolly": {"prompt": "Instruction: {instruction}\nCategory:", "completion": "{category}"},
+    "boolq": {"prompt": "{passage}\nQuestion: {question}\nAnswer:", "completion": "{answer}"},
 }
 LIKE_TASK = "like_task.jsonl"
 NEVER = {"method": {"realign_every": 0}}
@@ -146,6 +150,21 @@ def write_dolly(directory: Path, data: Path) -> tuple[list[str], str]:
     return [f"{user.stem}.jsonl" for user in users], "eval_rows.jsonl"
 
 
+def write_boolq(directory: Path, data: Path) -> tuple[list[str], str]:
+    """Rows with short passages, of both files. Too few for a model at the majority: what is compared is the loss. As
+    `write_sst2`."""
+    files = [data / "boolq" / name for name in ("train.jsonl", "dev.jsonl")]
+    rows = [json.loads(row) for file in files for row in file.read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in rows if len(row["passage"]) <= BOOLQ_LENGTH]
+    random.Random(0).shuffle(rows)
+    judged, rest = rows[:BOOLQ_EVAL_ROWS], rows[BOOLQ_EVAL_ROWS:]
+    write_rows(directory / "eval_rows.jsonl", judged)
+    like, dealt = rest[:BOOLQ_LIKE_TASK_ROWS], rest[BOOLQ_LIKE_TASK_ROWS:]
+    write_like_task(directory, ({name: row[name] for name in ("passage", "question")} for row in like))
+    write_rows(directory / "train.jsonl", dealt)
+    return ["train.jsonl"], "eval_rows.jsonl"
+
+
 def write_like_task(directory: Path, rows: Iterable[dict[str, str]]) -> None:
     """Unlabelled rows, and their text as public text."""
     rows = list(rows)
@@ -161,7 +180,7 @@ def write(directory: Path, options: argparse.Namespace) -> Path:
     """COMPARE.toml of a set and the rows that it names."""
     directory.mkdir(parents=True, exist_ok=True)
     data = Path(options.shared).resolve() / "data"
-    dealt, judged = (write_sst2 if options.task == "sst2" else write_dolly)(directory, data)
+    dealt, judged = {"sst2": write_sst2, "dolly": write_dolly, "boolq": write_boolq}[options.task](directory, data)
     changes = QUICK if options.quick else {}
     tables = {name: {**table, **changes.get(name, {})} for name, table in BASE.items()}
     splits = ["files"] if options.task == "dolly" else ["dirichlet-0.5"]
@@ -169,6 +188,9 @@ def write(directory: Path, options: argparse.Namespace) -> Path:
         splits.insert(0, "iid")
     tables["compare"] |= {"data": dealt, "splits": options.splits or splits}
     tables["compare"] |= {"seeds": options.seeds} if options.seeds else {}
+    if options.task == "boolq":
+        tables["compare"] |= {"rows": 0}
+        tables["local"] |= {"max_length": BOOLQ_IDS}
     tables["public"]["text"] = str(data / "wikitext2" / "test.txt")
     tables["task"] = {**TASKS[options.task], "eval_data": judged}
     if options.planted_defect:
@@ -243,7 +265,7 @@ def main() -> None:
     parser.add_argument(
         "--shared",
         default=str(ROOT.parent / "shared"),
-        help="directory with data/sst2, data/dolly_federated, data/wikitext2",
+        help="directory with data/sst2, data/dolly_federated, data/boolq, data/wikitext2",
     )
     parser.add_argument("--out", default=str(ROOT / "bench-out" / "compare"))
     parser.add_argument("--planted-defect", action="store_true", help="learning rate 0: no variant may differ")

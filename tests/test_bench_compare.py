@@ -22,7 +22,7 @@ def bench() -> Any:
 
 
 @pytest.mark.parametrize("is_quick", [False, True])
-@pytest.mark.parametrize("task", ["sst2", "dolly"])
+@pytest.mark.parametrize("task", ["sst2", "dolly", "boolq"])
 def test_each_set_is_accepted(bench: Any, tmp_path: Path, shared: Path, task: str, is_quick: bool) -> None:
     for name, variants in bench.SETS.items():
         options = argparse.Namespace(
@@ -38,6 +38,14 @@ def test_each_set_is_accepted(bench: Any, tmp_path: Path, shared: Path, task: st
         comparison = read_comparison(bench.write(tmp_path / task, options))
         assert tuple(comparison.settings) == variants
         assert len(comparison.compare.seeds) == (1 if is_quick else 3)
+
+
+def test_no_row_of_boolq_is_both_dealt_and_judged(bench: Any, tmp_path: Path, shared: Path) -> None:
+    [dealt], judged = bench.write_boolq(tmp_path, shared / "data")
+    kinds = [(tmp_path / name).read_text().splitlines() for name in (dealt, judged, bench.LIKE_TASK)]
+    assert [len(rows) for rows in kinds[1:]] == [300, 150]
+    assert len(kinds[0]) > 450
+    assert not set(kinds[0]).intersection(kinds[1])
 
 
 def test_users_of_dolly_hold_few_categories_and_no_judged_row(bench: Any, tmp_path: Path, shared: Path) -> None:
