@@ -202,7 +202,8 @@ def write(directory: Path, options: argparse.Namespace) -> Path:
     for name in names:
         header = f"variants.{json.dumps(name)}"  # TOML has no + in a bare name
         text += as_toml({f"{header}.{table}": values for table, values in VARIANTS[name].items()} or {header: {}})
-    path = directory / f"{options.set}.toml"
+    some = "".join(f"-{seed}" for seed in options.seeds)  # calls with other seeds may run beside this one
+    path = directory / f"{options.set}{some}.toml"
     path.write_text(text, encoding="utf-8")
     return path
 
