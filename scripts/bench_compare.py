@@ -32,10 +32,10 @@ from fedsoda_hub.compare.settings import read_comparison
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "fedsoda_hub" / "demo" / "model"
-LIKE_TASK_ROWS = 2000  # unlabelled, of rows that no edge is dealt
-DOLLY_EVAL_ROWS = 1500
+LIKE_TASK_ROWS = 500  # unlabelled, of rows that no edge is dealt
+DOLLY_EVAL_ROWS = 400
 GRADIENT_SAMPLES = 256
-DOLLY_USERS = 6
+DOLLY_USERS = 4
 DOLLY_LENGTH = 200  # characters; longer instructions are left out
 BOOLQ_LENGTH = 400  # characters; longer passages are left out
 BOOLQ_EVAL_ROWS, BOOLQ_LIKE_TASK_ROWS = 300, 150
@@ -43,21 +43,21 @@ BOOLQ_IDS = 192  # a row
 
 BASE: dict[str, dict[str, Any]] = {
     "compare": {
-        "rows": 2400,
-        "edges": 6,
+        "rows": 1600,
+        "edges": 4,
         "seeds": [0, 1, 2],
-        "eval_rows": 1500,
-        "eval_every": 6,
+        "eval_rows": 1000,
+        "eval_every": 8,
         "baselines": ["untouched"],
     },
-    "method": {"realign_every": 6},
+    "method": {"realign_every": 8},
     "public": {"sequences": 96, "length": 96},
     "align": {"border_map": "none", "steps": 60, "realign_steps": 15, "learning_rate": 3e-3},
-    "rounds": {"count": 12},
-    "local": {"epochs": 100, "max_steps": 25, "learning_rate": 2e-3, "max_length": 96},
+    "rounds": {"count": 16},
+    "local": {"epochs": 100, "max_steps": 50, "learning_rate": 2e-3, "max_length": 96},
 }
 QUICK: dict[str, dict[str, Any]] = {
-    "compare": {"rows": 1200, "edges": 4, "seeds": [0], "eval_rows": 500, "eval_every": 0},
+    "compare": {"rows": 1200, "seeds": [0], "eval_rows": 500, "eval_every": 0},
     "public": {"sequences": 48, "length": 64},
     "align": {**BASE["align"], "steps": 20, "realign_steps": 5},
     "rounds": {"count": 4},
@@ -188,6 +188,8 @@ def write(directory: Path, options: argparse.Namespace) -> Path:
         splits.insert(0, "iid")
     tables["compare"] |= {"data": dealt, "splits": options.splits or splits}
     tables["compare"] |= {"seeds": options.seeds} if options.seeds else {}
+    if options.task == "dolly":
+        tables["local"] |= {"max_steps": 25}  # it is learned in half the steps
     if options.task == "boolq":
         tables["compare"] |= {"rows": 0}
         tables["local"] |= {"max_length": BOOLQ_IDS}

@@ -52,6 +52,6 @@ def test_users_of_dolly_hold_few_categories_and_no_judged_row(bench: Any, tmp_pa
     files, judged = bench.write_dolly(tmp_path, shared / "data")
     held = [(tmp_path / file).read_text().splitlines() for file in files]
     asked = set((tmp_path / judged).read_text().splitlines())
-    assert len(held) == 6
-    assert len(asked) == 1500
+    assert len(held) == 4
+    assert len(asked) == 400
     assert all(rows and not asked.intersection(rows) for rows in held)
