@@ -27,8 +27,9 @@ from fedsoda_edge.ports.disk import BlobStore, write_durably
 from fedsoda_edge.protocol.manifest import LayerPlan, LoRASpec
 from fedsoda_hub.config import RunSettings, Task, read_settings
 from fedsoda_hub.evaluation import Evaluator, Judged, read_questions, summary
+from fedsoda_hub.full_llm import open_full_llm, pick_device
 from fedsoda_hub.ledger import Outcome, read_outcome
-from fedsoda_hub.prepare import bundle_of, open_full_llm, pick_device
+from fedsoda_hub.prepare import bundle_of
 
 KEPT_BORDER_BYTES = 256 << 20  # of evaluation data, between two evaluations of a run
 

@@ -30,7 +30,7 @@ from fedsoda_edge.protocol.manifest import TOKENIZER_FILES, File, LayerPlan, Ten
 from fedsoda_hub.algorithms.fedot import evenly
 from fedsoda_hub.algorithms.methods import method_of
 from fedsoda_hub.config import Method, RunSettings, with_full_emulator
-from fedsoda_hub.prepare import lora_spec
+from fedsoda_hub.full_llm import lora_spec
 
 CLASS_SIZES = (  # of a smaller size class
     *("bundle_bytes", "up_bytes_per_edge_round", "down_bytes_per_edge_round"),

@@ -15,7 +15,7 @@ from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.sub_llm import build
 from fedsoda_edge.training import fine_tune, num_steps
 from fedsoda_hub.config import RunSettings
-from fedsoda_hub.prepare import open_full_llm, pick_device
+from fedsoda_hub.full_llm import open_full_llm, pick_device
 
 
 def train_central(

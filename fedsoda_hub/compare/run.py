@@ -41,9 +41,10 @@ from fedsoda_hub.config import RunSettings, write_toml
 from fedsoda_hub.evaluation import Evaluator, Judged
 from fedsoda_hub.export import RunJudge
 from fedsoda_hub.federation.events import Prepared, RoundClosed
+from fedsoda_hub.full_llm import open_full_llm
 from fedsoda_hub.ledger import Ledger
 from fedsoda_hub.plan import predict
-from fedsoda_hub.prepare import Preparation, made_of, open_full_llm
+from fedsoda_hub.prepare import Preparation, made_of
 
 Say = Callable[[dict[str, Any]], None]
 Result = dict[str, Any]

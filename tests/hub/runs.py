@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 
 import fedsoda_edge.model.bundle as bundle_module
+import fedsoda_hub.full_llm as full_llm_module
 import fedsoda_hub.prepare as prepare_module
 from fedsoda_edge.ports.disk import BlobStore, write_durably
 from fedsoda_edge.protocol.messages import Digest
@@ -83,6 +84,7 @@ def killed_after(writes: int) -> Iterator[None]:
     with (
         mock.patch.object(bundle_module, "write_durably", write),
         mock.patch.object(prepare_module, "write_durably", write),
+        mock.patch.object(full_llm_module, "write_durably", write),
         pytest.raises(Killed),
     ):
         yield

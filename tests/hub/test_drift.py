@@ -32,7 +32,7 @@ def test_the_gradient_is_the_slope_of_the_mean_loss(prepared: RunSettings) -> No
     made = Preparation(prepared)
     bundle = Bundle.open(prepared.run_dir / "bundle")
     plan, spec, adapter = bundle.plan, bundle.manifest.lora, adapter_of(prepared, 3)
-    ids = torch.stack(made.used[:6])
+    ids = torch.stack(made.llm.used[:6])
     start = torch.stack(stream(bundle, plan.sub_emulator, list(ids)))
     model = build(bundle, plan.adapter)
     lora.attach(model, spec, adapter)

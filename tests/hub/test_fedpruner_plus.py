@@ -63,7 +63,7 @@ def test_it_keeps_what_its_functions_choose_of_the_public_text(tmp_path: Path, t
     for choice, partition in (("contiguous", contiguous), ("spectral", partial(spectral, seed=0))):
         made = Preparation(run_of(tmp_path / choice, tiny_llama, layer_choice=choice))
         made.work.mkdir(parents=True)
-        attention, mlp = measure_components(made.source, made.used, seed=0)
+        attention, mlp = measure_components(made.llm.source, made.llm.used, seed=0)
         kept = select_components(attention, mlp, *sizes, budget, partition)
         [plan] = made.plans()
         assert plan.kept == plan.adapter == tuple(sorted({*kept.attention, *kept.mlp}))

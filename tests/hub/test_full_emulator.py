@@ -60,7 +60,7 @@ def test_an_edge_needs_more_disk_and_no_more_memory(full_run: RunSettings, prepa
 
 def test_public_kl_is_what_nf4_loses(full_run: RunSettings, tiny_llama: Path) -> None:
     found = prepare(full_run)["public_kl"]
-    ids = torch.stack(Preparation(full_run).held_out)
+    ids = torch.stack(Preparation(full_run).llm.held_out)
     untouched: Any = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     with torch.no_grad():
         teacher = untouched(ids).logits.double().log_softmax(-1)

@@ -15,7 +15,8 @@ from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.protocol.manifest import LayerPlan
 from fedsoda_hub.algorithms import fedsoda
 from fedsoda_hub.config import Method, RunSettings
-from fedsoda_hub.prepare import KL_TIE, Preparation
+from fedsoda_hub.full_llm import KL_TIE
+from fedsoda_hub.prepare import Preparation
 from tests.hub.runs import make_run, prepare
 from tests.schema import HUB
 

@@ -136,7 +136,7 @@ def test_fedpruner_keeps_what_its_functions_choose_of_the_public_text(tmp_path: 
         keys = {"layer_choice": choice, "drop_layers": 1}
         made = Preparation(run_of(tmp_path / choice, tiny_llama, "fedpruner", keys))
         made.work.mkdir(parents=True)
-        measured = measure_layers(made.source, made.used, seed=0)
+        measured = measure_layers(made.llm.source, made.llm.used, seed=0)
         [plan] = made.plans()
         assert plan.kept == plan.adapter == select_layers(measured, 7, partition, keep_ends=True)
         assert plan.kept[-1] == 7 != select_layers(measured, 7, contiguous)[-1]  # no group of its own without ends
@@ -452,7 +452,7 @@ def test_a_preparation_stores_what_the_method_asks_for(tmp_path: Path, tiny_llam
         assert all(torch.equal(tensor, theirs[key]) for key, tensor in bundle.stored_layer(number).items())
     assert manifest.lora.aligned == plan.sub_emulator
     kl = result["public_kl"]
-    ids = torch.stack(Preparation(settings).held_out)
+    ids = torch.stack(Preparation(settings).llm.held_out)
     full: Any = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     with torch.no_grad():
         teacher = full(ids).logits.double().log_softmax(-1)

@@ -12,13 +12,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import fedsoda_hub.full_llm as full_llm_module
 import fedsoda_hub.prepare as prepare_module
 from fedsoda_edge.errors import DiskFull, UsageProblem
 from fedsoda_edge.model import delta
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.streaming import Checkpoint
 from fedsoda_hub.config import RunSettings
-from fedsoda_hub.prepare import Preparation, open_full_llm
+from fedsoda_hub.full_llm import open_full_llm
+from fedsoda_hub.prepare import Preparation
 from tests.edge.model.test_bundle import pruned_by_hand, random_lora
 from tests.hub.runs import killed_after, make_run, prepare
 from tests.tiny import make_tiny_llama
@@ -27,7 +29,7 @@ from tests.tiny import make_tiny_llama
 def test_public_kl_is_that_of_models_pruned_by_hand(prepared: RunSettings, tiny_llama: Path) -> None:
     found = prepare(prepared)["public_kl"]
     made = Preparation(prepared)
-    ids = torch.stack(made.held_out)
+    ids = torch.stack(made.llm.held_out)
     plan = Bundle.open(prepared.run_dir / "bundle").plan
     full: Any = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     with torch.no_grad():
@@ -41,8 +43,13 @@ def test_public_kl_is_that_of_models_pruned_by_hand(prepared: RunSettings, tiny_
 
 def test_a_second_prepare_does_nothing_again(prepared: RunSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     first = prepare(prepared)
-    for work in ("stream", "write_bundle", "build"):
-        monkeypatch.setattr(prepare_module, work, lambda *_, **__: pytest.fail("it works again"))
+    for module, work in (
+        (prepare_module, "write_bundle"),
+        (prepare_module, "stream"),
+        (full_llm_module, "stream"),
+        (full_llm_module, "build"),
+    ):
+        monkeypatch.setattr(module, work, lambda *_, **__: pytest.fail("it works again"))
     assert prepare(prepared) == first
 
 
@@ -65,12 +72,12 @@ def test_public_text_of_the_full_llm_itself_is_written_once_and_the_same_after_a
     (tmp_path / "a" / "public.txt").unlink()
     first = prepare(settings)
     made = Preparation(settings)
-    assert {len(ids) for ids in made.used + made.held_out} == {24}
-    assert (len(made.used), len(made.held_out)) == (4, 32)
+    assert {len(ids) for ids in made.llm.used + made.llm.held_out} == {24}
+    assert (len(made.llm.used), len(made.llm.held_out)) == (4, 32)
     again = make_run(tmp_path / "b", tiny_llama, **own)
     with killed_after(2):
         prepare(again)
-    with mock.patch.object(prepare_module, "generate_blocks", side_effect=AssertionError("it writes again")):
+    with mock.patch.object(full_llm_module, "generate_blocks", side_effect=AssertionError("it writes again")):
         assert prepare(again) == first
     assert prepare(msgspec.structs.replace(again, seed=1))["public_kl"]["pruned"] != first["public_kl"]["pruned"]
 
@@ -170,7 +177,7 @@ def test_a_resumed_prepare_needs_no_disk_for_what_is_there(
     made.run()
     made._say_needed_disk()
     first, last = (report["needed_bytes"] for report in said if "needed_bytes" in report)
-    blocks = len(made.used) + len(made.held_out)
+    blocks = len(made.llm.used) + len(made.llm.held_out)
     assert first == (2 + 1 + 1) * blocks * 24 * 64 * 4  # two groups, the border, the student's own start
     assert last == 0
 

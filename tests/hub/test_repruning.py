@@ -149,21 +149,21 @@ def calm(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Ran:
 
 def test_each_class_is_the_bundle_of_its_own_choice_from_one_measurement(calm: Ran, tmp_path: Path) -> None:
     made = Preparation(calm.settings)
-    measured = measure_layers(made.source, made.used, seed=0)
+    measured = measure_layers(made.llm.source, made.llm.used, seed=0)
     for number, count in enumerate((5, 3)):
         bundle = Bundle.open(calm.settings.run_dir / "bundle", number)
         assert bundle.plan.kept == bundle.plan.adapter == select_layers(measured, count, contiguous, keep_ends=True)
         spec = bundle.manifest.lora
         alone = write_bundle(
             tmp_path / str(number),
-            made.source,
+            made.llm.source,
             bundle.plan,
             BundleSettings(spec, "bf16", False),
-            name=made.source.name,
-            revision=made.source.revision,
+            name=made.llm.source.name,
+            revision=made.llm.source.revision,
             adapter_lora=lora.initial(spec.adapter, 0),
             emulator_lora={},
-            tokenizer_files=made.source.tokenizer_files,
+            tokenizer_files=made.llm.source.tokenizer_files,
         )
         assert bundle.manifest.files == alone.files
         needs = (msgspec.structs.astuple(manifest.needs) for manifest in (bundle.manifest, alone))
@@ -172,7 +172,7 @@ def test_each_class_is_the_bundle_of_its_own_choice_from_one_measurement(calm: R
     with mock.patch(
         "fedsoda_hub.algorithms.representatives.measure_layers", side_effect=AssertionError("measured again")
     ):
-        assert len(redrawn(Preparation(calm.settings), calm.settings.method, 0, 9)) == 2
+        assert len(redrawn(Preparation(calm.settings).llm, calm.settings.method, 0, 9)) == 2
 
 
 def test_a_run_of_one_choice_has_the_files_that_it_had_before_there_were_more(tmp_path: Path, tiny_llama: Path) -> None:
@@ -189,7 +189,7 @@ def test_a_run_of_one_choice_has_the_files_that_it_had_before_there_were_more(tm
 
 def test_layers_are_drawn_before_rounds_3_and_5_by_seed_class_and_round(calm: Ran) -> None:
     made = Preparation(calm.settings)
-    measured = measure_layers(made.source, made.used, seed=0)
+    measured = measure_layers(made.llm.source, made.llm.used, seed=0)
     repruned = [record for record in records(calm.settings) if isinstance(record, ev.Repruned)]
     assert [record.round for record in repruned] == [3, 5]
     seen = set()

@@ -63,14 +63,14 @@ def test_a_smaller_class_is_the_bundle_of_its_plan_made_of_the_same_shards(tmp_p
     made = Preparation(run)
     whole = write_bundle(
         tmp_path / "whole",
-        made.source,
+        made.llm.source,
         small.plan,
         BundleSettings(small.manifest.lora, "nf4", False),
-        name=made.source.name,
-        revision=made.source.revision,
+        name=made.llm.source.name,
+        revision=made.llm.source.revision,
         adapter_lora=small.adapter_lora(),
         emulator_lora=small.emulator_lora(),
-        tokenizer_files=made.source.tokenizer_files,
+        tokenizer_files=made.llm.source.tokenizer_files,
     )
     for field in ("files", "lora", "config"):
         assert getattr(small.manifest, field) == getattr(whole, field)
@@ -91,7 +91,7 @@ def test_each_class_is_aligned_by_itself(tiny_llama: Path, run: RunSettings) -> 
     kl, spec = smaller["public_kl"], small.manifest.lora
     assert spec.aligned == small.plan.retained
     assert kl["aligned"] < kl["quantized"]
-    ids = torch.stack(Preparation(run).held_out)
+    ids = torch.stack(Preparation(run).llm.held_out)
     full: Any = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     whole = with_peft(
         pruned_by_hand(tiny_llama, small.plan, quantized=True),
