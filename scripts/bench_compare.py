@@ -26,6 +26,7 @@ from fedsoda_edge.model import lora
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.streaming import Checkpoint, LayerSource
 from fedsoda_edge.model.sub_llm import build
+from fedsoda_edge.ports.disk import write_durably
 from fedsoda_edge.training import accumulate
 from fedsoda_hub.algorithms import drift
 from fedsoda_hub.compare.settings import read_comparison
@@ -122,7 +123,7 @@ def write_sst2(directory: Path, data: Path) -> tuple[list[str], str]:
     """Rows in an order of their own; the last are dealt, what the first ask is like the task. ([compare] data, eval_data)"""
     rows = (data / "sst2" / "train.jsonl").read_text(encoding="utf-8").splitlines()
     random.Random(0).shuffle(rows)
-    (directory / "train.jsonl").write_text("\n".join(rows[LIKE_TASK_ROWS:]) + "\n")
+    write_lines(directory / "train.jsonl", rows[LIKE_TASK_ROWS:])
     write_like_task(directory, ({"sentence": json.loads(row)["sentence"]} for row in rows[:LIKE_TASK_ROWS]))
     return ["train.jsonl"], str(data / "sst2" / "dev.jsonl")
 
@@ -169,11 +170,16 @@ def write_like_task(directory: Path, rows: Iterable[dict[str, str]]) -> None:
     """Unlabelled rows, and their text as public text."""
     rows = list(rows)
     write_rows(directory / LIKE_TASK, rows)
-    (directory / "like_task.txt").write_text("\n".join(text for row in rows for text in row.values()) + "\n")
+    write_lines(directory / "like_task.txt", (text for row in rows for text in row.values()))
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_lines(path, map(json.dumps, rows))
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Whole at once: another call may be reading the file of before, which is the same."""
+    write_durably(path, "".join(f"{line}\n" for line in lines).encode())
 
 
 def write(directory: Path, options: argparse.Namespace) -> Path:
