@@ -44,7 +44,9 @@ def _orderings(split: str, found: Mapping[str, Any]) -> list[str]:
     if found["loss"]["is_shown"]:
         nats = found["loss"]["nats"]
         better, worse = ("one", "other") if nats < 0 else ("other", "one")
-        lines.append(f"{split}: {found[better]} below {found[worse]} by {abs(nats):.3f} nats a completion id")
+        lines.append(
+            f"{split}: loss of {found[better]} below that of {found[worse]} by {abs(nats):.3f} nats a completion id"
+        )
     return lines
 
 
@@ -161,6 +163,13 @@ def _of_variant(cells: Sequence[dict[str, Any]], cohort: int) -> dict[str, Any]:
 # --- Markdown ----------------------------------------------------------------------------------------------
 
 
+LABELS = {
+    "untouched": "full model untouched",
+    "best edge alone": "best edge alone",
+    "central": "central, all rows in one place",
+}
+
+
 def markdown(report: Mapping[str, Any]) -> str:
     """Tables with the columns of the paper's 2, 3, 4 and 9, what is measured beside what the paper counts."""
     splits = report["splits"]
@@ -193,8 +202,8 @@ def markdown(report: Mapping[str, Any]) -> str:
                     for name in names
                 ),
                 *(
-                    [label, *(_nats(of["baselines"]["losses"][label]) for of in splits.values())]
-                    for label in next(iter(splits.values()))["baselines"]["losses"]
+                    [LABELS[name], *(_nats(of["baselines"]["losses"][name]) for of in splits.values())]
+                    for name in next(iter(splits.values()))["baselines"]["losses"]
                 ),
             ],
         ),
@@ -230,10 +239,10 @@ def markdown(report: Mapping[str, Any]) -> str:
 def _baseline_rows(splits: Mapping[str, Any]) -> dict[str, list[Any]]:
     found = [of["baselines"] for of in splits.values()]
     return {
-        "full model untouched": [one["untouched"] for one in found],
-        "best edge alone": [one["alone"] and one["alone"]["best"] for one in found],
+        LABELS["untouched"]: [one["untouched"] for one in found],
+        LABELS["best edge alone"]: [one["alone"] and one["alone"]["best"] for one in found],
         "an edge alone": [one["alone"] and one["alone"]["mean"] for one in found],
-        "central, all rows in one place": [one["central"] for one in found],
+        LABELS["central"]: [one["central"] for one in found],
     }
 
 
