@@ -293,7 +293,7 @@ def main() -> None:
     print(json.dumps(report))
     path.with_suffix(".json").write_text(json.dumps(report), encoding="utf-8")
     found = [one for split in report["splits"].values() for one in split["differences"]]
-    if options.planted_defect and any(one["points"] != 0 for one in found):
+    if options.planted_defect and any(one["points"] != 0 or one["loss"]["nats"] != 0 for one in found):
         raise SystemExit("learning rate 0 and yet variants differ from the untouched model: the harness is wrong")
 
 
