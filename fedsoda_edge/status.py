@@ -30,7 +30,7 @@ _WORK = {  # what the events say that it works at
     "refused": "waiting for a round",
     "farewell": "the run is over",
 }
-_BESIDE = ("sweep", "swept")  # done while the download runs, which lasts longer; a sweep may also outlive the run
+_BESIDE = ("sweep", "swept")  # done while the download runs, which lasts longer; all but a farewell may outlive the run
 
 
 class Status:
@@ -68,7 +68,7 @@ class Status:
         before = values["state"]
         if kind == "download":
             self._is_downloading = event["done"] < event["total"]
-        is_beside = kind in _BESIDE and (self._is_downloading or self._work == _WORK["farewell"])
+        is_beside = self._work == _WORK["farewell"] or (kind in _BESIDE and self._is_downloading)
         if kind in _WORK and not is_beside:
             self._work = _WORK[kind]
             values["state"] = self._work

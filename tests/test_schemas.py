@@ -612,6 +612,7 @@ def test_jobs_say_how_far_they_are(told: Told) -> None:
         ("prepare", "caching teacher targets"),
         ("prepare", "quantizing"),
         ("prepare", "running the full LLM on public text"),
+        ("prepare", "running the pruned LLM on public text"),
         ("prepare", "running the sub-LLM on public text"),
         ("prepare", "aligning"),
         ("evaluate", "evaluating"),

@@ -181,6 +181,18 @@ def test_a_home_without_a_join_has_no_status(tmp_path: Path) -> None:
     assert read_status(tmp_path / "status.json") is None
 
 
+@pytest.mark.parametrize("late", [JOINED[1], JOINED[3], {"event": "accepted", "round": 3, "loss": 0.5, "bytes": 9}])
+def test_what_a_worker_says_after_the_farewell_takes_nothing_back(tmp_path: Path, late: dict[str, Any]) -> None:
+    """A hub may say that the run is over while the data is still read, or before an answer came in."""
+    status = Status(tmp_path / "status.json", "http://h", Clocks(), lambda: None)
+    for event in (*JOINED, {"event": "farewell", "rounds": 20, "reason": "all rounds are done"}, late):
+        status.note(event)
+    status.end(None)
+    found = read_status(tmp_path / "status.json")
+    assert found is not None
+    assert found["state"] == "the run is over"
+
+
 def test_a_sweep_that_outlives_its_run_does_not_change_how_the_run_ended(tmp_path: Path) -> None:
     """The early sweep of a join whose run is over ends with its worker, which may come after the last word."""
     status = Status(tmp_path / "status.json", "http://h", Clocks(), lambda: 0)
