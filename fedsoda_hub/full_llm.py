@@ -101,8 +101,11 @@ class StreamedLLM:
         return {
             "compute_dtype": self.compute_dtype,
             "device": self.device,
-            "progress": lambda done, total: self.report({"stage": stage, "done": done, "total": total}),
+            "progress": self.progress(stage),
         }
+
+    def progress(self, stage: str) -> Callable[[int, int], None]:
+        return lambda done, total: self.report({"stage": stage, "done": done, "total": total})
 
     def build(self, source: LayerSource, layers: Sequence[int]) -> SubLLM:
         return build(source, layers, compute_dtype=self.compute_dtype, device=self.device)
@@ -338,10 +341,8 @@ class StreamedLLM:
     @cached_property
     def final(self) -> Tensor:
         """(N, T, C): the final hidden states on the held-out blocks, without any LoRA."""
-        with torch.no_grad():
-            return self.build(self.source, ()).hidden(
-                states=self.ran(self.source, range(self.num_layers), "running the full LLM on public text")
-            )
+        states = self.ran(self.source, range(self.num_layers), "running the full LLM on public text")
+        return _final(self.build(self.source, ()), states)
 
     def ran(self, source: LayerSource, layers: Sequence[int], stage: str) -> Tensor:
         """(N, T, C): the held-out blocks after these layers, one resident at a time."""
@@ -349,16 +350,13 @@ class StreamedLLM:
 
     def final_with(self, plan: LayerPlan, adapter: Mapping[str, Tensor]) -> Tensor:
         """(N, T, C): the final hidden on all public blocks with this adapter LoRA, from the emulator's target."""
-        border, teacher = self.target(plan.emulator[-1]), self._above(plan, adapter)
-        with torch.no_grad():
-            return torch.cat([teacher.hidden(states=states) for states in border.split(8)])
+        return _final(self._above(plan, adapter), self.target(plan.emulator[-1]))
 
     def wanted(self, plan: LayerPlan, adapter: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """On the held-out blocks the final hidden (N, T, C) with this adapter LoRA, and the adapter's gradient (P,)."""
         teacher, border = self._above(plan, adapter), self.target(plan.emulator[-1])[len(self.used) :]
-        with torch.no_grad():
-            final = torch.cat([teacher.hidden(states=states) for states in border.split(8)])
-        return final, drift.adapter_gradient(teacher, plan.adapter, border, torch.stack(self.held_out))
+        gradient = drift.adapter_gradient(teacher, plan.adapter, border, torch.stack(self.held_out))
+        return _final(teacher, border), gradient
 
     def apart(
         self, student: SubLLM, adapter: Sequence[int], states: Tensor, wanted: tuple[Tensor, Tensor]
@@ -376,3 +374,9 @@ class StreamedLLM:
         spec = LoRASpec(rank=s.rank, alpha=s.alpha, targets=tuple(s.targets), adapter=layout, emulator=())
         lora.attach(teacher, spec, lora.on(above, adapter))
         return teacher
+
+
+@torch.no_grad()
+def _final(above: SubLLM, states: Tensor) -> Tensor:
+    """(N, T, C): the final hidden states above `states`, a few blocks at a time."""
+    return torch.cat([above.hidden(states=some) for some in states.split(8)])

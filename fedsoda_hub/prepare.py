@@ -40,7 +40,6 @@ from fedsoda_edge.ports.disk import BlobStore, sha256_file, write_durably
 from fedsoda_edge.ports.system import sync_directory
 from fedsoda_edge.protocol.manifest import ADAPTER_LORA, EMULATOR_LORA, File, LayerPlan, file_of
 from fedsoda_hub.algorithms import fedpruner, flexlora, oda, ridge
-from fedsoda_hub.algorithms.methods import method_of
 from fedsoda_hub.config import RunSettings
 from fedsoda_hub.full_llm import Report, StreamedLLM
 
@@ -61,7 +60,6 @@ class Preparation:
         self.run_dir = settings.run_dir
         self.work = self.run_dir / "prepare"
         self.blobs = BlobStore(self.run_dir / "blobs")
-        self.method = method_of(settings.method)
         self.llm = StreamedLLM(settings, self.work, report)
         self.llm.read()
         limit = int(self.llm.source.fields["max_position_embeddings"])
@@ -95,7 +93,7 @@ class Preparation:
         bundle_dir = self.run_dir / "bundle"
         if not (bundle_dir / "manifest.json").exists():
             plans = self.plans()
-            if any(self.method.aligned(plan) for plan in plans):
+            if any(self.llm.method.aligned(plan) for plan in plans):
                 self._say_needed_disk()
             unaligned = self.work / "unaligned"
             if not (unaligned / "manifest.json").exists():
@@ -155,7 +153,7 @@ class Preparation:
             first = (lora.initial(layout, self.settings.seed) for layout in (spec.adapter, spec.emulator))
             write_size_class(directory, size_class, plan, spec, *first)
         bundle, kl_file = Bundle.open(directory, size_class), self.work / f"public_kl.{size_class}.json"
-        if self.method.aligned(plan):
+        if self.llm.method.aligned(plan):
             emulator, kl = self._align_first(bundle, size_class)
             write_durably_json(kl_file, kl)
             replace_emulator_lora(directory, emulator, size_class)
@@ -177,14 +175,14 @@ class Preparation:
         path = self.work / "plans.json"
         if path.exists():
             return msgspec.json.decode(path.read_bytes(), type=tuple[LayerPlan, ...])
-        plans = self.method.plans(self.llm, self.settings.method, self.settings.seed)
+        plans = self.llm.method.plans(self.llm, self.settings.method, self.settings.seed)
         write_durably(path, msgspec.json.encode(plans))
         return plans
 
     def _say_needed_disk(self) -> None:
         llm = self.llm
         blocks = len(llm.used) + len(llm.held_out)
-        firsts = {min(aligned) for plan in self.plans() if (aligned := self.method.aligned(plan))}
+        firsts = {min(aligned) for plan in self.plans() if (aligned := self.llm.method.aligned(plan))}
         missing = len(llm.missing_targets(llm.held_against(self.plans())))
         missing += sum(not self._below_file(first).exists() for first in firsts)
         hidden = int(llm.source.fields["hidden_size"])
@@ -213,7 +211,7 @@ class Preparation:
             emulator_lora=lora.initial(spec.emulator, s.seed),
             tokenizer_files=self.llm.source.tokenizer_files,
             spare=sorted(set(kept) - set(plan.kept)),
-            progress=self.llm.how("quantizing")["progress"],
+            progress=self.llm.progress("quantizing"),
         )
 
     # --- alignment -------------------------------------------------------------------------------------
@@ -308,7 +306,7 @@ class Preparation:
         align = self.settings.align
         count = len(self.llm.used)
         teacher = oda.Teacher(
-            {layer: self.llm.target(other)[:count] for layer, other in self.method.held_against(plan).items()},
+            {layer: self.llm.target(other)[:count] for layer, other in self.llm.method.held_against(plan).items()},
             self.llm.target(plan.emulator[-1])[:count],
             teacher_final[:count],
         )
