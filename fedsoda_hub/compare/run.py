@@ -35,7 +35,6 @@ from fedsoda_hub.compare.central import train_central
 from fedsoda_hub.compare.pictures import write_pages
 from fedsoda_hub.compare.settings import Cell, Comparison
 from fedsoda_hub.compare.splits import choose, deal
-from fedsoda_hub.compare.statistics import MAX_LOSS
 from fedsoda_hub.compare.summary import summarise
 from fedsoda_hub.config import RunSettings, write_toml
 from fedsoda_hub.evaluation import Evaluator, Judged
@@ -49,6 +48,7 @@ from fedsoda_hub.prepare import Preparation, made_of
 Say = Callable[[dict[str, Any]], None]
 Result = dict[str, Any]
 T = TypeVar("T")
+MAX_LOSS = 1e4  # nats; of a model that says no number
 
 
 class Stopped(Exception):

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 DRAWS = 2000
-MAX_LOSS = 1e4  # nats; of a model that says no number
 Array = NDArray[np.float64]  # (seeds, questions)
 
 
