@@ -68,6 +68,11 @@ TASKS: dict[str, dict[str, Any]] = {
     "dolly": {"prompt": "Instruction: {instruction}\nCategory:", "completion": "{category}"},
     "boolq": {"prompt": "{passage}\nQuestion: {question}\nAnswer:", "completion": "{answer}"},
 }
+OF_TASK: dict[str, dict[str, Any]] = {
+    "sst2": {},
+    "dolly": {"local": {"max_steps": 25}},  # it is learned in half the steps
+    "boolq": {"compare": {"rows": 0}, "local": {"max_length": BOOLQ_IDS}},
+}
 LIKE_TASK = "like_task.jsonl"
 NEVER = {"method": {"realign_every": 0}}
 # What is compared, as COMPARE.toml has it. "aligned" is FedSODA as the paper has it.
@@ -187,18 +192,13 @@ def write(directory: Path, options: argparse.Namespace) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     data = Path(options.shared).resolve() / "data"
     dealt, judged = {"sst2": write_sst2, "dolly": write_dolly, "boolq": write_boolq}[options.task](directory, data)
-    changes = QUICK if options.quick else {}
-    tables = {name: {**table, **changes.get(name, {})} for name, table in BASE.items()}
+    quick, of_task = QUICK if options.quick else {}, OF_TASK[options.task]
+    tables = {name: {**table, **quick.get(name, {}), **of_task.get(name, {})} for name, table in BASE.items()}
     splits = ["files"] if options.task == "dolly" else ["dirichlet-0.5"]
     if (options.task, options.set, options.quick) == ("sst2", "methods", False):
         splits.insert(0, "iid")
     tables["compare"] |= {"data": dealt, "splits": options.splits or splits}
     tables["compare"] |= {"seeds": options.seeds} if options.seeds else {}
-    if options.task == "dolly":
-        tables["local"] |= {"max_steps": 25}  # it is learned in half the steps
-    if options.task == "boolq":
-        tables["compare"] |= {"rows": 0}
-        tables["local"] |= {"max_length": BOOLQ_IDS}
     tables["public"]["text"] = str(data / "wikitext2" / "test.txt")
     tables["task"] = {**TASKS[options.task], "eval_data": judged}
     if options.planted_defect:
