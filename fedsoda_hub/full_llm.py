@@ -376,7 +376,7 @@ class StreamedLLM:
         return teacher
 
 
-@torch.no_grad()
 def _final(above: SubLLM, states: Tensor) -> Tensor:
     """(N, T, C): the final hidden states above `states`, a few blocks at a time."""
-    return torch.cat([above.hidden(states=some) for some in states.split(8)])
+    with torch.no_grad():
+        return torch.cat([above.hidden(states=some) for some in states.split(8)])
