@@ -104,6 +104,12 @@ def test_one_process_gives_the_bits_of_real_processes(calm: Ran, tmp_path: Path,
     assert bytes_up[0] == pytest.approx(bytes_up[1], rel=0.1)  # progress messages come by the clock
 
 
+def test_no_worker_writes_checkpoints(calm: Ran) -> None:
+    """None of them dies alone."""
+    assert [event["num_steps"] for event in calm.said["a"] if event["event"] == "trained"] == [3, 3]
+    assert not list((calm.settings.directory / "homes").glob("*/runs/*/checkpoint"))
+
+
 def test_what_was_stopped_goes_on_to_the_same_bits(calm: Ran, tmp_path: Path, tiny_llama: Path) -> None:
     """The hub fails when it hears of the first update of round 2, with the second one in training."""
     rough, data = make(tmp_path, tiny_llama)
