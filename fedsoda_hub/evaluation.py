@@ -12,12 +12,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from itertools import takewhile
+from functools import cached_property
+from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import StoppingCriteriaList
 
 from fedsoda_edge.data import (
@@ -32,6 +34,8 @@ from fedsoda_edge.data import (
 from fedsoda_edge.errors import DataProblem
 from fedsoda_edge.model import lora, loss
 from fedsoda_edge.model.border_map import mapped
+from fedsoda_edge.model.branches import Branches, attention, joined
+from fedsoda_edge.model.families import build_config
 from fedsoda_edge.model.streaming import LayerSource, stream
 from fedsoda_edge.model.sub_llm import SubLLM, build
 from fedsoda_edge.protocol.manifest import LoRASpec
@@ -76,6 +80,29 @@ class Answers:
     def nll(self) -> float:
         """Nats a completion id, mean over all of the data."""
         return float(self.losses.mean())
+
+
+@dataclass(frozen=True)
+class Row:
+    """Samples that run together, as they share a beginning."""
+
+    samples: Sequence[Sample]
+    ids: Tensor
+    branches: Branches
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample]) -> Row:
+        ids, branches = joined([sample.ids for sample in samples])
+        return cls(samples, torch.tensor(ids), branches)
+
+    @cached_property
+    def asked(self) -> list[tuple[int, int, int]]:
+        """Of each completion id its sample, the column that says it, and the id."""
+        return [
+            (number, self.branches.column(number, at - 1), sample.ids[at])
+            for number, sample in enumerate(self.samples)
+            for at in range(max(sample.start, 1), len(sample.ids))
+        ]
 
 
 @dataclass(frozen=True)
@@ -164,21 +191,23 @@ class Evaluator:
         self._compute_dtype = compute_dtype
         self._device = device
         self._report = report
-        self._samples: list[Sample] = []
-        self._gold: list[int] = []  # index of each question's own completion among _samples
+        self._candidates: list[list[Sample]] = []  # of each question
+        self._gold: list[int] = []  # which of them is its own completion
         for question in questions:
-            candidates = self.choices or [question.completion]
-            self._gold.append(len(self._samples) + candidates.index(question.completion))
-            for completion in candidates:
-                sample = tokenizer.sample(question.prompt, completion)
-                if sample is None:
-                    raise DataProblem(f"the completion {completion!r} has no ids after {question.prompt[-40:]!r}")
-                self._samples.append(sample)
+            completions = self.choices or [question.completion]
+            self._gold.append(completions.index(question.completion))
+            self._candidates.append([self._sample(question, completion) for completion in completions])
         # The model is kept beside its states: the id of a freed object could be given to another one.
-        self._borders: dict[_BorderKey, tuple[Judged, list[Tensor]]] = {}
+        self._borders: dict[_BorderKey, tuple[Judged, list[Row], list[Tensor]]] = {}
 
-    def border(self, model: Judged) -> list[Tensor]:
-        """States at the border, swept once for each (source, layers, emulator LoRA).
+    def _sample(self, question: Question, completion: str) -> Sample:
+        sample = self._tokenizer.sample(question.prompt, completion)
+        if sample is None:
+            raise DataProblem(f"the completion {completion!r} has no ids after {question.prompt[-40:]!r}")
+        return sample
+
+    def border(self, model: Judged) -> tuple[list[Row], list[Tensor]]:
+        """Rows and their states at the border, swept once for each (source, layers, emulator LoRA).
 
         Raises:
             DataProblem: a question with its answer is longer than the model's positions.
@@ -186,18 +215,35 @@ class Evaluator:
         key = _border_key(model)
         if key not in self._borders:
             self.check_lengths(_positions(model))
+            rows = self._rows(model)
             states = stream(
                 model.source,
                 model.below,
-                [torch.tensor(sample.ids) for sample in self._samples],
+                [row.ids for row in rows],
+                branches=[row.branches for row in rows],
                 lora=dict(model.emulator_lora),
                 lora_scale=model.spec.scale,
                 compute_dtype=self._compute_dtype,
                 device=self._device,
                 progress=self._report,
             )
-            self._borders[key] = model, [mapped(state, model.emulator_lora) for state in states]
-        return self._borders[key][1]
+            states = [
+                mapped(state, model.emulator_lora, row.branches.positions())
+                for row, state in zip(rows, states, strict=True)
+            ]
+            self._borders[key] = model, rows, states
+        _, rows, states = self._borders[key]
+        return rows, states
+
+    def _rows(self, model: Judged) -> list[Row]:
+        """A question's candidates in one row, which runs their prompt once; each alone where one row would be longer than
+        a sliding window, which counts columns, not positions. A batch has one mask, so it is the same for all questions.
+        """
+        window = getattr(build_config(model.source.family, model.source.fields), "sliding_window", None)
+        rows = [Row.of(samples) for samples in self._candidates]
+        if window is None or all(row.branches.length <= window for row in rows):
+            return rows
+        return [Row.of([sample]) for samples in self._candidates for sample in samples]
 
     def check_lengths(self, positions: int) -> None:
         """Beyond its positions a model computes on, and what it says there means nothing.
@@ -205,8 +251,7 @@ class Evaluator:
         Raises:
             DataProblem: a question does not fit.
         """
-        lengths = torch.tensor([len(sample.ids) for sample in self._samples]).reshape(len(self.questions), -1)
-        longest = lengths.amax(dim=1)
+        longest = torch.tensor([max(len(sample.ids) for sample in samples) for samples in self._candidates])
         if too_long := int((longest > positions).sum()):
             raise DataProblem(
                 f"{too_long} of {len(longest)} questions are longer than the model's {positions} positions, question "
@@ -221,21 +266,21 @@ class Evaluator:
     @property
     def border_bytes(self) -> int:
         """Of all border states that are kept."""
-        return sum(state.nbytes for _, states in self._borders.values() for state in states)
+        return sum(state.nbytes for _, _, states in self._borders.values() for state in states)
 
     def supervised_ids(self) -> list[int]:
         """Completion ids of each question's own completion, eos included."""
-        return [self._samples[i].num_supervised for i in self._gold]
+        return [samples[gold].num_supervised for samples, gold in zip(self._candidates, self._gold, strict=True)]
 
     def answers(self, model: Judged) -> Answers:
-        states = self.border(model)
+        rows, states = self.border(model)
         tail = build(model.source, model.above, compute_dtype=self._compute_dtype, device=self._device)
         lora.attach(tail, model.spec, {**lora.on(model.above, model.emulator_lora), **model.adapter_lora})
-        scores = log_likelihoods(tail, self._samples, states)
-        losses = -scores[self._gold] * (len(self.questions) / sum(self.supervised_ids()))
+        table = log_likelihoods(tail, rows, states).reshape(len(self.questions), -1)
+        own = table[torch.arange(len(table)), self._gold]
+        losses = -own * (len(self.questions) / sum(self.supervised_ids()))
         if not self.choices:
             return Answers(self._generate(model), losses, None)
-        table = scores.reshape(len(self.questions), len(self.choices))
         # argmax takes the first of equals, and choices are sorted: ties go to the first in sorted order.
         return Answers([self.choices[int(i)] for i in table.argmax(dim=1)], losses, table)
 
@@ -337,28 +382,31 @@ def _cut(text: str, stops: Sequence[str]) -> str:
     return text
 
 
-def log_likelihoods(sub_llm: SubLLM, samples: Sequence[Sample], states: Sequence[Tensor]) -> Tensor:
-    """Total log-likelihood of each sample's completion ids, eos included, float64 (samples,)."""
-    totals = torch.zeros(len(samples), dtype=torch.float64)
-    order = sorted(range(len(samples)), key=lambda i: (len(samples[i].ids), i))
-    with torch.no_grad():
-        for at in range(0, len(order), 32):
-            batch = order[at : at + 32]
-            longest = max(len(samples[i].ids) for i in batch)
-            padded = torch.zeros(len(batch), longest, states[batch[0]].shape[1], dtype=sub_llm.dtype)
-            for row, i in enumerate(batch):
-                padded[row, : len(states[i])] = states[i]
-            hidden = sub_llm.hidden(states=padded.to(sub_llm.device))
-            starts = [max(samples[i].start, 1) for i in batch]
-            counts = [len(samples[i].ids) - start for i, start in zip(batch, starts, strict=True)]
-            rows = torch.arange(len(batch)).repeat_interleave(torch.tensor(counts))
-            columns = torch.cat([torch.arange(s - 1, s - 1 + n) for s, n in zip(starts, counts, strict=True)])
-            labels = torch.tensor([label for i, s in zip(batch, starts, strict=True) for label in samples[i].ids[s:]])
-            device = sub_llm.device
-            found = loss.log_likelihoods(hidden[rows.to(device), columns.to(device)], sub_llm.head, labels.to(device))
-            totals[torch.tensor(batch)] = torch.zeros(len(batch), dtype=torch.float64).index_add_(
-                0, rows, found.double().cpu()
+def log_likelihoods(sub_llm: SubLLM, rows: Sequence[Row], states: Sequence[Tensor]) -> Tensor:
+    """Total log-likelihood of each sample's completion ids, eos included, float64 (samples,), row after row."""
+    first = [0, *accumulate(len(row.samples) for row in rows)]
+    totals = torch.zeros(first.pop(), dtype=torch.float64)
+    order = sorted(range(len(rows)), key=lambda i: (rows[i].branches.length, i))
+    device = sub_llm.device
+    for at in range(0, len(order), 32):
+        batch = order[at : at + 32]
+        asked = [
+            (place, first[i] + number, column, label)
+            for place, i in enumerate(batch)
+            for number, column, label in rows[i].asked
+        ]
+        places, samples, columns, labels = torch.tensor(asked).unbind(dim=1)
+        positions, mask = attention([rows[i].branches for i in batch], device)
+        with torch.no_grad():
+            hidden = sub_llm.hidden_at(
+                places.to(device),
+                columns.to(device),
+                states=pad_sequence([states[i] for i in batch], batch_first=True).to(device, sub_llm.dtype),
+                positions=positions,
+                mask=mask,
             )
+            found = loss.log_likelihoods(hidden, sub_llm.head, labels.to(device))
+        totals.index_add_(0, samples, found.double().cpu())
     return totals
 
 

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from fedsoda_edge.errors import UsageProblem
+from fedsoda_edge.model.branches import Branches, attention
 from fedsoda_edge.model.families import (
     Family,
     allowed_fields,
@@ -218,7 +219,7 @@ def _tensor_table(directory: Path, name: str) -> dict[str, Path]:
     raise UsageProblem(f"{name} has no model.safetensors; found {[p.name for p in directory.iterdir()][:8]}")
 
 
-KEPT_MASK_BYTES = 64 << 20  # of what the layers of a sweep are called with, by shape of the batch
+KEPT_CALL_BYTES = 64 << 20  # of masks and rotary tables that the layers of a sweep are called with
 
 Enter = Callable[[int, Any], None]
 Visit = Callable[[int, list[Tensor]], None]
@@ -236,6 +237,7 @@ def stream(
     store_dtype: torch.dtype | None = None,
     batch_tokens: int = 2048,
     batches: Sequence[Sequence[int]] | None = None,
+    branches: Sequence[Branches] | None = None,
     lora: dict[str, Tensor] | None = None,
     lora_scale: float = 0.0,
     dense: bool = True,
@@ -250,6 +252,8 @@ def stream(
             under causal attention no real position sees a pad, so no mask is needed.
         batches: samples that run together instead, by their places in `ids`; what a sample's states are depends in
             its last bits on who runs with it.
+        branches: of each sample, where several sequences with one beginning stand in it. Then no sample may be longer
+            than a sliding window of the model.
         start: hidden states (T_i, C) to begin with instead of the embeddings of `ids`.
         store_dtype: what hidden states are rounded to between layers; None: compute_dtype.
         lora: tensors by full-LLM name; applied unmerged, as PEFT does: y + scale * (x A^T) B^T.
@@ -289,7 +293,8 @@ def stream(
                     padded = torch.zeros(len(batch), longest, hidden[batch[0]].shape[1], dtype=compute_dtype)
                     for row, i in enumerate(batch):
                         padded[row, : len(hidden[i])] = hidden[i]
-                    arguments = recorders[number].arguments(base, padded.to(device))
+                    parted = tuple(branches[i] for i in batch) if branches is not None else ()
+                    arguments = recorders[number].arguments(base, padded.to(device), parted)
                     out = layer(*arguments[0], **arguments[1])
                     out = (out[0] if isinstance(out, tuple) else out).to(store).cpu()
                     for row, i in enumerate(batch):
@@ -313,12 +318,15 @@ def _embedded(module: Any, source: LayerSource, ids: Sequence[Tensor], dtype: to
 
 
 class _Recorder(torch.nn.Module):
-    """Stands in a layer's place while the family's own base model runs, and notes how it is called for each shape."""
+    """Stands in a layer's place while the family's own base model runs, and notes how it is called for each batch."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
         self.__dict__["layer"] = layer  # not a submodule: the base model must not see its weights
-        self.__dict__["calls"] = {}  # shape of the hidden states -> the other arguments: mask, rotary table, ...
+        self.__dict__[
+            "calls"
+        ] = {}  # (shape of the hidden states, branches) -> other arguments: mask, rotary table, ...
+        self.__dict__["last"] = None
         for name, value in vars(layer).items():
             if name.startswith("_") or name in ("training",):
                 continue
@@ -330,23 +338,39 @@ class _Recorder(torch.nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs.pop("hidden_states")
-        self.__dict__["calls"][hidden.shape] = args[1:], kwargs
+        self.__dict__["last"] = args[1:], kwargs
         return hidden
 
-    def arguments(self, base: Any, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def arguments(
+        self, base: Any, hidden: Tensor, branches: tuple[Branches, ...] = ()
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The layer's arguments for these hidden states, as the family's own forward would pass them."""
-        calls = self.__dict__["calls"]
-        if hidden.shape not in calls:
-            if sum(_mask_size(shape) for shape in (*calls, hidden.shape)) > KEPT_MASK_BYTES:
-                for recorder in base.layers:
-                    recorder.__dict__["calls"].clear()
-            base(inputs_embeds=hidden, use_cache=False)  # once for all layers, which share what it makes
-        others, named = calls[hidden.shape]
+        key = hidden.shape, branches
+        if key not in self.__dict__["calls"]:
+            positions, mask = attention(branches, hidden.device)
+            # Once for all layers, which share what it makes.
+            base(inputs_embeds=hidden, position_ids=positions, attention_mask=mask, use_cache=False)
+            for recorder in base.layers:
+                recorder.note(key)
+        others, named = self.__dict__["calls"][key]
         return (hidden, *others), named
 
+    def note(self, key: Any) -> None:
+        """Keep how the layer was called last, and forget all others where they hold too much."""
+        calls = self.__dict__["calls"]
+        calls[key] = self.__dict__["last"]
+        if sum(map(_held_bytes, calls.values())) > KEPT_CALL_BYTES:
+            calls.clear()
+            calls[key] = self.__dict__["last"]
 
-def _mask_size(shape: torch.Size) -> int:
-    return int(shape[0] * shape[1] * shape[1])
+
+def _held_bytes(call: Any) -> int:
+    """Of tensors in a layer's arguments, which its fellows share."""
+    if isinstance(call, Tensor):
+        return call.nbytes
+    if isinstance(call, dict):
+        return sum(map(_held_bytes, call.values()))
+    return sum(map(_held_bytes, call)) if isinstance(call, tuple | list) else 0
 
 
 def _record_calls(base: Any) -> list[_Recorder]:

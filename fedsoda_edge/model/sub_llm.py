@@ -45,25 +45,41 @@ class SubLLM:
         return head if isinstance(head, NF4Linear) else head.weight
 
     def hidden(
-        self, *, ids: Tensor | None = None, states: Tensor | None = None, positions: Tensor | None = None
+        self,
+        *,
+        ids: Tensor | None = None,
+        states: Tensor | None = None,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """(B, T, C) after the final norm, from ids (B, T) or from hidden states (B, T, C) below layer numbers[0].
 
         Pads go to the right: causal attention keeps them from real positions, so there is no mask. A row may hold
-        several samples where `positions` (B, T) starts anew with each: Transformers keeps attention within them.
+        several samples where `positions` (B, T) starts anew with each: Transformers keeps attention within them. What
+        else a query sees is told by `mask` (B, 1, T, T) (`branches.attention`).
         """
         base = self.model.get_submodule(self.family.layers.rpartition(".")[0])
         with _made_again(base.layers[:-1]) if self.recompute else nullcontext():
-            return base(input_ids=ids, inputs_embeds=states, position_ids=positions, use_cache=False).last_hidden_state
+            return base(
+                input_ids=ids, inputs_embeds=states, position_ids=positions, attention_mask=mask, use_cache=False
+            ).last_hidden_state
 
-    def hidden_at(self, rows: Tensor, columns: Tensor, *, states: Tensor, positions: Tensor | None = None) -> Tensor:
+    def hidden_at(
+        self,
+        rows: Tensor,
+        columns: Tensor,
+        *,
+        states: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """(M, C): `hidden` at the positions (rows, columns), (M,) each.
 
         Nothing else of the last layer is needed: its queries, its output projection, its MLP and the final norm run
         on these M rows alone; keys and values on all. The same numbers but for the order of sums.
         """
         with _last_layer_at(self.layer(self.numbers[-1]), rows, columns):
-            return self.hidden(states=states, positions=positions)[0]
+            return self.hidden(states=states, positions=positions, mask=mask)[0]
 
     def layer(self, number: int) -> Any:
         """The module of a full-LLM layer."""

@@ -119,6 +119,49 @@ def test_models_with_the_same_emulator_share_one_sweep(
     json.dumps(found, allow_nan=False)
 
 
+def test_the_choices_of_a_question_share_its_prompt(
+    tiny_llama: Path, models: Mapping[str, Judged], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swept: list[int] = []
+
+    def counted(source: LayerSource, layers: Any, ids: list[Tensor], **options: Any) -> list[Tensor]:
+        swept.extend(len(row) for row in ids)
+        return stream(source, layers, ids, **options)
+
+    monkeypatch.setattr(evaluation_module, "stream", counted)
+    tokenizer = SampleTokenizer(tiny_llama / "tokenizer.json", 2)
+    evaluator(tiny_llama).answers(models["full"])
+    both = [sum(len(tokenizer.encode(f"{q.prompt} {choice}")) + 1 for choice in ("no", "yes")) for q in QUESTIONS]
+    shared = [len(tokenizer.encode(f"{q.prompt} ")) for q in QUESTIONS]  # the space is an id of its own here
+    assert swept == [ids - once for ids, once in zip(both, shared, strict=True)]
+
+
+@pytest.mark.parametrize("window", [40, 100], ids=["beyond the window", "within it"])
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text", "phi3"])
+def test_scores_are_those_of_whole_models_whatever_their_attention(family: str, window: int, tmp_path: Path) -> None:
+    """Choices of one and of many ids, one the beginning of another; the longest question has 80 ids with its choices."""
+    questions = [
+        Question("A", "no"),
+        Question("rain", "no way"),
+        Question("Is there an inn at the end of the road to the sea?", "yes, by all means"),
+    ]
+    directory = make_tiny(tmp_path, family)
+    config = json.loads((directory / "config.json").read_text())
+    if config.get("sliding_window"):
+        (directory / "config.json").write_text(json.dumps(config | {"sliding_window": window}))
+    source = Checkpoint.open(str(directory))
+    judge, tokenizer = evaluator(directory, questions), AutoTokenizer.from_pretrained(directory)
+    untouched = Judged(source, range(5), range(5, source.num_layers), LoRASpec(4, 8, (), (), ()), {}, {})
+    by_hand = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    scores = judge.answers(untouched).scores
+    assert scores is not None
+    for row, question in zip(scores.tolist(), questions, strict=True):
+        expected = [score_by_hand(by_hand, tokenizer, question.prompt, choice)[0] for choice in judge.choices]
+        assert row == pytest.approx(expected, rel=1e-5, abs=1e-4)
+    _, states = judge.border(untouched)
+    assert len(states) == (9 if config.get("sliding_window") and window == 40 else 3)
+
+
 def test_a_freed_emulator_lora_never_lends_its_states_to_the_next(
     tiny_llama: Path, models: Mapping[str, Judged]
 ) -> None:
@@ -149,7 +192,11 @@ def test_choices_are_the_distinct_completions_if_at_most_20() -> None:
 def test_ties_go_to_the_first_choice_in_sorted_order(
     tiny_llama: Path, models: Mapping[str, Judged], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluation_module, "log_likelihoods", lambda _, samples, __: torch.zeros(len(samples)).double())
+    monkeypatch.setattr(
+        evaluation_module,
+        "log_likelihoods",
+        lambda _, rows, __: torch.zeros(sum(len(row.samples) for row in rows)).double(),
+    )
     assert evaluator(tiny_llama).answers(models["full"]).chosen == ["no", "no", "no"]
 
 
