@@ -183,7 +183,8 @@ class LocalData:
                 if name not in row:
                     raise DataProblem(
                         f"{self.path}:{line}: no column {self.columns.get(name, name)!r}; there are "
-                        f"{', '.join(sorted(row.keys() - self.columns.keys()))}; map one with --column {name}=COLUMN"
+                        f"{', '.join(sorted(row.keys() - self.columns.keys()))}; rename one, "
+                        f"or let fedsoda-edge map it: --column {name}=COLUMN"
                     )
             for name in completion.columns:
                 if not isinstance(row[name], str):

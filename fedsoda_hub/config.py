@@ -108,7 +108,7 @@ class LoRA(Section, frozen=True):
     """ranks: of each size class, from the largest on; empty: all have `rank`, which is the master's and the export's."""
 
     rank: int = 8
-    alpha: float = 16
+    alpha: float = 16.0
     targets: list[str] = msgspec.field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"])
     ranks: list[int] = msgspec.field(default_factory=list)
 
@@ -149,7 +149,7 @@ class Rounds(Section, frozen=True):
     min_edges: int = 1
     cohort: int = 10
     quorum: float = 0.8
-    deadline_seconds: float = 3600
+    deadline_seconds: float = 3600.0
     max_weight: float = 3.0
 
 
@@ -189,7 +189,7 @@ class Local(Section, frozen=True):
 
 class Wire(Section, frozen=True):
     codec: str = "nf4"
-    stall_seconds: float = 60
+    stall_seconds: float = 60.0
 
 
 class Task(Section, frozen=True):

@@ -91,7 +91,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bf16": {"wire": {"codec": "bf16"}},
     "public-like-task": {"public": {"text": "like_task.txt"}},
     "public-self": {"public": {"text": "self-generated"}},
-    "fedbiot": {"method": {"name": "fedbiot"}, "align": {"steps": 60, "realign_steps": 5}},
+    "fedbiot": {"method": {"name": "fedbiot", "realign_every": 1}, "align": {"steps": 60, "realign_steps": 5}},
     "fedot": {"method": {"name": "fedot"}},
     "fedpetuning": {"method": {"name": "fedpetuning"}},
     "fedpruner": {"method": {"name": "fedpruner"}},

@@ -254,7 +254,7 @@ def test_a_column_that_is_not_there_is_told_with_those_that_are(device: Device, 
     ran = device.run(*join, "--json", FEDSODA_TOKEN="good")
     assert ran.status == 2
     assert ran.json["message"] == (
-        "visits.jsonl:1: no column 'text'; there are age, department, passage; map one with --column text=COLUMN"
+        "visits.jsonl:1: no column 'text'; there are age, department, passage; rename one, or let fedsoda-edge map it: --column text=COLUMN"
     )
     mapped = device.run(*join, "--column", "text=passage", FEDSODA_TOKEN="good")
     assert mapped.status == 4  # the data is right, this hub's sub-LLM is too large

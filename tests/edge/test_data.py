@@ -88,7 +88,10 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, kind: str) -> None:
     assert [row for _, row in data.rows()] == ROWS
     assert [line for line, _ in data.rows()] == [1, 2]
     assert data.check(PROMPT, COMPLETION) == 2
-    with pytest.raises(DataProblem, match=r":1: no column 'tag'; there are label, text; map one with --column tag="):
+    with pytest.raises(
+        DataProblem,
+        match=r":1: no column 'tag'; there are label, text; rename one, or let fedsoda-edge map it: --column tag=",
+    ):
         data.check(PROMPT, TextTemplate("{tag}"))
     with pytest.raises(DataProblem, match=r":1: no column 'passage'; there are label, text"):
         LocalData(data.path, {"text2": "passage"}).check(TextTemplate("{text2}"), COMPLETION)
