@@ -324,9 +324,9 @@ def table_of(values: Any, kind: type[S], name: str, file: str) -> S:
 
 
 def write_toml(settings: RunSettings) -> str:
-    """A RUN.toml with all of these settings. JSON's scalars and lists are TOML's too."""
+    """A RUN.toml with all of these settings that the method has a use for. JSON's scalars and lists are TOML's too."""
     lines: list[str] = []
-    tables = msgspec.to_builtins(settings)
+    tables = without_unused(msgspec.to_builtins(settings), method_of(settings.method))
     del tables["path"]
     for key, value in sorted(tables.items(), key=lambda item: isinstance(item[1], dict)):
         if isinstance(value, dict):

@@ -105,6 +105,15 @@ def test_the_page_holds_its_pictures_and_fetches_nothing(calm: tuple[Path, Path,
     assert all(Path(name).parent == out for name in report["pictures"])
 
 
+def test_a_cell_finds_what_was_prepared_for_all(calm: tuple[Path, Path, dict[str, Any]]) -> None:
+    """A preparation of other settings is made anew, which nobody would notice but by the time it takes."""
+    _, out, _ = calm
+    made = {path.read_text() for path in out.glob("prepared/*/run.run/prepare/fingerprint")}
+    found = [path.read_text() for path in out.glob("memory/**/run.run/prepare/fingerprint")]
+    assert len(found) == 4  # the cells, and each edge alone
+    assert set(found) == made
+
+
 def test_a_second_call_does_nothing_again(
     calm: tuple[Path, Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
