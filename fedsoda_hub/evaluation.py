@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import cached_property
 from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any
@@ -95,9 +94,8 @@ class Row:
         ids, branches = joined([sample.ids for sample in samples])
         return cls(samples, torch.tensor(ids), branches)
 
-    @cached_property
     def asked(self) -> list[tuple[int, int, int]]:
-        """Of each completion id its sample, the column that says it, and the id."""
+        """Of each completion id that something stands before: its sample, the column that says it, and the id."""
         return [
             (number, self.branches.column(number, at - 1), sample.ids[at])
             for number, sample in enumerate(self.samples)
@@ -393,9 +391,9 @@ def log_likelihoods(sub_llm: SubLLM, rows: Sequence[Row], states: Sequence[Tenso
         asked = [
             (place, first[i] + number, column, label)
             for place, i in enumerate(batch)
-            for number, column, label in rows[i].asked
+            for number, column, label in rows[i].asked()
         ]
-        places, samples, columns, labels = torch.tensor(asked).unbind(dim=1)
+        places, samples, columns, labels = torch.tensor(asked, dtype=torch.int64).reshape(-1, 4).unbind(dim=1)
         positions, mask = attention([rows[i].branches for i in batch], device)
         with torch.no_grad():
             hidden = sub_llm.hidden_at(

@@ -62,6 +62,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "public": {"sequences": 48, "length": 64},
     "align": {**BASE["align"], "steps": 20, "realign_steps": 5},
     "rounds": {"count": 4},
+    "local": {"max_steps": 20},
 }
 TASKS: dict[str, dict[str, Any]] = {
     "sst2": {"prompt": "Review: {sentence}\nSentiment:", "completion": "{label}"},
