@@ -82,6 +82,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "neither": {**NEVER, "align": {"steps": 0}},
     "realign": {"align": {"steps": 0}},
     "pre-align": NEVER,
+    "closed-form": {**NEVER, "align": {"steps": 0, "closed_form": True}},
+    "closed-form-pre-align": {**NEVER, "align": {"closed_form": True}},
     "mapped": {**NEVER, "align": {"steps": 0, "border_map": "ridge"}, "public": {"like_task": LIKE_TASK}},
     "aligned-mapped": {"align": {"border_map": "ridge"}, "public": {"like_task": LIKE_TASK}},
     "aligned-mapped-self": {"align": {"border_map": "ridge"}, "public": {"like_task": "self-generated"}},
@@ -105,7 +107,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 SETS: dict[str, tuple[str, ...]] = {
     "methods": ("aligned-mapped-self", "aligned", "fedbiot", "fedot", "fedpetuning", "exact"),
     "border-map": ("aligned", "mapped", "aligned-mapped", "aligned-mapped-self", "exact"),
-    "ablation": ("neither", "realign", "pre-align", "aligned"),
+    "ablation": ("neither", "closed-form", "pre-align", "closed-form-pre-align", "realign", "aligned"),
     "groups": ("n2-p6", "aligned", "n4-p3"),
     "codecs": ("aligned", "int8", "bf16"),
     "public": ("aligned", "public-like-task", "public-self"),

@@ -211,6 +211,13 @@ def markdown(report: Mapping[str, Any]) -> str:
     for split, of in splits.items():
         rows = of["variants"]
         parts += [
+            f"## What the edges train on, {split}\n",
+            "The sub-LLM with its adapter LoRA on the same questions, what is lost where the LoRA goes into the full model, and "
+            "how far the sub-LLM is from the full model on public text before round 1 (KL, nats an id).\n",
+            _table(
+                ["", "sub-LLM, %", "plug-in less that, points", "loss of the sub-LLM", "KL pruned", "in NF4", "aligned"],
+                [[name, *_trained_on(rows[name])] for name in names],
+            ),
             f"## Costs, {split} (Tables 2 and 4)\n",
             _table(
                 ["", "trainable", "parameters a round", "bytes an edge and round, up", "down", "model", "edge memory",
@@ -244,6 +251,15 @@ def _baseline_rows(splits: Mapping[str, Any]) -> dict[str, list[Any]]:
         "an edge alone": [one["alone"] and one["alone"]["mean"] for one in found],
         LABELS["central"]: [one["central"] for one in found],
     }
+
+
+def _trained_on(row: Mapping[str, Any]) -> list[str]:
+    return [
+        _percent(row["sub_llm"]),
+        f"{100 * (row['plug_in']['mean'] - row['sub_llm']['mean']):+.1f}",
+        _nats(row["loss"]["sub_llm"]),
+        *(f"{row['public_kl'][kind]:.3f}" for kind in ("pruned", "quantized", "aligned")),
+    ]
 
 
 def _costs(row: Mapping[str, Any]) -> list[str]:

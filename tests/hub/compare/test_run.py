@@ -66,6 +66,10 @@ def test_the_tables_have_the_papers_columns(calm: tuple[Path, Path, dict[str, An
     trainable = 2 * 4 * ((64 + 64) + 2 * (64 + 32) + 3 * (64 + 128) - (64 + 128))
     assert row["trainable"] == trainable
     assert f"| none | {trainable:,} | {2 * trainable:,} |" in text
+    trained_on, kl = 100 * row["sub_llm"]["mean"], row["public_kl"]
+    lost = 100 * row["plug_in"]["mean"] - trained_on
+    shown = f"| none | {trained_on:.1f} | {lost:+.1f} | {row['loss']['sub_llm']['mean']:.3f} | {kl['pruned']:.3f} |"
+    assert f"{shown} {kl['quantized']:.3f} | {kl['aligned']:.3f} |" in text
     assert "full model untouched" in text
     assert "To the accuracy of aligned, iid (Table 9)" in text
 
