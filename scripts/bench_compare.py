@@ -132,7 +132,7 @@ def write_sst2(directory: Path, data: Path) -> tuple[list[str], str]:
     rows = (data / "sst2" / "train.jsonl").read_text(encoding="utf-8").splitlines()
     random.Random(0).shuffle(rows)
     write_lines(directory / "train.jsonl", rows[LIKE_TASK_ROWS:])
-    write_like_task(directory, ({"sentence": json.loads(row)["sentence"]} for row in rows[:LIKE_TASK_ROWS]))
+    write_like_task(directory, "sst2", ({"sentence": json.loads(row)["sentence"]} for row in rows[:LIKE_TASK_ROWS]))
     return ["train.jsonl"], str(data / "sst2" / "dev.jsonl")
 
 
@@ -153,7 +153,7 @@ def write_dolly(directory: Path, data: Path) -> tuple[list[str], str]:
         rows[DOLLY_EVAL_ROWS + LIKE_TASK_ROWS :],
     )
     write_rows(directory / "eval_rows.jsonl", judged)
-    write_like_task(directory, ({"instruction": row["instruction"]} for row in like))
+    write_like_task(directory, "dolly", ({"instruction": row["instruction"]} for row in like))
     for user in users:
         write_rows(directory / f"{user.stem}.jsonl", (row for row in dealt if row["user"] == user.stem))
     return [f"{user.stem}.jsonl" for user in users], "eval_rows.jsonl"
@@ -169,16 +169,16 @@ def write_boolq(directory: Path, data: Path) -> tuple[list[str], str]:
     judged, rest = rows[:BOOLQ_EVAL_ROWS], rows[BOOLQ_EVAL_ROWS:]
     write_rows(directory / "eval_rows.jsonl", judged)
     like, dealt = rest[:BOOLQ_LIKE_TASK_ROWS], rest[BOOLQ_LIKE_TASK_ROWS:]
-    write_like_task(directory, ({name: row[name] for name in ("passage", "question")} for row in like))
+    write_like_task(directory, "boolq", ({name: row[name] for name in ("passage", "question")} for row in like))
     write_rows(directory / "train.jsonl", dealt)
     return ["train.jsonl"], "eval_rows.jsonl"
 
 
-def write_like_task(directory: Path, rows: Iterable[dict[str, str]]) -> None:
-    """Unlabelled rows, and their text as public text."""
+def write_like_task(directory: Path, task: str, rows: Iterable[dict[str, str]]) -> None:
+    """Unlabelled rows, and the task's prompts with them as public text."""
     rows = list(rows)
     write_rows(directory / LIKE_TASK, rows)
-    write_lines(directory / "like_task.txt", (text for row in rows for text in row.values()))
+    write_lines(directory / "like_task.txt", (TASKS[task]["prompt"].format(**row) for row in rows))
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
