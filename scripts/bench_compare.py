@@ -58,11 +58,11 @@ BASE: dict[str, dict[str, Any]] = {
     "local": {"epochs": 100, "max_steps": 50, "learning_rate": 2e-3, "max_length": 96},
 }
 QUICK: dict[str, dict[str, Any]] = {
-    "compare": {"rows": 1200, "seeds": [0], "eval_rows": 500, "eval_every": 0},
+    "compare": {"rows": 1200, "seeds": [0], "eval_rows": 400, "eval_every": 0},
     "public": {"sequences": 48, "length": 64},
     "align": {**BASE["align"], "steps": 20, "realign_steps": 5},
-    "rounds": {"count": 4},
-    "local": {"max_steps": 20},
+    "rounds": {"count": 3},
+    "local": {"max_steps": 15},
 }
 TASKS: dict[str, dict[str, Any]] = {
     "sst2": {"prompt": "Review: {sentence}\nSentiment:", "completion": "{label}"},
