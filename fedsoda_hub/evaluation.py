@@ -83,7 +83,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Row:
-    """Samples that run together, as they share a beginning."""
+    """Samples that run together, as they share a beginning: ids (T,), and where in them each sample lies."""
 
     samples: Sequence[Sample]
     ids: Tensor

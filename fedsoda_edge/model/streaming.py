@@ -277,11 +277,13 @@ def stream(
         else:
             hidden = [state.to(store) for state in start]
         base = model.get_submodule(family.layers.rpartition(".")[0])
-        recorders = _record_calls(base)
+        calls = _Calls(base)
+        if branches is not None and all(len(row.forks) == 1 for row in branches):
+            branches = None  # their shape says all, so that batches of one shape share what is kept of them
         base.rotary_emb.to(device)  # the only real tensors of the skeleton
         for done, number in enumerate(layers):
             assert coming is not None
-            layer = recorders[number].take_layer()
+            layer = calls.take_layer(number)
             prune_half(layer, source.lacking.get(number))
             fill(layer, coming.result(), compute_dtype, device, dense=dense)
             coming = reader.submit(source.stored_layer, layers[done + 1]) if done + 1 < len(layers) else None
@@ -294,7 +296,7 @@ def stream(
                     for row, i in enumerate(batch):
                         padded[row, : len(hidden[i])] = hidden[i]
                     parted = tuple(branches[i] for i in batch) if branches is not None else ()
-                    arguments = recorders[number].arguments(base, padded.to(device), parted)
+                    arguments = calls.arguments(number, padded.to(device), parted)
                     out = layer(*arguments[0], **arguments[1])
                     out = (out[0] if isinstance(out, tuple) else out).to(store).cpu()
                     for row, i in enumerate(batch):
@@ -318,15 +320,11 @@ def _embedded(module: Any, source: LayerSource, ids: Sequence[Tensor], dtype: to
 
 
 class _Recorder(torch.nn.Module):
-    """Stands in a layer's place while the family's own base model runs, and notes how it is called for each batch."""
+    """Stands in a layer's place while the family's own base model runs, and notes how it is called."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
         self.__dict__["layer"] = layer  # not a submodule: the base model must not see its weights
-        self.__dict__[
-            "calls"
-        ] = {}  # (shape of the hidden states, branches) -> other arguments: mask, rotary table, ...
-        self.__dict__["last"] = None
         for name, value in vars(layer).items():
             if name.startswith("_") or name in ("training",):
                 continue
@@ -338,46 +336,50 @@ class _Recorder(torch.nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs.pop("hidden_states")
-        self.__dict__["last"] = args[1:], kwargs
+        self.__dict__["call"] = args[1:], kwargs
         return hidden
 
+
+class _Calls:
+    """How a family's base model calls its layers for a batch: masks, rotary tables and what else stands beside the states."""
+
+    def __init__(self, base: Any) -> None:
+        self._base = base
+        self._recorders = [_Recorder(layer) for layer in base.layers]
+        base.layers = torch.nn.ModuleList(self._recorders)
+        base.norm = torch.nn.Identity()
+        self._kept: dict[Any, list[Any]] = {}  # (shape of the states, branches) -> of each layer its other arguments
+        self._kept_bytes = 0
+
+    def take_layer(self, number: int) -> Any:
+        return self._recorders[number].take_layer()
+
     def arguments(
-        self, base: Any, hidden: Tensor, branches: tuple[Branches, ...] = ()
+        self, number: int, hidden: Tensor, branches: tuple[Branches, ...]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The layer's arguments for these hidden states, as the family's own forward would pass them."""
+        """A layer's arguments for these hidden states, as the family's own forward would pass them."""
         key = hidden.shape, branches
-        if key not in self.__dict__["calls"]:
+        if key not in self._kept:
             positions, mask = attention(branches, hidden.device)
             # Once for all layers, which share what it makes.
-            base(inputs_embeds=hidden, position_ids=positions, attention_mask=mask, use_cache=False)
-            for recorder in base.layers:
-                recorder.note(key)
-        others, named = self.__dict__["calls"][key]
+            self._base(inputs_embeds=hidden, position_ids=positions, attention_mask=mask, use_cache=False)
+            calls = [recorder.__dict__.pop("call") for recorder in self._recorders]
+            size = sum({id(tensor): tensor.nbytes for tensor in _tensors(calls)}.values())
+            if self._kept_bytes + size > KEPT_CALL_BYTES:
+                self._kept, self._kept_bytes = {}, 0
+            self._kept[key] = calls
+            self._kept_bytes += size
+        others, named = self._kept[key][number]
         return (hidden, *others), named
 
-    def note(self, key: Any) -> None:
-        """Keep how the layer was called last, and forget all others where they hold too much."""
-        calls = self.__dict__["calls"]
-        calls[key] = self.__dict__["last"]
-        if sum(map(_held_bytes, calls.values())) > KEPT_CALL_BYTES:
-            calls.clear()
-            calls[key] = self.__dict__["last"]
 
-
-def _held_bytes(call: Any) -> int:
-    """Of tensors in a layer's arguments, which its fellows share."""
+def _tensors(call: Any) -> Iterator[Tensor]:
+    """Those in a layer's arguments, however they are nested."""
     if isinstance(call, Tensor):
-        return call.nbytes
-    if isinstance(call, dict):
-        return sum(map(_held_bytes, call.values()))
-    return sum(map(_held_bytes, call)) if isinstance(call, tuple | list) else 0
-
-
-def _record_calls(base: Any) -> list[_Recorder]:
-    recorders = [_Recorder(layer) for layer in base.layers]
-    base.layers = torch.nn.ModuleList(recorders)
-    base.norm = torch.nn.Identity()
-    return recorders
+        yield call
+    elif isinstance(call, dict | tuple | list):
+        for value in call.values() if isinstance(call, dict) else call:
+            yield from _tensors(value)
 
 
 def fill(

@@ -55,8 +55,8 @@ class SubLLM:
         """(B, T, C) after the final norm, from ids (B, T) or from hidden states (B, T, C) below layer numbers[0].
 
         Pads go to the right: causal attention keeps them from real positions, so there is no mask. A row may hold
-        several samples where `positions` (B, T) starts anew with each: Transformers keeps attention within them. What
-        else a query sees is told by `mask` (B, 1, T, T) (`branches.attention`).
+        several samples where `positions` (B, T) starts anew with each: Transformers keeps attention within them.
+        Where another `mask` (B, 1, T, T) parts a row (`branches.attention`), it alone says what a query sees.
         """
         base = self.model.get_submodule(self.family.layers.rpartition(".")[0])
         with _made_again(base.layers[:-1]) if self.recompute else nullcontext():

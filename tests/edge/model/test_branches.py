@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,19 +87,34 @@ def test_the_states_are_those_of_sequences_run_apart(family: str, tmp_path: Path
 
 
 def test_what_a_sweep_keeps_of_masks_is_bounded(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many batches as rows, of which no two have room beside each other: made again for each layer, the same."""
+    """Four batches of which no two have room beside each other are made again for each layer, to the same bits."""
     source = Checkpoint.open(str(tiny_llama))
     rows, branches = [torch.tensor(ids) for ids, _ in ROWS], [branches for _, branches in ROWS]
-    expected = stream(source, LAYERS, rows, branches=branches, batches=[[0], [1], [2], [3]])
+    expected, made = swept_alone(source, rows, branches, monkeypatch)
+    assert made == 4
     monkeypatch.setattr(streaming_module, "KEPT_CALL_BYTES", 1)
-    held: list[int] = []
-    note = streaming_module._Recorder.note
+    again, made = swept_alone(source, rows, branches, monkeypatch)
+    assert made == 4 * len(LAYERS)
+    assert all(torch.equal(one, other) for one, other in zip(again, expected, strict=True))
 
-    def counted(recorder: streaming_module._Recorder, key: object) -> None:
-        note(recorder, key)
-        held.append(len(recorder.__dict__["calls"]))
 
-    monkeypatch.setattr(streaming_module._Recorder, "note", counted)
-    made = stream(source, LAYERS, rows, branches=branches, batches=[[0], [1], [2], [3]])
-    assert set(held) == {1}
-    assert all(torch.equal(one, other) for one, other in zip(made, expected, strict=True))
+def test_rows_of_one_shape_without_branches_share_what_is_kept(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, branches = joined([[3, 4, 5, 6]])
+    _, made = swept_alone(Checkpoint.open(str(tiny_llama)), [torch.tensor(ids)] * 4, [branches] * 4, monkeypatch)
+    assert made == 1
+
+
+def swept_alone(
+    source: Checkpoint, rows: list[Tensor], branches: list[Branches], monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[Tensor], int]:
+    """The states of four rows, each a batch of its own, and how often masks were asked for."""
+    made = []
+
+    def counted(*args: Any) -> Any:
+        made.append(args)
+        return attention(*args)
+
+    monkeypatch.setattr(streaming_module, "attention", counted)
+    return stream(source, LAYERS, rows, branches=branches, batches=[[0], [1], [2], [3]]), len(made)
