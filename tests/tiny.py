@@ -80,12 +80,13 @@ def make_tiny_llama(
     return directory
 
 
-# What each family does differently from llama, all of it switched on and small enough to matter on 20 tokens.
+# What each family does differently from llama, all of it switched on and small enough to matter on 20 tokens. Rows of
+# matrices are whole blocks of 64: bitsandbytes 0.50 reads others wrongly where a CPU has AVX512.
 FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 6},
     "qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 3},
-    "qwen3": {"head_dim": 24, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 3},
+    "qwen3": {"head_dim": 32, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 3},
     "gemma3_text": {
         "head_dim": 16,
         "query_pre_attn_scalar": 16,

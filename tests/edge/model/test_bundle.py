@@ -153,7 +153,7 @@ def test_materialized_it_gives_the_same_logits_in_plain_transformers(
     with torch.no_grad():
         assert relative_difference(sub.hidden(ids=IDS) @ sub.head.T, plain(IDS).logits) < 1e-5
         lora.attach(sub, bundle.manifest.lora, {**bundle.emulator_lora(), **bundle.adapter_lora()})
-        with_lora = PeftModel.from_pretrained(plain, str(tmp_path / "plain" / "lora"))
+        with_lora = PeftModel.from_pretrained(plain, str(tmp_path / "plain" / "lora")).train()  # it comes in eval mode
         assert relative_difference(sub.hidden(ids=IDS) @ sub.head.T, with_lora(IDS).logits) < 1e-5
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -222,3 +225,21 @@ def test_no_dense_matrix_is_made_on_the_way(bf16_is_native: bool, num_rows: int,
     assert x.grad is not None
     known = {it.untyped_storage().data_ptr() for it in (x, y, x.grad, grad, layer.weight, layer.absmax)}
     assert sum(it.nbytes() for address, it in made.storages.items() if address not in known) <= 4e6
+
+
+def test_no_compiled_code_is_fetched_nor_its_absence_told(tmp_path: Path) -> None:
+    """bitsandbytes does both at its import on CPUs with AVX512-BF16, Transformers where a kernel is asked for."""
+    (tmp_path / "kernels.py").write_text(f"open({str(tmp_path / 'fetched')!r}, 'w')")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    script = (
+        "import fedsoda_edge.model.lora, bitsandbytes, importlib.util; assert not importlib.util.find_spec('kernels')"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "kernel" not in ended.stderr
+    assert not (tmp_path / "fetched").exists()
