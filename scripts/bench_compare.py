@@ -94,6 +94,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bf16": {"wire": {"codec": "bf16"}},
     "public-like-task": {"public": {"text": "like_task.txt"}},
     "public-self": {"public": {"text": "self-generated"}},
+    "public-like-task-mapped": {
+        "public": {"text": "like_task.txt", "like_task": "self-generated"},
+        "align": {"border_map": "ridge"},
+    },
+    "public-self-mapped": {
+        "public": {"text": "self-generated", "like_task": "self-generated"},
+        "align": {"border_map": "ridge"},
+    },
     "fedbiot": {"method": {"name": "fedbiot", "realign_every": 1}, "align": {"steps": 60, "realign_steps": 5}},
     "fedot": {"method": {"name": "fedot"}},
     "fedpetuning": {"method": {"name": "fedpetuning"}},
@@ -110,7 +118,10 @@ SETS: dict[str, tuple[str, ...]] = {
     "ablation": ("neither", "closed-form", "pre-align", "closed-form-pre-align", "realign", "aligned"),
     "groups": ("n2-p6", "aligned", "n4-p3"),
     "codecs": ("aligned", "int8", "bf16"),
-    "public": ("aligned", "public-like-task", "public-self"),
+    "public": (
+        *("aligned", "public-like-task", "public-self"),
+        *("aligned-mapped-self", "public-like-task-mapped", "public-self-mapped"),
+    ),
     "pruning": (
         *("fedpruner", "fedpruner-once", "fedpruner+"),
         *("fedpruner-uniform", "fedpruner-random", "fedpruner-top"),
