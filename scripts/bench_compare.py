@@ -94,14 +94,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bf16": {"wire": {"codec": "bf16"}},
     "public-like-task": {"public": {"text": "like_task.txt"}},
     "public-self": {"public": {"text": "self-generated"}},
-    "public-like-task-mapped": {
-        "public": {"text": "like_task.txt", "like_task": "self-generated"},
-        "align": {"border_map": "ridge"},
-    },
-    "public-self-mapped": {
-        "public": {"text": "self-generated", "like_task": "self-generated"},
-        "align": {"border_map": "ridge"},
-    },
     "fedbiot": {"method": {"name": "fedbiot", "realign_every": 1}, "align": {"steps": 60, "realign_steps": 5}},
     "fedot": {"method": {"name": "fedot"}},
     "fedpetuning": {"method": {"name": "fedpetuning"}},
@@ -112,11 +104,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fedpruner-random": {"method": {"name": "fedpruner", "layer_choice": "random"}},
     "fedpruner-top": {"method": {"name": "fedpruner", "layer_choice": "top"}},
 }
+for name in ("n2-p6", "n4-p3", "public-like-task", "public-self"):  # also with the border map that is the default
+    public = {**VARIANTS[name].get("public", {}), "like_task": "self-generated"}
+    VARIANTS[f"{name}-mapped"] = {**VARIANTS[name], "align": {"border_map": "ridge"}, "public": public}
 SETS: dict[str, tuple[str, ...]] = {
     "methods": ("aligned-mapped-self", "aligned", "fedbiot", "fedot", "fedpetuning", "exact"),
     "border-map": ("aligned", "mapped", "aligned-mapped", "aligned-mapped-self", "exact"),
     "ablation": ("neither", "closed-form", "pre-align", "closed-form-pre-align", "realign", "aligned"),
-    "groups": ("n2-p6", "aligned", "n4-p3"),
+    "groups": ("n2-p6", "aligned", "n4-p3", "n2-p6-mapped", "aligned-mapped-self", "n4-p3-mapped"),
     "codecs": ("aligned", "int8", "bf16"),
     "public": (
         *("aligned", "public-like-task", "public-self"),
