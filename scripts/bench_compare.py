@@ -272,7 +272,7 @@ def adapter_gradient(
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0],
-        epilog="About four minutes of one core a cell; methods without a border cache take several times as long.",
+        epilog="Two to six minutes of one core a cell; methods without a border cache take several times as long.",
     )
     parser.add_argument("--set", choices=SETS, default="methods")
     parser.add_argument("--task", choices=TASKS, default="sst2")
