@@ -72,7 +72,7 @@ TASKS: dict[str, dict[str, Any]] = {
 OF_TASK: dict[str, dict[str, Any]] = {
     "sst2": {},
     "dolly": {"local": {"max_steps": 25}},  # it is learned in half the steps
-    "boolq": {"compare": {"rows": 0}, "local": {"max_length": BOOLQ_IDS}},
+    "boolq": {"compare": {"rows": 0}, "local": {"max_steps": 4, "max_length": BOOLQ_IDS}},  # more learns it by heart
 }
 LIKE_TASK = "like_task.jsonl"
 NEVER = {"method": {"realign_every": 0}}
