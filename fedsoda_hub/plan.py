@@ -135,6 +135,7 @@ def predict(
     weights = sum(size for name, size in sizes.items() if not name.endswith("_lora"))
     files = [File(name, "", size) for name, size in sizes.items()]
     shape = make_shape(
+        family.model_type,
         fields,
         plan,
         layers,

@@ -143,6 +143,7 @@ def write_bundle(
             files.append(File(name=path.name, sha256=sha256(data), bytes=len(data)))
         dtype = next(key for key, value in DTYPES.items() if value == source.dtype)
         shape = make_shape(
+            source.family.model_type,
             source.fields,
             plan,
             parameters,

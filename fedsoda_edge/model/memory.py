@@ -35,6 +35,8 @@ KERNEL_BYTES = 48 << 20  # measured: what libraries of kernels load and hold onc
 CUDA_CONTEXT_BYTES = 450 << 20  # measured elsewhere for torch on consumer cards; not on a GPU of ours
 KEPT_HEAP = 1.7  # measured (scripts/bench_memory): what malloc holds for a byte of activations that comes and goes
 
+NORMS_HEADS = ("qwen3", "gemma3_text")  # families whose queries and keys pass norms; others that do keep less elsewhere
+
 NF4_STORED = 0.5 + 1 / 64 + 4 / 64 / 256  # bytes a weight: codes, absmax, nested absmax
 NF4_HELD = 0.5 + 4 / 64  # with absmax as fp32, which every use needs
 LOGITS = 1 << 23  # of one chunk of rows: 32 MiB in fp32
@@ -54,6 +56,7 @@ class Shape:
     num_layers: from the border on, which gradients go through; num_attention and num_mlp: how many of them below the
     last, which counts as whole, have that half. frozen_parameters, frozen_lora_parameters: of those among them that do
     not train. width: bytes of a weight that is not stored in NF4. is_swept: whether there are layers below the border.
+    norms_heads: whether norms of queries and keys keep what goes into them.
     """
 
     hidden: int
@@ -74,6 +77,7 @@ class Shape:
     width: int
     frozen_lora_parameters: int = 0
     is_swept: bool = True
+    norms_heads: bool = False
 
 
 def shape_of(manifest: BundleManifest) -> Shape:
@@ -87,6 +91,7 @@ def shape_of(manifest: BundleManifest) -> Shape:
         for number in plan.kept
     }
     return make_shape(
+        manifest.family,
         manifest.config,
         plan,
         parameters,
@@ -108,6 +113,7 @@ def _width(dtype: str) -> int:
 
 
 def make_shape(
+    family: str,
     fields: dict[str, Any],
     plan: LayerPlan,
     parameters: Mapping[int, int],
@@ -145,6 +151,7 @@ def make_shape(
         _width(dtype),
         _count(spec for spec in lora.emulator if spec.layer in plan.resident),
         bool(plan.swept),
+        family in NORMS_HEADS,
     )
 
 
@@ -224,8 +231,9 @@ def _plan(
     head_size = (NF4_HELD if shape.head_in_nf4 else shape.width) if packed else size
     # Gradients go through frozen layers too, which keep less than this: there is no LoRA of theirs to train.
     others = shape.num_layers - 1
-    attention, mlp = 3 * (d + q + k) * positions, (3 * d + 4 * f) * positions
-    last = (d + 3 * q + 3 * k) * positions + (7 * d + q + 4 * f) * labels
+    normed = q + k if shape.norms_heads else 0  # what goes into their norms
+    attention, mlp = (3 * (d + q + k) + normed) * positions, (3 * d + 4 * f) * positions
+    last = (d + 3 * q + 3 * k + normed) * positions + (7 * d + q + 4 * f) * labels
     if recompute and others:
         kept = others * d * positions + max(attention + mlp + (d + f) * positions, last)
     else:  # the gradients on their way through a layer come when the last layer's activations are gone
