@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fedsoda_edge.errors import FedSODAError
 
 if TYPE_CHECKING:
-    from fedsoda_edge.data import LocalData
+    from fedsoda_edge.data.local_data import LocalData
     from fedsoda_edge.edge import Edge, Offer, Participation, Update
 
 __all__ = ["Edge", "FedSODAError", "LocalData", "Offer", "Participation", "Update"]
@@ -22,7 +22,7 @@ __all__ = ["Edge", "FedSODAError", "LocalData", "Offer", "Participation", "Updat
 def __getattr__(name: str) -> Any:
     """Load the SDK on first use: `fedsoda-edge --help` needs none of it."""
     if name == "LocalData":
-        from fedsoda_edge.data import LocalData
+        from fedsoda_edge.data.local_data import LocalData
 
         return LocalData
     if name in ("Edge", "Offer", "Participation", "Update"):

@@ -1,3 +1,3 @@
-from fedsoda_edge.cli import main
+from fedsoda_edge.cli.commands import main
 
 main()

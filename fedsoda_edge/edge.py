@@ -14,20 +14,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from fedsoda_edge import size_class
-from fedsoda_edge.agent import Agent, AgentSettings, Cache, Say
-from fedsoda_edge.config import CACHE_DTYPES, Home, read_token
-from fedsoda_edge.data import LocalData
-from fedsoda_edge.device import Limits, check_device_name, memory_report
+from fedsoda_edge.data.local_data import LocalData
+from fedsoda_edge.device.fit import Limits, check_device_name, memory_report
+from fedsoda_edge.device.pause_rules import parse_rules
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_edge.model.memory import Samples
-from fedsoda_edge.neighbour import parse_rules
+from fedsoda_edge.join import size_class
+from fedsoda_edge.join.agent import Agent, AgentSettings, Cache, Say
+from fedsoda_edge.join.home import CACHE_DTYPES, Home, read_token
+from fedsoda_edge.network.hub_transport import HubTransport
 from fedsoda_edge.ports import SystemClock, Transport
 from fedsoda_edge.ports.child import Child
-from fedsoda_edge.ports.console import counted
+from fedsoda_edge.ports.store import FileStore
 from fedsoda_edge.protocol import messages as ms
-from fedsoda_edge.store import FileStore
-from fedsoda_edge.transport import HubTransport
+from fedsoda_edge.protocol.needs import Samples
+from fedsoda_edge.units import counted
 
 T = TypeVar("T")
 

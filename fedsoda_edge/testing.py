@@ -147,9 +147,8 @@ def make_bundle(directory: Path, vocab_size: int = 259) -> None:
 
     from fedsoda_edge.model import lora
     from fedsoda_edge.model.bundle import BundleSettings, write_bundle
-    from fedsoda_edge.model.layer_plan import choose_groups, make_plan
     from fedsoda_edge.model.streaming import Checkpoint
-    from fedsoda_edge.protocol.manifest import LoRASpec
+    from fedsoda_edge.protocol.manifest import Group, LayerPlan, LoRASpec
 
     with tempfile.TemporaryDirectory() as made:
         model_dir = Path(made) / "scripted-llama"
@@ -175,7 +174,14 @@ def make_bundle(directory: Path, vocab_size: int = 259) -> None:
         tokenizer.save(str(model_dir / "tokenizer.json"))
         (model_dir / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
         source = Checkpoint.open(str(model_dir))
-        plan = make_plan(4, 1, choose_groups([[0.1, 0.2], [0.2], []], 4, 1, 1, 1))
+        plan = LayerPlan(
+            num_layers=4,
+            adapter=(3,),
+            kept=(0, 2, 3),
+            groups=(Group(start=0, removed=(1,), distance=0.1),),
+            mapping=((0, 0),),
+            distances=(),
+        )
         targets = ("q_proj", "v_proj")
         spec = LoRASpec(
             rank=4,

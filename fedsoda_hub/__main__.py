@@ -1,3 +1,3 @@
-from fedsoda_hub.cli import main
+from fedsoda_hub.cli.commands import main
 
 main()

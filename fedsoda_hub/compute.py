@@ -20,14 +20,14 @@ from fedsoda_edge.model.lora import LoRATensors
 from fedsoda_edge.ports.child import Handler, Report, Values, serve
 from fedsoda_edge.ports.disk import BlobStore
 from fedsoda_edge.protocol.coded import of_factor
-from fedsoda_hub.algorithms import flexlora, server_optimizer
-from fedsoda_hub.algorithms.aggregation import CodedUpdate, weighted_mean
-from fedsoda_hub.algorithms.products import cross_term, pairs_by_module
-from fedsoda_hub.config import RunSettings
-from fedsoda_hub.export import RunJudge, check_evaluation
+from fedsoda_hub.algorithms.aggregation import flexlora, server_optimizer
+from fedsoda_hub.algorithms.aggregation.products import cross_term, pairs_by_module
+from fedsoda_hub.algorithms.aggregation.weighted_mean import CodedUpdate, weighted_mean
+from fedsoda_hub.evaluation.export import RunJudge, check_evaluation
 from fedsoda_hub.federation.rounds import trained_factor
-from fedsoda_hub.ledger import Outcome
-from fedsoda_hub.prepare import Preparation
+from fedsoda_hub.preparation.prepare import Preparation
+from fedsoda_hub.run.ledger import Outcome
+from fedsoda_hub.settings.run import RunSettings
 
 
 class Compute:

@@ -25,12 +25,12 @@ from fedsoda_edge.model import lora
 from fedsoda_edge.model.bundle import BundleSettings, shard_sizes
 from fedsoda_edge.model.delta import encoded_bytes
 from fedsoda_edge.model.families import Family, allowed_fields, build_config, family_of, layer_on_meta, skeleton
-from fedsoda_edge.model.memory import edge_needs, make_shape
 from fedsoda_edge.protocol.manifest import TOKENIZER_FILES, File, LayerPlan, TensorSpec
-from fedsoda_hub.algorithms.fedot import evenly
-from fedsoda_hub.algorithms.methods import method_of
-from fedsoda_hub.config import Method, RunSettings, with_full_emulator
-from fedsoda_hub.full_llm import lora_spec
+from fedsoda_edge.protocol.needs import edge_needs, make_shape
+from fedsoda_hub.algorithms.methods.by_name import method_of
+from fedsoda_hub.algorithms.methods.fedot import evenly
+from fedsoda_hub.preparation.full_llm import lora_spec
+from fedsoda_hub.settings.run import Method, RunSettings, with_full_emulator
 
 CLASS_SIZES = (  # of a smaller size class
     *("bundle_bytes", "up_bytes_per_edge_round", "down_bytes_per_edge_round"),

@@ -20,15 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsoda_edge.border import Border
-from fedsoda_edge.data import LocalData, Sample, SampleTokenizer, read_samples
+from fedsoda_edge.data.local_data import LocalData, Sample, SampleTokenizer, read_samples
 from fedsoda_edge.model import lora
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.streaming import Checkpoint, LayerSource
 from fedsoda_edge.model.sub_llm import build
 from fedsoda_edge.ports.disk import write_durably
-from fedsoda_edge.training import accumulate
-from fedsoda_hub.algorithms import drift
+from fedsoda_edge.worker.batches import Border
+from fedsoda_edge.worker.training import accumulate
+from fedsoda_hub.algorithms.alignment import drift
 from fedsoda_hub.compare.settings import read_comparison
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -47,21 +47,21 @@ from transformers import (
     TrainingArguments,
 )
 
-from fedsoda_edge.border import Border
-from fedsoda_edge.border_cache import CachedStates, CacheSettings
-from fedsoda_edge.checkpoint import RoundCheckpoint
-from fedsoda_edge.data import Sample
+from fedsoda_edge.data.local_data import Sample
 from fedsoda_edge.model import lora
 from fedsoda_edge.model.bundle import Bundle, BundleSettings, shard_sizes
 from fedsoda_edge.model.families import allowed_fields, family_of, layer_on_meta
-from fedsoda_edge.model.memory import MemoryPlan, Samples, plans, shape_of
 from fedsoda_edge.model.sub_llm import build
 from fedsoda_edge.ports.system import peak_rss_bytes, return_memory_at_once
 from fedsoda_edge.protocol.manifest import LayerPlan
 from fedsoda_edge.protocol.messages import LocalSettings
-from fedsoda_edge.training import Trained, fine_tune, probe
-from fedsoda_hub.config import Method
+from fedsoda_edge.protocol.needs import MemoryPlan, Samples, plans, shape_of
+from fedsoda_edge.worker.batches import Border
+from fedsoda_edge.worker.border_cache import CachedStates, CacheSettings
+from fedsoda_edge.worker.checkpoint import RoundCheckpoint
+from fedsoda_edge.worker.training import Trained, fine_tune, probe
 from fedsoda_hub.plan import likely_plan
+from fedsoda_hub.settings.run import Method
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")

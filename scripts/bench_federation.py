@@ -29,8 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 
-from fedsoda_edge.border import Border
-from fedsoda_edge.data import LocalData, SampleTokenizer, TextTemplate, read_samples
+from fedsoda_edge.data.local_data import LocalData, SampleTokenizer, read_samples
 from fedsoda_edge.model import delta, lora
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.streaming import Checkpoint
@@ -38,11 +37,13 @@ from fedsoda_edge.model.sub_llm import build
 from fedsoda_edge.ports.disk import BlobStore
 from fedsoda_edge.protocol.manifest import LoRASpec
 from fedsoda_edge.protocol.messages import LocalSettings
-from fedsoda_edge.training import fine_tune
-from fedsoda_hub.config import read_settings
-from fedsoda_hub.evaluation import Evaluator, Judged, auc, read_questions
-from fedsoda_hub.export import judged_models
-from fedsoda_hub.ledger import read_outcome
+from fedsoda_edge.protocol.template import TextTemplate
+from fedsoda_edge.worker.batches import Border
+from fedsoda_edge.worker.training import fine_tune
+from fedsoda_hub.evaluation.evaluator import Evaluator, Judged, auc, read_questions
+from fedsoda_hub.evaluation.export import judged_models
+from fedsoda_hub.run.ledger import read_outcome
+from fedsoda_hub.settings.run import read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "fedsoda_hub" / "demo" / "model"

@@ -32,15 +32,15 @@ from typing import Any
 import random_bundle  # beside this file
 from random_bundle import Shape
 
-from fedsoda_edge.model.layer_plan import make_plan
+from fedsoda_edge.network.hub_transport import HubTransport
 from fedsoda_edge.ports.disk import sha256_file
+from fedsoda_edge.ports.store import FileStore
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.manifest import BundleManifest, Group, parse_manifest
 from fedsoda_edge.protocol.session import Upload
-from fedsoda_edge.store import FileStore
-from fedsoda_edge.transport import HubTransport
-from fedsoda_hub.ledger import Token
-from fedsoda_hub.listener import Connection, bind, make_server
+from fedsoda_hub.algorithms.pruning.layer_plan import make_plan
+from fedsoda_hub.run.ledger import Token
+from fedsoda_hub.serving.listener import Connection, bind, make_server
 
 ROOT = Path(__file__).resolve().parent.parent
 FACTOR, SECONDS = 1.15, 3.0  # together at most FACTOR x the longer + SECONDS

@@ -23,8 +23,8 @@ import torch
 from random_bundle import Shape  # beside this file
 
 from fedsoda_edge.model.bundle import Bundle
-from fedsoda_edge.model.memory import MemoryPlan, Samples, plans, shape_of
 from fedsoda_edge.ports.system import peak_rss_bytes, return_memory_at_once
+from fedsoda_edge.protocol.needs import MemoryPlan, Samples, plans, shape_of
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -18,15 +18,15 @@ import pytest
 
 from tests.conftest import ROOT
 
-Sources = Mapping[str, str]  # "fedsoda_edge/transport.py" -> its text
+Sources = Mapping[str, str]  # "fedsoda_edge/network/hub_transport.py" -> its text
 Checker = Callable[[Sources], list[str]]
 
 HUB_MAY_IMPORT = ("protocol", "model", "ports", "data", "errors")
 HUB_EXTRA = {  # a comparison runs edges in its own process, and trains without a federation to compare with
-    "fedsoda_hub/compare/in_process.py": ("agent", "config", "worker"),
+    "fedsoda_hub/local/in_process.py": ("agent", "config", "worker"),
     "fedsoda_hub/compare/central.py": ("border", "training"),
 }
-NETWORK_FILES = ("fedsoda_edge/transport.py", "fedsoda_hub/listener.py")
+NETWORK_FILES = ("fedsoda_edge/network/hub_transport.py", "fedsoda_hub/serving/listener.py")
 SYSTEM_FILE = "fedsoda_edge/ports/system.py"
 NETWORK = {"httpx", "websockets", "uvicorn", "starlette", "socket", "ssl", "requests", "aiohttp", "urllib.request"}
 NETWORK |= {"http.client", "http.server", "socketserver"}
@@ -36,10 +36,10 @@ OUTER_WORLD |= {"time", "datetime", "sqlite3", "os", "pathlib", "shutil", "tempf
 RUNS_CODE = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "multiprocessing", "runpy"}
 HOLDS_A_SOCKET = (
     "fedsoda_edge.edge",
-    "fedsoda_edge.agent",
-    "fedsoda_edge.transport",
-    "fedsoda_hub.daemon",
-    "fedsoda_hub.listener",
+    "fedsoda_edge.join.agent",
+    "fedsoda_edge.network.hub_transport",
+    "fedsoda_hub.serving.daemon",
+    "fedsoda_hub.serving.listener",
 )
 LIGHT = ("fedsoda_edge", "fedsoda_edge.cli", "fedsoda_hub.cli", *HOLDS_A_SOCKET)
 
@@ -142,7 +142,7 @@ def transport_cannot_name_private_text(sources: Sources) -> list[str]:
     private = {f"fedsoda_edge.{name}" for name in ("data", "border", "training", "worker")}
     return [
         f"fedsoda_edge.transport reaches {module} through {through}; the network cannot name private text"
-        for module, through in reachable("fedsoda_edge.transport", sources).items()
+        for module, through in reachable("fedsoda_edge.network.hub_transport", sources).items()
         if module in private
     ]
 
@@ -238,7 +238,7 @@ def test_the_packages_keep(rule: Checker, sources: dict[str, str]) -> None:
 
 EDGE, HUB = "fedsoda_edge/planted.py", "fedsoda_hub/planted.py"
 PROTOCOL, FEDERATION = "fedsoda_edge/protocol/planted.py", "fedsoda_hub/federation/planted.py"
-TRANSPORT = "fedsoda_edge/transport.py"
+TRANSPORT = "fedsoda_edge/network/hub_transport.py"
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ TRANSPORT = "fedsoda_edge/transport.py"
         (decisions_are_pure, {PROTOCOL: "import torch.nn"}),
         (decisions_are_pure, {PROTOCOL: "def f(p):\n    return open(p)"}),
         (transport_cannot_name_private_text, {TRANSPORT: "from fedsoda_edge.data import LocalData"}),
-        (transport_cannot_name_private_text, {TRANSPORT: "from . import data", "fedsoda_edge/data.py": ""}),
+        (transport_cannot_name_private_text, {TRANSPORT: "from . import data", "fedsoda_edge/data/local_data.py": ""}),
         (
             transport_cannot_name_private_text,
             {TRANSPORT: "from fedsoda_edge.planted import x", EDGE: "from . import data"},
@@ -268,7 +268,7 @@ TRANSPORT = "fedsoda_edge/transport.py"
         (no_tensors_where_a_socket_is, {"fedsoda_edge/edge.py": "def f():\n    import torch"}),
         (
             no_tensors_where_a_socket_is,
-            {"fedsoda_hub/daemon.py": "from fedsoda_hub import planted", HUB: "import peft"},
+            {"fedsoda_hub/serving/daemon.py": "from fedsoda_hub import planted", HUB: "import peft"},
         ),
         (nothing_received_becomes_code, {HUB: "import pickle"}),
         (nothing_received_becomes_code, {HUB: "from multiprocessing import Process"}),
@@ -284,17 +284,17 @@ TRANSPORT = "fedsoda_edge/transport.py"
     ],
 )
 def test_a_rule_fails_on_a_planted_defect(rule: Checker, planted: dict[str, str]) -> None:
-    sources = {"fedsoda_edge/data.py": "", **planted}
+    sources = {"fedsoda_edge/data/local_data.py": "", **planted}
     assert rule(sources), f"{rule.__name__} let {planted} pass"
 
 
 def test_what_the_rules_allow_passes() -> None:
     allowed = {
         "fedsoda_hub/compare/central.py": "from fedsoda_edge.training import fine_tune\nfrom fedsoda_edge import data",
-        "fedsoda_hub/prepare.py": "from fedsoda_edge.model import lora\nfrom fedsoda_edge import errors\nimport torch",
+        "fedsoda_hub/preparation/prepare.py": "from fedsoda_edge.model import lora\nfrom fedsoda_edge import errors\nimport torch",
         "fedsoda_hub/federation/rounds.py": "import random\nfrom fedsoda_edge.protocol.messages import Receipt",
-        "fedsoda_hub/listener.py": "import uvicorn",
-        "fedsoda_edge/transport.py": "import ssl\nfrom .protocol import codec\nfrom . import errors",
+        "fedsoda_hub/serving/listener.py": "import uvicorn",
+        "fedsoda_edge/network/hub_transport.py": "import ssl\nfrom .protocol import codec\nfrom . import errors",
         "fedsoda_edge/edge.py": "import asyncio\nfrom fedsoda_edge.transport import connect\nmodel.eval()",
     }
     assert [line for rule in RULES for line in rule(allowed)] == []

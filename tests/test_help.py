@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import typer.main
 
-import fedsoda_edge.cli
-import fedsoda_hub.cli
-from fedsoda_edge.config import option_defaults
+import fedsoda_edge.cli.commands
+import fedsoda_hub.cli.commands
 from fedsoda_edge.errors import UsageProblem
+from fedsoda_edge.join.home import option_defaults
 
-PROGRAMS = {"fedsoda-edge": fedsoda_edge.cli.app, "fedsoda-hub": fedsoda_hub.cli.app}
+PROGRAMS = {"fedsoda-edge": fedsoda_edge.cli.commands.app, "fedsoda-hub": fedsoda_hub.cli.commands.app}
 OPTIONS = {"join": {"device", "data", "threads"}, "status": set(), "data": {"check": {"device", "column"}}}
 
 
@@ -116,7 +116,7 @@ def test_an_option_goes_before_its_variable_and_that_before_the_file(
     monkeypatch.delenv("FEDSODA_TOKEN", raising=False)
     monkeypatch.setattr("sys.argv", ["fedsoda-edge", "join", "--threads", "2"])
     with pytest.raises(SystemExit):
-        fedsoda_edge.cli.main()
+        fedsoda_edge.cli.commands.main()
     said = capsys.readouterr().err.splitlines()
     assert said[0].startswith(
         f"settings: url http://127.0.0.1:1, data {tmp_path / 'rows.jsonl'}, max_rounds 2 (config.toml); "
@@ -130,7 +130,7 @@ def test_a_wrong_value_is_told_with_where_it_stands(
 ) -> None:
     def said() -> str:
         with pytest.raises(SystemExit) as end:
-            fedsoda_edge.cli.main()
+            fedsoda_edge.cli.commands.main()
         assert end.value.code == 2
         return capsys.readouterr().err
 

@@ -12,7 +12,7 @@ import pytest
 
 from fedsoda_edge.testing import ScriptedHub
 from fedsoda_hub.compare.settings import read_comparison
-from fedsoda_hub.config import RunSettings
+from fedsoda_hub.settings.run import RunSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

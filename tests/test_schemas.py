@@ -30,31 +30,32 @@ import torch
 import typer
 from jsonschema import Draft202012Validator
 
-import fedsoda_edge.cli
-import fedsoda_hub.cli
-from fedsoda_edge import control, errors
-from fedsoda_edge.config import Home
+import fedsoda_edge.cli.commands
+import fedsoda_hub.cli.commands
+from fedsoda_edge import errors
 from fedsoda_edge.errors import HubUnreachable, WorkerFailed
+from fedsoda_edge.join import control
+from fedsoda_edge.join.home import Home
+from fedsoda_edge.join.status import _WORK
 from fedsoda_edge.ports import console
 from fedsoda_edge.ports.disk import BlobStore
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.coded import CODECS
 from fedsoda_edge.protocol.session import Upload
-from fedsoda_edge.status import _WORK
 from fedsoda_edge.testing import ScriptedHub, make_bundle
-from fedsoda_edge.worker import Worker
-from fedsoda_hub import daemon as daemon_module
-from fedsoda_hub.config import RunSettings
+from fedsoda_edge.worker.worker import Worker
+from fedsoda_hub.cli.display import Display
 from fedsoda_hub.federation import events as ev
-from fedsoda_hub.ledger import Ledger
-from fedsoda_hub.progress import Display
+from fedsoda_hub.run.ledger import Ledger
+from fedsoda_hub.serving import daemon as daemon_module
+from fedsoda_hub.settings.run import RunSettings
 from tests.conftest import ROOT
-from tests.edge.test_cli import a_bundle, serving
-from tests.hub import test_daemon
+from tests.edge.cli.test_cli import a_bundle, serving
 from tests.hub.runs import make_run
+from tests.hub.serving import test_daemon
 from tests.schema import EDGE, HUB, read_json
 
-APPS = {"fedsoda-edge": (EDGE, fedsoda_edge.cli.app), "fedsoda-hub": (HUB, fedsoda_hub.cli.app)}
+APPS = {"fedsoda-edge": (EDGE, fedsoda_edge.cli.commands.app), "fedsoda-hub": (HUB, fedsoda_hub.cli.commands.app)}
 both_programs = pytest.mark.parametrize("program", APPS)
 INSTEAD = {"error", "terminated"}  # of a report
 ROWS = "".join(json.dumps({"prompt": f"visit {i}", "completion": "home" if i % 2 else "ward"}) + "\n" for i in range(8))
@@ -526,7 +527,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def test_plan_doctor_and_leave_of_a_hub(served: str) -> None:
     assert edge("plan", served, FEDSODA_TOKEN="good")["device"] == "cpu"
     assert edge("leave", served, FEDSODA_TOKEN="good")["run"] == "triage"
-    with mock.patch("fedsoda_edge.doctor.Child", return_value=WorkerHere()):
+    with mock.patch("fedsoda_edge.join.doctor.Child", return_value=WorkerHere()):
         passed = edge("doctor", served, FEDSODA_TOKEN="good")
         failed = edge("doctor", served, FEDSODA_TOKEN="old")
     assert [check["name"] for check in passed["checks"]][-2:] == ["fits", "bandwidth"]

@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fedsoda_edge.errors import BlobCorrupt, UsageProblem
-from fedsoda_edge.model import border_map, lora
+from fedsoda_edge.model import border as border_map
+from fedsoda_edge.model import lora
 from fedsoda_edge.model.families import (
     FAMILIES,
     Family,
@@ -34,8 +35,6 @@ from fedsoda_edge.model.families import (
     linear_modules,
     skeleton,
 )
-from fedsoda_edge.model.layer_plan import check_plan
-from fedsoda_edge.model.memory import edge_needs, make_shape, shape_of
 from fedsoda_edge.model.nf4 import (
     BLOCK,
     CODEBOOK,
@@ -62,9 +61,11 @@ from fedsoda_edge.protocol.manifest import (
     LayerPlan,
     LoRASpec,
     TensorSpec,
+    check_plan,
     file_of,
     parse_manifest,
 )
+from fedsoda_edge.protocol.needs import edge_needs, make_shape, shape_of
 
 SHARDS = "shards.json"  # of all layers in a bundle's directory, where the manifest's plan leaves some of them out
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
-from fedsoda_edge.model.border_map import PREFIX, BorderMap, part
+from fedsoda_edge.model.border import PREFIX, BorderMap, part
 from fedsoda_edge.model.families import Family, lora_modules
 from fedsoda_edge.model.sub_llm import SubLLM
 from fedsoda_edge.protocol.manifest import Half, LoRASpec, TensorSpec

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedsoda_edge.model.memory import chunk_rows
 from fedsoda_edge.model.nf4 import BLOCK, NF4Linear
+from fedsoda_edge.protocol.needs import chunk_rows
 
 Head: TypeAlias = Tensor | NF4Linear  # (V, C), frozen
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fedsoda_edge.model.border_map import BorderMap
+from fedsoda_edge.model.border import BorderMap
 from fedsoda_edge.model.families import Family, build_config, prune_half, skeleton
 from fedsoda_edge.model.nf4 import NF4Linear, NF4Tensor
 from fedsoda_edge.model.streaming import LayerSource, fill

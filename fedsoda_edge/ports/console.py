@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import sys
 import time
 import traceback
@@ -16,6 +15,7 @@ import typer
 
 from fedsoda_edge.errors import FedSODAError, UsageProblem
 from fedsoda_edge.ports.system import on_stop
+from fedsoda_edge.units import human_bytes, human_seconds
 
 EXIT_HELP = (
     "Exit status: 0 done; 1 failed, do not retry; 2 wrong usage, settings or data; 3 temporary (network, hub away, "
@@ -153,35 +153,6 @@ def settings_line(settings: dict[str, dict[str, Any]]) -> str:
     return "settings: " + "; ".join([*given, *([f"defaults: {', '.join(defaults)}"] if defaults else [])])
 
 
-def counted(number: int, noun: str) -> str:
-    """(1, "edge") -> "1 edge", (1200, "edge") -> "1,200 edges"."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
-def human_bytes(size: float) -> str:
-    """1536 -> "1.5 KiB"; three figures, the unit that keeps them before the point."""
-    if size < 1024:
-        return f"{size:.0f} B"
-    for unit in ("KiB", "MiB", "GiB", "TiB"):
-        size /= 1024
-        if size < 1000 or unit == "TiB":
-            break
-    return f"{size:.{2 if size < 10 else 1 if size < 100 else 0}f} {unit}"
-
-
-def parse_bytes(text: str, option: str) -> int:
-    """ "8GB", "500 MiB", "1.5T" -> bytes; KB is 1000, KiB and K are 1024.
-
-    Raises:
-        UsageProblem: it is no size; names the option.
-    """
-    match = re.fullmatch(r"\s*(\d{1,12}(?:\.\d+)?)\s*(?:([kmgt])(i?b)?|b)?\s*", text.lower())
-    if match is None:
-        raise UsageProblem(f"{option} {text!r} is no size; write it as 8GB, 500MiB or 2T")
-    number, unit, kind = match.groups()
-    return int(float(number) * (1000 if kind == "b" else 1024) ** " kmgt".index(unit or " "))
-
-
 # What others write (an edge's reason, a model's answer) must not steer this terminal.
 _CONTROL = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 
@@ -263,10 +234,3 @@ class ProgressLine:
         if self._bar is not None:
             self._bar.stop()
         self._bar, self._name = None, ""
-
-
-def human_seconds(seconds: float) -> str:
-    """75 -> "75 s", 400 -> "7 min", 9000 -> "2.5 h"."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from fedsoda_edge.errors import BlobCorrupt
+from fedsoda_edge.errors import BlobCorrupt, UsageProblem
 
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 16 << 20
@@ -92,6 +92,36 @@ class LayerPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
     def retained(self) -> tuple[int, ...]:
         """The layers t_i that stay of their groups."""
         return tuple(group.start for group in self.groups)
+
+
+def check_plan(plan: LayerPlan) -> None:
+    """Raises UsageProblem unless the plan is one that a method can make: a plan also comes over the network."""
+    removed = [layer for group in plan.groups for layer in group.removed]
+    halves = (*plan.without_attention, *plan.without_mlp)
+    layers, of_groups = set(range(plan.num_layers)), {*removed, *(group.start for group in plan.groups)}
+    checks = {
+        "the adapter is layers of the model, ascending": plan.adapter
+        and plan.adapter == tuple(sorted(layers & set(plan.adapter))),
+        "each group removes the layers right above its start": all(
+            group.removed == tuple(range(group.start + 1, group.start + 1 + len(group.removed))) and group.removed
+            for group in plan.groups
+        ),
+        "groups do not overlap and remove nothing that trains": of_groups <= layers
+        and not set(removed) & set(plan.adapter)
+        and len(of_groups) == len(removed) + len(plan.groups),
+        "kept is every layer that is not removed": plan.kept
+        == tuple(layer for layer in range(plan.num_layers) if layer not in set(removed)),
+        "mapping gives (t, s) of each group": plan.mapping
+        == tuple((g.start, plan.kept.index(g.start)) for g in plan.groups if g.start in plan.kept),
+        "a kept layer lacks one half at most": len({*halves}) == len(halves) and {*halves} <= set(plan.kept),
+        "what lacks a half is ascending": all(
+            half == tuple(sorted(half)) for half in (plan.without_attention, plan.without_mlp)
+        ),
+        "some layer has attention": set(plan.kept) != set(plan.without_attention),  # or nothing would count positions
+    }
+    for rule, holds in checks.items():
+        if not holds:
+            raise UsageProblem(f"the layer plan breaks a rule: {rule}; plan: kept {plan.kept}")
 
 
 class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

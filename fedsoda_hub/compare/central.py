@@ -8,14 +8,14 @@ from pathlib import Path
 import msgspec
 from torch import Tensor
 
-from fedsoda_edge.border import Border
-from fedsoda_edge.data import LocalData, SampleTokenizer, read_samples
+from fedsoda_edge.data.local_data import LocalData, SampleTokenizer, read_samples
 from fedsoda_edge.model import lora
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.sub_llm import build
-from fedsoda_edge.training import fine_tune, num_steps
-from fedsoda_hub.config import RunSettings
-from fedsoda_hub.full_llm import open_full_llm, pick_device
+from fedsoda_edge.worker.batches import Border
+from fedsoda_edge.worker.training import fine_tune, num_steps
+from fedsoda_hub.preparation.full_llm import open_full_llm, pick_device
+from fedsoda_hub.settings.run import RunSettings
 
 
 def train_central(

@@ -14,7 +14,7 @@ from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.ports.disk import write_durably
 from fedsoda_edge.protocol.manifest import LayerPlan
 from fedsoda_hub.compare.summary import markdown
-from fedsoda_hub.report import BLUE, GREEN, GREY, ORANGE, RED, draw_layers, page, picture_of, plain, png
+from fedsoda_hub.report.page import BLUE, GREEN, GREY, ORANGE, RED, draw_layers, page, picture_of, plain, png
 
 COLORS = (BLUE, ORANGE, GREEN, RED, "#CC79A7", "#56B4E9", "#000000", "#F0E442")  # Okabe and Ito's
 

@@ -22,28 +22,27 @@ from typing import Any, TypeVar
 import msgspec
 import torch
 
-from fedsoda_edge.data import LocalData
+from fedsoda_edge.data.local_data import LocalData
 from fedsoda_edge.errors import DataProblem
 from fedsoda_edge.model.bundle import Bundle, write_durably_json
 from fedsoda_edge.ports.console import Terminated
 from fedsoda_edge.ports.disk import sha256_file, write_durably
 from fedsoda_edge.ports.system import on_signal_in
 from fedsoda_edge.protocol.manifest import LayerPlan, LoRASpec
-from fedsoda_hub import processes
-from fedsoda_hub.compare import in_process
 from fedsoda_hub.compare.central import train_central
 from fedsoda_hub.compare.pictures import write_pages
 from fedsoda_hub.compare.settings import Cell, Comparison
 from fedsoda_hub.compare.splits import choose, deal
 from fedsoda_hub.compare.summary import summarise
-from fedsoda_hub.config import RunSettings, write_toml
-from fedsoda_hub.evaluation import Evaluator, Judged
-from fedsoda_hub.export import RunJudge
+from fedsoda_hub.evaluation.evaluator import Evaluator, Judged
+from fedsoda_hub.evaluation.export import RunJudge
 from fedsoda_hub.federation.events import Prepared, RoundClosed
-from fedsoda_hub.full_llm import open_full_llm
-from fedsoda_hub.ledger import Ledger
+from fedsoda_hub.local import in_process, processes
 from fedsoda_hub.plan import predict
-from fedsoda_hub.prepare import Preparation, made_of
+from fedsoda_hub.preparation.full_llm import open_full_llm
+from fedsoda_hub.preparation.prepare import Preparation, made_of
+from fedsoda_hub.run.ledger import Ledger
+from fedsoda_hub.settings.run import RunSettings, write_toml
 
 Say = Callable[[dict[str, Any]], None]
 Result = dict[str, Any]

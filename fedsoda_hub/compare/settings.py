@@ -14,9 +14,9 @@ from typing import Any
 import msgspec
 
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_hub.algorithms.methods import METHODS
+from fedsoda_hub.algorithms.methods.by_name import METHODS
 from fedsoda_hub.compare.splits import check_split
-from fedsoda_hub.config import (
+from fedsoda_hub.settings.run import (
     SELF_GENERATED,
     RunSettings,
     Section,

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from fedsoda_edge.ports.console import human_bytes
+from fedsoda_edge.units import human_bytes
 from fedsoda_hub.compare.settings import Cell, Comparison
 from fedsoda_hub.compare.statistics import Answered, difference, first_at, mean_and_spread
 

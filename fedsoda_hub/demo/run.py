@@ -19,16 +19,17 @@ from typing import Any
 
 import msgspec
 
-from fedsoda_edge.data import TextTemplate
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_edge.model.memory import Samples, plans, shape_of
 from fedsoda_edge.ports.child import Child
-from fedsoda_edge.ports.console import counted, note
+from fedsoda_edge.ports.console import note
 from fedsoda_edge.protocol.manifest import parse_manifest
-from fedsoda_hub.config import read_settings
+from fedsoda_edge.protocol.needs import Samples, plans, shape_of
+from fedsoda_edge.protocol.template import TextTemplate
+from fedsoda_edge.units import counted
+from fedsoda_hub.cli.display import Display
 from fedsoda_hub.demo import task
-from fedsoda_hub.processes import federate
-from fedsoda_hub.progress import Display
+from fedsoda_hub.local.processes import federate
+from fedsoda_hub.settings.run import read_settings
 
 HERE = Path(__file__).resolve().parent
 MODEL = HERE / "model"
@@ -253,15 +254,15 @@ def _sha256(path: Path) -> str:
 
 def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Path], say: Say) -> dict[str, Any]:
     """Export, and what only torch can say; this process holds no socket."""
-    from fedsoda_edge.data import SampleTokenizer
+    from fedsoda_edge.data.local_data import SampleTokenizer
     from fedsoda_edge.model import delta
     from fedsoda_edge.model.bundle import Bundle
     from fedsoda_edge.model.streaming import Checkpoint
-    from fedsoda_hub.daemon import run_status
-    from fedsoda_hub.evaluation import Evaluator, Judged, read_questions
-    from fedsoda_hub.export import export
-    from fedsoda_hub.ledger import Ledger
-    from fedsoda_hub.report import write_report
+    from fedsoda_hub.evaluation.evaluator import Evaluator, Judged, read_questions
+    from fedsoda_hub.evaluation.export import export
+    from fedsoda_hub.report.page import write_report
+    from fedsoda_hub.run.ledger import Ledger
+    from fedsoda_hub.serving.daemon import run_status
 
     settings = read_settings(run_file)
     export(settings, export_to)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsoda_hub.config import RunSettings
+from fedsoda_hub.settings.run import RunSettings
 from tests.hub.runs import make_run, prepare
 
 

@@ -13,13 +13,13 @@ from unittest import mock
 import pytest
 
 import fedsoda_edge.model.bundle as bundle_module
-import fedsoda_hub.full_llm as full_llm_module
-import fedsoda_hub.prepare as prepare_module
+import fedsoda_hub.preparation.full_llm as full_llm_module
+import fedsoda_hub.preparation.prepare as prepare_module
 from fedsoda_edge.ports.disk import BlobStore, write_durably
 from fedsoda_edge.protocol.messages import Digest
-from fedsoda_hub.config import RunSettings, read_settings
-from fedsoda_hub.ledger import Ledger
-from fedsoda_hub.prepare import Preparation
+from fedsoda_hub.preparation.prepare import Preparation
+from fedsoda_hub.run.ledger import Ledger
+from fedsoda_hub.settings.run import RunSettings, read_settings
 
 SMALL: dict[str, dict[str, Any]] = {
     "method": {"adapter_layers": 2, "layers_per_group": 1, "groups": 2},

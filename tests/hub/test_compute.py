@@ -16,7 +16,7 @@ from fedsoda_edge.model import delta
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.ports.disk import BlobStore
 from fedsoda_hub.compute import Compute
-from fedsoda_hub.config import RunSettings
+from fedsoda_hub.settings.run import RunSettings
 from tests.edge.model.test_bundle import random_lora
 
 

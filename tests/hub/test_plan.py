@@ -15,9 +15,9 @@ from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model import delta
 from fedsoda_edge.model.bundle import Bundle, BundleSettings, shard_sizes
 from fedsoda_edge.protocol.coded import CODECS, safetensors_bytes
-from fedsoda_hub.config import RunSettings, settings_for_plan
+from fedsoda_hub.cli.display import plan_table
 from fedsoda_hub.plan import Rates, plan_report
-from fedsoda_hub.progress import plan_table
+from fedsoda_hub.settings.run import RunSettings, settings_for_plan
 from tests.edge.model.test_bundle import random_lora, write
 from tests.tiny import FAMILY_CONFIGS, make_tiny
 

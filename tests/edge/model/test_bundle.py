@@ -22,13 +22,13 @@ from fedsoda_edge.errors import BlobCorrupt, DiskFull
 from fedsoda_edge.model import bundle as bundle_module
 from fedsoda_edge.model import delta, lora
 from fedsoda_edge.model.bundle import Bundle, BundleSettings, encode_manifest, read_manifest, write_bundle
-from fedsoda_edge.model.layer_plan import choose_groups, make_plan
 from fedsoda_edge.model.loss import cross_entropy
-from fedsoda_edge.model.memory import edge_needs, shape_of
 from fedsoda_edge.model.nf4 import NF4Linear, dequantize, quantize
 from fedsoda_edge.model.streaming import Checkpoint, stream
 from fedsoda_edge.model.sub_llm import SubLLM, build
 from fedsoda_edge.protocol.manifest import File, LayerPlan, LoRASpec
+from fedsoda_edge.protocol.needs import edge_needs, shape_of
+from fedsoda_hub.algorithms.pruning.layer_plan import choose_groups, make_plan
 from tests.tiny import make_tiny_llama
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")

@@ -14,7 +14,7 @@ from fedsoda_edge.errors import ProtocolViolation
 from fedsoda_edge.model import delta
 from fedsoda_edge.protocol.coded import CODECS, check, of_factor
 from fedsoda_edge.protocol.manifest import TensorSpec
-from fedsoda_hub.algorithms.aggregation import CodedUpdate, weighted_mean
+from fedsoda_hub.algorithms.aggregation.weighted_mean import CodedUpdate, weighted_mean
 
 LAYOUT = (TensorSpec("layers.6.a.lora_A", (4, 33)), TensorSpec("layers.6.a.lora_B", (17, 4)))
 FEEDBACK = ("nf4", "int8", "bf16")

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from fedsoda_edge.border import Border
 from fedsoda_edge.errors import BlobCorrupt, UsageProblem
 from fedsoda_edge.model import lora
 from fedsoda_edge.model.bundle import (
@@ -31,16 +30,17 @@ from fedsoda_edge.model.bundle import (
     write_bundle,
 )
 from fedsoda_edge.model.families import layer_on_meta
-from fedsoda_edge.model.layer_plan import check_plan, drop_layers
-from fedsoda_edge.model.memory import Samples, edge_needs, plans, shape_of
 from fedsoda_edge.model.streaming import Checkpoint, stream
 from fedsoda_edge.model.sub_llm import build
-from fedsoda_edge.protocol.manifest import Half, LayerPlan, LoRASpec
-from fedsoda_edge.training import completion_loss
+from fedsoda_edge.protocol.manifest import Half, LayerPlan, LoRASpec, check_plan
+from fedsoda_edge.protocol.needs import Samples, edge_needs, plans, shape_of
+from fedsoda_edge.worker.batches import Border
+from fedsoda_edge.worker.training import completion_loss
+from fedsoda_hub.algorithms.pruning.layer_plan import drop_layers
 from tests.edge.model.test_bundle import IDS, random_lora, relative_difference
 from tests.edge.model.test_families import pruned
-from tests.edge.model.test_memory import LEAST, MOST, kept_bytes, plan_of
-from tests.edge.test_training import make_samples
+from tests.edge.protocol.test_needs import LEAST, MOST, kept_bytes, plan_of
+from tests.edge.worker.test_training import make_samples
 from tests.tiny import FAMILY_CONFIGS, make_tiny
 
 KEPT = (0, 2, 3, 5, 6, 7)

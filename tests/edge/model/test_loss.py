@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fedsoda_edge.model import loss, memory
+from fedsoda_edge.model import loss
 from fedsoda_edge.model.nf4 import NF4Linear, dequantize, quantize
+from fedsoda_edge.protocol import needs as memory
 
 
 @pytest.mark.parametrize("rows", [1, 255, 600])

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from fedsoda_edge.errors import DataProblem, UsageProblem
-from fedsoda_hub.compare import in_process
 from fedsoda_hub.compare import run as run_module
 from fedsoda_hub.compare.run import run_comparison
 from fedsoda_hub.compare.settings import read_comparison
 from fedsoda_hub.compare.summary import markdown
+from fedsoda_hub.local import in_process
 from tests.hub.compare.files import write_comparison
 from tests.schema import HUB
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_hub.algorithms.methods import METHODS
+from fedsoda_hub.algorithms.methods.by_name import METHODS
 from fedsoda_hub.compare.settings import Cell, read_comparison
-from fedsoda_hub.config import read_settings, write_toml
+from fedsoda_hub.settings.run import read_settings, write_toml
 from tests.hub.compare.files import write_comparison
 
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.ports.disk import sha256_file
-from fedsoda_hub.config import RunSettings
 from fedsoda_hub.demo import run
+from fedsoda_hub.settings.run import RunSettings
 from tests.schema import HUB
 
 

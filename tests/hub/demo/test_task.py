@@ -6,9 +6,10 @@ from collections import Counter
 
 import pytest
 
-from fedsoda_edge.data import SampleTokenizer, TextTemplate
+from fedsoda_edge.data.local_data import SampleTokenizer
+from fedsoda_edge.protocol.template import TextTemplate
 from fedsoda_hub.demo import run, task
-from fedsoda_hub.public_text import read_blocks
+from fedsoda_hub.preparation.public_text import read_blocks
 
 SEEDS = (0, 1, 2)
 EDGES = range(3)

@@ -1,0 +1,456 @@
+"""fedsoda-edge: parse, call the SDK, print. It decides nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedsoda_edge.errors import UsageProblem
+from fedsoda_edge.ports.console import EXIT_HELP, effective_settings, finish, is_asked, note, reporting
+from fedsoda_edge.ports.console import run as run_command
+from fedsoda_edge.units import parse_bytes
+
+app = typer.Typer(
+    epilog="Options may also stand in config.toml in FEDSODA_HOME: at its top for every command that has them, or in a "
+    "table of the command's name. An option goes before its environment variable, that before the file.\n\n"
+    + EXIT_HELP,
+    no_args_is_help=True,
+    add_completion=True,
+)
+data_app = typer.Typer(help="Look at training data.", no_args_is_help=True)
+cache_app = typer.Typer(help="Disk space of this device's FEDSODA_HOME.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(cache_app, name="cache")
+
+Url = Annotated[str, typer.Argument(help="the hub, such as https://hub.example.org or http://10.0.0.5:8470")]
+TokenFile = Annotated[
+    str | None,
+    typer.Option("--token-file", envvar="FEDSODA_TOKEN_FILE", help="file with the token; - reads it from stdin"),
+]
+Json = Annotated[bool, typer.Option("--json", envvar="FEDSODA_JSON", help="one JSON object on stdout")]
+JsonLines = Annotated[bool, typer.Option("--jsonl", envvar="FEDSODA_JSONL", help="one JSON event a line on stdout")]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option("--column", envvar="FEDSODA_COLUMN", help="NAME=COLUMN: template name to column"),
+]
+Device = Annotated[str, typer.Option(envvar="FEDSODA_DEVICE", help="auto, cpu, cuda or cuda:N")]
+MaxRam = Annotated[
+    str | None, typer.Option(envvar="FEDSODA_MAX_RAM", help="training may take, as 6GB; exit 4 where it needs more")
+]
+MaxVram = Annotated[str | None, typer.Option(envvar="FEDSODA_MAX_VRAM", help="the same of the GPU's memory")]
+Debug = Annotated[bool, typer.Option("--debug", envvar="FEDSODA_DEBUG", help="add the traceback to an error")]
+
+
+@app.callback()
+def _read_config(context: typer.Context) -> None:
+    """Take part in federated fine-tuning with this device."""
+    with reporting(is_asked("--json"), is_asked("--jsonl"), False):
+        from fedsoda_edge.join.home import Home, option_defaults
+
+        context.default_map = option_defaults(Home().config, _options(context.command))
+
+
+def _options(command: Any) -> dict[str, Any]:
+    """{command: its options, or its own commands}."""
+    return {
+        name: _options(each)
+        if hasattr(each, "commands")
+        else {str(parameter.name) for parameter in each.params} - {"as_json", "jsonl", "debug", "help"}
+        for name, each in command.commands.items()
+    }
+
+
+def _columns(pairs: list[str]) -> dict[str, str]:
+    columns = {}
+    for pair in pairs:
+        name, mark, column = pair.partition("=")
+        if not mark or not name or not column:
+            raise UsageProblem(f"--column {pair!r} is not NAME=COLUMN, as in --column passage=text")
+        columns[name] = column
+    return columns
+
+
+@app.command(
+    epilog="Example: fedsoda-edge join https://hub.example.org --token-file me.token --data visits.jsonl\n\n"
+    + EXIT_HELP
+)
+def join(
+    context: typer.Context,
+    url: Url,
+    data: Annotated[
+        Path,
+        typer.Option("--data", envvar="FEDSODA_DATA", help="JSON Lines, JSON, Parquet or a saved dataset's directory"),
+    ],
+    token_file: TokenFile = None,
+    device: Device = "auto",
+    column: Columns = None,
+    max_rounds: Annotated[
+        int, typer.Option(envvar="FEDSODA_MAX_ROUNDS", min=0, help="leave after so many rounds; 0: stay")
+    ] = 0,
+    threads: Annotated[
+        int, typer.Option(envvar="FEDSODA_THREADS", min=0, help="CPU threads for training; 0: torch's choice")
+    ] = 0,
+    max_disk: Annotated[
+        str | None,
+        typer.Option(envvar="FEDSODA_MAX_DISK", help="for cached border states, as 8GB; else what is free"),
+    ] = None,
+    cache: Annotated[
+        str, typer.Option(envvar="FEDSODA_CACHE", help="of border states: bf16, or int8 at half")
+    ] = "bf16",
+    cache_key: Annotated[
+        str, typer.Option(envvar="FEDSODA_CACHE_KEY", help="keep: the next join can read them; forget: nobody can")
+    ] = "forget",
+    pause_on: Annotated[
+        str | None,
+        typer.Option(
+            envvar="FEDSODA_PAUSE_ON", help="stand aside by itself: battery, gpu-busy, hours=9-17 (local), with commas"
+        ),
+    ] = None,
+    max_ram: MaxRam = None,
+    max_vram: MaxVram = None,
+    unattended: Annotated[
+        bool, typer.Option(envvar="FEDSODA_UNATTENDED", help="retry for ever, also at first")
+    ] = False,
+    as_json: Json = False,
+    jsonl: JsonLines = False,
+    debug: Debug = False,
+) -> None:
+    """Take part until the run ends or Ctrl+C; joining again goes on where it stopped."""
+    with reporting(as_json, jsonl, debug):
+        from fedsoda_edge.cli.display import Display
+        from fedsoda_edge.data.local_data import LocalData
+        from fedsoda_edge.device.pause_rules import parse_rules
+        from fedsoda_edge.edge import Edge
+
+        # Wrong options are known before data is read, which may take minutes; bad data before the hub is asked.
+        parse_rules(pause_on or "")
+        if cache_key not in ("keep", "forget"):
+            raise UsageProblem(f"--cache-key {cache_key!r} is neither keep nor forget")
+        local = LocalData.from_jsonl(data, columns=_columns(column or []))
+        edge = Edge(
+            url,
+            token_file=token_file,
+            device=device,
+            threads=threads,
+            max_disk=None if max_disk is None else parse_bytes(max_disk, "--max-disk"),
+            cache=cache,
+            keep_cache_key=cache_key == "keep",
+            max_ram=None if max_ram is None else parse_bytes(max_ram, "--max-ram"),
+            max_vram=None if max_vram is None else parse_bytes(max_vram, "--max-vram"),
+        )
+        for _ in local.rows() if local.is_text else ():
+            pass
+        with Display(jsonl) as display:
+            display.say({"event": "settings", "values": effective_settings(context)})
+            with edge.join(
+                local, on_event=display.say, unattended=unattended, max_rounds=max_rounds, pause_on=pause_on or ""
+            ) as participation:
+                try:
+                    for offer in participation:
+                        offer.submit(offer.train())
+                finally:
+                    report = participation.report
+        finish({"status": "ok", **report}, as_json, jsonl)
+
+
+@app.command(epilog="Example: fedsoda-edge plan https://hub.example.org --token-file me.token")
+def plan(
+    url: Url,
+    token_file: TokenFile = None,
+    device: Device = "auto",
+    max_ram: MaxRam = None,
+    max_vram: MaxVram = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """What would be downloaded and trained here, and what it needs; exit 4 if this device cannot."""
+    with reporting(as_json, False, debug):
+        import asyncio
+
+        from fedsoda_edge.cli.display import show_memory
+        from fedsoda_edge.edge import Edge, look_at
+        from fedsoda_edge.units import counted, human_bytes
+
+        edge = Edge(
+            url,
+            token_file=token_file,
+            device=device,
+            max_ram=None if max_ram is None else parse_bytes(max_ram, "--max-ram"),
+            max_vram=None if max_vram is None else parse_bytes(max_vram, "--max-vram"),
+        )
+        found = asyncio.run(look_at(edge))
+        note(
+            f"run {found['run']}: {found['source']}, {found['layers_kept']} of {found['layers']} layers, "
+            f"LoRA rank {found['rank']} in {counted(found['adapter_layers'], 'layer')}\n"
+            f"download {human_bytes(found['disk_needed'])} (free {human_bytes(found['disk_free'])}); border states on disk: "
+            f"{human_bytes(found['border_bytes_per_row'])} a row at most, or half with --cache int8"
+        )
+        show_memory(found["memory"])
+        finish({"status": "ok", **found}, as_json, False)
+
+
+@app.command(epilog="Example: fedsoda-edge doctor https://hub.example.org --token-file me.token\n\n" + EXIT_HELP)
+def doctor(
+    url: Annotated[str | None, typer.Argument(help="the hub; without it, this device alone is looked at")] = None,
+    token_file: TokenFile = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """This device and the way to the hub, step by step: PASS, or what to do. Exits with the first failure's status."""
+    with reporting(as_json, False, debug):
+        import asyncio
+
+        from fedsoda_edge.cli.display import show_check
+        from fedsoda_edge.join.doctor import Check, examine
+        from fedsoda_edge.join.home import Home
+
+        checks: list[Check] = []
+
+        async def look() -> None:
+            async for check in examine(url, token_file, Home()):
+                checks.append(check)
+                show_check(check)
+
+        asyncio.run(look())
+        status = next((check.exit_status for check in checks if not check.passed), 0)
+        lines = [
+            {
+                "name": check.name,
+                "passed": check.passed,
+                "detail": check.detail,
+                "fix": check.fix,
+                "parts": check.parts,
+            }
+            for check in checks
+        ]
+        finish({"status": "error" if status else "ok", "exit_status": status, "checks": lines}, as_json, False)
+        raise typer.Exit(status)
+
+
+@app.command(epilog="Example: fedsoda-edge leave https://hub.example.org --token-file me.token")
+def leave(url: Url, token_file: TokenFile = None, as_json: Json = False, debug: Debug = False) -> None:
+    """Tell the hub that this device does not come back."""
+    with reporting(as_json, False, debug):
+        import asyncio
+
+        from fedsoda_edge.edge import Edge, say_goodbye
+        from fedsoda_edge.join.home import Home
+
+        home = Home()
+        if home.is_in_use():  # it would connect again at once, and be in again
+            raise UsageProblem(
+                f"a join runs in {home.directory}; fedsoda-edge finish lets it hand in its round and leave"
+            )
+        run = asyncio.run(say_goodbye(Edge(url, token_file=token_file)))
+        note(f"left run {run}")
+        finish({"status": "ok", "run": run}, as_json, False)
+
+
+@app.command(epilog="Example: fedsoda-edge status --json")
+def status(as_json: Json = False, debug: Debug = False) -> None:
+    """What the join of this FEDSODA_HOME does: state, round, step, due time, memory, last error."""
+    with reporting(as_json, False, debug):
+        import time
+
+        from fedsoda_edge.join.home import Home
+        from fedsoda_edge.join.status import read_status, sentences
+
+        home = Home()
+        is_running = home.is_in_use()
+        found = read_status(home.status)
+        runs = sorted(path.name for path in (home.directory / "runs").glob("*"))
+        if found is None:
+            note(f"{home.directory}: {'a join is starting' if is_running else 'nothing has joined from here'}")
+        else:
+            note("\n".join(sentences(found, is_running=is_running, now=time.time())))
+        finish(
+            {"status": "ok", "home": str(home.directory), "running": is_running, "runs": runs, "join": found},
+            as_json,
+            False,
+        )
+
+
+def _wish(do: str, seconds: float | None = None) -> dict[str, Any]:
+    """What the running join did of it; state "noted" where it cannot answer yet."""
+    import time
+
+    from fedsoda_edge.join import control
+    from fedsoda_edge.join.home import Home
+
+    home = Home()
+    if not home.is_in_use():
+        raise UsageProblem(
+            f"no join runs in {home.directory}: start fedsoda-edge join, or set FEDSODA_HOME to that of the join"
+        )
+    wish = control.ask(home.control, do, seconds)
+    until = time.monotonic() + control.ANSWER_SECONDS
+    is_running = True
+    while is_running and time.monotonic() < until:
+        time.sleep(0.1)
+        is_running = home.is_in_use()
+        if (answer := control.answer_to(wish)) is not None:  # also the last word of one that ended since
+            return answer
+    if not is_running:
+        raise UsageProblem(f"the join of {home.directory} ended just now; there is nothing left to {do}")
+    note("the join is still starting; it will do so as soon as it has")
+    return {"state": "noted", "was_paused": False, "reason": None, "seconds": None, "freed_bytes": 0, "round": None}
+
+
+@app.command(epilog="Example: fedsoda-edge pause --for 1h\n\n" + EXIT_HELP)
+def pause(
+    duration: Annotated[
+        str | None,
+        typer.Option("--for", envvar="FEDSODA_FOR", help="90s, 30m or 1h, then it goes on; else until resume"),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Let the join of this FEDSODA_HOME stand aside: its RAM and VRAM are free, the round goes on at resume."""
+    with reporting(as_json, False, debug):
+        from fedsoda_edge.join.status import pause_sentence
+        from fedsoda_edge.units import human_bytes, parse_seconds
+
+        done = _wish("pause", None if duration is None else parse_seconds(duration))
+        if done["state"] == "paused":
+            said = pause_sentence(done["reason"], done["seconds"])
+            freed = human_bytes(done["freed_bytes"])
+            ended = f"the worker ended, {freed} are free again" if done["freed_bytes"] else "no worker was running"
+            note(f"{said}: {ended}")
+        elif done["state"] == "finishing":
+            note("not paused: this device is about to finish")
+        finish({"status": "ok", **done}, as_json, False)
+
+
+@app.command(epilog="Example: fedsoda-edge resume")
+def resume(as_json: Json = False, debug: Debug = False) -> None:
+    """End a pause, also one that --pause-on began; the round goes on where it stopped."""
+    with reporting(as_json, False, debug):
+        done = _wish("resume")
+        if done["state"] != "noted":
+            note("going on after the pause" if done["was_paused"] else "there was no pause; the join goes on")
+        finish({"status": "ok", **done}, as_json, False)
+
+
+@app.command("finish", epilog="Example: fedsoda-edge finish")
+def finish_round(as_json: Json = False, debug: Debug = False) -> None:
+    """Let the join hand in the round it has, then leave and exit 0; with no round in hand at once. Ends a pause."""
+    with reporting(as_json, False, debug):
+        done = _wish("finish")
+        if done["state"] == "finishing":
+            in_hand = done["round"]
+            note(
+                "no round is in hand: this device leaves now"
+                if in_hand is None
+                else f"round {in_hand} is finished and handed in first, then this device leaves"
+            )
+        finish({"status": "ok", **done}, as_json, False)
+
+
+@data_app.command("check", epilog="Example: fedsoda-edge data check visits.jsonl --tokenizer model-directory")
+def data_check(
+    file: Annotated[Path, typer.Argument(help="JSON Lines, JSON, Parquet or a saved dataset's directory")],
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="FEDSODA_TOKENIZER", help="directory with tokenizer.json; else that of the last joined run"
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(envvar="FEDSODA_PROMPT", help="template, {name} are columns; else the last joined run's"),
+    ] = None,
+    completion: Annotated[
+        str | None, typer.Option(envvar="FEDSODA_COMPLETION", help="template; else the last joined run's")
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(envvar="FEDSODA_MAX_LENGTH", min=1, help="ids a sample may have; else the run's, or 512"),
+    ] = None,
+    column: Columns = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Schema, samples as they are trained on, lengths, what truncation cuts, duplicates. Nothing leaves this device."""
+    with reporting(as_json, False, debug):
+        from fedsoda_edge.cli.display import show_data
+        from fedsoda_edge.data.chat import ChatTemplate
+        from fedsoda_edge.data.local_data import LocalData, SampleTokenizer, inspect
+        from fedsoda_edge.join.home import Home
+        from fedsoda_edge.protocol.manifest import TOKENIZER_FILES
+        from fedsoda_edge.protocol.template import DEFAULT_COMPLETION, DEFAULT_PROMPT, TextTemplate
+
+        joined = Home().last_joined() or {}
+        eos: Any = None
+        if tokenizer is not None:
+            files = {name: tokenizer / name for name in TOKENIZER_FILES if (tokenizer / name).exists()}
+            if (tokenizer / "config.json").exists():
+                eos = json.loads((tokenizer / "config.json").read_text(encoding="utf-8")).get("eos_token_id")
+        else:
+            files = {name: Path(path) for name, path in joined.get("tokenizer", {}).items()}
+            eos = joined.get("eos")
+            if files:
+                note(f"with the tokenizer and template of the run {joined['run']!r}")
+        encoder = None
+        if files or tokenizer is not None:
+            path = files["tokenizer.json"] if tokenizer is None else tokenizer / "tokenizer.json"
+            try:
+                encoder = SampleTokenizer(path, eos)
+            except Exception as error:  # the tokenizers library raises nothing narrower
+                raise UsageProblem(
+                    f"{path} cannot be read as a tokenizer ({error}); name a model's directory with --tokenizer"
+                ) from error
+        found = inspect(
+            LocalData(file, _columns(column or [])),
+            TextTemplate(prompt if prompt is not None else joined.get("prompt", DEFAULT_PROMPT)),
+            TextTemplate(completion if completion is not None else joined.get("completion", DEFAULT_COMPLETION)),
+            tokenizer=encoder,
+            max_length=max_length or joined.get("max_length", 512),
+            chat=ChatTemplate.read(files),
+        )
+        show_data(found, max_length or joined.get("max_length", 512))
+        finish({"status": "ok", **found}, as_json, False)
+
+
+@cache_app.command("list", epilog="Example: fedsoda-edge cache list --json")
+def cache_list(as_json: Json = False, debug: Debug = False) -> None:
+    """What takes space."""
+    with reporting(as_json, False, debug):
+        from fedsoda_edge.join.home import Home
+        from fedsoda_edge.units import human_bytes
+
+        home = Home()
+        sizes = {
+            name: sum(path.stat().st_size for path in (home.directory / name).rglob("*") if path.is_file())
+            for name in ("store", "runs")
+        }
+        note("\n".join(f"{human_bytes(size):>10}  {home.directory / name}" for name, size in sizes.items()))
+        finish({"status": "ok", "bytes": sizes}, as_json, False)
+
+
+@cache_app.command("prune", epilog="Example: fedsoda-edge cache prune")
+def cache_prune(as_json: Json = False, debug: Debug = False) -> None:
+    """Delete fetched bundles and border states; a join fetches and computes them again. State of runs stays."""
+    with reporting(as_json, False, debug):
+        from fedsoda_edge.join.home import Home
+        from fedsoda_edge.units import human_bytes
+
+        home = Home()
+        home.lock()
+        size = sum(path.stat().st_size for path in home.store.glob("*")) + home.forget_borders()
+        shutil.rmtree(home.store, ignore_errors=True)
+        home.unlock()
+        note(f"freed {human_bytes(size)}")
+        finish({"status": "ok", "freed_bytes": size}, as_json, False)
+
+
+def main() -> None:
+    """The command."""
+    run_command(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Look at this device and the way to the hub, one step after the other; each passes or says what to do.
+
+The steps of the network are the transport's, torch and the GPU are looked at in a worker process. Showing is the
+command's business.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fedsoda_edge.device.fit import read_device
+from fedsoda_edge.errors import DeviceTooSmall, FedSODAError
+from fedsoda_edge.join.home import Home, read_token
+from fedsoda_edge.ports import Transport
+from fedsoda_edge.ports.child import Child
+from fedsoda_edge.ports.system import memory_limit_hint
+from fedsoda_edge.units import human_bytes
+
+MAX_SKEW_SECONDS = 120.0
+PROBE_BYTES = 4 << 20  # of the bundle are fetched to measure the way
+
+
+@dataclass(frozen=True)
+class Check:
+    """One step. fix: what to do; exit_status: of the command when this is the first step that fails.
+
+    parts: what the detail is made of, as {"part": name, "bytes": size}.
+    """
+
+    name: str
+    passed: bool
+    detail: str
+    fix: str = ""
+    exit_status: int = 0
+    parts: Sequence[dict[str, Any]] = ()
+
+
+def _failed(name: str, error: FedSODAError) -> Check:
+    what, mark, fix = str(error).rpartition("; ")
+    return Check(name, False, what if mark else fix, fix if mark else "", error.exit_status)
+
+
+async def examine(url: str | None, token_file: str | Path | None, home: Home) -> AsyncIterator[Check]:
+    """All steps in order. What hangs on a step that failed is left out."""
+    async for check in _device(home):
+        yield check
+    if url is not None:
+        async for check in _way_to(url, token_file, home):
+            yield check
+
+
+async def _device(home: Home) -> AsyncIterator[Check]:
+    yield Check("Python", True, platform.python_version())
+    worker = Child("fedsoda_edge.worker", {"HF_HUB_OFFLINE": "1"})
+    try:
+        found = await worker.call("doctor", {})
+    except FedSODAError as error:
+        yield _failed("torch", error)
+        return
+    finally:
+        await worker.close()
+    yield Check("torch", True, f"{found['torch']}, {found['threads']} threads")
+    yield Check(
+        "GPU",
+        True,
+        found["accelerator"] or "none that torch sees: training runs on the CPU",
+    )
+    problem = found["nf4_problem"]
+    yield Check(
+        "NF4",
+        not problem,
+        problem or f"forward and backward as they should be on {found['device']}",
+        "reinstall bitsandbytes for this CUDA, or join with --device cpu" if problem else "",
+        1,
+    )
+    facts = read_device(home.directory)
+    hint = memory_limit_hint()
+    yield Check("memory", True, f"{human_bytes(facts.ram_bytes)} free" + (f" ({hint})" if hint else ""))
+    if facts.accelerator:
+        yield Check("GPU memory", True, f"{human_bytes(facts.vram_bytes)} free on {facts.accelerator}")
+    yield Check("disk", True, f"{human_bytes(facts.disk_bytes)} free for {home.directory}")
+
+
+async def _way_to(url: str, token_file: str | Path | None, home: Home) -> AsyncIterator[Check]:
+    from fedsoda_edge.edge import Edge, look_at
+    from fedsoda_edge.network.hub_transport import HubTransport
+
+    step = "address"
+    try:
+        transport = HubTransport(url, "doctor")
+        step = "DNS"
+        yield Check(step, True, await transport.check_dns())
+        yield Check("proxy", True, transport.proxy or "none set for this hub")
+        step = "TCP"
+        yield Check(step, True, f"answers in {1000 * await transport.check_tcp():.0f} ms")
+        step = "TLS"
+        certificate = await transport.check_tls()
+        yield Check(step, True, f"certificate until {certificate['notAfter']}" if certificate else "not used: http://")
+        step = "HTTP"
+        clock = await transport.check_http()
+        yield Check(step, True, "a hub answers")
+        if clock is not None:
+            skew = (datetime.now(UTC) - clock).total_seconds()
+            way = "ahead of" if skew > 0 else "behind"
+            is_near = abs(skew) < MAX_SKEW_SECONDS
+            fix = "" if is_near else "set this device's clock, certificates and due times depend on it"
+            yield Check("clock", is_near, f"{abs(skew):.0f} s {way} the hub's", fix, 1)
+        step = "token"
+        transport = HubTransport(url, read_token(token_file))
+        await transport.connect()
+        await transport.close()
+        yield Check("token", True, "accepted, and the websocket opens")
+        step = "fits"
+        found = await look_at(Edge(url, token_file=token_file, home=home.directory))
+        yield Check(
+            step,
+            True,
+            f"{found['source']}: {found['memory']['message']}; download {human_bytes(found['disk_needed'])}",
+            parts=found["memory"]["parts"],
+        )
+        step = "bandwidth"
+        try:
+            size, seconds = await _bandwidth(transport, found["largest_file"])
+        finally:
+            await transport.close()
+        yield Check(step, True, f"{human_bytes(size / seconds)}/s")
+    except FedSODAError as error:
+        yield _failed("memory" if isinstance(error, DeviceTooSmall) else step, error)
+
+
+async def _bandwidth(transport: Transport, digest: str) -> tuple[int, float]:
+    """(bytes, seconds) of the first PROBE_BYTES of a file."""
+    started, size = time.perf_counter(), 0
+    stream = transport.fetch(digest, 0)
+    async for piece in stream:
+        size += len(piece)
+        if size >= PROBE_BYTES:
+            break
+    await stream.aclose()  # type: ignore[attr-defined]
+    return size, max(time.perf_counter() - started, 1e-6)

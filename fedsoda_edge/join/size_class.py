@@ -1,0 +1,66 @@
+"""Take the largest of a run's sub-LLMs that this device has room for. Only manifests are fetched for that.
+
+The hub averages each LoRA tensor over the edges that hold it, so which layers an edge keeps is nobody else's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedsoda_edge.device.fit import Limits, check_disk, fit, read_device
+from fedsoda_edge.errors import DeviceTooSmall
+from fedsoda_edge.ports.store import FileStore
+from fedsoda_edge.protocol.manifest import BundleManifest, parse_manifest
+from fedsoda_edge.protocol.messages import BlobRef, DeviceFacts, SizeClass, Welcome
+from fedsoda_edge.protocol.needs import MemoryPlan, Samples, shape_of
+
+
+@dataclass(frozen=True)
+class Taken:
+    """number: 0 the largest, 1 the next, ...; disk_needed: bytes that are still to be fetched, with what comes beside."""
+
+    number: int
+    size_class: SizeClass
+    manifest: BundleManifest
+    memory: MemoryPlan
+    facts: DeviceFacts
+    disk_needed: int
+
+
+async def take(
+    welcome: Welcome,
+    fetch: Callable[[BlobRef], Awaitable[Path]],
+    store: FileStore,
+    home: Path,
+    device: str,
+    samples: Samples,
+    limits: Limits,
+    say: Callable[[dict[str, Any]], None],
+) -> Taken:
+    """The largest sub-LLM whose files and training have room.
+
+    Args:
+        device, samples, limits: as `device.fit` has them.
+
+    Raises:
+        DeviceTooSmall: there is no room for the smallest either.
+    """
+    classes = (SizeClass(manifest=welcome.manifest, emulator=welcome.emulator), *welcome.smaller)
+    for number, one in enumerate(classes):
+        manifest = parse_manifest((await fetch(one.manifest)).read_bytes())
+        facts = read_device(home)
+        held = store.held_bytes([(file.sha256, file.bytes) for file in manifest.files])
+        needed = max(0, manifest.needs.disk_bytes - held)
+        try:
+            check_disk(needed, facts)
+            memory = fit(device, shape_of(manifest), samples, facts, limits)
+        except DeviceTooSmall as error:
+            if number == len(classes) - 1:
+                raise
+            say({"event": "notice", "message": f"{error}; looking at the run's next smaller sub-LLM"})
+        else:
+            return Taken(number, one, manifest, memory, facts, needed)
+    raise AssertionError("a Welcome has a manifest")

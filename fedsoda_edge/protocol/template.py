@@ -1,0 +1,47 @@
+"""A text template of a run: literal text with `{column}` places, as it travels in the offer."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedsoda_edge.errors import UsageProblem
+
+DEFAULT_PROMPT, DEFAULT_COMPLETION = "{prompt}", "{completion}"
+
+
+@dataclass(frozen=True)
+class TextTemplate:
+    """Text with `{column}` places: no format specs, attributes or indexing, since it comes from the hub.
+
+    Raises:
+        UsageProblem: on construction, when the template has anything else in braces.
+    """
+
+    text: str
+
+    def __post_init__(self) -> None:
+        try:
+            parts = list(string.Formatter().parse(self.text))
+        except ValueError as error:
+            raise UsageProblem(
+                f"the template {self.text!r} has unmatched braces ({error}); write {{{{ for a brace"
+            ) from error
+        for _, name, spec, conversion in parts:
+            if name is not None and (spec or conversion or not re.fullmatch(r"\w+", name)):
+                raise UsageProblem(
+                    f"the template {self.text!r} has a place {{{name}}} that is more than a column; write {{column}}"
+                )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(self.text) if name))
+
+    def render(self, row: Mapping[str, Any]) -> str:
+        return "".join(
+            literal + ("" if name is None else str(row[name]))
+            for literal, name, _, _ in string.Formatter().parse(self.text)
+        )

@@ -1,0 +1,3 @@
+from fedsoda_edge.worker.worker import main
+
+main()

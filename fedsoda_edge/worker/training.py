@@ -1,0 +1,243 @@
+"""One local round: LoRA in the adapter on border states, AdamW, FedProx. Knows nothing of hubs.
+
+A step's samples go through in micro-batches, whose gradients are summed: where memory runs out they are halved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from fedsoda_edge.errors import DeviceTooSmall
+from fedsoda_edge.model import lora
+from fedsoda_edge.model.loss import cross_entropy
+from fedsoda_edge.model.sub_llm import SubLLM
+from fedsoda_edge.protocol.coded import is_of
+from fedsoda_edge.protocol.messages import Factor, LocalSettings
+from fedsoda_edge.worker.batches import Batch, Border
+from fedsoda_edge.worker.checkpoint import RoundCheckpoint
+
+BETAS = (0.9, 0.95)  # paper, 6.1.2
+# What torch says where it has no error of its own: on a CPU, of what CUDA takes for itself, of a matrix product's space.
+NO_MEMORY = ("you tried to allocate", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """delta: trained adapter LoRA minus the view, fp32. loss: mean over steps, NaN when training broke down.
+
+    num_examples: distinct samples trained on; seconds: wall clock, for people only. micro_batch: samples that went
+    through at once in the end.
+    """
+
+    delta: dict[str, Tensor]
+    num_examples: int
+    loss: float
+    num_steps: int
+    num_tokens: int
+    seconds: float
+    micro_batch: int
+
+
+Progress = Callable[[int, int, float, float], None]  # step, steps, loss, tokens per second
+
+
+def data_order(num_samples: int, epochs: int, seed: int, round_number: int, edge: str) -> Iterator[int]:
+    """Sample indices of a round: one permutation per epoch, seeded by (seed, round, edge id)."""
+    for epoch in range(epochs):
+        key = f"{seed}/{round_number}/{edge}/{epoch}".encode()
+        number = int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1
+        yield from torch.randperm(num_samples, generator=torch.Generator().manual_seed(number)).tolist()
+
+
+def num_steps(num_samples: int, settings: LocalSettings) -> int:
+    """Optimiser steps of a round; batches run across epochs, the last one may be smaller."""
+    steps = math.ceil(num_samples * settings.epochs / settings.batch_size)
+    return min(steps, settings.max_steps) if settings.max_steps else steps
+
+
+def completion_loss(sub_llm: SubLLM, batch: Batch) -> Tensor:
+    """Mean over the completion ids of the batch, eos included."""
+    hidden = sub_llm.hidden_at(
+        batch.rows, batch.columns, states=batch.states.to(sub_llm.dtype), positions=batch.positions
+    )
+    return cross_entropy(hidden, sub_llm.head, batch.labels)
+
+
+def accumulate(
+    sub_llm: SubLLM, border: Border, indices: Sequence[int], micro_batch: int, parameters: Sequence[Parameter]
+) -> tuple[Tensor, int, int]:
+    """The gradient of the completion loss of these samples; (loss, ids, the micro-batch that memory allowed).
+
+    Raises:
+        DeviceTooSmall: a single sample runs out of memory.
+    """
+    while True:
+        for parameter in parameters:
+            parameter.grad = None
+        try:
+            loss, tokens = _accumulate(sub_llm, border, indices, micro_batch)
+            return loss, tokens, micro_batch
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if micro_batch == 1:
+                longest = max(len(border.samples[index].ids) for index in indices)
+                raise DeviceTooSmall(
+                    f"memory ran out on {sub_llm.device} with one sample of up to {longest} ids; close other programs, "
+                    "or shorten the rows"
+                ) from error
+        micro_batch = math.ceil(min(micro_batch, len(indices)) / 2)
+        if sub_llm.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _accumulate(sub_llm: SubLLM, border: Border, indices: Sequence[int], micro_batch: int) -> tuple[Tensor, int]:
+    total, tokens = torch.zeros((), device=sub_llm.device), 0
+    num_labels = sum(border.num_labels(index) for index in indices)
+    for begin in range(0, len(indices), micro_batch):
+        batch = border.batch(indices[begin : begin + micro_batch], sub_llm.device)
+        loss = completion_loss(sub_llm, batch) * (len(batch.labels) / num_labels)
+        loss.backward()
+        total += loss.detach()
+        tokens += batch.num_tokens
+    return total, tokens
+
+
+def probe(sub_llm: SubLLM, border: Border, view: Container[str], indices: Sequence[int], micro_batch: int) -> int:
+    """The micro-batch that memory allows, at most `micro_batch`: one step with these samples, of which nothing stays.
+
+    Raises:
+        DeviceTooSmall: a single sample runs out of memory.
+    """
+    parameters = list(_named(sub_llm, view).values())
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    _, _, allowed = accumulate(sub_llm, border, indices, micro_batch, parameters)
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    return allowed
+
+
+def _named(sub_llm: SubLLM, view: Container[str]) -> dict[str, Parameter]:
+    """The attached LoRA that trains; emulator LoRA of layers above the border does not."""
+    return {name: parameter for name, parameter in lora.parameters(sub_llm).items() if name in view}
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch could not get memory, on whatever device."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in NO_MEMORY)
+
+
+def fine_tune(
+    sub_llm: SubLLM,
+    border: Border,
+    view: dict[str, Tensor],
+    settings: LocalSettings,
+    *,
+    seed: int,
+    round_number: int,
+    edge: str,
+    trains: Factor = "both",
+    micro_batch: int | None = None,
+    progress: Progress | None = None,
+    checkpoint: RoundCheckpoint | None = None,
+) -> Trained:
+    """Train the adapter LoRA, those attached tensors that `view` names, from `view` and return the delta.
+
+    Minimises F_k(w) + mu/2 ||w - view||^2 (paper eq. 9; the sign in its eq. 10 is reversed, method.md 1.7)
+    with a fresh AdamW, LoRA in fp32, no dropout.
+
+    Args:
+        sub_llm: the layers from the border on with LoRA attached; it is left with the trained values.
+        border: this edge's samples; order and steps depend on their number alone.
+        trains: the factor that is trained; the other one keeps the view's bits and is no part of the delta.
+        micro_batch: samples of a step that go through at once; None: all of them.
+        checkpoint: of this round; on a CPU a round that goes on from it ends with the same bits.
+    """
+    started = time.monotonic()
+    lora.load(sub_llm, view)
+    named = {name: value for name, value in _named(sub_llm, view).items() if is_of(trains, name)}
+    parameters = list(named.values())
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    reference = torch.cat([view[name].flatten() for name in named]).to(sub_llm.device)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings.learning_rate, betas=BETAS, weight_decay=settings.weight_decay, fused=True
+    )
+    total = num_steps(len(border.samples), settings)
+    size = settings.batch_size
+    order = list(islice(data_order(len(border.samples), settings.epochs, seed, round_number, edge), total * size))
+    at_once = min(micro_batch or size, size)
+    losses: list[Tensor] = []
+    done = tokens = 0
+    saved = checkpoint.load() if checkpoint else None
+    if saved is not None:
+        done = saved.step
+        losses = list(saved.tensors.pop("losses").to(sub_llm.device))
+        tokens = saved.tokens
+        at_once = min(at_once, saved.micro_batch)  # what memory allowed before, and the same sums
+        _restore(optimizer, named, saved.tensors)
+    before = tokens
+    border.expect(order[done * size :])
+    for step in range(done, total):
+        indices = order[step * size : (step + 1) * size]
+        loss, num_ids, allowed = accumulate(sub_llm, border, indices, at_once, parameters)
+        if allowed < at_once:
+            at_once = allowed
+            border.expect(order[(step + 1) * size :])  # the step asked for its samples twice
+        drift = torch.cat([parameter.flatten() for parameter in parameters]) - reference
+        (settings.proximal_mu / 2 * drift.square().sum()).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+        optimizer.step()
+        losses.append(loss)
+        tokens += num_ids
+        if not torch.isfinite(losses[-1]):
+            break  # no later step can mend it; the hub refuses the update and says so
+        if checkpoint is not None and checkpoint.is_due(step + 1, total):
+            checkpoint.save(step + 1, tokens, at_once, _state(optimizer, named) | {"losses": torch.stack(losses)})
+        if progress is not None:
+            seconds = time.monotonic() - started
+            progress(step + 1, total, losses[-1].item(), (tokens - before) / max(seconds, 1e-9))
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    trained = lora.snapshot(sub_llm)
+    return Trained(
+        delta={name: trained[name] - view[name] for name in named},
+        num_examples=len(set(order[: len(losses) * size])),
+        loss=torch.stack(losses).mean().item(),
+        num_steps=len(losses),
+        num_tokens=tokens,
+        seconds=time.monotonic() - started,
+        micro_batch=at_once,
+    )
+
+
+def _state(optimizer: torch.optim.Optimizer, named: Mapping[str, Parameter]) -> dict[str, Tensor]:
+    """LoRA and AdamW's moments and step counts, by name."""
+    state: dict[str, Tensor] = dict(named)
+    for name, parameter in named.items():
+        state |= {f"{name}#{kind}": value for kind, value in optimizer.state[parameter].items()}
+    return state
+
+
+def _restore(optimizer: torch.optim.Optimizer, named: Mapping[str, Parameter], state: dict[str, Tensor]) -> None:
+    """The reverse of `_state`."""
+    for name, parameter in named.items():
+        with torch.no_grad():
+            parameter.copy_(state[name])
+        prefix = f"{name}#"
+        optimizer.state[parameter] = {
+            key.removeprefix(prefix): value.to(parameter.device)
+            for key, value in state.items()
+            if key.startswith(prefix)
+        }

@@ -1,0 +1,326 @@
+"""The edge's child process that owns torch and the GPU: open, border, train, advance. No sockets.
+
+It reads private text and writes only LoRA tensors; its parent never sees ids or hidden states.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import msgspec
+import psutil
+import torch
+
+from fedsoda_edge.data.chat import ChatTemplate
+from fedsoda_edge.data.local_data import LocalData, SampleTokenizer, read_samples
+from fedsoda_edge.errors import DeviceTooSmall, UsageProblem
+from fedsoda_edge.model import delta, lora
+from fedsoda_edge.model.bundle import Bundle, read_manifest
+from fedsoda_edge.model.nf4 import NF4Linear, dequantize, quantize
+from fedsoda_edge.model.sub_llm import SubLLM, build
+from fedsoda_edge.ports.child import Handler, Report, Values, serve
+from fedsoda_edge.ports.disk import sha256_file, write_durably
+from fedsoda_edge.ports.store import FileStore, when_here
+from fedsoda_edge.ports.system import lower_priority, peak_rss_bytes, return_memory_at_once
+from fedsoda_edge.protocol.coded import of_factor
+from fedsoda_edge.protocol.manifest import TOKENIZER_FILES
+from fedsoda_edge.protocol.messages import LocalSettings
+from fedsoda_edge.protocol.needs import PROCESS_BYTES, MemoryPlan
+from fedsoda_edge.protocol.template import TextTemplate
+from fedsoda_edge.units import human_bytes
+from fedsoda_edge.worker.batches import Border
+from fedsoda_edge.worker.border_cache import CachedStates, CacheSettings
+from fedsoda_edge.worker.checkpoint import RoundCheckpoint
+from fedsoda_edge.worker.training import fine_tune, is_out_of_memory, probe
+
+
+class Worker:
+    """One run on one device. Paths come from the agent; what is between them stays here.
+
+    Args:
+        shared: adapters that workers of one process train in turn, each from its own view; None: this one is alone.
+            Workers of one process keep no checkpoints: none of them dies alone.
+    """
+
+    def __init__(self, shared: MutableMapping[bytes, SubLLM] | None = None) -> None:
+        # Of imports alone; among others in one process, what each would take in its own.
+        self._process_bytes = psutil.Process().memory_info().rss if shared is None else PROCESS_BYTES
+        self._models: MutableMapping[bytes, SubLLM] = {} if shared is None else shared
+        self._keeps_checkpoints = shared is None
+        self._memory: MemoryPlan | None = None
+        self._micro_batch = self._room = 0
+        self._bundle: Bundle | None = None
+        self._border: Border | None = None
+        self._states: CachedStates | None = None
+        self._emulator_name = ""
+        self._frozen_lora: dict[str, torch.Tensor] = {}  # emulator LoRA of layers that are trained through
+        self._sub_llm: SubLLM | None = None
+
+    @property
+    def bundle(self) -> Bundle:
+        assert self._bundle is not None, "the agent opens the bundle first"
+        return self._bundle
+
+    @property
+    def commands(self) -> dict[str, Handler]:
+        commands = (self.doctor, self.check, self.open, self.border, self.train, self.advance)
+        return {command.__name__: command for command in commands}
+
+    def open(self, values: Values, _: Report) -> Values:
+        """Read the data, as soon as the tokenizer is here; how many samples there are.
+
+        The rest of the bundle may still be coming. Each file is verified when it is first used.
+        """
+        store = FileStore(Path(values["store"]))
+        coming = store.coming(values["manifest"])
+        manifest = read_manifest(store.get(values["manifest"]))
+        self._bundle = Bundle(manifest, lambda file: when_here(store.path(file.sha256), coming))
+        tokenizer = SampleTokenizer(self._bundle.path("tokenizer.json"), manifest.config.get("eos_token_id"))
+        names = {file.name for file in manifest.files}
+        files = {name: self._bundle.path(name) for name in TOKENIZER_FILES if name in names}
+        self._samples = read_samples(
+            LocalData(Path(values["data"]), values["columns"]),
+            TextTemplate(values["prompt"]),
+            TextTemplate(values["completion"]),
+            tokenizer,
+            min(values["max_length"], int(manifest.config["max_position_embeddings"])),
+            ChatTemplate.read(files),
+        )
+        return {
+            "num_examples": len(self._samples.samples),
+            "num_skipped": self._samples.num_skipped,
+            "threads": torch.get_num_threads(),
+            "process_bytes": self._process_bytes,
+            "has_cuda": torch.cuda.is_available(),
+            "longest_ids": max((len(sample.ids) for sample in self._samples.samples), default=0),
+            "longest_labels": max((len(sample.ids) - sample.start for sample in self._samples.samples), default=0),
+        }
+
+    @property
+    def memory(self) -> MemoryPlan:
+        assert self._memory is not None, "the agent says how to train when it asks for the border"
+        return self._memory
+
+    @property
+    def _compute_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.memory.device.startswith("cuda") else torch.float32
+
+    def doctor(self, _: Values, __: Report) -> Values:
+        """What torch sees here, and whether a gradient comes through NF4 as through the dense matrix."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        kind = "ROCm" if torch.version.hip else "CUDA"
+        problem = ""
+        try:
+            tensor = quantize(torch.randn(256, 128, generator=torch.Generator().manual_seed(0)))
+            x = torch.randn(4, 128, device=device, requires_grad=True)
+            NF4Linear(tensor, None, device)(x).square().sum().backward()
+            dense = dequantize(tensor).to(device)
+            wanted = 2 * (x.detach() @ dense.T) @ dense
+            if x.grad is None or not torch.allclose(x.grad, wanted, rtol=1e-2, atol=1e-2 * float(wanted.abs().max())):
+                problem = "the gradient through NF4 is not that of the dense matrix"
+        except Exception as error:  # a driver, a kernel or a library: whatever it raises is the answer
+            problem = f"NF4 does not run on {device}: {error}"
+        return {
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "device": device,
+            "accelerator": f"{torch.cuda.get_device_name()} ({kind})" if device == "cuda" else "",
+            "nf4_problem": problem,
+        }
+
+    def check(self, values: Values, _: Report) -> Values:
+        """Read every row of data whose format the agent does not read; how many there are."""
+        data = LocalData(Path(values["data"]), values["columns"])
+        return {"rows": data.check(TextTemplate(values["prompt"]), TextTemplate(values["completion"]))}
+
+    def border(self, values: Values, report: Report) -> Values:
+        """Sweep all samples through the sub-emulator with this alignment; what is on the disk already is not."""
+        bundle, spec = self.bundle, self.bundle.manifest.lora
+        path, cache = values["emulator"], values["cache"]
+        self._memory = memory = msgspec.convert(values["memory"], MemoryPlan)
+        self._micro_batch, self._room = memory.micro_batch, values["room"]
+        if memory.device.startswith("cuda") and not torch.cuda.is_available():
+            raise UsageProblem(
+                f"--device {memory.device}: torch has no CUDA here; install a CUDA build, or --device cpu"
+            )
+        if memory.frugal:
+            return_memory_at_once()
+        emulator = bundle.emulator_lora() if path is None else delta.from_bytes(Path(path).read_bytes(), spec.emulator)
+        name = bundle.manifest.file("emulator_lora.safetensors").sha256 if path is None else sha256_file(Path(path))
+        if self._states is not None:
+            self._states.close()
+        self._states = CachedStates(
+            bundle,
+            [sample.ids for sample in self._samples.samples],
+            emulator=emulator,
+            emulator_name=name,
+            settings=CacheSettings(
+                Path(cache["directory"]),
+                bytes.fromhex(cache["key"]),
+                cache["dtype"],
+                cache["max_bytes"],
+                memory.slice_bytes,
+                not memory.packed,
+            ),
+            compute_dtype=self._compute_dtype,
+            device=memory.device,
+        )
+        with _out_of_memory_is_told(memory):
+            self._states.sweep(lambda done, total: report({"stage": "sweep", "done": done, "total": total}))
+        self._border = Border(self._samples.samples, self._states)
+        self._emulator_name = name
+        self._frozen_lora = lora.on(bundle.plan.resident, emulator)
+        return {
+            "num_kept": self._states.num_kept,
+            "kept_bytes": self._states.kept_bytes,
+            "num_damaged": self._states.num_damaged,
+        }
+
+    def train(self, values: Values, report: Report) -> Values:
+        """One local round: the coded delta and the new residual as files."""
+        spec = self.bundle.manifest.lora
+        assert self._border is not None, "the agent asks for the border first"
+        assert self._states is not None
+        view, settings = self._view(values["view"]), msgspec.convert(values["settings"], LocalSettings)
+        if self._sub_llm is None:
+            self._sub_llm = self._built(view, settings.batch_size)
+        lora.load(self._sub_llm, self._frozen_lora)  # another one since the last alignment
+        identity = {
+            **{key: values[key] for key in ("settings", "seed", "round", "edge", "trains")},
+            "view": delta.digest(view),
+            "emulator": self._emulator_name,
+            "threads": torch.get_num_threads(),
+            "device": self.memory.device,
+            "samples": self._states.digest,
+            "cache": self._states.dtype,
+            "software": version("fedsoda"),
+        }
+        checkpoint = RoundCheckpoint(Path(values["checkpoint"]), identity) if self._keeps_checkpoints else None
+        damaged = self._states.num_damaged
+        with _out_of_memory_is_told(self.memory):  # outside of a step too: the optimiser's first one takes its moments
+            trained = fine_tune(
+                self._sub_llm,
+                self._border,
+                view,
+                settings,
+                seed=values["seed"],
+                round_number=values["round"],
+                edge=values["edge"],
+                trains=values["trains"],
+                micro_batch=self._micro_batch,
+                checkpoint=checkpoint,
+                progress=lambda step, steps, loss, rate: report(
+                    {
+                        "stage": "train",
+                        "step": step,
+                        "steps": steps,
+                        "loss": loss if math.isfinite(loss) else None,
+                        "tokens_per_second": rate,
+                    }
+                ),
+            )
+        self._micro_batch = trained.micro_batch
+        finite = math.isfinite(trained.loss)
+        # A broken round still answers, with nothing in it: the hub refuses it and the round goes on.
+        wanted = {name: value if finite else torch.zeros_like(value) for name, value in trained.delta.items()}
+        residual = None
+        if finite and values["residual"] is not None:
+            residual = delta.feedback_of(Path(values["residual"]).read_bytes(), spec.adapter)
+        layout = of_factor(spec.adapter, values["trains"])
+        coded, left = delta.encode_with_feedback(wanted, residual, view, layout, values["codec"])
+        write_durably(Path(values["update"]), coded)
+        waiting = residual or {name: torch.zeros_like(value) for name, value in view.items()}  # of the other factor
+        write_durably(Path(values["new_residual"]), delta.to_bytes({**waiting, **left}))
+        if checkpoint is not None:
+            checkpoint.forget()
+        return {
+            "num_damaged": self._states.num_damaged - damaged,
+            "num_examples": trained.num_examples,
+            "num_steps": trained.num_steps,
+            "num_tokens": trained.num_tokens,
+            "micro_batch": trained.micro_batch,
+            "seconds": trained.seconds,
+            "loss": trained.loss if finite else None,
+        }
+
+    def advance(self, values: Values, _: Report) -> Values:
+        """v + decode(c) for the adapter's or the emulator's view; the digest tells whether it is the hub's."""
+        spec = self.bundle.manifest.lora
+        layout = spec.adapter if values["which"] == "adapter" else spec.emulator
+        held = values["view"]
+        if held is not None:
+            view = delta.from_bytes(Path(held).read_bytes(), layout)
+        else:
+            view = self.bundle.adapter_lora() if values["which"] == "adapter" else self.bundle.emulator_lora()
+        coded = Path(values["delta"]).read_bytes()
+        moved = delta.advance(view, coded, of_factor(layout, values["moved"]), values["codec"])
+        write_durably(Path(values["out"]), delta.to_bytes(moved))
+        return {"digest": delta.digest(moved)}
+
+    def _view(self, path: str | None) -> dict[str, torch.Tensor]:
+        if path is None:
+            return self.bundle.adapter_lora()
+        return delta.from_bytes(Path(path).read_bytes(), self.bundle.manifest.lora.adapter)
+
+    def _built(self, view: dict[str, torch.Tensor], batch_size: int) -> SubLLM:
+        """What trains, as the memory plan has it, after a probe: the heaviest micro-batch fits, or a smaller one."""
+        assert self._border is not None
+        memory, samples = self.memory, self._samples.samples
+        key = msgspec.json.encode([self.bundle.manifest, memory.device, memory.packed, memory.recompute])
+        sub_llm = self._models.get(key)
+        if sub_llm is None:
+            with _out_of_memory_is_told(memory):
+                sub_llm = build(
+                    self.bundle,
+                    self.bundle.plan.resident,
+                    compute_dtype=self._compute_dtype,
+                    device=memory.device,
+                    dense=not memory.packed,
+                    dense_head=not memory.packed,
+                    recompute=memory.recompute,
+                )
+            lora.attach(sub_llm, self.bundle.manifest.lora, {**self._frozen_lora, **view})
+            self._models[key] = sub_llm
+        longest = sorted(range(len(samples)), key=lambda at: -len(samples[at].ids))[
+            : min(batch_size, self._micro_batch)
+        ]
+        self._border.expect(longest)
+        self._micro_batch = probe(sub_llm, self._border, view, longest, self._micro_batch)
+        on_cpu, taken = memory.device == "cpu", peak_rss_bytes()
+        if on_cpu and taken > self._room:
+            raise DeviceTooSmall(
+                f"the first step took {human_bytes(taken)} of memory, {human_bytes(self._room)} may be taken; "
+                "allow more, or close other programs"
+            )
+        return sub_llm
+
+
+@contextmanager
+def _out_of_memory_is_told(memory: MemoryPlan) -> Iterator[None]:
+    """Where no smaller micro-batch helps, the agent may know a leaner way."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DeviceTooSmall(
+            f"memory ran out on {memory.device}, where {human_bytes(memory.peak)} were planned; close other programs, or "
+            "ask the hub's owner for a smaller sub-LLM"
+        ) from error
+
+
+def main() -> None:
+    lower_priority()
+    threads = os.environ.get("FEDSODA_THREADS")
+    if threads:
+        torch.set_num_threads(int(threads))
+    serve(Worker().commands)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""FedPruner+ (arXiv 2508.17209): as FedPruner, but attention and MLP blocks stay or go each by itself.
+
+A kept layer may lack one half: h = x + f(norm(x)) is h = x there. The budget is the bytes of as many whole layers as
+`drop_layers` leaves, so that it compares with FedPruner at equal memory; attention, which is often the more redundant
+half (FinerCut, arXiv 2405.18218), is the smaller one too. LoRA on all that stays, nothing is aligned.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from fedsoda_edge.errors import UsageProblem
+from fedsoda_edge.protocol.manifest import LayerPlan
+from fedsoda_hub.algorithms.pruning.layer_plan import drop_layers
+
+if TYPE_CHECKING:
+    from fedsoda_hub.algorithms.methods.interface import FullLLM
+    from fedsoda_hub.settings.run import Method
+
+USES: tuple[str, ...] = ("[method] drop_layers", "[method] layer_choice")
+DEFAULTS: dict[str, Any] = {"[method] drop_layers": 12, "[method] adapter_base": "bf16"}  # as FedPruner's
+
+
+def plans(full_llm: FullLLM, settings: Method, seed: int) -> tuple[LayerPlan, ...]:
+    num_layers = full_llm.num_layers
+    count = num_layers - settings.drop_layers
+    if count < 2:
+        raise UsageProblem(
+            f"[method] drop_layers = {settings.drop_layers}, the model has {num_layers} layers and fedpruner+ has room "
+            f"for two at least, since the first and the last stay whole; write at most {num_layers - 2}"
+        )
+    attention, mlp = full_llm.components(count, settings.layer_choice)
+    layers = sorted({*attention, *mlp})
+    plan = msgspec.structs.replace(
+        drop_layers(num_layers, layers, ()),
+        without_attention=tuple(layer for layer in layers if layer not in attention),
+        without_mlp=tuple(layer for layer in layers if layer not in mlp),
+    )
+    return (plan,)
+
+
+def aligned(plan: LayerPlan) -> tuple[int, ...]:
+    return ()
+
+
+def held_against(plan: LayerPlan) -> dict[int, int]:
+    return {}

@@ -1,0 +1,96 @@
+"""FedSODA (arXiv 2508.12727): adapter on top, similarity group pruning below it, LoRA on the retained layers aligned
+before round 1 and again every few rounds.
+
+What is read otherwise than printed, and why: method.md 1. Beyond the paper, edges keep the border's states on disk.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fedsoda_edge.errors import UsageProblem
+from fedsoda_edge.protocol.manifest import LayerPlan
+from fedsoda_hub.algorithms.methods.exact import check_adapter
+from fedsoda_hub.algorithms.pruning.layer_plan import choose_groups, make_plan
+
+if TYPE_CHECKING:
+    from fedsoda_hub.algorithms.methods.interface import FullLLM
+    from fedsoda_hub.settings.run import Method
+
+USES: tuple[str, ...] = (
+    *("[method] emulator", "[method] adapter_layers", "[method] layers_per_group", "[method] groups"),
+    *("[method] realign_every", "[method] emulator_base", "[align] steps", "[align] realign_steps"),
+    *("[align] border_map", "[align] closed_form", "[method] classes", "[method] bundle_bytes"),
+)
+SHORTLIST = 5  # of shapes that are measured where [method] groups = "auto"
+DEFAULTS: dict[str, Any] = {}
+
+
+def plans(full_llm: FullLLM, settings: Method, seed: int) -> tuple[LayerPlan, ...]:
+    """SGP: the groups with the least sum of distances, chosen exactly.
+
+    A smaller sub-LLM removes all that the one before it does, and more (method.md 8d), so they share their shards; all
+    have the same adapter.
+
+    Raises:
+        UsageProblem: also: the further groups do not fit around the others.
+    """
+    num_layers, adapter = full_llm.num_layers, settings.adapter_layers
+    check_adapter(num_layers, adapter)
+    emulator = num_layers - adapter
+    # An infeasible (n, p) is refused before any work: distances do not matter for that.
+    unmeasured = [[0.0] * (emulator - 1 - layer) for layer in range(emulator)]
+    if isinstance(settings.groups, str):
+        shapes = _shapes(full_llm, unmeasured, adapter)
+    else:
+        shapes = [(settings.layers_per_group, settings.groups)]
+        choose_groups(unmeasured, num_layers, adapter, *shapes[0])
+    distances = full_llm.distances(emulator)
+    tried = [
+        make_plan(num_layers, adapter, choose_groups(distances, num_layers, adapter, n, p), distances)
+        for n, p in shapes
+    ]
+    tried.sort(key=lambda plan: sum(group.distance for group in plan.groups))
+    found = [tried[0] if len(tried) == 1 else full_llm.nearest(tried[:SHORTLIST])]
+    for groups in settings.classes:
+        larger = found[-1].groups
+        shape = num_layers, adapter, settings.layers_per_group, groups - len(larger)
+        more = choose_groups(distances, *shape, beside=larger)
+        together = sorted((*larger, *more), key=lambda group: group.start)
+        found.append(make_plan(num_layers, adapter, together, distances))
+    return tuple(found)
+
+
+def _shapes(full_llm: FullLLM, unmeasured: list[list[float]], adapter: int) -> list[tuple[int, int]]:
+    """Of each group size n the least number of groups p with which the sub-LLM is small enough (method.md 8d).
+
+    Raises:
+        UsageProblem: no (n, p) that leaves room for its groups is.
+    """
+    num_layers, emulator = full_llm.num_layers, len(unmeasured)
+
+    def is_small_enough(n: int, p: int) -> bool:
+        return full_llm.fits(make_plan(num_layers, adapter, choose_groups(unmeasured, num_layers, adapter, n, p)))
+
+    if is_small_enough(0, 0):
+        return [(0, 0)]
+    least = (
+        (n, next((p for p in range(1, emulator // (n + 1) + 1) if is_small_enough(n, p)), 0))
+        for n in range(1, emulator)
+    )
+    shapes = [(n, p) for n, p in least if p]
+    if not shapes:
+        raise UsageProblem(
+            f"no sub-LLM of this model is within [method] bundle_bytes: one of {num_layers - emulator + 1} layers "
+            'is larger; raise it, write quantize_embedding = true or adapter_base = "nf4", or lower adapter_layers'
+        )
+    return shapes
+
+
+def aligned(plan: LayerPlan) -> tuple[int, ...]:
+    return plan.retained
+
+
+def held_against(plan: LayerPlan) -> dict[int, int]:
+    """The output of t_i against that of t_i + n (paper, eq. 6)."""
+    return {group.start: group.removed[-1] for group in plan.groups}

@@ -1,0 +1,137 @@
+"""A federation of the real commands as real processes on this machine, over loopback: the demo's and a comparison's."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from fedsoda_edge.errors import WorkerFailed
+from fedsoda_edge.ports.system import group_of_its_own, stop_signal
+from fedsoda_hub.run.ledger import Ledger, write_secret
+from fedsoda_hub.settings.run import RunSettings
+
+Say = Callable[[dict[str, Any]], None]
+
+
+async def federate(
+    settings: RunSettings,
+    edges: Mapping[str, Path],
+    homes: Path,
+    stop: asyncio.Future[str],
+    say: Say,
+    say_of: Callable[[str], Say],
+    environment: Mapping[str, str],
+    of_hub: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """`serve` and a `join` for each edge, to the end of the run or until `stop`; a second call goes on.
+
+    Args:
+        edges: the data file of each. homes: where they keep their state and their tokens. say_of: what takes an edge's
+        events. environment: of edges, beside FEDSODA_HOME; of_hub: the hub's.
+
+    Raises:
+        WorkerFailed: one of them did not end well.
+    """
+    listening: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    def heard(event: dict[str, Any]) -> None:
+        if event["event"] == "listening":
+            listening.set_result(event["url"])
+        say(event)
+
+    processes = [Process("fedsoda_hub", ["serve", settings.path, "--exit-when-done", "--jsonl"], of_hub)]
+    following: list[asyncio.Task[None]] = []
+    try:
+        await processes[0].start()
+        following.append(asyncio.create_task(processes[0].follow(heard)))
+        first: set[asyncio.Future[Any]] = {following[0], listening, stop}
+        await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+        if following[0].done():
+            following[0].result()
+            raise WorkerFailed("the hub ended before it listened", "")
+        for name, data in edges.items() if listening.done() else ():
+            join = ["join", listening.result(), "--token-file", str(_token(settings, name, homes)), "--data", str(data)]
+            home = {"FEDSODA_HOME": str(homes / name)}
+            processes.append(Process("fedsoda_edge", [*join, "--jsonl"], {**environment, **home}))
+            await processes[-1].start()
+            following.append(asyncio.create_task(processes[-1].follow(say_of(name))))
+        pending: set[asyncio.Future[Any]] = {*following}
+        while pending and not stop.done():
+            done, _ = await asyncio.wait({*pending, stop}, return_when=asyncio.FIRST_COMPLETED)
+            pending -= done
+            for task in done:
+                task.result()  # the first that fails ends it all
+    finally:
+        for process in processes:
+            await process.stop()
+        for task in following:
+            task.cancel()
+
+
+def _token(settings: RunSettings, name: str, homes: Path) -> Path:
+    """The file with the edge's token, made at its first start."""
+    path = homes / f"{name}.token"
+    if not path.exists():
+        with contextlib.closing(Ledger(settings.run_dir / "ledger.sqlite")) as ledger:
+            if name in {token.edge for token in ledger.tokens() if not token.revoked}:
+                ledger.revoke_token(name)  # of a start that was killed in between: nobody has it
+            secret = ledger.create_token(name)
+        homes.mkdir(parents=True, exist_ok=True)
+        write_secret(path, secret)
+    return path
+
+
+class Process:
+    """One of the real commands, in its own group, with its events."""
+
+    def __init__(self, module: str, arguments: list[str], environment: Mapping[str, str]) -> None:
+        self._command = [sys.executable, "-m", module, *arguments]
+        # What is set for this command (FEDSODA_JSON, say) is not meant for those it starts.
+        ours = {name: value for name, value in os.environ.items() if not name.startswith("FEDSODA_")}
+        self._environment = {**ours, **environment}
+        self._process: asyncio.subprocess.Process | None = None
+        self.last: dict[str, Any] = {}
+
+    async def start(self) -> None:
+        self._process = await asyncio.create_subprocess_exec(
+            *self._command,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=self._environment,
+            limit=1 << 22,
+            **group_of_its_own(),
+        )
+
+    async def follow(self, say: Say) -> None:
+        """Pass events on until the process ends. Raises WorkerFailed when it did not end well."""
+        assert self._process is not None
+        assert self._process.stdout is not None
+        assert self._process.stderr is not None
+        words = asyncio.create_task(self._process.stderr.read())
+        async for line in self._process.stdout:
+            self.last = json.loads(line)
+            say(self.last)
+        status = await self._process.wait()
+        said = (await words).decode(errors="replace").strip()
+        if status != 0:
+            raise WorkerFailed(f"{' '.join(self._command[2:4])} ended with status {status}: {said[-400:]}", said)
+
+    async def stop(self) -> None:
+        """End it and everything it started."""
+        if self._process is None or self._process.returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(stop_signal())
+        try:
+            async with asyncio.timeout(10):
+                await self._process.wait()
+        except TimeoutError:
+            self._process.kill()
+            await self._process.wait()

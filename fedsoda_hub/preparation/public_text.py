@@ -1,0 +1,73 @@
+"""What the hub reads itself: public text in blocks (contract.md, "Public text"), public prompts like the task's.
+
+SGP, ODA and the border map read only these; they never see an edge's data.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from fedsoda_edge.data.local_data import LocalData, SampleTokenizer
+from fedsoda_edge.errors import DataProblem, UsageProblem
+from fedsoda_edge.protocol.template import TextTemplate
+
+MAX_HELD_OUT = 32
+MIN_PROMPTS, MAX_PROMPTS, MAX_PROMPT_IDS = 50, 1000, 1 << 16  # MAX_PROMPTS: of those that the full LLM writes
+
+
+def read_blocks(
+    text: Path, tokenizer_json: Path, bos_id: int | None, sequences: int, length: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(used, held out): blocks of `length` ids, each bos (if there is one) and the next ids of the text.
+
+    The text is tokenized in one call without special tokens; the first `sequences` blocks are used, the
+    next min(32, rest) are held out.
+
+    Raises:
+        UsageProblem: the text gives no held-out block beyond `sequences`; says how many ids are needed.
+    """
+    try:
+        words = text.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageProblem(f"[public] text: {text} cannot be read ({error.strerror}); name a UTF-8 file") from error
+    ids = Tokenizer.from_file(str(tokenizer_json)).encode(words, add_special_tokens=False).ids
+    step = length - (bos_id is not None)
+    head = [] if bos_id is None else [bos_id]
+    blocks = [torch.tensor(head + ids[at : at + step]) for at in range(0, len(ids) - step + 1, step)][
+        : sequences + MAX_HELD_OUT
+    ]
+    if len(blocks) <= sequences:
+        raise UsageProblem(
+            f"[public] text {text} has {len(ids)} ids; sequences = {sequences} of length = {length} and one block "
+            f"held out need {(sequences + 1) * step}; give a longer text or lower sequences or length"
+        )
+    return blocks[:sequences], blocks[sequences:]
+
+
+def read_prompts(rows: Path, prompt: TextTemplate, tokenizer: SampleTokenizer, max_length: int) -> list[Tensor]:
+    """The run's prompts with these rows in them, as ids: the first `MAX_PROMPT_IDS`. No completion is read.
+
+    Raises:
+        UsageProblem: the rows lack a column of the prompt, or are too few to fit a border map.
+    """
+    data = LocalData(rows)
+    found: list[Tensor] = []
+    left = MAX_PROMPT_IDS
+    try:
+        for _, row in data.rows():
+            ids = tokenizer.encode(prompt.render(row))[:max_length]
+            left -= len(ids)
+            if left < 0:
+                break
+            found.append(torch.tensor(ids))
+    except (DataProblem, KeyError) as error:
+        raise UsageProblem(f"[public] like_task: {error}") from error
+    if len(found) < MIN_PROMPTS:
+        raise UsageProblem(
+            f"[public] like_task {rows} gives {len(found)} prompts; a border map needs {MIN_PROMPTS}: name a file with more rows"
+        )
+    return found

@@ -1,0 +1,143 @@
+"""`doctor` walks the way to the hub as a join would, and stops where it is blocked, with what to do."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fedsoda_edge import edge
+from fedsoda_edge.join import doctor
+from fedsoda_edge.join.doctor import Check, examine
+from fedsoda_edge.join.home import Home
+from fedsoda_edge.network import hub_transport as transport
+from fedsoda_edge.network.hub_transport import HubTransport
+from fedsoda_edge.protocol import messages as ms
+from tests.edge.network.test_hub_transport import DATA, DIGEST, RUN_IS_OVER, SmallHub, listening
+
+DEVICE = ["Python", "torch", "GPU", "NF4", "memory", "disk"]
+
+
+@pytest.fixture(autouse=True)
+def _quick_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker's own answer is tested below; a process that loads torch is not started for every step."""
+
+    async def call(*_: Any) -> dict[str, Any]:
+        return {"torch": "2.13", "threads": 2, "device": "cpu", "accelerator": "", "nf4_problem": ""}
+
+    async def close() -> None:
+        pass
+
+    monkeypatch.setattr(doctor, "Child", lambda *_: SimpleNamespace(call=call, close=close))
+
+
+async def all_of(checks: AsyncIterator[Check]) -> list[Check]:
+    return [check async for check in checks if not (check.passed and check.name in ("proxy", "GPU memory"))]
+
+
+def walked(tmp_path: Path, url: str | None, token: str = "good") -> list[Check]:
+    (tmp_path / "token").write_text(token)
+    return asyncio.run(all_of(examine(url, tmp_path / "token", Home(tmp_path / "home"))))
+
+
+def test_without_a_hub_the_device_alone_is_looked_at(tmp_path: Path) -> None:
+    found = walked(tmp_path, None)
+    assert [check.name for check in found] == DEVICE
+    assert all(check.passed for check in found)
+
+
+@pytest.mark.parametrize(
+    ("url", "steps", "sentence", "status"),
+    [
+        ("http://h:99999", ["address"], "is no hub address", 2),
+        ("http://hub.invalid", ["DNS"], "check the spelling", 3),
+        ("http://127.0.0.1:9", ["DNS", "TCP"], "is the hub running, is the port open?", 3),
+    ],
+)
+def test_it_stops_at_the_step_that_fails(
+    tmp_path: Path, url: str, steps: list[str], sentence: str, status: int
+) -> None:
+    found = walked(tmp_path, url)[len(DEVICE) :]
+    assert [check.name for check in found] == steps
+    last = found[-1]
+    assert not last.passed
+    assert sentence in f"{last.detail}; {last.fix}"
+    assert last.exit_status == status
+
+
+def test_a_token_that_the_hub_does_not_know_is_the_step_that_fails(tmp_path: Path) -> None:
+    async def knock() -> list[Check]:
+        (tmp_path / "token").write_text("unknown")
+        async with listening(SmallHub(tmp_path)) as url:
+            return await all_of(examine(url, tmp_path / "token", Home(tmp_path / "home")))
+
+    found = asyncio.run(knock())[len(DEVICE) :]
+    assert [check.name for check in found] == ["DNS", "TCP", "TLS", "HTTP", "clock", "token"]
+    assert [check.passed for check in found] == [True] * 5 + [False]
+    assert (found[-1].fix, found[-1].exit_status) == ("ask its owner for a new one", 5)
+
+
+def test_a_clock_that_is_wrong_fails_though_the_way_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "MAX_SKEW_SECONDS", -1.0)
+
+    async def knock() -> list[Check]:
+        (tmp_path / "token").write_text("good")
+        async with listening(SmallHub(tmp_path, RUN_IS_OVER)) as url:
+            return await all_of(examine(url, tmp_path / "token", Home(tmp_path / "home")))
+
+    found = {check.name: check for check in asyncio.run(knock())}
+    assert not found["clock"].passed
+    assert found["clock"].fix.startswith("set this device's clock")
+    assert found["token"].passed
+
+
+def test_a_hub_that_refuses_the_greeting_is_quoted(tmp_path: Path) -> None:
+    async def knock() -> list[Check]:
+        (tmp_path / "token").write_text("good")
+        refusal = ms.Refusal(round=0, reason="another device holds this token; ask for one of your own", fatal=True)
+        async with listening(SmallHub(tmp_path, refusal)) as url:
+            return await all_of(examine(url, tmp_path / "token", Home(tmp_path / "home")))
+
+    last = asyncio.run(knock())[-1]
+    assert (last.name, last.passed, last.exit_status) == ("fits", False, 5)
+    assert "another device holds this token" in last.detail
+
+
+@pytest.mark.parametrize("file", ["there", "gone"])
+def test_the_bandwidth_is_measured_and_no_connection_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    (tmp_path / DIGEST).write_bytes(DATA)
+    made: list[HubTransport] = []
+
+    class Noted(HubTransport):
+        def __init__(self, url: str, token: str) -> None:
+            super().__init__(url, token)
+            made.append(self)
+
+    async def look_at(_: Any) -> dict[str, Any]:
+        largest = DIGEST if file == "there" else "0" * 64
+        return {"source": "m", "memory": {"message": "fits", "parts": []}, "disk_needed": 0, "largest_file": largest}
+
+    async def knock() -> list[Check]:
+        (tmp_path / "token").write_text("good")
+        async with listening(SmallHub(tmp_path)) as url:
+            return await all_of(examine(url, tmp_path / "token", Home(tmp_path / "home")))
+
+    monkeypatch.setattr(edge, "look_at", look_at)
+    monkeypatch.setattr(transport, "HubTransport", Noted)
+    last = asyncio.run(knock())[-1]
+    assert (last.name, last.passed) == ("bandwidth", file == "there")
+    assert [(each._http, each._socket) for each in made] == [(None, None)] * 2
+
+
+def test_the_worker_sees_a_gradient_through_nf4() -> None:
+    from fedsoda_edge.worker.worker import Worker
+
+    found = Worker().doctor({}, lambda _: None)
+    assert found["nf4_problem"] == ""
+    assert found["threads"] >= 1

@@ -1,0 +1,415 @@
+"""A bundle is used while it comes: in the order of its use, layer by layer, over cuts, pauses, wrong bytes and kill -9."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import msgspec
+import psutil
+import pytest
+
+from fedsoda_edge import LocalData
+from fedsoda_edge.errors import BlobCorrupt, HubUnreachable, WorkerFailed
+from fedsoda_edge.join.download import Download, in_order
+from fedsoda_edge.join.home import Home
+from fedsoda_edge.network.hub_transport import PIECE_BYTES, HubTransport
+from fedsoda_edge.ports.store import FileStore, when_here
+from fedsoda_edge.protocol import messages as ms
+from fedsoda_edge.protocol.manifest import BundleManifest, parse_manifest
+from tests.conftest import ROOT
+from tests.edge.join.test_cache_agent import WorkerHere
+from tests.edge.join.test_cache_agent import join as calm_join
+from tests.edge.join.test_pause import Join, ToldHub, workers
+from tests.edge.network.test_hub_transport import DATA, DIGEST, SmallHub, listening
+from tests.test_schemas import ROWS, run
+
+
+class Gate(ToldHub):
+    """Delivers a file when the test lets it; `spoilt` are sent wrong so many times. welcome: what its Welcome has else."""
+
+    def __init__(self, bundle: Path, **welcome: Any) -> None:
+        super().__init__(bundle)
+        self.manifest = parse_manifest((bundle / "manifest.json").read_bytes())
+        self._names = {file.sha256: file.name for file in self.manifest.files}
+        self._free = threading.Semaphore(0)
+        self._other = welcome
+        self.asked: list[str] = []
+        self.spoilt: dict[str, int] = {}
+
+    def let(self, number: int = 100) -> None:
+        self._free.release(number)
+
+    def let_until(self, name: str) -> None:
+        """All files before that one."""
+        self.let([file.name for file in in_order(self.manifest)].index(name))
+
+    def _welcome(self) -> ms.Welcome:
+        return msgspec.structs.replace(super()._welcome(), **self._other)
+
+    async def fetch(self, digest: str, offset: int) -> AsyncIterator[bytes]:
+        name = self._names.get(digest, "manifest.json")
+        self.loop = asyncio.get_running_loop()
+        self.asked.append(name)
+        while name != "manifest.json" and not self._free.acquire(blocking=False):
+            await asyncio.sleep(0.005)
+        async for piece in super().fetch(digest, offset):
+            if self.spoilt.get(name):
+                self.spoilt[name] -= 1
+                piece = bytes(len(piece))
+            yield piece
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "visits.jsonl"
+    path.write_text(ROWS)
+    return path
+
+
+@pytest.fixture(scope="module")
+def late(scripted: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The digest of the update of a join that sweeps when its offer has come."""
+    directory = tmp_path_factory.mktemp("late")
+    (directory / "visits.jsonl").write_text(ROWS)
+    hub = Gate(scripted, emulator=None)
+    hub.let()
+    with mock.patch.dict("os.environ", FEDSODA_HOME=str(directory / "home")), worker_here():
+        join = Join(hub, directory / "visits.jsonl")
+        join.start()
+        join.ended()
+    kinds = [event["event"] for event in join.events]
+    assert kinds.index("offer") < kinds.index("sweep")
+    return hub.updates[0].digest
+
+
+def worker_here() -> contextlib.AbstractContextManager[object]:
+    return mock.patch("fedsoda_edge.edge.Child", return_value=WorkerHere(0))
+
+
+@contextlib.contextmanager
+def joining(hub: Gate, data: Path, **options: Any) -> Iterator[Join]:
+    join = Join(hub, data, **options)
+    join.start()
+    yield join
+    join.ended()
+
+
+# -- the order ------------------------------------------------------------------------------------------
+
+
+def test_files_come_in_the_order_of_their_use(scripted: Path) -> None:
+    manifest = parse_manifest((scripted / "manifest.json").read_bytes())
+    assert (manifest.plan.sub_emulator, manifest.plan.adapter) == ((0, 2), (3,))
+    assert [file.name.removesuffix(".safetensors") for file in in_order(manifest)] == [
+        "tokenizer.json", "tokenizer_config.json", "emulator_lora", "embedding",
+        "layers.0", "layers.2", "layers.3", "adapter_lora", "norm", "head",
+    ]  # fmt: skip
+    assert sorted(file.name for file in in_order(manifest)) == sorted(file.name for file in manifest.files)
+
+
+def test_a_layer_is_swept_before_the_next_is_delivered_and_no_bit_differs(
+    scripted: Path, data: Path, late: str
+) -> None:
+    hub = Gate(scripted)
+    with worker_here(), joining(hub, data) as join:
+        hub.let_until("layers.0.safetensors")
+        join.until(lambda: hub.asked[-1:] == ["layers.0.safetensors"])
+        assert not join.has("sweep")
+        hub.let(1)
+        join.until(lambda: join.has("sweep", done=1, total=2))
+        assert hub.asked[-1] == "layers.2.safetensors"
+        hub.let(1)
+        join.until(lambda: join.has("swept"))
+        assert hub.asked[-1] == "layers.3.safetensors"
+        assert hub.kinds == ["Hello"]  # not ready before the last file is verified
+        hub.let()
+    assert hub.updates[0].digest == late
+    assert len([event for event in join.events if event["event"] == "swept"]) == 1
+    assert hub.kinds == ["Hello", "Ready", "UpdateStart"]
+
+
+def test_a_sweep_of_another_emulator_than_the_rounds_is_done_again(scripted: Path, data: Path, late: str) -> None:
+    hub = Gate(scripted, emulator=ms.ViewRef(digest=ms.Digest("0" * 64), delta=None, snapshot=None))
+    hub.let()
+    with worker_here(), joining(hub, data) as join:
+        pass
+    assert hub.updates[0].digest == late
+    assert join.has("trained")
+
+
+def test_an_emulator_that_the_edge_does_not_hold_is_swept_with_the_offer(scripted: Path, data: Path) -> None:
+    blob = ms.BlobRef(digest=ms.Digest("1" * 64), bytes=9)
+    hub = Gate(scripted, emulator=ms.ViewRef(digest=ms.Digest("0" * 64), delta=blob, snapshot=blob))
+    hub.let()
+    with worker_here(), joining(hub, data) as join:
+        pass
+    kinds = [event["event"] for event in join.events]
+    assert kinds.index("offer") < kinds.index("sweep")
+
+
+def test_who_reads_a_file_waits_only_while_it_is_coming(tmp_path: Path) -> None:
+    file, coming = tmp_path / "file", tmp_path / "coming"
+    assert when_here(file, coming) == file  # not to be had: the reader's own error says so
+    coming.touch()
+    waiting = threading.Thread(target=when_here, args=(file, coming))
+    waiting.start()
+    waiting.join(timeout=0.1)
+    assert waiting.is_alive()
+    file.touch()
+    waiting.join(timeout=10)
+    assert not waiting.is_alive()
+
+
+# -- what goes wrong on the way -------------------------------------------------------------------------
+
+
+def test_a_shard_that_comes_wrong_once_is_fetched_again_while_the_sweep_waits(
+    scripted: Path, data: Path, late: str
+) -> None:
+    hub = Gate(scripted)
+    hub.spoilt["layers.2.safetensors"] = 1
+    hub.let()
+    with worker_here(), joining(hub, data):
+        pass
+    assert hub.asked.count("layers.2.safetensors") == 2
+    assert hub.updates[0].digest == late
+
+
+def test_a_shard_that_comes_wrong_twice_ends_the_join_and_the_sweep(scripted: Path, data: Path) -> None:
+    hub = Gate(scripted)
+    hub.spoilt["layers.2.safetensors"] = 2
+    hub.let_until("layers.2.safetensors")
+    join = Join(hub, data)
+    join.start()
+    join.until(lambda: join.has("sweep", done=1, total=2))
+    hub.let()
+    join.join(timeout=60)
+    [failure] = join.failure
+    assert isinstance(failure, BlobCorrupt)
+    assert workers() == []
+    assert list(Home().directory.glob("runs/*/border")) == []
+    assert not FileStore(Home().store).has(hub.manifest.file("layers.2.safetensors").sha256)
+
+
+def test_a_shard_that_the_disk_damaged_is_fetched_anew_before_the_sweep_meets_it(
+    scripted: Path, data: Path, late: str
+) -> None:
+    with worker_here():
+        for _ in range(2):
+            hub = Gate(scripted)
+            hub.let()
+            with joining(hub, data):
+                pass
+            held = FileStore(Home().store).path(hub.manifest.file("layers.0.safetensors").sha256)
+            held.write_bytes(bytes(held.stat().st_size))
+    assert hub.asked == ["layers.0.safetensors"]
+    assert hub.updates[0].num_examples
+
+
+def test_a_connection_that_is_lost_during_the_download_is_made_again(scripted: Path, data: Path) -> None:
+    hub = Gate(scripted)
+    with worker_here(), joining(hub, data) as join:
+        hub.let_until("layers.2.safetensors")
+        join.until(lambda: join.has("sweep", done=1, total=2))
+        hub.loop.call_soon_threadsafe(hub.hang_up)
+        join.until(lambda: join.has("reconnected"))
+        assert hub.kinds == ["Hello", "Hello"]
+        hub.let()
+    assert hub.kinds == ["Hello", "Hello", "Ready", "UpdateStart"]
+
+
+@pytest.mark.slow
+def test_a_pause_in_the_middle_of_the_early_sweep_frees_the_worker_and_the_link(
+    scripted: Path, data: Path, late: str
+) -> None:
+    hub = Gate(scripted)
+    with joining(hub, data) as join:
+        hub.let_until("layers.2.safetensors")
+        join.until(lambda: join.has("sweep", done=1, total=2))
+        [worker] = workers()
+        assert run("fedsoda-edge", "pause").status == 0
+        assert not worker.is_running()
+        assert workers() == []
+        assert hub.kinds == ["Hello", "Paused"]
+        asked = list(hub.asked)
+        hub.let()
+        assert run("fedsoda-edge", "resume").status == 0
+    assert hub.asked[len(asked)] == "layers.2.safetensors"
+    assert hub.kinds == ["Hello", "Paused", "Ready", "UpdateStart"]
+    assert hub.updates[0].digest == late
+
+
+def test_finish_during_the_download_leaves_at_once(scripted: Path, data: Path) -> None:
+    hub = Gate(scripted)
+    with joining(hub, data) as join:
+        hub.let_until("layers.2.safetensors")
+        join.until(lambda: join.has("sweep", done=1, total=2))
+        assert run("fedsoda-edge", "finish").status == 0
+    assert hub.kinds == ["Hello", "Leave"]
+    assert workers() == []
+
+
+KILLED = """
+import asyncio, json, sys
+from pathlib import Path
+from fedsoda_edge import Edge, LocalData
+from tests.edge.test_download import Gate
+hub = Gate(Path(sys.argv[1]))
+hub.let_until("layers.2.safetensors")
+say = lambda event: print(json.dumps(event), flush=True)
+with Edge(hub, device="cpu").join(LocalData.from_jsonl(sys.argv[2]), on_event=say): pass
+"""
+
+
+@pytest.mark.slow
+def test_an_agent_that_is_killed_in_the_middle_leaves_nothing_that_the_next_trips_over(
+    scripted: Path, data: Path, late: str
+) -> None:
+    command = [sys.executable, "-c", KILLED, str(scripted), str(data)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if json.loads(line)["event"] == "sweep":
+                break
+        children = psutil.Process(process.pid).children()
+        process.send_signal(signal.SIGKILL)
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert children
+    assert not alive
+    assert {path.suffix for path in Home().store.iterdir()} <= {"", ".part", ".coming"}
+    hub = Gate(scripted)
+    hub.let()
+    with worker_here(), joining(hub, data):
+        pass
+    assert "layers.0.safetensors" not in hub.asked
+    assert hub.updates[0].digest == late
+    assert list(Home().directory.glob("runs/*/border")) == []
+    assert {path.suffix for path in Home().store.iterdir()} == {""}
+
+
+# -- cuts -----------------------------------------------------------------------------------------------
+
+
+class Proxy:
+    """Cuts each of the first connections after so many bytes from the hub; `down` are all that it let through."""
+
+    def __init__(self, port: int, cuts: list[int]) -> None:
+        self._port, self._cuts = port, cuts
+        self.down = self.connections = 0
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        left = self._cuts.pop(0) if self._cuts else 1 << 60
+        self.connections += 1
+        hub_reader, hub_writer = await asyncio.open_connection("127.0.0.1", self._port)
+
+        async def up() -> None:
+            while piece := await reader.read(1 << 16):
+                hub_writer.write(piece)
+
+        pump = asyncio.create_task(up())
+        with contextlib.suppress(ConnectionError):
+            while left and (piece := await hub_reader.read(min(left, 1 << 16))):
+                left -= len(piece)
+                self.down += len(piece)
+                writer.write(piece)
+                await writer.drain()
+        pump.cancel()
+        for end in (writer, hub_writer):
+            end.close()
+
+
+async def at_once(work: Callable[[], Any]) -> Any:
+    return await work()
+
+
+def fetched(directory: Path, cuts: list[int], *, keep_trying: bool = False) -> tuple[Proxy, list[str]]:
+    """The file of `test_transport` through a proxy, by the product's own download; and what was said."""
+    (directory / DIGEST).write_bytes(DATA)
+    said: list[str] = []
+
+    async def fetch() -> Proxy:
+        async with listening(SmallHub(directory)) as url:
+            proxy = Proxy(int(url.rpartition(":")[2]), cuts)
+            async with await asyncio.start_server(proxy.serve, "127.0.0.1", 0) as server:
+                hub = HubTransport(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", "good")
+                store = FileStore(directory / "store")
+                download = Download(
+                    hub, store, run=at_once, say=lambda event: said.append(event["event"]), keep_trying=keep_trying
+                )
+                try:
+                    path = await download.file(DIGEST, len(DATA))
+                finally:
+                    await hub.close()
+            assert path.read_bytes() == DATA
+        return proxy
+
+    return asyncio.run(fetch()), said
+
+
+def test_a_transfer_that_is_cut_in_the_middle_goes_on_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "*")
+    proxy, said = fetched(tmp_path, [1_000_000, 1_500_000])
+    assert proxy.connections == 3
+    assert proxy.down < len(DATA) + 2 * PIECE_BYTES + 2000  # a piece for each cut, and heads of answers
+    assert said == ["reconnecting", "reconnecting"]
+
+
+def test_a_transfer_that_does_not_move_is_given_up_unless_nobody_attends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setattr("fedsoda_edge.join.download.backoff_seconds", lambda attempt: 0.0)
+    with pytest.raises(HubUnreachable, match="broke off"):
+        fetched(tmp_path, [1_000_000, 10])
+    _, said = fetched(tmp_path, [10] * 5, keep_trying=True)
+    assert said == ["reconnecting"]  # once, not at every try
+
+
+def test_all_files_come_by_one_connection(tmp_path: Path, scripted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "*")
+    manifest: BundleManifest = parse_manifest((scripted / "manifest.json").read_bytes())
+    (tmp_path / "files").mkdir()
+    for file in manifest.files:
+        (tmp_path / "files" / file.sha256).write_bytes((scripted / file.name).read_bytes())
+
+    async def fetch() -> int:
+        async with listening(SmallHub(tmp_path / "files")) as url:
+            proxy = Proxy(int(url.rpartition(":")[2]), [])
+            async with await asyncio.start_server(proxy.serve, "127.0.0.1", 0) as server:
+                hub = HubTransport(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", "good")
+                store = FileStore(tmp_path / "store")
+                for file in manifest.files:
+                    await store.fetch(hub, file.sha256, file.bytes)
+                await hub.close()
+        return proxy.connections
+
+    assert asyncio.run(fetch()) == 1
+
+
+def test_a_worker_that_dies_in_the_early_sweep_is_started_again(tmp_path: Path, scripted: Path, data: Path) -> None:
+    worker, died = WorkerHere(0), list[bool]()
+    call = worker.call
+
+    async def mortal(command: str, arguments: dict[str, Any], report: Any = None) -> dict[str, Any]:
+        if command == "border" and not died:
+            died.append(True)
+            worker.pid = None
+            raise WorkerFailed("the worker was killed", "")
+        return await call(command, arguments, report)
+
+    with mock.patch.object(worker, "call", mortal):
+        joined = calm_join(tmp_path / "home", LocalData(data), scripted, 1, worker=worker)
+    assert [said["message"] for said in joined.of("notice")][:1] == ["the worker was killed; starting it again"]
+    assert len(joined.of("swept")) == 1

@@ -1,0 +1,184 @@
+"""Whatever goes wrong is one sentence, one JSON object and one exit status."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import typer
+
+from fedsoda_edge.errors import DeviceTooSmall, UsageProblem
+from fedsoda_edge.ports.console import ProgressLine, effective_settings, finish, note, reporting, run, settings_line
+from fedsoda_edge.units import human_seconds, parse_bytes
+
+
+def command(failure: BaseException | None) -> typer.Typer:
+    app = typer.Typer()
+
+    @app.command()
+    def work(
+        data: str = typer.Option(...),
+        as_json: bool = typer.Option(False, "--json", envvar="FEDSODA_JSON"),
+        jsonl: bool = typer.Option(False, "--jsonl", envvar="FEDSODA_JSONL"),
+        debug: bool = typer.Option(False, "--debug"),
+    ) -> None:
+        with reporting(as_json, jsonl, debug):
+            if failure is not None:
+                raise failure
+            note(f"read {data}")
+            finish({"status": "ok"}, as_json, jsonl)
+
+    return app
+
+
+@pytest.mark.parametrize(
+    ("failure", "arguments", "status", "sentence"),
+    [
+        (None, ["--data", "x"], 0, "read x"),
+        (DeviceTooSmall("needs 2 GiB"), ["--data", "x"], 4, "error: needs 2 GiB"),
+        (None, [], 2, "error: Missing option '--data'; --help shows how it is used"),
+        (None, ["--data", "x", "--jsonl"], 2, "error: --json prints one object and --jsonl one event a line; give one"),
+        (None, ["--dta", "x"], 2, "error: No such option: --dta"),
+        (PermissionError(13, "no", "/x"), ["--data", "x"], 1, "error: [Errno 13] no: '/x'; mend that on this machine"),
+        (ZeroDivisionError("by 0"), ["--data", "x"], 1, "error: ZeroDivisionError: by 0; this is a defect of fedsoda"),
+        (KeyboardInterrupt(), ["--data", "x"], 130, "stopped; the same command goes on"),
+    ],
+)
+def test_every_end_has_a_sentence_an_object_and_a_status(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    failure: BaseException | None,
+    arguments: list[str],
+    status: int,
+    sentence: str,
+) -> None:
+    monkeypatch.setattr("sys.argv", ["work", *arguments, "--json"])
+    with pytest.raises(SystemExit) as end:
+        run(command(failure))
+    assert end.value.code == status
+    out, err = capsys.readouterr()
+    assert err.startswith(sentence)
+    assert err.count("\n") == 1
+    found = json.loads(out)
+    assert (found["schema"], found["status"]) == (1, "ok" if status == 0 else "error")
+    assert found.get("exit_status", 0) == status
+
+
+def test_wrong_usage_is_an_object_too_where_the_environment_asks_for_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["work"])
+    for value, lines in (("1", 1), ("true", 1), ("0", 0)):
+        monkeypatch.setenv("FEDSODA_JSON", value)
+        with pytest.raises(SystemExit):
+            run(command(None))
+        assert len(capsys.readouterr().out.splitlines()) == lines, value
+
+
+def test_a_traceback_is_for_those_who_ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["work", "--data", "x", "--debug"])
+    with pytest.raises(SystemExit):
+        run(command(ZeroDivisionError("by 0")))
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_every_setting_is_told_with_where_it_came_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    app, seen = typer.Typer(), {}
+
+    @app.command()
+    def work(
+        context: typer.Context,
+        url: str = typer.Argument(...),
+        device: str = typer.Option("auto", envvar="FEDSODA_DEVICE"),
+        threads: int = typer.Option(0, envvar="FEDSODA_THREADS"),
+        token_file: str | None = typer.Option(None, envvar="FEDSODA_TOKEN_FILE"),
+    ) -> None:
+        seen.update(effective_settings(context))
+
+    monkeypatch.setenv("FEDSODA_DEVICE", "cpu")
+    monkeypatch.setattr("sys.argv", ["work", "http://h", "--threads", "2"])
+    with pytest.raises(SystemExit):
+        run(app)
+    assert {name: (s["value"], s["source"]) for name, s in seen.items()} == {
+        "url": ("http://h", "argument"),
+        "device": ("cpu", "FEDSODA_DEVICE"),
+        "threads": (2, "option"),
+        "token_file": (None, "default"),
+    }
+    assert settings_line(seen) == "settings: url http://h (argument); device cpu (FEDSODA_DEVICE); threads 2 (option)"
+
+
+def test_what_others_write_does_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    note("left: \x1b]0;gone\x07 bye\nnext\ttab \x9b2J \u00e9")
+    assert capsys.readouterr().err == "left: \ufffd]0;gone\ufffd bye\nnext\ttab \ufffd2J \u00e9\n"
+
+
+def test_a_log_gets_a_line_of_a_long_job_twice_a_minute_with_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = [100.0]
+    line = ProgressLine(is_live=False, now=lambda: clock[0])
+    for second in range(0, 101, 5):
+        clock[0] = 100.0 + second
+        line.show("sweeping", 2 * second, 200)
+    assert capsys.readouterr().err.splitlines() == [
+        "sweeping: 60 of 200, about 70 s left",
+        "sweeping: 120 of 200, about 40 s left",
+        "sweeping: 180 of 200, about 10 s left",
+        "sweeping: done in 100 s",
+    ]
+
+
+def test_a_download_in_a_log_tells_its_rate_and_counts_only_what_came_now(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = [0.0]
+    line = ProgressLine(is_live=False, now=lambda: clock[0])
+    line.show("downloading", 90 << 20, 150 << 20, is_bytes=True)  # most of it was here
+    clock[0] = 30.0
+    line.show("downloading", 120 << 20, 150 << 20, is_bytes=True)
+    assert capsys.readouterr().err == "downloading: 120 MiB of 150 MiB, 1.00 MiB/s, about 30 s left\n"
+
+
+def test_a_terminal_has_one_bar_below_the_sentences(capsys: pytest.CaptureFixture[str]) -> None:
+    line = ProgressLine(is_live=True)
+    line.show("downloading [1]", 1 << 20, 4 << 20, is_bytes=True)
+    line.say("clinic [bold]7[/bold] is here\x07")
+    line.show("downloading [1]", 4 << 20, 4 << 20, is_bytes=True)
+    line.end()
+    line.say("done")
+    shown = capsys.readouterr().err
+    assert "clinic [bold]7[/bold] is here\ufffd\n" in shown  # others' words are no markup
+    assert "downloading [1]" in shown
+    assert shown.endswith("done\n")
+
+
+def test_durations_are_told_as_people_say_them() -> None:
+    assert [human_seconds(seconds) for seconds in (3, 119, 400, 9000)] == ["3 s", "119 s", "7 min", "2.5 h"]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("0", 0),
+        ("500", 500),
+        ("500B", 500),
+        ("3K", 3 * 1024),
+        ("3KB", 3000),
+        ("3KiB", 3 * 1024),
+        ("500 MiB", 500 << 20),
+        ("500mb", 500 * 10**6),
+        ("8GB", 8 * 10**9),
+        ("8G", 8 << 30),
+        (" 8 gib ", 8 << 30),
+        ("1.5T", 3 << 39),
+        ("0.5TB", 5 * 10**11),
+    ],
+)
+def test_a_size_is_read_as_people_write_it(text: str, size: int) -> None:
+    assert parse_bytes(text, "--max-disk") == size
+
+
+@pytest.mark.parametrize(
+    "text", ["", "GB", "-1GB", "8 G B", "8XB", "1e9", "1,5GB", ".5G", "8GB free", "nan", "1i", "8iB", "9" * 400]
+)
+def test_what_is_no_size_is_refused_with_how_to_write_one(text: str) -> None:
+    with pytest.raises(UsageProblem) as failure:
+        parse_bytes(text, "--max-disk")
+    assert str(failure.value) == f"--max-disk {text!r} is no size; write it as 8GB, 500MiB or 2T"

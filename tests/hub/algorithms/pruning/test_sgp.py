@@ -1,0 +1,63 @@
+"""Distances are those of Transformers' own hidden states, from one streamed pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from fedsoda_edge.errors import UsageProblem
+from fedsoda_edge.model.streaming import Checkpoint, stream
+from fedsoda_hub.algorithms.pruning.sgp import angular_distances, measure
+from fedsoda_hub.preparation.public_text import read_blocks
+
+
+def test_distances_are_those_of_the_models_own_hidden_states(tiny_llama: Path) -> None:
+    blocks = list(torch.randint(3, 260, (6, 24), generator=torch.Generator().manual_seed(1)))
+    ours = measure(Checkpoint.open(str(tiny_llama)), blocks, 6)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    with torch.no_grad():
+        states = model(torch.stack(blocks), output_hidden_states=True).hidden_states
+    for lower in range(6):
+        for upper in range(lower + 1, 6):
+            # x^(l) is the output of layer l = hidden_states[l + 1] (method.md 1.2).
+            x, y = states[lower + 1][:, -1].double(), states[upper + 1][:, -1].double()
+            expected = (torch.nn.functional.cosine_similarity(x, y).arccos() / torch.pi).mean().item()
+            assert ours[lower][upper - lower - 1] == pytest.approx(expected, abs=2e-3)
+    assert [len(row) for row in ours] == [5, 4, 3, 2, 1, 0]
+
+
+def test_equal_states_are_at_distance_0_and_opposite_ones_at_1() -> None:
+    x = torch.randn(5, 8)
+    assert angular_distances(torch.stack([x, x, -x])) == [
+        [pytest.approx(0.0, abs=1e-6), pytest.approx(1.0, abs=1e-6)],
+        [pytest.approx(1.0, abs=1e-6)],
+        [],
+    ]
+
+
+def test_streaming_gives_the_models_hidden_states_for_samples_of_any_length(tiny_llama: Path) -> None:
+    source = Checkpoint.open(str(tiny_llama))
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(2)
+    samples = [torch.randint(3, 260, (size,), generator=generator) for size in (5, 17, 9, 1, 17)]
+    streamed = stream(source, range(6), samples, batch_tokens=40)
+    resumed = stream(source, range(3, 6), samples, start=stream(source, range(3), samples))
+    for sample, ours, again in zip(samples, streamed, resumed, strict=True):
+        with torch.no_grad():
+            expected = model(sample[None], output_hidden_states=True).hidden_states[6][0]
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(again, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_public_text_is_cut_into_blocks_that_begin_with_bos(tiny_llama: Path, tmp_path: Path) -> None:
+    text = tmp_path / "public.txt"
+    text.write_text("abcdefg " * 20)
+    used, held_out = read_blocks(text, tiny_llama / "tokenizer.json", 1, sequences=4, length=16)
+    assert [len(block) for block in used + held_out] == [16] * (len(used) + len(held_out))
+    assert all(int(block[0]) == 1 for block in used + held_out)
+    assert len(used) == 4
+    with pytest.raises(UsageProblem, match=r"sequences = 400 of length = 16 and one block held out need 6015"):
+        read_blocks(text, tiny_llama / "tokenizer.json", 1, sequences=400, length=16)

@@ -1,0 +1,159 @@
+"""Plain Transformers and PEFT load an export onto the full LLM and get what the hub reported."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fedsoda_edge.errors import UsageProblem
+from fedsoda_edge.model import delta
+from fedsoda_edge.model.bundle import Bundle
+from fedsoda_edge.ports.disk import BlobStore
+from fedsoda_hub.evaluation.export import evaluate_path, export
+from fedsoda_hub.settings.run import RunSettings
+from tests.edge.model.test_bundle import random_lora
+from tests.hub.runs import WORDS, finish, make_run, prepare
+
+
+@pytest.fixture(scope="module")
+def adapter(finished: RunSettings) -> dict[str, Tensor]:
+    return master_of(finished)
+
+
+def master_of(settings: RunSettings) -> dict[str, Tensor]:
+    spec = Bundle.open(settings.run_dir / "bundle").manifest.lora
+    tensors = random_lora(spec, 21)
+    return {item.name: tensors[item.name] for item in spec.adapter}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> RunSettings:
+    """A run one round of which has closed, with an adapter LoRA that is not zero."""
+    settings = make_run(tmp_path_factory.mktemp("finished"), tiny_llama, align={"steps": 0})
+    emulator = prepare(settings)["emulator_view"]
+    master = BlobStore(settings.run_dir / "blobs").put(delta.to_bytes(master_of(settings)))
+    finish(settings, master, emulator)
+    return settings
+
+
+@pytest.fixture(scope="module")
+def exported(finished: RunSettings) -> Path:
+    directory = finished.directory / "adapter"
+    export(finished, directory)
+    return directory
+
+
+def full_llm(model: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+
+
+def test_plain_peft_loads_it_whole_and_answers_as_reported(
+    finished: RunSettings, exported: Path, tiny_llama: Path
+) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*missing.*")  # PEFT only warns of missing keys
+        model = PeftModel.from_pretrained(full_llm(tiny_llama), exported).eval()
+    on_disk = load_file(exported / "adapter_model.safetensors")
+    assert set(get_peft_model_state_dict(model)) == set(on_disk)
+    assert all(tensor.dtype == torch.float32 for tensor in on_disk.values())
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    right, total, count = 0, 0.0, 0
+    for line in (finished.directory / "eval.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        prompt, scores = f"Say {row['word']}:", {}
+        for choice in ("no", "yes"):
+            ids = [*tokenizer(f"{prompt} {choice}").input_ids, 2]
+            start = len(tokenizer(prompt).input_ids)
+            with torch.no_grad():
+                logs = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+            scores[choice] = sum(logs[at - 1, ids[at]].item() for at in range(start, len(ids)))
+            if choice == row["answer"]:
+                total, count = total - scores[choice], count + len(ids) - start
+        right += max(scores, key=lambda choice: scores[choice]) == row["answer"]
+    report = evaluate_path(exported, finished.directory / "eval.jsonl")
+    assert report["accuracy"]["plug_in"] == right / len(WORDS)
+    assert report["loss"]["plug_in"] == pytest.approx(total / count, rel=1e-5)
+    assert report["num_examples"] == len(WORDS)
+    assert evaluate_path(Path(finished.path), finished.directory / "eval.jsonl") == report
+
+
+def test_it_says_where_it_belongs_and_nothing_of_this_machine(exported: Path, finished: RunSettings) -> None:
+    config = json.loads((exported / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "tiny"
+    assert config["task_type"] == "CAUSAL_LM"
+    assert all(module.startswith(("model.layers.6.", "model.layers.7.")) for module in config["target_modules"])
+    about = json.loads((exported / "fedsoda.json").read_text())
+    assert about["template"] == {"prompt": "Say {word}:", "completion": "{answer}"}
+    assert about["plan"]["adapter"] == [6, 7]
+    assert about["rounds"] == 1
+    assert not any(str(finished.directory) in file.read_text() for file in exported.glob("*.json"))
+
+
+def test_merge_adds_the_scaled_product_to_exactly_the_targets(
+    finished: RunSettings, adapter: dict[str, Tensor], tiny_llama: Path
+) -> None:
+    directory = finished.directory / "merged"
+    export(finished, directory, merge=True)
+    before, after = (load_file(path / "model.safetensors") for path in (tiny_llama, directory))
+    assert set(before) == set(after)
+    touched = {name.rpartition(".")[0] for name in adapter}
+    for name, tensor in before.items():
+        module = name.removeprefix("model.").removesuffix(".weight")
+        if module in touched:
+            tensor = tensor.float() + (8 / 4) * adapter[f"{module}.lora_B"] @ adapter[f"{module}.lora_A"]
+        assert torch.equal(after[name], tensor.bfloat16()), name
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    assert model.config.num_hidden_layers == 8
+    assert AutoTokenizer.from_pretrained(directory)("a").input_ids[0] == 1
+    with pytest.raises(UsageProblem, match="merged checkpoint"):
+        evaluate_path(directory, finished.directory / "eval.jsonl")
+
+
+def test_exporting_again_replaces_an_export_but_nothing_else(finished: RunSettings, exported: Path) -> None:
+    before = (exported / "adapter_model.safetensors").read_bytes()
+    export(finished, exported)
+    assert (exported / "adapter_model.safetensors").read_bytes() == before
+    other = finished.directory / "photos"
+    other.mkdir()
+    (other / "cat.jpg").write_bytes(b"cat")
+    with pytest.raises(UsageProblem, match="not empty and no export of ours"):
+        export(finished, other)
+    assert [path.name for path in other.iterdir()] == ["cat.jpg"]
+
+
+def test_an_export_that_left_its_run_is_judged_with_the_full_model_alone(
+    finished: RunSettings, exported: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    data = finished.directory / "eval.jsonl"
+    moved = Path(shutil.copytree(exported, tmp_path / "elsewhere" / "adapter"))
+    with pytest.raises(UsageProblem, match=r"'tiny'.*name it with --model"):
+        evaluate_path(moved, data)
+    there, here = evaluate_path(exported, data), evaluate_path(moved, data, model=str(tiny_llama))
+    for figure in ("accuracy", "loss", "auc"):
+        assert here[figure].pop("sub_llm") is None
+        assert there[figure].pop("sub_llm") is not None
+    assert here == there
+
+
+def test_before_the_first_round_there_is_nothing_to_export(tmp_path: Path, tiny_llama: Path) -> None:
+    settings = make_run(tmp_path, tiny_llama)
+    with pytest.raises(UsageProblem, match=r"RUN\.toml has not been started"):
+        export(settings, tmp_path / "out")
+    with pytest.raises(UsageProblem, match=r"RUN\.toml has not been started"):
+        evaluate_path(Path(settings.path), tmp_path / "eval.jsonl")
+    with pytest.raises(UsageProblem, match=r"has no fedsoda\.json, so it is no export; name a RUN"):
+        evaluate_path(tmp_path, tmp_path / "eval.jsonl")
+    with pytest.raises(UsageProblem, match="gone is not there; name a RUN"):
+        evaluate_path(tmp_path / "gone", tmp_path / "eval.jsonl")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,233 @@
+"""`fedsoda-hub report`: what it folds out of the ledger, that its page needs nothing beside it, and a real browser.
+
+The browser is headless Chromium where there is one. What pictures look like is for eyes; here: they have their data,
+they load, and nothing on the page is wider than the page.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from fedsoda_edge.errors import UsageProblem
+from fedsoda_edge.protocol.messages import Digest, EdgeId
+from fedsoda_hub.federation import events as ev
+from fedsoda_hub.report import page as report
+from fedsoda_hub.report.page import draw, read_history, write_report
+from fedsoda_hub.run.ledger import Ledger
+from fedsoda_hub.settings.run import RunSettings
+from tests.hub.runs import FULL, make_run
+
+A = Digest("a" * 64)
+ANN, BOB = EdgeId("ann"), EdgeId("<script>bob</script>")
+KL = {"aligned": 0.2, "pruned": 0.5, "quantized": 0.6}
+RESULT = {
+    "accuracy": {"full": 0.25, "sub_llm": 0.75, "plug_in": 0.5},
+    "loss": {"full": 3.0, "sub_llm": 1.0, "plug_in": 2.0},
+    "auc": {"full": None, "sub_llm": None, "plug_in": None},
+    "num_examples": 16,
+}
+
+
+def accepted(number: int, edge: EdgeId, num_examples: int, loss: float) -> ev.UpdateAccepted:
+    return ev.UpdateAccepted(round=number, edge=edge, digest=A, num_examples=num_examples, loss=loss)
+
+
+def opened(number: int, *cohort: EdgeId) -> ev.RoundOpened:
+    return ev.RoundOpened(round=number, cohort=cohort, view=A, alignment=0, deadline_at=1e9)
+
+
+TOLD: list[ev.AnyRecord] = [
+    ev.RunStarted(run_id="1", fixed={}),
+    ev.Prepared(manifest=A, adapter_view=A, emulator_view=A, public_kl=KL),
+    opened(1, ANN, BOB),
+    accepted(1, ANN, 30, 2.0),
+    ev.EdgeAnswered(round=1, edge=BOB, how="refused"),
+    ev.CohortExtended(round=1, invited=(BOB,), deadline_at=1e9),
+    accepted(1, BOB, 10, 1.0),
+    ev.RoundClosed(round=1, master=A, view=A, delta=A),
+    ev.Evaluated(round=1, result=RESULT),
+    ev.Realigned(round=2, version=1, view=A, delta=A, kl_before=0.3, kl_after=0.25),
+    opened(2, ANN, BOB),
+    accepted(2, ANN, 30, 1.5),
+    ev.EdgeAnswered(round=2, edge=BOB, how="declined"),
+]
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_llama: Path) -> RunSettings:
+    """A run of two edges in its second round."""
+    settings = make_run(tmp_path, tiny_llama)
+    ledger = Ledger(settings.run_dir / "ledger.sqlite")
+    for record in TOLD:
+        ledger.append(record)
+    ledger.add_traffic(ANN, 1, 1000, 2000)
+    ledger.add_traffic(BOB, 1, 3000, 4000)
+    ledger.close()
+    return settings
+
+
+def test_the_history_is_what_the_ledger_says() -> None:
+    ledger = Ledger(None)
+    for record in TOLD:
+        ledger.append(record)
+    ledger.add_traffic(ANN, 1, 1000, 2000)
+    ledger.add_traffic(BOB, 2, 30, 40)
+    history = read_history(ledger)
+    first, second = history.rounds
+    assert first.loss == (30 * 2.0 + 10 * 1.0) / 40  # weighted by examples
+    assert (first.cohort, first.answered) == ([ANN, BOB], {})  # who was asked again and came is not missed
+    assert (second.closed_at, second.loss, list(second.answered)) == (None, None, [BOB])
+    assert first.closed_at is not None
+    assert history.began_at <= first.opened_at <= first.updates[ANN].at <= first.closed_at <= second.opened_at
+    assert [history.bytes_until(number) for number in (0, 1, 2)] == [0, 3000, 3070]
+    assert not history.is_over
+    ledger.append(ev.RunEnded(rounds=2))
+    assert read_history(ledger).is_over
+
+
+def test_edges_are_in_the_order_people_count(run: RunSettings) -> None:
+    ledger = Ledger(None)
+    ledger.append(opened(1, *(EdgeId(name) for name in ("ward-10", "ward-9", "lab", "²"))))
+    assert read_history(ledger).edges == ["lab", "ward-9", "ward-10", "²"]
+
+
+def test_pictures_without_data_are_left_out() -> None:
+    ledger = Ledger(None)
+    ledger.append(TOLD[0])
+    assert list(draw(read_history(ledger), None)) == []
+    ledger.append(TOLD[1])
+    ledger.add_traffic(ANN, 1, 1100, 300)  # greetings
+    assert list(draw(read_history(ledger), None)) == ["alignment"]
+    for record in TOLD[2:8]:
+        ledger.append(record)
+    assert list(draw(read_history(ledger), None)) == ["loss", "alignment", "bytes", "contributions"]
+
+
+def test_what_averaging_loses_has_a_picture_where_it_loses_anything() -> None:
+    ledger = Ledger(None)
+    for number, share in enumerate((0.0, 0.01, None), start=1):
+        ledger.append(opened(number, ANN))
+        ledger.append(accepted(number, ANN, 1, 1.0))
+        ledger.append(ev.RoundClosed(round=number, master=A, view=A, delta=A, cross_term=share))
+        history = read_history(ledger)
+        assert ("cross_term" in draw(history, None)) == (number > 1)
+        assert draw(history, None).keys() <= report._TITLES.keys()  # else the page could not be made
+    assert history.cross_terms == {1: 0.0, 2: 0.01}
+
+
+def test_a_run_that_was_not_begun_has_no_report(tmp_path: Path, tiny_llama: Path) -> None:
+    settings = make_run(tmp_path, tiny_llama)
+    with pytest.raises(UsageProblem, match=r"RUN\.toml has not been started; run `fedsoda-hub serve"):
+        write_report(settings, tmp_path / "report")
+    ledger = Ledger(settings.run_dir / "ledger.sqlite")  # as `token create` leaves it
+    ledger.create_token("ann")
+    ledger.close()
+    with pytest.raises(UsageProblem, match="has not been started"):
+        write_report(settings, tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
+def test_of_greetings_alone_no_bytes_of_an_edge_and_round_are_shown(tmp_path: Path, tiny_llama: Path) -> None:
+    settings = make_run(tmp_path, tiny_llama)
+    ledger = Ledger(settings.run_dir / "ledger.sqlite")
+    for record in TOLD[:2]:
+        ledger.append(record)
+    ledger.add_traffic(ANN, 1, 1100, 300)
+    assert "an edge and round" not in Path(write_report(settings, tmp_path / "report")["report"]).read_text()
+    for record in TOLD[2:8]:
+        ledger.append(record)
+    ledger.close()
+    page = Path(write_report(settings, tmp_path / "report")["report"]).read_text()
+    assert "1.07 KiB / 300 B an edge and round" in page
+
+
+def test_of_a_full_emulator_no_alignment_is_shown_but_what_nf4_took(tmp_path: Path, tiny_llama: Path) -> None:
+    settings = make_run(tmp_path, tiny_llama, **FULL)
+    ledger = Ledger(settings.run_dir / "ledger.sqlite")
+    kl = {"pruned": 0.0, "quantized": 0.012, "aligned": 0.012}
+    ledger.append(TOLD[0])
+    ledger.append(ev.Prepared(manifest=A, adapter_view=A, emulator_view=A, public_kl=kl))
+    assert list(draw(read_history(ledger), None)) == []
+    ledger.close()
+    written = write_report(settings, tmp_path / "report")
+    page = Path(written["report"]).read_text()
+    assert "<dt>public KL</dt><dd>0.012 as stored, all layers kept</dd>" in page
+    assert "aligned" not in page
+    assert "after alignment" not in page
+
+
+def test_a_target_that_cannot_be_written_is_named(run: RunSettings, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(UsageProblem, match="taken cannot be written"):
+        write_report(run, tmp_path / "taken")
+
+
+def test_the_page_fetches_nothing_runs_nothing_and_names_no_path_of_the_hub(run: RunSettings, tmp_path: Path) -> None:
+    written = write_report(run, tmp_path / "report")
+    page = Path(written["report"]).read_text()
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == sorted(
+        ["report.html", *(Path(picture).name for picture in written["pictures"])]
+    )
+    assert [Path(picture).stem for picture in written["pictures"]] == [
+        *("loss", "accuracy", "alignment", "bytes", "contributions")
+    ]
+    assert not re.search(r"""(src|href)=(?!["']?data:)""", page)
+    assert "<script" not in page
+    assert "&lt;script&gt;bob" in page
+    assert str(tmp_path) not in page
+    assert "declined" in page
+    assert "<dt>public KL</dt><dd>0.500 pruned, 0.600 as stored, 0.200 aligned</dd>" in page
+
+
+# --- in a browser --------------------------------------------------------------------------------------------
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+FLAGS += "--disable-component-update --disable-sync --virtual-time-budget=2000 --dump-dom"
+ASK = """<script>
+addEventListener("load", () => document.body.dataset.found = JSON.stringify({
+  widths: [...document.images].map(image => image.naturalWidth),
+  headings: [...document.querySelectorAll("h2")].map(heading => heading.textContent),
+  rows: document.querySelectorAll("tbody tr").length,
+  overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+}));
+</script>"""
+
+
+def browse(page: str, directory: Path, width: int) -> dict[str, object]:
+    """What Chromium makes of the page. The copy it opens may run our question, which the page itself forbids."""
+    assert CHROMIUM is not None
+    asked = re.sub(r"<meta http-equiv=\"Content-Security-Policy\"[^>]*>", "", page) + ASK
+    (directory / "asked.html").write_text(asked)
+    command = [CHROMIUM, *FLAGS.split(), f"--user-data-dir={directory / 'browser'}", f"--window-size={width},900"]
+    shown = subprocess.run(
+        [*command, (directory / "asked.html").as_uri()], capture_output=True, text=True, timeout=60, check=True
+    )
+    found = re.search(r'data-found="([^"]*)"', shown.stdout)
+    assert found, shown.stderr
+    answer: dict[str, object] = json.loads(found[1].replace("&quot;", '"'))
+    return answer
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_chromium_shows_every_picture_and_scrolls_nothing_sideways(run: RunSettings, tmp_path: Path) -> None:
+    page = Path(write_report(run, tmp_path / "report")["report"]).read_text()
+    found = browse(page, tmp_path, 1000)
+    assert found["headings"] == [
+        *("Loss", "Accuracy", "Alignment", "Bytes by edge and round", "Who contributed when", "Rounds", "Settings")
+    ]
+    assert found["widths"] == [1368] * 5  # 9.5 inches at 144 dots
+    assert found["overflow"] == 0
+    # The question finds what it asks for: a cut picture has no width, and something wide scrolls.
+    broken = page.replace("base64,iVBOR", "base64,AAAA", 1).replace(
+        "</body>", "<div style='width:3000px'>.</div></body>"
+    )
+    worse = browse(broken, tmp_path, 1000)
+    assert worse["widths"] == [0, *[1368] * 4]
+    assert worse["overflow"] != 0

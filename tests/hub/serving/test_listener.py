@@ -1,0 +1,581 @@
+"""The hub's one port, spoken to with real websockets and HTTP: who is let in, what is served, what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from fedsoda_edge.errors import RefusedByHub, UsageProblem
+from fedsoda_edge.network.hub_transport import HubTransport
+from fedsoda_edge.protocol import messages as ms
+from fedsoda_edge.protocol.codec import MAX_CHUNK_BYTES, MAX_FRAME_BYTES, decode, encode
+from fedsoda_edge.protocol.session import Blob, EdgeSession, Upload, chunks
+from fedsoda_hub.run.ledger import Token
+from fedsoda_hub.serving.listener import Connection, ask_running_hub, bind, make_app, make_server
+
+SHARD = bytes(range(256)) * 4
+SHARD_DIGEST = hashlib.sha256(SHARD).hexdigest()
+VIEW = b"v" * (MAX_CHUNK_BYTES + 100)  # two chunks
+VIEW_DIGEST = ms.Digest(hashlib.sha256(VIEW).hexdigest())
+UPDATE = b"u" * (MAX_CHUNK_BYTES + 7)
+UPDATE_DIGEST = ms.Digest(hashlib.sha256(UPDATE).hexdigest())
+HELLO = ms.Hello(
+    protocol=ms.PROTOCOL_VERSION,
+    software="test",
+    device_id="laptop",
+    device=ms.DeviceFacts(ram_bytes=1, vram_bytes=0, disk_bytes=1, threads=1, accelerator=""),
+)
+
+
+class MemoryHub:
+    """What the listener needs of a hub, remembered: alice's token is good, that of mallory was revoked."""
+
+    def __init__(self, shard: Path) -> None:
+        self.stall_seconds = 30.0
+        self.max_update_bytes = 1 << 20
+        self.shard = shard
+        self.greeted: list[Connection] = []
+        self.heard: list[ms.EdgeMessage | Upload] = []
+        self.gone: list[Connection] = []
+
+    def token(self, secret: str) -> Token | None:
+        known = {name: Token(ms.EdgeId(name), None, name == "mallory") for name in ("alice", "bob", "mallory")}
+        return known.get(secret)
+
+    def is_admin(self, secret: str) -> bool:
+        return secret == "admin"
+
+    def bundle_file(self, digest: str) -> Path | None:
+        return self.shard if digest == SHARD_DIGEST else None
+
+    def run_blob(self, digest: str) -> bytes | None:
+        return VIEW if digest == VIEW_DIGEST else None
+
+    def status(self) -> dict[str, Any]:
+        return {"run": "triage"}
+
+    def metrics(self) -> str:
+        return "fedsoda_round 3\n"
+
+    def greet(self, connection: Connection, hello: ms.Hello) -> ms.Welcome | ms.Refusal:
+        self.greeted.append(connection)
+        return ms.Welcome(
+            protocol=ms.PROTOCOL_VERSION,
+            run_id="1",
+            run_name="triage",
+            edge=connection.edge,
+            manifest=ms.BlobRef(digest=VIEW_DIGEST, bytes=len(VIEW)),
+            rounds=1,
+            rounds_done=0,
+            template=None,
+            max_length=8,
+            codec="int8",
+            seed=0,
+            stall_seconds=self.stall_seconds,
+        )
+
+    async def said(self, connection: Connection, message: ms.EdgeMessage | Upload) -> None:
+        self.heard.append(message)
+
+    def ended(self, connection: Connection) -> None:
+        self.gone.append(connection)
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> MemoryHub:
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "admin.token").write_text("admin")
+    shard = tmp_path / "bundle" / "norm.safetensors"
+    shard.write_bytes(SHARD)
+    return MemoryHub(shard)
+
+
+def serve(hub: MemoryHub, talk: Callable[[str], Awaitable[None]]) -> None:
+    """Run the real server around the hub and `talk` to its address."""
+
+    async def both() -> None:
+        server, taken = make_server(hub), bind("127.0.0.1", 0)
+        serving = asyncio.create_task(server.serve(sockets=[taken]))
+        await until(lambda: server.started)
+        try:
+            await talk(f"127.0.0.1:{taken.getsockname()[1]}")
+        finally:
+            server.should_exit = True
+            await serving
+            taken.close()
+
+    asyncio.run(both())
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+@contextlib.asynccontextmanager
+async def session(address: str, token: str = "alice") -> AsyncIterator[ClientConnection]:
+    """A websocket with that token on which nothing was said yet."""
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    async with connect(
+        f"ws://{address}/v1/session", additional_headers=headers, compression=None, proxy=None
+    ) as socket:
+        yield socket
+
+
+async def hear(socket: ClientConnection) -> ms.AnyMessage:
+    async with asyncio.timeout(10):
+        frame = await socket.recv()
+    assert isinstance(frame, bytes)
+    return decode(frame)[0]
+
+
+async def greet(socket: ClientConnection) -> EdgeSession:
+    """Hello and Welcome; the conversation from here on."""
+    said = EdgeSession()
+    await socket.send(said.send(HELLO))
+    frame = await socket.recv()
+    assert isinstance(frame, bytes)
+    assert isinstance(said.receive(frame), ms.Welcome)
+    return said
+
+
+async def assert_hub_ends_it(socket: ClientConnection) -> None:
+    async with asyncio.timeout(10):
+        with pytest.raises(ConnectionClosed):
+            await socket.recv()
+
+
+# --- the token -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("headers", "why"),
+    [
+        ({}, "no token was sent; join with --token-file"),
+        ({"Authorization": "Bearer"}, "no token was sent; join with --token-file"),
+        ({"Authorization": "Basic alice"}, "no token was sent; join with --token-file"),
+        ({"Authorization": "Bearer guess"}, "the hub does not know this token; ask its owner for a new one"),
+        ({"Authorization": "Bearer mallory"}, "the token of mallory was revoked; ask the hub's owner"),
+    ],
+    ids=["none", "empty", "not a bearer", "unknown", "revoked"],
+)
+def test_without_a_good_token_there_is_no_upgrade_and_no_blob(
+    hub: MemoryHub, headers: dict[str, str], why: str
+) -> None:
+    async def talk(address: str) -> None:
+        with pytest.raises(InvalidStatus) as refused:
+            await connect(f"ws://{address}/v1/session", additional_headers=headers, proxy=None)
+        assert refused.value.response.status_code == 401
+        assert json.loads(refused.value.response.body or b"") == {"reason": why}
+        async with httpx.AsyncClient(verify=False, trust_env=False, headers=headers) as client:
+            answer = await client.get(f"http://{address}/v1/blobs/{SHARD_DIGEST}")
+        assert (answer.status_code, answer.json()) == (401, {"reason": why})
+
+    serve(hub, talk)
+    assert hub.greeted == hub.gone == []
+
+
+def test_an_edge_reads_a_refused_token_as_exit_status_5_with_the_hubs_reason(hub: MemoryHub) -> None:
+    async def talk(address: str) -> None:
+        edge = HubTransport(f"http://{address}", "mallory")
+        with pytest.raises(RefusedByHub, match=r"the token of mallory was revoked; ask the hub's owner") as refused:
+            await edge.connect()
+        assert refused.value.exit_status == 5
+        with pytest.raises(RefusedByHub, match="revoked"):
+            [piece async for piece in edge.fetch(SHARD_DIGEST, 0)]
+
+    serve(hub, talk)
+
+
+# --- blobs over HTTP -------------------------------------------------------------------------------------------------
+
+
+def test_a_bundle_file_comes_whole_or_by_range(hub: MemoryHub) -> None:
+    async def talk(address: str) -> None:
+        url = f"http://{address}/v1/blobs/{SHARD_DIGEST}"
+        async with httpx.AsyncClient(
+            verify=False, trust_env=False, headers={"Authorization": "Bearer alice"}
+        ) as client:
+            whole = await client.get(url)
+            assert (whole.status_code, whole.content) == (200, SHARD)
+            for asked, content in (("bytes=1000-", SHARD[1000:]), ("bytes=2-4", SHARD[2:5]), ("bytes=-3", SHARD[-3:])):
+                part = await client.get(url, headers={"Range": asked})
+                assert (part.status_code, part.content) == (206, content), asked
+            assert part.headers["content-range"] == "bytes 1021-1023/1024"
+            assert (await client.get(url, headers={"Range": "bytes=1024-"})).status_code == 416
+        edge = HubTransport(f"http://{address}", "alice")
+        for offset in (0, 1000):
+            assert b"".join([piece async for piece in edge.fetch(SHARD_DIGEST, offset)]) == SHARD[offset:]
+
+    serve(hub, talk)
+
+
+async def status_line(address: str, target: str, *headers: str) -> bytes:
+    """Of a GET whose target is sent as it is: HTTP clients tidy up dots."""
+    host, port = address.split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    lines = [f"GET {target} HTTP/1.1", f"Host: {address}", "Connection: close", *headers, "", ""]
+    writer.write("\r\n".join(lines).encode())
+    answer = await reader.read()
+    writer.close()
+    assert b"admin" not in answer  # what the file outside the bundle holds
+    return answer.splitlines()[0]
+
+
+def test_what_is_no_digest_of_the_bundle_is_not_there(hub: MemoryHub) -> None:
+    paths = ["../admin.token", "..%2fadmin.token", "%2e%2e/admin.token", "..", "norm.safetensors", "%00", ""]
+    digests = ["a" * 64, SHARD_DIGEST.upper(), SHARD_DIGEST[:-1]]
+
+    async def talk(address: str) -> None:
+        for name in paths + digests:
+            line = await status_line(address, f"/v1/blobs/{name}", "Authorization: Bearer alice")
+            assert line == b"HTTP/1.1 404 Not Found", name
+        assert (await status_line(address, f"/v1/blobs/{SHARD_DIGEST}", "Authorization: Bearer alice")).endswith(b"OK")
+
+    serve(hub, talk)
+
+
+# --- health, metrics, status -----------------------------------------------------------------------------------------
+
+
+def test_on_loopback_health_metrics_and_status_are_open(hub: MemoryHub) -> None:
+    async def talk(address: str) -> None:
+        async with httpx.AsyncClient(verify=False, trust_env=False, base_url=f"http://{address}") as client:
+            assert (await client.get("/healthz")).text == "ok\n"
+            assert (await client.get("/metrics")).text == "fedsoda_round 3\n"
+            assert (await client.get("/v1/status")).json() == {"run": "triage"}
+
+    serve(hub, talk)
+
+
+def ask(hub: MemoryHub, path: str, client: tuple[str, int] | None, token: str) -> int:
+    """The HTTP status for a client at that address."""
+    answers: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        answers.append(dict(message))
+
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "headers": [(b"authorization", f"Bearer {token}".encode())] if token else [],
+        "client": client,
+    }
+    asyncio.run(make_app(hub)(scope, receive, send))
+    return int(answers[0]["status"])
+
+
+@pytest.mark.parametrize("client", [("203.0.113.7", 4711), ("2001:db8::7", 4711), ("not-an-address", 0), None])
+@pytest.mark.parametrize("path", ["/metrics", "/v1/status"])
+def test_from_elsewhere_metrics_and_status_need_the_admin_token_and_health_none(
+    hub: MemoryHub, path: str, client: tuple[str, int] | None
+) -> None:
+    assert [ask(hub, path, client, token) for token in ("", "guess", "alice", "admin")] == [401, 401, 401, 200]
+    assert ask(hub, "/healthz", client, "") == 200
+
+
+@pytest.mark.parametrize("client", [("127.0.0.1", 4711), ("127.8.8.8", 4711), ("::1", 4711)])
+def test_every_loopback_address_is_loopback(hub: MemoryHub, client: tuple[str, int]) -> None:
+    assert ask(hub, "/v1/status", client, "") == 200
+
+
+def test_who_comes_through_a_proxy_on_this_machine_is_not_on_loopback(hub: MemoryHub) -> None:
+    async def talk(address: str) -> None:
+        proxied = {"X-Forwarded-For": "203.0.113.7"}
+        async with httpx.AsyncClient(
+            verify=False, trust_env=False, base_url=f"http://{address}", headers=proxied
+        ) as client:
+            assert (await client.get("/v1/status")).status_code == 401
+            assert (await client.get("/metrics")).status_code == 401
+            admin = {"Authorization": "Bearer admin"}
+            assert (await client.get("/v1/status", headers=admin)).status_code == 200
+
+    serve(hub, talk)
+
+
+# --- the conversation --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("frame", "why"),
+    [
+        (b"", "a frame of 0 bytes announces a header of 0; it is damaged"),
+        (b"GET / HTTP/1.1", "it is damaged"),
+        (b"\x00\x00\x00\x02{}", "a frame holds no message of this protocol"),
+        ("text", "the edge sent text, but frames are binary"),
+        (encode(ms.Ready(num_examples=3)), "the edge sent Ready in state new"),
+        (encode(ms.BlobRequest(digest=VIEW_DIGEST)), "the edge sent BlobRequest in state new"),
+        (encode(ms.Farewell(rounds=1, reason="")), "the edge sent Farewell, which only hubs say"),
+    ],
+    ids=["empty", "garbage", "no message", "text", "Ready", "BlobRequest", "a hub's message"],
+)
+def test_what_may_not_be_said_before_hello_is_refused_and_ends_the_connection(
+    hub: MemoryHub, frame: bytes | str, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def talk(address: str) -> None:
+        async with session(address) as socket:
+            await socket.send(frame)
+            refusal = await hear(socket)
+            assert isinstance(refusal, ms.Refusal)
+            assert refusal.fatal
+            assert why in refusal.reason
+            await assert_hub_ends_it(socket)
+
+    serve(hub, talk)
+    assert (hub.greeted, hub.heard, len(hub.gone)) == ([], [], 1)
+    assert caplog.text == ""  # an edge cannot make the hub print tracebacks
+
+
+@pytest.mark.parametrize(
+    ("message", "why"),
+    [
+        (HELLO, "the edge sent Hello in state open"),
+        (ms.UpdateChunk(digest=UPDATE_DIGEST, offset=0), "a chunk of an update it had not announced"),
+        (ms.BlobRequest(digest=UPDATE_DIGEST), f"there is no blob {UPDATE_DIGEST[:12]} at 0 in this round"),
+        (ms.BlobRequest(digest=ms.Digest("../admin.token")), "there is no blob ../admin.tok at 0 in this round"),
+        (ms.BlobRequest(digest=VIEW_DIGEST, offset=len(VIEW)), f"there is no blob {VIEW_DIGEST[:12]} at {len(VIEW)}"),
+        (ms.BlobRequest(digest=VIEW_DIGEST, offset=-1), f"there is no blob {VIEW_DIGEST[:12]} at -1"),
+    ],
+    ids=["Hello again", "unannounced chunk", "unknown blob", "a path", "past the end", "before the start"],
+)
+def test_what_may_not_be_said_after_hello_is_refused_and_ends_the_connection(
+    hub: MemoryHub, message: ms.EdgeMessage, why: str
+) -> None:
+    async def talk(address: str) -> None:
+        async with session(address) as socket, session(address, "bob") as bystander:
+            await greet(socket)
+            said = await greet(bystander)
+            await socket.send(encode(message))
+            refusal = await hear(socket)
+            assert isinstance(refusal, ms.Refusal)
+            assert refusal.fatal
+            assert why in refusal.reason
+            await assert_hub_ends_it(socket)
+            await bystander.send(said.send(ms.Ready(num_examples=3)))
+            await until(lambda: hub.heard == [ms.Ready(num_examples=3)])  # others do not notice
+
+    serve(hub, talk)
+
+
+def test_a_frame_above_the_limit_is_not_read(hub: MemoryHub) -> None:
+    async def talk(address: str) -> None:
+        async with session(address) as socket:
+            await socket.send(b"x" * (MAX_FRAME_BYTES + 1))
+            await assert_hub_ends_it(socket)
+            assert socket.close_code == 1009
+
+    serve(hub, talk)
+    assert (hub.heard, len(hub.gone)) == ([], 1)
+
+
+def test_messages_and_whole_uploads_reach_the_hub_in_order_without_their_chunks(hub: MemoryHub) -> None:
+    start = ms.UpdateStart(
+        round=1,
+        base=VIEW_DIGEST,
+        alignment=0,
+        digest=UPDATE_DIGEST,
+        bytes=len(UPDATE),
+        codec="int8",
+        num_examples=3,
+        loss=0.5,
+    )
+
+    async def talk(address: str) -> None:
+        async with session(address) as socket:
+            said = await greet(socket)
+            await socket.send(said.send(ms.Ready(num_examples=3)))
+            await socket.send(said.send(start))
+            for offset, piece in chunks(UPDATE):
+                await socket.send(said.send(ms.UpdateChunk(digest=UPDATE_DIGEST, offset=offset), piece))
+            await socket.send(said.send(ms.Leave(reason="done")))
+            await assert_hub_ends_it(socket)
+
+    serve(hub, talk)
+    ready, announced, upload, leave = hub.heard
+    assert (ready, announced, leave) == (ms.Ready(num_examples=3), start, ms.Leave(reason="done"))
+    assert upload == Upload(start, UPDATE)
+    assert hub.gone == hub.greeted
+
+
+@pytest.mark.parametrize("offset", [0, 50, MAX_CHUNK_BYTES])
+def test_a_blob_of_the_round_comes_in_chunks_from_any_offset(hub: MemoryHub, offset: int) -> None:
+    async def talk(address: str) -> None:
+        async with session(address) as socket:
+            said = await greet(socket)
+            if offset == 0:  # as an edge asks
+                await socket.send(said.request(ms.BlobRef(digest=VIEW_DIGEST, bytes=len(VIEW))))
+                arrived = None
+                while arrived is None:
+                    frame = await socket.recv()
+                    assert isinstance(frame, bytes)
+                    arrived = said.receive(frame)
+                assert arrived == Blob(VIEW_DIGEST, VIEW)
+                return
+            await socket.send(said.send(ms.BlobRequest(digest=VIEW_DIGEST, offset=offset)))
+            data = b""
+            while offset + len(data) < len(VIEW):
+                frame = await socket.recv()
+                assert isinstance(frame, bytes)
+                chunk, piece = decode(frame)
+                assert chunk == ms.BlobChunk(digest=VIEW_DIGEST, offset=offset + len(data), total=len(VIEW))
+                data += piece
+            assert data == VIEW[offset:]
+
+    serve(hub, talk)
+
+
+def test_a_stalled_upload_ends_its_connection_and_a_silent_edge_may_stay(hub: MemoryHub) -> None:
+    hub.stall_seconds = 0.1
+    start = ms.UpdateStart(
+        round=1, base=VIEW_DIGEST, alignment=0, digest=UPDATE_DIGEST, bytes=9, codec="int8", num_examples=3, loss=0.5
+    )
+
+    async def talk(address: str) -> None:
+        async with session(address) as silent, session(address, "bob") as stalled:
+            said = await greet(silent)
+            uploading = await greet(stalled)
+            await stalled.send(uploading.send(ms.Ready(num_examples=3)))
+            await stalled.send(uploading.send(start))
+            await stalled.send(uploading.send(ms.UpdateChunk(digest=UPDATE_DIGEST, offset=0), b"half"))
+            await assert_hub_ends_it(stalled)
+            await silent.send(said.send(ms.Ready(num_examples=4)))
+            await until(lambda: ms.Ready(num_examples=4) in hub.heard)
+            assert [connection.edge for connection in hub.gone] == ["bob"]
+
+    serve(hub, talk)
+
+
+def test_an_edge_that_does_not_read_holds_up_nobody(hub: MemoryHub) -> None:
+    async def talk(address: str) -> None:
+        async with session(address) as slow, session(address, "bob") as other:
+            await greet(slow)
+            await greet(other)
+            to_slow, to_other = hub.greeted
+            for _ in range(60):  # 15 MiB: more than all buffers on the way
+                to_slow.send(ms.BlobChunk(digest=VIEW_DIGEST, offset=0, total=1), bytes(MAX_CHUNK_BYTES))
+            to_other.send(ms.RoundClosed(round=1, num_updates=1))
+            assert await hear(other) == ms.RoundClosed(round=1, num_updates=1)
+            assert to_slow.down < 60 * MAX_CHUNK_BYTES
+            slow.transport.abort()  # it would not read the closing handshake either
+
+    serve(hub, talk)
+
+
+def test_what_was_said_before_close_still_leaves(hub: MemoryHub) -> None:
+    async def talk(address: str) -> None:
+        async with session(address) as socket:
+            await greet(socket)
+            [connection] = hub.greeted
+            connection.send(ms.Farewell(rounds=1, reason="the run is over"))
+            connection.close()
+            connection.send(ms.RoundClosed(round=1, num_updates=1))  # too late, and no error
+            assert await hear(socket) == ms.Farewell(rounds=1, reason="the run is over")
+            await assert_hub_ends_it(socket)
+
+    serve(hub, talk)
+
+
+def test_a_connection_counts_payload_and_framing_of_its_websocket(hub: MemoryHub) -> None:
+    short, long = encode(ms.BlobRequest(digest=VIEW_DIGEST)), encode(ms.Paused(reason="the lid is closed " * 10))
+    assert len(short) < 126 <= len(long)
+
+    async def talk(address: str) -> None:
+        async with session(address) as socket:
+            await greet(socket)
+            [connection] = hub.greeted
+            await until(lambda: connection.down)
+            up, down = connection.up, connection.down
+            await socket.send(short)
+            await socket.send(long)
+            first, second = [await socket.recv() for _ in range(2)]
+            await until(lambda: hub.heard)
+            assert connection.up - up == len(short) + 2 + 4 + len(long) + 4 + 4  # RFC 6455, 5.2; clients mask
+            assert connection.down - down == len(first) + 10 + len(second) + 4
+
+    serve(hub, talk)
+
+
+# --- the port ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_port_in_use_is_known_before_anything_is_prepared() -> None:
+    with bind("127.0.0.1", 0) as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UsageProblem, match=rf"\[listen\] 127.0.0.1:{port} cannot be taken .*in use") as refused:
+            bind("127.0.0.1", port)
+    assert refused.value.exit_status == 2
+    assert str(refused.value).endswith("stop what uses it or choose another port")
+
+
+def test_a_port_is_free_again_at_once_after_a_hub_that_had_connections(hub: MemoryHub) -> None:
+    ports: list[int] = []
+
+    async def talk(address: str) -> None:
+        ports.append(int(address.split(":")[1]))
+        async with session(address) as socket:
+            await greet(socket)
+            hub.greeted[0].close()  # the side that closes first keeps the pair for a minute (TIME_WAIT)
+            await assert_hub_ends_it(socket)
+
+    serve(hub, talk)
+    bind("127.0.0.1", ports[0]).close()
+
+
+# --- asking a running hub ------------------------------------------------------------------------------------------------
+
+
+def test_a_running_hub_is_asked_with_the_admin_token_of_its_run(hub: MemoryHub, tmp_path: Path) -> None:
+    async def talk(address: str) -> None:
+        assert await asyncio.to_thread(ask_running_hub, tmp_path) is None  # never served
+        (tmp_path / "address").write_text(f"http://{address}")
+        assert await asyncio.to_thread(ask_running_hub, tmp_path) == {"run": "triage"}
+
+    serve(hub, talk)
+    assert ask_running_hub(tmp_path) is None  # the address a killed hub left
+
+
+@pytest.fixture
+def stranger() -> Iterator[str]:
+    """Another program that took the port of a hub that was killed."""
+
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>")
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Page) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_another_program_at_the_old_address_is_no_running_hub(stranger: str, tmp_path: Path) -> None:
+    (tmp_path / "admin.token").write_text("admin")
+    (tmp_path / "address").write_text(stranger)
+    assert ask_running_hub(tmp_path) is None
