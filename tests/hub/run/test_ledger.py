@@ -111,7 +111,7 @@ def test_every_prefix_of_the_log_can_be_replayed(reopen: Callable[[], Ledger]) -
 def test_the_log_survives_a_kill_of_the_process_right_after_append(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
     program = (
-        "import os, signal; from pathlib import Path; from fedsoda_hub.ledger import Ledger\n"
+        "import os, signal; from pathlib import Path; from fedsoda_hub.run.ledger import Ledger\n"
         "from fedsoda_hub.federation import events as ev\n"
         f"ledger = Ledger(Path({str(path)!r}))\n"
         "for number in (1, 2, 3): ledger.append(ev.DeadlinePassed(round=number))\n"

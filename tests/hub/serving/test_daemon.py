@@ -320,7 +320,7 @@ def test_a_second_hub_on_the_same_run_directory_is_refused_with_the_pid_of_the_f
 
 def test_the_lock_goes_with_a_killed_hub(tmp_path: Path) -> None:
     program = (
-        "import os, signal; from pathlib import Path; from fedsoda_hub.daemon import lock_run\n"
+        "import os, signal; from pathlib import Path; from fedsoda_hub.serving.daemon import lock_run\n"
         f"lock = lock_run(Path({str(tmp_path)!r})); os.kill(os.getpid(), signal.SIGKILL)"
     )
     killed = subprocess.run([sys.executable, "-c", program], check=False)
