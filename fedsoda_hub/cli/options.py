@@ -69,7 +69,8 @@ def show_keys(section: type[msgspec.Struct], table: str) -> None:
 
 def _allowed(key: Key) -> str:
     """Say which values a key takes, where that is not what one would think."""
-    return "" if key.values.allowed in ("at least 0", "not empty") else key.values.allowed
+    is_plain = key.values.allowed == "at least 0" or key.values.sort == "a list"
+    return "" if is_plain else key.values.allowed
 
 
 def _default(key: Key) -> str:

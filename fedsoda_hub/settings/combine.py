@@ -31,7 +31,8 @@ T = TypeVar("T", bound=Tables)
 
 
 def settled(tables: T, given: Mapping[str, object], file: str) -> T:
-    """Check what goes together; give the tables as their method has them: its defaults, and nothing that it does not read.
+    """Check what goes together, and give the tables as their method has them: with its defaults, and without what it
+    does not read.
 
     Args:
         given: what was written, by flat key (`keys.flat`).

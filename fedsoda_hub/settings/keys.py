@@ -146,12 +146,12 @@ def _values(annotation: Any) -> Values:
     if others:
         [word] = get_args(*others)
         number = _values(first)
-        return Values(f'{number.sort} or "{word}"', f'{number.allowed}, or "{word}"')
+        return Values(number.sort, f'{number.allowed}, or "{word}"')
     if get_origin(kind) is Literal:
         words = get_args(kind)
         return Values("text in quotes", " or ".join(words) if len(words) < 3 else f"one of {', '.join(words)}")
     if get_origin(kind) is list:
-        return Values("a list", "not empty" if meta.min_length else "")
+        return Values("a list", "one or more, in [ ]" if meta.min_length else "")
     if kind is str:
         return Values("text in quotes", str((meta.extra or {}).get("allowed", "")))
     sorts = {int: "a whole number", float: "a number", bool: "true or false"}

@@ -118,8 +118,8 @@ def _check_value(key: Key, value: Any, file: str) -> None:
             where, wrong, values = f"{key}[{place[1]}]", value[int(place[1])], key.items
         raise UsageProblem(f"{where} = {wrong!r} in {file}; it must be {_missed(values, str(error))}") from error
     # TOML has inf, which no lower bound excludes.
-    finite = _and(key.values.allowed, "finite")
-    refuse_unless(not isinstance(made, float) or math.isfinite(made), key, value, finite, file)
+    is_finite = not isinstance(made, float) or math.isfinite(made)
+    refuse_unless(is_finite, key, value, f"{key.values.allowed} and finite", file)
 
 
 def _missed(values: Values, problem: str) -> str:
@@ -127,9 +127,5 @@ def _missed(values: Values, problem: str) -> str:
     if problem.startswith("Number out of range"):
         return "a smaller number"
     if re.match(r"Expected `[^`]+`, got ", problem):
-        return _and(values.sort, values.allowed)
+        return f"{values.sort}, {values.allowed}" if values.allowed else values.sort
     return values.allowed
-
-
-def _and(*parts: str) -> str:
-    return ", ".join(part for part in parts if part)

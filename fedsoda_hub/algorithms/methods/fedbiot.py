@@ -1,9 +1,10 @@
 """FedBiOT (arXiv 2406.17706): adapter on top, layers dropped uniformly below it, LoRA on all that are left of the
 emulator, aligned before every round; everything in 16 bits.
 
-Which layers: those of the reference code (`pruning/uniform.py`). Not as in that code: its clients' proximal term has no
-gradient: docs/methods.md (m2-fedbiot); `[local] proximal_mu` is the paper's. Only LoRA is aligned, never whole layers. The paper's and the
-code's loss is one on the emulator's output and KL, whose weight in the code's files is 0 to 0.9: `[align] kl_weight`.
+Which layers: those of the reference code (`pruning/uniform.py`). Otherwise than there: the proximal term of that code's
+clients has no gradient, docs/methods.md (m2-fedbiot); `[local] proximal_mu` is the paper's. Only LoRA is aligned, never
+whole layers. The paper's and the code's loss is one on the emulator's output and KL, whose weight in the code's files is
+0 to 0.9: `[align] kl_weight`.
 """
 
 from __future__ import annotations

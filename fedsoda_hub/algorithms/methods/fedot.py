@@ -1,9 +1,9 @@
 """FedOT: offsite-tuning (arXiv 2302.04870) run federated (FederatedScope-LLM, arXiv 2309.00363). Adapter at both ends,
 layers dropped uniformly between them, one distillation before round 1, no realignment; everything in 16 bits.
 
-Which layers: those of mit-han-lab/offsite-tuning (`pruning/uniform.py`). As FedSODA compares it: 1
-layer below, 2 above, 12 dropped, and LoRA where the papers train whole layers, in the distillation too. The lowest
-layer trains, so an edge holds the whole emulator and sends gradients through it: there is nothing to sweep.
+Which layers: those of mit-han-lab/offsite-tuning (`pruning/uniform.py`). As FedSODA compares it: 1 layer below, 2 above,
+12 dropped, and LoRA where the papers train whole layers, in the distillation too. The lowest layer trains, so an edge
+holds the whole emulator and sends gradients through it: there is nothing to sweep.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 Each size class keeps as many layers as its devices have room for, and the hub draws others every few rounds, so that
 all layers come to be trained. In the paper every device does that each round for itself, for which it would need the
-full LLM: docs/methods.md (m9-fedpruner); here the hub measures once, on public text, since what it measures does not change: the base is
-frozen. Nothing is aligned. What to compare the choice with at equal memory, since the sub-LLM has as many layers:
-"uniform", "random", and "top", which drops the topmost layers.
+full LLM: docs/methods.md (m9-fedpruner). Here the hub measures once, on public text, since what it measures does not
+change: the base is frozen. Nothing is aligned. What to compare the choice with at equal memory, since the sub-LLM has as
+many layers: "uniform", "random", and "top", which drops the topmost layers.
 
 All but "top" keep the first and the last layer, which no other layer stands for.
 """
