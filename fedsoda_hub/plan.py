@@ -28,24 +28,18 @@ from fedsoda_edge.model.families import Family, allowed_fields, build_config, fa
 from fedsoda_edge.protocol.manifest import TOKENIZER_FILES, File, LayerPlan, TensorSpec
 from fedsoda_edge.protocol.needs import edge_needs, make_shape
 from fedsoda_hub.algorithms.methods.by_name import method_of
-from fedsoda_hub.algorithms.methods.fedot import evenly
+from fedsoda_hub.algorithms.pruning.uniform import evenly
+from fedsoda_hub.federation.rounds import AUTO_ROUNDS
 from fedsoda_hub.preparation.full_llm import lora_spec
-from fedsoda_hub.settings.run import Method, RunSettings, with_full_emulator
+from fedsoda_hub.settings.combine import with_full_emulator
+from fedsoda_hub.settings.rates import Rates
+from fedsoda_hub.settings.run import RunSettings
+from fedsoda_hub.settings.tables import Method
 
 CLASS_SIZES = (  # of a smaller size class
     *("bundle_bytes", "up_bytes_per_edge_round", "down_bytes_per_edge_round"),
     *("edge_memory_bytes", "edge_vram_bytes", "edge_disk_bytes"),
 )
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What an edge is taken to reach and to hold: its line, its sustained arithmetic, its samples and their ids."""
-
-    mbit_per_second: float = 100.0
-    tflop_per_second: float = 1.0
-    samples: int = 1000
-    ids_per_sample: int = 512
 
 
 def read_config(model: str | Path) -> tuple[Family, dict[str, Any], str, Path | None]:
@@ -111,6 +105,11 @@ def likely_plans(num_layers: int, settings: Method, seed: int = 0) -> list[Layer
     return [msgspec.structs.replace(one, distances=()) for one in plans]
 
 
+def rounds_between(method: Method) -> int:
+    """Count the rounds from one realignment to the next, at the least; 0: there is none."""
+    return AUTO_ROUNDS if method.realign_every == "auto" else method.realign_every
+
+
 def predict(
     family: Family,
     fields: dict[str, Any],
@@ -147,9 +146,10 @@ def predict(
     )
     needs = edge_needs(shape, files)
     adapter_bytes = encoded_bytes(spec.adapter, settings.wire.codec)
-    emulator_bytes = encoded_bytes(spec.emulator, settings.wire.codec) if method.most_often else 0
+    every = rounds_between(method)
+    emulator_bytes = encoded_bytes(spec.emulator, settings.wire.codec) if every else 0
     trainable, emulator_lora = _count(spec.adapter), _count(item for item in spec.emulator if item.layer is not None)
-    per_round = 2 * trainable + (emulator_lora / method.most_often if method.most_often else 0)
+    per_round = 2 * trainable + (emulator_lora / every if every else 0)
     resident = sum(layers[number] for number in plan.resident)
     swept_lora = _count(item for item in spec.emulator if item.layer in plan.swept)
     swept = sum(layers[number] for number in plan.swept) + swept_lora + _count(spec.emulator) - emulator_lora
@@ -171,7 +171,7 @@ def predict(
             "bundle_bytes": sum(sizes.values()) + tokenizer_bytes,
             "bits_per_parameter": 8 * weights / sub,
             "up_bytes_per_edge_round": adapter_bytes,
-            "down_bytes_per_edge_round": adapter_bytes + emulator_bytes / max(method.most_often, 1),
+            "down_bytes_per_edge_round": adapter_bytes + emulator_bytes / max(every, 1),
             "edge_memory_bytes": needs.ram_bytes,
             "edge_vram_bytes": needs.vram_bytes,
             "edge_disk_bytes": needs.disk_bytes + tokenizer_bytes,
@@ -226,8 +226,8 @@ def plan_report(model: str, settings: RunSettings, rates: Rates = Rates()) -> di
     if settings.method.name == "fedsoda":
         full = with_full_emulator(settings)
         emulators = {
-            "sub": _emulator(report, settings.method.most_often, rates),
-            "full": _emulator(predicted(full)[0], full.method.most_often, rates),
+            "sub": _emulator(report, rounds_between(settings.method), rates),
+            "full": _emulator(predicted(full)[0], rounds_between(full.method), rates),
             "assumed": asdict(rates),
         }
     return {

@@ -61,7 +61,7 @@ from fedsoda_edge.worker.border_cache import CachedStates, CacheSettings
 from fedsoda_edge.worker.checkpoint import RoundCheckpoint
 from fedsoda_edge.worker.training import Trained, fine_tune, probe
 from fedsoda_hub.plan import likely_plan
-from fedsoda_hub.settings.run import Method
+from fedsoda_hub.settings.tables import Method
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")

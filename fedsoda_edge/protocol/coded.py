@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
 
 from fedsoda_edge.errors import ProtocolViolation
 from fedsoda_edge.protocol.manifest import TensorSpec
 from fedsoda_edge.protocol.messages import Factor
 
 # Deltas with error feedback; nf4-weight codes whole weights without it, as the paper writes, for comparison.
-CODECS = ("nf4", "int8", "bf16", "nf4-weight")
+Codec = Literal["nf4", "int8", "bf16", "nf4-weight"]
+CODECS: tuple[str, ...] = get_args(Codec)
 BLOCK = 64
 MAX_HEADER_BYTES = 1 << 20  # safetensors itself would accept 100 MB
 _WITHOUT_SIGN = bytes(byte & 0x7F for byte in range(256))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 
@@ -20,7 +20,8 @@ MAX_LAYERS = 4096
 MAX_SIZE = 1 << 24  # of a dimension: no vocabulary or layer is wider
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")  # config fields of every family
 OTHER_SIZES = ("head_dim", "moe_intermediate_size", "num_experts_per_tok", "num_key_value_heads")  # of some
-BASES = ("nf4", "bf16")  # how layers are stored; bf16: dense, in the checkpoint's own dtype
+Base = Literal["nf4", "bf16"]  # how layers are stored; bf16: dense, in the checkpoint's own dtype
+BASES: tuple[str, ...] = get_args(Base)
 Half = Literal["attention", "mlp"]  # of a decoder layer: h = x + f(norm(x)) with f either of them
 ADAPTER_LORA, EMULATOR_LORA = "adapter_lora.safetensors", "emulator_lora.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")

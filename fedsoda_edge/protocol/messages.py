@@ -6,9 +6,10 @@ are `session`'s. Nothing here knows sockets, tensors, clock or disk.
 
 from __future__ import annotations
 
-from typing import Literal, NewType
+from typing import Annotated, Literal, NewType
 
 import msgspec
+from msgspec import Meta
 
 PROTOCOL_VERSION = 1
 
@@ -47,16 +48,20 @@ class BlobRef(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LocalSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """How one local round trains ([local] in RUN.toml)."""
+    """How one local round trains: the table [local] of RUN.toml as it travels in an offer."""
 
-    epochs: int
-    max_steps: int
-    batch_size: int
-    learning_rate: float
-    weight_decay: float
-    max_grad_norm: float
-    proximal_mu: float
-    max_length: int
+    epochs: Annotated[int, Meta(ge=1, description="passes over an edge's samples in a round")] = 1
+    max_steps: Annotated[int, Meta(ge=0, description="steps of a round at most; 0: all of its epochs")] = 0
+    batch_size: Annotated[int, Meta(ge=1, description="samples of a step")] = 8
+    learning_rate: Annotated[float, Meta(ge=0, description="AdamW's learning rate")] = 1e-4
+    weight_decay: Annotated[float, Meta(ge=0, description="AdamW's weight decay")] = 0.01
+    max_grad_norm: Annotated[float, Meta(gt=0, description="norm that gradients are clipped to")] = 1.0
+    proximal_mu: Annotated[float, Meta(ge=0, description="weight of FedProx's pull to the round's view; 0: none")] = (
+        0.01
+    )
+    max_length: Annotated[int, Meta(ge=2, description="tokens of a sample at most; a longer one is cut at its end")] = (
+        512
+    )
 
 
 class ViewRef(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

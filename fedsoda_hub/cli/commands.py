@@ -14,6 +14,8 @@ import typer
 from fedsoda_edge.ports.console import EXIT_HELP, finish, note, reporting
 from fedsoda_edge.ports.console import run as run_command
 from fedsoda_edge.units import human_bytes
+from fedsoda_hub.cli.options import CompareCommand, setting
+from fedsoda_hub.settings.rates import Rates
 
 app = typer.Typer(help="Prepare, serve and evaluate a federated run.", epilog=EXIT_HELP, no_args_is_help=True)
 token_app = typer.Typer(help="What an edge needs to join.", no_args_is_help=True)
@@ -28,9 +30,19 @@ class Transport(StrEnum):
 
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.toml", help="the run's settings")]
-Json = Annotated[bool, typer.Option("--json", envvar="FEDSODA_JSON", help="one JSON object on stdout")]
-JsonLines = Annotated[bool, typer.Option("--jsonl", envvar="FEDSODA_JSONL", help="one JSON event a line on stdout")]
-Debug = Annotated[bool, typer.Option("--debug", envvar="FEDSODA_DEBUG", help="add the traceback to an error")]
+OUTPUT = "Output"
+Json = Annotated[
+    bool,
+    typer.Option("--json", envvar="FEDSODA_JSON", help="one JSON object on stdout", rich_help_panel=OUTPUT),
+]
+JsonLines = Annotated[
+    bool,
+    typer.Option("--jsonl", envvar="FEDSODA_JSONL", help="one JSON event a line on stdout", rich_help_panel=OUTPUT),
+]
+Debug = Annotated[
+    bool,
+    typer.Option("--debug", envvar="FEDSODA_DEBUG", help="add the traceback to an error", rich_help_panel=OUTPUT),
+]
 
 
 @app.command(epilog="Example: fedsoda-hub demo --rounds 4\n\n" + EXIT_HELP)
@@ -38,7 +50,7 @@ def demo(
     directory: Annotated[
         Path, typer.Option("--dir", envvar="FEDSODA_DEMO_DIR", help="where the run lies; a demo's own is replaced")
     ] = Path("fedsoda-demo"),
-    rounds: Annotated[int, typer.Option(min=1, envvar="FEDSODA_DEMO_ROUNDS", help="rounds to run")] = 6,
+    rounds: Annotated[int, setting("[rounds] count", envvar="FEDSODA_DEMO_ROUNDS", show_default=True)] = 6,
     seed: Annotated[int, typer.Option(envvar="FEDSODA_DEMO_SEED", help="of data and training")] = 0,
     as_json: Json = False,
     debug: Debug = False,
@@ -54,67 +66,37 @@ def demo(
 @app.command(epilog="Example: fedsoda-hub plan config.json --groups 4 --layers-per-group 3\n\n" + EXIT_HELP)
 def plan(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="a model directory or a bare config.json")],
-    method: Annotated[
-        str,
-        typer.Option(
-            envvar="FEDSODA_METHOD", help="fedsoda, exact, fedbiot, fedot, fedpetuning, fedpruner or fedpruner+"
-        ),
-    ] = "fedsoda",
-    layers_per_group: Annotated[
-        int | None, typer.Option(min=0, envvar="FEDSODA_LAYERS_PER_GROUP", help="n; fedsoda: 3")
-    ] = None,
-    groups: Annotated[int | None, typer.Option(min=0, envvar="FEDSODA_GROUPS", help="p; fedsoda: 4")] = None,
-    classes: Annotated[
-        list[int] | None,
-        typer.Option(
-            envvar="FEDSODA_CLASSES", help="groups of a smaller sub-LLM, fedpruner: dropped layers; may be repeated"
-        ),
-    ] = None,
-    drop_layers: Annotated[
-        int | None,
-        typer.Option(min=0, envvar="FEDSODA_DROP_LAYERS", help="in all; fedbiot, fedot, fedpruner, fedpruner+: 12"),
-    ] = None,
-    adapter_layers: Annotated[
-        int | None, typer.Option(min=1, envvar="FEDSODA_ADAPTER_LAYERS", help="last layers that train: 3; fedot: 2")
-    ] = None,
-    bottom_layers: Annotated[
-        int | None, typer.Option(min=0, envvar="FEDSODA_BOTTOM_LAYERS", help="first layers that train; fedot: 1")
-    ] = None,
-    rank: Annotated[int, typer.Option(min=1, envvar="FEDSODA_RANK", help="of LoRA")] = 8,
-    realign_every: Annotated[
-        int | None,
-        typer.Option(min=0, envvar="FEDSODA_REALIGN_EVERY", help="rounds; 0: never; fedsoda: 5, fedbiot: 1"),
-    ] = None,
-    targets: Annotated[
-        str, typer.Option(envvar="FEDSODA_TARGETS", help="modules with LoRA, by comma")
-    ] = "q_proj,k_proj,v_proj,up_proj,down_proj",
-    codec: Annotated[str, typer.Option(envvar="FEDSODA_CODEC", help="of deltas: nf4, int8 or bf16")] = "nf4",
-    adapter_base: Annotated[
-        str | None,
-        typer.Option(envvar="FEDSODA_ADAPTER_BASE", help="nf4 or bf16; fedsoda and exact: nf4, the others: bf16"),
-    ] = None,
-    emulator_base: Annotated[
-        str | None, typer.Option(envvar="FEDSODA_EMULATOR_BASE", help="nf4 or bf16, as for the adapter")
-    ] = None,
-    quantize_embedding: Annotated[
-        bool, typer.Option("--quantize-embedding", envvar="FEDSODA_QUANTIZE_EMBEDDING", help="embedding and head too")
-    ] = False,
+    method: Annotated[str | None, setting("[method] name", envvar="FEDSODA_METHOD")] = None,
+    layers_per_group: Annotated[int | None, setting("[method] layers_per_group")] = None,
+    groups: Annotated[int | None, setting("[method] groups")] = None,
+    classes: Annotated[list[int] | None, setting("[method] classes", more="may be repeated")] = None,
+    drop_layers: Annotated[int | None, setting("[method] drop_layers")] = None,
+    adapter_layers: Annotated[int | None, setting("[method] adapter_layers")] = None,
+    bottom_layers: Annotated[int | None, setting("[method] bottom_layers")] = None,
+    rank: Annotated[int | None, setting("[lora] rank")] = None,
+    realign_every: Annotated[int | None, setting("[method] realign_every")] = None,
+    targets: Annotated[str | None, setting("[lora] targets", more="with commas between them")] = None,
+    codec: Annotated[str | None, setting("[wire] codec")] = None,
+    adapter_base: Annotated[str | None, setting("[method] adapter_base")] = None,
+    emulator_base: Annotated[str | None, setting("[method] emulator_base")] = None,
+    quantize_embedding: Annotated[bool | None, setting("[method] quantize_embedding", "--quantize-embedding")] = None,
     mbit: Annotated[
         float, typer.Option("--mbit", min=0.001, envvar="FEDSODA_MBIT", help="Mbit/s of an edge's line, assumed")
-    ] = 100.0,
+    ] = Rates.mbit_per_second,
     tflops: Annotated[
         float, typer.Option("--tflops", min=0.001, envvar="FEDSODA_TFLOPS", help="TFLOP/s of an edge, assumed")
-    ] = 1.0,
+    ] = Rates.tflop_per_second,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """What a run of this model would cost an edge, and the paper's arithmetic; needs no weights."""
     with reporting(as_json, False, debug):
         from fedsoda_hub.cli.display import plan_table
-        from fedsoda_hub.plan import Rates, plan_report
+        from fedsoda_hub.plan import plan_report
         from fedsoda_hub.settings.run import settings_for_plan
 
-        given = {
+        on_method: dict[str, object] = {
+            "name": method,
             "adapter_layers": adapter_layers,
             "bottom_layers": bottom_layers,
             "layers_per_group": layers_per_group,
@@ -124,16 +106,17 @@ def plan(
             "realign_every": realign_every,
             "adapter_base": adapter_base,
             "emulator_base": emulator_base,
+            "quantize_embedding": quantize_embedding,
         }
+        names = None if targets is None else [name.strip() for name in targets.split(",")]
+        on_lora: dict[str, object] = {"rank": rank, "targets": names}
+        tables: dict[str, dict[str, object]] = {"method": on_method, "lora": on_lora, "wire": {"codec": codec}}
         settings = settings_for_plan(
             model,
-            method={
-                "name": method,
-                "quantize_embedding": quantize_embedding,
-                **{key: value for key, value in given.items() if value is not None},
+            **{
+                table: {key: value for key, value in values.items() if value is not None}
+                for table, values in tables.items()
             },
-            lora={"rank": rank, "targets": [name.strip() for name in targets.split(",")]},
-            wire={"codec": codec},
         )
         report = plan_report(model, settings, Rates(mbit, tflops))
         plan_table(report)
@@ -411,16 +394,33 @@ def report(
         finish({"status": "ok", **written}, as_json, False)
 
 
-@app.command(epilog="Example: fedsoda-hub compare COMPARE.toml --out comparison\n\n" + EXIT_HELP)
+@app.command(cls=CompareCommand, epilog="Example: fedsoda-hub compare COMPARE.toml --out comparison\n\n" + EXIT_HELP)
 def compare(
-    file: Annotated[Path, typer.Argument(metavar="COMPARE.toml", help="methods, seeds and splits on one task")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="COMPARE.toml",
+            help=r"methods, seeds and splits on one task: the tables of a RUN.toml, \[compare], and \[variants.NAME] with "
+            "what differs",
+            rich_help_panel="What to compare",
+        ),
+    ],
     out: Annotated[
         Path | None,
-        typer.Option("--out", envvar="FEDSODA_COMPARE_OUT", help="a directory; else beside the file, named after it"),
+        typer.Option(
+            "--out",
+            envvar="FEDSODA_COMPARE_OUT",
+            help="a directory; else beside the file, named after it",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
     transport: Annotated[
         Transport,
-        typer.Option("--transport", envvar="FEDSODA_TRANSPORT", help="memory: one process; network: real ones"),
+        typer.Option(
+            "--transport",
+            envvar="FEDSODA_TRANSPORT",
+            help="memory: hub and edges in one process; network: in processes of their own",
+        ),
     ] = Transport.memory,
     as_json: Json = False,
     jsonl: JsonLines = False,

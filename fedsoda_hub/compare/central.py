@@ -28,7 +28,7 @@ def train_central(
         each round.
     """
     source, bundle = open_full_llm(settings), Bundle.open(settings.run_dir / "bundle")
-    spec, plan, local = bundle.manifest.lora, bundle.plan, settings.local.message()
+    spec, plan, local = bundle.manifest.lora, bundle.plan, settings.local
     device, dtype = pick_device(settings.device, settings.dtype)
     tokenizer = SampleTokenizer(source.path / "tokenizer.json", source.fields.get("eos_token_id"))
     rows = read_samples(LocalData(data), settings.prompt, settings.completion, tokenizer, local.max_length)

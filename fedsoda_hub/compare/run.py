@@ -42,7 +42,8 @@ from fedsoda_hub.plan import predict
 from fedsoda_hub.preparation.full_llm import open_full_llm
 from fedsoda_hub.preparation.prepare import Preparation, made_of
 from fedsoda_hub.run.ledger import Ledger
-from fedsoda_hub.settings.run import RunSettings, write_toml
+from fedsoda_hub.settings.run import RunSettings
+from fedsoda_hub.settings.toml import write_toml
 
 Say = Callable[[dict[str, Any]], None]
 Result = dict[str, Any]

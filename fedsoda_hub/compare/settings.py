@@ -9,25 +9,21 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
+from msgspec import Meta
 
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_hub.algorithms.methods.by_name import METHODS
-from fedsoda_hub.compare.splits import check_split
-from fedsoda_hub.settings.run import (
-    SELF_GENERATED,
-    RunSettings,
-    Section,
-    read_toml,
-    refuse_unless,
-    settings_of,
-    table_of,
-    without_unused,
-)
+from fedsoda_hub.compare.splits import SPLITS, check_split
+from fedsoda_hub.settings.combine import without_unused
+from fedsoda_hub.settings.keys import TOML, refuse_unless
+from fedsoda_hub.settings.methods import METHODS
+from fedsoda_hub.settings.run import RunSettings, settings_of
+from fedsoda_hub.settings.tables import MAX_SEED, SELF_GENERATED, Section
+from fedsoda_hub.settings.toml import read_toml, table_of
 
-BASELINES = ("untouched", "alone", "central")
+Baseline = Literal["untouched", "alone", "central"]
 # What a comparison decides, so that cells differ in their variant alone: every edge is there, and no clock has a say.
 ITS_OWN: dict[str, tuple[str, ...] | None] = {
     "name": None,
@@ -37,34 +33,64 @@ ITS_OWN: dict[str, tuple[str, ...] | None] = {
 }
 ITS_OWN |= {"task": ("eval_every",)}
 NO_DEADLINE = 365 * 86400.0
+WHAT, DATA, LIMITS = {"panel": "what to compare"}, {"panel": "data"}, {"panel": "limits"}  # of --help
 
 
 class Compare(Section, frozen=True):
-    """[compare]. data: rows to deal, relative to the file. rows, eval_rows: 0 takes all. edges: at most so many users.
+    """[compare]: what is compared, and on which rows."""
 
-    label: the column that Dirichlet splits deal by; None: the completion. eval_every: rounds; 0: after the last alone.
-    baseline_of: the variant whose settings edges alone and central training have; level_of: the variant whose final
-    accuracy others are timed to; None: the first variant, and "fedot" where there is one.
-    """
-
-    data: list[str]
-    seeds: list[int] = msgspec.field(default_factory=lambda: [0, 1, 2])
-    splits: list[str] = msgspec.field(default_factory=lambda: ["iid"])
-    edges: int = 10
-    rows: int = 0
-    least_rows: int = 10
-    label: str | None = None
-    eval_rows: int = 0
-    eval_every: int = 1
-    baselines: list[str] = msgspec.field(default_factory=lambda: list(BASELINES))
-    baseline_of: str | None = None
-    level_of: str | None = None
-    central_learning_rates: list[float] = msgspec.field(default_factory=list)
+    data: Annotated[
+        list[str], Meta(min_length=1, description="files of rows to deal to edges, relative to this one", extra=DATA)
+    ]
+    seeds: Annotated[
+        list[Annotated[int, Meta(ge=0, le=MAX_SEED)]],
+        Meta(min_length=1, description="every variant runs with each of them, on every split", extra=WHAT),
+    ] = msgspec.field(default_factory=lambda: [0, 1, 2])
+    splits: Annotated[list[str], Meta(min_length=1, description=f"ways to deal the rows: {SPLITS}", extra=WHAT)] = (
+        msgspec.field(default_factory=lambda: ["iid"])
+    )
+    edges: Annotated[int, Meta(ge=1, description="edges to deal to; of users, at most so many", extra=LIMITS)] = 10
+    rows: Annotated[int, Meta(ge=0, description="rows to deal in all; 0: all that there are", extra=LIMITS)] = 0
+    least_rows: Annotated[int, Meta(ge=1, description="rows that every edge gets at least", extra=LIMITS)] = 10
+    label: Annotated[
+        str | None,
+        Meta(description="the column that dirichlet splits deal by; not given: the completion", extra=DATA),
+    ] = None
+    eval_rows: Annotated[int, Meta(ge=0, description="questions to judge on; 0: all that there are", extra=LIMITS)] = 0
+    eval_every: Annotated[
+        int, Meta(ge=0, description="rounds between evaluations; 0: after the last round alone", extra=LIMITS)
+    ] = 1
+    baselines: Annotated[
+        list[Baseline],
+        Meta(
+            description="what variants are compared with: the untouched full LLM, each edge trained alone, central "
+            "training on all rows",
+            extra=WHAT,
+        ),
+    ] = msgspec.field(default_factory=lambda: list(get_args(Baseline)))
+    baseline_of: Annotated[
+        str | None,
+        Meta(description="the variant whose settings the baselines have; not given: the first", extra=WHAT),
+    ] = None
+    level_of: Annotated[
+        str | None,
+        Meta(
+            description="the variant whose final accuracy the others are timed to; not given: fedot, or the first",
+            extra=WHAT,
+        ),
+    ] = None
+    central_learning_rates: Annotated[
+        list[Annotated[float, Meta(ge=0, lt=1)]],
+        Meta(
+            description="learning rates of central training, of which the best counts; none: that of [local]",
+            extra=WHAT,
+        ),
+    ] = msgspec.field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One federated run. alone: the one edge that takes part, where it is a baseline."""
+    """One federated run. alone: the one edge that takes part, for a baseline; None: all edges do."""
 
     variant: str
     split: str
@@ -77,7 +103,7 @@ class Cell:
 
     @property
     def directory(self) -> Path:
-        """Below those of all cells."""
+        """Its path below the directory of all cells."""
         alone = "all" if self.alone is None else f"alone-{self.alone}"
         return Path(self.variant, self.split.replace(":", "-"), f"seed-{self.seed}", alone)
 
@@ -89,18 +115,20 @@ class Comparison:
     path: Path
     compare: Compare
     settings: dict[str, RunSettings]
-    overrides: dict[str, dict[str, Any]]
+    overrides: dict[str, TOML]
 
     @property
     def baseline_of(self) -> str:
+        """The variant whose settings edges alone and central training have."""
         return self.compare.baseline_of or next(iter(self.settings))
 
     @property
     def level_of(self) -> str:
+        """The variant whose final accuracy others are timed to."""
         return self.compare.level_of or ("fedot" if "fedot" in self.settings else next(iter(self.settings)))
 
     def cells(self) -> Iterator[Cell]:
-        """The federated runs of all variants: every variant of a seed and split before the next ones."""
+        """Give the federated runs of all variants: every variant of a seed and split before the next ones."""
         for seed in self.compare.seeds:
             for split in self.compare.splits:
                 for variant in self.settings:
@@ -111,13 +139,13 @@ def read_comparison(path: Path) -> Comparison:
     """Read and check COMPARE.toml.
 
     Raises:
-        UsageProblem: as `config.read_settings`; a variant's problem names the variant.
+        UsageProblem: as `settings.run.read_settings`; a variant's problem names the variant.
     """
-    raw = read_toml(path, "a COMPARE.toml (README, Compare methods)")
+    raw = read_toml(path, "a COMPARE.toml (docs/guide.md, Comparing methods)")
     file = path.name
     for name in ("compare", "task"):
         if name not in raw:
-            raise UsageProblem(f"{file} has no [{name}]; a comparison needs one (README, Compare methods)")
+            raise UsageProblem(f"{file} has no [{name}]; a comparison needs one (docs/guide.md, Comparing methods)")
     compare = table_of(raw.pop("compare"), Compare, "compare", file)
     overrides: Any = raw.pop("variants", {name: {"method": {"name": name}} for name in METHODS})
     if not isinstance(overrides, dict) or not all(isinstance(values, dict) for values in overrides.values()):
@@ -134,10 +162,10 @@ def read_comparison(path: Path) -> Comparison:
     return comparison
 
 
-def _variant(base: dict[str, Any], name: str, values: dict[str, Any], path: Path) -> RunSettings:
-    """The base with these values, table by table."""
+def _variant(base: TOML, name: str, values: TOML, path: Path) -> RunSettings:
+    """Check the base with these values, table by table."""
     is_name = bool(re.fullmatch(r"[\w+-]+", name))  # a method's, say, and a directory's
-    refuse_unless([("the name", name, is_name, "letters, digits, -, _ and +")], path.name)
+    refuse_unless(is_name, "the name", name, "letters, digits, -, _ and +", path.name)
     _refuse_its_own(values, path.name)
     if "eval_data" in values.get("task", {}):
         raise UsageProblem("[task] eval_data; all variants answer the same questions: name them in [task] alone")
@@ -163,7 +191,8 @@ def _variant(base: dict[str, Any], name: str, values: dict[str, Any], path: Path
     )
 
 
-def _refuse_its_own(raw: dict[str, Any], file: str) -> None:
+def _refuse_its_own(raw: TOML, file: str) -> None:
+    """Raise UsageProblem for a key that a comparison sets itself."""
     for table, keys in ITS_OWN.items():
         given = raw.get(table, {})
         found = (
@@ -174,31 +203,13 @@ def _refuse_its_own(raw: dict[str, Any], file: str) -> None:
 
 
 def _check(comparison: Comparison, file: str) -> None:
-    c = comparison.compare
-    known = ", ".join(comparison.settings)
-    refuse_unless(
-        [
-            ("[compare] data", c.data, bool(c.data), "at least one file"),
-            ("[compare] seeds", c.seeds, bool(c.seeds) and len(set(c.seeds)) == len(c.seeds), "different numbers"),
-            ("[compare] seeds", c.seeds, all(0 <= seed < 2**63 for seed in c.seeds), "0 to 2^63-1"),
-            ("[compare] splits", c.splits, bool(c.splits) and len(set(c.splits)) == len(c.splits), "different splits"),
-            ("[compare] edges", c.edges, c.edges >= 1, "at least 1"),
-            ("[compare] rows", c.rows, c.rows >= 0, "at least 0 (0: all)"),
-            ("[compare] least_rows", c.least_rows, c.least_rows >= 1, "at least 1"),
-            ("[compare] eval_rows", c.eval_rows, c.eval_rows >= 0, "at least 0 (0: all)"),
-            ("[compare] eval_every", c.eval_every, c.eval_every >= 0, "at least 0 rounds (0: at the end only)"),
-            ("[compare] baselines", c.baselines, set(c.baselines) <= set(BASELINES), f"of {', '.join(BASELINES)}"),
-            ("[compare] baseline_of", c.baseline_of, comparison.baseline_of in comparison.settings, f"one of {known}"),
-            ("[compare] level_of", c.level_of, comparison.level_of in comparison.settings, f"one of {known}"),
-            (
-                "[compare] central_learning_rates",
-                c.central_learning_rates,
-                all(0 <= rate < 1 for rate in c.central_learning_rates),
-                "at least 0, below 1",
-            ),
-        ],
-        file,
-    )
+    """Check what goes together in [compare]; each value by itself was checked when it was read."""
+    c, known = comparison.compare, f"one of {', '.join(comparison.settings)}"
+    refuse_unless(len(set(c.seeds)) == len(c.seeds), "[compare] seeds", c.seeds, "different numbers", file)
+    refuse_unless(len(set(c.splits)) == len(c.splits), "[compare] splits", c.splits, "different splits", file)
+    variants = comparison.settings
+    refuse_unless(comparison.baseline_of in variants, "[compare] baseline_of", c.baseline_of, known, file)
+    refuse_unless(comparison.level_of in variants, "[compare] level_of", c.level_of, known, file)
     for split in c.splits:
         check_split(split)
     for name in c.data:

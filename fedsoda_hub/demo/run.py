@@ -223,7 +223,7 @@ async def _alone(directory: Path, office: str, rounds: int, seed: int) -> Path:
                 "train",
                 {
                     "view": None if view is None else str(view),
-                    "settings": msgspec.to_builtins(settings.local.message()),
+                    "settings": msgspec.to_builtins(settings.local),
                     "seed": seed,
                     "round": number,
                     "edge": office,

@@ -30,7 +30,8 @@ from fedsoda_hub.evaluation.evaluator import Evaluator, Judged, read_questions, 
 from fedsoda_hub.preparation.full_llm import open_full_llm, pick_device
 from fedsoda_hub.preparation.prepare import bundle_of
 from fedsoda_hub.run.ledger import Outcome, read_outcome
-from fedsoda_hub.settings.run import RunSettings, Task, read_settings
+from fedsoda_hub.settings.run import RunSettings, read_settings
+from fedsoda_hub.settings.tables import Task
 
 KEPT_BORDER_BYTES = 256 << 20  # of evaluation data, between two evaluations of a run
 

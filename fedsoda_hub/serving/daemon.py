@@ -345,7 +345,7 @@ class Daemon:
             view=self._view_ref(*state.adapter(size_class), trained_factor(rule, state.round - 1)),
             alignment=state.alignment,
             emulator=self._view_ref(*state.emulator(size_class)),
-            local=self.settings.local.message(),
+            local=self.settings.local,
             due_seconds=max(0.0, state.deadline_at - self.clock.wall()),
             trains=trained_factor(rule, state.round),
             has_feedback=rule != "flexlora",

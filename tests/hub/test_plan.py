@@ -16,7 +16,8 @@ from fedsoda_edge.model import delta
 from fedsoda_edge.model.bundle import Bundle, BundleSettings, shard_sizes
 from fedsoda_edge.protocol.coded import CODECS, safetensors_bytes
 from fedsoda_hub.cli.display import plan_table
-from fedsoda_hub.plan import Rates, plan_report
+from fedsoda_hub.plan import plan_report, rounds_between
+from fedsoda_hub.settings.rates import Rates
 from fedsoda_hub.settings.run import RunSettings, settings_for_plan
 from tests.edge.model.test_bundle import random_lora, write
 from tests.tiny import FAMILY_CONFIGS, make_tiny
@@ -266,7 +267,7 @@ def test_the_plan_of_a_run_has_the_bytes_that_its_preparation_wrote(prepared: Ru
     adapter = delta.encode(bundle.adapter_lora(), prepared.wire.codec)
     emulator = delta.encode(bundle.emulator_lora(), prepared.wire.codec)
     assert ours["up_bytes_per_edge_round"] == len(adapter)
-    assert ours["down_bytes_per_edge_round"] == len(adapter) + len(emulator) / prepared.method.most_often
+    assert ours["down_bytes_per_edge_round"] == len(adapter) + len(emulator) / rounds_between(prepared.method)
 
 
 def test_the_demos_model_and_configuration(ref24: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedsoda_hub.settings.run import Aggregation
+from fedsoda_hub.settings.tables import Aggregation
 
 
 def step(

@@ -1,38 +1,19 @@
 """FedOT: offsite-tuning (arXiv 2302.04870) run federated (FederatedScope-LLM, arXiv 2309.00363). Adapter at both ends,
 layers dropped uniformly between them, one distillation before round 1, no realignment; everything in 16 bits.
 
-Which layers: those of mit-han-lab/offsite-tuning, index round(i * stride), halves to even. As FedSODA compares it: 1
-layer below, 2 above, 12 dropped, and LoRA where the papers train whole layers, in the distillation too. The lowest
-layer trains, so an edge holds the whole emulator and sends gradients through it: there is nothing to sweep.
+Which layers: those of mit-han-lab/offsite-tuning (`pruning/uniform.py`). As FedSODA compares it: 1 layer below, 2 above,
+12 dropped, and LoRA where the papers train whole layers, in the distillation too. The lowest layer trains, so an edge
+holds the whole emulator and sends gradients through it: there is nothing to sweep.
 """
 
 from __future__ import annotations
 
-from fractions import Fraction
-from typing import TYPE_CHECKING, Any
-
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.protocol.manifest import LayerPlan
-from fedsoda_hub.algorithms.methods.fedbiot import num_kept
+from fedsoda_hub.algorithms.methods.interface import FullLLM
 from fedsoda_hub.algorithms.pruning.layer_plan import drop_layers
-
-if TYPE_CHECKING:
-    from fedsoda_hub.algorithms.methods.interface import FullLLM
-    from fedsoda_hub.settings.run import Method
-
-USES: tuple[str, ...] = (
-    *("[method] adapter_layers", "[method] bottom_layers", "[method] drop_layers", "[method] emulator_base"),
-    "[align] steps",
-)
-DEFAULTS: dict[str, Any] = {
-    "[method] adapter_layers": 2,
-    "[method] bottom_layers": 1,
-    "[method] drop_layers": 12,
-    "[method] adapter_base": "bf16",
-    "[method] emulator_base": "bf16",
-    "[align] steps": 500,  # of FederatedScope's align_student_with_teacher, which has no KL either
-    "[align] kl_weight": 0.0,
-}
+from fedsoda_hub.algorithms.pruning.uniform import evenly, num_kept
+from fedsoda_hub.settings.tables import Method
 
 
 def plans(full_llm: FullLLM, settings: Method, seed: int) -> tuple[LayerPlan, ...]:
@@ -46,11 +27,6 @@ def plans(full_llm: FullLLM, settings: Method, seed: int) -> tuple[LayerPlan, ..
     count = num_kept(emulator, settings.drop_layers)
     kept = [bottom + place for place in evenly(emulator, count)]
     return (drop_layers(num_layers, [*range(bottom), *range(num_layers - top, num_layers)], kept),)
-
-
-def evenly(num_layers: int, count: int) -> list[int]:
-    """`count` places of so many, two or more, the first and the last among them."""
-    return [round(Fraction(place * (num_layers - 1), count - 1)) for place in range(count)]
 
 
 def aligned(plan: LayerPlan) -> tuple[int, ...]:

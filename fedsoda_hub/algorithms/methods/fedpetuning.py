@@ -8,17 +8,10 @@ lets smaller devices take part.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from fedsoda_edge.protocol.manifest import LayerPlan
+from fedsoda_hub.algorithms.methods.interface import FullLLM
 from fedsoda_hub.algorithms.pruning.layer_plan import plan_around
-
-if TYPE_CHECKING:
-    from fedsoda_hub.algorithms.methods.interface import FullLLM
-    from fedsoda_hub.settings.run import Method
-
-USES: tuple[str, ...] = ()
-DEFAULTS: dict[str, Any] = {"[method] emulator": "full", "[method] adapter_base": "bf16"}
+from fedsoda_hub.settings.tables import Method
 
 
 def plans(full_llm: FullLLM, settings: Method, seed: int) -> tuple[LayerPlan, ...]:

@@ -1,10 +1,10 @@
 """FedPruner (arXiv 2508.17209): a sub-LLM of the layers that stand for the others, LoRA on all that it keeps.
 
-Each size class keeps as many layers as its devices have room for, and the hub draws them anew every few rounds, so that
+Each size class keeps as many layers as its devices have room for, and the hub draws others every few rounds, so that
 all layers come to be trained. In the paper every device does that each round for itself, for which it would need the
-full LLM (method.md 5); here the hub measures once, on public text, since what it measures does not change: the base is
-frozen. Nothing is aligned. What to compare the choice with at equal memory, since the sub-LLM has as many layers:
-"uniform", "random", and "top", which drops the topmost layers.
+full LLM: docs/methods.md (m9-fedpruner). Here the hub measures once, on public text, since what it measures does not
+change: the base is frozen. Nothing is aligned. What to compare the choice with at equal memory, since the sub-LLM has as
+many layers: "uniform", "random", and "top", which drops the topmost layers.
 
 All but "top" keep the first and the last layer, which no other layer stands for.
 """
@@ -13,38 +13,24 @@ from __future__ import annotations
 
 import hashlib
 import random
-from typing import TYPE_CHECKING, Any
 
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.protocol.manifest import LayerPlan
-from fedsoda_hub.algorithms.methods.fedot import evenly
+from fedsoda_hub.algorithms.methods.interface import FullLLM
 from fedsoda_hub.algorithms.pruning.layer_plan import drop_layers
-
-if TYPE_CHECKING:
-    from fedsoda_hub.algorithms.methods.interface import FullLLM
-    from fedsoda_hub.settings.run import Method
-
-USES: tuple[str, ...] = (
-    *("[method] drop_layers", "[method] layer_choice", "[method] classes"),
-    "[method] reprune_every",
-)
-DEFAULTS: dict[str, Any] = {
-    "[method] drop_layers": 12,  # as the other methods do where FedSODA compares them
-    "[method] adapter_base": "bf16",
-    "[method] reprune_every": 5,  # method.md 5.3; each round in the paper
-}
-NEVER_DRAWN = ("uniform", "top")  # choices that are the same every time
+from fedsoda_hub.algorithms.pruning.uniform import evenly
+from fedsoda_hub.settings.tables import Method
 
 
 def plans(full_llm: FullLLM, settings: Method, seed: int) -> tuple[LayerPlan, ...]:
-    """The first choice: where it is by importance, the most important layer of each group."""
+    """Choose for round 1: where importance decides, the most important layer of each group."""
     return tuple(
         _plan(full_llm, settings, dropped, seed, None) for dropped in (settings.drop_layers, *settings.classes)
     )
 
 
 def redrawn(full_llm: FullLLM, settings: Method, seed: int, round_number: int) -> tuple[LayerPlan, ...]:
-    """The choice of a later round, drawn anew for each size class: by the softmax of importance within each group."""
+    """Choose for a later round: each size class is drawn by the softmax of importance within each group."""
     return tuple(
         _plan(full_llm, settings, dropped, seed, _seed_of(seed, size_class, round_number))
         for size_class, dropped in enumerate((settings.drop_layers, *settings.classes))

@@ -7,20 +7,13 @@ half (FinerCut, arXiv 2405.18218), is the smaller one too. LoRA on all that stay
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import msgspec
 
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.protocol.manifest import LayerPlan
+from fedsoda_hub.algorithms.methods.interface import FullLLM
 from fedsoda_hub.algorithms.pruning.layer_plan import drop_layers
-
-if TYPE_CHECKING:
-    from fedsoda_hub.algorithms.methods.interface import FullLLM
-    from fedsoda_hub.settings.run import Method
-
-USES: tuple[str, ...] = ("[method] drop_layers", "[method] layer_choice")
-DEFAULTS: dict[str, Any] = {"[method] drop_layers": 12, "[method] adapter_base": "bf16"}  # as FedPruner's
+from fedsoda_hub.settings.tables import Method
 
 
 def plans(full_llm: FullLLM, settings: Method, seed: int) -> tuple[LayerPlan, ...]:

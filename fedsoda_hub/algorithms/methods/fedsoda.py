@@ -1,36 +1,26 @@
 """FedSODA (arXiv 2508.12727): adapter on top, similarity group pruning below it, LoRA on the retained layers aligned
 before round 1 and again every few rounds.
 
-What is read otherwise than printed, and why: method.md 1. Beyond the paper, edges keep the border's states on disk.
+What is read otherwise than printed, and why: docs/methods.md (m2-fedsoda, m15-readings). Beyond the paper, edges keep the border's states on disk.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.protocol.manifest import LayerPlan
-from fedsoda_hub.algorithms.methods.exact import check_adapter
-from fedsoda_hub.algorithms.pruning.layer_plan import choose_groups, make_plan
+from fedsoda_hub.algorithms.methods.interface import FullLLM
+from fedsoda_hub.algorithms.pruning.layer_plan import check_adapter, make_plan
+from fedsoda_hub.algorithms.pruning.sgp import choose_groups
+from fedsoda_hub.settings.tables import Method
 
-if TYPE_CHECKING:
-    from fedsoda_hub.algorithms.methods.interface import FullLLM
-    from fedsoda_hub.settings.run import Method
-
-USES: tuple[str, ...] = (
-    *("[method] emulator", "[method] adapter_layers", "[method] layers_per_group", "[method] groups"),
-    *("[method] realign_every", "[method] emulator_base", "[align] steps", "[align] realign_steps"),
-    *("[align] border_map", "[align] closed_form", "[method] classes", "[method] bundle_bytes"),
-)
 SHORTLIST = 5  # of shapes that are measured where [method] groups = "auto"
-DEFAULTS: dict[str, Any] = {}
 
 
 def plans(full_llm: FullLLM, settings: Method, seed: int) -> tuple[LayerPlan, ...]:
-    """SGP: the groups with the least sum of distances, chosen exactly.
+    """Choose by SGP: the groups with the least sum of distances, exactly.
 
-    A smaller sub-LLM removes all that the one before it does, and more (method.md 8d), so they share their shards; all
-    have the same adapter.
+    A smaller sub-LLM removes all that the one before it does, and more: docs/methods.md (m3-classes). So they share their
+    shards; all have the same adapter.
 
     Raises:
         UsageProblem: also: the further groups do not fit around the others.
@@ -62,7 +52,7 @@ def plans(full_llm: FullLLM, settings: Method, seed: int) -> tuple[LayerPlan, ..
 
 
 def _shapes(full_llm: FullLLM, unmeasured: list[list[float]], adapter: int) -> list[tuple[int, int]]:
-    """Of each group size n the least number of groups p with which the sub-LLM is small enough (method.md 8d).
+    """Find for each group size n the least number of groups p whose sub-LLM is small enough: docs/methods.md (m3-auto).
 
     Raises:
         UsageProblem: no (n, p) that leaves room for its groups is.
@@ -92,5 +82,5 @@ def aligned(plan: LayerPlan) -> tuple[int, ...]:
 
 
 def held_against(plan: LayerPlan) -> dict[int, int]:
-    """The output of t_i against that of t_i + n (paper, eq. 6)."""
+    """Pair the output of t_i with that of t_i + n (paper, eq. 6)."""
     return {group.start: group.removed[-1] for group in plan.groups}

@@ -1,6 +1,6 @@
 """FedPruner: group layers that do the same, keep the one of each group that does most, as many as a device affords.
 
-FedPruner's choice (arXiv 2508.17209), read as in method.md 5, since its text leaves open how. FedPruner+ keeps
+FedPruner's choice (arXiv 2508.17209), read as in docs/methods.md (m9-fedpruner), since its text leaves open how. FedPruner+ keeps
 attention and MLP blocks each by themselves. Measuring is one streamed pass over the hub's blocks; choosing is pure and cheap, so
 every device gets its own choice from one measurement. Building and training what is kept is the
 business of others; the methods are `fedpruner.py` and `fedpruner_plus.py`.
@@ -225,7 +225,7 @@ def contiguous(similarity: Tensor, count: int) -> Groups:
 def spectral(similarity: Tensor, count: int, *, seed: int) -> Groups:
     """Groups of layers wherever they lie: normalised Laplacian, its `count` lowest eigenvectors, k-means.
 
-    Ng, Jordan, Weiss (NIPS 2001), which is how method.md 5.2 reads "graph partitioning".
+    Ng, Jordan, Weiss (NIPS 2001), which is how docs/methods.md (m9-groups) reads "graph partitioning".
 
     Returns:
         Groups by their first layer.

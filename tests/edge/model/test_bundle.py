@@ -28,7 +28,8 @@ from fedsoda_edge.model.streaming import Checkpoint, stream
 from fedsoda_edge.model.sub_llm import SubLLM, build
 from fedsoda_edge.protocol.manifest import File, LayerPlan, LoRASpec
 from fedsoda_edge.protocol.needs import edge_needs, shape_of
-from fedsoda_hub.algorithms.pruning.layer_plan import choose_groups, make_plan
+from fedsoda_hub.algorithms.pruning.layer_plan import make_plan
+from fedsoda_hub.algorithms.pruning.sgp import choose_groups
 from tests.tiny import make_tiny_llama
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")

@@ -128,6 +128,12 @@ def test_what_most_offers_do_not_say_takes_no_bytes() -> None:
         decode(encode(half).replace(b'"trains":"B"', b'"trains":"C"'))
 
 
+def test_a_round_that_cannot_be_trained_is_not_offered() -> None:
+    [offer] = [example[0] for example in EXAMPLES if isinstance(example[0], ms.RoundOffer)]
+    with pytest.raises(ProtocolViolation, match=r"Expected `int` >= 1 - at `\$\.local\.batch_size`"):
+        decode(encode(msgspec.structs.replace(offer, local=ms.LocalSettings(batch_size=0))))
+
+
 CHUNK = b'{"type":"update_chunk","digest":"%s","offset":0}' % DIGEST.encode()
 
 

@@ -25,7 +25,8 @@ from fedsoda_edge.worker import border_cache
 from fedsoda_edge.worker.batches import Border
 from fedsoda_edge.worker.border_cache import CachedStates, CacheSettings, RecordFile, from_record, row_bytes, to_record
 from fedsoda_edge.worker.training import data_order, fine_tune
-from fedsoda_hub.algorithms.pruning.layer_plan import choose_groups, make_plan
+from fedsoda_hub.algorithms.pruning.layer_plan import make_plan
+from fedsoda_hub.algorithms.pruning.sgp import choose_groups
 from tests.edge.model import test_bundle
 from tests.edge.model.test_bundle import pruned_by_hand, random_lora, write
 from tests.edge.worker.test_training import SETTINGS, make_samples

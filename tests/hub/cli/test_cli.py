@@ -378,7 +378,7 @@ def test_json_prints_exactly_one_object_also_on_errors(run_file: Path, command: 
     run_file.unlink()
     name, *options = command.replace("token ", "token-").split()
     arguments = [*name.split("-"), str(run_file), *options, "--json"]
-    message = f"{run_file} is not there; write a RUN.toml (README, A federation of your own)"
+    message = f"{run_file} is not there; write a RUN.toml (README, A run of your own)"
     expected = {"schema": 1, "status": "error", "error": "UsageProblem", "message": message, "exit_status": 2}
     if command == "serve":
         ended = hub(run_file, *arguments)

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_hub.algorithms.methods.by_name import METHODS
 from fedsoda_hub.compare.settings import Cell, read_comparison
-from fedsoda_hub.settings.run import read_settings, write_toml
+from fedsoda_hub.settings.methods import METHODS
+from fedsoda_hub.settings.run import read_settings
+from fedsoda_hub.settings.toml import write_toml
 from tests.hub.compare.files import write_comparison
 
 
@@ -57,7 +58,11 @@ def test_the_settings_of_a_variant_are_a_run_file(tmp_path: Path) -> None:
             "[compare] seeds = [1, 1] in compare.toml; it must be different numbers",
         ),
         ({"compare": {"splits": ["shards"]}}, None, "'shards' is no split"),
-        ({"compare": {"baselines": ["best"]}}, None, "it must be of untouched, alone, central"),
+        (
+            {"compare": {"baselines": ["best"]}},
+            None,
+            "[compare] baselines[0] = 'best' in compare.toml; it must be one of untouched, alone, central",
+        ),
         ({"compare": {"level_of": "fedavg"}}, None, "[compare] level_of = 'fedavg' in compare.toml; it must be one of"),
         ({"compare": {"data": ["gone.jsonl"]}}, None, "gone.jsonl is not there"),
         ({"alignment": {}}, None, "compare.toml has no key alignment; the nearest is align"),

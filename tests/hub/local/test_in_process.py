@@ -16,7 +16,8 @@ from msgspec.structs import replace
 from fedsoda_hub.federation.events import Realigned, RoundClosed
 from fedsoda_hub.local import in_process, processes
 from fedsoda_hub.run.ledger import Ledger
-from fedsoda_hub.settings.run import RunSettings, write_toml
+from fedsoda_hub.settings.run import RunSettings
+from fedsoda_hub.settings.toml import write_toml
 from tests.hub.runs import WORDS, make_run
 
 EDGES = ("a", "b")

@@ -16,7 +16,8 @@ from fedsoda_edge.protocol.manifest import LayerPlan
 from fedsoda_hub.algorithms.methods import fedsoda
 from fedsoda_hub.preparation.full_llm import KL_TIE
 from fedsoda_hub.preparation.prepare import Preparation
-from fedsoda_hub.settings.run import Method, RunSettings
+from fedsoda_hub.settings.run import RunSettings
+from fedsoda_hub.settings.tables import Method
 from tests.hub.runs import make_run, prepare
 from tests.schema import HUB
 

@@ -18,7 +18,7 @@ from fedsoda_hub.algorithms.aggregation import flexlora, server_optimizer
 from fedsoda_hub.algorithms.aggregation.products import Pair, cross_term, pairs_by_module
 from fedsoda_hub.algorithms.aggregation.weighted_mean import CodedUpdate, weighted_mean
 from fedsoda_hub.federation.rounds import trained_factor
-from fedsoda_hub.settings.run import Aggregation
+from fedsoda_hub.settings.tables import Aggregation, Optimizer
 
 RANK, OUT, IN = 4, 18, 33
 MODULES = ("layers.6.q", "layers.7.v")
@@ -280,7 +280,7 @@ def hsu(x: float, deltas: Sequence[Sequence[float]], eta: float, beta: float) ->
 
 
 @pytest.mark.parametrize("optimizer", ["fedavgm", "fedadam", "fedyogi"])
-def test_the_optimiser_is_the_papers(optimizer: str) -> None:
+def test_the_optimiser_is_the_papers(optimizer: Optimizer) -> None:
     settings = Aggregation(optimizer=optimizer, learning_rate=0.05, beta1=0.8, beta2=0.95, tau=0.01)
     chance = torch.Generator().manual_seed(0)
     rounds = torch.randn(6, 3, 5, generator=chance, dtype=torch.float64) * torch.logspace(-3, 0, 5).double()

@@ -1,87 +1,14 @@
-"""Groups are chosen exactly, ties are settled, and what cannot fit is refused with what would."""
+"""Plans say what stays, what goes and where the border lies; one that breaks a rule is refused."""
 
 from __future__ import annotations
-
-import itertools
-import random
 
 import msgspec
 import pytest
 
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.protocol.manifest import LayerPlan, check_plan
-from fedsoda_hub.algorithms.pruning.layer_plan import choose_groups, drop_layers, make_plan
-
-
-def brute_force(distances: list[list[float]], emulator: int, n: int, p: int) -> tuple[float, tuple[int, ...]]:
-    """Every set of starts; on ties the one that is larger, compared from the first start on."""
-    best: tuple[float, tuple[int, ...]] = (float("inf"), ())
-    for starts in itertools.combinations(range(emulator - n), p):
-        if any(b - a < n + 1 for a, b in itertools.pairwise(starts)):
-            continue
-        cost = 0.0
-        for start in reversed(starts):
-            cost = distances[start][n - 1] + cost
-        if cost < best[0] or (cost == best[0] and starts > best[1]):
-            best = (cost, starts)
-    return best
-
-
-@pytest.mark.parametrize("integers", [False, True], ids=["random", "with ties"])
-def test_the_choice_is_the_best_of_all_sets(integers: bool) -> None:
-    chance = random.Random(0)
-    cases = 0
-    while cases < 300:
-        emulator, n, p = chance.randint(3, 13), chance.randint(1, 4), chance.randint(1, 4)
-        if p * (n + 1) > emulator:
-            continue
-        distances = [
-            [float(chance.randint(0, 2)) if integers else chance.random() for _ in range(emulator - 1 - layer)]
-            for layer in range(emulator)
-        ]
-        groups = choose_groups(distances, emulator + 2, 2, n, p)
-        _, starts = brute_force(distances, emulator, n, p)
-        assert tuple(group.start for group in groups) == starts
-        assert all(
-            group.removed == tuple(range(g, g + n)) for group, g in zip(groups, (s + 1 for s in starts), strict=True)
-        )
-        cases += 1
-
-
-def test_groups_beside_others_are_the_best_of_those_around_them() -> None:
-    chance, refused = random.Random(1), 0
-    for _ in range(200):
-        emulator, n, first, more = (
-            chance.randint(4, 13),
-            chance.randint(1, 3),
-            chance.randint(1, 2),
-            chance.randint(1, 3),
-        )
-        if first * (n + 1) > emulator or more * (n + 1) > emulator:
-            continue
-        distances = [[chance.random() for _ in range(emulator - 1 - layer)] for layer in range(emulator)]
-        beside = choose_groups(distances, emulator + 2, 2, n, first)
-        taken = {layer for group in beside for layer in range(group.start, group.start + n + 1)}
-        free = [start for start in range(emulator - n) if not taken & {*range(start, start + n + 1)}]
-        sets = [
-            starts
-            for starts in itertools.combinations(free, more)
-            if all(b - a > n for a, b in itertools.pairwise(starts))
-        ]
-        if not sets:
-            refused += 1
-            with pytest.raises(UsageProblem, match=r"do not fit beside those that start at .* \[method\] classes"):
-                choose_groups(distances, emulator + 2, 2, n, more, beside)
-            continue
-        found = choose_groups(distances, emulator + 2, 2, n, more, beside)
-        best = min(sets, key=lambda starts: sum(distances[start][n - 1] for start in starts))
-        assert tuple(group.start for group in found) == best
-    assert refused > 10
-
-
-def test_what_does_not_fit_is_refused_with_what_would() -> None:
-    with pytest.raises(UsageProblem, match=r"need 16 layers below the adapter, the model has 13 .*\(3, 3\)"):
-        choose_groups([[0.0] * 13] * 13, 16, 3, n=3, p=4)
+from fedsoda_hub.algorithms.pruning.layer_plan import drop_layers, make_plan
+from fedsoda_hub.algorithms.pruning.sgp import choose_groups
 
 
 def test_a_plan_says_every_layer_by_its_full_number() -> None:

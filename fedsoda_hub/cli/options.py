@@ -1,0 +1,83 @@
+"""Options that are settings, and keys of a file in `--help`: words, ranges and defaults are those of the settings' tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import typer
+from typer.core import TyperCommand
+
+from fedsoda_hub.settings.keys import Key, keys_of
+from fedsoda_hub.settings.methods import default_in_words
+from fedsoda_hub.settings.tables import Tables
+
+
+def setting(name: str, *options: str, more: str = "", **others: Any) -> Any:
+    """Make the option of a key of RUN.toml: its help, range and default are those of its table.
+
+    Args:
+        name: as in messages: "[lora] rank".
+        options: where the parameter's name does not say it: "--rank".
+        more: what the help says beside the key's description.
+        others: what typer's Option takes, in the place of what the key would give.
+    """
+    key = keys_of(Tables)[name].number
+    least, most = key.bounds
+    words = "" if key.bounds != (None, None) else _allowed(key)  # typer shows a range of numbers itself
+    default = f" [{_default(key)}]" if _default(key) and "show_default" not in others else ""
+    made: dict[str, Any] = {
+        "envvar": f"FEDSODA_{key.name.upper()}",
+        "help": (_joined(key.description, words, more) + default).replace("[", r"\["),  # a bracket is markup there
+        "min": least,
+        "max": most,
+        "show_default": False,
+    }
+    return typer.Option(*options, **made | others)
+
+
+class CompareCommand(TyperCommand):
+    """`fedsoda-hub compare`, whose `--help` ends with the keys of [compare]."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write typer's panels, then those of the keys."""
+        super().format_help(ctx, formatter)
+        from fedsoda_hub.compare.settings import Compare
+
+        show_keys(Compare, "compare")
+
+
+def show_keys(section: type[msgspec.Struct], table: str) -> None:
+    """Print the keys of a table in their panels, those first that have to be written."""
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    panels: dict[str, list[Key]] = {}
+    for key in keys_of(section, table).values():
+        panels.setdefault(key.panel, []).append(key)
+    console = Console()
+    for title, keys in sorted(panels.items(), key=lambda panel: not any(key.is_required for key in panel[1])):
+        rows = Table.grid(padding=(0, 2))
+        for key in keys:
+            needed = "has to be written" if key.is_required else _default(key)
+            said = _joined(key.description, _allowed(key), needed)
+            rows.add_row(Text(key.name, style="bold cyan", no_wrap=True), Text(said))
+        console.print(Panel(rows, title=Text(f"In COMPARE.toml, [{table}]: {title}"), title_align="left", expand=True))
+
+
+def _allowed(key: Key) -> str:
+    """Say which values a key takes, where that is not what one would think."""
+    is_plain = key.values.allowed == "at least 0" or key.values.sort == "a list"
+    return "" if is_plain else key.values.allowed
+
+
+def _default(key: Key) -> str:
+    """Say the default of a key, where it is something."""
+    is_nothing = key.default is None or key.default is False or key.default == []
+    return "" if is_nothing else f"default: {default_in_words(key)}"
+
+
+def _joined(*parts: str) -> str:
+    return "; ".join(part for part in parts if part)

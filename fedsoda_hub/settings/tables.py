@@ -1,0 +1,247 @@
+"""The tables of RUN.toml: each key with its type, range, default and meaning. Data alone, which knows no algorithm.
+
+What `Meta` allows is said in errors, what it describes in `--help` and in the guide (`keys.py`). A default is the same
+for all methods unless `methods.py` has another one; which keys go together is `combine.py`'s.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from fedsoda_edge.protocol.coded import Codec
+from fedsoda_edge.protocol.manifest import Base
+from fedsoda_edge.protocol.messages import LocalSettings
+
+MethodName = Literal["fedsoda", "exact", "fedbiot", "fedot", "fedpetuning", "fedpruner", "fedpruner+"]
+LayerChoice = Literal["contiguous", "spectral", "uniform", "random", "top"]
+Rule = Literal["fedavg", "ffa", "rolora", "flexlora"]
+Optimizer = Literal["none", "fedavgm", "fedadam", "fedyogi"]
+
+MAX_SEED = 2**63 - 1  # what torch's generators take
+SELF_GENERATED = "self-generated"  # in the place of a file of [public]
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The root of all tables that people write."""
+
+
+class Method(Section, frozen=True):
+    """[method]: which layers edges receive, which of them train, and how they are stored."""
+
+    name: Annotated[MethodName, Meta(description="the federated method")] = "fedsoda"
+    emulator: Annotated[
+        Literal["sub", "full"],
+        Meta(description="what edges receive below the adapter: sub, what pruning leaves, aligned; full, all layers"),
+    ] = "sub"
+    adapter_layers: Annotated[
+        int, Meta(ge=0, description="last layers of the full LLM, which train; 1 or more where there is an adapter")
+    ] = 3
+    bottom_layers: Annotated[int, Meta(ge=0, description="first layers of the full LLM, which train too")] = 0
+    layers_per_group: Annotated[int, Meta(ge=0, description="layers that each pruned group loses")] = 3
+    groups: Annotated[
+        Annotated[int, Meta(ge=0, description="groups of similar layers that are pruned")] | Literal["auto"],
+        Meta(description="auto: number and size keep the sub-LLM nearest to the full LLM within bundle_bytes"),
+    ] = 4
+    bundle_bytes: Annotated[
+        int, Meta(ge=0, description='bytes that all files of the sub-LLM may take on an edge, with groups = "auto"')
+    ] = 0
+    classes: Annotated[
+        list[int],
+        Meta(
+            description="further, smaller sub-LLMs, ascending: numbers of groups, for fedpruner of dropped layers; an "
+            "edge takes the largest that it has room for"
+        ),
+    ] = msgspec.field(default_factory=list)
+    drop_layers: Annotated[int, Meta(ge=0, description="layers that are dropped in all")] = 0
+    layer_choice: Annotated[
+        LayerChoice,
+        Meta(
+            description="which layers stay: the most important one of each contiguous or spectral group; to compare "
+            "with, uniform, random, or all but the top ones"
+        ),
+    ] = "contiguous"
+    reprune_every: Annotated[int, Meta(ge=0, description="rounds after which other layers are drawn; 0: never")] = 0
+    realign_every: Annotated[
+        Annotated[int, Meta(ge=0, description="rounds between alignments; 0: the first alone")] | Literal["auto"],
+        Meta(description="auto: when the sub-LLM is measured to have drifted"),
+    ] = 5
+    adapter_base: Annotated[
+        Base, Meta(description="how the layers of the adapter are stored; bf16: in the checkpoint's own dtype")
+    ] = "nf4"
+    emulator_base: Annotated[Base, Meta(description="how the layers of the emulator are stored")] = "nf4"
+    quantize_embedding: Annotated[bool, Meta(description="store embedding and head in NF4 too")] = False
+
+
+class LoRA(Section, frozen=True):
+    """[lora]: the tensors that train."""
+
+    rank: Annotated[int, Meta(ge=1, le=1024, description="rank of LoRA, of the master and of the export")] = 8
+    alpha: Annotated[float, Meta(gt=0, description="LoRA is added alpha / rank times")] = 16.0
+    targets: Annotated[list[str], Meta(min_length=1, description="modules that carry LoRA")] = msgspec.field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+    )
+    ranks: Annotated[
+        list[int], Meta(description="a rank for each size class, from the largest on; empty: all have rank")
+    ] = msgspec.field(default_factory=list)
+
+    def of_class(self, size_class: int) -> int:
+        """Give the rank of a size class, 0 the largest."""
+        return self.ranks[size_class] if self.ranks else self.rank
+
+
+class Public(Section, frozen=True):
+    """[public]: the text that the hub measures and aligns on."""
+
+    text: Annotated[str, Meta(description="a file of public text; self-generated: the full LLM writes it")]
+    like_task: Annotated[
+        str,
+        Meta(
+            description="a file of unlabelled rows with the columns of [task] prompt, on which the border map is "
+            "fitted; self-generated: the full LLM writes them"
+        ),
+    ] = SELF_GENERATED
+    sequences: Annotated[int, Meta(ge=1, description="blocks of public text")] = 128
+    length: Annotated[int, Meta(ge=2, description="tokens of a block")] = 512
+
+
+class Align(Section, frozen=True):
+    """[align]: how the sub-LLM is brought near the full LLM."""
+
+    border_map: Annotated[
+        Literal["auto", "ridge", "none"],
+        Meta(
+            description="the linear map from sub-emulator to adapter: ridge, fitted after every alignment; auto, the "
+            "same where there are prompts to fit it on"
+        ),
+    ] = "auto"
+    border_rank: Annotated[
+        int, Meta(ge=1, description="rank of the border map at most; the model's width makes it whole")
+    ] = 256
+    closed_form: Annotated[
+        bool, Meta(description="solve for the emulator's LoRA before the first step; with steps = 0 that is all")
+    ] = False
+    steps: Annotated[int, Meta(ge=0, description="steps of the alignment before round 1")] = 200
+    realign_steps: Annotated[int, Meta(ge=0, description="steps of each later alignment")] = 30
+    batch_size: Annotated[int, Meta(ge=1, description="blocks of public text in a step")] = 8
+    learning_rate: Annotated[float, Meta(ge=0, description="AdamW's learning rate")] = 1e-4
+    representation_weight: Annotated[float, Meta(ge=0, description="weight of the loss on layer outputs")] = 1.0
+    kl_weight: Annotated[float, Meta(ge=0, description="weight of the KL loss on answers")] = 1.0
+
+
+class Rounds(Section, frozen=True):
+    """[rounds]: who takes part in a round, and when it closes."""
+
+    count: Annotated[int, Meta(ge=1, description="rounds to run")] = 20
+    min_edges: Annotated[int, Meta(ge=1, description="edges that must be here before a round opens")] = 1
+    cohort: Annotated[int, Meta(ge=1, description="edges that a round invites at most")] = 10
+    quorum: Annotated[
+        float, Meta(gt=0, le=1, description="share of the invited edges whose updates are enough at the deadline")
+    ] = 0.8
+    deadline_seconds: Annotated[float, Meta(gt=0, description="seconds from a round's opening to its deadline")] = (
+        3600.0
+    )
+    max_weight: Annotated[
+        float, Meta(ge=1, description="an edge counts at most this many times the round's median number of examples")
+    ] = 3.0
+
+
+class Aggregation(Section, frozen=True):
+    """[aggregation]: how updates become the master."""
+
+    rule: Annotated[
+        Rule,
+        Meta(
+            description="fedavg averages A and B apart; ffa trains B alone, rolora B in odd and A in even rounds; "
+            "flexlora takes the SVD of the mean product"
+        ),
+    ] = "fedavg"
+    optimizer: Annotated[Optimizer, Meta(description="the hub's own step; none takes the mean itself")] = "none"
+    learning_rate: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(
+            description="of the hub's optimizer; not given: 1 for fedavgm, 0.001 for fedadam and fedyogi, whose step "
+            "is about this long whatever the deltas"
+        ),
+    ] = None
+    beta1: Annotated[float, Meta(ge=0, lt=1, description="decay of the first moment; the momentum of fedavgm")] = 0.9
+    beta2: Annotated[float, Meta(ge=0, lt=1, description="decay of the second moment")] = 0.99
+    tau: Annotated[float, Meta(gt=0, description="what is added to the root of the second moment")] = 1e-3
+
+    @property
+    def step_size(self) -> float:
+        """The learning rate in force."""
+        if self.learning_rate is None:
+            return 1.0 if self.optimizer == "fedavgm" else 1e-3
+        return self.learning_rate
+
+
+class Wire(Section, frozen=True):
+    """[wire]: how updates travel."""
+
+    codec: Annotated[Codec, Meta(description="how deltas are coded; nf4-weight codes whole weights, as the paper")] = (
+        "nf4"
+    )
+    stall_seconds: Annotated[float, Meta(gt=0, description="seconds without a byte after which an upload is ended")] = (
+        60.0
+    )
+
+
+class Task(Section, frozen=True):
+    """[task]: what a row of data becomes, and what accuracy is judged on."""
+
+    prompt: Annotated[str, Meta(description="template of what is asked; {column} is that column of a row")] = "{prompt}"
+    completion: Annotated[str, Meta(description="template of what is trained and judged")] = "{completion}"
+    choices: Annotated[
+        Literal["auto", "none"],
+        Meta(description="auto: judge among the completions of the evaluation data where they are few"),
+    ] = "auto"
+    shots: Annotated[int, Meta(ge=0, le=64, description="answered rows before each question")] = 0
+    eval_data: Annotated[str | None, Meta(description="a file of rows to judge on")] = None
+    eval_every: Annotated[int, Meta(ge=0, description="rounds between evaluations; 0: after the last round alone")] = 0
+
+
+class Listen(Section, frozen=True):
+    """[listen]: where the hub is reached."""
+
+    host: Annotated[str, Meta(description="address to listen on; 0.0.0.0: every one of this machine")] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0: any that is free")] = 8470
+
+
+class Tables(Section, frozen=True):
+    """All of RUN.toml."""
+
+    name: Annotated[
+        str,
+        Meta(
+            pattern=r"\A[\w-]*[^\W_][\w-]*\Z",
+            description="the run's name; its directory is NAME.run",
+            extra={"allowed": "letters, digits, - and _"},
+        ),
+    ]
+    model: Annotated[str, Meta(description="a model directory, or the id of a model on the Hugging Face Hub")]
+    public: Public
+    seed: Annotated[int, Meta(ge=0, le=MAX_SEED, description="what everything that is drawn is drawn by")] = 0
+    device: Annotated[
+        str,
+        Meta(
+            pattern=r"\A(auto|cpu|cuda(:\d+)?)\Z",
+            description="where the hub computes; auto: on a GPU if there is one",
+            extra={"allowed": "auto, cpu, cuda or cuda:N"},
+        ),
+    ] = "auto"
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"],
+        Meta(description="what a GPU computes in; a CPU computes in float32"),
+    ] = "bfloat16"
+    method: Method = msgspec.field(default_factory=Method)
+    lora: LoRA = msgspec.field(default_factory=LoRA)
+    align: Align = Align()
+    rounds: Rounds = Rounds()
+    aggregation: Aggregation = Aggregation()
+    local: LocalSettings = LocalSettings()
+    wire: Wire = Wire()
+    task: Task = Task()
+    listen: Listen = Listen()
