@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fedsoda_edge.model.streaming import LayerSource, stream
+from fedsoda_edge.model.source import LayerSource
+from fedsoda_edge.model.streaming import stream
 
 
 def angular_distances(last_tokens: Tensor) -> list[list[float]]:
