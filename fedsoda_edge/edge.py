@@ -26,7 +26,7 @@ from fedsoda_edge.ports import SystemClock, Transport
 from fedsoda_edge.ports.child import Child
 from fedsoda_edge.ports.store import FileStore
 from fedsoda_edge.protocol import messages as ms
-from fedsoda_edge.protocol.needs import Samples
+from fedsoda_edge.protocol.needs import SampleSizes
 from fedsoda_edge.units import counted
 
 T = TypeVar("T")
@@ -224,7 +224,7 @@ async def look_at(edge: Edge) -> dict[str, Any]:
             home.directory,
             edge._device,
             # The edge's rows are not looked at: as long as the run allows, and all of them completion.
-            Samples(welcome.batch_size, welcome.max_length, welcome.max_length),
+            SampleSizes(welcome.batch_size, welcome.max_length, welcome.max_length),
             edge._limits,
             lambda _: None,  # which class it is says enough
         )

@@ -146,8 +146,8 @@ def make_bundle(directory: Path, vocab_size: int = 259) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from fedsoda_edge.model import lora
-    from fedsoda_edge.model.bundle import BundleSettings, write_bundle
-    from fedsoda_edge.model.streaming import Checkpoint
+    from fedsoda_edge.model.bundle_writer import BundleSettings, write_bundle
+    from fedsoda_edge.model.source import Checkpoint
     from fedsoda_edge.protocol.manifest import Group, LayerPlan, LoRASpec
 
     with tempfile.TemporaryDirectory() as made:

@@ -22,7 +22,7 @@ import msgspec
 
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model import lora
-from fedsoda_edge.model.bundle import BundleSettings, shard_sizes
+from fedsoda_edge.model.bundle_writer import BundleSettings, shard_sizes
 from fedsoda_edge.model.delta import encoded_bytes
 from fedsoda_edge.model.families import Family, allowed_fields, build_config, family_of, layer_on_meta, skeleton
 from fedsoda_edge.protocol.manifest import TOKENIZER_FILES, File, LayerPlan, TensorSpec

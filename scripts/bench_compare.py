@@ -23,10 +23,10 @@ from torch import Tensor
 from fedsoda_edge.data.local_data import LocalData, Sample, SampleTokenizer, read_samples
 from fedsoda_edge.model import lora
 from fedsoda_edge.model.bundle import Bundle
-from fedsoda_edge.model.streaming import Checkpoint, LayerSource
+from fedsoda_edge.model.source import Checkpoint, LayerSource
 from fedsoda_edge.model.sub_llm import build
 from fedsoda_edge.ports.disk import write_durably
-from fedsoda_edge.worker.batches import Border
+from fedsoda_edge.worker.batches import SweptSamples
 from fedsoda_edge.worker.training import accumulate
 from fedsoda_hub.algorithms.alignment import drift
 from fedsoda_hub.compare.settings import read_comparison
@@ -261,7 +261,7 @@ def adapter_gradient(
 ) -> Tensor:
     """(P,): of the completion loss by the adapter's LoRA as the bundle has it, above these layers of `source`."""
     spec = bundle.manifest.lora
-    border = Border.sweep(source, layers, samples, lora=emulator_lora, lora_scale=spec.scale)
+    border = SweptSamples.sweep(source, layers, samples, emulator=emulator_lora, lora_scale=spec.scale)
     tail = build(source, bundle.plan.adapter)
     lora.attach(tail, spec, bundle.adapter_lora())
     trained = [value.requires_grad_(True) for _, value in sorted(lora.parameters(tail).items())]

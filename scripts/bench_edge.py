@@ -49,14 +49,15 @@ from transformers import (
 
 from fedsoda_edge.data.local_data import Sample
 from fedsoda_edge.model import lora
-from fedsoda_edge.model.bundle import Bundle, BundleSettings, shard_sizes
+from fedsoda_edge.model.bundle import Bundle
+from fedsoda_edge.model.bundle_writer import BundleSettings, shard_sizes
 from fedsoda_edge.model.families import allowed_fields, family_of, layer_on_meta
 from fedsoda_edge.model.sub_llm import build
 from fedsoda_edge.ports.system import peak_rss_bytes, return_memory_at_once
 from fedsoda_edge.protocol.manifest import LayerPlan
 from fedsoda_edge.protocol.messages import LocalSettings
-from fedsoda_edge.protocol.needs import MemoryPlan, Samples, plans, shape_of
-from fedsoda_edge.worker.batches import Border
+from fedsoda_edge.protocol.needs import MemoryPlan, SampleSizes, plans, shape_of
+from fedsoda_edge.worker.batches import SweptSamples
 from fedsoda_edge.worker.border_cache import CachedStates, CacheSettings
 from fedsoda_edge.worker.checkpoint import RoundCheckpoint
 from fedsoda_edge.worker.training import Trained, fine_tune, probe
@@ -183,7 +184,7 @@ Arm = Callable[[Path, Geometry, bool], tuple[int, float, float]]
 def way(bundle: Bundle, geometry: Geometry, *, packed: bool = False, recompute: bool = False) -> MemoryPlan:
     """Of training one sample at a time."""
     labels = geometry.length - round(geometry.length * (1 - SUPERVISED))
-    found = plans(shape_of(bundle.manifest), geometry.device, Samples(1, geometry.length, labels))
+    found = plans(shape_of(bundle.manifest), geometry.device, SampleSizes(1, geometry.length, labels))
     return next(plan for plan in found if (plan.packed, plan.recompute) == (packed, recompute))
 
 
@@ -238,7 +239,7 @@ def train_ours(
         proximal_mu=0.01,
         max_length=geometry.length,
     )
-    border, at_once = Border(samples(geometry), states), plan.micro_batch
+    border, at_once = SweptSamples(samples(geometry), states), plan.micro_batch
     probe(sub_llm, border, view, [0], at_once)
     return lambda: fine_tune(
         sub_llm,

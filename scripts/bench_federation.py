@@ -32,13 +32,13 @@ from safetensors.torch import load_file, save_file
 from fedsoda_edge.data.local_data import LocalData, SampleTokenizer, read_samples
 from fedsoda_edge.model import delta, lora
 from fedsoda_edge.model.bundle import Bundle
-from fedsoda_edge.model.streaming import Checkpoint
+from fedsoda_edge.model.source import Checkpoint
 from fedsoda_edge.model.sub_llm import build
 from fedsoda_edge.ports.disk import BlobStore
 from fedsoda_edge.protocol.manifest import LoRASpec
 from fedsoda_edge.protocol.messages import LocalSettings
 from fedsoda_edge.protocol.template import TextTemplate
-from fedsoda_edge.worker.batches import Border
+from fedsoda_edge.worker.batches import SweptSamples
 from fedsoda_edge.worker.training import fine_tune
 from fedsoda_hub.evaluation.evaluator import Evaluator, Judged, auc, read_questions
 from fedsoda_hub.evaluation.export import judged_models
@@ -207,7 +207,7 @@ def federate(cell: Path, prepared_run: Path, toml: Path, parts: list[list[dict[s
 
 
 def train_alone(
-    border: Border, source: Any, adapter: Any, spec: LoRASpec, seed: int, edge: str, rounds: int, rate: float
+    border: SweptSamples, source: Any, adapter: Any, spec: LoRASpec, seed: int, edge: str, rounds: int, rate: float
 ) -> dict[str, torch.Tensor]:
     """The adapter LoRA after `rounds` rounds of one learner, by the same code that edges run."""
     import msgspec
@@ -298,8 +298,8 @@ class Bench:
             scores = {}
             for number, part in enumerate(split_rows(self.train, split, seed)):
                 emulator = bundle.emulator_lora()
-                border = Border.sweep(
-                    bundle, plan.sub_emulator, self.samples(part), lora=emulator, lora_scale=spec.scale
+                border = SweptSamples.sweep(
+                    bundle, plan.sub_emulator, self.samples(part), emulator=emulator, lora_scale=spec.scale
                 )
                 rounds, edge = self.options.rounds, f"edge-{number}"
                 trained = train_alone(border, bundle, plan.adapter, spec, seed, edge, rounds, LEARNING_RATE)
@@ -316,7 +316,9 @@ class Bench:
             bundle = Bundle.open(prepared(self.out, self.data, seed, MAIN, self.log) / "bundle")
             spec, plan = bundle.manifest.lora, bundle.plan
             rows = [row for part in split_rows(self.train, "iid", seed) for row in part]
-            border = Border.sweep(self.source, plan.emulator, self.samples(rows), lora={}, lora_scale=spec.scale)
+            border = SweptSamples.sweep(
+                self.source, plan.emulator, self.samples(rows), emulator={}, lora_scale=spec.scale
+            )
             scores = {"untouched": judge(self.evaluator, self.plugged(spec, bundle, self.none))["scores"]}
             for rate in CENTRAL_RATES:
                 rounds = EDGES * self.options.rounds

@@ -24,7 +24,7 @@ from random_bundle import Shape  # beside this file
 
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.ports.system import peak_rss_bytes, return_memory_at_once
-from fedsoda_edge.protocol.needs import MemoryPlan, Samples, plans, shape_of
+from fedsoda_edge.protocol.needs import MemoryPlan, SampleSizes, plans, shape_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -44,7 +44,7 @@ def ways(bundle: Bundle, cell: Cell, process_bytes: int) -> dict[str, MemoryPlan
     """A plan of each kind for this shape."""
     geometry, batch_size = cell
     labels = geometry.length - round(geometry.length * (1 - bench_edge.SUPERVISED))
-    samples = Samples(batch_size, geometry.length, labels, geometry.samples)
+    samples = SampleSizes(batch_size, geometry.length, labels, geometry.samples)
     found = list(plans(shape_of(bundle.manifest), "cpu", samples, process_bytes))
     dense, packed, recomputed = (plan for plan in found if plan.micro_batch == batch_size)
     halved = next(plan for plan in found if plan.micro_batch == batch_size // 2)

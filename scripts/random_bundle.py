@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from fedsoda_edge.model import lora
-from fedsoda_edge.model.bundle import BundleSettings, write_bundle
+from fedsoda_edge.model.bundle_writer import BundleSettings, write_bundle
 from fedsoda_edge.model.families import allowed_fields, build_config, family_of, layer_on_meta, skeleton
-from fedsoda_edge.model.streaming import Checkpoint
+from fedsoda_edge.model.source import Checkpoint
 from fedsoda_edge.protocol.manifest import LayerPlan, LoRASpec
 
 RANK, ALPHA = 8, 16.0

@@ -179,7 +179,8 @@ def tables_of_settings() -> dict[str, type]:
     from msgspec.structs import fields
 
     from fedsoda_hub.compare.settings import Compare
-    from fedsoda_hub.settings.run import RunSettings, Section
+    from fedsoda_hub.settings.run import RunSettings
+    from fedsoda_hub.settings.tables import Section
 
     tables = {field.name: field.type for field in fields(RunSettings)}
     found = {name: kind for name, kind in tables.items() if isinstance(kind, type) and issubclass(kind, Section)}

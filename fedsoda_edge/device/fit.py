@@ -14,7 +14,7 @@ import psutil
 
 from fedsoda_edge.errors import DeviceTooSmall, UsageProblem
 from fedsoda_edge.protocol.messages import DeviceFacts
-from fedsoda_edge.protocol.needs import PROCESS_BYTES, SHORTEST, MemoryPlan, Samples, Shape, plans
+from fedsoda_edge.protocol.needs import PROCESS_BYTES, SHORTEST, MemoryPlan, SampleSizes, Shape, plans
 from fedsoda_edge.units import human_bytes
 
 EASY_SHARE = 0.9  # of what is free may be taken lightly: other programs grow too
@@ -83,7 +83,7 @@ def check_disk(needed: int, facts: DeviceFacts) -> None:
 def fit(
     wanted: str,
     shape: Shape,
-    samples: Samples,
+    samples: SampleSizes,
     facts: DeviceFacts,
     limits: Limits = Limits(),
     *,
@@ -148,7 +148,7 @@ def memory_report(plan: MemoryPlan, facts: DeviceFacts) -> dict[str, Any]:
     return {"message": told(plan, facts), **msgspec.to_builtins(plan), "parts": table(plan)}
 
 
-def same_way(plan: MemoryPlan, shape: Shape, samples: Samples, process_bytes: int) -> MemoryPlan | None:
+def same_way(plan: MemoryPlan, shape: Shape, samples: SampleSizes, process_bytes: int) -> MemoryPlan | None:
     """The way of a plan made before, with what it needs now; None where the hub asks for other batches now.
 
     Each worker process is of another size, and rows may have been added.
@@ -157,7 +157,7 @@ def same_way(plan: MemoryPlan, shape: Shape, samples: Samples, process_bytes: in
     return next((way for way in plans(shape, plan.device, samples, process_bytes) if _way(way) == wanted), None)
 
 
-def leaner(plan: MemoryPlan, shape: Shape, samples: Samples, process_bytes: int) -> MemoryPlan | None:
+def leaner(plan: MemoryPlan, shape: Shape, samples: SampleSizes, process_bytes: int) -> MemoryPlan | None:
     """The next slower way to train, which needs less; None where there is none."""
     ways = list(plans(shape, plan.device, samples, process_bytes))
     place = [_way(way) for way in ways].index(_way(plan))
@@ -176,7 +176,7 @@ def room_for(device: str, facts: DeviceFacts, limits: Limits) -> int:
     return free if most is None else min(free, most)
 
 
-def _refusal(device: str, needed: int, samples: Samples, facts: DeviceFacts, limits: Limits) -> str:
+def _refusal(device: str, needed: int, samples: SampleSizes, facts: DeviceFacts, limits: Limits) -> str:
     on_gpu = device.startswith("cuda")
     free, most = (facts.vram_bytes, limits.max_vram) if on_gpu else (facts.ram_bytes, limits.max_ram)
     room = room_for(device, facts, limits)

@@ -38,7 +38,7 @@ from fedsoda_edge.ports.store import FileStore
 from fedsoda_edge.ports.system import peak_rss_bytes
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.manifest import TOKENIZER_FILES, parse_manifest
-from fedsoda_edge.protocol.needs import SHORTEST, MemoryPlan, Samples, Shape, shape_of
+from fedsoda_edge.protocol.needs import SHORTEST, MemoryPlan, SampleSizes, Shape, shape_of
 from fedsoda_edge.protocol.session import Blob, EdgeSession, chunks
 from fedsoda_edge.protocol.template import DEFAULT_COMPLETION, DEFAULT_PROMPT, TextTemplate
 
@@ -261,10 +261,10 @@ class Agent:
         return self._opened
 
     @property
-    def _samples(self) -> Samples:
+    def _samples(self) -> SampleSizes:
         assert self._welcome is not None
         longest = self._opened["longest_ids"], self._opened["longest_labels"]
-        return Samples(self._welcome.batch_size, *longest, self._opened["num_examples"])
+        return SampleSizes(self._welcome.batch_size, *longest, self._opened["num_examples"])
 
     def _facts(self) -> ms.DeviceFacts:
         """What is free, with what the worker holds already: a plan counts it in.

@@ -15,7 +15,7 @@ from fedsoda_edge.errors import DeviceTooSmall
 from fedsoda_edge.ports.store import FileStore
 from fedsoda_edge.protocol.manifest import BundleManifest, parse_manifest
 from fedsoda_edge.protocol.messages import BlobRef, DeviceFacts, SizeClass, Welcome
-from fedsoda_edge.protocol.needs import MemoryPlan, Samples, shape_of
+from fedsoda_edge.protocol.needs import MemoryPlan, SampleSizes, shape_of
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ async def take(
     store: FileStore,
     home: Path,
     device: str,
-    samples: Samples,
+    samples: SampleSizes,
     limits: Limits,
     say: Callable[[dict[str, Any]], None],
 ) -> Taken:

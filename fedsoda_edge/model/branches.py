@@ -1,10 +1,10 @@
-"""Sequences with one beginning as one row: what they share runs once, and each attends to it and to itself alone.
+"""Put sequences with one beginning into one row: what they share runs once, and each attends to it and to itself alone.
 
     trunk, branch of the first, branch of the second, ...
 
-The answers that a question is judged by share its prompt, which is most of their ids. Positions go on from the trunk in
-every branch and a mask parts the branches ("tree attention", SpecInfer, arXiv 2305.09781): a causal model then has the
-hidden states of the sequences run apart.
+The answers by which a question is judged share its prompt, which is most of their ids. Positions continue from the trunk
+in every branch, and a mask separates the branches ("tree attention", SpecInfer, arXiv 2305.09781): a causal model then
+gives the hidden states that the sequences have when each runs alone.
 """
 
 from __future__ import annotations
@@ -19,25 +19,28 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Branches:
-    """Of one row. forks: where each branch begins, ascending; the trunk ends at the first. length: of the row."""
+    """Where sequences lie in one row.
+
+    forks: where each branch begins, ascending; the trunk ends at the first. length: of the row.
+    """
 
     forks: tuple[int, ...]
     length: int
 
     def column(self, sequence: int, at: int) -> int:
-        """Where position `at` of a sequence lies in the row."""
+        """Find where position `at` of a sequence lies in the row."""
         beyond = at - self.forks[0]
         return at if beyond < 0 else self.forks[sequence] + beyond
 
     def positions(self) -> Tensor:
-        """(length,) int64: of each id within its sequence."""
+        """List each id's position within its sequence: (length,) int64."""
         trunk = self.forks[0]
         lengths = [end - begin for begin, end in pairwise((*self.forks, self.length))]
         return torch.cat([torch.arange(trunk), *(torch.arange(trunk, trunk + length) for length in lengths)])
 
 
 def joined(sequences: Sequence[Sequence[int]]) -> tuple[list[int], Branches]:
-    """The ids of one row, and where in it these sequences lie."""
+    """Join sequences into one row: its ids, and where in it the sequences lie."""
     ids = [same[0] for same in takewhile(lambda same: len(set(same)) == 1, zip(*sequences, strict=False))]
     trunk, forks = len(ids), []
     for sequence in sequences:
@@ -47,9 +50,11 @@ def joined(sequences: Sequence[Sequence[int]]) -> tuple[list[int], Branches]:
 
 
 def attention(rows: Sequence[Branches], device: torch.device | str) -> tuple[Tensor | None, Tensor | None]:
-    """Of a batch padded on the right: positions (B, T) int64, 0 at pads; and mask (B, 1, T, T) bool, the keys that a query sees.
+    """Make what attention needs for a batch of rows that are padded on the right.
 
-    Neither is needed where no row has a second branch: plain causal attention does the same.
+    Returns:
+        Positions (B, T) int64, 0 at pads, and a mask (B, 1, T, T) bool of the keys that a query sees. (None, None) where
+        no row has a second branch: plain causal attention does the same.
     """
     if all(len(row.forks) == 1 for row in rows):
         return None, None

@@ -1,13 +1,13 @@
-"""LoRA deltas on the wire: codes, error feedback, and the algebra of master and view (federation.md).
+"""Code LoRA deltas for the wire, with error feedback, and move views by them: docs/protocol.md (p4-views).
 
     down  c = Q(w - v), v += decode(c)          w - v is the whole downlink error feedback
     up    u = Q(delta + e), e' = delta + e - decode(u)
 
-decode is one fp32 multiplication per value on the CPU, so both sides get the same bits. When each step
-happens is the round's business. A layout may hold one factor only, where the other one stays (FFA-LoRA, RoLoRA).
+decode is one fp32 multiplication per value on the CPU, so both sides get the same bits. When each step happens is the
+round's business. A layout may hold one factor only, where the other one stays (FFA-LoRA, RoLoRA).
 
-The codec "nf4-weight" is the paper's literal one, for comparison: whole weights in NF4 in both directions, no
-feedback. A round's step is mostly smaller than half a code of the weight it belongs to, and is lost.
+The codec "nf4-weight" is the paper's literal one, for comparison: whole weights in NF4 in both directions, without
+feedback. A round's step is mostly smaller than half a code of the weight to which it belongs, and is lost.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ def encode(tensors: Mapping[str, Tensor], codec: str) -> bytes:
 
 
 def decode(data: bytes, layout: Sequence[TensorSpec], codec: str, only: Collection[str] | None = None) -> LoRATensors:
-    """The fp32 tensors that `encode` stands for; `only`: those of these names.
+    """Decode to the fp32 tensors for which `encode`'s bytes stand.
+
+    Args:
+        only: names of the tensors to decode; None: all of the layout.
 
     Raises:
         ProtocolViolation: names, sizes or scales are not those of the layout (protocol/coded.py).
@@ -51,7 +54,7 @@ def decode(data: bytes, layout: Sequence[TensorSpec], codec: str, only: Collecti
 
 
 def encoded_bytes(layout: Sequence[TensorSpec], codec: str) -> int:
-    """Bytes that `encode` gives for any tensors of this layout."""
+    """Count the bytes that `encode` gives for any tensors of this layout."""
     names = {spec.name: ("U8", (coded_bytes(spec.shape, codec),)) for spec in layout}
     return safetensors_bytes(names, {"codec": codec})
 
@@ -61,7 +64,7 @@ def _bytes_of_bf16(values: Tensor) -> Tensor:
 
 
 def _round_up_to_bf16(values: Tensor) -> Tensor:
-    """The least bf16 >= each non-negative fp32 value: a scale rounded down would clip its block's extremes."""
+    """Round each non-negative fp32 value up to the next bf16: a scale rounded down would clip its block's extremes."""
     near = values.bfloat16()
     bits = near.view(torch.int16) + (near.float() < values).to(torch.int16)
     return bits.view(torch.bfloat16)
@@ -107,9 +110,16 @@ def encode_with_feedback(
     layout: Sequence[TensorSpec],
     codec: str,
 ) -> tuple[bytes, LoRATensors]:
-    """(u, e'): the coded delta + residual, and what coding left over (EF21-style feedback, arXiv 2106.05203).
+    """Code delta + residual, with EF21-style error feedback (arXiv 2106.05203).
 
-    The caller commits e' with the receipt, and keeps e otherwise.
+    Args:
+        delta: trained adapter LoRA minus the view, fp32.
+        residual: e, what coding left over before; None: nothing.
+        view: the weights from which the delta starts; only the codec "nf4-weight" reads it.
+
+    Returns:
+        (u, e'): the coded update, and what coding left over now. The caller keeps e' once the update has its receipt,
+        and e otherwise.
     """
     if codec == "nf4-weight":
         coded = encode({name: view[name] + value for name, value in delta.items()}, codec)
@@ -123,7 +133,7 @@ def encode_with_feedback(
 def step_down(
     master: Mapping[str, Tensor], view: Mapping[str, Tensor], layout: Sequence[TensorSpec], codec: str
 ) -> tuple[bytes, LoRATensors]:
-    """(c, new view): code what the view lacks of the master."""
+    """Code the step from the view towards the master: (c, the view after the step)."""
     names = [spec.name for spec in layout]
     lacking = {name: master[name] if codec == "nf4-weight" else master[name] - view[name] for name in names}
     coded = encode(lacking, codec)
@@ -131,12 +141,16 @@ def step_down(
 
 
 def advance(view: Mapping[str, Tensor], coded: bytes, layout: Sequence[TensorSpec], codec: str) -> LoRATensors:
-    """v + decode(c), the same bits on both sides."""
+    """Move a view by a coded step, v + decode(c), to the same bits on both sides.
+
+    Raises:
+        ProtocolViolation: names, sizes or scales are not those of the layout.
+    """
     return moved(view, decode(coded, layout, codec), codec)
 
 
 def moved(weights: Mapping[str, Tensor], decoded: Mapping[str, Tensor], codec: str) -> LoRATensors:
-    """The weights after a decoded step: w + d; with nf4-weight what was decoded are the new weights.
+    """Move weights by a decoded step, w + d; with the codec "nf4-weight" the step holds the new weights themselves.
 
     Weights that the step does not hold stay.
     """
@@ -145,12 +159,16 @@ def moved(weights: Mapping[str, Tensor], decoded: Mapping[str, Tensor], codec: s
 
 
 def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    """Canonical fp32 safetensors: equal tensors give equal bytes, and so equal digests."""
+    """Write canonical fp32 safetensors: equal tensors give equal bytes, and so equal digests."""
     return save({name: tensor.float().contiguous() for name, tensor in sorted(tensors.items())})
 
 
 def from_bytes(data: bytes, layout: Sequence[TensorSpec]) -> LoRATensors:
-    """The reverse of `to_bytes`. Raises ProtocolViolation when names, shapes or dtype are not the layout's."""
+    """Read what `to_bytes` wrote.
+
+    Raises:
+        ProtocolViolation: names, shapes or dtype are not those of the layout.
+    """
     tensors = load(data)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if shapes != {spec.name: spec.shape for spec in layout} or any(t.dtype != torch.float32 for t in tensors.values()):
@@ -159,14 +177,14 @@ def from_bytes(data: bytes, layout: Sequence[TensorSpec]) -> LoRATensors:
 
 
 def layout_of(tensors: Mapping[str, Tensor]) -> tuple[TensorSpec, ...]:
-    """Names and shapes of these LoRA tensors, ascending by name."""
+    """List names and shapes of these LoRA tensors, ascending by name."""
     return tuple(TensorSpec(name, (tensor.shape[0], tensor.shape[1])) for name, tensor in sorted(tensors.items()))
 
 
 def feedback_of(data: bytes, layout: Sequence[TensorSpec]) -> LoRATensors:
-    """What coding left over, from its `to_bytes`, for the tensors of this layout.
+    """Read what coding left over, from its `to_bytes`, for the tensors of this layout.
 
-    It may be of a sub-LLM with other layers: what left goes, what came begins with none.
+    It may come from a sub-LLM with other layers: tensors that are gone are dropped, new ones begin at zero.
     """
     held = load(data)
     return {
@@ -178,5 +196,5 @@ def feedback_of(data: bytes, layout: Sequence[TensorSpec]) -> LoRATensors:
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """A view's identity: the sha256 of its canonical bytes."""
+    """Compute a view's identity: the sha256 of its canonical bytes."""
     return hashlib.sha256(to_bytes(tensors)).hexdigest()

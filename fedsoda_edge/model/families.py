@@ -1,4 +1,4 @@
-"""Know, in one place, where each Transformers family keeps its decoder layers and modules; the allow-list.
+"""Know, in one place, where each Transformers family keeps its decoder layers and modules; the list of allowed families.
 
 Weights, layer plans and LoRA tensors are the business of the files beside this one.
 """
@@ -46,17 +46,17 @@ _SIZES = (
     "num_key_value_heads",
     "vocab_size",
 )
-# One entry per layer, read by position: a pruned model needs them permuted (method.md 6).
+# One entry per layer, read by position: a pruned model needs them permuted, docs/methods.md (m14-families).
 _PER_LAYER = ("layer_types", "no_rope_layers")
-_NONE_MEANS_OFF = ("sliding_window",)  # left out, the config class would put a window of its own
+_NONE_MEANS_OFF = ("sliding_window",)  # where it is left out, the config class would set a window of its own
 
 
 @dataclass(frozen=True)
 class Family:
     """Where a family keeps things: dotted paths from the CausalLM, module names within a decoder layer.
 
-    config_name, model_name: classes of Transformers. fused: LoRA target names that people know from llama, and
-    the module that holds them here.
+    config_name, model_name: classes of Transformers. extra_fields: config fields beside those of every family.
+    fused: LoRA target names that people know from llama, and the module that holds them here.
     """
 
     model_type: str
@@ -71,11 +71,18 @@ class Family:
 
     @property
     def config_class(self) -> Any:
+        """Transformers' config class."""
         return getattr(transformers, self.config_name)
 
     @property
     def model_class(self) -> Any:
+        """Transformers' CausalLM class."""
         return getattr(transformers, self.model_name)
+
+    @property
+    def ends(self) -> dict[str, str]:
+        """Dotted paths of the modules around the layers, by their role in a bundle."""
+        return {"embedding": self.embedding, "norm": self.norm, "head": self.head}
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -84,7 +91,7 @@ class Family:
 
     @property
     def sizes(self) -> tuple[str, ...]:
-        """Those of them that are sizes of tensors."""
+        """Config fields that are sizes of tensors."""
         return tuple(name for name in _SIZES if name in self.fields)
 
 
@@ -149,15 +156,15 @@ FAMILIES = {
     )
 }
 
-# What is not computed here: a head is a matrix, attention looks back only and goes through SDPA, which caps nothing.
+# What is not computed here: a head is a matrix, attention looks back only and runs through SDPA, which caps nothing.
 _REFUSED = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
 
 
 def family_of(model_type: str) -> Family:
-    """The family of a config's `model_type`.
+    """Find the family of a config's `model_type`.
 
     Raises:
-        UsageProblem: it is not in the allow-list; names those that are.
+        UsageProblem: the family is not supported; names those that are.
     """
     try:
         return FAMILIES[model_type]
@@ -168,22 +175,30 @@ def family_of(model_type: str) -> Family:
 
 
 def allowed_fields(family: Family, config: Any) -> dict[str, Any]:
-    """The part of a config that a manifest carries.
+    """Select the part of a config that a manifest carries.
 
     Raises:
         UsageProblem: the config asks for something that is not computed here.
     """
     for name in _REFUSED:
         if getattr(config, name, None):
-            raise UsageProblem(f"the model's config sets {name} = {getattr(config, name)}, which is not supported")
+            raise UsageProblem(
+                f"the model's config sets {name} = {getattr(config, name)}, which is not supported; choose another model"
+            )
     values = {name: getattr(config, name, None) for name in sorted(family.fields)}
     return {name: value for name, value in values.items() if value is not None or name in _NONE_MEANS_OFF}
 
 
 def build_config(family: Family, fields: dict[str, Any], layers: Sequence[int] | None = None) -> Any:
-    """A config of the family's own class from allow-listed fields, for the given full-LLM layers.
+    """Build a config of the family's own class from allowed fields, for the given full-LLM layers.
 
-    Everything that a config says of single layers is permuted to `layers`: Transformers reads it by position.
+    Everything that a config says about single layers is permuted to `layers`: Transformers reads it by position.
+
+    Args:
+        layers: full-LLM numbers of the layers that the model will hold; None: all of them.
+
+    Raises:
+        UsageProblem: a field is not in the allow-list.
     """
     unknown = sorted(set(fields) - set(family.fields))
     if unknown:
@@ -207,11 +222,11 @@ def build_config(family: Family, fields: dict[str, Any], layers: Sequence[int] |
 
 
 def skeleton(family: Family, config: Any) -> Any:
-    """The family's CausalLM in eval mode: weights on the meta device, tables that follow from the config real."""
+    """Make the family's CausalLM in eval mode: weights on the meta device, tables that follow from the config real."""
     with torch.device("meta"):
         model = family.model_class(config).eval()
     for module in model.modules():
-        # Rotary tables and embedding scales are in no checkpoint: meta ones would stay empty for ever.
+        # Rotary tables and embedding scales are in no checkpoint: meta ones would never be filled.
         empty = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         for name in empty:
             buffer = torch.empty_like(module.get_buffer(name), device="cpu")
@@ -222,7 +237,7 @@ def skeleton(family: Family, config: Any) -> Any:
 
 
 def branch(layer: Any, half: Half) -> tuple[str, ...]:
-    """Names of a decoder layer's modules that make up f(norm(x)) of h = x + f(norm(x)), in the order they run."""
+    """Name a decoder layer's modules that make up f(norm(x)) of h = x + f(norm(x)), in the order in which they run."""
     names: dict[Half, tuple[str, ...]]
     if hasattr(layer, "post_feedforward_layernorm"):  # gemma3, olmo2: a norm behind each f
         names = {
@@ -231,32 +246,40 @@ def branch(layer: Any, half: Half) -> tuple[str, ...]:
         }
     else:
         names = {"attention": ("input_layernorm", "self_attn"), "mlp": ("post_attention_layernorm", "mlp")}
-    return tuple(name for name in names[half] if hasattr(layer, name))  # olmo2 has none before
+    return tuple(name for name in names[half] if hasattr(layer, name))  # olmo2 has no norm before f
 
 
 class _NoAttention(torch.nn.Module):
-    """In the place of an attention that is pruned: what it adds to the stream is 0, of no weights."""
+    """Stands in the place of a pruned attention: adds 0 to the stream and has no weights."""
 
     def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
         return hidden_states.new_zeros(()), None
 
 
 class _NoMLP(torch.nn.Module):
-    """The same in the place of an MLP."""
+    """Stands in the place of a pruned MLP: adds 0 to the stream and has no weights."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return hidden_states.new_zeros(())
 
 
 def prune_half(layer: Any, half: Half | None) -> None:
-    """Make h = x of a decoder layer's h = x + f(norm(x)): f and its norms go with all their weights. None: of neither."""
+    """Turn a decoder layer's h = x + f(norm(x)) into h = x: f and its norms go, with all their weights.
+
+    Args:
+        half: which f goes; None: neither.
+    """
     stand_ins = {"self_attn": _NoAttention, "mlp": _NoMLP}
     for name in branch(layer, half) if half is not None else ():
         setattr(layer, name, stand_ins.get(name, torch.nn.Identity)())
 
 
 def layer_on_meta(family: Family, fields: dict[str, Any], number: int, lacks: Half | None = None) -> Any:
-    """One full-LLM layer's module with its weights on the meta device: shapes and module names at no cost."""
+    """Make one full-LLM layer's module with its weights on the meta device: shapes and module names at no cost.
+
+    Args:
+        lacks: the half that is pruned; None: neither.
+    """
     return _layer_on_meta(family.model_type, json.dumps(fields, sort_keys=True), number, lacks)
 
 
@@ -270,17 +293,22 @@ def _layer_on_meta(model_type: str, fields: str, number: int, lacks: Half | None
 
 
 def linear_modules(layer: Any) -> dict[str, torch.nn.Linear]:
-    """The linear modules of a decoder layer by dotted name: what is quantized, and where LoRA can sit."""
+    """List the linear modules of a decoder layer by dotted name: what is quantized, and where LoRA can sit."""
     return {name: module for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)}
+
+
+def parameter_shapes(module: Any) -> dict[str, tuple[int, ...]]:
+    """List the shapes of a module's parameters by name within it."""
+    return {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
 
 
 def lora_modules(
     family: Family, fields: dict[str, Any], number: int, targets: Sequence[str], lacks: Half | None = None
 ) -> dict[str, tuple[int, int]]:
-    """Dotted names within layer `number` that these LoRA targets mean, and their (out, in) features.
+    """Find the modules of layer `number` that these LoRA targets mean: dotted names and their (out, in) features.
 
     A target is a module's last name or dotted name; names known from llama are translated where a family fuses
-    them, so two targets may mean one module. Of a half that the layer lacks there is none.
+    them, so two targets may mean one module. A half that the layer lacks has no modules.
 
     Raises:
         UsageProblem: a target matches no module of the whole layer; names those there are.
@@ -304,7 +332,7 @@ _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
 
 
 def merge_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A layer's tensors with the experts' matrices, one each in checkpoints, stacked as the modules hold them.
+    """Stack the experts' matrices of a layer, which checkpoints hold one by one, as the modules hold them.
 
     `experts.3.gate_proj.weight` (F, C) and `up_proj` go into `experts.gate_up_proj` (E, 2F, C), `down_proj` into
     (E, C, F).

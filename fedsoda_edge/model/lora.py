@@ -1,4 +1,5 @@
-"""LoRA through PEFT, named by full-LLM layers: `layers.29.self_attn.q_proj.lora_A` (rank, in), `lora_B` (out, rank).
+"""Put LoRA on a model through PEFT, named by full-LLM layers: `layers.29.self_attn.q_proj.lora_A` (rank, in), `lora_B`
+(out, rank).
 
 Two sets of tensors share one mechanism: the emulator LoRA, which alignment trains, and the adapter LoRA, which edges
 train. Training them is `oda.py`'s and `training.py`'s business.
@@ -15,7 +16,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
-from fedsoda_edge.model.border import PREFIX, BorderMap, part
+from fedsoda_edge.model.border import PREFIX, BorderMap, map_tensors
 from fedsoda_edge.model.families import Family, lora_modules
 from fedsoda_edge.model.sub_llm import SubLLM
 from fedsoda_edge.protocol.manifest import Half, LoRASpec, TensorSpec
@@ -32,10 +33,13 @@ def specs(
     rank: int,
     lacking: Mapping[int, Half] = MappingProxyType({}),
 ) -> tuple[TensorSpec, ...]:
-    """Names and shapes of the LoRA tensors on these full-LLM layers, ascending by name.
+    """Give names and shapes of the LoRA tensors on these full-LLM layers, ascending by name.
 
     Args:
-        lacking: layers of which a half is pruned (`LayerPlan.lacking`).
+        lacking: layers of which one half is pruned (`LayerPlan.lacking`).
+
+    Raises:
+        UsageProblem: a target matches no module of a layer.
     """
     found = []
     for layer in layers:
@@ -46,10 +50,10 @@ def specs(
 
 
 def initial(layout: Sequence[TensorSpec], seed: int) -> LoRATensors:
-    """A ~ N(0, 1 / rank^2), B = 0 (paper eq. 3; sigma as PEFT's "gaussian"), a border map that changes nothing; fp32.
+    """Draw A ~ N(0, 1 / rank^2) and set B = 0 (paper eq. 3; sigma as PEFT's "gaussian"), fp32.
 
-    Each tensor has a generator of its own, seeded by (seed, name), so that no tensor depends on which
-    others there are.
+    A border map in the layout is zero and changes nothing. Each tensor has a generator of its own, seeded by
+    (seed, name), so that a tensor does not depend on which other ones there are.
     """
     tensors = {}
     for spec in layout:
@@ -63,7 +67,7 @@ def initial(layout: Sequence[TensorSpec], seed: int) -> LoRATensors:
 
 
 def on(layers: Container[int], tensors: Mapping[str, Held]) -> dict[str, Held]:
-    """Those of `tensors` that lie on these full-LLM layers; a border map lies on none."""
+    """Select the tensors that lie on these full-LLM layers; a border map lies on none."""
     lying = {name: tensor for name, tensor in tensors.items() if not name.startswith(PREFIX)}
     return {name: tensor for name, tensor in lying.items() if int(name.split(".")[1]) in layers}
 
@@ -71,10 +75,10 @@ def on(layers: Container[int], tensors: Mapping[str, Held]) -> dict[str, Held]:
 def attach(sub_llm: SubLLM, spec: LoRASpec, tensors: LoRATensors) -> None:
     """Put LoRA on exactly the modules that `tensors` names, with these values, unmerged and not trainable.
 
-    A border map among them goes before the adapter's first layer.
+    A border map in `tensors` goes before the adapter's first layer.
     """
     modules = sorted({name.rpartition(".lora_")[0] for name in tensors if not name.startswith(PREFIX)})
-    if part(tensors):
+    if map_tensors(tensors):
         sub_llm.border_map = BorderMap(sub_llm.layer(spec.border), tensors)
     if modules:
         config = LoraConfig(
@@ -93,7 +97,7 @@ def attach(sub_llm: SubLLM, spec: LoRASpec, tensors: LoRATensors) -> None:
 
 
 def parameters(sub_llm: SubLLM) -> dict[str, torch.nn.Parameter]:
-    """The attached LoRA parameters by full-LLM name, ascending."""
+    """List the attached LoRA parameters by full-LLM name, ascending."""
     found = {}
     for name, parameter in sub_llm.model.named_parameters():
         head, mark, tail = name.partition(".lora_")
@@ -103,7 +107,11 @@ def parameters(sub_llm: SubLLM) -> dict[str, torch.nn.Parameter]:
 
 
 def load(sub_llm: SubLLM, tensors: LoRATensors) -> None:
-    """Overwrite attached LoRA, and the border map, with `tensors`; a name that is not attached is a KeyError."""
+    """Overwrite attached LoRA, and the border map, with `tensors`.
+
+    Raises:
+        KeyError: a tensor of that name is not attached.
+    """
     attached: dict[str, Tensor] = dict(parameters(sub_llm))
     if sub_llm.border_map is not None:
         attached |= sub_llm.border_map.tensors
@@ -113,5 +121,5 @@ def load(sub_llm: SubLLM, tensors: LoRATensors) -> None:
 
 
 def snapshot(sub_llm: SubLLM) -> LoRATensors:
-    """fp32 CPU copies of the attached LoRA."""
+    """Copy the attached LoRA as fp32 CPU tensors, by full-LLM name."""
     return {name: tensor.detach().float().cpu().clone() for name, tensor in parameters(sub_llm).items()}

@@ -1,7 +1,7 @@
-"""Cross-entropy and KL over a large vocabulary in chunks of rows: B x T x V never exists at once.
+"""Compute cross-entropy and KL over a large vocabulary in chunks of rows: B x T x V never exists at once.
 
-Only the hidden states get a gradient: the head is frozen (method.md 8c). Of a head that is not held in the dtype
-of the hidden states, one tile of the vocabulary is dense at a time. Which rows count is the caller's business.
+Only the hidden states get a gradient: the head is frozen, docs/methods.md (m8-loss). Where the head is not held in the
+dtype of the hidden states, one tile of the vocabulary is dense at a time. Which rows count is the caller's business.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TILE_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 24}  # of a head that is held in fe
 
 
 def _tiles(head: Head, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """(which ids, their dense rows of the head in `dtype`), ascending; a tile is gone when the next one comes."""
+    """Cut the head into tiles: (which ids, their dense rows in `dtype`), ascending. The next tile may overwrite it."""
     if isinstance(head, Tensor) and head.dtype == dtype:
         yield slice(0, len(head)), head
         return
@@ -39,7 +39,7 @@ def _device(head: Head) -> torch.device:
 
 
 def _logits(hidden: Tensor, head: Head) -> Tensor:
-    """(M, V), fp32: products in the dtype of the hidden states."""
+    """Compute the logits (M, V), fp32; products are in the dtype of the hidden states."""
     out = torch.empty(len(hidden), head.shape[0], device=hidden.device)
     for ids, rows in _tiles(head, hidden.dtype):
         if hidden.dtype == torch.float32:
@@ -50,7 +50,7 @@ def _logits(hidden: Tensor, head: Head) -> Tensor:
 
 
 def _times_head(grad: Tensor, head: Head, dtype: torch.dtype) -> Tensor:
-    """(M, C): grad (M, V) times the head, products in `dtype`, sums over tiles in fp32."""
+    """Multiply grad (M, V) by the head: (M, C), products in `dtype`, sums over tiles in fp32."""
     total = torch.zeros(len(grad), head.shape[1], device=grad.device)
     for ids, rows in _tiles(head, dtype):
         if dtype == torch.float32:
@@ -87,7 +87,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
-    """Mean over rows of -log softmax(hidden head^T)[label], fp32.
+    """Average -log softmax(hidden head^T)[label] over rows, fp32.
 
     Args:
         hidden: (M, C), supervised rows only. head: (V, C), frozen, in any dtype or in NF4. labels: (M,) int64.
@@ -97,7 +97,7 @@ def cross_entropy(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
 
 
 def log_likelihoods(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
-    """(M,): log softmax(hidden head^T)[label], fp32, without a gradient.
+    """Compute log softmax(hidden head^T)[label] of each row: (M,), fp32, without a gradient.
 
     Args:
         hidden: (M, C), supervised rows only. head: (V, C). labels: (M,) int64.
@@ -132,7 +132,7 @@ class _KL(torch.autograd.Function):
 
 
 def kl_divergence(student: Tensor, teacher: Tensor, head: Head) -> Tensor:
-    """Mean over rows of KL(teacher || student) in nats (paper eq. 7), fp32, temperature 1.
+    """Average KL(teacher || student) over rows, in nats (paper eq. 7), fp32, temperature 1.
 
     Args:
         student, teacher: (M, C) after the final norm; the teacher gets no gradient. head: (V, C), frozen.

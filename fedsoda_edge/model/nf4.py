@@ -1,7 +1,7 @@
-"""NF4 with double quantization: tensors on disk, in RAM, and a linear layer that trains through them.
+"""Hold matrices in NF4 with double quantization, on disk and in RAM, and train through them in a linear layer.
 
 The numbers are bitsandbytes' own (QLoRA, arXiv 2305.14314), so that CUDA kernels and plain Transformers read
-our files. A weight's value is codebook[q] * absmax in fp32; a device rounds it to the dtype it computes in.
+our files. A weight's value is codebook[q] * absmax in fp32; a device rounds it to the dtype in which it computes.
 Which layers are quantized is `bundle.py`'s business.
 """
 
@@ -44,12 +44,13 @@ CODEBOOK = (
 
 @functools.cache
 def codebook() -> Tensor:
+    """Make the 16 values of NF4 as an fp32 tensor, ascending."""
     return torch.tensor(CODEBOOK, dtype=torch.float32)
 
 
 @functools.cache
 def dynamic_map() -> Tensor:
-    """The 256 values of the signed 8-bit dynamic data type (Dettmers, arXiv 1511.04561), ascending."""
+    """Make the 256 values of the signed 8-bit dynamic data type (Dettmers, arXiv 1511.04561), ascending."""
     values: list[float] = [0.0, 1.0]
     for exponent in range(7):
         steps = 2**exponent + 1
@@ -76,7 +77,7 @@ class NF4Tensor:
     shape: tuple[int, int]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """For safetensors: `name` with a suffix for each part."""
+        """Give the parts for safetensors: `name` with a suffix for each."""
         return {
             f"{name}.codes": self.codes,
             f"{name}.absmax": self.absmax,
@@ -87,7 +88,12 @@ class NF4Tensor:
 
     @staticmethod
     def from_tensors(name: str, tensors: dict[str, Tensor]) -> NF4Tensor:
-        """The reverse of `tensors`. ValueError when the parts do not fit each other."""
+        """Put together what `tensors` gave.
+
+        Raises:
+            KeyError: a part is missing.
+            ValueError: the parts do not fit each other.
+        """
         rows, cols = (int(size) for size in tensors[f"{name}.shape"])
         made = NF4Tensor(
             tensors[f"{name}.codes"],
@@ -107,13 +113,13 @@ class NF4Tensor:
         return made
 
     def absmax_values(self) -> Tensor:
-        """fp32, one for each block of 64 weights."""
+        """Compute the absmax of each block of 64 weights, fp32."""
         scale = self.nested_absmax.repeat_interleave(NESTED_BLOCK)[: self.absmax.numel()]
         return dynamic_map().to(self.codes.device)[self.absmax.long()] * scale + self.offset
 
 
 def nf4_entries(size: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """What `NF4Tensor.tensors` holds for a matrix of `size` weights: safetensors dtype and shape of each part."""
+    """List what `NF4Tensor.tensors` holds for a matrix of `size` weights: safetensors dtype and shape of each part."""
     blocks = math.ceil(size / BLOCK)
     return {
         "codes": ("U8", (math.ceil(size / 2),)),
@@ -128,7 +134,7 @@ def quantize(weight: Tensor) -> NF4Tensor:
     """Quantize a matrix; blocks run over the flattened matrix, as in bitsandbytes."""
     flat = weight.detach().float().flatten()
     index, absmax = _coded(flat, BLOCK, codebook())
-    # An odd last weight shares its byte with the code of 0.0, as in bitsandbytes: blocks are filled with zeros.
+    # An odd last weight shares its byte with the code of 0.0, as in bitsandbytes: blocks are filled up with zeros.
     pairs = index[: math.ceil(flat.numel() / 2) * 2].reshape(-1, 2)
     offset = absmax.mean()
     coded, nested = _coded(absmax - offset, NESTED_BLOCK, dynamic_map())
@@ -137,7 +143,7 @@ def quantize(weight: Tensor) -> NF4Tensor:
 
 
 def _coded(flat: Tensor, size: int, table: Tensor) -> tuple[Tensor, Tensor]:
-    """(index of the nearest table value, absmax) by blocks of `size`, the last one filled with zeros.
+    """Code numbers by blocks of `size`, the last one filled up with zeros: (index of the nearest table value, absmax).
 
     x * (1 / absmax), not x / absmax: bitsandbytes rounds in this order.
     """
@@ -148,10 +154,10 @@ def _coded(flat: Tensor, size: int, table: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _values(codes: Tensor, absmax: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """(rows, cols) of `dtype` from packed codes and fp32 absmax, in plain torch.
+    """Compute the matrix (rows, cols) of `dtype` from packed codes and fp32 absmax, in plain torch.
 
     Runs over pieces that stay in the cache: whole intermediates would take three times the dense matrix,
-    and fresh pages for them cost more than the arithmetic (facts.md C3).
+    and fresh pages for them cost more than the arithmetic, docs/decisions.md (d17-tiles).
     """
     size = shape[0] * shape[1]
     table = _pair_table(str(codes.device))
@@ -170,13 +176,13 @@ def _values(codes: Tensor, absmax: Tensor, shape: tuple[int, int], dtype: torch.
 
 @functools.cache
 def _pair_table(device: str) -> Tensor:
-    """(256,): the two fp32 values that a byte of codes stands for, as the 8 bytes of one int64."""
+    """Make a table (256,) of the two fp32 values that a byte of codes stands for, as the 8 bytes of one int64."""
     byte = torch.arange(256)
     return torch.stack([codebook()[byte >> 4], codebook()[byte & 15]], dim=1).view(torch.int64).flatten().to(device)
 
 
 def _values_bitsandbytes(codes: Tensor, absmax: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """The same through bitsandbytes' kernels."""
+    """Compute the matrix (rows, cols) of `dtype` from packed codes and fp32 absmax with bitsandbytes' kernels."""
     import bitsandbytes.functional as bnb
 
     state = bnb.QuantState(
@@ -191,17 +197,17 @@ def _values_bitsandbytes(codes: Tensor, absmax: Tensor, shape: tuple[int, int], 
 
 
 def dequantize(tensor: NF4Tensor, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Tensor:
-    """The dense matrix, made on the device; values are fp32 products, rounded to `dtype`."""
+    """Make the dense matrix on the device; values are fp32 products, rounded to `dtype`."""
     codes, absmax = tensor.codes.to(device), tensor.absmax_values().to(device)
     values = _values_bitsandbytes if codes.is_cuda else _values
     return values(codes, absmax, tensor.shape, dtype)
 
 
 def dequantize_rows(codes: Tensor, absmax: Tensor, rows: Tensor, nested_absmax: Tensor, offset: Tensor) -> Tensor:
-    """(M, C), fp32: some rows of a matrix whose rows are whole blocks.
+    """Dequantize some rows of a matrix whose rows are whole blocks: (M, C), fp32.
 
     Args:
-        codes: (M, C / 2), absmax: (M, C / 64) of these rows. rows: (M,), their places in the matrix.
+        codes: (M, C / 2) of these rows. absmax: (M, C / 64) of these rows. rows: (M,), their places in the matrix.
         nested_absmax, offset: of the whole matrix.
     """
     per_row = absmax.shape[1]
@@ -211,7 +217,7 @@ def dequantize_rows(codes: Tensor, absmax: Tensor, rows: Tensor, nested_absmax: 
 
 
 class _Scratch(threading.local):
-    """Flat tensors that a thread fills again and again: fresh pages would cost more than the arithmetic."""
+    """Flat tensors that a thread fills repeatedly: fresh pages would cost more than the arithmetic."""
 
     def __init__(self) -> None:
         self.kept: dict[tuple[str, torch.dtype], Tensor] = {}
@@ -228,21 +234,21 @@ _scratch = _Scratch()
 
 
 @functools.cache
-def _multiplies(dtype: torch.dtype) -> bool:
-    """Whether this CPU has instructions for products of this dtype; without, fp32 is 10 to 80 times quicker."""
+def has_instructions_for(dtype: torch.dtype) -> bool:
+    """Tell whether this CPU has instructions for products of this dtype; without them fp32 is 10 to 80 times quicker."""
     if dtype in (torch.float32, torch.float64):
         return True
     return dtype == torch.bfloat16 and bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def _multiply(x: Tensor, layer: NF4Linear, is_forward: bool) -> Tensor:
-    """x W^T, or x W for the gradient, on the CPU; W is dequantized in tiles that stay in the cache.
+    """Multiply x W^T, or x W for the gradient, on the CPU; W is dequantized in tiles that stay in the cache.
 
     A dtype without instructions is multiplied and summed in fp32 from the same rounded weights, and rounded once.
     """
     rows, cols = layer.shape
     is_tiled = cols % BLOCK == 0
-    wide = x.dtype if _multiplies(x.dtype) and (is_tiled or x.dtype.itemsize > 2) else torch.float32
+    wide = x.dtype if has_instructions_for(x.dtype) and (is_tiled or x.dtype.itemsize > 2) else torch.float32
     is_widened = wide != x.dtype
     if not is_tiled:  # blocks run on from row to row: a tile is rows that end where a block does
         unit = BLOCK // math.gcd(cols, BLOCK)
@@ -282,7 +288,7 @@ def _multiply(x: Tensor, layer: NF4Linear, is_forward: bool) -> Tensor:
 
 
 class _NF4Matmul(torch.autograd.Function):
-    """y = x W^T with W made anew in forward and backward; no gradient for W, which is frozen."""
+    """y = x W^T with W dequantized in forward and in backward; W is frozen and has no gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: NF4Linear) -> Tensor:
@@ -301,8 +307,8 @@ class _NF4Matmul(torch.autograd.Function):
 class NF4Linear(nn.Linear):
     """A frozen linear layer in NF4 that gives its input a gradient in every mode.
 
-    It is not bitsandbytes' Linear4bit, which on some CPUs repacks itself on the first evaluation and then
-    trains without gradient and without an error (facts.md 0.1). PEFT takes it for the nn.Linear it is.
+    It is not bitsandbytes' Linear4bit, which on some CPUs repacks itself on the first evaluation and then trains without
+    gradient and without an error, docs/decisions.md (d5-nf4-layer). PEFT treats it as the nn.Linear that it is.
     """
 
     def __init__(self, tensor: NF4Tensor, bias: Tensor | None, device: str | torch.device) -> None:
@@ -315,12 +321,16 @@ class NF4Linear(nn.Linear):
             self.bias = nn.Parameter(bias.to(device), requires_grad=False)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The matrix in `dtype`."""
+        """Make the matrix in `dtype`."""
         values = _values_bitsandbytes if self.weight.is_cuda else _values
         return values(self.weight, self.absmax, self.shape, dtype)
 
     def rows(self, begin: int, end: int, dtype: torch.dtype) -> Tensor:
-        """(end - begin, cols) of the matrix in `dtype`; `begin` is a multiple of 64. The CPU's next tile overwrites it."""
+        """Make the rows `begin` to `end` of the matrix in `dtype`: (end - begin, cols). On a CPU the next tile overwrites them.
+
+        Args:
+            begin: a multiple of 64.
+        """
         cols = self.shape[1]
         if not self.weight.is_cuda:
             return self.tile(begin, 0, end - begin, cols, dtype, dtype)
@@ -329,7 +339,7 @@ class NF4Linear(nn.Linear):
         return _values_bitsandbytes(codes, absmax, (end - begin, cols), dtype)
 
     def tile(self, top: int, left: int, height: int, width: int, dtype: torch.dtype, wide: torch.dtype) -> Tensor:
-        """The part of the matrix at (top, left), its values those of `dense(dtype)`, held in `wide`; CPU only.
+        """Make the part of the matrix at (top, left), with the values of `dense(dtype)`, held in `wide`; CPU only.
 
         It lies in scratch memory that the thread's next tile overwrites. A tile's edges are edges of blocks.
         """
@@ -360,5 +370,6 @@ class NF4Linear(nn.Linear):
         return values.view(height, width)
 
     def forward(self, input: Tensor) -> Tensor:
+        """Compute input W^T + bias."""
         out: Tensor = _NF4Matmul.apply(input, self)
         return out if self.bias is None else out.add_(self.bias.to(out.dtype))

@@ -1,7 +1,7 @@
 """Build the model that holds some full-LLM layers; the only file that knows local layer positions.
 
-The whole sub-LLM, its adapter alone (fed with border states) or the part an alignment trains are all the
-same thing: a Transformers CausalLM of the family with the chosen layers. LoRA is put on by `lora.py`.
+The whole sub-LLM, its adapter alone (fed with border states) and the part that an alignment trains are all the
+same thing: a Transformers CausalLM of the family with the chosen layers. `lora.py` puts LoRA on it.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ from torch.utils.checkpoint import checkpoint
 from fedsoda_edge.model.border import BorderMap
 from fedsoda_edge.model.families import Family, build_config, prune_half, skeleton
 from fedsoda_edge.model.nf4 import NF4Linear, NF4Tensor
-from fedsoda_edge.model.streaming import LayerSource, fill
+from fedsoda_edge.model.source import LayerSource
+from fedsoda_edge.model.streaming import fill
 
 
 @dataclass
 class SubLLM:
-    """model: a CausalLM with layers `numbers` (full-LLM) in local positions 0, 1, ...
+    """A model of some full-LLM layers.
 
-    border_map: what `lora.attach` put before the adapter's first layer, if the view has one.
+    model: a CausalLM with the layers `numbers` (full-LLM) in local positions 0, 1, ... dtype: in which it computes.
+    recompute: a backward pass makes the activations of all layers but the last again. border_map: the one that
+    `lora.attach` put before the adapter's first layer; None: the view has none.
     """
 
     model: Any
@@ -40,7 +43,7 @@ class SubLLM:
 
     @property
     def head(self) -> Any:
-        """(V, C): a tensor, of `dtype` unless it was not to be dense, or an NF4Linear (`loss.Head`)."""
+        """The head (V, C): a tensor, of `dtype` unless it was built as it is stored, or an NF4Linear (`loss.Head`)."""
         head = self.model.get_submodule(self.family.head)
         return head if isinstance(head, NF4Linear) else head.weight
 
@@ -52,11 +55,16 @@ class SubLLM:
         positions: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """(B, T, C) after the final norm, from ids (B, T) or from hidden states (B, T, C) below layer numbers[0].
+        """Run the model up to the final norm: (B, T, C).
 
-        Pads go to the right: causal attention keeps them from real positions, so there is no mask. A row may hold
-        several samples where `positions` (B, T) starts anew with each: Transformers keeps attention within them.
-        Where another `mask` (B, 1, T, T) parts a row (`branches.attention`), it alone says what a query sees.
+        Pads go to the right: causal attention keeps real positions from seeing them, so there is no mask.
+
+        Args:
+            ids: (B, T), where the model has its embedding.
+            states: (B, T, C) below layer numbers[0], instead of ids.
+            positions: (B, T). A row may hold several samples where positions begin at 0 with each: Transformers keeps
+                attention within them.
+            mask: (B, 1, T, T), bool (`branches.attention`): it alone says what a query sees.
         """
         base = self.model.get_submodule(self.family.layers.rpartition(".")[0])
         with _made_again(base.layers[:-1]) if self.recompute else nullcontext():
@@ -73,32 +81,32 @@ class SubLLM:
         positions: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """(M, C): `hidden` at the positions (rows, columns), (M,) each.
+        """Run the model as `hidden` does, and give only the positions (rows, columns), (M,) each: (M, C).
 
         Nothing else of the last layer is needed: its queries, its output projection, its MLP and the final norm run
-        on these M rows alone; keys and values on all. The same numbers but for the order of sums.
+        on these M rows alone; keys and values on all. Only the order of sums differs.
         """
         with _last_layer_at(self.layer(self.numbers[-1]), rows, columns):
             return self.hidden(states=states, positions=positions, mask=mask)[0]
 
     def layer(self, number: int) -> Any:
-        """The module of a full-LLM layer."""
+        """Find the module of a full-LLM layer."""
         return self.model.get_submodule(self.family.layers)[self.numbers.index(number)]
 
     def local_name(self, name: str) -> str:
-        """`layers.29.mlp.up_proj` -> the module's dotted path in this model."""
+        """Translate `layers.29.mlp.up_proj` to the module's dotted path in this model."""
         return local_name(self.family, self.numbers, name)
 
     def full_name(self, path: str) -> str:
-        """The reverse of `local_name`."""
+        """Translate a module's dotted path in this model to its full-LLM name."""
         match = re.fullmatch(re.escape(self.family.layers) + r"\.(\d+)\.(.+)", path)
-        assert match, f"{path} is no module of a decoder layer"
+        assert match, f"{path} lies in no decoder layer"
         return f"layers.{self.numbers[int(match[1])]}.{match[2]}"
 
 
 @contextmanager
 def _made_again(layers: Any) -> Iterator[None]:
-    """Let these layers keep their input only and run again in the backward pass (arXiv 1604.06174)."""
+    """Let these layers keep only their input and run again in the backward pass (arXiv 1604.06174)."""
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     try:
@@ -110,10 +118,10 @@ def _made_again(layers: Any) -> Iterator[None]:
 
 @contextmanager
 def _last_layer_at(layer: Any, rows: Tensor, columns: Tensor) -> Iterator[None]:
-    """Let a decoder layer compute these positions only, whatever its family does around attention and MLP.
+    """Let a decoder layer compute only these positions, whatever its family does around attention and MLP.
 
-    The layer gets (1, M, C), so residuals, norms and MLP are its own code on M rows. Attention alone needs the rest:
-    it gets all states, as the layer's input norm leaves them where there is one before it (olmo2 has none).
+    The layer gets (1, M, C), so residuals, norms and MLP are its own code on M rows. Only attention needs the rest:
+    it gets all states, after the layer's input norm where there is one (olmo2 has none).
     """
     attention, norm = layer.self_attn, getattr(layer, "input_layernorm", None)
     everything: list[Tensor] = []
@@ -138,7 +146,7 @@ def _last_layer_at(layer: Any, rows: Tensor, columns: Tensor) -> Iterator[None]:
         return out.new_zeros(shape).index_put((rows, columns), out)  # other positions ask nothing
 
     hooks = [layer.register_forward_pre_hook(enter_layer, with_kwargs=True)]
-    if hasattr(attention, "o_proj"):  # otherwise it is pruned, and no position asks for another
+    if hasattr(attention, "o_proj"):  # otherwise it is pruned, and no position needs another one
         hooks += [
             attention.register_forward_pre_hook(enter_attention, with_kwargs=True),
             attention.register_forward_hook(leave_attention),
@@ -157,7 +165,7 @@ def _last_layer_at(layer: Any, rows: Tensor, columns: Tensor) -> Iterator[None]:
 
 
 def _number_attention(model: Any, source: LayerSource, numbers: Sequence[int]) -> None:
-    """Give a place in the cache of keys and values to those layers alone that have attention.
+    """Give a place in the cache of keys and values only to the layers that have attention.
 
     Transformers takes the length of what a cache holds from its first layer, and what kind of cache each layer has
     from the config of the CausalLM; the base model below goes through all layers by its own.
@@ -170,7 +178,7 @@ def _number_attention(model: Any, source: LayerSource, numbers: Sequence[int]) -
 
 
 def local_name(family: Family, numbers: Sequence[int], name: str) -> str:
-    """`layers.29.mlp.up_proj` -> its dotted path in a CausalLM that holds the full-LLM layers `numbers`."""
+    """Translate `layers.29.mlp.up_proj` to its dotted path in a CausalLM that holds the full-LLM layers `numbers`."""
     _, number, rest = name.split(".", 2)
     return f"{family.layers}.{numbers.index(int(number))}.{rest}"
 
@@ -186,14 +194,18 @@ def build(
     recompute: bool = False,
     embedding: bool = False,
 ) -> SubLLM:
-    """A frozen model of the given full-LLM layers, with final norm and head.
+    """Build a frozen model of the given full-LLM layers, with final norm and head.
 
     Args:
+        layers: full-LLM numbers, ascending; none: final norm and head alone.
         dense: NF4 weights are dequantized once (the same values, quicker, more memory); otherwise
             they stay NF4 and are dequantized in every forward and backward.
         dense_head: the head is held in compute_dtype; otherwise as it is stored, and widened tile by tile.
-        recompute: a layer's activations are made again for its backward, but for the last layer's, which are few.
+        recompute: layers make their activations again in the backward pass, except the last, which keeps few.
         embedding: whether the model is fed with ids; without it the embedding is not loaded.
+
+    Raises:
+        BlobCorrupt: a shard of a bundle is not what its manifest says.
     """
     family = source.family
     numbers = tuple(layers)

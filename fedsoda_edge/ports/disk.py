@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import re
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 from fedsoda_edge.errors import BlobCorrupt, DiskFull
 from fedsoda_edge.ports.system import sync_directory
@@ -50,6 +53,24 @@ def write_durably(path: Path, data: bytes | memoryview, mode: int = 0o666) -> No
                 f"the disk is full: {len(data)} bytes for {path} did not fit; free space there, then retry"
             ) from error
         raise
+
+
+def write_durably_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON with sorted keys, as `write_durably` does."""
+    write_durably(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+
+def write_at(file: FileIO, offset: int, *parts: bytes) -> None:
+    """Write all parts, one after the other, at an offset of an unbuffered file, which may take less at once.
+
+    Raises:
+        OSError: the disk is full or failed; a part of the bytes may be in the file.
+    """
+    file.seek(offset)
+    for part in parts:
+        view = memoryview(part)
+        while view:
+            view = view[file.write(view) :]
 
 
 class BlobStore:

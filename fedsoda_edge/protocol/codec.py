@@ -1,4 +1,4 @@
-"""Message <-> bytes: a frame is a 4-byte header length, a JSON header, and for chunks the payload.
+"""Turn messages into frames and back: a frame is a 4-byte header length, a JSON header, and for chunks the payload.
 
 Sizes are checked before anything is parsed. Which message may come when is `session.py`'s business.
 """
@@ -19,7 +19,7 @@ _ENCODER = msgspec.json.Encoder()
 
 
 def encode(message: Message, payload: bytes | memoryview = b"") -> bytes:
-    """The frame of a message; only chunks carry a payload."""
+    """Make the frame of a message; only chunks carry a payload."""
     assert not payload or isinstance(message, UpdateChunk | BlobChunk), "only chunks carry a payload"
     assert len(payload) <= MAX_CHUNK_BYTES, "the sender cuts chunks"
     header = _ENCODER.encode(message)
@@ -28,7 +28,11 @@ def encode(message: Message, payload: bytes | memoryview = b"") -> bytes:
 
 
 def decode(frame: bytes) -> tuple[AnyMessage, bytes]:
-    """(message, payload). Raises ProtocolViolation when the frame is not one."""
+    """Read a frame: (message, payload).
+
+    Raises:
+        ProtocolViolation: the bytes are no frame of this protocol.
+    """
     size = int.from_bytes(frame[:4], "big")
     if len(frame) > MAX_FRAME_BYTES or len(frame) < 4 or size > min(MAX_HEADER_BYTES, len(frame) - 4):
         raise ProtocolViolation(f"a frame of {len(frame)} bytes announces a header of {size}; it is damaged")
@@ -45,6 +49,10 @@ def decode(frame: bytes) -> tuple[AnyMessage, bytes]:
 
 
 def wire_bytes(frame: bytes, *, masked: bool) -> int:
-    """Payload and framing of one websocket message (RFC 6455, 5.2); clients mask."""
+    """Count the bytes of one websocket message, payload and framing (RFC 6455, 5.2).
+
+    Args:
+        masked: whether a client sends it.
+    """
     size = len(frame)
     return size + (2 if size < 126 else 4 if size < 1 << 16 else 10) + (4 if masked else 0)

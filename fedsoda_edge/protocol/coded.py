@@ -20,21 +20,21 @@ CODECS: tuple[str, ...] = get_args(Codec)
 BLOCK = 64
 MAX_HEADER_BYTES = 1 << 20  # safetensors itself would accept 100 MB
 _WITHOUT_SIGN = bytes(byte & 0x7F for byte in range(256))
-_TOO_LARGE = (111 + 127) >> 1  # upper seven bits of the exponent of 2^111: no LoRA value is ever that large
+_TOO_LARGE = (111 + 127) >> 1  # upper seven bits of the exponent of 2^111: no value of a LoRA is that large
 
 
 def is_of(factor: Factor, name: str) -> bool:
-    """Whether this LoRA tensor moves where only this factor does."""
+    """Tell whether this LoRA tensor moves where only this factor does."""
     return factor == "both" or name.endswith(f".lora_{factor}")
 
 
 def of_factor(layout: Sequence[TensorSpec], factor: Factor) -> tuple[TensorSpec, ...]:
-    """The tensors that travel where only this factor moves."""
+    """Select the tensors that travel where only this factor moves."""
     return tuple(spec for spec in layout if is_of(factor, spec.name))
 
 
 def coded_bytes(shape: tuple[int, int], codec: str) -> int:
-    """Bytes of one tensor's codes and scales."""
+    """Count the bytes of one tensor's codes and scales."""
     size = shape[0] * shape[1]
     scales = 2 * math.ceil(size / BLOCK)
     if codec == "bf16":
@@ -46,12 +46,12 @@ _DTYPE_BYTES = {"F32": 4, "I32": 4, "BF16": 2, "F16": 2, "U8": 1}  # in the orde
 
 
 def tensor_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
-    """Of tensors of these dtypes ("BF16", ...) and shapes."""
+    """Count the bytes of tensors of these dtypes ("BF16", ...) and shapes."""
     return sum(_DTYPE_BYTES[dtype] * math.prod(shape) for dtype, shape in tensors.values())
 
 
 def safetensors_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> int:
-    """Size of the file that safetensors writes for tensors of these dtypes ("BF16", ...) and shapes."""
+    """Count the bytes of the file that safetensors writes for tensors of these dtypes ("BF16", ...) and shapes."""
     order = list(_DTYPE_BYTES)
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -64,7 +64,11 @@ def safetensors_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metada
 
 
 def check(data: bytes | memoryview, layout: Sequence[TensorSpec], codec: str) -> None:
-    """Raises ProtocolViolation unless `data` is exactly a coded update of this layout with finite values."""
+    """Check that `data` is exactly a coded update of this layout with finite values.
+
+    Raises:
+        ProtocolViolation: it is not; says what differs, with both values.
+    """
     view = memoryview(data)
     if codec not in CODECS:
         raise ProtocolViolation(f"codec {codec!r} is not known; known: {', '.join(CODECS)}")
@@ -76,7 +80,7 @@ def check(data: bytes | memoryview, layout: Sequence[TensorSpec], codec: str) ->
         metadata = header.pop("__metadata__")
         entries = {name: (entry["dtype"], entry["shape"], entry["data_offsets"]) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ProtocolViolation(f"the update's header is not one of safetensors: {error}") from error
+        raise ProtocolViolation(f"the update's header is not one that safetensors writes: {error}") from error
     if metadata != {"codec": codec}:
         raise ProtocolViolation(f"the update says {metadata}, the run's codec is {codec!r}")
     wanted = {spec.name for spec in layout}
@@ -103,7 +107,7 @@ def check(data: bytes | memoryview, layout: Sequence[TensorSpec], codec: str) ->
 
 
 def _canonical_header(layout: Sequence[TensorSpec], codec: str) -> bytes:
-    """The one header `delta.encode` gives for this layout, without its padding."""
+    """Write the one header that `delta.encode` gives for this layout, without its padding."""
     header: dict[str, object] = {"__metadata__": {"codec": codec}}
     end = 0
     for spec in sorted(layout, key=lambda spec: spec.name):
@@ -114,7 +118,7 @@ def _canonical_header(layout: Sequence[TensorSpec], codec: str) -> bytes:
 
 
 def _check_finite(name: str, bf16: memoryview) -> None:
-    """Refuse NaN, infinity and all from 2^111 on: 127 times a large int8 scale is infinite, and so may a sum be."""
+    """Refuse NaN, infinity and all values from 2^111 on: 127 times a large int8 scale is infinite, and so may a sum be."""
     high = bytes(bf16)[1::2].translate(_WITHOUT_SIGN)  # sign and seven of eight exponent bits; no loop in Python
     if high and max(high) >= _TOO_LARGE:
         raise ProtocolViolation(f"{name} has values that are not finite; lower [local] learning_rate or check the data")

@@ -1,6 +1,7 @@
-"""What a bundle is: manifest.json and the layer plan in it, as data both sides check.
+"""Say what a bundle is: manifest.json and the layer plan in it, as data that both sides check.
 
-The agent and the listener read it without torch. Files are made and read in `model/bundle.py`.
+The agent and the listener read it without torch. Files are read in `model/bundle.py` and made in
+`model/bundle_writer.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ MAX_FILE_BYTES = 1 << 40
 MAX_LAYERS = 4096
 MAX_SIZE = 1 << 24  # of a dimension: no vocabulary or layer is wider
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")  # config fields of every family
-OTHER_SIZES = ("head_dim", "moe_intermediate_size", "num_experts_per_tok", "num_key_value_heads")  # of some
+OTHER_SIZES = ("head_dim", "moe_intermediate_size", "num_experts_per_tok", "num_key_value_heads")  # of some families
 Base = Literal["nf4", "bf16"]  # how layers are stored; bf16: dense, in the checkpoint's own dtype
 BASES: tuple[str, ...] = get_args(Base)
 Half = Literal["attention", "mlp"]  # of a decoder layer: h = x + f(norm(x)) with f either of them
@@ -28,9 +29,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 
 class Group(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One pruned group: layer `start` stays, `removed` layers above it go.
+    """One pruned group: layer `start` stays, the layers `removed` above it go.
 
-    `distance` is d(out(start), out(start + len(removed))), paper eq. 5, in units of pi (0..1); 0 where none was measured.
+    distance: d(out(start), out(start + len(removed))), paper eq. 5, in units of pi (0..1); 0 where none was measured.
     """
 
     start: int
@@ -39,14 +40,14 @@ class Group(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class LayerPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Which full-LLM layers the sub-LLM keeps. Every number is a full-LLM layer number but s in `mapping`.
+    """Which full-LLM layers the sub-LLM keeps. Every number is a full-LLM layer number, except s in `mapping`.
 
     adapter: the layers that train, ascending: the last ones in FedSODA, any in other methods.
     kept: all layers of the sub-LLM, ascending, the adapter included.
     mapping: (t, s) per group: full-LLM layer t is local layer s of the sub-LLM (paper, I_i = (t_i, s_i)).
     distances: distances[l][m-1] = d between the outputs of layers l and l+m, below the adapter.
-    without_attention, without_mlp: kept layers of which a half is pruned, so that h = x + f(norm(x)) is h = x there.
-        Left out where there are none: edges of releases that know no halves read such a plan.
+    without_attention, without_mlp: kept layers of which one half is pruned, so that h = x + f(norm(x)) is h = x there.
+        Left out of the JSON where there are none, so that edges of older releases, which know no halves, read the plan.
     """
 
     num_layers: int
@@ -65,38 +66,42 @@ class LayerPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
 
     @property
     def sub_emulator(self) -> tuple[int, ...]:
-        """Those of them that are kept."""
+        """Layers of the full emulator that are kept."""
         return tuple(layer for layer in self.kept if layer not in self.adapter)
 
     @property
     def border(self) -> int:
-        """The first layer that trains; its input is a constant between alignments."""
+        """The first layer that trains. The border is the place below it, where states are constant between alignments."""
         return self.adapter[0]
 
     @property
     def swept(self) -> tuple[int, ...]:
-        """Kept layers below the border, which an edge runs once."""
+        """Kept layers below the border, which an edge runs once for each alignment."""
         return tuple(layer for layer in self.kept if layer < self.border)
 
     @property
     def resident(self) -> tuple[int, ...]:
-        """Kept layers from the border on, which an edge holds and trains through; the frozen ones among them too."""
+        """Kept layers from the border on, frozen ones included, which an edge holds and trains through."""
         return tuple(layer for layer in self.kept if layer >= self.border)
 
     @property
     def lacking(self) -> dict[int, Half]:
-        """{kept layer: the half that it lacks}; whole layers are not in it."""
+        """The half that a kept layer lacks, by layer; whole layers are not in it."""
         lacks_attention: dict[int, Half] = dict.fromkeys(self.without_attention, "attention")
         return lacks_attention | dict.fromkeys(self.without_mlp, "mlp")
 
     @property
     def retained(self) -> tuple[int, ...]:
-        """The layers t_i that stay of their groups."""
+        """The layers t_i that stay when their groups are pruned."""
         return tuple(group.start for group in self.groups)
 
 
 def check_plan(plan: LayerPlan) -> None:
-    """Raises UsageProblem unless the plan is one that a method can make: a plan also comes over the network."""
+    """Check that a method can make this plan, which may come over the network.
+
+    Raises:
+        UsageProblem: it breaks a rule of layer plans; names the rule.
+    """
     removed = [layer for group in plan.groups for layer in group.removed]
     halves = (*plan.without_attention, *plan.without_mlp)
     layers, of_groups = set(range(plan.num_layers)), {*removed, *(group.start for group in plan.groups)}
@@ -122,7 +127,7 @@ def check_plan(plan: LayerPlan) -> None:
     }
     for rule, holds in checks.items():
         if not holds:
-            raise UsageProblem(f"the layer plan breaks a rule: {rule}; plan: kept {plan.kept}")
+            raise UsageProblem(f"the layer plan, which keeps the layers {plan.kept}, breaks a rule: {rule}")
 
 
 class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -133,12 +138,12 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def layer(self) -> int | None:
-        """The full-LLM layer that it lies on; None: a border map's."""
+        """The full-LLM layer on which it lies; None: it belongs to a border map."""
         return int(self.name.split(".")[1]) if self.name.startswith("layers.") else None
 
 
 class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One file of the bundle; `sha256` is 64 hex digits and the file's name in every store."""
+    """One file of the bundle; sha256: 64 hex digits, the file's name in every store."""
 
     name: str
     sha256: str
@@ -146,7 +151,7 @@ class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class LoRASpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`adapter` and `emulator` list the tensors each LoRA has, ascending by name; the emulator's with its border map."""
+    """What LoRA a sub-LLM has. adapter, emulator: the tensors of each, ascending by name; the emulator's border map first."""
 
     rank: int
     alpha: float
@@ -156,6 +161,7 @@ class LoRASpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def scale(self) -> float:
+        """The factor of B @ A in a layer's output."""
         return self.alpha / self.rank
 
     @property
@@ -170,7 +176,7 @@ class LoRASpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class EdgeNeeds(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What an edge must have free, in bytes: `model/memory.py` has the formulas."""
+    """What an edge must have free, in bytes: `needs.py` has the formulas."""
 
     disk_bytes: int
     ram_bytes: int
@@ -199,10 +205,14 @@ class BundleManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     files: tuple[File, ...]
     needs: EdgeNeeds
     bits_per_parameter: float
-    emulator_base: str = "nf4"  # left out then: edges of releases that know no other read such a manifest
+    emulator_base: str = "nf4"  # left out of the JSON then, so that edges of older releases read such a manifest
 
     def file(self, name: str) -> File:
-        """The file of that name; KeyError when the bundle has none."""
+        """Find the file of that name.
+
+        Raises:
+            KeyError: the bundle has none.
+        """
         for file in self.files:
             if file.name == name:
                 return file
@@ -210,22 +220,29 @@ class BundleManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
 
 
 def file_of(name: str, size_class: int) -> str:
-    """What a file of a size class's own is called in a bundle's directory: the manifest, and LoRA unless it is shared."""
+    """Name a size class's file in a bundle's directory: it has its own manifest, and its own LoRA unless it shares it."""
     stem, _, kind = name.partition(".")
     own = ("manifest.json", ADAPTER_LORA, EMULATOR_LORA)
     return f"{stem}.{size_class}.{kind}" if size_class and name in own else name
 
 
+def encode_manifest(manifest: BundleManifest) -> bytes:
+    """Write a manifest as JSON, indented, its keys sorted: equal manifests give equal bytes."""
+    return msgspec.json.format(msgspec.json.encode(manifest, order="sorted"), indent=1)
+
+
 def parse_manifest(data: bytes) -> BundleManifest:
-    """Parse and check a manifest, which may come from the network. Pure: nothing in it is allocated or built.
+    """Parse and check a manifest, which may come from the network. Nothing that it names is allocated or built.
 
     `model/bundle.read_manifest` also checks what only the model's family knows.
 
     Raises:
-        BlobCorrupt: it is no manifest, or one of a newer format, or says something no bundle can say.
+        BlobCorrupt: it is not a manifest, or it has a newer format, or it says what no bundle can say.
     """
     if len(data) > MAX_MANIFEST_BYTES:
-        raise BlobCorrupt(f"the manifest has {len(data)} bytes, at most {MAX_MANIFEST_BYTES} are read")
+        raise BlobCorrupt(
+            f"the manifest has {len(data)} bytes, at most {MAX_MANIFEST_BYTES} are read; ask the hub's owner"
+        )
     try:
         version = msgspec.json.decode(data).get("format_version")
         if version != FORMAT_VERSION:
@@ -235,7 +252,9 @@ def parse_manifest(data: bytes) -> BundleManifest:
             )
         manifest = msgspec.json.decode(data, type=BundleManifest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, AttributeError) as error:
-        raise BlobCorrupt(f"the manifest is not one of a bundle: {error}") from error
+        raise BlobCorrupt(
+            f"the manifest is not one of a bundle: {error}; fetch the bundle again or ask the hub's owner"
+        ) from error
     names = [file.name for file in manifest.files]
     required = {f"layers.{number}.safetensors" for number in manifest.plan.kept[:MAX_LAYERS]}
     required |= {f"{role}.safetensors" for role in ("embedding", "norm", "emulator_lora", "adapter_lora")}

@@ -1,7 +1,7 @@
-"""What may be said between an edge and a hub. Field names carry the unit.
+"""Say what an edge and a hub may tell each other. Field names carry the unit.
 
-A message is one of the tagged structs below; `codec` turns it into bytes. Sizes and order of messages
-are `session`'s. Nothing here knows sockets, tensors, clock or disk.
+A message is one of the tagged structs below; `codec.py` turns it into bytes. Sizes and order of messages
+are `session.py`'s business. Nothing here knows sockets, tensors, clock or disk.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=False, tag_fiel
 
 
 class DeviceFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What the device has free, measured in the agent. vram_bytes 0: no usable GPU."""
+    """What the device has free, measured in the agent.
+
+    vram_bytes: 0 where there is no usable GPU. accelerator: the GPU's name; "" where there is none.
+    """
 
     ram_bytes: int
     vram_bytes: int
@@ -36,13 +39,15 @@ class DeviceFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Template(msgspec.Struct, frozen=True, kw_only=True):
-    """The run's data template: `{name}` are columns."""
+    """The run's data template; `{name}` stands for a column."""
 
     prompt: str
     completion: str
 
 
 class BlobRef(msgspec.Struct, frozen=True, kw_only=True):
+    """A blob by its digest, and how large it is."""
+
     digest: Digest
     bytes: int
 
@@ -65,10 +70,10 @@ class LocalSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ViewRef(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A view (federation.md): its digest as fp32 safetensors, and the two ways to reach it.
+    """A view, docs/protocol.md (p4-views): its digest as fp32 safetensors, and the two ways to reach it.
 
-    delta: the coded step from the previous view; None when there is none (first view).
-    snapshot: the whole view, fp32; None when the view is the bundle's own initial LoRA.
+    delta: the coded step from the previous view; None for the first view.
+    snapshot: the whole view, fp32; None where the view is the bundle's own initial LoRA.
     moved: the factor that `delta` holds; the other one is as it was in the previous view.
     """
 
@@ -79,7 +84,7 @@ class ViewRef(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class SizeClass(msgspec.Struct, frozen=True, kw_only=True):
-    """A sub-LLM of the run. emulator: of the alignment in force; None: an older hub."""
+    """A sub-LLM of the run. emulator: the view of the current alignment; None: from an older hub."""
 
     manifest: BlobRef
     emulator: ViewRef | None
@@ -89,7 +94,10 @@ class SizeClass(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Hello(Message, frozen=True, tag="hello"):
-    """First message. device_id is made once in FEDSODA_HOME; one token is bound to one device."""
+    """Greet the hub: the first message.
+
+    device_id: made once in FEDSODA_HOME; a token is bound to one device.
+    """
 
     protocol: int
     software: str
@@ -98,7 +106,7 @@ class Hello(Message, frozen=True, tag="hello"):
 
 
 class Ready(Message, frozen=True, tag="ready", omit_defaults=True):
-    """The bundle is verified and the data is read: this edge may be invited.
+    """Report that the bundle is verified and the data is read: this edge may be invited.
 
     size_class: which sub-LLM it took: 0 the Welcome's own, 1 the first of `smaller`, ...
     """
@@ -115,7 +123,11 @@ class BlobRequest(Message, frozen=True, tag="blob_request"):
 
 
 class UpdateStart(Message, frozen=True, tag="update_start"):
-    """Announce an update: `bytes` of coded delta follow in UpdateChunks. loss None: it was not finite."""
+    """Announce an update: that many bytes of coded delta follow in UpdateChunks.
+
+    base: digest of the view from which the delta starts. alignment: number of the alignment with which the edge trained.
+    loss: None where it was not finite.
+    """
 
     round: int
     base: Digest
@@ -128,21 +140,21 @@ class UpdateStart(Message, frozen=True, tag="update_start"):
 
 
 class UpdateChunk(Message, frozen=True, tag="update_chunk"):
-    """A piece of the announced update; the bytes travel behind the header (codec)."""
+    """Send a piece of the announced update; its bytes travel behind the header (codec.py)."""
 
     digest: Digest
     offset: int
 
 
 class Decline(Message, frozen=True, tag="decline"):
-    """This edge will not answer the round with an update."""
+    """Say that this edge will not answer the round with an update."""
 
     round: int
     reason: str
 
 
 class Progress(Message, frozen=True, tag="progress"):
-    """Volatile: where the local round is. Never enters the ledger."""
+    """Report where the local round is; volatile, so it never enters the ledger."""
 
     round: int
     step: int
@@ -152,15 +164,17 @@ class Progress(Message, frozen=True, tag="progress"):
 
 
 class Paused(Message, frozen=True, tag="paused"):
+    """Say that this edge pauses, and why."""
+
     reason: str
 
 
 class Resumed(Message, frozen=True, tag="resumed"):
-    pass
+    """Say that this edge's pause is over."""
 
 
 class Leave(Message, frozen=True, tag="leave"):
-    """The edge goes for good (Ctrl+C, --max-rounds, `leave`)."""
+    """Say that this edge leaves and does not come back by itself (Ctrl+C, --max-rounds, `leave`)."""
 
     reason: str
 
@@ -169,11 +183,13 @@ class Leave(Message, frozen=True, tag="leave"):
 
 
 class Welcome(Message, frozen=True, tag="welcome", omit_defaults=True):
-    """Answer to Hello. `manifest` is fetched by HTTP as a blob.
+    """Answer Hello with what an edge needs to prepare.
 
-    batch_size: samples of a step, which an edge's memory is planned with.
-    emulator: of the alignment in force, so that an edge can sweep before its first offer; None: an older hub.
-    smaller: sub-LLMs to take instead, from larger to smaller, where the device has no room for `manifest`'s.
+    manifest: fetched by HTTP as a blob.
+    batch_size: samples of a step, with which an edge plans its memory.
+    emulator: the view of the current alignment, so that an edge can sweep before its first offer; None: from an older
+        hub.
+    smaller: sub-LLMs to take instead, from larger to smaller, where the device has no room for that of `manifest`.
     """
 
     protocol: int
@@ -194,11 +210,12 @@ class Welcome(Message, frozen=True, tag="welcome", omit_defaults=True):
 
 
 class RoundOffer(Message, frozen=True, tag="round_offer", omit_defaults=True):
-    """Train from view `view` and send back the delta before `due_seconds` from now.
+    """Ask for an update: train from `view` and send back the delta within `due_seconds`.
 
-    trains: the factor that is trained and sent; the other one stays the view's.
-    has_feedback: whether what coding left over of the last update still means something.
-    manifest: of the sub-LLM that is in force for this edge's size class; None: the one that it had first.
+    alignment, emulator: the current alignment's number and the emulator's view.
+    trains: the factor that is trained and sent; the other one stays as in the view.
+    has_feedback: whether what coding left over from the last update still counts.
+    manifest: the current sub-LLM of this edge's size class; None: the one that it had first.
     """
 
     round: int
@@ -214,7 +231,7 @@ class RoundOffer(Message, frozen=True, tag="round_offer", omit_defaults=True):
 
 
 class BlobChunk(Message, frozen=True, tag="blob_chunk"):
-    """A piece of a requested blob; the bytes travel behind the header (codec)."""
+    """Send a piece of a requested blob; its bytes travel behind the header (codec.py)."""
 
     digest: Digest
     offset: int
@@ -222,14 +239,17 @@ class BlobChunk(Message, frozen=True, tag="blob_chunk"):
 
 
 class Receipt(Message, frozen=True, tag="receipt"):
-    """The update is durable. Sending it again returns the same receipt."""
+    """Confirm that the update is durable. Sending it again returns the same receipt."""
 
     round: int
     digest: Digest
 
 
 class Refusal(Message, frozen=True, tag="refusal"):
-    """What was refused and why. retry: the same thing may be sent again later (disk full)."""
+    """Say that something was refused and why.
+
+    retry: the same thing may be sent again later (the disk is full). fatal: the hub ends the conversation.
+    """
 
     reason: str
     round: int | None = None
@@ -238,12 +258,14 @@ class Refusal(Message, frozen=True, tag="refusal"):
 
 
 class RoundClosed(Message, frozen=True, tag="round_closed"):
+    """Say that a round takes no more updates."""
+
     round: int
     num_updates: int
 
 
 class Farewell(Message, frozen=True, tag="farewell"):
-    """The run is over."""
+    """Say that the run is over."""
 
     rounds: int
     reason: str

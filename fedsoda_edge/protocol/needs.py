@@ -1,22 +1,22 @@
-"""How training fits a device: what a worker's memory holds, from sizes alone, and the quickest way that has room.
+"""Count, from sizes alone, what an edge needs: the ways to train a sub-LLM, and what a worker's memory holds in each.
 
-Everything is bytes. A plan is one way to train (`MemoryPlan`); `plans` lists them, the quickest first:
+Everything is bytes. A memory plan is one way to train; `plans` lists them, the quickest first:
 
     dense                 weights in compute dtype
     packed                weights as they are stored, a tile dense at a time (nf4.py, loss.py)
     packed, recomputed    a layer's activations are made again in the backward pass as well
 
-each with all samples of a step at once, then half of them, and so on. All but the first give memory back at once,
-which costs page faults, and holds what is used: otherwise malloc keeps more than the activations (KEPT_HEAP).
+each with all samples of a step at once, then half of them, and so on. Only the first way lets malloc keep memory that
+was used, which is more than the activations (KEPT_HEAP); all others return it at once, which costs page faults.
 
     sweep = a layer + the next one as it is stored + hidden states of a slice + activations of one group
     train = resident layers + head + LoRA x 16 (weight, gradient, two moments in fp32) + activations + logits
     peak  = process + max(sweep, train)
 
-Activations are what autograd keeps for a decoder layer with LoRA, the last layer's MLP at supervised positions only
-(sub_llm.py): one formula for nine families, of which llama keeps a tenth to a fifth less and gemma3 as much more. What
-the process itself takes is measured, so is what malloc adds. What a device has is `device.py`'s business; border states
-are on disk, on top of the bundle.
+Activations are what autograd keeps for a decoder layer with LoRA, in the last layer's MLP only at supervised positions
+(sub_llm.py). One formula serves nine families; llama keeps a tenth to a fifth less, gemma3 as much more:
+docs/methods.md (m8-memory). What the process takes and what malloc adds are measured. What a device has free is the
+device room's business; border states are on disk, on top of the bundle.
 """
 
 from __future__ import annotations
@@ -32,31 +32,34 @@ from fedsoda_edge.protocol.manifest import BundleManifest, EdgeNeeds, File, Laye
 
 PROCESS_BYTES = 440 << 20  # measured: worker with torch 2.13 (CPU), transformers 5.23, peft 0.21 imported
 KERNEL_BYTES = 48 << 20  # measured: what libraries of kernels load and hold once a first step has run
-CUDA_CONTEXT_BYTES = 450 << 20  # measured elsewhere for torch on consumer cards; not on a GPU of ours
-KEPT_HEAP = 1.7  # measured (scripts/bench_memory): what malloc holds for a byte of activations that comes and goes
+CUDA_CONTEXT_BYTES = 450 << 20  # reported by others for torch on consumer cards; not measured here
+KEPT_HEAP = (
+    1.7  # measured (scripts/bench_memory): bytes that malloc holds for a byte of activations that comes and goes
+)
 
-NORMS_HEADS = ("qwen3", "gemma3_text")  # families whose queries and keys pass norms; others that do keep less elsewhere
+NORMS_HEADS = ("qwen3", "gemma3_text")  # families whose norms of queries and keys count; others keep less elsewhere
 
-NF4_STORED = 0.5 + 1 / 64 + 4 / 64 / 256  # bytes a weight: codes, absmax, nested absmax
-NF4_HELD = 0.5 + 4 / 64  # with absmax as fp32, which every use needs
-LOGITS = 1 << 23  # of one chunk of rows: 32 MiB in fp32
-GROUP_POSITIONS = 512  # that a sweep runs together: enough for a product
+NF4_STORED = 0.5 + 1 / 64 + 4 / 64 / 256  # bytes of a weight: codes, absmax, nested absmax
+NF4_HELD = 0.5 + 4 / 64  # bytes of a weight in memory, where absmax is fp32, which every use needs
+LOGITS = 1 << 23  # logits of one chunk of rows: 32 MiB in fp32
+GROUP_POSITIONS = 512  # padded positions that a sweep runs together: enough for a product
 MIN_SLICE_BYTES, MAX_SLICE_BYTES = 64 << 20, 1 << 30  # of samples that one pass over the layers takes along
 
 
 def chunk_rows(vocab: int) -> int:
-    """Rows whose logits exist at once (loss.py)."""
+    """Count the rows whose logits exist at once (loss.py)."""
     return max(1, LOGITS // vocab)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of what an edge trains. layer_parameters: of the largest kept layer.
+    """Sizes of what an edge trains.
 
-    num_layers: from the border on, which gradients go through; num_attention and num_mlp: how many of them below the
-    last, which counts as whole, have that half. frozen_parameters, frozen_lora_parameters: of those among them that do
-    not train. width: bytes of a weight that is not stored in NF4. is_swept: whether there are layers below the border.
-    norms_heads: whether norms of queries and keys keep what goes into them.
+    hidden, mlp, queries, keys, vocab: features. num_layers: layers from the border on, through which gradients go.
+    num_attention, num_mlp: how many of these have that half; the last layer counts as whole and is left out.
+    layer_parameters: of the largest kept layer. frozen_parameters, frozen_lora_parameters: of layers from the border on
+    that do not train. width: bytes of a weight that is not stored in NF4. is_swept: whether there are layers below the
+    border. norms_heads: whether norms of queries and keys keep what goes into them.
     """
 
     hidden: int
@@ -81,7 +84,7 @@ class Shape:
 
 
 def shape_of(manifest: BundleManifest) -> Shape:
-    """From the manifest alone: no file of the bundle needs to be here."""
+    """Read the sizes off a manifest: no file of the bundle needs to be here."""
     plan, dtype = manifest.plan, manifest.dtype
     stored, of_emulator = (stored_bytes(base, dtype) for base in (manifest.adapter_base, manifest.emulator_base))
     parameters = {
@@ -104,7 +107,7 @@ def shape_of(manifest: BundleManifest) -> Shape:
 
 
 def stored_bytes(base: str, dtype: str) -> float:
-    """Of a weight in a bundle, whose base is "nf4" or "bf16": the checkpoint's own dtype."""
+    """Count the bytes of a weight in a bundle, whose base is "nf4" or "bf16": the checkpoint's own dtype."""
     return NF4_STORED if base == "nf4" else _width(dtype)
 
 
@@ -124,10 +127,11 @@ def make_shape(
     quantized_embedding: bool,
     dtype: str,
 ) -> Shape:
-    """From a model's config, before there is a bundle; the last four as its manifest will name them.
+    """Take the sizes from a model's config, before there is a bundle.
 
     Args:
-        parameters: of each kept layer.
+        parameters: how many each kept layer has.
+        adapter_base, emulator_base, quantized_embedding, dtype: as the manifest will name them.
     """
     hidden, heads = int(fields["hidden_size"]), int(fields["num_attention_heads"])
     head = int(fields.get("head_dim") or hidden // heads)
@@ -160,8 +164,12 @@ def _count(specs: Iterable[TensorSpec]) -> int:
 
 
 @dataclass(frozen=True)
-class Samples:
-    """What a step trains on: how many, and the ids and completion ids of the longest. count: of all; None: not known."""
+class SampleSizes:
+    """How large the samples of a step are.
+
+    batch_size: samples of a step. ids, labels: ids and completion ids of the longest sample. count: samples that the
+    edge has; None: not known yet.
+    """
 
     batch_size: int
     ids: int
@@ -169,14 +177,16 @@ class Samples:
     count: int | None = None
 
 
-SHORTEST = Samples(1, 2, 1)  # no row that is trained on is shorter: what every edge needs, whatever its rows
+SHORTEST = SampleSizes(1, 2, 1)  # no sample is shorter: what every edge needs, whatever its rows
 
 
 class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """One way to train and what its memory holds, in bytes; `peak` is of the device that trains.
+    """One way to train and what its memory holds, in bytes.
 
-    packed: adapter and head stay as they are stored. micro_batch: samples at once, of batch_size. frugal: malloc is
-    to return memory at once (`ports.system.return_memory_at_once`).
+    device: "cpu" or "cuda[:n]". packed: adapter and head stay as they are stored. recompute: a layer's activations are
+    made again in the backward pass. frugal: malloc returns memory at once (`ports.system.return_memory_at_once`).
+    micro_batch: samples that go through at once, of the batch_size of a step. slice_bytes: of hidden states that one
+    pass of the sweep takes along. process, ..., sweep: what each part takes.
     """
 
     device: str
@@ -196,14 +206,15 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def peak(self) -> int:
+        """Bytes of the device that trains, at the most."""
         return self.process + max(self.sweep, self.weights + self.head + self.lora + self.activations + self.logits)
 
 
-def plans(shape: Shape, device: str, samples: Samples, process_bytes: int = PROCESS_BYTES) -> Iterator[MemoryPlan]:
-    """Ways to train on "cpu" or "cuda[:n]", the quickest first.
+def plans(shape: Shape, device: str, samples: SampleSizes, process_bytes: int = PROCESS_BYTES) -> Iterator[MemoryPlan]:
+    """List the ways to train on "cpu" or "cuda[:n]", the quickest first.
 
     Args:
-        process_bytes: of a worker's RAM before it has read anything.
+        process_bytes: RAM of a worker before it has read anything.
     """
     forms = [(False, False), (True, False), (True, True)]
     for packed, recompute in forms:
@@ -216,7 +227,7 @@ def plans(shape: Shape, device: str, samples: Samples, process_bytes: int = PROC
 
 
 def _plan(
-    shape: Shape, device: str, samples: Samples, process_bytes: int, packed: bool, recompute: bool, micro: int
+    shape: Shape, device: str, samples: SampleSizes, process_bytes: int, packed: bool, recompute: bool, micro: int
 ) -> MemoryPlan:
     on_cpu = not device.startswith("cuda")
     size = 4 if on_cpu else 2
@@ -229,9 +240,9 @@ def _plan(
         NF4_HELD if packed and is_nf4 else size for is_nf4 in (shape.adapter_in_nf4, shape.emulator_in_nf4)
     )
     head_size = (NF4_HELD if shape.head_in_nf4 else shape.width) if packed else size
-    # Gradients go through frozen layers too, which keep less than this: there is no LoRA of theirs to train.
+    # Gradients go through frozen layers too, which keep less than this: their LoRA does not train.
     others = shape.num_layers - 1
-    normed = q + k if shape.norms_heads else 0  # what goes into their norms
+    normed = q + k if shape.norms_heads else 0  # what goes into the norms of queries and keys
     attention, mlp = (3 * (d + q + k) + normed) * positions, (3 * d + 4 * f) * positions
     last = (d + 3 * q + 3 * k + normed) * positions + (7 * d + q + 4 * f) * labels
     if recompute and others:
@@ -250,7 +261,7 @@ def _plan(
     if shape.is_swept:
         sweep = shape.layer_parameters * (emulator_size + (NF4_STORED if shape.emulator_in_nf4 else shape.width))
         sweep += (4 * d + 2 * q + 2 * k + 3 * f) * max(GROUP_POSITIONS, samples.ids) * size * heap
-    # Hidden states of a slice lie in RAM; on a CPU they may take what training will take anyway.
+    # Hidden states of a slice lie in RAM; on a CPU they may take the memory that training will take anyway.
     slice_bytes = MAX_SLICE_BYTES // 2
     if on_cpu:
         spare = weights + head + lora + activations + logits - sweep
@@ -276,8 +287,8 @@ def _plan(
 
 
 def edge_needs(shape: Shape, files: Sequence[File]) -> EdgeNeeds:
-    """Least free disk, RAM (training on CPU) and VRAM (training on a GPU) for a bundle of this shape."""
-    samples = Samples(1, GROUP_POSITIONS, GROUP_POSITIONS)
+    """Count the least free disk, RAM (training on a CPU) and VRAM (training on a GPU) for a bundle of this shape."""
+    samples = SampleSizes(1, GROUP_POSITIONS, GROUP_POSITIONS)
     least = {device: min(way.peak for way in plans(shape, device, samples)) for device in ("cpu", "cuda")}
     return EdgeNeeds(
         disk_bytes=sum(file.bytes for file in files) + 64 * shape.lora_parameters,

@@ -1,4 +1,4 @@
-"""One conversation's rules, for either side: what may be said when. Sans-I/O: frames in, messages out.
+"""Hold one conversation to its rules, on either side: what may be said when. Frames in, messages out, no I/O.
 
     edge                      hub
     Hello            ->
@@ -11,7 +11,7 @@
     UpdateChunk ...  ->
                      <-       Receipt | Refusal
 
-Sockets are `transport.py`'s and the hub's `listener.py`'s; what to answer is decided elsewhere.
+Sockets are the business of `hub_transport.py` and of the hub's `listener.py`; what to answer is decided elsewhere.
 """
 
 from __future__ import annotations
@@ -51,10 +51,15 @@ class _Assembly:
 
     @property
     def size(self) -> int:
+        """Bytes that have arrived."""
         return len(self._data)
 
     def add(self, digest: ms.Digest, offset: int, payload: bytes) -> bytes | None:
-        """The whole once it is there."""
+        """Add the next chunk; give the whole blob once it is there, and None before.
+
+        Raises:
+            ProtocolViolation: it is not the chunk that was due, or the whole has another digest.
+        """
         if digest != self.digest or offset != len(self._data):
             raise ProtocolViolation(
                 f"a chunk of {digest[:12]} at {offset} came, {self.digest[:12]} at {len(self._data)} was due"
@@ -71,7 +76,7 @@ class _Assembly:
 
 
 def chunks(data: bytes, offset: int = 0) -> Iterator[tuple[int, memoryview]]:
-    """(offset, piece) of at most MAX_CHUNK_BYTES each."""
+    """Cut data into chunks of at most MAX_CHUNK_BYTES, from `offset` on: (offset, piece)."""
     view = memoryview(data)
     for at in range(offset, len(data), MAX_CHUNK_BYTES):
         yield at, view[at : at + MAX_CHUNK_BYTES]
@@ -85,7 +90,7 @@ class EdgeSession:
         self._blob: _Assembly | None = None
 
     def send(self, message: ms.EdgeMessage, payload: bytes | memoryview = b"") -> bytes:
-        """The frame of a message that may be said now; AssertionError where our own code breaks the rules."""
+        """Make the frame of a message that may be said now; our own code must not break the rules (AssertionError)."""
         if isinstance(message, ms.Hello):
             assert self.state == "new", "Hello comes first and once"
             self.state = "greeted"
@@ -96,13 +101,13 @@ class EdgeSession:
         return encode(message, payload)
 
     def request(self, blob: ms.BlobRef) -> bytes:
-        """Ask for a blob; its chunks are gathered until it is whole."""
+        """Make the frame that asks for a blob, whose chunks are gathered until it is whole."""
         assert self._blob is None, "one blob at a time"
         self._blob = _Assembly(blob.digest, blob.bytes)
         return self.send(ms.BlobRequest(digest=blob.digest))
 
     def receive(self, frame: bytes) -> ms.HubMessage | Blob | None:
-        """The hub's message, or a whole blob; None for a chunk on the way.
+        """Read the hub's message, or a whole blob; None for a chunk before the last.
 
         Raises:
             ProtocolViolation: the hub broke the rules.
@@ -138,10 +143,11 @@ class HubSession:
 
     @property
     def upload_progress(self) -> int | None:
-        """Bytes of the upload that is on its way; None when there is none."""
+        """Bytes that have arrived of the upload under way; None where there is none."""
         return None if self._upload is None else self._upload.size
 
     def send(self, message: ms.HubMessage, payload: bytes | memoryview = b"") -> bytes:
+        """Make the frame of a message that may be said now; our own code must not break the rules (AssertionError)."""
         if isinstance(message, ms.Welcome):
             assert self.state == "greeted", "Welcome answers Hello, once"
             self.state = "open"
@@ -154,7 +160,7 @@ class HubSession:
         return encode(message, payload)
 
     def receive(self, frame: bytes) -> ms.EdgeMessage | Upload | None:
-        """The edge's message, or a whole upload; None for a chunk on the way.
+        """Read the edge's message, or a whole upload; None for a chunk before the last.
 
         Raises:
             ProtocolViolation: the edge broke the rules.

@@ -1,4 +1,4 @@
-"""A text template of a run: literal text with `{column}` places, as it travels in the offer."""
+"""Render a run's text template: literal text with `{column}` places, as it travels in the Welcome."""
 
 from __future__ import annotations
 
@@ -38,9 +38,15 @@ class TextTemplate:
 
     @property
     def columns(self) -> tuple[str, ...]:
+        """The columns that the text names, in order, each once."""
         return tuple(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(self.text) if name))
 
     def render(self, row: Mapping[str, Any]) -> str:
+        """Put a row's values in their places.
+
+        Raises:
+            KeyError: the row lacks a column.
+        """
         return "".join(
             literal + ("" if name is None else str(row[name]))
             for literal, name, _, _ in string.Formatter().parse(self.text)

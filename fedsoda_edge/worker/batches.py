@@ -1,13 +1,13 @@
-"""Hidden states at the border below the first layer that trains: swept once per alignment, then reused.
+"""Make batches of samples with their border states, which are swept once per alignment and then used again.
 
-What lies below is frozen between alignments, so its output for a sample is a constant (method.md 8a): the
-sub-emulator's where the adapter is on top of it, the embedding's where the lowest layer trains.
-Here states become batches; they come from memory, or on an edge from disk (`border_cache.py`). Training is `training.py`'s.
+The layers below the border are frozen between alignments, so their output for a sample is a constant,
+docs/methods.md (m6-cache): the sub-emulator's where the adapter is on top of it, the embedding's where the lowest layer
+trains. States come from memory or, on an edge, from disk (`border_cache.py`). Training is `training.py`'s business.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,15 +15,19 @@ import torch
 from torch import Tensor
 
 from fedsoda_edge.data.local_data import Sample
-from fedsoda_edge.model.border import mapped
-from fedsoda_edge.model.streaming import LayerSource, stream
+from fedsoda_edge.model.border import border_states
+from fedsoda_edge.model.source import LayerSource
+from fedsoda_edge.model.streaming import LayersDone
 
 
 @dataclass(frozen=True)
 class Batch:
-    """states: (R, T, C), several samples to a row, zero where padded on the right. positions: (R, T), which start
-    at 0 with each sample; attention stays within it. rows, columns, labels: (M,), which positions predict which
-    completion ids."""
+    """Samples of a micro-batch, several to a row.
+
+    states: (R, T, C), zero where padded on the right. positions: (R, T); they begin at 0 with each sample, and
+    attention stays within a sample. rows, columns, labels: (M,), which positions predict which completion ids.
+    num_tokens: ids of all samples.
+    """
 
     states: Tensor
     positions: Tensor
@@ -35,15 +39,19 @@ class Batch:
 
 
 class States(Protocol):
-    """States that are not all in memory (`border_cache.CachedStates`)."""
+    """Border states that are not all in memory (`border_cache.CachedStates`)."""
 
-    def __getitem__(self, index: int, /) -> Tensor: ...
+    def __getitem__(self, index: int, /) -> Tensor:
+        """Give a sample's border states: (T, C) on the CPU."""
+        ...
 
-    def expect(self, order: Sequence[int], /) -> None: ...
+    def expect(self, order: Sequence[int], /) -> None:
+        """Note the samples that will be asked for, in order."""
+        ...
 
 
-class Border:
-    """Samples with their hidden states (T, C) at the border."""
+class SweptSamples:
+    """Samples with their border states (T, C)."""
 
     def __init__(self, samples: Sequence[Sample], states: list[Tensor] | States) -> None:
         self.samples = samples
@@ -56,38 +64,41 @@ class Border:
         layers: Sequence[int],
         samples: Sequence[Sample],
         *,
-        lora: dict[str, Tensor],
+        emulator: Mapping[str, Tensor],
         lora_scale: float,
         compute_dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
-        progress: Callable[[int, int], None] | None = None,
-    ) -> Border:
-        """Run all samples through the layers below the border, one layer resident, and the border map in `lora`."""
-        ids = [torch.tensor(sample.ids) for sample in samples]
-        states = stream(
+        progress: LayersDone | None = None,
+    ) -> SweptSamples:
+        """Run all samples through `layers`, which lie below the border, with one layer resident; hold their states.
+
+        Args:
+            emulator: the emulator's view: its LoRA, and its border map if it has one.
+        """
+        states = border_states(
             source,
             layers,
-            ids,
-            lora=lora,
+            [torch.tensor(sample.ids) for sample in samples],
+            emulator=emulator,
             lora_scale=lora_scale,
             compute_dtype=compute_dtype,
             device=device,
             progress=progress,
         )
-        return cls(samples, [mapped(state, lora) for state in states])
+        return cls(samples, states)
 
     def expect(self, order: Sequence[int]) -> None:
-        """The samples that batches will ask for, in order; states that are not kept are computed with that in mind."""
+        """Say which samples batches will ask for, in order; states that are not kept are computed with that in mind."""
         if not isinstance(self.states, list):
             self.states.expect(order)
 
     def num_labels(self, index: int) -> int:
-        """Completion ids of a sample that are predicted: nothing comes before its first id, so nothing predicts that."""
+        """Count a sample's completion ids that are predicted: nothing comes before its first id, so nothing predicts it."""
         sample = self.samples[index]
         return len(sample.ids) - max(sample.start, 1)
 
     def batch(self, indices: Sequence[int], device: str | torch.device = "cpu") -> Batch:
-        """The samples of these indices, packed: padding each to the longest would waste half of the work."""
+        """Pack the samples of these indices into rows: padding each to the longest would waste half of the work."""
         lengths = [len(self.samples[i].ids) for i in indices]
         packed = pack(lengths)
         width = max(sum(lengths[at] for at in row) for row in packed)
@@ -120,7 +131,11 @@ class Border:
 
 
 def pack(lengths: Sequence[int]) -> list[list[int]]:
-    """Rows no longer than the longest sample, each a list of places in `lengths`: first fit, longest first."""
+    """Pack lengths into rows that are no longer than the longest one: first fit, longest first.
+
+    Returns:
+        Rows as lists of places in `lengths`.
+    """
     rows: list[list[int]] = []
     left: list[int] = []
     for at in sorted(range(len(lengths)), key=lambda at: (-lengths[at], at)):

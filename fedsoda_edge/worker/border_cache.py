@@ -1,179 +1,44 @@
-"""Border states on disk: one encrypted record per sample, swept once per alignment, read where training asks for them.
+"""Keep border states on disk: one encrypted record per sample, swept once per alignment, read where training asks.
 
-Between alignments a sample's state at the border is a constant (method.md 8a), and a device has more disk than memory.
-Two files: `border`, which an alignment makes void, and `below`, the states under the first layer with LoRA, which no
-alignment touches, so that a realignment runs the tail only. What does not fit the disk is computed again, slice by slice.
+Between alignments a sample's border states are a constant, docs/methods.md (m6-cache), and a device has more disk than
+memory. There are two files: `border`, which every alignment makes void, and `below`, the states under the first layer
+with LoRA, which no alignment touches, so that after a realignment only the layers from there on run again. What does
+not fit the disk is computed again, slice by slice.
 
-Hidden states give back their text, so records are AES-256-GCM under a key that the agent holds and no disk sees
-(unless its owner wants that), and samples are named by HMAC: the file alone tells their number and lengths.
+Samples are named by HMAC: the files alone tell only their number and lengths. The records are `record_file.py`'s.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import hmac
 import json
-import os
 import shutil
-import struct
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from torch import Tensor
 
-from fedsoda_edge.model.border import PREFIX, mapped
+from fedsoda_edge.model.border import PREFIX, border_states
 from fedsoda_edge.model.bundle import Bundle
-from fedsoda_edge.model.streaming import buckets, stream
+from fedsoda_edge.model.streaming import LayersDone, buckets, stream
 from fedsoda_edge.protocol.needs import GROUP_POSITIONS
+from fedsoda_edge.worker.record_file import RecordFile, from_record, row_bytes, to_record
 
-_MAGIC = b"fedsoda border 1"
-_HEAD = struct.Struct("<16sI12s")  # the sample's name, its number of ids, the record's nonce
-_TAG_BYTES = 16
-_HEAD_BYTES = 128  # and more than a record takes besides its rows
+_HEAD_BYTES = 128  # more than a record takes besides its rows
 _KEEP_FREE_BYTES = 256 << 20  # of the disk: others need it too
-
-Progress = Callable[[int, int], None]
-
-
-class RecordFile:
-    """Append-only records in one file, found by name.
-
-    Args:
-        key: 32 bytes. purpose: what the states are of; a file of another purpose or key is begun anew.
-        row_bytes: of one position.
-        max_bytes: the file grows no larger.
-    """
-
-    def __init__(self, path: Path, key: bytes, purpose: str, row_bytes: int, max_bytes: int) -> None:
-        self._aead = AESGCM(key)
-        self._purpose = purpose.encode()
-        self._row_bytes = row_bytes
-        self._max_bytes = max_bytes
-        self._places: dict[bytes, tuple[int, int]] = {}  # name -> (offset of its head, ids)
-        self.damaged = 0
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("r+b" if path.exists() else "w+b", buffering=0)
-        os.chmod(path, 0o600)
-        mark = _MAGIC + hmac.digest(key, self._purpose, "sha256")
-        if self._file.read(len(mark)) == mark:
-            self._end = self._scan(len(mark))
-            self._file.truncate(self._end)  # else what is cut off would be read as heads after the next record
-        else:
-            self._file.truncate(0)
-            self._write_at(0, [mark])
-            self._end = len(mark)
-
-    def _scan(self, at: int) -> int:
-        """Index what is there and may be; the end of the last whole record."""
-        size = min(os.fstat(self._file.fileno()).st_size, self._max_bytes)
-        while at + _HEAD.size <= size:
-            self._file.seek(at)
-            name, ids, _ = _HEAD.unpack(self._file.read(_HEAD.size))
-            after = at + self.size(ids)
-            if after > size:
-                break  # cut off in the middle of a record, or more than was allowed before
-            self._places[name] = at, ids
-            at = after
-        return at
-
-    def size(self, ids: int) -> int:
-        """Bytes of a record."""
-        return _HEAD.size + ids * self._row_bytes + _TAG_BYTES
-
-    @property
-    def num_bytes(self) -> int:
-        return self._end
-
-    def __contains__(self, name: bytes) -> bool:
-        return name in self._places
-
-    @property
-    def room(self) -> int:
-        """Bytes that may still be added."""
-        return self._max_bytes - self._end
-
-    def put(self, name: bytes, ids: int, data: bytes) -> bool:
-        """Add a record of ids x row_bytes; False where neither budget nor disk has room for it."""
-        if self.size(ids) > self.room:
-            return False
-        nonce = os.urandom(12)
-        sealed = self._aead.encrypt(nonce, data, self._purpose + name)
-        try:
-            self._write_at(self._end, [_HEAD.pack(name, ids, nonce), sealed])
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            self._file.truncate(self._end)
-            self._max_bytes = self._end  # full is full: the next ones need not try
-            return False
-        self._places[name] = self._end, ids
-        self._end += self.size(ids)
-        return True
-
-    def _write_at(self, offset: int, parts: Iterable[bytes]) -> None:
-        self._file.seek(offset)
-        for part in parts:
-            view = memoryview(part)
-            while view:
-                view = view[self._file.write(view) :]
-
-    def get(self, name: bytes) -> bytes | None:
-        """The record's data; None where it is not there or not what was written, which `damaged` counts."""
-        if name not in self._places:
-            return None
-        at, ids = self._places[name]
-        self._file.seek(at)
-        record = self._file.read(self.size(ids))
-        try:
-            found, _, nonce = _HEAD.unpack_from(record)
-            if found != name:
-                raise InvalidTag
-            return self._aead.decrypt(nonce, record[_HEAD.size :], self._purpose + name)
-        except (InvalidTag, struct.error):
-            self.damaged += 1
-            del self._places[name]
-            return None
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def row_bytes(width: int, dtype: str) -> int:
-    """Of one position of `width` in a record."""
-    return 2 * width if dtype == "bf16" else width + 4
-
-
-def to_record(state: Tensor, dtype: str) -> bytes:
-    """(T, C) -> bytes. bf16: rounded to nearest. int8: an fp32 scale, the row's largest magnitude / 127, for each row."""
-    if dtype == "bf16":
-        return state.to(torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()
-    scale = state.float().abs().amax(dim=1).clamp(min=1e-30) / 127
-    codes = (state.float() / scale[:, None]).round().to(torch.int8)
-    return scale.numpy().tobytes() + codes.contiguous().numpy().tobytes()
-
-
-def from_record(data: bytes, width: int, dtype: str) -> Tensor:
-    """The reverse: (T, C), bf16 or, of int8, fp32."""
-    ids = len(data) // row_bytes(width, dtype)
-    if dtype == "bf16":
-        return torch.frombuffer(bytearray(data), dtype=torch.bfloat16).view(ids, width)
-    scale = torch.frombuffer(bytearray(data[: 4 * ids]), dtype=torch.float32)
-    codes = torch.frombuffer(bytearray(data[4 * ids :]), dtype=torch.int8).view(ids, width)
-    return codes.float() * scale[:, None]
 
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """Where border states are kept and how. max_bytes: of disk, all files together; None: what is free.
+    """Where border states are kept and how.
 
-    slice_bytes: of memory for the samples that one pass over the layers takes along. dense: whether a layer's weights
-    are dequantized once for all of them.
+    key: 32 bytes. dtype: "bf16" or "int8", in which border states are kept. max_bytes: of disk, all files together;
+    None: what is free. slice_bytes: of memory for the samples that one pass over the layers takes along. dense: whether
+    a layer's weights are dequantized once for all of them. group_positions: padded positions that run together.
     """
 
     directory: Path
@@ -182,13 +47,110 @@ class CacheSettings:
     max_bytes: int | None = None
     slice_bytes: int = 256 << 20
     dense: bool = True
+    group_positions: int = GROUP_POSITIONS
+
+
+class BorderPasses:
+    """Passes of samples over the layers below the border, in two parts: under the first layer with LoRA, and from it on.
+
+    bottom, top: the full-LLM layers of each part; either may be empty.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        emulator: Mapping[str, Tensor],
+        *,
+        compute_dtype: torch.dtype,
+        device: str,
+        dense: bool,
+    ) -> None:
+        layers = bundle.plan.swept
+        carrying = {int(name.split(".")[1]) for name in emulator if not name.startswith(PREFIX)}
+        split = next((at for at, number in enumerate(layers) if number in carrying), len(layers))
+        self.bottom, self.top = layers[:split], layers[split:]
+        self.width = int(bundle.manifest.config["hidden_size"])
+        self._bundle = bundle
+        self._emulator = emulator
+        self._compute_dtype = compute_dtype
+        self._device = device
+        self._dense = dense
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of both parts."""
+        return len(self.bottom) + len(self.top)
+
+    def memory(self, ids: int) -> int:
+        """Count the bytes of a sample of that many ids in a pass: one layer's input and output."""
+        return 2 * ids * self.width * self._compute_dtype.itemsize
+
+    def made_of(self, emulator_name: str, dtype: str) -> tuple[list[str], list[str]]:
+        """Name what states under the first layer with LoRA depend on, and what border states depend on.
+
+        Args:
+            emulator_name: of the emulator's view.
+            dtype: in which border states are kept.
+        """
+        manifest = self._bundle.manifest
+
+        def digests(roles: Iterable[str]) -> list[str]:
+            return [manifest.file(f"{role}.safetensors").sha256 for role in roles]
+
+        kind = f"{self._device.partition(':')[0]} {self._compute_dtype} {'dense' if self._dense else 'packed'}"
+        config = json.dumps(manifest.config, sort_keys=True)
+        below = [kind, config, *digests(["embedding", *(f"layers.{number}" for number in self.bottom)])]
+        above = digests(f"layers.{number}" for number in self.top)
+        return below, [*below, emulator_name, str(manifest.lora.scale), dtype, *above]
+
+    def below(
+        self, ids: Sequence[Tensor], batches: Sequence[Sequence[int]], progress: LayersDone | None
+    ) -> list[Tensor]:
+        """Run samples through the bottom layers, whose states no alignment changes."""
+        return stream(
+            self._bundle,
+            self.bottom,
+            ids,
+            compute_dtype=self._compute_dtype,
+            device=self._device,
+            dense=self._dense,
+            progress=progress,
+            batches=batches,
+        )
+
+    def border(
+        self,
+        ids: Sequence[Tensor],
+        batches: Sequence[Sequence[int]],
+        start: Sequence[Tensor] | None,
+        progress: LayersDone | None,
+    ) -> list[Tensor]:
+        """Run samples to the border: from `start` through the top layers, without it through all."""
+        return border_states(
+            self._bundle,
+            (*self.bottom, *self.top) if start is None else self.top,
+            ids,
+            start=start,
+            emulator=self._emulator,
+            lora_scale=self._bundle.manifest.lora.scale,
+            compute_dtype=self._compute_dtype,
+            device=self._device,
+            dense=self._dense,
+            progress=progress,
+            batches=batches,
+        )
 
 
 class CachedStates:
-    """Border states of all samples of an edge, as a sequence; `Border` reads them.
+    """Border states of all samples of an edge, as a sequence; `SweptSamples` reads them.
 
     Every state has been through a record, also one that was not kept: so on a CPU the trained delta does not
     depend on how much of it fitted the disk.
+
+    Args:
+        ids: of each sample.
+        emulator: the emulator's view: its LoRA, and its border map if it has one.
+        emulator_name: changes with the view.
     """
 
     def __init__(
@@ -196,56 +158,46 @@ class CachedStates:
         bundle: Bundle,
         ids: Sequence[Sequence[int]],
         *,
-        emulator: dict[str, Tensor],
+        emulator: Mapping[str, Tensor],
         emulator_name: str,
         settings: CacheSettings,
         compute_dtype: torch.dtype,
         device: str,
     ) -> None:
-        self._bundle = bundle
-        self._ids = [torch.tensor(sample) for sample in ids]
-        self._emulator = emulator
+        self._passes = BorderPasses(bundle, emulator, compute_dtype=compute_dtype, device=device, dense=settings.dense)
         self._settings = settings
-        self._compute_dtype = compute_dtype
-        self._device = device
+        self._ids = [torch.tensor(sample) for sample in ids]
         self._digest_of_all = _digest([sample.numpy().tobytes().hex() for sample in self._ids])
         self._names = [hmac.digest(settings.key, sample.numpy().tobytes(), "sha256")[:16] for sample in self._ids]
-        layers = bundle.plan.swept
-        carrying = {int(name.split(".")[1]) for name in emulator if not name.startswith(PREFIX)}
-        split = next((at for at, number in enumerate(layers) if number in carrying), len(layers))
-        self._below, self._above = layers[:split], layers[split:]
-        self._width = int(bundle.manifest.config["hidden_size"])
-        kind = f"{device.partition(':')[0]} {compute_dtype} {'dense' if settings.dense else 'packed'}"
-        config = json.dumps(bundle.manifest.config, sort_keys=True)
-        fixed = [kind, config, *self._digests(["embedding", *(f"layers.{number}" for number in self._below)])]
-        above = self._digests(f"layers.{number}" for number in self._above)
-        moving = [*fixed, emulator_name, str(bundle.manifest.lora.scale), settings.dtype, *above]
-        positions = sum(len(sample) for sample in dict(zip(self._names, self._ids, strict=True)).values())
-        rows = {"border": row_bytes(self._width, settings.dtype), "below": row_bytes(self._width, "bf16")}
-        budget = self._budget()
-        wanted = {"border": moving}
-        # Both or the border alone: half of each would save nothing.
-        if self._below and self._above and positions * sum(rows.values()) + len(ids) * _HEAD_BYTES <= budget:
-            wanted["below"] = fixed
-        paths = {tier: settings.directory / f"{tier}-{_digest(parts)[:16]}.cache" for tier, parts in wanted.items()}
-        for path in settings.directory.iterdir():
-            if path not in paths.values():
-                path.unlink()  # of another alignment or bundle
-        self._files: dict[str, RecordFile] = {}
-        for tier, parts in wanted.items():
-            most = budget - sum(rows[other] * positions + len(ids) * _HEAD_BYTES for other in wanted if other != tier)
-            self._files[tier] = RecordFile(paths[tier], settings.key, _digest(parts), rows[tier], most)
-        self._first = {name: at for at, name in reversed(list(enumerate(self._names)))}  # copies of a sample share it
-        firsts = sorted(self._first.values())
+        self._files = self._opened(*self._passes.made_of(emulator_name, settings.dtype))
+        first = {name: at for at, name in reversed(list(enumerate(self._names)))}  # copies of a sample share it
+        firsts = sorted(first.values())
         # Samples that always run together: one of them is little to do again.
-        grouped = buckets([len(self._ids[at]) for at in firsts], GROUP_POSITIONS)
+        grouped = buckets([len(self._ids[at]) for at in firsts], settings.group_positions)
         self._groups = sorted([firsts[place] for place in group] for group in grouped)
         self._group_of = {self._names[at]: number for number, group in enumerate(self._groups) for at in group}
         self._expected: deque[int] = deque()
         self._slice: dict[bytes, Tensor] = {}  # by name
 
-    def _digests(self, roles: Iterable[str]) -> list[str]:
-        return [self._bundle.manifest.file(f"{role}.safetensors").sha256 for role in roles]
+    def _opened(self, below: list[str], border: list[str]) -> dict[str, RecordFile]:
+        """Open the files of states that are made of these things, and remove those of other alignments and bundles."""
+        settings, width = self._settings, self._passes.width
+        positions = sum(len(sample) for sample in dict(zip(self._names, self._ids, strict=True)).values())
+        rows = {"border": row_bytes(width, settings.dtype), "below": row_bytes(width, "bf16")}
+        budget, heads = self._budget(), len(self._ids) * _HEAD_BYTES
+        wanted = {"border": border}
+        # Both or the border alone: half of each would save nothing.
+        if self._passes.bottom and self._passes.top and positions * sum(rows.values()) + heads <= budget:
+            wanted["below"] = below
+        paths = {tier: settings.directory / f"{tier}-{_digest(parts)[:16]}.cache" for tier, parts in wanted.items()}
+        for path in settings.directory.iterdir():
+            if path not in paths.values():
+                path.unlink()
+        files = {}
+        for tier, parts in wanted.items():
+            most = budget - sum(rows[other] * positions + heads for other in wanted if other != tier)
+            files[tier] = RecordFile(paths[tier], settings.key, _digest(parts), rows[tier], most)
+        return files
 
     def _budget(self) -> int:
         directory = self._settings.directory
@@ -256,8 +208,12 @@ class CachedStates:
 
     # --- the sweep -------------------------------------------------------------------------------------------
 
-    def sweep(self, progress: Progress | None = None) -> None:
-        """Compute what is not there yet and keep as much as fits."""
+    def sweep(self, progress: LayersDone | None = None) -> None:
+        """Compute the border states that are not kept yet, and keep as many as fit the disk.
+
+        Args:
+            progress: called as progress(layers done, layers in all), over all passes.
+        """
         fitting = []
         room = self._files["border"].room
         for number, group in enumerate(self._groups):
@@ -275,26 +231,26 @@ class CachedStates:
         return [at for at in group if self._names[at] not in self._files["border"]]
 
     def _keep(self, states: dict[int, Tensor]) -> bool:
-        """Those that are not there yet; False where one found no room."""
+        """Keep the states that are not kept yet, and tell whether all found room."""
         border = self._files["border"]
         return all(
             border.put(self._names[at], len(self._ids[at]), to_record(states[at], self._settings.dtype))
             for at in self._unkept(list(states))
         )
 
-    def _partly(self, progress: Progress | None, done: int, total: int) -> Progress | None:
-        """Progress of one part as progress of all."""
+    def _partly(self, progress: LayersDone | None, done: int, total: int) -> LayersDone | None:
+        """Tell the progress of one pass as progress of all."""
         if progress is None:
             return None
-        layers = len(self._below) + len(self._above)
+        layers = self._passes.num_layers
         return lambda layer, _: progress(done * layers + layer, total * layers)
 
     def _slices(self, groups: Sequence[int]) -> list[list[int]]:
-        """As many groups as fit the memory for one pass: every layer is read once for each slice."""
+        """Cut groups into slices that fit the memory for one pass: every layer is read once for each slice."""
         slices: list[list[int]] = []
         left = 0
         for number in groups:
-            size = sum(self._memory(at) for at in self._groups[number])
+            size = sum(self._passes.memory(len(self._ids[at])) for at in self._groups[number])
             if not slices or size > left:
                 slices.append([])
                 left = self._settings.slice_bytes
@@ -302,113 +258,97 @@ class CachedStates:
             left -= size
         return slices
 
-    def _memory(self, at: int) -> int:
-        return 2 * len(self._ids[at]) * self._width * self._compute_dtype.itemsize  # one layer's input and output
+    def _compute(self, groups: Sequence[int], progress: LayersDone | None) -> dict[int, Tensor]:
+        """Compute border states of the samples of these groups, from below the first layer with LoRA where that is kept.
 
-    def _compute(self, groups: Sequence[int], progress: Progress | None) -> dict[int, Tensor]:
-        """Border states of the samples of these groups, from below the first layer with LoRA where that is kept.
-
-        States are rounded to bf16 there whether they are kept or not: the border must not depend on it.
+        States are rounded to bf16 there whether they are kept or not: border states must not depend on it.
         """
-        if not (self._below and self._above):
-            return self._mapped(self._stream(groups, (*self._below, *self._above), None, progress))
-        below = self._files.get("below")
-        start: dict[int, Tensor] = {}
+        passes, indices = self._passes, [at for number in groups for at in self._groups[number]]
+        if not (passes.bottom and passes.top):
+            return dict(zip(indices, passes.border(*self._together(groups), None, progress), strict=True))
+        below, start = self._files.get("below"), dict[int, Tensor]()
         missing = []
         for number in groups:
             records = {at: below.get(self._names[at]) if below else None for at in self._groups[number]}
-            start |= {at: from_record(data, self._width, "bf16") for at, data in records.items() if data is not None}
+            start |= {at: from_record(data, passes.width, "bf16") for at, data in records.items() if data is not None}
             if None in records.values():
                 missing.append(number)
-        for at, state in self._stream(missing, self._below, None, progress).items() if missing else ():
+        again = [at for number in missing for at in self._groups[number]]
+        states = passes.below(*self._together(missing), progress) if missing else []
+        for at, state in zip(again, states, strict=True):
             record = to_record(state, "bf16")
-            start[at] = from_record(record, self._width, "bf16")
+            start[at] = from_record(record, passes.width, "bf16")
             if below and self._names[at] not in below:
                 below.put(self._names[at], len(self._ids[at]), record)
-        above = progress and (lambda layer, of: progress(len(self._below) + layer, of))
-        return self._mapped(self._stream(groups, self._above, start, above))
+        above = progress and (lambda layer, of: progress(len(passes.bottom) + layer, of))
+        made = passes.border(*self._together(groups), [start[at] for at in indices], above)
+        return dict(zip(indices, made, strict=True))
 
-    def _mapped(self, states: dict[int, Tensor]) -> dict[int, Tensor]:
-        return {at: mapped(state, self._emulator) for at, state in states.items()}
+    def _together(self, groups: Sequence[int]) -> tuple[list[Tensor], list[list[int]]]:
+        """Give the ids of these groups' samples, and which places among them run together.
 
-    def _stream(
-        self,
-        groups: Sequence[int],
-        layers: Sequence[int],
-        start: dict[int, Tensor] | None,
-        progress: Progress | None,
-    ) -> dict[int, Tensor]:
-        """Each group runs together, whatever else the slice holds: so its last bits are the same each time."""
+        Each group runs together, whatever else the slice holds: so the last bits of its states are the same each time.
+        """
         indices = [at for number in groups for at in self._groups[number]]
         places = {at: place for place, at in enumerate(indices)}
-        states = stream(
-            self._bundle,
-            layers,
-            [self._ids[at] for at in indices],
-            start=None if start is None else [start[at] for at in indices],
-            lora=self._emulator,
-            lora_scale=self._bundle.manifest.lora.scale,
-            compute_dtype=self._compute_dtype,
-            device=self._device,
-            dense=self._settings.dense,
-            progress=progress,
-            batches=[[places[at] for at in self._groups[number]] for number in groups],
-        )
-        return dict(zip(indices, states, strict=True))
+        batches = [[places[at] for at in self._groups[number]] for number in groups]
+        return [self._ids[at] for at in indices], batches
 
     # --- reading ---------------------------------------------------------------------------------------------
 
     def expect(self, order: Iterable[int]) -> None:
-        """The samples that will be asked for, in order: what is not kept is computed in slices of these."""
+        """Note the samples that will be asked for, in order: what is not kept is computed in slices of these."""
         self._expected = deque(order)
 
     def __len__(self) -> int:
         return len(self._ids)
 
     def __getitem__(self, index: int) -> Tensor:
-        """(T, C) on the CPU."""
+        """Give a sample's border states: (T, C) on the CPU."""
         while self._expected and self._expected[0] != index:
             self._expected.popleft()
-        data = self._files["border"].get(self._names[index])
+        name, border, width = self._names[index], self._files["border"], self._passes.width
+        data = border.get(name)
         if data is not None:
-            return from_record(data, self._width, self._settings.dtype)
-        name = self._names[index]
+            return from_record(data, width, self._settings.dtype)
         if name not in self._slice:
-            border = self._files["border"]
             coming = [self._names[at] for at in (index, *self._expected) if self._names[at] not in border]
             [groups, *_] = self._slices(list(dict.fromkeys(self._group_of[each] for each in coming)))
             states = self._compute(groups, None)
             self._keep(states)
             self._slice = {
-                self._names[at]: from_record(to_record(state, self._settings.dtype), self._width, self._settings.dtype)
+                self._names[at]: from_record(to_record(state, self._settings.dtype), width, self._settings.dtype)
                 for at, state in states.items()
             }
         return self._slice[name]
 
     @property
     def dtype(self) -> str:
+        """What border states are rounded to: "bf16" or "int8"."""
         return self._settings.dtype
 
     @property
     def digest(self) -> str:
-        """Of all samples in their order; it does not depend on the key."""
+        """The sha256 over all samples in their order; it does not depend on the key."""
         return self._digest_of_all
 
     @property
     def num_kept(self) -> int:
-        """Samples whose states are on the disk."""
+        """Samples whose border states are on the disk."""
         return sum(name in self._files["border"] for name in self._names)
 
     @property
     def kept_bytes(self) -> int:
+        """Bytes of all files."""
         return sum(file.num_bytes for file in self._files.values())
 
     @property
     def num_damaged(self) -> int:
-        """Records that were not what was written and were computed anew."""
+        """Records that were not what was written and were computed again."""
         return sum(file.damaged for file in self._files.values())
 
     def close(self) -> None:
+        """Close the files; what is kept stays."""
         for file in self._files.values():
             file.close()
 

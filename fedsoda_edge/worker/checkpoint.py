@@ -1,7 +1,7 @@
-"""A local round that survives kill -9: LoRA, optimiser and what was counted, as files, two generations.
+"""Let a local round survive kill -9: LoRA, optimiser and counts as files, in two generations.
 
-A round is a pure function of its offer and data on one thread count, so a file is only for those who come back to the
-very same round; anything else in it is begun anew. When to save is decided here, what it means in `training.py`.
+A round is a pure function of its offer and data on one thread count, so a file serves only who comes back to the very
+same round; any other round begins at its beginning. When to save is decided here, what to save in `training.py`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import hashlib
 import json
 import os
 import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,11 +21,14 @@ from torch import Tensor
 
 SHARE_AT_RISK = 0.02  # of a round's steps may be lost, or one step
 
+WriteFile = Callable[[dict[str, Tensor], Path, dict[str, str]], None]  # tensors, where, metadata
+
 
 @dataclass(frozen=True)
 class Saved:
-    """step: the last that is done. tokens: trained on so far. micro_batch: samples that went through at once.
+    """A save of a round.
 
+    step: the last one that is done. tokens: ids trained on so far. micro_batch: samples that went through at once.
     tensors: all that the next step depends on.
     """
 
@@ -39,18 +42,20 @@ class RoundCheckpoint:
     """Saves of one local round in `directory`.
 
     Args:
-        identity: of the round: everything that its result depends on.
+        identity: everything that the round's result depends on.
+        write_file: how a file is written; it may fail, and training continues without.
     """
 
-    def __init__(self, directory: Path, identity: dict[str, Any]) -> None:
+    def __init__(self, directory: Path, identity: Mapping[str, object], write_file: WriteFile = save_file) -> None:
         self._directory = directory
-        self._identity = json.dumps(identity, sort_keys=True)
+        self._identity = json.dumps(dict(identity), sort_keys=True)
+        self._write_file = write_file
         self._writer: threading.Thread | None = None
         self._generation = 0
         directory.mkdir(parents=True, exist_ok=True)
 
     def load(self) -> Saved | None:
-        """The latest whole save of this round; None at its beginning."""
+        """Read the latest whole save of this round; None at its beginning."""
         found = [one for generation in (0, 1) if (one := self._read(generation)) is not None]
         if not found:
             return None
@@ -75,15 +80,15 @@ class RoundCheckpoint:
         return Saved(int(about["step"]), int(about["tokens"]), int(about["micro_batch"]), tensors), generation
 
     def is_due(self, step: int, steps: int) -> bool:
-        """Whether to save after this step: often enough to lose at most 2 % of the round, and never twice at a time."""
+        """Tell whether to save after this step: often enough to lose at most 2 % of the round, one save at a time."""
         every = max(1, int(steps * SHARE_AT_RISK))
         return step % every == 0 and step < steps and (self._writer is None or not self._writer.is_alive())
 
     def save(self, step: int, tokens: int, micro_batch: int, tensors: dict[str, Tensor]) -> None:
-        """Write behind training's back: only the copies take its time.
+        """Copy the tensors now and write them while training continues.
 
-        No fsync: the page cache outlives the process, and a power cut that takes both generations costs the round
-        no more than having none.
+        No fsync: the page cache outlives the process, and a power cut that takes both generations costs no more than
+        having none.
         """
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         path, self._generation = self._path(self._generation), 1 - self._generation
@@ -94,15 +99,19 @@ class RoundCheckpoint:
     def _write(self, path: Path, about: dict[str, str], copies: dict[str, Tensor]) -> None:
         part = path.with_suffix(".part")
         try:
-            save_file(copies, part, {"identity": self._identity, "digest": _digest(copies), **about})
+            self._write_file(copies, part, {"identity": self._identity, "digest": _digest(copies), **about})
             os.replace(part, path)
         except (OSError, SafetensorError):
-            part.unlink(missing_ok=True)  # a full disk: training goes on without
+            part.unlink(missing_ok=True)  # the disk is full: training continues without
 
-    def forget(self) -> None:
-        """The round is trained and its update on the disk."""
+    def wait(self) -> None:
+        """Wait until the last save is written."""
         if self._writer is not None:
             self._writer.join()
+
+    def forget(self) -> None:
+        """Remove the saves: the round is trained and its update is on the disk."""
+        self.wait()
         for path in self._directory.glob("round.*"):  # also what a kill left half-written
             path.unlink(missing_ok=True)
 

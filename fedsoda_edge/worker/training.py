@@ -1,6 +1,7 @@
-"""One local round: LoRA in the adapter on border states, AdamW, FedProx. Knows nothing of hubs.
+"""Train one local round: LoRA in the adapter on border states, with AdamW and FedProx.
 
-A step's samples go through in micro-batches, whose gradients are summed: where memory runs out they are halved.
+A step's samples go through in micro-batches, whose gradients are summed; where memory runs out, micro-batches are halved.
+Coding the delta and talking to the hub are the business of others.
 """
 
 from __future__ import annotations
@@ -22,20 +23,21 @@ from fedsoda_edge.model.loss import cross_entropy
 from fedsoda_edge.model.sub_llm import SubLLM
 from fedsoda_edge.protocol.coded import is_of
 from fedsoda_edge.protocol.messages import Factor, LocalSettings
-from fedsoda_edge.worker.batches import Batch, Border
+from fedsoda_edge.worker.batches import Batch, SweptSamples
 from fedsoda_edge.worker.checkpoint import RoundCheckpoint
 
 BETAS = (0.9, 0.95)  # paper, 6.1.2
-# What torch says where it has no error of its own: on a CPU, of what CUDA takes for itself, of a matrix product's space.
+# What torch says where it has no error class: about a CPU's memory, CUDA's own, and the workspace of a matrix product.
 NO_MEMORY = ("you tried to allocate", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 @dataclass(frozen=True)
 class Trained:
-    """delta: trained adapter LoRA minus the view, fp32. loss: mean over steps, NaN when training broke down.
+    """What a local round made.
 
-    num_examples: distinct samples trained on; seconds: wall clock, for people only. micro_batch: samples that went
-    through at once in the end.
+    delta: trained adapter LoRA minus the view, fp32. loss: mean over steps, NaN when training broke down.
+    num_examples: distinct samples trained on. num_tokens: ids of all samples of all steps. seconds: wall clock, for
+    people only. micro_batch: samples that went through at once in the end.
     """
 
     delta: dict[str, Tensor]
@@ -47,11 +49,11 @@ class Trained:
     micro_batch: int
 
 
-Progress = Callable[[int, int, float, float], None]  # step, steps, loss, tokens per second
+StepDone = Callable[[int, int, float, float], None]  # step, steps, loss, tokens per second
 
 
 def data_order(num_samples: int, epochs: int, seed: int, round_number: int, edge: str) -> Iterator[int]:
-    """Sample indices of a round: one permutation per epoch, seeded by (seed, round, edge id)."""
+    """Order the samples of a round by index: one permutation per epoch, seeded by (seed, round, edge id, epoch)."""
     for epoch in range(epochs):
         key = f"{seed}/{round_number}/{edge}/{epoch}".encode()
         number = int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1
@@ -59,13 +61,13 @@ def data_order(num_samples: int, epochs: int, seed: int, round_number: int, edge
 
 
 def num_steps(num_samples: int, settings: LocalSettings) -> int:
-    """Optimiser steps of a round; batches run across epochs, the last one may be smaller."""
+    """Count the optimiser steps of a round; a step's samples may be of two epochs, the last step may have fewer."""
     steps = math.ceil(num_samples * settings.epochs / settings.batch_size)
     return min(steps, settings.max_steps) if settings.max_steps else steps
 
 
 def completion_loss(sub_llm: SubLLM, batch: Batch) -> Tensor:
-    """Mean over the completion ids of the batch, eos included."""
+    """Average the cross-entropy over the completion ids of the batch, eos included."""
     hidden = sub_llm.hidden_at(
         batch.rows, batch.columns, states=batch.states.to(sub_llm.dtype), positions=batch.positions
     )
@@ -73,24 +75,30 @@ def completion_loss(sub_llm: SubLLM, batch: Batch) -> Tensor:
 
 
 def accumulate(
-    sub_llm: SubLLM, border: Border, indices: Sequence[int], micro_batch: int, parameters: Sequence[Parameter]
+    sub_llm: SubLLM, swept: SweptSamples, indices: Sequence[int], micro_batch: int, parameters: Sequence[Parameter]
 ) -> tuple[Tensor, int, int]:
-    """The gradient of the completion loss of these samples; (loss, ids, the micro-batch that memory allowed).
+    """Set the parameters' gradients to that of the completion loss of these samples, its mean over all of their labels.
+
+    Args:
+        micro_batch: samples that go through at once; halved, and the whole begun again, where memory runs out.
+
+    Returns:
+        The loss, the number of ids, and the micro-batch that memory allowed.
 
     Raises:
-        DeviceTooSmall: a single sample runs out of memory.
+        DeviceTooSmall: memory runs out with a single sample.
     """
     while True:
         for parameter in parameters:
             parameter.grad = None
         try:
-            loss, tokens = _accumulate(sub_llm, border, indices, micro_batch)
+            loss, tokens = _accumulate(sub_llm, swept, indices, micro_batch)
             return loss, tokens, micro_batch
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             if micro_batch == 1:
-                longest = max(len(border.samples[index].ids) for index in indices)
+                longest = max(len(swept.samples[index].ids) for index in indices)
                 raise DeviceTooSmall(
                     f"memory ran out on {sub_llm.device} with one sample of up to {longest} ids; close other programs, "
                     "or shorten the rows"
@@ -100,11 +108,11 @@ def accumulate(
             torch.cuda.empty_cache()
 
 
-def _accumulate(sub_llm: SubLLM, border: Border, indices: Sequence[int], micro_batch: int) -> tuple[Tensor, int]:
+def _accumulate(sub_llm: SubLLM, swept: SweptSamples, indices: Sequence[int], micro_batch: int) -> tuple[Tensor, int]:
     total, tokens = torch.zeros((), device=sub_llm.device), 0
-    num_labels = sum(border.num_labels(index) for index in indices)
+    num_labels = sum(swept.num_labels(index) for index in indices)
     for begin in range(0, len(indices), micro_batch):
-        batch = border.batch(indices[begin : begin + micro_batch], sub_llm.device)
+        batch = swept.batch(indices[begin : begin + micro_batch], sub_llm.device)
         loss = completion_loss(sub_llm, batch) * (len(batch.labels) / num_labels)
         loss.backward()
         total += loss.detach()
@@ -112,16 +120,19 @@ def _accumulate(sub_llm: SubLLM, border: Border, indices: Sequence[int], micro_b
     return total, tokens
 
 
-def probe(sub_llm: SubLLM, border: Border, view: Container[str], indices: Sequence[int], micro_batch: int) -> int:
-    """The micro-batch that memory allows, at most `micro_batch`: one step with these samples, of which nothing stays.
+def probe(sub_llm: SubLLM, swept: SweptSamples, view: Container[str], indices: Sequence[int], micro_batch: int) -> int:
+    """Find the micro-batch that memory allows, at most `micro_batch`, by the gradient of these samples; keep nothing.
+
+    Args:
+        view: names of the LoRA tensors that train.
 
     Raises:
-        DeviceTooSmall: a single sample runs out of memory.
+        DeviceTooSmall: memory runs out with a single sample.
     """
     parameters = list(_named(sub_llm, view).values())
     for parameter in parameters:
         parameter.requires_grad_(True)
-    _, _, allowed = accumulate(sub_llm, border, indices, micro_batch, parameters)
+    _, _, allowed = accumulate(sub_llm, swept, indices, micro_batch, parameters)
     for parameter in parameters:
         parameter.requires_grad_(False)
         parameter.grad = None
@@ -129,18 +140,18 @@ def probe(sub_llm: SubLLM, border: Border, view: Container[str], indices: Sequen
 
 
 def _named(sub_llm: SubLLM, view: Container[str]) -> dict[str, Parameter]:
-    """The attached LoRA that trains; emulator LoRA of layers above the border does not."""
+    """Select the attached LoRA that trains; emulator LoRA of layers above the border does not."""
     return {name: parameter for name, parameter in lora.parameters(sub_llm).items() if name in view}
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch could not get memory, on whatever device."""
+    """Tell whether torch could not get memory, on whatever device."""
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in NO_MEMORY)
 
 
 def fine_tune(
     sub_llm: SubLLM,
-    border: Border,
+    swept: SweptSamples,
     view: dict[str, Tensor],
     settings: LocalSettings,
     *,
@@ -149,20 +160,24 @@ def fine_tune(
     edge: str,
     trains: Factor = "both",
     micro_batch: int | None = None,
-    progress: Progress | None = None,
+    progress: StepDone | None = None,
     checkpoint: RoundCheckpoint | None = None,
 ) -> Trained:
-    """Train the adapter LoRA, those attached tensors that `view` names, from `view` and return the delta.
+    """Train the adapter LoRA, the attached tensors that `view` names, from `view` and return the delta.
 
-    Minimises F_k(w) + mu/2 ||w - view||^2 (paper eq. 9; the sign in its eq. 10 is reversed, method.md 1.7)
-    with a fresh AdamW, LoRA in fp32, no dropout.
+    Minimises F_k(w) + mu/2 ||w - view||^2 (paper eq. 9; the sign in its eq. 10 is reversed,
+    docs/methods.md (m8-fedprox)) with a fresh AdamW, LoRA in fp32, no dropout.
 
     Args:
         sub_llm: the layers from the border on with LoRA attached; it is left with the trained values.
-        border: this edge's samples; order and steps depend on their number alone.
-        trains: the factor that is trained; the other one keeps the view's bits and is no part of the delta.
+        swept: this edge's samples; order and steps depend on their number alone.
+        trains: the factor that is trained; the other one keeps the view's bits and is not in the delta.
         micro_batch: samples of a step that go through at once; None: all of them.
-        checkpoint: of this round; on a CPU a round that goes on from it ends with the same bits.
+        progress: called as progress(step, steps, loss, tokens per second) after each step.
+        checkpoint: saves of this round; on a CPU a round that continues from one ends with the same bits.
+
+    Raises:
+        DeviceTooSmall: memory runs out with a single sample.
     """
     started = time.monotonic()
     lora.load(sub_llm, view)
@@ -174,9 +189,9 @@ def fine_tune(
     optimizer = torch.optim.AdamW(
         parameters, lr=settings.learning_rate, betas=BETAS, weight_decay=settings.weight_decay, fused=True
     )
-    total = num_steps(len(border.samples), settings)
+    total = num_steps(len(swept.samples), settings)
     size = settings.batch_size
-    order = list(islice(data_order(len(border.samples), settings.epochs, seed, round_number, edge), total * size))
+    order = list(islice(data_order(len(swept.samples), settings.epochs, seed, round_number, edge), total * size))
     at_once = min(micro_batch or size, size)
     losses: list[Tensor] = []
     done = tokens = 0
@@ -188,13 +203,13 @@ def fine_tune(
         at_once = min(at_once, saved.micro_batch)  # what memory allowed before, and the same sums
         _restore(optimizer, named, saved.tensors)
     before = tokens
-    border.expect(order[done * size :])
+    swept.expect(order[done * size :])
     for step in range(done, total):
         indices = order[step * size : (step + 1) * size]
-        loss, num_ids, allowed = accumulate(sub_llm, border, indices, at_once, parameters)
+        loss, num_ids, allowed = accumulate(sub_llm, swept, indices, at_once, parameters)
         if allowed < at_once:
             at_once = allowed
-            border.expect(order[(step + 1) * size :])  # the step asked for its samples twice
+            swept.expect(order[(step + 1) * size :])  # the step asked for its samples twice
         drift = torch.cat([parameter.flatten() for parameter in parameters]) - reference
         (settings.proximal_mu / 2 * drift.square().sum()).backward()
         torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
@@ -202,7 +217,7 @@ def fine_tune(
         losses.append(loss)
         tokens += num_ids
         if not torch.isfinite(losses[-1]):
-            break  # no later step can mend it; the hub refuses the update and says so
+            break  # no later step can repair it; the hub refuses the update and says so
         if checkpoint is not None and checkpoint.is_due(step + 1, total):
             checkpoint.save(step + 1, tokens, at_once, _state(optimizer, named) | {"losses": torch.stack(losses)})
         if progress is not None:
@@ -223,7 +238,7 @@ def fine_tune(
 
 
 def _state(optimizer: torch.optim.Optimizer, named: Mapping[str, Parameter]) -> dict[str, Tensor]:
-    """LoRA and AdamW's moments and step counts, by name."""
+    """Collect LoRA and AdamW's moments and step counts, by name."""
     state: dict[str, Tensor] = dict(named)
     for name, parameter in named.items():
         state |= {f"{name}#{kind}": value for kind, value in optimizer.state[parameter].items()}
@@ -231,7 +246,7 @@ def _state(optimizer: torch.optim.Optimizer, named: Mapping[str, Parameter]) -> 
 
 
 def _restore(optimizer: torch.optim.Optimizer, named: Mapping[str, Parameter], state: dict[str, Tensor]) -> None:
-    """The reverse of `_state`."""
+    """Set LoRA and AdamW to what `_state` collected."""
     for name, parameter in named.items():
         with torch.no_grad():
             parameter.copy_(state[name])

@@ -33,7 +33,7 @@ from fedsoda_edge.protocol.messages import LocalSettings
 from fedsoda_edge.protocol.needs import PROCESS_BYTES, MemoryPlan
 from fedsoda_edge.protocol.template import TextTemplate
 from fedsoda_edge.units import human_bytes
-from fedsoda_edge.worker.batches import Border
+from fedsoda_edge.worker.batches import SweptSamples
 from fedsoda_edge.worker.border_cache import CachedStates, CacheSettings
 from fedsoda_edge.worker.checkpoint import RoundCheckpoint
 from fedsoda_edge.worker.training import fine_tune, is_out_of_memory, probe
@@ -55,7 +55,7 @@ class Worker:
         self._memory: MemoryPlan | None = None
         self._micro_batch = self._room = 0
         self._bundle: Bundle | None = None
-        self._border: Border | None = None
+        self._border: SweptSamples | None = None
         self._states: CachedStates | None = None
         self._emulator_name = ""
         self._frozen_lora: dict[str, torch.Tensor] = {}  # emulator LoRA of layers that are trained through
@@ -172,7 +172,7 @@ class Worker:
         )
         with _out_of_memory_is_told(memory):
             self._states.sweep(lambda done, total: report({"stage": "sweep", "done": done, "total": total}))
-        self._border = Border(self._samples.samples, self._states)
+        self._border = SweptSamples(self._samples.samples, self._states)
         self._emulator_name = name
         self._frozen_lora = lora.on(bundle.plan.resident, emulator)
         return {

@@ -12,7 +12,7 @@ from fedsoda_edge.data.local_data import LocalData, SampleTokenizer, read_sample
 from fedsoda_edge.model import lora
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.sub_llm import build
-from fedsoda_edge.worker.batches import Border
+from fedsoda_edge.worker.batches import SweptSamples
 from fedsoda_edge.worker.training import fine_tune, num_steps
 from fedsoda_hub.preparation.full_llm import open_full_llm, pick_device
 from fedsoda_hub.settings.run import RunSettings
@@ -32,8 +32,8 @@ def train_central(
     device, dtype = pick_device(settings.device, settings.dtype)
     tokenizer = SampleTokenizer(source.path / "tokenizer.json", source.fields.get("eos_token_id"))
     rows = read_samples(LocalData(data), settings.prompt, settings.completion, tokenizer, local.max_length)
-    border = Border.sweep(
-        source, plan.emulator, rows.samples, lora={}, lora_scale=spec.scale, compute_dtype=dtype, device=device
+    swept = SweptSamples.sweep(
+        source, plan.emulator, rows.samples, emulator={}, lora_scale=spec.scale, compute_dtype=dtype, device=device
     )
     share = min(1.0, settings.rounds.cohort / len(edge_rows))
     steps = round(share * sum(num_steps(number, local) for number in edge_rows))
@@ -45,7 +45,7 @@ def train_central(
         view = bundle.adapter_lora()
         lora.attach(tail, spec, view)
         for number in range(1, settings.rounds.count + 1):
-            step = fine_tune(tail, border, view, central, seed=settings.seed, round_number=number, edge="central")
+            step = fine_tune(tail, swept, view, central, seed=settings.seed, round_number=number, edge="central")
             view = {name: view[name] + step.delta[name] for name in view}
             said()
         trained[rate] = view

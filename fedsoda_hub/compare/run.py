@@ -24,9 +24,9 @@ import torch
 
 from fedsoda_edge.data.local_data import LocalData
 from fedsoda_edge.errors import DataProblem
-from fedsoda_edge.model.bundle import Bundle, write_durably_json
+from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.ports.console import Terminated
-from fedsoda_edge.ports.disk import sha256_file, write_durably
+from fedsoda_edge.ports.disk import sha256_file, write_durably, write_durably_json
 from fedsoda_edge.ports.system import on_signal_in
 from fedsoda_edge.protocol.manifest import LayerPlan, LoRASpec
 from fedsoda_hub.compare.central import train_central

@@ -23,7 +23,7 @@ from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.ports.child import Child
 from fedsoda_edge.ports.console import note
 from fedsoda_edge.protocol.manifest import parse_manifest
-from fedsoda_edge.protocol.needs import Samples, plans, shape_of
+from fedsoda_edge.protocol.needs import SampleSizes, plans, shape_of
 from fedsoda_edge.protocol.template import TextTemplate
 from fedsoda_edge.units import counted
 from fedsoda_hub.cli.display import Display
@@ -207,7 +207,7 @@ async def _alone(directory: Path, office: str, rounds: int, seed: int) -> Path:
                 "max_length": MAX_LENGTH,
             },
         )
-        longest = Samples(BATCH, opened["longest_ids"], opened["longest_labels"], opened["num_examples"])
+        longest = SampleSizes(BATCH, opened["longest_ids"], opened["longest_labels"], opened["num_examples"])
         shape = shape_of(parse_manifest((bundle / "manifest.json").read_bytes()))
         memory = next(plans(shape, "cpu", longest))  # the quickest: the model is small
         cache = {"directory": str(work / "border"), "key": os.urandom(32).hex(), "dtype": "bf16", "max_bytes": None}
@@ -257,7 +257,7 @@ def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Pa
     from fedsoda_edge.data.local_data import SampleTokenizer
     from fedsoda_edge.model import delta
     from fedsoda_edge.model.bundle import Bundle
-    from fedsoda_edge.model.streaming import Checkpoint
+    from fedsoda_edge.model.source import Checkpoint
     from fedsoda_hub.evaluation.evaluator import Evaluator, Judged, read_questions
     from fedsoda_hub.evaluation.export import export
     from fedsoda_hub.report.page import write_report

@@ -24,10 +24,10 @@ from transformers import StoppingCriteriaList
 from fedsoda_edge.data.local_data import LocalData, Sample, SampleTokenizer, join_text
 from fedsoda_edge.errors import DataProblem
 from fedsoda_edge.model import lora, loss
-from fedsoda_edge.model.border import mapped
+from fedsoda_edge.model.border import border_states
 from fedsoda_edge.model.branches import Branches, attention, joined
 from fedsoda_edge.model.families import build_config
-from fedsoda_edge.model.streaming import LayerSource, stream
+from fedsoda_edge.model.source import LayerSource
 from fedsoda_edge.model.sub_llm import SubLLM, build
 from fedsoda_edge.protocol.manifest import LoRASpec
 from fedsoda_edge.protocol.template import DEFAULT_COMPLETION, DEFAULT_PROMPT, TextTemplate
@@ -207,21 +207,18 @@ class Evaluator:
         if key not in self._borders:
             self.check_lengths(_positions(model))
             rows = self._rows(model)
-            states = stream(
+            states = border_states(
                 model.source,
                 model.below,
                 [row.ids for row in rows],
                 branches=[row.branches for row in rows],
-                lora=dict(model.emulator_lora),
+                emulator=model.emulator_lora,
                 lora_scale=model.spec.scale,
                 compute_dtype=self._compute_dtype,
                 device=self._device,
                 progress=self._report,
             )
-            states = [
-                mapped(state, model.emulator_lora, row.branches.positions())
-                for row, state in zip(rows, states, strict=True)
-            ]
+
             self._borders[key] = model, rows, states
         _, rows, states = self._borders[key]
         return rows, states

@@ -21,9 +21,9 @@ from torch import Tensor
 from fedsoda_edge.data.local_data import SampleTokenizer
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model import delta, lora
-from fedsoda_edge.model.bundle import Bundle, peft_config, write_durably_json
-from fedsoda_edge.model.streaming import Checkpoint
-from fedsoda_edge.ports.disk import BlobStore, write_durably
+from fedsoda_edge.model.bundle import Bundle, peft_config
+from fedsoda_edge.model.source import Checkpoint
+from fedsoda_edge.ports.disk import BlobStore, write_durably, write_durably_json
 from fedsoda_edge.protocol.manifest import LayerPlan, LoRASpec
 from fedsoda_edge.protocol.template import TextTemplate
 from fedsoda_hub.evaluation.evaluator import Evaluator, Judged, read_questions, summary

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from fedsoda_edge.data.local_data import SampleTokenizer
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_edge.model import border as border_map
-from fedsoda_edge.model import lora
-from fedsoda_edge.model.bundle import BundleSettings, half_bytes, shard_sizes, write_durably_json
+from fedsoda_edge.model import border, lora
+from fedsoda_edge.model.bundle_writer import BundleSettings, half_bytes, shard_sizes
 from fedsoda_edge.model.families import Family
-from fedsoda_edge.model.streaming import Checkpoint, LayerSource, stream
+from fedsoda_edge.model.source import Checkpoint, LayerSource
+from fedsoda_edge.model.streaming import stream
 from fedsoda_edge.model.sub_llm import SubLLM, build
-from fedsoda_edge.ports.disk import write_durably
+from fedsoda_edge.ports.disk import write_durably, write_durably_json
 from fedsoda_edge.protocol.manifest import LayerPlan, LoRASpec
 from fedsoda_hub.algorithms.alignment import closed_form, drift, oda
 from fedsoda_hub.algorithms.methods.by_name import method_of
@@ -79,8 +79,8 @@ def lora_spec(
         lora.specs(family, fields, layers, targets, rank, plan.lacking) for layers in (plan.adapter, aligned)
     )
     is_mapped = is_mapped and bool(aligned) and settings.align.border_map != "none"
-    bordering = border_map.specs(int(fields["hidden_size"]), settings.align.border_rank if is_mapped else 0)
-    return LoRASpec(rank, settings.lora.alpha, tuple(targets), on_adapter, (*bordering, *on_emulator))
+    of_map = border.map_specs(int(fields["hidden_size"]), settings.align.border_rank if is_mapped else 0)
+    return LoRASpec(rank, settings.lora.alpha, tuple(targets), on_adapter, (*of_map, *on_emulator))
 
 
 class StreamedLLM:
@@ -356,9 +356,9 @@ class StreamedLLM:
 
     def wanted(self, plan: LayerPlan, adapter: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """On the held-out blocks the final hidden (N, T, C) with this adapter LoRA, and the adapter's gradient (P,)."""
-        teacher, border = self._above(plan, adapter), self.target(plan.emulator[-1])[len(self.used) :]
-        gradient = drift.adapter_gradient(teacher, plan.adapter, border, torch.stack(self.held_out))
-        return _final(teacher, border), gradient
+        teacher, states = self._above(plan, adapter), self.target(plan.emulator[-1])[len(self.used) :]
+        gradient = drift.adapter_gradient(teacher, plan.adapter, states, torch.stack(self.held_out))
+        return _final(teacher, states), gradient
 
     def apart(
         self, student: SubLLM, adapter: Sequence[int], states: Tensor, wanted: tuple[Tensor, Tensor]

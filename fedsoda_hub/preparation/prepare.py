@@ -23,23 +23,15 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fedsoda_edge.errors import DiskFull, UsageProblem
-from fedsoda_edge.model import border as border_map
-from fedsoda_edge.model import delta, lora
-from fedsoda_edge.model.bundle import (
-    Bundle,
-    encode_manifest,
-    read_manifest,
-    replace_emulator_lora,
-    sub_manifest,
-    write_bundle,
-    write_durably_json,
-    write_size_class,
-)
-from fedsoda_edge.model.streaming import LayerSource, stream
+from fedsoda_edge.model import border, delta, lora
+from fedsoda_edge.model.bundle import Bundle, read_manifest
+from fedsoda_edge.model.bundle_writer import replace_emulator_lora, sub_manifest, write_bundle, write_size_class
+from fedsoda_edge.model.source import LayerSource
+from fedsoda_edge.model.streaming import stream
 from fedsoda_edge.model.sub_llm import SubLLM
-from fedsoda_edge.ports.disk import BlobStore, sha256_file, write_durably
+from fedsoda_edge.ports.disk import BlobStore, sha256_file, write_durably, write_durably_json
 from fedsoda_edge.ports.system import sync_directory
-from fedsoda_edge.protocol.manifest import ADAPTER_LORA, EMULATOR_LORA, File, LayerPlan, file_of
+from fedsoda_edge.protocol.manifest import ADAPTER_LORA, EMULATOR_LORA, File, LayerPlan, encode_manifest, file_of
 from fedsoda_hub.algorithms.aggregation import flexlora
 from fedsoda_hub.algorithms.alignment import oda, ridge
 from fedsoda_hub.algorithms.methods import fedpruner
@@ -328,7 +320,7 @@ class Preparation:
 
     def _fit_border_map(self, bundle: Bundle, emulator: dict[str, Tensor]) -> dict[str, Tensor]:
         """The map's tensors for the sub-emulator with this LoRA; none where the bundle has no map."""
-        if not any(item.name.startswith(border_map.PREFIX) for item in bundle.manifest.lora.emulator):
+        if not any(item.name.startswith(border.PREFIX) for item in bundle.manifest.lora.emulator):
             return {}
         llm, path = self.llm, self.work / "teacher.prompts.safetensors"
         if not path.exists():

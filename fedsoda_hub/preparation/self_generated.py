@@ -21,7 +21,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from fedsoda_edge.data.local_data import SampleTokenizer
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_edge.model.streaming import Checkpoint
+from fedsoda_edge.model.source import Checkpoint
 from fedsoda_edge.model.sub_llm import SubLLM, build
 from fedsoda_edge.protocol.template import TextTemplate
 from fedsoda_hub.preparation.public_text import MAX_HELD_OUT, MAX_PROMPT_IDS, MAX_PROMPTS, MIN_PROMPTS

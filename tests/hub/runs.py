@@ -12,7 +12,8 @@ from unittest import mock
 
 import pytest
 
-import fedsoda_edge.model.bundle as bundle_module
+import fedsoda_edge.model.bundle_writer as bundle_writer_module
+import fedsoda_edge.ports.disk as disk_module
 import fedsoda_hub.preparation.full_llm as full_llm_module
 import fedsoda_hub.preparation.prepare as prepare_module
 from fedsoda_edge.ports.disk import BlobStore, write_durably
@@ -82,7 +83,8 @@ def killed_after(writes: int) -> Iterator[None]:
             raise Killed
 
     with (
-        mock.patch.object(bundle_module, "write_durably", write),
+        mock.patch.object(bundle_writer_module, "write_durably", write),
+        mock.patch.object(disk_module, "write_durably", write),  # of write_durably_json
         mock.patch.object(prepare_module, "write_durably", write),
         mock.patch.object(full_llm_module, "write_durably", write),
         pytest.raises(Killed),

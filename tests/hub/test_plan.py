@@ -13,7 +13,8 @@ from safetensors.torch import save
 
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model import delta
-from fedsoda_edge.model.bundle import Bundle, BundleSettings, shard_sizes
+from fedsoda_edge.model.bundle import Bundle
+from fedsoda_edge.model.bundle_writer import BundleSettings, shard_sizes
 from fedsoda_edge.protocol.coded import CODECS, safetensors_bytes
 from fedsoda_hub.cli.display import plan_table
 from fedsoda_hub.plan import plan_report, rounds_between

@@ -15,7 +15,8 @@ from torch import Tensor
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model.families import layer_on_meta, linear_modules
 from fedsoda_edge.model.lora import LoRATensors
-from fedsoda_edge.model.streaming import LayerSource, Progress, buckets, stream
+from fedsoda_edge.model.source import LayerSource
+from fedsoda_edge.model.streaming import LayersDone, buckets, stream
 from fedsoda_edge.protocol.manifest import LayerPlan
 
 MODULE = "mlp.down_proj"
@@ -56,7 +57,7 @@ def align(
     damping: float = DAMPING,
     compute_dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-    progress: Progress | None = None,
+    progress: LayersDone | None = None,
 ) -> LoRATensors:
     """The emulator LoRA with its down_proj factors solved for, layer by layer from below; others stay as they are.
 

@@ -20,7 +20,8 @@ from torch.nn.functional import cosine_similarity, normalize, pad
 
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model.families import branch
-from fedsoda_edge.model.streaming import LayerSource, Progress, buckets, stream
+from fedsoda_edge.model.source import LayerSource
+from fedsoda_edge.model.streaming import LayersDone, buckets, stream
 
 SAMPLED_TOKENS = 2048
 BATCH_TOKENS = 2048
@@ -87,7 +88,7 @@ def measure_layers(
     seed: int,
     compute_dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-    progress: Progress | None = None,
+    progress: LayersDone | None = None,
 ) -> Measured:
     """CKA of all layers' outputs and their Block Influence, from one streamed pass over the blocks.
 
@@ -119,7 +120,7 @@ def measure_components(
     seed: int,
     compute_dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-    progress: Progress | None = None,
+    progress: LayersDone | None = None,
 ) -> tuple[Measured, Measured]:
     """(attention blocks, MLP blocks), from one streamed pass over the blocks, at the tokens of `measure_layers`.
 

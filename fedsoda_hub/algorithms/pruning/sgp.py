@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_edge.model.streaming import LayerSource, stream
+from fedsoda_edge.model.source import LayerSource
+from fedsoda_edge.model.streaming import stream
 from fedsoda_edge.protocol.manifest import Group
 
 

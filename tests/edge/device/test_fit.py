@@ -10,7 +10,7 @@ import pytest
 from fedsoda_edge.device.fit import Limits, check_device_name, check_disk, fit, leaner, read_device, table, told
 from fedsoda_edge.errors import DeviceTooSmall, UsageProblem
 from fedsoda_edge.protocol.messages import DeviceFacts
-from fedsoda_edge.protocol.needs import MemoryPlan, Samples, Shape, plans
+from fedsoda_edge.protocol.needs import MemoryPlan, SampleSizes, Shape, plans
 from fedsoda_edge.units import human_bytes
 
 GIB = 2**30
@@ -33,10 +33,10 @@ SHAPE = Shape(
     head_in_nf4=True,
     width=2,
 )
-SAMPLES = Samples(8, 512, 100)
+SAMPLES = SampleSizes(8, 512, 100)
 
 
-def ways(device: str, samples: Samples = SAMPLES) -> list[MemoryPlan]:
+def ways(device: str, samples: SampleSizes = SAMPLES) -> list[MemoryPlan]:
     return list(plans(SHAPE, device, samples))
 
 
@@ -93,7 +93,7 @@ def test_auto_takes_a_gpu_that_has_room_else_the_cpu() -> None:
 
 
 def test_an_8b_model_trains_in_a_gigabyte_and_a_half_of_gpu_memory() -> None:
-    assert min(way.peak for way in ways("cuda", Samples(1, 512, 512))) < 1.5 * GIB
+    assert min(way.peak for way in ways("cuda", SampleSizes(1, 512, 512))) < 1.5 * GIB
 
 
 def test_too_little_memory_is_told_with_both_numbers_and_by_how_much() -> None:

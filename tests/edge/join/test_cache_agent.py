@@ -13,7 +13,8 @@ from unittest import mock
 
 import pytest
 
-from fedsoda_edge import Edge, LocalData
+from fedsoda_edge.data.local_data import LocalData
+from fedsoda_edge.edge import Edge
 from fedsoda_edge.errors import WorkerFailed
 from fedsoda_edge.testing import LOCAL, ScriptedHub
 from fedsoda_edge.worker.training import num_steps

@@ -19,7 +19,7 @@ import msgspec
 import psutil
 import pytest
 
-from fedsoda_edge import LocalData
+from fedsoda_edge.data.local_data import LocalData
 from fedsoda_edge.errors import BlobCorrupt, HubUnreachable, WorkerFailed
 from fedsoda_edge.join.download import Download, in_order
 from fedsoda_edge.join.home import Home

@@ -15,15 +15,16 @@ from unittest import mock
 import pytest
 import torch
 
-from fedsoda_edge import Edge, LocalData
+from fedsoda_edge.data.local_data import LocalData
+from fedsoda_edge.edge import Edge
 from fedsoda_edge.errors import DeviceTooSmall, FedSODAError, UsageProblem, WorkerFailed
 from fedsoda_edge.join import agent, size_class
 from fedsoda_edge.ports.disk import sha256_file
 from fedsoda_edge.protocol.manifest import parse_manifest
 from fedsoda_edge.protocol.messages import DeviceFacts
-from fedsoda_edge.protocol.needs import KERNEL_BYTES, PROCESS_BYTES, Samples, plans, shape_of
+from fedsoda_edge.protocol.needs import KERNEL_BYTES, PROCESS_BYTES, SampleSizes, plans, shape_of
 from fedsoda_edge.testing import LOCAL, ScriptedHub, make_bundle
-from fedsoda_edge.worker.batches import Border
+from fedsoda_edge.worker.batches import SweptSamples
 from fedsoda_edge.worker.training import num_steps
 from fedsoda_edge.worker.worker import Worker
 from tests.edge.join import test_cache_agent
@@ -188,7 +189,7 @@ def test_the_first_step_is_tried_with_the_longest_rows_which_are_swept_together(
     path = tmp_path / "visits.jsonl"
     rows = [{"prompt": "visit " * (1 + 3 * i % 8), "completion": "home"} for i in range(8)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with mock.patch.object(Border, "expect", autospec=True) as expect:
+    with mock.patch.object(SweptSamples, "expect", autospec=True) as expect:
         join(tmp_path / "home", LocalData(path), scripted, WorkerHere())
     tried, trained = (call.args[1] for call in expect.call_args_list)
     assert {len(rows[index]["prompt"].split()) for index in tried} == {5, 6, 7, 8}
@@ -346,7 +347,7 @@ def test_a_worker_process_trains_below_a_limit_that_only_a_leaner_way_keeps(tmp_
     make_bundle(wide, VOCABULARY)
     limit, hub, events = PROCESS_BYTES + 270 * MIB, ManifestHub(wide, rounds=1), list[dict[str, Any]]()
     manifest = parse_manifest((wide / "manifest.json").read_bytes())
-    dense = [plan for plan in plans(shape_of(manifest), "cpu", Samples(4, 2, 1)) if not plan.packed]
+    dense = [plan for plan in plans(shape_of(manifest), "cpu", SampleSizes(4, 2, 1)) if not plan.packed]
     assert min(plan.peak for plan in dense) > limit
     edge = Edge(hub, home=tmp_path / "home", device="cpu", threads=1, max_ram=limit)
     with edge.join(data, on_event=events.append) as participation:

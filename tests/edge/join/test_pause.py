@@ -15,7 +15,9 @@ import msgspec
 import psutil
 import pytest
 
-from fedsoda_edge import Edge, LocalData, testing
+from fedsoda_edge import testing
+from fedsoda_edge.data.local_data import LocalData
+from fedsoda_edge.edge import Edge
 from fedsoda_edge.join import pause as aside
 from fedsoda_edge.join.home import Home
 from fedsoda_edge.protocol import messages as ms

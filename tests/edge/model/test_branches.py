@@ -12,7 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 import fedsoda_edge.model.streaming as streaming_module
 from fedsoda_edge.model.branches import Branches, attention, joined
-from fedsoda_edge.model.streaming import Checkpoint, stream
+from fedsoda_edge.model.source import Checkpoint
+from fedsoda_edge.model.streaming import stream
 from fedsoda_edge.model.sub_llm import build
 from tests.tiny import FAMILY_CONFIGS, make_tiny
 

@@ -15,7 +15,8 @@ from fedsoda_edge.model import lora
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.families import FAMILIES, build_config
 from fedsoda_edge.model.nf4 import dequantize, quantize
-from fedsoda_edge.model.streaming import Checkpoint, stream
+from fedsoda_edge.model.source import Checkpoint
+from fedsoda_edge.model.streaming import stream
 from fedsoda_edge.model.sub_llm import build
 from tests.edge.model.test_bundle import IDS, TARGETS, relative_difference, write
 from tests.tiny import FAMILY_CONFIGS, make_tiny

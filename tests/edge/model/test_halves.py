@@ -20,21 +20,15 @@ from transformers import AutoModelForCausalLM
 
 from fedsoda_edge.errors import BlobCorrupt, UsageProblem
 from fedsoda_edge.model import lora
-from fedsoda_edge.model.bundle import (
-    Bundle,
-    BundleSettings,
-    encode_manifest,
-    half_bytes,
-    read_manifest,
-    shard_sizes,
-    write_bundle,
-)
+from fedsoda_edge.model.bundle import Bundle, read_manifest
+from fedsoda_edge.model.bundle_writer import BundleSettings, half_bytes, shard_sizes, write_bundle
 from fedsoda_edge.model.families import layer_on_meta
-from fedsoda_edge.model.streaming import Checkpoint, stream
+from fedsoda_edge.model.source import Checkpoint
+from fedsoda_edge.model.streaming import stream
 from fedsoda_edge.model.sub_llm import build
-from fedsoda_edge.protocol.manifest import Half, LayerPlan, LoRASpec, check_plan
-from fedsoda_edge.protocol.needs import Samples, edge_needs, plans, shape_of
-from fedsoda_edge.worker.batches import Border
+from fedsoda_edge.protocol.manifest import Half, LayerPlan, LoRASpec, check_plan, encode_manifest
+from fedsoda_edge.protocol.needs import SampleSizes, edge_needs, plans, shape_of
+from fedsoda_edge.worker.batches import SweptSamples
 from fedsoda_edge.worker.training import completion_loss
 from fedsoda_hub.algorithms.pruning.layer_plan import drop_layers
 from tests.edge.model.test_bundle import IDS, random_lora, relative_difference
@@ -191,13 +185,13 @@ def test_plain_transformers_loads_it_with_zeros_in_the_place_of_what_is_gone(bun
 def test_loss_and_lora_gradients_are_those_of_peft(checkpoint: Checkpoint, bundle: Bundle, way: dict[str, Any]) -> None:
     samples = make_samples(5)
     view, spec = bundle.adapter_lora(), bundle.manifest.lora
-    border = Border.sweep(bundle, PLAN.swept, samples, lora={}, lora_scale=spec.scale)
+    swept = SweptSamples.sweep(bundle, PLAN.swept, samples, emulator={}, lora_scale=spec.scale)
     tail = build(bundle, PLAN.resident, **way)
     lora.attach(tail, spec, view)
     named = lora.parameters(tail)
     for parameter in named.values():
         parameter.requires_grad_(True)
-    loss = completion_loss(tail, border.batch(range(5)))
+    loss = completion_loss(tail, swept.batch(range(5)))
     loss.backward()
 
     plain = by_hand(checkpoint, quantized=True)
@@ -241,8 +235,8 @@ def test_the_last_layer_computes_the_rows_that_the_loss_asks_for(checkpoint: Che
     assert_near(model.hidden_at(rows, columns, states=states), model.hidden(states=states)[rows, columns])
 
 
-@pytest.mark.parametrize("samples", [Samples(4, 16, 4), Samples(4, 16, 16)], ids=str)
-def test_the_memory_plan_counts_what_is_there(tmp_path: Path, checkpoint: Checkpoint, samples: Samples) -> None:
+@pytest.mark.parametrize("samples", [SampleSizes(4, 16, 4), SampleSizes(4, 16, 16)], ids=str)
+def test_the_memory_plan_counts_what_is_there(tmp_path: Path, checkpoint: Checkpoint, samples: SampleSizes) -> None:
     plan = msgspec.structs.replace(WHOLE, without_attention=(0, 6), without_mlp=(3, 5))  # the last layer is whole
     bundle, whole = (write_halves(tmp_path / str(at), checkpoint, each) for at, each in enumerate((plan, WHOLE)))
     planned, kept = plan_of(bundle, samples, recompute=False), kept_bytes(bundle, samples)

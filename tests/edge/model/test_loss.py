@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from fedsoda_edge.model import loss
 from fedsoda_edge.model.nf4 import NF4Linear, dequantize, quantize
-from fedsoda_edge.protocol import needs as memory
+from fedsoda_edge.protocol import needs
 
 
 @pytest.mark.parametrize("rows", [1, 255, 600])
@@ -74,7 +74,7 @@ def test_a_head_of_several_tiles_is_the_dense_one(
 ) -> None:
     """Three chunks of logits; some labels are in the last tile."""
     assert loss.TILE_WEIGHTS["cpu"] // WIDTH < VOCAB
-    monkeypatch.setattr(memory, "LOGITS", 40 * VOCAB)
+    monkeypatch.setattr(needs, "LOGITS", 40 * VOCAB)
     generator = torch.Generator().manual_seed(2)
     hidden = torch.randn(100, WIDTH, generator=generator).to(dtype)
     teacher = torch.randn(100, WIDTH, generator=generator).to(dtype)

@@ -126,7 +126,9 @@ def test_no_order_of_modes_loses_the_gradient(first: str, tmp_path: Path) -> Non
 def bf16_is_native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Both ways to multiply bf16, whatever this CPU has instructions for."""
     native: bool = request.param
-    monkeypatch.setattr(nf4, "_multiplies", lambda dtype: dtype.itemsize > 2 or (native and dtype == torch.bfloat16))
+    monkeypatch.setattr(
+        nf4, "has_instructions_for", lambda dtype: dtype.itemsize > 2 or (native and dtype == torch.bfloat16)
+    )
     return native
 
 

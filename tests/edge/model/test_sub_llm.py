@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedsoda_edge.model import lora
-from fedsoda_edge.model.streaming import Checkpoint
+from fedsoda_edge.model.source import Checkpoint
 from fedsoda_edge.model.sub_llm import SubLLM, build
 from fedsoda_edge.protocol.manifest import LoRASpec
 from tests.tiny import FAMILY_CONFIGS, make_tiny

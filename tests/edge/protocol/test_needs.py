@@ -11,7 +11,7 @@ from fedsoda_edge.model import lora
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.loss import cross_entropy
 from fedsoda_edge.model.sub_llm import SubLLM, build
-from fedsoda_edge.protocol.needs import MemoryPlan, Samples, plans, shape_of
+from fedsoda_edge.protocol.needs import MemoryPlan, SampleSizes, plans, shape_of
 from tests.edge.model.test_bundle import write
 from tests.tiny import FAMILY_CONFIGS, make_tiny
 
@@ -31,7 +31,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return write(directory / "bundle", make_tiny(directory / family, family), targets=targets)
 
 
-def kept_bytes(bundle: Bundle, samples: Samples, *, recompute: bool = False) -> int:
+def kept_bytes(bundle: Bundle, samples: SampleSizes, *, recompute: bool = False) -> int:
     """Of all storages that autograd or a layer to be made again holds after a forward pass, frozen weights left out."""
     view, resident = bundle.adapter_lora(), bundle.plan.resident
     model = build(bundle, resident, dense=False, dense_head=False, recompute=recompute)
@@ -70,14 +70,14 @@ def loss_of(model: SubLLM, states: torch.Tensor, labels: int) -> torch.Tensor:
     return cross_entropy(hidden, model.head, torch.arange(len(rows)))
 
 
-def plan_of(bundle: Bundle, samples: Samples, *, recompute: bool) -> MemoryPlan:
+def plan_of(bundle: Bundle, samples: SampleSizes, *, recompute: bool) -> MemoryPlan:
     """All samples of a step at once, with malloc that keeps nothing back."""
     ways = plans(shape_of(bundle.manifest), "cpu", samples)
     return next(way for way in ways if way.packed and way.recompute == recompute)
 
 
-@pytest.mark.parametrize("samples", [Samples(4, 16, 4), Samples(4, 16, 16), Samples(2, 32, 2)], ids=str)
-def test_activations_are_those_that_autograd_keeps(bundle: Bundle, samples: Samples) -> None:
+@pytest.mark.parametrize("samples", [SampleSizes(4, 16, 4), SampleSizes(4, 16, 16), SampleSizes(2, 32, 2)], ids=str)
+def test_activations_are_those_that_autograd_keeps(bundle: Bundle, samples: SampleSizes) -> None:
     kept = kept_bytes(bundle, samples)
     planned = plan_of(bundle, samples, recompute=False).activations
     assert LEAST * planned <= kept <= MOST[bundle.manifest.family] * planned
@@ -85,7 +85,7 @@ def test_activations_are_those_that_autograd_keeps(bundle: Bundle, samples: Samp
 
 def test_activations_that_are_made_twice_are_kept_for_the_last_layer_alone(bundle: Bundle) -> None:
     """The plan has one layer's on top, which are there while its gradients are computed."""
-    samples = Samples(4, 16, 4)
+    samples = SampleSizes(4, 16, 4)
     kept, once = kept_bytes(bundle, samples, recompute=True), kept_bytes(bundle, samples)
     again, plain = (plan_of(bundle, samples, recompute=recompute) for recompute in (True, False))
     assert kept <= 0.55 * once

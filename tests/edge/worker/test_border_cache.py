@@ -1,11 +1,9 @@
-"""Border states on disk: sealed, void with their alignment, computed anew where they are damaged or did not fit, and
-never with another bit of the delta."""
+"""Border states on disk: sealed, void with their alignment, computed again where they are damaged or did not fit; the
+delta has the same bits whatever was kept."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
 import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,27 +12,26 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from torch import Tensor
 
 from fedsoda_edge.data.local_data import Sample
 from fedsoda_edge.model import lora
 from fedsoda_edge.model.bundle import Bundle
-from fedsoda_edge.model.streaming import Checkpoint, stream
+from fedsoda_edge.model.source import Checkpoint
+from fedsoda_edge.model.streaming import LayersDone, stream
 from fedsoda_edge.model.sub_llm import build
 from fedsoda_edge.protocol.manifest import LayerPlan
-from fedsoda_edge.worker import border_cache
-from fedsoda_edge.worker.batches import Border
-from fedsoda_edge.worker.border_cache import CachedStates, CacheSettings, RecordFile, from_record, row_bytes, to_record
+from fedsoda_edge.worker.batches import SweptSamples
+from fedsoda_edge.worker.border_cache import BorderPasses, CachedStates, CacheSettings
+from fedsoda_edge.worker.record_file import to_record
 from fedsoda_edge.worker.training import data_order, fine_tune
 from fedsoda_hub.algorithms.pruning.layer_plan import make_plan
 from fedsoda_hub.algorithms.pruning.sgp import choose_groups
-from tests.edge.model import test_bundle
 from tests.edge.model.test_bundle import pruned_by_hand, random_lora, write
+from tests.edge.worker.test_record_file import HEAD, KEY, LARGE, MARK, TAG, WIDTH, FullDisk, flip
 from tests.edge.worker.test_training import SETTINGS, make_samples
 
-KEY, WIDTH = bytes(range(32)), 64
-MARK, HEAD, TAG = 48, 32, 16  # bytes of a file's beginning, of a record's head and of its tag
 SAMPLES = make_samples(10)
-LARGE = 1 << 30
 
 
 def deep_plan(source: Checkpoint, adapter: int = 2) -> LayerPlan:
@@ -53,9 +50,8 @@ def one_tier(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Bund
 @pytest.fixture(scope="module")
 def two_tiers(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Bundle:
     """Layers 0, 1, 2, 4 below the adapter; 2 and 4 carry LoRA."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(test_bundle, "plan_for", deep_plan)
-        return write(tmp_path_factory.mktemp("two") / "bundle", tiny_llama, trained=True)
+    plan = deep_plan(Checkpoint.open(str(tiny_llama)))
+    return write(tmp_path_factory.mktemp("two") / "bundle", tiny_llama, trained=True, plan=plan)
 
 
 @pytest.fixture(params=["one_tier", "two_tiers"])
@@ -65,35 +61,58 @@ def bundle(request: pytest.FixtureRequest) -> Bundle:
     return found
 
 
-@pytest.fixture(autouse=True)
-def _groups_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each sample runs alone, so that passes can be counted by samples; groups have tests of their own."""
-    monkeypatch.setattr(border_cache, "GROUP_POSITIONS", 0)
+Batches = Sequence[Sequence[int]]
 
 
-Passes = list[tuple[tuple[int, ...], list[tuple[int, ...]]]]
+class Passes(list[tuple[tuple[int, ...], list[tuple[int, ...]]]]):
+    """Every pass over layers: which, and the ids of the samples that it took along.
+
+    batches: the lengths of those that ran together.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.batches: list[list[int]] = []
+        below, border = BorderPasses.below, BorderPasses.border
+
+        def noting_below(
+            made: BorderPasses, ids: Sequence[Tensor], batches: Batches, progress: LayersDone | None
+        ) -> list[Tensor]:
+            self.note(made.bottom, ids, batches)
+            return below(made, ids, batches, progress)
+
+        def noting_border(
+            made: BorderPasses,
+            ids: Sequence[Tensor],
+            batches: Batches,
+            start: Sequence[Tensor] | None,
+            progress: LayersDone | None,
+        ) -> list[Tensor]:
+            self.note(made.top if start is not None else (*made.bottom, *made.top), ids, batches)
+            return border(made, ids, batches, start, progress)
+
+        monkeypatch.setattr(BorderPasses, "below", noting_below)
+        monkeypatch.setattr(BorderPasses, "border", noting_border)
+
+    def note(self, layers: Sequence[int], ids: Sequence[Tensor], batches: Batches) -> None:
+        self.append((tuple(layers), [tuple(sample.tolist()) for sample in ids]))
+        self.batches += [[len(ids[place]) for place in batch] for batch in batches]
 
 
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
-    """Every pass over layers: which, and the ids of the samples that it took along."""
-    seen: Passes = []
-
-    def noting(source: Bundle, layers: Sequence[int], ids: Sequence[torch.Tensor], **rest: Any) -> list[torch.Tensor]:
-        seen.append((tuple(layers), [tuple(sample.tolist()) for sample in ids]))
-        return stream(source, layers, ids, **rest)
-
-    monkeypatch.setattr(border_cache, "stream", noting)
-    return seen
+    return Passes(monkeypatch)
 
 
 def opened(bundle: Bundle, directory: Path, samples: Sequence[Sample] = SAMPLES, **change: Any) -> CachedStates:
+    """By default each sample runs alone, so that passes can be counted by samples; groups have tests of their own."""
     settings = CacheSettings(
         directory,
         change.get("key", KEY),
         change.get("dtype", "bf16"),
         change.get("max_bytes"),
         change.get("slice_bytes", LARGE),
+        group_positions=change.get("group_positions", 0),
     )
     return CachedStates(
         bundle,
@@ -117,8 +136,8 @@ def trained(bundle: Bundle, states: CachedStates, epochs: int = 2) -> dict[str, 
     tail, view = build(bundle, bundle.plan.adapter), bundle.adapter_lora()
     lora.attach(tail, bundle.manifest.lora, view)
     settings = msgspec.structs.replace(SETTINGS, max_steps=0, epochs=epochs)
-    border = Border(SAMPLES, states)
-    return fine_tune(tail, border, view, settings, seed=0, round_number=1, edge="a").delta
+    swept = SweptSamples(SAMPLES, states)
+    return fine_tune(tail, swept, view, settings, seed=0, round_number=1, edge="a").delta
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -137,194 +156,6 @@ def room_for(samples: Iterable[Sample]) -> int:
 def border_file(directory: Path) -> Path:
     [path] = directory.glob("border-*")
     return path
-
-
-def flip(path: Path, offset: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[offset] ^= 1
-    path.write_bytes(data)
-
-
-# -- a record -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def state() -> torch.Tensor:
-    """(5, 64), rows of very different size, one of them zero."""
-    sizes = torch.tensor([1e-6, 1.0, 0.0, 300.0, 7e4])
-    return torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(0)) * sizes[:, None]
-
-
-def test_a_bf16_record_is_the_state_rounded_to_bf16(state: torch.Tensor) -> None:
-    record = to_record(state, "bf16")
-    assert len(record) == 5 * row_bytes(WIDTH, "bf16") == 5 * 2 * WIDTH
-    assert torch.equal(from_record(record, WIDTH, "bf16"), state.to(torch.bfloat16))
-
-
-def test_an_int8_record_is_within_half_a_step_of_each_rows_largest_magnitude(state: torch.Tensor) -> None:
-    record = to_record(state, "int8")
-    assert len(record) == 5 * row_bytes(WIDTH, "int8") == 5 * (WIDTH + 4)
-    back = from_record(record, WIDTH, "int8")
-    for row, got in zip(state.double(), back.double(), strict=True):
-        step = max(abs(float(value)) for value in row) / 127
-        assert float((row - got).abs().max()) <= step / 2 * (1 + 1e-5)
-    assert not back[2].any()
-
-
-@pytest.mark.parametrize("dtype", ["bf16", "int8"])
-def test_a_record_of_a_record_is_itself(state: torch.Tensor, dtype: str) -> None:
-    once = from_record(to_record(state, dtype), WIDTH, dtype)
-    again = from_record(to_record(once, dtype), WIDTH, dtype)
-    torch.testing.assert_close(again, once, rtol=1e-6, atol=0)
-
-
-# -- a file of records ----------------------------------------------------------------------------------
-
-
-def three_records(path: Path) -> RecordFile:
-    """Names a, b, c of 2, 3 and 2 rows of 8 bytes."""
-    file = RecordFile(path, KEY, "purpose", 8, LARGE)
-    for letter, rows in ((b"a", 2), (b"b", 3), (b"c", 2)):
-        assert file.put(letter * 16, rows, letter * 8 * rows)
-    return file
-
-
-A, B, C = b"a" * 16, b"b" * 16, b"c" * 16
-AT_B = MARK + HEAD + 16 + TAG
-AT_C = AT_B + HEAD + 24 + TAG
-
-
-def test_records_are_found_by_name_now_and_after_opening_again(tmp_path: Path) -> None:
-    file = three_records(tmp_path / "f")
-    assert file.num_bytes == (tmp_path / "f").stat().st_size == AT_C + HEAD + 16 + TAG
-    file.close()
-    for _ in range(2):
-        file = RecordFile(tmp_path / "f", KEY, "purpose", 8, LARGE)
-        assert (file.get(A), file.get(B), file.get(C)) == (b"a" * 16, b"b" * 24, b"c" * 16)
-        assert file.get(b"d" * 16) is None
-        assert file.damaged == 0
-        file.close()
-
-
-def test_only_its_owner_reads_the_file(tmp_path: Path) -> None:
-    before = os.umask(0)
-    try:
-        three_records(tmp_path / "f").close()
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE((tmp_path / "f").stat().st_mode) == 0o600
-
-
-@pytest.mark.parametrize("change", [{"key": bytes(32)}, {"purpose": "another"}])
-def test_another_key_or_purpose_begins_the_file_anew(tmp_path: Path, change: dict[str, Any]) -> None:
-    three_records(tmp_path / "f").close()
-    file = RecordFile(tmp_path / "f", **({"key": KEY, "purpose": "purpose"} | change), row_bytes=8, max_bytes=LARGE)
-    assert [name in file for name in (A, B, C)] == [False] * 3
-    assert file.damaged == 0
-    assert (tmp_path / "f").stat().st_size == MARK
-    file.close()
-
-
-@pytest.mark.parametrize(
-    "offset", [0, HEAD - 12, HEAD, HEAD + 23, HEAD + 24 + TAG - 1], ids=["head", "nonce", "first", "last", "tag"]
-)
-def test_a_flipped_bit_is_noticed_once_and_the_record_may_be_written_again(tmp_path: Path, offset: int) -> None:
-    file = three_records(tmp_path / "f")
-    flip(tmp_path / "f", AT_B + offset)
-    assert file.get(B) is None
-    assert B not in file
-    assert file.get(B) is None
-    assert file.damaged == 1
-    assert file.put(B, 3, b"B" * 24)
-    file.close()
-    file = RecordFile(tmp_path / "f", KEY, "purpose", 8, LARGE)
-    assert (file.get(A), file.get(B), file.get(C)) == (b"a" * 16, b"B" * 24, b"c" * 16)
-    file.close()
-
-
-@pytest.mark.parametrize("cut", [1, TAG, TAG + 16 + 5, TAG + 16 + HEAD - 1])
-def test_a_file_cut_off_in_a_record_keeps_those_before_and_grows_after_them(tmp_path: Path, cut: int) -> None:
-    three_records(tmp_path / "f").close()
-    whole = (tmp_path / "f").read_bytes()
-    (tmp_path / "f").write_bytes(whole[:-cut])
-    file = RecordFile(tmp_path / "f", KEY, "purpose", 8, LARGE)
-    assert (file.get(A), file.get(B), file.get(C)) == (b"a" * 16, b"b" * 24, None)
-    assert file.num_bytes == (tmp_path / "f").stat().st_size == AT_C  # nothing of the torn one stays behind the next
-    assert file.put(C, 1, b"c" * 8)
-    file.close()
-    file = RecordFile(tmp_path / "f", KEY, "purpose", 8, LARGE)
-    assert (file.get(A), file.get(B), file.get(C)) == (b"a" * 16, b"b" * 24, b"c" * 8)
-    assert file.damaged == 0
-    file.close()
-
-
-@pytest.mark.parametrize("begin", [0, HEAD - 12], ids=["whole", "under the other's name"])
-def test_a_record_in_anothers_place_is_refused(tmp_path: Path, begin: int) -> None:
-    file = three_records(tmp_path / "f")
-    data = bytearray((tmp_path / "f").read_bytes())
-    length = HEAD + 16 + TAG
-    one, other = slice(MARK + begin, MARK + length), slice(AT_C + begin, AT_C + length)
-    data[one], data[other] = data[other], data[one]
-    (tmp_path / "f").write_bytes(data)
-    assert (file.get(A), file.get(C)) == (None, None)
-    assert file.damaged == 2
-    assert file.get(B) == b"b" * 24
-    file.close()
-
-
-def test_a_file_grows_no_larger_than_it_may_and_shrinks_when_it_may_less(tmp_path: Path) -> None:
-    file = RecordFile(tmp_path / "f", KEY, "purpose", 8, AT_B + 10)
-    assert file.put(A, 2, b"a" * 16)
-    assert file.room == 10
-    assert not file.put(B, 3, b"b" * 24)
-    assert file.num_bytes == AT_B
-    file.close()
-    three_records(tmp_path / "g").close()
-    file = RecordFile(tmp_path / "g", KEY, "purpose", 8, AT_C + 10)
-    assert (file.get(A), file.get(B), file.get(C)) == (b"a" * 16, b"b" * 24, None)
-    assert (tmp_path / "g").stat().st_size == AT_C
-    file.close()
-
-
-class Full:
-    """A disk that takes so many bytes more, then half of a record and no more."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, takes: int, number: int = errno.ENOSPC) -> None:
-        plain = RecordFile._write_at
-
-        def write(file: RecordFile, offset: int, parts: Iterable[bytes]) -> None:
-            data = b"".join(parts)
-            if len(data) > self.left:
-                plain(file, offset, [data[: len(data) // 2]])
-                raise OSError(number, os.strerror(number))
-            self.left -= len(data)
-            plain(file, offset, [data])
-
-        self.left = takes
-        monkeypatch.setattr(RecordFile, "_write_at", write)
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_keeps_what_is_whole_and_is_not_asked_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    disk = Full(monkeypatch, AT_B, number)
-    file = RecordFile(tmp_path / "f", KEY, "purpose", 8, LARGE)
-    assert file.put(A, 2, b"a" * 16)
-    assert not file.put(B, 3, b"b" * 24)
-    assert (tmp_path / "f").stat().st_size == AT_B
-    disk.left = LARGE
-    assert not file.put(C, 2, b"c" * 16)
-    assert file.get(A) == b"a" * 16
-    file.close()
-
-
-def test_a_broken_disk_is_not_a_full_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Full(monkeypatch, MARK, errno.EIO)
-    file = RecordFile(tmp_path / "f", KEY, "purpose", 8, LARGE)
-    with pytest.raises(OSError, match="Input/output error"):
-        file.put(A, 2, b"a" * 16)
-    file.close()
 
 
 # -- the states -----------------------------------------------------------------------------------------
@@ -351,11 +182,11 @@ def test_states_are_those_of_the_sweep_rounded_to_bf16(one_tier: Bundle, tmp_pat
     for index, sample in enumerate(SAMPLES):
         expected = alone(one_tier, one_tier.plan.sub_emulator, sample)
         assert torch.equal(states[index], expected.to(torch.bfloat16))
-    swept = Border.sweep(
+    swept = SweptSamples.sweep(
         one_tier,
         one_tier.plan.sub_emulator,
         SAMPLES,
-        lora=one_tier.emulator_lora(),
+        emulator=one_tier.emulator_lora(),
         lora_scale=one_tier.manifest.lora.scale,
     )
     for index in range(len(SAMPLES)):  # samples in batches: other last bits, so here and there the next bf16
@@ -523,31 +354,31 @@ def test_the_delta_does_not_depend_on_what_is_kept(
     group_positions: int,
 ) -> None:
     """Nor do groups of samples: they are made of the data alone."""
-    monkeypatch.setattr(border_cache, "GROUP_POSITIONS", group_positions)
-    states = kept(bundle, tmp_path / "all", dtype=dtype)
+    how: dict[str, Any] = {"dtype": dtype, "group_positions": group_positions}
+    states = kept(bundle, tmp_path / "all", **how)
     everything = trained(bundle, states)
     assert any(tensor.any() for tensor in everything.values())
     states.close()
 
     passes.clear()
-    states = kept(bundle, tmp_path / "all", dtype=dtype)
+    states = kept(bundle, tmp_path / "all", **how)
     assert same(trained(bundle, states), everything)
     assert passes == []
     states.close()
 
-    states = kept(bundle, tmp_path / "none", dtype=dtype, max_bytes=0, slice_bytes=30_000)
+    states = kept(bundle, tmp_path / "none", **how, max_bytes=0, slice_bytes=30_000)
     assert same(trained(bundle, states), everything)
     assert (states.num_kept, states.kept_bytes) == (0, MARK)
     states.close()
 
-    states = kept(bundle, tmp_path / "half", dtype=dtype, max_bytes=room_for(SAMPLES[:5]))
+    states = kept(bundle, tmp_path / "half", **how, max_bytes=room_for(SAMPLES[:5]))
     assert 1 <= states.num_kept <= 9
     assert same(trained(bundle, states), everything)
     states.close()
 
     below = room_for(SAMPLES) if bundle.plan.retained[0] > 0 else 0
-    Full(monkeypatch, below + room_for(SAMPLES[:5]))
-    states = kept(bundle, tmp_path / "full", dtype=dtype)
+    FullDisk(monkeypatch, below + room_for(SAMPLES[:5]))
+    states = kept(bundle, tmp_path / "full", **how)
     assert 1 <= states.num_kept <= 9
     assert same(trained(bundle, states), everything)
     states.close()
@@ -567,11 +398,9 @@ def test_kept_states_fit_a_smaller_budget_of_the_next_join(bundle: Bundle, tmp_p
 @pytest.fixture(scope="module")
 def calm(one_tier: Bundle, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     """The delta where nothing is damaged."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(border_cache, "GROUP_POSITIONS", 0)
-        states = kept(one_tier, tmp_path_factory.mktemp("calm"))
-        delta = trained(one_tier, states)
-        states.close()
+    states = kept(one_tier, tmp_path_factory.mktemp("calm"))
+    delta = trained(one_tier, states)
+    states.close()
     return delta
 
 
@@ -579,7 +408,7 @@ def calm(one_tier: Bundle, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     "offset", [0, 16, HEAD - 12, HEAD + 40, -1], ids=["name", "length", "nonce", "ciphertext", "tag"]
 )
 @pytest.mark.parametrize("when", ["open", "closed"])
-def test_a_damaged_record_is_computed_anew_to_the_same_delta(
+def test_a_damaged_record_is_computed_again_to_the_same_delta(
     one_tier: Bundle, calm: dict[str, torch.Tensor], tmp_path: Path, offset: int, when: str
 ) -> None:
     states = kept(one_tier, tmp_path / "c")
@@ -601,7 +430,7 @@ def test_a_damaged_record_is_computed_anew_to_the_same_delta(
     states.close()
 
 
-def test_a_damaged_state_below_is_computed_anew(two_tiers: Bundle, tmp_path: Path) -> None:
+def test_a_damaged_state_below_is_computed_again(two_tiers: Bundle, tmp_path: Path) -> None:
     kept(two_tiers, tmp_path / "c").close()
     [below] = (tmp_path / "c").glob("below-*")
     flip(below, MARK + HEAD + 3)
@@ -614,7 +443,7 @@ def test_a_damaged_state_below_is_computed_anew(two_tiers: Bundle, tmp_path: Pat
     fresh.close()
 
 
-def test_a_sweep_that_was_killed_goes_on_after_its_last_whole_record(
+def test_a_sweep_that_was_killed_continues_after_its_last_whole_record(
     bundle: Bundle, tmp_path: Path, passes: Passes
 ) -> None:
     states = kept(bundle, tmp_path / "c")
@@ -711,17 +540,7 @@ def test_files_of_other_bundles_and_precisions_go(one_tier: Bundle, two_tiers: B
         seen |= names
 
 
-def test_short_samples_run_together_and_long_ones_alone(
-    one_tier: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    batches: list[list[int]] = []
-
-    def noting(*args: Any, **rest: Any) -> list[torch.Tensor]:
-        batches.extend([len(args[2][place]) for place in batch] for batch in rest["batches"])
-        return stream(*args, **rest)
-
-    monkeypatch.setattr(border_cache, "stream", noting)
-    monkeypatch.setattr(border_cache, "GROUP_POSITIONS", 40)
+def test_short_samples_run_together_and_long_ones_alone(one_tier: Bundle, tmp_path: Path, passes: Passes) -> None:
     samples = [Sample(tuple(range(3, 3 + length)), length - 1) for length in (9, 60, 10, 11, 12, 50)]
-    kept(one_tier, tmp_path / "c", samples).close()
-    assert batches == [[9, 10, 11], [60], [12], [50]]  # at most 40 ids with pads, by their first sample
+    kept(one_tier, tmp_path / "c", samples, group_positions=40).close()
+    assert passes.batches == [[9, 10, 11], [60], [12], [50]]  # at most 40 ids with pads, by their first sample

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,12 @@ from safetensors.torch import save_file
 
 from fedsoda_edge.model import delta, lora
 from fedsoda_edge.model.bundle import Bundle
-from fedsoda_edge.model.sub_llm import SubLLM, build
-from fedsoda_edge.worker import checkpoint, training
-from fedsoda_edge.worker.batches import Batch, Border
+from fedsoda_edge.model.sub_llm import build
+from fedsoda_edge.worker.batches import Batch, SweptSamples
 from fedsoda_edge.worker.checkpoint import RoundCheckpoint, Saved
-from fedsoda_edge.worker.training import Trained, fine_tune, num_steps
+from fedsoda_edge.worker.training import StepDone, Trained, fine_tune, num_steps
 from tests.edge.model.test_bundle import write
-from tests.edge.worker.test_training import SETTINGS, make_samples
+from tests.edge.worker.test_training import SETTINGS, Killed, make_samples
 
 IDENTITY = {"seed": 0, "round": 1, "view": "aa", "settings": {"batch_size": 4}}
 SAMPLES = make_samples(14)
@@ -39,16 +38,8 @@ class Prompt(RoundCheckpoint):
         super().save(step, tokens, micro_batch, tensors)
         self.wait()
 
-    def wait(self) -> None:
-        assert self._writer is not None
-        self._writer.join()
 
-
-class Killed(BaseException):
-    pass
-
-
-def killed_at(step: int) -> Callable[[int, int, float, float], None]:
+def killed_at(step: int) -> StepDone:
     def progress(done: int, *_: float) -> None:
         if done == step:
             raise Killed
@@ -62,16 +53,18 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Bundle
 
 
 @pytest.fixture(scope="module")
-def border(bundle: Bundle) -> Border:
+def swept(bundle: Bundle) -> SweptSamples:
     scale = bundle.manifest.lora.scale
-    return Border.sweep(bundle, bundle.plan.sub_emulator, SAMPLES, lora=bundle.emulator_lora(), lora_scale=scale)
+    return SweptSamples.sweep(
+        bundle, bundle.plan.sub_emulator, SAMPLES, emulator=bundle.emulator_lora(), lora_scale=scale
+    )
 
 
 def trained(
     bundle: Bundle,
-    border: Border,
+    swept: SweptSamples,
     saves: RoundCheckpoint | None = None,
-    progress: Callable[[int, int, float, float], None] | None = None,
+    progress: StepDone | None = None,
     epochs: int = 2,
     micro_batch: int | None = None,
 ) -> Trained:
@@ -82,7 +75,7 @@ def trained(
     assert epochs != 2 or num_steps(len(SAMPLES), settings) == 7
     return fine_tune(
         tail,
-        border,
+        swept,
         view,
         settings,
         seed=0,
@@ -95,8 +88,8 @@ def trained(
 
 
 @pytest.fixture(scope="module")
-def calm(bundle: Bundle, border: Border) -> Trained:
-    return trained(bundle, border)
+def calm(bundle: Bundle, swept: SweptSamples) -> Trained:
+    return trained(bundle, swept)
 
 
 def same(one: Trained, other: Trained) -> bool:
@@ -110,85 +103,89 @@ def same(one: Trained, other: Trained) -> bool:
 
 
 @pytest.mark.parametrize("step", range(1, 8))
-def test_a_round_killed_after_any_step_goes_on_to_the_same_bits(
-    bundle: Bundle, border: Border, calm: Trained, tmp_path: Path, step: int
+def test_a_round_killed_after_any_step_continues_to_the_same_bits(
+    bundle: Bundle, swept: SweptSamples, calm: Trained, tmp_path: Path, step: int
 ) -> None:
     with pytest.raises(Killed):
-        trained(bundle, border, Prompt(tmp_path, IDENTITY), killed_at(step))
+        trained(bundle, swept, Prompt(tmp_path, IDENTITY), killed_at(step))
     again: list[int] = []
-    result = trained(bundle, border, Prompt(tmp_path, IDENTITY), lambda done, *_: again.append(done))
+    result = trained(bundle, swept, Prompt(tmp_path, IDENTITY), lambda done, *_: again.append(done))
     assert same(result, calm)
     assert again == list(range(min(step + 1, 7), 8))  # of what was done only the last step, which is not saved
 
 
-def test_a_round_killed_again_and_again_goes_on_to_the_same_bits(
-    bundle: Bundle, border: Border, calm: Trained, tmp_path: Path
+def test_a_round_killed_again_and_again_continues_to_the_same_bits(
+    bundle: Bundle, swept: SweptSamples, calm: Trained, tmp_path: Path
 ) -> None:
     for step in (2, 3, 6):
         with pytest.raises(Killed):
-            trained(bundle, border, Prompt(tmp_path, IDENTITY), killed_at(step))
-    assert same(trained(bundle, border, Prompt(tmp_path, IDENTITY)), calm)
+            trained(bundle, swept, Prompt(tmp_path, IDENTITY), killed_at(step))
+    assert same(trained(bundle, swept, Prompt(tmp_path, IDENTITY)), calm)
 
 
 @pytest.mark.parametrize("micro_batch", [None, 3, 1])
-def test_a_round_that_ran_out_of_memory_goes_on_with_the_micro_batch_it_had(
-    bundle: Bundle, border: Border, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_batch: int | None
+def test_a_round_that_ran_out_of_memory_continues_with_the_micro_batch_it_had(
+    bundle: Bundle, swept: SweptSamples, tmp_path: Path, micro_batch: int | None
 ) -> None:
     """Memory is short in step 3 alone: what comes after it, in this process or the next, goes in the same sums."""
-    plain, steps = training.completion_loss, list[int]()
 
-    def scarce(sub_llm: SubLLM, batch: Batch) -> torch.Tensor:
-        if steps[-1:] == [2] and batch.num_samples > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return plain(sub_llm, batch)
+    class Scarce(SweptSamples):
+        steps = 0
 
-    monkeypatch.setattr(training, "completion_loss", scarce)
-    whole = trained(bundle, border, None, lambda done, *_: steps.append(done), micro_batch=micro_batch)
+        def batch(self, indices: Sequence[int], device: str | torch.device = "cpu") -> Batch:
+            if self.steps == 2 and len(indices) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return super().batch(indices, device)
+
+        def progress(self, done: int, *_: float) -> None:
+            self.steps = done
+            if done == self.killed_at:
+                raise Killed
+
+        def __init__(self, killed_at: int = 0) -> None:
+            super().__init__(swept.samples, swept.states)
+            self.killed_at = killed_at
+
+    class Noting(SweptSamples):
+        def batch(self, indices: Sequence[int], device: str | torch.device = "cpu") -> Batch:
+            seen.add(len(indices))
+            return super().batch(indices, device)
+
+    scarce, seen = Scarce(), set[int]()
+    whole = trained(bundle, scarce, None, scarce.progress, micro_batch=micro_batch)
     allowed = 1 if micro_batch == 1 else 2
     assert whole.micro_batch == allowed
-    steps.clear()
-
-    def killed(done: int, *_: float) -> None:
-        steps.append(done)
-        if done == 5:
-            raise Killed
-
+    scarce = Scarce(killed_at=5)
     with pytest.raises(Killed):
-        trained(bundle, border, Prompt(tmp_path, IDENTITY), killed, micro_batch=micro_batch)
-    steps.clear()
-    seen = list[int]()
-
-    def noting(sub_llm: SubLLM, batch: Batch) -> torch.Tensor:
-        seen.append(batch.num_samples)
-        return plain(sub_llm, batch)
-
-    monkeypatch.setattr(training, "completion_loss", noting)
-    result = trained(bundle, border, Prompt(tmp_path, IDENTITY), micro_batch=micro_batch)
-    assert set(seen) == {allowed}
+        trained(bundle, scarce, Prompt(tmp_path, IDENTITY), scarce.progress, micro_batch=micro_batch)
+    noting = Noting(swept.samples, swept.states)
+    result = trained(bundle, noting, Prompt(tmp_path, IDENTITY), micro_batch=micro_batch)
+    assert seen == {allowed}
     assert same(result, whole)
 
 
-def test_a_checkpoint_does_not_change_a_round(bundle: Bundle, border: Border, calm: Trained, tmp_path: Path) -> None:
+def test_a_checkpoint_does_not_change_a_round(
+    bundle: Bundle, swept: SweptSamples, calm: Trained, tmp_path: Path
+) -> None:
     saves = RoundCheckpoint(tmp_path, IDENTITY)
-    assert same(trained(bundle, border, saves), calm)
+    assert same(trained(bundle, swept, saves), calm)
     saves.forget()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_does_not_disturb_training(
-    bundle: Bundle, border: Border, calm: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Bundle, swept: SweptSamples, calm: Trained, tmp_path: Path
 ) -> None:
     def full(tensors: dict[str, torch.Tensor], path: Path, about: dict[str, str]) -> None:
         path.write_bytes(b"half of it")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    assert same(trained(bundle, border, Prompt(tmp_path, IDENTITY)), calm)
+    assert same(trained(bundle, swept, Prompt(tmp_path, IDENTITY, full)), calm)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_was_saved_before_the_disk_was_full_counts(
-    bundle: Bundle, border: Border, calm: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Bundle, swept: SweptSamples, calm: Trained, tmp_path: Path
 ) -> None:
     left = [3]
 
@@ -198,11 +195,10 @@ def test_what_was_saved_before_the_disk_was_full_counts(
         left[0] -= 1
         save_file(tensors, path, about)
 
-    monkeypatch.setattr(checkpoint, "save_file", filling)
     with pytest.raises(Killed):
-        trained(bundle, border, Prompt(tmp_path, IDENTITY), killed_at(6))
+        trained(bundle, swept, Prompt(tmp_path, IDENTITY, filling), killed_at(6))
     again: list[int] = []
-    assert same(trained(bundle, border, Prompt(tmp_path, IDENTITY), lambda done, *_: again.append(done)), calm)
+    assert same(trained(bundle, swept, Prompt(tmp_path, IDENTITY, filling), lambda done, *_: again.append(done)), calm)
     assert again == [4, 5, 6, 7]
 
 
@@ -282,16 +278,16 @@ def test_the_save_before_is_used_where_the_newest_is_damaged(tmp_path: Path, dam
 
 
 @pytest.mark.parametrize("both", [False, True], ids=["newest", "both"])
-def test_a_round_goes_on_from_what_is_whole(
-    bundle: Bundle, border: Border, calm: Trained, tmp_path: Path, both: bool
+def test_a_round_continues_from_what_is_whole(
+    bundle: Bundle, swept: SweptSamples, calm: Trained, tmp_path: Path, both: bool
 ) -> None:
     with pytest.raises(Killed):
-        trained(bundle, border, Prompt(tmp_path, IDENTITY), killed_at(4))
+        trained(bundle, swept, Prompt(tmp_path, IDENTITY), killed_at(4))
     files = sorted(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime_ns)
     for path in files if both else files[1:]:
         truncate(path)
     again: list[int] = []
-    assert same(trained(bundle, border, Prompt(tmp_path, IDENTITY), lambda done, *_: again.append(done)), calm)
+    assert same(trained(bundle, swept, Prompt(tmp_path, IDENTITY), lambda done, *_: again.append(done)), calm)
     assert again == list(range(1 if both else 4, 8))
 
 
@@ -321,8 +317,8 @@ def test_forgetting_leaves_no_file(tmp_path: Path) -> None:
 def test_what_is_saved_is_what_was_there_then(tmp_path: Path) -> None:
     saves, held = RoundCheckpoint(tmp_path, IDENTITY), tensors(1)
     saves.save(1, 10, 4, held)
-    held["lora_A"].zero_()  # training goes on while the file is written
-    saves._writer.join()  # type: ignore[union-attr]
+    held["lora_A"].zero_()  # training continues while the file is written
+    saves.wait()
     assert is_step(RoundCheckpoint(tmp_path, IDENTITY).load(), 1)
 
 
@@ -341,16 +337,15 @@ def test_at_most_two_percent_or_one_step_is_at_risk(tmp_path: Path, steps: int) 
         assert len(due) <= 75
 
 
-def test_a_slow_disk_has_one_save_to_write_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_disk_has_one_save_to_write_at_a_time(tmp_path: Path) -> None:
     may_go_on = threading.Event()
 
     def slow(tensors: dict[str, torch.Tensor], path: Path, about: dict[str, str]) -> None:
         may_go_on.wait(30)
         save_file(tensors, path, about)
 
-    monkeypatch.setattr(checkpoint, "save_file", slow)
-    saves = Prompt(tmp_path, IDENTITY)
-    RoundCheckpoint.save(saves, 1, 10, 4, tensors(1))
+    saves = RoundCheckpoint(tmp_path, IDENTITY, slow)
+    saves.save(1, 10, 4, tensors(1))
     assert not saves.is_due(2, 7)
     may_go_on.set()
     saves.wait()
@@ -365,14 +360,14 @@ import sys
 from pathlib import Path
 import msgspec
 import torch
-from fedsoda_edge.border import Border
-from fedsoda_edge.checkpoint import RoundCheckpoint
-from fedsoda_edge.data import Sample
+from fedsoda_edge.data.local_data import Sample
 from fedsoda_edge.model import lora
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.sub_llm import build
 from fedsoda_edge.protocol.messages import LocalSettings
-from fedsoda_edge.training import fine_tune
+from fedsoda_edge.worker.batches import SweptSamples
+from fedsoda_edge.worker.checkpoint import RoundCheckpoint
+from fedsoda_edge.worker.training import fine_tune
 
 torch.set_num_threads(1)
 bundle = Bundle.open(Path(sys.argv[1]))
@@ -380,7 +375,7 @@ given = msgspec.json.decode(sys.stdin.readline())
 settings = msgspec.convert(given["settings"], LocalSettings)
 samples = [Sample(tuple(ids), start) for ids, start in given["samples"]]
 scale = bundle.manifest.lora.scale
-border = Border.sweep(bundle, bundle.plan.sub_emulator, samples, lora=bundle.emulator_lora(), lora_scale=scale)
+swept = SweptSamples.sweep(bundle, bundle.plan.sub_emulator, samples, emulator=bundle.emulator_lora(), lora_scale=scale)
 tail, view = build(bundle, bundle.plan.adapter), bundle.adapter_lora()
 lora.attach(tail, bundle.manifest.lora, view)
 
@@ -391,7 +386,7 @@ def progress(step, *_):
 
 saves = RoundCheckpoint(Path(sys.argv[2]), given["identity"])
 fine_tune(
-    tail, border, view, settings, seed=0, round_number=1, edge="a", progress=progress, checkpoint=saves
+    tail, swept, view, settings, seed=0, round_number=1, edge="a", progress=progress, checkpoint=saves
 )
 """
 
@@ -399,7 +394,7 @@ fine_tune(
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no kill -9")
 def test_a_process_killed_in_the_middle_of_a_round_leaves_what_the_next_one_needs(
-    bundle: Bundle, border: Border, tmp_path: Path
+    bundle: Bundle, swept: SweptSamples, tmp_path: Path
 ) -> None:
     settings = msgspec.structs.replace(SEVEN_STEPS, epochs=12)
     given = {
@@ -420,9 +415,9 @@ def test_a_process_killed_in_the_middle_of_a_round_leaves_what_the_next_one_need
     assert process.returncode == -signal.SIGKILL
     again: list[int] = []
     saves = RoundCheckpoint(tmp_path / "c", IDENTITY)
-    result = trained(bundle, border, saves, lambda done, *_: again.append(done), epochs=12)
+    result = trained(bundle, swept, saves, lambda done, *_: again.append(done), epochs=12)
     assert again == list(range(again[0], 43))
     assert again[0] > 1
-    assert same(result, trained(bundle, border, epochs=12))
+    assert same(result, trained(bundle, swept, epochs=12))
     saves.forget()
     assert list((tmp_path / "c").iterdir()) == []

@@ -17,9 +17,10 @@ from fedsoda_edge.model import lora
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.sub_llm import SubLLM, build
 from fedsoda_edge.protocol.messages import LocalSettings
-from fedsoda_edge.worker import training
-from fedsoda_edge.worker.batches import Batch, Border, pack
+from fedsoda_edge.worker.batches import Batch, SweptSamples
+from fedsoda_edge.worker.checkpoint import RoundCheckpoint
 from fedsoda_edge.worker.training import (
+    StepDone,
     Trained,
     accumulate,
     completion_loss,
@@ -57,8 +58,10 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Bundle
     return write(tmp_path_factory.mktemp("b") / "bundle", tiny_llama)
 
 
-def swept(bundle: Bundle, samples: list[Sample], emulator: dict[str, torch.Tensor]) -> Border:
-    return Border.sweep(bundle, bundle.plan.sub_emulator, samples, lora=emulator, lora_scale=bundle.manifest.lora.scale)
+def swept(bundle: Bundle, samples: list[Sample], emulator: dict[str, torch.Tensor]) -> SweptSamples:
+    return SweptSamples.sweep(
+        bundle, bundle.plan.sub_emulator, samples, emulator=emulator, lora_scale=bundle.manifest.lora.scale
+    )
 
 
 @pytest.mark.parametrize("dense", [True, False], ids=["dense", "nf4"])
@@ -100,25 +103,15 @@ def test_loss_and_gradients_are_those_of_the_whole_sub_llm_by_hand(
         assert (parameter.grad - reference).norm() <= 1e-5 * reference.norm() + 1e-9
 
 
-@pytest.mark.parametrize("lengths", [(7,), (9, 4, 5, 3, 9, 2), (1,) * 8 + (3,), tuple(range(1, 40))])
-def test_packing_keeps_every_sample_once_in_rows_no_longer_than_the_longest(lengths: tuple[int, ...]) -> None:
-    rows = pack(lengths)
-    assert sorted(at for row in rows for at in row) == list(range(len(lengths)))
-    filled = [sum(lengths[at] for at in row) for row in rows]
-    assert max(filled) == max(lengths)
-    # First fit leaves no two rows that would fit in one.
-    assert all(a + b > max(lengths) for i, a in enumerate(filled) for b in filled[:i])
-
-
 def run(bundle: Bundle, **change: float | int | str) -> dict[str, torch.Tensor]:
     settings = msgspec.structs.replace(SETTINGS, **{k: v for k, v in change.items() if k in SETTINGS.__struct_fields__})
     tail = build(bundle, bundle.plan.adapter)
     view = bundle.adapter_lora()
     lora.attach(tail, bundle.manifest.lora, view)
-    border = swept(bundle, make_samples(), bundle.emulator_lora())
+    samples = swept(bundle, make_samples(), bundle.emulator_lora())
     return fine_tune(
         tail,
-        border,
+        samples,
         view,
         settings,
         seed=0,
@@ -139,17 +132,17 @@ def test_a_round_is_reproducible_and_depends_on_round_and_edge(bundle: Bundle) -
 
 
 @pytest.mark.parametrize("factor", ["A", "B"])
-def test_a_frozen_factor_keeps_its_bits_and_the_other_one_learns_as_ever(
+def test_a_frozen_factor_keeps_its_bits_and_the_other_one_learns_as_before(
     bundle: Bundle, factor: Literal["A", "B"]
 ) -> None:
     tail, view = build(bundle, bundle.plan.adapter), random_lora(bundle.manifest.lora, 1)
     view = {name: view[name] for name in bundle.adapter_lora()}
     lora.attach(tail, bundle.manifest.lora, view)
-    border = swept(bundle, make_samples(), bundle.emulator_lora())
+    samples = swept(bundle, make_samples(), bundle.emulator_lora())
     # In the first step nothing of the one depends on the other's: AdamW goes number by number, and nothing is clipped.
     settings = msgspec.structs.replace(SETTINGS, max_steps=1, max_grad_norm=1e9, proximal_mu=0.5)
-    both = fine_tune(tail, border, view, settings, seed=0, round_number=1, edge="a").delta
-    one = fine_tune(tail, border, view, settings, seed=0, round_number=1, edge="a", trains=factor).delta
+    both = fine_tune(tail, samples, view, settings, seed=0, round_number=1, edge="a").delta
+    one = fine_tune(tail, samples, view, settings, seed=0, round_number=1, edge="a", trains=factor).delta
     assert set(one) == {name for name in view if name.endswith(f"lora_{factor}")}
     for name, value in lora.snapshot(tail).items():
         assert torch.equal(value, view[name]) == (name not in one)
@@ -158,7 +151,7 @@ def test_a_frozen_factor_keeps_its_bits_and_the_other_one_learns_as_ever(
 
 
 def test_the_proximal_term_pulls_towards_the_view(bundle: Bundle) -> None:
-    """With eq. 10's sign as printed a large mu would push away (method.md 1.7)."""
+    """With eq. 10's sign as printed a large mu would push away: docs/methods.md (m8-fedprox)."""
     free, held = norm(run(bundle, max_steps=20, epochs=9)), norm(run(bundle, max_steps=20, epochs=9, proximal_mu=100.0))
     assert 0 < held < 0.7 * free
 
@@ -167,11 +160,18 @@ def test_training_lowers_the_loss_and_counts_its_samples(bundle: Bundle) -> None
     tail = build(bundle, bundle.plan.adapter)
     view = bundle.adapter_lora()
     lora.attach(tail, bundle.manifest.lora, view)
-    border = swept(bundle, make_samples(), bundle.emulator_lora())
+    samples = swept(bundle, make_samples(), bundle.emulator_lora())
     settings = msgspec.structs.replace(SETTINGS, max_steps=0, epochs=20)
     seen: list[float] = []
     result = fine_tune(
-        tail, border, view, settings, seed=0, round_number=1, edge="a", progress=lambda s, n, loss, r: seen.append(loss)
+        tail,
+        samples,
+        view,
+        settings,
+        seed=0,
+        round_number=1,
+        edge="a",
+        progress=lambda s, n, loss, r: seen.append(loss),
     )
     assert result.num_steps == num_steps(10, settings) == 50
     assert result.num_examples == 10
@@ -179,22 +179,26 @@ def test_training_lowers_the_loss_and_counts_its_samples(bundle: Bundle) -> None
     assert not any(parameter.requires_grad for parameter in tail.model.parameters())
 
 
-def test_one_epoch_sees_every_sample_once(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+class Noting(SweptSamples):
+    """Notes which samples are asked for."""
+
+    def __init__(self, samples: SweptSamples) -> None:
+        super().__init__(samples.samples, samples.states)
+        self.asked: list[int] = []
+
+    def batch(self, indices: Sequence[int], device: str | torch.device = "cpu") -> Batch:
+        self.asked.extend(indices)
+        return super().batch(indices, device)
+
+
+def test_one_epoch_sees_every_sample_once(bundle: Bundle) -> None:
     tail = build(bundle, bundle.plan.adapter)
     view = bundle.adapter_lora()
     lora.attach(tail, bundle.manifest.lora, view)
-    border = swept(bundle, make_samples(), bundle.emulator_lora())
-    seen: list[int] = []
-    plain = Border.batch
-
-    def noting(self: Border, indices: list[int], device: str) -> Batch:
-        seen.extend(indices)
-        return plain(self, indices, device)
-
-    monkeypatch.setattr(Border, "batch", noting)
+    samples = Noting(swept(bundle, make_samples(), bundle.emulator_lora()))
     settings = msgspec.structs.replace(SETTINGS, max_steps=0)
-    result = fine_tune(tail, border, view, settings, seed=0, round_number=1, edge="a")
-    assert sorted(seen) == list(range(10))
+    result = fine_tune(tail, samples, view, settings, seed=0, round_number=1, edge="a")
+    assert sorted(samples.asked) == list(range(10))
     assert (result.num_examples, result.num_steps) == (10, 3)
 
 
@@ -202,8 +206,8 @@ def test_a_broken_round_says_nan(bundle: Bundle) -> None:
     tail = build(bundle, bundle.plan.adapter)
     view = {name: tensor * float("nan") for name, tensor in bundle.adapter_lora().items()}
     lora.attach(tail, bundle.manifest.lora, view)
-    border = swept(bundle, make_samples(), bundle.emulator_lora())
-    result = fine_tune(tail, border, view, SETTINGS, seed=0, round_number=1, edge="a")
+    samples = swept(bundle, make_samples(), bundle.emulator_lora())
+    result = fine_tune(tail, samples, view, SETTINGS, seed=0, round_number=1, edge="a")
     assert math.isnan(result.loss)
     assert result.num_steps == 1
 
@@ -221,13 +225,13 @@ NUM_LABELS = (1, 9, 2, 9, 1, 7, 3, 2)  # of eight samples: halves and pairs do n
 
 
 @pytest.fixture(scope="module")
-def uneven(bundle: Bundle) -> Border:
+def uneven(bundle: Bundle) -> SweptSamples:
     generator = torch.Generator().manual_seed(6)
     rows = [torch.randint(3, 260, (10 + 2 * i,), generator=generator).tolist() for i in range(len(NUM_LABELS))]
-    samples = [Sample((1, *ids, 2), len(ids) + 2 - count) for ids, count in zip(rows, NUM_LABELS, strict=True)]
-    border = swept(bundle, samples, bundle.emulator_lora())
-    assert tuple(border.num_labels(index) for index in range(len(samples))) == NUM_LABELS
-    return border
+    made = [Sample((1, *ids, 2), len(ids) + 2 - count) for ids, count in zip(rows, NUM_LABELS, strict=True)]
+    samples = swept(bundle, made, bundle.emulator_lora())
+    assert tuple(samples.num_labels(index) for index in range(len(made))) == NUM_LABELS
+    return samples
 
 
 def with_random_lora(bundle: Bundle) -> SubLLM:
@@ -238,14 +242,18 @@ def with_random_lora(bundle: Bundle) -> SubLLM:
 
 
 def trained(
-    bundle: Bundle, border: Border, micro_batch: int | None, progress: training.Progress | None = None
+    bundle: Bundle,
+    samples: SweptSamples,
+    micro_batch: int | None,
+    progress: StepDone | None = None,
+    checkpoint: RoundCheckpoint | None = None,
 ) -> Trained:
     """Six steps of four samples from a random view."""
     tail = with_random_lora(bundle)
     settings = msgspec.structs.replace(SETTINGS, epochs=3, max_steps=6, proximal_mu=0.1)
     return fine_tune(
         tail,
-        border,
+        samples,
         lora.snapshot(tail),
         settings,
         seed=0,
@@ -253,6 +261,7 @@ def trained(
         edge="a",
         micro_batch=micro_batch,
         progress=progress,
+        checkpoint=checkpoint,
     )
 
 
@@ -262,7 +271,7 @@ def bits(delta: dict[str, torch.Tensor]) -> dict[str, list[float]]:
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 3, 5, 8, 99])
 def test_micro_batches_of_any_size_sum_to_the_gradient_of_the_whole_step(
-    bundle: Bundle, uneven: Border, micro_batch: int
+    bundle: Bundle, uneven: SweptSamples, micro_batch: int
 ) -> None:
     """The loss is the mean over all labels of the step, not over those of a micro-batch: its oracle is one product."""
     tail = with_random_lora(bundle)
@@ -283,7 +292,7 @@ def test_micro_batches_of_any_size_sum_to_the_gradient_of_the_whole_step(
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 3])
 def test_a_round_in_micro_batches_ends_where_one_without_them_does(
-    bundle: Bundle, uneven: Border, micro_batch: int
+    bundle: Bundle, uneven: SweptSamples, micro_batch: int
 ) -> None:
     whole, parts = trained(bundle, uneven, None), trained(bundle, uneven, micro_batch)
     assert (whole.micro_batch, parts.micro_batch) == (4, micro_batch)
@@ -305,80 +314,82 @@ OUT_OF_MEMORY = pytest.mark.parametrize(
 )
 
 
-class Scarce:
+class Scarce(SweptSamples):
     """From one step on memory is out for more than `most` samples at once; first in a step's second micro-batch."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: RuntimeError, most: int, from_step: int = 0) -> None:
+    def __init__(self, samples: SweptSamples, error: RuntimeError, most: int, from_step: int = 0) -> None:
+        super().__init__(samples.samples, samples.states)
         self._error, self._most, self._from_step = error, most, from_step
-        self._loss = training.completion_loss
         self.steps = self.refused = self._in_step = 0
-        monkeypatch.setattr(training, "completion_loss", self)
+        self.expected: list[list[int]] = []
 
-    def __call__(self, sub_llm: SubLLM, batch: Batch) -> torch.Tensor:
+    def expect(self, order: Sequence[int]) -> None:
+        self.expected.append(list(order))
+
+    def batch(self, indices: Sequence[int], device: str | torch.device = "cpu") -> Batch:
         self._in_step += 1
         is_first_refusal_early = self.refused == 0 and self._in_step == 1 and self.steps > 0
-        if self.steps >= self._from_step and batch.num_samples > self._most and not is_first_refusal_early:
+        if self.steps >= self._from_step and len(indices) > self._most and not is_first_refusal_early:
             self.refused += 1
             raise self._error
-        return self._loss(sub_llm, batch)
+        return super().batch(indices, device)
 
     def progress(self, step: int, *_: float) -> None:
         self.steps, self._in_step = step, 0
 
 
+class Killed(BaseException):
+    pass
+
+
 @OUT_OF_MEMORY
-def test_where_memory_runs_out_the_step_is_done_again_in_halves_and_the_round_goes_on_with_them(
-    bundle: Bundle, uneven: Border, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
+def test_where_memory_runs_out_the_step_is_done_again_in_halves_and_the_round_continues_with_them(
+    bundle: Bundle, uneven: SweptSamples, tmp_path: Path, error: RuntimeError
 ) -> None:
     """Three steps of two samples at once; the fourth fails in its middle and is done, as all after it, one by one."""
-    wanted, step = accumulate, iter(range(6))
 
-    def told(
-        sub_llm: SubLLM, border: Border, indices: Sequence[int], _: int, parameters: Sequence[torch.nn.Parameter]
-    ) -> tuple[torch.Tensor, int, int]:
-        return wanted(sub_llm, border, indices, 2 if next(step) < 3 else 1, parameters)
+    def killed(step: int, *_: float) -> None:
+        if step == 3:
+            raise Killed
 
-    with monkeypatch.context() as calm:
-        calm.setattr(training, "accumulate", told)
-        expected = trained(bundle, uneven, 2)
-    scarce = Scarce(monkeypatch, error, most=1, from_step=3)
-    found = trained(bundle, uneven, 2, scarce.progress)
+    # The oracle never runs out of memory: it is saved after three steps, and continued with one sample at once.
+    saves = RoundCheckpoint(tmp_path, {})
+    with pytest.raises(Killed):
+        trained(bundle, uneven, 2, killed, saves)
+    saves.wait()
+    expected = trained(bundle, uneven, 1, None, RoundCheckpoint(tmp_path, {}))
+    scarce = Scarce(uneven, error, most=1, from_step=3)
+    found = trained(bundle, scarce, 2, scarce.progress)
     assert scarce.refused == 1
     assert found.micro_batch == expected.micro_batch == 1
     assert bits(found.delta) == bits(expected.delta)
     assert (found.loss, found.num_tokens, found.num_steps) == (expected.loss, expected.num_tokens, 6)
 
 
-def test_states_on_disk_know_what_comes_after_a_step_that_was_done_again(
-    bundle: Bundle, uneven: Border, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They skip what is not asked for in turn: without the second word they would skip to the next epoch."""
-    told = list[list[int]]()
-    monkeypatch.setattr(Border, "expect", lambda _, order: told.append(list(order)))
-    scarce = Scarce(monkeypatch, torch.OutOfMemoryError("CUDA out of memory."), most=1, from_step=3)
-    trained(bundle, uneven, 2, scarce.progress)
+def test_states_on_disk_know_what_comes_after_a_step_that_was_done_again(bundle: Bundle, uneven: SweptSamples) -> None:
+    """They skip what is not asked for in turn: were they not told again, they would skip to the next epoch."""
+    scarce = Scarce(uneven, torch.OutOfMemoryError("CUDA out of memory."), most=1, from_step=3)
+    trained(bundle, scarce, 2, scarce.progress)
     order = list(data_order(8, 3, 0, 1, "a"))
-    assert told == [order, order[4 * 4 :]]
+    assert scarce.expected == [order, order[4 * 4 :]]
 
 
 @OUT_OF_MEMORY
 def test_memory_for_less_than_one_sample_is_a_device_too_small(
-    bundle: Bundle, uneven: Border, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
+    bundle: Bundle, uneven: SweptSamples, error: RuntimeError
 ) -> None:
-    scarce = Scarce(monkeypatch, error, most=0)
+    scarce = Scarce(uneven, error, most=0)
     with pytest.raises(DeviceTooSmall) as failure:
-        trained(bundle, uneven, None)
+        trained(bundle, scarce, None)
     assert scarce.refused == 3  # 4, 2 and 1 at once
     assert failure.value.exit_status == 4
     assert str(failure.value).startswith("memory ran out on cpu with one sample of up to ")
 
 
-def test_an_error_that_is_not_of_memory_is_not_taken_for_one(
-    bundle: Bundle, uneven: Border, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scarce = Scarce(monkeypatch, RuntimeError("The size of tensor a (4) must match"), most=0)
+def test_an_error_that_is_not_of_memory_is_not_taken_for_one(bundle: Bundle, uneven: SweptSamples) -> None:
+    scarce = Scarce(uneven, RuntimeError("The size of tensor a (4) must match"), most=0)
     with pytest.raises(RuntimeError, match="must match"):
-        trained(bundle, uneven, None)
+        trained(bundle, scarce, None)
     assert scarce.refused == 1
     assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
@@ -392,7 +403,7 @@ def test_memory_that_torch_does_not_manage_may_run_out_too() -> None:
 # -- the probe ------------------------------------------------------------------------------------------
 
 
-def test_a_probe_leaves_no_trace(bundle: Bundle, uneven: Border) -> None:
+def test_a_probe_leaves_no_trace(bundle: Bundle, uneven: SweptSamples) -> None:
     tail = with_random_lora(bundle)
     before = lora.snapshot(tail)
     assert probe(tail, uneven, bundle.adapter_lora(), range(8), 4) == 4
@@ -405,9 +416,8 @@ def test_a_probe_leaves_no_trace(bundle: Bundle, uneven: Border) -> None:
 
 @OUT_OF_MEMORY
 def test_a_probe_finds_the_micro_batch_that_memory_allows(
-    bundle: Bundle, uneven: Border, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
+    bundle: Bundle, uneven: SweptSamples, error: RuntimeError
 ) -> None:
-    Scarce(monkeypatch, error, most=2)
     tail = with_random_lora(bundle)
-    assert probe(tail, uneven, bundle.adapter_lora(), range(8), 8) == 2
+    assert probe(tail, Scarce(uneven, error, most=2), bundle.adapter_lora(), range(8), 8) == 2
     assert all(each.grad is None and not each.requires_grad for each in tail.model.parameters())

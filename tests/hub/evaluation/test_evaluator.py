@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin
 import fedsoda_hub.evaluation.evaluator as evaluation_module
 from fedsoda_edge.data.local_data import SampleTokenizer
 from fedsoda_edge.errors import DataProblem
+from fedsoda_edge.model.border import border_states
 from fedsoda_edge.model.bundle import Bundle
-from fedsoda_edge.model.streaming import Checkpoint, LayerSource, stream
+from fedsoda_edge.model.source import Checkpoint, LayerSource
 from fedsoda_edge.protocol.manifest import LoRASpec
 from fedsoda_edge.protocol.template import TextTemplate
 from fedsoda_hub.evaluation.evaluator import (
@@ -110,9 +111,9 @@ def test_models_with_the_same_emulator_share_one_sweep(
 
     def counted(source: LayerSource, *args: Any, **options: Any) -> list[Tensor]:
         swept.append(source)
-        return stream(source, *args, **options)
+        return border_states(source, *args, **options)
 
-    monkeypatch.setattr(evaluation_module, "stream", counted)
+    monkeypatch.setattr(evaluation_module, "border_states", counted)
     found = summary(evaluator(tiny_llama), models)
     assert swept == [models["full"].source, models["sub_llm"].source]
     assert set(found["accuracy"]) == set(found["loss"]) == set(found["auc"]) == {"full", "sub_llm", "plug_in"}
@@ -127,9 +128,9 @@ def test_the_choices_of_a_question_share_its_prompt(
 
     def counted(source: LayerSource, layers: Any, ids: list[Tensor], **options: Any) -> list[Tensor]:
         swept.extend(len(row) for row in ids)
-        return stream(source, layers, ids, **options)
+        return border_states(source, layers, ids, **options)
 
-    monkeypatch.setattr(evaluation_module, "stream", counted)
+    monkeypatch.setattr(evaluation_module, "border_states", counted)
     tokenizer = SampleTokenizer(tiny_llama / "tokenizer.json", 2)
     evaluator(tiny_llama).answers(models["full"])
     both = [sum(len(tokenizer.encode(f"{q.prompt} {choice}")) + 1 for choice in ("no", "yes")) for q in QUESTIONS]

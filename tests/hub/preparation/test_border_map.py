@@ -14,12 +14,13 @@ from torch import Tensor
 import fedsoda_hub.preparation.self_generated as self_generated
 from fedsoda_edge.data.local_data import Sample, SampleTokenizer
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_edge.model import border as border_map
 from fedsoda_edge.model import delta, lora
+from fedsoda_edge.model.border import apply_map, border_states
 from fedsoda_edge.model.bundle import Bundle
-from fedsoda_edge.model.streaming import Checkpoint, stream
+from fedsoda_edge.model.source import Checkpoint
+from fedsoda_edge.model.streaming import stream
 from fedsoda_edge.model.sub_llm import build
-from fedsoda_edge.worker.batches import Border
+from fedsoda_edge.worker.batches import SweptSamples
 from fedsoda_edge.worker.border_cache import CachedStates, CacheSettings
 from fedsoda_hub.algorithms.alignment import ridge
 from fedsoda_hub.evaluation.evaluator import Evaluator, Question
@@ -72,7 +73,7 @@ def test_errors_are_those_of_samples_that_the_fit_did_not_see() -> None:
     assert fit.error_before == pytest.approx(((x - y) ** 2).sum() / (y**2).sum())
     seen = ridge.fit([pair for at, pair in enumerate(pairs) if at % 5 != 4] + unseen[:1], WIDTH, WIDTH)
     assert 0.0 < fit.error < 0.2 * fit.error_before
-    mapped = border_map.mapped(torch.from_numpy(x).float()[None], seen.tensors, positions=torch.ones(1, len(x)))
+    mapped = apply_map(torch.from_numpy(x).float()[None], seen.tensors, positions=torch.ones(1, len(x)))
     # Not the same samples to the last one, so not the same error to the last digit.
     assert fit.error == pytest.approx(
         float((mapped[0].double() - torch.from_numpy(y)).square().sum() / (y**2).sum()), rel=0.1
@@ -91,15 +92,6 @@ def test_a_map_of_low_rank_is_the_best_of_its_rank() -> None:
     lost = np.sum((centred @ whole.tensors["border.D"].double().numpy() - centred @ left @ right) ** 2)
     assert lost == pytest.approx(np.sum(singular[3:] ** 2), rel=1e-3)
     assert low.error > low.error_whole == whole.error
-
-
-def test_the_first_position_stays_and_positions_may_begin_anew_in_a_row() -> None:
-    view = {"border.D": torch.eye(2), "border.b": torch.ones(1, 2)}
-    states = torch.arange(8.0).reshape(1, 4, 2)
-    assert border_map.mapped(states, view).tolist() == [[[0, 1], [5, 7], [9, 11], [13, 15]]]
-    packed = border_map.mapped(states, view, positions=torch.tensor([[0, 1, 0, 1]]))
-    assert packed.tolist() == [[[0, 1], [5, 7], [4, 5], [13, 15]]]
-    assert border_map.mapped(states, {"layers.1.x.lora_A": torch.ones(1, 1)}) is states
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +116,8 @@ def error_on_prompts(settings: RunSettings, view: dict[str, Tensor]) -> float:
     tokenizer = SampleTokenizer(source.path / "tokenizer.json", None)
     ids = [torch.tensor(tokenizer.encode(f"Say {word}:")) for word in ("thea", "catb", "innc", "rainp", "tinf")]
     scale, plan = bundle.manifest.lora.scale, bundle.plan
-    student = stream(bundle, plan.sub_emulator, ids, lora=view, lora_scale=scale)
-    x = torch.cat([border_map.mapped(states, view)[1:] for states in student])
+    student = border_states(bundle, plan.sub_emulator, ids, emulator=view, lora_scale=scale)
+    x = torch.cat([states[1:] for states in student])
     y = torch.cat([states[1:] for states in stream(source, plan.emulator, ids)])
     return float((x - y).square().sum() / y.square().sum())
 
@@ -168,7 +160,7 @@ def test_edge_hub_and_a_whole_model_apply_it_alike(run: RunSettings, tmp_path: P
     plan, spec, view = bundle.plan, bundle.manifest.lora, bundle.emulator_lora()
     ids = [[1, 40, 50, 60, 70], [1, 41, 51], [1, 42, 52, 62]]
     samples = [Sample(tuple(row), 1) for row in ids]
-    swept = Border.sweep(bundle, plan.sub_emulator, samples, lora=view, lora_scale=spec.scale)
+    swept = SweptSamples.sweep(bundle, plan.sub_emulator, samples, emulator=view, lora_scale=spec.scale)
     cached = CachedStates(
         bundle,
         ids,

@@ -17,7 +17,7 @@ import fedsoda_hub.preparation.prepare as prepare_module
 from fedsoda_edge.errors import DiskFull, UsageProblem
 from fedsoda_edge.model import delta
 from fedsoda_edge.model.bundle import Bundle
-from fedsoda_edge.model.streaming import Checkpoint
+from fedsoda_edge.model.source import Checkpoint
 from fedsoda_hub.preparation.full_llm import open_full_llm
 from fedsoda_hub.preparation.prepare import Preparation
 from fedsoda_hub.settings.run import RunSettings

@@ -26,11 +26,12 @@ from fedsoda_edge.device.fit import Limits, read_device
 from fedsoda_edge.errors import DeviceTooSmall, UsageProblem
 from fedsoda_edge.join import size_class
 from fedsoda_edge.model import delta, lora
-from fedsoda_edge.model.bundle import Bundle, BundleSettings, write_bundle
+from fedsoda_edge.model.bundle import Bundle
+from fedsoda_edge.model.bundle_writer import BundleSettings, write_bundle
 from fedsoda_edge.ports.disk import BlobStore, sha256_file
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.coded import of_factor
-from fedsoda_edge.protocol.needs import MemoryPlan, Samples, Shape, plans, shape_of
+from fedsoda_edge.protocol.needs import MemoryPlan, SampleSizes, Shape, plans, shape_of
 from fedsoda_hub.algorithms.methods.fedpruner import redrawn
 from fedsoda_hub.algorithms.pruning.representatives import contiguous, measure_layers, select_layers
 from fedsoda_hub.evaluation.export import export
@@ -93,7 +94,7 @@ def little_memory(settings: RunSettings) -> Iterator[None]:
     def facts(home: Path) -> ms.DeviceFacts:
         return replace(read_device(home), ram_bytes=1) if home.name == SMALL_EDGE else read_device(home)
 
-    def fit(device: str, shape: Shape, samples: Samples, facts: ms.DeviceFacts, limits: Limits) -> MemoryPlan:
+    def fit(device: str, shape: Shape, samples: SampleSizes, facts: ms.DeviceFacts, limits: Limits) -> MemoryPlan:
         if facts.ram_bytes == 1 and shape.lora_parameters == largest:
             raise DeviceTooSmall("no room")
         return next(plans(shape, device, samples))

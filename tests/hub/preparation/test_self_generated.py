@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import fedsoda_hub.preparation.self_generated as self_generated
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_edge.model.streaming import Checkpoint
+from fedsoda_edge.model.source import Checkpoint
 from fedsoda_edge.protocol.template import TextTemplate
 from fedsoda_hub.preparation.self_generated import generate_blocks, generate_prompts
 

@@ -21,7 +21,8 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from fedsoda_edge import Edge, LocalData
+from fedsoda_edge.data.local_data import LocalData
+from fedsoda_edge.edge import Edge
 from fedsoda_edge.model import delta
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.ports.child import Child

@@ -13,12 +13,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fedsoda_edge import Edge, LocalData
+from fedsoda_edge.data.local_data import LocalData
 from fedsoda_edge.device.fit import Limits, read_device
+from fedsoda_edge.edge import Edge
 from fedsoda_edge.errors import DeviceTooSmall, UsageProblem
 from fedsoda_edge.join import size_class
 from fedsoda_edge.model import delta, lora
-from fedsoda_edge.model.bundle import Bundle, BundleSettings, write_bundle
+from fedsoda_edge.model.bundle import Bundle
+from fedsoda_edge.model.bundle_writer import BundleSettings, write_bundle
 from fedsoda_edge.ports.disk import BlobStore
 from fedsoda_edge.ports.store import FileStore
 from fedsoda_edge.protocol import messages as ms

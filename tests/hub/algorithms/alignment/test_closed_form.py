@@ -11,7 +11,8 @@ from torch import Tensor
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model import lora
 from fedsoda_edge.model.bundle import Bundle
-from fedsoda_edge.model.streaming import Checkpoint, stream
+from fedsoda_edge.model.source import Checkpoint
+from fedsoda_edge.model.streaming import stream
 from fedsoda_hub.algorithms.alignment import closed_form
 from tests.edge.model.test_bundle import random_lora, write
 from tests.hub.runs import make_run, prepare

@@ -19,13 +19,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedsoda_edge.errors import BlobCorrupt, UsageProblem
 from fedsoda_edge.model import delta, lora
-from fedsoda_edge.model.bundle import Bundle, BundleSettings, encode_manifest, read_manifest, write_bundle
-from fedsoda_edge.model.streaming import Checkpoint
+from fedsoda_edge.model.bundle import Bundle, read_manifest
+from fedsoda_edge.model.bundle_writer import BundleSettings, write_bundle
+from fedsoda_edge.model.source import Checkpoint
 from fedsoda_edge.model.sub_llm import SubLLM, build
 from fedsoda_edge.ports.disk import BlobStore
-from fedsoda_edge.protocol.manifest import LoRASpec
-from fedsoda_edge.protocol.needs import Samples, plans, shape_of
-from fedsoda_edge.worker.batches import Border
+from fedsoda_edge.protocol.manifest import LoRASpec, encode_manifest
+from fedsoda_edge.protocol.needs import SampleSizes, plans, shape_of
+from fedsoda_edge.worker.batches import SweptSamples
 from fedsoda_edge.worker.border_cache import CachedStates, CacheSettings
 from fedsoda_edge.worker.training import completion_loss, fine_tune
 from fedsoda_edge.worker.worker import Worker
@@ -296,7 +297,7 @@ def bundle_of(directory: Path, model: Path, name: str, base: str) -> Bundle:
 
 def on_an_edge(
     bundle: Bundle, directory: Path, *, dense: bool = True, recompute: bool = False
-) -> tuple[SubLLM, Border]:
+) -> tuple[SubLLM, SweptSamples]:
     """What the worker makes of a bundle: the cache's states and the layers above the border, with LoRA."""
     directory.mkdir()
     samples, emulator = make_samples(5), bundle.emulator_lora()
@@ -313,7 +314,7 @@ def on_an_edge(
     assert states.num_kept == len(samples)
     model = build(bundle, bundle.plan.resident, dense=dense, dense_head=dense, recompute=recompute)
     lora.attach(model, bundle.manifest.lora, {**lora.on(bundle.plan.resident, emulator), **bundle.adapter_lora()})
-    return model, Border(samples, states)
+    return model, SweptSamples(samples, states)
 
 
 @pytest.mark.parametrize("name", ["fedot", "fedpetuning", "fedpruner"])
@@ -392,7 +393,7 @@ def test_a_worker_trains_through_the_emulator_lora_of_the_last_alignment(tmp_pat
     settings = msgspec.structs.replace(SETTINGS, max_steps=3)
 
     def by_worker(emulator: Path | None) -> dict[str, Tensor]:
-        memory = msgspec.to_builtins(next(plans(shape_of(bundle.manifest), "cpu", Samples(4, 64, 64))))
+        memory = msgspec.to_builtins(next(plans(shape_of(bundle.manifest), "cpu", SampleSizes(4, 64, 64))))
         cache = {"directory": str(tmp_path / "border"), "key": "00" * 32, "dtype": "bf16", "max_bytes": None}
         path = None if emulator is None else str(emulator)
         worker.border({"emulator": path, "cache": cache, "memory": memory, "room": 2**50}, lambda _: None)
@@ -403,7 +404,7 @@ def test_a_worker_trains_through_the_emulator_lora_of_the_last_alignment(tmp_pat
         return delta.decode((tmp_path / "update").read_bytes(), spec.adapter, "bf16")
 
     def by_hand(emulator: dict[str, Tensor]) -> dict[str, Tensor]:
-        border = Border.sweep(bundle, (), samples, lora={}, lora_scale=spec.scale)
+        border = SweptSamples.sweep(bundle, (), samples, emulator={}, lora_scale=spec.scale)
         model = build(bundle, bundle.plan.resident)
         lora.attach(model, spec, {**emulator, **view})
         return fine_tune(model, border, view, settings, seed=0, round_number=1, edge="a").delta
@@ -423,7 +424,7 @@ def test_a_worker_trains_through_the_emulator_lora_of_the_last_alignment(tmp_pat
 def test_the_memory_plan_has_room_for_all_layers_that_gradients_go_through(
     tmp_path: Path, tiny_llama: Path, name: str, recompute: bool
 ) -> None:
-    bundle, samples = bundle_of(tmp_path / "bundle", tiny_llama, name, "nf4"), Samples(4, 16, 16)
+    bundle, samples = bundle_of(tmp_path / "bundle", tiny_llama, name, "nf4"), SampleSizes(4, 16, 16)
     planned, kept = plan_of(bundle, samples, recompute=recompute), kept_bytes(bundle, samples, recompute=recompute)
     assert 0.3 * planned.activations < kept <= planned.activations
     top_only = bundle_of(tmp_path / "exact", tiny_llama, "exact", "nf4")

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_edge.model.streaming import Checkpoint
+from fedsoda_edge.model.source import Checkpoint
 from fedsoda_edge.model.sub_llm import build
 from fedsoda_hub.algorithms.pruning.representatives import (
     Components,

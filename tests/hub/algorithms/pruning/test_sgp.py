@@ -12,7 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_edge.model.streaming import Checkpoint, stream
+from fedsoda_edge.model.source import Checkpoint
+from fedsoda_edge.model.streaming import stream
 from fedsoda_hub.algorithms.pruning.sgp import angular_distances, choose_groups, measure
 from fedsoda_hub.preparation.public_text import read_blocks
 

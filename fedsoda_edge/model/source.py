@@ -1,0 +1,217 @@
+"""Say what layers come from: the seam `LayerSource`, and the hub's 16-bit checkpoint behind it.
+
+The bundle, from which edges read layers, is `bundle.py`'s business; running the layers is `streaming.py`'s.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from fedsoda_edge.errors import UsageProblem
+from fedsoda_edge.model.families import Family, allowed_fields, branch, family_of, layer_on_meta, merge_experts
+from fedsoda_edge.model.nf4 import NF4Tensor
+from fedsoda_edge.ports.disk import sha256_file
+from fedsoda_edge.protocol.manifest import TOKENIZER_FILES, Half
+
+
+class LayerSource(Protocol):
+    """Where layers come from: a 16-bit checkpoint on the hub, an NF4 bundle on an edge."""
+
+    family: Family
+    fields: dict[str, Any]
+    num_layers: int
+    dtype: torch.dtype
+    lacking: Mapping[int, Half]  # layers of which one half is pruned (`LayerPlan.lacking`)
+
+    def embedding(self) -> Tensor:
+        """Read the embedding, dense: (V, C)."""
+        ...
+
+    def embedding_rows(self, ids: Tensor) -> Tensor:
+        """Read the rows `ids` (M,) int64 of the embedding: (M, C). The other rows are not read."""
+        ...
+
+    def norm(self) -> dict[str, Tensor]:
+        """Read the final norm's tensors, by name within the norm."""
+        ...
+
+    def head(self) -> Tensor:
+        """Read the head, dense: (V, C). A tied head is the embedding."""
+        ...
+
+    def stored_head(self) -> Tensor | NF4Tensor:
+        """Read the head (V, C) in the form in which it is stored."""
+        ...
+
+    def layer(self, number: int) -> dict[str, Tensor]:
+        """Read one full-LLM layer's tensors, dense, by name within the layer."""
+        ...
+
+    def stored_layer(self, number: int) -> dict[str, Tensor | NF4Tensor]:
+        """Read one full-LLM layer's tensors in the form in which they are stored, by name within the layer."""
+        ...
+
+
+class Checkpoint:
+    """A safetensors checkpoint of a supported family, read tensor by tensor.
+
+    name: the model hub's id or the directory's name, never a local path. revision: the model hub's commit; None: a
+    directory, which has only its weights to be known by.
+    """
+
+    def __init__(self, directory: Path, name: str, revision: str | None) -> None:
+        config_file = directory / "config.json"
+        if not config_file.exists():
+            raise UsageProblem(f"{directory} has no config.json; a model directory holds config.json and *.safetensors")
+        raw = json.loads(config_file.read_text(encoding="utf-8"))
+        self.path = directory
+        self.name = name
+        self.family = family_of(str(raw.get("model_type")))
+        if "quantization_config" in raw:
+            method = raw["quantization_config"].get("quant_method", "unknown")
+            raise UsageProblem(
+                f"{name} is already quantized ({method}); SGP and ODA need the 16-bit checkpoint it was made from"
+            )
+        config = self.family.config_class.from_dict(raw)
+        self.fields = allowed_fields(self.family, config)
+        self.num_layers = int(config.num_hidden_layers)
+        self._files = _tensor_table(directory, name)
+        self.dtype = self._read(f"{self.family.embedding}.weight").dtype
+        self.lacking: Mapping[int, Half] = {}
+        self._revision = revision
+        self.tokenizer_files = [directory / file for file in TOKENIZER_FILES if (directory / file).exists()]
+        if not (directory / "tokenizer.json").exists():
+            raise UsageProblem(f"{name} has no tokenizer.json; save its fast tokenizer beside the weights")
+
+    @cached_property
+    def revision(self) -> str:
+        """The model hub's commit; of a directory the sha256 over its config and weights, all of which the first use reads.
+
+        A model that was trained further under its old name is another model.
+        """
+        if self._revision:
+            return self._revision
+        files = {path.name: sha256_file(path) for path in set(self._files.values())}
+        return hashlib.sha256(json.dumps([files, self.fields], sort_keys=True).encode()).hexdigest()
+
+    def without(self, lacking: Mapping[int, Half]) -> Checkpoint:
+        """Give the same checkpoint with these halves of layers pruned: nobody reads or runs them."""
+        pruned = copy.copy(self)
+        pruned.lacking = lacking
+        return pruned
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the weights on disk."""
+        return sum(path.stat().st_size for path in set(self._files.values()))
+
+    @classmethod
+    def open(cls, model: str, *, relative_to: Path | None = None, revision: str | None = None) -> Checkpoint:
+        """Open a directory, or a model hub's id that `huggingface_hub` fetches (safetensors and JSON only).
+
+        Args:
+            model: the directory or the id.
+            relative_to: where a relative directory begins; None: the working directory.
+            revision: the commit of a model hub's id; None: the newest. A directory has only its own.
+
+        Raises:
+            UsageProblem: there is no such model, or it is none that can be pruned; says what to do.
+        """
+        path = Path(model).expanduser()
+        if relative_to is not None and not path.is_absolute():
+            path = relative_to / path
+        if path.is_dir():
+            return cls(path, path.resolve().name, None)
+        if model.startswith((".", "/", "~")) or model.count("/") > 1:
+            raise UsageProblem(f"the model directory {path} is not there; name a directory or a hub id like org/model")
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+        try:
+            local = snapshot_download(model, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.jinja"])
+        except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, OSError) as error:
+            raise UsageProblem(
+                f"{model!r} is neither a directory here nor could it be fetched from the model hub ({error}); "
+                "check the name, HF_TOKEN for gated models, and the network"
+            ) from error
+        return cls(Path(local), model, Path(local).name)
+
+    def _read(self, name: str) -> Tensor:
+        with safe_open(self._files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def embedding(self) -> Tensor:
+        return self._read(f"{self.family.embedding}.weight")
+
+    def embedding_rows(self, ids: Tensor) -> Tensor:
+        name = f"{self.family.embedding}.weight"
+        with safe_open(self._files[name], framework="pt") as file:
+            return read_rows(file.get_slice(name), ids)
+
+    def norm(self) -> dict[str, Tensor]:
+        return self._below(f"{self.family.norm}.")
+
+    def head(self) -> Tensor:
+        if self.fields.get("tie_word_embeddings"):
+            return self.embedding()
+        return self._read(f"{self.family.head}.weight")
+
+    def stored_head(self) -> Tensor | NF4Tensor:
+        return self.head()
+
+    def layer(self, number: int) -> dict[str, Tensor]:
+        pruned: tuple[str, ...] = ()
+        if number in self.lacking:
+            pruned = branch(layer_on_meta(self.family, self.fields, number), self.lacking[number])
+        return merge_experts(self._below(f"{self.family.layers}.{number}.", pruned))
+
+    def stored_layer(self, number: int) -> dict[str, Tensor | NF4Tensor]:
+        return dict(self.layer(number))
+
+    def _below(self, prefix: str, pruned: Sequence[str] = ()) -> dict[str, Tensor]:
+        """Read the tensors of a module, by name within it, except those of its modules `pruned`."""
+        names = [name.removeprefix(prefix) for name in self._files if name.startswith(prefix)]
+        if not names:
+            raise UsageProblem(f"{self.name} has no tensor below {prefix!r}, so it is incomplete; fetch it again")
+        return {name: self._read(prefix + name) for name in names if name.partition(".")[0] not in pruned}
+
+
+def read_rows(table: Any, ids: Tensor) -> Tensor:
+    """Read the rows `ids` of a safetensors slice: (M, C). The other rows are not read."""
+    return torch.cat([table[row : row + 1] for row in ids.tolist()])
+
+
+def _tensor_table(directory: Path, name: str) -> dict[str, Path]:
+    """List which file holds which tensor."""
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        missing = sorted({file for file in table.values() if not (directory / Path(file).name).exists()})
+        if missing:
+            raise UsageProblem(
+                f"{name} is incomplete: {index.name} names {missing[0]}, which is not there; fetch it again"
+            )
+        return {tensor: directory / Path(file).name for tensor, file in table.items()}
+    single = directory / "model.safetensors"
+    if single.exists():
+        with safe_open(single, framework="pt") as file:
+            return dict.fromkeys(file.keys(), single)
+    if list(directory.glob("*.bin")):
+        raise UsageProblem(
+            f"{name} has only .bin weights, which are pickles and can run code; convert it to safetensors: "
+            "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT)"
+        )
+    raise UsageProblem(
+        f"{name} has no model.safetensors; found {[p.name for p in directory.iterdir()][:8]}; "
+        "name the directory that save_pretrained wrote"
+    )
