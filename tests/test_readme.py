@@ -176,14 +176,14 @@ def read_comparison(path: Path) -> Any:
 
 def tables_of_settings() -> dict[str, type]:
     """{"": the whole RUN.toml, "method": ..., "compare": ...}: structs whose fields are keys."""
+    from msgspec import Struct
     from msgspec.structs import fields
 
     from fedsoda_hub.compare.settings import Compare
     from fedsoda_hub.settings.run import RunSettings
-    from fedsoda_hub.settings.tables import Section
 
     tables = {field.name: field.type for field in fields(RunSettings)}
-    found = {name: kind for name, kind in tables.items() if isinstance(kind, type) and issubclass(kind, Section)}
+    found = {name: kind for name, kind in tables.items() if isinstance(kind, type) and issubclass(kind, Struct)}
     return {"": RunSettings, **found, "compare": Compare}
 
 
