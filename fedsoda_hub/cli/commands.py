@@ -426,7 +426,7 @@ def compare(
     jsonl: JsonLines = False,
     debug: Debug = False,
 ) -> None:
-    """Methods x seeds x splits on one task, with the daemon's own machine and codecs; goes on where it stopped."""
+    """Methods x seeds x splits on one task, with the daemon's own machine and codecs; continues where it stopped."""
     with reporting(as_json, jsonl, debug):
         from fedsoda_hub.cli.display import Display
         from fedsoda_hub.compare.settings import read_comparison

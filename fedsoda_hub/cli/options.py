@@ -1,4 +1,4 @@
-"""Options that are settings, and keys of a file in `--help`: words, ranges and defaults are those of the settings' tables."""
+"""Options that are settings, and keys of a file in `--help`: their words, ranges and defaults come from the tables."""
 
 from __future__ import annotations
 

@@ -114,7 +114,10 @@ def readers_of(key: str) -> list[MethodName]:
 
 
 def default_in_words(key: Key) -> str:
-    """Say the default of a key: "8"; where methods differ, "3; fedot: 2"; where not all read it, "fedsoda: 5; fedbiot: 1"."""
+    """Say the default of a key: "8"; where methods differ, "3; fedot: 2"; where not all read it, "fedsoda: 5; fedbiot: 1".
+
+    A method that is not named has the value without a name.
+    """
     readers = readers_of(str(key))
     methods: dict[str, list[MethodName]] = {_shown(key.default): []}
     for name in readers:

@@ -1,5 +1,7 @@
-"""Find a federated method by the name that RUN.toml gives it: one file each, which says what trains, which layers go and
-what is aligned. Preparation, edges, rounds and export are the same for all.
+"""Find a federated method by the name that RUN.toml gives it.
+
+Each is one file, which says what trains, which layers go and what is aligned. Preparation, edges, rounds and export are
+the same for all.
 """
 
 from __future__ import annotations

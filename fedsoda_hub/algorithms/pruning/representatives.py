@@ -1,9 +1,9 @@
 """FedPruner: group layers that do the same, keep the one of each group that does most, as many as a device affords.
 
-FedPruner's choice (arXiv 2508.17209), read as in docs/methods.md (m9-fedpruner), since its text leaves open how. FedPruner+ keeps
-attention and MLP blocks each by themselves. Measuring is one streamed pass over the hub's blocks; choosing is pure and cheap, so
-every device gets its own choice from one measurement. Building and training what is kept is the
-business of others; the methods are `fedpruner.py` and `fedpruner_plus.py`.
+FedPruner's choice (arXiv 2508.17209), read as in docs/methods.md (m9-fedpruner), since its text leaves open how.
+FedPruner+ keeps attention and MLP blocks each by themselves. Measuring is one streamed pass over the hub's blocks;
+choosing is pure and cheap, so every device gets its own choice from one measurement. Building and training what is kept
+is the business of others; the methods are `methods/fedpruner.py` and `methods/fedpruner_plus.py`.
 """
 
 from __future__ import annotations

@@ -215,7 +215,7 @@ def test_what_a_method_cannot_use_is_refused_with_the_methods_that_can(
 
 # --- costs by the paper's arithmetic -----------------------------------------------------------------------
 
-LLAMA, QWEN = 442_368, 483_328  # LoRA of one layer, method.md 1.10
+LLAMA, QWEN = 442_368, 483_328  # LoRA of one layer: docs/methods.md (m13-counts)
 
 
 @pytest.mark.parametrize(
