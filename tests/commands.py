@@ -15,7 +15,7 @@ from typing import Any
 
 ONE_THREAD = {"FEDSODA_THREADS": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 NO_CHANGES: Mapping[str, str] = MappingProxyType({})
-PATIENCE_SECONDS = 120.0
+PATIENCE_SECONDS = 300.0
 
 # A device with less disk than this one: sizes of disks come from `shutil` alone, in the agent and in its worker.
 _SMALL_DISK = """import os, shutil
@@ -23,19 +23,31 @@ shutil.disk_usage = lambda path: shutil._ntuple_diskusage(1 << 40, 0, int(os.env
 """
 
 
-def small_disk(directory: Path, free_bytes: int) -> dict[str, str]:
-    """Make the environment of a process that sees so many bytes free, by a `sitecustomize` in `directory`."""
+def small_disk(directory: Path, free_bytes: int, python_path: str | None = None) -> dict[str, str]:
+    """Make the environment of a process that sees so many bytes free, by a `sitecustomize` in `directory`.
+
+    Args:
+        python_path: where else it looks for packages; None: as this process does.
+    """
     directory.mkdir(exist_ok=True)
     (directory / "sitecustomize.py").write_text(_SMALL_DISK, encoding="utf-8")
-    path = os.pathsep.join(filter(None, [str(directory), os.environ.get("PYTHONPATH")]))
-    return {"PYTHONPATH": path, "SMALL_DISK_BYTES": str(free_bytes)}
+    others = os.environ.get("PYTHONPATH") if python_path is None else python_path
+    return {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(directory), others])),
+        "SMALL_DISK_BYTES": str(free_bytes),
+    }
 
 
 class Commands:
-    """Processes of one directory; `log` names the file that takes what one of them says. All end with the block."""
+    """Processes of one directory; `log` names the file that takes what one of them says. All end with the block.
 
-    def __init__(self, directory: Path) -> None:
+    Args:
+        environment: of all of them, beside this process's own.
+    """
+
+    def __init__(self, directory: Path, environment: Mapping[str, str] = NO_CHANGES) -> None:
         self.directory = directory
+        self._environment = {**os.environ, **ONE_THREAD, **environment}
         self._processes: list[subprocess.Popen[str]] = []
 
     def __enter__(self) -> Commands:
@@ -55,7 +67,7 @@ class Commands:
             check=False,
             capture_output=True,
             text=True,
-            env={**os.environ, **ONE_THREAD, **environment},
+            env={**self._environment, **environment},
             cwd=self.directory,
         )
         assert ended.returncode == 0, ended.stderr
@@ -74,7 +86,7 @@ class Commands:
                 stdout=file,
                 stderr=file,
                 text=True,
-                env={**os.environ, **ONE_THREAD, **environment},
+                env={**self._environment, **environment},
                 cwd=self.directory,
             )
         self._processes.append(process)
