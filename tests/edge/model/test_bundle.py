@@ -379,7 +379,7 @@ def test_a_shard_that_does_not_fit_the_model_is_refused(tmp_path: Path, written:
         tensors[f"{matrix}.shape"] = torch.tensor([1 << 30, 1 << 30], dtype=torch.int32)
     data = {"noise": b"\0" * 100, "header": (1 << 60).to_bytes(8, "little")}.get(attack) or save(tensors)
     broken = break_shard(bundle, "layers.0.safetensors", data)
-    with pytest.raises(BlobCorrupt, match="has its digest but is no shard of this bundle"):
+    with pytest.raises(BlobCorrupt, match="has its digest but is not a shard of this bundle"):
         broken.layer(0)
 
 
@@ -387,7 +387,7 @@ def test_lora_of_another_shape_is_refused(tmp_path: Path, written: Path) -> None
     shutil.copytree(written, tmp_path / "b")
     bundle = Bundle.open(tmp_path / "b")
     wrong = {name: tensor[:, :1].clone() for name, tensor in bundle.adapter_lora().items()}
-    with pytest.raises(BlobCorrupt, match="no shard of this bundle"):
+    with pytest.raises(BlobCorrupt, match="not a shard of this bundle"):
         break_shard(bundle, "adapter_lora.safetensors", save(wrong)).adapter_lora()
 
 
