@@ -79,7 +79,7 @@ def relative_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def pruned_by_hand(model_dir: Path, plan: LayerPlan, quantized: bool) -> Any:
-    """The full Transformers model with layers deleted and, if asked, weights replaced by their NF4 values.
+    """Load the full Transformers model, delete layers and, if asked, replace weights by their NF4 values.
 
     A half that is pruned ends in zeros, so it adds nothing.
     """
@@ -351,7 +351,7 @@ def written(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
 
 
 def break_shard(bundle: Bundle, name: str, data: bytes) -> Bundle:
-    """The bundle of a hub that wrote these bytes on purpose: digest and size are right."""
+    """Make the bundle of a hub that wrote these bytes on purpose: digest and size are right."""
     bundle.path(name).write_bytes(data)
     files = tuple(
         File(name, hashlib.sha256(data).hexdigest(), len(data)) if file.name == name else file
