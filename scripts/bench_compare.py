@@ -261,11 +261,11 @@ def adapter_gradient(
 ) -> Tensor:
     """(P,): of the completion loss by the adapter's LoRA as the bundle has it, above these layers of `source`."""
     spec = bundle.manifest.lora
-    border = SweptSamples.sweep(source, layers, samples, emulator=emulator_lora, lora_scale=spec.scale)
+    swept = SweptSamples.sweep(source, layers, samples, emulator=emulator_lora, lora_scale=spec.scale)
     tail = build(source, bundle.plan.adapter)
     lora.attach(tail, spec, bundle.adapter_lora())
     trained = [value.requires_grad_(True) for _, value in sorted(lora.parameters(tail).items())]
-    accumulate(tail, border, range(len(samples)), 8, trained)
+    accumulate(tail, swept, range(len(samples)), 8, trained)
     return torch.cat([value.grad.flatten() for value in trained if value.grad is not None])
 
 

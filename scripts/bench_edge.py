@@ -239,11 +239,11 @@ def train_ours(
         proximal_mu=0.01,
         max_length=geometry.length,
     )
-    border, at_once = SweptSamples(samples(geometry), states), plan.micro_batch
-    probe(sub_llm, border, view, [0], at_once)
+    swept, at_once = SweptSamples(samples(geometry), states), plan.micro_batch
+    probe(sub_llm, swept, view, [0], at_once)
     return lambda: fine_tune(
         sub_llm,
-        border,
+        swept,
         view,
         settings,
         seed=0,

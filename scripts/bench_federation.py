@@ -207,7 +207,7 @@ def federate(cell: Path, prepared_run: Path, toml: Path, parts: list[list[dict[s
 
 
 def train_alone(
-    border: SweptSamples, source: Any, adapter: Any, spec: LoRASpec, seed: int, edge: str, rounds: int, rate: float
+    swept: SweptSamples, source: Any, adapter: Any, spec: LoRASpec, seed: int, edge: str, rounds: int, rate: float
 ) -> dict[str, torch.Tensor]:
     """The adapter LoRA after `rounds` rounds of one learner, by the same code that edges run."""
     import msgspec
@@ -217,7 +217,7 @@ def train_alone(
     view = lora.initial(spec.adapter, seed)
     lora.attach(tail, spec, view)
     for number in range(1, rounds + 1):
-        step = fine_tune(tail, border, view, settings, seed=seed, round_number=number, edge=edge).delta
+        step = fine_tune(tail, swept, view, settings, seed=seed, round_number=number, edge=edge).delta
         view = {name: view[name] + step[name] for name in view}
     return view
 
@@ -298,11 +298,11 @@ class Bench:
             scores = {}
             for number, part in enumerate(split_rows(self.train, split, seed)):
                 emulator = bundle.emulator_lora()
-                border = SweptSamples.sweep(
+                swept = SweptSamples.sweep(
                     bundle, plan.sub_emulator, self.samples(part), emulator=emulator, lora_scale=spec.scale
                 )
                 rounds, edge = self.options.rounds, f"edge-{number}"
-                trained = train_alone(border, bundle, plan.adapter, spec, seed, edge, rounds, LEARNING_RATE)
+                trained = train_alone(swept, bundle, plan.adapter, spec, seed, edge, rounds, LEARNING_RATE)
                 scores[f"edge-{number}"] = judge(self.evaluator, self.plugged(spec, bundle, trained))["scores"]
             save_file(scores, done)
         return [value for _, value in sorted(load_file(done).items())]
@@ -316,13 +316,13 @@ class Bench:
             bundle = Bundle.open(prepared(self.out, self.data, seed, MAIN, self.log) / "bundle")
             spec, plan = bundle.manifest.lora, bundle.plan
             rows = [row for part in split_rows(self.train, "iid", seed) for row in part]
-            border = SweptSamples.sweep(
+            swept = SweptSamples.sweep(
                 self.source, plan.emulator, self.samples(rows), emulator={}, lora_scale=spec.scale
             )
             scores = {"untouched": judge(self.evaluator, self.plugged(spec, bundle, self.none))["scores"]}
             for rate in CENTRAL_RATES:
                 rounds = EDGES * self.options.rounds
-                trained = train_alone(border, self.source, plan.adapter, spec, seed, "central", rounds, rate)
+                trained = train_alone(swept, self.source, plan.adapter, spec, seed, "central", rounds, rate)
                 scores[f"{rate}"] = judge(self.evaluator, self.plugged(spec, bundle, trained))["scores"]
             save_file(scores, done)
         return load_file(done)

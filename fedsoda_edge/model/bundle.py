@@ -157,7 +157,7 @@ class Bundle:
         [(vocab, width)] = self._shapes("embedding").values()
         path = self.path("embedding.safetensors")
         with _no_shard(path), safe_open(path, framework="pt") as file:
-            if "weight" in file.keys():  # noqa: SIM118  the file is no mapping
+            if "weight" in file.keys():  # noqa: SIM118  the file is not a mapping
                 table = file.get_slice("weight")
                 if tuple(table.get_shape()) != (vocab, width):
                     raise ValueError(f"weight is {tuple(table.get_shape())}, not {(vocab, width)}")
@@ -316,7 +316,7 @@ class Bundle:
 
 @contextmanager
 def _no_shard(path: Path) -> Iterator[None]:
-    """Turn what safetensors and torch raise into BlobCorrupt: a file may have its digest and still be no shard.
+    """Turn what safetensors and torch raise into BlobCorrupt: a file may have its digest and still not be a shard.
 
     Then whoever prepared the bundle wrote it so.
     """
@@ -324,7 +324,7 @@ def _no_shard(path: Path) -> Iterator[None]:
         yield
     except (SafetensorError, KeyError, ValueError) as error:
         raise BlobCorrupt(
-            f"{path} has its digest but is no shard of this bundle ({error}); ask the hub's owner to prepare it again"
+            f"{path} has its digest but is not a shard of this bundle ({error}); ask the hub's owner to prepare it again"
         ) from error
 
 

@@ -58,7 +58,7 @@ def test_rows_of_one_sequence_need_no_mask() -> None:
 
 
 def apart(states: list[Tensor]) -> list[Tensor]:
-    """Of each sequence its states, taken out of its row."""
+    """Take the states of each sequence out of its row."""
     return [
         states[row][[branches.column(number, at) for at in range(len(sequence))]]
         for row, (group, (_, branches)) in enumerate(zip(GROUPS, ROWS, strict=True))
@@ -110,7 +110,7 @@ def test_rows_of_one_shape_without_branches_share_what_is_kept(
 def swept_alone(
     source: Checkpoint, rows: list[Tensor], branches: list[Branches], monkeypatch: pytest.MonkeyPatch
 ) -> tuple[list[Tensor], int]:
-    """The states of four rows, each a batch of its own, and how often masks were asked for."""
+    """Run four rows, each a batch of its own; give their states and how often masks were asked for."""
     made = []
 
     def counted(*args: Any) -> Any:

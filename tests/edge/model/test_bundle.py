@@ -80,7 +80,7 @@ def relative_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def pruned_by_hand(model_dir: Path, plan: LayerPlan, quantized: bool) -> Any:
-    """The full Transformers model with layers deleted and, if asked, weights replaced by their NF4 values.
+    """Load the full Transformers model, delete layers and, if asked, replace weights by their NF4 values.
 
     A half that is pruned ends in zeros, so it adds nothing.
     """
@@ -352,7 +352,7 @@ def written(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
 
 
 def break_shard(bundle: Bundle, name: str, data: bytes) -> Bundle:
-    """The bundle of a hub that wrote these bytes on purpose: digest and size are right."""
+    """Make the bundle of a hub that wrote these bytes on purpose: digest and size are right."""
     bundle.path(name).write_bytes(data)
     files = tuple(
         File(name, hashlib.sha256(data).hexdigest(), len(data)) if file.name == name else file
@@ -380,7 +380,7 @@ def test_a_shard_that_does_not_fit_the_model_is_refused(tmp_path: Path, written:
         tensors[f"{matrix}.shape"] = torch.tensor([1 << 30, 1 << 30], dtype=torch.int32)
     data = {"noise": b"\0" * 100, "header": (1 << 60).to_bytes(8, "little")}.get(attack) or save(tensors)
     broken = break_shard(bundle, "layers.0.safetensors", data)
-    with pytest.raises(BlobCorrupt, match="has its digest but is no shard of this bundle"):
+    with pytest.raises(BlobCorrupt, match="has its digest but is not a shard of this bundle"):
         broken.layer(0)
 
 
@@ -388,7 +388,7 @@ def test_lora_of_another_shape_is_refused(tmp_path: Path, written: Path) -> None
     shutil.copytree(written, tmp_path / "b")
     bundle = Bundle.open(tmp_path / "b")
     wrong = {name: tensor[:, :1].clone() for name, tensor in bundle.adapter_lora().items()}
-    with pytest.raises(BlobCorrupt, match="no shard of this bundle"):
+    with pytest.raises(BlobCorrupt, match="not a shard of this bundle"):
         break_shard(bundle, "adapter_lora.safetensors", save(wrong)).adapter_lora()
 
 

@@ -57,7 +57,7 @@ def bundle(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def write_halves(directory: Path, checkpoint: Checkpoint, plan: LayerPlan = PLAN, base: str = "nf4") -> Bundle:
-    """A bundle with LoRA that is not zero on all that is left of the adapter's layers."""
+    """Write a bundle with LoRA that is not zero on all that is left of the adapter's layers."""
     targets = TARGETS[:4] if checkpoint.family.model_type == "qwen3_moe" else TARGETS  # experts carry no LoRA
     layout = lora.specs(checkpoint.family, checkpoint.fields, plan.adapter, targets, 4, plan.lacking)
     spec = LoRASpec(4, 8.0, targets, layout, ())

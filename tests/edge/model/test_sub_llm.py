@@ -20,7 +20,7 @@ ATTENTION = TARGETS[:4]  # experts carry no LoRA
 
 
 def with_lora(directory: Path, dtype: torch.dtype, num_layers: int = 2, *, recompute: bool = False) -> SubLLM:
-    """The last layers with random LoRA that asks for a gradient."""
+    """Build the last layers with random LoRA that asks for a gradient."""
     source = Checkpoint.open(str(directory))
     layers = tuple(range(source.num_layers))[-num_layers:]
     targets = ATTENTION if source.family.model_type == "qwen3_moe" else TARGETS

@@ -32,7 +32,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def kept_bytes(bundle: Bundle, samples: SampleSizes, *, recompute: bool = False) -> int:
-    """Of all storages that autograd or a layer to be made again holds after a forward pass, frozen weights left out."""
+    """Count what autograd and layers that run again hold after a forward pass, without frozen weights."""
     view, resident = bundle.adapter_lora(), bundle.plan.resident
     model = build(bundle, resident, dense=False, dense_head=False, recompute=recompute)
     lora.attach(model, bundle.manifest.lora, {**lora.on(resident, bundle.emulator_lora()), **view})

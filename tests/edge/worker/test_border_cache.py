@@ -105,7 +105,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
 
 
 def opened(bundle: Bundle, directory: Path, samples: Sequence[Sample] = SAMPLES, **change: Any) -> CachedStates:
-    """By default each sample runs alone, so that passes can be counted by samples; groups have tests of their own."""
+    """Open the cache; by default each sample runs alone, so that passes can be counted by samples."""
     settings = CacheSettings(
         directory,
         change.get("key", KEY),
@@ -132,7 +132,7 @@ def kept(bundle: Bundle, directory: Path, samples: Sequence[Sample] = SAMPLES, *
 
 
 def trained(bundle: Bundle, states: CachedStates, epochs: int = 2) -> dict[str, torch.Tensor]:
-    """The delta of a round over all samples."""
+    """Train a round over all samples and give its delta."""
     tail, view = build(bundle, bundle.plan.adapter), bundle.adapter_lora()
     lora.attach(tail, bundle.manifest.lora, view)
     settings = msgspec.structs.replace(SETTINGS, max_steps=0, epochs=epochs)
@@ -149,7 +149,7 @@ def record_bytes(sample: Sample) -> int:
 
 
 def room_for(samples: Iterable[Sample]) -> int:
-    """Of the border file alone."""
+    """Count the bytes of a border file of these samples."""
     return MARK + sum(map(record_bytes, samples))
 
 
@@ -162,7 +162,7 @@ def border_file(directory: Path) -> Path:
 
 
 def alone(bundle: Bundle, layers: Sequence[int], sample: Sample, start: torch.Tensor | None = None) -> torch.Tensor:
-    """A sample's state after these layers, from nobody's cache."""
+    """Compute a sample's states after these layers without a cache."""
     [state] = stream(
         bundle,
         layers,

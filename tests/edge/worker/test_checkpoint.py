@@ -68,7 +68,7 @@ def trained(
     epochs: int = 2,
     micro_batch: int | None = None,
 ) -> Trained:
-    """A round with a fresh sub-LLM, as a process has that has just begun."""
+    """Train a round with a fresh sub-LLM, as a process does that has just begun."""
     tail, view = build(bundle, bundle.plan.adapter), bundle.adapter_lora()
     lora.attach(tail, bundle.manifest.lora, view)
     settings = msgspec.structs.replace(SEVEN_STEPS, epochs=epochs)
@@ -210,7 +210,7 @@ def tensors(step: int) -> dict[str, torch.Tensor]:
 
 
 def saved_twice(directory: Path) -> tuple[Path, Path]:
-    """The files of steps 1 and 2."""
+    """Save steps 1 and 2 and give their files."""
     saves = Prompt(directory, IDENTITY)
     saves.save(1, 10, 4, tensors(1))
     [older] = directory.iterdir()
@@ -240,7 +240,7 @@ def scribble(path: Path) -> None:
 
 
 def lose_data(path: Path) -> None:
-    """As some file systems after a power cut: the length is there, the last bytes are not."""
+    """Leave a file as some file systems do after a power cut: the length is there, the last bytes are not."""
     data = path.read_bytes()
     path.write_bytes(data[:-8] + bytes(8))
 
