@@ -20,7 +20,7 @@ from fedsoda_edge.join.home import Home, default_home, read_token
 ANOTHER_JOIN = """
 import sys
 from pathlib import Path
-from fedsoda_edge.config import Home
+from fedsoda_edge.join.home import Home
 home = Home(Path(sys.argv[1]))
 home.lock()
 print("locked", flush=True)
