@@ -56,7 +56,21 @@ class UsageProblem(LocalError):
 
 @dataclass
 class DataProblem(LocalError):
+    """missing: the template's name for a column that the rows do not have, where that is the problem.
+
+    remedy: what the caller can do about that column; without one, what stands in the caller's Python.
+    """
+
     exit_status: ClassVar[int] = 2
+
+    missing: str = ""
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        if not self.missing:
+            return self.message
+        in_python = f"rename one, or name its column: columns={{{self.missing!r}: 'COLUMN'}}"
+        return f"{self.message}; {self.remedy or in_python}"
 
 
 @dataclass

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsoda_edge.data.local_data import LocalData, Sample, SampleTokenizer, read_samples
+from fedsoda_edge.data.local_data import LocalData
+from fedsoda_edge.data.samples import Sample, SampleTokenizer, read_samples
 from fedsoda_edge.model import lora
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.streaming import Checkpoint, LayerSource

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -25,6 +26,8 @@ data_app = typer.Typer(help="Look at training data.", no_args_is_help=True)
 cache_app = typer.Typer(help="Disk space of this device's FEDSODA_HOME.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(cache_app, name="cache")
+
+COLUMN_REMEDY = "rename one, or let fedsoda-edge map it: --column {}=COLUMN"
 
 Url = Annotated[str, typer.Argument(help="the hub, such as https://hub.example.org or http://10.0.0.5:8470")]
 TokenFile = Annotated[
@@ -122,7 +125,7 @@ def join(
     """Take part until the run ends or Ctrl+C; joining again goes on where it stopped."""
     with reporting(as_json, jsonl, debug):
         from fedsoda_edge.cli.display import Display
-        from fedsoda_edge.data.local_data import LocalData
+        from fedsoda_edge.data.local_data import LocalData, remedy_for_columns
         from fedsoda_edge.device.pause_rules import parse_rules
         from fedsoda_edge.edge import Edge
 
@@ -144,7 +147,7 @@ def join(
         )
         for _ in local.rows() if local.is_text else ():
             pass
-        with Display(jsonl) as display:
+        with remedy_for_columns(COLUMN_REMEDY), Display(jsonl) as display:
             display.say({"event": "settings", "values": effective_settings(context)})
             with edge.join(
                 local, on_event=display.say, unattended=unattended, max_rounds=max_rounds, pause_on=pause_on or ""
@@ -378,7 +381,9 @@ def data_check(
     with reporting(as_json, False, debug):
         from fedsoda_edge.cli.display import show_data
         from fedsoda_edge.data.chat import ChatTemplate
-        from fedsoda_edge.data.local_data import LocalData, SampleTokenizer, inspect
+        from fedsoda_edge.data.inspection import inspect
+        from fedsoda_edge.data.local_data import LocalData, remedy_for_columns
+        from fedsoda_edge.data.samples import SampleTokenizer
         from fedsoda_edge.join.home import Home
         from fedsoda_edge.protocol.manifest import TOKENIZER_FILES
         from fedsoda_edge.protocol.template import DEFAULT_COMPLETION, DEFAULT_PROMPT, TextTemplate
@@ -403,16 +408,17 @@ def data_check(
                 raise UsageProblem(
                     f"{path} cannot be read as a tokenizer ({error}); name a model's directory with --tokenizer"
                 ) from error
-        found = inspect(
-            LocalData(file, _columns(column or [])),
-            TextTemplate(prompt if prompt is not None else joined.get("prompt", DEFAULT_PROMPT)),
-            TextTemplate(completion if completion is not None else joined.get("completion", DEFAULT_COMPLETION)),
-            tokenizer=encoder,
-            max_length=max_length or joined.get("max_length", 512),
-            chat=ChatTemplate.read(files),
-        )
+        with remedy_for_columns(COLUMN_REMEDY):
+            found = inspect(
+                LocalData(file, _columns(column or [])),
+                TextTemplate(prompt if prompt is not None else joined.get("prompt", DEFAULT_PROMPT)),
+                TextTemplate(completion if completion is not None else joined.get("completion", DEFAULT_COMPLETION)),
+                tokenizer=encoder,
+                max_length=max_length or joined.get("max_length", 512),
+                chat=ChatTemplate.read(files),
+            )
         show_data(found, max_length or joined.get("max_length", 512))
-        finish({"status": "ok", **found}, as_json, False)
+        finish({"status": "ok", **dataclasses.asdict(found)}, as_json, False)
 
 
 @cache_app.command("list", epilog="Example: fedsoda-edge cache list --json")

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
+from fedsoda_edge.data.inspection import Inspection
 from fedsoda_edge.join.doctor import Check
 from fedsoda_edge.join.status import pause_sentence
 from fedsoda_edge.ports.console import ProgressLine, note, settings_line
@@ -147,26 +148,24 @@ def _show_parts(parts: Iterable[dict[str, Any]]) -> None:
         note(f"    {part['part']:<36} {human_bytes(part['bytes']):>9}")
 
 
-def show_data(found: dict[str, Any], max_length: int) -> None:
-    """`data check` for people."""
-    note(f"{found['rows']} rows; columns: " + ", ".join(f"{name} ({kind})" for name, kind in found["columns"].items()))
-    for number, sample in enumerate(found["samples"], start=1):
-        note(f"--- sample {number}\n{sample['prompt']} >>> {sample['completion']}")
-    if found["samples"]:
+def show_data(found: Inspection, max_length: int) -> None:
+    """Show `data check` to people."""
+    note(f"{found.rows} rows; columns: " + ", ".join(f"{name} ({kind})" for name, kind in found.columns.items()))
+    for number, sample in enumerate(found.samples, start=1):
+        note(f"--- sample {number}\n{sample.prompt} >>> {sample.completion}")
+    if found.samples:
         note("---")
-    if found["duplicates"]:
-        note(f"{found['duplicates']} rows are copies of earlier ones")
-    lengths = found["lengths"]
+    if found.duplicates:
+        note(f"{found.duplicates} rows are copies of earlier ones")
+    lengths = found.lengths
     if lengths is None:
         note("no lengths: name a model's directory with --tokenizer, or join a run first")
         return
+    note(f"ids a sample: {lengths.min} to {lengths.max}, median {lengths.median}, 90 % have at most {lengths.p90}")
+    most = max(bar.rows for bar in lengths.histogram)
+    for bar in lengths.histogram:
+        note(f"{bar.up_to:>8} {'#' * round(40 * bar.rows / most):<40} {bar.rows}")
     note(
-        f"ids a sample: {lengths['min']} to {lengths['max']}, median {lengths['median']}, 90 % have at most {lengths['p90']}"
-    )
-    most = max(bar["rows"] for bar in lengths["histogram"])
-    for bar in lengths["histogram"]:
-        note(f"{bar['up_to']:>8} {'#' * round(40 * bar['rows'] / most):<40} {bar['rows']}")
-    note(
-        f"at max_length {max_length}: {found['truncated']} samples are cut, {found['skipped']} are skipped since "
+        f"at max_length {max_length}: {found.truncated} samples are cut, {found.skipped} are skipped since "
         "nothing of their completion is left"
     )

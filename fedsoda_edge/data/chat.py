@@ -2,7 +2,7 @@
 
 Jinja templates are programs. They run in Jinja's immutable sandbox, in the worker, with at most MAX_CHARACTERS of
 output and RENDER_SECONDS of time each; there is no clock in them, so that a run can be repeated. What becomes of the
-text is `data.py`'s business.
+text: `samples.py`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class _TooSlow(Exception):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """As Transformers sets it up, without products that make memory out of nothing."""
+    """Jinja as Transformers sets it up, without products that make memory out of nothing."""
 
     intercepted_binops = frozenset({"*", "**"})
 
@@ -55,19 +55,21 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
         except TemplateError as error:
-            raise UsageProblem(f"the model's chat template is not one ({error}); ask the hub's owner") from error
+            raise UsageProblem(
+                f"the model's chat template cannot be read as one ({error}); ask the hub's owner"
+            ) from error
         self._tokens = dict(tokens)
 
     @classmethod
     def read(cls, files: Mapping[str, Path]) -> ChatTemplate | None:
-        """From a model's tokenizer files by name; None where the model has no chat template."""
+        """Find it in a model's tokenizer files, by name; None where the model has no chat template."""
         config: dict[str, Any] = {}
         if "tokenizer_config.json" in files:
             config = json.loads(files["tokenizer_config.json"].read_text(encoding="utf-8"))
         source: Any = config.get("chat_template")
         if "chat_template.jinja" in files:
             source = files["chat_template.jinja"].read_text(encoding="utf-8")
-        if isinstance(source, list):  # several by name; "default" is the one for plain talk
+        if isinstance(source, list):  # several by name; "default" is the one without tools
             source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
         if not isinstance(source, str):
             return None
@@ -80,7 +82,7 @@ class ChatTemplate:
         return cls(source, tokens)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        """The text that the model was trained to read.
+        """Write the text that the model was trained to read.
 
         Raises:
             DataProblem: the template refuses these messages, writes too much or takes too long.

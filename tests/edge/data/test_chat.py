@@ -83,5 +83,5 @@ def test_it_is_stopped_when_it_takes_too_long(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_template_that_is_none_is_the_hubs_mistake() -> None:
-    with pytest.raises(UsageProblem, match="chat template is not one"):
+    with pytest.raises(UsageProblem, match="chat template cannot be read as one"):
         ChatTemplate("{% for %}", {})

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from fedsoda_edge.data.local_data import SampleTokenizer
+from fedsoda_edge.data.samples import SampleTokenizer
 from fedsoda_edge.errors import BlobCorrupt, UsageProblem
 from fedsoda_edge.model import lora
 from fedsoda_edge.model.bundle import Bundle

@@ -367,7 +367,7 @@ import msgspec
 import torch
 from fedsoda_edge.border import Border
 from fedsoda_edge.checkpoint import RoundCheckpoint
-from fedsoda_edge.data import Sample
+from fedsoda_edge.data.samples import Sample
 from fedsoda_edge.model import lora
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.sub_llm import build
