@@ -6,14 +6,18 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import typer
 
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.ports.console import EXIT_HELP, effective_settings, finish, is_asked, note, reporting
 from fedsoda_edge.ports.console import run as run_command
 from fedsoda_edge.units import parse_bytes
+
+if TYPE_CHECKING:
+    from fedsoda_edge.join.control import Action, Answer
 
 app = typer.Typer(
     epilog="Options may also stand in config.toml in FEDSODA_HOME: at its top for every command that has them, or in a "
@@ -126,11 +130,11 @@ def join(
     with reporting(as_json, jsonl, debug):
         from fedsoda_edge.cli.display import Display
         from fedsoda_edge.data.local_data import LocalData, remedy_for_columns
-        from fedsoda_edge.device.pause_rules import parse_rules
+        from fedsoda_edge.device.pause_rules import parse_pause_rules
         from fedsoda_edge.edge import Edge
 
         # Wrong options are known before data is read, which may take minutes; bad data before the hub is asked.
-        parse_rules(pause_on or "")
+        parse_pause_rules(pause_on or "")
         if cache_key not in ("keep", "forget"):
             raise UsageProblem(f"--cache-key {cache_key!r} is neither keep nor forget")
         local = LocalData.from_jsonl(data, columns=_columns(column or []))
@@ -277,8 +281,8 @@ def status(as_json: Json = False, debug: Debug = False) -> None:
         )
 
 
-def _wish(do: str, seconds: float | None = None) -> dict[str, Any]:
-    """What the running join did of it; state "noted" where it cannot answer yet."""
+def _request(do: Action, seconds: float | None = None) -> Answer:
+    """Ask the running join and wait for its answer; state "noted" where it is still starting."""
     import time
 
     from fedsoda_edge.join import control
@@ -289,18 +293,18 @@ def _wish(do: str, seconds: float | None = None) -> dict[str, Any]:
         raise UsageProblem(
             f"no join runs in {home.directory}: start fedsoda-edge join, or set FEDSODA_HOME to that of the join"
         )
-    wish = control.ask(home.control, do, seconds)
+    request = control.ask(home.control, do, seconds)
     until = time.monotonic() + control.ANSWER_SECONDS
     is_running = True
     while is_running and time.monotonic() < until:
         time.sleep(0.1)
         is_running = home.is_in_use()
-        if (answer := control.answer_to(wish)) is not None:  # also the last word of one that ended since
+        if (answer := control.answer_to(request)) is not None:  # also the last word of one that ended since
             return answer
     if not is_running:
         raise UsageProblem(f"the join of {home.directory} ended just now; there is nothing left to {do}")
     note("the join is still starting; it will do so as soon as it has")
-    return {"state": "noted", "was_paused": False, "reason": None, "seconds": None, "freed_bytes": 0, "round": None}
+    return control.Answer(state="noted")
 
 
 @app.command(epilog="Example: fedsoda-edge pause --for 1h\n\n" + EXIT_HELP)
@@ -317,40 +321,40 @@ def pause(
         from fedsoda_edge.join.status import pause_sentence
         from fedsoda_edge.units import human_bytes, parse_seconds
 
-        done = _wish("pause", None if duration is None else parse_seconds(duration))
-        if done["state"] == "paused":
-            said = pause_sentence(done["reason"], done["seconds"])
-            freed = human_bytes(done["freed_bytes"])
-            ended = f"the worker ended, {freed} are free again" if done["freed_bytes"] else "no worker was running"
+        done = _request("pause", None if duration is None else parse_seconds(duration, "--for"))
+        if done.state == "paused":
+            said = pause_sentence(done.reason or "", done.seconds)
+            freed = human_bytes(done.freed_bytes)
+            ended = f"the worker ended, {freed} are free again" if done.freed_bytes else "no worker was running"
             note(f"{said}: {ended}")
-        elif done["state"] == "finishing":
+        elif done.state == "finishing":
             note("not paused: this device is about to finish")
-        finish({"status": "ok", **done}, as_json, False)
+        finish({"status": "ok", **msgspec.to_builtins(done)}, as_json, False)
 
 
 @app.command(epilog="Example: fedsoda-edge resume")
 def resume(as_json: Json = False, debug: Debug = False) -> None:
     """End a pause, also one that --pause-on began; the round goes on where it stopped."""
     with reporting(as_json, False, debug):
-        done = _wish("resume")
-        if done["state"] != "noted":
-            note("going on after the pause" if done["was_paused"] else "there was no pause; the join goes on")
-        finish({"status": "ok", **done}, as_json, False)
+        done = _request("resume")
+        if done.state != "noted":
+            note("resumed after the pause" if done.was_paused else "there was no pause; the join is running")
+        finish({"status": "ok", **msgspec.to_builtins(done)}, as_json, False)
 
 
 @app.command("finish", epilog="Example: fedsoda-edge finish")
 def finish_round(as_json: Json = False, debug: Debug = False) -> None:
     """Let the join hand in the round it has, then leave and exit 0; with no round in hand at once. Ends a pause."""
     with reporting(as_json, False, debug):
-        done = _wish("finish")
-        if done["state"] == "finishing":
-            in_hand = done["round"]
+        done = _request("finish")
+        if done.state == "finishing":
+            in_hand = done.round
             note(
                 "no round is in hand: this device leaves now"
                 if in_hand is None
                 else f"round {in_hand} is finished and handed in first, then this device leaves"
             )
-        finish({"status": "ok", **done}, as_json, False)
+        finish({"status": "ok", **msgspec.to_builtins(done)}, as_json, False)
 
 
 @data_app.command("check", epilog="Example: fedsoda-edge data check visits.jsonl --tokenizer model-directory")

@@ -55,7 +55,7 @@ class Home:
 
     @property
     def control(self) -> Path:
-        """Wishes for the running join (`control.py`)."""
+        """Requests to the running join (`control.py`)."""
         return self.directory / "control"
 
     def run(self, run_id: str) -> Path:

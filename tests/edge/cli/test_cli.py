@@ -276,7 +276,7 @@ def test_labels_that_are_not_strings_are_told_with_line_and_value(device: Device
         (["join", "http://hub.invalid"], "Missing option '--data'"),
         (["join", "http://hub.invalid", "--data", "d", "--max-rounds", "-1"], "Invalid value for '--max-rounds'"),
         (["join", "http://hub.invalid", "--data", "d", "--column", "text"], "--column 'text' is not NAME=COLUMN"),
-        (["join", "http://hub.invalid", "--data", "none", "--max-ram", "-5"], "--max-ram '-5' is no size"),
+        (["join", "http://hub.invalid", "--data", "none", "--max-ram", "-5"], "--max-ram '-5' is not a size"),
         (["join", "http://hub.invalid", "--data", "none", "--cache", "fp8"], "--cache 'fp8' is none of bf16, int8"),
         (["join", "http://hub.invalid", "--data", "none", "--cache-key", "x"], "--cache-key 'x' is neither keep nor"),
         (["join", "http://hub:99999", "--data", "d"], "'http://hub:99999' is no hub address"),
