@@ -20,7 +20,8 @@ from fedsoda_edge.device.pause_rules import parse_pause_rules
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.join import size_class
 from fedsoda_edge.join.agent import Agent, AgentSettings, Cache, Say
-from fedsoda_edge.join.home import CACHE_DTYPES, Home, read_token
+from fedsoda_edge.join.home import CACHE_DTYPES, Home
+from fedsoda_edge.join.token import read_token
 from fedsoda_edge.network.hub_transport import HubTransport
 from fedsoda_edge.ports import SystemClock, Transport
 from fedsoda_edge.ports.child import Child

@@ -15,12 +15,12 @@ from fedsoda_edge.join.status import pause_sentence
 from fedsoda_edge.ports.console import ProgressLine, note, settings_line
 from fedsoda_edge.units import counted, human_bytes, human_seconds
 
-# What is said without the work that the bar shows having ended.
-_ASIDES = ("notice", "reconnecting", "reconnected", "retrying")
+# Events that are said beside the work of the bar, which continues.
+_BESIDE = ("notice", "reconnecting", "reconnected", "retrying")
 
 
 class Display:
-    """Everything but JSON goes to stderr."""
+    """What a join says while it runs. Everything but JSON goes to stderr."""
 
     def __init__(self, jsonl: bool) -> None:
         self._jsonl = jsonl
@@ -39,7 +39,7 @@ class Display:
             self._line.end()
 
     def say(self, event: dict[str, Any]) -> None:
-        """One event of the SDK, from any thread."""
+        """Show one event of the SDK; called from any thread."""
         with self._lock:
             if self._jsonl:
                 print(json.dumps(event, allow_nan=False), flush=True)
@@ -66,7 +66,7 @@ class Display:
                     self._line.show(f"round {event['round']}", event["step"], event["steps"], detail)
                 case kind:
                     text = _sentence(event)
-                    if (text and kind not in _ASIDES) or (kind == "swept" and self._download is None):
+                    if (text and kind not in _BESIDE) or (kind == "swept" and self._download is None):
                         self._line.end()
                     if text:
                         self._line.say(text)
@@ -74,7 +74,7 @@ class Display:
                         self._line.show("starting the training process", 0, None)
 
     def _show_download(self) -> None:
-        """One bar for both: what is swept while it comes stands beside it."""
+        """Show one bar for both: what is swept during the download stands beside it."""
         assert self._download is not None
         self._line.show("downloading", self._download["done"], self._download["total"], self._swept, is_bytes=True)
 
@@ -98,7 +98,7 @@ def _sentence(event: dict[str, Any]) -> str:
         case "swept" if event["num_kept"] < event["num_examples"]:
             return (
                 f"the disk keeps the border states of {event['num_kept']} of {event['num_examples']} samples "
-                f"({human_bytes(event['kept_bytes'])}); the rest is computed anew in each round: --max-disk or free space mends that"
+                f"({human_bytes(event['kept_bytes'])}); the rest is computed again in each round; a larger --max-disk or more free space avoids that"
             )
         case "offer":
             return f"round {event['round']}: due in {human_seconds(event['due_seconds'])}"
@@ -120,7 +120,7 @@ def _sentence(event: dict[str, Any]) -> str:
         case "paused":
             return pause_sentence(event["reason"], event["seconds"])
         case "resumed":
-            return "going on after the pause"
+            return "resumed after the pause"
         case "farewell":
             return f"done: {event['reason']} after {counted(event['rounds'], 'round')}"
         case "notice":
@@ -129,7 +129,7 @@ def _sentence(event: dict[str, Any]) -> str:
 
 
 def show_check(check: Check) -> None:
-    """A line of `doctor`."""
+    """Show a line of `doctor`."""
     note(
         f"{'PASS' if check.passed else 'FAIL'}  {check.name:<14} {check.detail}"
         + (f"; {check.fix}" if check.fix else "")
@@ -138,7 +138,7 @@ def show_check(check: Check) -> None:
 
 
 def show_memory(memory: dict[str, Any]) -> None:
-    """How training fits, as a sentence and a table."""
+    """Show how training fits, as a sentence and a table."""
     note(memory["message"])
     _show_parts(memory["parts"])
 

@@ -397,7 +397,7 @@ def test_a_home_is_used_by_one_join_until_it_is_stopped(
         first.send_signal(stop)
         out, err = first.communicate(timeout=30)
     assert first.returncode == status
-    assert "stopped; the same command goes on where this left off" in err.splitlines()
+    assert "stopped; the same command continues where this one ended" in err.splitlines()
     assert "Traceback" not in err
     found = Ran(status, out, err).json
     assert found["status"] == ("ok" if status == 0 else "error")

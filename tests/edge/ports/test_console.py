@@ -38,9 +38,14 @@ def command(failure: BaseException | None) -> typer.Typer:
         (None, [], 2, "error: Missing option '--data'; --help shows how it is used"),
         (None, ["--data", "x", "--jsonl"], 2, "error: --json prints one object and --jsonl one event a line; give one"),
         (None, ["--dta", "x"], 2, "error: No such option: --dta"),
-        (PermissionError(13, "no", "/x"), ["--data", "x"], 1, "error: [Errno 13] no: '/x'; mend that on this machine"),
+        (
+            PermissionError(13, "no", "/x"),
+            ["--data", "x"],
+            1,
+            "error: [Errno 13] no: '/x'; correct that on this machine",
+        ),
         (ZeroDivisionError("by 0"), ["--data", "x"], 1, "error: ZeroDivisionError: by 0; this is a defect of fedsoda"),
-        (KeyboardInterrupt(), ["--data", "x"], 130, "stopped; the same command goes on"),
+        (KeyboardInterrupt(), ["--data", "x"], 130, "stopped; the same command continues"),
     ],
 )
 def test_every_end_has_a_sentence_an_object_and_a_status(
