@@ -14,6 +14,7 @@ from typing import Any
 import typer
 
 from fedsoda_edge.errors import FedSODAError, UsageProblem
+from fedsoda_edge.ports.logs import logs_shown, printable
 from fedsoda_edge.ports.system import on_stop
 from fedsoda_edge.units import human_bytes, human_seconds
 
@@ -39,7 +40,8 @@ def reporting(as_json: bool, jsonl: bool, debug: bool) -> Iterator[None]:
     try:
         if as_json and jsonl:
             raise UsageProblem("--json prints one object and --jsonl one event a line; give one of them")
-        yield
+        with logs_shown(is_debug=debug):
+            yield
     except FedSODAError as error:
         _fail(error, error.exit_status, as_json, jsonl, debug, getattr(error, "details", ""))
     except typer.Exit:
@@ -153,13 +155,9 @@ def settings_line(settings: dict[str, dict[str, Any]]) -> str:
     return "settings: " + "; ".join([*given, *([f"defaults: {', '.join(defaults)}"] if defaults else [])])
 
 
-# What others write (an edge's reason, a model's answer) must not steer this terminal.
-_CONTROL = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
-
-
 def note(text: str) -> None:
     """Write a line for people, on stderr."""
-    print(text.translate(_CONTROL), file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 PLAIN_SECONDS = 30.0  # between two lines of a long job in a log
@@ -232,7 +230,7 @@ class ProgressLine:
         if self._bar is None:
             note(text)
         else:
-            self._bar.console.print(text.translate(_CONTROL), markup=False, highlight=False, soft_wrap=True)
+            self._bar.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def end(self) -> None:
         """Take the bar away."""
