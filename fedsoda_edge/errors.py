@@ -27,12 +27,12 @@ from typing import Any, ClassVar
 
 @dataclass
 class FedSODAError(Exception):
-    """The root: every error has an exit status (contract.md) and one sentence."""
+    """The root: every error has an exit status, docs/operations.md (o2-exit), and one sentence."""
 
     exit_status: ClassVar[int] = 1
 
     def fields(self) -> dict[str, Any]:
-        """The fields as JSON values, for a pipe or `--json`."""
+        """Return the fields as JSON values, for a pipe or `--json`."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def __reduce__(self) -> Any:
@@ -147,6 +147,6 @@ class BlobCorrupt(RemoteError):
 
 
 def by_name(name: str) -> type[FedSODAError] | None:
-    """The class of this module with that name: errors cross pipes as {name, fields}, never as pickles."""
+    """Find the class of this module with that name: errors cross pipes as {name, fields}, never as pickles."""
     found = globals().get(name)
     return found if isinstance(found, type) and issubclass(found, FedSODAError) else None

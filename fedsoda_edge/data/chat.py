@@ -42,9 +42,16 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 class ChatTemplate:
-    """A compiled chat template and the special tokens it may name."""
+    """A compiled chat template and the special tokens it may name.
 
-    def __init__(self, source: str, tokens: Mapping[str, str]) -> None:
+    Args:
+        render_seconds: the time that one conversation may take.
+
+    Raises:
+        UsageProblem: on construction, when the template cannot be read as one.
+    """
+
+    def __init__(self, source: str, tokens: Mapping[str, str], render_seconds: float = RENDER_SECONDS) -> None:
         environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[LoopControlExtension])
 
         def raise_exception(message: str) -> NoReturn:
@@ -59,6 +66,7 @@ class ChatTemplate:
                 f"the model's chat template cannot be read as one ({error}); ask the hub's owner"
             ) from error
         self._tokens = dict(tokens)
+        self._render_seconds = render_seconds
 
     @classmethod
     def read(cls, files: Mapping[str, Path]) -> ChatTemplate | None:
@@ -89,7 +97,7 @@ class ChatTemplate:
         """
         pieces, size = [], 0
         try:
-            with _at_most(RENDER_SECONDS):
+            with _at_most(self._render_seconds):
                 for piece in self._template.generate(
                     messages=[dict(message) for message in messages],
                     add_generation_prompt=add_generation_prompt,
@@ -103,7 +111,7 @@ class ChatTemplate:
                         )
         except _TooSlow:
             raise DataProblem(
-                f"the chat template took more than {RENDER_SECONDS:g} s for one row; shorten it, or ask the hub's owner"
+                f"the chat template took more than {self._render_seconds:g} s for one row; shorten it, or ask the hub's owner"
             ) from None
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise DataProblem(f"the chat template refuses these messages: {error}") from error
