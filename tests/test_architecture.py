@@ -97,7 +97,7 @@ HOUSE = {
         f"{_ANY_STDLIB} typer rich msgspec",
     ),
     "hub": Room("hub.cli"),
-    "hub.events": Room(_SIZES, "msgspec"),
+    "hub.events": Room(f"{_SIZES} hub.federation hub.run", "msgspec"),
     "hub.settings": Room(_SIZES, "disk msgspec"),
     "hub.federation": Room("edge.errors edge.protocol", "msgspec"),
     "hub.run": Room(f"{_SIZES} edge.ports hub.federation", "clock disk processes sqlite3 msgspec"),

@@ -7,7 +7,7 @@
     ! HubUnreachable step=TCP                                 went wrong
 
 A string is shown where it is a digest, shortened, or one of a few words that its type allows; every other string is left
-out, whoever wrote it. Which logger gets the line, and when, is the caller's business.
+out, whoever wrote it. Which logger gets the line, and when, is decided by the caller.
 """
 
 from __future__ import annotations
@@ -24,18 +24,22 @@ from fedsoda_edge.protocol.messages import Digest
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _WORD = re.compile(r"[\w .-]{1,40}")
+_ODD = re.compile(r"[^\w .:=/-]")
 _STEPS = ("DNS", "TCP", "TLS", "HTTP", "auth")
 _SHOWN = 4  # digits of a digest: enough to see which two are the same
 
-
-def received(message: msgspec.Struct, payload_bytes: int = 0) -> str:
-    """Write the line of a message that came, or of a whole upload or blob."""
-    return _line("<", message, payload_bytes)
+Mark = Literal["<", ">", "!"]
 
 
-def sent(message: msgspec.Struct, payload_bytes: int = 0) -> str:
-    """Write the line of a message that was sent."""
-    return _line(">", message, payload_bytes)
+def line(mark: Mark, message: msgspec.Struct, note: str = "") -> str:
+    """Write the line of a message: "<" came, ">" was sent, "!" was refused.
+
+    Args:
+        note: what the caller knows beside it, such as "payload=262144" or whose message it is. Not for text of others:
+            signs that no such note needs become "?", and it ends after 80.
+    """
+    words = [mark, type(message).__name__, *_fields(message, "")]
+    return " ".join([*words, _ODD.sub("?", note)[:80]] if note else words)
 
 
 def changed(what: str, before: str, after: str) -> str:
@@ -53,17 +57,12 @@ def kept_alive(what: str, seconds: float) -> str:
 def went_wrong(problem: BaseException | msgspec.Struct) -> str:
     """Write the line of an error or a refusal. Its sentence is for people and may hold rows of data: it is left out."""
     if isinstance(problem, msgspec.Struct):
-        return _line("!", problem, 0)
+        return line("!", problem)
     fields = problem.fields() if isinstance(problem, FedSODAError) else {}
     shown = [f"{name}={_number(value)}" for name, value in fields.items() if isinstance(value, int | float)]
     if fields.get("step") in _STEPS:
         shown.append(f"step={fields['step']}")
     return " ".join(["!", type(problem).__name__, *shown])
-
-
-def _line(mark: str, message: msgspec.Struct, payload_bytes: int) -> str:
-    payload = [f"payload={payload_bytes}"] if payload_bytes else []
-    return " ".join([mark, type(message).__name__, *_fields(message, ""), *payload])
 
 
 def _fields(message: msgspec.Struct, prefix: str) -> Iterator[str]:

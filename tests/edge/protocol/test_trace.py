@@ -30,7 +30,7 @@ def test_a_message_that_came_is_a_line_with_its_digests_shortened() -> None:
     offer = ms.RoundOffer(
         round=3, rounds=8, view=VIEW, alignment=1, emulator=VIEW, local=LOCAL, due_seconds=600.0, trains="B"
     )
-    assert trace.received(offer) == (
+    assert trace.line("<", offer) == (
         "< RoundOffer round=3 rounds=8 view=sha256:9f2c… view.delta=sha256:1b07… view.delta.bytes=70 view.moved=both "
         "alignment=1 emulator=sha256:9f2c… emulator.delta=sha256:1b07… emulator.delta.bytes=70 emulator.moved=both "
         "local.epochs=1 local.max_steps=10 local.batch_size=8 local.learning_rate=0.0003 local.weight_decay=0.01 "
@@ -40,9 +40,9 @@ def test_a_message_that_came_is_a_line_with_its_digests_shortened() -> None:
 
 def test_a_chunk_is_told_by_its_size() -> None:
     chunk = ms.UpdateChunk(digest=DIGEST, offset=262144)
-    assert trace.sent(chunk, 1000) == "> UpdateChunk digest=sha256:9f2c… offset=262144 payload=1000"
+    assert trace.line(">", chunk, "payload=1000") == "> UpdateChunk digest=sha256:9f2c… offset=262144 payload=1000"
     progress = ms.Progress(round=2, step=7, steps=60, loss=0.69314, tokens_per_second=1234.5)
-    assert trace.sent(progress) == "> Progress round=2 step=7 steps=60 loss=0.693 tokens_per_second=1234"
+    assert trace.line(">", progress) == "> Progress round=2 step=7 steps=60 loss=0.693 tokens_per_second=1234"
 
 
 def test_states_keepalives_and_what_went_wrong_have_their_marks() -> None:
@@ -55,6 +55,13 @@ def test_states_keepalives_and_what_went_wrong_have_their_marks() -> None:
     assert trace.went_wrong(ValueError(SECRET)) == "! ValueError"
     refusal = ms.Refusal(reason=SECRET, round=4, retry=True)
     assert trace.went_wrong(refusal) == "! Refusal round=4 retry=true fatal=false"
+
+
+def test_a_note_stays_on_its_line() -> None:
+    closed = ms.RoundClosed(round=1, num_updates=2)
+    assert trace.line("<", closed, "edge=clinic-7") == "< RoundClosed round=1 num_updates=2 edge=clinic-7"
+    assert trace.line("<", closed, "a\n! forged\x1b[2J") == "< RoundClosed round=1 num_updates=2 a?? forged??2J"
+    assert len(trace.line("<", closed, "x" * 1000)) < 130
 
 
 def test_a_state_of_the_other_sides_making_is_a_defect() -> None:
@@ -87,7 +94,7 @@ def test_no_text_of_a_message_is_ever_shown(kind: type[ms.Message]) -> None:
     message = filled(kind)
     if strings_in(message):
         assert SECRET in str(message)
-    for line in (trace.received(message), trace.sent(message, 9), trace.went_wrong(message)):
+    for line in (trace.line("<", message), trace.line(">", message, "payload=9"), trace.went_wrong(message)):
         assert "fs1" not in line
         assert "patient" not in line
         assert line.split()[1] == kind.__name__
@@ -108,11 +115,11 @@ def test_every_kind_of_value_is_in_some_message() -> None:
 
 def test_only_a_whole_digest_counts_as_one() -> None:
     for wrong in ("9f2c", "9F2C" + "0" * 60, DIGEST + "0", SECRET):
-        assert trace.received(ms.Receipt(round=1, digest=ms.Digest(wrong))) == "< Receipt round=1"
+        assert trace.line("<", ms.Receipt(round=1, digest=ms.Digest(wrong))) == "< Receipt round=1"
     hello = ms.Hello(protocol=1, software=DIGEST, device_id=DIGEST, device=filled(ms.DeviceFacts))
-    assert "9f2c" not in trace.sent(hello)  # a token may look like a digest
+    assert "9f2c" not in trace.line(">", hello)  # a token may look like a digest
 
 
 def test_lines_are_short() -> None:
-    lines = [trace.received(filled(kind), 1) for kind in MESSAGES]
+    lines = [trace.line("<", filled(kind)) for kind in MESSAGES]
     assert max(map(len, lines)) < 500
