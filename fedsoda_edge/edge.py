@@ -16,11 +16,12 @@ from typing import Any, TypeVar
 
 from fedsoda_edge.data.local_data import LocalData
 from fedsoda_edge.device.fit import Limits, check_device_name, memory_report
-from fedsoda_edge.device.pause_rules import parse_rules
+from fedsoda_edge.device.pause_rules import parse_pause_rules
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.join import size_class
 from fedsoda_edge.join.agent import Agent, AgentSettings, Cache, Say
-from fedsoda_edge.join.home import CACHE_DTYPES, Home, read_token
+from fedsoda_edge.join.home import CACHE_DTYPES, Home
+from fedsoda_edge.join.token import read_token
 from fedsoda_edge.network.hub_transport import HubTransport
 from fedsoda_edge.ports import SystemClock, Transport
 from fedsoda_edge.ports.child import Child
@@ -138,7 +139,7 @@ class Edge:
             max_rounds: leave after that many submitted updates; 0: stay to the end.
             pause_on: what pauses by itself, such as "battery,gpu-busy,hours=9-17".
         """
-        settings = AgentSettings(self._device, data, unattended, self._cache, self._limits, parse_rules(pause_on))
+        settings = AgentSettings(self._device, data, unattended, self._cache, self._limits, parse_pause_rules(pause_on))
         agent = self._agent(settings, on_event)
         return Participation(agent, max_rounds)
 

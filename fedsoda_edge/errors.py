@@ -27,12 +27,12 @@ from typing import Any, ClassVar
 
 @dataclass
 class FedSODAError(Exception):
-    """The root: every error has an exit status (contract.md) and one sentence."""
+    """The root: every error has an exit status, docs/operations.md (o2-exit), and one sentence."""
 
     exit_status: ClassVar[int] = 1
 
     def fields(self) -> dict[str, Any]:
-        """The fields as JSON values, for a pipe or `--json`."""
+        """Return the fields as JSON values, for a pipe or `--json`."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def __reduce__(self) -> Any:
@@ -56,7 +56,21 @@ class UsageProblem(LocalError):
 
 @dataclass
 class DataProblem(LocalError):
+    """missing: the template's name for a column that the rows do not have, where that is the problem.
+
+    remedy: what the caller can do about that column; without one, what stands in the caller's Python.
+    """
+
     exit_status: ClassVar[int] = 2
+
+    missing: str = ""
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        if not self.missing:
+            return self.message
+        in_python = f"rename one, or name its column: columns={{{self.missing!r}: 'COLUMN'}}"
+        return f"{self.message}; {self.remedy or in_python}"
 
 
 @dataclass
@@ -133,6 +147,6 @@ class BlobCorrupt(RemoteError):
 
 
 def by_name(name: str) -> type[FedSODAError] | None:
-    """The class of this module with that name: errors cross pipes as {name, fields}, never as pickles."""
+    """Find the class of this module with that name: errors cross pipes as {name, fields}, never as pickles."""
     found = globals().get(name)
     return found if isinstance(found, type) and issubclass(found, FedSODAError) else None

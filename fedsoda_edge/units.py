@@ -9,25 +9,25 @@ from fedsoda_edge.errors import UsageProblem
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
-def parse_seconds(text: str) -> float:
-    """ "90s", "30m", "1.5h" -> seconds.
+def parse_seconds(text: str, option: str) -> float:
+    """Read a time such as "90s", "30m" or "1.5h", in seconds.
 
     Raises:
-        UsageProblem: it is no time.
+        UsageProblem: it is not a time; names the option.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh])\s*", text.lower())
     if match is None or not float(match[1]):
-        raise UsageProblem(f"--for {text!r} is no time; write it as 90s, 30m or 1h")
+        raise UsageProblem(f"{option} {text!r} is not a time; write it as 90s, 30m or 1h")
     return float(match[1]) * _UNITS[match[2]]
 
 
 def counted(number: int, noun: str) -> str:
-    """(1, "edge") -> "1 edge", (1200, "edge") -> "1,200 edges"."""
+    """Write a number with its noun: "1 edge", "1,200 edges"."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def human_bytes(size: float) -> str:
-    """1536 -> "1.5 KiB"; three figures, the unit that keeps them before the point."""
+    """Write a size with three figures in the unit that suits it: 1536 is "1.50 KiB"."""
     if size < 1024:
         return f"{size:.0f} B"
     for unit in ("KiB", "MiB", "GiB", "TiB"):
@@ -38,20 +38,20 @@ def human_bytes(size: float) -> str:
 
 
 def parse_bytes(text: str, option: str) -> int:
-    """ "8GB", "500 MiB", "1.5T" -> bytes; KB is 1000, KiB and K are 1024.
+    """Read a size such as "8GB", "500 MiB" or "1.5T", in bytes; KB is 1000, KiB and K are 1024.
 
     Raises:
-        UsageProblem: it is no size; names the option.
+        UsageProblem: it is not a size; names the option.
     """
     match = re.fullmatch(r"\s*(\d{1,12}(?:\.\d+)?)\s*(?:([kmgt])(i?b)?|b)?\s*", text.lower())
     if match is None:
-        raise UsageProblem(f"{option} {text!r} is no size; write it as 8GB, 500MiB or 2T")
+        raise UsageProblem(f"{option} {text!r} is not a size; write it as 8GB, 500MiB or 2T")
     number, unit, kind = match.groups()
     return int(float(number) * (1000 if kind == "b" else 1024) ** " kmgt".index(unit or " "))
 
 
 def human_seconds(seconds: float) -> str:
-    """75 -> "75 s", 400 -> "7 min", 9000 -> "2.5 h"."""
+    """Write seconds in the unit that suits them: "75 s", "7 min", "2.5 h"."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -13,14 +13,15 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedsoda_edge.data.local_data import LocalData, Sample, SampleTokenizer, read_samples
+from fedsoda_edge.data.local_data import LocalData
+from fedsoda_edge.data.samples import Sample, SampleTokenizer, read_samples
 from fedsoda_edge.model import lora
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.source import Checkpoint, LayerSource
@@ -133,17 +134,23 @@ def as_toml(tables: dict[str, Any]) -> str:
     return "\n".join(plain) + "\n"
 
 
-def write_sst2(directory: Path, data: Path) -> tuple[list[str], str]:
-    """Rows in an order of their own; the last are dealt, what the first ask is like the task. ([compare] data, eval_data)"""
+def write_sst2(directory: Path, data: Path, like_task: int = LIKE_TASK_ROWS) -> tuple[list[str], str]:
+    """Write rows in an order of their own: the last are dealt, the first give what is like the task.
+
+    Returns:
+        ([compare] data, eval_data)
+    """
     rows = (data / "sst2" / "train.jsonl").read_text(encoding="utf-8").splitlines()
     random.Random(0).shuffle(rows)
-    write_lines(directory / "train.jsonl", rows[LIKE_TASK_ROWS:])
-    write_like_task(directory, "sst2", ({"sentence": json.loads(row)["sentence"]} for row in rows[:LIKE_TASK_ROWS]))
+    write_lines(directory / "train.jsonl", rows[like_task:])
+    write_like_task(directory, "sst2", ({"sentence": json.loads(row)["sentence"]} for row in rows[:like_task]))
     return ["train.jsonl"], str(data / "sst2" / "dev.jsonl")
 
 
-def write_dolly(directory: Path, data: Path) -> tuple[list[str], str]:
-    """Users, each with a few of eight categories; what is judged was drawn from all of them. As `write_sst2`."""
+def write_dolly(
+    directory: Path, data: Path, judged: int = DOLLY_EVAL_ROWS, like_task: int = LIKE_TASK_ROWS
+) -> tuple[list[str], str]:
+    """Write users, each with a few of eight categories; what is judged is drawn from all of them. As `write_sst2`."""
     users = [data / "dolly_federated" / f"local_training_{user}.json" for user in range(DOLLY_USERS)]
     found = {
         row["instruction"]: {"user": user.stem, "instruction": row["instruction"], "category": row["category"]}
@@ -153,28 +160,24 @@ def write_dolly(directory: Path, data: Path) -> tuple[list[str], str]:
     }
     rows = list(found.values())
     random.Random(0).shuffle(rows)
-    judged, like, dealt = (
-        rows[:DOLLY_EVAL_ROWS],
-        rows[DOLLY_EVAL_ROWS:][:LIKE_TASK_ROWS],
-        rows[DOLLY_EVAL_ROWS + LIKE_TASK_ROWS :],
-    )
-    write_rows(directory / "eval_rows.jsonl", judged)
+    like, dealt = rows[judged:][:like_task], rows[judged + like_task :]
+    write_rows(directory / "eval_rows.jsonl", rows[:judged])
     write_like_task(directory, "dolly", ({"instruction": row["instruction"]} for row in like))
     for user in users:
         write_rows(directory / f"{user.stem}.jsonl", (row for row in dealt if row["user"] == user.stem))
     return [f"{user.stem}.jsonl" for user in users], "eval_rows.jsonl"
 
 
-def write_boolq(directory: Path, data: Path) -> tuple[list[str], str]:
-    """Rows with short passages, of both files. Too few for a model at the majority: what is compared is the loss. As
-    `write_sst2`."""
+def write_boolq(
+    directory: Path, data: Path, judged: int = BOOLQ_EVAL_ROWS, like_task: int = BOOLQ_LIKE_TASK_ROWS
+) -> tuple[list[str], str]:
+    """Write rows with short passages, of both files; with so few rows it is the loss that is compared. As `write_sst2`."""
     files = [data / "boolq" / name for name in ("train.jsonl", "dev.jsonl")]
     rows = [json.loads(row) for file in files for row in file.read_text(encoding="utf-8").splitlines()]
     rows = [row for row in rows if len(row["passage"]) <= BOOLQ_LENGTH]
     random.Random(0).shuffle(rows)
-    judged, rest = rows[:BOOLQ_EVAL_ROWS], rows[BOOLQ_EVAL_ROWS:]
-    write_rows(directory / "eval_rows.jsonl", judged)
-    like, dealt = rest[:BOOLQ_LIKE_TASK_ROWS], rest[BOOLQ_LIKE_TASK_ROWS:]
+    write_rows(directory / "eval_rows.jsonl", rows[:judged])
+    like, dealt = rows[judged:][:like_task], rows[judged + like_task :]
     write_like_task(directory, "boolq", ({name: row[name] for name in ("passage", "question")} for row in like))
     write_rows(directory / "train.jsonl", dealt)
     return ["train.jsonl"], "eval_rows.jsonl"
@@ -196,11 +199,18 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
     write_durably(path, "".join(f"{line}\n" for line in lines).encode())
 
 
+WRITERS: dict[str, Callable[[Path, Path], tuple[list[str], str]]] = {
+    "sst2": write_sst2,
+    "dolly": write_dolly,
+    "boolq": write_boolq,
+}
+
+
 def write(directory: Path, options: argparse.Namespace) -> Path:
     """COMPARE.toml of a set and the rows that it names."""
     directory.mkdir(parents=True, exist_ok=True)
     data = Path(options.shared).resolve() / "data"
-    dealt, judged = {"sst2": write_sst2, "dolly": write_dolly, "boolq": write_boolq}[options.task](directory, data)
+    dealt, judged = WRITERS[options.task](directory, data)
     quick, of_task = QUICK if options.quick else {}, OF_TASK[options.task]
     tables = {name: {**table, **quick.get(name, {}), **of_task.get(name, {})} for name, table in BASE.items()}
     splits = ["files"] if options.task == "dolly" else ["dirichlet-0.5"]

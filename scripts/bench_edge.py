@@ -47,7 +47,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from fedsoda_edge.data.local_data import Sample
+from fedsoda_edge.data.samples import Sample
 from fedsoda_edge.model import lora
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.bundle_writer import BundleSettings, shard_sizes

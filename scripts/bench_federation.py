@@ -29,7 +29,8 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 
-from fedsoda_edge.data.local_data import LocalData, SampleTokenizer, read_samples
+from fedsoda_edge.data.local_data import LocalData
+from fedsoda_edge.data.samples import SampleTokenizer, read_samples
 from fedsoda_edge.model import delta, lora
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.source import Checkpoint

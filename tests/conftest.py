@@ -60,15 +60,6 @@ def scripted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shared() -> Path:
-    """Real data beside the checkout, where there is any."""
-    directory = ROOT.parent / "shared"
-    if not directory.is_dir():
-        pytest.skip("no shared data beside the checkout")
-    return directory
-
-
-@pytest.fixture(scope="session")
 def ref24() -> Path:
     """The demo's embedded model: 24 layers, C 192."""
     return ROOT / "fedsoda_hub" / "demo" / "model"

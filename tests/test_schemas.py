@@ -454,19 +454,19 @@ def test_join_reports_with_json_what_its_terminal_event_says(joined: Joined) -> 
     assert found["rounds"] == []  # the run is over
 
 
-def test_what_a_join_does_of_a_wish_is_told() -> None:
+def test_what_a_join_does_of_a_request_is_told() -> None:
     home, asked = Home(), []
 
     def answer() -> None:
-        paused = {"state": "paused", "was_paused": False, "reason": "by its owner", "seconds": 1.5, "freed_bytes": 9}
-        running = {"state": "running", "was_paused": True, "reason": None, "seconds": None, "freed_bytes": 0}
-        for values in (paused, running, running | {"state": "finishing"}):
+        paused = control.Answer(state="paused", reason="by its owner", seconds=1.5, freed_bytes=9, round=3)
+        running = control.Answer(state="running", was_paused=True, round=3)
+        for done in (paused, running, control.Answer(state="finishing", was_paused=True, round=3)):
             until = time.monotonic() + 30
-            while not (wishes := control.wishes(home.control)):
+            while not (requests := control.requests(home.control)):
                 assert time.monotonic() < until
                 time.sleep(0.01)
-            asked.append((wishes[0].do, wishes[0].seconds))
-            control.answer(wishes[0], values | {"round": 3})
+            asked.append((requests[0].do, requests[0].seconds))
+            control.answer(requests[0], done)
 
     home.lock()
     with meanwhile(answer):

@@ -1,61 +1,53 @@
-"""fedsoda-edge: parse, call the SDK, print. It decides nothing."""
+"""The command fedsoda-edge: parse, call the SDK, print. It decides nothing."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import typer
 
+from fedsoda_edge.cli import options as opt
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.ports.console import EXIT_HELP, effective_settings, finish, is_asked, note, reporting
 from fedsoda_edge.ports.console import run as run_command
 from fedsoda_edge.units import parse_bytes
 
+if TYPE_CHECKING:
+    from fedsoda_edge.cli.config_file import Options
+    from fedsoda_edge.join.control import Action, Answer
+
 app = typer.Typer(
     epilog="Options may also stand in config.toml in FEDSODA_HOME: at its top for every command that has them, or in a "
-    "table of the command's name. An option goes before its environment variable, that before the file.\n\n"
+    "table with the command's name. An option overrides its environment variable, and that overrides the file.\n\n"
     + EXIT_HELP,
     no_args_is_help=True,
     add_completion=True,
 )
-data_app = typer.Typer(help="Look at training data.", no_args_is_help=True)
-cache_app = typer.Typer(help="Disk space of this device's FEDSODA_HOME.", no_args_is_help=True)
+data_app = typer.Typer(help="Check training data before it is used.", no_args_is_help=True)
+cache_app = typer.Typer(help="Show or free the disk space of this device's FEDSODA_HOME.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(cache_app, name="cache")
 
-Url = Annotated[str, typer.Argument(help="the hub, such as https://hub.example.org or http://10.0.0.5:8470")]
-TokenFile = Annotated[
-    str | None,
-    typer.Option("--token-file", envvar="FEDSODA_TOKEN_FILE", help="file with the token; - reads it from stdin"),
-]
-Json = Annotated[bool, typer.Option("--json", envvar="FEDSODA_JSON", help="one JSON object on stdout")]
-JsonLines = Annotated[bool, typer.Option("--jsonl", envvar="FEDSODA_JSONL", help="one JSON event a line on stdout")]
-Columns = Annotated[
-    list[str] | None,
-    typer.Option("--column", envvar="FEDSODA_COLUMN", help="NAME=COLUMN: template name to column"),
-]
-Device = Annotated[str, typer.Option(envvar="FEDSODA_DEVICE", help="auto, cpu, cuda or cuda:N")]
-MaxRam = Annotated[
-    str | None, typer.Option(envvar="FEDSODA_MAX_RAM", help="training may take, as 6GB; exit 4 where it needs more")
-]
-MaxVram = Annotated[str | None, typer.Option(envvar="FEDSODA_MAX_VRAM", help="the same of the GPU's memory")]
-Debug = Annotated[bool, typer.Option("--debug", envvar="FEDSODA_DEBUG", help="add the traceback to an error")]
+COLUMN_REMEDY = "rename one, or let fedsoda-edge map it: --column {}=COLUMN"
 
 
 @app.callback()
 def _read_config(context: typer.Context) -> None:
     """Take part in federated fine-tuning with this device."""
     with reporting(is_asked("--json"), is_asked("--jsonl"), False):
-        from fedsoda_edge.join.home import Home, option_defaults
+        from fedsoda_edge.cli.config_file import option_defaults
+        from fedsoda_edge.join.home import Home
 
         context.default_map = option_defaults(Home().config, _options(context.command))
 
 
-def _options(command: Any) -> dict[str, Any]:
-    """{command: its options, or its own commands}."""
+def _options(command: Any) -> Options:
+    """Map each command to its options, or to its own commands."""
     return {
         name: _options(each)
         if hasattr(each, "commands")
@@ -65,6 +57,7 @@ def _options(command: Any) -> dict[str, Any]:
 
 
 def _columns(pairs: list[str]) -> dict[str, str]:
+    """Read NAME=COLUMN pairs."""
     columns = {}
     for pair in pairs:
         name, mark, column = pair.partition("=")
@@ -80,54 +73,33 @@ def _columns(pairs: list[str]) -> dict[str, str]:
 )
 def join(
     context: typer.Context,
-    url: Url,
-    data: Annotated[
-        Path,
-        typer.Option("--data", envvar="FEDSODA_DATA", help="JSON Lines, JSON, Parquet or a saved dataset's directory"),
-    ],
-    token_file: TokenFile = None,
-    device: Device = "auto",
-    column: Columns = None,
-    max_rounds: Annotated[
-        int, typer.Option(envvar="FEDSODA_MAX_ROUNDS", min=0, help="leave after so many rounds; 0: stay")
-    ] = 0,
-    threads: Annotated[
-        int, typer.Option(envvar="FEDSODA_THREADS", min=0, help="CPU threads for training; 0: torch's choice")
-    ] = 0,
-    max_disk: Annotated[
-        str | None,
-        typer.Option(envvar="FEDSODA_MAX_DISK", help="for cached border states, as 8GB; else what is free"),
-    ] = None,
-    cache: Annotated[
-        str, typer.Option(envvar="FEDSODA_CACHE", help="of border states: bf16, or int8 at half")
-    ] = "bf16",
-    cache_key: Annotated[
-        str, typer.Option(envvar="FEDSODA_CACHE_KEY", help="keep: the next join can read them; forget: nobody can")
-    ] = "forget",
-    pause_on: Annotated[
-        str | None,
-        typer.Option(
-            envvar="FEDSODA_PAUSE_ON", help="stand aside by itself: battery, gpu-busy, hours=9-17 (local), with commas"
-        ),
-    ] = None,
-    max_ram: MaxRam = None,
-    max_vram: MaxVram = None,
-    unattended: Annotated[
-        bool, typer.Option(envvar="FEDSODA_UNATTENDED", help="retry for ever, also at first")
-    ] = False,
-    as_json: Json = False,
-    jsonl: JsonLines = False,
-    debug: Debug = False,
+    url: opt.Url,
+    data: opt.Data,
+    token_file: opt.TokenFile = None,
+    column: opt.Columns = None,
+    device: opt.Device = "auto",
+    unattended: opt.Unattended = False,
+    max_disk: opt.MaxDisk = None,
+    cache: opt.Cache = "bf16",
+    cache_key: opt.CacheKey = "forget",
+    max_rounds: opt.MaxRounds = 0,
+    threads: opt.Threads = 0,
+    max_ram: opt.MaxRam = None,
+    max_vram: opt.MaxVram = None,
+    pause_on: opt.PauseOn = None,
+    as_json: opt.Json = False,
+    jsonl: opt.JsonLines = False,
+    debug: opt.Debug = False,
 ) -> None:
-    """Take part until the run ends or Ctrl+C; joining again goes on where it stopped."""
+    """Take part until the run ends or Ctrl+C; joining again continues where it stopped."""
     with reporting(as_json, jsonl, debug):
         from fedsoda_edge.cli.display import Display
-        from fedsoda_edge.data.local_data import LocalData
-        from fedsoda_edge.device.pause_rules import parse_rules
+        from fedsoda_edge.data.local_data import LocalData, remedy_for_columns
+        from fedsoda_edge.device.pause_rules import parse_pause_rules
         from fedsoda_edge.edge import Edge
 
         # Wrong options are known before data is read, which may take minutes; bad data before the hub is asked.
-        parse_rules(pause_on or "")
+        parse_pause_rules(pause_on or "")
         if cache_key not in ("keep", "forget"):
             raise UsageProblem(f"--cache-key {cache_key!r} is neither keep nor forget")
         local = LocalData.from_jsonl(data, columns=_columns(column or []))
@@ -144,7 +116,7 @@ def join(
         )
         for _ in local.rows() if local.is_text else ():
             pass
-        with Display(jsonl) as display:
+        with remedy_for_columns(COLUMN_REMEDY), Display(jsonl) as display:
             display.say({"event": "settings", "values": effective_settings(context)})
             with edge.join(
                 local, on_event=display.say, unattended=unattended, max_rounds=max_rounds, pause_on=pause_on or ""
@@ -159,15 +131,15 @@ def join(
 
 @app.command(epilog="Example: fedsoda-edge plan https://hub.example.org --token-file me.token")
 def plan(
-    url: Url,
-    token_file: TokenFile = None,
-    device: Device = "auto",
-    max_ram: MaxRam = None,
-    max_vram: MaxVram = None,
-    as_json: Json = False,
-    debug: Debug = False,
+    url: opt.Url,
+    token_file: opt.TokenFile = None,
+    device: opt.Device = "auto",
+    max_ram: opt.MaxRam = None,
+    max_vram: opt.MaxVram = None,
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
 ) -> None:
-    """What would be downloaded and trained here, and what it needs; exit 4 if this device cannot."""
+    """Show what would be downloaded and trained here, and what it needs; exit 4 if this device cannot."""
     with reporting(as_json, False, debug):
         import asyncio
 
@@ -195,12 +167,12 @@ def plan(
 
 @app.command(epilog="Example: fedsoda-edge doctor https://hub.example.org --token-file me.token\n\n" + EXIT_HELP)
 def doctor(
-    url: Annotated[str | None, typer.Argument(help="the hub; without it, this device alone is looked at")] = None,
-    token_file: TokenFile = None,
-    as_json: Json = False,
-    debug: Debug = False,
+    url: Annotated[str | None, typer.Argument(help="the hub; without it, only this device is checked")] = None,
+    token_file: opt.TokenFile = None,
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
 ) -> None:
-    """This device and the way to the hub, step by step: PASS, or what to do. Exits with the first failure's status."""
+    """Check this device and the way to the hub, step by step: PASS, or what to do. Exits with the first failure's status."""
     with reporting(as_json, False, debug):
         import asyncio
 
@@ -232,7 +204,7 @@ def doctor(
 
 
 @app.command(epilog="Example: fedsoda-edge leave https://hub.example.org --token-file me.token")
-def leave(url: Url, token_file: TokenFile = None, as_json: Json = False, debug: Debug = False) -> None:
+def leave(url: opt.Url, token_file: opt.TokenFile = None, as_json: opt.Json = False, debug: opt.Debug = False) -> None:
     """Tell the hub that this device does not come back."""
     with reporting(as_json, False, debug):
         import asyncio
@@ -251,8 +223,8 @@ def leave(url: Url, token_file: TokenFile = None, as_json: Json = False, debug: 
 
 
 @app.command(epilog="Example: fedsoda-edge status --json")
-def status(as_json: Json = False, debug: Debug = False) -> None:
-    """What the join of this FEDSODA_HOME does: state, round, step, due time, memory, last error."""
+def status(as_json: opt.Json = False, debug: opt.Debug = False) -> None:
+    """Show what the join of this FEDSODA_HOME does: state, round, step, due time, memory, last error."""
     with reporting(as_json, False, debug):
         import time
 
@@ -264,7 +236,7 @@ def status(as_json: Json = False, debug: Debug = False) -> None:
         found = read_status(home.status)
         runs = sorted(path.name for path in (home.directory / "runs").glob("*"))
         if found is None:
-            note(f"{home.directory}: {'a join is starting' if is_running else 'nothing has joined from here'}")
+            note(f"{home.directory}: {'a join is starting' if is_running else 'no join has run here yet'}")
         else:
             note("\n".join(sentences(found, is_running=is_running, now=time.time())))
         finish(
@@ -274,8 +246,8 @@ def status(as_json: Json = False, debug: Debug = False) -> None:
         )
 
 
-def _wish(do: str, seconds: float | None = None) -> dict[str, Any]:
-    """What the running join did of it; state "noted" where it cannot answer yet."""
+def _request(do: Action, seconds: float | None = None) -> Answer:
+    """Ask the running join and wait for its answer; state "noted" where it is still starting."""
     import time
 
     from fedsoda_edge.join import control
@@ -286,68 +258,68 @@ def _wish(do: str, seconds: float | None = None) -> dict[str, Any]:
         raise UsageProblem(
             f"no join runs in {home.directory}: start fedsoda-edge join, or set FEDSODA_HOME to that of the join"
         )
-    wish = control.ask(home.control, do, seconds)
+    request = control.ask(home.control, do, seconds)
     until = time.monotonic() + control.ANSWER_SECONDS
     is_running = True
     while is_running and time.monotonic() < until:
         time.sleep(0.1)
         is_running = home.is_in_use()
-        if (answer := control.answer_to(wish)) is not None:  # also the last word of one that ended since
+        if (answer := control.answer_to(request)) is not None:  # also the last word of one that ended since
             return answer
     if not is_running:
         raise UsageProblem(f"the join of {home.directory} ended just now; there is nothing left to {do}")
-    note("the join is still starting; it will do so as soon as it has")
-    return {"state": "noted", "was_paused": False, "reason": None, "seconds": None, "freed_bytes": 0, "round": None}
+    note(f"the join is still starting; the request to {do} is noted and done then")
+    return control.Answer(state="noted")
 
 
 @app.command(epilog="Example: fedsoda-edge pause --for 1h\n\n" + EXIT_HELP)
 def pause(
     duration: Annotated[
         str | None,
-        typer.Option("--for", envvar="FEDSODA_FOR", help="90s, 30m or 1h, then it goes on; else until resume"),
+        typer.Option("--for", envvar="FEDSODA_FOR", help="pause for 90s, 30m or 1h; else until resume"),
     ] = None,
-    as_json: Json = False,
-    debug: Debug = False,
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
 ) -> None:
-    """Let the join of this FEDSODA_HOME stand aside: its RAM and VRAM are free, the round goes on at resume."""
+    """Pause the join of this FEDSODA_HOME: its memory is free again, and the round continues after resume."""
     with reporting(as_json, False, debug):
         from fedsoda_edge.join.status import pause_sentence
         from fedsoda_edge.units import human_bytes, parse_seconds
 
-        done = _wish("pause", None if duration is None else parse_seconds(duration))
-        if done["state"] == "paused":
-            said = pause_sentence(done["reason"], done["seconds"])
-            freed = human_bytes(done["freed_bytes"])
-            ended = f"the worker ended, {freed} are free again" if done["freed_bytes"] else "no worker was running"
+        done = _request("pause", None if duration is None else parse_seconds(duration, "--for"))
+        if done.state == "paused":
+            said = pause_sentence(done.reason or "", done.seconds)
+            freed = human_bytes(done.freed_bytes)
+            ended = f"the worker ended, {freed} are free again" if done.freed_bytes else "no worker was running"
             note(f"{said}: {ended}")
-        elif done["state"] == "finishing":
+        elif done.state == "finishing":
             note("not paused: this device is about to finish")
-        finish({"status": "ok", **done}, as_json, False)
+        finish({"status": "ok", **msgspec.to_builtins(done)}, as_json, False)
 
 
 @app.command(epilog="Example: fedsoda-edge resume")
-def resume(as_json: Json = False, debug: Debug = False) -> None:
-    """End a pause, also one that --pause-on began; the round goes on where it stopped."""
+def resume(as_json: opt.Json = False, debug: opt.Debug = False) -> None:
+    """End a pause, also one that --pause-on began; the round continues where it stopped."""
     with reporting(as_json, False, debug):
-        done = _wish("resume")
-        if done["state"] != "noted":
-            note("going on after the pause" if done["was_paused"] else "there was no pause; the join goes on")
-        finish({"status": "ok", **done}, as_json, False)
+        done = _request("resume")
+        if done.state != "noted":
+            note("resumed after the pause" if done.was_paused else "there was no pause; the join is running")
+        finish({"status": "ok", **msgspec.to_builtins(done)}, as_json, False)
 
 
 @app.command("finish", epilog="Example: fedsoda-edge finish")
-def finish_round(as_json: Json = False, debug: Debug = False) -> None:
-    """Let the join hand in the round it has, then leave and exit 0; with no round in hand at once. Ends a pause."""
+def finish_round(as_json: opt.Json = False, debug: opt.Debug = False) -> None:
+    """Let the join hand in its round, then leave and exit 0; without a round, at once. Ends a pause."""
     with reporting(as_json, False, debug):
-        done = _wish("finish")
-        if done["state"] == "finishing":
-            in_hand = done["round"]
+        done = _request("finish")
+        if done.state == "finishing":
+            in_hand = done.round
             note(
                 "no round is in hand: this device leaves now"
                 if in_hand is None
                 else f"round {in_hand} is finished and handed in first, then this device leaves"
             )
-        finish({"status": "ok", **done}, as_json, False)
+        finish({"status": "ok", **msgspec.to_builtins(done)}, as_json, False)
 
 
 @data_app.command("check", epilog="Example: fedsoda-edge data check visits.jsonl --tokenizer model-directory")
@@ -355,13 +327,11 @@ def data_check(
     file: Annotated[Path, typer.Argument(help="JSON Lines, JSON, Parquet or a saved dataset's directory")],
     tokenizer: Annotated[
         Path | None,
-        typer.Option(
-            envvar="FEDSODA_TOKENIZER", help="directory with tokenizer.json; else that of the last joined run"
-        ),
+        typer.Option(envvar="FEDSODA_TOKENIZER", help="directory with tokenizer.json; else the last joined run's"),
     ] = None,
     prompt: Annotated[
         str | None,
-        typer.Option(envvar="FEDSODA_PROMPT", help="template, {name} are columns; else the last joined run's"),
+        typer.Option(envvar="FEDSODA_PROMPT", help="template with {column} places; else the last joined run's"),
     ] = None,
     completion: Annotated[
         str | None, typer.Option(envvar="FEDSODA_COMPLETION", help="template; else the last joined run's")
@@ -370,15 +340,17 @@ def data_check(
         int | None,
         typer.Option(envvar="FEDSODA_MAX_LENGTH", min=1, help="ids a sample may have; else the run's, or 512"),
     ] = None,
-    column: Columns = None,
-    as_json: Json = False,
-    debug: Debug = False,
+    column: opt.Columns = None,
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
 ) -> None:
-    """Schema, samples as they are trained on, lengths, what truncation cuts, duplicates. Nothing leaves this device."""
+    """Show columns, samples as they are trained on, lengths, what is cut, duplicates. Nothing leaves this device."""
     with reporting(as_json, False, debug):
         from fedsoda_edge.cli.display import show_data
         from fedsoda_edge.data.chat import ChatTemplate
-        from fedsoda_edge.data.local_data import LocalData, SampleTokenizer, inspect
+        from fedsoda_edge.data.inspection import inspect
+        from fedsoda_edge.data.local_data import LocalData, remedy_for_columns
+        from fedsoda_edge.data.samples import SampleTokenizer
         from fedsoda_edge.join.home import Home
         from fedsoda_edge.protocol.manifest import TOKENIZER_FILES
         from fedsoda_edge.protocol.template import DEFAULT_COMPLETION, DEFAULT_PROMPT, TextTemplate
@@ -403,21 +375,22 @@ def data_check(
                 raise UsageProblem(
                     f"{path} cannot be read as a tokenizer ({error}); name a model's directory with --tokenizer"
                 ) from error
-        found = inspect(
-            LocalData(file, _columns(column or [])),
-            TextTemplate(prompt if prompt is not None else joined.get("prompt", DEFAULT_PROMPT)),
-            TextTemplate(completion if completion is not None else joined.get("completion", DEFAULT_COMPLETION)),
-            tokenizer=encoder,
-            max_length=max_length or joined.get("max_length", 512),
-            chat=ChatTemplate.read(files),
-        )
+        with remedy_for_columns(COLUMN_REMEDY):
+            found = inspect(
+                LocalData(file, _columns(column or [])),
+                TextTemplate(prompt if prompt is not None else joined.get("prompt", DEFAULT_PROMPT)),
+                TextTemplate(completion if completion is not None else joined.get("completion", DEFAULT_COMPLETION)),
+                tokenizer=encoder,
+                max_length=max_length or joined.get("max_length", 512),
+                chat=ChatTemplate.read(files),
+            )
         show_data(found, max_length or joined.get("max_length", 512))
-        finish({"status": "ok", **found}, as_json, False)
+        finish({"status": "ok", **dataclasses.asdict(found)}, as_json, False)
 
 
 @cache_app.command("list", epilog="Example: fedsoda-edge cache list --json")
-def cache_list(as_json: Json = False, debug: Debug = False) -> None:
-    """What takes space."""
+def cache_list(as_json: opt.Json = False, debug: opt.Debug = False) -> None:
+    """Show what takes space."""
     with reporting(as_json, False, debug):
         from fedsoda_edge.join.home import Home
         from fedsoda_edge.units import human_bytes
@@ -432,7 +405,7 @@ def cache_list(as_json: Json = False, debug: Debug = False) -> None:
 
 
 @cache_app.command("prune", epilog="Example: fedsoda-edge cache prune")
-def cache_prune(as_json: Json = False, debug: Debug = False) -> None:
+def cache_prune(as_json: opt.Json = False, debug: opt.Debug = False) -> None:
     """Delete fetched bundles and border states; a join fetches and computes them again. State of runs stays."""
     with reporting(as_json, False, debug):
         from fedsoda_edge.join.home import Home
@@ -448,7 +421,7 @@ def cache_prune(as_json: Json = False, debug: Debug = False) -> None:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     run_command(app)
 
 

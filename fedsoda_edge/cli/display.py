@@ -9,17 +9,18 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
+from fedsoda_edge.data.inspection import Inspection
 from fedsoda_edge.join.doctor import Check
 from fedsoda_edge.join.status import pause_sentence
 from fedsoda_edge.ports.console import ProgressLine, note, settings_line
 from fedsoda_edge.units import counted, human_bytes, human_seconds
 
-# What is said without the work that the bar shows having ended.
-_ASIDES = ("notice", "reconnecting", "reconnected", "retrying")
+# Events that are said beside the work of the bar, which continues.
+_BESIDE = ("notice", "reconnecting", "reconnected", "retrying")
 
 
 class Display:
-    """Everything but JSON goes to stderr."""
+    """What a join says while it runs. Everything but JSON goes to stderr."""
 
     def __init__(self, jsonl: bool) -> None:
         self._jsonl = jsonl
@@ -38,7 +39,7 @@ class Display:
             self._line.end()
 
     def say(self, event: dict[str, Any]) -> None:
-        """One event of the SDK, from any thread."""
+        """Show one event of the SDK; called from any thread."""
         with self._lock:
             if self._jsonl:
                 print(json.dumps(event, allow_nan=False), flush=True)
@@ -65,7 +66,7 @@ class Display:
                     self._line.show(f"round {event['round']}", event["step"], event["steps"], detail)
                 case kind:
                     text = _sentence(event)
-                    if (text and kind not in _ASIDES) or (kind == "swept" and self._download is None):
+                    if (text and kind not in _BESIDE) or (kind == "swept" and self._download is None):
                         self._line.end()
                     if text:
                         self._line.say(text)
@@ -73,7 +74,7 @@ class Display:
                         self._line.show("starting the training process", 0, None)
 
     def _show_download(self) -> None:
-        """One bar for both: what is swept while it comes stands beside it."""
+        """Show one bar for both: what is swept during the download stands beside it."""
         assert self._download is not None
         self._line.show("downloading", self._download["done"], self._download["total"], self._swept, is_bytes=True)
 
@@ -97,7 +98,7 @@ def _sentence(event: dict[str, Any]) -> str:
         case "swept" if event["num_kept"] < event["num_examples"]:
             return (
                 f"the disk keeps the border states of {event['num_kept']} of {event['num_examples']} samples "
-                f"({human_bytes(event['kept_bytes'])}); the rest is computed anew in each round: --max-disk or free space mends that"
+                f"({human_bytes(event['kept_bytes'])}); the rest is computed again in each round; a larger --max-disk or more free space avoids that"
             )
         case "offer":
             return f"round {event['round']}: due in {human_seconds(event['due_seconds'])}"
@@ -119,7 +120,7 @@ def _sentence(event: dict[str, Any]) -> str:
         case "paused":
             return pause_sentence(event["reason"], event["seconds"])
         case "resumed":
-            return "going on after the pause"
+            return "resumed after the pause"
         case "farewell":
             return f"done: {event['reason']} after {counted(event['rounds'], 'round')}"
         case "notice":
@@ -128,7 +129,7 @@ def _sentence(event: dict[str, Any]) -> str:
 
 
 def show_check(check: Check) -> None:
-    """A line of `doctor`."""
+    """Show a line of `doctor`."""
     note(
         f"{'PASS' if check.passed else 'FAIL'}  {check.name:<14} {check.detail}"
         + (f"; {check.fix}" if check.fix else "")
@@ -137,7 +138,7 @@ def show_check(check: Check) -> None:
 
 
 def show_memory(memory: dict[str, Any]) -> None:
-    """How training fits, as a sentence and a table."""
+    """Show how training fits, as a sentence and a table."""
     note(memory["message"])
     _show_parts(memory["parts"])
 
@@ -147,26 +148,24 @@ def _show_parts(parts: Iterable[dict[str, Any]]) -> None:
         note(f"    {part['part']:<36} {human_bytes(part['bytes']):>9}")
 
 
-def show_data(found: dict[str, Any], max_length: int) -> None:
-    """`data check` for people."""
-    note(f"{found['rows']} rows; columns: " + ", ".join(f"{name} ({kind})" for name, kind in found["columns"].items()))
-    for number, sample in enumerate(found["samples"], start=1):
-        note(f"--- sample {number}\n{sample['prompt']} >>> {sample['completion']}")
-    if found["samples"]:
+def show_data(found: Inspection, max_length: int) -> None:
+    """Show `data check` to people."""
+    note(f"{found.rows} rows; columns: " + ", ".join(f"{name} ({kind})" for name, kind in found.columns.items()))
+    for number, sample in enumerate(found.samples, start=1):
+        note(f"--- sample {number}\n{sample.prompt} >>> {sample.completion}")
+    if found.samples:
         note("---")
-    if found["duplicates"]:
-        note(f"{found['duplicates']} rows are copies of earlier ones")
-    lengths = found["lengths"]
+    if found.duplicates:
+        note(f"{found.duplicates} rows are copies of earlier ones")
+    lengths = found.lengths
     if lengths is None:
         note("no lengths: name a model's directory with --tokenizer, or join a run first")
         return
+    note(f"ids a sample: {lengths.min} to {lengths.max}, median {lengths.median}, 90 % have at most {lengths.p90}")
+    most = max(bar.rows for bar in lengths.histogram)
+    for bar in lengths.histogram:
+        note(f"{bar.up_to:>8} {'#' * round(40 * bar.rows / most):<40} {bar.rows}")
     note(
-        f"ids a sample: {lengths['min']} to {lengths['max']}, median {lengths['median']}, 90 % have at most {lengths['p90']}"
-    )
-    most = max(bar["rows"] for bar in lengths["histogram"])
-    for bar in lengths["histogram"]:
-        note(f"{bar['up_to']:>8} {'#' * round(40 * bar['rows'] / most):<40} {bar['rows']}")
-    note(
-        f"at max_length {max_length}: {found['truncated']} samples are cut, {found['skipped']} are skipped since "
+        f"at max_length {max_length}: {found.truncated} samples are cut, {found.skipped} are skipped since "
         "nothing of their completion is left"
     )

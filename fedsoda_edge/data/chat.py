@@ -2,7 +2,7 @@
 
 Jinja templates are programs. They run in Jinja's immutable sandbox, in the worker, with at most MAX_CHARACTERS of
 output and RENDER_SECONDS of time each; there is no clock in them, so that a run can be repeated. What becomes of the
-text is `data.py`'s business.
+text: `samples.py`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class _TooSlow(Exception):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """As Transformers sets it up, without products that make memory out of nothing."""
+    """Jinja as Transformers sets it up, without products that make memory out of nothing."""
 
     intercepted_binops = frozenset({"*", "**"})
 
@@ -42,9 +42,16 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 class ChatTemplate:
-    """A compiled chat template and the special tokens it may name."""
+    """A compiled chat template and the special tokens it may name.
 
-    def __init__(self, source: str, tokens: Mapping[str, str]) -> None:
+    Args:
+        render_seconds: the time that one conversation may take.
+
+    Raises:
+        UsageProblem: on construction, when the template cannot be read as one.
+    """
+
+    def __init__(self, source: str, tokens: Mapping[str, str], render_seconds: float = RENDER_SECONDS) -> None:
         environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[LoopControlExtension])
 
         def raise_exception(message: str) -> NoReturn:
@@ -55,19 +62,22 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
         except TemplateError as error:
-            raise UsageProblem(f"the model's chat template is not one ({error}); ask the hub's owner") from error
+            raise UsageProblem(
+                f"the model's chat template cannot be read as one ({error}); ask the hub's owner"
+            ) from error
         self._tokens = dict(tokens)
+        self._render_seconds = render_seconds
 
     @classmethod
     def read(cls, files: Mapping[str, Path]) -> ChatTemplate | None:
-        """From a model's tokenizer files by name; None where the model has no chat template."""
+        """Find it in a model's tokenizer files, by name; None where the model has no chat template."""
         config: dict[str, Any] = {}
         if "tokenizer_config.json" in files:
             config = json.loads(files["tokenizer_config.json"].read_text(encoding="utf-8"))
         source: Any = config.get("chat_template")
         if "chat_template.jinja" in files:
             source = files["chat_template.jinja"].read_text(encoding="utf-8")
-        if isinstance(source, list):  # several by name; "default" is the one for plain talk
+        if isinstance(source, list):  # several by name; "default" is the one without tools
             source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
         if not isinstance(source, str):
             return None
@@ -80,14 +90,14 @@ class ChatTemplate:
         return cls(source, tokens)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        """The text that the model was trained to read.
+        """Write the text that the model was trained to read.
 
         Raises:
             DataProblem: the template refuses these messages, writes too much or takes too long.
         """
         pieces, size = [], 0
         try:
-            with _at_most(RENDER_SECONDS):
+            with _at_most(self._render_seconds):
                 for piece in self._template.generate(
                     messages=[dict(message) for message in messages],
                     add_generation_prompt=add_generation_prompt,
@@ -101,7 +111,7 @@ class ChatTemplate:
                         )
         except _TooSlow:
             raise DataProblem(
-                f"the chat template took more than {RENDER_SECONDS:g} s for one row; shorten it, or ask the hub's owner"
+                f"the chat template took more than {self._render_seconds:g} s for one row; shorten it, or ask the hub's owner"
             ) from None
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise DataProblem(f"the chat template refuses these messages: {error}") from error

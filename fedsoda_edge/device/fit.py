@@ -1,16 +1,15 @@
-"""What this device has free, and how training fits it: the sentence that says so, before anything is fetched."""
+"""Decide how training fits a device: the quickest way that has room, the next one that needs less, and the sentences.
+
+Pure: what is free comes in as DeviceFacts (`facts.py` reads them), what training takes from `protocol/needs.py`.
+"""
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import msgspec
-import psutil
 
 from fedsoda_edge.errors import DeviceTooSmall, UsageProblem
 from fedsoda_edge.protocol.messages import DeviceFacts
@@ -22,57 +21,28 @@ EASY_SHARE = 0.9  # of what is free may be taken lightly: other programs grow to
 
 @dataclass(frozen=True)
 class Limits:
-    """Bytes that training may take. None: what is free."""
+    """Bytes that training may take. None: everything that is free."""
 
     max_ram: int | None = None
     max_vram: int | None = None
 
 
-def read_device(home: Path) -> DeviceFacts:
-    """Free RAM and disk through psutil, free VRAM through NVML: no CUDA context is made in the agent."""
-    name, vram = _free_vram()
-    existing = home
-    while not existing.exists():
-        existing = existing.parent
-    return DeviceFacts(
-        ram_bytes=psutil.virtual_memory().available,
-        vram_bytes=vram,
-        disk_bytes=shutil.disk_usage(existing).free,
-        threads=psutil.cpu_count(logical=False) or os.cpu_count() or 1,
-        accelerator=name,
-    )
-
-
-def _free_vram() -> tuple[str, int]:
-    """(name, free bytes) of the NVIDIA GPU with most free memory; ("", 0) where there is none."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return "", 0
-    try:
-        found = []
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-            name = pynvml.nvmlDeviceGetName(handle)
-            found.append((int(pynvml.nvmlDeviceGetMemoryInfo(handle).free), str(name)))
-        free, name = max(found, default=(0, ""))
-        return name, free
-    except pynvml.NVMLError:
-        return "", 0
-    finally:
-        pynvml.nvmlShutdown()
-
-
 def check_device_name(wanted: str) -> None:
-    """Raises UsageProblem where `wanted` is none of "auto", "cpu", "cuda[:n]"."""
+    """Refuse a device that no one has.
+
+    Raises:
+        UsageProblem: `wanted` is none of "auto", "cpu", "cuda" and "cuda:N".
+    """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", wanted):
         raise UsageProblem(f"--device {wanted!r} is none of auto, cpu, cuda, cuda:N")
 
 
 def check_disk(needed: int, facts: DeviceFacts) -> None:
-    """Raises DeviceTooSmall where the disk has no room for what is still to be fetched."""
+    """Refuse a disk without room for what is still to be fetched.
+
+    Raises:
+        DeviceTooSmall: says how many bytes are free and how many are needed.
+    """
     if facts.disk_bytes < needed:
         raise DeviceTooSmall(
             f"this device has {human_bytes(facts.disk_bytes)} of disk free, the bundle needs {human_bytes(needed)}; "
@@ -89,14 +59,14 @@ def fit(
     *,
     process_bytes: int = PROCESS_BYTES,
 ) -> MemoryPlan:
-    """The quickest way to train this sub-LLM that has room here.
+    """Choose the quickest way to train this sub-LLM that has room.
 
     Args:
         wanted: "auto", "cpu" or "cuda[:n]"; auto takes a GPU that has room, else the CPU.
-        process_bytes: of a worker before it has read anything.
+        process_bytes: what a worker holds before it has read anything.
 
     Raises:
-        DeviceTooSmall: not even the way that needs least has room on what may be used; says both numbers.
+        DeviceTooSmall: not even the way that needs least has room on the devices that may be used; says both numbers.
     """
     devices = {"auto": ["cuda", "cpu"] if facts.accelerator else ["cpu"]}.get(wanted, [wanted])
     refusals = []
@@ -111,8 +81,8 @@ def fit(
     raise DeviceTooSmall(refusals[-1])
 
 
-def told(plan: MemoryPlan, facts: DeviceFacts) -> str:
-    """The plan as a sentence."""
+def plan_sentence(plan: MemoryPlan, facts: DeviceFacts) -> str:
+    """Tell people where training runs, what it takes of what is free, and how."""
     on_gpu = plan.device.startswith("cuda")
     free = facts.vram_bytes if on_gpu else facts.ram_bytes
     where = f"on the GPU {facts.accelerator}" if on_gpu else "on the CPU"
@@ -127,7 +97,7 @@ def told(plan: MemoryPlan, facts: DeviceFacts) -> str:
 
 
 def table(plan: MemoryPlan) -> list[dict[str, Any]]:
-    """The plan's parts, as {"part": name, "bytes": size}."""
+    """List the plan's parts, as {"part": name, "bytes": size}."""
     form = "as stored" if plan.packed else "dense"
     context = "CUDA context" if plan.device.startswith("cuda") else "the process, with its libraries"
     sizes = {
@@ -144,12 +114,12 @@ def table(plan: MemoryPlan) -> list[dict[str, Any]]:
 
 
 def memory_report(plan: MemoryPlan, facts: DeviceFacts) -> dict[str, Any]:
-    """The plan for people and programs: its sentence, its fields, its table."""
-    return {"message": told(plan, facts), **msgspec.to_builtins(plan), "parts": table(plan)}
+    """Report the plan to people and programs: its sentence, its fields, its parts."""
+    return {"message": plan_sentence(plan, facts), **msgspec.to_builtins(plan), "parts": table(plan)}
 
 
 def same_way(plan: MemoryPlan, shape: Shape, samples: SampleSizes, process_bytes: int) -> MemoryPlan | None:
-    """The way of a plan made before, with what it needs now; None where the hub asks for other batches now.
+    """Find the way of a plan made before, with what it needs now; None where the hub asks for other batches now.
 
     Each worker process is of another size, and rows may have been added.
     """
@@ -158,19 +128,19 @@ def same_way(plan: MemoryPlan, shape: Shape, samples: SampleSizes, process_bytes
 
 
 def leaner(plan: MemoryPlan, shape: Shape, samples: SampleSizes, process_bytes: int) -> MemoryPlan | None:
-    """The next slower way to train, which needs less; None where there is none."""
+    """Find the next slower way to train, which needs less; None after the last."""
     ways = list(plans(shape, plan.device, samples, process_bytes))
     place = [_way(way) for way in ways].index(_way(plan))
     return next((way for way in ways[place + 1 :] if way.peak < ways[place].peak), None)
 
 
 def _way(plan: MemoryPlan) -> tuple[bool, bool, int, int]:
-    """What tells plans apart that are of one device."""
+    """Return what tells two plans of one device apart."""
     return plan.packed, plan.recompute, plan.micro_batch, plan.batch_size
 
 
 def room_for(device: str, facts: DeviceFacts, limits: Limits) -> int:
-    """Bytes that training may take there."""
+    """Count the bytes that training may take on this device."""
     on_gpu = device.startswith("cuda")
     free, most = (facts.vram_bytes, limits.max_vram) if on_gpu else (facts.ram_bytes, limits.max_ram)
     return free if most is None else min(free, most)

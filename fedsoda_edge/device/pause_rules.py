@@ -1,26 +1,27 @@
-"""Decide when a device is its owner's alone: wishes and readings in, a pause with its reason out. No clock.
+"""Decide when a join pauses: the owner's requests and sensors' readings in, a pause with its reason out. No clock.
 
-`Sensors` reads battery and GPUs, thinly. What a pause does to a join is `aside.py`'s, how wishes come `control.py`'s.
+Battery and GPUs are read in `sensors.py`. How requests come and what a pause does to a join is the join's matter.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from fedsoda_edge.errors import UsageProblem
 
 BUSY_PERCENT = 20  # of a GPU, by other processes
-BUSY_SECONDS = 30.0  # so long before it is a reason
-CALM_SECONDS = 60.0  # so long no reason before training goes on, so that it does not flap
-SENSE_SECONDS = 5.0
+BUSY_SECONDS = 30.0  # a GPU is busy for that long before it is a reason
+CALM_SECONDS = 60.0  # a pause ends when its reason is gone for that long, so that it does not flap
 _NOT_BEFORE = {"gpu-busy": BUSY_SECONDS}
 
 
 @dataclass(frozen=True)
-class Rules:
-    """What pauses by itself. hours: (from, to) of the local day, to may lie before from: over midnight."""
+class PauseRules:
+    """What pauses a join without a request.
+
+    hours: (from, to) of the local day; to may lie before from, which goes over midnight.
+    """
 
     battery: bool = False
     gpu_busy: bool = False
@@ -29,7 +30,10 @@ class Rules:
 
 @dataclass(frozen=True)
 class Readings:
-    """What the sensors say; None where there is nothing to read. others_percent: of the busiest GPU, without ours."""
+    """What the sensors read; None where there is nothing to read.
+
+    hour: of the local day, 0 to 23. others_percent: what other processes use of the busiest GPU.
+    """
 
     hour: int = 0
     on_battery: bool | None = None
@@ -38,15 +42,15 @@ class Readings:
 
 @dataclass(frozen=True)
 class Pause:
-    """by: "owner" or the rule. until: monotonic seconds, None: nobody knows."""
+    """A pause. by: "owner" or the rule's name. until: monotonic seconds; None: until resume, or until the rule is calm."""
 
     by: str
     reason: str
     until: float | None = None
 
 
-def parse_rules(text: str) -> Rules:
-    """ "battery,hours=22-6" -> Rules.
+def parse_pause_rules(text: str) -> PauseRules:
+    """Read rules as people write them, such as "battery,hours=22-6".
 
     Raises:
         UsageProblem: names the choices.
@@ -65,35 +69,40 @@ def parse_rules(text: str) -> Rules:
             raise UsageProblem(
                 f"--pause-on {word!r} is none of battery, gpu-busy, hours=FROM-TO (0 to 24, as hours=9-17 or hours=22-6)"
             )
-    return Rules(battery, gpu_busy, hours)
+    return PauseRules(battery, gpu_busy, hours)
 
 
-class Neighbour:
-    """The owner goes before the rules, and who resumes overrules what pauses just then, until that was calm once."""
+class PauseDecider:
+    """Whether to pause now. The owner's requests go before the rules.
 
-    def __init__(self, rules: Rules) -> None:
+    A resume also overrules the rules that pause at that moment, each until it was calm once. Times are monotonic seconds.
+    """
+
+    def __init__(self, rules: PauseRules) -> None:
         self._rules = rules
         self._owner: Pause | None = None
         self._is_finishing = False
-        self._since: dict[str, float] = {}  # a rule's condition holds since
-        self._calm: dict[str, float] = {}  # it does not since
+        self._since: dict[str, float] = {}  # rule: when its condition began
+        self._calm: dict[str, float] = {}  # rule: when its condition ended
         self._pausing: dict[str, str] = {}  # rule: reason
         self._overruled: set[str] = set()
 
     def pause(self, now: float, seconds: float | None) -> None:
+        """Take the owner's request to pause; seconds None: until resume."""
         self._owner = Pause("owner", "by its owner", None if seconds is None else now + seconds)
 
     def resume(self) -> None:
+        """Take the owner's request to resume."""
         self._owner = None
         self._overruled |= self._pausing.keys()
         self._pausing.clear()
 
     def finish(self) -> None:
-        """Nothing pauses any more: the round in hand is to end."""
+        """Take the owner's request to finish: from now on nothing pauses, so that the round in hand ends."""
         self._is_finishing = True
 
-    def look(self, now: float, readings: Readings) -> Pause | None:
-        """Whether to pause now. To be asked every few seconds, with what the sensors say."""
+    def decide(self, now: float, readings: Readings) -> Pause | None:
+        """Return the pause to be in now, if any. To be asked every few seconds."""
         self._judge(now, self._reasons(readings))
         if self._owner is not None and self._owner.until is not None and now >= self._owner.until:
             self._owner = None
@@ -128,70 +137,3 @@ class Neighbour:
 def _is_within(hour: int, hours: tuple[int, int]) -> bool:
     begin, end = hours
     return begin <= hour < end if begin < end else hour >= begin or hour < end
-
-
-# --- what there is to read ---------------------------------------------------------------------------------
-
-
-class Sensors:
-    """Battery and GPUs, as far as the rules ask for them."""
-
-    def __init__(self, rules: Rules) -> None:
-        self._rules = rules
-
-    def missing(self) -> list[str]:
-        """What a rule asks for and this device does not have; such a rule never pauses."""
-        found = []
-        if self._rules.battery and _on_battery() is None:
-            found.append("--pause-on battery: no battery is seen here, so it never pauses")
-        if self._rules.gpu_busy and _others_percent(None) is None:
-            found.append("--pause-on gpu-busy: no NVIDIA driver (NVML) is seen here, so it never pauses")
-        return found
-
-    def read(self, hour: int, worker_on_gpu: int | None) -> Readings:
-        """worker_on_gpu: pid of our worker if it trains on a GPU."""
-        return Readings(
-            hour,
-            _on_battery() if self._rules.battery else None,
-            _others_percent(worker_on_gpu) if self._rules.gpu_busy else None,
-        )
-
-
-def _on_battery() -> bool | None:
-    import psutil
-
-    try:
-        battery = psutil.sensors_battery()
-    except (AttributeError, OSError, RuntimeError):  # AttributeError: a system that psutil knows no batteries of
-        return None
-    return None if battery is None or battery.power_plugged is None else not battery.power_plugged
-
-
-def _others_percent(ours: int | None) -> int | None:
-    """Use of the busiest GPU by other processes; None where nobody can tell it from ours.
-
-    A container may show NVML other pids than our own: then our use would look like a stranger's, and nothing is told.
-    """
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return None
-    try:
-        found: list[int] = []
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-            if ours is None:
-                found.append(int(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu))
-            elif ours in {process.pid for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)}:
-                latest: dict[int, Any] = {}
-                for sample in pynvml.nvmlDeviceGetProcessUtilization(handle, 0):
-                    if sample.timeStamp >= latest.get(sample.pid, sample).timeStamp:
-                        latest[sample.pid] = sample
-                found.append(min(100, sum(int(sample.smUtil) for pid, sample in latest.items() if pid != ours)))
-        return max(found, default=None)
-    except pynvml.NVMLError:
-        return None
-    finally:
-        pynvml.nvmlShutdown()

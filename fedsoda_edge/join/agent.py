@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 import msgspec
 
 from fedsoda_edge.data.local_data import LocalData
-from fedsoda_edge.device.fit import Limits, fit, leaner, memory_report, read_device, room_for, same_way
-from fedsoda_edge.device.pause_rules import Rules
+from fedsoda_edge.device.facts import read_device
+from fedsoda_edge.device.fit import Limits, fit, leaner, memory_report, room_for, same_way
+from fedsoda_edge.device.pause_rules import PauseRules
 from fedsoda_edge.errors import (
     DeviceTooSmall,
     HubUnreachable,
@@ -72,7 +73,7 @@ class AgentSettings:
     unattended: bool = False
     cache: Cache = Cache()
     limits: Limits = field(default_factory=Limits)
-    rules: Rules = field(default_factory=Rules)
+    rules: PauseRules = field(default_factory=PauseRules)
 
 
 class Agent:

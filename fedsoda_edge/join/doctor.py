@@ -14,9 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fedsoda_edge.device.fit import read_device
+from fedsoda_edge.device.facts import read_device
 from fedsoda_edge.errors import DeviceTooSmall, FedSODAError
-from fedsoda_edge.join.home import Home, read_token
+from fedsoda_edge.join.home import Home
+from fedsoda_edge.join.token import read_token
 from fedsoda_edge.ports import Transport
 from fedsoda_edge.ports.child import Child
 from fedsoda_edge.ports.system import memory_limit_hint

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import errno
 import json
 import os
 import re
 import secrets
 import shutil
-import sys
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,7 +42,7 @@ class Home:
 
     @property
     def config(self) -> Path:
-        """Options as people wrote them down (`option_defaults`)."""
+        """Options as people wrote them down (`cli/config_file.py`)."""
         return self.directory / "config.toml"
 
     @property
@@ -55,7 +52,7 @@ class Home:
 
     @property
     def control(self) -> Path:
-        """Wishes for the running join (`control.py`)."""
+        """Requests to the running join (`control.py`)."""
         return self.directory / "control"
 
     def run(self, run_id: str) -> Path:
@@ -160,84 +157,3 @@ class Home:
         if self._lock is not None:
             self._lock.release()
             self._lock = None
-
-
-def option_defaults(path: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """What config.toml gives for the options of each command, as Click's default_map.
-
-    Keys at the top are for every command that has such an option; those in a table, `[join]` or `[data.check]`, are
-    for that command alone and go before.
-
-    Args:
-        options: {command: set of its options, or {subcommand: ...}}.
-
-    Raises:
-        UsageProblem: it is not TOML, or no command has such an option; names the nearest. A command is a table.
-    """
-    try:
-        given = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageProblem(f"{path} cannot be read as TOML: {error}") from error
-    known = _leaves(options)
-    everywhere = {
-        key: value
-        for key, value in given.items()
-        if not isinstance(value, dict) and (key in known or key not in options)  # `data` is an option and a command
-    }
-    _refuse_unknown(path, "", everywhere, known)
-
-    def of(names: Any, table: Any, where: str) -> dict[str, Any]:
-        if not isinstance(table, dict):
-            name = where.rstrip(".")
-            raise UsageProblem(
-                f"{path} has {name} = {table!r}, and {name} is a command; write its options below [{name}]"
-            )
-        if isinstance(names, dict):
-            _refuse_unknown(path, where, table, set(names))
-            return {name: of(inner, table.get(name, {}), f"{where}{name}.") for name, inner in names.items()}
-        _refuse_unknown(path, where, table, names)
-        return {key: value for key, value in everywhere.items() if key in names} | table
-
-    return of(options, {key: value for key, value in given.items() if key not in everywhere}, "")
-
-
-def _leaves(options: Any) -> set[str]:
-    return set().union(*map(_leaves, options.values())) if isinstance(options, dict) else set(options)
-
-
-def _refuse_unknown(path: Path, where: str, table: dict[str, Any], known: set[str]) -> None:
-    for key in table:
-        if key not in known:
-            near = difflib.get_close_matches(key, sorted(known), 1, cutoff=0.0)
-            what = f"the nearest is {where}{near[0]}" if near else f"{where.rstrip('.')} takes no options"
-            raise UsageProblem(f"{path} has a key {where}{key} that no command knows; {what}")
-
-
-def read_token(token_file: str | Path | None) -> str:
-    """The token from a file, from stdin for "-", or from FEDSODA_TOKEN: never from argv.
-
-    Raises:
-        UsageProblem: there is none, or what is there is no token.
-    """
-    source = "stdin" if str(token_file) == "-" else token_file or "FEDSODA_TOKEN"
-    if token_file is None:
-        token = os.environ.get("FEDSODA_TOKEN", "")
-        if not token.strip():
-            raise UsageProblem("no token: give --token-file FILE (or - for stdin), or set FEDSODA_TOKEN")
-    elif str(token_file) == "-":
-        token = sys.stdin.readline()
-    else:
-        try:
-            token = Path(token_file).read_text(encoding="utf-8-sig", errors="replace")
-        except OSError as error:
-            raise UsageProblem(
-                f"the token file {token_file} cannot be read: {error.strerror}; name the one from the hub's owner"
-            ) from error
-    token = token.strip()
-    if not token:
-        raise UsageProblem(f"the token from {source} is empty; ask the hub's owner for one")
-    if not re.fullmatch("[!-~]+", token):  # it goes into a header
-        raise UsageProblem(f"the token from {source} is not one word of ASCII, as tokens are; is it the right one?")
-    return token

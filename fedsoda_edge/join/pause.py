@@ -1,6 +1,7 @@
-"""A join stands aside for the device's owner: wishes and sensors are watched, the worker ends, the hub is told.
+"""A join pauses for the device's owner: requests and sensors are watched, the worker ends, the hub is told.
 
-When to pause is `neighbour.py`'s, how wishes come `control.py`'s, what is done again afterwards the join's own.
+When to pause is decided in `device/pause_rules.py`, requests come through `control.py`, and what is done again
+afterwards is the join's own matter.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from fedsoda_edge.device.pause_rules import SENSE_SECONDS, Neighbour, Pause, Readings, Rules, Sensors
+from fedsoda_edge.device.pause_rules import Pause, PauseDecider, PauseRules, Readings
+from fedsoda_edge.device.sensors import SENSE_SECONDS, Sensors
 from fedsoda_edge.join import control
 from fedsoda_edge.ports import Clock, TorchPort
 
@@ -55,15 +57,15 @@ async def end(worker: TorchPort) -> None:
 class Aside:
     """The pauses of one join. `finishing` is set when its owner wants no round after the one in hand."""
 
-    def __init__(self, join: Join, wishes: Path, rules: Rules, clock: Clock) -> None:
+    def __init__(self, join: Join, requests: Path, rules: PauseRules, clock: Clock) -> None:
         self._join = join
-        self._wishes = wishes
+        self._requests = requests
         self._rules = rules
         self._clock = clock
         self._sensors = Sensors(rules)
         self._readings = Readings()
         self._sensed = self._refreshed = float("-inf")
-        self._neighbour = Neighbour(rules)
+        self._decider = PauseDecider(rules)
         self.pause: Pause | None = None
         self.finishing = asyncio.Event()
         self._running = asyncio.Event()  # not paused
@@ -105,22 +107,22 @@ class Aside:
             failed(error)
 
     async def look(self) -> None:
-        """Do what the owner wishes and what the rules ask for."""
+        """Do what the owner requests and what the rules ask for."""
         now, freed, before = self._clock.monotonic(), 0, self.pause
-        taken = control.wishes(self._wishes)
-        for wish in taken:
-            if wish.do == "pause":
-                self._neighbour.pause(now, wish.seconds)
-            elif wish.do == "resume":
-                self._neighbour.resume()
-            elif wish.do == "finish":
-                self._neighbour.finish()
+        taken = control.requests(self._requests)
+        for request in taken:
+            if request.do == "pause":
+                self._decider.pause(now, request.seconds)
+            elif request.do == "resume":
+                self._decider.resume()
+            elif request.do == "finish":
+                self._decider.finish()
                 self.finishing.set()
-        if self._rules != Rules() and now - self._sensed >= SENSE_SECONDS:
+        if self._rules != PauseRules() and now - self._sensed >= SENSE_SECONDS:
             self._sensed = now
             hour = time.localtime(self._clock.wall()).tm_hour
             self._readings = await asyncio.to_thread(self._sensors.read, hour, self._join.pid_on_gpu)
-        wanted = self._neighbour.look(now, self._readings)
+        wanted = self._decider.decide(now, self._readings)
         if wanted is None and before is not None:
             await self._end()
         elif wanted is not None and (before is None or (before.by, before.until) != (wanted.by, wanted.until)):
@@ -129,17 +131,17 @@ class Aside:
             self._refreshed = now
             self._join.still_paused(wanted.until - now)
         pause = self.pause
-        for wish in taken:
+        for request in taken:
             control.answer(
-                wish,
-                {
-                    "state": "paused" if pause else "finishing" if self.finishing.is_set() else "running",
-                    "was_paused": before is not None,
-                    "reason": pause.reason if pause else None,
-                    "seconds": pause.until - now if pause and pause.until is not None else None,
-                    "freed_bytes": freed,
-                    "round": self._join.in_hand,
-                },
+                request,
+                control.Answer(
+                    state="paused" if pause else "finishing" if self.finishing.is_set() else "running",
+                    was_paused=before is not None,
+                    reason=pause.reason if pause else None,
+                    seconds=pause.until - now if pause and pause.until is not None else None,
+                    freed_bytes=freed,
+                    round=self._join.in_hand,
+                ),
             )
 
     async def _begin(self, pause: Pause, now: float) -> int:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedsoda_edge.device.fit import Limits, check_disk, fit, read_device
+from fedsoda_edge.device.facts import read_device
+from fedsoda_edge.device.fit import Limits, check_disk, fit
 from fedsoda_edge.errors import DeviceTooSmall
 from fedsoda_edge.ports.store import FileStore
 from fedsoda_edge.protocol.manifest import BundleManifest, parse_manifest

@@ -14,6 +14,7 @@ from typing import Any
 import typer
 
 from fedsoda_edge.errors import FedSODAError, UsageProblem
+from fedsoda_edge.ports.logs import logs_shown, printable
 from fedsoda_edge.ports.system import on_stop
 from fedsoda_edge.units import human_bytes, human_seconds
 
@@ -30,7 +31,7 @@ class Terminated(BaseException):
 
 @contextlib.contextmanager
 def reporting(as_json: bool, jsonl: bool, debug: bool) -> Iterator[None]:
-    """Errors as one sentence and the exit status of their class."""
+    """Tell errors as one sentence, and exit with the status of their class."""
 
     def terminate(_: int, __: Any) -> None:
         raise Terminated
@@ -39,7 +40,8 @@ def reporting(as_json: bool, jsonl: bool, debug: bool) -> Iterator[None]:
     try:
         if as_json and jsonl:
             raise UsageProblem("--json prints one object and --jsonl one event a line; give one of them")
-        yield
+        with logs_shown(is_debug=debug):
+            yield
     except FedSODAError as error:
         _fail(error, error.exit_status, as_json, jsonl, debug, getattr(error, "details", ""))
     except typer.Exit:
@@ -47,11 +49,11 @@ def reporting(as_json: bool, jsonl: bool, debug: bool) -> Iterator[None]:
     except Exception as error:
         _fail(error, 1, as_json, jsonl, debug, "")
     except Terminated:
-        note("stopped; the same command goes on where this left off")
+        note("stopped; the same command continues where this one ended")
         finish({"status": "ok", "stopped": "SIGTERM"}, as_json, jsonl)
         raise typer.Exit(0) from None
     except KeyboardInterrupt:
-        note("stopped; the same command goes on where this left off")
+        note("stopped; the same command continues where this one ended")
         finish({"status": "error", "error": "Interrupted", "message": "Ctrl+C", "exit_status": 130}, as_json, jsonl)
         raise typer.Exit(130) from None
 
@@ -60,7 +62,7 @@ def _fail(error: Exception, status: int, as_json: bool, jsonl: bool, debug: bool
     if isinstance(error, FedSODAError):
         note(f"error: {error}")
     elif isinstance(error, OSError):
-        note(f"error: {error}; mend that on this machine, then try again")
+        note(f"error: {error}; correct that on this machine, then try again")
     else:
         note(f"error: {type(error).__name__}: {error}; this is a defect of fedsoda: report it with what --debug adds")
     if debug:
@@ -71,7 +73,7 @@ def _fail(error: Exception, status: int, as_json: bool, jsonl: bool, debug: bool
 
 
 def run(app: typer.Typer) -> None:
-    """The command, to its exit status. Wrong usage is a sentence too, and an object with --json."""
+    """Run the command and exit with its status. Wrong usage is a sentence too, and an object with --json."""
     try:
         status = app(standalone_mode=False)
     except Exception as error:
@@ -88,7 +90,7 @@ def run(app: typer.Typer) -> None:
 
 
 def _where(error: Any) -> str:
-    """The value that was wrong and where it stands, where that is not the command line."""
+    """Name the wrong value and where it stands, where that is not the command line."""
     context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
     if context is None or parameter is None:
         return ""
@@ -101,7 +103,7 @@ def _where(error: Any) -> str:
 
 
 def is_asked(option: str) -> bool:
-    """Whether the command line that could not be read, or the environment, asks for it."""
+    """Tell whether the command line, which may be wrong elsewhere, or the environment asks for this option."""
     return option in sys.argv or os.environ.get(f"FEDSODA_{option[2:].upper()}", "").lower() in (
         "1",
         "true",
@@ -111,7 +113,7 @@ def is_asked(option: str) -> bool:
 
 
 def finish(values: dict[str, Any], as_json: bool, jsonl: bool) -> None:
-    """The one object of --json, or the terminal event of --jsonl."""
+    """Print the one object of --json, or the terminal event of --jsonl."""
     if as_json:
         print(json.dumps({"schema": 1, **values}, allow_nan=False))
     elif jsonl:
@@ -119,7 +121,7 @@ def finish(values: dict[str, Any], as_json: bool, jsonl: bool) -> None:
 
 
 def effective_settings(context: typer.Context) -> dict[str, dict[str, Any]]:
-    """{option: {value, source}} of the running command.
+    """Collect {option: {value, source}} of the running command.
 
     The source is "option", "argument", the environment variable's name, "config.toml" or "default".
     """
@@ -141,7 +143,7 @@ def effective_settings(context: typer.Context) -> dict[str, dict[str, Any]]:
 
 
 def settings_line(settings: dict[str, dict[str, Any]]) -> str:
-    """What was set and where, for people; what is None is left out."""
+    """Tell people what was set and where; what is None is left out."""
     by_source: dict[str, list[str]] = {}
     for name, setting in settings.items():
         if setting["value"] is not None:
@@ -153,16 +155,12 @@ def settings_line(settings: dict[str, dict[str, Any]]) -> str:
     return "settings: " + "; ".join([*given, *([f"defaults: {', '.join(defaults)}"] if defaults else [])])
 
 
-# What others write (an edge's reason, a model's answer) must not steer this terminal.
-_CONTROL = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
-
-
 def note(text: str) -> None:
-    """A line for people, on stderr."""
-    print(text.translate(_CONTROL), file=sys.stderr, flush=True)
+    """Write a line for people, on stderr."""
+    print(printable(text), file=sys.stderr, flush=True)
 
 
-PLAIN_SECONDS = 30.0  # a log gets a line of a long job so often
+PLAIN_SECONDS = 30.0  # between two lines of a long job in a log
 
 
 class ProgressLine:
@@ -178,7 +176,12 @@ class ProgressLine:
         self._first = 0
 
     def show(self, name: str, done: int, total: int | None, detail: str = "", *, is_bytes: bool = False) -> None:
-        """Where the job stands. total None: not known yet. is_bytes: done and total are bytes, a rate is shown."""
+        """Show where the job stands.
+
+        Args:
+            total: None where it is not known yet.
+            is_bytes: done and total are bytes, and a rate is shown.
+        """
         if name != self._name:
             self.end()
             self._name, self._began, self._first = name, self._now(), done
@@ -223,11 +226,11 @@ class ProgressLine:
             note(f"{name}: {', '.join(figures)}")
 
     def say(self, text: str) -> None:
-        """A sentence; a bar that is shown stays below it."""
+        """Say a sentence; a bar that is shown stays below it."""
         if self._bar is None:
             note(text)
         else:
-            self._bar.console.print(text.translate(_CONTROL), markup=False, highlight=False, soft_wrap=True)
+            self._bar.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def end(self) -> None:
         """Take the bar away."""

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fedsoda_edge.data.local_data import Sample
+from fedsoda_edge.data.samples import Sample
 from fedsoda_edge.model.border import border_states
 from fedsoda_edge.model.source import LayerSource
 from fedsoda_edge.model.streaming import LayersDone

@@ -17,7 +17,8 @@ import psutil
 import torch
 
 from fedsoda_edge.data.chat import ChatTemplate
-from fedsoda_edge.data.local_data import LocalData, SampleTokenizer, read_samples
+from fedsoda_edge.data.local_data import LocalData
+from fedsoda_edge.data.samples import SampleTokenizer, read_samples
 from fedsoda_edge.errors import DeviceTooSmall, UsageProblem
 from fedsoda_edge.model import delta, lora
 from fedsoda_edge.model.bundle import Bundle, read_manifest

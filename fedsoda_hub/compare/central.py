@@ -8,7 +8,8 @@ from pathlib import Path
 import msgspec
 from torch import Tensor
 
-from fedsoda_edge.data.local_data import LocalData, SampleTokenizer, read_samples
+from fedsoda_edge.data.local_data import LocalData
+from fedsoda_edge.data.samples import SampleTokenizer, read_samples
 from fedsoda_edge.model import lora
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.sub_llm import build

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import msgspec
 import torch
 
-from fedsoda_edge.data.local_data import LocalData
+from fedsoda_edge.data.local_data import LocalData, remedy_for_columns
 from fedsoda_edge.errors import DataProblem
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.ports.console import Terminated
@@ -93,7 +93,8 @@ class _Run:
         self._files: list[str] = []
         for name in c.data:
             data = LocalData(self.comparison.path.parent / name)
-            data.check(first.prompt, first.completion)
+            with remedy_for_columns("rename one in the file, or use another in [task] prompt and completion"):
+                data.check(first.prompt, first.completion)
             self._rows += [row for _, row in data.rows()]
             self._files += [name] * (len(self._rows) - len(self._files))
         assert first.eval_data is not None, "settings.py refuses a comparison without"

@@ -254,7 +254,7 @@ def _sha256(path: Path) -> str:
 
 def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Path], say: Say) -> dict[str, Any]:
     """Export, and what only torch can say; this process holds no socket."""
-    from fedsoda_edge.data.local_data import SampleTokenizer
+    from fedsoda_edge.data.samples import SampleTokenizer
     from fedsoda_edge.model import delta
     from fedsoda_edge.model.bundle import Bundle
     from fedsoda_edge.model.source import Checkpoint

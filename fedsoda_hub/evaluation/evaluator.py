@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import StoppingCriteriaList
 
-from fedsoda_edge.data.local_data import LocalData, Sample, SampleTokenizer, join_text
+from fedsoda_edge.data.local_data import LocalData, remedy_for_columns
+from fedsoda_edge.data.samples import Sample, SampleTokenizer, join_text
 from fedsoda_edge.errors import DataProblem
 from fedsoda_edge.model import lora, loss
 from fedsoda_edge.model.border import border_states
@@ -128,7 +129,11 @@ def read_questions(
     columns = {*prompt.columns, *completion.columns}
     if not columns <= set(first) and {"prompt", "completion"} <= set(first):
         prompt, completion = TextTemplate(DEFAULT_PROMPT), TextTemplate(DEFAULT_COMPLETION)
-    data.check(prompt, completion)
+    with remedy_for_columns(
+        "rename one in the file, use another in [task] prompt and completion, or write rows with the columns prompt "
+        "and completion"
+    ):
+        data.check(prompt, completion)
     rows = [(prompt.render(row), completion.render(row)) for _, row in data.rows()]
     if shots >= len(rows):
         raise DataProblem(f"[task] shots = {shots}, and {path} has {len(rows)} rows; {shots + 1} are needed")

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load, load_file, save
 from torch import Tensor
 
-from fedsoda_edge.data.local_data import SampleTokenizer
+from fedsoda_edge.data.samples import SampleTokenizer
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model import delta, lora
 from fedsoda_edge.model.bundle import Bundle, peft_config

@@ -11,7 +11,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from fedsoda_edge.data.local_data import LocalData, SampleTokenizer
+from fedsoda_edge.data.local_data import LocalData
+from fedsoda_edge.data.samples import SampleTokenizer
 from fedsoda_edge.errors import DataProblem, UsageProblem
 from fedsoda_edge.protocol.template import TextTemplate
 
@@ -58,13 +59,18 @@ def read_prompts(rows: Path, prompt: TextTemplate, tokenizer: SampleTokenizer, m
     found: list[Tensor] = []
     left = MAX_PROMPT_IDS
     try:
-        for _, row in data.rows():
+        for line, row in data.rows():
+            if lacking := [name for name in prompt.columns if name not in row]:
+                raise DataProblem(
+                    f"{rows}:{line}: no column {lacking[0]!r}; there are {', '.join(sorted(row))}; name rows with the "
+                    "columns of [task] prompt"
+                )
             ids = tokenizer.encode(prompt.render(row))[:max_length]
             left -= len(ids)
             if left < 0:
                 break
             found.append(torch.tensor(ids))
-    except (DataProblem, KeyError) as error:
+    except DataProblem as error:
         raise UsageProblem(f"[public] like_task: {error}") from error
     if len(found) < MIN_PROMPTS:
         raise UsageProblem(

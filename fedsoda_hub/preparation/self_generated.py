@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from fedsoda_edge.data.local_data import SampleTokenizer
+from fedsoda_edge.data.samples import SampleTokenizer
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model.source import Checkpoint
 from fedsoda_edge.model.sub_llm import SubLLM, build

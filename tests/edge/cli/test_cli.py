@@ -276,7 +276,7 @@ def test_labels_that_are_not_strings_are_told_with_line_and_value(device: Device
         (["join", "http://hub.invalid"], "Missing option '--data'"),
         (["join", "http://hub.invalid", "--data", "d", "--max-rounds", "-1"], "Invalid value for '--max-rounds'"),
         (["join", "http://hub.invalid", "--data", "d", "--column", "text"], "--column 'text' is not NAME=COLUMN"),
-        (["join", "http://hub.invalid", "--data", "none", "--max-ram", "-5"], "--max-ram '-5' is no size"),
+        (["join", "http://hub.invalid", "--data", "none", "--max-ram", "-5"], "--max-ram '-5' is not a size"),
         (["join", "http://hub.invalid", "--data", "none", "--cache", "fp8"], "--cache 'fp8' is none of bf16, int8"),
         (["join", "http://hub.invalid", "--data", "none", "--cache-key", "x"], "--cache-key 'x' is neither keep nor"),
         (["join", "http://hub:99999", "--data", "d"], "'http://hub:99999' is no hub address"),
@@ -397,7 +397,7 @@ def test_a_home_is_used_by_one_join_until_it_is_stopped(
         first.send_signal(stop)
         out, err = first.communicate(timeout=30)
     assert first.returncode == status
-    assert "stopped; the same command goes on where this left off" in err.splitlines()
+    assert "stopped; the same command continues where this one ended" in err.splitlines()
     assert "Traceback" not in err
     found = Ran(status, out, err).json
     assert found["status"] == ("ok" if status == 0 else "error")

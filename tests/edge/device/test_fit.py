@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
-
 import pytest
 
-from fedsoda_edge.device.fit import Limits, check_device_name, check_disk, fit, leaner, read_device, table, told
+from fedsoda_edge.device.fit import Limits, check_device_name, check_disk, fit, leaner, plan_sentence, table
 from fedsoda_edge.errors import DeviceTooSmall, UsageProblem
 from fedsoda_edge.protocol.messages import DeviceFacts
 from fedsoda_edge.protocol.needs import MemoryPlan, SampleSizes, Shape, plans
@@ -137,9 +134,9 @@ def test_the_table_adds_up_to_the_peak() -> None:
 
 
 def test_the_sentence_names_device_memory_and_way() -> None:
-    assert told(ways("cpu")[0], facts()).startswith("training on the CPU takes ")
-    assert "64.0 GiB free: adapter and head dense, 8 samples at once" in told(ways("cpu")[0], facts())
-    least = told(ways("cuda")[-1], facts(vram=8 * GIB))
+    assert plan_sentence(ways("cpu")[0], facts()).startswith("training on the CPU takes ")
+    assert "64.0 GiB free: adapter and head dense, 8 samples at once" in plan_sentence(ways("cpu")[0], facts())
+    least = plan_sentence(ways("cuda")[-1], facts(vram=8 * GIB))
     assert "on the GPU RTX 4060" in least
     assert "8.00 GiB free: adapter and head as they are stored, 1 of 8 samples at once, activations made twice" in least
 
@@ -159,21 +156,3 @@ def test_an_unknown_device_is_refused_with_those_there_are(wanted: str) -> None:
     with pytest.raises(UsageProblem) as failure:
         check_device_name(wanted)
     assert str(failure.value) == f"--device {wanted!r} is none of auto, cpu, cuda, cuda:N"
-
-
-def test_this_machine_is_read_before_its_home_exists(tmp_path: Path) -> None:
-    found = read_device(tmp_path / "not" / "yet" / "made")
-    assert found.ram_bytes > 0
-    assert abs(found.disk_bytes - shutil.disk_usage(tmp_path).free) < GIB
-    assert found.threads >= 1
-    assert (found.vram_bytes > 0) == (found.accelerator != "")
-    assert not (tmp_path / "not").exists()
-
-
-def test_sizes_are_read_by_people() -> None:
-    assert [human_bytes(size) for size in (0, 5 * 2**20, GIB, 3 * GIB // 2)] == [
-        "0 B",
-        "5.00 MiB",
-        "1.00 GiB",
-        "1.50 GiB",
-    ]

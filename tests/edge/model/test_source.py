@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fedsoda_edge.data.local_data import SampleTokenizer
+from fedsoda_edge.data.samples import SampleTokenizer
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model.source import Checkpoint
 

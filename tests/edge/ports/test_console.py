@@ -7,9 +7,8 @@ import json
 import pytest
 import typer
 
-from fedsoda_edge.errors import DeviceTooSmall, UsageProblem
+from fedsoda_edge.errors import DeviceTooSmall
 from fedsoda_edge.ports.console import ProgressLine, effective_settings, finish, note, reporting, run, settings_line
-from fedsoda_edge.units import human_seconds, parse_bytes
 
 
 def command(failure: BaseException | None) -> typer.Typer:
@@ -39,9 +38,14 @@ def command(failure: BaseException | None) -> typer.Typer:
         (None, [], 2, "error: Missing option '--data'; --help shows how it is used"),
         (None, ["--data", "x", "--jsonl"], 2, "error: --json prints one object and --jsonl one event a line; give one"),
         (None, ["--dta", "x"], 2, "error: No such option: --dta"),
-        (PermissionError(13, "no", "/x"), ["--data", "x"], 1, "error: [Errno 13] no: '/x'; mend that on this machine"),
+        (
+            PermissionError(13, "no", "/x"),
+            ["--data", "x"],
+            1,
+            "error: [Errno 13] no: '/x'; correct that on this machine",
+        ),
         (ZeroDivisionError("by 0"), ["--data", "x"], 1, "error: ZeroDivisionError: by 0; this is a defect of fedsoda"),
-        (KeyboardInterrupt(), ["--data", "x"], 130, "stopped; the same command goes on"),
+        (KeyboardInterrupt(), ["--data", "x"], 130, "stopped; the same command continues"),
     ],
 )
 def test_every_end_has_a_sentence_an_object_and_a_status(
@@ -147,38 +151,3 @@ def test_a_terminal_has_one_bar_below_the_sentences(capsys: pytest.CaptureFixtur
     assert "clinic [bold]7[/bold] is here\ufffd\n" in shown  # others' words are no markup
     assert "downloading [1]" in shown
     assert shown.endswith("done\n")
-
-
-def test_durations_are_told_as_people_say_them() -> None:
-    assert [human_seconds(seconds) for seconds in (3, 119, 400, 9000)] == ["3 s", "119 s", "7 min", "2.5 h"]
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("0", 0),
-        ("500", 500),
-        ("500B", 500),
-        ("3K", 3 * 1024),
-        ("3KB", 3000),
-        ("3KiB", 3 * 1024),
-        ("500 MiB", 500 << 20),
-        ("500mb", 500 * 10**6),
-        ("8GB", 8 * 10**9),
-        ("8G", 8 << 30),
-        (" 8 gib ", 8 << 30),
-        ("1.5T", 3 << 39),
-        ("0.5TB", 5 * 10**11),
-    ],
-)
-def test_a_size_is_read_as_people_write_it(text: str, size: int) -> None:
-    assert parse_bytes(text, "--max-disk") == size
-
-
-@pytest.mark.parametrize(
-    "text", ["", "GB", "-1GB", "8 G B", "8XB", "1e9", "1,5GB", ".5G", "8GB free", "nan", "1i", "8iB", "9" * 400]
-)
-def test_what_is_no_size_is_refused_with_how_to_write_one(text: str) -> None:
-    with pytest.raises(UsageProblem) as failure:
-        parse_bytes(text, "--max-disk")
-    assert str(failure.value) == f"--max-disk {text!r} is no size; write it as 8GB, 500MiB or 2T"

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedsoda_edge.data.local_data import Sample
+from fedsoda_edge.data.samples import Sample
 from fedsoda_edge.model import lora
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.source import Checkpoint

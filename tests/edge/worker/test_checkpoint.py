@@ -360,7 +360,7 @@ import sys
 from pathlib import Path
 import msgspec
 import torch
-from fedsoda_edge.data.local_data import Sample
+from fedsoda_edge.data.samples import Sample
 from fedsoda_edge.model import lora
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.sub_llm import build

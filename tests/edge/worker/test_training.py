@@ -11,7 +11,7 @@ import msgspec
 import pytest
 import torch
 
-from fedsoda_edge.data.local_data import Sample
+from fedsoda_edge.data.samples import Sample
 from fedsoda_edge.errors import DeviceTooSmall
 from fedsoda_edge.model import lora
 from fedsoda_edge.model.bundle import Bundle

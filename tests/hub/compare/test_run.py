@@ -162,20 +162,33 @@ def test_a_comparison_that_was_stopped_goes_on_to_the_same_report(
 
 
 @pytest.mark.parametrize(
-    ("tables", "error", "message"),
+    ("tables", "task", "error", "message"),
     [
-        ({"edges": 20}, UsageProblem, "split iid gives one of 20 edges 1 rows, [compare] least_rows = 2"),
+        ({"edges": 20}, {}, UsageProblem, "split iid gives one of 20 edges 1 rows, [compare] least_rows = 2"),
         (
             {"splits": ["users:clinic"]},
+            {},
             DataProblem,
             "asks for the column 'clinic'; row 1 of [compare] data has answer, word",
+        ),
+        (
+            {},
+            {"prompt": "{text}:"},
+            DataProblem,
+            "rows.jsonl:1: no column 'text'; there are answer, word; rename one in the file, or use another in [task] "
+            "prompt and completion",
         ),
     ],
 )
 def test_rows_that_do_not_fit_are_refused_before_work(
-    tmp_path: Path, tiny_llama: Path, tables: dict[str, Any], error: type[Exception], message: str
+    tmp_path: Path,
+    tiny_llama: Path,
+    tables: dict[str, Any],
+    task: dict[str, Any],
+    error: type[Exception],
+    message: str,
 ) -> None:
-    path = write_comparison(tmp_path, tiny_llama, compare=tables)
+    path = write_comparison(tmp_path, tiny_llama, compare=tables, task=task)
     with pytest.raises(error) as refused:
         compared(path, tmp_path / "out")
     assert message in str(refused.value)

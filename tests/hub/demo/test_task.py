@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from fedsoda_edge.data.local_data import SampleTokenizer
+from fedsoda_edge.data.samples import SampleTokenizer
 from fedsoda_edge.protocol.template import TextTemplate
 from fedsoda_hub.demo import run, task
 from fedsoda_hub.preparation.public_text import read_blocks

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin
 
 import fedsoda_hub.evaluation.evaluator as evaluation_module
-from fedsoda_edge.data.local_data import SampleTokenizer
+from fedsoda_edge.data.samples import SampleTokenizer
 from fedsoda_edge.errors import DataProblem
 from fedsoda_edge.model.border import border_states
 from fedsoda_edge.model.bundle import Bundle
@@ -345,6 +345,16 @@ def test_rows_may_come_by_the_template_or_already_rendered(tmp_path: Path) -> No
     raw.write_text('{"word": "a", "answer": "yes"}\n')
     rendered.write_text('{"prompt": "Say a:", "completion": "yes"}\n')
     assert read_questions(raw, prompt, completion) == read_questions(rendered, prompt, completion)
+
+
+def test_questions_without_the_templates_columns_are_told_with_what_the_hub_can_do(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text('{"text": "a", "answer": "yes"}\n')
+    with pytest.raises(DataProblem) as problem:
+        read_questions(tmp_path / "d.jsonl", TextTemplate("Say {word}:"), TextTemplate("{answer}"))
+    assert str(problem.value) == (
+        f"{tmp_path / 'd.jsonl'}:1: no column 'word'; there are answer, text; rename one in the file, use another in "
+        "[task] prompt and completion, or write rows with the columns prompt and completion"
+    )
 
 
 def test_shots_are_other_rows_with_their_answers_drawn_by_seed_and_row(tmp_path: Path) -> None:

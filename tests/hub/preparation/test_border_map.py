@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fedsoda_hub.preparation.self_generated as self_generated
-from fedsoda_edge.data.local_data import Sample, SampleTokenizer
+from fedsoda_edge.data.samples import Sample, SampleTokenizer
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model import delta, lora
 from fedsoda_edge.model.border import apply_map, border_states
@@ -239,8 +239,12 @@ def test_too_few_prompts_are_refused(tmp_path: Path, tiny_llama: Path, rows: int
 def test_prompts_without_the_column_are_refused(tmp_path: Path, tiny_llama: Path) -> None:
     (tmp_path / "other.jsonl").write_text('{"text": "cat"}\n' * 60)
     settings = make_run(tmp_path, tiny_llama, public={"like_task": "other.jsonl"}, align={"border_map": "ridge"})
-    with pytest.raises(UsageProblem, match="word"):
+    with pytest.raises(UsageProblem) as problem:
         Preparation(settings)
+    assert str(problem.value) == (
+        f"[public] like_task: {tmp_path / 'other.jsonl'}:1: no column 'word'; there are text; "
+        "name rows with the columns of [task] prompt"
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,8 @@ from safetensors.torch import load, load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from fedsoda_edge.device.fit import Limits, read_device
+from fedsoda_edge.device.facts import read_device
+from fedsoda_edge.device.fit import Limits
 from fedsoda_edge.errors import DeviceTooSmall, UsageProblem
 from fedsoda_edge.join import size_class
 from fedsoda_edge.model import delta, lora

@@ -14,7 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fedsoda_edge.data.local_data import LocalData
-from fedsoda_edge.device.fit import Limits, read_device
+from fedsoda_edge.device.facts import read_device
+from fedsoda_edge.device.fit import Limits
 from fedsoda_edge.edge import Edge
 from fedsoda_edge.errors import DeviceTooSmall, UsageProblem
 from fedsoda_edge.join import size_class

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from fedsoda_edge.data.local_data import SampleTokenizer
+from fedsoda_edge.data.samples import SampleTokenizer
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.worker.border_cache import CachedStates, CacheSettings
 from fedsoda_hub.evaluation.evaluator import read_questions

@@ -1,0 +1,113 @@
+"""The options of fedsoda-edge, in the panels of `--help`. Defaults stand with the commands that have them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+# Panels of `--help`. What most joins need stands above them, in the panel that has no name of its own.
+WHAT, DATA, LIMITS, PAUSES, OUTPUT = "What to join", "Data", "Limits", "Pauses", "Output"
+
+Url = Annotated[
+    str,
+    typer.Argument(help="the hub, such as https://hub.example.org or http://10.0.0.5:8470", rich_help_panel=WHAT),
+]
+TokenFile = Annotated[
+    str | None,
+    typer.Option("--token-file", envvar="FEDSODA_TOKEN_FILE", help="file with the token; - reads it from stdin"),
+]
+Json = Annotated[
+    bool,
+    typer.Option("--json", envvar="FEDSODA_JSON", help="print one JSON object on stdout", rich_help_panel=OUTPUT),
+]
+JsonLines = Annotated[
+    bool,
+    typer.Option(
+        "--jsonl", envvar="FEDSODA_JSONL", help="print one JSON event a line on stdout", rich_help_panel=OUTPUT
+    ),
+]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column", envvar="FEDSODA_COLUMN", help="NAME=COLUMN: a name in the run's template, and your column for it"
+    ),
+]
+Device = Annotated[str, typer.Option(envvar="FEDSODA_DEVICE", help="where to train: auto, cpu, cuda or cuda:N")]
+MaxRam = Annotated[
+    str | None,
+    typer.Option(
+        envvar="FEDSODA_MAX_RAM",
+        help="memory that training may take, such as 6GB; exit 4 where it needs more",
+        rich_help_panel=LIMITS,
+    ),
+]
+MaxVram = Annotated[
+    str | None,
+    typer.Option(envvar="FEDSODA_MAX_VRAM", help="GPU memory that training may take", rich_help_panel=LIMITS),
+]
+Debug = Annotated[
+    bool,
+    typer.Option(
+        "--debug",
+        envvar="FEDSODA_DEBUG",
+        help="log what happens on stderr, and add the traceback to an error",
+        rich_help_panel=OUTPUT,
+    ),
+]
+
+# --- of join alone -------------------------------------------------------------------------------------------
+
+Data = Annotated[
+    Path,
+    typer.Option("--data", envvar="FEDSODA_DATA", help="JSON Lines, JSON, Parquet or a saved dataset's directory"),
+]
+Unattended = Annotated[
+    bool, typer.Option(envvar="FEDSODA_UNATTENDED", help="keep trying until the hub answers, also at the start")
+]
+MaxDisk = Annotated[
+    str | None,
+    typer.Option(
+        envvar="FEDSODA_MAX_DISK",
+        help="disk for cached border states, such as 8GB; else what is free",
+        rich_help_panel=DATA,
+    ),
+]
+Cache = Annotated[
+    str,
+    typer.Option(
+        envvar="FEDSODA_CACHE", help="how border states are kept: bf16, or int8 in half the space", rich_help_panel=DATA
+    ),
+]
+CacheKey = Annotated[
+    str,
+    typer.Option(
+        envvar="FEDSODA_CACHE_KEY",
+        help="keep: the next join can read the cache; forget: nobody can",
+        rich_help_panel=DATA,
+    ),
+]
+MaxRounds = Annotated[
+    int,
+    typer.Option(
+        envvar="FEDSODA_MAX_ROUNDS",
+        min=0,
+        help="leave after this number of rounds; 0: stay to the end",
+        rich_help_panel=LIMITS,
+    ),
+]
+Threads = Annotated[
+    int,
+    typer.Option(
+        envvar="FEDSODA_THREADS", min=0, help="CPU threads for training; 0: torch's choice", rich_help_panel=LIMITS
+    ),
+]
+PauseOn = Annotated[
+    str | None,
+    typer.Option(
+        envvar="FEDSODA_PAUSE_ON",
+        help="pause without a request: battery, gpu-busy, hours=9-17 (local time), separated by commas",
+        rich_help_panel=PAUSES,
+    ),
+]

@@ -1,0 +1,122 @@
+"""Look at data before a run does: schema, samples as they are trained on, lengths, what truncation cuts, duplicates.
+
+`fedsoda-edge data check` shows it; nothing of it leaves the device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fedsoda_edge.data.formats import Row
+from fedsoda_edge.data.local_data import LocalData
+from fedsoda_edge.data.samples import Renderer, SampleTokenizer, nothing_left
+from fedsoda_edge.protocol.template import TextTemplate
+
+if TYPE_CHECKING:
+    from fedsoda_edge.data.chat import ChatTemplate
+
+SHOWN = 3  # samples
+BINS = 10  # bars of the histogram
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A sample as text."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class Bar:
+    """How many rows have at most `up_to` ids, and more than the bar before."""
+
+    up_to: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Ids of a sample before it is cut."""
+
+    min: int
+    median: int
+    p90: int
+    max: int
+    histogram: Sequence[Bar]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What the data is. Fields with None need a tokenizer.
+
+    columns: name -> Python type of its first value. duplicates: rows that repeat an earlier one's text.
+    skipped: rows without a completion id within max_length; truncated: rows that are cut, of the others.
+    """
+
+    rows: int
+    columns: Mapping[str, str]
+    samples: Sequence[Shown]
+    duplicates: int
+    lengths: Lengths | None = None
+    skipped: int | None = None
+    truncated: int | None = None
+
+
+def inspect(
+    data: LocalData,
+    prompt: TextTemplate,
+    completion: TextTemplate,
+    *,
+    tokenizer: SampleTokenizer | None = None,
+    max_length: int = 512,
+    chat: ChatTemplate | None = None,
+) -> Inspection:
+    """Read all rows as a run would. A conversation is shown through `chat`, else as its last two messages.
+
+    Raises:
+        DataProblem: as `LocalData.check`; or no row has a completion id within max_length.
+    """
+    rows = data.check(prompt, completion)
+    renderer = Renderer(prompt, completion, chat)
+    columns: dict[str, str] = {}
+    shown: list[Shown] = []
+    seen: set[str] = set()
+    for _, row in data.rows():
+        for name, value in row.items():
+            columns.setdefault(name, type(value).__name__)
+        texts = _texts(renderer, row)
+        if len(shown) < SHOWN:
+            is_whole = renderer.is_chat(row) and chat is not None
+            shown.append(Shown(texts[0], texts[1].removeprefix(texts[0]) if is_whole else texts[1]))
+        seen.add(hashlib.sha256(json.dumps(texts).encode()).hexdigest())
+    if tokenizer is None:
+        return Inspection(rows, columns, shown, rows - len(seen))
+    made = list(renderer.samples(data, tokenizer))
+    needed = [0 if sample is None else sample.start + 1 for sample in made]
+    skipped = sum(not 0 < n <= max_length for n in needed)
+    if skipped == rows:
+        raise nothing_left(data.path, needed, max_length)
+    ordered = sorted(0 if sample is None else len(sample.ids) for sample in made)
+    truncated = sum(n > max_length for n in ordered) - sum(n > max_length for n in needed)
+    return Inspection(rows, columns, shown, rows - len(seen), _lengths(ordered), skipped, truncated)
+
+
+def _texts(renderer: Renderer, row: Row) -> tuple[str, str]:
+    if renderer.is_chat(row) and renderer.chat is None:
+        *before, last = (message["content"] for message in row["messages"])
+        return "\n".join(before[-1:]), last
+    return renderer.texts(row)
+
+
+def _lengths(ordered: Sequence[int]) -> Lengths:
+    width = max(1, -(-ordered[-1] // BINS))
+    bars = [
+        Bar((at + 1) * width, sum(at * width < max(n, 1) <= (at + 1) * width for n in ordered))
+        for at in range(-(-ordered[-1] // width))
+    ]
+    return Lengths(ordered[0], ordered[len(ordered) // 2], ordered[(9 * len(ordered) - 1) // 10], ordered[-1], bars)

@@ -1,0 +1,178 @@
+"""Turn rows into samples: token ids with the place where the completion begins, as docs/methods.md (m8-sample) says.
+
+Token ids exist in the process that trains, and nowhere else. What a column is and whether it is there: `local_data.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedsoda_edge.data.formats import Row
+from fedsoda_edge.data.local_data import LocalData, is_chat
+from fedsoda_edge.errors import DataProblem
+from fedsoda_edge.protocol.template import TextTemplate
+
+if TYPE_CHECKING:
+    from fedsoda_edge.data.chat import ChatTemplate
+
+
+@dataclass(frozen=True)
+class Sample:
+    """ids: prompt, completion and eos. start: index of the first completion id."""
+
+    ids: tuple[int, ...]
+    start: int
+
+    @property
+    def num_supervised(self) -> int:
+        """The number of completion ids, eos among them."""
+        return len(self.ids) - self.start
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """What a file gave: samples in file order; rows without a completion id left are counted."""
+
+    samples: tuple[Sample, ...]
+    num_skipped: int
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of all ids and starts."""
+        return hashlib.sha256(json.dumps([[s.ids, s.start] for s in self.samples]).encode()).hexdigest()
+
+
+def join_text(prompt: str, completion: str) -> str:
+    """Put one space between them, unless either side has white space of its own there, or is empty."""
+    bare = prompt and completion and not prompt[-1].isspace() and not completion[0].isspace()
+    return prompt + (" " if bare else "") + completion
+
+
+class SampleTokenizer:
+    """A model's own tokenizer.json, which makes samples of text."""
+
+    def __init__(self, tokenizer_json: Path, eos_id: int | Sequence[int] | None) -> None:
+        from tokenizers import Tokenizer
+
+        self._tokenizer = Tokenizer.from_file(str(tokenizer_json))
+        self._tokenizer.no_truncation()  # tokenizer.json may carry the settings of whoever saved it
+        self._tokenizer.no_padding()
+        # Some configs list every id that may end a generation; a sample ends with the first.
+        self._eos = [] if eos_id is None else [eos_id] if isinstance(eos_id, int) else list(eos_id[:1])
+
+    def encode(self, text: str) -> list[int]:
+        """Tokenize text, with the special tokens that the model's own tokenizer adds."""
+        return list(self._tokenizer.encode(text).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Write ids as text, without special tokens."""
+        return str(self._tokenizer.decode(list(ids)))
+
+    def sample(self, prompt: str, completion: str, max_length: int | None = None) -> Sample | None:
+        """Make a sample, cut on the right; None when no completion id is left within max_length."""
+        return _sample(self.encode(prompt), self.encode(join_text(prompt, completion)) + self._eos, max_length)
+
+    def chat_sample(self, prompt: str, whole: str, max_length: int | None = None) -> Sample | None:
+        """Make a sample of a conversation without and with its last message, as a chat template wrote both.
+
+        Templates write special tokens themselves, so none are added; eos only where the template writes none.
+        """
+        alone, ids = (list(self._tokenizer.encode(text, add_special_tokens=False).ids) for text in (prompt, whole))
+        is_ended = bool(self._eos) and self._eos[0] in ids[len(alone) :]
+        return _sample(alone, ids if is_ended else ids + self._eos, max_length)
+
+
+def _sample(alone: Sequence[int], whole: Sequence[int], max_length: int | None) -> Sample | None:
+    """Begin the completion at the first id that differs from those of the prompt alone."""
+    start = 0
+    while start < min(len(alone), len(whole)) and alone[start] == whole[start]:
+        start += 1
+    ids = whole[:max_length]
+    return Sample(tuple(ids), start) if start < len(ids) else None
+
+
+@dataclass(frozen=True)
+class Renderer:
+    """How a row becomes text and a sample: by the templates, a conversation by the model's own chat template."""
+
+    prompt: TextTemplate
+    completion: TextTemplate
+    chat: ChatTemplate | None = None
+
+    def texts(self, row: Row) -> tuple[str, str]:
+        """Write (prompt, completion); of a conversation (what the assistant answers to, the whole).
+
+        Raises:
+            DataProblem: a conversation, and the model has no chat template or it refuses.
+        """
+        if not self.is_chat(row):
+            return self.prompt.render(row), self.completion.render(row)
+        if self.chat is None:
+            raise DataProblem(
+                "a conversation, and this model has no chat template; write rows with prompt and completion"
+            )
+        messages = row["messages"]
+        return (
+            self.chat.render(messages[:-1], add_generation_prompt=True),
+            self.chat.render(messages, add_generation_prompt=False),
+        )
+
+    def is_chat(self, row: Row) -> bool:
+        """Tell whether the row is a conversation."""
+        return is_chat(row, (*self.prompt.columns, *self.completion.columns))
+
+    def samples(self, data: LocalData, tokenizer: SampleTokenizer) -> Iterator[Sample | None]:
+        """Yield each row's sample, uncut; None where its completion is empty. Errors name the line."""
+        for line, row in data.rows():
+            try:
+                texts = self.texts(row)
+            except DataProblem as error:
+                raise DataProblem(f"{data.path}:{line}: {error}") from error
+            yield tokenizer.chat_sample(*texts) if self.is_chat(row) else tokenizer.sample(*texts)
+
+
+def read_samples(
+    data: LocalData,
+    prompt: TextTemplate,
+    completion: TextTemplate,
+    tokenizer: SampleTokenizer,
+    max_length: int,
+    chat: ChatTemplate | None = None,
+) -> SampleSet:
+    """Read all rows as samples; conversations through `chat`, the model's own template.
+
+    Raises:
+        DataProblem: no sample has a completion id left; names the max_length that keeps 90 % of them.
+    """
+    samples: list[Sample] = []
+    needed: list[int] = []
+    for made in Renderer(prompt, completion, chat).samples(data, tokenizer):
+        if made is None:
+            needed.append(0)
+            continue
+        needed.append(made.start + 1)
+        if made.start < max_length:
+            samples.append(Sample(made.ids[:max_length], made.start))
+    if not samples:
+        raise nothing_left(data.path, needed, max_length)
+    return SampleSet(tuple(samples), len(needed) - len(samples))
+
+
+def nothing_left(path: Path, needed: Sequence[int], max_length: int) -> DataProblem:
+    """Say that every completion is cut away, and which max_length keeps most of them.
+
+    Args:
+        needed: ids up to the first completion id of each row; 0 where its completion is empty.
+    """
+    enough = sorted(n for n in needed if n)
+    advice = (
+        f"max_length = {enough[(9 * len(enough) - 1) // 10]} keeps 90 % of them"
+        if enough
+        else "every completion is empty"
+    )
+    return DataProblem(f"none of the {len(needed)} rows of {path} has a completion within {max_length} ids; {advice}")

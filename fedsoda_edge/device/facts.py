@@ -1,0 +1,52 @@
+"""Read what this device has free now: memory, disk, GPU. What fits into it is decided in `fit.py`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import psutil
+
+from fedsoda_edge.protocol.messages import DeviceFacts
+
+
+def read_device(home: Path) -> DeviceFacts:
+    """Read what is free: RAM and disk through psutil, VRAM through NVML, so that no CUDA context is made in the agent.
+
+    Args:
+        home: the FEDSODA_HOME that bundle and border states go to; it need not exist yet.
+    """
+    name, vram = _free_vram()
+    existing = home
+    while not existing.exists():
+        existing = existing.parent
+    return DeviceFacts(
+        ram_bytes=psutil.virtual_memory().available,
+        vram_bytes=vram,
+        disk_bytes=shutil.disk_usage(existing).free,
+        threads=psutil.cpu_count(logical=False) or os.cpu_count() or 1,
+        accelerator=name,
+    )
+
+
+def _free_vram() -> tuple[str, int]:
+    """Find the NVIDIA GPU with the most free memory: (name, free bytes); ("", 0) without one."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return "", 0
+    try:
+        found = []
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            name = pynvml.nvmlDeviceGetName(handle)
+            found.append((int(pynvml.nvmlDeviceGetMemoryInfo(handle).free), str(name)))
+        free, name = max(found, default=(0, ""))
+        return name, free
+    except pynvml.NVMLError:
+        return "", 0
+    finally:
+        pynvml.nvmlShutdown()
