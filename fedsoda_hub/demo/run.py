@@ -17,12 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.ports.child import Child
 from fedsoda_edge.ports.console import note
+from fedsoda_edge.protocol import commands as cmd
 from fedsoda_edge.protocol.manifest import parse_manifest
+from fedsoda_edge.protocol.messages import Digest
 from fedsoda_edge.protocol.needs import Samples, plans, shape_of
 from fedsoda_edge.protocol.template import TextTemplate
 from fedsoda_edge.units import counted
@@ -196,49 +196,48 @@ async def _alone(directory: Path, office: str, rounds: int, seed: int) -> Path:
     worker = Child("fedsoda_edge.worker", {"FEDSODA_THREADS": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
     try:
         opened = await worker.call(
-            "open",
-            {
-                "store": str(directory / "homes" / office / "store"),
-                "manifest": _sha256(bundle / "manifest.json"),
-                "data": str(directory / f"{office}.jsonl"),
-                "columns": {},
-                "prompt": task.PROMPT,
-                "completion": task.COMPLETION,
-                "max_length": MAX_LENGTH,
-            },
+            cmd.Open(
+                store=str(directory / "homes" / office / "store"),
+                manifest=Digest(_sha256(bundle / "manifest.json")),
+                rows=cmd.Rows(
+                    path=str(directory / f"{office}.jsonl"),
+                    columns={},
+                    prompt=task.PROMPT,
+                    completion=task.COMPLETION,
+                ),
+                max_length=MAX_LENGTH,
+            )
         )
-        longest = Samples(BATCH, opened["longest_ids"], opened["longest_labels"], opened["num_examples"])
+        longest = Samples(BATCH, opened.longest_ids, opened.longest_labels, opened.num_examples)
         shape = shape_of(parse_manifest((bundle / "manifest.json").read_bytes()))
         memory = next(plans(shape, "cpu", longest))  # the quickest: the model is small
-        cache = {"directory": str(work / "border"), "key": os.urandom(32).hex(), "dtype": "bf16", "max_bytes": None}
-        await worker.call(
-            "border",
-            {"emulator": None, "cache": cache, "memory": msgspec.to_builtins(memory), "room": sys.maxsize},
-        )
+        cache = cmd.BorderCache(directory=str(work / "border"), key=os.urandom(32).hex(), dtype="bf16", max_bytes=None)
+        await worker.call(cmd.Sweep(emulator=None, cache=cache, memory=memory, room=sys.maxsize))
         view: Path | None = None
         residual: Path | None = None
+        codec = settings.wire.codec
         for number in range(1, rounds + 1):
             update, left = work / "update", work / f"residual.{number}"
+            held = None if view is None else str(view)
             await worker.call(
-                "train",
-                {
-                    "view": None if view is None else str(view),
-                    "settings": msgspec.to_builtins(settings.local.message()),
-                    "seed": seed,
-                    "round": number,
-                    "edge": office,
-                    "codec": settings.wire.codec,
-                    "trains": "both",
-                    "residual": None if residual is None else str(residual),
-                    "update": str(update),
-                    "new_residual": str(left),
-                    "checkpoint": str(work / "checkpoint"),
-                },
+                cmd.Train(
+                    view=held,
+                    settings=settings.local.message(),
+                    seed=seed,
+                    round=number,
+                    edge=office,
+                    codec=codec,
+                    trains="both",
+                    residual=None if residual is None else str(residual),
+                    update=str(update),
+                    new_residual=str(left),
+                    checkpoint=str(work / "checkpoint"),
+                )
             )
             out = work / f"view.{number}"
-            step = {"which": "adapter", "delta": str(update), "moved": "both", "codec": settings.wire.codec}
-            held = None if view is None else str(view)
-            await worker.call("advance", {**step, "view": held, "out": str(out)})
+            await worker.call(
+                cmd.Advance(which="adapter", view=held, delta=str(update), moved="both", codec=codec, out=str(out))
+            )
             view, residual = out, left
         assert view is not None
         return view
