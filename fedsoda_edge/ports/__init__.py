@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Protocol
@@ -20,6 +21,10 @@ class Clock(Protocol):
         """Seconds since 1970, for people and for deadlines that outlive a process."""
         ...
 
+    async def sleep(self, seconds: float) -> None:
+        """Return after so many seconds of `monotonic`."""
+        ...
+
 
 class SystemClock:
     def monotonic(self) -> float:
@@ -27,6 +32,9 @@ class SystemClock:
 
     def wall(self) -> float:
         return time.time()
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
 
 
 class Disk(Protocol):
