@@ -13,9 +13,10 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.ports.child import Child
@@ -26,9 +27,12 @@ from fedsoda_edge.protocol.messages import Digest
 from fedsoda_edge.protocol.needs import Samples, plans, shape_of
 from fedsoda_edge.protocol.template import TextTemplate
 from fedsoda_edge.units import counted
+from fedsoda_hub import events as told
 from fedsoda_hub.cli.display import Display
 from fedsoda_hub.demo import task
-from fedsoda_hub.local.processes import federate
+from fedsoda_hub.events import Say
+from fedsoda_hub.local.processes import EdgeSay, federate
+from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.settings.run import read_settings
 
 HERE = Path(__file__).resolve().parent
@@ -36,8 +40,6 @@ MODEL = HERE / "model"
 STEPS, BATCH, LEARNING_RATE, MAX_LENGTH = 40, 8, 2e-3, 96
 SEQUENCES, LENGTH = 96, 128
 MARK = ".fedsoda-demo"
-
-Say = Callable[[dict[str, Any]], None]
 
 
 def write_run(directory: Path, rounds: int, seed: int) -> Path:
@@ -124,7 +126,7 @@ async def run_demo(directory: Path, *, rounds: int, seed: int) -> dict[str, Any]
     )
     with Display(jsonl=False) as display:
         prepared, ended, peaks = await _federate(directory, run_file, display.say)
-        display.say({"event": "progress", "stage": "training each edge alone", "done": 0, "total": len(task.OFFICES)})
+        display.say(_progress("training each edge alone", 0, len(task.OFFICES)))
         alone = await _train_alone(directory, rounds, seed, display.say)
         export_to = directory / "export"
         report = _judge(directory, run_file, export_to, alone, display.say)
@@ -147,14 +149,14 @@ async def run_demo(directory: Path, *, rounds: int, seed: int) -> dict[str, Any]
 
 async def _federate(directory: Path, run_file: Path, say: Say) -> tuple[float, float, dict[str, int]]:
     """Hub and edges to the end of the run; when it was prepared, when it ended, peak memory of the edges."""
-    times: dict[str, float] = {}
+    times: dict[type[told.Told], float] = {}
     last: dict[str, dict[str, Any]] = {}
 
-    def heard(event: dict[str, Any]) -> None:
-        times[event["event"]] = time.monotonic()
+    def heard(event: told.Told) -> None:
+        times[type(event)] = time.monotonic()
         say(event)
 
-    def keep_last(office: str) -> Say:
+    def keep_last(office: str) -> EdgeSay:
         return lambda event: last.update({office: event})
 
     await federate(
@@ -170,7 +172,7 @@ async def _federate(directory: Path, run_file: Path, say: Say) -> tuple[float, f
         "edge_peak_rss_bytes": max(one["worker_peak_rss_bytes"] for one in last.values()),
         "agent_peak_rss_bytes": max(one["agent_peak_rss_bytes"] for one in last.values()),
     }
-    return times["listening"], times["run_ended"], peaks
+    return times[told.Listening], times[told.RunEnded], peaks
 
 
 async def _train_alone(directory: Path, rounds: int, seed: int, say: Say) -> dict[str, Path]:
@@ -181,7 +183,7 @@ async def _train_alone(directory: Path, rounds: int, seed: int, say: Say) -> dic
         nonlocal done
         trained = await _alone(directory, office, rounds, seed)
         done += 1
-        say({"event": "progress", "stage": "training each edge alone", "done": done, "total": len(task.OFFICES)})
+        say(_progress("training each edge alone", done, len(task.OFFICES)))
         return trained
 
     paths = await asyncio.gather(*(one(office.name) for office in task.OFFICES))
@@ -190,7 +192,7 @@ async def _train_alone(directory: Path, rounds: int, seed: int, say: Say) -> dic
 
 async def _alone(directory: Path, office: str, rounds: int, seed: int) -> Path:
     settings = read_settings(directory / "run.toml")
-    bundle = settings.run_dir / "bundle"
+    bundle = RunDirectory(settings.run_dir).bundle
     work = directory / "alone" / office
     work.mkdir(parents=True)
     worker = Child("fedsoda_edge.worker", {"FEDSODA_THREADS": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
@@ -245,6 +247,10 @@ async def _alone(directory: Path, office: str, rounds: int, seed: int) -> Path:
         await worker.close()
 
 
+def _progress(stage: str, done: int, total: int) -> told.StageProgress:
+    return told.StageProgress(job="demo", stage=stage, done=done, total=total)
+
+
 def _sha256(path: Path) -> str:
     from fedsoda_edge.ports.disk import sha256_file
 
@@ -260,13 +266,14 @@ def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Pa
     from fedsoda_hub.evaluation.evaluator import Evaluator, Judged, read_questions
     from fedsoda_hub.evaluation.export import export
     from fedsoda_hub.report.page import write_report
-    from fedsoda_hub.run.ledger import Ledger
-    from fedsoda_hub.serving.daemon import run_status
+    from fedsoda_hub.run.ledger import opened
+    from fedsoda_hub.run.status import run_status
 
     settings = read_settings(run_file)
     export(settings, export_to)
     written = write_report(settings, directory / "report")
-    bundle_dir = settings.run_dir / "bundle"
+    run_directory = RunDirectory(settings.run_dir)
+    bundle_dir = run_directory.bundle
     bundle = Bundle.open(bundle_dir)
     spec, plan = bundle.manifest.lora, bundle.plan
     source = Checkpoint.open(str(MODEL))
@@ -274,7 +281,7 @@ def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Pa
     evaluator = Evaluator(
         read_questions(settings.eval_data, settings.prompt, settings.completion),
         SampleTokenizer(MODEL / "tokenizer.json", source.fields.get("eos_token_id")),
-        report=lambda done, total: say({"event": "progress", "stage": "evaluating", "done": done, "total": total}),
+        report=lambda done, total: say(_progress("evaluating", done, total)),
     )
     none: dict[str, Any] = {}
     accuracies = {}
@@ -282,10 +289,9 @@ def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Pa
         trained = delta.from_bytes(path.read_bytes(), spec.adapter)
         model = Judged(source, range(plan.border), range(plan.border, plan.num_layers), spec, none, trained)
         accuracies[office] = evaluator.accuracy(evaluator.answers(model))
-    ledger = Ledger(settings.run_dir / "ledger.sqlite")
-    state = ledger.replay()
-    status = run_status(settings, ledger, state)
-    ledger.close()
+    with opened(run_directory) as ledger:
+        state = ledger.replay()
+        status = run_status(settings.name, settings.rounds.count, ledger, state)
 
     assert state.evaluation is not None, "the run has evaluation data"
 
@@ -306,7 +312,7 @@ def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Pa
         "bytes": {
             "bundle": sum(file.bytes for file in bundle.manifest.files),
             "full_model": (MODEL / "model.safetensors").stat().st_size,
-            **status["bytes"],
+            **msgspec.structs.asdict(status.bytes),
         },
         "bits_per_parameter": bundle.manifest.bits_per_parameter,
         "lora_parameters": {"adapter": count(spec.adapter), "emulator": count(spec.emulator)},

@@ -203,3 +203,9 @@ class Evaluate(Call[EvaluateResult, Progress], frozen=True, tag="evaluate"):
 
 
 Job = Prepare | Aggregate | Probe | Realign | Reprune | Evaluate
+JobResult = PrepareResult | AggregateResult | ProbeResult | RealignResult | RepruneResult | EvaluateResult
+
+
+def name_of(job: Job) -> str:
+    """Return the job's name as people read it: prepare, aggregate, ..."""
+    return str(type(job).__struct_config__.tag)

@@ -25,7 +25,7 @@ from fedsoda_edge.protocol.template import TextTemplate
 from fedsoda_hub.algorithms.methods.by_name import METHODS, method_of
 from fedsoda_hub.algorithms.methods.fedpruner import NEVER_DRAWN
 from fedsoda_hub.algorithms.methods.interface import FederatedMethod
-from fedsoda_hub.federation.rounds import AUTO, AUTO_ROUNDS
+from fedsoda_hub.federation.schedule import AUTO, AUTO_ROUNDS
 
 EMULATORS = ("sub", "full")
 GROUPINGS = ("contiguous", "spectral")

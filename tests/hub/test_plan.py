@@ -15,7 +15,7 @@ from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model import delta
 from fedsoda_edge.model.bundle import Bundle, BundleSettings, shard_sizes
 from fedsoda_edge.protocol.coded import CODECS, safetensors_bytes
-from fedsoda_hub.cli.display import plan_table
+from fedsoda_hub.cli.tables import plan_table
 from fedsoda_hub.plan import Rates, plan_report
 from fedsoda_hub.settings.run import RunSettings, settings_for_plan
 from tests.edge.model.test_bundle import random_lora, write
