@@ -410,7 +410,7 @@ def test_a_compute_child_that_cannot_start_is_one_sentence_and_its_last_words_wi
     """Here torch is what cannot be imported."""
     ended = hub(run_file, "serve", "RUN", "--json", "--debug")
     assert (ended.returncode, the_object(ended)["error"]) == (1, "WorkerFailed")
-    assert "ended with status 1 during 'open'" in ended.stderr
+    assert "ended with status 1 during OpenRun" in ended.stderr
     assert "ImportError: torch was loaded" in ended.stderr
 
 

@@ -224,12 +224,12 @@ def test_a_hub_that_stops_in_the_middle_has_the_moments_of_the_one_that_was_not(
 
 
 def test_a_ledger_from_before_there_were_moments_is_read(tmp_path: Path) -> None:
-    """And so is a snapshot of its state."""
     ledger = Ledger(tmp_path / "ledger.sqlite")
     opened = {"record": "round_opened", "round": 1, "cohort": ["a"], "view": "v", "alignment": 0, "deadline_at": 1.0}
     accepted = {"record": "update_accepted", "round": 1, "edge": "a", "digest": "u", "num_examples": 1, "loss": 0.5}
     old = {"record": "round_closed", "round": 1, "master": "w", "view": "v", "delta": "d"}
-    for record in (opened, accepted, old):
+    prepared = {"record": "prepared", "manifest": "m", "adapter_view": "v", "emulator_view": "e", "public_kl": {}}
+    for record in (prepared, opened, accepted, old):
         ledger.database.write("INSERT INTO log (record) VALUES (?)", (msgspec.json.encode(record),))
     state = ledger.replay()
     assert (state.master, state.moments, state.cross_terms) == ("w", None, {})
