@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 from enum import StrEnum
 from pathlib import Path
@@ -188,7 +187,6 @@ def serve(
         from fedsoda_hub.serving.daemon import Daemon
         from fedsoda_hub.settings.run import effective, read_settings
 
-        _log_if_asked(debug)
         settings = read_settings(run)
         with Display(jsonl, is_detailed=debug) as display:
             daemon = Daemon.open(settings, display.say)
@@ -251,13 +249,6 @@ def token_revoke(
             ledger.tokens.revoke(name)
         note(f"revoked the token of {name}")
         finish({"status": "ok", "edge": name}, as_json, False)
-
-
-def _log_if_asked(debug: bool) -> None:
-    """Log frames and decisions to stderr."""
-    if debug or os.environ.get("FEDSODA_LOG") == "debug":
-        logging.basicConfig(format="%(asctime)s %(name)s %(message)s")
-        logging.getLogger("fedsoda_hub").setLevel(logging.DEBUG)
 
 
 def _ledger(run: Path) -> Ledger:

@@ -28,28 +28,22 @@ from fedsoda_edge.model.bundle import Bundle, write_durably_json
 from fedsoda_edge.ports.console import Terminated
 from fedsoda_edge.ports.disk import sha256_file, write_durably
 from fedsoda_edge.ports.system import on_signal_in
-from fedsoda_edge.protocol.manifest import LayerPlan, LoRASpec
+from fedsoda_edge.protocol.manifest import LayerPlan
 from fedsoda_hub import events as told
 from fedsoda_hub.compare.central import train_central
 from fedsoda_hub.compare.pictures import write_pages
+from fedsoda_hub.compare.results import Result, Results, answered_by, share
 from fedsoda_hub.compare.settings import Cell, Comparison
 from fedsoda_hub.compare.splits import choose, deal
 from fedsoda_hub.compare.summary import summarise
-from fedsoda_hub.evaluation.evaluator import Evaluator, Judged
-from fedsoda_hub.evaluation.export import RunJudge
 from fedsoda_hub.events import Say
-from fedsoda_hub.federation.records import Prepared, RoundClosed
 from fedsoda_hub.local import in_process, processes
-from fedsoda_hub.plan import predict
 from fedsoda_hub.preparation.full_llm import open_full_llm
 from fedsoda_hub.preparation.prepare import Preparation, made_of
 from fedsoda_hub.run.directory import RunDirectory
-from fedsoda_hub.run.ledger import opened
 from fedsoda_hub.settings.run import RunSettings, write_toml
 
-Result = dict[str, Any]
 T = TypeVar("T")
-MAX_LOSS = 1e4  # nats; of a model that says no number
 
 
 class Stopped(Exception):
@@ -80,7 +74,7 @@ class _Run:
     def __init__(self, comparison: Comparison, out: Path, transport: str, say: Say) -> None:
         self.comparison, self.transport, self.out, self._say = comparison, transport, out.resolve(), say
         self._stop: asyncio.Future[str]
-        self._judges: dict[str, RunJudge] = {}
+        self._results = Results(comparison, self.out, self._alive)
         self._revisions: dict[str, str] = {}
         self._done = self._total = 0
         self._what = self.signal = ""
@@ -233,7 +227,7 @@ class _Run:
             await self._federate(settings, names)
             if self._stop.done():
                 raise Stopped
-            result = await self._in_thread(lambda: self._result(cell, settings))
+            result = await self._in_thread(lambda: self._results.of_cell(cell, settings))
             write_durably_json(done, {"fingerprint": fingerprint, **result})
             shutil.rmtree(directory / "homes", ignore_errors=True)  # a bundle and border states of each edge
             accuracy, seconds = result["rounds"][-1]["accuracy"], time.monotonic() - started
@@ -310,81 +304,6 @@ class _Run:
                 given = {name: os.environ[name] for name in ("FEDSODA_THREADS",) if name in os.environ}
                 await processes.federate(settings, edges, homes, self._stop, heard, log_of, given, given)
 
-    # --- what came of it -----------------------------------------------------------------------------------------
-
-    def _result(self, cell: Cell, settings: RunSettings) -> Result:
-        with opened(RunDirectory(settings.run_dir)) as ledger:
-            records, traffic, state = ledger.records(), ledger.traffic(), ledger.replay()
-        largest = state.largest
-        closed = [record for record in records if isinstance(record, RoundClosed)]
-        judge, every = self._judge(settings), self.comparison.compare.eval_every
-        rounds: list[Result] = []
-        for record in closed:
-            is_last = record.round == settings.rounds.count
-            answered: Result | None = None
-            if is_last or (every and record.round % every == 0 and cell.alone is None):
-                self._alive()
-                models = judge.models(record.master, largest.emulator.digest, largest.manifest)
-                answered = _answered(judge.evaluator, models["plug_in"])
-            sizes = [(up, down) for _, number, up, down in traffic if number == record.round]
-            rounds.append(
-                {
-                    "round": record.round,
-                    "master": record.master,
-                    "accuracy": None if answered is None else _share(answered),
-                    "bytes_up": sum(up for up, _ in sizes),
-                    "bytes_down": sum(down for _, down in sizes),
-                }
-            )
-        result: Result = {
-            "cell": str(cell),
-            "edges": settings.rounds.min_edges,
-            "rounds": rounds,
-            "answered": {"plug_in": answered},
-        }
-        if cell.alone is None:
-            result["answered"]["sub_llm"] = _answered(judge.evaluator, models["sub_llm"])
-            result["public_kl"] = next(record.public_kl for record in records if isinstance(record, Prepared))
-            result["costs"] = self._costs(settings)
-        judge.forget(models)
-        return result
-
-    def _judge(self, settings: RunSettings) -> RunJudge:
-        """Questions and the full model's border states are shared by all cells that ask alike."""
-        seed = settings.seed if settings.task.shots else 0
-        about = [settings.model, settings.dtype, settings.device, msgspec.to_builtins(settings.task), seed]
-        key = json.dumps(about)
-        if key not in self._judges:
-            self._judges[key] = RunJudge(settings, self.out / "eval.jsonl", self._alive)
-        return self._judges[key].of(settings.run_dir)
-
-    def _costs(self, settings: RunSettings) -> Result:
-        """What an edge pays: of the bundle, by the formulas of `plan`, and as it was seen."""
-        bundle, source = Bundle.open(RunDirectory(settings.run_dir).bundle), open_full_llm(settings)
-        dtype = str(source.dtype).removeprefix("torch.")
-        plan = predict(source.family, source.fields, dtype, bundle.plan, settings)
-        trained: dict[tuple[str, int], Result] = {}
-        planned, measured = [], []
-        for path in sorted((settings.directory / "events").iterdir()):
-            for event in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-                if event.get("event") == "trained":
-                    trained[path.stem, event["round"]] = event
-                elif event.get("event") == "memory":
-                    planned.append(next(part["bytes"] for part in event["parts"] if part["part"] == "peak"))
-                elif event.get("worker_peak_rss_bytes"):
-                    measured.append(event["worker_peak_rss_bytes"])
-        flop = plan["ours"]["gflop_per_token"]
-        tokens = _mean([event["num_tokens"] for event in trained.values()])
-        return {
-            "trainable": _count(bundle.manifest.lora),
-            "parameters_per_round": plan["paper"]["parameters_per_round"],
-            "model_bytes": sum(file.bytes for file in bundle.manifest.files),
-            "edge_memory_bytes": max(planned),
-            "edge_peak_rss_bytes": max(measured, default=None),
-            "gflop_per_edge_round": flop["cached"] * tokens,
-            "seconds_per_edge_round": _mean([event["seconds"] for event in trained.values()]),
-        }
-
     # --- what is not federated -------------------------------------------------------------------------------------
 
     async def _untouched(self) -> Result:
@@ -393,8 +312,8 @@ class _Run:
 
         def judged() -> Result:
             Preparation(settings, self._alive).run()
-            judge = self._judge(settings)
-            return {"answered": _answered(judge.evaluator, judge.judged({}, {})["full"])}
+            judge = self._results.judge(settings)
+            return {"answered": answered_by(judge.evaluator, judge.judged({}, {})["full"])}
 
         return await self._once("untouched", self._fingerprint(settings, {}), judged)
 
@@ -414,12 +333,12 @@ class _Run:
             data = self.out / "judged" / "central.jsonl"
             _write_rows(data, [self._rows[row] for row in rows])
             trained = train_central(prepared, data, [len(part) for part in parts], rates, said)
-            judge = self._judge(prepared)
+            judge = self._results.judge(prepared)
             answered = {
-                rate: _answered(judge.evaluator, judge.judged(adapter, {})["plug_in"])
+                rate: answered_by(judge.evaluator, judge.judged(adapter, {})["plug_in"])
                 for rate, adapter in trained.items()
             }
-            best = max(rates, key=lambda rate: _share(answered[rate]))
+            best = max(rates, key=lambda rate: share(answered[rate]))
             return {"answered": answered[best], "learning_rate": best}
 
         about = json.dumps([list(rates), sorted(map(len, parts))])
@@ -460,26 +379,3 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
-
-
-def _answered(evaluator: Evaluator, model: Judged) -> Result:
-    """right: a 1 or 0 for each question. losses: of each, as `Answers` has them; JSON has no NaN."""
-    answers = evaluator.answers(model)
-    losses = answers.losses.nan_to_num(MAX_LOSS).clamp(max=MAX_LOSS)
-    return {
-        "right": "".join("01"[right] for right in evaluator.right(answers)),
-        "losses": [round(loss, 6) for loss in losses.tolist()],
-    }
-
-
-def _share(answered: Result) -> float:
-    right: str = answered["right"]
-    return right.count("1") / len(right)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _count(spec: LoRASpec) -> int:
-    return sum(one.shape[0] * one.shape[1] for one in spec.adapter)

@@ -80,10 +80,8 @@ class RunState(msgspec.Struct, forbid_unknown_fields=True):
     master: Digest = Digest("")
     moments: Digest | None = None  # of the hub's optimiser
     alignment: int = 0
-    realigned_for: int = 0
     repruned_for: int = 0
-    evaluation: dict[str, Any] | None = None
-    evaluated_round: int = 0
+    evaluated: rec.Evaluated | None = None  # the last
     losses: list[float] = []  # weighted mean of each closed round
     cross_terms: dict[int, float] = {}  # by round
     realignments: list[Realignment] = []
@@ -98,6 +96,21 @@ class RunState(msgspec.Struct, forbid_unknown_fields=True):
     def public_kl(self) -> dict[str, float]:
         """Public KL of the largest sub-LLM, nats, by stage of its preparation; empty before that."""
         return self.sub_llms[0].public_kl if self.sub_llms else {}
+
+    @property
+    def evaluation(self) -> dict[str, Any] | None:
+        """The last evaluation's figures; None before the first."""
+        return None if self.evaluated is None else self.evaluated.result
+
+    @property
+    def evaluated_round(self) -> int:
+        """The round after which the run was last judged; 0: none."""
+        return 0 if self.evaluated is None else self.evaluated.round
+
+    @property
+    def realigned_for(self) -> int:
+        """The round before whose training the emulators were last aligned; 0: they are as prepared."""
+        return self.realignments[-1].round if self.realignments else 0
 
     @property
     def aligned_kl(self) -> float:
@@ -162,7 +175,7 @@ class RunState(msgspec.Struct, forbid_unknown_fields=True):
                     self.cross_terms[record.round] = record.cross_term
                 self.phase = "idle"
             case rec.Realigned():
-                self.alignment, self.realigned_for = record.version, record.round
+                self.alignment = record.version
                 aligned: list[rec.Realigned | rec.RealignedClass] = [record, *record.smaller]
                 self.sub_llms = tuple(
                     replace(one, emulator=HeldView(made.view, made.delta))
@@ -179,7 +192,7 @@ class RunState(msgspec.Struct, forbid_unknown_fields=True):
             case rec.Probed():
                 self.probes.append(Probe(record.round, record.kl, record.cosine))
             case rec.Evaluated():
-                self.evaluation, self.evaluated_round = record.result, record.round
+                self.evaluated = record
             case rec.RunEnded():
                 self.phase = "ended"
 

@@ -16,7 +16,7 @@ from fedsoda_edge.errors import ProtocolViolation
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.codec import wire_bytes
 from fedsoda_edge.protocol.session import HubSession, Upload, chunks
-from fedsoda_edge.protocol.trace import line
+from fedsoda_edge.protocol.trace import line, went_wrong
 from fedsoda_hub.run.status import LiveStatus
 from fedsoda_hub.run.tokens import Token
 
@@ -135,7 +135,7 @@ class Connection:
                     self.up += wire_bytes(frame, masked=True)
                     await self._hear(frame)
             except ProtocolViolation as error:
-                _log.debug("! %s broke the rules", self.edge)
+                _log.debug(went_wrong(error))
                 self.send(ms.Refusal(reason=str(error), fatal=True))
             finally:
                 self._hub.guests.ended(self)
@@ -162,7 +162,7 @@ class Connection:
             async with asyncio.timeout(stall):
                 return await self._channel.receive_bytes()
         except TimeoutError:
-            _log.debug("! the upload of %s stalls", self.edge)
+            _log.debug("! upload stalls seconds=%g %s", stall, self.edge)
         except ConnectionError:
             pass
         return None

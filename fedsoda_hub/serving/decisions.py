@@ -11,7 +11,7 @@ from typing import Protocol
 from fedsoda_edge.errors import DiskFull
 from fedsoda_edge.ports import Clock
 from fedsoda_edge.protocol import messages as ms
-from fedsoda_edge.protocol.trace import line
+from fedsoda_edge.protocol.trace import changed
 from fedsoda_hub import events as told
 from fedsoda_hub.federation import events as ev
 from fedsoda_hub.federation import records as rec
@@ -116,7 +116,6 @@ class Decisions:
                     except DiskFull as error:
                         self._say_disk_full(error, cause)
                         return False
-                    self._machine.apply(record)
                     appended = True
                     self._recorded(record)
                 case ev.Send(edge, message):
@@ -128,12 +127,12 @@ class Decisions:
                 case ev.Compute(job):
                     self._jobs.start(job)
                 case ev.Waiting(why):
-                    _log.debug("= waiting: %s", why)
+                    _log.debug("= waiting")
                     self._say(told.Waiting(why=why))
                 case ev.Finish():
                     self.is_over.set()
-                case ev.Ignored(because):
-                    _log.debug("= ignored %s: %s", type(cause).__name__, because)
+                case ev.Ignored():
+                    _log.debug("= %s is ignored", type(cause).__name__)
         return appended
 
     def _offer(self, asked: ev.Offer) -> None:
@@ -149,9 +148,13 @@ class Decisions:
         self._report_after(DISK_RETRY_SECONDS, cause if isinstance(cause, ev.JobDone) else Settle())
 
     def _recorded(self, record: rec.AnyRecord) -> None:
-        """Act on what became a fact, and tell it."""
-        _log.debug(line("=", record))
+        """Fold in what became a fact, act on it, and tell it."""
         state = self._machine.state
+        before = state.phase
+        self._machine.apply(record)
+        _log.debug("= %s round=%d", type(record).__name__, state.round)
+        if state.phase != before:
+            _log.debug(changed("run", before, state.phase))
         self._shelf.follow([record])
         if isinstance(record, rec.RoundClosed):
             self._post.flush_traffic()

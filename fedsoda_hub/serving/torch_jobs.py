@@ -10,7 +10,7 @@ from typing import cast
 from fedsoda_edge.errors import WorkerFailed
 from fedsoda_edge.ports import TorchPort
 from fedsoda_edge.protocol.calls import Call
-from fedsoda_edge.protocol.trace import line
+from fedsoda_edge.protocol.trace import changed, went_wrong
 from fedsoda_hub import events as told
 from fedsoda_hub.federation import events as ev
 from fedsoda_hub.federation.jobs import Job, JobResult, Progress, name_of
@@ -48,9 +48,9 @@ class TorchJobs:
         self.opened.set()
         while True:
             job = await self._waiting.get()
-            _log.debug(line("=", job, "starts"))
+            _log.debug(changed(f"job {name_of(job)}", "waits", "runs"))
             result = await self._done(job)
-            _log.debug(line("=", job, "is done"))
+            _log.debug(changed(f"job {name_of(job)}", "runs", "done"))
             self._report(ev.JobDone(job, result))
 
     async def _open(self) -> None:
@@ -67,7 +67,7 @@ class TorchJobs:
                 return await self._port.call(call, lambda done: self._say(told.progress_told(name, done)))
             except WorkerFailed as error:
                 tries += 1
-                _log.debug(line("!", job, f"try {tries} failed"))
+                _log.debug(went_wrong(error))
                 self._say(told.ComputeFailed(job=name, message=str(error), details=error.details))
                 if tries == TRIES:
                     raise

@@ -115,8 +115,9 @@ def test_a_ledger_of_an_earlier_release_replays_with_and_without_its_snapshot(na
         old.execute("INSERT INTO snapshot VALUES (?, ?)", (told["snapshot"][0], told["snapshot"][1].encode()))
     ledger = Ledger(path)
     state, want = ledger.replay(), told["state"]
-    found = {key: value for key, value in msgspec.to_builtins(state, str_keys=True).items() if key in want}
-    assert found == {key: want[key] for key in found} | {"accepted": found["accepted"], "receipts": found["receipts"]}
+    alike = want.keys() - {"accepted", "receipts", "manifests", "adapters", "emulators", "own_views"}
+    found = {key: msgspec.to_builtins(getattr(state, key), str_keys=True) for key in alike}
+    assert found == {key: want[key] for key in alike}
     assert sorted(state.accepted) == want["accepted"]
     receipts = {edge: [one.round, one.digest, one.size_class] for edge, one in state.receipts.items()}
     assert receipts == want["receipts"]

@@ -1,0 +1,71 @@
+"""Send our loggers to stderr where a developer asks for it: `--debug`, or FEDSODA_LOG=debug.
+
+One logger a room, named after its package: `logging.getLogger("fedsoda_edge.join")`. Whoever uses the SDK sets them up
+as any other logger. What a line of a conversation looks like: `protocol/trace.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+
+from fedsoda_edge.errors import UsageProblem
+
+PACKAGES = ("fedsoda_edge", "fedsoda_hub")
+
+# What others write (an edge's reason, a model's answer) must not steer this terminal.
+_CONTROL = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+
+
+def printable(text: str) -> str:
+    """Replace control characters, which a terminal would obey; lines and tabs stay."""
+    return text.translate(_CONTROL)
+
+
+class _Stderr(logging.Handler):
+    """A plain line on what stderr is at that moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(logging.Formatter("%(asctime)s.%(msecs)03d %(name)s %(message)s", "%H:%M:%S"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the record."""
+        try:
+            print(printable(self.format(record)), file=sys.stderr, flush=True)
+        except Exception:
+            self.handleError(record)
+
+
+@contextlib.contextmanager
+def logs_shown(*, is_debug: bool) -> Iterator[None]:
+    """Show our loggers from debug on; those of libraries stay as they are, which is quiet.
+
+    Args:
+        is_debug: whether the command line asks; FEDSODA_LOG=debug asks too.
+
+    Raises:
+        UsageProblem: FEDSODA_LOG has another word.
+    """
+    wanted = os.environ.get("FEDSODA_LOG", "")
+    if wanted and wanted.lower() != "debug":
+        raise UsageProblem(f"FEDSODA_LOG {wanted!r} is not debug; set it to debug, or unset it")
+    if not (is_debug or wanted):
+        yield
+        return
+    handler, loggers = _Stderr(), [logging.getLogger(name) for name in PACKAGES]
+    before = [(logger.level, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.DEBUG)
+        logger.propagate = False  # a handler of the root would show each line a second time
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger, (level, propagate) in zip(loggers, before, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+            logger.propagate = propagate
