@@ -180,7 +180,7 @@ class Compute:
         return Digest(self.blobs.put(delta.to_bytes(tensors)))
 
     def _tensors(self, job: jobs.Probe) -> tuple[LoRATensors, LoRATensors]:
-        """The adapter's master and the largest sub-LLM's emulator view."""
+        """Read the adapter's master and the largest sub-LLM's emulator view."""
         spec = Bundle.open(self.directory.bundle).manifest.lora
         return (
             delta.from_bytes(self.blobs.get(job.master), spec.adapter),

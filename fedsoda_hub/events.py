@@ -298,7 +298,7 @@ class Probed(Fact, frozen=True, tag="probed"):
 
 class Evaluated(Fact, frozen=True, tag="evaluated"):
     round: Positive
-    result: dict[str, Any]
+    result: rec.Figures
 
 
 class RunEnded(Fact, frozen=True, tag="run_ended"):

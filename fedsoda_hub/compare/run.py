@@ -1,4 +1,4 @@
-"""Run the cells of a comparison, judge them, and go on where a call was stopped.
+"""Run the cells of a comparison, judge them, and continue where a call was stopped.
 
 Everything lies below one directory: `prepared/` (full LLM to bundle, once for all cells that share it), `memory/` or
 `network/` with a directory per cell, `judged/` for what is not federated. A result is kept with the fingerprint of the
@@ -51,7 +51,7 @@ class Stopped(Exception):
 
 
 def run_comparison(comparison: Comparison, out: Path, transport: str, say: Say) -> Result:
-    """Do what is not done; the report of `compare --json`, which is also written to `out`, with its pages and pictures.
+    """Do what is not done, and return the report of `compare --json`, which is also written to `out`, with its pages and pictures.
 
     Raises:
         KeyboardInterrupt, Terminated: SIGINT or SIGTERM came; what was done is kept. UsageProblem, DataProblem: rows and splits do not fit.
@@ -104,7 +104,7 @@ class _Run:
         return deal(split, chosen, self._values(split), edges=c.edges, least=c.least_rows, seed=seed)
 
     def _values(self, split: str) -> list[str]:
-        """Of each row what the split deals by."""
+        """Return what the split deals by, for each row."""
         if split == "files":
             return self._files
         column = split.removeprefix("users:") if split.startswith("users:") else self.comparison.compare.label
@@ -120,7 +120,7 @@ class _Run:
         return [str(row[column]) for row in self._rows]
 
     def dealt(self, split: str, seed: int) -> dict[str, Result]:
-        """Of each edge its number of rows, and how many of each label where there are few."""
+        """Count each edge's rows, and how many have each label where there are few."""
         completion = self.comparison.settings[self.comparison.baseline_of].completion
         label = self.comparison.compare.label
         found = {}
@@ -137,7 +137,7 @@ class _Run:
     # --- all of it -------------------------------------------------------------------------------------------
 
     async def results(self) -> dict[Cell | str, Result]:
-        """Of all cells, and by name of what is not federated."""
+        """Return the results of all cells, and by name those of what is not federated."""
         loop = asyncio.get_running_loop()
         self._stop = loop.create_future()
 
@@ -175,7 +175,7 @@ class _Run:
         return results
 
     def plans(self) -> dict[str, LayerPlan]:
-        """Of each variant that prunes, for the first seed. One of those that were pruned alike."""
+        """Return the layer plan of each variant that prunes, for the first seed; one of those that were pruned alike."""
         found: dict[str, LayerPlan] = {}
         for cell in list(self.comparison.cells())[: len(self.comparison.settings)]:
             plan = Bundle.open(RunDirectory(self._settings_of(cell, 1).run_dir).bundle).plan
@@ -184,7 +184,7 @@ class _Run:
         return found
 
     def _units(self, cell: Cell) -> int:
-        """Of progress: its rounds, and judging it."""
+        """Return how many steps of progress a cell is: its rounds, and judging it."""
         return self.comparison.settings[cell.variant].rounds.count + 1
 
     def _advance(self, units: int = 1) -> None:
@@ -194,11 +194,11 @@ class _Run:
         )
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
-        """What computes here; the loop goes on and hears signals, which `_alive` looks for."""
+        """Compute in a thread; the loop still hears signals, which `_alive` looks for."""
         return await asyncio.to_thread(work)
 
     def _alive(self, *_: object) -> None:
-        """Raises Stopped where a signal came: called wherever work in a thread says how far it is."""
+        """Raise Stopped where a signal came: called wherever work in a thread says how far it is."""
         if self._stop.done():
             raise Stopped
 
@@ -216,7 +216,7 @@ class _Run:
         result = _kept(done, fingerprint)
         if result is None:
             started = time.monotonic()
-            # A run knows its model by its place: what was begun with another copy of the same model is begun anew.
+            # A run knows its model by its place: what was begun with another copy of the same model is begun again.
             mark, begun = directory / "fingerprint", f"{fingerprint} {settings.model}"
             if not mark.exists() or mark.read_text() != begun:
                 shutil.rmtree(directory, ignore_errors=True)
@@ -236,7 +236,7 @@ class _Run:
         return result
 
     def _settings_of(self, cell: Cell, num_edges: int) -> RunSettings:
-        """Those of the cell's own run.toml. The hub is not asked to judge: questions are read once for all cells."""
+        """Return the settings of the cell's own run.toml. The hub is not asked to judge: questions are read once for all cells."""
         variant, replace = self.comparison.settings[cell.variant], msgspec.structs.replace
         return replace(
             variant,
@@ -248,7 +248,7 @@ class _Run:
         )
 
     def _fingerprint(self, settings: RunSettings, names: Mapping[str, Sequence[int]]) -> str:
-        """Of all that a result depends on."""
+        """Return the digest of all that a result depends on."""
         if settings.model not in self._revisions:
             self._revisions[settings.model] = open_full_llm(settings).revision
         values = msgspec.to_builtins(msgspec.structs.replace(settings, path="", model=""))
@@ -259,13 +259,13 @@ class _Run:
         return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
     def _prepared(self, settings: RunSettings) -> RunSettings:
-        """The run that is only prepared, the same for all whose bundles are."""
+        """Return the run that is only prepared, the same for all whose bundles are."""
         shared = [settings.seed, settings.model, settings.device, settings.dtype]
         key = hashlib.sha256(json.dumps([shared, made_of(settings), settings.task.prompt]).encode()).hexdigest()[:16]
         return msgspec.structs.replace(settings, path=str(self.out / "prepared" / key / "run.toml"))
 
     def _prepare(self, settings: RunSettings) -> None:
-        """Full LLM to bundle, and a copy of that for the cell: a realignment needs what preparation left."""
+        """Make the bundle, and a copy of it for the cell: a realignment needs what preparation left."""
         prepared = self._prepared(settings)
         Preparation(prepared, self._alive).run()
         if settings.run_dir.exists():
@@ -318,7 +318,7 @@ class _Run:
         return await self._once("untouched", self._fingerprint(settings, {}), judged)
 
     async def _central(self, split: str, seed: int, rates: Sequence[float]) -> Result:
-        """Answers after central training with each rate; the best by these very answers: a ceiling, not a rival."""
+        """Answer after central training with each rate; keep the best by these very answers: a ceiling, not a rival."""
         parts = self.parts[split, seed]
         settings = self._settings_of(Cell(self.comparison.baseline_of, split, seed), len(parts))
         rows = sorted(row for part in parts for row in part)
@@ -358,7 +358,7 @@ class _Run:
 
 
 def _kept(path: Path, fingerprint: str) -> Result | None:
-    """A result that is there and of these settings and data."""
+    """Read a result that is there and of these settings and data; None: there is none."""
     try:
         found: Result = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -367,14 +367,14 @@ def _kept(path: Path, fingerprint: str) -> Result | None:
 
 
 def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
-    """JSON Lines; their sha256."""
+    """Write JSON Lines; return their sha256."""
     data = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows).encode()
     write_durably(path, data)
     return hashlib.sha256(data).hexdigest()
 
 
 def _link(source: str, target: str) -> None:
-    """A second name of the same file, which nobody changes in place; a copy where the disk knows no such thing."""
+    """Give the same file, which nobody changes in place, a second name; copy it where the disk cannot do that."""
     try:
         os.link(source, target)
     except OSError:

@@ -35,6 +35,7 @@ from fedsoda_hub.local.processes import EdgeSay, federate
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.settings.run import read_settings
 
+Report = dict[str, Any]  # of `demo --json`: docs/guide.md (g6-json)
 HERE = Path(__file__).resolve().parent
 MODEL = HERE / "model"
 STEPS, BATCH, LEARNING_RATE, MAX_LENGTH = 40, 8, 2e-3, 96
@@ -43,14 +44,14 @@ MARK = ".fedsoda-demo"
 
 
 def write_run(directory: Path, rounds: int, seed: int) -> Path:
-    """RUN.toml, the edges' private data and the evaluation rows; a directory that is no demo's is not touched.
+    """Write RUN.toml, the edges' private data and the evaluation rows; a directory that no demo made is not touched.
 
     Raises:
         UsageProblem: the directory is another's, or cannot be made.
     """
     try:
         if directory.is_dir() and any(directory.iterdir()) and not (directory / MARK).exists():
-            raise UsageProblem(f"{directory} is not empty and no demo's; name another with --dir")
+            raise UsageProblem(f"{directory} is not empty and was not made by a demo; name another with --dir")
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
         (directory / MARK).touch()
@@ -116,8 +117,8 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-async def run_demo(directory: Path, *, rounds: int, seed: int) -> dict[str, Any]:
-    """The whole job; the report of contract.md, `demo --json`."""
+async def run_demo(directory: Path, *, rounds: int, seed: int) -> Report:
+    """Do the whole job, and return the report of demo --json: docs/guide.md (g6-json)."""
     started = time.monotonic()
     directory = directory.resolve()
     run_file = write_run(directory, rounds, seed)
@@ -148,7 +149,7 @@ async def run_demo(directory: Path, *, rounds: int, seed: int) -> dict[str, Any]
 
 
 async def _federate(directory: Path, run_file: Path, say: Say) -> tuple[float, float, dict[str, int]]:
-    """Hub and edges to the end of the run; when it was prepared, when it ended, peak memory of the edges."""
+    """Run hub and edges to the end; return when it was prepared, when it ended, and peak memory of the edges."""
     times: dict[type[told.Told], float] = {}
     last: dict[str, dict[str, Any]] = {}
 
@@ -176,7 +177,7 @@ async def _federate(directory: Path, run_file: Path, say: Say) -> tuple[float, f
 
 
 async def _train_alone(directory: Path, rounds: int, seed: int, say: Say) -> dict[str, Path]:
-    """Each edge trained alone for as many rounds and steps, by the same worker; its adapter LoRA as a file."""
+    """Train each edge alone for as many rounds and steps, by the same worker; its adapter LoRA as a file."""
     done = 0
 
     async def one(office: str) -> Path:
@@ -257,8 +258,10 @@ def _sha256(path: Path) -> str:
     return sha256_file(path)
 
 
-def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Path], say: Say) -> dict[str, Any]:
-    """Export, and what only torch can say; this process holds no socket."""
+def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Path], say: Say) -> Report:
+    """Export, and find out what only torch can say; this process holds no socket."""
+    from torch import Tensor
+
     from fedsoda_edge.data.local_data import SampleTokenizer
     from fedsoda_edge.model import delta
     from fedsoda_edge.model.bundle import Bundle
@@ -283,7 +286,7 @@ def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Pa
         SampleTokenizer(MODEL / "tokenizer.json", source.fields.get("eos_token_id")),
         report=lambda done, total: say(_progress("evaluating", done, total)),
     )
-    none: dict[str, Any] = {}
+    none: dict[str, Tensor] = {}
     accuracies = {}
     for office, path in alone.items():
         trained = delta.from_bytes(path.read_bytes(), spec.adapter)
@@ -319,7 +322,7 @@ def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Pa
     }
 
 
-def _print_summary(report: dict[str, Any]) -> None:
+def _print_summary(report: Report) -> None:
     from rich.console import Console
     from rich.table import Table
 

@@ -12,6 +12,9 @@ import msgspec
 
 from fedsoda_edge.protocol.messages import Digest, EdgeId
 
+Keys = dict[str, Any]  # of RUN.toml, as people write them, with their values
+Figures = dict[str, Any]  # accuracy, loss and auc by model, and num_examples, as `jobs.EvaluateResult` has them
+
 
 class Record(msgspec.Struct, frozen=True, tag_field="record", kw_only=True, forbid_unknown_fields=True):
     """The root of all records. Replay folds them in order; it never samples, reads a clock or trains."""
@@ -21,13 +24,13 @@ class RunStarted(Record, frozen=True, tag="run_started"):
     """run_id is made once; fixed are the settings that must equal on resume."""
 
     run_id: str
-    fixed: dict[str, Any]
+    fixed: Keys
 
 
 class SettingsChanged(Record, frozen=True, tag="settings_changed"):
     """Keys that may change between starts (count, quorum, deadline), as they are now."""
 
-    values: dict[str, Any]
+    values: Keys
 
 
 class PreparedClass(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -40,7 +43,7 @@ class PreparedClass(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Prepared(Record, frozen=True, tag="prepared"):
-    """Of the largest sub-LLM; smaller: by size class, from class 1 on.
+    """What the run starts from: the largest sub-LLM's; smaller: by size class, from class 1 on.
 
     master: w, the LoRA of all layers that any of them trains; None: the largest's first view is all of it.
     """
@@ -166,7 +169,7 @@ class Probed(Record, frozen=True, tag="probed"):
 
 class Evaluated(Record, frozen=True, tag="evaluated"):
     round: int
-    result: dict[str, Any]
+    result: Figures
 
 
 class RunEnded(Record, frozen=True, tag="run_ended"):

@@ -5,7 +5,7 @@ What is owed from here on is `rounds.py`'s.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 from msgspec.structs import replace
@@ -66,7 +66,7 @@ class RunState(msgspec.Struct, forbid_unknown_fields=True):
     """
 
     run_id: str = ""
-    fixed: dict[str, Any] = {}
+    fixed: rec.Keys = {}
     phase: Phase = "preparing"
     sub_llms: tuple[SubLLM, ...] = ()  # none before the run is prepared
     round: int = 0  # the last opened; never reused, so a stale timer cannot hit a later one
@@ -98,7 +98,7 @@ class RunState(msgspec.Struct, forbid_unknown_fields=True):
         return self.sub_llms[0].public_kl if self.sub_llms else {}
 
     @property
-    def evaluation(self) -> dict[str, Any] | None:
+    def evaluation(self) -> rec.Figures | None:
         """The last evaluation's figures; None before the first."""
         return None if self.evaluated is None else self.evaluated.result
 

@@ -203,7 +203,7 @@ class InThread:
                 failed.cancel()
 
     async def close(self) -> None:
-        """What runs ends when it next says how far it is; whatever comes after it in the thread waits for that."""
+        """End what runs when it next says how far it is; whatever comes after it in the thread waits for that."""
         self.pid, self._answer = None, None
 
 

@@ -9,13 +9,13 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.protocol.messages import Digest, EdgeId
-from fedsoda_hub.federation.records import AnyRecord
+from fedsoda_hub.federation.records import AnyRecord, Figures
 from fedsoda_hub.federation.state import RunState
 from fedsoda_hub.run.database import Database
 from fedsoda_hub.run.directory import RunDirectory
@@ -121,7 +121,7 @@ class Outcome:
     emulator_view: Digest
     manifest: Digest
     rounds: int
-    evaluation: dict[str, Any] | None
+    evaluation: Figures | None
 
 
 def not_started(run_file: str | Path) -> UsageProblem:

@@ -1112,6 +1112,33 @@ def test_edges_that_do_not_come_back_are_not_waited_for_longer_than_the_linger(t
     asyncio.run(talk())
 
 
+# --- the log ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_log_tells_frames_and_decisions_and_no_secret_and_no_text(
+    settings: RunSettings, caplog: pytest.LogCaptureFixture
+) -> None:
+    secrets: list[str] = []
+
+    async def talk() -> None:
+        async with serving(settings) as hub:
+            secrets.extend((hub.token("a"), hub.token("b"), hub.daemon.disk.admin_secret))
+            async with joined(hub.url, secrets[0]) as a, joined(hub.url, secrets[1], "phone") as b:
+                await a.upload(await a.hear(ms.RoundOffer), update(0.5))
+                await a.hear(ms.Receipt)
+                await b.say(ms.Decline(round=1, reason="private words"))
+                await a.hear(ms.RoundClosed)
+
+    with caplog.at_level("DEBUG", logger="fedsoda_hub.serving"):
+        asyncio.run(talk())
+    lines = [record.getMessage() for record in caplog.records if record.name == "fedsoda_hub.serving"]
+    for wanted in ("< Hello", "> Welcome", "> RoundOffer round=1", "< UpdateStart round=1", "> Receipt round=1"):
+        assert any(line.startswith(wanted) for line in lines), wanted
+    for wanted in ("= run idle -> collecting", "= UpdateAccepted round=1", "= job aggregate waits -> runs"):
+        assert wanted in lines
+    assert not any(secret in caplog.text for secret in (*secrets, "private words", sha256(update(0.5))))
+
+
 # --- telling ---------------------------------------------------------------------------------------------------------
 
 
