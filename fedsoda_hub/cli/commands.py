@@ -49,9 +49,12 @@ def demo(
 ) -> None:
     """The whole job on this machine, offline: hub, three edges, all rounds, export, evaluation."""
     with reporting(as_json, False, debug):
-        from fedsoda_hub.demo.run import run_demo
+        from fedsoda_hub.cli.display import Display
+        from fedsoda_hub.demo.run import print_summary, run_demo
 
-        report = asyncio.run(run_demo(directory, rounds=rounds, seed=seed))
+        with Display(jsonl=False) as display:
+            report = asyncio.run(run_demo(directory, rounds=rounds, seed=seed, say=display.say))
+        print_summary(report)
         finish({"status": "ok", **report}, as_json, False)
 
 
@@ -148,8 +151,9 @@ def plan(
 def prepare(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
     """SGP, NF4 and alignment into a bundle, as the run's method has them; goes on where it stopped."""
     with reporting(as_json, False, debug):
-        from fedsoda_hub.cli.display import Display, kl_sentence
+        from fedsoda_hub.cli.display import Display
         from fedsoda_hub.run.directory import RunDirectory
+        from fedsoda_hub.run.status import kl_sentence
         from fedsoda_hub.settings.run import read_settings
 
         settings = read_settings(run)

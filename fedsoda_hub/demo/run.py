@@ -28,7 +28,6 @@ from fedsoda_edge.protocol.needs import Samples, plans, shape_of
 from fedsoda_edge.protocol.template import TextTemplate
 from fedsoda_edge.units import counted
 from fedsoda_hub import events as told
-from fedsoda_hub.cli.display import Display
 from fedsoda_hub.demo import task
 from fedsoda_hub.events import Say
 from fedsoda_hub.local.processes import EdgeSay, federate
@@ -117,7 +116,7 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-async def run_demo(directory: Path, *, rounds: int, seed: int) -> Report:
+async def run_demo(directory: Path, *, rounds: int, seed: int, say: Say) -> Report:
     """Do the whole job, and return the report of demo --json: docs/guide.md (g6-json)."""
     started = time.monotonic()
     directory = directory.resolve()
@@ -125,12 +124,10 @@ async def run_demo(directory: Path, *, rounds: int, seed: int) -> Report:
     note(
         f"hub, {len(task.OFFICES)} edges and {counted(rounds, 'round')} on this machine; all of it lies in {directory}"
     )
-    with Display(jsonl=False) as display:
-        prepared, ended, peaks = await _federate(directory, run_file, display.say)
-        display.say(_progress("training each edge alone", 0, len(task.OFFICES)))
-        alone = await _train_alone(directory, rounds, seed, display.say)
-        export_to = directory / "export"
-        report = _judge(directory, run_file, export_to, alone, display.say)
+    prepared, ended, peaks = await _federate(directory, run_file, say)
+    say(_progress("training each edge alone", 0, len(task.OFFICES)))
+    alone = await _train_alone(directory, rounds, seed, say)
+    report = _judge(directory, run_file, directory / "export", alone, say)
     seconds = {
         "prepare": prepared - started,
         "rounds": ended - prepared,
@@ -144,7 +141,6 @@ async def run_demo(directory: Path, *, rounds: int, seed: int) -> Report:
         **peaks,
         "seconds": seconds,
     }
-    _print_summary(report)
     return report
 
 
@@ -260,8 +256,6 @@ def _sha256(path: Path) -> str:
 
 def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Path], say: Say) -> Report:
     """Export, and find out what only torch can say; this process holds no socket."""
-    from torch import Tensor
-
     from fedsoda_edge.data.local_data import SampleTokenizer
     from fedsoda_edge.model import delta
     from fedsoda_edge.model.bundle import Bundle
@@ -286,7 +280,7 @@ def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Pa
         SampleTokenizer(MODEL / "tokenizer.json", source.fields.get("eos_token_id")),
         report=lambda done, total: say(_progress("evaluating", done, total)),
     )
-    none: dict[str, Tensor] = {}
+    none: dict[str, Any] = {}
     accuracies = {}
     for office, path in alone.items():
         trained = delta.from_bytes(path.read_bytes(), spec.adapter)
@@ -322,7 +316,8 @@ def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Pa
     }
 
 
-def _print_summary(report: Report) -> None:
+def print_summary(report: Report) -> None:
+    """Print what the demo came to as a table."""
     from rich.console import Console
     from rich.table import Table
 
