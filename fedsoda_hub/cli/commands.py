@@ -151,9 +151,8 @@ def plan(
 def prepare(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
     """SGP, NF4 and alignment into a bundle, as the run's method has them; goes on where it stopped."""
     with reporting(as_json, False, debug):
-        from fedsoda_hub.cli.display import Display
+        from fedsoda_hub.cli.display import Display, kl_sentence
         from fedsoda_hub.run.directory import RunDirectory
-        from fedsoda_hub.run.status import kl_sentence
         from fedsoda_hub.settings.run import read_settings
 
         settings = read_settings(run)

@@ -1,4 +1,4 @@
-"""Run the cells of a comparison, judge them, and continue where a call was stopped.
+"""Run the cells of a comparison, judge them, and go on where a call was stopped.
 
 Everything lies below one directory: `prepared/` (full LLM to bundle, once for all cells that share it), `memory/` or
 `network/` with a directory per cell, `judged/` for what is not federated. A result is kept with the fingerprint of the
@@ -28,22 +28,28 @@ from fedsoda_edge.model.bundle import Bundle, write_durably_json
 from fedsoda_edge.ports.console import Terminated
 from fedsoda_edge.ports.disk import sha256_file, write_durably
 from fedsoda_edge.ports.system import on_signal_in
-from fedsoda_edge.protocol.manifest import LayerPlan
+from fedsoda_edge.protocol.manifest import LayerPlan, LoRASpec
 from fedsoda_hub import events as told
 from fedsoda_hub.compare.central import train_central
 from fedsoda_hub.compare.pictures import write_pages
-from fedsoda_hub.compare.results import Result, Results, answered_by, share
 from fedsoda_hub.compare.settings import Cell, Comparison
 from fedsoda_hub.compare.splits import choose, deal
 from fedsoda_hub.compare.summary import summarise
+from fedsoda_hub.evaluation.evaluator import Evaluator, Judged
+from fedsoda_hub.evaluation.export import RunJudge
 from fedsoda_hub.events import Say
+from fedsoda_hub.federation.records import Prepared, RoundClosed
 from fedsoda_hub.local import in_process, processes
+from fedsoda_hub.plan import predict
 from fedsoda_hub.preparation.full_llm import open_full_llm
 from fedsoda_hub.preparation.prepare import Preparation, made_of
 from fedsoda_hub.run.directory import RunDirectory
+from fedsoda_hub.run.ledger import opened
 from fedsoda_hub.settings.run import RunSettings, write_toml
 
+Result = dict[str, Any]
 T = TypeVar("T")
+MAX_LOSS = 1e4  # nats; of a model that says no number
 
 
 class Stopped(Exception):
@@ -51,7 +57,7 @@ class Stopped(Exception):
 
 
 def run_comparison(comparison: Comparison, out: Path, transport: str, say: Say) -> Result:
-    """Do what is not done, and return the report of `compare --json`, which is also written to `out`, with its pages and pictures.
+    """Do what is not done; the report of `compare --json`, which is also written to `out`, with its pages and pictures.
 
     Raises:
         KeyboardInterrupt, Terminated: SIGINT or SIGTERM came; what was done is kept. UsageProblem, DataProblem: rows and splits do not fit.
@@ -74,7 +80,7 @@ class _Run:
     def __init__(self, comparison: Comparison, out: Path, transport: str, say: Say) -> None:
         self.comparison, self.transport, self.out, self._say = comparison, transport, out.resolve(), say
         self._stop: asyncio.Future[str]
-        self._results = Results(comparison, self.out, self._alive)
+        self._judges: dict[str, RunJudge] = {}
         self._revisions: dict[str, str] = {}
         self._done = self._total = 0
         self._what = self.signal = ""
@@ -104,7 +110,7 @@ class _Run:
         return deal(split, chosen, self._values(split), edges=c.edges, least=c.least_rows, seed=seed)
 
     def _values(self, split: str) -> list[str]:
-        """Return what the split deals by, for each row."""
+        """Of each row what the split deals by."""
         if split == "files":
             return self._files
         column = split.removeprefix("users:") if split.startswith("users:") else self.comparison.compare.label
@@ -120,7 +126,7 @@ class _Run:
         return [str(row[column]) for row in self._rows]
 
     def dealt(self, split: str, seed: int) -> dict[str, Result]:
-        """Count each edge's rows, and how many have each label where there are few."""
+        """Of each edge its number of rows, and how many of each label where there are few."""
         completion = self.comparison.settings[self.comparison.baseline_of].completion
         label = self.comparison.compare.label
         found = {}
@@ -137,7 +143,7 @@ class _Run:
     # --- all of it -------------------------------------------------------------------------------------------
 
     async def results(self) -> dict[Cell | str, Result]:
-        """Return the results of all cells, and by name those of what is not federated."""
+        """Of all cells, and by name of what is not federated."""
         loop = asyncio.get_running_loop()
         self._stop = loop.create_future()
 
@@ -175,7 +181,7 @@ class _Run:
         return results
 
     def plans(self) -> dict[str, LayerPlan]:
-        """Return the layer plan of each variant that prunes, for the first seed; one of those that were pruned alike."""
+        """Of each variant that prunes, for the first seed. One of those that were pruned alike."""
         found: dict[str, LayerPlan] = {}
         for cell in list(self.comparison.cells())[: len(self.comparison.settings)]:
             plan = Bundle.open(RunDirectory(self._settings_of(cell, 1).run_dir).bundle).plan
@@ -184,7 +190,7 @@ class _Run:
         return found
 
     def _units(self, cell: Cell) -> int:
-        """Return how many steps of progress a cell is: its rounds, and judging it."""
+        """Of progress: its rounds, and judging it."""
         return self.comparison.settings[cell.variant].rounds.count + 1
 
     def _advance(self, units: int = 1) -> None:
@@ -194,11 +200,11 @@ class _Run:
         )
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
-        """Compute in a thread; the loop still hears signals, which `_alive` looks for."""
+        """What computes here; the loop goes on and hears signals, which `_alive` looks for."""
         return await asyncio.to_thread(work)
 
     def _alive(self, *_: object) -> None:
-        """Raise Stopped where a signal came: called wherever work in a thread says how far it is."""
+        """Raises Stopped where a signal came: called wherever work in a thread says how far it is."""
         if self._stop.done():
             raise Stopped
 
@@ -216,7 +222,7 @@ class _Run:
         result = _kept(done, fingerprint)
         if result is None:
             started = time.monotonic()
-            # A run knows its model by its place: what was begun with another copy of the same model is begun again.
+            # A run knows its model by its place: what was begun with another copy of the same model is begun anew.
             mark, begun = directory / "fingerprint", f"{fingerprint} {settings.model}"
             if not mark.exists() or mark.read_text() != begun:
                 shutil.rmtree(directory, ignore_errors=True)
@@ -227,7 +233,7 @@ class _Run:
             await self._federate(settings, names)
             if self._stop.done():
                 raise Stopped
-            result = await self._in_thread(lambda: self._results.of_cell(cell, settings))
+            result = await self._in_thread(lambda: self._result(cell, settings))
             write_durably_json(done, {"fingerprint": fingerprint, **result})
             shutil.rmtree(directory / "homes", ignore_errors=True)  # a bundle and border states of each edge
             accuracy, seconds = result["rounds"][-1]["accuracy"], time.monotonic() - started
@@ -236,7 +242,7 @@ class _Run:
         return result
 
     def _settings_of(self, cell: Cell, num_edges: int) -> RunSettings:
-        """Return the settings of the cell's own run.toml. The hub is not asked to judge: questions are read once for all cells."""
+        """Those of the cell's own run.toml. The hub is not asked to judge: questions are read once for all cells."""
         variant, replace = self.comparison.settings[cell.variant], msgspec.structs.replace
         return replace(
             variant,
@@ -248,7 +254,7 @@ class _Run:
         )
 
     def _fingerprint(self, settings: RunSettings, names: Mapping[str, Sequence[int]]) -> str:
-        """Return the digest of all that a result depends on."""
+        """Of all that a result depends on."""
         if settings.model not in self._revisions:
             self._revisions[settings.model] = open_full_llm(settings).revision
         values = msgspec.to_builtins(msgspec.structs.replace(settings, path="", model=""))
@@ -259,13 +265,13 @@ class _Run:
         return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
     def _prepared(self, settings: RunSettings) -> RunSettings:
-        """Return the run that is only prepared, the same for all whose bundles are."""
+        """The run that is only prepared, the same for all whose bundles are."""
         shared = [settings.seed, settings.model, settings.device, settings.dtype]
         key = hashlib.sha256(json.dumps([shared, made_of(settings), settings.task.prompt]).encode()).hexdigest()[:16]
         return msgspec.structs.replace(settings, path=str(self.out / "prepared" / key / "run.toml"))
 
     def _prepare(self, settings: RunSettings) -> None:
-        """Make the bundle, and a copy of it for the cell: a realignment needs what preparation left."""
+        """Full LLM to bundle, and a copy of that for the cell: a realignment needs what preparation left."""
         prepared = self._prepared(settings)
         Preparation(prepared, self._alive).run()
         if settings.run_dir.exists():
@@ -304,6 +310,81 @@ class _Run:
                 given = {name: os.environ[name] for name in ("FEDSODA_THREADS",) if name in os.environ}
                 await processes.federate(settings, edges, homes, self._stop, heard, log_of, given, given)
 
+    # --- what came of it -----------------------------------------------------------------------------------------
+
+    def _result(self, cell: Cell, settings: RunSettings) -> Result:
+        with opened(RunDirectory(settings.run_dir)) as ledger:
+            records, traffic, state = ledger.records(), ledger.traffic(), ledger.replay()
+        largest = state.largest
+        closed = [record for record in records if isinstance(record, RoundClosed)]
+        judge, every = self._judge(settings), self.comparison.compare.eval_every
+        rounds: list[Result] = []
+        for record in closed:
+            is_last = record.round == settings.rounds.count
+            answered: Result | None = None
+            if is_last or (every and record.round % every == 0 and cell.alone is None):
+                self._alive()
+                models = judge.models(record.master, largest.emulator.digest, largest.manifest)
+                answered = _answered(judge.evaluator, models["plug_in"])
+            sizes = [(up, down) for _, number, up, down in traffic if number == record.round]
+            rounds.append(
+                {
+                    "round": record.round,
+                    "master": record.master,
+                    "accuracy": None if answered is None else _share(answered),
+                    "bytes_up": sum(up for up, _ in sizes),
+                    "bytes_down": sum(down for _, down in sizes),
+                }
+            )
+        result: Result = {
+            "cell": str(cell),
+            "edges": settings.rounds.min_edges,
+            "rounds": rounds,
+            "answered": {"plug_in": answered},
+        }
+        if cell.alone is None:
+            result["answered"]["sub_llm"] = _answered(judge.evaluator, models["sub_llm"])
+            result["public_kl"] = next(record.public_kl for record in records if isinstance(record, Prepared))
+            result["costs"] = self._costs(settings)
+        judge.forget(models)
+        return result
+
+    def _judge(self, settings: RunSettings) -> RunJudge:
+        """Questions and the full model's border states are shared by all cells that ask alike."""
+        seed = settings.seed if settings.task.shots else 0
+        about = [settings.model, settings.dtype, settings.device, msgspec.to_builtins(settings.task), seed]
+        key = json.dumps(about)
+        if key not in self._judges:
+            self._judges[key] = RunJudge(settings, self.out / "eval.jsonl", self._alive)
+        return self._judges[key].of(settings.run_dir)
+
+    def _costs(self, settings: RunSettings) -> Result:
+        """What an edge pays: of the bundle, by the formulas of `plan`, and as it was seen."""
+        bundle, source = Bundle.open(RunDirectory(settings.run_dir).bundle), open_full_llm(settings)
+        dtype = str(source.dtype).removeprefix("torch.")
+        plan = predict(source.family, source.fields, dtype, bundle.plan, settings)
+        trained: dict[tuple[str, int], Result] = {}
+        planned, measured = [], []
+        for path in sorted((settings.directory / "events").iterdir()):
+            for event in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+                if event.get("event") == "trained":
+                    trained[path.stem, event["round"]] = event
+                elif event.get("event") == "memory":
+                    planned.append(next(part["bytes"] for part in event["parts"] if part["part"] == "peak"))
+                elif event.get("worker_peak_rss_bytes"):
+                    measured.append(event["worker_peak_rss_bytes"])
+        flop = plan["ours"]["gflop_per_token"]
+        tokens = _mean([event["num_tokens"] for event in trained.values()])
+        return {
+            "trainable": _count(bundle.manifest.lora),
+            "parameters_per_round": plan["paper"]["parameters_per_round"],
+            "model_bytes": sum(file.bytes for file in bundle.manifest.files),
+            "edge_memory_bytes": max(planned),
+            "edge_peak_rss_bytes": max(measured, default=None),
+            "gflop_per_edge_round": flop["cached"] * tokens,
+            "seconds_per_edge_round": _mean([event["seconds"] for event in trained.values()]),
+        }
+
     # --- what is not federated -------------------------------------------------------------------------------------
 
     async def _untouched(self) -> Result:
@@ -312,13 +393,13 @@ class _Run:
 
         def judged() -> Result:
             Preparation(settings, self._alive).run()
-            judge = self._results.judge(settings)
-            return {"answered": answered_by(judge.evaluator, judge.judged({}, {})["full"])}
+            judge = self._judge(settings)
+            return {"answered": _answered(judge.evaluator, judge.judged({}, {})["full"])}
 
         return await self._once("untouched", self._fingerprint(settings, {}), judged)
 
     async def _central(self, split: str, seed: int, rates: Sequence[float]) -> Result:
-        """Answer after central training with each rate; keep the best by these very answers: a ceiling, not a rival."""
+        """Answers after central training with each rate; the best by these very answers: a ceiling, not a rival."""
         parts = self.parts[split, seed]
         settings = self._settings_of(Cell(self.comparison.baseline_of, split, seed), len(parts))
         rows = sorted(row for part in parts for row in part)
@@ -333,12 +414,12 @@ class _Run:
             data = self.out / "judged" / "central.jsonl"
             _write_rows(data, [self._rows[row] for row in rows])
             trained = train_central(prepared, data, [len(part) for part in parts], rates, said)
-            judge = self._results.judge(prepared)
+            judge = self._judge(prepared)
             answered = {
-                rate: answered_by(judge.evaluator, judge.judged(adapter, {})["plug_in"])
+                rate: _answered(judge.evaluator, judge.judged(adapter, {})["plug_in"])
                 for rate, adapter in trained.items()
             }
-            best = max(rates, key=lambda rate: share(answered[rate]))
+            best = max(rates, key=lambda rate: _share(answered[rate]))
             return {"answered": answered[best], "learning_rate": best}
 
         about = json.dumps([list(rates), sorted(map(len, parts))])
@@ -358,7 +439,7 @@ class _Run:
 
 
 def _kept(path: Path, fingerprint: str) -> Result | None:
-    """Read a result that is there and of these settings and data; None: there is none."""
+    """A result that is there and of these settings and data."""
     try:
         found: Result = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -367,15 +448,38 @@ def _kept(path: Path, fingerprint: str) -> Result | None:
 
 
 def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Write JSON Lines; return their sha256."""
+    """JSON Lines; their sha256."""
     data = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows).encode()
     write_durably(path, data)
     return hashlib.sha256(data).hexdigest()
 
 
 def _link(source: str, target: str) -> None:
-    """Give the same file, which nobody changes in place, a second name; copy it where the disk cannot do that."""
+    """A second name of the same file, which nobody changes in place; a copy where the disk knows no such thing."""
     try:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
+
+
+def _answered(evaluator: Evaluator, model: Judged) -> Result:
+    """right: a 1 or 0 for each question. losses: of each, as `Answers` has them; JSON has no NaN."""
+    answers = evaluator.answers(model)
+    losses = answers.losses.nan_to_num(MAX_LOSS).clamp(max=MAX_LOSS)
+    return {
+        "right": "".join("01"[right] for right in evaluator.right(answers)),
+        "losses": [round(loss, 6) for loss in losses.tolist()],
+    }
+
+
+def _share(answered: Result) -> float:
+    right: str = answered["right"]
+    return right.count("1") / len(right)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _count(spec: LoRASpec) -> int:
+    return sum(one.shape[0] * one.shape[1] for one in spec.adapter)

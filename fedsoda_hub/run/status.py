@@ -101,12 +101,3 @@ def live_status(
 ) -> LiveStatus:
     """Add what a hub knows, or that none runs."""
     return LiveStatus(**msgspec.structs.asdict(status), edges=edges, url=url, due_seconds=due_seconds)
-
-
-def kl_sentence(kl: dict[str, float]) -> str:
-    """Say what pruning and then storing it took, and alignment gave back."""
-    if not kl["pruned"]:  # a full emulator's, exactly
-        return f"public KL {kl['quantized']:.3f} as stored, all layers kept"
-    solved = f"{kl['closed_form']:.3f} in closed form, " if "closed_form" in kl else ""
-    aligned = f"{kl['aligned']:.3f} aligned" if kl["aligned"] != kl["quantized"] else "not aligned"
-    return f"public KL {kl['pruned']:.3f} pruned, {kl['quantized']:.3f} as stored, {solved}{aligned}"

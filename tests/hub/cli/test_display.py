@@ -10,10 +10,10 @@ import pytest
 from fedsoda_edge.protocol.messages import Digest, EdgeId
 from fedsoda_edge.units import counted
 from fedsoda_hub import events as told
-from fedsoda_hub.cli.display import Display, _OpenRound, next_step, settings_lines
+from fedsoda_hub.cli.display import Display, _OpenRound, kl_sentence, next_step, settings_lines
 from fedsoda_hub.federation.state import RunState
 from fedsoda_hub.run.ledger import Ledger
-from fedsoda_hub.run.status import kl_sentence, live_status, run_status
+from fedsoda_hub.run.status import live_status, run_status
 
 D = Digest("d" * 64)
 A, B, C = EdgeId("a"), EdgeId("b"), EdgeId("c")
