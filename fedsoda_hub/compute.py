@@ -1,14 +1,15 @@
-"""The hub's child process that owns torch: prepare, aggregate, probe, realign, evaluate. No sockets, no decisions.
+"""The hub's child process that owns torch: it does the round machine's jobs. No sockets, no decisions.
 
-Arguments and results are JSON; tensors are blobs by digest in the run directory.
+Tensors are blobs by digest in the run directory.
 """
 
 from __future__ import annotations
 
 import os
 from collections import ChainMap
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, assert_never
 
 import msgspec
 import torch
@@ -17,62 +18,100 @@ from safetensors.torch import load
 from fedsoda_edge.model import delta
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.lora import LoRATensors
-from fedsoda_edge.ports.child import Handler, Report, Values, serve
+from fedsoda_edge.ports.child import Report, serve
 from fedsoda_edge.ports.disk import BlobStore
 from fedsoda_edge.protocol.coded import of_factor
+from fedsoda_edge.protocol.messages import Digest
 from fedsoda_hub.algorithms.aggregation import flexlora, server_optimizer
 from fedsoda_hub.algorithms.aggregation.products import cross_term, pairs_by_module
 from fedsoda_hub.algorithms.aggregation.weighted_mean import CodedUpdate, weighted_mean
 from fedsoda_hub.evaluation.export import RunJudge, check_evaluation
-from fedsoda_hub.federation.rounds import trained_factor
+from fedsoda_hub.federation import jobs
 from fedsoda_hub.preparation.prepare import Preparation
+from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.run.ledger import Outcome
+from fedsoda_hub.settings.open_run import OpenRun, RunOpened
 from fedsoda_hub.settings.run import RunSettings
 
 
 class Compute:
-    """One run's torch work. Every command can be done again: it only adds blobs."""
+    """One run's torch work. Every job can be done again: it only adds blobs."""
 
     def __init__(self) -> None:
         self._settings: RunSettings | None = None
         self._judge: RunJudge | None = None
         self._report: Report = lambda _: None
 
+    def answer(self, call: OpenRun | jobs.Job, report: Report) -> RunOpened | jobs.JobResult:
+        """Do one call; report takes its progress."""
+        self._report = report
+        match call:
+            case OpenRun():
+                return self.open(call)
+            case jobs.Prepare():
+                return self.prepare()
+            case jobs.Aggregate():
+                return self.aggregate(call)
+            case jobs.Probe():
+                return self.probe(call)
+            case jobs.Realign():
+                return self.realign(call)
+            case jobs.Reprune():
+                return self.reprune(call)
+            case jobs.Evaluate():
+                return self.evaluate(call)
+            case _:
+                assert_never(call)
+
     @property
     def settings(self) -> RunSettings:
+        """The settings of the run that was opened."""
         assert self._settings is not None, "the daemon opens the run first"
         return self._settings
 
     @property
-    def blobs(self) -> BlobStore:
-        return BlobStore(self.settings.run_dir / "blobs")
+    def directory(self) -> RunDirectory:
+        """Where the run's files lie."""
+        return RunDirectory(self.settings.run_dir)
 
     @property
-    def commands(self) -> dict[str, Handler]:
-        commands = (self.open, self.prepare, self.aggregate, self.probe, self.realign, self.reprune, self.evaluate)
-        return {command.__name__: command for command in commands}
+    def blobs(self) -> BlobStore:
+        """Views, coded steps and updates, by digest."""
+        return self.directory.blobs
 
-    def open(self, values: Values, _: Report) -> Values:
-        self._settings = msgspec.convert(values["settings"], RunSettings)
+    def open(self, call: OpenRun) -> RunOpened:
+        """Take the run's settings.
+
+        Raises:
+            DataProblem: the evaluation data cannot be judged.
+        """
+        self._settings = call.settings
         check_evaluation(self._settings)
-        return {"threads": torch.get_num_threads()}
+        return RunOpened(torch.get_num_threads())
 
-    def prepare(self, _: Values, report: Report) -> Values:
-        return Preparation(self.settings, report).run()
+    def prepare(self) -> jobs.PrepareResult:
+        """Prune, quantize and align, or find that again."""
+        return _prepare_result(self._preparation().run())
 
-    def aggregate(self, values: Values, _: Report) -> Values:
-        """The next master of the decoded updates, as [aggregation] says; c = Q(w - v); v += decode(c) (delta.py).
+    def aggregate(self, job: jobs.Aggregate) -> jobs.AggregateResult:
+        """Merge the decoded updates into the next master, as [aggregation] says; c = Q(w - v); v += decode(c) (delta.py).
 
         Every size class with LoRA of its own has its own v and c: of the tensors of w that it holds.
         """
         how, codec, max_weight = self.settings.aggregation, self.settings.wire.codec, self.settings.rounds.max_weight
-        blobs, factor = self.blobs, trained_factor(how.rule, values["round"])
-        master = load(blobs.get(values["master"]))
-        views = {digest: load(blobs.get(digest)) for digest in (values["view"], *values["smaller"])}
-        layouts = {digest: of_factor(delta.layout_of(view), factor) for digest, view in views.items()}
+        blobs = self.blobs
+        master = load(blobs.get(job.master))
+        views = {digest: load(blobs.get(digest)) for digest in job.views}
+        layouts = {digest: of_factor(delta.layout_of(view), job.trains) for digest, view in views.items()}
         updates = [
-            CodedUpdate(edge, num_examples, partial(blobs.get, digest), views[base], layouts[base])
-            for edge, num_examples, digest, base in values["updates"]
+            CodedUpdate(
+                update.edge,
+                update.num_examples,
+                partial(blobs.get, update.digest),
+                views[update.view],
+                layouts[update.view],
+            )
+            for update in job.updates
         ]
         products = partial(pairs_by_module, updates, codec, max_weight)
         moments = None
@@ -87,69 +126,104 @@ class Compute:
         elif how.optimizer == "none":
             new_master = delta.moved(master, weighted_mean(updates, codec, max_weight), codec)
         else:
-            held = {} if values["moments"] is None else load(blobs.get(values["moments"]))
+            held = {} if job.moments is None else load(blobs.get(job.moments))
             mean = weighted_mean(updates, codec, max_weight)
             new_master, held = server_optimizer.step(master, mean, held, how)
-            moments = blobs.put(delta.to_bytes(held))
+            moments = self._put(held)
         steps = {}
         for digest, view in views.items():
             coded, new_view = delta.step_down(flexlora.cut(new_master, view), view, layouts[digest], codec)
-            steps[digest] = {"view": blobs.put(delta.to_bytes(new_view)), "delta": blobs.put(coded)}
-        return {
-            "master": blobs.put(delta.to_bytes(new_master)),
-            **steps[values["view"]],
-            "smaller": [steps[digest] for digest in values["smaller"]],
-            "moments": moments,
+            steps[digest] = jobs.ViewStep(view=self._put(new_view), delta=Digest(blobs.put(coded)))
+        return jobs.AggregateResult(
+            master=self._put(new_master),
+            steps=tuple(steps[digest] for digest in job.views),
+            moments=moments,
             # Factors of different ranks have no mean that anything could be lost by.
-            "cross_term": cross_term(products()) if len(set(self.settings.lora.ranks)) < 2 else None,
-        }
-
-    def probe(self, values: Values, report: Report) -> Values:
-        return Preparation(self.settings, report).probe(*self._tensors(values))
-
-    def realign(self, values: Values, report: Report) -> Values:
-        """All size classes, one after the other."""
-        preparation, made = Preparation(self.settings, report), []
-        master = load(self.blobs.get(values["master"]))
-        for size_class, view in enumerate([values["emulator_view"], *values["smaller"]]):
-            made.append(
-                preparation.realign(
-                    values["version"], master, load(self.blobs.get(view)), self.settings.wire.codec, size_class
-                )
-            )
-        largest, *smaller = made
-        return largest | {"smaller": smaller}
-
-    def reprune(self, values: Values, report: Report) -> Values:
-        return Preparation(self.settings, report).reprune(values["round"], load(self.blobs.get(values["master"])))
-
-    def _tensors(self, values: Values) -> tuple[LoRATensors, LoRATensors]:
-        """The adapter's master and the largest sub-LLM's emulator view."""
-        spec = Bundle.open(self.settings.run_dir / "bundle").manifest.lora
-        return (
-            delta.from_bytes(self.blobs.get(values["master"]), spec.adapter),
-            delta.from_bytes(self.blobs.get(values["emulator_view"]), spec.emulator),
+            cross_term=cross_term(products()) if len(set(self.settings.lora.ranks)) < 2 else None,
         )
 
-    def evaluate(self, values: Values, report: Report) -> Values:
+    def probe(self, job: jobs.Probe) -> jobs.ProbeResult:
+        """Measure how far the largest sub-LLM has drifted."""
+        found = self._preparation().probe(*self._tensors(job))
+        return jobs.ProbeResult(kl=found["kl"], cosine=found["cosine"])
+
+    def realign(self, job: jobs.Realign) -> jobs.RealignResult:
+        """Align all size classes, one after the other."""
+        preparation, master = self._preparation(), load(self.blobs.get(job.master))
+        codec = self.settings.wire.codec
+        made = [
+            preparation.realign(job.version, master, load(self.blobs.get(view)), codec, size_class)
+            for size_class, view in enumerate(job.emulator_views)
+        ]
+        return jobs.RealignResult(tuple(msgspec.convert(one, jobs.RealignedSubLLM) for one in made))
+
+    def reprune(self, job: jobs.Reprune) -> jobs.RepruneResult:
+        """Draw other layers for each size class."""
+        made = self._preparation().reprune(job.round, load(self.blobs.get(job.master)))
+        drawn = [{"manifest": one["manifest"], "view": one["view"]} for one in (made, *made["smaller"])]
+        return msgspec.convert({"master": made["master"], "sub_llms": drawn}, jobs.RepruneResult)
+
+    def evaluate(self, job: jobs.Evaluate) -> jobs.EvaluateResult:
+        """Judge full LLM, sub-LLM and plug-in."""
         if self._judge is None:
             data = self.settings.eval_data
             assert data is not None, "the machine asks for no evaluation without data"
             self._judge = RunJudge(
                 self.settings,
                 data,
-                lambda done, total: self._report({"stage": "evaluating", "done": done, "total": total}),
+                lambda done, total: self._report(jobs.Stage(stage="evaluating", done=done, total=total)),
             )
-        self._report = report
-        reached = Outcome(values["master"], values["emulator_view"], values["manifest"], values["round"], None)
-        return self._judge.judge(reached)
+        reached = Outcome(job.master, job.emulator_view, job.manifest, job.round, None)
+        return msgspec.convert(self._judge.judge(reached), jobs.EvaluateResult)
+
+    def _put(self, tensors: LoRATensors) -> Digest:
+        return Digest(self.blobs.put(delta.to_bytes(tensors)))
+
+    def _tensors(self, job: jobs.Probe) -> tuple[LoRATensors, LoRATensors]:
+        """Read the adapter's master and the largest sub-LLM's emulator view."""
+        spec = Bundle.open(self.directory.bundle).manifest.lora
+        return (
+            delta.from_bytes(self.blobs.get(job.master), spec.adapter),
+            delta.from_bytes(self.blobs.get(job.emulator_view), spec.emulator),
+        )
+
+    def _preparation(self) -> Preparation:
+        return Preparation(self.settings, untyped(self._report))
+
+
+# Until preparation reports and returns jobs' own types.
+
+
+def untyped(report: Callable[[jobs.Progress], None]) -> Callable[[dict[str, Any]], None]:
+    """Take progress as dicts and report it as types."""
+    kinds = (jobs.Stage, jobs.DiskNeeded, jobs.BorderMapFitted, jobs.NoBorderMap, jobs.ShapeMeasured)
+
+    def take(values: dict[str, Any]) -> None:
+        [kind] = [kind for kind in kinds if set(values) - {"kl"} == set(kind.__struct_fields__) - {"kl"}]
+        report(kind(**values))
+
+    return take
+
+
+def _prepare_result(values: dict[str, Any]) -> jobs.PrepareResult:
+    sub_llms = tuple(
+        jobs.PreparedSubLLM(
+            manifest=one["manifest"],
+            adapter_view=one["adapter_view"] or values["adapter_view"],
+            emulator_view=one["emulator_view"],
+            public_kl=one["public_kl"],
+        )
+        for one in (values, *values.get("smaller", ()))
+    )
+    return jobs.PrepareResult(sub_llms=sub_llms, master=values.get("master", values["adapter_view"]))
 
 
 def main() -> None:
-    threads: Any = os.environ.get("FEDSODA_THREADS")
+    """Answer calls on stdin."""
+    threads = os.environ.get("FEDSODA_THREADS")
     if threads:
         torch.set_num_threads(int(threads))
-    serve(Compute().commands)
+    serve(OpenRun | jobs.Job, Compute().answer)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from fedsoda_edge.protocol.manifest import TOKENIZER_FILES, File, LayerPlan, Ten
 from fedsoda_edge.protocol.needs import edge_needs, make_shape
 from fedsoda_hub.algorithms.methods.by_name import method_of
 from fedsoda_hub.algorithms.pruning.uniform import evenly
-from fedsoda_hub.federation.rounds import AUTO_ROUNDS
+from fedsoda_hub.federation.schedule import AUTO_ROUNDS
 from fedsoda_hub.preparation.full_llm import lora_spec
 from fedsoda_hub.settings.combine import with_full_emulator
 from fedsoda_hub.settings.rates import Rates

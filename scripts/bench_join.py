@@ -39,8 +39,12 @@ from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.manifest import BundleManifest, Group, parse_manifest
 from fedsoda_edge.protocol.session import Upload
 from fedsoda_hub.algorithms.pruning.layer_plan import make_plan
-from fedsoda_hub.run.ledger import Token
-from fedsoda_hub.serving.listener import Connection, bind, make_server
+from fedsoda_hub.federation.state import RunState
+from fedsoda_hub.run.ledger import Ledger
+from fedsoda_hub.run.status import LiveStatus, live_status, run_status
+from fedsoda_hub.run.tokens import Token
+from fedsoda_hub.serving.connection import Connection, Hub
+from fedsoda_hub.serving.listener import Server, bind
 
 ROOT = Path(__file__).resolve().parent.parent
 FACTOR, SECONDS = 1.15, 3.0  # together at most FACTOR x the longer + SECONDS
@@ -112,8 +116,8 @@ class OneRoundHub:
     def run_blob(self, digest: str) -> bytes | None:
         return None
 
-    def status(self) -> dict[str, Any]:
-        return {}
+    def status(self) -> LiveStatus:
+        return live_status(run_status("bench", 1, Ledger(None), RunState()), [])
 
     def metrics(self) -> str:
         return ""
@@ -197,13 +201,16 @@ class Link:
             sink.close()
 
 
+def broke(defect: Exception) -> None:
+    raise defect
+
+
 @contextlib.asynccontextmanager
 async def behind_a_link(hub: OneRoundHub) -> AsyncIterator[tuple[Link, str]]:
     taken = bind("127.0.0.1", 0)
-    server = make_server(hub)
+    server = Server(Hub(hub, hub, hub), broke)
     serving = asyncio.create_task(server.serve(sockets=[taken]))
-    while not server.started:
-        await asyncio.sleep(0.01)
+    await server.has_started.wait()
     link = Link(taken.getsockname()[1])
     proxy = await asyncio.start_server(link.serve, "127.0.0.1", 0)
     try:

@@ -18,7 +18,7 @@ import pytest
 from safetensors.torch import load_file
 
 from fedsoda_edge.ports.disk import sha256_file
-from fedsoda_hub.federation.events import RoundOpened, UpdateAccepted
+from fedsoda_hub.federation.records import RoundOpened, UpdateAccepted
 from fedsoda_hub.run.ledger import Ledger, read_outcome
 from tests.schema import EDGE, HUB
 

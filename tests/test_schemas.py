@@ -43,10 +43,12 @@ from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.coded import CODECS
 from fedsoda_edge.protocol.session import Upload
 from fedsoda_edge.testing import ScriptedHub, make_bundle
-from fedsoda_edge.worker.worker import Worker
+from fedsoda_hub import events as told_by_hub
 from fedsoda_hub.cli.display import Display
-from fedsoda_hub.federation import events as ev
-from fedsoda_hub.run.ledger import Ledger
+from fedsoda_hub.federation import jobs
+from fedsoda_hub.federation import records as rec
+from fedsoda_hub.run.directory import RunDirectory
+from fedsoda_hub.run.ledger import opened
 from fedsoda_hub.serving import daemon as daemon_module
 from fedsoda_hub.settings.run import RunSettings
 from tests.conftest import ROOT
@@ -54,6 +56,7 @@ from tests.edge.cli.test_cli import a_bundle, serving
 from tests.hub.runs import make_run
 from tests.hub.serving import test_daemon
 from tests.schema import EDGE, HUB, read_json
+from tests.worker_here import WorkerHere
 
 APPS = {"fedsoda-edge": (EDGE, fedsoda_edge.cli.commands.app), "fedsoda-hub": (HUB, fedsoda_hub.cli.commands.app)}
 both_programs = pytest.mark.parametrize("program", APPS)
@@ -79,35 +82,19 @@ def commands(app: typer.Typer, option: str) -> set[str]:
 
 
 def events_of(program: str) -> set[str]:
-    """Every event that the program's code can say: {"event": NAME, ...} anywhere, and the round machine's records."""
-    package = ROOT / program.replace("-", "_")
-    names, others = set[str](), list[str]()
-    for path in {*package.rglob("*.py"), ROOT / "fedsoda_edge/ports/console.py"}:
+    """Every event that the program can say."""
+    if program == "fedsoda-hub":
+        return {str(kind.__struct_config__.tag) for kind in told_by_hub.kinds()} | {"end"}
+    names = set[str]()
+    for path in {*(ROOT / "fedsoda_edge").rglob("*.py")}:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Dict):
                 for key, value in zip(node.keys, node.values, strict=True):
                     if isinstance(key, ast.Constant) and key.value == "event":
                         leaves = [value.body, value.orelse] if isinstance(value, ast.IfExp) else [value]
+                        assert all(isinstance(leaf, ast.Constant) for leaf in leaves)
                         names |= {str(leaf.value) for leaf in leaves if isinstance(leaf, ast.Constant)}
-                        others += [ast.unparse(leaf) for leaf in leaves if not isinstance(leaf, ast.Constant)]
-    if package.name == "fedsoda_hub":
-        assert others == ["name"]  # of a record that was written, in Daemon._recorded
-        return names | records_of_the_machine()
-    assert others == []
     return names
-
-
-def records_of_the_machine() -> set[str]:
-    """Tags of the records that the round machine makes. RunStarted and SettingsChanged are written in silence."""
-    source = ast.parse((ROOT / "fedsoda_hub/federation/rounds.py").read_text(encoding="utf-8"))
-    made = {
-        node.func.attr
-        for node in ast.walk(source)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
-    }
-    kinds = {kind.__name__: kind for kind in ev.Record.__subclasses__()}
-    assert kinds.keys() - made == {"RunStarted", "SettingsChanged"}
-    return {str(kind.__struct_config__.tag) for name, kind in kinds.items() if name in made}
 
 
 def subschemas(schema: Any, path: str = "#") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -340,29 +327,6 @@ def nowhere() -> Iterator[str]:
 # --- fedsoda-edge ----------------------------------------------------------------------------------------------------
 
 
-class WorkerHere:
-    """In the place of the child process: the worker itself, without the seconds that starting one takes."""
-
-    rss_bytes = peak_rss_bytes = 600_000_000
-
-    def __init__(self) -> None:
-        self._worker = Worker()
-        self.pid = 1
-
-    async def start(self) -> None: ...
-
-    async def call(self, command: str, arguments: dict[str, Any], report: Any = None) -> dict[str, Any]:
-        loop = asyncio.get_running_loop()
-
-        def crossing(values: dict[str, Any]) -> None:
-            loop.call_soon_threadsafe(report, read_json(json.dumps(values)))  # what crosses the pipe is JSON
-
-        done = await asyncio.to_thread(getattr(self._worker, command), arguments, crossing)
-        return dict(read_json(json.dumps(done)))
-
-    async def close(self) -> None: ...
-
-
 class MoodyHub(ScriptedHub):
     """Its disk is full, then it has closed round 1, then it is away for a moment; in round 2 all goes well.
 
@@ -576,31 +540,31 @@ def told(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Told:
     """Prepared and evaluated by the real commands; the round between them is written down by hand."""
     settings = make_run(tmp_path_factory.mktemp("told"), tiny_llama, align={"steps": 2})
     progress: list[dict[str, Any]] = []
-    with mock.patch.object(Display, "say", lambda _, event: progress.append(event)):
+    with mock.patch.object(Display, "say", lambda _, event: progress.append(told_by_hub.as_json(event))):
         found = hub("prepare", settings.path)
         views = {name: found[name] for name in ("manifest", "adapter_view", "emulator_view", "public_kl")}
-        ledger = Ledger(settings.run_dir / "ledger.sqlite")
         a, b, view = ms.EdgeId("a"), ms.EdgeId("b"), ms.Digest(views["adapter_view"])
-        records: list[ev.AnyRecord] = [
-            ev.RunStarted(run_id="0123456789abcdef", fixed=settings.fixed()),
-            ev.Prepared(**views),
-            ev.RoundOpened(round=1, cohort=(a, b), view=view, alignment=0, deadline_at=1e9),
-            ev.UpdateAccepted(round=1, edge=a, digest=view, num_examples=8, loss=0.25),
-            ev.EdgeAnswered(round=1, edge=b, how="declined"),
-            ev.RoundClosed(round=1, master=view, view=view, delta=view),
-            ev.Realigned(
+        records: list[rec.AnyRecord] = [
+            rec.RunStarted(run_id="0123456789abcdef", fixed=settings.fixed()),
+            rec.Prepared(**views),
+            rec.RoundOpened(round=1, cohort=(a, b), view=view, alignment=0, deadline_at=1e9),
+            rec.UpdateAccepted(round=1, edge=a, digest=view, num_examples=8, loss=0.25),
+            rec.EdgeAnswered(round=1, edge=b, how="declined"),
+            rec.RoundClosed(round=1, master=view, view=view, delta=view),
+            rec.Realigned(
                 round=2, version=1, view=views["emulator_view"], delta=view, kl_before=0.5, kl_after=0.25
             ),
         ]  # fmt: skip
-        for record in records:
-            ledger.append(record)
+        with opened(RunDirectory(settings.run_dir)) as ledger:
+            for record in records:
+                ledger.append(record)
         evaluated = hub("evaluate", settings.path, "--data", settings.directory / "eval.jsonl")
     result = {name: evaluated[name] for name in ("accuracy", "loss", "auc", "num_examples")}
-    ledger.append(ev.Evaluated(round=1, result=result))
-    ledger.add_traffic(a, 1, 300, 500)
-    ledger.snapshot(ledger.replay())
-    ledger.create_token("a")
-    ledger.close()
+    with opened(RunDirectory(settings.run_dir)) as ledger:
+        ledger.append(rec.Evaluated(round=1, result=result))
+        ledger.add_traffic(a, 1, 300, 500)
+        ledger.snapshot(ledger.replay())
+        ledger.tokens.create("a")
     return Told(settings, found, evaluated, progress)
 
 
@@ -689,18 +653,21 @@ def test_errors_of_a_hub(tmp_path: Path, command: str) -> None:
 class Torch(test_daemon.Torch):
     """In the place of torch; what it says and returns is held against real work by `told` and test_federation.py."""
 
-    async def call(self, command: str, arguments: dict[str, Any], report: Any = None) -> dict[str, Any]:
-        if command not in ("probe", "realign", "evaluate"):
-            return await super().call(command, arguments, report)
-        if command == "probe":
-            return {"kl": 0.5, "cosine": 0.75}
-        stage = {"realign": "aligning", "evaluate": "evaluating"}[command]
-        report({"stage": stage, "done": 1, "total": 2, **({"kl": 0.25} if command == "realign" else {})})
-        if command == "realign":
-            views = {name: self.blobs.put(name.encode()) for name in ("view", "delta")}
-            return {**views, "kl_before": 0.5, "kl_after": 0.25}
-        figures = {"full": 0.25, "sub_llm": 0.5, "plug_in": 0.75}
-        return {"accuracy": figures, "loss": figures, "auc": dict.fromkeys(figures), "num_examples": 4}
+    def answer(self, job: jobs.Job, on_progress: Any) -> jobs.JobResult:
+        match job:
+            case jobs.Probe():
+                return jobs.ProbeResult(kl=0.5, cosine=0.75)
+            case jobs.Realign():
+                on_progress(jobs.Stage(stage="aligning", done=1, total=2, kl=0.25))
+                view, delta = (self.stored(name) for name in (b"view", b"delta"))
+                made = jobs.RealignedSubLLM(view=view, delta=delta, kl_before=0.5, kl_after=0.25)
+                return jobs.RealignResult((made,))
+            case jobs.Evaluate():
+                on_progress(jobs.Stage(stage="evaluating", done=1, total=2))
+                figures = {"full": 0.25, "sub_llm": 0.5, "plug_in": 0.75}
+                auc = dict.fromkeys(figures)
+                return jobs.EvaluateResult(accuracy=figures, loss={**figures}, auc={**auc}, num_examples=4)
+        return super().answer(job, on_progress)
 
 
 @contextlib.contextmanager

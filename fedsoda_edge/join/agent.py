@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,7 @@ import msgspec
 from fedsoda_edge.data.local_data import LocalData
 from fedsoda_edge.device.facts import read_device
 from fedsoda_edge.device.fit import Limits, fit, leaner, memory_report, room_for, same_way
-from fedsoda_edge.device.pause_rules import PauseRules
+from fedsoda_edge.device.pause_rules import Rules
 from fedsoda_edge.errors import (
     DeviceTooSmall,
     HubUnreachable,
@@ -37,9 +37,10 @@ from fedsoda_edge.ports import Clock, TorchPort, Transport
 from fedsoda_edge.ports.disk import sha256_file, write_durably
 from fedsoda_edge.ports.store import FileStore
 from fedsoda_edge.ports.system import peak_rss_bytes
+from fedsoda_edge.protocol import commands as cmd
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.manifest import TOKENIZER_FILES, parse_manifest
-from fedsoda_edge.protocol.needs import SHORTEST, MemoryPlan, SampleSizes, Shape, shape_of
+from fedsoda_edge.protocol.needs import SHORTEST, MemoryPlan, Samples, Shape, shape_of
 from fedsoda_edge.protocol.session import Blob, EdgeSession, chunks
 from fedsoda_edge.protocol.template import DEFAULT_COMPLETION, DEFAULT_PROMPT, TextTemplate
 
@@ -73,7 +74,7 @@ class AgentSettings:
     unattended: bool = False
     cache: Cache = Cache()
     limits: Limits = field(default_factory=Limits)
-    rules: PauseRules = field(default_factory=PauseRules)
+    rules: Rules = field(default_factory=Rules)
 
 
 class Agent:
@@ -96,7 +97,7 @@ class Agent:
         self._size_class = 0
         self._cache_key = b""
         self._download: Download | None = None
-        self._opening: dict[str, Any] | None = None  # what the worker was opened with, for the next one
+        self._opening: cmd.Open | None = None  # what the worker was opened with, for the next one
         self._reader: asyncio.Task[None] | None = None
         self._connected = asyncio.Event()
         self._ready = asyncio.Event()  # the hub takes updates on this connection
@@ -110,7 +111,7 @@ class Agent:
         self._preparing: asyncio.Task[None] | None = None
         self._is_prepared = False  # bundle and data are here
         self._working = asyncio.Lock()
-        self._opened: dict[str, Any] = {}
+        self._opened: cmd.Opened | None = None
         self._shape: Shape | None = None
         self._memory: MemoryPlan | None = None  # how to train, from the moment the data is read
         self._opened_by: int | None = None
@@ -215,15 +216,9 @@ class Agent:
             }
         )
         prompt, completion = self._template()
-        self._opening = {
-            "store": str(self.home.store),
-            "manifest": manifest_digest,
-            "data": str(self._settings.data.path.absolute()),
-            "columns": dict(self._settings.data.columns),
-            "prompt": prompt.text,
-            "completion": completion.text,
-            "max_length": welcome.max_length,
-        }
+        self._opening = cmd.Open(
+            store=str(self.home.store), manifest=manifest_digest, rows=self._rows(), max_length=welcome.max_length
+        )
         async with download.bundle(manifest, manifest_digest) as fetch:
             opened = await _beside(fetch(), self._read(welcome, taken.size_class.emulator))
         tokenizer = {file.name: str(store.path(file.sha256)) for file in manifest.files if file.name in TOKENIZER_FILES}
@@ -236,36 +231,37 @@ class Agent:
             "eos": manifest.config.get("eos_token_id"),
         }
         self.home.remember_run(welcome.run_id, about)
-        counts = {name: opened[name] for name in ("num_examples", "num_skipped", "threads")}  # the rest is for the plan
+        counts = {"num_examples": opened.num_examples, "num_skipped": opened.num_skipped, "threads": opened.threads}
         self.say({"event": "data", "rows": rows, **counts})
         for missing in self._aside.missing():
             self.say({"event": "notice", "message": missing})
 
-    async def _read(self, welcome: ms.Welcome, emulator: ms.ViewRef | None) -> dict[str, Any]:
+    async def _read(self, welcome: ms.Welcome, emulator: ms.ViewRef | None) -> cmd.Opened:
         """Read the data in the worker, and begin to sweep it with the alignment that is in force."""
         opened = await self._at_work(self._open, tries=1)
-        self._num_examples = opened["num_examples"]
+        self._num_examples = opened.num_examples
         if emulator is not None:
             self._early_for = emulator.digest
             self._early = asyncio.create_task(self._at_work(lambda: self._sweep_early(welcome, emulator)))
             self._early.add_done_callback(self._early_ended)
         return opened
 
-    async def _open(self) -> dict[str, Any]:
+    async def _open(self) -> cmd.Opened:
         """Let the worker have bundle and data, unless it does."""
-        if self.worker.pid is None or self.worker.pid != self._opened_by:
+        if self._opened is None or self.worker.pid is None or self.worker.pid != self._opened_by:
             assert self._opening is not None
-            self._opened = await self.worker.call("open", self._opening)
+            self._opened = await self.worker.call(self._opening)
             self._opened_by, self._border_for = self.worker.pid, None
             if self._memory is None:
                 self._plan_memory()
         return self._opened
 
     @property
-    def _samples(self) -> SampleSizes:
+    def _samples(self) -> Samples:
         assert self._welcome is not None
-        longest = self._opened["longest_ids"], self._opened["longest_labels"]
-        return SampleSizes(self._welcome.batch_size, *longest, self._opened["num_examples"])
+        assert self._opened is not None
+        longest = self._opened.longest_ids, self._opened.longest_labels
+        return Samples(self._welcome.batch_size, *longest, self._opened.num_examples)
 
     def _facts(self) -> ms.DeviceFacts:
         """What is free, with what the worker holds already: a plan counts it in.
@@ -273,15 +269,17 @@ class Agent:
         A GPU that its torch cannot use is none, unless it was asked for: then the worker says what to install.
         """
         facts = read_device(self.home.directory)
-        if self._settings.device == "auto" and not self._opened["has_cuda"]:
+        assert self._opened is not None
+        if self._settings.device == "auto" and not self._opened.has_cuda:
             facts = msgspec.structs.replace(facts, vram_bytes=0, accelerator="")
         return msgspec.structs.replace(facts, ram_bytes=facts.ram_bytes + (self.worker.rss_bytes or 0))
 
     def _plan_memory(self) -> None:
         """The quickest way that has room; a round that is in the middle goes on the way it began, to the same bits."""
         assert self._shape is not None
+        assert self._opened is not None
         facts, limits, kept = self._facts(), self._settings.limits, self._run_dir / "memory.json"
-        process = self._opened["process_bytes"]
+        process = self._opened.process_bytes
         plan = fit(self._settings.device, self._shape, self._samples, facts, limits, process_bytes=process)
         if any((self._run_dir / "checkpoint").glob("round.*")) and (before := _read_plan(kept)) is not None:
             again = same_way(before, self._shape, self._samples, process)
@@ -296,9 +294,9 @@ class Agent:
 
     def _leaner(self) -> MemoryPlan | None:
         """The next way that needs less; after a GPU's last one, under auto, the CPU's first that has room."""
-        if self._memory is None or self._shape is None:
+        if self._memory is None or self._shape is None or self._opened is None:
             return None
-        process, limits = self._opened["process_bytes"], self._settings.limits
+        process, limits = self._opened.process_bytes, self._settings.limits
         plan = leaner(self._memory, self._shape, self._samples, process)
         if plan is None and self._settings.device == "auto" and self._memory.device != "cpu":
             with contextlib.suppress(DeviceTooSmall):  # no room there either: what the GPU said is told
@@ -367,13 +365,17 @@ class Agent:
         prompt, completion = self._template()
         if self._settings.data.is_text:
             return self._settings.data.check(prompt, completion)
-        values: dict[str, Any] = {
-            "data": str(self._settings.data.path.absolute()),
-            "columns": dict(self._settings.data.columns),
-        }
-        values |= {"prompt": prompt.text, "completion": completion.text}
-        checked = await self._at_work(lambda: self.worker.call("check", values), tries=1)
-        return int(checked["rows"])
+        checked = await self._at_work(lambda: self.worker.call(cmd.Check(rows=self._rows())), tries=1)
+        return checked.rows
+
+    def _rows(self) -> cmd.Rows:
+        data, (prompt, completion) = self._settings.data, self._template()
+        return cmd.Rows(
+            path=str(data.path.absolute()),
+            columns=dict(data.columns),
+            prompt=prompt.text,
+            completion=completion.text,
+        )
 
     def _template(self) -> tuple[TextTemplate, TextTemplate]:
         template = self._welcome.template if self._welcome else None
@@ -602,11 +604,13 @@ class Agent:
                 digest=ms.Digest(digest),
                 bytes=self.update_path.stat().st_size,
                 codec=welcome.codec,
-                num_examples=result["num_examples"],
-                loss=result["loss"],
+                num_examples=result.num_examples,
+                loss=result.loss,
             )
             write_durably(pending / "meta.json", msgspec.json.encode(start))
-            self.say({"event": "trained", "round": offer.round, "edge": welcome.edge, **result})
+            figures = msgspec.to_builtins(result)
+            del figures["num_damaged"]
+            self.say({"event": "trained", "round": offer.round, "edge": welcome.edge, **figures})
             return start
         except BaseException:
             self.in_hand = None
@@ -614,7 +618,7 @@ class Agent:
         finally:
             self._working_on = 0
 
-    async def _train_once(self, welcome: ms.Welcome, pending: Path) -> tuple[ms.RoundOffer, dict[str, Any]]:
+    async def _train_once(self, welcome: ms.Welcome, pending: Path) -> tuple[ms.RoundOffer, cmd.Trained]:
         await self._open()
         offer = self._offer
         assert offer is not None
@@ -630,36 +634,35 @@ class Agent:
         if self._border_for != offer.emulator.digest:
             await self._sweep(emulator, offer.emulator.digest)
         result = await self.worker.call(
-            "train",
-            {
-                "view": view,
-                "settings": msgspec.to_builtins(offer.local),
-                "seed": welcome.seed,
-                "round": offer.round,
-                "edge": welcome.edge,
-                "codec": welcome.codec,
-                "trains": offer.trains,
-                "residual": views.residual(offer.round) if offer.has_feedback else None,
-                "update": str(self.update_path),
-                "new_residual": str(pending / "residual"),
-                "checkpoint": str(self._run_dir / "checkpoint"),
-            },
+            cmd.Train(
+                view=view,
+                settings=offer.local,
+                seed=welcome.seed,
+                round=offer.round,
+                edge=welcome.edge,
+                codec=welcome.codec,
+                trains=offer.trains,
+                residual=views.residual(offer.round) if offer.has_feedback else None,
+                update=str(self.update_path),
+                new_residual=str(pending / "residual"),
+                checkpoint=str(self._run_dir / "checkpoint"),
+            ),
             self._reporter(offer.round),
         )
-        self._say_damaged(result.pop("num_damaged"))
+        self._say_damaged(result.num_damaged)
         return offer, result
 
     async def _follow(self, wanted: ms.BlobRef, views: Views) -> None:
         """Other layers are in force since the last round: fetch what is not here, and begin with them."""
         assert self._opening is not None
         assert self._download is not None
-        if self._opening["manifest"] == wanted.digest:
+        if self._opening.manifest == wanted.digest:
             return
         manifest = parse_manifest((await self._download.file(wanted.digest, wanted.bytes)).read_bytes())
         async with self._download.bundle(manifest, wanted.digest) as fetch:
             await fetch()
         self._shape = shape_of(manifest)
-        self._opening["manifest"] = wanted.digest
+        self._opening = msgspec.structs.replace(self._opening, manifest=wanted.digest)
         views.begin(wanted.digest)
         await end(self.worker)
         await self._open()
@@ -669,50 +672,46 @@ class Agent:
     async def _sweep(self, emulator: str | None, digest: ms.Digest) -> None:
         """Border states of all samples, those that are on the disk already left as they are."""
         assert self._welcome is not None
-        cache = {
-            "directory": str(self.home.border(self._welcome.run_id)),
-            "key": self._cache_key.hex(),
-            "dtype": self._settings.cache.dtype,
-            "max_bytes": self._settings.cache.max_bytes,
-        }
+        cache = cmd.BorderCache(
+            directory=str(self.home.border(self._welcome.run_id)),
+            key=self._cache_key.hex(),
+            dtype=self._settings.cache.dtype,
+            max_bytes=self._settings.cache.max_bytes,
+        )
         assert self._memory is not None
-        values = {
-            "emulator": emulator,
-            "cache": cache,
-            "memory": msgspec.to_builtins(self._memory),
-            "room": room_for(self._memory.device, self._facts(), self._settings.limits),
-        }
-        swept = await self.worker.call("border", values, self._report_sweep)
-        self._say_damaged(swept["num_damaged"])
+        room = room_for(self._memory.device, self._facts(), self._settings.limits)
+        sweep = cmd.Sweep(emulator=emulator, cache=cache, memory=self._memory, room=room)
+        swept = await self.worker.call(sweep, self._report_sweep)
+        self._say_damaged(swept.num_damaged)
         self._border_for = digest
-        self.say({"event": "swept", "num_examples": self._num_examples, **swept})
+        self.say({"event": "swept", "num_examples": self._num_examples, **msgspec.to_builtins(swept)})
 
     def _say_damaged(self, count: int) -> None:
         if count:
             message = f"{count} records of the border cache were not as they were written; computed anew"
             self.say({"event": "notice", "message": message})
 
-    def _report_sweep(self, values: Mapping[str, Any]) -> None:
-        self.say({"event": "sweep", **values})
+    def _report_sweep(self, progress: cmd.SweepProgress) -> None:
+        self.say({"event": "sweep", "stage": "sweep", "done": progress.done, "total": progress.total})
 
-    def _reporter(self, round_number: int) -> Callable[[dict[str, Any]], None]:
+    def _reporter(self, round_number: int) -> Callable[[cmd.TrainingStep], None]:
         """Tell people and the hub how far training is, twice a second at most."""
         last = -PROGRESS_SECONDS
 
-        def report(values: dict[str, Any]) -> None:
+        def report(taken: cmd.TrainingStep) -> None:
             nonlocal last
             now = self._clock.monotonic()
-            if now - last < PROGRESS_SECONDS and values["step"] != values["steps"]:
+            if now - last < PROGRESS_SECONDS and taken.step != taken.steps:
                 return
             last = now
-            self.say({"event": "training", "round": round_number, **values})
+            self.say({"event": "training", "round": round_number, "stage": "train", **msgspec.to_builtins(taken)})
             if self._connected.is_set() and self._session.state == "open":
                 message = ms.Progress(
                     round=round_number,
-                    step=values["step"],
-                    steps=values["steps"],
-                    loss=values["loss"],
-                    tokens_per_second=values["tokens_per_second"],
+                    step=taken.step,
+                    steps=taken.steps,
+                    loss=taken.loss,
+                    tokens_per_second=taken.tokens_per_second,
                 )
                 task = asyncio.get_running_loop().create_task(self._try_send(message))
                 self._progress_tasks.add(task)

@@ -21,6 +21,7 @@ from fedsoda_edge.join.token import read_token
 from fedsoda_edge.ports import Transport
 from fedsoda_edge.ports.child import Child
 from fedsoda_edge.ports.system import memory_limit_hint
+from fedsoda_edge.protocol.commands import Examine
 from fedsoda_edge.units import human_bytes
 
 MAX_SKEW_SECONDS = 120.0
@@ -60,23 +61,23 @@ async def _device(home: Home) -> AsyncIterator[Check]:
     yield Check("Python", True, platform.python_version())
     worker = Child("fedsoda_edge.worker", {"HF_HUB_OFFLINE": "1"})
     try:
-        found = await worker.call("doctor", {})
+        found = await worker.call(Examine())
     except FedSODAError as error:
         yield _failed("torch", error)
         return
     finally:
         await worker.close()
-    yield Check("torch", True, f"{found['torch']}, {found['threads']} threads")
+    yield Check("torch", True, f"{found.torch}, {found.threads} threads")
     yield Check(
         "GPU",
         True,
-        found["accelerator"] or "none that torch sees: training runs on the CPU",
+        found.accelerator or "none that torch sees: training runs on the CPU",
     )
-    problem = found["nf4_problem"]
+    problem = found.nf4_problem
     yield Check(
         "NF4",
         not problem,
-        problem or f"forward and backward as they should be on {found['device']}",
+        problem or f"forward and backward as they should be on {found.device}",
         "reinstall bitsandbytes for this CUDA, or join with --device cpu" if problem else "",
         1,
     )

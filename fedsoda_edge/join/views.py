@@ -14,6 +14,7 @@ from fedsoda_edge.errors import BlobCorrupt
 from fedsoda_edge.ports import TorchPort
 from fedsoda_edge.ports.disk import sha256, sha256_file, write_durably
 from fedsoda_edge.protocol import messages as ms
+from fedsoda_edge.protocol.commands import Advance, View
 
 FORGET_RESIDUAL_AFTER = 5  # missed rounds
 
@@ -38,7 +39,7 @@ class Views:
                     (self._directory / f"{which}.{kind}").unlink(missing_ok=True)
         write_durably(mark, manifest.encode())
 
-    async def bring_up(self, which: str, wanted: ms.ViewRef, number: int) -> str | None:
+    async def bring_up(self, which: View, wanted: ms.ViewRef, number: int) -> str | None:
         """The file of a view; None for the bundle's own. By delta from the one before, else by snapshot.
 
         Args:
@@ -62,18 +63,17 @@ class Views:
             moved = self._directory / f"{which}.moved"
             write_durably(coded, await self._fetch(wanted.delta))
             answer = await self._worker.call(
-                "advance",
-                {
-                    "which": which,
-                    "view": str(path) if path.exists() else None,
-                    "delta": str(coded),
-                    "moved": wanted.moved,
-                    "codec": self._codec,
-                    "out": str(moved),
-                },
+                Advance(
+                    which=which,
+                    view=str(path) if path.exists() else None,
+                    delta=str(coded),
+                    moved=wanted.moved,
+                    codec=self._codec,
+                    out=str(moved),
+                )
             )
             coded.unlink()
-            if answer["digest"] == wanted.digest:
+            if answer.digest == wanted.digest:
                 os.replace(moved, path)
                 write_durably(mark, str(number).encode())
                 return str(path)
@@ -84,7 +84,7 @@ class Views:
         write_durably(mark, str(number).encode())
         return str(path)
 
-    async def held(self, which: str, digest: ms.Digest) -> str | None:
+    async def held(self, which: View, digest: ms.Digest) -> str | None:
         """The file of a view that is here already."""
         path = self._directory / f"{which}.safetensors"
         is_here = path.exists() and await asyncio.to_thread(sha256_file, path) == digest

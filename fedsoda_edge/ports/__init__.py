@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any, Protocol
+from typing import Protocol
+
+from fedsoda_edge.protocol.calls import Call, ProgressT, ResultT
 
 
 class Clock(Protocol):
@@ -18,6 +21,10 @@ class Clock(Protocol):
         """Seconds since 1970, for people and for deadlines that outlive a process."""
         ...
 
+    async def sleep(self, seconds: float) -> None:
+        """Return after so many seconds of `monotonic`."""
+        ...
+
 
 class SystemClock:
     def monotonic(self) -> float:
@@ -25,6 +32,9 @@ class SystemClock:
 
     def wall(self) -> float:
         return time.time()
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
 
 
 class Disk(Protocol):
@@ -62,28 +72,33 @@ class Transport(Protocol):
 
 
 class TorchPort(Protocol):
-    """Commands that need torch, which runs elsewhere: `child.Child` starts a process for them."""
+    """Calls to a process that owns torch: `child.Child` starts one for them."""
 
     @property
     def pid(self) -> int | None:
-        """Another number after each start; None where nothing runs."""
+        """The process's number, another one after each start; None where nothing runs."""
         ...
 
     @property
-    def rss_bytes(self) -> int | None: ...
+    def rss_bytes(self) -> int | None:
+        """Bytes that the process holds now; None where nothing runs."""
+        ...
 
     @property
-    def peak_rss_bytes(self) -> int: ...
+    def peak_rss_bytes(self) -> int:
+        """Bytes that any of its processes held at most, as far as they have answered."""
+        ...
 
     async def start(self) -> None: ...
 
     async def call(
-        self,
-        command: str,
-        arguments: dict[str, Any],
-        on_progress: Callable[[dict[str, Any]], None] | None = None,
-    ) -> dict[str, Any]:
-        """Raises FedSODAError, WorkerFailed among them."""
+        self, call: Call[ResultT, ProgressT], on_progress: Callable[[ProgressT], None] | None = None
+    ) -> ResultT:
+        """Run one call and return its result.
+
+        Raises:
+            FedSODAError: what the call raised; WorkerFailed where the process ended, or raised something else.
+        """
         ...
 
     async def close(self) -> None: ...

@@ -1,15 +1,14 @@
 """A child process on pipes: length-prefixed JSON both ways, tensors as files. It owns torch, its parent does not.
 
 The child runs in its own process group and ends when its stdin closes, even in the middle of work: after a
-kill -9 of the parent nothing stays on the GPU. Errors of our tree cross as data, never as pickles. What a
-command means is the worker's (`fedsoda_edge.worker`) or the hub's (`fedsoda_hub.compute`) business.
+kill -9 of the parent nothing stays on the GPU. Calls, results and errors cross as typed data, never as pickles. What a
+call means is the worker's (`fedsoda_edge.worker`) or the hub's (`fedsoda_hub.compute`) business.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import sys
 import threading
@@ -19,18 +18,45 @@ from collections.abc import Callable, Mapping
 from queue import SimpleQueue
 from typing import Any, BinaryIO
 
+import msgspec
+
 from fedsoda_edge.errors import FedSODAError, WorkerFailed, by_name
 from fedsoda_edge.ports.system import group_of_its_own, peak_rss_bytes, was_killed
+from fedsoda_edge.protocol.calls import Call, ProgressT, ResultT, progress_type, result_type
 
-Values = dict[str, Any]
-Report = Callable[[Values], None]
-Handler = Callable[[Values, Report], Values]
+Report = Callable[[msgspec.Struct], None]
 
 MAX_FRAME_BYTES = 64 << 20
 
 
-def _frame(message: Values) -> bytes:
-    data = json.dumps(message, allow_nan=False).encode()
+class Progressed(msgspec.Struct, frozen=True, tag_field="reply", tag="progress"):
+    """How far the running call is: one of the call's progress types."""
+
+    progress: msgspec.Raw
+
+
+class Answered(msgspec.Struct, frozen=True, tag_field="reply", tag="result"):
+    """The result of a call, as its result type, and the most memory that the process has held so far."""
+
+    result: msgspec.Raw
+    peak_rss_bytes: int
+
+
+class Raised(msgspec.Struct, frozen=True, tag_field="reply", tag="error"):
+    """An error of our tree by its name, with its fields; name "": a defect, with its traceback in details."""
+
+    name: str
+    fields: dict[str, Any] = {}
+    text: str = ""
+    details: str = ""
+
+
+_Reply = Progressed | Answered | Raised
+_reply = msgspec.json.Decoder(_Reply)
+
+
+def _frame(message: msgspec.Struct) -> bytes:
+    data = msgspec.json.encode(message)
     return len(data).to_bytes(4, "big") + data
 
 
@@ -82,13 +108,16 @@ class Child:
         except psutil.Error:
             return None
 
-    async def call(self, command: str, arguments: Values, on_progress: Report | None = None) -> Values:
-        """Run one command and return its result.
+    async def call(
+        self, call: Call[ResultT, ProgressT], on_progress: Callable[[ProgressT], None] | None = None
+    ) -> ResultT:
+        """Run one call and return its result.
 
         Raises:
-            FedSODAError: what the command raised.
+            FedSODAError: what the call raised.
             WorkerFailed: the child ended, or raised something that is not ours.
         """
+        result, progress = result_type(call), progress_type(call)
         async with self._lock:
             if self.pid is None:
                 await self.start()
@@ -96,29 +125,34 @@ class Child:
             assert self._process.stdin is not None
             assert self._process.stdout is not None
             try:
-                self._process.stdin.write(_frame({"do": command, "with": arguments}))
+                self._process.stdin.write(_frame(call))
                 await self._process.stdin.drain()
                 while True:
                     size = int.from_bytes(await self._process.stdout.readexactly(4), "big")
-                    reply = json.loads(await self._process.stdout.readexactly(size))
-                    if "progress" not in reply:
+                    reply = _reply.decode(await self._process.stdout.readexactly(size))
+                    if not isinstance(reply, Progressed):
                         break
                     if on_progress is not None:
-                        on_progress(reply["progress"])
+                        on_progress(msgspec.json.decode(reply.progress, type=progress))
             except (asyncio.IncompleteReadError, ConnectionError) as error:
                 status = await self._process.wait()
                 if self._drain is not None:
                     await self._drain
                 raise WorkerFailed(
-                    f"the process {self.module} ended with status {status} during {command!r}"
+                    f"the process {self.module} ended with status {status} during {type(call).__name__}"
                     + (" (killed, most likely out of memory)" if was_killed(status) else ""),
                     "\n".join(self._last_words),
                     was_killed(status),
                 ) from error
-            self.peak_rss_bytes = max(self.peak_rss_bytes, int(reply.get("peak_rss_bytes", 0)))
-            if "error" in reply:
-                raise _rebuilt(reply["error"])
-            return dict(reply["result"])
+            if isinstance(reply, Raised):
+                raise _rebuilt(reply)
+            self.peak_rss_bytes = max(self.peak_rss_bytes, reply.peak_rss_bytes)
+            try:
+                return msgspec.json.decode(reply.result, type=result)
+            except msgspec.ValidationError as error:  # as NaN, which JSON does not have
+                raise WorkerFailed(
+                    f"the process {self.module} answered {type(call).__name__} with what is not a {result.__name__}: {error}"
+                ) from error
 
     async def close(self) -> None:
         """Close its stdin, which ends it, and wait."""
@@ -134,44 +168,52 @@ class Child:
         self._process._transport.close()  # type: ignore[attr-defined]
 
 
-def _rebuilt(error: Values) -> FedSODAError:
-    kind = by_name(error["name"])
+def _rebuilt(raised: Raised) -> FedSODAError:
+    kind = by_name(raised.name)
     if kind is None:
-        return WorkerFailed(error["text"], error.get("details", ""))
-    return kind(**error["fields"])
+        return WorkerFailed(raised.text, raised.details)
+    return kind(**raised.fields)
 
 
 # --- the child's side ----------------------------------------------------------------------------------
 
 
-def serve(handlers: Mapping[str, Handler]) -> None:
-    """Answer commands on stdin until it closes. What the program prints goes to stderr."""
+def serve(calls: Any, answer: Callable[[Any, Report], msgspec.Struct]) -> None:
+    """Answer calls on stdin until it closes. What the program prints goes to stderr.
+
+    Args:
+        calls: the union of the call types. answer: does one call, and may report progress while it does.
+    """
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    commands: SimpleQueue[Values] = SimpleQueue()
-    threading.Thread(target=_read_commands, args=(sys.stdin.buffer, commands), daemon=True).start()
+    waiting: SimpleQueue[bytes] = SimpleQueue()
+    threading.Thread(target=_read_calls, args=(sys.stdin.buffer, waiting), daemon=True).start()
+    decode = msgspec.json.Decoder(calls).decode
     while True:
-        command = commands.get()
+        reply: _Reply
         try:
-            result = handlers[command["do"]](command["with"], lambda values: _write(out, _frame({"progress": values})))
-            reply = _frame({"result": result, "peak_rss_bytes": peak_rss_bytes()})  # NaN raises here
+            result = answer(decode(waiting.get()), lambda progress: _write(out, Progressed(_raw(progress))))
+            reply = Answered(_raw(result), peak_rss_bytes())
         except FedSODAError as error:
-            reply = _frame({"error": {"name": type(error).__name__, "fields": error.fields()}})
+            reply = Raised(type(error).__name__, error.fields())
         except Exception as error:
-            text = f"{type(error).__name__}: {error}"
-            reply = _frame({"error": {"name": "", "text": text, "details": traceback.format_exc()}})
+            reply = Raised("", text=f"{type(error).__name__}: {error}", details=traceback.format_exc())
         _write(out, reply)
 
 
-def _write(out: BinaryIO, frame: bytes) -> None:
-    out.write(frame)
+def _raw(value: msgspec.Struct) -> msgspec.Raw:
+    return msgspec.Raw(msgspec.json.encode(value))
+
+
+def _write(out: BinaryIO, reply: _Reply) -> None:
+    out.write(_frame(reply))
     out.flush()
 
 
-def _read_commands(stdin: BinaryIO, commands: SimpleQueue[Values]) -> None:
+def _read_calls(stdin: BinaryIO, waiting: SimpleQueue[bytes]) -> None:
     while head := stdin.read(4):
         size = int.from_bytes(head, "big")
         if len(head) < 4 or size > MAX_FRAME_BYTES:
             break
-        commands.put(json.loads(stdin.read(size)))
+        waiting.put(stdin.read(size))
     os._exit(0)  # the parent is gone or done: never work on as an orphan

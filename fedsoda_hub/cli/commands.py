@@ -7,7 +7,7 @@ import contextlib
 import os
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,10 @@ from fedsoda_edge.ports.console import run as run_command
 from fedsoda_edge.units import human_bytes
 from fedsoda_hub.cli.options import CompareCommand, setting
 from fedsoda_hub.settings.rates import Rates
+
+if TYPE_CHECKING:
+    from fedsoda_hub.run.ledger import Ledger
+    from fedsoda_hub.run.status import LiveStatus
 
 app = typer.Typer(help="Prepare, serve and evaluate a federated run.", epilog=EXIT_HELP, no_args_is_help=True)
 token_app = typer.Typer(help="What an edge needs to join.", no_args_is_help=True)
@@ -57,9 +61,12 @@ def demo(
 ) -> None:
     """The whole job on this machine, offline: hub, three edges, all rounds, export, evaluation."""
     with reporting(as_json, False, debug):
-        from fedsoda_hub.demo.run import run_demo
+        from fedsoda_hub.cli.display import Display
+        from fedsoda_hub.demo.run import print_summary, run_demo
 
-        report = asyncio.run(run_demo(directory, rounds=rounds, seed=seed))
+        with Display(jsonl=False) as display:
+            report = asyncio.run(run_demo(directory, rounds=rounds, seed=seed, say=display.say))
+        print_summary(report)
         finish({"status": "ok", **report}, as_json, False)
 
 
@@ -91,8 +98,9 @@ def plan(
 ) -> None:
     """What a run of this model would cost an edge, and the paper's arithmetic; needs no weights."""
     with reporting(as_json, False, debug):
-        from fedsoda_hub.cli.display import plan_table
+        from fedsoda_hub.cli.tables import plan_table
         from fedsoda_hub.plan import plan_report
+        from fedsoda_hub.settings.rates import Rates
         from fedsoda_hub.settings.run import settings_for_plan
 
         on_method: dict[str, object] = {
@@ -128,24 +136,25 @@ def prepare(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
     """SGP, NF4 and alignment into a bundle, as the run's method has them; goes on where it stopped."""
     with reporting(as_json, False, debug):
         from fedsoda_hub.cli.display import Display, kl_sentence
-        from fedsoda_hub.serving.daemon import lock_run
+        from fedsoda_hub.run.directory import RunDirectory
         from fedsoda_hub.settings.run import read_settings
 
         settings = read_settings(run)
-        lock = lock_run(settings.run_dir)
+        directory = RunDirectory(settings.run_dir)
+        lock = directory.lock()
         try:
+            from fedsoda_hub.compute import untyped
             from fedsoda_hub.evaluation.export import check_evaluation
+            from fedsoda_hub.events import progress_told
             from fedsoda_hub.preparation.prepare import Preparation
 
             check_evaluation(settings)
             with Display(jsonl=False) as display:
-                result = Preparation(
-                    settings, lambda v: display.say({"event": "progress", "job": "prepare", **v})
-                ).run()
+                result = Preparation(settings, untyped(lambda done: display.say(progress_told("prepare", done)))).run()
         finally:
             lock.release()
-        note(f"bundle: {settings.run_dir / 'bundle'}; {kl_sentence(result['public_kl'])}")
-        finish({"status": "ok", "bundle": str(settings.run_dir / "bundle"), **result}, as_json, False)
+        note(f"bundle: {directory.bundle}; {kl_sentence(result['public_kl'])}")
+        finish({"status": "ok", "bundle": str(directory.bundle), **result}, as_json, False)
 
 
 @app.command(epilog="Example: fedsoda-hub serve triage.toml --exit-when-done\n\n" + EXIT_HELP)
@@ -161,13 +170,15 @@ def serve(
     """Prepare if needed, then accept edges and run the rounds; survives restarts."""
     with reporting(as_json, jsonl, debug):
         from fedsoda_hub.cli.display import Display
+        from fedsoda_hub.events import Setting, Settings
         from fedsoda_hub.serving.daemon import Daemon
         from fedsoda_hub.settings.run import effective, read_settings
 
         settings = read_settings(run)
-        with Display(jsonl) as display:
-            daemon = Daemon(settings, display.say)
-            display.say({"event": "settings", "values": effective(settings)})
+        with Display(jsonl, is_detailed=debug) as display:
+            daemon = Daemon.open(settings, display.say)
+            display.say(Settings(values={key: Setting(**how) for key, how in effective(settings).items()}))
+            display.begins(daemon.machine.state, settings.rounds.count)
             asyncio.run(daemon.run(exit_when_done=exit_when_done))
         finish({"status": "ok", "run": settings.name, "phase": daemon.machine.state.phase}, as_json, jsonl)
 
@@ -184,15 +195,15 @@ def token_create(
 ) -> None:
     """Print a new token; it is kept nowhere else."""
     with reporting(as_json, False, debug):
-        from fedsoda_hub.run.ledger import write_secret
+        from fedsoda_hub.run.tokens import write_secret
 
         with contextlib.closing(_ledger(run)) as ledger:
-            token = ledger.create_token(name)
+            token = ledger.tokens.create(name)
             if out is not None:
                 try:
                     write_secret(out, token + "\n")
                 except BaseException:
-                    ledger.revoke_token(name)  # nobody has it, and the name is to be had again
+                    ledger.tokens.revoke(name)  # nobody has it, and the name is to be had again
                     raise
         if out is not None:
             note(f"wrote the token of {name} to {out}")
@@ -207,7 +218,7 @@ def token_list(run: RunFile, as_json: Json = False, debug: Debug = False) -> Non
     """Edges that may join, and whether a device has."""
     with reporting(as_json, False, debug):
         with contextlib.closing(_ledger(run)) as ledger:
-            tokens = ledger.tokens()
+            tokens = ledger.tokens.all()
         for token in tokens:
             state = "revoked" if token.revoked else "in use" if token.device else "unused"
             note(f"{token.edge:<24} {state}")
@@ -222,79 +233,82 @@ def token_revoke(
     """The edge is refused from its next connection on."""
     with reporting(as_json, False, debug):
         with contextlib.closing(_ledger(run)) as ledger:
-            ledger.revoke_token(name)
+            ledger.tokens.revoke(name)
         note(f"revoked the token of {name}")
         finish({"status": "ok", "edge": name}, as_json, False)
 
 
-def _ledger(run: Path) -> Any:
+def _ledger(run: Path) -> Ledger:
+    from fedsoda_hub.run.directory import RunDirectory
     from fedsoda_hub.run.ledger import Ledger
     from fedsoda_hub.settings.run import read_settings
 
-    return Ledger(read_settings(run).run_dir / "ledger.sqlite")
+    return Ledger(RunDirectory(read_settings(run).run_dir).ledger)
 
 
-def _status(run: Path) -> dict[str, Any]:
-    """Of the running hub, else of the ledger."""
-    from fedsoda_hub.run.ledger import Ledger, not_started
-    from fedsoda_hub.serving.daemon import run_status
+def _status(run: Path) -> tuple[bool, LiveStatus]:
+    """Ask the running hub, else its ledger; whether a hub runs, and how the run stands."""
+    from fedsoda_hub.run.directory import RunDirectory
+    from fedsoda_hub.run.ledger import not_started, opened
+    from fedsoda_hub.run.status import KnownEdge, live_status, run_status
     from fedsoda_hub.serving.listener import ask_running_hub
     from fedsoda_hub.settings.run import read_settings
 
     settings = read_settings(run)
-    path = settings.run_dir / "ledger.sqlite"
-    if not path.exists():
+    directory = RunDirectory(settings.run_dir)
+    if not directory.ledger.exists():
         raise not_started(settings.path)
-    with contextlib.closing(Ledger(path)) as ledger:
+    with opened(directory) as ledger:
         state = ledger.replay()
         if not state.run_id:  # there are tokens, and no more
             raise not_started(settings.path)
-        live = ask_running_hub(settings.run_dir)
-        if live is not None and live.get("run_id") == state.run_id:  # not another run's hub at an old address
-            return {"running": True, **live}
-        unknown = {"connected": False, "eligible": False, "size_class": None, "step": None, "steps": None}
-        edges = [{"edge": token.edge, "revoked": token.revoked, **unknown} for token in ledger.tokens()]
-        shown = run_status(settings, ledger, state)
-        return {"running": False, **shown, "url": None, "due_seconds": None, "edges": edges}
+        live = ask_running_hub(directory)
+        if live is not None and live.run_id == state.run_id:  # not another run's hub at an old address
+            return True, live
+        known = [KnownEdge(edge=token.edge, revoked=token.revoked) for token in ledger.tokens.all()]
+        return False, live_status(run_status(settings.name, settings.rounds.count, ledger, state), known)
 
 
 @app.command(epilog="Example: fedsoda-hub status triage.toml --json")
 def status(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
     """Rounds, losses, bytes, accuracy; of the running hub, else of what it left."""
     with reporting(as_json, False, debug):
-        found = _status(run)
+        import msgspec
+
+        is_running, found = _status(run)
         note(
-            f"{found['run']}: {found['phase']}, round {found['round']} of {found['rounds']}, "
-            f"{found['rounds_closed']} closed, hub {'running' if found['running'] else 'not running'}"
+            f"{found.run}: {found.phase}, round {found.round} of {found.rounds}, "
+            f"{found.rounds_closed} closed, hub {'running' if is_running else 'not running'}"
         )
-        if found["losses"]:
-            note("losses: " + " ".join(f"{loss:.3f}" for loss in found["losses"]))
-        if found["cross_terms"]:
-            shares = " ".join(f"{share:.2%}" for share in found["cross_terms"].values())
+        if found.losses:
+            note("losses: " + " ".join(f"{loss:.3f}" for loss in found.losses))
+        if found.cross_terms:
+            shares = " ".join(f"{share:.2%}" for share in found.cross_terms.values())
             note(f"of the mean product, averaging A and B apart loses: {shares}")
-        if found["rounds_closed"]:  # until then greetings travelled
-            size = found["bytes"]
-            up, down = human_bytes(size["up_per_edge_round"]), human_bytes(size["down_per_edge_round"])
+        if found.rounds_closed:  # until then greetings travelled
+            up, down = human_bytes(found.bytes.up_per_edge_round), human_bytes(found.bytes.down_per_edge_round)
             note(f"an edge and round: {up} up, {down} down")
-        if found["evaluation"]:
+        if found.evaluation:
             note(
-                "accuracy: "
-                + ", ".join(f"{name} {value:.1%}" for name, value in found["evaluation"]["accuracy"].items())
+                "accuracy: " + ", ".join(f"{name} {value:.1%}" for name, value in found.evaluation["accuracy"].items())
             )
-        finish({"status": "ok", **found}, as_json, False)
+        values = msgspec.to_builtins(found, str_keys=True)
+        finish({"status": "ok", "running": is_running, **values}, as_json, False)
 
 
 @app.command(epilog="Example: fedsoda-hub edges triage.toml")
 def edges(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
     """Who may join, who is in."""
     with reporting(as_json, False, debug):
-        found = _status(run)["edges"]
+        import msgspec
+
+        found = _status(run)[1].edges
         for edge in found:
-            state = "revoked" if edge["revoked"] else "connected" if edge["connected"] else "away"
-            step = f", step {edge['step']} of {edge['steps']}" if edge.get("step") else ""
-            taken = f", size class {edge['size_class']}" if edge.get("size_class") else ""
-            note(f"{edge['edge']:<24} {state}{taken}{step}")
-        finish({"status": "ok", "edges": found}, as_json, False)
+            state = "revoked" if edge.revoked else "connected" if edge.connected else "away"
+            step = f", step {edge.step} of {edge.steps}" if edge.step else ""
+            taken = f", size class {edge.size_class}" if edge.size_class else ""
+            note(f"{edge.edge:<24} {state}{taken}{step}")
+        finish({"status": "ok", "edges": msgspec.to_builtins(found)}, as_json, False)
 
 
 @app.command(epilog="Example: fedsoda-hub export triage.toml --to triage-adapter")
@@ -344,13 +358,14 @@ def evaluate(
     with reporting(as_json, False, debug):
         from fedsoda_hub.cli.display import Display
         from fedsoda_hub.evaluation.export import evaluate_path
+        from fedsoda_hub.events import StageProgress
 
         with Display(jsonl=False) as display:
             result = evaluate_path(
                 run_or_export,
                 data,
                 lambda done, total: display.say(
-                    {"event": "progress", "job": "evaluate", "stage": "evaluating", "done": done, "total": total}
+                    StageProgress(job="evaluate", stage="evaluating", done=done, total=total)
                 ),
                 model,
                 samples,
@@ -388,8 +403,9 @@ def report(
 
         settings = read_settings(run)
         from fedsoda_hub.report.page import write_report
+        from fedsoda_hub.run.directory import RunDirectory
 
-        written = write_report(settings, to or settings.run_dir / "report")
+        written = write_report(settings, to or RunDirectory(settings.run_dir).report)
         note(f"wrote {written['report']} and {len(written['pictures'])} pictures beside it")
         finish({"status": "ok", **written}, as_json, False)
 

@@ -29,6 +29,7 @@ from fedsoda_edge.ports.console import Terminated
 from fedsoda_edge.ports.disk import sha256_file, write_durably, write_durably_json
 from fedsoda_edge.ports.system import on_signal_in
 from fedsoda_edge.protocol.manifest import LayerPlan, LoRASpec
+from fedsoda_hub import events as told
 from fedsoda_hub.compare.central import train_central
 from fedsoda_hub.compare.pictures import write_pages
 from fedsoda_hub.compare.settings import Cell, Comparison
@@ -36,16 +37,17 @@ from fedsoda_hub.compare.splits import choose, deal
 from fedsoda_hub.compare.summary import summarise
 from fedsoda_hub.evaluation.evaluator import Evaluator, Judged
 from fedsoda_hub.evaluation.export import RunJudge
-from fedsoda_hub.federation.events import Prepared, RoundClosed
+from fedsoda_hub.events import Say
+from fedsoda_hub.federation.records import Prepared, RoundClosed
 from fedsoda_hub.local import in_process, processes
 from fedsoda_hub.plan import predict
 from fedsoda_hub.preparation.full_llm import open_full_llm
 from fedsoda_hub.preparation.prepare import Preparation, made_of
-from fedsoda_hub.run.ledger import Ledger
+from fedsoda_hub.run.directory import RunDirectory
+from fedsoda_hub.run.ledger import opened
 from fedsoda_hub.settings.run import RunSettings
 from fedsoda_hub.settings.toml import write_toml
 
-Say = Callable[[dict[str, Any]], None]
 Result = dict[str, Any]
 T = TypeVar("T")
 MAX_LOSS = 1e4  # nats; of a model that says no number
@@ -184,7 +186,7 @@ class _Run:
         """Of each variant that prunes, for the first seed. One of those that were pruned alike."""
         found: dict[str, LayerPlan] = {}
         for cell in list(self.comparison.cells())[: len(self.comparison.settings)]:
-            plan = Bundle.open(self._settings_of(cell, 1).run_dir / "bundle").plan
+            plan = Bundle.open(RunDirectory(self._settings_of(cell, 1).run_dir).bundle).plan
             if plan.distances and plan not in found.values():
                 found[cell.variant] = plan
         return found
@@ -195,8 +197,9 @@ class _Run:
 
     def _advance(self, units: int = 1) -> None:
         self._done += units
-        progress = {"event": "progress", "job": "compare", "stage": "comparing", "detail": self._what}
-        self._say({**progress, "done": self._done, "total": self._total})
+        self._say(
+            told.StageProgress(job="compare", stage="comparing", detail=self._what, done=self._done, total=self._total)
+        )
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         """What computes here; the loop goes on and hears signals, which `_alive` looks for."""
@@ -235,8 +238,8 @@ class _Run:
             result = await self._in_thread(lambda: self._result(cell, settings))
             write_durably_json(done, {"fingerprint": fingerprint, **result})
             shutil.rmtree(directory / "homes", ignore_errors=True)  # a bundle and border states of each edge
-            said = {"event": "cell", "cell": str(cell), "accuracy": result["rounds"][-1]["accuracy"]}
-            self._say({**said, "seconds": time.monotonic() - started})
+            accuracy, seconds = result["rounds"][-1]["accuracy"], time.monotonic() - started
+            self._say(told.CellDone(cell=str(cell), accuracy=accuracy, seconds=seconds))
         self._advance(before + self._units(cell) - self._done)
         return result
 
@@ -289,8 +292,8 @@ class _Run:
         edges = {name: settings.directory / "data" / f"{name}.jsonl" for name in names}
         homes = settings.directory / "homes"
 
-        def heard(event: dict[str, Any]) -> None:
-            if event["event"] == "round_closed":
+        def heard(event: told.Told) -> None:
+            if isinstance(event, told.RoundClosed):
                 self._advance()
 
         with contextlib.ExitStack() as files:
@@ -300,7 +303,7 @@ class _Run:
                 for name in names
             }
 
-            def log_of(name: str) -> Say:
+            def log_of(name: str) -> in_process.EdgeSay:
                 return lambda event: print(json.dumps(event), file=logs[name])
 
             if self.transport == "memory":
@@ -312,8 +315,9 @@ class _Run:
     # --- what came of it -----------------------------------------------------------------------------------------
 
     def _result(self, cell: Cell, settings: RunSettings) -> Result:
-        with contextlib.closing(Ledger(settings.run_dir / "ledger.sqlite")) as ledger:
+        with opened(RunDirectory(settings.run_dir)) as ledger:
             records, traffic, state = ledger.records(), ledger.traffic(), ledger.replay()
+        largest = state.largest
         closed = [record for record in records if isinstance(record, RoundClosed)]
         judge, every = self._judge(settings), self.comparison.compare.eval_every
         rounds: list[Result] = []
@@ -322,7 +326,7 @@ class _Run:
             answered: Result | None = None
             if is_last or (every and record.round % every == 0 and cell.alone is None):
                 self._alive()
-                models = judge.models(record.master, state.emulator_view, state.manifest)
+                models = judge.models(record.master, largest.emulator.digest, largest.manifest)
                 answered = _answered(judge.evaluator, models["plug_in"])
             sizes = [(up, down) for _, number, up, down in traffic if number == record.round]
             rounds.append(
@@ -358,7 +362,7 @@ class _Run:
 
     def _costs(self, settings: RunSettings) -> Result:
         """What an edge pays: of the bundle, by the formulas of `plan`, and as it was seen."""
-        bundle, source = Bundle.open(settings.run_dir / "bundle"), open_full_llm(settings)
+        bundle, source = Bundle.open(RunDirectory(settings.run_dir).bundle), open_full_llm(settings)
         dtype = str(source.dtype).removeprefix("torch.")
         plan = predict(source.family, source.fields, dtype, bundle.plan, settings)
         trained: dict[tuple[str, int], Result] = {}

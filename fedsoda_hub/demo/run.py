@@ -13,7 +13,6 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,33 +21,36 @@ import msgspec
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.ports.child import Child
 from fedsoda_edge.ports.console import note
+from fedsoda_edge.protocol import commands as cmd
 from fedsoda_edge.protocol.manifest import parse_manifest
+from fedsoda_edge.protocol.messages import Digest
 from fedsoda_edge.protocol.needs import SampleSizes, plans, shape_of
 from fedsoda_edge.protocol.template import TextTemplate
 from fedsoda_edge.units import counted
-from fedsoda_hub.cli.display import Display
+from fedsoda_hub import events as told
 from fedsoda_hub.demo import task
-from fedsoda_hub.local.processes import federate
+from fedsoda_hub.events import Say
+from fedsoda_hub.local.processes import EdgeSay, federate
+from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.settings.run import read_settings
 
+Report = dict[str, Any]  # of `demo --json`: docs/guide.md (g6-json)
 HERE = Path(__file__).resolve().parent
 MODEL = HERE / "model"
 STEPS, BATCH, LEARNING_RATE, MAX_LENGTH = 40, 8, 2e-3, 96
 SEQUENCES, LENGTH = 96, 128
 MARK = ".fedsoda-demo"
 
-Say = Callable[[dict[str, Any]], None]
-
 
 def write_run(directory: Path, rounds: int, seed: int) -> Path:
-    """RUN.toml, the edges' private data and the evaluation rows; a directory that is no demo's is not touched.
+    """Write RUN.toml, the edges' private data and the evaluation rows; a directory that no demo made is not touched.
 
     Raises:
         UsageProblem: the directory is another's, or cannot be made.
     """
     try:
         if directory.is_dir() and any(directory.iterdir()) and not (directory / MARK).exists():
-            raise UsageProblem(f"{directory} is not empty and no demo's; name another with --dir")
+            raise UsageProblem(f"{directory} is not empty and was not made by a demo; name another with --dir")
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
         (directory / MARK).touch()
@@ -114,20 +116,18 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-async def run_demo(directory: Path, *, rounds: int, seed: int) -> dict[str, Any]:
-    """The whole job; the report of contract.md, `demo --json`."""
+async def run_demo(directory: Path, *, rounds: int, seed: int, say: Say) -> Report:
+    """Do the whole job, and return the report of demo --json: docs/guide.md (g6-json)."""
     started = time.monotonic()
     directory = directory.resolve()
     run_file = write_run(directory, rounds, seed)
     note(
         f"hub, {len(task.OFFICES)} edges and {counted(rounds, 'round')} on this machine; all of it lies in {directory}"
     )
-    with Display(jsonl=False) as display:
-        prepared, ended, peaks = await _federate(directory, run_file, display.say)
-        display.say({"event": "progress", "stage": "training each edge alone", "done": 0, "total": len(task.OFFICES)})
-        alone = await _train_alone(directory, rounds, seed, display.say)
-        export_to = directory / "export"
-        report = _judge(directory, run_file, export_to, alone, display.say)
+    prepared, ended, peaks = await _federate(directory, run_file, say)
+    say(_progress("training each edge alone", 0, len(task.OFFICES)))
+    alone = await _train_alone(directory, rounds, seed, say)
+    report = _judge(directory, run_file, directory / "export", alone, say)
     seconds = {
         "prepare": prepared - started,
         "rounds": ended - prepared,
@@ -141,20 +141,19 @@ async def run_demo(directory: Path, *, rounds: int, seed: int) -> dict[str, Any]
         **peaks,
         "seconds": seconds,
     }
-    _print_summary(report)
     return report
 
 
 async def _federate(directory: Path, run_file: Path, say: Say) -> tuple[float, float, dict[str, int]]:
-    """Hub and edges to the end of the run; when it was prepared, when it ended, peak memory of the edges."""
-    times: dict[str, float] = {}
+    """Run hub and edges to the end; return when it was prepared, when it ended, and peak memory of the edges."""
+    times: dict[type[told.Told], float] = {}
     last: dict[str, dict[str, Any]] = {}
 
-    def heard(event: dict[str, Any]) -> None:
-        times[event["event"]] = time.monotonic()
+    def heard(event: told.Told) -> None:
+        times[type(event)] = time.monotonic()
         say(event)
 
-    def keep_last(office: str) -> Say:
+    def keep_last(office: str) -> EdgeSay:
         return lambda event: last.update({office: event})
 
     await federate(
@@ -170,18 +169,18 @@ async def _federate(directory: Path, run_file: Path, say: Say) -> tuple[float, f
         "edge_peak_rss_bytes": max(one["worker_peak_rss_bytes"] for one in last.values()),
         "agent_peak_rss_bytes": max(one["agent_peak_rss_bytes"] for one in last.values()),
     }
-    return times["listening"], times["run_ended"], peaks
+    return times[told.Listening], times[told.RunEnded], peaks
 
 
 async def _train_alone(directory: Path, rounds: int, seed: int, say: Say) -> dict[str, Path]:
-    """Each edge trained alone for as many rounds and steps, by the same worker; its adapter LoRA as a file."""
+    """Train each edge alone for as many rounds and steps, by the same worker; its adapter LoRA as a file."""
     done = 0
 
     async def one(office: str) -> Path:
         nonlocal done
         trained = await _alone(directory, office, rounds, seed)
         done += 1
-        say({"event": "progress", "stage": "training each edge alone", "done": done, "total": len(task.OFFICES)})
+        say(_progress("training each edge alone", done, len(task.OFFICES)))
         return trained
 
     paths = await asyncio.gather(*(one(office.name) for office in task.OFFICES))
@@ -190,60 +189,63 @@ async def _train_alone(directory: Path, rounds: int, seed: int, say: Say) -> dic
 
 async def _alone(directory: Path, office: str, rounds: int, seed: int) -> Path:
     settings = read_settings(directory / "run.toml")
-    bundle = settings.run_dir / "bundle"
+    bundle = RunDirectory(settings.run_dir).bundle
     work = directory / "alone" / office
     work.mkdir(parents=True)
     worker = Child("fedsoda_edge.worker", {"FEDSODA_THREADS": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
     try:
         opened = await worker.call(
-            "open",
-            {
-                "store": str(directory / "homes" / office / "store"),
-                "manifest": _sha256(bundle / "manifest.json"),
-                "data": str(directory / f"{office}.jsonl"),
-                "columns": {},
-                "prompt": task.PROMPT,
-                "completion": task.COMPLETION,
-                "max_length": MAX_LENGTH,
-            },
+            cmd.Open(
+                store=str(directory / "homes" / office / "store"),
+                manifest=Digest(_sha256(bundle / "manifest.json")),
+                rows=cmd.Rows(
+                    path=str(directory / f"{office}.jsonl"),
+                    columns={},
+                    prompt=task.PROMPT,
+                    completion=task.COMPLETION,
+                ),
+                max_length=MAX_LENGTH,
+            )
         )
-        longest = SampleSizes(BATCH, opened["longest_ids"], opened["longest_labels"], opened["num_examples"])
+        longest = SampleSizes(BATCH, opened.longest_ids, opened.longest_labels, opened.num_examples)
         shape = shape_of(parse_manifest((bundle / "manifest.json").read_bytes()))
         memory = next(plans(shape, "cpu", longest))  # the quickest: the model is small
-        cache = {"directory": str(work / "border"), "key": os.urandom(32).hex(), "dtype": "bf16", "max_bytes": None}
-        await worker.call(
-            "border",
-            {"emulator": None, "cache": cache, "memory": msgspec.to_builtins(memory), "room": sys.maxsize},
-        )
+        cache = cmd.BorderCache(directory=str(work / "border"), key=os.urandom(32).hex(), dtype="bf16", max_bytes=None)
+        await worker.call(cmd.Sweep(emulator=None, cache=cache, memory=memory, room=sys.maxsize))
         view: Path | None = None
         residual: Path | None = None
+        codec = settings.wire.codec
         for number in range(1, rounds + 1):
             update, left = work / "update", work / f"residual.{number}"
+            held = None if view is None else str(view)
             await worker.call(
-                "train",
-                {
-                    "view": None if view is None else str(view),
-                    "settings": msgspec.to_builtins(settings.local),
-                    "seed": seed,
-                    "round": number,
-                    "edge": office,
-                    "codec": settings.wire.codec,
-                    "trains": "both",
-                    "residual": None if residual is None else str(residual),
-                    "update": str(update),
-                    "new_residual": str(left),
-                    "checkpoint": str(work / "checkpoint"),
-                },
+                cmd.Train(
+                    view=held,
+                    settings=settings.local,
+                    seed=seed,
+                    round=number,
+                    edge=office,
+                    codec=codec,
+                    trains="both",
+                    residual=None if residual is None else str(residual),
+                    update=str(update),
+                    new_residual=str(left),
+                    checkpoint=str(work / "checkpoint"),
+                )
             )
             out = work / f"view.{number}"
-            step = {"which": "adapter", "delta": str(update), "moved": "both", "codec": settings.wire.codec}
-            held = None if view is None else str(view)
-            await worker.call("advance", {**step, "view": held, "out": str(out)})
+            await worker.call(
+                cmd.Advance(which="adapter", view=held, delta=str(update), moved="both", codec=codec, out=str(out))
+            )
             view, residual = out, left
         assert view is not None
         return view
     finally:
         await worker.close()
+
+
+def _progress(stage: str, done: int, total: int) -> told.StageProgress:
+    return told.StageProgress(job="demo", stage=stage, done=done, total=total)
 
 
 def _sha256(path: Path) -> str:
@@ -252,8 +254,8 @@ def _sha256(path: Path) -> str:
     return sha256_file(path)
 
 
-def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Path], say: Say) -> dict[str, Any]:
-    """Export, and what only torch can say; this process holds no socket."""
+def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Path], say: Say) -> Report:
+    """Export, and find out what only torch can say; this process holds no socket."""
     from fedsoda_edge.data.samples import SampleTokenizer
     from fedsoda_edge.model import delta
     from fedsoda_edge.model.bundle import Bundle
@@ -261,13 +263,14 @@ def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Pa
     from fedsoda_hub.evaluation.evaluator import Evaluator, Judged, read_questions
     from fedsoda_hub.evaluation.export import export
     from fedsoda_hub.report.page import write_report
-    from fedsoda_hub.run.ledger import Ledger
-    from fedsoda_hub.serving.daemon import run_status
+    from fedsoda_hub.run.ledger import opened
+    from fedsoda_hub.run.status import run_status
 
     settings = read_settings(run_file)
     export(settings, export_to)
     written = write_report(settings, directory / "report")
-    bundle_dir = settings.run_dir / "bundle"
+    run_directory = RunDirectory(settings.run_dir)
+    bundle_dir = run_directory.bundle
     bundle = Bundle.open(bundle_dir)
     spec, plan = bundle.manifest.lora, bundle.plan
     source = Checkpoint.open(str(MODEL))
@@ -275,7 +278,7 @@ def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Pa
     evaluator = Evaluator(
         read_questions(settings.eval_data, settings.prompt, settings.completion),
         SampleTokenizer(MODEL / "tokenizer.json", source.fields.get("eos_token_id")),
-        report=lambda done, total: say({"event": "progress", "stage": "evaluating", "done": done, "total": total}),
+        report=lambda done, total: say(_progress("evaluating", done, total)),
     )
     none: dict[str, Any] = {}
     accuracies = {}
@@ -283,10 +286,9 @@ def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Pa
         trained = delta.from_bytes(path.read_bytes(), spec.adapter)
         model = Judged(source, range(plan.border), range(plan.border, plan.num_layers), spec, none, trained)
         accuracies[office] = evaluator.accuracy(evaluator.answers(model))
-    ledger = Ledger(settings.run_dir / "ledger.sqlite")
-    state = ledger.replay()
-    status = run_status(settings, ledger, state)
-    ledger.close()
+    with opened(run_directory) as ledger:
+        state = ledger.replay()
+        status = run_status(settings.name, settings.rounds.count, ledger, state)
 
     assert state.evaluation is not None, "the run has evaluation data"
 
@@ -307,14 +309,15 @@ def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Pa
         "bytes": {
             "bundle": sum(file.bytes for file in bundle.manifest.files),
             "full_model": (MODEL / "model.safetensors").stat().st_size,
-            **status["bytes"],
+            **msgspec.structs.asdict(status.bytes),
         },
         "bits_per_parameter": bundle.manifest.bits_per_parameter,
         "lora_parameters": {"adapter": count(spec.adapter), "emulator": count(spec.emulator)},
     }
 
 
-def _print_summary(report: dict[str, Any]) -> None:
+def print_summary(report: Report) -> None:
+    """Print what the demo came to as a table."""
     from rich.console import Console
     from rich.table import Table
 

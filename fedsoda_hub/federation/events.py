@@ -1,204 +1,31 @@
-"""What the round machine is told, what it answers, and what is written down: events, effects, records.
+"""What the round machine is told and what it answers: events in, effects out.
 
-Records are facts of the ledger; everything else is volatile. The rules are in `rounds.py`.
+Facts that outlive the process are in `records.py`; everything here is volatile. The rules are in `rounds.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
-import msgspec
-
-from fedsoda_edge.protocol.messages import Digest, EdgeId, Message
-
-# --- records: facts that outlive the process ------------------------------------------------------------
-
-
-class Record(msgspec.Struct, frozen=True, tag_field="record", kw_only=True, forbid_unknown_fields=True):
-    """The root of all records. Replay folds them in order; it never samples, reads a clock or trains."""
-
-
-class RunStarted(Record, frozen=True, tag="run_started"):
-    """run_id is made once; fixed are the settings that must equal on resume."""
-
-    run_id: str
-    fixed: dict[str, Any]
-
-
-class SettingsChanged(Record, frozen=True, tag="settings_changed"):
-    """Keys that may change between starts (count, quorum, deadline), as they are now."""
-
-    values: dict[str, Any]
-
-
-class PreparedClass(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One of the smaller sub-LLMs. adapter_view: None where its LoRA has the layout of the largest's, whose view it shares."""
-
-    manifest: Digest
-    emulator_view: Digest
-    public_kl: dict[str, float]
-    adapter_view: Digest | None = None
-
-
-class Prepared(Record, frozen=True, tag="prepared"):
-    """Of the largest sub-LLM; smaller: by size class, from class 1 on.
-
-    master: w, the LoRA of all layers that any of them trains; None: the largest's first view is all of it.
-    """
-
-    manifest: Digest
-    adapter_view: Digest
-    emulator_view: Digest
-    public_kl: dict[str, float]
-    smaller: tuple[PreparedClass, ...] = ()
-    master: Digest | None = None
-
-
-class RoundOpened(Record, frozen=True, tag="round_opened"):
-    round: int
-    cohort: tuple[EdgeId, ...]
-    view: Digest
-    alignment: int
-    deadline_at: float
-
-
-class CohortExtended(Record, frozen=True, tag="cohort_extended"):
-    """`invited` are asked (again): below quorum at the deadline, which moves on, or back from a pause before it."""
-
-    round: int
-    invited: tuple[EdgeId, ...]
-    deadline_at: float
-
-
-class UpdateAccepted(Record, frozen=True, tag="update_accepted"):
-    """size_class: whose view it starts from, and whose layout it has."""
-
-    round: int
-    edge: EdgeId
-    digest: Digest
-    num_examples: int
-    loss: float
-    size_class: int = 0
-
-
-class EdgeAnswered(Record, frozen=True, tag="edge_answered"):
-    """An invited edge will send no update this round: refused, declined, paused or left."""
-
-    round: int
-    edge: EdgeId
-    how: str
-
-
-class DeadlinePassed(Record, frozen=True, tag="deadline_passed"):
-    round: int
-
-
-class ClosedClass(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    view: Digest
-    delta: Digest
-
-
-class RoundClosed(Record, frozen=True, tag="round_closed"):
-    """w, v of the largest sub-LLM and the coded step between views, as digests; smaller: of the classes that have a view of
-    their own, in order.
-
-    moments: of the hub's optimiser, where it has any. cross_term: ||M_res|| / ||M||, what averaging A and B apart loses
-    of the mean product (algorithms/products.py); None: closed by a hub that did not measure it.
-    """
-
-    round: int
-    master: Digest
-    view: Digest
-    delta: Digest
-    moments: Digest | None = None
-    cross_term: float | None = None
-    smaller: tuple[ClosedClass, ...] = ()
-
-
-class ReprunedClass(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    manifest: Digest
-    view: Digest
-
-
-class Repruned(Record, frozen=True, tag="repruned"):
-    """Before local training of `round`: other layers for each size class; smaller: from class 1 on.
-
-    A view is cut from w and is the LoRA that the bundle of its manifest begins with. master: w, with the LoRA of layers
-    that nobody had yet.
-    """
-
-    round: int
-    master: Digest
-    manifest: Digest
-    view: Digest
-    smaller: tuple[ReprunedClass, ...] = ()
-
-
-class RealignedClass(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    view: Digest
-    delta: Digest
-    kl_before: float
-    kl_after: float
-
-
-class Realigned(Record, frozen=True, tag="realigned"):
-    """Before local training of `round`: a new version of the emulator LoRA; smaller: by size class, from class 1 on.
-
-    All classes are realigned at once, so that a version means the same to every edge.
-    """
-
-    round: int
-    version: int
-    view: Digest
-    delta: Digest
-    kl_before: float
-    kl_after: float
-    smaller: tuple[RealignedClass, ...] = ()
-
-
-class Probed(Record, frozen=True, tag="probed"):
-    """Before local training of `round`, where drift decides: KL(full LLM || sub-LLM) on held-out public blocks, and the
-    cosine of the adapter LoRA's gradients in both; with the current adapter LoRA."""
-
-    round: int
-    kl: float
-    cosine: float
-
-
-class Evaluated(Record, frozen=True, tag="evaluated"):
-    round: int
-    result: dict[str, Any]
-
-
-class RunEnded(Record, frozen=True, tag="run_ended"):
-    rounds: int
-
-
-AnyRecord = (
-    RunStarted
-    | SettingsChanged
-    | Prepared
-    | RoundOpened
-    | CohortExtended
-    | UpdateAccepted
-    | EdgeAnswered
-    | DeadlinePassed
-    | RoundClosed
-    | Realigned
-    | Repruned
-    | Probed
-    | Evaluated
-    | RunEnded
-)
-
+from fedsoda_edge.protocol.messages import Digest, EdgeId, Factor, Message
+from fedsoda_hub.federation.jobs import Job, JobResult
+from fedsoda_hub.federation.records import AnyRecord
 
 # --- events: what happened ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class EdgeReady:
-    """The edge holds the bundle and may be invited. Also after `Resumed` and after every reconnect."""
+    """The edge holds the bundle of its size class and may be invited. Also after every reconnect."""
+
+    edge: EdgeId
+    size_class: int = 0
+
+
+@dataclass(frozen=True)
+class EdgeResumed:
+    """A pause of the edge is over: it may be invited again."""
 
     edge: EdgeId
 
@@ -212,14 +39,16 @@ class EdgeGone:
 
 @dataclass(frozen=True)
 class EdgeAway:
-    """The edge said that it will not answer: how is paused or left."""
+    """The edge said that it will not answer."""
 
     edge: EdgeId
-    how: str
+    how: Literal["paused", "left"]
 
 
 @dataclass(frozen=True)
 class Declined:
+    """The edge will not answer this round with an update."""
+
     edge: EdgeId
     round: int
     reason: str
@@ -227,18 +56,25 @@ class Declined:
 
 @dataclass(frozen=True)
 class UploadStarted:
+    """The edge announced an update of this round."""
+
     edge: EdgeId
     round: int
 
 
 @dataclass(frozen=True)
 class UploadStalled:
+    """The announced update is not coming."""
+
     edge: EdgeId
 
 
 @dataclass(frozen=True)
 class UpdateArrived:
-    """A whole upload whose blob is durable. problem: what the structural check found, if anything; size_class: the edge's."""
+    """A whole upload whose blob is durable.
+
+    problem: what the structural check found, if anything. size_class: whose layout it was checked against.
+    """
 
     edge: EdgeId
     round: int
@@ -260,13 +96,16 @@ class DeadlineReached:
 
 
 @dataclass(frozen=True)
-class ComputeDone:
-    job: str
-    result: dict[str, Any]
+class JobDone:
+    """Torch work that the machine asked for is done. The result has the type that the job names."""
+
+    job: Job
+    result: JobResult
 
 
 Event = (
     EdgeReady
+    | EdgeResumed
     | EdgeGone
     | EdgeAway
     | Declined
@@ -274,7 +113,7 @@ Event = (
     | UploadStalled
     | UpdateArrived
     | DeadlineReached
-    | ComputeDone
+    | JobDone
 )
 
 
@@ -290,40 +129,51 @@ class Append:
 
 @dataclass(frozen=True)
 class Send:
+    """Say this to the edge, if it is connected."""
+
     edge: EdgeId
     message: Message
 
 
 @dataclass(frozen=True)
 class Offer:
-    """Send the edge the open round's offer; sizes of blobs and seconds left are filled in outside."""
+    """Send the edge the open round's offer; sizes of blobs and seconds left are filled in outside.
+
+    trains: the factor that this round's updates hold. moved: the one that the step to the round's view holds.
+    """
 
     edge: EdgeId
+    size_class: int
+    trains: Factor
+    moved: Factor
 
 
 @dataclass(frozen=True)
 class SetDeadline:
+    """Report DeadlineReached at this time; an earlier timer is void."""
+
     round: int
     at: float
 
 
 @dataclass(frozen=True)
 class Compute:
-    """Start torch work; its result comes back as ComputeDone. The same arguments give the same blobs."""
+    """Start torch work; its result comes back as JobDone. The same job gives the same blobs."""
 
-    job: str
-    arguments: dict[str, Any]
+    job: Job
 
 
 @dataclass(frozen=True)
 class Waiting:
-    """Nothing can go on, and why: for people."""
+    """Nothing can be done now, and why: for people."""
 
     why: str
 
 
 @dataclass(frozen=True)
 class Ignored:
+    """The event changes nothing, and why."""
+
     because: str
 
 

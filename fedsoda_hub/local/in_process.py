@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import traceback
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakValueDictionary
+
+import msgspec
 
 from fedsoda_edge.data.local_data import LocalData
 from fedsoda_edge.errors import FedSODAError, HubUnreachable, RefusedByHub, WorkerFailed
@@ -23,17 +24,22 @@ from fedsoda_edge.join.agent import Agent, AgentSettings
 from fedsoda_edge.join.home import Home
 from fedsoda_edge.model.sub_llm import SubLLM
 from fedsoda_edge.ports import SystemClock
-from fedsoda_edge.ports.child import Handler
+from fedsoda_edge.ports.child import Report
 from fedsoda_edge.ports.system import peak_rss_bytes
+from fedsoda_edge.protocol.calls import Call, ProgressT, ResultT, progress_type, result_type
 from fedsoda_edge.protocol.codec import wire_bytes
 from fedsoda_edge.protocol.messages import EdgeId
 from fedsoda_edge.worker.worker import Worker
 from fedsoda_hub.compute import Compute
-from fedsoda_hub.run.ledger import Token
-from fedsoda_hub.serving.daemon import Daemon, Say
-from fedsoda_hub.serving.listener import Connection, Hub
+from fedsoda_hub.events import Say
+from fedsoda_hub.run.tokens import Token
+from fedsoda_hub.serving.connection import Connection, Hub
+from fedsoda_hub.serving.daemon import Daemon
 from fedsoda_hub.settings.run import RunSettings
 
+Answer = Callable[[Any, Report], msgspec.Struct]  # does one call of a union
+EdgeSay = Callable[[dict[str, Any]], None]
+T = TypeVar("T")
 PIECE_BYTES = 1 << 20
 CLOSE_SECONDS = 5.0  # that edges may take to end after their Farewell
 
@@ -44,9 +50,9 @@ async def federate(
     homes: Path,
     stop: asyncio.Future[str],
     say: Say,
-    say_of: Callable[[str], Say],
+    say_of: Callable[[str], EdgeSay],
 ) -> None:
-    """One run to its end, or until `stop`; a second call goes on.
+    """Run one federation to its end, or until `stop`; a second call continues it.
 
     Args:
         edges: the data file of each. homes: where they keep their state. say_of: what takes an edge's events.
@@ -54,16 +60,17 @@ async def federate(
     door = MemoryDoor()
     shared: WeakValueDictionary[bytes, SubLLM] = WeakValueDictionary()  # what no edge trains any more goes
     with TorchThread() as thread:
-        daemon = Daemon(settings, say, door=door, compute=thread.port(lambda: Compute().commands))
-        known = {token.edge for token in daemon.ledger.tokens()}
+        daemon = Daemon.open(settings, say, door=door, torch=thread.port(lambda: Compute().answer))
+        tokens = daemon.disk.ledger.tokens
+        known = {token.edge for token in tokens.all()}
         for name in edges:
             if name not in known:
-                daemon.ledger.create_token(name)  # that it may join; nobody has to show it here
+                tokens.create(name)  # that it may join; nobody has to show it here
         serving = asyncio.create_task(daemon.serve(stop, exit_when_done=True))
         agents = [
             Agent(
                 MemoryTransport(door, name),
-                thread.port(lambda: Worker(shared).commands),
+                thread.port(lambda: Worker(shared).answer),
                 Home(homes / name),
                 AgentSettings(settings.device, LocalData(data)),
                 say_of(name),
@@ -77,8 +84,9 @@ async def federate(
             pending: set[asyncio.Task[None]] = {serving, *joining}
             while serving in pending:
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    task.result()
+                for task in (serving, *joining):  # what an edge loses by a hub that failed is not the reason
+                    if task in done:
+                        task.result()
             if not stop.done():
                 await asyncio.wait(joining, timeout=CLOSE_SECONDS)
         finally:
@@ -88,7 +96,7 @@ async def federate(
 
 
 async def _take_part(agent: Agent, door: MemoryDoor) -> None:
-    """What `fedsoda-edge join` does."""
+    """Do what `fedsoda-edge join` does."""
     await door.is_open.wait()
     try:
         await agent.start()
@@ -114,24 +122,25 @@ class TorchThread:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def port(self, make: Callable[[], Mapping[str, Handler]]) -> InThread:
+    def port(self, make: Callable[[], Answer]) -> InThread:
+        """Return a port whose calls run in the thread. make: a new answerer, which nothing was asked of yet."""
         return InThread(self._pool, make)
 
 
 class Ended(Exception):
-    """Raised within a command whose port was closed, where it says how far it is."""
+    """Raised within a call whose port was closed, where it says how far it is."""
 
 
 class InThread:
-    """A `TorchPort` like `child.Child`, without a process. make: fresh commands, which nothing was said to yet."""
+    """A `TorchPort` like `child.Child`, without a process."""
 
     _numbers = itertools.count(1)
 
-    def __init__(self, pool: Executor, make: Callable[[], Mapping[str, Handler]]) -> None:
+    def __init__(self, pool: Executor, make: Callable[[], Answer]) -> None:
         self.pid: int | None = None  # below 0: no process has it
         self._pool = pool
         self._make = make
-        self._commands: Mapping[str, Handler] = {}
+        self._answer: Answer | None = None
         self._lock = asyncio.Lock()
 
     @property
@@ -142,42 +151,65 @@ class InThread:
     peak_rss_bytes = rss_bytes
 
     async def start(self) -> None:
-        self._commands = await asyncio.get_running_loop().run_in_executor(self._pool, self._make)
+        """Make the answerer, in the thread."""
+        self._answer = await asyncio.get_running_loop().run_in_executor(self._pool, self._make)
         self.pid = -next(self._numbers)
 
     async def call(
-        self, command: str, arguments: dict[str, Any], on_progress: Callable[[dict[str, Any]], None] | None = None
-    ) -> dict[str, Any]:
+        self, call: Call[ResultT, ProgressT], on_progress: Callable[[ProgressT], None] | None = None
+    ) -> ResultT:
+        """Run one call in the thread; it and what it answers cross as JSON, as they would cross a pipe.
+
+        Raises:
+            FedSODAError: what the call raised; WorkerFailed where it raised something else.
+        """
         async with self._lock:
             if self.pid is None:
                 await self.start()
-            loop, pid = asyncio.get_running_loop(), self.pid
+            loop, pid, answer = asyncio.get_running_loop(), self.pid, self._answer
+            assert answer is not None
+            told, failed = progress_type(call), loop.create_future()
 
-            def report(values: dict[str, Any]) -> None:
+            def take(progress: ProgressT) -> None:
+                try:
+                    if on_progress is not None:
+                        on_progress(progress)
+                except Exception as defect:  # of whoever listens, not of the call
+                    if not failed.done():
+                        failed.set_exception(defect)
+
+            def report(progress: msgspec.Struct) -> None:
                 if self.pid != pid:
                     raise Ended
-                if on_progress is not None:
-                    loop.call_soon_threadsafe(on_progress, _as_json(values))
+                loop.call_soon_threadsafe(take, _crossed(progress, told))
 
-            def work() -> dict[str, Any]:
-                return _as_json(self._commands[command](_as_json(arguments), report))
+            def work() -> ResultT:
+                return _crossed(answer(_crossed(call, type(call)), report), result_type(call))
 
+            done = loop.run_in_executor(self._pool, work)
             try:
-                return await loop.run_in_executor(self._pool, work)
+                await asyncio.wait({done, failed}, return_when=asyncio.FIRST_COMPLETED)
+                if failed.done():
+                    failed.result()
+                return await done
             except (FedSODAError, asyncio.CancelledError):
                 raise
             except Exception as error:
+                if failed.done() and error is failed.exception():
+                    raise
                 raise WorkerFailed(f"{type(error).__name__}: {error}", traceback.format_exc()) from error
+            finally:
+                done.cancel()
+                failed.cancel()
 
     async def close(self) -> None:
-        """What runs ends when it next says how far it is; whatever comes after it in the thread waits for that."""
-        self.pid, self._commands = None, {}
+        """End what runs when it next says how far it is; whatever comes after it in the thread waits for that."""
+        self.pid, self._answer = None, None
 
 
-def _as_json(values: dict[str, Any]) -> dict[str, Any]:
-    """As they would cross a pipe."""
-    crossed: dict[str, Any] = json.loads(json.dumps(values, allow_nan=False))
-    return crossed
+def _crossed(value: msgspec.Struct, kind: type[T]) -> T:
+    """Return the value as it would come out of a pipe."""
+    return msgspec.json.decode(msgspec.json.encode(value), type=kind)
 
 
 # --- frames ------------------------------------------------------------------------------------------------
@@ -191,17 +223,31 @@ class MemoryDoor:
     def __init__(self) -> None:
         self.hub: Hub | None = None
         self.is_open = asyncio.Event()
+        self._defects: asyncio.Queue[Exception] = asyncio.Queue()
 
     async def open(self, hub: Hub) -> None:
+        """Let edges in."""
         self.hub = hub
         self.is_open.set()
 
+    async def talk(self, connection: Connection) -> None:
+        """Run a connection; what the hub's own code raises in it ends the hub."""
+        try:
+            await connection.run()
+        except Exception as defect:
+            self._defects.put_nowait(defect)
+
+    async def broken(self) -> None:
+        """Wait for a defect of the hub; raise it."""
+        raise await self._defects.get()
+
     async def close(self) -> None:
+        """Let nobody in any more."""
         self.hub = None
 
 
 class _Line:
-    """Both ways of one connection; None ends a way. This is the hub's end, a `listener.Channel`."""
+    """Both ways of one connection; None ends a way. This is the hub's end, a `Channel`."""
 
     def __init__(self) -> None:
         self.up: asyncio.Queue[bytes | None] = asyncio.Queue()
@@ -238,7 +284,7 @@ class MemoryTransport:
     async def connect(self) -> None:
         await self.close()
         self._line = _Line()
-        self._connection = asyncio.create_task(Connection(self._hub, self._token, self._line).run())
+        self._connection = asyncio.create_task(self._door.talk(Connection(self._hub, self._token, self._line)))
 
     @property
     def _hub(self) -> Hub:
@@ -265,7 +311,7 @@ class MemoryTransport:
             self._line = None
 
     async def fetch(self, digest: str, offset: int) -> AsyncIterator[bytes]:
-        path = self._hub.bundle_file(digest)
+        path = self._hub.shelf.bundle_file(digest)
         if path is None:
             raise RefusedByHub("no such file in this run's bundle")
         with path.open("rb") as file:

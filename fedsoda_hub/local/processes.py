@@ -14,10 +14,14 @@ from typing import Any
 
 from fedsoda_edge.errors import WorkerFailed
 from fedsoda_edge.ports.system import group_of_its_own, stop_signal
-from fedsoda_hub.run.ledger import Ledger, write_secret
+from fedsoda_hub import events
+from fedsoda_hub.events import Say
+from fedsoda_hub.run.directory import RunDirectory
+from fedsoda_hub.run.ledger import opened
+from fedsoda_hub.run.tokens import write_secret
 from fedsoda_hub.settings.run import RunSettings
 
-Say = Callable[[dict[str, Any]], None]
+EdgeSay = Callable[[dict[str, Any]], None]
 
 
 async def federate(
@@ -26,11 +30,11 @@ async def federate(
     homes: Path,
     stop: asyncio.Future[str],
     say: Say,
-    say_of: Callable[[str], Say],
+    say_of: Callable[[str], EdgeSay],
     environment: Mapping[str, str],
     of_hub: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """`serve` and a `join` for each edge, to the end of the run or until `stop`; a second call goes on.
+    """Run `serve` and a `join` for each edge, to the end of the run or until `stop`; a second call continues it.
 
     Args:
         edges: the data file of each. homes: where they keep their state and their tokens. say_of: what takes an edge's
@@ -41,10 +45,12 @@ async def federate(
     """
     listening: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
-    def heard(event: dict[str, Any]) -> None:
-        if event["event"] == "listening":
-            listening.set_result(event["url"])
-        say(event)
+    def heard(line: bytes) -> None:
+        event = events.read(line)
+        if isinstance(event, events.Listening):
+            listening.set_result(event.url)
+        if event is not None:
+            say(event)
 
     processes = [Process("fedsoda_hub", ["serve", settings.path, "--exit-when-done", "--jsonl"], of_hub)]
     following: list[asyncio.Task[None]] = []
@@ -61,7 +67,7 @@ async def federate(
             home = {"FEDSODA_HOME": str(homes / name)}
             processes.append(Process("fedsoda_edge", [*join, "--jsonl"], {**environment, **home}))
             await processes[-1].start()
-            following.append(asyncio.create_task(processes[-1].follow(say_of(name))))
+            following.append(asyncio.create_task(processes[-1].follow(_parsed(say_of(name)))))
         pending: set[asyncio.Future[Any]] = {*following}
         while pending and not stop.done():
             done, _ = await asyncio.wait({*pending, stop}, return_when=asyncio.FIRST_COMPLETED)
@@ -75,14 +81,18 @@ async def federate(
             task.cancel()
 
 
+def _parsed(say: EdgeSay) -> Callable[[bytes], None]:
+    return lambda line: say(json.loads(line))
+
+
 def _token(settings: RunSettings, name: str, homes: Path) -> Path:
-    """The file with the edge's token, made at its first start."""
+    """Return the file with the edge's token, made at its first start."""
     path = homes / f"{name}.token"
     if not path.exists():
-        with contextlib.closing(Ledger(settings.run_dir / "ledger.sqlite")) as ledger:
-            if name in {token.edge for token in ledger.tokens() if not token.revoked}:
-                ledger.revoke_token(name)  # of a start that was killed in between: nobody has it
-            secret = ledger.create_token(name)
+        with opened(RunDirectory(settings.run_dir)) as ledger:
+            if name in {token.edge for token in ledger.tokens.all() if not token.revoked}:
+                ledger.tokens.revoke(name)  # of a start that was killed in between: nobody has it
+            secret = ledger.tokens.create(name)
         homes.mkdir(parents=True, exist_ok=True)
         write_secret(path, secret)
     return path
@@ -97,7 +107,6 @@ class Process:
         ours = {name: value for name, value in os.environ.items() if not name.startswith("FEDSODA_")}
         self._environment = {**ours, **environment}
         self._process: asyncio.subprocess.Process | None = None
-        self.last: dict[str, Any] = {}
 
     async def start(self) -> None:
         self._process = await asyncio.create_subprocess_exec(
@@ -109,15 +118,18 @@ class Process:
             **group_of_its_own(),
         )
 
-    async def follow(self, say: Say) -> None:
-        """Pass events on until the process ends. Raises WorkerFailed when it did not end well."""
+    async def follow(self, hear: Callable[[bytes], None]) -> None:
+        """Pass each line that it prints on until the process ends.
+
+        Raises:
+            WorkerFailed: it did not end well.
+        """
         assert self._process is not None
         assert self._process.stdout is not None
         assert self._process.stderr is not None
         words = asyncio.create_task(self._process.stderr.read())
         async for line in self._process.stdout:
-            self.last = json.loads(line)
-            say(self.last)
+            hear(line)
         status = await self._process.wait()
         said = (await words).decode(errors="replace").strip()
         if status != 0:

@@ -27,7 +27,7 @@ from fedsoda_edge.ports.disk import write_durably
 from fedsoda_edge.protocol.manifest import LayerPlan, parse_manifest
 from fedsoda_edge.units import counted, human_bytes, human_seconds
 from fedsoda_hub.cli.display import kl_sentence
-from fedsoda_hub.federation import events as ev
+from fedsoda_hub.federation import records as ev
 from fedsoda_hub.run.ledger import Ledger, not_started
 from fedsoda_hub.settings.run import RunSettings, effective
 

@@ -16,10 +16,12 @@ import fedsoda_edge.model.bundle_writer as bundle_writer_module
 import fedsoda_edge.ports.disk as disk_module
 import fedsoda_hub.preparation.full_llm as full_llm_module
 import fedsoda_hub.preparation.prepare as prepare_module
-from fedsoda_edge.ports.disk import BlobStore, write_durably
+from fedsoda_edge.ports.disk import write_durably
 from fedsoda_edge.protocol.messages import Digest
+from fedsoda_hub.federation.state import HeldView, SubLLM
 from fedsoda_hub.preparation.prepare import Preparation
-from fedsoda_hub.run.ledger import Ledger
+from fedsoda_hub.run.directory import RunDirectory
+from fedsoda_hub.run.ledger import opened
 from fedsoda_hub.settings.run import RunSettings, read_settings
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -57,13 +59,14 @@ def make_run(directory: Path, model: Path, **tables: dict[str, Any]) -> RunSetti
 
 def finish(settings: RunSettings, master: str, emulator_view: str) -> None:
     """Leave a ledger that says one round has closed with these digests."""
-    ledger = Ledger(settings.run_dir / "ledger.sqlite")
-    state = ledger.replay()
-    state.master, state.emulator_view, state.losses = Digest(master), Digest(emulator_view), [1.0]
-    manifest = (settings.run_dir / "bundle" / "manifest.json").read_bytes()
-    state.manifest = Digest(BlobStore(settings.run_dir / "blobs").put(manifest))
-    ledger.snapshot(state)
-    ledger.close()
+    directory = RunDirectory(settings.run_dir)
+    manifest = Digest(directory.blobs.put(directory.manifest.read_bytes()))
+    view = HeldView(Digest(master))
+    largest = SubLLM(manifest=manifest, public_kl={}, adapter=view, emulator=HeldView(Digest(emulator_view)))
+    with opened(directory) as ledger:
+        state = ledger.replay()
+        state.master, state.sub_llms, state.losses = Digest(master), (largest,), [1.0]
+        ledger.snapshot(state)
 
 
 class Killed(BaseException):

@@ -1,10 +1,9 @@
-"""The hub's child does a round's arithmetic as FedAvg's pseudocode and federation.md write it."""
+"""The hub's child does a round's arithmetic as FedAvg's pseudocode and docs/protocol.md (p4-views) write it."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -15,7 +14,10 @@ from fedsoda_edge.errors import DataProblem
 from fedsoda_edge.model import delta
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.ports.disk import BlobStore
+from fedsoda_edge.protocol.messages import Digest, EdgeId
 from fedsoda_hub.compute import Compute
+from fedsoda_hub.federation.jobs import AcceptedUpdate, Aggregate
+from fedsoda_hub.settings.open_run import OpenRun
 from fedsoda_hub.settings.run import RunSettings
 from tests.edge.model.test_bundle import random_lora
 
@@ -23,7 +25,7 @@ from tests.edge.model.test_bundle import random_lora
 def opened(settings: RunSettings, codec: str) -> Compute:
     compute = Compute()
     wire = msgspec.structs.replace(settings.wire, codec=codec)
-    compute.open({"settings": msgspec.to_builtins(msgspec.structs.replace(settings, wire=wire))}, lambda _: None)
+    compute.open(OpenRun(settings=msgspec.structs.replace(settings, wire=wire)))
     return compute
 
 
@@ -33,7 +35,7 @@ def test_evaluation_data_that_cannot_be_judged_is_known_when_the_run_is_opened(
     """Not after the last round, and also where a run that was begun gets other data."""
     rows = tmp_path / "rows.jsonl"
     task = msgspec.structs.replace(prepared.task, eval_data=str(rows))
-    settings = {"settings": msgspec.to_builtins(msgspec.structs.replace(prepared, task=task))}
+    call = OpenRun(settings=msgspec.structs.replace(prepared, task=task))
     for text, message in (
         ('{"word": "the", "answr": "yes"}', "'answer'.*answr, word"),
         ("", "no rows|empty"),
@@ -41,9 +43,9 @@ def test_evaluation_data_that_cannot_be_judged_is_known_when_the_run_is_opened(
     ):
         rows.write_text(text)
         with pytest.raises(DataProblem, match=message):
-            Compute().open(settings, lambda _: None)
+            Compute().open(call)
     rows.write_text('{"word": "the", "answer": "yes"}')
-    Compute().open(settings, lambda _: None)
+    Compute().open(call)
 
 
 def adapter_like(settings: RunSettings, seed: int) -> dict[str, Tensor]:
@@ -63,22 +65,27 @@ def test_a_round_moves_master_and_view_as_the_pseudocode_says(prepared: RunSetti
         "c": (1000, adapter_like(prepared, 5)),
     }
     coded = {edge: delta.encode(tensors, codec) for edge, (_, tensors) in updates.items()}
-    values: dict[str, Any] = {
-        "round": 1,
-        "moments": None,
-        "master": blobs.put(delta.to_bytes(master)),
-        "view": blobs.put(delta.to_bytes(view)),
-        "smaller": [],
-    }
-    values["updates"] = [[edge, count, blobs.put(coded[edge]), values["view"]] for edge, (count, _) in updates.items()]
+    base = Digest(blobs.put(delta.to_bytes(view)))
+    accepted = tuple(
+        AcceptedUpdate(edge=EdgeId(edge), num_examples=count, digest=Digest(blobs.put(coded[edge])), view=base)
+        for edge, (count, _) in updates.items()
+    )
+    job = Aggregate(
+        trains="both",
+        master=Digest(blobs.put(delta.to_bytes(master))),
+        moments=None,
+        views=(base,),
+        updates=accepted,
+    )
     compute = opened(prepared, codec)
-    found = compute.aggregate(values, lambda _: None)
+    found = compute.aggregate(job)
+    [step] = found.steps
 
     counts = {"a": 10.0, "b": 30.0, "c": 90.0}  # c is capped at 3 x the median
     decoded = {edge: delta.decode(coded[edge], spec.adapter, codec) for edge in "abc"}
-    new_master = delta.from_bytes(blobs.get(found["master"]), spec.adapter)
-    new_view = delta.from_bytes(blobs.get(found["view"]), spec.adapter)
-    sent = delta.decode(blobs.get(found["delta"]), spec.adapter, codec)
+    new_master = delta.from_bytes(blobs.get(found.master), spec.adapter)
+    new_view = delta.from_bytes(blobs.get(step.view), spec.adapter)
+    sent = delta.decode(blobs.get(step.delta), spec.adapter, codec)
     is_whole = codec == "nf4-weight"  # weights travel, not deltas: nothing of the old ones is left
     for name, before in master.items():
         mean = sum(counts[e] / 130 * decoded[e][name].double() for e in "abc")
@@ -88,5 +95,4 @@ def test_a_round_moves_master_and_view_as_the_pseudocode_says(prepared: RunSetti
         coded_values = new_master[name] if is_whole else new_master[name] - view[name]
         worst = (new_master[name] - new_view[name]).abs().max() / coded_values.abs().max()
         assert worst <= {"int8": 1 / 200, "bf16": 1 / 256, "nf4": 0.2, "nf4-weight": 0.2}[codec]
-    values["updates"] = values["updates"][::-1]
-    assert compute.aggregate(values, lambda _: None) == found
+    assert compute.aggregate(msgspec.structs.replace(job, updates=accepted[::-1])) == found

@@ -16,7 +16,7 @@ from fedsoda_edge.model import delta
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.bundle_writer import BundleSettings, shard_sizes
 from fedsoda_edge.protocol.coded import CODECS, safetensors_bytes
-from fedsoda_hub.cli.display import plan_table
+from fedsoda_hub.cli.tables import plan_table
 from fedsoda_hub.plan import plan_report, rounds_between
 from fedsoda_hub.settings.rates import Rates
 from fedsoda_hub.settings.run import RunSettings, settings_for_plan

@@ -10,7 +10,6 @@ import re
 import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,8 +20,12 @@ from fedsoda_edge.ports.store import FileStore
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.codec import decode, encode, wire_bytes
 from fedsoda_edge.protocol.session import Upload
-from fedsoda_hub.run.ledger import Token
-from fedsoda_hub.serving.listener import Connection, bind, make_server
+from fedsoda_hub.federation.state import RunState
+from fedsoda_hub.run.ledger import Ledger
+from fedsoda_hub.run.status import LiveStatus, live_status, run_status
+from fedsoda_hub.run.tokens import Token
+from fedsoda_hub.serving.connection import Connection, Hub
+from fedsoda_hub.serving.listener import Server, bind
 
 DATA = bytes(i * i % 251 for i in range(3_000_000))
 DIGEST = hashlib.sha256(DATA).hexdigest()
@@ -70,8 +73,8 @@ class SmallHub:
     def run_blob(self, digest: str) -> bytes | None:
         return None
 
-    def status(self) -> dict[str, Any]:
-        return {}
+    def status(self) -> LiveStatus:
+        return live_status(run_status("triage", 1, Ledger(None), RunState()), [])
 
     def metrics(self) -> str:
         return ""
@@ -91,14 +94,15 @@ def hub(tmp_path: Path) -> SmallHub:
 async def listening(hub: SmallHub) -> AsyncIterator[str]:
     """The URL of the hub's own listener."""
     port = bind("127.0.0.1", 0)
-    server = make_server(hub)
+    defects: list[Exception] = []
+    server = Server(Hub(hub, hub, hub), defects.append)
     serving = asyncio.create_task(server.serve(sockets=[port]))
-    while not server.started:
-        await asyncio.sleep(0.01)
+    await server.has_started.wait()
     yield f"http://127.0.0.1:{port.getsockname()[1]}"
     server.should_exit = True
     await serving
     port.close()
+    assert defects == []
 
 
 @contextlib.asynccontextmanager

@@ -22,9 +22,10 @@ from typer.testing import CliRunner
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.protocol.messages import Digest, EdgeId
 from fedsoda_hub.cli.commands import app
-from fedsoda_hub.federation import events as ev
-from fedsoda_hub.run.ledger import Ledger, write_secret
-from fedsoda_hub.serving.daemon import lock_run
+from fedsoda_hub.federation import records as ev
+from fedsoda_hub.run.directory import RunDirectory
+from fedsoda_hub.run.ledger import Ledger
+from fedsoda_hub.run.tokens import write_secret
 from tests.hub.serving.test_daemon import serving, write_run
 
 A = Digest("a" * 64)
@@ -98,21 +99,21 @@ def test_token_create_prints_the_token_alone_and_list_and_revoke_follow_it(run_f
     [token] = created.stdout.splitlines()
     assert token.startswith("fs1-")
     ledger = Ledger(run_file.parent / "small.run" / "ledger.sqlite")
-    found = ledger.find_token(token)
+    found = ledger.tokens.find(token)
     assert found is not None
     assert found.edge == "clinic-7"
 
     assert_refused(hub(run_file, "token", "create", "RUN", "--name", "clinic-7"), "'clinic-7'", "revoke it first")
     as_json = the_object(hub(run_file, "token", "create", "RUN", "--name", "clinic-8", "--json"))
     assert (as_json["status"], as_json["edge"]) == ("ok", "clinic-8")
-    assert ledger.find_token(as_json["token"]) is not None
+    assert ledger.tokens.find(as_json["token"]) is not None
 
     assert_refused(hub(run_file, "token", "revoke", "RUN", "clinic-9"), "'clinic-9'", "there are: clinic-7, clinic-8")
     assert hub(run_file, "token", "revoke", "RUN", "clinic-7").returncode == 0
-    revoked = ledger.find_token(token)
+    revoked = ledger.tokens.find(token)
     assert revoked is not None
     assert revoked.revoked
-    ledger.bind_device(EdgeId("clinic-8"), "laptop")
+    ledger.tokens.bind(EdgeId("clinic-8"), "laptop")
     ledger.close()
 
     listed = hub(run_file, "token", "list", "RUN", "--json")
@@ -136,7 +137,7 @@ def test_token_create_out_writes_the_token_to_a_file_of_mode_0600_and_nowhere_el
     assert created.returncode == 0
     assert out.stat().st_mode & 0o777 == 0o600
     ledger = Ledger(run_file.parent / "small.run" / "ledger.sqlite")
-    assert ledger.find_token(out.read_text().strip()) is not None
+    assert ledger.tokens.find(out.read_text().strip()) is not None
     ledger.close()
     assert "token" not in the_object(created)
     assert "fs1-" not in created.stderr
@@ -189,7 +190,7 @@ def test_a_token_command_closes_its_ledger_also_where_it_fails(
     run_file: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     ledger = Ledger(run_file.parent / "small.run" / "ledger.sqlite")
-    ledger.create_token("alice")
+    ledger.tokens.create("alice")
     ledger.close()
     closed: list[Ledger] = []
 
@@ -216,7 +217,7 @@ def test_a_run_that_was_not_started_is_said_in_one_sentence_by_all_that_need_it_
         assert (shown.exit_code, shown.stderr) == (2, said), command
     assert not (run_file.parent / "small.run").exists()  # asking leaves nothing behind
     ledger = Ledger(run_file.parent / "small.run" / "ledger.sqlite")
-    ledger.create_token("alice")
+    ledger.tokens.create("alice")
     ledger.close()
     for command in needing:
         name, *options = command.split()
@@ -230,7 +231,7 @@ def test_status_and_edges_of_an_ended_run_come_from_its_ledger(run_file: Path) -
     ledger = Ledger(run_file.parent / "small.run" / "ledger.sqlite")
     for record in ENDED:
         ledger.append(record)
-    ledger.create_token("alice")
+    ledger.tokens.create("alice")
     ledger.add_traffic(EdgeId("alice"), 1, 300, 500)
     ledger.close()
     asked = hub(run_file, "status", "RUN", "--json")
@@ -317,7 +318,7 @@ def test_serve_refuses_settings_that_cannot_be_before_it_leaves_anything(run_fil
 
 
 def test_serve_and_prepare_refuse_a_run_that_another_hub_has(run_file: Path) -> None:
-    lock = lock_run(run_file.parent / "small.run")
+    lock = RunDirectory(run_file.parent / "small.run").lock()
     for command in ("serve", "prepare"):
         assert_refused(hub(run_file, command, "RUN"), f"in use by a running hub (pid {os.getpid()}); stop that first")
     lock.release()
@@ -409,7 +410,7 @@ def test_a_compute_child_that_cannot_start_is_one_sentence_and_its_last_words_wi
     """Here torch is what cannot be imported."""
     ended = hub(run_file, "serve", "RUN", "--json", "--debug")
     assert (ended.returncode, the_object(ended)["error"]) == (1, "WorkerFailed")
-    assert "ended with status 1 during 'open'" in ended.stderr
+    assert "ended with status 1 during OpenRun" in ended.stderr
     assert "ImportError: torch was loaded" in ended.stderr
 
 

@@ -4,13 +4,38 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
-from fedsoda_edge.ports.console import settings_line
+from fedsoda_edge.protocol.messages import Digest, EdgeId
 from fedsoda_edge.units import counted
-from fedsoda_hub.cli.display import Display, _OpenRound, kl_sentence
+from fedsoda_hub import events as told
+from fedsoda_hub.cli.display import Display, _OpenRound, kl_sentence, next_step, settings_lines
+from fedsoda_hub.federation.state import RunState
+from fedsoda_hub.run.ledger import Ledger
+from fedsoda_hub.run.status import live_status, run_status
 
-OPENED = {"event": "round_opened", "round": 2, "rounds": 9, "cohort": ["a", "b"], "deadline_at": 1060.0}
+D = Digest("d" * 64)
+A, B, C = EdgeId("a"), EdgeId("b"), EdgeId("c")
+OPENED = told.RoundOpened(rounds=9, round=2, cohort=(A, B), view=D, alignment=0, deadline_at=1060.0)
+ACCEPTED = told.UpdateAccepted(rounds=9, round=2, edge=A, digest=D, num_examples=8, loss=0.5, size_class=0)
+
+
+def closed(number: int, updates: int) -> told.RoundClosed:
+    return told.RoundClosed(
+        rounds=9,
+        round=number,
+        master=D,
+        view=D,
+        delta=D,
+        moments=None,
+        cross_term=None,
+        smaller=(),
+        loss=0.5,
+        updates=updates,
+        bytes_up=10,
+        bytes_down=20,
+    )
 
 
 class Shown(Display):
@@ -29,33 +54,33 @@ class Shown(Display):
         self.ended += 1
 
 
-def steps(edge: str, step: int, of: int) -> dict[str, Any]:
-    return {"event": "edge_progress", "edge": edge, "step": step, "steps": of}
+def steps(edge: EdgeId, step: int, of: int) -> told.EdgeProgress:
+    return told.EdgeProgress(edge=edge, round=2, step=step, steps=of, loss=None, tokens_per_second=None)
 
 
 def test_the_bar_of_a_round_counts_local_steps_and_says_who_answered_and_when_it_is_due(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shown = Shown(monkeypatch)
-    for edge in "abc":
-        shown.say({"event": "edge_connected", "edge": edge, "software": "1"})
+    for edge in (A, B, C):
+        shown.say(told.EdgeConnected(edge=edge, software="1"))
     assert shown.bars == []
     shown.say(OPENED)
     assert shown.bars[-1] == ["round 2", 0, None, "0 of 2 answered, 3 edges in, due in 60 s"]
-    shown.say(steps("a", 10, 40))
+    shown.say(steps(A, 10, 40))
     assert shown.bars[-1][:3] == ["round 2", 10, 81]
-    shown.say(steps("c", 10, 40))  # was not asked
+    shown.say(steps(C, 10, 40))  # was not asked
     assert shown.bars[-1][:3] == ["round 2", 10, 81]
-    shown.say({"event": "update_accepted", "round": 2, "edge": "a", "num_examples": 8, "loss": 0.5})
-    shown.say({"event": "edge_gone", "edge": "c"})
+    shown.say(ACCEPTED)
+    shown.say(told.EdgeGone(edge=C))
     assert shown.bars[-1] == ["round 2", 40, 81, "1 of 2 answered, 2 edges in, due in 60 s"]
 
 
 def test_an_extended_cohort_is_counted_with_its_new_due_time(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = Shown(monkeypatch)
     shown.say(OPENED)
-    shown.say({"event": "edge_answered", "round": 2, "edge": "b", "how": "declined"})
-    shown.say({"event": "cohort_extended", "round": 2, "invited": ["b", "c"], "deadline_at": 1300.0})
+    shown.say(told.EdgeAnswered(rounds=9, round=2, edge=B, how="declined"))
+    shown.say(told.CohortExtended(rounds=9, round=2, invited=(B, C), deadline_at=1300.0))
     assert shown.bars[-1][3] == "0 of 3 answered, 0 edges in, due in 5 min"
 
 
@@ -63,8 +88,7 @@ def test_a_round_that_closed_has_no_bar(monkeypatch: pytest.MonkeyPatch) -> None
     shown = Shown(monkeypatch)
     shown.say(OPENED)
     count = len(shown.bars)
-    closed = {"event": "round_closed", "round": 2, "updates": 2, "loss": 0.5, "bytes_up": 10, "bytes_down": 20}
-    shown.say(closed)
+    shown.say(closed(2, updates=2))
     assert (len(shown.bars), shown.ended) == (count, 1)
 
 
@@ -77,17 +101,24 @@ def test_nothing_is_said_of_an_alignment_that_a_full_emulator_does_not_need() ->
 
 def test_one_is_no_plural_and_sizes_are_written_as_everywhere(capsys: pytest.CaptureFixture[str]) -> None:
     shown = Display(jsonl=False)
-    disk = {"needed_bytes": 700_000_000, "free_bytes": 20_000_000_000}
-    shown.say({"event": "progress", "job": "prepare", "stage": "caching teacher targets", **disk})
+    shown.say(
+        told.DiskNeeded(
+            job="prepare", stage="caching teacher targets", needed_bytes=700_000_000, free_bytes=20_000_000_000
+        )
+    )
     errors = {"error_before": 0.333, "error_whole": 0.08, "error": 0.089}
-    shown.say({"event": "progress", "job": "prepare", "stage": "fitting the border map", **errors})
-    tried = {"layers_per_group": 3, "groups": 4, "kl": 0.2512, "cosine": 0.8128}
-    shown.say({"event": "progress", "job": "prepare", "stage": "choosing groups", **tried})
-    shown.say({"event": "update_accepted", "round": 1, "edge": "a", "num_examples": 1, "loss": 0.5})
-    closed = {"event": "round_closed", "round": 1, "loss": 0.5, "bytes_up": 10, "bytes_down": 20}
-    shown.say(closed | {"updates": 1})
-    shown.say(closed | {"updates": 2})
-    shown.say({"event": "run_ended", "rounds": 1})
+    shown.say(told.BorderMapFitted(job="prepare", stage="fitting the border map", **errors))
+    shown.say(
+        told.ShapeMeasured(
+            job="prepare", stage="choosing groups", layers_per_group=3, groups=4, kl=0.2512, cosine=0.8128
+        )
+    )
+    shown.say(msgspec.structs.replace(ACCEPTED, round=1, num_examples=1))
+    shown.say(closed(1, updates=1))
+    shown.say(closed(1, updates=2))
+    state = RunState(run_id="1", phase="ended", round=1)
+    summary = live_status(run_status("t", 1, Ledger(None), state), [])
+    shown.say(told.RunEnded(rounds=1, summary=summary))
     assert capsys.readouterr().err.splitlines() == [
         "caching teacher targets: 668 MiB of disk, 18.6 GiB free",
         "fitting the border map: on prompts left out, border states are 33.3% away from the full emulator's without it, 8.9% with it",
@@ -100,12 +131,37 @@ def test_one_is_no_plural_and_sizes_are_written_as_everywhere(capsys: pytest.Cap
     assert _OpenRound(local={"a": (0, 0)}, due_at=60.0).detail(1, 0.0) == "0 of 1 answered, 1 edge in, due in 60 s"
 
 
-def test_settings_are_one_line_also_where_a_prompt_is_several() -> None:
-    values = {"[task] prompt": "Review: {text}\nLabel:", "name": "x", "[task] completion": "{label}"}
-    told = {name: {"value": value, "source": "run.toml"} for name, value in values.items()}
-    assert settings_line(told) == (
-        r"settings: [task] prompt 'Review: {text}\nLabel:', name x, [task] completion {label} (run.toml)"
-    )
+SETTINGS = {
+    "name": told.Setting(value="x", source="run.toml"),
+    "[task] prompt": told.Setting(value="Review: {text}\nLabel:", source="run.toml"),
+    "[lora] rank": told.Setting(value=8, source="default"),
+    "[public] text": told.Setting(value=None, source="default"),
+}
+
+
+def test_of_the_settings_a_person_sees_what_was_given_a_line_each_and_the_rest_where_details_are_asked_for() -> None:
+    given = 'settings from run.toml:\n  name = "x"\n  [task] prompt = "Review: {text}\\nLabel:"'
+    assert settings_lines(SETTINGS, is_detailed=False) == f"{given}\n1 other key at the default; --debug shows them"
+    assert settings_lines(SETTINGS, is_detailed=True) == f"{given}\ndefaults:\n  [lora] rank = 8"
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        (RunState(), "next: prepare the bundle from the full model, which takes a while; then edges may join"),
+        (RunState(phase="idle", round=2), "next: round 3 of 9, as soon as enough edges are here"),
+        (
+            RunState(phase="collecting", round=3, cohort=[A, B]),
+            "next: continue round 3 of 9, 0 of 2 updates came before",
+        ),
+        (
+            RunState(phase="ended", round=9),
+            "next: nothing, the run is over after 9 rounds; edges that come are told so",
+        ),
+    ],
+)
+def test_what_happens_next_is_said_at_the_start(state: RunState, said: str) -> None:
+    assert next_step(state, 9) == said
 
 
 def test_a_number_of_things_is_one_thing_or_several() -> None:

@@ -13,6 +13,7 @@ from fedsoda_hub.compare import run as run_module
 from fedsoda_hub.compare.run import run_comparison
 from fedsoda_hub.compare.settings import read_comparison
 from fedsoda_hub.compare.summary import markdown
+from fedsoda_hub.events import CellDone, StageProgress, Told, as_json
 from fedsoda_hub.local import in_process
 from tests.hub.compare.files import write_comparison
 from tests.schema import HUB
@@ -21,9 +22,9 @@ VARIANTS = {"aligned": {"align": {"steps": 2}}, "none": {"align": {"steps": 0}, 
 MEASURED = ("seconds_per_edge_round", "bytes", "by_round", "to_level", "edge_memory_bytes")
 
 
-def compared(path: Path, out: Path, events: list[dict[str, Any]] | None = None) -> dict[str, Any]:
-    def say(event: dict[str, Any]) -> None:
-        HUB.check_event(event)
+def compared(path: Path, out: Path, events: list[Told] | None = None) -> dict[str, Any]:
+    def say(event: Told) -> None:
+        HUB.check_event(as_json(event))
         if events is not None:
             events.append(event)
 
@@ -136,16 +137,16 @@ def test_a_comparison_that_was_stopped_goes_on_to_the_same_report(
     class Killed(Exception):
         pass
 
-    def kill(event: dict[str, Any]) -> None:
-        if event["event"] == "progress" and event["detail"] == "none, iid, seed 0":
+    def kill(event: Told) -> None:
+        if isinstance(event, StageProgress) and event.detail == "none, iid, seed 0":
             raise Killed
 
     with pytest.raises(Killed):
         run_comparison(read_comparison(path), tmp_path / "out", "memory", kill)
     assert not (tmp_path / "out" / "compare.json").exists()
-    events: list[dict[str, Any]] = []
+    events: list[Told] = []
     report = compared(path, tmp_path / "out", events)
-    assert [event["cell"] for event in events if event["event"] == "cell"] == ["none, iid, seed 0"]
+    assert [event.cell for event in events if isinstance(event, CellDone)] == ["none, iid, seed 0"]
     for variant in VARIANTS:
         ours, theirs = (dict(one["splits"]["iid"]["variants"][variant]) for one in (report, calm[2]))
         assert [one["accuracy"] for one in ours["by_round"]] == [one["accuracy"] for one in theirs["by_round"]]

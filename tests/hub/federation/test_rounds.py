@@ -1,4 +1,4 @@
-"""The rounds of federation.md, told as events and effects: no sockets, no sleeping, no tensors."""
+"""The rounds of docs/protocol.md (p3-rounds), told as events and effects: no sockets, no sleeping, no tensors."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -19,7 +20,12 @@ from hypothesis import strategies as st
 from fedsoda_edge.errors import DiskFull
 from fedsoda_edge.protocol.messages import Digest, EdgeId, Farewell, Message, Receipt, Refusal, RoundClosed
 from fedsoda_hub.federation import events as ev
-from fedsoda_hub.federation.rounds import MAX_EXAMPLES, RoundMachine, Rules, RunState, choose_cohort
+from fedsoda_hub.federation import jobs
+from fedsoda_hub.federation import records as rec
+from fedsoda_hub.federation.collecting import MAX_EXAMPLES
+from fedsoda_hub.federation.rounds import RoundMachine
+from fedsoda_hub.federation.schedule import Rules, choose_cohort
+from fedsoda_hub.federation.state import HeldView, RunState
 from fedsoda_hub.run.ledger import Ledger
 
 RULES = Rules(
@@ -72,9 +78,10 @@ class Run:
         self.machine = RoundMachine(self.rules, self.ledger.replay())
         self.sent: list[tuple[str, Message]] = []
         self.offers: list[str] = []
+        self.asked: list[ev.Offer] = []
         self.waiting: list[str] = []
         self.deadline: ev.SetDeadline | None = None
-        self.jobs: list[ev.Compute] = []
+        self.jobs: list[jobs.Job] = []
         self.finished = False
         self._settle()
 
@@ -96,11 +103,11 @@ class Run:
 
     def finish_job(self, *, settle: bool = True) -> None:
         job = self.jobs.pop(0)
-        self._perform(self.machine.handle(ev.ComputeDone(job.job, compute(job))))
+        self._perform(self.machine.handle(ev.JobDone(job, compute(job))))
         if settle:
             self._settle()
 
-    def _append(self, record: ev.AnyRecord) -> None:
+    def _append(self, record: rec.AnyRecord) -> None:
         if self.disk_full:
             raise DiskFull("full")
         self.appends += 1
@@ -126,10 +133,11 @@ class Run:
                     self.sent.append((to, message))
                 case ev.Offer(to):
                     self.offers.append(to)
+                    self.asked.append(effect)
                 case ev.SetDeadline():
                     self.deadline = effect
-                case ev.Compute():
-                    self.jobs.append(effect)
+                case ev.Compute(job):
+                    self.jobs.append(job)
                 case ev.Waiting(why):
                     self.waiting.append(why)
                 case ev.Finish():
@@ -147,9 +155,9 @@ class Run:
         state = self.state
         values: dict[str, Any] = {
             "round": state.round,
-            "base": state.view,
+            "base": state.largest.adapter.digest,
             "alignment": state.alignment,
-            "digest": digest("update", state.round, state.view, name),
+            "digest": digest("update", state.round, state.largest.adapter.digest, name),
             "num_examples": 10,
             "loss": 1.0,
         }
@@ -164,28 +172,51 @@ class Run:
         return self.do(ev.DeadlineReached(self.deadline.round, self.deadline.at))
 
 
-def compute(job: ev.Compute) -> dict[str, Any]:
-    made = {name: digest(job.job, name, job.arguments) for name in ("master", "view", "delta")}
-    match job.job:
-        case "prepare":
-            return {
-                "manifest": digest("manifest"),
-                "adapter_view": digest("adapter"),
-                "emulator_view": digest("emulator"),
-                "public_kl": {"pruned": 0.1, "quantized": 0.3, "aligned": 0.2},
-            }
-        case "aggregate":  # moments are made from moments, so replay has to bring them back
-            return {**made, "moments": digest(job.job, "moments", job.arguments), "cross_term": 0.01}
-        case "realign":
-            return {"view": made["view"], "delta": made["delta"], "kl_before": 0.3, "kl_after": 0.2}
-        case "reprune":
-            return {
-                **{name: digest(job.job, name, job.arguments) for name in ("master", "manifest", "view")},
-                "smaller": [],
-            }
-        case "probe":
-            return {"kl": 0.21, "cosine": 0.95}
-    return {"accuracy": {"full": 0.5}}
+def compute(job: jobs.Job) -> jobs.JobResult:
+    """Hash the job, in the place of torch: a sub-LLM for each that the job names."""
+
+    def made(*what: Any) -> Digest:
+        return digest(jobs.name_of(job), *what, json.loads(msgspec.json.encode(job)))
+
+    match job:
+        case jobs.Prepare():
+            return prepared()
+        case jobs.Aggregate():
+            steps = tuple(jobs.ViewStep(view=made("view", n), delta=made("delta", n)) for n in range(len(job.views)))
+            # Moments are made from moments, so replay has to bring them back.
+            return jobs.AggregateResult(master=made("master"), steps=steps, moments=made("moments"), cross_term=0.01)
+        case jobs.Realign():
+            return realigned(made, len(job.emulator_views), kl_after=0.2)
+        case jobs.Reprune():
+            return jobs.RepruneResult(
+                master=made("master"), sub_llms=(jobs.RepruneSubLLM(manifest=made("manifest"), view=made("view")),)
+            )
+        case jobs.Probe():
+            return jobs.ProbeResult(kl=0.21, cosine=0.95)
+        case jobs.Evaluate():
+            return FIGURES
+
+
+FIGURES = jobs.EvaluateResult(accuracy={"full": 0.5}, loss={"full": 1.5}, auc={"full": None}, num_examples=4)
+KL = {"pruned": 0.1, "quantized": 0.3, "aligned": 0.2}
+
+
+def prepared(*smaller: jobs.PreparedSubLLM, master: Digest = digest("adapter")) -> jobs.PrepareResult:
+    largest = sub_llm(digest("manifest"), digest("emulator"))
+    return jobs.PrepareResult(sub_llms=(largest, *smaller), master=master)
+
+
+def sub_llm(manifest: Digest, emulator: Digest, adapter: Digest = digest("adapter")) -> jobs.PreparedSubLLM:
+    return jobs.PreparedSubLLM(manifest=manifest, adapter_view=adapter, emulator_view=emulator, public_kl=KL)
+
+
+def realigned(made: Callable[..., Digest], count: int, kl_after: float) -> jobs.RealignResult:
+    return jobs.RealignResult(
+        tuple(
+            jobs.RealignedSubLLM(view=made("view", n), delta=made("delta", n), kl_before=0.3, kl_after=kl_after)
+            for n in range(count)
+        )
+    )
 
 
 @pytest.fixture
@@ -351,7 +382,7 @@ def test_an_upload_in_progress_at_the_deadline_is_waited_for_until_it_stalls() -
         run.send_update("b")
         run.do(ev.UploadStarted(edge("c"), 1))
         run.reach_deadline()
-        assert run.state.phase == "collecting"
+        assert run.state.losses == []
         if end is None:
             run.send_update("c")
         else:
@@ -435,7 +466,7 @@ def test_sending_an_update_again_returns_the_first_receipt_also_after_the_round(
     collecting.restart()
     collecting.ready("a", "b")
     assert collecting.do(update) == [first]
-    assert [type(r) for r in collecting.ledger.records()].count(ev.UpdateAccepted) == 2
+    assert [type(r) for r in collecting.ledger.records()].count(rec.UpdateAccepted) == 2
 
 
 def test_another_update_of_the_same_edge_is_refused_and_the_first_stays(collecting: Run) -> None:
@@ -525,7 +556,7 @@ def test_without_space_a_deadline_is_set_anew(collecting: Run) -> None:
     collecting.disk_full = False
     collecting.send_update("a")
     collecting.reach_deadline()
-    assert [type(r) for r in collecting.ledger.records()].count(ev.DeadlinePassed) == 1
+    assert [type(r) for r in collecting.ledger.records()].count(rec.DeadlinePassed) == 1
 
 
 # --- realigning, evaluating, ending -----------------------------------------------------------------------------
@@ -543,9 +574,9 @@ def finish(run: Run, names: str = "ab") -> Run:
 def test_realignment_comes_before_local_training_of_every_kth_round() -> None:
     run = finish(collecting_run(replace(RULES, count=7, realign_every=3)))
     order = [
-        f"realign {r.version}" if isinstance(r, ev.Realigned) else f"round {r.round} at {r.alignment}"
+        f"realign {r.version}" if isinstance(r, rec.Realigned) else f"round {r.round} at {r.alignment}"
         for r in run.ledger.records()
-        if isinstance(r, ev.Realigned | ev.RoundOpened)
+        if isinstance(r, rec.Realigned | rec.RoundOpened)
     ]
     assert order == [
         *("round 1 at 0", "round 2 at 0", "realign 1", "round 3 at 1", "round 4 at 1"),
@@ -569,18 +600,21 @@ def test_realignment_comes_before_local_training_of_every_kth_round() -> None:
 def test_auto_realigns_where_a_probe_shows_drift(probes: list[tuple[float, float]], expected: str) -> None:
     left, calm = iter(probes), compute
 
-    def measured(job: ev.Compute) -> dict[str, Any]:
-        if job.job == "probe":
-            kl, cosine = next(left)
-            return {"kl": kl, "cosine": cosine}
-        return calm(job) | ({"kl_after": 0.3} if job.job == "realign" else {})
+    def measured(job: jobs.Job) -> jobs.JobResult:
+        match job:
+            case jobs.Probe():
+                kl, cosine = next(left)
+                return jobs.ProbeResult(kl=kl, cosine=cosine)
+            case jobs.Realign():
+                return realigned(lambda *what: digest(*what, job.version), 1, kl_after=0.3)
+        return calm(job)
 
     with mock.patch.object(sys.modules[__name__], "compute", measured):
         run = finish(collecting_run(replace(RULES, count=5, realign_every="auto")))
-    marks = {ev.Probed: "?", ev.Realigned: "r"}
-    records = [r for r in run.ledger.records() if isinstance(r, ev.RoundOpened | ev.Probed | ev.Realigned)]
+    marks = {rec.Probed: "?", rec.Realigned: "r"}
+    records = [r for r in run.ledger.records() if isinstance(r, rec.RoundOpened | rec.Probed | rec.Realigned)]
     assert " ".join(marks.get(type(r), str(r.round)) for r in records) == expected
-    assert [probe["kl"] for probe in run.state.probes] == [kl for kl, _ in probes]
+    assert [probe.kl for probe in run.state.probes] == [kl for kl, _ in probes]
     assert next(left, None) is None
 
 
@@ -591,7 +625,7 @@ def test_a_probe_sees_the_master_and_the_emulators_view() -> None:
     run.send_update("b")
     run.finish_job()
     [probe] = run.jobs
-    assert probe == ev.Compute("probe", {"master": run.state.master, "emulator_view": digest("emulator")})
+    assert probe == jobs.Probe(master=run.state.master, emulator_view=digest("emulator"))
 
 
 def test_realignment_and_evaluation_see_the_master_and_the_emulators_view() -> None:
@@ -602,25 +636,18 @@ def test_realignment_and_evaluation_see_the_master_and_the_emulators_view() -> N
     run.finish_job()
     [realign] = run.jobs
     state = run.state
-    assert state.master != state.view
-    assert realign.arguments == {
-        "version": 1,
-        "master": state.master,
-        "emulator_view": digest("emulator"),
-        "smaller": [],
-    }
+    assert state.master != state.largest.adapter.digest
+    assert realign == jobs.Realign(version=1, master=state.master, emulator_views=(digest("emulator"),))
     run.finish_job()
     run.send_update("a")
     run.send_update("b")
     run.finish_job()
     [evaluate] = run.jobs
-    assert evaluate.arguments == {
-        "master": state.master,
-        "emulator_view": state.emulator_view,
-        "round": 2,
-        "manifest": state.manifest,
-    }
-    assert state.emulator_view != digest("emulator")
+    emulator = state.largest.emulator.digest
+    assert evaluate == jobs.Evaluate(
+        round=2, master=state.master, emulator_view=emulator, manifest=state.largest.manifest
+    )
+    assert emulator != digest("emulator")
 
 
 def test_an_edge_that_is_back_while_its_round_is_open_is_awaited_again_until_the_same_time() -> None:
@@ -640,9 +667,9 @@ def test_an_edge_that_is_back_while_its_round_is_open_is_awaited_again_until_the
 def test_a_run_is_judged_after_every_kth_round_and_at_its_end_once() -> None:
     for every, judged in ((0, [5]), (2, [2, 4, 5]), (5, [5])):
         run = finish(collecting_run(replace(RULES, count=5, has_eval=True, eval_every=every)))
-        assert [r.round for r in run.ledger.records() if isinstance(r, ev.Evaluated)] == judged
+        assert [r.round for r in run.ledger.records() if isinstance(r, rec.Evaluated)] == judged
     run = finish(collecting_run(replace(RULES, count=5, has_eval=False, eval_every=2)))
-    assert not any(isinstance(r, ev.Evaluated) for r in run.ledger.records())
+    assert not any(isinstance(r, rec.Evaluated) for r in run.ledger.records())
 
 
 def test_the_merge_gets_updates_in_ascending_edge_id_however_they_arrived() -> None:
@@ -664,7 +691,7 @@ def test_at_the_end_every_connected_edge_is_told_also_a_paused_one_and_one_that_
     run.reach_deadline()
     told = [to for to, message in run.sent if isinstance(message, Farewell)]
     assert run.finished
-    assert run.state.evaluation == {"accuracy": {"full": 0.5}}
+    assert run.state.evaluation == msgspec.to_builtins(FIGURES)
     assert told == ["a", "b", "e"]
     run.ready("d")
     assert run.sent[-1] == ("d", Farewell(rounds=1, reason="the run is over"))
@@ -674,7 +701,7 @@ def test_a_larger_count_goes_on_where_the_run_ended() -> None:
     run = finish(collecting_run(RULES))
     assert run.state.phase == "ended"
     run.rules = replace(run.rules, count=3)
-    run.ledger.append(ev.SettingsChanged(values={"count": 3}))
+    run.ledger.append(rec.SettingsChanged(values={"count": 3}))
     run.restart()
     run.ready("a", "b")
     assert run.state.round == 3
@@ -699,6 +726,7 @@ def in_phase(name: str) -> Run:
 
 EVENTS: list[ev.Event] = [
     ev.EdgeReady(edge("a")),
+    ev.EdgeResumed(edge("a")),
     ev.EdgeGone(edge("a")),
     ev.EdgeAway(edge("a"), "paused"),
     ev.Declined(edge("a"), 1, "busy"),
@@ -706,7 +734,7 @@ EVENTS: list[ev.Event] = [
     ev.UploadStalled(edge("a")),
     ev.UpdateArrived(edge("a"), 1, digest("adapter"), 0, digest("new"), 1, 1.0),
     ev.DeadlineReached(1, 1100.0),
-    ev.ComputeDone("evaluate", {}),
+    ev.JobDone(jobs.Evaluate(round=1, master=digest("w"), emulator_view=digest("e"), manifest=digest("m")), FIGURES),
 ]
 
 
@@ -717,7 +745,7 @@ def test_every_event_has_its_answer_in_every_phase(phase: str, event: ev.Event) 
     machine = in_phase(phase).machine
     assert {type(known) for known in EVENTS} == set(ev.Event.__args__)
     effects = machine.handle(event)
-    volatile = (ev.EdgeReady, ev.EdgeGone, ev.EdgeAway, ev.UploadStarted, ev.UploadStalled)
+    volatile = (ev.EdgeReady, ev.EdgeResumed, ev.EdgeGone, ev.EdgeAway, ev.UploadStarted, ev.UploadStalled)
     assert effects or isinstance(event, volatile)
     assert phase == "collecting" or not any(isinstance(effect, ev.Append) for effect in effects)
 
@@ -752,11 +780,11 @@ AUTO = replace(LONG, realign_every="auto")
 REPRUNED = replace(LONG, realign_every=0, reprune_every=1)
 
 
-def facts(run: Run) -> list[ev.AnyRecord]:
+def facts(run: Run) -> list[rec.AnyRecord]:
     """What must be equal: all but when (deadline_at)."""
     return [
-        ev.RoundOpened(round=r.round, cohort=r.cohort, view=r.view, alignment=r.alignment, deadline_at=0.0)
-        if isinstance(r, ev.RoundOpened)
+        rec.RoundOpened(round=r.round, cohort=r.cohort, view=r.view, alignment=r.alignment, deadline_at=0.0)
+        if isinstance(r, rec.RoundOpened)
         else r
         for r in run.ledger.records()
     ]
@@ -811,11 +839,11 @@ def test_a_refused_update_leaves_the_others_bytes() -> None:
     assert run_with("declines").state.master == run_with("sends NaN").state.master
 
 
-# --- any order of events, against a small model written from federation.md alone --------------------------------------
+# --- any order of events, against a small model written from docs/protocol.md alone --------------------------------------
 
 
 class Model:
-    """federation.md, Rounds, as predicates: who is in, who answered, is the round closed?"""
+    """docs/protocol.md (p3-rounds) as predicates: who is in, who answered, is the round closed?"""
 
     def __init__(self, quorum: float, cohort: int) -> None:
         self.quorum, self.size = quorum, cohort
@@ -943,18 +971,19 @@ def test_any_order_of_events_agrees_with_the_model(
         for record in run.ledger.records()[seen:]:
             seen += 1
             match record:
-                case ev.RoundClosed():
+                case rec.RoundClosed():
                     assert model.is_over(), "closed too early"
                     assert record.round == model.round == model.closed + 1
                     model.closed += 1
                     model.cohort = set()
-                case ev.RoundOpened():
+                case rec.RoundOpened():
                     assert not model.cohort, "opened while another is open"
                     assert len(model.here) >= least, "opened too early"
                     model.open(set(record.cohort))
-                case ev.CohortExtended():
+                case rec.CohortExtended():
                     assert not model.is_over()
-                    assert model.passed or not model.awaited()
+                    is_back = what == "ready" and record.invited == (who,) and who in model.answered
+                    assert is_back or model.passed or not model.awaited()
                     assert set(record.invited) <= model.here - model.accepted
                     assert len(record.invited) <= model.invited
                     model.cohort |= set(record.invited)
@@ -972,46 +1001,38 @@ def test_any_order_of_events_agrees_with_the_model(
 # --- size classes -----------------------------------------------------------------------------------------------
 
 
+def held(state: RunState) -> tuple[list[HeldView], list[HeldView]]:
+    """The views of adapters and emulators, by size class."""
+    return [one.adapter for one in state.sub_llms], [one.emulator for one in state.sub_llms]
+
+
 def test_every_size_class_has_its_emulator_and_all_share_rounds_and_versions() -> None:
     run = Run(replace(RULES, count=3, realign_every=2), holds_jobs=True)
-    smaller = [{"manifest": digest("m", n), "emulator_view": digest("e", n), "public_kl": {}} for n in (1, 2)]
     [job] = run.jobs
-    run.do(ev.ComputeDone("prepare", compute(job) | {"smaller": smaller}))
-    assert [run.state.emulator(n) for n in range(3)] == [
-        (run.state.emulator_view, None),
-        (digest("e", 1), None),
-        (digest("e", 2), None),
-    ]
     run.jobs.clear()
+    run.do(ev.JobDone(job, prepared(*(sub_llm(digest("m", n), digest("e", n)) for n in (1, 2)))))
     state = run.state
+    assert held(state)[1] == [HeldView(digest("emulator")), HeldView(digest("e", 1)), HeldView(digest("e", 2))]
     state.round = 1
     run.do(ev.EdgeReady(edge("a")))
     [job] = run.jobs
-    assert (job.job, job.arguments["smaller"]) == ("realign", [digest("e", 1), digest("e", 2)])
-    made = [{"view": digest("v", n), "delta": digest("d", n), "kl_before": 1.0, "kl_after": 0.5} for n in (1, 2)]
-    run.do(ev.ComputeDone("realign", compute(job) | {"smaller": made}))
+    assert isinstance(job, jobs.Realign)
+    assert job.emulator_views == (digest("emulator"), digest("e", 1), digest("e", 2))
+    run.do(ev.JobDone(job, realigned(digest, 3, kl_after=0.5)))
     assert state.alignment == 1
-    assert [state.emulator(n) for n in (1, 2)] == [(digest("v", n), digest("d", n)) for n in (1, 2)]
-    again = run.ledger.replay()  # records come back as they were, and fold to the same
-    assert again.smaller == state.smaller
+    assert held(state)[1] == [HeldView(digest("view", n), digest("delta", n)) for n in range(3)]
+    assert run.ledger.replay().sub_llms == state.sub_llms  # records come back as they were, and fold to the same
 
 
 def test_a_class_with_lora_of_its_own_has_its_view_and_its_updates_start_from_it() -> None:
     run = Run(replace(RULES, min_edges=3), holds_jobs=True)
     [job] = run.jobs
-    smaller: list[dict[str, Any]] = [
-        {"manifest": digest("m", n), "emulator_view": digest("e", n), "public_kl": {}, "adapter_view": view}
-        for n, view in ((1, digest("a", 1)), (2, None))
-    ]
-    run.do(ev.ComputeDone("prepare", compute(job) | {"smaller": smaller, "master": digest("w")}))
     run.jobs.clear()
+    own, shared = sub_llm(digest("m", 1), digest("e", 1), digest("a", 1)), sub_llm(digest("m", 2), digest("e", 2))
+    run.do(ev.JobDone(job, prepared(own, shared, master=digest("w"))))
     state = run.state
     assert state.master == digest("w")
-    assert [state.adapter(n) for n in range(3)] == [
-        (digest("adapter"), None),
-        (digest("a", 1), None),
-        (digest("adapter"), None),
-    ]
+    assert held(state)[0] == [HeldView(digest("adapter")), HeldView(digest("a", 1)), HeldView(digest("adapter"))]
     run.ready("a", "b", "c")
     [refusal] = run.send_update("b", size_class=1)
     assert isinstance(refusal, Refusal)
@@ -1022,22 +1043,23 @@ def test_a_class_with_lora_of_its_own_has_its_view_and_its_updates_start_from_it
     run.send_update("a")
     run.send_update("c", size_class=2)
     [job] = run.jobs
-    assert job.arguments["smaller"] == [digest("a", 1)]
-    assert [update[3] for update in job.arguments["updates"]] == [digest("adapter"), digest("a", 1), digest("adapter")]
-    steps = [{"view": digest("v", 1), "delta": digest("d", 1)}]
-    run.do(ev.ComputeDone("aggregate", compute(job) | {"smaller": steps}))
-    assert state.adapter(1) == (digest("v", 1), digest("d", 1))
-    assert state.adapter(2) == state.adapter(0) == (state.view, state.view_delta) != state.adapter(1)
-    accepted = [record for record in run.ledger.records() if isinstance(record, ev.UpdateAccepted)]
+    assert isinstance(job, jobs.Aggregate)
+    assert job.views == (digest("adapter"), digest("a", 1))
+    assert [update.view for update in job.updates] == [digest("adapter"), digest("a", 1), digest("adapter")]
+    made = compute(job)
+    assert isinstance(made, jobs.AggregateResult)
+    run.do(ev.JobDone(job, made))
+    first, second = (HeldView(step.view, step.delta) for step in made.steps)
+    assert held(state)[0] == [first, second, first]
+    accepted = [record for record in run.ledger.records() if isinstance(record, rec.UpdateAccepted)]
     assert {record.edge: record.size_class for record in accepted} == {"a": 0, "b": 1, "c": 2}
     assert run.ledger.replay() == state
 
 
-def test_layers_are_drawn_after_every_so_many_rounds_and_views_begin_anew_with_them() -> None:
+def test_layers_are_drawn_again_after_every_so_many_rounds_and_views_begin_with_them() -> None:
     run = Run(replace(RULES, count=6, reprune_every=2, min_edges=2), holds_jobs=True)
     [job] = run.jobs
-    one = {"manifest": digest("m"), "emulator_view": digest("e"), "public_kl": {}, "adapter_view": digest("a")}
-    run.do(ev.ComputeDone("prepare", compute(job) | {"smaller": [one], "master": digest("w")}))
+    run.do(ev.JobDone(job, prepared(sub_llm(digest("m"), digest("e"), digest("a")), master=digest("w"))))
     run.ready("a", "b")
     drawn = []
     while run.state.phase != "ended":
@@ -1045,28 +1067,48 @@ def test_layers_are_drawn_after_every_so_many_rounds_and_views_begin_anew_with_t
             run.send_update(name)
         run.jobs[:] = run.jobs[-1:]
         [job] = run.jobs
-        made = compute(job)
-        if job.job == "aggregate":
-            made["smaller"] = [{"view": digest("v", job.arguments), "delta": digest("d", job.arguments)}]
-        else:
-            assert (job.job, job.arguments["master"]) == ("reprune", run.state.master)
-            number = job.arguments["round"]
-            made["smaller"] = [{"manifest": digest("m", number), "view": digest("v", number)}]
-            drawn.append(number)
-        run.do(ev.ComputeDone(job.job, made))
-        if job.job == "reprune":
-            assert run.state.manifests == (made["manifest"], digest("m", number))
-            assert [run.state.adapter(n) for n in (0, 1)] == [(made["view"], None), (digest("v", number), None)]
-            assert (run.state.round, run.state.phase) == (number, "collecting")
+        if not isinstance(job, jobs.Reprune):
+            run.do(ev.JobDone(job, compute(job)))
+            continue
+        assert job.master == run.state.master
+        layers = tuple(
+            jobs.RepruneSubLLM(manifest=digest("m", n, job.round), view=digest("v", n, job.round)) for n in (0, 1)
+        )
+        run.do(ev.JobDone(job, jobs.RepruneResult(master=digest("w", job.round), sub_llms=layers)))
+        assert [one.manifest for one in run.state.sub_llms] == [one.manifest for one in layers]
+        assert held(run.state)[0] == [HeldView(one.view) for one in layers]
+        assert (run.state.round, run.state.phase) == (job.round, "collecting")
+        drawn.append(job.round)
     assert drawn == [3, 5]
     assert run.ledger.replay() == run.state
+
+
+def test_an_edge_keeps_its_size_class_through_a_pause_and_an_offer_says_what_trains() -> None:
+    run = Run(replace(RULES, count=3, min_edges=1, aggregation="rolora"), holds_jobs=True)
+    [job] = run.jobs
+    run.jobs.clear()
+    run.do(ev.JobDone(job, prepared(sub_llm(digest("m"), digest("e")))))
+    run.do(ev.EdgeReady(edge("a"), 1))
+    run.do(ev.EdgeAway(edge("a"), "paused"))
+    run.do(ev.EdgeResumed(edge("a")))
+    assert run.asked == [ev.Offer(edge("a"), 1, trains="B", moved="A")] * 2
+    run.send_update("a", size_class=1)
+    [job] = run.jobs
+    assert isinstance(job, jobs.Aggregate)
+    assert job.trains == "B"
+    run.finish_job()
+    assert run.asked[-1] == ev.Offer(edge("a"), 1, trains="A", moved="B")
+
+
+# --- ledgers of earlier releases ----------------------------------------------------------------------------------
 
 
 def test_a_ledger_of_a_run_without_classes_replays() -> None:
     """Recorded before there were any."""
     old = b'{"record":"prepared","manifest":"m","adapter_view":"a","emulator_view":"e","public_kl":{"pruned":0.5}}'
     state = RunState()
-    state.apply(msgspec.json.decode(old, type=ev.Prepared))
+    state.apply(msgspec.json.decode(old, type=rec.Prepared))
     old = b'{"record":"realigned","round":2,"version":1,"view":"v","delta":"d","kl_before":1.0,"kl_after":0.5}'
-    state.apply(msgspec.json.decode(old, type=ev.Realigned))
-    assert (state.smaller, state.emulator(0)) == ([], ("v", "d"))
+    state.apply(msgspec.json.decode(old, type=rec.Realigned))
+    [largest] = state.sub_llms
+    assert (largest.emulator, state.master) == (HeldView(Digest("v"), Digest("d")), "a")

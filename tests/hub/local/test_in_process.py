@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from fedsoda_hub.federation.events import Realigned, RoundClosed
+from fedsoda_hub.events import Say, Told, UpdateAccepted
+from fedsoda_hub.federation.records import Realigned, RoundClosed
 from fedsoda_hub.local import in_process, processes
 from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.settings.run import RunSettings
@@ -22,7 +23,7 @@ from tests.hub.runs import WORDS, make_run
 
 EDGES = ("a", "b")
 THREAD = {"FEDSODA_THREADS": "1", "OMP_NUM_THREADS": "1"}
-Say = Callable[[dict[str, Any]], None]
+EdgeSay = Callable[[dict[str, Any]], None]
 
 
 def make(directory: Path, model: Path) -> tuple[RunSettings, dict[str, Path]]:
@@ -46,7 +47,7 @@ def make(directory: Path, model: Path) -> tuple[RunSettings, dict[str, Path]]:
     return settings, data
 
 
-def in_one_process(settings: RunSettings, data: dict[str, Path], say: Say, say_of: Callable[[str], Say]) -> None:
+def in_one_process(settings: RunSettings, data: dict[str, Path], say: Say, say_of: Callable[[str], EdgeSay]) -> None:
     async def run() -> None:
         stop = asyncio.get_running_loop().create_future()
         await in_process.federate(settings, data, settings.directory / "homes", stop, say, say_of)
@@ -114,8 +115,8 @@ def test_what_was_stopped_goes_on_to_the_same_bits(calm: Ran, tmp_path: Path, ti
     """The hub fails when it hears of the first update of round 2, with the second one in training."""
     rough, data = make(tmp_path, tiny_llama)
 
-    def fail(event: dict[str, Any]) -> None:
-        if event["event"] == "update_accepted" and event["round"] == 2:
+    def fail(event: Told) -> None:
+        if isinstance(event, UpdateAccepted) and event.round == 2:
             raise KeyError("the hub is gone")
 
     with pytest.raises(KeyError, match="the hub is gone"):

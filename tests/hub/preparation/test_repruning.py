@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,9 @@ from fedsoda_edge.protocol.needs import MemoryPlan, SampleSizes, Shape, plans, s
 from fedsoda_hub.algorithms.methods.fedpruner import redrawn
 from fedsoda_hub.algorithms.pruning.representatives import contiguous, measure_layers, select_layers
 from fedsoda_hub.evaluation.export import export
-from fedsoda_hub.federation import events as ev
-from fedsoda_hub.federation.rounds import trained_factor
+from fedsoda_hub.events import Repruned, RoundClosed, RoundOpened, Say, Told, UpdateAccepted, as_json
+from fedsoda_hub.federation import records as ev
+from fedsoda_hub.federation.schedule import trained_factor
 from fedsoda_hub.local import in_process
 from fedsoda_hub.plan import likely_plans
 from fedsoda_hub.preparation.prepare import Preparation, bundle_of
@@ -104,9 +105,6 @@ def little_memory(settings: RunSettings) -> Iterator[None]:
         yield
 
 
-Say = Callable[[dict[str, Any]], None]
-
-
 def federate(settings: RunSettings, edges: str = "ab", say: Say = lambda _: None) -> dict[str, list[dict[str, Any]]]:
     """The run, or the rest of it; what its edges said."""
     data = {name: rows_of(settings.directory, name) for name in edges}
@@ -137,13 +135,13 @@ def history(settings: RunSettings) -> list[ev.AnyRecord]:
 class Ran:
     settings: RunSettings
     said: dict[str, list[dict[str, Any]]]
-    heard: list[dict[str, Any]]
+    heard: list[Told]
 
 
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Ran:
     settings = make(tmp_path_factory.mktemp("calm"), tiny_llama)
-    heard: list[dict[str, Any]] = []
+    heard: list[Told] = []
     return Ran(settings, federate(settings, say=heard.append), heard)
 
 
@@ -299,9 +297,9 @@ def test_edges_follow_and_fetch_only_what_they_do_not_hold(calm: Ran) -> None:
         store = {path.name for path in (settings.directory / "homes" / name / "store").iterdir()}
         shards = {layer: sha256_file(settings.run_dir / "bundle" / f"layers.{layer}.safetensors") for layer in range(8)}
         assert {layer for layer, digest in shards.items() if digest in store} == kept
-    for event in calm.heard:
-        HUB.check_event(json.loads(json.dumps(event)))
-    assert "repruned" in {event["event"] for event in calm.heard}
+    for heard in calm.heard:
+        HUB.check_event(as_json(heard))
+    assert any(isinstance(event, Repruned) for event in calm.heard)
 
 
 def test_the_full_llm_gets_all_layers_that_anybody_trained(calm: Ran, tmp_path: Path, tiny_llama: Path) -> None:
@@ -335,17 +333,17 @@ def test_the_full_llm_gets_all_layers_that_anybody_trained(calm: Ran, tmp_path: 
 # --- a run that is disturbed -------------------------------------------------------------------------------
 
 
-def fails_at(event: str, number: int) -> Say:
-    def say(said: dict[str, Any]) -> None:
-        if said["event"] == event and said["round"] == number:
+def fails_at(event: type[Repruned | UpdateAccepted | RoundOpened], number: int) -> Say:
+    def say(said: Told) -> None:
+        if isinstance(said, event) and said.round == number:
             raise KeyError("the hub is gone")
 
     return say
 
 
-@pytest.mark.parametrize("event", ["repruned", "update_accepted"])
+@pytest.mark.parametrize("event", [Repruned, UpdateAccepted])
 def test_a_hub_that_stops_after_a_draw_goes_on_to_the_same_bits(
-    calm: Ran, tmp_path: Path, tiny_llama: Path, event: str
+    calm: Ran, tmp_path: Path, tiny_llama: Path, event: type[Repruned | UpdateAccepted]
 ) -> None:
     rough = make(tmp_path, tiny_llama)
     with pytest.raises(KeyError, match="the hub is gone"):
@@ -358,7 +356,7 @@ def test_a_hub_that_stops_after_a_draw_goes_on_to_the_same_bits(
 def test_who_joins_after_a_draw_begins_with_the_layers_in_force(tmp_path: Path, tiny_llama: Path) -> None:
     settings = make(tmp_path, tiny_llama)
     with pytest.raises(KeyError, match="the hub is gone"):
-        federate(settings, say=fails_at("round_opened", 3))
+        federate(settings, say=fails_at(RoundOpened, 3))
     late = federate(settings, edges="abc")["c"]
     accepted = [event["round"] for event in late if event["event"] == "accepted"]
     assert accepted[-1] == 5
@@ -375,8 +373,8 @@ def test_the_models_of_a_choice_that_is_over_are_given_back(tmp_path: Path, tiny
     settings = make(tmp_path, tiny_llama, method={"classes": [], "reprune_every": 1})
     held: list[int] = []
 
-    def look(event: dict[str, Any]) -> None:
-        if event["event"] == "round_closed":
+    def look(event: Told) -> None:
+        if isinstance(event, RoundClosed):
             held.append(len(shared))
 
     shared: Any = {}

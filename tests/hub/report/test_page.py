@@ -16,7 +16,7 @@ import pytest
 
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.protocol.messages import Digest, EdgeId
-from fedsoda_hub.federation import events as ev
+from fedsoda_hub.federation import records as ev
 from fedsoda_hub.report import page as report
 from fedsoda_hub.report.page import draw, read_history, write_report
 from fedsoda_hub.run.ledger import Ledger
@@ -126,7 +126,7 @@ def test_a_run_that_was_not_begun_has_no_report(tmp_path: Path, tiny_llama: Path
     with pytest.raises(UsageProblem, match=r"RUN\.toml has not been started; run `fedsoda-hub serve"):
         write_report(settings, tmp_path / "report")
     ledger = Ledger(settings.run_dir / "ledger.sqlite")  # as `token create` leaves it
-    ledger.create_token("ann")
+    ledger.tokens.create("ann")
     ledger.close()
     with pytest.raises(UsageProblem, match="has not been started"):
         write_report(settings, tmp_path / "report")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 import sqlite3
@@ -11,33 +13,34 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from fedsoda_edge.errors import DiskFull, UsageProblem
 from fedsoda_edge.protocol.messages import Digest, EdgeId
-from fedsoda_hub.federation import events as ev
-from fedsoda_hub.federation.rounds import RunState
+from fedsoda_hub.federation import records as rec
+from fedsoda_hub.federation.state import HeldView, RunState
 from fedsoda_hub.run.ledger import Ledger, Outcome, read_outcome
 
 A, B, C, D = (Digest(letter * 64) for letter in "abcd")
 ALICE = EdgeId("alice")
 
-ROUND_1: list[ev.AnyRecord] = [
-    ev.RunStarted(run_id="1234", fixed={"seed": 0, "[lora] rank": 8, "[align] learning_rate": 1e-4}),
-    ev.SettingsChanged(values={"count": 2}),
-    ev.Prepared(manifest=A, adapter_view=B, emulator_view=C, public_kl={"pruned": 0.1}),
-    ev.RoundOpened(round=1, cohort=(ALICE, EdgeId("bob")), view=B, alignment=0, deadline_at=1e9 + 0.25),
-    ev.DeadlinePassed(round=1),
-    ev.CohortExtended(round=1, invited=(EdgeId("carol"),), deadline_at=2e9),
-    ev.EdgeAnswered(round=1, edge=EdgeId("bob"), how="declined"),
-    ev.UpdateAccepted(round=1, edge=ALICE, digest=D, num_examples=8, loss=0.1 + 0.2),
-    ev.RoundClosed(round=1, master=A, view=C, delta=D),
+ROUND_1: list[rec.AnyRecord] = [
+    rec.RunStarted(run_id="1234", fixed={"seed": 0, "[lora] rank": 8, "[align] learning_rate": 1e-4}),
+    rec.SettingsChanged(values={"count": 2}),
+    rec.Prepared(manifest=A, adapter_view=B, emulator_view=C, public_kl={"pruned": 0.1}),
+    rec.RoundOpened(round=1, cohort=(ALICE, EdgeId("bob")), view=B, alignment=0, deadline_at=1e9 + 0.25),
+    rec.DeadlinePassed(round=1),
+    rec.CohortExtended(round=1, invited=(EdgeId("carol"),), deadline_at=2e9),
+    rec.EdgeAnswered(round=1, edge=EdgeId("bob"), how="declined"),
+    rec.UpdateAccepted(round=1, edge=ALICE, digest=D, num_examples=8, loss=0.1 + 0.2),
+    rec.RoundClosed(round=1, master=A, view=C, delta=D),
 ]
-AFTER: list[ev.AnyRecord] = [
-    ev.Realigned(round=2, version=1, view=A, delta=B, kl_before=0.3, kl_after=0.2),
-    ev.Repruned(round=2, master=C, manifest=D, view=B),
-    ev.Evaluated(round=1, result={"accuracy": {"full": 0.5, "plug_in": None}}),
-    ev.RunEnded(rounds=1),
+AFTER: list[rec.AnyRecord] = [
+    rec.Realigned(round=2, version=1, view=A, delta=B, kl_before=0.3, kl_after=0.2),
+    rec.Repruned(round=2, master=C, manifest=D, view=B),
+    rec.Evaluated(round=1, result={"accuracy": {"full": 0.5, "plug_in": None}}),
+    rec.RunEnded(rounds=1),
 ]
 
 
@@ -72,7 +75,8 @@ def test_replay_folds_the_records(reopen: Callable[[], Ledger]) -> None:
     for record in ROUND_1:
         reopen().append(record)
     state = reopen().replay()
-    assert (state.phase, state.round, state.master, state.view, state.view_delta) == ("idle", 1, A, C, D)
+    assert (state.phase, state.round, state.master) == ("idle", 1, A)
+    assert state.largest.adapter == HeldView(C, D)
     assert state.losses == [0.1 + 0.2]
     assert state.receipts[ALICE].digest == D
     assert state.cohort == ["alice", "bob", "carol"]
@@ -97,6 +101,37 @@ def test_a_snapshot_bounds_replay(reopen: Callable[[], Ledger]) -> None:
     assert ledger.replay() == other
 
 
+RECORDED = Path(__file__).resolve().parents[2] / "data"
+
+
+@pytest.mark.parametrize("name", ["classes", "repruned"])
+def test_a_ledger_of_an_earlier_release_replays_with_and_without_its_snapshot(name: str, tmp_path: Path) -> None:
+    """Recorded when class 0 lay in ten loose fields: three size classes, one with a view of its own, in mid-round 3."""
+    told = json.loads((RECORDED / f"ledger_{name}.json").read_text())
+    path = tmp_path / "ledger.sqlite"
+    Ledger(path).close()
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as old:
+        old.executemany("INSERT INTO log (record) VALUES (?)", [(record.encode(),) for record in told["records"]])
+        old.execute("INSERT INTO snapshot VALUES (?, ?)", (told["snapshot"][0], told["snapshot"][1].encode()))
+    ledger = Ledger(path)
+    state, want = ledger.replay(), told["state"]
+    alike = want.keys() - {"accepted", "receipts", "manifests", "adapters", "emulators", "own_views"}
+    found = {key: msgspec.to_builtins(getattr(state, key), str_keys=True) for key in alike}
+    assert found == {key: want[key] for key in alike}
+    assert sorted(state.accepted) == want["accepted"]
+    receipts = {edge: [one.round, one.digest, one.size_class] for edge, one in state.receipts.items()}
+    assert receipts == want["receipts"]
+    assert [one.manifest for one in state.sub_llms] == want["manifests"]
+    for views, old_views in (("adapter", "adapters"), ("emulator", "emulators")):
+        held = [getattr(one, views) for one in state.sub_llms]
+        assert [[view.digest, view.delta] for view in held] == want[old_views]
+    assert [not one.shares_adapter for one in state.sub_llms[1:]] == want["own_views"]
+    assert [msgspec.json.encode(record).decode() for record in ledger.records()] == told["records"]  # not a byte moved
+    ledger.snapshot(state)
+    assert ledger.replay() == state
+    ledger.close()
+
+
 def test_every_prefix_of_the_log_can_be_replayed(reopen: Callable[[], Ledger]) -> None:
     plain = RunState()
     for record in ROUND_1 + AFTER:
@@ -112,32 +147,32 @@ def test_the_log_survives_a_kill_of_the_process_right_after_append(tmp_path: Pat
     path = tmp_path / "ledger.sqlite"
     program = (
         "import os, signal; from pathlib import Path; from fedsoda_hub.run.ledger import Ledger\n"
-        "from fedsoda_hub.federation import events as ev\n"
+        "from fedsoda_hub.federation import records as rec\n"
         f"ledger = Ledger(Path({str(path)!r}))\n"
-        "for number in (1, 2, 3): ledger.append(ev.DeadlinePassed(round=number))\n"
+        "for number in (1, 2, 3): ledger.append(rec.DeadlinePassed(round=number))\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     ended = subprocess.run([sys.executable, "-c", program], check=False, env={**os.environ})
     assert ended.returncode == -signal.SIGKILL
     ledger = Ledger(path)
-    assert ledger.records() == [ev.DeadlinePassed(round=number) for number in (1, 2, 3)]
+    assert ledger.records() == [rec.DeadlinePassed(round=number) for number in (1, 2, 3)]
     ledger.close()
 
 
 def test_every_commit_is_synced(reopen: Callable[[], Ledger]) -> None:
-    assert reopen()._db.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
+    assert reopen().database._db.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
 
 
 def test_a_full_disk_is_disk_full_and_writes_nothing(reopen: Callable[[], Ledger]) -> None:
     ledger = reopen()
     ledger.append(ROUND_1[0])
-    pages = ledger._db.execute("PRAGMA page_count").fetchone()[0]
-    ledger._db.execute(f"PRAGMA max_page_count = {pages}")
-    large = ev.RunStarted(run_id="x" * 100_000, fixed={})
+    pages = ledger.database._db.execute("PRAGMA page_count").fetchone()[0]
+    ledger.database._db.execute(f"PRAGMA max_page_count = {pages}")
+    large = rec.RunStarted(run_id="x" * 100_000, fixed={})
     with pytest.raises(DiskFull, match="the ledger's disk is full"):
         ledger.append(large)
     assert ledger.records() == [ROUND_1[0]]
-    ledger._db.execute(f"PRAGMA max_page_count = {pages + 1000}")  # space is back
+    ledger.database._db.execute(f"PRAGMA max_page_count = {pages + 1000}")  # space is back
     ledger.append(large)
     assert ledger.records() == [ROUND_1[0], large]
 
@@ -146,35 +181,35 @@ def test_a_full_disk_is_disk_full_and_writes_nothing(reopen: Callable[[], Ledger
 
 
 def test_a_token_is_one_edge_and_only_its_hash_is_kept(reopen: Callable[[], Ledger]) -> None:
-    secret = reopen().create_token("clinic-7")
-    found = reopen().find_token(secret)
+    secret = reopen().tokens.create("clinic-7")
+    found = reopen().tokens.find(secret)
     assert found is not None
     assert (found.edge, found.device, found.revoked) == ("clinic-7", None, False)
-    assert reopen().find_token(secret + "x") is None
-    dump = "\n".join(reopen()._db.iterdump())
+    assert reopen().tokens.find(secret + "x") is None
+    dump = "\n".join(reopen().database._db.iterdump())
     assert secret not in dump
     assert secret.removeprefix("fs1-") not in dump
 
 
 def test_a_token_is_bound_to_the_first_device_that_says_hello(reopen: Callable[[], Ledger]) -> None:
-    reopen().create_token("alice")
-    assert reopen().bind_device(ALICE, "laptop")
-    assert reopen().bind_device(ALICE, "laptop")
-    assert not reopen().bind_device(ALICE, "phone")
+    reopen().tokens.create("alice")
+    assert reopen().tokens.bind(ALICE, "laptop")
+    assert reopen().tokens.bind(ALICE, "laptop")
+    assert not reopen().tokens.bind(ALICE, "phone")
 
 
 def test_a_name_in_use_is_refused_until_its_token_is_revoked(reopen: Callable[[], Ledger]) -> None:
-    old = reopen().create_token("alice")
-    reopen().bind_device(ALICE, "laptop")
+    old = reopen().tokens.create("alice")
+    reopen().tokens.bind(ALICE, "laptop")
     with pytest.raises(UsageProblem, match="there is a token for 'alice' already; revoke it first"):
-        reopen().create_token("alice")
-    reopen().revoke_token("alice")
-    revoked = reopen().find_token(old)
+        reopen().tokens.create("alice")
+    reopen().tokens.revoke("alice")
+    revoked = reopen().tokens.find(old)
     assert revoked is not None
     assert revoked.revoked
-    new = reopen().create_token("alice")
-    assert reopen().find_token(old) is None
-    fresh = reopen().find_token(new)
+    new = reopen().tokens.create("alice")
+    assert reopen().tokens.find(old) is None
+    fresh = reopen().tokens.find(new)
     assert fresh is not None
     assert (fresh.device, fresh.revoked) == (None, False)
 
@@ -182,20 +217,20 @@ def test_a_name_in_use_is_refused_until_its_token_is_revoked(reopen: Callable[[]
 @pytest.mark.parametrize("name", ["", "a b", "../x", "a" * 65, "a/b"])
 def test_a_name_that_could_not_stand_in_a_file_name_is_refused(reopen: Callable[[], Ledger], name: str) -> None:
     with pytest.raises(UsageProblem, match="cannot be an edge's id"):
-        reopen().create_token(name)
+        reopen().tokens.create(name)
 
 
 def test_revoking_an_unknown_name_says_which_there_are(reopen: Callable[[], Ledger]) -> None:
-    reopen().create_token("alice")
+    reopen().tokens.create("alice")
     with pytest.raises(UsageProblem, match="there is no token for 'alcie'; there are: alice"):
-        reopen().revoke_token("alcie")
+        reopen().tokens.revoke("alcie")
 
 
 def test_tokens_can_be_made_while_the_hub_serves(tmp_path: Path) -> None:
     hub, command = Ledger(tmp_path / "l.sqlite"), Ledger(tmp_path / "l.sqlite")
-    secret = command.create_token("alice")
+    secret = command.tokens.create("alice")
     hub.append(ROUND_1[0])
-    assert hub.find_token(secret) is not None
+    assert hub.tokens.find(secret) is not None
     hub.close()
     command.close()
 
@@ -219,7 +254,7 @@ def test_the_outcome_of_a_run_is_its_master_and_the_emulators_view(tmp_path: Pat
         read_outcome(tmp_path, "x/triage.toml")
     assert not (tmp_path / "ledger.sqlite").exists()
     ledger = Ledger(tmp_path / "ledger.sqlite")
-    ledger.create_token("alice")
+    ledger.tokens.create("alice")
     with pytest.raises(UsageProblem, match=r"RUN\.toml has not been started"):
         read_outcome(tmp_path)
     for record in ROUND_1[:-1]:
@@ -233,7 +268,7 @@ def test_the_outcome_of_a_run_is_its_master_and_the_emulators_view(tmp_path: Pat
 
 def test_a_ledger_is_one_sqlite_file_that_others_can_read(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.sqlite")
-    ledger.append(ev.DeadlinePassed(round=3))
+    ledger.append(rec.DeadlinePassed(round=3))
     other = sqlite3.connect(tmp_path / "ledger.sqlite")
     assert other.execute("SELECT record FROM log").fetchone() == (b'{"record":"deadline_passed","round":3}',)
     other.close()
@@ -242,9 +277,10 @@ def test_a_ledger_is_one_sqlite_file_that_others_can_read(tmp_path: Path) -> Non
 
 def test_a_snapshot_gives_back_the_same_values_and_types() -> None:
     ledger = Ledger(None)
-    records: list[ev.AnyRecord] = [
-        ev.RunStarted(run_id="1", fixed={"seed": 0}),
-        ev.Realigned(round=2, version=1, view=Digest("a"), delta=Digest("b"), kl_before=1.0, kl_after=0.5),
+    records: list[rec.AnyRecord] = [
+        rec.RunStarted(run_id="1", fixed={"seed": 0}),
+        rec.Prepared(manifest=A, adapter_view=B, emulator_view=C, public_kl={"pruned": 0.1}),
+        rec.Realigned(round=2, version=1, view=Digest("a"), delta=Digest("b"), kl_before=1.0, kl_after=0.5),
     ]
     for record in records:
         ledger.append(record)
@@ -258,7 +294,7 @@ def test_a_snapshot_gives_back_the_same_values_and_types() -> None:
 def test_the_history_tells_when_each_record_was_written() -> None:
     ledger, before = Ledger(None), time.time()
     for number in (1, 2):
-        ledger.append(ev.RunEnded(rounds=number))
+        ledger.append(rec.RunEnded(rounds=number))
     (first, one), (second, two) = ledger.history()
-    assert (one, two) == (ev.RunEnded(rounds=1), ev.RunEnded(rounds=2))
+    assert (one, two) == (rec.RunEnded(rounds=1), rec.RunEnded(rounds=2))
     assert before - 1e-3 <= first <= second <= time.time() + 1e-3

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from unittest import mock
 
 import msgspec
@@ -25,40 +25,25 @@ from fedsoda_edge.data.local_data import LocalData
 from fedsoda_edge.edge import Edge
 from fedsoda_edge.model import delta
 from fedsoda_edge.model.bundle import Bundle
-from fedsoda_edge.ports.child import Child
 from fedsoda_edge.ports.disk import BlobStore
 from fedsoda_edge.protocol.coded import check, of_factor
 from fedsoda_edge.protocol.manifest import TensorSpec
 from fedsoda_hub.algorithms.aggregation.weighted_mean import CodedUpdate, weighted_mean
 from fedsoda_hub.compute import Compute
-from fedsoda_hub.federation import events as ev
-from fedsoda_hub.federation.rounds import trained_factor
+from fedsoda_hub.events import Listening, Told, as_json
+from fedsoda_hub.federation import records as ev
+from fedsoda_hub.federation.schedule import trained_factor
+from fedsoda_hub.local.in_process import TorchThread
 from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.serving.daemon import Daemon
 from fedsoda_hub.settings.run import RunSettings
-from tests.edge.join.test_cache_agent import WorkerHere
 from tests.hub.runs import make_run
 from tests.hub.serving.test_daemon import records
 from tests.schema import HUB
+from tests.worker_here import WorkerHere
 
 ROUNDS = 3
 NAMES = ("a", "b")
-
-
-class ComputeHere:
-    """In the place of the hub's child process: its commands, in this process."""
-
-    def __init__(self) -> None:
-        self.pid: int | None = None
-        self._compute = Compute()
-
-    async def call(self, command: str, arguments: dict[str, Any], _: Any = None) -> dict[str, Any]:
-        self.pid = 1
-        done = getattr(self._compute, command)(json.loads(json.dumps(arguments)), lambda _: None)
-        return dict(json.loads(json.dumps(done)))
-
-    async def close(self) -> None:
-        self.pid = None
 
 
 @pytest.fixture
@@ -99,18 +84,18 @@ def take_part(url: str, directory: Path, name: str, token: str, max_rounds: int)
 
 def federate(settings: RunSettings, max_rounds: int = 0) -> list[int]:
     """Serve until the run is over, or until every edge has left after so many rounds; bytes of their last updates."""
-    said: list[dict[str, Any]] = []
+    said: list[Told] = []
 
-    async def serve() -> list[int]:
-        daemon = Daemon(settings, said.append)
-        daemon._compute = cast(Child, ComputeHere())
-        known = {token.edge for token in daemon.ledger.tokens()}
+    async def serve(thread: TorchThread) -> list[int]:
+        daemon = Daemon.open(settings, said.append, torch=thread.port(lambda: Compute().answer))
+        tokens = daemon.disk.ledger.tokens
+        known = {token.edge for token in tokens.all()}
         for name in NAMES:
             if name not in known:
-                (settings.directory / f"{name}.secret").write_text(daemon.ledger.create_token(name))
+                (settings.directory / f"{name}.secret").write_text(tokens.create(name))
         running = asyncio.create_task(daemon.run(exit_when_done=True))
         async with asyncio.timeout(120):
-            while not any(event["event"] == "listening" for event in said):
+            while not any(isinstance(event, Listening) for event in said):
                 await asyncio.sleep(0.02)
                 assert not running.done(), running.result()
             sizes = await asyncio.gather(
@@ -133,10 +118,10 @@ def federate(settings: RunSettings, max_rounds: int = 0) -> list[int]:
             await asyncio.wait([running])
         return sizes
 
-    with mock.patch("fedsoda_edge.edge.Child", side_effect=lambda *_: WorkerHere(0)):
-        sizes = asyncio.run(serve())
+    with mock.patch("fedsoda_edge.edge.Child", side_effect=lambda *_: WorkerHere()), TorchThread() as thread:
+        sizes = asyncio.run(serve(thread))
     for event in said:
-        HUB.check_event(json.loads(json.dumps(event)))
+        HUB.check_event(as_json(event))
     return sizes
 
 
@@ -240,13 +225,13 @@ def test_a_hub_that_stops_in_the_middle_has_the_moments_of_the_one_that_was_not(
 
 
 def test_a_ledger_from_before_there_were_moments_is_read(tmp_path: Path) -> None:
-    """And so is a snapshot of its state."""
     ledger = Ledger(tmp_path / "ledger.sqlite")
     opened = {"record": "round_opened", "round": 1, "cohort": ["a"], "view": "v", "alignment": 0, "deadline_at": 1.0}
     accepted = {"record": "update_accepted", "round": 1, "edge": "a", "digest": "u", "num_examples": 1, "loss": 0.5}
     old = {"record": "round_closed", "round": 1, "master": "w", "view": "v", "delta": "d"}
-    for record in (opened, accepted, old):
-        ledger._write("INSERT INTO log (record) VALUES (?)", (msgspec.json.encode(record),))
+    prepared = {"record": "prepared", "manifest": "m", "adapter_view": "v", "emulator_view": "e", "public_kl": {}}
+    for record in (prepared, opened, accepted, old):
+        ledger.database.write("INSERT INTO log (record) VALUES (?)", (msgspec.json.encode(record),))
     state = ledger.replay()
     assert (state.master, state.moments, state.cross_terms) == ("w", None, {})
     ledger.close()

@@ -23,20 +23,27 @@ from websockets.exceptions import ConnectionClosed
 
 from fedsoda_edge.edge import Edge, look_at
 from fedsoda_edge.errors import DiskFull, HubUnreachable, RefusedByHub, UsageProblem, WorkerFailed
-from fedsoda_edge.ports import SystemClock
-from fedsoda_edge.ports.child import Child
+from fedsoda_edge.ports import Clock, TorchPort
 from fedsoda_edge.ports.disk import BlobStore, sha256
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.manifest import BundleManifest, EdgeNeeds, File, LayerPlan, LoRASpec, TensorSpec
 from fedsoda_edge.protocol.session import Blob, EdgeSession, chunks
+from fedsoda_hub.events import Listening, Prepared, Say, Told, as_json
 from fedsoda_hub.federation import events as ev
+from fedsoda_hub.federation import jobs
+from fedsoda_hub.federation import records as rec
+from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.run.ledger import Ledger
-from fedsoda_hub.serving import daemon as daemon_module
-from fedsoda_hub.serving.daemon import Daemon, lock_run
+from fedsoda_hub.run.tokens import Tokens
+from fedsoda_hub.serving.daemon import LINGER_SECONDS, Daemon
+from fedsoda_hub.serving.decisions import DISK_RETRY_SECONDS
 from fedsoda_hub.serving.listener import bind
+from fedsoda_hub.settings.open_run import OpenRun, RunOpened
 from fedsoda_hub.settings.run import RunSettings, read_settings
+from tests.hub.hand_clock import HandClock
 
 M = TypeVar("M", bound=ms.Message)
+J = TypeVar("J", bound=jobs.Job)
 LAYOUT = (
     TensorSpec("layers.1.self_attn.q_proj.lora_A", (2, 8)),
     TensorSpec("layers.1.self_attn.q_proj.lora_B", (8, 2)),
@@ -88,66 +95,90 @@ def manifest(layout: tuple[TensorSpec, ...] = LAYOUT) -> bytes:
 
 
 class Torch:
-    """In the place of the child process that owns torch: its commands, answered with hashes of their arguments."""
+    """In the place of the child process that owns torch: jobs are answered with hashes of themselves."""
+
+    rss_bytes = peak_rss_bytes = 0
 
     def __init__(self, run_dir: Path) -> None:
-        self.run_dir = run_dir
-        self.blobs = BlobStore(run_dir / "blobs")
+        self.bundle = RunDirectory(run_dir).bundle
+        self.blobs = RunDirectory(run_dir).blobs
         self.pid: int | None = None
-        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.calls: list[Any] = []
         self.problems: list[Exception] = []
-        self.hangs_at = ""
+        self.hangs_at: type[Any] | None = None
         self.num_smaller = 0
         self.has_other_layers = False  # in the smaller classes
 
-    async def call(self, command: str, arguments: dict[str, Any], _: Any = None) -> dict[str, Any]:
-        self.calls.append((command, arguments))
-        if command == "open":
+    async def start(self) -> None:
+        self.pid = 1
+
+    async def call(self, call: Any, on_progress: Any = None) -> Any:
+        self.calls.append(call)
+        if isinstance(call, OpenRun):
             self.pid = 1
-            return {}
-        if command == self.hangs_at:
+            return RunOpened(1)
+        if self.hangs_at is not None and isinstance(call, self.hangs_at):
             await asyncio.Event().wait()
         if self.problems:
             self.pid = None
             raise self.problems.pop(0)
-        if command == "prepare":
-            (self.run_dir / "bundle").mkdir(exist_ok=True)
-            (self.run_dir / "bundle" / "norm.safetensors").write_bytes(SHARD)
-            kl = {"pruned": 0.3, "quantized": 0.2, "aligned": 0.1}
-            views = {"adapter_view": self.blobs.put(b"adapter"), "emulator_view": self.blobs.put(b"emulator")}
-            emulators = [self.blobs.put(f"emulator {number}".encode()) for number in range(self.num_smaller)]
-            layout, view = (OTHER, self.blobs.put(b"other")) if self.has_other_layers else (LAYOUT, None)
-            smaller = [
-                {
-                    "manifest": self.blobs.put(manifest(layout) + b" " * number),
-                    "emulator_view": emulator,
-                    "public_kl": kl,
-                    "adapter_view": view,
-                }
-                for number, emulator in enumerate(emulators, 1)
-            ]
-            return {"manifest": self.blobs.put(manifest()), **views, "public_kl": kl, "smaller": smaller}
-        seen = json.dumps(arguments, sort_keys=True).encode()
-        if command == "reprune":
-            drawn = [self.blobs.put(b"other" + seen), self.blobs.put(b"first" + seen)]
-            made = [
-                {"manifest": self.blobs.put(manifest(layout) + b"\n"), "view": view}
-                for layout, view in zip((OTHER, LAYOUT), drawn, strict=True)
-            ]
-            return {"master": arguments["master"], **made[0], "smaller": made[1 : 1 + self.num_smaller]}
-        assert command == "aggregate"
-        made_of = {name: self.blobs.put(name.encode() + seen) for name in ("master", "view", "delta")}
-        own = [
-            {name: self.blobs.put(f"{name} from {view}".encode()) for name in ("view", "delta")}
-            for view in arguments["smaller"]
+        return self.answer(call, on_progress)
+
+    def answer(self, job: jobs.Job, on_progress: Any) -> jobs.JobResult:
+        match job:
+            case jobs.Prepare():
+                return self._prepared()
+            case jobs.Aggregate():
+                steps = tuple(
+                    jobs.ViewStep(view=self.put(job, "view", view), delta=self.put(job, "delta", view))
+                    for view in job.views
+                )
+                return jobs.AggregateResult(master=self.put(job, "master"), steps=steps, moments=None, cross_term=None)
+            case jobs.Reprune():
+                drawn = tuple(
+                    jobs.RepruneSubLLM(
+                        manifest=self.stored(manifest(layout) + b"\n"), view=self.put(job, "view", layout[0].name)
+                    )
+                    for layout in (OTHER, LAYOUT)[: 1 + self.num_smaller]
+                )
+                return jobs.RepruneResult(master=job.master, sub_llms=drawn)
+        raise AssertionError(f"no answer to {job}")
+
+    def _prepared(self) -> jobs.PrepareResult:
+        self.bundle.mkdir(exist_ok=True)
+        (self.bundle / "norm.safetensors").write_bytes(SHARD)
+        layout, view = (OTHER, b"other") if self.has_other_layers else (LAYOUT, b"adapter")
+        described = [(manifest(), b"adapter", b"emulator")] + [
+            (manifest(layout) + b" " * (1 + number), view, f"emulator {number}".encode())
+            for number in range(self.num_smaller)
         ]
-        return {**made_of, "smaller": own}
+        sub_llms = tuple(
+            jobs.PreparedSubLLM(
+                manifest=self.stored(text),
+                adapter_view=self.stored(adapter),
+                emulator_view=self.stored(emulator),
+                public_kl={"pruned": 0.3, "quantized": 0.2, "aligned": 0.1},
+            )
+            for text, adapter, emulator in described
+        )
+        return jobs.PrepareResult(sub_llms=sub_llms, master=sub_llms[0].adapter_view)
+
+    def stored(self, data: bytes) -> ms.Digest:
+        return ms.Digest(self.blobs.put(data))
+
+    def put(self, job: jobs.Job, *what: str) -> ms.Digest:
+        """A blob that depends on the job alone."""
+        return self.stored(" ".join(what).encode() + msgspec.json.encode(job))
 
     async def close(self) -> None:
         self.pid = None
 
-    def done(self, command: str) -> list[dict[str, Any]]:
-        return [arguments for name, arguments in self.calls if name == command]
+    def done(self, kind: type[J]) -> list[J]:
+        return [call for call in self.calls if isinstance(call, kind)]
+
+
+def opened(settings: RunSettings, say: Say, torch: Torch, clock: Clock | None = None) -> Daemon:
+    return Daemon.open(settings, say, clock, torch=cast(TorchPort, torch))
 
 
 @dataclasses.dataclass
@@ -156,6 +187,7 @@ class Hub:
 
     daemon: Daemon
     torch: Torch
+    clock: HandClock
     events: list[dict[str, Any]]
     running: asyncio.Task[None]
 
@@ -164,7 +196,7 @@ class Hub:
         return self.daemon.url
 
     def token(self, edge: str) -> str:
-        return self.daemon.ledger.create_token(edge)
+        return self.daemon.disk.ledger.tokens.create(edge)
 
     def said(self, event: str, **values: Any) -> bool:
         return any(e["event"] == event and all(e.get(k) == v for k, v in values.items()) for e in self.events)
@@ -181,20 +213,26 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 @contextlib.asynccontextmanager
-async def serving(settings: RunSettings, *, exit_when_done: bool = False, **torch: Any) -> AsyncIterator[Hub]:
+async def serving_later(settings: RunSettings, *, exit_when_done: bool = False, **torch: Any) -> AsyncIterator[Hub]:
     """The daemon's own `run`, on real sockets, until the block ends or the daemon does."""
     events: list[dict[str, Any]] = []
-    daemon = Daemon(settings, events.append)
-    child = Torch(settings.run_dir)
+    child, clock = Torch(settings.run_dir), HandClock()
     vars(child).update(torch)
-    daemon._compute = cast(Child, child)
-    hub = Hub(daemon, child, events, asyncio.create_task(daemon.run(exit_when_done=exit_when_done)))
+    daemon = opened(settings, lambda event: events.append(as_json(event)), child, clock)
+    hub = Hub(daemon, child, clock, events, asyncio.create_task(daemon.run(exit_when_done=exit_when_done)))
     try:
-        await until(lambda: hub.said("listening") or hub.running.done())
         yield hub
     finally:
         hub.running.cancel()
         await asyncio.wait([hub.running])
+
+
+@contextlib.asynccontextmanager
+async def serving(settings: RunSettings, *, exit_when_done: bool = False, **torch: Any) -> AsyncIterator[Hub]:
+    """A daemon that listens, or has ended already."""
+    async with serving_later(settings, exit_when_done=exit_when_done, **torch) as hub:
+        await until(lambda: hub.said("listening") or hub.running.done())
+        yield hub
 
 
 @dataclasses.dataclass
@@ -294,7 +332,7 @@ def update(value: float, layout: tuple[TensorSpec, ...] = LAYOUT, codec: str = "
     return len(text).to_bytes(8, "little") + text + body
 
 
-def records(settings: RunSettings, kind: type[ev.Record]) -> list[Any]:
+def records(settings: RunSettings, kind: type[rec.Record]) -> list[Any]:
     ledger = Ledger(settings.run_dir / "ledger.sqlite")
     found = [record for record in ledger.records() if isinstance(record, kind)]
     ledger.close()
@@ -310,22 +348,23 @@ def settings(tmp_path: Path) -> RunSettings:
 
 
 def test_a_second_hub_on_the_same_run_directory_is_refused_with_the_pid_of_the_first(tmp_path: Path) -> None:
-    first = lock_run(tmp_path / "small.run")
+    run = RunDirectory(tmp_path / "small.run")
+    first = run.lock()
     with pytest.raises(UsageProblem, match=rf"small.run is in use by a running hub \(pid {os.getpid()}\)") as refused:
-        lock_run(tmp_path / "small.run")
+        run.lock()
     assert refused.value.exit_status == 2
     first.release()
-    lock_run(tmp_path / "small.run").release()
+    run.lock().release()
 
 
 def test_the_lock_goes_with_a_killed_hub(tmp_path: Path) -> None:
     program = (
-        "import os, signal; from pathlib import Path; from fedsoda_hub.serving.daemon import lock_run\n"
-        f"lock = lock_run(Path({str(tmp_path)!r})); os.kill(os.getpid(), signal.SIGKILL)"
+        "import os, signal; from pathlib import Path; from fedsoda_hub.run.directory import RunDirectory\n"
+        f"lock = RunDirectory(Path({str(tmp_path)!r})).lock(); os.kill(os.getpid(), signal.SIGKILL)"
     )
     killed = subprocess.run([sys.executable, "-c", program], check=False)
     assert killed.returncode == -signal.SIGKILL
-    lock_run(tmp_path).release()
+    RunDirectory(tmp_path).lock().release()
 
 
 # --- size classes ----------------------------------------------------------------------------------------------------
@@ -403,7 +442,7 @@ def test_an_update_is_checked_against_the_layers_of_its_edges_class_also_after_a
                 await late.say(hello("late"))
                 welcome = await late.hear(ms.Welcome)
                 assert [welcome.manifest, welcome.smaller[0].manifest] == named
-        [accepted, *others] = records(settings, ev.UpdateAccepted)
+        [accepted, *others] = records(settings, rec.UpdateAccepted)
         assert (accepted.edge, accepted.size_class) == ("a", 0)
         assert {(record.edge, record.size_class) for record in others} == {("a", 0), ("b", 1)}
 
@@ -431,10 +470,9 @@ def test_a_class_that_the_run_has_not_is_refused(tmp_path: Path) -> None:
 @contextlib.contextmanager
 def started(settings: RunSettings) -> Iterator[Daemon]:
     """A daemon that has read its ledger and does not serve."""
-    daemon = Daemon(settings, lambda _: None)
+    daemon = Daemon.open(settings, lambda _: None)
     yield daemon
-    daemon.ledger.close()
-    daemon._lock.release()
+    daemon.close()
 
 
 def test_a_key_of_the_method_that_changed_is_refused_with_both_values_until_it_is_put_back(tmp_path: Path) -> None:
@@ -443,7 +481,7 @@ def test_a_key_of_the_method_that_changed_is_refused_with_both_values_until_it_i
         run_id = daemon.machine.state.run_id
     changed = write_run(tmp_path, lora={"rank": 4}, local={"epochs": 7})
     with pytest.raises(UsageProblem) as refused:
-        Daemon(changed, lambda _: None)
+        Daemon.open(changed, lambda _: None)
     assert refused.value.exit_status == 2
     assert str(refused.value) == (
         "run.toml changed since this run began: [local] epochs: 1 when the run began, 7 now; "
@@ -451,7 +489,7 @@ def test_a_key_of_the_method_that_changed_is_refused_with_both_values_until_it_i
     )
     with started(write_run(tmp_path)) as daemon:  # the refused one holds neither lock nor ledger
         assert daemon.machine.state.run_id == run_id
-    assert len(records(settings, ev.RunStarted)) == 1
+    assert len(records(settings, rec.RunStarted)) == 1
 
 
 def test_count_quorum_deadline_host_and_port_may_change_and_are_logged(tmp_path: Path) -> None:
@@ -462,7 +500,7 @@ def test_count_quorum_deadline_host_and_port_may_change_and_are_logged(tmp_path:
     free = {"count": 9, "quorum": 0.25, "deadline_seconds": 7.0}
     with started(write_run(tmp_path, rounds=free, listen={"host": "0.0.0.0", "port": 8471})) as daemon:
         assert (daemon.machine.rules.count, daemon.machine.rules.quorum) == (9, 0.25)
-    logged = [{key: r.values[key] for key in (*free, "host", "port")} for r in records(settings, ev.SettingsChanged)]
+    logged = [{key: r.values[key] for key in (*free, "host", "port")} for r in records(settings, rec.SettingsChanged)]
     assert logged == [
         {"count": 2, "quorum": 0.5, "deadline_seconds": 3600, "host": "127.0.0.1", "port": 0},
         {"count": 9, "quorum": 0.25, "deadline_seconds": 7.0, "host": "0.0.0.0", "port": 8471},
@@ -503,8 +541,11 @@ def test_a_port_that_was_taken_during_preparation_ends_serve_with_status_2(tmp_p
         assert not (settings.run_dir / "address").exists()
 
     async def start(settings: RunSettings, before_it_listens: Callable[[], None]) -> None:
-        daemon = Daemon(settings, lambda event: before_it_listens() if event["event"] == "prepared" else None)
-        daemon._compute = cast(Child, Torch(settings.run_dir))
+        def say(event: Told) -> None:
+            if isinstance(event, Prepared):
+                before_it_listens()
+
+        daemon = opened(settings, say, Torch(settings.run_dir))
         await daemon.run(exit_when_done=False)
 
     asyncio.run(talk())
@@ -522,7 +563,7 @@ def test_another_protocol_is_refused_with_both_versions(settings: RunSettings, p
             assert refusal.fatal
             assert f"this edge speaks {protocol}, the hub {ms.PROTOCOL_VERSION}; upgrade the older" in refusal.reason
             assert await edge.is_hung_up_on()
-            assert hub.daemon.ledger.tokens()[0].device is None  # the token is still anyone's
+            assert hub.daemon.disk.ledger.tokens.all()[0].device is None  # the token is still anyone's
 
     asyncio.run(talk())
 
@@ -570,7 +611,7 @@ def test_a_token_that_is_revoked_counts_from_the_next_connection_on(tmp_path: Pa
         async with serving(settings) as hub:
             (tmp_path / "a.token").write_text(hub.token("a"))
             other_process = Ledger(settings.run_dir / "ledger.sqlite")
-            other_process.revoke_token("a")
+            other_process.tokens.revoke("a")
             other_process.close()
             with pytest.raises(RefusedByHub, match="the token of a was revoked") as refused:
                 await look_at(Edge(hub.url, token_file=tmp_path / "a.token"))
@@ -654,8 +695,11 @@ def test_an_update_that_cannot_be_used_is_refused_and_ends_nothing_else(
             if "round" in other:  # the open round still waits for a
                 await a.say(ms.Decline(round=1, reason="busy"))
             assert await a.hear(ms.RoundClosed) == ms.RoundClosed(round=1, num_updates=1)
-            [aggregated] = hub.torch.done("aggregate")
-            assert aggregated["updates"] == [["b", 5, sha256(update(0.25)), offer.view.digest]]
+            [aggregated] = hub.torch.done(jobs.Aggregate)
+            digest = ms.Digest(sha256(update(0.25)))
+            assert aggregated.updates == (
+                jobs.AcceptedUpdate(edge=ms.EdgeId("b"), num_examples=5, digest=digest, view=offer.view.digest),
+            )
             assert (await a.hear(ms.RoundOffer)).round == 2  # a is asked again
             assert not any(isinstance(message, ms.Receipt) for message in a.heard)
 
@@ -689,7 +733,7 @@ def test_of_refused_updates_no_blob_stays_but_one_that_the_run_has(settings: Run
 
     async def talk() -> None:
         async with serving_two(settings) as (hub, a, b):
-            before = set(hub.daemon.blobs.directory.iterdir())
+            before = set(hub.daemon.disk.directory.blobs.directory.iterdir())
             offer = await a.hear(ms.RoundOffer)
             await a.upload(offer, update(0.5))
             await a.hear(ms.Receipt)
@@ -700,10 +744,11 @@ def test_of_refused_updates_no_blob_stays_but_one_that_the_run_has(settings: Run
             await b.hear(ms.Refusal)
             await a.hear(ms.RoundClosed)  # b answered
             await a.hear(ms.RoundOffer)
-            stored = {path.name for path in set(hub.daemon.blobs.directory.iterdir()) - before}
+            stored = {path.name for path in set(hub.daemon.disk.directory.blobs.directory.iterdir()) - before}
             state = hub.daemon.machine.state
-            assert stored == {sha256(update(0.5)), state.master, state.view, state.view_delta}
-            assert hub.daemon._arriving.total() == 0
+            adapter = state.largest.adapter
+            assert stored == {sha256(update(0.5)), state.master, adapter.digest, adapter.delta}
+            assert hub.daemon.uploads.num_unjudged == 0
 
     asyncio.run(talk())
 
@@ -711,14 +756,16 @@ def test_of_refused_updates_no_blob_stays_but_one_that_the_run_has(settings: Run
 def test_a_refused_upload_of_what_the_run_had_before_deletes_nothing(settings: RunSettings) -> None:
     async def talk() -> None:
         async with serving(settings) as hub, joined(hub.url, hub.token("a")) as a:
-            hub.daemon.blobs.put(update(0.125))
+            hub.daemon.disk.directory.blobs.put(update(0.125))
             async with joined(hub.url, hub.token("b"), "phone"):
                 offer = await a.hear(ms.RoundOffer)
                 await a.upload(offer, update(0.125), loss=None)
                 await a.hear(ms.Refusal)
                 await a.upload(offer, update(0.25), loss=None)
-                await until(lambda: not hub.daemon.blobs.has(sha256(update(0.25))) and hub.daemon._events.empty())
-                assert hub.daemon.blobs.has(sha256(update(0.125)))
+                await until(
+                    lambda: not hub.daemon.disk.directory.blobs.has(sha256(update(0.25))) and hub.daemon.inbox.empty()
+                )
+                assert hub.daemon.disk.directory.blobs.has(sha256(update(0.125)))
 
     asyncio.run(talk())
 
@@ -737,7 +784,7 @@ def test_an_update_is_accepted_once_and_sent_again_gets_the_first_receipt(settin
                     assert await a.hear(ms.Receipt) == receipt
 
     asyncio.run(talk())
-    assert len(records(settings, ev.UpdateAccepted)) == 1
+    assert len(records(settings, rec.UpdateAccepted)) == 1
 
 
 # --- deadlines -----------------------------------------------------------------------------------------------------------
@@ -752,8 +799,8 @@ def test_an_upload_in_progress_at_the_deadline_is_waited_for(settings: RunSettin
             data, digest = update(0.25), ms.Digest(sha256(update(0.25)))
             await b.announce(offer, data)
             await b.say(ms.UpdateChunk(digest=digest, offset=0), data[:10])
-            await until(lambda: "b" in hub.daemon.machine._uploading)
-            hub.daemon._events.put_nowait(ev.DeadlineReached(1, hub.daemon.machine.state.deadline_at))
+            await until(lambda: hub.daemon.machine.awaits_upload(ms.EdgeId("b")))
+            hub.daemon.inbox.put_nowait(ev.DeadlineReached(1, hub.daemon.machine.state.deadline_at))
             await hub.until("deadline_passed", round=1)
             await b.say(ms.UpdateChunk(digest=digest, offset=10), data[10:])
             assert (await b.hear(ms.RoundClosed)).num_updates == 2
@@ -769,7 +816,7 @@ def test_an_upload_that_stalls_at_the_deadline_is_not_waited_for(tmp_path: Path)
             await a.upload(await a.hear(ms.RoundOffer), update(0.5))
             await a.hear(ms.Receipt)
             await b.announce(await b.hear(ms.RoundOffer), update(0.25))
-            hub.daemon._events.put_nowait(ev.DeadlineReached(1, hub.daemon.machine.state.deadline_at))
+            hub.daemon.inbox.put_nowait(ev.DeadlineReached(1, hub.daemon.machine.state.deadline_at))
             assert (await a.hear(ms.RoundClosed)).num_updates == 1
             assert await b.is_hung_up_on()
 
@@ -790,8 +837,13 @@ def full_once(monkeypatch: pytest.MonkeyPatch, owner: type, method: str, when: C
         return original(self, argument, *rest)
 
     monkeypatch.setattr(owner, method, sometimes)
-    monkeypatch.setattr(daemon_module, "DISK_RETRY_SECONDS", 0.05)
     return met
+
+
+async def free_space(hub: Hub, met: list[Any]) -> None:
+    """Wait until the disk was found full, then let the time pass after which the hub tries again."""
+    await until(lambda: met and hub.clock.sleeps(DISK_RETRY_SECONDS))
+    hub.clock.wake(DISK_RETRY_SECONDS)
 
 
 @pytest.mark.parametrize("place", ["ledger", "blobs"])
@@ -801,7 +853,7 @@ def test_an_update_that_finds_the_disk_full_gets_no_receipt_but_a_refusal_to_ret
     async def talk() -> None:
         async with serving_two(settings) as (hub, a, b):
             if place == "ledger":
-                met = full_once(monkeypatch, Ledger, "append", lambda record: isinstance(record, ev.UpdateAccepted))
+                met = full_once(monkeypatch, Ledger, "append", lambda record: isinstance(record, rec.UpdateAccepted))
             else:
                 met = full_once(monkeypatch, BlobStore, "put", lambda data: data == update(0.5))
             offer = await a.hear(ms.RoundOffer)
@@ -817,24 +869,28 @@ def test_an_update_that_finds_the_disk_full_gets_no_receipt_but_a_refusal_to_ret
             assert await b.hear(ms.RoundClosed) == ms.RoundClosed(round=1, num_updates=2)
 
     asyncio.run(talk())
-    assert [record.edge for record in records(settings, ev.UpdateAccepted)] == ["a", "b"]
+    assert [record.edge for record in records(settings, rec.UpdateAccepted)] == ["a", "b"]
 
 
-@pytest.mark.parametrize("record", [ev.RoundOpened, ev.RoundClosed, ev.Prepared])
+@pytest.mark.parametrize("record", [rec.RoundOpened, rec.RoundClosed, rec.Prepared])
 def test_any_other_record_that_finds_the_disk_full_is_written_later_and_torch_works_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: type[ev.Record]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: type[rec.Record]
 ) -> None:
     met = full_once(monkeypatch, Ledger, "append", lambda written: isinstance(written, record))
     settings = write_run(tmp_path, rounds={"min_edges": 1, "count": 1})
 
     async def talk() -> None:
-        async with serving(settings) as hub, joined(hub.url, hub.token("a")) as a:
-            await a.upload(await a.hear(ms.RoundOffer), update(0.5))
-            await a.hear(ms.Farewell)
+        async with serving_later(settings) as hub:
+            freeing = asyncio.create_task(free_space(hub, met))
+            await until(lambda: hub.said("listening"))
+            async with joined(hub.url, hub.token("a")) as a:
+                await a.upload(await a.hear(ms.RoundOffer), update(0.5))
+                await a.hear(ms.Farewell)
+            await freeing
             assert [type(message).__name__ for message in a.heard if not isinstance(message, ms.Farewell)] == [
                 "Welcome", "RoundOffer", "Receipt", "RoundClosed"
             ]  # fmt: skip
-            assert [name for name, _ in hub.torch.calls] == ["open", "prepare", "aggregate"]
+            assert [type(call) for call in hub.torch.calls] == [OpenRun, jobs.Prepare, jobs.Aggregate]
 
     asyncio.run(talk())
     assert len(met) == 1
@@ -848,7 +904,7 @@ def test_an_edge_that_greets_a_hub_with_a_full_disk_may_try_again(
         async with serving(settings) as hub:
             token = hub.token("a")
             (tmp_path / "a.token").write_text(token)
-            full_once(monkeypatch, Ledger, "bind_device", lambda edge: edge == "a")
+            full_once(monkeypatch, Tokens, "bind", lambda edge: edge == "a")
             with pytest.raises(HubUnreachable) as away:
                 await look_at(Edge(hub.url, token_file=tmp_path / "a.token"))
             assert away.value.exit_status == 3
@@ -869,7 +925,7 @@ def test_a_compute_child_that_dies_is_started_again_and_does_its_job_again(tmp_p
     async def talk() -> None:
         killed = [WorkerFailed("killed", "out of memory"), WorkerFailed("killed", "out of memory")]
         async with serving(settings, problems=killed) as hub, joined(hub.url, hub.token("a")) as a:
-            assert [name for name, _ in hub.torch.calls] == ["open", "prepare"] * 3
+            assert [type(call) for call in hub.torch.calls] == [OpenRun, jobs.Prepare] * 3
             assert (await a.hear(ms.RoundOffer)).round == 1
 
     asyncio.run(talk())
@@ -880,7 +936,7 @@ def test_a_compute_child_that_dies_is_started_again_and_does_its_job_again(tmp_p
     [([WorkerFailed("killed", "")] * 3, 1), ([UsageProblem("the text is too short")], 2), ([DiskFull("full")], 3)],
     ids=["dies three times", "settings", "disk full"],
 )
-def test_what_trying_again_cannot_mend_ends_the_hub_with_its_own_status(
+def test_what_trying_again_cannot_repair_ends_the_hub_with_its_own_status(
     settings: RunSettings, problems: list[Any], status: int
 ) -> None:
     async def talk() -> None:
@@ -917,7 +973,7 @@ def outcome(settings: RunSettings) -> tuple[str, str, list[float]]:
     state = ledger.replay()
     ledger.close()
     assert state.phase == "ended"
-    return state.master, state.view, state.losses
+    return state.master, state.largest.adapter.digest, state.losses
 
 
 VALUES = {"a": 0.5, "b": 0.25}
@@ -962,7 +1018,7 @@ def test_a_hub_stopped_by_sigterm_in_mid_round_goes_on_where_it_was(
         async with serving(settings, exit_when_done=True) as hub:
             state = hub.daemon.machine.state
             assert (state.phase, state.round, list(state.accepted)) == ("collecting", 1, ["a"])
-            assert hub.torch.done("prepare") == []
+            assert hub.torch.done(jobs.Prepare) == []
             async with joined(hub.url, tokens["a"], "a") as a:
                 async with joined(hub.url, tokens["b"], "b") as b:
                     await b.upload(await b.hear(ms.RoundOffer), update(VALUES["b"] + 1))
@@ -983,51 +1039,40 @@ def test_a_hub_stopped_by_sigterm_in_mid_round_goes_on_where_it_was(
 def test_torch_work_that_a_signal_broke_off_is_done_again(tmp_path: Path) -> None:
     settings = write_run(tmp_path, rounds={"min_edges": 1, "count": 1})
     tokens: list[str] = []
-    jobs: list[dict[str, Any]] = []
+    merged: list[jobs.Aggregate] = []
 
     async def first() -> None:
-        async with serving(settings, hangs_at="aggregate") as hub:
+        async with serving(settings, hangs_at=jobs.Aggregate) as hub:
             tokens.append(hub.token("a"))
             async with joined(hub.url, tokens[0]) as a:
                 await a.upload(await a.hear(ms.RoundOffer), update(0.5))
-                await until(lambda: hub.torch.done("aggregate"))
+                await until(lambda: hub.torch.done(jobs.Aggregate))
                 os.kill(os.getpid(), signal.SIGTERM)
                 await asyncio.wait_for(hub.running, 10)
-            jobs.extend(hub.torch.done("aggregate"))
+            merged.extend(hub.torch.done(jobs.Aggregate))
 
     async def second() -> None:
         async with serving(settings) as hub, joined(hub.url, tokens[0]) as a:
             await a.hear(ms.Farewell)
-            jobs.extend(hub.torch.done("aggregate"))
+            merged.extend(hub.torch.done(jobs.Aggregate))
 
     asyncio.run(first())
     asyncio.run(second())
-    assert len(jobs) == 2
-    assert jobs[0] == jobs[1]
+    assert len(merged) == 2
+    assert merged[0] == merged[1]
     assert len(outcome(settings)[2]) == 1
 
 
 def test_ctrl_c_ends_the_hub_as_an_interrupt_and_lets_go_of_the_run(settings: RunSettings) -> None:
-    def interrupt(event: dict[str, Any]) -> None:
-        if event["event"] == "listening":
+    def interrupt(event: Told) -> None:
+        if isinstance(event, Listening):
             os.kill(os.getpid(), signal.SIGINT)
 
-    daemon = Daemon(settings, interrupt)
-    daemon._compute = cast(Child, Torch(settings.run_dir))
+    daemon = opened(settings, interrupt, Torch(settings.run_dir))
     with pytest.raises(KeyboardInterrupt):  # exit status 130 (ports/console.py)
         asyncio.run(daemon.run(exit_when_done=False))
     with started(settings) as again:
         assert again.machine.state.phase == "idle"
-
-
-class CountingClock(SystemClock):
-    """Each look at it is a turn of the linger."""
-
-    looks = 0
-
-    def monotonic(self) -> float:
-        self.looks += 1
-        return super().monotonic()
 
 
 def test_exit_when_done_lingers_until_every_edge_of_the_run_got_its_farewell(tmp_path: Path) -> None:
@@ -1035,7 +1080,6 @@ def test_exit_when_done_lingers_until_every_edge_of_the_run_got_its_farewell(tmp
 
     async def talk() -> None:
         async with serving(settings, exit_when_done=True) as hub:
-            clock = hub.daemon.clock = CountingClock()
             token = hub.token("a")
             hub.token("never-used")
             async with joined(hub.url, hub.token("b"), "phone") as b:
@@ -1044,7 +1088,7 @@ def test_exit_when_done_lingers_until_every_edge_of_the_run_got_its_farewell(tmp
                     await a.hear(ms.Receipt)
                 await b.upload(await b.hear(ms.RoundOffer), update(0.25))
                 await b.hear(ms.Farewell)
-            await until(lambda: clock.looks > 6 or hub.running.done())
+            await until(lambda: hub.clock.sleeps(LINGER_SECONDS) or hub.running.done())
             assert not hub.running.done()
             async with joined(hub.url, token) as a:  # was away when the run ended
                 assert await a.hear(ms.Farewell) == ms.Farewell(rounds=1, reason="the run is over")
@@ -1053,10 +1097,7 @@ def test_exit_when_done_lingers_until_every_edge_of_the_run_got_its_farewell(tmp
     asyncio.run(talk())
 
 
-def test_edges_that_do_not_come_back_are_not_waited_for_longer_than_the_linger(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(daemon_module, "LINGER_SECONDS", 0.05)
+def test_edges_that_do_not_come_back_are_not_waited_for_longer_than_the_linger(tmp_path: Path) -> None:
     settings = write_run(tmp_path, rounds={"count": 1, "min_edges": 1})
 
     async def talk() -> None:
@@ -1064,9 +1105,38 @@ def test_edges_that_do_not_come_back_are_not_waited_for_longer_than_the_linger(
             async with joined(hub.url, hub.token("a")) as a:
                 await a.upload(await a.hear(ms.RoundOffer), update(0.5))
                 await a.socket.close()
+            await until(lambda: hub.clock.sleeps(LINGER_SECONDS))
+            hub.clock.wake(LINGER_SECONDS)
             await asyncio.wait_for(hub.running, 10)
 
     asyncio.run(talk())
+
+
+# --- the log ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_log_tells_frames_and_decisions_and_no_secret_and_no_text(
+    settings: RunSettings, caplog: pytest.LogCaptureFixture
+) -> None:
+    secrets: list[str] = []
+
+    async def talk() -> None:
+        async with serving(settings) as hub:
+            secrets.extend((hub.token("a"), hub.token("b"), hub.daemon.disk.admin_secret))
+            async with joined(hub.url, secrets[0]) as a, joined(hub.url, secrets[1], "phone") as b:
+                await a.upload(await a.hear(ms.RoundOffer), update(0.5))
+                await a.hear(ms.Receipt)
+                await b.say(ms.Decline(round=1, reason="private words"))
+                await a.hear(ms.RoundClosed)
+
+    with caplog.at_level("DEBUG", logger="fedsoda_hub.serving"):
+        asyncio.run(talk())
+    lines = [record.getMessage() for record in caplog.records if record.name == "fedsoda_hub.serving"]
+    for wanted in ("< Hello", "> Welcome", "> RoundOffer round=1", "< UpdateStart round=1", "> Receipt round=1"):
+        assert any(line.startswith(wanted) for line in lines), wanted
+    for wanted in ("= run idle -> collecting", "= UpdateAccepted round=1", "= job aggregate waits -> runs"):
+        assert wanted in lines
+    assert not any(secret in caplog.text for secret in (*secrets, "private words", sha256(update(0.5))))
 
 
 # --- telling ---------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -22,8 +23,13 @@ from fedsoda_edge.network.hub_transport import HubTransport
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.codec import MAX_CHUNK_BYTES, MAX_FRAME_BYTES, decode, encode
 from fedsoda_edge.protocol.session import Blob, EdgeSession, Upload, chunks
-from fedsoda_hub.run.ledger import Token
-from fedsoda_hub.serving.listener import Connection, ask_running_hub, bind, make_app, make_server
+from fedsoda_hub.federation.state import RunState
+from fedsoda_hub.run.directory import RunDirectory
+from fedsoda_hub.run.ledger import Ledger
+from fedsoda_hub.run.status import LiveStatus, live_status, run_status
+from fedsoda_hub.run.tokens import Token
+from fedsoda_hub.serving.connection import Connection, Hub
+from fedsoda_hub.serving.listener import Server, ask_running_hub, bind, make_app
 
 SHARD = bytes(range(256)) * 4
 SHARD_DIGEST = hashlib.sha256(SHARD).hexdigest()
@@ -39,8 +45,14 @@ HELLO = ms.Hello(
 )
 
 
+STATUS: LiveStatus = live_status(run_status("triage", 1, Ledger(None), RunState()), [], url="http://here")
+
+
 class MemoryHub:
-    """What the listener needs of a hub, remembered: alice's token is good, that of mallory was revoked."""
+    """What the listener needs of a hub, remembered: alice's token is good, that of mallory was revoked.
+
+    defects: what the listener says that its own code raised.
+    """
 
     def __init__(self, shard: Path) -> None:
         self.stall_seconds = 30.0
@@ -49,6 +61,11 @@ class MemoryHub:
         self.greeted: list[Connection] = []
         self.heard: list[ms.EdgeMessage | Upload] = []
         self.gone: list[Connection] = []
+        self.defects: list[Exception] = []
+
+    @property
+    def parts(self) -> Hub:
+        return Hub(self, self, self)
 
     def token(self, secret: str) -> Token | None:
         known = {name: Token(ms.EdgeId(name), None, name == "mallory") for name in ("alice", "bob", "mallory")}
@@ -63,13 +80,13 @@ class MemoryHub:
     def run_blob(self, digest: str) -> bytes | None:
         return VIEW if digest == VIEW_DIGEST else None
 
-    def status(self) -> dict[str, Any]:
-        return {"run": "triage"}
+    def status(self) -> LiveStatus:
+        return STATUS
 
     def metrics(self) -> str:
         return "fedsoda_round 3\n"
 
-    def greet(self, connection: Connection, hello: ms.Hello) -> ms.Welcome | ms.Refusal:
+    def greet(self, connection: Connection, hello: ms.Hello) -> ms.Welcome | ms.Refusal | None:
         self.greeted.append(connection)
         return ms.Welcome(
             protocol=ms.PROTOCOL_VERSION,
@@ -106,9 +123,9 @@ def serve(hub: MemoryHub, talk: Callable[[str], Awaitable[None]]) -> None:
     """Run the real server around the hub and `talk` to its address."""
 
     async def both() -> None:
-        server, taken = make_server(hub), bind("127.0.0.1", 0)
+        server, taken = Server(hub.parts, hub.defects.append), bind("127.0.0.1", 0)
         serving = asyncio.create_task(server.serve(sockets=[taken]))
-        await until(lambda: server.started)
+        await server.has_started.wait()
         try:
             await talk(f"127.0.0.1:{taken.getsockname()[1]}")
         finally:
@@ -256,7 +273,7 @@ def test_on_loopback_health_metrics_and_status_are_open(hub: MemoryHub) -> None:
         async with httpx.AsyncClient(verify=False, trust_env=False, base_url=f"http://{address}") as client:
             assert (await client.get("/healthz")).text == "ok\n"
             assert (await client.get("/metrics")).text == "fedsoda_round 3\n"
-            assert (await client.get("/v1/status")).json() == {"run": "triage"}
+            assert (await client.get("/v1/status")).json() == msgspec.to_builtins(STATUS)
 
     serve(hub, talk)
 
@@ -280,7 +297,7 @@ def ask(hub: MemoryHub, path: str, client: tuple[str, int] | None, token: str) -
         "headers": [(b"authorization", f"Bearer {token}".encode())] if token else [],
         "client": client,
     }
-    asyncio.run(make_app(hub)(scope, receive, send))
+    asyncio.run(make_app(hub.parts, hub.defects.append)(scope, receive, send))
     return int(answers[0]["status"])
 
 
@@ -514,6 +531,66 @@ def test_a_connection_counts_payload_and_framing_of_its_websocket(hub: MemoryHub
     serve(hub, talk)
 
 
+# --- what fails, and how loudly --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["greet", "said", "run_blob", "ended"])
+def test_a_defect_of_the_hubs_own_code_is_told_and_does_not_look_like_a_lost_edge(hub: MemoryHub, where: str) -> None:
+    defect = RuntimeError("a defect")
+
+    def fail(*_: Any) -> Any:
+        raise defect
+
+    setattr(hub, where, fail)
+
+    async def talk(address: str) -> None:
+        async with session(address) as socket:
+            if where == "greet":
+                await socket.send(encode(HELLO))
+            else:
+                said = await greet(socket)
+                asked = ms.BlobRequest(digest=VIEW_DIGEST) if where == "run_blob" else ms.Leave(reason="done")
+                await socket.send(said.send(asked))
+            await assert_hub_ends_it(socket)
+
+    serve(hub, talk)
+    assert [leaves(told) for told in hub.defects] == [[defect]]
+
+
+def leaves(told: Exception) -> list[Exception]:
+    return [one for inner in told.exceptions for one in leaves(inner)] if isinstance(told, ExceptionGroup) else [told]
+
+
+def test_a_defect_behind_an_http_request_is_told_too(hub: MemoryHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: str) -> Path:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(hub, "bundle_file", fail)
+
+    async def talk(address: str) -> None:
+        async with httpx.AsyncClient(
+            verify=False, trust_env=False, headers={"Authorization": "Bearer alice"}
+        ) as client:
+            assert (await client.get(f"http://{address}/v1/blobs/{SHARD_DIGEST}")).status_code == 500
+
+    serve(hub, talk)
+    assert [str(defect) for defect in hub.defects] == ["a defect"]
+
+
+def test_an_edge_that_vanishes_while_it_is_spoken_to_is_no_defect(hub: MemoryHub) -> None:
+    async def talk(address: str) -> None:
+        async with session(address) as socket:
+            await greet(socket)
+            [connection] = hub.greeted
+            socket.transport.abort()
+            while not hub.gone:
+                connection.send(ms.BlobChunk(digest=VIEW_DIGEST, offset=0, total=1), bytes(1000))
+                await asyncio.sleep(0)
+
+    serve(hub, talk)
+    assert hub.defects == []
+
+
 # --- the port ------------------------------------------------------------------------------------------------------------
 
 
@@ -546,12 +623,13 @@ def test_a_port_is_free_again_at_once_after_a_hub_that_had_connections(hub: Memo
 
 def test_a_running_hub_is_asked_with_the_admin_token_of_its_run(hub: MemoryHub, tmp_path: Path) -> None:
     async def talk(address: str) -> None:
-        assert await asyncio.to_thread(ask_running_hub, tmp_path) is None  # never served
+        run = RunDirectory(tmp_path)
+        assert await asyncio.to_thread(ask_running_hub, run) is None  # never served
         (tmp_path / "address").write_text(f"http://{address}")
-        assert await asyncio.to_thread(ask_running_hub, tmp_path) == {"run": "triage"}
+        assert await asyncio.to_thread(ask_running_hub, run) == STATUS
 
     serve(hub, talk)
-    assert ask_running_hub(tmp_path) is None  # the address a killed hub left
+    assert ask_running_hub(RunDirectory(tmp_path)) is None  # the address a killed hub left
 
 
 @pytest.fixture
@@ -578,4 +656,4 @@ def stranger() -> Iterator[str]:
 def test_another_program_at_the_old_address_is_no_running_hub(stranger: str, tmp_path: Path) -> None:
     (tmp_path / "admin.token").write_text("admin")
     (tmp_path / "address").write_text(stranger)
-    assert ask_running_hub(tmp_path) is None
+    assert ask_running_hub(RunDirectory(tmp_path)) is None

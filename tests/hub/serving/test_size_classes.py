@@ -27,10 +27,12 @@ from fedsoda_edge.ports.store import FileStore
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.needs import SHORTEST
 from fedsoda_hub.compute import Compute
-from fedsoda_hub.federation.events import Realigned, UpdateAccepted
+from fedsoda_hub.federation.jobs import Realign
+from fedsoda_hub.federation.records import Realigned, UpdateAccepted
 from fedsoda_hub.plan import plan_report
 from fedsoda_hub.preparation.prepare import Preparation
 from fedsoda_hub.run.ledger import Ledger
+from fedsoda_hub.settings.open_run import OpenRun
 from fedsoda_hub.settings.run import RunSettings, read_settings, settings_for_plan
 from tests.edge.model.test_bundle import pruned_by_hand
 from tests.hub.algorithms.alignment.test_oda import with_peft
@@ -112,16 +114,16 @@ def test_each_class_is_aligned_by_itself(tiny_llama: Path, run: RunSettings) -> 
 def test_a_realignment_gives_each_class_its_step(run: RunSettings) -> None:
     started, blobs = prepare(run), BlobStore(run.run_dir / "blobs")
     compute = Compute()
-    compute.open({"settings": msgspec.to_builtins(run)}, lambda _: None)
-    views = {"emulator_view": started["emulator_view"], "smaller": [one["emulator_view"] for one in started["smaller"]]}
-    found = compute.realign({"version": 1, "master": started["adapter_view"], **views}, lambda _: None)
-    [made], spec = found["smaller"], bundles(run)[1].manifest.lora
-    view, step = delta.from_bytes(blobs.get(made["view"]), spec.emulator), blobs.get(made["delta"])
-    before = delta.from_bytes(blobs.get(views["smaller"][0]), spec.emulator)
+    compute.open(OpenRun(settings=run))
+    views = (started["emulator_view"], *(one["emulator_view"] for one in started["smaller"]))
+    found = compute.realign(Realign(version=1, master=started["adapter_view"], emulator_views=views))
+    [_, made], spec = found.sub_llms, bundles(run)[1].manifest.lora
+    view, step = delta.from_bytes(blobs.get(made.view), spec.emulator), blobs.get(made.delta)
+    before = delta.from_bytes(blobs.get(views[1]), spec.emulator)
     for name, tensor in delta.decode(step, spec.emulator, run.wire.codec).items():
         assert torch.equal(view[name], before[name] + tensor)
     assert any(not torch.equal(view[name], before[name]) for name in view)
-    assert made["kl_before"] == pytest.approx(started["smaller"][0]["public_kl"]["aligned"], rel=1e-6)
+    assert made.kl_before == pytest.approx(started["smaller"][0]["public_kl"]["aligned"], rel=1e-6)
     assert lora.on(bundles(run)[0].plan.retained, view).keys() < view.keys()
 
 

@@ -17,7 +17,7 @@ from fedsoda_edge.protocol.manifest import TensorSpec
 from fedsoda_hub.algorithms.aggregation import flexlora, server_optimizer
 from fedsoda_hub.algorithms.aggregation.products import Pair, cross_term, pairs_by_module
 from fedsoda_hub.algorithms.aggregation.weighted_mean import CodedUpdate, weighted_mean
-from fedsoda_hub.federation.rounds import trained_factor
+from fedsoda_hub.federation.schedule import trained_factor
 from fedsoda_hub.settings.tables import Aggregation, Optimizer
 
 RANK, OUT, IN = 4, 18, 33

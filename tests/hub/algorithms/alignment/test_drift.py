@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import msgspec
 import pytest
 import torch
 from torch import Tensor
@@ -15,9 +14,12 @@ from fedsoda_edge.model.loss import log_likelihoods
 from fedsoda_edge.model.streaming import stream
 from fedsoda_edge.model.sub_llm import build
 from fedsoda_edge.ports.disk import BlobStore
+from fedsoda_edge.protocol.messages import Digest
 from fedsoda_hub.algorithms.alignment import drift
 from fedsoda_hub.compute import Compute
+from fedsoda_hub.federation.jobs import Probe
 from fedsoda_hub.preparation.prepare import Preparation
+from fedsoda_hub.settings.open_run import OpenRun
 from fedsoda_hub.settings.run import RunSettings
 from tests.edge.model.test_bundle import random_lora
 from tests.hub.runs import make_run, prepare
@@ -71,10 +73,10 @@ def test_a_sub_llm_that_is_the_full_llm_has_not_drifted_and_a_pruned_one_has(
 def test_a_probe_goes_on_from_the_kl_that_the_alignment_left(prepared: RunSettings) -> None:
     """As the round machine compares them: the same blocks, the same models."""
     compute, blobs = Compute(), BlobStore(prepared.run_dir / "blobs")
-    compute.open({"settings": msgspec.to_builtins(prepared)}, lambda _: None)
+    compute.open(OpenRun(settings=prepared))
     bundle = Bundle.open(prepared.run_dir / "bundle")
-    views = {
-        "master": blobs.put(delta.to_bytes(bundle.adapter_lora())),
-        "emulator_view": blobs.put(delta.to_bytes(bundle.emulator_lora())),
-    }
-    assert compute.probe(views, lambda _: None)["kl"] == pytest.approx(prepare(prepared)["public_kl"]["aligned"])
+    job = Probe(
+        master=Digest(blobs.put(delta.to_bytes(bundle.adapter_lora()))),
+        emulator_view=Digest(blobs.put(delta.to_bytes(bundle.emulator_lora()))),
+    )
+    assert compute.probe(job).kl == pytest.approx(prepare(prepared)["public_kl"]["aligned"])

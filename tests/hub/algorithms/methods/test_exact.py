@@ -17,7 +17,7 @@ from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.worker.border_cache import CachedStates, CacheSettings
 from fedsoda_hub.evaluation.evaluator import read_questions
 from fedsoda_hub.evaluation.export import export
-from fedsoda_hub.federation.events import Realigned, RoundClosed
+from fedsoda_hub.federation.records import Realigned, RoundClosed
 from fedsoda_hub.preparation.prepare import Preparation
 from fedsoda_hub.report.page import write_report
 from fedsoda_hub.run.ledger import Ledger, read_outcome

@@ -21,7 +21,7 @@ from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.ports.disk import BlobStore
 from fedsoda_hub.algorithms.pruning.representatives import contiguous, measure_components, select_components, spectral
 from fedsoda_hub.evaluation.export import RunJudge, export
-from fedsoda_hub.federation.events import RoundClosed, UpdateAccepted
+from fedsoda_hub.federation.records import RoundClosed, UpdateAccepted
 from fedsoda_hub.plan import plan_report, predict
 from fedsoda_hub.preparation.prepare import Preparation
 from fedsoda_hub.report.page import write_report

@@ -33,7 +33,7 @@ from fedsoda_edge.worker.worker import Worker
 from fedsoda_hub.algorithms.methods.by_name import method_of
 from fedsoda_hub.algorithms.pruning.representatives import contiguous, measure_layers, select_layers, spectral
 from fedsoda_hub.evaluation.export import export, judged_models
-from fedsoda_hub.federation.events import Realigned, RoundClosed
+from fedsoda_hub.federation.records import Realigned, RoundClosed
 from fedsoda_hub.plan import likely_plan, plan_report
 from fedsoda_hub.preparation.prepare import Preparation
 from fedsoda_hub.run.ledger import Ledger, read_outcome

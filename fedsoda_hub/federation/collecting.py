@@ -1,0 +1,116 @@
+"""Decide an open round: whose answer is awaited, which update is accepted, when the round closes or asks others too."""
+
+from __future__ import annotations
+
+import math
+
+from fedsoda_edge.protocol.messages import EdgeId, Receipt, Refusal
+from fedsoda_hub.federation import events as ev
+from fedsoda_hub.federation import jobs
+from fedsoda_hub.federation import records as rec
+from fedsoda_hub.federation.events import Append, Effect, Send
+from fedsoda_hub.federation.schedule import Rules, trained_factor
+from fedsoda_hub.federation.state import RunState
+
+MAX_EXAMPLES = 2**31
+MAX_LOSS = 1e6  # nats; a larger one would make the round's mean, and what is shown of it, infinite
+
+
+def is_awaited(state: RunState, edge: EdgeId) -> bool:
+    """Tell whether the open round waits for this edge's answer."""
+    return (
+        state.phase == "collecting"
+        and edge in state.cohort
+        and edge not in state.accepted
+        and edge not in state.answered
+    )
+
+
+def quorum(rules: Rules, state: RunState) -> int:
+    """Return how many accepted updates the open round needs."""
+    return math.ceil(rules.quorum * state.invited)
+
+
+def judge(state: RunState, update: ev.UpdateArrived, *, is_merging: bool) -> list[Effect]:
+    """Accept an update once, or say why not. is_merging: the round's updates are being merged already."""
+    edge = update.edge
+    last = state.receipts.get(edge)
+    if last is not None and (last.round, last.digest) == (update.round, update.digest):
+        return [Send(edge, Receipt(round=update.round, digest=update.digest))]
+    if state.phase != "collecting" or update.round != state.round or is_merging:
+        return [_refusal(update, f"round {update.round} is closed; wait for the next offer")]
+    if edge not in state.cohort:
+        return [_refusal(update, f"{edge} is not invited to round {update.round}; wait for the next offer")]
+    if edge in state.accepted:
+        return [_refusal(update, f"round {update.round} already has another update of {edge}")]
+    problem = _problem(state, update)
+    if problem:
+        answered: list[Effect] = (
+            [Append(rec.EdgeAnswered(round=state.round, edge=edge, how="refused"))] if is_awaited(state, edge) else []
+        )
+        return [*answered, _refusal(update, problem)]
+    assert update.loss is not None
+    accepted = rec.UpdateAccepted(
+        round=update.round,
+        edge=edge,
+        digest=update.digest,
+        num_examples=update.num_examples,
+        loss=update.loss,
+        size_class=update.size_class,
+    )
+    return [Append(accepted), Send(edge, Receipt(round=update.round, digest=update.digest))]
+
+
+def _problem(state: RunState, update: ev.UpdateArrived) -> str | None:
+    """Return why the update cannot be used; None: it can."""
+    view = state.sub_llms[update.size_class].adapter.digest
+    if update.base != view:
+        return f"the update starts from view {update.base[:12]}, round {state.round} from {view[:12]}"
+    if update.alignment != state.alignment:
+        return f"the update used alignment {update.alignment}, round {state.round} has {state.alignment}"
+    if not 1 <= update.num_examples <= MAX_EXAMPLES:
+        return f"num_examples is {update.num_examples}; it must be 1 to {MAX_EXAMPLES}"
+    if update.loss is None or not 0 <= update.loss <= MAX_LOSS:
+        found = "not a number" if update.loss is None or math.isnan(update.loss) else f"{update.loss:g}"
+        return (
+            f"the loss is {found}; it must be 0 to {MAX_LOSS:g}: lower [local] learning_rate or check this edge's data"
+        )
+    return update.problem
+
+
+def _refusal(update: ev.UpdateArrived, reason: str) -> Send:
+    return Send(update.edge, Refusal(round=update.round, reason=reason))
+
+
+def merge(rules: Rules, state: RunState) -> jobs.Aggregate:
+    """Return the job that closes the round: its accepted updates in ascending edge id."""
+    return jobs.Aggregate(
+        trains=trained_factor(rules.aggregation, state.round),
+        master=state.master,
+        moments=state.moments,
+        views=tuple(one.adapter.digest for one in state.with_own_view),
+        updates=tuple(
+            jobs.AcceptedUpdate(
+                edge=edge,
+                num_examples=update.num_examples,
+                digest=update.digest,
+                view=state.sub_llms[update.size_class].adapter.digest,
+            )
+            for edge, update in sorted(state.accepted.items())
+        ),
+    )
+
+
+def extended(rules: Rules, state: RunState, edges: list[EdgeId], now: float) -> Append:
+    """Ask these edges (again) for the open round, whose deadline moves on."""
+    return Append(rec.CohortExtended(round=state.round, invited=tuple(edges), deadline_at=now + rules.deadline_seconds))
+
+
+def replacements(state: RunState, eligible: set[EdgeId]) -> list[EdgeId]:
+    """Choose whom to ask below quorum at the deadline, in the place of who has not answered.
+
+    Edges that were not asked come first, then those that had answered without an update. Who is still at work stays
+    awaited and needs no second invitation.
+    """
+    candidates = [*sorted(eligible - set(state.cohort)), *sorted(eligible.intersection(state.answered))]
+    return candidates[: max(1, state.invited - len(state.accepted))]

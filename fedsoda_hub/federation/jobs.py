@@ -1,0 +1,211 @@
+"""Torch work that the round machine asks for, each job with its result. The same job gives the same blobs.
+
+Sub-LLM classes are tuples, the largest first. Who runs a job is `serving/torch_jobs.py`'s, how is `compute.py`'s.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from fedsoda_edge.protocol.calls import Call
+from fedsoda_edge.protocol.messages import Digest, EdgeId, Factor
+
+# --- progress --------------------------------------------------------------------------------------------------------
+
+
+class Stage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind", tag="stage"):
+    """How far a stage of a job is: done of total. kl: public KL, nats, of the alignment's last step."""
+
+    stage: str
+    done: int
+    total: int
+    kl: float | None = None
+
+
+class DiskNeeded(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="disk_needed"):
+    """Bytes that the cached targets of the teacher need, and how many are free."""
+
+    stage: str
+    needed_bytes: int
+    free_bytes: int
+
+
+class BorderMapFitted(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="border_map_fitted"):
+    """Relative squared error of border states on prompts left out: without a map, with one of whole width, with this."""
+
+    stage: str
+    error_before: float
+    error_whole: float
+    error: float
+
+
+class NoBorderMap(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="no_border_map"):
+    """Why no border map is fitted."""
+
+    stage: str
+    why: str
+
+
+class ShapeMeasured(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="shape_measured"):
+    """One shape of the sub-LLM that `groups = "auto"` looked at: public KL, nats, and cosine of adapter gradients."""
+
+    stage: str
+    layers_per_group: int
+    groups: int
+    kl: float
+    cosine: float
+
+
+Progress = Stage | DiskNeeded | BorderMapFitted | NoBorderMap | ShapeMeasured
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+class PreparedSubLLM(msgspec.Struct, frozen=True, kw_only=True):
+    """A sub-LLM as it leaves preparation: manifest, first views of adapter and emulator LoRA, public KL in nats."""
+
+    manifest: Digest
+    adapter_view: Digest
+    emulator_view: Digest
+    public_kl: dict[str, float]
+
+
+class PrepareResult(msgspec.Struct, frozen=True, kw_only=True):
+    """master: w, the LoRA of all layers that any of the sub-LLMs trains."""
+
+    sub_llms: tuple[PreparedSubLLM, ...]
+    master: Digest
+
+
+class ViewStep(msgspec.Struct, frozen=True, kw_only=True):
+    """A new view v and the coded step that leads to it from the one before."""
+
+    view: Digest
+    delta: Digest
+
+
+class AggregateResult(msgspec.Struct, frozen=True, kw_only=True):
+    """steps: one for each view of the job. cross_term: ||M_res|| / ||M||, what averaging A and B apart loses of the mean
+    product; None: factors of different ranks, which have no mean.
+    """
+
+    master: Digest
+    steps: tuple[ViewStep, ...]
+    moments: Digest | None
+    cross_term: float | None
+
+
+class ProbeResult(msgspec.Struct, frozen=True, kw_only=True):
+    """KL(full LLM || sub-LLM), nats, and the cosine between the adapter LoRA's gradients in both."""
+
+    kl: float
+    cosine: float
+
+
+class RealignedSubLLM(msgspec.Struct, frozen=True, kw_only=True):
+    """A new view of the emulator LoRA, the coded step to it, and public KL, nats, before and after."""
+
+    view: Digest
+    delta: Digest
+    kl_before: float
+    kl_after: float
+
+
+class RealignResult(msgspec.Struct, frozen=True):
+    sub_llms: tuple[RealignedSubLLM, ...]
+
+
+class RepruneSubLLM(msgspec.Struct, frozen=True, kw_only=True):
+    """The manifest of the layers that were drawn, and the first view of their LoRA."""
+
+    manifest: Digest
+    view: Digest
+
+
+class RepruneResult(msgspec.Struct, frozen=True, kw_only=True):
+    """master: w, with the LoRA of layers that nobody had before."""
+
+    master: Digest
+    sub_llms: tuple[RepruneSubLLM, ...]
+
+
+class EvaluateResult(msgspec.Struct, frozen=True, kw_only=True):
+    """By model (full, sub_llm, plug_in): accuracy, mean completion loss in nats, AUC where there are two choices.
+
+    None: not finite, or there are not two choices.
+    """
+
+    accuracy: dict[str, float]
+    loss: dict[str, float | None]
+    auc: dict[str, float | None]
+    num_examples: int
+
+
+# --- jobs ------------------------------------------------------------------------------------------------------------
+
+
+class Prepare(Call[PrepareResult, Progress], frozen=True, tag="prepare"):
+    """Prune, quantize and align; what is done already is found again."""
+
+
+class AcceptedUpdate(msgspec.Struct, frozen=True, kw_only=True):
+    """A coded update as a blob, and the view that it starts from."""
+
+    edge: EdgeId
+    num_examples: int
+    digest: Digest
+    view: Digest
+
+
+class Aggregate(Call[AggregateResult, Progress], frozen=True, tag="aggregate"):
+    """Close a round: the next master of the decoded updates; for each view v += decode(Q(w - v)).
+
+    trains: the factor that this round's updates hold. views: the adapter views in force, the largest sub-LLM's first.
+    """
+
+    trains: Factor
+    master: Digest
+    moments: Digest | None
+    views: tuple[Digest, ...]
+    updates: tuple[AcceptedUpdate, ...]
+
+
+class Probe(Call[ProbeResult, Progress], frozen=True, tag="probe"):
+    """Measure how far the largest sub-LLM has drifted from the full LLM."""
+
+    master: Digest
+    emulator_view: Digest
+
+
+class Realign(Call[RealignResult, Progress], frozen=True, tag="realign"):
+    """Align every sub-LLM with the current adapter LoRA. version: of the alignment that this makes."""
+
+    version: int
+    master: Digest
+    emulator_views: tuple[Digest, ...]
+
+
+class Reprune(Call[RepruneResult, Progress], frozen=True, tag="reprune"):
+    """Draw other layers for each sub-LLM, for the training of `round`."""
+
+    round: int
+    master: Digest
+
+
+class Evaluate(Call[EvaluateResult, Progress], frozen=True, tag="evaluate"):
+    """Judge full LLM, sub-LLM and plug-in on the run's evaluation data after `round`."""
+
+    round: int
+    master: Digest
+    emulator_view: Digest
+    manifest: Digest
+
+
+Job = Prepare | Aggregate | Probe | Realign | Reprune | Evaluate
+JobResult = PrepareResult | AggregateResult | ProbeResult | RealignResult | RepruneResult | EvaluateResult
+
+
+def name_of(job: Job) -> str:
+    """Return the job's name as people read it: prepare, aggregate, ..."""
+    return str(type(job).__struct_config__.tag)

@@ -1,0 +1,216 @@
+"""The ledger, folded: what is known of a run. Replay folds records in order; it never samples, reads a clock or trains.
+
+What is owed from here on is `rounds.py`'s.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+from msgspec.structs import replace
+
+from fedsoda_edge.protocol.messages import Digest, EdgeId
+from fedsoda_hub.federation import records as rec
+
+Phase = Literal["preparing", "idle", "collecting", "ended"]  # idle: between two rounds
+
+
+class Collected(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An accepted update."""
+
+    round: int
+    digest: Digest
+    num_examples: int
+    loss: float
+    size_class: int = 0
+
+
+class HeldView(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A view of LoRA that edges hold. delta: the coded step to it; None: the bundle begins with it."""
+
+    digest: Digest
+    delta: Digest | None = None
+
+
+class SubLLM(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A sub-LLM of the run. shares_adapter: its adapter LoRA has the layout of the largest's, whose view it shares."""
+
+    manifest: Digest
+    public_kl: dict[str, float]
+    adapter: HeldView
+    emulator: HeldView
+    shares_adapter: bool = False
+
+
+class Realignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Public KL of the largest sub-LLM, nats, before and after its realignment for the training of `round`."""
+
+    round: int
+    kl_before: float
+    kl_after: float
+
+
+class Probe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How far the largest sub-LLM was from the full LLM before the training of `round`: KL, nats, and cosine."""
+
+    round: int
+    kl: float
+    cosine: float
+
+
+class RunState(msgspec.Struct, forbid_unknown_fields=True):
+    """All that the records say. Sub-LLMs stand by size class, the largest first.
+
+    Unknown fields are an error, so that a snapshot of another form is never half read: replay begins at the first record.
+    """
+
+    run_id: str = ""
+    fixed: rec.Keys = {}
+    phase: Phase = "preparing"
+    sub_llms: tuple[SubLLM, ...] = ()  # none before the run is prepared
+    round: int = 0  # the last opened; never reused, so a stale timer cannot hit a later one
+    cohort: list[EdgeId] = []
+    invited: int = 0  # how many the quorum counts
+    deadline_at: float = 0.0
+    deadline_passed: bool = False
+    answered: dict[EdgeId, str] = {}
+    accepted: dict[EdgeId, Collected] = {}
+    receipts: dict[EdgeId, Collected] = {}  # the last of each edge, for receipts that got lost
+    master: Digest = Digest("")
+    moments: Digest | None = None  # of the hub's optimiser
+    alignment: int = 0
+    repruned_for: int = 0
+    evaluated: rec.Evaluated | None = None  # the last
+    losses: list[float] = []  # weighted mean of each closed round
+    cross_terms: dict[int, float] = {}  # by round
+    realignments: list[Realignment] = []
+    probes: list[Probe] = []
+
+    @property
+    def largest(self) -> SubLLM:
+        """The largest sub-LLM, of size class 0; there is none before the run is prepared."""
+        return self.sub_llms[0]
+
+    @property
+    def public_kl(self) -> dict[str, float]:
+        """Public KL of the largest sub-LLM, nats, by stage of its preparation; empty before that."""
+        return self.sub_llms[0].public_kl if self.sub_llms else {}
+
+    @property
+    def evaluation(self) -> rec.Figures | None:
+        """The last evaluation's figures; None before the first."""
+        return None if self.evaluated is None else self.evaluated.result
+
+    @property
+    def evaluated_round(self) -> int:
+        """The round after which the run was last judged; 0: none."""
+        return 0 if self.evaluated is None else self.evaluated.round
+
+    @property
+    def realigned_for(self) -> int:
+        """The round before whose training the emulators were last aligned; 0: they are as prepared."""
+        return self.realignments[-1].round if self.realignments else 0
+
+    @property
+    def aligned_kl(self) -> float:
+        """Public KL after the last alignment, which a probe is held against."""
+        return self.realignments[-1].kl_after if self.realignments else self.public_kl["aligned"]
+
+    @property
+    def first_probe(self) -> Probe:
+        """The first probe since the last alignment; there is one."""
+        return next(probe for probe in self.probes if probe.round > self.realigned_for)
+
+    @property
+    def with_own_view(self) -> tuple[SubLLM, ...]:
+        """Sub-LLMs with an adapter view of their own: the largest, and those whose adapter has another layout."""
+        return tuple(one for one in self.sub_llms if not one.shares_adapter)
+
+    @property
+    def views(self) -> set[Digest]:
+        """All views in force and the coded steps to them, of adapters and emulators."""
+        held = (view for one in self.sub_llms for view in (one.adapter, one.emulator))
+        return {digest for view in held for digest in (view.digest, view.delta) if digest is not None}
+
+    def apply(self, record: rec.AnyRecord) -> None:
+        """Fold one record in."""
+        match record:
+            case rec.RunStarted():
+                self.run_id, self.fixed = record.run_id, record.fixed
+            case rec.SettingsChanged():
+                if self.phase == "ended":
+                    self.phase = "idle"  # a larger count continues where the run ended
+            case rec.Prepared():
+                self.master = record.master or record.adapter_view
+                self.sub_llms = _prepared(record)
+                self.phase = "idle"
+            case rec.RoundOpened():
+                self.round, self.cohort = record.round, list(record.cohort)
+                self.invited, self.deadline_at = len(record.cohort), record.deadline_at
+                self.deadline_passed, self.answered, self.accepted = False, {}, {}
+                self.phase = "collecting"
+            case rec.CohortExtended():
+                for edge in record.invited:
+                    self.answered.pop(edge, None)
+                    if edge not in self.cohort:
+                        self.cohort.append(edge)
+                self.deadline_at, self.deadline_passed = record.deadline_at, False
+            case rec.UpdateAccepted():
+                update = Collected(record.round, record.digest, record.num_examples, record.loss, record.size_class)
+                self.accepted[record.edge] = self.receipts[record.edge] = update
+                self.answered.pop(record.edge, None)
+            case rec.EdgeAnswered():
+                self.answered[record.edge] = record.how
+            case rec.DeadlinePassed():
+                self.deadline_passed = True
+            case rec.RoundClosed():
+                total = sum(update.num_examples for update in self.accepted.values())
+                mean = sum(update.loss * update.num_examples for update in self.accepted.values()) / total
+                self.losses.append(mean)
+                self.master, self.moments = record.master, record.moments
+                closed: list[rec.RoundClosed | rec.ClosedClass] = [record, *record.smaller]
+                self._hold_adapters([HeldView(step.view, step.delta) for step in closed])
+                if record.cross_term is not None:
+                    self.cross_terms[record.round] = record.cross_term
+                self.phase = "idle"
+            case rec.Realigned():
+                self.alignment = record.version
+                aligned: list[rec.Realigned | rec.RealignedClass] = [record, *record.smaller]
+                self.sub_llms = tuple(
+                    replace(one, emulator=HeldView(made.view, made.delta))
+                    for one, made in zip(self.sub_llms, aligned, strict=True)
+                )
+                self.realignments.append(Realignment(record.round, record.kl_before, record.kl_after))
+            case rec.Repruned():
+                self.repruned_for, self.master = record.round, record.master
+                drawn: list[rec.Repruned | rec.ReprunedClass] = [record, *record.smaller]
+                self.sub_llms = tuple(
+                    replace(one, manifest=new.manifest, adapter=HeldView(new.view), shares_adapter=False)
+                    for one, new in zip(self.sub_llms, drawn, strict=True)
+                )
+            case rec.Probed():
+                self.probes.append(Probe(record.round, record.kl, record.cosine))
+            case rec.Evaluated():
+                self.evaluated = record
+            case rec.RunEnded():
+                self.phase = "ended"
+
+    def _hold_adapters(self, views: list[HeldView]) -> None:
+        """Give each sub-LLM with an adapter view of its own its new one, and the others the largest's."""
+        new = dict(zip((at for at, one in enumerate(self.sub_llms) if not one.shares_adapter), views, strict=True))
+        self.sub_llms = tuple(replace(one, adapter=new.get(at, new[0])) for at, one in enumerate(self.sub_llms))
+
+
+def _prepared(record: rec.Prepared) -> tuple[SubLLM, ...]:
+    made: list[rec.Prepared | rec.PreparedClass] = [record, *record.smaller]
+    return tuple(
+        SubLLM(
+            manifest=one.manifest,
+            public_kl=one.public_kl,
+            adapter=HeldView(one.adapter_view or record.adapter_view),
+            emulator=HeldView(one.emulator_view),
+            shares_adapter=one.adapter_view is None,
+        )
+        for one in made
+    )

@@ -1,0 +1,103 @@
+"""How a run stands, as `status`, /v1/status and the report of a run's end tell it."""
+
+from __future__ import annotations
+
+import msgspec
+
+from fedsoda_edge.protocol.messages import EdgeId
+from fedsoda_hub.federation.records import Figures
+from fedsoda_hub.federation.state import Phase, Probe, Realignment, RunState
+from fedsoda_hub.run.ledger import Ledger
+
+
+class BytesPerRound(msgspec.Struct, frozen=True, kw_only=True):
+    """Mean bytes of an edge in a round."""
+
+    up_per_edge_round: float
+    down_per_edge_round: float
+
+
+class Travelled(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes of one edge in one round."""
+
+    edge: str
+    round: int
+    up: int
+    down: int
+
+
+class RunStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What the ledger alone knows of a run, live or not."""
+
+    run: str
+    run_id: str
+    phase: Phase
+    round: int
+    rounds: int
+    rounds_closed: int
+    cohort: list[EdgeId]
+    accepted: list[EdgeId]
+    answered: dict[EdgeId, str]
+    losses: list[float]
+    cross_terms: dict[int, float]
+    public_kl: dict[str, float]
+    realignments: list[Realignment]
+    probes: list[Probe]
+    evaluation: Figures | None
+    bytes: BytesPerRound
+    traffic: list[Travelled]
+
+
+class KnownEdge(msgspec.Struct, frozen=True, kw_only=True):
+    """An edge that has a token. None: it is not at work, or no hub runs."""
+
+    edge: EdgeId
+    connected: bool = False
+    eligible: bool = False
+    revoked: bool
+    size_class: int | None = None
+    step: int | None = None
+    steps: int | None = None
+
+
+class LiveStatus(RunStatus, frozen=True, kw_only=True):
+    """A run's status with what its hub knows too. url, due_seconds None: no hub runs, no round is open."""
+
+    url: str | None
+    edges: list[KnownEdge]
+    due_seconds: float | None
+
+
+def run_status(name: str, rounds: int, ledger: Ledger, state: RunState) -> RunStatus:
+    """Tell what the ledger knows. name, rounds: the run's name and its [rounds] count."""
+    rows = ledger.traffic()
+    pairs = len({(row.edge, row.round) for row in rows}) or 1
+    return RunStatus(
+        run=name,
+        run_id=state.run_id,
+        phase=state.phase,
+        round=state.round,
+        rounds=rounds,
+        rounds_closed=len(state.losses),
+        cohort=state.cohort,
+        accepted=sorted(state.accepted),
+        answered=state.answered,
+        losses=state.losses,
+        cross_terms=state.cross_terms,
+        public_kl=state.public_kl,
+        realignments=state.realignments,
+        probes=state.probes,
+        evaluation=state.evaluation,
+        bytes=BytesPerRound(
+            up_per_edge_round=sum(row.up for row in rows) / pairs,
+            down_per_edge_round=sum(row.down for row in rows) / pairs,
+        ),
+        traffic=[Travelled(edge=row.edge, round=row.round, up=row.up, down=row.down) for row in rows],
+    )
+
+
+def live_status(
+    status: RunStatus, edges: list[KnownEdge], *, url: str | None = None, due_seconds: float | None = None
+) -> LiveStatus:
+    """Add what a hub knows, or that none runs."""
+    return LiveStatus(**msgspec.structs.asdict(status), edges=edges, url=url, due_seconds=due_seconds)

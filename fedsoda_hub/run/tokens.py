@@ -1,0 +1,94 @@
+"""Who may join a run: a token is one edge, bound to the device that used it first. Only its sha256 is kept."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedsoda_edge.errors import UsageProblem
+from fedsoda_edge.ports.disk import write_durably
+from fedsoda_edge.protocol.messages import EdgeId
+from fedsoda_hub.run.database import Database
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token is one edge. device: the device id it is bound to, made at its first Hello."""
+
+    edge: EdgeId
+    device: str | None
+    revoked: bool
+
+
+class Tokens:
+    """The tokens of a run, in its database."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def create(self, edge: str) -> str:
+        """Make a token for this edge id and return it.
+
+        Raises:
+            UsageProblem: the name is in use, or cannot stand in a file name.
+        """
+        if not edge or not all(c.isalnum() or c in "-_." for c in edge) or len(edge) > 64:
+            raise UsageProblem(f"--name {edge!r} cannot be an edge's id; use up to 64 letters, digits, - _ .")
+        if edge in {token.edge for token in self.all() if not token.revoked}:
+            raise UsageProblem(f"there is a token for {edge!r} already; revoke it first, or choose another name")
+        token = f"fs1-{secrets.token_urlsafe(32)}"
+        self._database.write("INSERT OR REPLACE INTO tokens (edge, sha256) VALUES (?, ?)", (edge, _hash(token)))
+        return token
+
+    def all(self) -> list[Token]:
+        """Return every token, ascending by edge id."""
+        rows = self._database.read("SELECT edge, device, revoked FROM tokens ORDER BY edge")
+        return [Token(EdgeId(edge), device, bool(revoked)) for edge, device, revoked in rows]
+
+    def find(self, secret: str) -> Token | None:
+        """Return the token with this secret; None: the run does not know it."""
+        rows = self._database.read("SELECT edge, device, revoked FROM tokens WHERE sha256 = ?", (_hash(secret),))
+        return Token(EdgeId(rows[0][0]), rows[0][1], bool(rows[0][2])) if rows else None
+
+    def revoke(self, edge: str) -> None:
+        """Take the token's right to join away; the name may be given again after that.
+
+        Raises:
+            UsageProblem: there is no token of this edge.
+        """
+        if edge not in {token.edge for token in self.all()}:
+            known = ", ".join(token.edge for token in self.all()) or "none"
+            raise UsageProblem(f"there is no token for {edge!r}; there are: {known}")
+        self._database.write("UPDATE tokens SET revoked = 1 WHERE edge = ?", (edge,))
+
+    def bind(self, edge: EdgeId, device: str) -> bool:
+        """Bind an unbound token to the device; tell whether the token belongs to that device.
+
+        Raises:
+            DiskFull: the token is as it was.
+        """
+        self._database.write("UPDATE tokens SET device = ? WHERE edge = ? AND device IS NULL", (device, edge))
+        return any(token.edge == edge and token.device == device for token in self.all())
+
+
+def _hash(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def write_secret(path: Path, secret: str) -> None:
+    """Write a file of mode 0600 from the first byte on; one that was there is replaced, since others may have it open.
+
+    Raises:
+        UsageProblem: no file can be made there. DiskFull.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EEXIST, "it is there and is not a file")
+        write_durably(path, secret.encode(), 0o600)
+    except OSError as error:
+        raise UsageProblem(
+            f"{path} cannot be written ({error.strerror}); name a file where there is space for one"
+        ) from error

@@ -1,0 +1,193 @@
+"""One edge's conversation: frames in, messages to the roster; frames out through a queue.
+
+Only the two calls of the channel may fail softly: the other side may be gone at any time. Whatever else is raised is a
+defect of the hub, and leaves `run` as it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from fedsoda_edge.errors import ProtocolViolation
+from fedsoda_edge.protocol import messages as ms
+from fedsoda_edge.protocol.codec import wire_bytes
+from fedsoda_edge.protocol.session import HubSession, Upload, chunks
+from fedsoda_edge.protocol.trace import line, went_wrong
+from fedsoda_hub.run.status import LiveStatus
+from fedsoda_hub.run.tokens import Token
+
+_log = logging.getLogger("fedsoda_hub.serving")
+
+
+class Guests(Protocol):
+    """Who may come in, and what is said to them (`roster.Roster`)."""
+
+    @property
+    def stall_seconds(self) -> float: ...
+    def token(self, secret: str) -> Token | None: ...
+    def greet(self, connection: Connection, hello: ms.Hello) -> ms.Welcome | ms.Refusal | None:
+        """Answer a Hello; None: there is no place to note the device, and it may come again."""
+        ...
+
+    async def said(self, connection: Connection, message: ms.EdgeMessage | Upload) -> None: ...
+    def ended(self, connection: Connection) -> None: ...
+
+
+class Lent(Protocol):
+    """Which bytes they may have (`shelf.Shelf`)."""
+
+    @property
+    def max_update_bytes(self) -> int: ...
+    def bundle_file(self, digest: str) -> Path | None: ...
+    def run_blob(self, digest: str) -> bytes | None: ...
+
+
+class Asked(Protocol):
+    """How the run stands (`standing.Standing`)."""
+
+    def is_admin(self, secret: str) -> bool: ...
+    def status(self) -> LiveStatus: ...
+    def metrics(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Hub:
+    """What a door needs of the hub."""
+
+    guests: Guests
+    shelf: Lent
+    standing: Asked
+
+
+class Channel(Protocol):
+    """Where one edge's frames come and go: a websocket, or queues where hub and edge share a process.
+
+    All three raise ConnectionError when the other side is gone.
+    """
+
+    async def send_bytes(self, data: bytes) -> None: ...
+    async def receive_bytes(self) -> bytes:
+        """Return the next frame. Raises ProtocolViolation where it is not binary."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class Door(Protocol):
+    """Where edges come in. port: of its address, as far as it has one."""
+
+    @property
+    def port(self) -> int: ...
+    async def open(self, hub: Hub) -> None:
+        """Let edges in from now on. Raises UsageProblem where something else took the place by now."""
+        ...
+
+    async def broken(self) -> None:
+        """Wait until the door, or the hub's code behind it, fails; raise that."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class Connection:
+    """One edge's conversation. Frames leave through a queue, so that a slow edge never holds up the hub.
+
+    up, down: bytes of payload and framing that were not counted yet. size_class: as the edge said when it was ready.
+    """
+
+    def __init__(self, hub: Hub, token: Token, channel: Channel) -> None:
+        self.edge = token.edge
+        self.size_class = 0
+        self.up = 0
+        self.down = 0
+        self.session = HubSession(hub.shelf.max_update_bytes)
+        self.flushed = asyncio.Event()  # nothing leaves any more
+        self._hub = hub
+        self._channel = channel
+        self._out: asyncio.Queue[bytes | None] = asyncio.Queue()
+
+    def send(self, message: ms.HubMessage, payload: bytes | memoryview = b"") -> None:
+        """Queue a message; after the end of the conversation it is dropped."""
+        if self.session.state != "over":
+            self._out.put_nowait(self.session.send(message, payload))
+            if _log.isEnabledFor(logging.DEBUG):
+                _log.debug(line(">", message, self.edge))
+
+    def close(self) -> None:
+        """End the conversation after what is queued has left."""
+        self.session.state = "over"
+        self._out.put_nowait(None)
+
+    async def run(self) -> None:
+        """Talk until either side ends it.
+
+        Raises:
+            ExceptionGroup: what the hub's own code raised.
+        """
+        async with asyncio.TaskGroup() as both:
+            both.create_task(self._write())
+            try:
+                while (frame := await self._frame()) is not None:
+                    self.up += wire_bytes(frame, masked=True)
+                    await self._hear(frame)
+            except ProtocolViolation as error:
+                _log.debug(went_wrong(error))
+                self.send(ms.Refusal(reason=str(error), fatal=True))
+            finally:
+                self._hub.guests.ended(self)
+                self._out.put_nowait(None)
+
+    async def _write(self) -> None:
+        try:
+            while (frame := await self._out.get()) is not None:
+                await self._channel.send_bytes(frame)
+                self.down += wire_bytes(frame, masked=False)
+            await self._channel.close()
+        except ConnectionError:
+            pass  # whoever reads hears it too
+        finally:
+            self.flushed.set()
+
+    async def _frame(self) -> bytes | None:
+        """Wait for a frame; None: either side ended the conversation, or an upload stalls."""
+        if self.session.state == "over":
+            return None
+        # The one timeout: an upload that moves never fails by wall clock: docs/protocol.md (p3-deadlines).
+        stall = self._hub.guests.stall_seconds if self.session.upload_progress is not None else None
+        try:
+            async with asyncio.timeout(stall):
+                return await self._channel.receive_bytes()
+        except TimeoutError:
+            _log.debug("! upload stalls seconds=%g %s", stall, self.edge)
+        except ConnectionError:
+            pass
+        return None
+
+    async def _hear(self, frame: bytes) -> None:
+        said = self.session.receive(frame)
+        if said is not None and _log.isEnabledFor(logging.DEBUG):
+            _log.debug(line("<", said.start if isinstance(said, Upload) else said, self.edge))
+        match said:
+            case None | ms.UpdateChunk():
+                pass
+            case ms.Hello():
+                answer = self._hub.guests.greet(self, said)
+                if answer is not None:
+                    self.send(answer)
+                if not isinstance(answer, ms.Welcome):
+                    self.session.state = "over"
+            case ms.BlobRequest():
+                self._send_blob(said)
+            case _:
+                await self._hub.guests.said(self, said)
+
+    def _send_blob(self, request: ms.BlobRequest) -> None:
+        data = self._hub.shelf.run_blob(request.digest)
+        if data is None or not 0 <= request.offset < len(data):
+            raise ProtocolViolation(f"there is no blob {request.digest[:12]} at {request.offset} in this round")
+        for offset, piece in chunks(data, request.offset):
+            self.send(ms.BlobChunk(digest=request.digest, offset=offset, total=len(data)), piece)

@@ -1,0 +1,187 @@
+"""The loop of decisions: one event after the other is handled, its effects are performed, then all that is owed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from dataclasses import dataclass
+from typing import Protocol
+
+from fedsoda_edge.errors import DiskFull
+from fedsoda_edge.ports import Clock
+from fedsoda_edge.protocol import messages as ms
+from fedsoda_edge.protocol.trace import changed
+from fedsoda_hub import events as told
+from fedsoda_hub.federation import events as ev
+from fedsoda_hub.federation import records as rec
+from fedsoda_hub.federation.jobs import Job
+from fedsoda_hub.federation.rounds import RoundMachine
+from fedsoda_hub.run.ledger import Ledger
+from fedsoda_hub.serving import offers
+from fedsoda_hub.serving.shelf import Shelf
+from fedsoda_hub.serving.standing import Standing
+from fedsoda_hub.serving.uploads import Uploads
+from fedsoda_hub.settings.run import RunSettings
+
+DISK_RETRY_SECONDS = 10.0
+_log = logging.getLogger("fedsoda_hub.serving")
+
+
+class Post(Protocol):
+    """What reaches edges (`roster.Roster`)."""
+
+    def send(self, edge: ms.EdgeId, message: ms.Message) -> None: ...
+    def flush_traffic(self) -> None: ...
+
+
+class Jobs(Protocol):
+    """Who does torch work (`torch_jobs.TorchJobs`). opened: it may begin."""
+
+    @property
+    def opened(self) -> asyncio.Event: ...
+    def start(self, job: Job) -> None: ...
+
+
+@dataclass(frozen=True)
+class Settle:
+    """Nothing happened, but what is owed may be possible by now."""
+
+
+Inbox = asyncio.Queue[ev.Event | Settle]
+
+
+class Decisions:
+    """The machine and its timers. `is_over` is set once the run is over and every connected edge was told."""
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        machine: RoundMachine,
+        inbox: Inbox,
+        ledger: Ledger,
+        clock: Clock,
+        shelf: Shelf,
+        uploads: Uploads,
+        post: Post,
+        jobs: Jobs,
+        standing: Standing,
+        say: told.Say,
+    ) -> None:
+        self.is_over = asyncio.Event()
+        self._settings = settings
+        self._machine = machine
+        self._inbox = inbox
+        self._ledger = ledger
+        self._clock = clock
+        self._shelf = shelf
+        self._uploads = uploads
+        self._post = post
+        self._jobs = jobs
+        self._standing = standing
+        self._say = say
+        self._timers: asyncio.TaskGroup | None = None
+        self._deadline: asyncio.Task[None] | None = None
+
+    async def run(self) -> None:
+        """Decide until cancelled; first what a restart owes."""
+        async with asyncio.TaskGroup() as self._timers:
+            await self._jobs.opened.wait()
+            await self._settle()
+            while True:
+                event = await self._inbox.get()
+                if not isinstance(event, Settle):
+                    await self._perform(self._machine.handle(event), event)
+                if isinstance(event, ev.UpdateArrived) and event.problem is None:
+                    self._uploads.judged(event.digest)
+                await self._settle()
+
+    async def _settle(self) -> None:
+        while await self._perform(self._machine.owed(self._clock.wall()), Settle()):
+            pass
+        if not self._machine.is_computing:
+            self._uploads.forget_refused(self._machine.state)
+
+    async def _perform(self, effects: list[ev.Effect], cause: ev.Event | Settle) -> bool:
+        """Perform effects in order; tell whether a record was appended.
+
+        A record that cannot be written stops what follows it.
+        """
+        appended = False
+        for effect in effects:
+            match effect:
+                case ev.Append(record):
+                    try:
+                        await asyncio.to_thread(self._ledger.append, record)
+                    except DiskFull as error:
+                        self._say_disk_full(error, cause)
+                        return False
+                    appended = True
+                    self._recorded(record)
+                case ev.Send(edge, message):
+                    self._post.send(edge, message)
+                case ev.Offer():
+                    self._offer(effect)
+                case ev.SetDeadline(number, at):
+                    self._set_deadline(number, at)
+                case ev.Compute(job):
+                    self._jobs.start(job)
+                case ev.Waiting(why):
+                    _log.debug("= waiting")
+                    self._say(told.Waiting(why=why))
+                case ev.Finish():
+                    self.is_over.set()
+                case ev.Ignored():
+                    _log.debug("= %s is ignored", type(cause).__name__)
+        return appended
+
+    def _offer(self, asked: ev.Offer) -> None:
+        state = self._machine.state
+        made = offers.offer(asked, state, self._settings, self._shelf.ref, self._standing.due_seconds())
+        self._post.send(asked.edge, made)
+
+    def _say_disk_full(self, error: DiskFull, cause: ev.Event | Settle) -> None:
+        self._say(told.DiskFull(message=str(error)))
+        if isinstance(cause, ev.UpdateArrived):
+            self._post.send(cause.edge, ms.Refusal(round=cause.round, reason=str(error), retry=True))
+        # Torch work that is done comes again as it was; anything else `owed` finds.
+        self._report_after(DISK_RETRY_SECONDS, cause if isinstance(cause, ev.JobDone) else Settle())
+
+    def _recorded(self, record: rec.AnyRecord) -> None:
+        """Fold in what became a fact, act on it, and tell it."""
+        state = self._machine.state
+        before = state.phase
+        self._machine.apply(record)
+        _log.debug("= %s round=%d", type(record).__name__, state.round)
+        if state.phase != before:
+            _log.debug(changed("run", before, state.phase))
+        self._shelf.follow([record])
+        if isinstance(record, rec.RoundClosed):
+            self._post.flush_traffic()
+            with contextlib.suppress(DiskFull):  # it only bounds replay
+                self._ledger.snapshot(state)
+        fact = told.fact_told(
+            record,
+            self._settings.rounds.count,
+            state,
+            traffic=self._ledger.traffic,
+            summary=self._standing.status,
+        )
+        if fact is not None:
+            self._say(fact)
+
+    # --- timers ------------------------------------------------------------------------------------------
+
+    def _set_deadline(self, number: int, at: float) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+        delay = max(0.0, at - self._clock.wall())
+        self._deadline = self._report_after(delay, ev.DeadlineReached(number, at))
+
+    def _report_after(self, seconds: float, event: ev.Event | Settle) -> asyncio.Task[None]:
+        async def report() -> None:
+            await self._clock.sleep(seconds)
+            self._inbox.put_nowait(event)
+
+        assert self._timers is not None, "decisions are made while `run` does"
+        return self._timers.create_task(report())

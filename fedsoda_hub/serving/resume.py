@@ -1,0 +1,110 @@
+"""Open a run on disk for the one hub that serves it: lock it, replay its ledger, refuse settings that changed."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedsoda_edge.errors import UsageProblem
+from fedsoda_edge.ports.system import Lock
+from fedsoda_hub.federation import records as rec
+from fedsoda_hub.federation.schedule import Rules
+from fedsoda_hub.federation.state import RunState
+from fedsoda_hub.run.directory import RunDirectory
+from fedsoda_hub.run.ledger import Ledger
+from fedsoda_hub.run.tokens import write_secret
+from fedsoda_hub.settings.run import RunSettings, differences
+
+
+@dataclass(frozen=True)
+class ServedRun:
+    """A run that this process holds. state: its ledger, folded. admin_secret: of whoever may ask for its status."""
+
+    directory: RunDirectory
+    ledger: Ledger
+    state: RunState
+    admin_secret: str
+    lock: Lock
+
+    def close(self) -> None:
+        """Let go of the run: another hub may serve it."""
+        self.ledger.close()
+        self.lock.release()
+
+
+def resume(settings: RunSettings) -> ServedRun:
+    """Open the run of these settings, begun or not.
+
+    Raises:
+        UsageProblem: another hub has it, or it was begun with other settings.
+    """
+    directory = RunDirectory(settings.run_dir)
+    lock = directory.lock()
+    try:
+        ledger = Ledger(directory.ledger)
+    except BaseException:
+        lock.release()
+        raise
+    try:
+        state = _replayed(ledger, settings)
+        return ServedRun(directory, ledger, state, _admin_secret(directory), lock)
+    except BaseException:
+        ledger.close()
+        lock.release()
+        raise
+
+
+def _replayed(ledger: Ledger, settings: RunSettings) -> RunState:
+    """Replay; write down that the run began, and which keys changed that may."""
+    state = ledger.replay()
+    if not state.run_id:
+        _add(ledger, state, rec.RunStarted(run_id=secrets.token_hex(8), fixed=settings.fixed()))
+    changed = differences(state.fixed, settings)
+    if changed:
+        raise UsageProblem(
+            f"{Path(settings.path).name} changed since this run began: {'; '.join(changed)}. "
+            "Put it back, or give the run another name"
+        )
+    rounds = settings.rounds
+    values = {
+        "count": rounds.count,
+        "quorum": rounds.quorum,
+        "deadline_seconds": rounds.deadline_seconds,
+        "host": settings.listen.host,
+        "port": settings.listen.port,
+    }
+    last = [record.values for record in ledger.records() if isinstance(record, rec.SettingsChanged)]
+    if not last or last[-1] != values:
+        _add(ledger, state, rec.SettingsChanged(values=values))
+    return state
+
+
+def _add(ledger: Ledger, state: RunState, record: rec.AnyRecord) -> None:
+    ledger.append(record)
+    state.apply(record)
+
+
+def _admin_secret(directory: RunDirectory) -> str:
+    if not directory.admin_token.exists():
+        write_secret(directory.admin_token, secrets.token_urlsafe(32))
+    return directory.admin_token.read_text().strip()
+
+
+def rules_of(settings: RunSettings) -> Rules:
+    """Return what decides rounds."""
+    rounds = settings.rounds
+    return Rules(
+        count=rounds.count,
+        min_edges=rounds.min_edges,
+        cohort=rounds.cohort,
+        quorum=rounds.quorum,
+        deadline_seconds=rounds.deadline_seconds,
+        stall_seconds=settings.wire.stall_seconds,
+        realign_every=settings.method.realign_every,
+        reprune_every=settings.method.reprune_every,
+        seed=settings.seed,
+        has_eval=settings.eval_data is not None,
+        eval_every=settings.task.eval_every,
+        aggregation=settings.aggregation.rule,
+    )

@@ -1,0 +1,214 @@
+"""Who is connected: greet, turn messages into events, send what is decided, count what travels."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+
+import msgspec
+
+from fedsoda_edge.errors import DiskFull
+from fedsoda_edge.ports import Clock
+from fedsoda_edge.protocol import messages as ms
+from fedsoda_edge.protocol.session import Upload
+from fedsoda_hub import events as told
+from fedsoda_hub.federation import events as ev
+from fedsoda_hub.federation.schedule import Rules, trained_factor
+from fedsoda_hub.federation.state import RunState
+from fedsoda_hub.run.ledger import Ledger
+from fedsoda_hub.run.tokens import Token
+from fedsoda_hub.serving import offers
+from fedsoda_hub.serving.connection import Connection
+from fedsoda_hub.serving.first_of import first_of
+from fedsoda_hub.serving.shelf import Shelf
+from fedsoda_hub.serving.uploads import Uploads
+from fedsoda_hub.settings.run import RunSettings
+
+GOODBYE_SECONDS = 5.0  # that queued frames may take to leave at the end
+_log = logging.getLogger("fedsoda_hub.serving")
+
+
+class Roster:
+    """Connected edges. report: takes what they said as events of the machine."""
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        rules: Rules,
+        state: RunState,
+        ledger: Ledger,
+        shelf: Shelf,
+        uploads: Uploads,
+        report: Callable[[ev.Event], None],
+        say: told.Say,
+    ) -> None:
+        self.progress: dict[ms.EdgeId, ms.Progress] = {}
+        self._settings = settings
+        self._rules = rules
+        self._state = state
+        self._ledger = ledger
+        self._shelf = shelf
+        self._uploads = uploads
+        self._report = report
+        self._say = say
+        self._connections: dict[ms.EdgeId, Connection] = {}
+        self._farewelled: set[ms.EdgeId] = set()
+        self._has_farewelled = asyncio.Event()
+
+    @property
+    def connected(self) -> set[ms.EdgeId]:
+        """Ids of the connected edges."""
+        return set(self._connections)
+
+    # --- what connections ask ------------------------------------------------------------------------------
+
+    @property
+    def stall_seconds(self) -> float:
+        """How long an upload may stand still."""
+        return self._settings.wire.stall_seconds
+
+    def token(self, secret: str) -> Token | None:
+        """Return the token with this secret; None: the run does not know it."""
+        return self._ledger.tokens.find(secret)
+
+    def greet(self, connection: Connection, hello: ms.Hello) -> ms.Welcome | ms.Refusal | None:
+        """Answer a Hello; None: there is no place to note the device, and it may come again."""
+        edge = connection.edge
+        if hello.protocol != ms.PROTOCOL_VERSION:
+            return ms.Refusal(
+                reason=f"protocol mismatch: this edge speaks {hello.protocol}, the hub {ms.PROTOCOL_VERSION}; "
+                "upgrade the older side: pip install -U fedsoda",
+                fatal=True,
+            )
+        try:
+            is_its_device = self._ledger.tokens.bind(edge, hello.device_id)
+        except DiskFull as error:
+            self._say(told.DiskFull(message=str(error)))
+            return None  # a Refusal would send the edge away for good
+        if not is_its_device:
+            return ms.Refusal(
+                reason=f"the token of {edge} is already in use on another device; ask for one of your own", fatal=True
+            )
+        old = self._connections.get(edge)
+        self._connections[edge] = connection
+        if old is not None:  # the same device came back before its old connection was missed
+            old.close()
+            self._report(ev.EdgeGone(edge))  # until its Ready it is not invited
+        self._say(told.EdgeConnected(edge=edge, software=hello.software))
+        return offers.welcome(edge, self._state, self._settings, self._shelf.ref)
+
+    async def said(self, connection: Connection, message: ms.EdgeMessage | Upload) -> None:
+        """Report what an edge said."""
+        edge = connection.edge
+        match message:
+            case ms.Ready() if not 0 <= message.size_class < len(self._state.sub_llms):
+                last = len(self._state.sub_llms) - 1
+                reason = f"there is no size class {message.size_class}; this run has 0 to {last}: join again"
+                self.send(edge, ms.Refusal(reason=reason, fatal=True))
+            case ms.Ready():
+                connection.size_class = message.size_class
+                self._report(ev.EdgeReady(edge, message.size_class))
+            case ms.Resumed():
+                self._report(ev.EdgeResumed(edge))
+            case ms.Paused():
+                self._report(ev.EdgeAway(edge, "paused"))
+            case ms.Leave():
+                self._report(ev.EdgeAway(edge, "left"))
+                self._note_farewell(edge)
+                self._say(told.EdgeLeft(edge=edge, reason=message.reason))
+            case ms.Decline():
+                self._say(told.Declined(edge=edge, round=message.round, reason=message.reason))
+                self._report(ev.Declined(edge, message.round, message.reason))
+            case ms.UpdateStart():
+                self._report(ev.UploadStarted(edge, message.round))
+            case ms.Progress():
+                self.progress[edge] = message
+                self._say(told.EdgeProgress(edge=edge, **msgspec.structs.asdict(message)))
+            case Upload():
+                await self._uploaded(connection, message)
+
+    async def _uploaded(self, connection: Connection, upload: Upload) -> None:
+        """Check and store an update, then let the machine judge."""
+        edge, start, size_class = connection.edge, upload.start, connection.size_class
+        layout = self._shelf.layout(size_class, trained_factor(self._rules.aggregation, start.round))
+        try:
+            problem = await self._uploads.take(upload, layout)
+        except DiskFull as error:
+            self._say(told.DiskFull(message=str(error)))
+            self.send(edge, ms.Refusal(round=start.round, reason=str(error), retry=True))
+            self._report(ev.UploadStalled(edge))
+            return
+        self._report(
+            ev.UpdateArrived(
+                edge,
+                start.round,
+                start.base,
+                start.alignment,
+                start.digest,
+                start.num_examples,
+                start.loss,
+                problem,
+                size_class,
+            )
+        )
+
+    def ended(self, connection: Connection) -> None:
+        """Forget a connection that is over."""
+        edge = connection.edge
+        self._count_traffic(connection)
+        if self._connections.get(edge) is connection:
+            del self._connections[edge]
+            self.progress.pop(edge, None)
+            self._report(ev.EdgeGone(edge))
+            self._say(told.EdgeGone(edge=edge))
+
+    # --- what is decided -----------------------------------------------------------------------------------
+
+    def send(self, edge: ms.EdgeId, message: ms.Message) -> None:
+        """Say this to the edge, if it is connected."""
+        connection = self._connections.get(edge)
+        if connection is not None:
+            assert isinstance(message, ms.HubMessage)
+            connection.send(message)
+            if isinstance(message, ms.Farewell):
+                self._note_farewell(edge)
+
+    def _note_farewell(self, edge: ms.EdgeId) -> None:
+        self._farewelled.add(edge)
+        self._has_farewelled.set()
+
+    async def all_told(self) -> None:
+        """Return once every edge of this run was told that it is over, or left."""
+        known = {token.edge for token in self._ledger.tokens.all() if token.device and not token.revoked}
+        while not known <= self._farewelled:
+            self._has_farewelled.clear()
+            await self._has_farewelled.wait()
+
+    async def close(self, clock: Clock) -> None:
+        """End all conversations once what is queued has left; who does not read is not waited for."""
+        connections = list(self._connections.values())
+        for connection in connections:
+            connection.close()
+
+        async def flushed() -> None:
+            for connection in connections:
+                await connection.flushed.wait()
+
+        await first_of(flushed(), clock.sleep(GOODBYE_SECONDS))
+
+    # --- traffic -------------------------------------------------------------------------------------------
+
+    def _count_traffic(self, connection: Connection) -> None:
+        up, down = connection.up, connection.down
+        if up or down:
+            with contextlib.suppress(DiskFull):  # telemetry must not stop a round
+                self._ledger.add_traffic(connection.edge, max(1, self._state.round), up, down)
+        connection.up -= up
+        connection.down -= down
+
+    def flush_traffic(self) -> None:
+        """Write down what travelled so far."""
+        for connection in self._connections.values():
+            self._count_traffic(connection)

@@ -1,0 +1,75 @@
+"""Which bytes of the run an edge may ask for now, and where they lie: manifests, bundle files, views in force."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+
+from fedsoda_edge.protocol import messages as ms
+from fedsoda_edge.protocol.coded import coded_bytes, of_factor
+from fedsoda_edge.protocol.manifest import ADAPTER_LORA, EMULATOR_LORA, BundleManifest, TensorSpec
+from fedsoda_hub.federation import records as rec
+from fedsoda_hub.federation.state import RunState
+from fedsoda_hub.run.directory import RunDirectory
+
+
+class Shelf:
+    """The bundles and views of one run. `stocked` is set once the run is prepared."""
+
+    def __init__(self, directory: RunDirectory, state: RunState) -> None:
+        self.stocked = asyncio.Event()
+        self.max_update_bytes = 1
+        self._bundle = directory.bundle
+        self._blobs = directory.blobs
+        self._state = state
+        self._manifests: list[BundleManifest] = []  # in force, by size class
+        self._files: dict[str, Path] = {}
+
+    def follow(self, records: Iterable[rec.AnyRecord]) -> None:
+        """Offer the files of all bundles that the records name: an edge may still fetch one that was in force before.
+
+        The state has folded these records in.
+        """
+        named = [digest for record in records for digest in _manifests_of(record)]
+        if not named:
+            return
+        for digest in named:
+            self._files[digest] = self._blobs.path(digest)
+            for file in self._manifest(digest).files:
+                is_lora = file.name in (ADAPTER_LORA, EMULATOR_LORA)
+                self._files[file.sha256] = self._blobs.path(file.sha256) if is_lora else self._bundle / file.name
+        self._manifests = [self._manifest(one.manifest) for one in self._state.sub_llms]
+        # Names and offsets of the safetensors header: at most 256 bytes a tensor.
+        self.max_update_bytes = 4096 + max(
+            sum(256 + max(coded_bytes(spec.shape, codec) for codec in ("bf16", "int8")) for spec in one.lora.adapter)
+            for one in self._manifests
+        )
+        self.stocked.set()
+
+    def _manifest(self, digest: ms.Digest) -> BundleManifest:
+        return msgspec.json.decode(self._blobs.get(digest), type=BundleManifest)
+
+    def layout(self, size_class: int, factor: ms.Factor) -> tuple[TensorSpec, ...]:
+        """Return the tensors that an update of this size class has, where edges train this factor."""
+        return of_factor(self._manifests[size_class].lora.adapter, factor)
+
+    def ref(self, digest: ms.Digest) -> ms.BlobRef:
+        """Return a blob of the run with its size."""
+        return ms.BlobRef(digest=digest, bytes=self._blobs.path(digest).stat().st_size)
+
+    def bundle_file(self, digest: str) -> Path | None:
+        """Return where a file of a bundle lies; None: no bundle of this run has it."""
+        return self._files.get(digest)
+
+    def run_blob(self, digest: str) -> bytes | None:
+        """Return a view of the open round, or of the one before the next, or the coded step to it; None: any other."""
+        return self._blobs.get(digest) if digest in self._state.views else None
+
+
+def _manifests_of(record: rec.AnyRecord) -> tuple[ms.Digest, ...]:
+    if isinstance(record, rec.Prepared | rec.Repruned):
+        return record.manifest, *(one.manifest for one in record.smaller)
+    return ()

@@ -1,0 +1,88 @@
+"""How the run stands now, for whoever may ask: /v1/status, /metrics and the report at a run's end."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Mapping
+from typing import Protocol
+
+from fedsoda_edge.ports import Clock
+from fedsoda_edge.protocol.messages import EdgeId, Progress
+from fedsoda_hub.federation.rounds import RoundMachine
+from fedsoda_hub.run.ledger import Ledger
+from fedsoda_hub.run.status import KnownEdge, LiveStatus, live_status, run_status
+from fedsoda_hub.settings.run import RunSettings
+
+
+class Present(Protocol):
+    """Who is connected, and where each edge's local round is."""
+
+    @property
+    def connected(self) -> set[EdgeId]: ...
+    @property
+    def progress(self) -> Mapping[EdgeId, Progress]: ...
+
+
+class Standing:
+    """What the hub knows of the run. url: where it serves, once it does."""
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        machine: RoundMachine,
+        ledger: Ledger,
+        clock: Clock,
+        present: Present,
+        admin_secret: str,
+    ) -> None:
+        self.url = ""
+        self._settings = settings
+        self._machine = machine
+        self._ledger = ledger
+        self._clock = clock
+        self._present = present
+        self._admin_secret = admin_secret
+
+    def is_admin(self, secret: str) -> bool:
+        """Compare with the secret of the run's owner, in constant time."""
+        return hmac.compare_digest(secret.encode(), self._admin_secret.encode())
+
+    def due_seconds(self) -> float:
+        """Return how long the open round has until its deadline."""
+        return max(0.0, self._machine.state.deadline_at - self._clock.wall())
+
+    def status(self) -> LiveStatus:
+        """Return what is, in words and numbers."""
+        machine, settings = self._machine, self._settings
+        progress, connected = self._present.progress, self._present.connected
+        edges = [
+            KnownEdge(
+                edge=token.edge,
+                connected=token.edge in connected,
+                eligible=token.edge in machine.eligible,
+                revoked=token.revoked,
+                size_class=machine.size_classes.get(token.edge),
+                step=progress[token.edge].step if token.edge in progress else None,
+                steps=progress[token.edge].steps if token.edge in progress else None,
+            )
+            for token in self._ledger.tokens.all()
+        ]
+        is_open = machine.state.phase == "collecting"
+        return live_status(
+            run_status(settings.name, settings.rounds.count, self._ledger, machine.state),
+            edges,
+            url=self.url,
+            due_seconds=self.due_seconds() if is_open else None,
+        )
+
+    def metrics(self) -> str:
+        """Return Prometheus text."""
+        machine, state = self._machine, self._machine.state
+        values = {
+            "fedsoda_round": state.round,
+            "fedsoda_rounds_closed": len(state.losses),
+            "fedsoda_updates_accepted": len(state.accepted),
+            "fedsoda_edges_connected": len(self._present.connected),
+            "fedsoda_edges_eligible": len(machine.eligible),
+        }
+        return "".join(f"# TYPE {name} gauge\n{name} {value}\n" for name, value in values.items())

@@ -1,0 +1,77 @@
+"""Run the machine's jobs in the process that owns torch: job to child to result event, three tries."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import cast
+
+from fedsoda_edge.errors import WorkerFailed
+from fedsoda_edge.ports import TorchPort
+from fedsoda_edge.protocol.calls import Call
+from fedsoda_edge.protocol.trace import changed, went_wrong
+from fedsoda_hub import events as told
+from fedsoda_hub.federation import events as ev
+from fedsoda_hub.federation.jobs import Job, JobResult, Progress, name_of
+from fedsoda_hub.settings.open_run import OpenRun
+from fedsoda_hub.settings.run import RunSettings
+
+TRIES = 3
+_log = logging.getLogger("fedsoda_hub.serving")
+
+
+class TorchJobs:
+    """One job after the other. `opened` is set once the process has the run's settings; report takes what is done."""
+
+    def __init__(
+        self, settings: RunSettings, port: TorchPort, report: Callable[[ev.Event], None], say: told.Say
+    ) -> None:
+        self.opened = asyncio.Event()
+        self._settings = settings
+        self._port = port
+        self._report = report
+        self._say = say
+        self._waiting: asyncio.Queue[Job] = asyncio.Queue()
+
+    def start(self, job: Job) -> None:
+        """Do this job after those that wait; its result comes as JobDone."""
+        self._waiting.put_nowait(job)
+
+    async def run(self) -> None:
+        """Do jobs until cancelled.
+
+        Raises:
+            FedSODAError: trying again cannot help. WorkerFailed: the process ended three times in one job.
+        """
+        await self._open()
+        self.opened.set()
+        while True:
+            job = await self._waiting.get()
+            _log.debug(changed(f"job {name_of(job)}", "waits", "runs"))
+            result = await self._done(job)
+            _log.debug(changed(f"job {name_of(job)}", "runs", "done"))
+            self._report(ev.JobDone(job, result))
+
+    async def _open(self) -> None:
+        await self._port.call(OpenRun(settings=self._settings))
+
+    async def _done(self, job: Job) -> JobResult:
+        """Do one job. A process that ends (out of memory, say) is started again, and the job is done again."""
+        name, call = name_of(job), cast("Call[JobResult, Progress]", job)
+        tries = 0
+        while True:
+            try:
+                if self._port.pid is None:
+                    await self._open()
+                return await self._port.call(call, lambda done: self._say(told.progress_told(name, done)))
+            except WorkerFailed as error:
+                tries += 1
+                _log.debug(went_wrong(error))
+                self._say(told.ComputeFailed(job=name, message=str(error), details=error.details))
+                if tries == TRIES:
+                    raise
+
+    async def close(self) -> None:
+        """End the process."""
+        await self._port.close()
