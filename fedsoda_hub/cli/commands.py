@@ -7,13 +7,17 @@ import contextlib
 import os
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import typer
 
 from fedsoda_edge.ports.console import EXIT_HELP, finish, note, reporting
 from fedsoda_edge.ports.console import run as run_command
 from fedsoda_edge.units import human_bytes
+
+if TYPE_CHECKING:
+    from fedsoda_hub.federation.jobs import PrepareResult, Progress
 
 app = typer.Typer(help="Prepare, serve and evaluate a federated run.", epilog=EXIT_HELP, no_args_is_help=True)
 token_app = typer.Typer(help="What an edge needs to join.", no_args_is_help=True)
@@ -151,18 +155,31 @@ def prepare(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
         settings = read_settings(run)
         lock = lock_run(settings.run_dir)
         try:
-            from fedsoda_hub.evaluation.export import check_evaluation
+            from fedsoda_hub.evaluation.judge import check_evaluation
             from fedsoda_hub.preparation.prepare import Preparation
 
             check_evaluation(settings)
             with Display(jsonl=False) as display:
-                result = Preparation(
-                    settings, lambda v: display.say({"event": "progress", "job": "prepare", **v})
-                ).run()
+                result = Preparation(settings).run(lambda progress: display.say(_progress_event("prepare", progress)))
         finally:
             lock.release()
-        note(f"bundle: {settings.run_dir / 'bundle'}; {kl_sentence(result['public_kl'])}")
-        finish({"status": "ok", "bundle": str(settings.run_dir / "bundle"), **result}, as_json, False)
+        note(f"bundle: {settings.run_dir / 'bundle'}; {kl_sentence(result.sub_llms[0].public_kl)}")
+        finish({"status": "ok", "bundle": str(settings.run_dir / "bundle"), **_prepared(result)}, as_json, False)
+
+
+def _progress_event(job: str, progress: Progress) -> dict[str, Any]:
+    values = msgspec.to_builtins(progress)
+    del values["kind"]
+    return {"event": "progress", "job": job, **values}
+
+
+def _prepared(result: PrepareResult) -> dict[str, Any]:
+    """Show the result of `prepare --json`: the largest sub-LLM, and the smaller ones and the master where there are any."""
+    largest, *smaller = msgspec.to_builtins(result.sub_llms)
+    for one in smaller:
+        if one["adapter_view"] == largest["adapter_view"]:
+            one["adapter_view"] = None
+    return largest | ({"smaller": smaller, "master": result.master} if smaller else {})
 
 
 @app.command(epilog="Example: fedsoda-hub serve triage.toml --exit-when-done\n\n" + EXIT_HELP)
@@ -334,8 +351,8 @@ def export(
         from fedsoda_hub.evaluation.export import export as write_export
 
         result = write_export(settings, to, merge=merge)
-        note(f"wrote {result['export']}")
-        finish({"status": "ok", **result}, as_json, False)
+        note(f"wrote {result.export}")
+        finish({"status": "ok", **msgspec.to_builtins(result)}, as_json, False)
 
 
 @app.command(epilog="Example: fedsoda-hub evaluate triage-adapter --data eval.jsonl")
@@ -360,7 +377,7 @@ def evaluate(
     """Accuracy and loss: full model untouched, sub-LLM, plug-in."""
     with reporting(as_json, False, debug):
         from fedsoda_hub.cli.display import Display
-        from fedsoda_hub.evaluation.export import evaluate_path
+        from fedsoda_hub.evaluation.judge import evaluate_path
 
         with Display(jsonl=False) as display:
             result = evaluate_path(
@@ -372,7 +389,7 @@ def evaluate(
                 model,
                 samples,
             )
-        for sample in result.get("samples", []):
+        for sample in result.samples:
             note(f"--- {sample['prompt']}")
             for name in ("completion", "full", "sub_llm", "plug_in"):
                 if name in sample:
@@ -380,13 +397,13 @@ def evaluate(
                     note(f"{'wanted' if name == 'completion' else name:<10} {lines}")
         if samples:
             note("---")
-        for name, value in result["accuracy"].items():
+        for name, value in result.accuracy.items():
             if value is None:
                 note(f"{name:<8} not judged: the run directory is not beside this export")
                 continue
-            loss = result["loss"][name]
+            loss = result.loss[name]
             note(f"{name:<8} accuracy {value:6.1%}  loss " + ("not a number" if loss is None else f"{loss:.3f}"))
-        finish({"status": "ok", **result}, as_json, False)
+        finish({"status": "ok", **msgspec.to_builtins(result)}, as_json, False)
 
 
 @app.command(epilog="Example: fedsoda-hub report triage.toml --to triage-report")

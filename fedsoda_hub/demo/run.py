@@ -7,6 +7,7 @@ edge trained alone. Data and model are those of this folder; the rounds are the 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from typing import Any
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.ports.child import Child
 from fedsoda_edge.ports.console import note
+from fedsoda_edge.ports.disk import sha256_file
 from fedsoda_edge.protocol import commands as cmd
 from fedsoda_edge.protocol.manifest import parse_manifest
 from fedsoda_edge.protocol.messages import Digest
@@ -29,6 +31,7 @@ from fedsoda_edge.units import counted
 from fedsoda_hub.cli.display import Display
 from fedsoda_hub.demo import task
 from fedsoda_hub.local.processes import federate
+from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.settings.run import read_settings
 
 HERE = Path(__file__).resolve().parent
@@ -41,14 +44,14 @@ Say = Callable[[dict[str, Any]], None]
 
 
 def write_run(directory: Path, rounds: int, seed: int) -> Path:
-    """RUN.toml, the edges' private data and the evaluation rows; a directory that is no demo's is not touched.
+    """Write RUN.toml, the edges' private data and the evaluation rows; a directory that is not a demo's stays untouched.
 
     Raises:
         UsageProblem: the directory is another's, or cannot be made.
     """
     try:
         if directory.is_dir() and any(directory.iterdir()) and not (directory / MARK).exists():
-            raise UsageProblem(f"{directory} is not empty and no demo's; name another with --dir")
+            raise UsageProblem(f"{directory} is not empty and not a demo's; name another with --dir")
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
         (directory / MARK).touch()
@@ -111,11 +114,12 @@ port = 0                    # any free one
 
 
 def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    """Write rows as JSON Lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 async def run_demo(directory: Path, *, rounds: int, seed: int) -> dict[str, Any]:
-    """The whole job; the report of contract.md, `demo --json`."""
+    """Do the whole job, and give the report of `demo --json` (docs/guide.md (g6-json))."""
     started = time.monotonic()
     directory = directory.resolve()
     run_file = write_run(directory, rounds, seed)
@@ -146,7 +150,7 @@ async def run_demo(directory: Path, *, rounds: int, seed: int) -> dict[str, Any]
 
 
 async def _federate(directory: Path, run_file: Path, say: Say) -> tuple[float, float, dict[str, int]]:
-    """Hub and edges to the end of the run; when it was prepared, when it ended, peak memory of the edges."""
+    """Run hub and edges to the end: when the run was prepared, when it ended, peak memory of the edges."""
     times: dict[str, float] = {}
     last: dict[str, dict[str, Any]] = {}
 
@@ -174,7 +178,7 @@ async def _federate(directory: Path, run_file: Path, say: Say) -> tuple[float, f
 
 
 async def _train_alone(directory: Path, rounds: int, seed: int, say: Say) -> dict[str, Path]:
-    """Each edge trained alone for as many rounds and steps, by the same worker; its adapter LoRA as a file."""
+    """Train each edge alone for as many rounds and steps, by the same worker; give its adapter LoRA as a file."""
     done = 0
 
     async def one(office: str) -> Path:
@@ -190,7 +194,7 @@ async def _train_alone(directory: Path, rounds: int, seed: int, say: Say) -> dic
 
 async def _alone(directory: Path, office: str, rounds: int, seed: int) -> Path:
     settings = read_settings(directory / "run.toml")
-    bundle = settings.run_dir / "bundle"
+    manifest = RunDirectory(settings.run_dir).manifest
     work = directory / "alone" / office
     work.mkdir(parents=True)
     worker = Child("fedsoda_edge.worker", {"FEDSODA_THREADS": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
@@ -198,7 +202,7 @@ async def _alone(directory: Path, office: str, rounds: int, seed: int) -> Path:
         opened = await worker.call(
             cmd.Open(
                 store=str(directory / "homes" / office / "store"),
-                manifest=Digest(_sha256(bundle / "manifest.json")),
+                manifest=Digest(sha256_file(manifest)),
                 rows=cmd.Rows(
                     path=str(directory / f"{office}.jsonl"),
                     columns={},
@@ -209,7 +213,7 @@ async def _alone(directory: Path, office: str, rounds: int, seed: int) -> Path:
             )
         )
         longest = Samples(BATCH, opened.longest_ids, opened.longest_labels, opened.num_examples)
-        shape = shape_of(parse_manifest((bundle / "manifest.json").read_bytes()))
+        shape = shape_of(parse_manifest(manifest.read_bytes()))
         memory = next(plans(shape, "cpu", longest))  # the quickest: the model is small
         cache = cmd.BorderCache(directory=str(work / "border"), key=os.urandom(32).hex(), dtype="bf16", max_bytes=None)
         await worker.call(cmd.Sweep(emulator=None, cache=cache, memory=memory, room=sys.maxsize))
@@ -245,48 +249,44 @@ async def _alone(directory: Path, office: str, rounds: int, seed: int) -> Path:
         await worker.close()
 
 
-def _sha256(path: Path) -> str:
-    from fedsoda_edge.ports.disk import sha256_file
-
-    return sha256_file(path)
-
-
 def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Path], say: Say) -> dict[str, Any]:
-    """Export, and what only torch can say; this process holds no socket."""
+    """Export the run, and judge what only torch can; this process holds no socket."""
     from fedsoda_edge.data.local_data import SampleTokenizer
     from fedsoda_edge.model import delta
     from fedsoda_edge.model.bundle import Bundle
     from fedsoda_edge.model.streaming import Checkpoint
-    from fedsoda_hub.evaluation.evaluator import Evaluator, Judged, read_questions
+    from fedsoda_hub.evaluation.evaluator import Evaluator, Judged
     from fedsoda_hub.evaluation.export import export
+    from fedsoda_hub.evaluation.questions import read_questions
     from fedsoda_hub.report.page import write_report
     from fedsoda_hub.run.ledger import Ledger
     from fedsoda_hub.serving.daemon import run_status
 
     settings = read_settings(run_file)
+    of_run = RunDirectory(settings.run_dir)
     export(settings, export_to)
     written = write_report(settings, directory / "report")
-    bundle_dir = settings.run_dir / "bundle"
-    bundle = Bundle.open(bundle_dir)
+    bundle = Bundle.open(of_run.bundle)
     spec, plan = bundle.manifest.lora, bundle.plan
     source = Checkpoint.open(str(MODEL))
     assert settings.eval_data is not None
     evaluator = Evaluator(
         read_questions(settings.eval_data, settings.prompt, settings.completion),
         SampleTokenizer(MODEL / "tokenizer.json", source.fields.get("eos_token_id")),
-        report=lambda done, total: say({"event": "progress", "stage": "evaluating", "done": done, "total": total}),
     )
+
+    def evaluating(done: int, total: int) -> None:
+        say({"event": "progress", "stage": "evaluating", "done": done, "total": total})
+
     none: dict[str, Any] = {}
     accuracies = {}
     for office, path in alone.items():
         trained = delta.from_bytes(path.read_bytes(), spec.adapter)
         model = Judged(source, range(plan.border), range(plan.border, plan.num_layers), spec, none, trained)
-        accuracies[office] = evaluator.accuracy(evaluator.answers(model))
-    ledger = Ledger(settings.run_dir / "ledger.sqlite")
-    state = ledger.replay()
-    status = run_status(settings, ledger, state)
-    ledger.close()
-
+        accuracies[office] = evaluator.verdict(model, evaluating).accuracy
+    with contextlib.closing(Ledger(of_run.ledger)) as ledger:
+        state = ledger.replay()
+        status = run_status(settings, ledger, state)
     assert state.evaluation is not None, "the run has evaluation data"
 
     def count(specs: Any) -> int:
@@ -294,7 +294,7 @@ def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Pa
 
     return {
         "run": str(run_file),
-        "bundle": str(bundle_dir),
+        "bundle": str(of_run.bundle),
         "export": str(export_to),
         "report": written["report"],
         "model": str(MODEL),

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
+from torch import Tensor
 
-import fedsoda_edge.model.bundle as bundle_module
-import fedsoda_hub.preparation.full_llm as full_llm_module
-import fedsoda_hub.preparation.prepare as prepare_module
-from fedsoda_edge.ports.disk import BlobStore, write_durably
+from fedsoda_edge.model import delta
 from fedsoda_edge.protocol.messages import Digest
+from fedsoda_hub.federation.jobs import PrepareResult
 from fedsoda_hub.preparation.prepare import Preparation
+from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.settings.run import RunSettings, read_settings
 
@@ -56,11 +57,11 @@ def make_run(directory: Path, model: Path, **tables: dict[str, Any]) -> RunSetti
 
 def finish(settings: RunSettings, master: str, emulator_view: str) -> None:
     """Leave a ledger that says one round has closed with these digests."""
-    ledger = Ledger(settings.run_dir / "ledger.sqlite")
+    directory = RunDirectory(settings.run_dir)
+    ledger = Ledger(directory.ledger)
     state = ledger.replay()
     state.master, state.emulator_view, state.losses = Digest(master), Digest(emulator_view), [1.0]
-    manifest = (settings.run_dir / "bundle" / "manifest.json").read_bytes()
-    state.manifest = Digest(BlobStore(settings.run_dir / "blobs").put(manifest))
+    state.manifest = Digest(directory.blobs.put(directory.manifest.read_bytes()))
     ledger.snapshot(state)
     ledger.close()
 
@@ -71,24 +72,30 @@ class Killed(BaseException):
 
 @contextmanager
 def killed_after(writes: int) -> Iterator[None]:
-    """A prepare in here ends after so many durable writes."""
-    left = writes
+    """End a prepare in here after so many durable writes: each gives a file its name."""
+    left, replace = writes, os.replace
 
-    def write(path: Path, data: bytes) -> None:
+    def write(source: Path, target: Path) -> None:
         nonlocal left
-        write_durably(path, data)
-        left -= 1
+        is_file = Path(source).is_file()
+        replace(source, target)
+        left -= is_file
         if left == 0:
             raise Killed
 
-    with (
-        mock.patch.object(bundle_module, "write_durably", write),
-        mock.patch.object(prepare_module, "write_durably", write),
-        mock.patch.object(full_llm_module, "write_durably", write),
-        pytest.raises(Killed),
-    ):
+    with mock.patch.object(os, "replace", write), pytest.raises(Killed):
         yield
 
 
-def prepare(settings: RunSettings) -> dict[str, Any]:
+def prepare(settings: RunSettings) -> PrepareResult:
     return Preparation(settings).run()
+
+
+def public_kl(settings: RunSettings) -> dict[str, float]:
+    """Prepare a run; the public KL of its largest sub-LLM."""
+    return prepare(settings).sub_llms[0].public_kl
+
+
+def put(settings: RunSettings, tensors: Mapping[str, Tensor]) -> Digest:
+    """Leave tensors as a blob of the run, as a job names them."""
+    return Digest(RunDirectory(settings.run_dir).blobs.put(delta.to_bytes(tensors)))

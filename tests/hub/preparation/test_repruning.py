@@ -35,10 +35,12 @@ from fedsoda_hub.algorithms.methods.fedpruner import redrawn
 from fedsoda_hub.algorithms.pruning.representatives import contiguous, measure_layers, select_layers
 from fedsoda_hub.evaluation.export import export
 from fedsoda_hub.federation import events as ev
+from fedsoda_hub.federation.jobs import Progress, Reprune
 from fedsoda_hub.federation.rounds import trained_factor
 from fedsoda_hub.local import in_process
 from fedsoda_hub.plan import likely_plans
 from fedsoda_hub.preparation.prepare import Preparation, bundle_of
+from fedsoda_hub.preparation.realign import PreparedRun
 from fedsoda_hub.report.page import read_history
 from fedsoda_hub.run.ledger import Ledger, read_outcome
 from fedsoda_hub.settings.run import RunSettings, settings_for_plan, write_toml
@@ -149,7 +151,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Ran:
 
 def test_each_class_is_the_bundle_of_its_own_choice_from_one_measurement(calm: Ran, tmp_path: Path) -> None:
     made = Preparation(calm.settings)
-    measured = measure_layers(made.llm.source, made.llm.used, seed=0)
+    measured = measure_layers(made.llm.source, made.llm.text.used, seed=0)
     for number, count in enumerate((5, 3)):
         bundle = Bundle.open(calm.settings.run_dir / "bundle", number)
         assert bundle.plan.kept == bundle.plan.adapter == select_layers(measured, count, contiguous, keep_ends=True)
@@ -169,16 +171,16 @@ def test_each_class_is_the_bundle_of_its_own_choice_from_one_measurement(calm: R
         needs = (msgspec.structs.astuple(manifest.needs) for manifest in (bundle.manifest, alone))
         assert next(needs) == pytest.approx(next(needs), rel=0.01)
         assert bundle.manifest.bits_per_parameter == pytest.approx(alone.bits_per_parameter)
-    with mock.patch(
-        "fedsoda_hub.algorithms.pruning.representatives.measure_layers", side_effect=AssertionError("measured again")
-    ):
-        assert len(redrawn(Preparation(calm.settings).llm, calm.settings.method, 0, 9)) == 2
+    said: list[Progress] = []
+    result = PreparedRun(made.llm).reprune(Reprune(round=9, master=prepare(calm.settings).master), said.append)
+    assert len(result.sub_llms) == 2
+    assert said == []  # nothing is measured again
 
 
 def test_a_run_of_one_choice_has_the_files_that_it_had_before_there_were_more(tmp_path: Path, tiny_llama: Path) -> None:
     settings = make(tmp_path, tiny_llama, method={"classes": [], "reprune_every": 0})
     result = prepare(settings)
-    assert not {"master", "smaller"} & result.keys()
+    assert [sub_llm.adapter_view for sub_llm in result.sub_llms] == [result.master]
     shards = {path.name for path in (settings.run_dir / "bundle").iterdir() if path.name.startswith("layers.")}
     kept = Bundle.open(settings.run_dir / "bundle").plan.kept
     assert shards == {f"layers.{number}.safetensors" for number in kept}
@@ -189,7 +191,7 @@ def test_a_run_of_one_choice_has_the_files_that_it_had_before_there_were_more(tm
 
 def test_layers_are_drawn_before_rounds_3_and_5_by_seed_class_and_round(calm: Ran) -> None:
     made = Preparation(calm.settings)
-    measured = measure_layers(made.llm.source, made.llm.used, seed=0)
+    measured = measure_layers(made.llm.source, made.llm.text.used, seed=0)
     repruned = [record for record in records(calm.settings) if isinstance(record, ev.Repruned)]
     assert [record.round for record in repruned] == [3, 5]
     seen = set()

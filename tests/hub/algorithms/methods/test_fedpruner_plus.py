@@ -20,7 +20,8 @@ from fedsoda_edge.model import delta
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.ports.disk import BlobStore
 from fedsoda_hub.algorithms.pruning.representatives import contiguous, measure_components, select_components, spectral
-from fedsoda_hub.evaluation.export import RunJudge, export
+from fedsoda_hub.evaluation.export import export
+from fedsoda_hub.evaluation.judge import RunJudge
 from fedsoda_hub.federation.events import RoundClosed, UpdateAccepted
 from fedsoda_hub.plan import plan_report, predict
 from fedsoda_hub.preparation.prepare import Preparation
@@ -31,7 +32,7 @@ from tests.edge.model.test_bundle import pruned_by_hand
 from tests.hub.algorithms.alignment.test_oda import with_peft
 from tests.hub.algorithms.methods.test_exact import mean_nll
 from tests.hub.local.test_in_process import in_one_process
-from tests.hub.runs import WORDS, make_run, prepare
+from tests.hub.runs import WORDS, make_run, prepare, public_kl
 from tests.tiny import make_tiny
 
 METHOD: dict[str, Any] = {
@@ -62,10 +63,10 @@ def test_it_keeps_what_its_functions_choose_of_the_public_text(tmp_path: Path, t
     chosen = set()
     for choice, partition in (("contiguous", contiguous), ("spectral", partial(spectral, seed=0))):
         made = Preparation(run_of(tmp_path / choice, tiny_llama, layer_choice=choice))
-        made.work.mkdir(parents=True)
-        attention, mlp = measure_components(made.llm.source, made.llm.used, seed=0)
+        attention, mlp = measure_components(made.llm.source, made.llm.text.used, seed=0)
         kept = select_components(attention, mlp, *sizes, budget, partition)
-        [plan] = made.plans()
+        made.run()
+        plan = Bundle.open(made.directory.bundle).plan
         assert plan.kept == plan.adapter == tuple(sorted({*kept.attention, *kept.mlp}))
         assert tuple(layer for layer in plan.kept if layer not in plan.without_attention) == kept.attention
         assert tuple(layer for layer in plan.kept if layer not in plan.without_mlp) == kept.mlp
@@ -183,7 +184,7 @@ def test_two_rounds_and_what_they_leave(tmp_path: Path, tiny_llama: Path) -> Non
 @pytest.mark.parametrize("family", ["gemma3_text", "qwen3_moe"])
 def test_norms_behind_and_experts_go_with_their_half(tmp_path: Path, family: str) -> None:
     settings = run_of(tmp_path / "run", make_tiny(tmp_path / family, family))
-    result = prepare(replace(settings, lora=replace(settings.lora, targets=["q_proj", "o_proj"])))
+    kl = public_kl(replace(settings, lora=replace(settings.lora, targets=["q_proj", "o_proj"])))
     bundle = Bundle.open(settings.run_dir / "bundle")
     plan = bundle.plan
     assert plan.without_mlp
@@ -192,4 +193,4 @@ def test_norms_behind_and_experts_go_with_their_half(tmp_path: Path, family: str
         assert "self_attn" in held
         assert not any("mlp" in name or "feedforward" in name for name in held)
     assert {item.layer for item in bundle.manifest.lora.adapter} == {*plan.kept} - {*plan.without_attention}
-    assert result["public_kl"]["quantized"] == pytest.approx(result["public_kl"]["pruned"], rel=1e-6)  # 16 bits
+    assert kl["quantized"] == pytest.approx(kl["pruned"], rel=1e-6)  # 16 bits

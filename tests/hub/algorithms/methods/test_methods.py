@@ -31,7 +31,8 @@ from fedsoda_edge.worker.training import completion_loss, fine_tune
 from fedsoda_edge.worker.worker import Worker
 from fedsoda_hub.algorithms.methods.by_name import METHODS, method_of
 from fedsoda_hub.algorithms.pruning.representatives import contiguous, measure_layers, select_layers, spectral
-from fedsoda_hub.evaluation.export import export, judged_models
+from fedsoda_hub.evaluation.export import export
+from fedsoda_hub.evaluation.judge import judged_models
 from fedsoda_hub.federation.events import Realigned, RoundClosed
 from fedsoda_hub.plan import likely_plan, plan_report
 from fedsoda_hub.preparation.prepare import Preparation
@@ -43,7 +44,7 @@ from tests.edge.worker.test_training import SETTINGS, make_samples
 from tests.hub.algorithms.alignment.test_oda import with_peft
 from tests.hub.algorithms.methods.test_exact import mean_nll
 from tests.hub.evaluation.test_evaluator import QUESTIONS, evaluator, score_by_hand
-from tests.hub.runs import make_run, prepare
+from tests.hub.runs import make_run, public_kl
 from tests.hub.test_plan import MODELS
 from tests.test_federation import Federation, write_run
 
@@ -135,9 +136,9 @@ def test_fedpruner_keeps_what_its_functions_choose_of_the_public_text(tmp_path: 
     for choice, partition in (("contiguous", contiguous), ("spectral", partial(spectral, seed=0))):
         keys = {"layer_choice": choice, "drop_layers": 1}
         made = Preparation(run_of(tmp_path / choice, tiny_llama, "fedpruner", keys))
-        made.work.mkdir(parents=True)
-        measured = measure_layers(made.llm.source, made.llm.used, seed=0)
-        [plan] = made.plans()
+        measured = measure_layers(made.llm.source, made.llm.text.used, seed=0)
+        made.run()
+        plan = Bundle.open(made.directory.bundle).plan
         assert plan.kept == plan.adapter == select_layers(measured, 7, partition, keep_ends=True)
         assert plan.kept[-1] == 7 != select_layers(measured, 7, contiguous)[-1]  # no group of its own without ends
         chosen.add(plan.kept)
@@ -442,7 +443,7 @@ def run_of(directory: Path, model: Path, name: str, keys: dict[str, Any] | None 
 @pytest.mark.parametrize("name", ["fedbiot", "fedot", "fedpetuning", "fedpruner", "fedpruner+"])
 def test_a_preparation_stores_what_the_method_asks_for(tmp_path: Path, tiny_llama: Path, name: str) -> None:
     settings = run_of(tmp_path / name, tiny_llama, name, learning_rate=1e-2)
-    result = prepare(settings)
+    kl = public_kl(settings)
     bundle = Bundle.open(settings.run_dir / "bundle")
     plan, manifest = bundle.plan, bundle.manifest
     assert manifest.adapter_base == "bf16"
@@ -451,8 +452,7 @@ def test_a_preparation_stores_what_the_method_asks_for(tmp_path: Path, tiny_llam
         theirs = Checkpoint.open(str(tiny_llama)).layer(number)
         assert all(torch.equal(tensor, theirs[key]) for key, tensor in bundle.stored_layer(number).items())
     assert manifest.lora.aligned == plan.sub_emulator
-    kl = result["public_kl"]
-    ids = torch.stack(Preparation(settings).llm.held_out)
+    ids = torch.stack(Preparation(settings).llm.text.held_out)
     full: Any = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     with torch.no_grad():
         teacher = full(ids).logits.double().log_softmax(-1)
