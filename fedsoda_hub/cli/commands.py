@@ -148,7 +148,8 @@ def plan(
 def prepare(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
     """SGP, NF4 and alignment into a bundle, as the run's method has them; goes on where it stopped."""
     with reporting(as_json, False, debug):
-        from fedsoda_hub.cli.display import Display, kl_sentence
+        from fedsoda_hub.cli.display import Display
+        from fedsoda_hub.report.history import kl_sentence
         from fedsoda_hub.serving.daemon import lock_run
         from fedsoda_hub.settings.run import read_settings
 
@@ -422,10 +423,11 @@ def report(
 
         settings = read_settings(run)
         from fedsoda_hub.report.page import write_report
+        from fedsoda_hub.run.directory import RunDirectory
 
-        written = write_report(settings, to or settings.run_dir / "report")
-        note(f"wrote {written['report']} and {len(written['pictures'])} pictures beside it")
-        finish({"status": "ok", **written}, as_json, False)
+        written = write_report(settings, to or RunDirectory(settings.run_dir).report)
+        note(f"wrote {written.report} and {len(written.pictures)} pictures beside it")
+        finish({"status": "ok", **msgspec.to_builtins(written)}, as_json, False)
 
 
 @app.command(epilog="Example: fedsoda-hub compare COMPARE.toml --out comparison\n\n" + EXIT_HELP)

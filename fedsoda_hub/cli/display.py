@@ -11,6 +11,7 @@ from typing import Any
 
 from fedsoda_edge.ports.console import ProgressLine, settings_line
 from fedsoda_edge.units import counted, human_bytes, human_seconds
+from fedsoda_hub.report.history import kl_sentence
 
 
 class Display:
@@ -160,15 +161,6 @@ def _sentence(event: dict[str, Any]) -> str:
         case "stopped":
             return f"stopping on {event['signal']}"
     return ""
-
-
-def kl_sentence(kl: dict[str, float]) -> str:
-    """What pruning and then storing it took, and alignment gave back."""
-    if not kl["pruned"]:  # a full emulator's, exactly
-        return f"public KL {kl['quantized']:.3f} as stored, all layers kept"
-    solved = f"{kl['closed_form']:.3f} in closed form, " if "closed_form" in kl else ""
-    aligned = f"{kl['aligned']:.3f} aligned" if kl["aligned"] != kl["quantized"] else "not aligned"
-    return f"public KL {kl['pruned']:.3f} pruned, {kl['quantized']:.3f} as stored, {solved}{aligned}"
 
 
 def plan_table(report: dict[str, Any]) -> None:

@@ -296,7 +296,7 @@ def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Pa
         "run": str(run_file),
         "bundle": str(of_run.bundle),
         "export": str(export_to),
-        "report": written["report"],
+        "report": written.report,
         "model": str(MODEL),
         "eval_data": str(settings.eval_data),
         "accuracy": {**state.evaluation["accuracy"], "local_only": max(accuracies.values())},

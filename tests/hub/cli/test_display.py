@@ -8,7 +8,7 @@ import pytest
 
 from fedsoda_edge.ports.console import settings_line
 from fedsoda_edge.units import counted
-from fedsoda_hub.cli.display import Display, _OpenRound, kl_sentence
+from fedsoda_hub.cli.display import Display, _OpenRound
 
 OPENED = {"event": "round_opened", "round": 2, "rounds": 9, "cohort": ["a", "b"], "deadline_at": 1060.0}
 
@@ -66,13 +66,6 @@ def test_a_round_that_closed_has_no_bar(monkeypatch: pytest.MonkeyPatch) -> None
     closed = {"event": "round_closed", "round": 2, "updates": 2, "loss": 0.5, "bytes_up": 10, "bytes_down": 20}
     shown.say(closed)
     assert (len(shown.bars), shown.ended) == (count, 1)
-
-
-def test_nothing_is_said_of_an_alignment_that_a_full_emulator_does_not_need() -> None:
-    pruned = {"pruned": 0.619, "quantized": 0.631, "aligned": 0.386}
-    assert kl_sentence(pruned) == "public KL 0.619 pruned, 0.631 as stored, 0.386 aligned"
-    full = {"pruned": 0.0, "quantized": 0.012, "aligned": 0.012}
-    assert kl_sentence(full) == "public KL 0.012 as stored, all layers kept"
 
 
 def test_one_is_no_plural_and_sizes_are_written_as_everywhere(capsys: pytest.CaptureFixture[str]) -> None:

@@ -172,7 +172,7 @@ def test_two_rounds_of_real_processes(tmp_path: Path, tiny_llama: Path) -> None:
     learned = reported["full"] - reported["plug_in"]
     assert learned > 0
     assert abs(reported["sub_llm"] - reported["plug_in"]) < learned / 2
-    shown = Path(write_report(settings, tmp_path / "report")["report"]).read_text(encoding="utf-8")
+    shown = Path(write_report(settings, tmp_path / "report").report).read_text(encoding="utf-8")
     assert "8 of 8 kept" in shown
 
 

@@ -167,7 +167,7 @@ def test_two_rounds_and_what_they_leave(tmp_path: Path, tiny_llama: Path) -> Non
     assert reported["sub_llm"] < reported["full"]
     about = json.loads((tmp_path / "adapter" / "fedsoda.json").read_text())
     assert tuple(about["plan"]["without_attention"]) == plan.without_attention
-    page = Path(write_report(settings, tmp_path / "report")["report"]).read_text()
+    page = Path(write_report(settings, tmp_path / "report").report).read_text()
     assert "6 of 8 kept (1 without attention, 1 without MLP), LoRA rank 4 in 6" in page
 
     # Without choices the hub generates, through a cache of keys and values that layers without attention have no part in.
