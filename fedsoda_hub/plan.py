@@ -1,6 +1,6 @@
 """Say from shapes alone what a run of this model costs: bytes, memory, arithmetic; the paper's figures beside ours.
 
-Needs a config.json, no weights. What the paper counts (method.md 1.10), for each method: LoRA on the adapter and on
+Needs a config.json, no weights. What the paper counts (docs/methods.md (m13-counts)), for each method: LoRA on the adapter and on
 the aligned layers; a round's traffic is the adapter LoRA up and down and the emulator LoRA down once in `realign_every` rounds,
 at 4 bits a parameter without block constants; sizes in GiB at 16 bits. Its own slips: sub-LLMs are printed at 6 bits
 a parameter, which no layout of NF4 gives; FedPETuning on Qwen2 and FedBiOT count 32 and 17 layers where there are 28
@@ -40,7 +40,7 @@ CLASS_SIZES = (  # of a smaller size class
 
 @dataclass(frozen=True)
 class Rates:
-    """What an edge is taken to reach and to hold: its line, its sustained arithmetic, its samples and their ids."""
+    """What an edge is assumed to reach and to hold: its line, its sustained arithmetic, its samples and their ids."""
 
     mbit_per_second: float = 100.0
     tflop_per_second: float = 1.0
@@ -49,7 +49,7 @@ class Rates:
 
 
 def read_config(model: str | Path) -> tuple[Family, dict[str, Any], str, Path | None]:
-    """(family, allowed fields, dtype, the directory or None) of a model directory or a bare config.json.
+    """Read (family, allowed fields, dtype, the directory or None) from a model directory or a bare config.json.
 
     Raises:
         UsageProblem: it is neither, or of a family that is not supported.
@@ -72,37 +72,42 @@ def read_config(model: str | Path) -> tuple[Family, dict[str, Any], str, Path | 
 
 @dataclass(frozen=True)
 class Unmeasured:
-    """A full LLM of which nothing but the size is known (`algorithms.methods.FullLLM`)."""
+    """A full LLM of which nothing but the size is known, as methods ask about it (`algorithms/methods/interface.py`)."""
 
     num_layers: int
 
     def distances(self, num_layers: int) -> list[list[float]]:
+        """Take all layers for alike."""
         return [[0.0] * (num_layers - 1 - layer) for layer in range(num_layers)]
 
     def representatives(self, count: int, grouping: str, drawn_by: int | None = None) -> list[int]:
+        """Spread the layers evenly."""
         return evenly(self.num_layers, count)
 
     def fits(self, plan: LayerPlan) -> bool:
+        """Take every sub-LLM for small enough."""
         return True
 
     def nearest(self, plans: Sequence[LayerPlan]) -> LayerPlan:
+        """Take the first."""
         return plans[0]
 
     def components(self, count: int, grouping: str) -> tuple[list[int], list[int]]:
-        """Whole layers, which have the bytes that there is room for; what is measured may divide them otherwise."""
+        """Take whole layers, which have the bytes that there is room for; measuring may divide them otherwise."""
         layers = evenly(self.num_layers, count)
         return layers, layers
 
 
 def likely_plan(num_layers: int, settings: Method, seed: int = 0) -> LayerPlan:
-    """The largest of `likely_plans`: the only one where the run has no size classes."""
+    """Make the largest of `likely_plans`: the only one where the run has no size classes."""
     return likely_plans(num_layers, settings, seed)[0]
 
 
 def likely_plans(num_layers: int, settings: Method, seed: int = 0) -> list[LayerPlan]:
-    """A plan of this shape for each size class. Which layers a measuring method removes is known after it only; sizes
-    depend on it by the digits of their numbers in the headers of two LoRA shards, and FedPruner+'s LoRA on how it
-    divides the bytes.
+    """Make a plan of this shape for each size class, the largest first.
+
+    Which layers a measuring method removes is known only after it; sizes depend on it by the digits of their numbers in
+    the headers of two LoRA shards, and FedPruner+'s LoRA on how it divides the bytes.
 
     Raises:
         UsageProblem: it does not fit; names what does.
@@ -120,7 +125,7 @@ def predict(
     tokenizer_bytes: int = 0,
     size_class: int = 0,
 ) -> dict[str, Any]:
-    """The report of contract.md, `plan --json`, for the edges of one size class."""
+    """Predict what the edges of one size class need: the report of `plan --json` (docs/guide.md (g6-json))."""
     method, targets, rank = settings.method, settings.lora.targets, settings.lora.rank
     spec = lora_spec(settings, family, fields, plan, size_class)
     on_all = lora.specs(family, fields, range(plan.num_layers), targets, rank)
@@ -186,8 +191,9 @@ def predict(
 
 
 def _gflop(*, forward: int, backward: int, lora: int) -> float:
-    """2 per weight and token in each direction (frozen weights get no gradient), 6 per LoRA weight; without the
-    attention scores, which grow with the length."""
+    """Count 2 per weight and token in each direction (frozen weights get no gradient), 6 per LoRA weight; without the
+    attention scores, which grow with the length.
+    """
     return (2 * forward + 2 * backward + 6 * lora) / 1e9
 
 
@@ -196,7 +202,7 @@ def _parameters(module: Any) -> int:
 
 
 def _ends(family: Family, fields: dict[str, Any]) -> tuple[int, int]:
-    """Parameters outside the layers, each once; those of the head's product."""
+    """Count the parameters outside the layers, each once, and those of the head's product."""
     model = skeleton(family, build_config(family, fields, (0,)))
     head = model.get_submodule(family.head).weight.numel()
     norm = _parameters(model.get_submodule(family.norm))
@@ -209,7 +215,7 @@ def _count(specs: Iterable[TensorSpec]) -> int:
 
 
 def plan_report(model: str, settings: RunSettings, rates: Rates = Rates()) -> dict[str, Any]:
-    """`fedsoda-hub plan MODEL` with these settings; both emulators of FedSODA beside each other."""
+    """Report what `fedsoda-hub plan MODEL` says with these settings; both emulators of FedSODA beside each other."""
     family, fields, dtype, directory = read_config(model)
     tokenizer = [directory / name for name in TOKENIZER_FILES] if directory is not None else []
     tokenizer_bytes = sum(file.stat().st_size for file in tokenizer if file.exists())
@@ -251,7 +257,7 @@ def plan_report(model: str, settings: RunSettings, rates: Rates = Rates()) -> di
 
 
 def _emulator(report: dict[str, Any], realign_every: int, rates: Rates) -> dict[str, Any]:
-    """What an edge pays for what lies below the adapter, before its first step and, if realigned, again."""
+    """Say what an edge pays for what lies below the adapter, before its first step and, if realigned, again."""
     ours = report["ours"]
     sweep = ours["gflop_per_token"]["sweep"]
     return {

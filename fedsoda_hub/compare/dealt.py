@@ -20,7 +20,7 @@ MAX_LABELS = 20  # that are counted one by one
 
 
 class DealtData:
-    """Read when it is made; the questions are written to `eval_file`.
+    """Rows, dealt: read when this is made, which writes the questions to `eval_file`.
 
     parts: by split and seed, the places of each edge's rows. questions: the sha256 of `eval_file`.
 

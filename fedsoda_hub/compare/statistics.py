@@ -1,4 +1,4 @@
-"""What may be said of two accuracies: paired bootstrap intervals, and when a curve reaches a level. Plain arrays."""
+"""Say what may be said of two accuracies: paired bootstrap intervals, and when a curve reaches a level. Plain arrays."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ Array = NDArray[np.float64]  # (seeds, questions)
 
 @dataclass(frozen=True)
 class Answered:
-    """By seed and question: right is 1 where answered rightly, losses as `evaluation.Answers` has them."""
+    """Answers by seed and question: right is 1 where answered rightly, losses as `evaluator.Answers` has them."""
 
     right: Array
     losses: Array
 
 
 def difference(one: Answered, other: Answered) -> dict[str, Any]:
-    """One minus the other, accuracy in points and loss in nats a completion id, each with its paired 95 % interval and
-    whether that excludes 0."""
+    """Subtract the other from the one: accuracy in points and loss in nats a completion id, each with its paired 95 %
+    interval and whether that excludes 0.
+    """
     points, nats = _interval(100 * (one.right - other.right)), _interval(one.losses - other.losses)
     return {
         "points": points.mean,
@@ -35,17 +36,20 @@ def difference(one: Answered, other: Answered) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Interval:
+    """A mean and the ends of its 95 % interval."""
+
     mean: float
     low: float
     high: float
 
     @property
     def excludes_0(self) -> bool:
+        """Whether the interval lies on one side of 0."""
         return self.low > 0 or self.high < 0
 
 
 def _interval(gap: Array) -> Interval:
-    """Of the mean, 95 %: percentile bootstrap over seeds and questions (Efron and Tibshirani 1993, chapter 13).
+    """Find the 95 % interval of the mean: percentile bootstrap over seeds and questions (Efron and Tibshirani 1993, chapter 13).
 
     One seed cannot be drawn otherwise: the interval is then over the questions alone.
     """
@@ -60,11 +64,11 @@ def _interval(gap: Array) -> Interval:
 
 
 def mean_and_spread(values: Sequence[float]) -> dict[str, Any]:
-    """spread: the sample's standard deviation over seeds; None of a single one."""
+    """Compute mean and spread, the sample's standard deviation over seeds; None for a single one."""
     spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return {"mean": float(np.mean(values)), "spread": spread, "per_seed": list(values)}
 
 
 def first_at(level: float, curve: Sequence[tuple[int, float]]) -> int | None:
-    """The first round of (round, accuracy) at which the level is reached; None where it never is."""
+    """Find the first round of (round, accuracy) at which the level is reached; None where it never is."""
     return next((number for number, accuracy in curve if accuracy >= level - 1e-12), None)

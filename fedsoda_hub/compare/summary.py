@@ -1,4 +1,4 @@
-"""What the results of a comparison say together: one report, and its Markdown. Nothing is run or drawn here."""
+"""Say what the results of a comparison say together: one report, and its Markdown. Nothing is run or drawn here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Results = Mapping[Cell | str, dict[str, Any]]
 
 
 def summarise(comparison: Comparison, results: Results, transport: str) -> dict[str, Any]:
-    """The report of `compare --json`, but for where files lie."""
+    """Make the report of `compare --json`, except for where files lie."""
     compare = comparison.compare
     splits = {split: _of_split(comparison, results, split) for split in compare.splits}
     return {
@@ -36,7 +36,7 @@ def summarise(comparison: Comparison, results: Results, transport: str) -> dict[
 
 
 def _orderings(split: str, found: Mapping[str, Any]) -> list[str]:
-    """What a difference shows: one by accuracy, one by loss, or none."""
+    """Say what a difference shows: one line by accuracy, one by loss, or none."""
     lines = []
     if found["is_shown"]:
         better, worse = ("one", "other") if found["points"] > 0 else ("other", "one")
@@ -97,7 +97,7 @@ def _of_split(comparison: Comparison, results: Results, split: str) -> dict[str,
 
 
 def _baselines(comparison: Comparison, results: Results, split: str) -> dict[str, list[dict[str, Any]]]:
-    """Answers of each seed."""
+    """Collect the answers of each seed, by baseline."""
     compare, found = comparison.compare, {}
     if "untouched" in compare.baselines:
         found["untouched"] = [results["untouched"]["answered"]] * len(compare.seeds)
@@ -107,7 +107,7 @@ def _baselines(comparison: Comparison, results: Results, split: str) -> dict[str
 
 
 def _alone(comparison: Comparison, results: Results, split: str) -> list[list[dict[str, Any]]]:
-    """Answers of each edge trained alone, by seed."""
+    """Collect the answers of each edge trained alone, by seed."""
     if "alone" not in comparison.compare.baselines:
         return []
     return [
@@ -132,7 +132,7 @@ def _mean_loss(answered: Answered) -> dict[str, Any]:
 
 
 def _of_variant(cells: Sequence[dict[str, Any]], cohort: int) -> dict[str, Any]:
-    """Means over seeds. Bytes of `by_round` are of all edges until then; of `bytes`, of an invited edge in a round."""
+    """Take means over seeds. Bytes of `by_round` are of all edges until then; of `bytes`, of an invited edge in a round."""
     plug_in, sub_llm = (_of_seeds([cell["answered"][which] for cell in cells]) for which in ("plug_in", "sub_llm"))
     totals = {"bytes_up": 0.0, "bytes_down": 0.0}
     by_round = []
@@ -171,7 +171,7 @@ LABELS = {
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """Tables with the columns of the paper's 2, 3, 4 and 9, what is measured beside what the paper counts."""
+    """Write tables with the columns of the paper's 2, 3, 4 and 9, what is measured beside what the paper counts."""
     splits = report["splits"]
     names = list(next(iter(splits.values()))["variants"])
     parts = [

@@ -317,7 +317,9 @@ def _positions(model: Judged) -> int:
 
 
 def _generation_batches(lengths: Sequence[int], positions: int) -> list[list[int]]:
-    """Batch indices, at most GENERATION_IDS each, shorter first. What must end early goes alone, so that nothing else must."""
+    """Group indices into batches of at most GENERATION_IDS, shorter first. What must end early goes alone, so that nothing
+    else must.
+    """
     batches: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
         if not batches or lengths[i] > positions or lengths[i] * (len(batches[-1]) + 1) > GENERATION_IDS:

@@ -1,4 +1,4 @@
-"""A whole comparison of a small model: its report, its tables, and a second call that goes on."""
+"""A whole comparison of a small model: its report, its tables, and a second call that continues."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_the_page_holds_its_pictures_and_fetches_nothing(calm: tuple[Path, Path,
 
 
 def test_a_cell_finds_what_was_prepared_for_all(calm: tuple[Path, Path, dict[str, Any]]) -> None:
-    """A preparation of other settings is made anew, which nobody would notice but by the time it takes."""
+    """A preparation of other settings would be made again, which nobody would notice except by the time it takes."""
     _, out, _ = calm
     made = {path.read_text() for path in out.glob("prepared/*/run.run/prepare/fingerprint")}
     found = [path.read_text() for path in out.glob("memory/**/run.run/prepare/fingerprint")]
@@ -127,7 +127,7 @@ def test_a_second_call_does_nothing_again(
     assert compared(path, out) == report
 
 
-def test_a_comparison_that_was_stopped_goes_on_to_the_same_report(
+def test_a_comparison_that_was_stopped_continues_to_the_same_report(
     calm: tuple[Path, Path, dict[str, Any]], tmp_path: Path, tiny_llama: Path
 ) -> None:
     """Stopped after the first round of the second cell; only what is measured may differ."""

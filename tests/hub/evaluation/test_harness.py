@@ -1,6 +1,6 @@
 """lm-evaluation-harness loads an export onto the full LLM and finds what the hub reports.
 
-Its own log-likelihoods end before eos and the hub's after it (contract.md "Accuracy"), so eos is written into the
+Its own log-likelihoods end before eos and the hub's after it (docs/methods.md (m12-accuracy)), so eos is written into the
 choices here. With `peft=` it cuts the embedding to the tokenizer's length, which moves every log-likelihood of a
 checkpoint that pads its vocabulary; this one does not.
 """

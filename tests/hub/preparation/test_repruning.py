@@ -1,4 +1,4 @@
-"""FedPruner per device: each size class keeps layers of its own, drawn anew every few rounds, and all train one master."""
+"""FedPruner per device: each size class keeps layers of its own, drawn again every few rounds, and all train one master."""
 
 from __future__ import annotations
 
@@ -343,7 +343,7 @@ def fails_at(event: str, number: int) -> Say:
 
 
 @pytest.mark.parametrize("event", ["repruned", "update_accepted"])
-def test_a_hub_that_stops_after_a_draw_goes_on_to_the_same_bits(
+def test_a_hub_that_stops_after_a_draw_continues_to_the_same_bits(
     calm: Ran, tmp_path: Path, tiny_llama: Path, event: str
 ) -> None:
     rough = make(tmp_path, tiny_llama)

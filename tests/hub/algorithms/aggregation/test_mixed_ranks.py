@@ -26,7 +26,7 @@ from tests.hub.runs import make_run
 RANKS = (4, 2)
 ALPHA = 8.0
 SODA = {"groups": 1, "classes": [2], "realign_every": 2}
-PRUNER = METHOD  # drawn anew before round 3
+PRUNER = METHOD  # drawn again before round 3
 
 
 def make(directory: Path, model: Path, method: dict[str, Any]) -> RunSettings:

@@ -160,7 +160,9 @@ def test_what_closed_form_cannot_solve_is_said(tmp_path: Path, bundle: Bundle, r
     ):
         aligned(bundle, retained, attention)
     other = write(tmp_path / "bundle", make_tiny(tmp_path / "gemma", "gemma3_text"))
-    with pytest.raises(UsageProblem, match=r"gemma3_text model adds to its stream what is no output of one down_proj"):
+    with pytest.raises(
+        UsageProblem, match=r"gemma3_text model adds to its stream what is not the output of one down_proj"
+    ):
         aligned(other, retained, lora.initial(other.manifest.lora.emulator, 0))
 
 
