@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,7 @@ from fedsoda_edge.protocol.needs import edge_needs, make_shape
 from fedsoda_hub.algorithms.methods.by_name import method_of
 from fedsoda_hub.algorithms.methods.fedot import evenly
 from fedsoda_hub.preparation.full_llm import lora_spec
-from fedsoda_hub.settings.run import Method, RunSettings, with_full_emulator
-
-CLASS_SIZES = (  # of a smaller size class
-    *("bundle_bytes", "up_bytes_per_edge_round", "down_bytes_per_edge_round"),
-    *("edge_memory_bytes", "edge_vram_bytes", "edge_disk_bytes"),
-)
+from fedsoda_hub.settings.run import LoRA, Method, RunSettings, with_full_emulator
 
 
 @dataclass(frozen=True)
@@ -46,6 +41,102 @@ class Rates:
     tflop_per_second: float = 1.0
     samples: int = 1000
     ids_per_sample: int = 512
+
+
+class PaperFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """What the paper counts: LoRA parameters, and sizes at 4 bits a parameter in a round, at 16 bits of the models."""
+
+    trainable_parameters: int
+    parameters_per_round: float
+    mib_per_round: float
+    full_gib_16bit: float
+    sub_gib_16bit: float
+
+
+class Arithmetic(msgspec.Struct, frozen=True, kw_only=True):
+    """GFLOP a token: LoRA on the full model; the sub-LLM, the first time; its sweep alone; with the border cached."""
+
+    full_lora: float
+    sub_llm: float
+    sweep: float
+    cached: float
+
+
+class OurFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """What an edge holds, sends and computes here."""
+
+    bundle_bytes: int
+    bits_per_parameter: float
+    up_bytes_per_edge_round: int
+    down_bytes_per_edge_round: float
+    edge_memory_bytes: int
+    edge_vram_bytes: int
+    edge_disk_bytes: int
+    gflop_per_token: Arithmetic
+
+
+class Prediction(msgspec.Struct, frozen=True, kw_only=True):
+    """What a sub-LLM costs the edges of one size class."""
+
+    family: str
+    num_layers: int
+    kept_layers: int
+    full_parameters: int
+    sub_parameters: int
+    paper: PaperFigures
+    ours: OurFigures
+
+
+class EmulatorCosts(msgspec.Struct, frozen=True, kw_only=True):
+    """What an edge pays for what lies below the adapter, before its first step and, if realigned, again."""
+
+    kept_layers: int
+    bundle_bytes: int
+    download_seconds: float
+    sweep_gflop_per_token: float
+    sweep_seconds: float
+    realign_every: int
+    edge_memory_bytes: int
+    edge_vram_bytes: int
+    edge_disk_bytes: int
+
+
+class Emulators(msgspec.Struct, frozen=True, kw_only=True):
+    """FedSODA's two emulators beside each other."""
+
+    sub: EmulatorCosts
+    full: EmulatorCosts
+    assumed: Rates
+
+
+class SmallerClass(msgspec.Struct, frozen=True, kw_only=True):
+    """A smaller size class. groups: None where the method has none."""
+
+    groups: int | None
+    kept_layers: int
+    bundle_bytes: int
+    up_bytes_per_edge_round: int
+    down_bytes_per_edge_round: float
+    edge_memory_bytes: int
+    edge_vram_bytes: int
+    edge_disk_bytes: int
+
+
+class Planned(msgspec.Struct, frozen=True, kw_only=True):
+    """The settings that a plan is of."""
+
+    method: Method
+    lora: LoRA
+    codec: str
+
+
+class PlanReport(Prediction, frozen=True, kw_only=True):
+    """What `plan --json` says. emulators: None where the method has only one."""
+
+    model: str
+    settings: Planned
+    emulators: Emulators | None
+    smaller: tuple[SmallerClass, ...]
 
 
 def read_config(model: str | Path) -> tuple[Family, dict[str, Any], str, Path | None]:
@@ -124,7 +215,7 @@ def predict(
     settings: RunSettings,
     tokenizer_bytes: int = 0,
     size_class: int = 0,
-) -> dict[str, Any]:
+) -> Prediction:
     """Predict what the edges of one size class need: the report of `plan --json` (docs/guide.md (g6-json))."""
     method, targets, rank = settings.method, settings.lora.targets, settings.lora.rank
     spec = lora_spec(settings, family, fields, plan, size_class)
@@ -159,35 +250,35 @@ def predict(
     swept_lora = _count(item for item in spec.emulator if item.layer in plan.swept)
     swept = sum(layers[number] for number in plan.swept) + swept_lora + _count(spec.emulator) - emulator_lora
     through = resident + emulator_lora - swept_lora + head  # what gradients go through
-    return {
-        "family": family.model_type,
-        "num_layers": plan.num_layers,
-        "kept_layers": len(plan.kept),
-        "full_parameters": full,
-        "sub_parameters": sub,
-        "paper": {
-            "trainable_parameters": trainable,
-            "parameters_per_round": per_round,
-            "mib_per_round": per_round * 0.5 / 2**20,
-            "full_gib_16bit": full * 2 / 2**30,
-            "sub_gib_16bit": sub * 2 / 2**30,
-        },
-        "ours": {
-            "bundle_bytes": sum(sizes.values()) + tokenizer_bytes,
-            "bits_per_parameter": 8 * weights / sub,
-            "up_bytes_per_edge_round": adapter_bytes,
-            "down_bytes_per_edge_round": adapter_bytes + emulator_bytes / max(method.most_often, 1),
-            "edge_memory_bytes": needs.ram_bytes,
-            "edge_vram_bytes": needs.vram_bytes,
-            "edge_disk_bytes": needs.disk_bytes + tokenizer_bytes,
-            "gflop_per_token": {
-                "full_lora": _gflop(forward=full - ends + head, backward=full - ends + head, lora=_count(on_all)),
-                "sub_llm": _gflop(forward=sub - ends + head, backward=through, lora=trainable),
-                "sweep": _gflop(forward=swept, backward=0, lora=0),
-                "cached": _gflop(forward=through, backward=through, lora=trainable),
-            },
-        },
-    }
+    return Prediction(
+        family=family.model_type,
+        num_layers=plan.num_layers,
+        kept_layers=len(plan.kept),
+        full_parameters=full,
+        sub_parameters=sub,
+        paper=PaperFigures(
+            trainable_parameters=trainable,
+            parameters_per_round=per_round,
+            mib_per_round=per_round * 0.5 / 2**20,
+            full_gib_16bit=full * 2 / 2**30,
+            sub_gib_16bit=sub * 2 / 2**30,
+        ),
+        ours=OurFigures(
+            bundle_bytes=sum(sizes.values()) + tokenizer_bytes,
+            bits_per_parameter=8 * weights / sub,
+            up_bytes_per_edge_round=adapter_bytes,
+            down_bytes_per_edge_round=adapter_bytes + emulator_bytes / max(method.most_often, 1),
+            edge_memory_bytes=needs.ram_bytes,
+            edge_vram_bytes=needs.vram_bytes,
+            edge_disk_bytes=needs.disk_bytes + tokenizer_bytes,
+            gflop_per_token=Arithmetic(
+                full_lora=_gflop(forward=full - ends + head, backward=full - ends + head, lora=_count(on_all)),
+                sub_llm=_gflop(forward=sub - ends + head, backward=through, lora=trainable),
+                sweep=_gflop(forward=swept, backward=0, lora=0),
+                cached=_gflop(forward=through, backward=through, lora=trainable),
+            ),
+        ),
+    )
 
 
 def _gflop(*, forward: int, backward: int, lora: int) -> float:
@@ -214,58 +305,63 @@ def _count(specs: Iterable[TensorSpec]) -> int:
     return sum(spec.shape[0] * spec.shape[1] for spec in specs)
 
 
-def plan_report(model: str, settings: RunSettings, rates: Rates = Rates()) -> dict[str, Any]:
-    """Report what `fedsoda-hub plan MODEL` says with these settings; both emulators of FedSODA beside each other."""
+def plan_report(model: str, settings: RunSettings, rates: Rates = Rates()) -> PlanReport:
+    """Report what `fedsoda-hub plan MODEL` says with these settings; both emulators of FedSODA beside each other.
+
+    Raises:
+        UsageProblem: `model` is neither a model directory nor a config.json, or the plan does not fit it.
+    """
     family, fields, dtype, directory = read_config(model)
     tokenizer = [directory / name for name in TOKENIZER_FILES] if directory is not None else []
     tokenizer_bytes = sum(file.stat().st_size for file in tokenizer if file.exists())
 
-    def predicted(of: RunSettings) -> list[dict[str, Any]]:
+    def predicted(of: RunSettings) -> list[Prediction]:
         plans = likely_plans(int(fields["num_hidden_layers"]), of.method, of.seed)
         return [
             predict(family, fields, dtype, plan, of, tokenizer_bytes, size_class)
             for size_class, plan in enumerate(plans)
         ]
 
-    report, *smaller = predicted(settings)
+    largest, *smaller = predicted(settings)
     emulators = None
     if settings.method.name == "fedsoda":
         full = with_full_emulator(settings)
-        emulators = {
-            "sub": _emulator(report, settings.method.most_often, rates),
-            "full": _emulator(predicted(full)[0], full.method.most_often, rates),
-            "assumed": asdict(rates),
-        }
-    return {
-        "model": model,
-        "settings": {
-            "method": msgspec.to_builtins(settings.method),
-            "lora": msgspec.to_builtins(settings.lora),
-            "codec": settings.wire.codec,
-        },
-        **report,
-        "emulators": emulators,
-        "smaller": [
-            {
-                "groups": groups if settings.method.name == "fedsoda" else None,
-                "kept_layers": one["kept_layers"],
-                **{name: one["ours"][name] for name in CLASS_SIZES},
-            }
+        emulators = Emulators(
+            sub=_emulator(largest, settings.method.most_often, rates),
+            full=_emulator(predicted(full)[0], full.method.most_often, rates),
+            assumed=rates,
+        )
+    return PlanReport(
+        **msgspec.structs.asdict(largest),
+        model=model,
+        settings=Planned(method=settings.method, lora=settings.lora, codec=settings.wire.codec),
+        emulators=emulators,
+        smaller=tuple(
+            SmallerClass(
+                groups=groups if settings.method.name == "fedsoda" else None,
+                kept_layers=one.kept_layers,
+                bundle_bytes=one.ours.bundle_bytes,
+                up_bytes_per_edge_round=one.ours.up_bytes_per_edge_round,
+                down_bytes_per_edge_round=one.ours.down_bytes_per_edge_round,
+                edge_memory_bytes=one.ours.edge_memory_bytes,
+                edge_vram_bytes=one.ours.edge_vram_bytes,
+                edge_disk_bytes=one.ours.edge_disk_bytes,
+            )
             for groups, one in zip(settings.method.classes, smaller, strict=True)
-        ],
-    }
+        ),
+    )
 
 
-def _emulator(report: dict[str, Any], realign_every: int, rates: Rates) -> dict[str, Any]:
-    """Say what an edge pays for what lies below the adapter, before its first step and, if realigned, again."""
-    ours = report["ours"]
-    sweep = ours["gflop_per_token"]["sweep"]
-    return {
-        "kept_layers": report["kept_layers"],
-        "bundle_bytes": ours["bundle_bytes"],
-        "download_seconds": 8 * ours["bundle_bytes"] / (rates.mbit_per_second * 1e6),
-        "sweep_gflop_per_token": sweep,
-        "sweep_seconds": sweep * rates.samples * rates.ids_per_sample / (rates.tflop_per_second * 1e3),
-        "realign_every": realign_every,
-        **{name: ours[name] for name in ("edge_memory_bytes", "edge_vram_bytes", "edge_disk_bytes")},
-    }
+def _emulator(report: Prediction, realign_every: int, rates: Rates) -> EmulatorCosts:
+    ours, sweep = report.ours, report.ours.gflop_per_token.sweep
+    return EmulatorCosts(
+        kept_layers=report.kept_layers,
+        bundle_bytes=ours.bundle_bytes,
+        download_seconds=8 * ours.bundle_bytes / (rates.mbit_per_second * 1e6),
+        sweep_gflop_per_token=sweep,
+        sweep_seconds=sweep * rates.samples * rates.ids_per_sample / (rates.tflop_per_second * 1e3),
+        realign_every=realign_every,
+        edge_memory_bytes=ours.edge_memory_bytes,
+        edge_vram_bytes=ours.edge_vram_bytes,
+        edge_disk_bytes=ours.edge_disk_bytes,
+    )

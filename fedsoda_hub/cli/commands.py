@@ -139,7 +139,7 @@ def plan(
             lora={"rank": rank, "targets": [name.strip() for name in targets.split(",")]},
             wire={"codec": codec},
         )
-        report = plan_report(model, settings, Rates(mbit, tflops))
+        report = msgspec.to_builtins(plan_report(model, settings, Rates(mbit, tflops)))
         plan_table(report)
         finish({"status": "ok", **report}, as_json, False)
 

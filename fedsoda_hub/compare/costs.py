@@ -29,15 +29,14 @@ def costs_of(settings: RunSettings) -> dict[str, Any]:
                 planned.append(next(part["bytes"] for part in event["parts"] if part["part"] == "peak"))
             elif event.get("worker_peak_rss_bytes"):
                 measured.append(event["worker_peak_rss_bytes"])
-    flop = plan["ours"]["gflop_per_token"]
     tokens = _mean([event["num_tokens"] for event in trained.values()])
     return {
         "trainable": _count(bundle.manifest.lora),
-        "parameters_per_round": plan["paper"]["parameters_per_round"],
+        "parameters_per_round": plan.paper.parameters_per_round,
         "model_bytes": sum(file.bytes for file in bundle.manifest.files),
         "edge_memory_bytes": max(planned),
         "edge_peak_rss_bytes": max(measured, default=None),
-        "gflop_per_edge_round": flop["cached"] * tokens,
+        "gflop_per_edge_round": plan.ours.gflop_per_token.cached * tokens,
         "seconds_per_edge_round": _mean([event["seconds"] for event in trained.values()]),
     }
 

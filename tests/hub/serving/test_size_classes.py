@@ -78,12 +78,12 @@ def test_an_edge_takes_the_largest_that_its_disk_has_room_for(tmp_path: Path, ru
 
 def test_the_plan_foretells_every_class(tiny_llama: Path, run: RunSettings) -> None:
     report = plan_report(str(tiny_llama), run)
-    [foretold] = report["smaller"]
+    [foretold] = report.smaller
     small = bundles(run)[1]
-    assert (foretold["groups"], foretold["kept_layers"]) == (2, len(small.plan.kept))
-    assert foretold["bundle_bytes"] == sum(file.bytes for file in small.manifest.files)
-    assert foretold["edge_disk_bytes"] == small.manifest.needs.disk_bytes
-    assert report["ours"]["bundle_bytes"] == sum(file.bytes for file in bundles(run)[0].manifest.files)
+    assert (foretold.groups, foretold.kept_layers) == (2, len(small.plan.kept))
+    assert foretold.bundle_bytes == sum(file.bytes for file in small.manifest.files)
+    assert foretold.edge_disk_bytes == small.manifest.needs.disk_bytes
+    assert report.ours.bundle_bytes == sum(file.bytes for file in bundles(run)[0].manifest.files)
 
 
 @pytest.mark.parametrize("classes", [[1], [3, 2], [2, 2], [2, 3, 4, 5]])

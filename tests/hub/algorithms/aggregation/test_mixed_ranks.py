@@ -143,7 +143,7 @@ def test_the_plan_says_what_each_class_sends(ran: Ran, tiny_llama: Path) -> None
     report = plan_report(str(tiny_llama), ran.settings)
     accepted = {one.size_class: one.digest for one in records(ran.settings) if isinstance(one, ev.UpdateAccepted)}
     blobs = BlobStore(ran.settings.run_dir / "blobs")
-    foretold = [report["ours"]["up_bytes_per_edge_round"], report["smaller"][0]["up_bytes_per_edge_round"]]
+    foretold = [report.ours.up_bytes_per_edge_round, report.smaller[0].up_bytes_per_edge_round]
     assert foretold == [pytest.approx(len(blobs.get(accepted[number])), rel=0.01) for number in (0, 1)]
 
 

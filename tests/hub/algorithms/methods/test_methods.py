@@ -234,12 +234,12 @@ def test_the_papers_table_2_of_other_methods(
     file = tmp_path / "config.json"
     file.write_text(json.dumps(MODELS[model]))
     report = plan_report(str(file), settings_for_plan(str(file), method={"name": name}))
-    assert report["paper"]["trainable_parameters"] == trainable
-    assert report["paper"]["parameters_per_round"] == per_round
+    assert report.paper.trainable_parameters == trainable
+    assert report.paper.parameters_per_round == per_round
     layers = int(str(MODELS[model]["num_hidden_layers"]))
-    assert report["kept_layers"] == (layers if name in ("exact", "fedpetuning") else layers - 12)
-    assert report["ours"]["bits_per_parameter"] == pytest.approx(5.68 if name == "exact" else 16.0, abs=0.01)
-    assert report["emulators"] is None
+    assert report.kept_layers == (layers if name in ("exact", "fedpetuning") else layers - 12)
+    assert report.ours.bits_per_parameter == pytest.approx(5.68 if name == "exact" else 16.0, abs=0.01)
+    assert report.emulators is None
 
 
 def test_a_bottom_adapter_sends_gradients_through_every_layer(tmp_path: Path) -> None:
@@ -247,19 +247,17 @@ def test_a_bottom_adapter_sends_gradients_through_every_layer(tmp_path: Path) ->
     file = tmp_path / "config.json"
     file.write_text(json.dumps(MODELS["LLaMA3-8B"]))
     layer, head = 218_112_000, 128256 * 4096
-    found = {
-        name: plan_report(str(file), settings_for_plan(str(file), method={"name": name}))["ours"] for name in METHODS
-    }
-    flop = {name: ours["gflop_per_token"] for name, ours in found.items()}
-    assert (flop["fedot"]["sweep"], flop["fedpetuning"]["sweep"]) == (0, 0)
-    assert flop["fedbiot"]["sweep"] == pytest.approx(2 * 17 * (layer + LLAMA) / 1e9)
-    assert flop["fedot"]["cached"] == pytest.approx((4 * (20 * layer + 17 * LLAMA + head) + 18 * LLAMA) / 1e9)
-    assert flop["fedpetuning"]["cached"] == flop["fedpetuning"]["full_lora"] == flop["exact"]["full_lora"]
-    assert flop["fedbiot"]["cached"] == flop["exact"]["cached"] == flop["fedsoda"]["cached"]
+    found = {name: plan_report(str(file), settings_for_plan(str(file), method={"name": name})).ours for name in METHODS}
+    flop = {name: ours.gflop_per_token for name, ours in found.items()}
+    assert (flop["fedot"].sweep, flop["fedpetuning"].sweep) == (0, 0)
+    assert flop["fedbiot"].sweep == pytest.approx(2 * 17 * (layer + LLAMA) / 1e9)
+    assert flop["fedot"].cached == pytest.approx((4 * (20 * layer + 17 * LLAMA + head) + 18 * LLAMA) / 1e9)
+    assert flop["fedpetuning"].cached == flop["fedpetuning"].full_lora == flop["exact"].full_lora
+    assert flop["fedbiot"].cached == flop["exact"].cached == flop["fedsoda"].cached
     # On a CPU 16-bit layers are widened to fp32.
-    assert found["fedpetuning"]["edge_memory_bytes"] > 4 * 32 * layer
-    assert 4 * 20 * layer < found["fedot"]["edge_memory_bytes"] < 4 * 21 * layer + 4 * 2**30
-    assert found["fedbiot"]["edge_memory_bytes"] < 4 * 5 * layer + 2 * 2**30
+    assert found["fedpetuning"].edge_memory_bytes > 4 * 32 * layer
+    assert 4 * 20 * layer < found["fedot"].edge_memory_bytes < 4 * 21 * layer + 4 * 2**30
+    assert found["fedbiot"].edge_memory_bytes < 4 * 5 * layer + 2 * 2**30
 
 
 # --- an edge's gradients -----------------------------------------------------------------------------------
