@@ -455,9 +455,9 @@ def compare(
 
         with Display(jsonl) as display:
             report = run_comparison(comparison, out or file.with_suffix(".compare"), transport.value, display.say)
-        note(Path(report["markdown"]).read_text(encoding="utf-8"))
-        note(f"wrote {report['report']} and {len(report['pictures'])} pictures beside it")
-        finish({"status": "ok", **report}, as_json, jsonl)
+        note(Path(report.markdown).read_text(encoding="utf-8"))
+        note(f"wrote {report.report} and {len(report.pictures)} pictures beside it")
+        finish({"status": "ok", **msgspec.to_builtins(report)}, as_json, jsonl)
 
 
 def main() -> None:

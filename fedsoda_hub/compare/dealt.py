@@ -12,6 +12,7 @@ from typing import Any
 from fedsoda_edge.data.local_data import LocalData
 from fedsoda_edge.errors import DataProblem
 from fedsoda_edge.ports.disk import write_durably
+from fedsoda_hub.compare.results import EdgeRows
 from fedsoda_hub.compare.settings import Comparison
 from fedsoda_hub.compare.splits import choose, deal
 
@@ -76,14 +77,14 @@ class DealtData:
         parts = self.parts[split, seed]
         return {f"edge-{number:0{len(str(len(parts) - 1))}d}": part for number, part in enumerate(parts)}
 
-    def described(self, split: str, seed: int) -> dict[str, dict[str, Any]]:
+    def described(self, split: str, seed: int) -> dict[str, EdgeRows]:
         """Count each edge's rows, and its rows of each label where there are few labels."""
         label = self._comparison.compare.label
         found = {}
         for name, part in self.named(split, seed).items():
             labels = Counter(str(row[label]) if label else self._completion.render(row) for row in self.rows(part))
             few = dict(sorted(labels.items())) if len(labels) <= MAX_LABELS else {}
-            found[name] = {"rows": len(part), "labels": few}
+            found[name] = EdgeRows(rows=len(part), labels=few)
         return found
 
 

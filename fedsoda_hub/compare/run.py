@@ -30,9 +30,10 @@ from fedsoda_hub.compare.central import train_central
 from fedsoda_hub.compare.costs import costs_of
 from fedsoda_hub.compare.dealt import DealtData, write_rows
 from fedsoda_hub.compare.pictures import write_pages
+from fedsoda_hub.compare.results import Answers, CellResult, Judged, Results, RoundResult, WrittenReport
 from fedsoda_hub.compare.settings import Cell, Comparison
 from fedsoda_hub.compare.summary import summarise
-from fedsoda_hub.evaluation.evaluator import Judged
+from fedsoda_hub.evaluation import evaluator
 from fedsoda_hub.evaluation.judge import RunJudge
 from fedsoda_hub.federation.events import Prepared, RoundClosed
 from fedsoda_hub.local import in_process, processes
@@ -43,8 +44,8 @@ from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.settings.run import RunSettings, write_toml
 
 Say = Callable[[dict[str, Any]], None]
-Result = dict[str, Any]
 T = TypeVar("T")
+K = TypeVar("K", CellResult, Judged)
 MAX_LOSS = 1e4  # nats; of a model that says no number
 
 
@@ -52,7 +53,7 @@ class Stopped(Exception):
     """A signal came; what was done is kept."""
 
 
-def run_comparison(comparison: Comparison, out: Path, transport: str, say: Say) -> Result:
+def run_comparison(comparison: Comparison, out: Path, transport: str, say: Say) -> WrittenReport:
     """Do what is not done, and write the report of `compare --json` to `out`, with its pages and pictures.
 
     Raises:
@@ -68,9 +69,11 @@ def run_comparison(comparison: Comparison, out: Path, transport: str, say: Say) 
     except Stopped:
         raise KeyboardInterrupt if run.signal == "SIGINT" else Terminated from None
     report = summarise(comparison, results, transport)
-    report |= write_pages(report, run.plans(), run.out)
-    write_durably_json(run.out / "compare.json", report)
-    return {**report, "results": str(run.out / "compare.json")}
+    pages = write_pages(report, run.plans(), run.out)
+    file = run.out / "compare.json"
+    write_durably_json(file, msgspec.to_builtins(report) | msgspec.to_builtins(pages))
+    asdict = msgspec.structs.asdict
+    return WrittenReport(**asdict(report), **asdict(pages), results=str(file))
 
 
 class _Run:
@@ -88,8 +91,8 @@ class _Run:
 
     # --- all of it -------------------------------------------------------------------------------------------
 
-    async def results(self) -> dict[Cell | str, Result]:
-        """Give the results of all cells, and by name those of what is not federated."""
+    async def results(self) -> Results:
+        """Give the results of all cells, and of what is not federated."""
         loop = asyncio.get_running_loop()
         self._stop = loop.create_future()
 
@@ -111,19 +114,19 @@ class _Run:
         rates = c.central_learning_rates or [base.local.learning_rate]
         central = [(s, seed) for seed in c.seeds for s in c.splits] if "central" in c.baselines else []
         self._total = sum(self._units(cell) for cell in cells) + len(central) * len(rates) * base.rounds.count + 1
-        results: dict[Cell | str, Result] = {}
+        results = Results()
         for cell in cells:
             self._what = str(cell)
-            results[cell] = await self._cell(cell)
+            results.cells[cell] = await self._cell(cell)
         for split, seed in central:
             self._what = f"central, {split}, seed {seed}"
-            results[f"central {split} {seed}"] = await self._central(split, seed, rates)
+            results.central[split, seed] = (await self._central(split, seed, rates)).answered
         if "untouched" in c.baselines:
             self._what = "untouched"
-            results["untouched"] = await self._untouched()
+            results.untouched = (await self._untouched()).answered
         self._advance(self._total - self._done)
         for split, seed in self._data.parts:
-            results[f"dealt {split} {seed}"] = self._data.described(split, seed)
+            results.dealt[split, seed] = self._data.described(split, seed)
         return results
 
     def plans(self) -> dict[str, LayerPlan]:
@@ -155,7 +158,7 @@ class _Run:
 
     # --- a cell ------------------------------------------------------------------------------------------------
 
-    async def _cell(self, cell: Cell) -> Result:
+    async def _cell(self, cell: Cell) -> CellResult:
         """Run and judge one cell, unless it is done."""
         names = self._data.named(cell.split, cell.seed)
         if cell.alone is not None:
@@ -164,7 +167,7 @@ class _Run:
         directory = settings.directory
         fingerprint = await self._in_thread(lambda: self._fingerprint(settings, names))
         done, before = directory / "result.json", self._done
-        result = _kept(done, fingerprint)
+        result = _kept(done, fingerprint, CellResult)
         if result is None:
             started = time.monotonic()
             # A run knows its model by its place: what was begun with another copy of the same model begins again.
@@ -179,9 +182,9 @@ class _Run:
             if self._stop.done():
                 raise Stopped
             result = await self._in_thread(lambda: self._result(cell, settings))
-            write_durably_json(done, {"fingerprint": fingerprint, **result})
+            _keep(done, fingerprint, result)
             shutil.rmtree(directory / "homes", ignore_errors=True)  # a bundle and border states of each edge
-            said = {"event": "cell", "cell": str(cell), "accuracy": result["rounds"][-1]["accuracy"]}
+            said = {"event": "cell", "cell": str(cell), "accuracy": result.rounds[-1].accuracy}
             self._say({**said, "seconds": time.monotonic() - started})
         self._advance(before + self._units(cell) - self._done)
         return result
@@ -263,41 +266,45 @@ class _Run:
 
     # --- what came of it -----------------------------------------------------------------------------------------
 
-    def _result(self, cell: Cell, settings: RunSettings) -> Result:
+    def _result(self, cell: Cell, settings: RunSettings) -> CellResult:
         with contextlib.closing(Ledger(RunDirectory(settings.run_dir).ledger)) as ledger:
             records, traffic, state = ledger.records(), ledger.traffic(), ledger.replay()
         closed = [record for record in records if isinstance(record, RoundClosed)]
         judge, every = self._judge(settings), self.comparison.compare.eval_every
-        rounds: list[Result] = []
+        rounds: list[RoundResult] = []
+        answered: dict[str, Answers] = {}
         for record in closed:
             is_last = record.round == settings.rounds.count
-            answered: Result | None = None
+            accuracy = None
             if is_last or (every and record.round % every == 0 and cell.alone is None):
                 self._alive()
                 models = judge.models(record.master, state.emulator_view, state.manifest)
-                answered = self._answered(judge, models["plug_in"])
+                answered["plug_in"] = self._answered(judge, models["plug_in"])
+                accuracy = answered["plug_in"].share
             sizes = [(up, down) for _, number, up, down in traffic if number == record.round]
             rounds.append(
-                {
-                    "round": record.round,
-                    "master": record.master,
-                    "accuracy": None if answered is None else _share(answered),
-                    "bytes_up": sum(up for up, _ in sizes),
-                    "bytes_down": sum(down for _, down in sizes),
-                }
+                RoundResult(
+                    round=record.round,
+                    master=record.master,
+                    accuracy=accuracy,
+                    bytes_up=sum(up for up, _ in sizes),
+                    bytes_down=sum(down for _, down in sizes),
+                )
             )
-        result: Result = {
-            "cell": str(cell),
-            "edges": settings.rounds.min_edges,
-            "rounds": rounds,
-            "answered": {"plug_in": answered},
-        }
+        public_kl, costs = None, None
         if cell.alone is None:
-            result["answered"]["sub_llm"] = self._answered(judge, models["sub_llm"])
-            result["public_kl"] = next(record.public_kl for record in records if isinstance(record, Prepared))
-            result["costs"] = costs_of(settings)
+            answered["sub_llm"] = self._answered(judge, models["sub_llm"])
+            public_kl = next(record.public_kl for record in records if isinstance(record, Prepared))
+            costs = costs_of(settings)
         judge.forget(models)
-        return result
+        return CellResult(
+            cell=str(cell),
+            edges=settings.rounds.min_edges,
+            rounds=rounds,
+            answered=answered,
+            public_kl=public_kl,
+            costs=costs,
+        )
 
     def _judge(self, settings: RunSettings) -> RunJudge:
         """Share questions and the full model's border states among all cells that ask alike."""
@@ -308,29 +315,29 @@ class _Run:
             self._judges[key] = RunJudge(settings, self._data.eval_file)
         return self._judges[key].of(settings.run_dir)
 
-    def _answered(self, judge: RunJudge, model: Judged) -> Result:
-        """Let a model answer. right: a 1 or 0 for each question. losses: as `Answers` has them; JSON has no NaN."""
+    def _answered(self, judge: RunJudge, model: evaluator.Judged) -> Answers:
+        """Let a model answer the questions."""
         answers = judge.evaluator.answers(model, self._alive)
-        losses = answers.losses.nan_to_num(MAX_LOSS).clamp(max=MAX_LOSS)
-        return {
-            "right": "".join("01"[right] for right in judge.evaluator.right(answers)),
-            "losses": [round(loss, 6) for loss in losses.tolist()],
-        }
+        losses = answers.losses.nan_to_num(MAX_LOSS).clamp(max=MAX_LOSS)  # JSON has no NaN
+        return Answers(
+            right="".join("01"[right] for right in judge.evaluator.right(answers)),
+            losses=[round(loss, 6) for loss in losses.tolist()],
+        )
 
     # --- what is not federated -------------------------------------------------------------------------------------
 
-    async def _untouched(self) -> Result:
+    async def _untouched(self) -> Judged:
         first = Cell(self.comparison.baseline_of, self.comparison.compare.splits[0], self.comparison.compare.seeds[0])
         settings = self._prepared(self._settings_of(first, 1))
 
-        def judged() -> Result:
+        def judged() -> Judged:
             self._prepare(settings)
             judge = self._judge(settings)
-            return {"answered": self._answered(judge, judge.judged({}, {})["full"])}
+            return Judged(answered=self._answered(judge, judge.judged({}, {})["full"]))
 
         return await self._once("untouched", self._fingerprint(settings, {}), judged)
 
-    async def _central(self, split: str, seed: int, rates: Sequence[float]) -> Result:
+    async def _central(self, split: str, seed: int, rates: Sequence[float]) -> Judged:
         """Judge central training with each rate; the best by these very answers: a ceiling, not a rival."""
         parts = self._data.parts[split, seed]
         settings = self._settings_of(Cell(self.comparison.baseline_of, split, seed), len(parts))
@@ -341,7 +348,7 @@ class _Run:
             self._alive()
             self._advance()
 
-        def judged() -> Result:
+        def judged() -> Judged:
             self._prepare(prepared)
             data = self.out / "judged" / "central.jsonl"
             write_rows(data, self._data.rows(rows))
@@ -350,8 +357,8 @@ class _Run:
             answered = {
                 rate: self._answered(judge, judge.judged(adapter, {})["plug_in"]) for rate, adapter in trained.items()
             }
-            best = max(rates, key=lambda rate: _share(answered[rate]))
-            return {"answered": answered[best], "learning_rate": best}
+            best = max(rates, key=lambda rate: answered[rate].share)
+            return Judged(answered=answered[best], learning_rate=best)
 
         about = json.dumps([list(rates), sorted(map(len, parts))])
         fingerprint = self._fingerprint(settings, {about: rows})
@@ -359,23 +366,27 @@ class _Run:
         self._advance(before + len(rates) * settings.rounds.count - self._done)
         return result
 
-    async def _once(self, name: str, fingerprint: str, work: Callable[[], Result]) -> Result:
+    async def _once(self, name: str, fingerprint: str, work: Callable[[], Judged]) -> Judged:
         path = self.out / "judged" / f"{name}.json"
-        result = _kept(path, fingerprint)
+        result = _kept(path, fingerprint, Judged)
         if result is None:
             self._alive()
             result = await self._in_thread(work)
-            write_durably_json(path, {"fingerprint": fingerprint, **result})
+            _keep(path, fingerprint, result)
         return result
 
 
-def _kept(path: Path, fingerprint: str) -> Result | None:
+def _keep(path: Path, fingerprint: str, result: CellResult | Judged) -> None:
+    write_durably_json(path, {"fingerprint": fingerprint, **msgspec.to_builtins(result)})
+
+
+def _kept(path: Path, fingerprint: str, kind: type[K]) -> K | None:
     """Find a result that is there and of these settings and data."""
     try:
-        found: Result = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    return found if found.pop("fingerprint") == fingerprint else None
+    return msgspec.convert(found, kind) if found["fingerprint"] == fingerprint else None
 
 
 def _link(source: str, target: str) -> None:
@@ -384,8 +395,3 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
-
-
-def _share(answered: Result) -> float:
-    right: str = answered["right"]
-    return right.count("1") / len(right)

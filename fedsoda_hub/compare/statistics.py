@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fedsoda_hub.compare.results import Difference, LossDifference, Spread
 
 DRAWS = 2000
 Array = NDArray[np.float64]  # (seeds, questions)
@@ -21,17 +22,17 @@ class Answered:
     losses: Array
 
 
-def difference(one: Answered, other: Answered) -> dict[str, Any]:
+def difference(one: Answered, other: Answered) -> Difference:
     """Subtract the other from the one: accuracy in points and loss in nats a completion id, each with its paired 95 %
     interval and whether that excludes 0.
     """
     points, nats = _interval(100 * (one.right - other.right)), _interval(one.losses - other.losses)
-    return {
-        "points": points.mean,
-        "interval_95": [points.low, points.high],
-        "is_shown": points.excludes_0,
-        "loss": {"nats": nats.mean, "interval_95": [nats.low, nats.high], "is_shown": nats.excludes_0},
-    }
+    return Difference(
+        points=points.mean,
+        interval_95=(points.low, points.high),
+        is_shown=points.excludes_0,
+        loss=LossDifference(nats=nats.mean, interval_95=(nats.low, nats.high), is_shown=nats.excludes_0),
+    )
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,10 @@ def _interval(gap: Array) -> Interval:
     return Interval(float(gap.mean()), float(low), float(high))
 
 
-def mean_and_spread(values: Sequence[float]) -> dict[str, Any]:
+def mean_and_spread(values: Sequence[float]) -> Spread:
     """Compute mean and spread, the sample's standard deviation over seeds; None for a single one."""
     spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return {"mean": float(np.mean(values)), "spread": spread, "per_seed": list(values)}
+    return Spread(mean=float(np.mean(values)), spread=spread, per_seed=list(values))
 
 
 def first_at(level: float, curve: Sequence[tuple[int, float]]) -> int | None:

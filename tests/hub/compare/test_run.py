@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from fedsoda_edge.errors import DataProblem, UsageProblem
 from fedsoda_hub.compare import run as run_module
+from fedsoda_hub.compare.results import CompareReport
 from fedsoda_hub.compare.run import run_comparison
 from fedsoda_hub.compare.settings import read_comparison
 from fedsoda_hub.compare.summary import markdown
@@ -27,7 +29,8 @@ def compared(path: Path, out: Path, events: list[dict[str, Any]] | None = None) 
         if events is not None:
             events.append(event)
 
-    return run_comparison(read_comparison(path), out, "memory", say)
+    report: dict[str, Any] = msgspec.to_builtins(run_comparison(read_comparison(path), out, "memory", say))
+    return report
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +79,7 @@ def test_the_tables_have_the_papers_columns(calm: tuple[Path, Path, dict[str, An
 
 def test_orderings_are_claimed_only_where_the_interval_excludes_0(calm: tuple[Path, Path, dict[str, Any]]) -> None:
     _, _, report = calm
-    assert "None.\n" in markdown({**report, "orderings": []})
+    assert "None.\n" in markdown(msgspec.convert({**report, "orderings": []}, CompareReport))
     of = report["splits"]["iid"]
     for found in of["differences"]:
         claims = [line for line in report["orderings"] if found["one"] in line and found["other"] in line]
