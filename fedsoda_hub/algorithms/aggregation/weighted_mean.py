@@ -2,7 +2,7 @@
 
 FedAvg (McMahan et al. 2017, arXiv 1602.05629, Algorithm 1), A and B apart, so the result is not the mean of
 the products B @ A (arXiv 2410.09432). Edges may keep different layers: each tensor is averaged over those that hold it
-(FedRA, arXiv 2311.11227). Which updates belong to a round is the ledger's business.
+(FedRA, arXiv 2311.11227). Which updates belong to a round the ledger says.
 """
 
 from __future__ import annotations
