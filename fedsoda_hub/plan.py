@@ -1,6 +1,6 @@
 """Say from shapes alone what a run of this model costs: bytes, memory, arithmetic; the paper's figures beside ours.
 
-Needs a config.json, no weights. What the paper counts (method.md 1.10), for each method: LoRA on the adapter and on
+Needs a config.json, no weights. What the paper counts (docs/methods.md (m13-counts)), for each method: LoRA on the adapter and on
 the aligned layers; a round's traffic is the adapter LoRA up and down and the emulator LoRA down once in `realign_every` rounds,
 at 4 bits a parameter without block constants; sizes in GiB at 16 bits. Its own slips: sub-LLMs are printed at 6 bits
 a parameter, which no layout of NF4 gives; FedPETuning on Qwen2 and FedBiOT count 32 and 17 layers where there are 28
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +34,107 @@ from fedsoda_hub.preparation.full_llm import lora_spec
 from fedsoda_hub.settings.combine import with_full_emulator
 from fedsoda_hub.settings.rates import Rates
 from fedsoda_hub.settings.run import RunSettings
-from fedsoda_hub.settings.tables import Method
+from fedsoda_hub.settings.tables import LoRA, Method
 
-CLASS_SIZES = (  # of a smaller size class
-    *("bundle_bytes", "up_bytes_per_edge_round", "down_bytes_per_edge_round"),
-    *("edge_memory_bytes", "edge_vram_bytes", "edge_disk_bytes"),
-)
+
+class PaperFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """What the paper counts: LoRA parameters, and sizes at 4 bits a parameter in a round, at 16 bits of the models."""
+
+    trainable_parameters: int
+    parameters_per_round: float
+    mib_per_round: float
+    full_gib_16bit: float
+    sub_gib_16bit: float
+
+
+class Arithmetic(msgspec.Struct, frozen=True, kw_only=True):
+    """GFLOP a token: LoRA on the full model; the sub-LLM, the first time; its sweep alone; with the border cached."""
+
+    full_lora: float
+    sub_llm: float
+    sweep: float
+    cached: float
+
+
+class OurFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """What an edge holds, sends and computes here."""
+
+    bundle_bytes: int
+    bits_per_parameter: float
+    up_bytes_per_edge_round: int
+    down_bytes_per_edge_round: float
+    edge_memory_bytes: int
+    edge_vram_bytes: int
+    edge_disk_bytes: int
+    gflop_per_token: Arithmetic
+
+
+class Prediction(msgspec.Struct, frozen=True, kw_only=True):
+    """What a sub-LLM costs the edges of one size class."""
+
+    family: str
+    num_layers: int
+    kept_layers: int
+    full_parameters: int
+    sub_parameters: int
+    paper: PaperFigures
+    ours: OurFigures
+
+
+class EmulatorCosts(msgspec.Struct, frozen=True, kw_only=True):
+    """What an edge pays for what lies below the adapter, before its first step and, if realigned, again."""
+
+    kept_layers: int
+    bundle_bytes: int
+    download_seconds: float
+    sweep_gflop_per_token: float
+    sweep_seconds: float
+    realign_every: int
+    edge_memory_bytes: int
+    edge_vram_bytes: int
+    edge_disk_bytes: int
+
+
+class Emulators(msgspec.Struct, frozen=True, kw_only=True):
+    """FedSODA's two emulators beside each other."""
+
+    sub: EmulatorCosts
+    full: EmulatorCosts
+    assumed: Rates
+
+
+class SmallerClass(msgspec.Struct, frozen=True, kw_only=True):
+    """A smaller size class. groups: None where the method has none."""
+
+    groups: int | None
+    kept_layers: int
+    bundle_bytes: int
+    up_bytes_per_edge_round: int
+    down_bytes_per_edge_round: float
+    edge_memory_bytes: int
+    edge_vram_bytes: int
+    edge_disk_bytes: int
+
+
+class Planned(msgspec.Struct, frozen=True, kw_only=True):
+    """The settings that a plan is of."""
+
+    method: Method
+    lora: LoRA
+    codec: str
+
+
+class PlanReport(Prediction, frozen=True, kw_only=True):
+    """What `plan --json` says. emulators: None where the method has only one."""
+
+    model: str
+    settings: Planned
+    emulators: Emulators | None
+    smaller: tuple[SmallerClass, ...]
 
 
 def read_config(model: str | Path) -> tuple[Family, dict[str, Any], str, Path | None]:
-    """(family, allowed fields, dtype, the directory or None) of a model directory or a bare config.json.
+    """Read (family, allowed fields, dtype, the directory or None) from a model directory or a bare config.json.
 
     Raises:
         UsageProblem: it is neither, or of a family that is not supported.
@@ -66,37 +157,42 @@ def read_config(model: str | Path) -> tuple[Family, dict[str, Any], str, Path | 
 
 @dataclass(frozen=True)
 class Unmeasured:
-    """A full LLM of which nothing but the size is known (`algorithms.methods.FullLLM`)."""
+    """A full LLM of which nothing but the size is known, as methods ask about it (`algorithms/methods/interface.py`)."""
 
     num_layers: int
 
     def distances(self, num_layers: int) -> list[list[float]]:
+        """Take all layers for alike."""
         return [[0.0] * (num_layers - 1 - layer) for layer in range(num_layers)]
 
     def representatives(self, count: int, grouping: str, drawn_by: int | None = None) -> list[int]:
+        """Spread the layers evenly."""
         return evenly(self.num_layers, count)
 
     def fits(self, plan: LayerPlan) -> bool:
+        """Take every sub-LLM for small enough."""
         return True
 
     def nearest(self, plans: Sequence[LayerPlan]) -> LayerPlan:
+        """Take the first."""
         return plans[0]
 
     def components(self, count: int, grouping: str) -> tuple[list[int], list[int]]:
-        """Whole layers, which have the bytes that there is room for; what is measured may divide them otherwise."""
+        """Take whole layers, which have the bytes that there is room for; measuring may divide them otherwise."""
         layers = evenly(self.num_layers, count)
         return layers, layers
 
 
 def likely_plan(num_layers: int, settings: Method, seed: int = 0) -> LayerPlan:
-    """The largest of `likely_plans`: the only one where the run has no size classes."""
+    """Make the largest of `likely_plans`: the only one where the run has no size classes."""
     return likely_plans(num_layers, settings, seed)[0]
 
 
 def likely_plans(num_layers: int, settings: Method, seed: int = 0) -> list[LayerPlan]:
-    """A plan of this shape for each size class. Which layers a measuring method removes is known after it only; sizes
-    depend on it by the digits of their numbers in the headers of two LoRA shards, and FedPruner+'s LoRA on how it
-    divides the bytes.
+    """Make a plan of this shape for each size class, the largest first.
+
+    Which layers a measuring method removes is known only after it; sizes depend on it by the digits of their numbers in
+    the headers of two LoRA shards, and FedPruner+'s LoRA on how it divides the bytes.
 
     Raises:
         UsageProblem: it does not fit; names what does.
@@ -118,8 +214,8 @@ def predict(
     settings: RunSettings,
     tokenizer_bytes: int = 0,
     size_class: int = 0,
-) -> dict[str, Any]:
-    """The report of contract.md, `plan --json`, for the edges of one size class."""
+) -> Prediction:
+    """Predict what the edges of one size class need: the report of `plan --json` (docs/guide.md (g6-json))."""
     method, targets, rank = settings.method, settings.lora.targets, settings.lora.rank
     spec = lora_spec(settings, family, fields, plan, size_class)
     on_all = lora.specs(family, fields, range(plan.num_layers), targets, rank)
@@ -154,40 +250,41 @@ def predict(
     swept_lora = _count(item for item in spec.emulator if item.layer in plan.swept)
     swept = sum(layers[number] for number in plan.swept) + swept_lora + _count(spec.emulator) - emulator_lora
     through = resident + emulator_lora - swept_lora + head  # what gradients go through
-    return {
-        "family": family.model_type,
-        "num_layers": plan.num_layers,
-        "kept_layers": len(plan.kept),
-        "full_parameters": full,
-        "sub_parameters": sub,
-        "paper": {
-            "trainable_parameters": trainable,
-            "parameters_per_round": per_round,
-            "mib_per_round": per_round * 0.5 / 2**20,
-            "full_gib_16bit": full * 2 / 2**30,
-            "sub_gib_16bit": sub * 2 / 2**30,
-        },
-        "ours": {
-            "bundle_bytes": sum(sizes.values()) + tokenizer_bytes,
-            "bits_per_parameter": 8 * weights / sub,
-            "up_bytes_per_edge_round": adapter_bytes,
-            "down_bytes_per_edge_round": adapter_bytes + emulator_bytes / max(every, 1),
-            "edge_memory_bytes": needs.ram_bytes,
-            "edge_vram_bytes": needs.vram_bytes,
-            "edge_disk_bytes": needs.disk_bytes + tokenizer_bytes,
-            "gflop_per_token": {
-                "full_lora": _gflop(forward=full - ends + head, backward=full - ends + head, lora=_count(on_all)),
-                "sub_llm": _gflop(forward=sub - ends + head, backward=through, lora=trainable),
-                "sweep": _gflop(forward=swept, backward=0, lora=0),
-                "cached": _gflop(forward=through, backward=through, lora=trainable),
-            },
-        },
-    }
+    return Prediction(
+        family=family.model_type,
+        num_layers=plan.num_layers,
+        kept_layers=len(plan.kept),
+        full_parameters=full,
+        sub_parameters=sub,
+        paper=PaperFigures(
+            trainable_parameters=trainable,
+            parameters_per_round=per_round,
+            mib_per_round=per_round * 0.5 / 2**20,
+            full_gib_16bit=full * 2 / 2**30,
+            sub_gib_16bit=sub * 2 / 2**30,
+        ),
+        ours=OurFigures(
+            bundle_bytes=sum(sizes.values()) + tokenizer_bytes,
+            bits_per_parameter=8 * weights / sub,
+            up_bytes_per_edge_round=adapter_bytes,
+            down_bytes_per_edge_round=adapter_bytes + emulator_bytes / max(every, 1),
+            edge_memory_bytes=needs.ram_bytes,
+            edge_vram_bytes=needs.vram_bytes,
+            edge_disk_bytes=needs.disk_bytes + tokenizer_bytes,
+            gflop_per_token=Arithmetic(
+                full_lora=_gflop(forward=full - ends + head, backward=full - ends + head, lora=_count(on_all)),
+                sub_llm=_gflop(forward=sub - ends + head, backward=through, lora=trainable),
+                sweep=_gflop(forward=swept, backward=0, lora=0),
+                cached=_gflop(forward=through, backward=through, lora=trainable),
+            ),
+        ),
+    )
 
 
 def _gflop(*, forward: int, backward: int, lora: int) -> float:
-    """2 per weight and token in each direction (frozen weights get no gradient), 6 per LoRA weight; without the
-    attention scores, which grow with the length."""
+    """Count 2 per weight and token in each direction (frozen weights get no gradient), 6 per LoRA weight; without the
+    attention scores, which grow with the length.
+    """
     return (2 * forward + 2 * backward + 6 * lora) / 1e9
 
 
@@ -196,7 +293,7 @@ def _parameters(module: Any) -> int:
 
 
 def _ends(family: Family, fields: dict[str, Any]) -> tuple[int, int]:
-    """Parameters outside the layers, each once; those of the head's product."""
+    """Count the parameters outside the layers, each once, and those of the head's product."""
     model = skeleton(family, build_config(family, fields, (0,)))
     head = model.get_submodule(family.head).weight.numel()
     norm = _parameters(model.get_submodule(family.norm))
@@ -208,58 +305,63 @@ def _count(specs: Iterable[TensorSpec]) -> int:
     return sum(spec.shape[0] * spec.shape[1] for spec in specs)
 
 
-def plan_report(model: str, settings: RunSettings, rates: Rates = Rates()) -> dict[str, Any]:
-    """`fedsoda-hub plan MODEL` with these settings; both emulators of FedSODA beside each other."""
+def plan_report(model: str, settings: RunSettings, rates: Rates = Rates()) -> PlanReport:
+    """Report what `fedsoda-hub plan MODEL` says with these settings; both emulators of FedSODA beside each other.
+
+    Raises:
+        UsageProblem: `model` is neither a model directory nor a config.json, or the plan does not fit it.
+    """
     family, fields, dtype, directory = read_config(model)
     tokenizer = [directory / name for name in TOKENIZER_FILES] if directory is not None else []
     tokenizer_bytes = sum(file.stat().st_size for file in tokenizer if file.exists())
 
-    def predicted(of: RunSettings) -> list[dict[str, Any]]:
+    def predicted(of: RunSettings) -> list[Prediction]:
         plans = likely_plans(int(fields["num_hidden_layers"]), of.method, of.seed)
         return [
             predict(family, fields, dtype, plan, of, tokenizer_bytes, size_class)
             for size_class, plan in enumerate(plans)
         ]
 
-    report, *smaller = predicted(settings)
+    largest, *smaller = predicted(settings)
     emulators = None
     if settings.method.name == "fedsoda":
         full = with_full_emulator(settings)
-        emulators = {
-            "sub": _emulator(report, rounds_between(settings.method), rates),
-            "full": _emulator(predicted(full)[0], rounds_between(full.method), rates),
-            "assumed": asdict(rates),
-        }
-    return {
-        "model": model,
-        "settings": {
-            "method": msgspec.to_builtins(settings.method),
-            "lora": msgspec.to_builtins(settings.lora),
-            "codec": settings.wire.codec,
-        },
-        **report,
-        "emulators": emulators,
-        "smaller": [
-            {
-                "groups": groups if settings.method.name == "fedsoda" else None,
-                "kept_layers": one["kept_layers"],
-                **{name: one["ours"][name] for name in CLASS_SIZES},
-            }
+        emulators = Emulators(
+            sub=_emulator(largest, rounds_between(settings.method), rates),
+            full=_emulator(predicted(full)[0], rounds_between(full.method), rates),
+            assumed=rates,
+        )
+    return PlanReport(
+        **msgspec.structs.asdict(largest),
+        model=model,
+        settings=Planned(method=settings.method, lora=settings.lora, codec=settings.wire.codec),
+        emulators=emulators,
+        smaller=tuple(
+            SmallerClass(
+                groups=groups if settings.method.name == "fedsoda" else None,
+                kept_layers=one.kept_layers,
+                bundle_bytes=one.ours.bundle_bytes,
+                up_bytes_per_edge_round=one.ours.up_bytes_per_edge_round,
+                down_bytes_per_edge_round=one.ours.down_bytes_per_edge_round,
+                edge_memory_bytes=one.ours.edge_memory_bytes,
+                edge_vram_bytes=one.ours.edge_vram_bytes,
+                edge_disk_bytes=one.ours.edge_disk_bytes,
+            )
             for groups, one in zip(settings.method.classes, smaller, strict=True)
-        ],
-    }
+        ),
+    )
 
 
-def _emulator(report: dict[str, Any], realign_every: int, rates: Rates) -> dict[str, Any]:
-    """What an edge pays for what lies below the adapter, before its first step and, if realigned, again."""
-    ours = report["ours"]
-    sweep = ours["gflop_per_token"]["sweep"]
-    return {
-        "kept_layers": report["kept_layers"],
-        "bundle_bytes": ours["bundle_bytes"],
-        "download_seconds": 8 * ours["bundle_bytes"] / (rates.mbit_per_second * 1e6),
-        "sweep_gflop_per_token": sweep,
-        "sweep_seconds": sweep * rates.samples * rates.ids_per_sample / (rates.tflop_per_second * 1e3),
-        "realign_every": realign_every,
-        **{name: ours[name] for name in ("edge_memory_bytes", "edge_vram_bytes", "edge_disk_bytes")},
-    }
+def _emulator(report: Prediction, realign_every: int, rates: Rates) -> EmulatorCosts:
+    ours, sweep = report.ours, report.ours.gflop_per_token.sweep
+    return EmulatorCosts(
+        kept_layers=report.kept_layers,
+        bundle_bytes=ours.bundle_bytes,
+        download_seconds=8 * ours.bundle_bytes / (rates.mbit_per_second * 1e6),
+        sweep_gflop_per_token=sweep,
+        sweep_seconds=sweep * rates.samples * rates.ids_per_sample / (rates.tflop_per_second * 1e3),
+        realign_every=realign_every,
+        edge_memory_bytes=ours.edge_memory_bytes,
+        edge_vram_bytes=ours.edge_vram_bytes,
+        edge_disk_bytes=ours.edge_disk_bytes,
+    )

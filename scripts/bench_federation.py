@@ -41,8 +41,9 @@ from fedsoda_edge.protocol.messages import LocalSettings
 from fedsoda_edge.protocol.template import TextTemplate
 from fedsoda_edge.worker.batches import SweptSamples
 from fedsoda_edge.worker.training import fine_tune
-from fedsoda_hub.evaluation.evaluator import Evaluator, Judged, auc, read_questions
-from fedsoda_hub.evaluation.export import judged_models
+from fedsoda_hub.evaluation.evaluator import Evaluator, Judged, auc
+from fedsoda_hub.evaluation.judge import judged_models
+from fedsoda_hub.evaluation.questions import read_questions
 from fedsoda_hub.run.ledger import read_outcome
 from fedsoda_hub.settings.run import read_settings
 

@@ -7,8 +7,9 @@ import contextlib
 import os
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import typer
 
 from fedsoda_edge.ports.console import EXIT_HELP, finish, note, reporting
@@ -20,6 +21,9 @@ from fedsoda_hub.settings.rates import Rates
 if TYPE_CHECKING:
     from fedsoda_hub.run.ledger import Ledger
     from fedsoda_hub.run.status import LiveStatus
+
+if TYPE_CHECKING:
+    from fedsoda_hub.federation.jobs import PrepareResult
 
 app = typer.Typer(help="Prepare, serve and evaluate a federated run.", epilog=EXIT_HELP, no_args_is_help=True)
 token_app = typer.Typer(help="What an edge needs to join.", no_args_is_help=True)
@@ -126,7 +130,7 @@ def plan(
                 for table, values in tables.items()
             },
         )
-        report = plan_report(model, settings, Rates(mbit, tflops))
+        report = msgspec.to_builtins(plan_report(model, settings, Rates(mbit, tflops)))
         plan_table(report)
         finish({"status": "ok", **report}, as_json, False)
 
@@ -135,7 +139,8 @@ def plan(
 def prepare(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
     """SGP, NF4 and alignment into a bundle, as the run's method has them; goes on where it stopped."""
     with reporting(as_json, False, debug):
-        from fedsoda_hub.cli.display import Display, kl_sentence
+        from fedsoda_hub.cli.display import Display
+        from fedsoda_hub.report.history import kl_sentence
         from fedsoda_hub.run.directory import RunDirectory
         from fedsoda_hub.settings.run import read_settings
 
@@ -143,18 +148,26 @@ def prepare(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
         directory = RunDirectory(settings.run_dir)
         lock = directory.lock()
         try:
-            from fedsoda_hub.compute import untyped
-            from fedsoda_hub.evaluation.export import check_evaluation
+            from fedsoda_hub.evaluation.judge import check_evaluation
             from fedsoda_hub.events import progress_told
             from fedsoda_hub.preparation.prepare import Preparation
 
             check_evaluation(settings)
             with Display(jsonl=False) as display:
-                result = Preparation(settings, untyped(lambda done: display.say(progress_told("prepare", done)))).run()
+                result = Preparation(settings).run(lambda progress: display.say(progress_told("prepare", progress)))
         finally:
             lock.release()
-        note(f"bundle: {directory.bundle}; {kl_sentence(result['public_kl'])}")
-        finish({"status": "ok", "bundle": str(directory.bundle), **result}, as_json, False)
+        note(f"bundle: {directory.bundle}; {kl_sentence(result.sub_llms[0].public_kl)}")
+        finish({"status": "ok", "bundle": str(directory.bundle), **_prepared(result)}, as_json, False)
+
+
+def _prepared(result: PrepareResult) -> dict[str, Any]:
+    """Show the result of `prepare --json`: the largest sub-LLM, and the smaller ones and the master where there are any."""
+    largest, *smaller = msgspec.to_builtins(result.sub_llms)
+    for one in smaller:
+        if one["adapter_view"] == largest["adapter_view"]:
+            one["adapter_view"] = None
+    return largest | ({"smaller": smaller, "master": result.master} if smaller else {})
 
 
 @app.command(epilog="Example: fedsoda-hub serve triage.toml --exit-when-done\n\n" + EXIT_HELP)
@@ -331,8 +344,8 @@ def export(
         from fedsoda_hub.evaluation.export import export as write_export
 
         result = write_export(settings, to, merge=merge)
-        note(f"wrote {result['export']}")
-        finish({"status": "ok", **result}, as_json, False)
+        note(f"wrote {result.export}")
+        finish({"status": "ok", **msgspec.to_builtins(result)}, as_json, False)
 
 
 @app.command(epilog="Example: fedsoda-hub evaluate triage-adapter --data eval.jsonl")
@@ -357,7 +370,7 @@ def evaluate(
     """Accuracy and loss: full model untouched, sub-LLM, plug-in."""
     with reporting(as_json, False, debug):
         from fedsoda_hub.cli.display import Display
-        from fedsoda_hub.evaluation.export import evaluate_path
+        from fedsoda_hub.evaluation.judge import evaluate_path
         from fedsoda_hub.events import StageProgress
 
         with Display(jsonl=False) as display:
@@ -370,7 +383,7 @@ def evaluate(
                 model,
                 samples,
             )
-        for sample in result.get("samples", []):
+        for sample in result.samples:
             note(f"--- {sample['prompt']}")
             for name in ("completion", "full", "sub_llm", "plug_in"):
                 if name in sample:
@@ -378,13 +391,13 @@ def evaluate(
                     note(f"{'wanted' if name == 'completion' else name:<10} {lines}")
         if samples:
             note("---")
-        for name, value in result["accuracy"].items():
+        for name, value in result.accuracy.items():
             if value is None:
                 note(f"{name:<8} not judged: the run directory is not beside this export")
                 continue
-            loss = result["loss"][name]
+            loss = result.loss[name]
             note(f"{name:<8} accuracy {value:6.1%}  loss " + ("not a number" if loss is None else f"{loss:.3f}"))
-        finish({"status": "ok", **result}, as_json, False)
+        finish({"status": "ok", **msgspec.to_builtins(result)}, as_json, False)
 
 
 @app.command(epilog="Example: fedsoda-hub report triage.toml --to triage-report")
@@ -406,8 +419,8 @@ def report(
         from fedsoda_hub.run.directory import RunDirectory
 
         written = write_report(settings, to or RunDirectory(settings.run_dir).report)
-        note(f"wrote {written['report']} and {len(written['pictures'])} pictures beside it")
-        finish({"status": "ok", **written}, as_json, False)
+        note(f"wrote {written.report} and {len(written.pictures)} pictures beside it")
+        finish({"status": "ok", **msgspec.to_builtins(written)}, as_json, False)
 
 
 @app.command(cls=CompareCommand, epilog="Example: fedsoda-hub compare COMPARE.toml --out comparison\n\n" + EXIT_HELP)
@@ -452,9 +465,9 @@ def compare(
 
         with Display(jsonl) as display:
             report = run_comparison(comparison, out or file.with_suffix(".compare"), transport.value, display.say)
-        note(Path(report["markdown"]).read_text(encoding="utf-8"))
-        note(f"wrote {report['report']} and {len(report['pictures'])} pictures beside it")
-        finish({"status": "ok", **report}, as_json, jsonl)
+        note(Path(report.markdown).read_text(encoding="utf-8"))
+        note(f"wrote {report.report} and {len(report.pictures)} pictures beside it")
+        finish({"status": "ok", **msgspec.to_builtins(report)}, as_json, jsonl)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from fedsoda_edge.ports.console import ProgressLine
 from fedsoda_edge.units import counted, human_bytes, human_seconds
 from fedsoda_hub import events as told
 from fedsoda_hub.federation.state import RunState
+from fedsoda_hub.report.history import kl_sentence
 
 
 class Display:
@@ -194,12 +195,3 @@ def _sentence(event: told.Told) -> str:
         case told.Stopped():
             return f"stopping on {event.signal}"
     return ""
-
-
-def kl_sentence(kl: dict[str, float]) -> str:
-    """Say what pruning and then storing it took, and alignment gave back."""
-    if not kl["pruned"]:  # a full emulator's, exactly
-        return f"public KL {kl['quantized']:.3f} as stored, all layers kept"
-    solved = f"{kl['closed_form']:.3f} in closed form, " if "closed_form" in kl else ""
-    aligned = f"{kl['aligned']:.3f} aligned" if kl["aligned"] != kl["quantized"] else "not aligned"
-    return f"public KL {kl['pruned']:.3f} pruned, {kl['quantized']:.3f} as stored, {solved}{aligned}"

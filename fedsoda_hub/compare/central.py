@@ -15,20 +15,25 @@ from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.sub_llm import build
 from fedsoda_edge.worker.batches import SweptSamples
 from fedsoda_edge.worker.training import fine_tune, num_steps
-from fedsoda_hub.preparation.full_llm import open_full_llm, pick_device
+from fedsoda_hub.preparation.full_llm import open_full_llm
+from fedsoda_hub.preparation.running import pick_device
+from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.settings.run import RunSettings
 
 
 def train_central(
     settings: RunSettings, data: Path, edge_rows: Sequence[int], rates: Sequence[float], said: Callable[[], None]
 ) -> dict[float, dict[str, Tensor]]:
-    """The adapter LoRA for each learning rate, after as many rounds and as many examples in each as the cohort has.
+    """Train the adapter LoRA with each learning rate, for as many rounds and as many examples in each as the cohort has.
 
     Args:
-        settings: of a prepared run. data: all rows. edge_rows: how many of them each edge holds. said: called after
-        each round.
+        settings: of a prepared run. data: all rows. edge_rows: how many of them each edge holds.
+        said: called after each round.
+
+    Returns:
+        the tensors by learning rate.
     """
-    source, bundle = open_full_llm(settings), Bundle.open(settings.run_dir / "bundle")
+    source, bundle = open_full_llm(settings), Bundle.open(RunDirectory(settings.run_dir).bundle)
     spec, plan, local = bundle.manifest.lora, bundle.plan, settings.local
     device, dtype = pick_device(settings.device, settings.dtype)
     tokenizer = SampleTokenizer(source.path / "tokenizer.json", source.fields.get("eos_token_id"))

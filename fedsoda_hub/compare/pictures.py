@@ -1,8 +1,9 @@
-"""Pictures of a comparison, and one HTML page that needs nothing beside it. Everything shown is in the report."""
+"""Draw a comparison, and write one HTML page that needs nothing beside it. Everything shown is in the report."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -13,81 +14,87 @@ from matplotlib.ticker import MaxNLocator
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.ports.disk import write_durably
 from fedsoda_edge.protocol.manifest import LayerPlan
+from fedsoda_hub.compare.results import CompareReport, EdgeRows, Pages, Split
 from fedsoda_hub.compare.summary import markdown
-from fedsoda_hub.report.page import BLUE, GREEN, GREY, ORANGE, RED, draw_layers, page, picture_of, plain, png
+from fedsoda_hub.report.page import page, picture_of
+from fedsoda_hub.report.pictures import BLUE, GREEN, GREY, ORANGE, RED, Picture, draw_layers, plain
 
 COLORS = (BLUE, ORANGE, GREEN, RED, "#CC79A7", "#56B4E9", "#000000", "#F0E442")  # Okabe and Ito's
 
 
-def write_pages(report: Mapping[str, Any], plans: Mapping[str, LayerPlan], to: Path) -> dict[str, Any]:
-    """compare.md, compare.html and a PNG for each picture in the directory `to`; their paths.
+def write_pages(report: CompareReport, plans: Mapping[str, LayerPlan], to: Path) -> Pages:
+    """Write compare.md, compare.html and a PNG for each picture into the directory `to`; give their paths.
 
     Args:
         plans: of each variant that prunes, with the distances that its groups were chosen by.
 
     Raises:
-        UsageProblem: `to` cannot be written. DiskFull.
+        UsageProblem: `to` cannot be written.
+        DiskFull: nothing half-written stays.
     """
-    figures = draw(report, plans)
-    pictures = {name: png(figure) for name, (figure, _) in figures.items()}
+    pictures = draw(report, plans)
     text = markdown(report)
-    parts = [picture_of(name, name, pictures[name], caption) for name, (_, caption) in figures.items()]
+    parts = [picture_of(one.title, one.title, one.png, one.caption) for one in pictures]
     try:
-        for name, data in pictures.items():
-            write_durably(to / f"{_file_name(name)}.png", data)
+        for one in pictures:
+            write_durably(to / f"{_file_name(one.title)}.png", one.png)
         write_durably(to / "compare.md", text.encode())
         write_durably(to / "compare.html", page("Comparison", [_html(text), *parts]).encode())
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise UsageProblem(f"--out {to} cannot be written ({error.strerror}); name a directory you may write to") from (
             error
         )
-    return {
-        "report": str(to / "compare.html"),
-        "markdown": str(to / "compare.md"),
-        "pictures": [str(to / f"{_file_name(name)}.png") for name in pictures],
-    }
+    return Pages(
+        report=str(to / "compare.html"),
+        markdown=str(to / "compare.md"),
+        pictures=[str(to / f"{_file_name(one.title)}.png") for one in pictures],
+    )
 
 
 def _file_name(name: str) -> str:
     return "".join(c if c.isalnum() or c in ".-" else "-" for c in name.lower())
 
 
-def draw(report: Mapping[str, Any], plans: Mapping[str, LayerPlan]) -> dict[str, tuple[Figure, str]]:
-    """{title: (figure, caption)}."""
-    figures: dict[str, tuple[Figure, str]] = {}
-    for split, of in report["splits"].items():
-        figures[f"Accuracy, {split}"] = (
-            draw_accuracy(of),
-            "Accuracy of the plug-in, mean over seeds, by round and by the bytes that all edges sent and received until "
-            "then (the bundle not). Dashed: the full model untouched; dotted: central training.",
-        )
-        seed = report["compare"]["seeds"][0]
-        dealt = report["dealt"][split][f"{seed}"]
-        figures[f"Split {split}"] = (
-            draw_split(dealt),
-            f"Rows of each edge by label, seed {seed}." if _labels(dealt) else f"Rows of each edge, seed {seed}.",
-        )
-    for variant, plan in plans.items():
-        figures[f"Layers, {variant}"] = (
-            draw_layers(plan),
+def draw(report: CompareReport, plans: Mapping[str, LayerPlan]) -> list[Picture]:
+    """Draw each split's accuracy and rows, then the layers of each plan; no two pictures have one title."""
+    found: list[Picture] = []
+    for split, of in report.splits.items():
+        seed = report.compare.seeds[0]
+        dealt = report.dealt[split][f"{seed}"]
+        by_label = " by label" if _labels(dealt) else ""
+        found += [
+            Picture(
+                f"Accuracy, {split}",
+                "Accuracy of the plug-in, mean over seeds, by round and by the bytes that all edges sent and received until "
+                "then (the bundle not). Dashed: the full model untouched; dotted: central training.",
+                draw_accuracy(of),
+            ),
+            Picture(f"Split {split}", f"Rows of each edge{by_label}, seed {seed}.", draw_split(dealt)),
+        ]
+    return found + [
+        Picture(
+            f"Layers, {variant}",
             "Angular distance between the outputs of two layers, in units of pi, and the chosen groups.",
+            draw_layers(plan),
         )
-    return figures
+        for variant, plan in plans.items()
+    ]
 
 
-def draw_accuracy(of: Mapping[str, Any]) -> Figure:
+def draw_accuracy(of: Split) -> Figure:
+    """Draw a split's accuracy by round, and beside it by bytes."""
     figure = Figure(figsize=(9.5, 3.6), layout="constrained")
     by_round, by_bytes = figure.subplots(1, 2, sharey=True)
-    for number, (name, row) in enumerate(of["variants"].items()):
-        judged = [one for one in row["by_round"] if one["accuracy"] is not None]
-        percent = [100 * one["accuracy"] for one in judged]
+    for number, (name, row) in enumerate(of.variants.items()):
+        judged = [(one, one.accuracy) for one in row.by_round if one.accuracy is not None]
+        percent = [100 * accuracy for _, accuracy in judged]
         style: dict[str, Any] = {"color": COLORS[number % len(COLORS)], "marker": "o", "markersize": 3, "label": name}
-        by_round.plot([one["round"] for one in judged], percent, **style)
-        by_bytes.plot([(one["bytes_up"] + one["bytes_down"]) / 1e6 for one in judged], percent, **style)
+        by_round.plot([one.round for one, _ in judged], percent, **style)
+        by_bytes.plot([(one.bytes_up + one.bytes_down) / 1e6 for one, _ in judged], percent, **style)
     for axes in (by_round, by_bytes):
-        for name, line in (("untouched", "--"), ("central", ":")):
-            if of["baselines"][name] is not None:
-                axes.axhline(100 * of["baselines"][name]["mean"], color=GREY, linestyle=line, linewidth=1)
+        for baseline, line in ((of.baselines.untouched, "--"), (of.baselines.central, ":")):
+            if baseline is not None:
+                axes.axhline(100 * baseline.mean, color=GREY, linestyle=line, linewidth=1)
         axes.set_xlim(left=0)
         plain(axes)
     by_round.set_ylabel("accuracy (%)")
@@ -98,14 +105,14 @@ def draw_accuracy(of: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def draw_split(dealt: Mapping[str, Any]) -> Figure:
-    """A bar for each edge; its labels stacked, where there are few."""
+def draw_split(dealt: Mapping[str, EdgeRows]) -> Figure:
+    """Draw a bar for each edge; its labels stacked, where there are few."""
     figure = Figure(figsize=(9.5, 3.2), layout="constrained")
     axes: Axes = figure.add_subplot()
     places, labels = range(len(dealt)), _labels(dealt)
     below = [0.0] * len(dealt)
     for number, label in enumerate(labels or [""]):
-        height = [one["labels"].get(label, 0) if labels else one["rows"] for one in dealt.values()]
+        height = [one.labels.get(label, 0) if labels else one.rows for one in dealt.values()]
         axes.bar(places, height, bottom=below, color=COLORS[number % len(COLORS)], label=label.replace("$", "\\$"))
         below = [low + high for low, high in zip(below, height, strict=True)]
     if len(dealt) <= 20:
@@ -117,14 +124,12 @@ def draw_split(dealt: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _labels(dealt: Mapping[str, Any]) -> list[str]:
-    return sorted({label for one in dealt.values() for label in one["labels"]})
+def _labels(dealt: Mapping[str, EdgeRows]) -> list[str]:
+    return sorted({label for one in dealt.values() for label in one.labels})
 
 
 def _html(text: str) -> str:
-    """The Markdown that `summary.markdown` writes: headings, tables, lists and paragraphs."""
-    from html import escape
-
+    """Turn the Markdown that `summary.markdown` writes into HTML: headings, tables, lists and paragraphs."""
     made: list[str] = []
     for block in text.strip().split("\n\n"):
         lines = block.strip().splitlines()

@@ -14,13 +14,17 @@ import numpy as np
 
 from fedsoda_edge.errors import UsageProblem
 
-MAX_LABELS = 100  # a column with more values is no label
+MAX_LABELS = 100  # a column with more values is not a label
 DRAWS = 1000  # of Dirichlet shares, until every edge has enough rows
 SPLITS = "iid, dirichlet-ALPHA, users:COLUMN or files"
 
 
 def check_split(split: str) -> None:
-    """Raises UsageProblem where it is none."""
+    """Check the name of a split.
+
+    Raises:
+        UsageProblem: it names none.
+    """
     if split not in ("iid", "files") and not re.fullmatch(r"users:\w+", split):
         _alpha(split)
 
@@ -28,12 +32,12 @@ def check_split(split: str) -> None:
 def _alpha(split: str) -> float:
     found = re.fullmatch(r"dirichlet-(\d+(?:\.\d+)?)", split)
     if found is None or float(found[1]) == 0:
-        raise UsageProblem(f"[compare] splits: {split!r} is no split; write {SPLITS}, such as dirichlet-0.5")
+        raise UsageProblem(f"[compare] splits: {split!r} is not a split; write {SPLITS}, such as dirichlet-0.5")
     return float(found[1])
 
 
 def choose(num_rows: int, wanted: int, seed: int) -> list[int]:
-    """Indices of `wanted` rows in an order drawn by the seed; 0: of all."""
+    """Draw the indices of `wanted` rows in an order of the seed; 0: of all."""
     order = np.random.default_rng([seed, 0]).permutation(num_rows).tolist()
     return order[:wanted] if wanted else order
 
@@ -41,14 +45,14 @@ def choose(num_rows: int, wanted: int, seed: int) -> list[int]:
 def deal(
     split: str, chosen: Sequence[int], values: Sequence[str], *, edges: int, least: int, seed: int
 ) -> list[list[int]]:
-    """The rows of each edge, all of `chosen` but for users beyond the `edges` largest.
+    """Deal rows to edges, all of `chosen` except users beyond the `edges` largest.
 
     Args:
-        values: of each row of the data what this split asks for: its label, its user or its file; "iid" asks for none.
+        values: for each row of the data what this split asks for: its label, its user or its file; "iid" asks for none.
         least: rows that an edge must have.
 
     Raises:
-        UsageProblem: the rows do not give every edge so many.
+        UsageProblem: the rows do not give every edge `least`.
     """
     if split == "iid":
         parts = [list(chosen[edge::edges]) for edge in range(edges)]
@@ -66,7 +70,7 @@ def deal(
 
 
 def _by_value(chosen: Sequence[int], values: Sequence[str], edges: int) -> list[list[int]]:
-    """The `edges` values with most rows, in the order of their names."""
+    """Take the `edges` values with most rows, in the order of their names."""
     most = Counter(values[row] for row in chosen)
     kept = sorted(sorted(most, key=lambda value: (-most[value], value))[:edges])
     parts: dict[str, list[int]] = {value: [] for value in kept}
@@ -79,7 +83,7 @@ def _by_value(chosen: Sequence[int], values: Sequence[str], edges: int) -> list[
 def _dirichlet(
     chosen: Sequence[int], labels: Sequence[str], alpha: float, edges: int, least: int, seed: int
 ) -> list[list[int]]:
-    """Each label's rows dealt by shares drawn from Dirichlet(alpha, ..., alpha) (Hsu et al. 2019, arXiv 1909.06335).
+    """Deal each label's rows by shares drawn from Dirichlet(alpha, ..., alpha) (Hsu et al. 2019, arXiv 1909.06335).
 
     Shares are drawn again until every edge has `least` rows (Li et al. 2022, arXiv 2102.02079). numpy draws them:
     flwr-datasets is bound to datasets < 2.20, fedlab brings torchvision, fedartml Jupyter.

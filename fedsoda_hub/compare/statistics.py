@@ -1,13 +1,14 @@
-"""What may be said of two accuracies: paired bootstrap intervals, and when a curve reaches a level. Plain arrays."""
+"""Say what may be said of two accuracies: paired bootstrap intervals, and when a curve reaches a level. Plain arrays."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fedsoda_hub.compare.results import Difference, LossDifference, Spread
 
 DRAWS = 2000
 Array = NDArray[np.float64]  # (seeds, questions)
@@ -15,37 +16,41 @@ Array = NDArray[np.float64]  # (seeds, questions)
 
 @dataclass(frozen=True)
 class Answered:
-    """By seed and question: right is 1 where answered rightly, losses as `evaluation.Answers` has them."""
+    """Answers by seed and question: right is 1 where answered rightly, losses as `evaluator.Answers` has them."""
 
     right: Array
     losses: Array
 
 
-def difference(one: Answered, other: Answered) -> dict[str, Any]:
-    """One minus the other, accuracy in points and loss in nats a completion id, each with its paired 95 % interval and
-    whether that excludes 0."""
+def difference(one: Answered, other: Answered) -> Difference:
+    """Subtract the other from the one: accuracy in points and loss in nats a completion id, each with its paired 95 %
+    interval and whether that excludes 0.
+    """
     points, nats = _interval(100 * (one.right - other.right)), _interval(one.losses - other.losses)
-    return {
-        "points": points.mean,
-        "interval_95": [points.low, points.high],
-        "is_shown": points.excludes_0,
-        "loss": {"nats": nats.mean, "interval_95": [nats.low, nats.high], "is_shown": nats.excludes_0},
-    }
+    return Difference(
+        points=points.mean,
+        interval_95=(points.low, points.high),
+        is_shown=points.excludes_0,
+        loss=LossDifference(nats=nats.mean, interval_95=(nats.low, nats.high), is_shown=nats.excludes_0),
+    )
 
 
 @dataclass(frozen=True)
 class Interval:
+    """A mean and the ends of its 95 % interval."""
+
     mean: float
     low: float
     high: float
 
     @property
     def excludes_0(self) -> bool:
+        """Whether the interval lies on one side of 0."""
         return self.low > 0 or self.high < 0
 
 
 def _interval(gap: Array) -> Interval:
-    """Of the mean, 95 %: percentile bootstrap over seeds and questions (Efron and Tibshirani 1993, chapter 13).
+    """Find the 95 % interval of the mean: percentile bootstrap over seeds and questions (Efron and Tibshirani 1993, chapter 13).
 
     One seed cannot be drawn otherwise: the interval is then over the questions alone.
     """
@@ -59,12 +64,12 @@ def _interval(gap: Array) -> Interval:
     return Interval(float(gap.mean()), float(low), float(high))
 
 
-def mean_and_spread(values: Sequence[float]) -> dict[str, Any]:
-    """spread: the sample's standard deviation over seeds; None of a single one."""
+def mean_and_spread(values: Sequence[float]) -> Spread:
+    """Compute mean and spread, the sample's standard deviation over seeds; None for a single one."""
     spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return {"mean": float(np.mean(values)), "spread": spread, "per_seed": list(values)}
+    return Spread(mean=float(np.mean(values)), spread=spread, per_seed=list(values))
 
 
 def first_at(level: float, curve: Sequence[tuple[int, float]]) -> int | None:
-    """The first round of (round, accuracy) at which the level is reached; None where it never is."""
+    """Find the first round of (round, accuracy) at which the level is reached; None where it never is."""
     return next((number for number, accuracy in curve if accuracy >= level - 1e-12), None)

@@ -21,6 +21,7 @@ import msgspec
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.ports.child import Child
 from fedsoda_edge.ports.console import note
+from fedsoda_edge.ports.disk import sha256_file
 from fedsoda_edge.protocol import commands as cmd
 from fedsoda_edge.protocol.manifest import parse_manifest
 from fedsoda_edge.protocol.messages import Digest
@@ -113,6 +114,7 @@ port = 0                    # any free one
 
 
 def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    """Write rows as JSON Lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
@@ -173,7 +175,7 @@ async def _federate(directory: Path, run_file: Path, say: Say) -> tuple[float, f
 
 
 async def _train_alone(directory: Path, rounds: int, seed: int, say: Say) -> dict[str, Path]:
-    """Train each edge alone for as many rounds and steps, by the same worker; its adapter LoRA as a file."""
+    """Train each edge alone for as many rounds and steps, by the same worker; give its adapter LoRA as a file."""
     done = 0
 
     async def one(office: str) -> Path:
@@ -189,7 +191,7 @@ async def _train_alone(directory: Path, rounds: int, seed: int, say: Say) -> dic
 
 async def _alone(directory: Path, office: str, rounds: int, seed: int) -> Path:
     settings = read_settings(directory / "run.toml")
-    bundle = RunDirectory(settings.run_dir).bundle
+    manifest = RunDirectory(settings.run_dir).manifest
     work = directory / "alone" / office
     work.mkdir(parents=True)
     worker = Child("fedsoda_edge.worker", {"FEDSODA_THREADS": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
@@ -197,7 +199,7 @@ async def _alone(directory: Path, office: str, rounds: int, seed: int) -> Path:
         opened = await worker.call(
             cmd.Open(
                 store=str(directory / "homes" / office / "store"),
-                manifest=Digest(_sha256(bundle / "manifest.json")),
+                manifest=Digest(sha256_file(manifest)),
                 rows=cmd.Rows(
                     path=str(directory / f"{office}.jsonl"),
                     columns={},
@@ -208,7 +210,7 @@ async def _alone(directory: Path, office: str, rounds: int, seed: int) -> Path:
             )
         )
         longest = SampleSizes(BATCH, opened.longest_ids, opened.longest_labels, opened.num_examples)
-        shape = shape_of(parse_manifest((bundle / "manifest.json").read_bytes()))
+        shape = shape_of(parse_manifest(manifest.read_bytes()))
         memory = next(plans(shape, "cpu", longest))  # the quickest: the model is small
         cache = cmd.BorderCache(directory=str(work / "border"), key=os.urandom(32).hex(), dtype="bf16", max_bytes=None)
         await worker.call(cmd.Sweep(emulator=None, cache=cache, memory=memory, room=sys.maxsize))
@@ -248,48 +250,44 @@ def _progress(stage: str, done: int, total: int) -> told.StageProgress:
     return told.StageProgress(job="demo", stage=stage, done=done, total=total)
 
 
-def _sha256(path: Path) -> str:
-    from fedsoda_edge.ports.disk import sha256_file
-
-    return sha256_file(path)
-
-
 def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Path], say: Say) -> Report:
-    """Export, and find out what only torch can say; this process holds no socket."""
+    """Export the run, and judge what only torch can; this process holds no socket."""
     from fedsoda_edge.data.samples import SampleTokenizer
     from fedsoda_edge.model import delta
     from fedsoda_edge.model.bundle import Bundle
     from fedsoda_edge.model.source import Checkpoint
-    from fedsoda_hub.evaluation.evaluator import Evaluator, Judged, read_questions
+    from fedsoda_hub.evaluation.evaluator import Evaluator, Judged
     from fedsoda_hub.evaluation.export import export
+    from fedsoda_hub.evaluation.questions import read_questions
     from fedsoda_hub.report.page import write_report
     from fedsoda_hub.run.ledger import opened
     from fedsoda_hub.run.status import run_status
 
     settings = read_settings(run_file)
+    of_run = RunDirectory(settings.run_dir)
     export(settings, export_to)
     written = write_report(settings, directory / "report")
-    run_directory = RunDirectory(settings.run_dir)
-    bundle_dir = run_directory.bundle
-    bundle = Bundle.open(bundle_dir)
+    bundle = Bundle.open(of_run.bundle)
     spec, plan = bundle.manifest.lora, bundle.plan
     source = Checkpoint.open(str(MODEL))
     assert settings.eval_data is not None
     evaluator = Evaluator(
         read_questions(settings.eval_data, settings.prompt, settings.completion),
         SampleTokenizer(MODEL / "tokenizer.json", source.fields.get("eos_token_id")),
-        report=lambda done, total: say(_progress("evaluating", done, total)),
     )
+
+    def evaluating(done: int, total: int) -> None:
+        say(_progress("evaluating", done, total))
+
     none: dict[str, Any] = {}
     accuracies = {}
     for office, path in alone.items():
         trained = delta.from_bytes(path.read_bytes(), spec.adapter)
         model = Judged(source, range(plan.border), range(plan.border, plan.num_layers), spec, none, trained)
-        accuracies[office] = evaluator.accuracy(evaluator.answers(model))
-    with opened(run_directory) as ledger:
+        accuracies[office] = evaluator.verdict(model, evaluating).accuracy
+    with opened(of_run) as ledger:
         state = ledger.replay()
         status = run_status(settings.name, settings.rounds.count, ledger, state)
-
     assert state.evaluation is not None, "the run has evaluation data"
 
     def count(specs: Any) -> int:
@@ -297,9 +295,9 @@ def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Pa
 
     return {
         "run": str(run_file),
-        "bundle": str(bundle_dir),
+        "bundle": str(of_run.bundle),
         "export": str(export_to),
-        "report": written["report"],
+        "report": written.report,
         "model": str(MODEL),
         "eval_data": str(settings.eval_data),
         "accuracy": {**state.evaluation["accuracy"], "local_only": max(accuracies.values())},

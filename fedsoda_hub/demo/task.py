@@ -118,7 +118,7 @@ FRAMES = (
 
 
 def training(edge: int, seed: int) -> list[Row]:
-    """The messages of office `edge` (0, 1, 2), shuffled: rows {"message", "desk"}."""
+    """Generate the messages of office `edge` (0, 1, 2), shuffled: rows {"message", "desk"}."""
     draw = random.Random(f"{seed}/training/{edge}")
     rows = [
         {"message": message, "desk": desk}
@@ -130,7 +130,7 @@ def training(edge: int, seed: int) -> list[Row]:
 
 
 def evaluation(seed: int) -> list[Row]:
-    """320 balanced rows {"message", "desk"}; every second message of a desk names an unseen thing."""
+    """Generate 320 balanced rows {"message", "desk"}; every second message of a desk names an unseen thing."""
     draw = random.Random(f"{seed}/evaluation")
     rows = []
     share = EVALUATION_ROWS // len(DESKS)
@@ -148,7 +148,7 @@ def evaluation(seed: int) -> list[Row]:
 def _messages(
     draw: random.Random, desk: str, things: Sequence[str], count: int, seed: int, *, held_out: bool
 ) -> list[str]:
-    """`count` different messages; a message belongs for ever either to training or to the evaluation."""
+    """Draw `count` different messages; a message belongs either to training or to the evaluation, whoever draws it."""
     found: dict[str, None] = {}
     while len(found) < count:
         saying = draw.choice(TOPICS[desk].sayings).format(thing=draw.choice(things))

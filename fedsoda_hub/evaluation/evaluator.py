@@ -1,28 +1,22 @@
-"""Accuracy and loss of full / sub-LLM / plug-in, as contract.md "Accuracy" reads them.
+"""Answer questions with models, and judge the answers: accuracy, loss, AUC (docs/methods.md (m12-accuracy)).
 
 Nothing trains below the border, so models that share what lies there share its states: one sweep serves the
-untouched model, the plug-in and any other adapter LoRA. Which adapters to judge is the caller's business.
+untouched model, the plug-in and any other adapter LoRA. Which models to judge is `judge.py`'s.
 """
 
 from __future__ import annotations
 
 import math
-import random
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from itertools import accumulate, takewhile
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import StoppingCriteriaList
 
-from fedsoda_edge.data.local_data import LocalData, remedy_for_columns
-from fedsoda_edge.data.samples import Sample, SampleTokenizer, join_text
+from fedsoda_edge.data.samples import Sample, SampleTokenizer
 from fedsoda_edge.errors import DataProblem
 from fedsoda_edge.model import lora, loss
 from fedsoda_edge.model.border import border_states
@@ -31,28 +25,13 @@ from fedsoda_edge.model.families import build_config
 from fedsoda_edge.model.source import LayerSource
 from fedsoda_edge.model.sub_llm import SubLLM, build
 from fedsoda_edge.protocol.manifest import LoRASpec
-from fedsoda_edge.protocol.template import DEFAULT_COMPLETION, DEFAULT_PROMPT, TextTemplate
+from fedsoda_hub.evaluation.questions import Question, choices_of, is_right, until_stop
 
-MAX_CHOICES = 20
 MAX_NEW_TOKENS = 64
 GENERATION_IDS = 16_384  # of one batch, answers included: a step for many costs little more than for one
-# Commas only between thousands, and no minus after what may be subtracted from: 16-3 holds 16 and 3.
-_NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
-_LAST_WORD_IS_NUMBER = re.compile(rf"(?:^|[\s#$€£=:])({_NUMBER.pattern})[.%]?$")
 
 
-@dataclass(frozen=True)
-class Question:
-    """One row as text.
-
-    prompt: all that a model reads. examples: its beginning that holds other rows with their answers, if any.
-    stops: what begins another row; what a model generates from there on is no part of its answer.
-    """
-
-    prompt: str
-    completion: str
-    examples: str = ""
-    stops: tuple[str, ...] = ()
+Report = Callable[[int, int], None]  # (done, total)
 
 
 @dataclass(frozen=True)
@@ -61,7 +40,8 @@ class Answers:
 
     Args:
         chosen: its completion per question.
-        losses: (questions,) nats of each question's own completion, eos included, by the data's mean number of completion ids.
+        losses: (questions,) nats of each question's own completion, eos included, divided by the data's mean number of
+            completion ids.
         scores: (questions, choices) total log-likelihood with eos; None without choices.
     """
 
@@ -71,7 +51,7 @@ class Answers:
 
     @property
     def nll(self) -> float:
-        """Nats a completion id, mean over all of the data."""
+        """The mean over all of the data, nats a completion id."""
         return float(self.losses.mean())
 
 
@@ -85,11 +65,12 @@ class Row:
 
     @classmethod
     def of(cls, samples: Sequence[Sample]) -> Row:
+        """Join samples into one row."""
         ids, branches = joined([sample.ids for sample in samples])
         return cls(samples, torch.tensor(ids), branches)
 
     def asked(self) -> list[tuple[int, int, int]]:
-        """Of each completion id that something stands before: its sample, the column that says it, and the id."""
+        """List the completion ids that something stands before: sample, the column that says the id, and the id."""
         return [
             (number, self.branches.column(number, at - 1), sample.ids[at])
             for number, sample in enumerate(self.samples)
@@ -112,60 +93,18 @@ class Judged:
     adapter_lora: Mapping[str, Tensor]
 
 
-def read_questions(
-    path: Path, prompt: TextTemplate, completion: TextTemplate, shots: int = 0, seed: int = 0
-) -> list[Question]:
-    """Rows by the template, or by their own `prompt` and `completion` columns where the template's are missing.
+@dataclass(frozen=True)
+class Verdict:
+    """What a model's answers are worth.
 
-    Args:
-        shots: so many other rows of the file stand answered before each question, drawn by (seed, row).
-
-    Raises:
-        DataProblem: a row has neither, or there are too few rows to draw from.
+    chosen: its completion per question. accuracy: the share that is right. loss: nats a completion id; None: not finite.
+    auc: None unless there are two choices.
     """
-    data = LocalData(path)
-    head = prompt.render(dict.fromkeys(prompt.columns, "\0")).partition("\0")[0].rstrip()  # "Question:", say
-    _, first = next(iter(data.rows()))
-    columns = {*prompt.columns, *completion.columns}
-    if not columns <= set(first) and {"prompt", "completion"} <= set(first):
-        prompt, completion = TextTemplate(DEFAULT_PROMPT), TextTemplate(DEFAULT_COMPLETION)
-    with remedy_for_columns(
-        "rename one in the file, use another in [task] prompt and completion, or write rows with the columns prompt "
-        "and completion"
-    ):
-        data.check(prompt, completion)
-    rows = [(prompt.render(row), completion.render(row)) for _, row in data.rows()]
-    if shots >= len(rows):
-        raise DataProblem(f"[task] shots = {shots}, and {path} has {len(rows)} rows; {shots + 1} are needed")
-    stops = _stops(rows, head, shots)
-    examples = [_examples(rows, at, shots, seed) for at in range(len(rows))]
-    return [Question(shown + row[0], row[1], shown, stops) for shown, row in zip(examples, rows, strict=True)]
 
-
-def _examples(rows: Sequence[tuple[str, str]], at: int, shots: int, seed: int) -> str:
-    """`shots` rows other than `at` with their answers, a blank line after each."""
-    if not shots:
-        return ""
-    chosen = random.Random(f"{seed}/{at}").sample([*rows[:at], *rows[at + 1 :]], shots)
-    return "".join(join_text(*row) + "\n\n" for row in chosen)
-
-
-def _stops(rows: Sequence[tuple[str, str]], head: str, shots: int) -> tuple[str, ...]:
-    """A blank line after examples, the words that begin every prompt on a new line; not what answers themselves hold.
-
-    A model that was not trained to write eos goes on with the next row, whose last number is not its answer.
-    lm-evaluation-harness ends GSM8K at "Question:", many others at a blank line.
-    """
-    found = ["\n\n"] if shots else []
-    if head and all(prompt.startswith(head) for prompt, _ in rows):
-        found.append(f"\n{head}")
-    return tuple(stop for stop in found if not any(stop in completion for _, completion in rows))
-
-
-def choices_of(questions: Sequence[Question], wanted: str = "auto") -> list[str]:
-    """The distinct completions, sorted, if at most 20; else none."""
-    distinct = sorted({question.completion for question in questions})
-    return distinct if wanted == "auto" and len(distinct) <= MAX_CHOICES else []
+    chosen: list[str]
+    accuracy: float
+    loss: float | None
+    auc: float | None
 
 
 class Evaluator:
@@ -179,14 +118,12 @@ class Evaluator:
         choices: str = "auto",
         compute_dtype: torch.dtype = torch.float32,
         device: str = "cpu",
-        report: Callable[[int, int], None] | None = None,
     ) -> None:
         self.questions = questions
         self.choices = choices_of(questions, choices)
         self._tokenizer = tokenizer
         self._compute_dtype = compute_dtype
         self._device = device
-        self._report = report
         self._candidates: list[list[Sample]] = []  # of each question
         self._gold: list[int] = []  # which of them is its own completion
         for question in questions:
@@ -202,8 +139,8 @@ class Evaluator:
             raise DataProblem(f"the completion {completion!r} has no ids after {question.prompt[-40:]!r}")
         return sample
 
-    def border(self, model: Judged) -> tuple[list[Row], list[Tensor]]:
-        """Rows and their states at the border, swept once for each (source, layers, emulator LoRA).
+    def border(self, model: Judged, report: Report | None = None) -> tuple[list[Row], list[Tensor]]:
+        """Compute rows and their states at the border, once for each (source, layers, emulator LoRA).
 
         Raises:
             DataProblem: a question with its answer is longer than the model's positions.
@@ -221,16 +158,15 @@ class Evaluator:
                 lora_scale=model.spec.scale,
                 compute_dtype=self._compute_dtype,
                 device=self._device,
-                progress=self._report,
+                progress=report,
             )
-
             self._borders[key] = model, rows, states
         _, rows, states = self._borders[key]
         return rows, states
 
     def _rows(self, model: Judged) -> list[Row]:
-        """A question's candidates in one row, which runs their prompt once; each alone where one row would be longer than
-        a sliding window, which counts columns, not positions. A batch has one mask, so it is the same for all questions.
+        """Lay a question's candidates in one row, which runs their prompt once; each alone where one row would be longer
+        than a sliding window, which counts columns, not positions. A batch has one mask, so it is the same for all questions.
         """
         window = getattr(build_config(model.source.family, model.source.fields), "sliding_window", None)
         rows = [Row.of(samples) for samples in self._candidates]
@@ -239,7 +175,7 @@ class Evaluator:
         return [Row.of([sample]) for samples in self._candidates for sample in samples]
 
     def check_lengths(self, positions: int) -> None:
-        """Beyond its positions a model computes on, and what it says there means nothing.
+        """Check that all questions fit: beyond its positions a model still computes, and what it says means nothing.
 
         Raises:
             DataProblem: a question does not fit.
@@ -258,26 +194,31 @@ class Evaluator:
 
     @property
     def border_bytes(self) -> int:
-        """Of all border states that are kept."""
+        """The size of all border states that are kept."""
         return sum(state.nbytes for _, _, states in self._borders.values() for state in states)
 
     def supervised_ids(self) -> list[int]:
-        """Completion ids of each question's own completion, eos included."""
+        """Count the ids of each question's own completion, eos included."""
         return [samples[gold].num_supervised for samples, gold in zip(self._candidates, self._gold, strict=True)]
 
-    def answers(self, model: Judged) -> Answers:
-        rows, states = self.border(model)
+    def answers(self, model: Judged, report: Report | None = None) -> Answers:
+        """Let a model answer: by likelihood among choices, else by greedy generation.
+
+        Args:
+            report: called with the layers that were swept, or the questions that were answered, and how many there are.
+        """
+        rows, states = self.border(model, report)
         tail = build(model.source, model.above, compute_dtype=self._compute_dtype, device=self._device)
         lora.attach(tail, model.spec, {**lora.on(model.above, model.emulator_lora), **model.adapter_lora})
         table = log_likelihoods(tail, rows, states).reshape(len(self.questions), -1)
         own = table[torch.arange(len(table)), self._gold]
         losses = -own * (len(self.questions) / sum(self.supervised_ids()))
         if not self.choices:
-            return Answers(self._generate(model), losses, None)
+            return Answers(self._generate(model, report), losses, None)
         # argmax takes the first of equals, and choices are sorted: ties go to the first in sorted order.
         return Answers([self.choices[int(i)] for i in table.argmax(dim=1)], losses, table)
 
-    def _generate(self, model: Judged) -> list[str]:
+    def _generate(self, model: Judged, report: Report | None) -> list[str]:
         whole = build(
             model.source,
             [*model.below, *model.above],
@@ -310,25 +251,25 @@ class Evaluator:
                 )
             for row, i in enumerate(batch):
                 answer = takewhile(lambda token: token not in ends, out[row, width:].tolist())
-                made[i] = _cut(self._tokenizer.decode(list(answer)), self.questions[i].stops).strip()
+                made[i] = until_stop(self._tokenizer.decode(list(answer)), self.questions[i].stops).strip()
             done += len(batch)
-            if self._report is not None:
-                self._report(done, len(prompts))
+            if report is not None:
+                report(done, len(prompts))
         return made
 
     def _is_answered(self, batch: Sequence[int], width: int) -> Callable[..., Tensor]:
-        """For `generate`: bool (B,), which questions of the batch have come to one of their stops."""
+        """Make a criterion for `generate`: bool (B,), which questions of the batch have come to one of their stops."""
         stops = [self.questions[i].stops for i in batch]
 
         def criterion(ids: Tensor, _: object, **__: object) -> Tensor:
             texts = [self._tokenizer.decode(row) if any(stops) else "" for row in ids[:, width:].tolist()]
-            over = [_cut(text, of_row) != text for text, of_row in zip(texts, stops, strict=True)]
+            over = [until_stop(text, of_row) != text for text, of_row in zip(texts, stops, strict=True)]
             return torch.tensor(over, device=ids.device)
 
         return criterion
 
     def accuracy(self, answers: Answers) -> float:
-        """Share of questions answered as the data says; a generated number counts by its value.
+        """Compute the share of questions answered as the data says; a generated number counts by its value.
 
         Among choices only the very one is right: "grade 1" and "level 1" may both be choices.
         """
@@ -336,16 +277,22 @@ class Evaluator:
         return sum(right) / len(right)
 
     def right(self, answers: Answers) -> list[bool]:
-        """Of each question, whether it was answered as the data says."""
+        """Say for each question whether it was answered as the data says."""
         same = is_right if answers.scores is None else str.__eq__
         return [same(made, q.completion) for made, q in zip(answers.chosen, self.questions, strict=True)]
 
     def auc(self, answers: Answers) -> float | None:
-        """Area under the ROC curve of the score difference, where there are two choices."""
+        """Compute the area under the ROC curve of the score difference; None unless there are two choices."""
         if answers.scores is None or len(self.choices) != 2:
             return None
         positive = torch.tensor([q.completion == self.choices[1] for q in self.questions])
         return auc(answers.scores[:, 1] - answers.scores[:, 0], positive)
+
+    def verdict(self, model: Judged, report: Report | None = None) -> Verdict:
+        """Let a model answer, and judge what it says."""
+        answers = self.answers(model, report)
+        loss = answers.nll if math.isfinite(answers.nll) else None  # JSON has no NaN
+        return Verdict(answers.chosen, self.accuracy(answers), loss, self.auc(answers))
 
 
 _BorderKey = tuple[int, tuple[int, ...], int]
@@ -360,7 +307,9 @@ def _positions(model: Judged) -> int:
 
 
 def _generation_batches(lengths: Sequence[int], positions: int) -> list[list[int]]:
-    """Indices of at most GENERATION_IDS, shorter first. What must end early goes alone, so that nothing else must."""
+    """Group indices into batches of at most GENERATION_IDS, shorter first. What must end early goes alone, so that nothing
+    else must.
+    """
     batches: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
         if not batches or lengths[i] > positions or lengths[i] * (len(batches[-1]) + 1) > GENERATION_IDS:
@@ -369,14 +318,8 @@ def _generation_batches(lengths: Sequence[int], positions: int) -> list[list[int
     return batches
 
 
-def _cut(text: str, stops: Sequence[str]) -> str:
-    for stop in stops:
-        text = text.partition(stop)[0]
-    return text
-
-
 def log_likelihoods(sub_llm: SubLLM, rows: Sequence[Row], states: Sequence[Tensor]) -> Tensor:
-    """Total log-likelihood of each sample's completion ids, eos included, float64 (samples,), row after row."""
+    """Sum the log-likelihood of each sample's completion ids, eos included: float64 (samples,), row after row."""
     first = [0, *accumulate(len(row.samples) for row in rows)]
     totals = torch.zeros(first.pop(), dtype=torch.float64)
     order = sorted(range(len(rows)), key=lambda i: (rows[i].branches.length, i))
@@ -404,7 +347,7 @@ def log_likelihoods(sub_llm: SubLLM, rows: Sequence[Row], states: Sequence[Tenso
 
 
 def auc(scores: Tensor, positive: Tensor) -> float | None:
-    """P(score of a positive > score of a negative), ties half (Mann-Whitney); None without both kinds."""
+    """Compute P(score of a positive > score of a negative), ties half (Mann-Whitney); None without both kinds."""
     high, low = scores[positive].double(), scores[~positive].double()
     if not len(high) or not len(low):
         return None
@@ -412,35 +355,3 @@ def auc(scores: Tensor, positive: Tensor) -> float | None:
     below = torch.searchsorted(ordered, high, right=False).double()
     upto = torch.searchsorted(ordered, high, right=True).double()
     return float((below + upto).mean() / (2 * len(low)))
-
-
-def is_right(made: str, wanted: str) -> bool:
-    """Equal text; where the wanted answer's last word is a number, its value against that of the last number made."""
-    if made.strip() == wanted.strip():
-        return True
-    theirs, ours = _LAST_WORD_IS_NUMBER.search(wanted.strip()), _NUMBER.findall(made)
-    return theirs is not None and bool(ours) and _value(ours[-1]) == _value(theirs[1])
-
-
-def _value(number: str) -> Decimal:
-    return Decimal(number.replace(",", ""))
-
-
-def summary(evaluator: Evaluator, models: Mapping[str, Judged], samples: int = 0) -> dict[str, Any]:
-    """{accuracy, loss, auc: {name: value}, num_examples} for `--json` and the ledger.
-
-    Args:
-        samples: add so many questions with each model's answer, from the first on; few-shot examples are left out.
-    """
-    result: dict[str, Any] = {"accuracy": {}, "loss": {}, "auc": {}, "num_examples": len(evaluator.questions)}
-    shown = [
-        {"prompt": q.prompt.removeprefix(q.examples), "completion": q.completion} for q in evaluator.questions[:samples]
-    ]
-    for name, model in models.items():
-        answers = evaluator.answers(model)
-        for sample, made in zip(shown, answers.chosen, strict=False):
-            sample[name] = made
-        result["accuracy"][name] = evaluator.accuracy(answers)
-        result["loss"][name] = answers.nll if math.isfinite(answers.nll) else None  # JSON has no NaN
-        result["auc"][name] = evaluator.auc(answers)
-    return result | ({"samples": shown} if samples else {})

@@ -1,6 +1,7 @@
-"""What the hub reads itself: public text in blocks (contract.md, "Public text"), public prompts like the task's.
+"""Read public text in blocks (docs/methods.md (m11-blocks)), and public prompts like the task's.
 
-SGP, ODA and the border map read only these; they never see an edge's data.
+SGP, ODA and the border map see only these, or what the full LLM writes in their place (`self_generated.py`); they never
+see an edge's data.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from fedsoda_edge.errors import DataProblem, UsageProblem
 from fedsoda_edge.protocol.template import TextTemplate
 
 MAX_HELD_OUT = 32
-MIN_PROMPTS, MAX_PROMPTS, MAX_PROMPT_IDS = 50, 1000, 1 << 16  # MAX_PROMPTS: of those that the full LLM writes
+MIN_PROMPTS, MAX_PROMPTS, MAX_PROMPT_IDS = 50, 1000, 1 << 16  # MAX_PROMPTS: how many the full LLM writes
 
 
 def read_blocks(
     text: Path, tokenizer_json: Path, bos_id: int | None, sequences: int, length: int
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """(used, held out): blocks of `length` ids, each bos (if there is one) and the next ids of the text.
+    """Cut a text into (used, held out): blocks of `length` ids, each bos (if there is one) and the next ids of the text.
 
     The text is tokenized in one call without special tokens; the first `sequences` blocks are used, the
     next min(32, rest) are held out.
@@ -50,7 +51,10 @@ def read_blocks(
 
 
 def read_prompts(rows: Path, prompt: TextTemplate, tokenizer: SampleTokenizer, max_length: int) -> list[Tensor]:
-    """The run's prompts with these rows in them, as ids: the first `MAX_PROMPT_IDS`. No completion is read.
+    """Render the run's prompts with these rows, as ids, until there are `MAX_PROMPT_IDS`. No completion is read.
+
+    Args:
+        max_length: ids that are kept of a prompt.
 
     Raises:
         UsageProblem: the rows lack a column of the prompt, or are too few to fit a border map.

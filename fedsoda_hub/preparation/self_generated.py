@@ -1,7 +1,8 @@
-"""Public text out of the full LLM itself, for a hub that has none: plain text, and prompts like the run's.
+"""Let the full LLM write public text, for a hub that has none: plain text, and prompts like the run's (docs/methods.md
+(m11-self)).
 
 The idea is LLM-QAT's (arXiv 2305.17888): distil on what the model writes itself. Text begins with bos and the model
-goes on, its first ids drawn from the whole vocabulary for breadth, later ones from the TOP_K likeliest. What is
+continues, its first ids drawn from the whole vocabulary for breadth, later ones from the TOP_K likeliest. What is
 generated is cut into blocks, or kept as prompts, as what is read is (`public_text.py`); SGP, ODA and the border map do
 not see a difference.
 """
@@ -42,7 +43,8 @@ def generate_blocks(
     device: str | torch.device = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """(used, held out): as `public_text.read_blocks`, `length` ids each, bos in front where the model has one.
+    """Write blocks, (used, held out), as `public_text.read_blocks` cuts them: `length` ids each, bos in front where the model
+    has one.
 
     The whole full LLM is held while it generates. On a CPU the same seed gives the same blocks.
 
@@ -83,7 +85,8 @@ def generate_prompts(
     device: str | torch.device = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Tensor]:
-    """As `public_text.read_prompts`: prompts whose columns the full LLM has written, no two the same, each whole.
+    """Write prompts, as `public_text.read_prompts` reads them: the full LLM writes the columns, no two are the same, each is
+    whole.
 
     As many as MAX_PROMPTS and MAX_PROMPT_IDS allow; fewer where the model has nothing new to write. The whole full LLM
     is held while it generates. On a CPU the same seed gives the same prompts.
@@ -124,11 +127,11 @@ def generate_prompts(
 
 
 class _Writer:
-    """Lets a model write BATCH_SIZE texts at a time."""
+    """A model that writes BATCH_SIZE texts at a time. bos: what a text begins with, if anything."""
 
     @classmethod
     def of(cls, source: Checkpoint, compute_dtype: torch.dtype, device: str | torch.device) -> _Writer:
-        """The whole full LLM.
+        """Load the whole full LLM.
 
         Raises:
             UsageProblem: it does not fit into what is free; nothing was loaded.
@@ -160,16 +163,16 @@ class _Writer:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def plain(self, num_ids: int) -> list[list[int]]:
-        """Texts of at most `num_ids` ids; a line break where the model ends one earlier."""
+        """Write texts of at most `num_ids` ids; a line break where the model ends one earlier."""
         if self.bos is None:
             first = torch.randint(self._vocab, (BATCH_SIZE, 1)).tolist()
-            texts = [a + b for a, b in zip(first, self._go_on(first, num_ids - 1, BROAD_IDS), strict=True)]
+            texts = [a + b for a, b in zip(first, self._continued(first, num_ids - 1, BROAD_IDS), strict=True)]
         else:
-            texts = self._go_on([[self.bos]] * BATCH_SIZE, num_ids, BROAD_IDS)
+            texts = self._continued([[self.bos]] * BATCH_SIZE, num_ids, BROAD_IDS)
         return [text + self._break if 0 < len(text) < num_ids else text for text in texts]
 
     def rows(self, template: TextTemplate) -> list[str]:
-        """Rows of a template; nothing of a row in which a column stays empty.
+        """Write rows of a template; nothing of a row in which a column stays empty.
 
         A column is what the model writes after the text before it, up to a line break, the template's next fixed text
         or its own end.
@@ -191,7 +194,7 @@ class _Writer:
         return [text if is_whole else "" for text, is_whole in zip(texts, whole, strict=True)]
 
     def _column(self, starts: list[list[int]], following: str, broad: int) -> list[str]:
-        """What the model writes after each start, up to a line break or the text that follows the column."""
+        """Write a column after each start, up to a line break or the text that follows the column."""
 
         def text(ids: Sequence[int]) -> tuple[str, bool]:
             written = self._tokenizer.decode(list(ids)).lstrip()
@@ -199,16 +202,16 @@ class _Writer:
             cut = cut.partition(following)[0] if following else cut
             return cut.strip(), cut != written
 
-        return [text(ids)[0] for ids in self._go_on(starts, COLUMN_IDS, broad, lambda ids: text(ids)[1])]
+        return [text(ids)[0] for ids in self._continued(starts, COLUMN_IDS, broad, lambda ids: text(ids)[1])]
 
-    def _go_on(
+    def _continued(
         self,
         starts: list[list[int]],
         num_ids: int,
         broad: int,
         is_over: Callable[[list[int]], bool] | None = None,
     ) -> list[list[int]]:
-        """At most `num_ids` more ids of each start, without the end of text; the first `broad` of the whole vocabulary.
+        """Write at most `num_ids` more ids after each start, without the end of text; the first `broad` of the whole vocabulary.
 
         Args:
             is_over: whether these new ids are enough; they may be followed by others nevertheless.

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
+from torch import Tensor
 
-import fedsoda_edge.model.bundle_writer as bundle_writer_module
-import fedsoda_edge.ports.disk as disk_module
-import fedsoda_hub.preparation.full_llm as full_llm_module
-import fedsoda_hub.preparation.prepare as prepare_module
-from fedsoda_edge.ports.disk import write_durably
+from fedsoda_edge.model import delta
 from fedsoda_edge.protocol.messages import Digest
+from fedsoda_hub.federation.jobs import PrepareResult
 from fedsoda_hub.federation.state import HeldView, SubLLM
 from fedsoda_hub.preparation.prepare import Preparation
 from fedsoda_hub.run.directory import RunDirectory
@@ -75,25 +74,30 @@ class Killed(BaseException):
 
 @contextmanager
 def killed_after(writes: int) -> Iterator[None]:
-    """A prepare in here ends after so many durable writes."""
-    left = writes
+    """End a prepare in here after so many durable writes: each gives a file its name."""
+    left, replace = writes, os.replace
 
-    def write(path: Path, data: bytes) -> None:
+    def write(source: Path, target: Path) -> None:
         nonlocal left
-        write_durably(path, data)
-        left -= 1
+        is_file = Path(source).is_file()
+        replace(source, target)
+        left -= is_file
         if left == 0:
             raise Killed
 
-    with (
-        mock.patch.object(bundle_writer_module, "write_durably", write),
-        mock.patch.object(disk_module, "write_durably", write),  # of write_durably_json
-        mock.patch.object(prepare_module, "write_durably", write),
-        mock.patch.object(full_llm_module, "write_durably", write),
-        pytest.raises(Killed),
-    ):
+    with mock.patch.object(os, "replace", write), pytest.raises(Killed):
         yield
 
 
-def prepare(settings: RunSettings) -> dict[str, Any]:
+def prepare(settings: RunSettings) -> PrepareResult:
     return Preparation(settings).run()
+
+
+def public_kl(settings: RunSettings) -> dict[str, float]:
+    """Prepare a run; the public KL of its largest sub-LLM."""
+    return prepare(settings).sub_llms[0].public_kl
+
+
+def put(settings: RunSettings, tensors: Mapping[str, Tensor]) -> Digest:
+    """Leave tensors as a blob of the run, as a job names them."""
+    return Digest(RunDirectory(settings.run_dir).blobs.put(delta.to_bytes(tensors)))

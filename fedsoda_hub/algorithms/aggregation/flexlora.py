@@ -1,4 +1,5 @@
-"""FlexLoRA: the mean of the products B @ A, brought back to a rank by SVD, each size class's own (arXiv 2402.11505).
+"""FlexLoRA: take the mean of the products B @ A, and bring it back to a rank by SVD, each size class's own (arXiv
+2402.11505; docs/methods.md (m10-flexlora)).
 
 The SVD is that of a small core between two QR factors (FLoRIST, arXiv 2506.09199). It turns the gauge of B and A, so
 error feedback and moments of the round before mean nothing after it. The rank may collapse towards the smallest
@@ -16,7 +17,11 @@ from fedsoda_hub.algorithms.aggregation.products import Pair, stacked
 
 
 def merge(modules: Iterable[tuple[str, Sequence[Pair]]], view: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The next master, fp32. view: what the edges started from."""
+    """Merge a round's pairs into the next master, fp32.
+
+    Args:
+        view: what the edges started from.
+    """
     merged: dict[str, Tensor] = {}
     for module, pairs in modules:
         names = f"{module}.lora_B", f"{module}.lora_A"
@@ -27,7 +32,7 @@ def merge(modules: Iterable[tuple[str, Sequence[Pair]]], view: Mapping[str, Tens
 
 
 def cut(master: Mapping[str, Tensor], view: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a size class is to hold of the master: the modules of its view, each at the view's rank.
+    """Cut from the master what a size class is to hold: the modules of its view, each at the view's rank.
 
     At the master's own rank that is the master's pair; at a lower one its largest singular values.
     """
@@ -43,7 +48,7 @@ def cut(master: Mapping[str, Tensor], view: Mapping[str, Tensor]) -> dict[str, T
 
 
 def truncated(pairs: Sequence[Pair], previous_b: Tensor, previous_a: Tensor) -> tuple[Tensor, Tensor]:
-    """(b, a) of the previous pair's rank with (alpha / rank) b a nearest to sum_k p_k (alpha / r_k) B_k A_k.
+    """Find (b, a) of the previous pair's rank with (alpha / rank) b a nearest to sum_k p_k (alpha / r_k) B_k A_k.
 
     a's rows are orthogonal and as long as the previous ones' root mean square, so that no direction of a is lost where
     M has none. Of all such pairs it is the one nearest to the previous (orthogonal Procrustes): the proximal term and

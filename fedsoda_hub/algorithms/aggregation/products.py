@@ -1,4 +1,4 @@
-"""The products B @ A of a round's edges, module by module: what averaging A and B apart loses of their mean.
+"""Take the products B @ A of a round's edges, module by module: what averaging A and B apart loses of their mean.
 
 A dense product is never formed: two stacks of factors stand for it.
 """
@@ -6,6 +6,7 @@ A dense product is never formed: two stacks of factors stand for it.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from fedsoda_edge.model.delta import decode, moved
 from fedsoda_hub.algorithms.aggregation.weighted_mean import CodedUpdate, weighed
+
+HELD_BYTES = 512 << 20  # of pairs, while a round closes
 
 
 @dataclass(frozen=True)
@@ -26,45 +29,91 @@ class Pair:
 
 
 def pairs_by_module(updates: Sequence[CodedUpdate], codec: str, max_weight: float) -> Iterator[tuple[str, list[Pair]]]:
-    """Each module's name and its pairs in ascending edge id, fp64: W_k = view_k + decode(u_k).
+    """Decode each module's pairs in ascending edge id, fp64: W_k = view_k + decode(u_k).
 
-    One module of all edges is in memory at a time, and one update. A factor that an update does not hold is its view's.
+    In memory are one update, and all edges' pairs of as many modules as HELD_BYTES has room for, one at least; each
+    update is read once for all of these. A factor that an update does not hold is its view's.
     """
     ordered = weighed(updates, max_weight)
-    for module in sorted({name.rpartition(".lora_")[0] for update in updates for name in update.view}):
-        names = f"{module}.lora_A", f"{module}.lora_B"
-        holders = [(update, weight) for update, weight in ordered if names[0] in update.view]
-        whole = sum(weight for _, weight in holders)
-        pairs = []
-        for update, weight in holders:
+    for modules in _together(updates):
+        found: dict[str, list[tuple[float, Tensor, Tensor]]] = {module: [] for module in modules}
+        for update, weight in ordered:
+            held = [module for module in modules if f"{module}.lora_A" in update.view]
+            if not held:
+                continue
+            names = [f"{module}.lora_{factor}" for module in held for factor in "AB"]
             before = {name: update.view[name] for name in names}
             after = moved(before, decode(update.read(), update.layout, codec, only=names), codec)
-            a, b = (after[name].double() for name in names)
-            pairs.append(Pair(weight / whole, b, a))
-        yield module, pairs
+            for module in held:
+                a, b = (after[f"{module}.lora_{factor}"].double() for factor in "AB")
+                found[module].append((weight, b, a))
+        for module in modules:
+            of_module = found.pop(module)
+            whole = sum(weight for weight, _, _ in of_module)
+            yield module, [Pair(weight / whole, b, a) for weight, b, a in of_module]
+
+
+def _together(updates: Sequence[CodedUpdate]) -> Iterator[list[str]]:
+    """Divide all modules, ascending, into groups whose pairs are within HELD_BYTES; one module may be more by itself."""
+    sizes: defaultdict[str, int] = defaultdict(int)
+    for update in updates:
+        for name, tensor in update.view.items():
+            sizes[name.rpartition(".lora_")[0]] += tensor.numel() * torch.float64.itemsize
+    group: list[str] = []
+    held = 0
+    for module, size in sorted(sizes.items()):
+        if group and held + size > HELD_BYTES:
+            yield group
+            group, held = [], 0
+        group.append(module)
+        held += size
+    if group:
+        yield group
 
 
 def stacked(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-    """(out, sum of ranks) and (sum of ranks, in): left @ right = sum_k share_k B_k A_k (FLoRA, arXiv 2409.05976)."""
+    """Stack factors, (out, sum of ranks) and (sum of ranks, in): left @ right = sum_k share_k B_k A_k (FLoRA, arXiv
+    2409.05976).
+    """
     left = torch.cat([pair.share * pair.b for pair in pairs], dim=1)
     return left, torch.cat([pair.a for pair in pairs], dim=0)
 
 
-def cross_term(modules: Iterable[tuple[str, Sequence[Pair]]]) -> float:
-    """||M_res||_F / ||M||_F over all modules: M = sum_k p_k B_k A_k, M_res = M - Bbar Abar.
+class CrossTerm:
+    """||M_res||_F / ||M||_F over all modules that it has seen: M = sum_k p_k B_k A_k, M_res = M - Bbar Abar.
 
     M_res = sum_k p_k (B_k - Bbar)(A_k - Abar), so it is 0 exactly where all edges have the same A, or the same B. Where
-    M is 0 there is nothing to lose, and so is the ratio.
+    M is 0 there is nothing to lose, and the ratio is 0 too (docs/methods.md (m10-cross-term)).
     """
-    lost = whole = 0.0
-    for _, pairs in modules:
-        lost += _square(*stacked(_spread(pairs)))
-        whole += _square(*stacked(pairs))
-    return math.sqrt(lost / whole) if whole else 0.0
+
+    def __init__(self) -> None:
+        self._lost = self._whole = 0.0
+
+    def watching(self, modules: Iterable[tuple[str, Sequence[Pair]]]) -> Iterator[tuple[str, Sequence[Pair]]]:
+        """Pass modules on as they come, each counted: whoever merges them needs no second pass."""
+        for module, pairs in modules:
+            self._lost += _square(*stacked(_spread(pairs)))
+            self._whole += _square(*stacked(pairs))
+            yield module, pairs
+
+    @property
+    def value(self) -> float:
+        """The ratio so far."""
+        return math.sqrt(self._lost / self._whole) if self._whole else 0.0
+
+
+def cross_term(modules: Iterable[tuple[str, Sequence[Pair]]]) -> float:
+    """Compute the cross term of all modules."""
+    seen = CrossTerm()
+    for _ in seen.watching(modules):
+        pass
+    return seen.value
 
 
 def _spread(pairs: Sequence[Pair]) -> list[Pair]:
-    """B_k - Bbar and A_k - Abar. Less the first edge's before, so that equal factors leave zeros and no rounding."""
+    """Subtract the means: B_k - Bbar, A_k - Abar. The first edge's factors go before, so that equal ones leave zeros and no
+    rounding.
+    """
     first = pairs[0]
     moves = [Pair(pair.share, pair.b - first.b, pair.a - first.a) for pair in pairs]
     mean_b = torch.stack([pair.share * pair.b for pair in moves]).sum(dim=0)
@@ -73,5 +122,5 @@ def _spread(pairs: Sequence[Pair]) -> list[Pair]:
 
 
 def _square(left: Tensor, right: Tensor) -> float:
-    """||left @ right||_F^2 by the two Gram matrices of the rank."""
+    """Compute ||left @ right||_F^2 by the two Gram matrices of the rank."""
     return max(0.0, float(((left.T @ left) * (right @ right.T)).sum()))

@@ -1,4 +1,4 @@
-"""The hub's own optimiser: the mean of the edges' deltas is its gradient, reversed.
+"""Step with the hub's own optimiser: the mean of the edges' deltas is its gradient, reversed.
 
 FedAvgM (Hsu et al. 2019, arXiv 1909.06335), FedAdam and FedYogi (Reddi et al. 2021, arXiv 2003.00295, Algorithm 2).
 """
@@ -16,7 +16,7 @@ from fedsoda_hub.settings.tables import Aggregation
 def step(
     weights: Mapping[str, Tensor], mean: Mapping[str, Tensor], moments: Mapping[str, Tensor], settings: Aggregation
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(weights, moments) after a round; what `mean` does not hold stays as it is.
+    """Compute (weights, moments) after a round; what `mean` does not hold stays as it is.
 
     Args:
         mean: of the deltas: Algorithm 2's Delta_t.

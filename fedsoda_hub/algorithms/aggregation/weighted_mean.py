@@ -2,7 +2,7 @@
 
 FedAvg (McMahan et al. 2017, arXiv 1602.05629, Algorithm 1), A and B apart, so the result is not the mean of
 the products B @ A (arXiv 2410.09432). Edges may keep different layers: each tensor is averaged over those that hold it
-(FedRA, arXiv 2311.11227). Which updates belong to a round is the ledger's business.
+(FedRA, arXiv 2311.11227). Which updates belong to a round the ledger says.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from fedsoda_edge.protocol.manifest import TensorSpec
 
 @dataclass(frozen=True)
 class CodedUpdate:
-    """read() gives the coded bytes; they are read once for the whole pass.
+    """An update as it came.
 
-    view: what the edge trained from. layout: of the bytes; a factor of the view that it lacks did not train.
+    read: gives the coded bytes; a pass over them reads them once. view: what the edge trained from. layout: of the bytes; a factor of the view that it lacks did not train.
     """
 
     edge: str
@@ -34,9 +34,9 @@ class CodedUpdate:
 
 
 def weighed(updates: Sequence[CodedUpdate], max_weight: float) -> list[tuple[CodedUpdate, float]]:
-    """In ascending edge id, each with its weight: num_examples, at most max_weight times the round's median.
+    """Order updates by edge id, each with its weight: num_examples, at most max_weight times the round's median.
 
-    num_examples is what an edge says of itself (federation.md, Aggregation).
+    num_examples is what an edge says of itself (docs/methods.md (m10-fedavg)).
     """
     cap = max_weight * statistics.median([update.num_examples for update in updates])
     ordered = sorted(updates, key=lambda update: update.edge)
@@ -44,7 +44,8 @@ def weighed(updates: Sequence[CodedUpdate], max_weight: float) -> list[tuple[Cod
 
 
 def weighted_mean(updates: Sequence[CodedUpdate], codec: str, max_weight: float) -> dict[str, Tensor]:
-    """Of each tensor sum_k (weight_k / sum weight) * decode(u_k) over the updates that hold it, one in memory at a time.
+    """Average each tensor, sum_k (weight_k / sum weight) * decode(u_k), over the updates that hold it, one in memory at a
+    time.
 
     Returns:
         fp32. What no update holds is not in it: what nobody trained keeps its value.

@@ -1,7 +1,8 @@
 """Pre-align the emulator LoRA without gradients: reduced-rank ridge regression on the retained layers' down_proj.
 
-ReplaceMe's linear map in the place of removed layers (arXiv 2505.02819) at the rank of the LoRA, read as in method.md
-8e: a start for `oda.align`, or alone. Teacher targets are given; making and caching them is `prepare.py`'s business.
+ReplaceMe's linear map in the place of removed layers (arXiv 2505.02819) at the rank of the LoRA, read as in
+docs/methods.md (m7-closed-form): a start for `oda.align`, or alone. Teacher targets are given; making and caching them is
+`preparation/teacher.py`'s.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ BATCH_TOKENS = 2048
 def solve(
     gram: Tensor, cross: Tensor, down: Tensor, scale: float, rank: int, damping: float = DAMPING
 ) -> tuple[Tensor, Tensor]:
-    """The LoRA (A, B) of down_proj whose scale * B A brings its output nearest to output + residual.
+    """Solve for the LoRA (A, B) of down_proj whose scale * B A brings its output nearest to output + residual.
 
     Least squares over maps M -> M C^T of the output M with rank C <= `rank` and a ridge of lambda ||C||^2: with G =
     M^T M + lambda I and H = M^T R the best C of any rank is (G^-1 H)^T, and its best part of this rank lies in the top
@@ -59,7 +60,7 @@ def align(
     device: str | torch.device = "cpu",
     progress: LayersDone | None = None,
 ) -> LoRATensors:
-    """The emulator LoRA with its down_proj factors solved for, layer by layer from below; others stay as they are.
+    """Solve for the emulator LoRA's down_proj factors, layer by layer from below; others stay as they are.
 
     One forward of the sub-emulator, one layer of it resident. A group is solved on states that the groups below it
     have corrected already, against what the full LLM has after the group, position 0 left out: its massive activations
@@ -112,14 +113,18 @@ def align(
 
 
 def check(source: LayerSource, layers: Iterable[int], names: Container[str]) -> None:
-    """Raises UsageProblem unless each of these layers could be solved for, with LoRA tensors of these names."""
+    """Check that each of these layers could be solved for, with LoRA tensors of these names.
+
+    Raises:
+        UsageProblem: one could not; says which, and what to write.
+    """
     for layer in layers:
         module = layer_on_meta(source.family, source.fields, layer)
         # gemma3 and olmo2 have a norm behind the MLP, qwen3_moe many down_proj.
         if MODULE not in linear_modules(module) or hasattr(module, "post_feedforward_layernorm"):
             raise UsageProblem(
-                f"layer {layer} of this {source.family.model_type} model adds to its stream what is no output of one "
-                "down_proj; closed-form alignment needs that: write [align] closed_form = false"
+                f"layer {layer} of this {source.family.model_type} model adds to its stream what is not the output of "
+                "one down_proj; closed-form alignment needs that: write [align] closed_form = false"
             )
         if f"layers.{layer}.{MODULE}.lora_A" not in names:
             raise UsageProblem(
@@ -141,6 +146,7 @@ class _Fit:
         self._target = target
 
     def enter(self, _: int, layer: Any) -> None:
+        """Hook the layer that runs next."""
         down, turns = layer.get_submodule(MODULE), iter(self.batches)
         self.down = down.weight
         made: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""Measure how far a sub-LLM has drifted from its full LLM while the adapter trained (method.md 8d).
+"""Measure how far a sub-LLM has drifted from its full LLM while the adapter trained (docs/methods.md (m5-drift)).
 
 What edges follow is the gradient of the adapter's LoRA in the sub-LLM; what the plug-in needs is the one in the full
 LLM. When to align again is decided in `federation/rounds.py`.
@@ -19,10 +19,13 @@ BATCH_SIZE = 4
 
 
 def adapter_gradient(model: SubLLM, layers: Container[int], start: Tensor, ids: Tensor) -> Tensor:
-    """(P,), fp32 on the CPU: gradient of the mean next-token loss by the LoRA on these layers, in the order of names.
+    """Compute the gradient of the mean next-token loss by the LoRA on these layers, in the order of names.
 
     Args:
         start: (N, T, C), hidden states below the model's first layer. ids: (N, T).
+
+    Returns:
+        (P,), fp32 on the CPU.
     """
     trained = list(lora.on(layers, lora.parameters(model)).values())
     total = [torch.zeros(parameter.shape) for parameter in trained]
@@ -39,5 +42,5 @@ def adapter_gradient(model: SubLLM, layers: Container[int], start: Tensor, ids: 
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
-    """Of two gradients (P,); 0 where one of them is 0."""
+    """Compute the cosine of two gradients (P,); 0 where one of them is 0."""
     return float(torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=0))

@@ -1,8 +1,8 @@
 """Orchestrated distillation alignment: train the emulator LoRA so that the sub-LLM follows the full LLM.
 
-FedSODA (arXiv 2508.12727) eqs. 6-8, read as in method.md 1.6. What cannot change is given as tensors: the
+FedSODA (arXiv 2508.12727) eqs. 6-8, read as in docs/methods.md (m5-losses). What cannot change is given as tensors: the
 teacher's hidden states, and the student's own below the first layer that trains. Making and caching them is
-`prepare.py`'s business.
+`preparation/teacher.py`'s.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FINAL_RATE = 0.05  # of the learning rate, reached by a cosine
 
 @dataclass(frozen=True)
 class AlignSettings:
-    """representation_weight and kl_weight are alpha and beta of eq. 8."""
+    """How long and how fast to align. representation_weight and kl_weight are alpha and beta of eq. 8."""
 
     steps: int
     batch_size: int
@@ -49,17 +49,17 @@ class Teacher:
 
 
 def representation_loss(teacher: Tensor, student: Tensor) -> Tensor:
-    """mean(((T - S) / rms(T))^2) in fp32, without position 0.
+    """Compute mean(((T - S) / rms(T))^2) in fp32, without position 0.
 
     A raw squared norm grows with T * C and is ruled by the massive activations of the first token
-    (method.md 1.6, arXiv 2402.17762).
+    (docs/methods.md (m5-losses), arXiv 2402.17762).
     """
     wanted, made = teacher[:, 1:].float(), student[:, 1:].float()
     return (wanted - made).square().mean() / wanted.square().mean()
 
 
 def forward(student: SubLLM, layers: Iterable[int], start: Tensor) -> tuple[dict[int, Tensor], Tensor]:
-    """The student's own outputs (not teacher-forced) of these layers, and its final hidden.
+    """Run the student for its own outputs (not teacher-forced) of these layers, and its final hidden.
 
     Args:
         start: (B, T, C), hidden states below the student's first layer.
@@ -86,7 +86,7 @@ def forward(student: SubLLM, layers: Iterable[int], start: Tensor) -> tuple[dict
 def objective(
     student: SubLLM, plan: LayerPlan, start: Tensor, teacher: Teacher, settings: AlignSettings
 ) -> tuple[Tensor, Tensor]:
-    """(alpha * (L_inter + L_final) + beta * L_KL, L_KL) of a batch; L_inter is the mean over `teacher.retained`."""
+    """Compute (alpha * (L_inter + L_final) + beta * L_KL, L_KL) of a batch; L_inter is the mean over `teacher.retained`."""
     last = plan.sub_emulator[-1]
     outputs, final = forward(student, [*teacher.retained, last], start)
     rep = representation_loss(teacher.border, outputs[last])
@@ -139,7 +139,7 @@ def align(
 
 
 def rate(step: int, steps: int) -> float:
-    """Share of the learning rate: a linear warm-up, then a cosine down to FINAL_RATE."""
+    """Compute the share of the learning rate: a linear warm-up, then a cosine down to FINAL_RATE."""
     warm = max(1, round(WARM_UP * steps))
     if step < warm:
         return (step + 1) / warm
@@ -155,7 +155,7 @@ def _rows(teacher: Teacher, rows: Sequence[int]) -> Teacher:
 
 
 def public_kl(student: SubLLM, start: Tensor, teacher_final: Tensor, batch_size: int = 4) -> float:
-    """KL(teacher || student) in nats, mean over all positions of the blocks (contract.md, Public KL).
+    """Measure KL(teacher || student) in nats, mean over all positions of the blocks (docs/methods.md (m11-kl)).
 
     Args:
         start: (N, T, C) below the student's first layer. teacher_final: (N, T, C) after the final norm.

@@ -26,8 +26,11 @@ HELD_OUT = 5  # every fifth sample
 
 @dataclass(frozen=True)
 class Fit:
-    """tensors: of the border map, fp32. Errors are mean |difference|^2 / mean |h|^2 on held-out samples:
-    before any map, with D whole, and with D of the rank that is kept."""
+    """A border map, fp32, with its errors.
+
+    weight: the w that was chosen. Errors are mean |difference|^2 / mean |h|^2 on held-out samples: before any map, with D
+    whole, and with D of the rank that is kept.
+    """
 
     tensors: dict[str, Tensor]
     weight: float
@@ -46,7 +49,7 @@ class Moments:
         self.residual = self.wanted = 0.0
 
     def add(self, student: Tensor, teacher: Tensor) -> None:
-        """(T, C) each, of one sample; position 0 is left out."""
+        """Count one sample in, (T, C) each; position 0 is left out."""
         x, wanted = student[1:].double(), teacher[1:].double()
         r = wanted - x
         self.count += len(x)
@@ -64,7 +67,7 @@ class Moments:
         return both
 
     def solve(self, weight: float, rank: int) -> tuple[Tensor, Tensor]:
-        """D as (left (C, K), right (K, C)), K = min(rank, C); right is the identity where D is whole."""
+        """Solve for D as (left (C, K), right (K, C)), K = min(rank, C); right is the identity where D is whole."""
         gram = self.gram - torch.outer(self.x, self.x) / self.count
         gram.diagonal().add_(weight * gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny))
         d = torch.linalg.solve(gram, self.cross - torch.outer(self.x, self.r) / self.count)
@@ -74,11 +77,11 @@ class Moments:
         return d @ right.T, right
 
     def shift(self, d: Tensor) -> Tensor:
-        """The best b (C,) beside D."""
+        """Find the best b (C,) beside D."""
         return (self.r - self.x @ d) / self.count
 
     def error(self, d: Tensor, b: Tensor) -> float:
-        """Of these positions with the map (D, b)."""
+        """Compute the error of these positions with the map (D, b)."""
         # |x D + b - r|^2, multiplied out
         total = (d * (self.gram @ d)).sum() - 2 * (d * self.cross).sum() + self.residual
         total += 2 * b @ (self.x @ d - self.r) + self.count * b @ b
@@ -86,7 +89,7 @@ class Moments:
 
 
 def fit(pairs: Iterable[tuple[Tensor, Tensor]], width: int, rank: int) -> Fit:
-    """The map of at most this rank for (student, teacher) states (T, C) of samples.
+    """Fit the map of at most this rank to (student, teacher) states (T, C) of samples.
 
     Raises:
         ValueError: there are fewer samples than a fit and its check need.

@@ -10,7 +10,7 @@ import pytest
 from fedsoda_edge.protocol.messages import Digest, EdgeId
 from fedsoda_edge.units import counted
 from fedsoda_hub import events as told
-from fedsoda_hub.cli.display import Display, _OpenRound, kl_sentence, next_step, settings_lines
+from fedsoda_hub.cli.display import Display, _OpenRound, next_step, settings_lines
 from fedsoda_hub.federation.state import RunState
 from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.run.status import live_status, run_status
@@ -90,13 +90,6 @@ def test_a_round_that_closed_has_no_bar(monkeypatch: pytest.MonkeyPatch) -> None
     count = len(shown.bars)
     shown.say(closed(2, updates=2))
     assert (len(shown.bars), shown.ended) == (count, 1)
-
-
-def test_nothing_is_said_of_an_alignment_that_a_full_emulator_does_not_need() -> None:
-    pruned = {"pruned": 0.619, "quantized": 0.631, "aligned": 0.386}
-    assert kl_sentence(pruned) == "public KL 0.619 pruned, 0.631 as stored, 0.386 aligned"
-    full = {"pruned": 0.0, "quantized": 0.012, "aligned": 0.012}
-    assert kl_sentence(full) == "public KL 0.012 as stored, all layers kept"
 
 
 def test_one_is_no_plural_and_sizes_are_written_as_everywhere(capsys: pytest.CaptureFixture[str]) -> None:

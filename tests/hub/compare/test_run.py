@@ -1,4 +1,4 @@
-"""A whole comparison of a small model: its report, its tables, and a second call that goes on."""
+"""A whole comparison of a small model: its report, its tables, and a second call that continues."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from fedsoda_edge.errors import DataProblem, UsageProblem
 from fedsoda_hub.compare import run as run_module
+from fedsoda_hub.compare.results import CompareReport
 from fedsoda_hub.compare.run import run_comparison
 from fedsoda_hub.compare.settings import read_comparison
 from fedsoda_hub.compare.summary import markdown
@@ -28,7 +30,8 @@ def compared(path: Path, out: Path, events: list[Told] | None = None) -> dict[st
         if events is not None:
             events.append(event)
 
-    return run_comparison(read_comparison(path), out, "memory", say)
+    report: dict[str, Any] = msgspec.to_builtins(run_comparison(read_comparison(path), out, "memory", say))
+    return report
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +80,7 @@ def test_the_tables_have_the_papers_columns(calm: tuple[Path, Path, dict[str, An
 
 def test_orderings_are_claimed_only_where_the_interval_excludes_0(calm: tuple[Path, Path, dict[str, Any]]) -> None:
     _, _, report = calm
-    assert "None.\n" in markdown({**report, "orderings": []})
+    assert "None.\n" in markdown(msgspec.convert({**report, "orderings": []}, CompareReport))
     of = report["splits"]["iid"]
     for found in of["differences"]:
         claims = [line for line in report["orderings"] if found["one"] in line and found["other"] in line]
@@ -111,7 +114,7 @@ def test_the_page_holds_its_pictures_and_fetches_nothing(calm: tuple[Path, Path,
 
 
 def test_a_cell_finds_what_was_prepared_for_all(calm: tuple[Path, Path, dict[str, Any]]) -> None:
-    """A preparation of other settings is made anew, which nobody would notice but by the time it takes."""
+    """A preparation of other settings would be made again, which nobody would notice except by the time it takes."""
     _, out, _ = calm
     made = {path.read_text() for path in out.glob("prepared/*/run.run/prepare/fingerprint")}
     found = [path.read_text() for path in out.glob("memory/**/run.run/prepare/fingerprint")]
@@ -128,7 +131,7 @@ def test_a_second_call_does_nothing_again(
     assert compared(path, out) == report
 
 
-def test_a_comparison_that_was_stopped_goes_on_to_the_same_report(
+def test_a_comparison_that_was_stopped_continues_to_the_same_report(
     calm: tuple[Path, Path, dict[str, Any]], tmp_path: Path, tiny_llama: Path
 ) -> None:
     """Stopped after the first round of the second cell; only what is measured may differ."""

@@ -57,7 +57,7 @@ def test_the_settings_of_a_variant_are_a_run_file(tmp_path: Path) -> None:
             None,
             "[compare] seeds = [1, 1] in compare.toml; it must be different numbers",
         ),
-        ({"compare": {"splits": ["shards"]}}, None, "'shards' is no split"),
+        ({"compare": {"splits": ["shards"]}}, None, "'shards' is not a split"),
         (
             {"compare": {"baselines": ["best"]}},
             None,

@@ -54,7 +54,7 @@ def test_a_column_of_many_values_is_no_label() -> None:
 
 @pytest.mark.parametrize("split", ["IID", "dirichlet", "dirichlet-0", "dirichlet--1", "users:", "shards-2"])
 def test_what_is_no_split_is_refused_with_those_there_are(split: str) -> None:
-    with pytest.raises(UsageProblem, match="is no split; write iid, dirichlet-ALPHA, users:COLUMN or files"):
+    with pytest.raises(UsageProblem, match="is not a split; write iid, dirichlet-ALPHA, users:COLUMN or files"):
         check_split(split)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
@@ -15,23 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin
 import fedsoda_hub.evaluation.evaluator as evaluation_module
 from fedsoda_edge.data.samples import SampleTokenizer
 from fedsoda_edge.errors import DataProblem
-from fedsoda_edge.model.border import border_states
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.source import Checkpoint, LayerSource
 from fedsoda_edge.protocol.manifest import LoRASpec
-from fedsoda_edge.protocol.template import TextTemplate
-from fedsoda_hub.evaluation.evaluator import (
-    Answers,
-    Evaluator,
-    Judged,
-    Question,
-    auc,
-    choices_of,
-    is_right,
-    read_questions,
-    summary,
-)
-from fedsoda_hub.evaluation.export import judged_models
+from fedsoda_hub.evaluation.evaluator import Answers, Evaluator, Judged, auc
+from fedsoda_hub.evaluation.judge import judge, judged_models
+from fedsoda_hub.evaluation.questions import Question
 from fedsoda_hub.settings.run import RunSettings
 from tests.edge.model.test_bundle import pruned_by_hand, random_lora
 from tests.hub.algorithms.alignment.test_oda import with_peft
@@ -92,9 +82,9 @@ def test_scores_loss_and_answers_are_those_of_whole_models_by_hand(
         ),
     }
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    judge = evaluator(tiny_llama)
+    asked = evaluator(tiny_llama)
     for name, model in by_hand.items():
-        answers = judge.answers(models[name])
+        answers = asked.answers(models[name])
         table = [[score_by_hand(model, tokenizer, q.prompt, c) for c in ("no", "yes")] for q in QUESTIONS]
         assert answers.scores is not None
         expected = torch.tensor([[score for score, _ in row] for row in table], dtype=torch.float64)
@@ -108,31 +98,26 @@ def test_models_with_the_same_emulator_share_one_sweep(
     tiny_llama: Path, models: Mapping[str, Judged], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     swept = []
+    for kind in (Checkpoint, Bundle):
+        real: Any = kind.stored_layer
 
-    def counted(source: LayerSource, *args: Any, **options: Any) -> list[Tensor]:
-        swept.append(source)
-        return border_states(source, *args, **options)
+        def counted(self: LayerSource, number: int, real: Any = real) -> Any:
+            if number == 0:
+                swept.append(self)
+            return real(self, number)
 
-    monkeypatch.setattr(evaluation_module, "border_states", counted)
-    found = summary(evaluator(tiny_llama), models)
+        monkeypatch.setattr(kind, "stored_layer", counted)
+    found = judge(evaluator(tiny_llama), models).result
     assert swept == [models["full"].source, models["sub_llm"].source]
-    assert set(found["accuracy"]) == set(found["loss"]) == set(found["auc"]) == {"full", "sub_llm", "plug_in"}
-    assert found["num_examples"] == 3
-    json.dumps(found, allow_nan=False)
+    assert set(found.accuracy) == set(found.loss) == set(found.auc) == {"full", "sub_llm", "plug_in"}
+    assert found.num_examples == 3
+    json.dumps(msgspec.to_builtins(found), allow_nan=False)
 
 
-def test_the_choices_of_a_question_share_its_prompt(
-    tiny_llama: Path, models: Mapping[str, Judged], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    swept: list[int] = []
-
-    def counted(source: LayerSource, layers: Any, ids: list[Tensor], **options: Any) -> list[Tensor]:
-        swept.extend(len(row) for row in ids)
-        return border_states(source, layers, ids, **options)
-
-    monkeypatch.setattr(evaluation_module, "border_states", counted)
+def test_the_choices_of_a_question_share_its_prompt(tiny_llama: Path, models: Mapping[str, Judged]) -> None:
+    rows, _ = evaluator(tiny_llama).border(models["full"])
+    swept = [len(row.ids) for row in rows]
     tokenizer = SampleTokenizer(tiny_llama / "tokenizer.json", 2)
-    evaluator(tiny_llama).answers(models["full"])
     both = [sum(len(tokenizer.encode(f"{q.prompt} {choice}")) + 1 for choice in ("no", "yes")) for q in QUESTIONS]
     shared = [len(tokenizer.encode(f"{q.prompt} ")) for q in QUESTIONS]  # the space is an id of its own here
     assert swept == [ids - once for ids, once in zip(both, shared, strict=True)]
@@ -152,26 +137,26 @@ def test_scores_are_those_of_whole_models_whatever_their_attention(family: str, 
     if config.get("sliding_window"):
         (directory / "config.json").write_text(json.dumps(config | {"sliding_window": window}))
     source = Checkpoint.open(str(directory))
-    judge, tokenizer = evaluator(directory, questions), AutoTokenizer.from_pretrained(directory)
+    asked, tokenizer = evaluator(directory, questions), AutoTokenizer.from_pretrained(directory)
     untouched = Judged(source, range(5), range(5, source.num_layers), LoRASpec(4, 8, (), (), ()), {}, {})
     by_hand = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    scores = judge.answers(untouched).scores
+    scores = asked.answers(untouched).scores
     assert scores is not None
     for row, question in zip(scores.tolist(), questions, strict=True):
-        expected = [score_by_hand(by_hand, tokenizer, question.prompt, choice)[0] for choice in judge.choices]
+        expected = [score_by_hand(by_hand, tokenizer, question.prompt, choice)[0] for choice in asked.choices]
         assert row == pytest.approx(expected, rel=1e-5, abs=1e-4)
-    _, states = judge.border(untouched)
+    _, states = asked.border(untouched)
     assert len(states) == (9 if config.get("sliding_window") and window == 40 else 3)
 
 
 def test_a_freed_emulator_lora_never_lends_its_states_to_the_next(
     tiny_llama: Path, models: Mapping[str, Judged]
 ) -> None:
-    judge, model = evaluator(tiny_llama), models["sub_llm"]
+    asked, model = evaluator(tiny_llama), models["sub_llm"]
     losses = []
     for size in (0.0, 1.0, 2.0, 3.0):  # each dict is freed before the next is made, so ids may repeat
         scaled = {name: size * tensor for name, tensor in model.emulator_lora.items()}
-        losses.append(judge.answers(Judged(model.source, model.below, model.above, model.spec, scaled, {})).nll)
+        losses.append(asked.answers(Judged(model.source, model.below, model.above, model.spec, scaled, {})).nll)
         del scaled
     assert len(set(losses)) == 4
 
@@ -182,13 +167,6 @@ def test_auc_is_the_share_of_pairs_in_order_ties_half() -> None:
     pairs = [(p > n) + 0.5 * (p == n) for p in scores[positive].tolist() for n in scores[~positive].tolist()]
     assert auc(scores, positive) == pytest.approx(sum(pairs) / len(pairs))
     assert auc(scores, torch.ones(6, dtype=torch.bool)) is None
-
-
-def test_choices_are_the_distinct_completions_if_at_most_20() -> None:
-    twenty = [Question("p", f"answer {i:02}") for i in range(20)]
-    assert choices_of(twenty * 2) == [f"answer {i:02}" for i in range(20)]
-    assert choices_of([*twenty, Question("p", "one more")]) == []
-    assert choices_of(twenty, "none") == []
 
 
 def test_ties_go_to_the_first_choice_in_sorted_order(
@@ -202,34 +180,10 @@ def test_ties_go_to_the_first_choice_in_sorted_order(
     assert evaluator(tiny_llama).answers(models["full"]).chosen == ["no", "no", "no"]
 
 
-@pytest.mark.parametrize(
-    ("made", "wanted", "right"),
-    [
-        (" Paris ", "Paris", True),
-        ("paris", "Paris", False),
-        ("3 + 4 = 7, so 7", "#### 7", True),
-        ("so 1,234.", "the sum is 1234", True),
-        ("it is 70", "7", False),
-        ("-7", "7", False),
-        ("no number", "7", False),
-        ("7 apples and 3 pears", "7 apples", False),
-        ("She pays 1,000 + 234 = <<1000+234=1234>>1234.\n#### 1,234", "1000 + 234 = 1234\n#### 1234", True),
-        ("so $1,234.00.", "#### 1234", True),
-        ("16-3", "#### 3", True),  # a difference, no negative number
-        ("it fell to $-3", "#### -3", True),
-        ("1,2,3", "#### 123", False),
-        ("3/2", "1/2", False),
-        ("1999-05-02", "2020-01-02", False),
-    ],
-)
-def test_a_generated_answer_is_right_by_its_text_or_its_last_number(made: str, wanted: str, right: bool) -> None:
-    assert is_right(made, wanted) is right
-
-
 def test_among_choices_only_the_very_one_is_right(tiny_llama: Path) -> None:
-    judge = evaluator(tiny_llama, [Question("p", "grade 1"), Question("p", "level 1")])
-    assert judge.accuracy(Answers(["grade 1", "grade 1"], torch.zeros(2), torch.zeros(2, 2))) == 0.5
-    assert judge.accuracy(Answers(["grade 1", "grade 1"], torch.zeros(2), None)) == 1.0
+    asked = evaluator(tiny_llama, [Question("p", "grade 1"), Question("p", "level 1")])
+    assert asked.accuracy(Answers(["grade 1", "grade 1"], torch.zeros(2), torch.zeros(2, 2))) == 0.5
+    assert asked.accuracy(Answers(["grade 1", "grade 1"], torch.zeros(2), None)) == 1.0
 
 
 @pytest.mark.parametrize("gold", ["yes", "a right answer longer than the usual room"])
@@ -237,18 +191,18 @@ def test_without_choices_the_greedy_generation_is_the_answer(
     tiny_llama: Path, models: Mapping[str, Judged], gold: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evaluation_module, "MAX_NEW_TOKENS", 8)
-    judge = evaluator(tiny_llama, [Question(q.prompt, gold) for q in QUESTIONS[:2]], "none")
+    asked = evaluator(tiny_llama, [Question(q.prompt, gold) for q in QUESTIONS[:2]], "none")
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     model: Any = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     expected = []
     for question in QUESTIONS[:2]:
         whole, alone = (len(tokenizer(text).input_ids) for text in (f"{question.prompt} {gold}", question.prompt))
         expected.append(greedily(model, tokenizer, question.prompt, max(8, whole + 1 - alone)).strip())
-    answers = judge.answers(models["full"])
+    answers = asked.answers(models["full"])
     assert answers.chosen == expected
     assert answers.scores is None
-    assert judge.auc(answers) is None
-    assert judge.accuracy(Answers([gold, "other"], torch.zeros(2), None)) == 0.5
+    assert asked.auc(answers) is None
+    assert asked.accuracy(Answers([gold, "other"], torch.zeros(2), None)) == 0.5
 
 
 def greedily(model: Any, tokenizer: Any, prompt: str, room: int) -> str:
@@ -317,80 +271,3 @@ def test_a_question_longer_than_the_model_is_refused_before_anything_runs(
             f"2 of 5 questions are longer than the model's 256 positions, question 5 the longest with {longest} ids, "
             "its answer included; lower [task] shots, or shorten them"
         )
-
-
-def test_what_begins_another_row_stops_a_generation(tmp_path: Path) -> None:
-    file = tmp_path / "d.jsonl"
-    templates = TextTemplate("Question: {q}\nAnswer:"), TextTemplate("{a}")
-
-    def stops(*answers: str, shots: int = 0, prompt: TextTemplate = templates[0]) -> set[tuple[str, ...]]:
-        rows = [{"q": f"{n}?", "a": a, "prompt": f"Question: {n}?", "completion": a} for n, a in enumerate(answers)]
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return {question.stops for question in read_questions(file, prompt, templates[1], shots=shots)}
-
-    assert stops("1", "2", shots=1) == {("\n\n", "\nQuestion:")}  # where lm-evaluation-harness stops GSM8K, and sooner
-    assert stops("1", "2") == {("\nQuestion:",)}  # nothing was shown that a blank line would separate
-    assert stops("1", "two\n\nlines", shots=1) == {("\nQuestion:",)}  # answers may hold blank lines
-    assert stops("1", "2", shots=1, prompt=TextTemplate("{q}\nAnswer:")) == {("\n\n",)}
-    assert stops("1", "so\nQuestion: why?", prompt=templates[0]) == {()}
-    file.write_text('{"prompt": "Question: 1?", "completion": "1"}\n')
-    assert read_questions(file, *templates)[0].stops == ("\nQuestion:",)
-    file.write_text('{"prompt": "Sum: 1?", "completion": "1"}\n')
-    assert read_questions(file, *templates)[0].stops == ()  # rendered by another template
-
-
-def test_rows_may_come_by_the_template_or_already_rendered(tmp_path: Path) -> None:
-    prompt, completion = TextTemplate("Say {word}:"), TextTemplate("{answer}")
-    raw, rendered = tmp_path / "raw.jsonl", tmp_path / "rendered.jsonl"
-    raw.write_text('{"word": "a", "answer": "yes"}\n')
-    rendered.write_text('{"prompt": "Say a:", "completion": "yes"}\n')
-    assert read_questions(raw, prompt, completion) == read_questions(rendered, prompt, completion)
-
-
-def test_questions_without_the_templates_columns_are_told_with_what_the_hub_can_do(tmp_path: Path) -> None:
-    (tmp_path / "d.jsonl").write_text('{"text": "a", "answer": "yes"}\n')
-    with pytest.raises(DataProblem) as problem:
-        read_questions(tmp_path / "d.jsonl", TextTemplate("Say {word}:"), TextTemplate("{answer}"))
-    assert str(problem.value) == (
-        f"{tmp_path / 'd.jsonl'}:1: no column 'word'; there are answer, text; rename one in the file, use another in "
-        "[task] prompt and completion, or write rows with the columns prompt and completion"
-    )
-
-
-def test_shots_are_other_rows_with_their_answers_drawn_by_seed_and_row(tmp_path: Path) -> None:
-    rows = [{"q": f"question {number}", "a": f"answer {number}"} for number in range(9)]
-    file = tmp_path / "d.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    templates = TextTemplate("Q: {q}\nA:"), TextTemplate("{a}")
-    asked = read_questions(file, *templates, shots=4, seed=1)
-    for number, question in enumerate(asked):
-        *examples, last = question.prompt.split("\n\n")
-        assert last == f"Q: question {number}\nA:"
-        shown = {int(example.split()[-1]) for example in examples}
-        assert len(shown) == 4
-        assert number not in shown
-        assert all(
-            example == f"Q: question {n}\nA: answer {n}" for example in examples for n in [int(example.split()[-1])]
-        )
-    assert read_questions(file, *templates, shots=4, seed=1) == asked
-    assert read_questions(file, *templates, shots=4, seed=2) != asked
-    with pytest.raises(DataProblem, match=r"shots = 9, and .* has 9 rows; 10 are needed"):
-        read_questions(file, *templates, shots=9)
-
-
-def test_samples_show_what_each_model_answers(prepared: RunSettings) -> None:
-    bundle = Bundle.open(prepared.run_dir / "bundle")
-    source = Checkpoint.open(prepared.model)
-    models = judged_models(bundle, source, bundle.adapter_lora(), bundle.emulator_lora())
-    assert prepared.eval_data is not None
-    questions = read_questions(prepared.eval_data, prepared.prompt, prepared.completion)
-    evaluator = Evaluator(questions, SampleTokenizer(source.path / "tokenizer.json", 2))
-    result = summary(evaluator, models, samples=2)
-    assert [set(sample) for sample in result["samples"]] == [{"prompt", "completion", "full", "sub_llm", "plug_in"}] * 2
-    assert {sample["full"] for sample in result["samples"]} <= {"yes", "no"}
-    assert "samples" not in summary(evaluator, models)
-
-    evaluator.questions = read_questions(prepared.eval_data, prepared.prompt, prepared.completion, shots=2)
-    assert evaluator.questions[0].prompt.count("Say ") == 3
-    shown = summary(evaluator, models, samples=2)["samples"]
-    assert [sample["prompt"] for sample in shown] == ["Say the:", "Say cat:"]  # read without their examples

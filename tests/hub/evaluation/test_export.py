@@ -19,7 +19,8 @@ from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model import delta
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.ports.disk import BlobStore
-from fedsoda_hub.evaluation.export import evaluate_path, export
+from fedsoda_hub.evaluation.export import export
+from fedsoda_hub.evaluation.judge import evaluate_path
 from fedsoda_hub.settings.run import RunSettings
 from tests.edge.model.test_bundle import random_lora
 from tests.hub.runs import WORDS, finish, make_run, prepare
@@ -40,7 +41,7 @@ def master_of(settings: RunSettings) -> dict[str, Tensor]:
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> RunSettings:
     """A run one round of which has closed, with an adapter LoRA that is not zero."""
     settings = make_run(tmp_path_factory.mktemp("finished"), tiny_llama, align={"steps": 0})
-    emulator = prepare(settings)["emulator_view"]
+    emulator = prepare(settings).sub_llms[0].emulator_view
     master = BlobStore(settings.run_dir / "blobs").put(delta.to_bytes(master_of(settings)))
     finish(settings, master, emulator)
     return settings
@@ -82,9 +83,9 @@ def test_plain_peft_loads_it_whole_and_answers_as_reported(
                 total, count = total - scores[choice], count + len(ids) - start
         right += max(scores, key=lambda choice: scores[choice]) == row["answer"]
     report = evaluate_path(exported, finished.directory / "eval.jsonl")
-    assert report["accuracy"]["plug_in"] == right / len(WORDS)
-    assert report["loss"]["plug_in"] == pytest.approx(total / count, rel=1e-5)
-    assert report["num_examples"] == len(WORDS)
+    assert report.accuracy["plug_in"] == right / len(WORDS)
+    assert report.loss["plug_in"] == pytest.approx(total / count, rel=1e-5)
+    assert report.num_examples == len(WORDS)
     assert evaluate_path(Path(finished.path), finished.directory / "eval.jsonl") == report
 
 
@@ -127,7 +128,7 @@ def test_exporting_again_replaces_an_export_but_nothing_else(finished: RunSettin
     other = finished.directory / "photos"
     other.mkdir()
     (other / "cat.jpg").write_bytes(b"cat")
-    with pytest.raises(UsageProblem, match="not empty and no export of ours"):
+    with pytest.raises(UsageProblem, match="not empty and not an export of ours"):
         export(finished, other)
     assert [path.name for path in other.iterdir()] == ["cat.jpg"]
 
@@ -140,9 +141,11 @@ def test_an_export_that_left_its_run_is_judged_with_the_full_model_alone(
     with pytest.raises(UsageProblem, match=r"'tiny'.*name it with --model"):
         evaluate_path(moved, data)
     there, here = evaluate_path(exported, data), evaluate_path(moved, data, model=str(tiny_llama))
-    for figure in ("accuracy", "loss", "auc"):
-        assert here[figure].pop("sub_llm") is None
-        assert there[figure].pop("sub_llm") is not None
+    for alone, beside in zip(
+        (here.accuracy, here.loss, here.auc), (there.accuracy, there.loss, there.auc), strict=True
+    ):
+        assert alone.pop("sub_llm") is None
+        assert beside.pop("sub_llm") is not None
     assert here == there
 
 
@@ -152,7 +155,7 @@ def test_before_the_first_round_there_is_nothing_to_export(tmp_path: Path, tiny_
         export(settings, tmp_path / "out")
     with pytest.raises(UsageProblem, match=r"RUN\.toml has not been started"):
         evaluate_path(Path(settings.path), tmp_path / "eval.jsonl")
-    with pytest.raises(UsageProblem, match=r"has no fedsoda\.json, so it is no export; name a RUN"):
+    with pytest.raises(UsageProblem, match=r"has no fedsoda\.json, so it is not an export; name a RUN"):
         evaluate_path(tmp_path, tmp_path / "eval.jsonl")
     with pytest.raises(UsageProblem, match="gone is not there; name a RUN"):
         evaluate_path(tmp_path / "gone", tmp_path / "eval.jsonl")

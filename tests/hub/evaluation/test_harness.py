@@ -1,6 +1,6 @@
 """lm-evaluation-harness loads an export onto the full LLM and finds what the hub reports.
 
-Its own log-likelihoods end before eos and the hub's after it (contract.md "Accuracy"), so eos is written into the
+Its own log-likelihoods end before eos and the hub's after it (docs/methods.md (m12-accuracy)), so eos is written into the
 choices here. With `peft=` it cuts the embedding to the tokenizer's length, which moves every log-likelihood of a
 checkpoint that pads its vocabulary; this one does not.
 """
@@ -21,7 +21,8 @@ from transformers import AutoTokenizer
 
 from fedsoda_edge.model import delta
 from fedsoda_edge.ports.disk import BlobStore
-from fedsoda_hub.evaluation.export import evaluate_path, export
+from fedsoda_hub.evaluation.export import export
+from fedsoda_hub.evaluation.judge import evaluate_path
 from fedsoda_hub.settings.run import RunSettings
 from tests.hub.evaluation.test_export import master_of
 from tests.hub.runs import WORDS, finish, make_run, prepare
@@ -68,7 +69,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> RunSettings:
     settings = make_run(directory / "run", model, align={"steps": 0})
     rows = [{"word": word, "answer": CHOICES[at % 4]} for at, word in enumerate(WORDS)]
     (settings.directory / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    emulator = prepare(settings)["emulator_view"]
+    emulator = prepare(settings).sub_llms[0].emulator_view
     trained = {name: 4 * tensor for name, tensor in master_of(settings).items()}  # enough to change answers
     finish(settings, BlobStore(settings.run_dir / "blobs").put(delta.to_bytes(trained)), emulator)
     return settings
@@ -90,7 +91,7 @@ def test_the_harness_finds_what_the_hub_reports(finished: RunSettings, tmp_path:
     }
     for name, (accuracy, scores) in found.items():
         own = [score[right] for score, right in zip(scores, gold, strict=True)]
-        assert [CHOICES[score.index(max(score))] for score in scores] == [row[name] for row in reported["samples"]]
-        assert accuracy == reported["accuracy"][name]
-        assert -math.fsum(own) / ids == pytest.approx(reported["loss"][name], rel=1e-5)
+        assert [CHOICES[score.index(max(score))] for score in scores] == [row[name] for row in reported.samples]
+        assert accuracy == reported.accuracy[name]
+        assert -math.fsum(own) / ids == pytest.approx(reported.loss[name], rel=1e-5)
     assert found["full"][0] != found["plug_in"][0], "the adapter LoRA must matter for this to say anything"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -23,12 +23,16 @@ from fedsoda_edge.model.sub_llm import build
 from fedsoda_edge.worker.batches import SweptSamples
 from fedsoda_edge.worker.border_cache import CachedStates, CacheSettings
 from fedsoda_hub.algorithms.alignment import ridge
-from fedsoda_hub.evaluation.evaluator import Evaluator, Question
-from fedsoda_hub.evaluation.export import judged_models
+from fedsoda_hub.evaluation.evaluator import Evaluator
+from fedsoda_hub.evaluation.judge import judged_models
+from fedsoda_hub.evaluation.questions import Question
+from fedsoda_hub.federation.jobs import BorderMapFitted, NoBorderMap, Progress, Realign
+from fedsoda_hub.preparation.full_llm import StreamedLLM
 from fedsoda_hub.preparation.prepare import Preparation
+from fedsoda_hub.preparation.realign import PreparedRun
+from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.settings.run import RunSettings
-from tests.hub.runs import killed_after, make_run, prepare
-from tests.schema import HUB
+from tests.hub.runs import killed_after, make_run, prepare, public_kl, put
 
 WIDTH = 12
 
@@ -131,28 +135,27 @@ def test_prepare_fits_the_map_after_alignment_and_the_bundle_carries_it(run: Run
 
 def test_alignment_and_public_kl_do_not_see_it(run: RunSettings, tmp_path: Path, tiny_llama: Path) -> None:
     plain = make_run(tmp_path, tiny_llama, align={"border_map": "none", "steps": 4, "realign_steps": 2})
-    kl, view = prepare(plain)["public_kl"], Bundle.open(plain.run_dir / "bundle").emulator_lora()
-    assert kl == prepare(run)["public_kl"]
+    kl, view = public_kl(plain), Bundle.open(plain.run_dir / "bundle").emulator_lora()
+    assert kl == public_kl(run)
     mapped = Bundle.open(run.run_dir / "bundle").emulator_lora()
     assert all(torch.equal(mapped[name], tensor) for name, tensor in view.items())
 
 
-def test_a_realignment_fits_it_anew_and_sends_it_like_the_lora(run: RunSettings) -> None:
-    said: list[dict[str, Any]] = []
-    made = Preparation(run, said.append)
-    bundle = Bundle.open(run.run_dir / "bundle")
+def test_a_realignment_fits_it_again_and_sends_it_like_the_lora(run: RunSettings) -> None:
+    said: list[Progress] = []
+    run = msgspec.structs.replace(run, wire=msgspec.structs.replace(run.wire, codec="nf4"))
+    bundle, blobs = Bundle.open(run.run_dir / "bundle"), RunDirectory(run.run_dir).blobs
     before = bundle.emulator_lora()
     disturbed = {name: tensor + (0.2 if name == "border.D" else 0.0) for name, tensor in before.items()}
-    result = made.realign(1, bundle.adapter_lora(), disturbed, "nf4")
+    job = Realign(version=1, master=put(run, bundle.adapter_lora()), emulator_views=(put(run, disturbed),))
+    [result] = PreparedRun(StreamedLLM(run)).realign(job, said.append).sub_llms
     layout = bundle.manifest.lora.emulator
-    view = delta.from_bytes(made.blobs.get(result["view"]), layout)
-    moved = delta.advance(disturbed, made.blobs.get(result["delta"]), layout, "nf4")
+    view = delta.from_bytes(blobs.get(result.view), layout)
+    moved = delta.advance(disturbed, blobs.get(result.delta), layout, "nf4")
     assert all(torch.equal(view[name], moved[name]) for name in view)
     assert error_on_prompts(run, view) < 0.5 * error_on_prompts(run, disturbed)
-    for event in said:
-        HUB.check_event({"event": "progress", "job": "realign", **event})
-    [errors] = [event for event in said if event["stage"] == "fitting the border map"]
-    assert errors["error"] < errors["error_before"]
+    [errors] = [progress for progress in said if isinstance(progress, BorderMapFitted)]
+    assert errors.error < errors.error_before
 
 
 def test_edge_hub_and_a_whole_model_apply_it_alike(run: RunSettings, tmp_path: Path) -> None:
@@ -260,10 +263,10 @@ def test_without_a_word_about_it_the_map_is_fitted_on_prompts_that_the_full_llm_
     tmp_path: Path, tiny_llama: Path
 ) -> None:
     settings = make_run(tmp_path / "first", tiny_llama, **BY_DEFAULT)
-    said: list[dict[str, object]] = []
-    first = Preparation(settings, said.append).run()
-    [fit] = [values for values in said if values["stage"] == "fitting the border map"]
-    assert fit["error"] < 0.7 * fit["error_before"]  # type: ignore[operator]
+    said: list[Progress] = []
+    first = Preparation(settings).run(said.append)
+    [fit] = [progress for progress in said if isinstance(progress, BorderMapFitted)]
+    assert fit.error < 0.7 * fit.error_before
     again = make_run(tmp_path / "again", tiny_llama, **BY_DEFAULT)
     with killed_after(5):
         prepare(again)
@@ -271,22 +274,23 @@ def test_without_a_word_about_it_the_map_is_fitted_on_prompts_that_the_full_llm_
     assert prepare(again) == first
     assert (again.run_dir / "prepare" / "prompts.safetensors").stat().st_mtime_ns == written
     other = make_run(tmp_path / "again", tiny_llama, **BY_DEFAULT, task={"prompt": "Tell {word}:"})
-    assert prepare(other)["emulator_view"] != first["emulator_view"]
+    assert prepare(other).sub_llms[0].emulator_view != first.sub_llms[0].emulator_view
 
 
-def test_where_the_full_llm_cannot_write_prompts_a_run_goes_on_without_a_map_unless_one_was_asked_for(
+def test_where_the_full_llm_cannot_write_prompts_a_run_continues_without_a_map_unless_one_was_asked_for(
     tmp_path: Path, tiny_llama: Path
 ) -> None:
     bare = {"prompt": "{word}"}
     without = prepare(make_run(tmp_path / "none", tiny_llama, align={"steps": 0}, task=bare))
-    said: list[dict[str, object]] = []
+    said: list[Progress] = []
     settings = make_run(tmp_path / "auto", tiny_llama, **BY_DEFAULT, task=bare)
-    assert Preparation(settings, said.append).run() == without
-    [why] = [values["why"] for values in said if values["stage"] == "no border map"]
-    assert "does not tell the full LLM what the task's prompts are like" in str(why)
-    bundle = Bundle.open(settings.run_dir / "bundle")
-    made = Preparation(settings, lambda _: None)
-    assert made.realign(1, bundle.adapter_lora(), bundle.emulator_lora(), "bf16")["kl_after"] > 0
+    made = Preparation(settings)
+    prepared = made.run(said.append)
+    assert prepared == without
+    [why] = [progress.why for progress in said if isinstance(progress, NoBorderMap)]
+    assert "does not tell the full LLM what the task's prompts are like" in why
+    job = Realign(version=1, master=prepared.master, emulator_views=(prepared.sub_llms[0].emulator_view,))
+    assert PreparedRun(made.llm).realign(job).sub_llms[0].kl_after > 0
     asked = make_run(tmp_path / "asked", tiny_llama, align={"border_map": "ridge", "steps": 0}, task=bare)
     with pytest.raises(UsageProblem, match=r'write \[align\] border_map = "none"'):
         prepare(asked)

@@ -15,8 +15,9 @@ from fedsoda_edge.data.samples import SampleTokenizer
 from fedsoda_edge.model import delta
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.ports.disk import BlobStore
-from fedsoda_hub.evaluation.evaluator import read_questions
-from fedsoda_hub.evaluation.export import evaluate_path, export
+from fedsoda_hub.evaluation.export import export
+from fedsoda_hub.evaluation.judge import evaluate_path
+from fedsoda_hub.evaluation.questions import read_questions
 from tests.edge.model.test_bundle import random_lora
 from tests.hub.runs import finish, make_run, prepare
 from tests.tiny import FAMILY_CONFIGS, make_tiny
@@ -33,14 +34,16 @@ def test_a_family_goes_from_its_checkpoint_to_an_adapter_for_it(tmp_path: Path, 
     attention = {"targets": ["q_proj", "v_proj"]}
     settings = make_run(tmp_path / "run", model, lora=attention if family == "qwen3_moe" else {})
     prepared = prepare(settings)
-    kl = prepared["public_kl"]
+    kl = prepared.sub_llms[0].public_kl
     assert kl["aligned"] < kl["quantized"]
 
     bundle = Bundle.open(settings.run_dir / "bundle")
     spec = bundle.manifest.lora
     tensors = random_lora(spec, 21)
     master = {item.name: tensors[item.name] for item in spec.adapter}
-    finish(settings, BlobStore(settings.run_dir / "blobs").put(delta.to_bytes(master)), prepared["emulator_view"])
+    finish(
+        settings, BlobStore(settings.run_dir / "blobs").put(delta.to_bytes(master)), prepared.sub_llms[0].emulator_view
+    )
     export(settings, tmp_path / "adapter")
     data = settings.eval_data
     assert data is not None
@@ -60,7 +63,7 @@ def test_a_family_goes_from_its_checkpoint_to_an_adapter_for_it(tmp_path: Path, 
             logs = plugged(torch.tensor([sample.ids])).logits[0].double().log_softmax(-1)
         for at in range(sample.start, len(sample.ids)):
             total, count = total - float(logs[at - 1, sample.ids[at]]), count + 1
-    assert reported["loss"]["plug_in"] == pytest.approx(total / count, rel=1e-4)
+    assert reported.loss["plug_in"] == pytest.approx(total / count, rel=1e-4)
 
     export(settings, tmp_path / "merged", merge=True)
     merged: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()

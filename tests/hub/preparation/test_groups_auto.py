@@ -14,12 +14,13 @@ from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.protocol.manifest import LayerPlan
 from fedsoda_hub.algorithms.methods import fedsoda
-from fedsoda_hub.preparation.full_llm import KL_TIE
+from fedsoda_hub.federation.jobs import Probe, Progress, ShapeMeasured
+from fedsoda_hub.preparation.measured import KL_TIE
 from fedsoda_hub.preparation.prepare import Preparation
+from fedsoda_hub.preparation.realign import PreparedRun
 from fedsoda_hub.settings.run import RunSettings
 from fedsoda_hub.settings.tables import Method
 from tests.hub.runs import make_run, prepare
-from tests.schema import HUB
 
 AUTO = Method(groups="auto", bundle_bytes=1)
 
@@ -89,13 +90,13 @@ TABLES: dict[str, Any] = {"align": {"steps": 0, "border_map": "none"}}
 
 
 @pytest.fixture(scope="module")
-def chosen(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> tuple[RunSettings, list[dict[str, Any]]]:
+def chosen(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> tuple[RunSettings, list[ShapeMeasured]]:
     """A prepared run and what it said of each shape that it tried."""
     auto = {"groups": "auto", "bundle_bytes": BUDGET, "layers_per_group": None}
     settings = make_run(tmp_path_factory.mktemp("auto"), tiny_llama, **TABLES, method=auto)
-    said: list[dict[str, Any]] = []
-    Preparation(settings, said.append).run()
-    return settings, [one for one in said if one.get("stage") == "choosing groups"]
+    said: list[Progress] = []
+    Preparation(settings).run(said.append)
+    return settings, [one for one in said if isinstance(one, ShapeMeasured)]
 
 
 def bundle_bytes(settings: RunSettings) -> int:
@@ -103,7 +104,7 @@ def bundle_bytes(settings: RunSettings) -> int:
 
 
 def test_the_bundle_is_within_the_bytes_and_with_one_group_less_it_would_not_be(
-    tmp_path: Path, chosen: tuple[RunSettings, list[dict[str, Any]]], tiny_llama: Path
+    tmp_path: Path, chosen: tuple[RunSettings, list[ShapeMeasured]], tiny_llama: Path
 ) -> None:
     settings, _ = chosen
     groups = Bundle.open(settings.run_dir / "bundle").plan.groups
@@ -114,36 +115,37 @@ def test_the_bundle_is_within_the_bytes_and_with_one_group_less_it_would_not_be(
     assert bundle_bytes(other) > BUDGET
 
 
-def test_the_nearest_of_the_shapes_is_taken(chosen: tuple[RunSettings, list[dict[str, Any]]]) -> None:
+def test_the_nearest_of_the_shapes_is_taken(chosen: tuple[RunSettings, list[ShapeMeasured]]) -> None:
     settings, tried = chosen
     assert len(tried) > 1
-    for one in tried:
-        HUB.check_event({"event": "progress", "job": "prepare", **one})
-    least = min(one["kl"] for one in tried)
-    best = max((one for one in tried if one["kl"] <= KL_TIE * least), key=lambda one: one["cosine"])
+    least = min(one.kl for one in tried)
+    best = max((one for one in tried if one.kl <= KL_TIE * least), key=lambda one: one.cosine)
     groups = Bundle.open(settings.run_dir / "bundle").plan.groups
-    assert (len(groups[0].removed), len(groups)) == (best["layers_per_group"], best["groups"])
-    assert len({one["kl"] for one in tried}) == len(tried)
-    assert all(0 < one["cosine"] < 1 for one in tried)
+    assert (len(groups[0].removed), len(groups)) == (best.layers_per_group, best.groups)
+    assert len({one.kl for one in tried}) == len(tried)
+    assert all(0 < one.cosine < 1 for one in tried)
 
 
 def test_a_shape_is_measured_as_a_run_of_it_that_is_aligned_in_closed_form(
-    tmp_path: Path, chosen: tuple[RunSettings, list[dict[str, Any]]], tiny_llama: Path
+    tmp_path: Path, chosen: tuple[RunSettings, list[ShapeMeasured]], tiny_llama: Path
 ) -> None:
     _, tried = chosen
     one = tried[-1]
     unquantized = {"adapter_base": "bf16", "emulator_base": "bf16"}
-    shape = {"layers_per_group": one["layers_per_group"], "groups": one["groups"]}
+    shape = {"layers_per_group": one.layers_per_group, "groups": one.groups}
     align = {**TABLES["align"], "closed_form": True}
     settings = make_run(tmp_path, tiny_llama, align=align, method={**shape, **unquantized})
-    assert prepare(settings)["public_kl"]["closed_form"] == pytest.approx(one["kl"], rel=1e-4)
-    bundle = Bundle.open(settings.run_dir / "bundle")
-    probed = Preparation(settings).probe(bundle.adapter_lora(), bundle.emulator_lora())
-    assert probed == pytest.approx({"kl": one["kl"], "cosine": one["cosine"]}, rel=1e-4)
+    preparation = Preparation(settings)
+    prepared = preparation.run()
+    [sub_llm] = prepared.sub_llms
+    assert sub_llm.public_kl["closed_form"] == pytest.approx(one.kl, rel=1e-4)
+    job = Probe(master=prepared.master, emulator_view=sub_llm.emulator_view)
+    probed = PreparedRun(preparation.llm).probe(job)
+    assert (probed.kl, probed.cosine) == pytest.approx((one.kl, one.cosine), rel=1e-4)
 
 
 def test_no_more_teacher_targets_stay_on_disk_than_an_alignment_reads(
-    chosen: tuple[RunSettings, list[dict[str, Any]]],
+    chosen: tuple[RunSettings, list[ShapeMeasured]],
 ) -> None:
     settings, _ = chosen
     plan = Bundle.open(settings.run_dir / "bundle").plan

@@ -5,31 +5,26 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import msgspec
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import fedsoda_hub.preparation.full_llm as full_llm_module
-import fedsoda_hub.preparation.prepare as prepare_module
 from fedsoda_edge.errors import DiskFull, UsageProblem
-from fedsoda_edge.model import delta
 from fedsoda_edge.model.bundle import Bundle
-from fedsoda_edge.model.source import Checkpoint
+from fedsoda_hub.federation.jobs import DiskNeeded, Progress
 from fedsoda_hub.preparation.full_llm import open_full_llm
 from fedsoda_hub.preparation.prepare import Preparation
 from fedsoda_hub.settings.run import RunSettings
-from tests.edge.model.test_bundle import pruned_by_hand, random_lora
-from tests.hub.runs import killed_after, make_run, prepare
+from tests.edge.model.test_bundle import pruned_by_hand
+from tests.hub.runs import killed_after, make_run, prepare, public_kl
 from tests.tiny import make_tiny_llama
 
 
 def test_public_kl_is_that_of_models_pruned_by_hand(prepared: RunSettings, tiny_llama: Path) -> None:
-    found = prepare(prepared)["public_kl"]
-    made = Preparation(prepared)
-    ids = torch.stack(made.llm.held_out)
+    found = public_kl(prepared)
+    ids = torch.stack(Preparation(prepared).llm.text.held_out)
     plan = Bundle.open(prepared.run_dir / "bundle").plan
     full: Any = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     with torch.no_grad():
@@ -41,16 +36,13 @@ def test_public_kl_is_that_of_models_pruned_by_hand(prepared: RunSettings, tiny_
     assert set(found) == {"pruned", "quantized", "aligned"}
 
 
-def test_a_second_prepare_does_nothing_again(prepared: RunSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_prepare_does_nothing_again(prepared: RunSettings) -> None:
     first = prepare(prepared)
-    for module, work in (
-        (prepare_module, "write_bundle"),
-        (prepare_module, "stream"),
-        (full_llm_module, "stream"),
-        (full_llm_module, "build"),
-    ):
-        monkeypatch.setattr(module, work, lambda *_, **__: pytest.fail("it works again"))
-    assert prepare(prepared) == first
+    written = {path: path.stat().st_mtime_ns for path in prepared.run_dir.rglob("*")}
+    said: list[Progress] = []
+    assert Preparation(prepared).run(said.append) == first
+    assert said == []
+    assert {path: path.stat().st_mtime_ns for path in prepared.run_dir.rglob("*")} == written
 
 
 @pytest.mark.parametrize("writes", [1, 2, 6, 13, 17, 19, 22, 24])
@@ -71,15 +63,16 @@ def test_public_text_of_the_full_llm_itself_is_written_once_and_the_same_after_a
     settings = make_run(tmp_path / "a", tiny_llama, **own)
     (tmp_path / "a" / "public.txt").unlink()
     first = prepare(settings)
-    made = Preparation(settings)
-    assert {len(ids) for ids in made.llm.used + made.llm.held_out} == {24}
-    assert (len(made.llm.used), len(made.llm.held_out)) == (4, 32)
+    text = Preparation(settings).llm.text
+    assert {len(ids) for ids in text.blocks} == {24}
+    assert (len(text.used), len(text.held_out)) == (4, 32)
     again = make_run(tmp_path / "b", tiny_llama, **own)
     with killed_after(2):
         prepare(again)
-    with mock.patch.object(full_llm_module, "generate_blocks", side_effect=AssertionError("it writes again")):
-        assert prepare(again) == first
-    assert prepare(msgspec.structs.replace(again, seed=1))["public_kl"]["pruned"] != first["public_kl"]["pruned"]
+    said: list[Progress] = []
+    assert Preparation(again).run(said.append) == first
+    assert "writing public text" not in {progress.stage for progress in said}
+    assert public_kl(msgspec.structs.replace(again, seed=1))["pruned"] != first.sub_llms[0].public_kl["pruned"]
 
 
 def test_when_and_how_long_it_is_aligned_again_is_nothing_that_a_bundle_is_made_of(
@@ -91,11 +84,11 @@ def test_when_and_how_long_it_is_aligned_again_is_nothing_that_a_bundle_is_made_
         make_run(tmp_path, tiny_llama, method={"realign_every": "auto"}),
         make_run(tmp_path, tiny_llama, align={"steps": 3}),
     ]
-    said: list[dict[str, Any]] = []
-    made = [Preparation(run, said.append).run() for run in runs[:1]]
+    said: list[Progress] = []
+    made = [Preparation(run).run(said.append) for run in runs[:1]]
     assert said
     said.clear()
-    made += [Preparation(run, said.append).run() for run in runs[1:3]]
+    made += [Preparation(run).run(said.append) for run in runs[1:3]]
     assert not said
     made.append(prepare(runs[3]))
     assert made[0] == made[1] == made[2] != made[3]
@@ -104,7 +97,7 @@ def test_when_and_how_long_it_is_aligned_again_is_nothing_that_a_bundle_is_made_
 def test_another_method_gives_another_bundle(tmp_path: Path, tiny_llama: Path) -> None:
     first = prepare(make_run(tmp_path, tiny_llama, align={"steps": 0}))
     other = prepare(make_run(tmp_path, tiny_llama, align={"steps": 0}, method={"groups": 1}))
-    assert first["manifest"] != other["manifest"]
+    assert first.sub_llms[0].manifest != other.sub_llms[0].manifest
     assert len(Bundle.open(tmp_path / "small.run" / "bundle").plan.kept) == 7
 
 
@@ -113,12 +106,12 @@ def test_other_weights_under_the_same_names_are_another_model(tmp_path: Path) ->
     change = {"align": {"steps": 0}, "method": {"adapter_layers": 1, "groups": 1}}
     first = prepare(make_run(tmp_path, model, **change))
     make_tiny_llama(model, layers=4, seed=2)
-    assert prepare(make_run(tmp_path, model, **change))["manifest"] != first["manifest"]
+    assert prepare(make_run(tmp_path, model, **change)).sub_llms[0].manifest != first.sub_llms[0].manifest
 
 
 def test_without_steps_the_emulator_lora_stays_as_it_began(tmp_path: Path, tiny_llama: Path) -> None:
     settings = make_run(tmp_path, tiny_llama, align={"steps": 0})
-    kl = prepare(settings)["public_kl"]
+    kl = public_kl(settings)
     assert kl["aligned"] == kl["quantized"]
     tensors = Bundle.open(settings.run_dir / "bundle").emulator_lora()
     assert not any(tensor.any() for name, tensor in tensors.items() if name.endswith("lora_B"))
@@ -126,33 +119,9 @@ def test_without_steps_the_emulator_lora_stays_as_it_began(tmp_path: Path, tiny_
 
 def test_nothing_removed_leaves_only_what_nf4_loses(tmp_path: Path, tiny_llama: Path) -> None:
     settings = make_run(tmp_path, tiny_llama, method={"groups": 0})
-    kl = prepare(settings)["public_kl"]
+    kl = public_kl(settings)
     assert kl["pruned"] == pytest.approx(0.0, abs=1e-6)
     assert kl["aligned"] == kl["quantized"] > 0
-
-
-def test_realignment_reads_only_the_adapter_of_the_full_llm(
-    prepared: RunSettings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bundle = Bundle.open(prepared.run_dir / "bundle")
-    spec, read = bundle.manifest.lora, set()
-    tensors = random_lora(spec, 1)
-    adapter = {item.name: tensors[item.name] for item in spec.adapter}
-    real = Checkpoint.layer
-
-    def layer(self: Checkpoint, number: int) -> dict[str, torch.Tensor]:
-        read.add(number)
-        return real(self, number)
-
-    monkeypatch.setattr(Checkpoint, "layer", layer)
-    made = Preparation(prepared)
-    view = bundle.emulator_lora()
-    result = made.realign(1, adapter, view, "int8")
-    assert read == set(bundle.plan.adapter)
-    stepped = delta.advance(view, made.blobs.get(result["delta"]), spec.emulator, "int8")
-    assert delta.digest(stepped) == result["view"]
-    assert made.realign(1, adapter, view, "int8") == result
-    assert made.realign(2, adapter, view, "int8")["view"] != result["view"]
 
 
 def test_too_small_a_disk_for_the_teacher_targets_is_said_before_the_work(
@@ -168,16 +137,15 @@ def test_too_small_a_disk_for_the_teacher_targets_is_said_before_the_work(
     assert not (settings.run_dir / "bundle").exists()
 
 
-def test_a_resumed_prepare_needs_no_disk_for_what_is_there(
-    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_prepare_needs_no_disk_for_what_is_there(tmp_path: Path, tiny_llama: Path) -> None:
     settings = make_run(tmp_path, tiny_llama)
-    said: list[dict[str, Any]] = []
-    made = Preparation(settings, said.append)
-    made.run()
-    made._say_needed_disk()
-    first, last = (report["needed_bytes"] for report in said if "needed_bytes" in report)
-    blocks = len(made.llm.used) + len(made.llm.held_out)
+    said: list[Progress] = []
+    with killed_after(22):  # all targets are there by then, the bundle is not
+        Preparation(settings).run(said.append)
+    made = Preparation(settings)
+    made.run(said.append)
+    first, last = (progress.needed_bytes for progress in said if isinstance(progress, DiskNeeded))
+    blocks = len(made.llm.text.blocks)
     assert first == (2 + 1 + 1) * blocks * 24 * 64 * 4  # two groups, the border, the student's own start
     assert last == 0
 

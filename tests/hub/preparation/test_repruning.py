@@ -1,4 +1,4 @@
-"""FedPruner per device: each size class keeps layers of its own, drawn anew every few rounds, and all train one master."""
+"""FedPruner per device: each size class keeps layers of its own, drawn again every few rounds, and all train one master."""
 
 from __future__ import annotations
 
@@ -37,12 +37,14 @@ from fedsoda_hub.algorithms.methods.fedpruner import redrawn
 from fedsoda_hub.algorithms.pruning.representatives import contiguous, measure_layers, select_layers
 from fedsoda_hub.evaluation.export import export
 from fedsoda_hub.events import Repruned, RoundClosed, RoundOpened, Say, Told, UpdateAccepted, as_json
-from fedsoda_hub.federation import records as ev
+from fedsoda_hub.federation import records as facts
+from fedsoda_hub.federation.jobs import Progress, Reprune
 from fedsoda_hub.federation.schedule import trained_factor
 from fedsoda_hub.local import in_process
 from fedsoda_hub.plan import likely_plans
 from fedsoda_hub.preparation.prepare import Preparation, bundle_of
-from fedsoda_hub.report.page import read_history
+from fedsoda_hub.preparation.realign import PreparedRun
+from fedsoda_hub.report.history import read_history
 from fedsoda_hub.run.ledger import Ledger, read_outcome
 from fedsoda_hub.settings.run import RunSettings, settings_for_plan
 from fedsoda_hub.settings.toml import write_toml
@@ -121,14 +123,14 @@ def federate(settings: RunSettings, edges: str = "ab", say: Say = lambda _: None
     return said
 
 
-def records(settings: RunSettings) -> list[ev.AnyRecord]:
+def recorded(settings: RunSettings) -> list[facts.AnyRecord]:
     with contextlib.closing(Ledger(settings.run_dir / "ledger.sqlite")) as ledger:
         return ledger.records()
 
 
-def history(settings: RunSettings) -> list[ev.AnyRecord]:
+def history(settings: RunSettings) -> list[facts.AnyRecord]:
     """What must be equal in a run that was disturbed."""
-    return [record for record in records(settings) if isinstance(record, ev.RoundClosed | ev.Repruned)]
+    return [record for record in recorded(settings) if isinstance(record, facts.RoundClosed | facts.Repruned)]
 
 
 @dataclass
@@ -150,7 +152,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Ran:
 
 def test_each_class_is_the_bundle_of_its_own_choice_from_one_measurement(calm: Ran, tmp_path: Path) -> None:
     made = Preparation(calm.settings)
-    measured = measure_layers(made.llm.source, made.llm.used, seed=0)
+    measured = measure_layers(made.llm.source, made.llm.text.used, seed=0)
     for number, count in enumerate((5, 3)):
         bundle = Bundle.open(calm.settings.run_dir / "bundle", number)
         assert bundle.plan.kept == bundle.plan.adapter == select_layers(measured, count, contiguous, keep_ends=True)
@@ -170,16 +172,16 @@ def test_each_class_is_the_bundle_of_its_own_choice_from_one_measurement(calm: R
         needs = (msgspec.structs.astuple(manifest.needs) for manifest in (bundle.manifest, alone))
         assert next(needs) == pytest.approx(next(needs), rel=0.01)
         assert bundle.manifest.bits_per_parameter == pytest.approx(alone.bits_per_parameter)
-    with mock.patch(
-        "fedsoda_hub.algorithms.pruning.representatives.measure_layers", side_effect=AssertionError("measured again")
-    ):
-        assert len(redrawn(Preparation(calm.settings).llm, calm.settings.method, 0, 9)) == 2
+    said: list[Progress] = []
+    result = PreparedRun(made.llm).reprune(Reprune(round=9, master=prepare(calm.settings).master), said.append)
+    assert len(result.sub_llms) == 2
+    assert said == []  # nothing is measured again
 
 
 def test_a_run_of_one_choice_has_the_files_that_it_had_before_there_were_more(tmp_path: Path, tiny_llama: Path) -> None:
     settings = make(tmp_path, tiny_llama, method={"classes": [], "reprune_every": 0})
     result = prepare(settings)
-    assert not {"master", "smaller"} & result.keys()
+    assert [sub_llm.adapter_view for sub_llm in result.sub_llms] == [result.master]
     shards = {path.name for path in (settings.run_dir / "bundle").iterdir() if path.name.startswith("layers.")}
     kept = Bundle.open(settings.run_dir / "bundle").plan.kept
     assert shards == {f"layers.{number}.safetensors" for number in kept}
@@ -190,8 +192,8 @@ def test_a_run_of_one_choice_has_the_files_that_it_had_before_there_were_more(tm
 
 def test_layers_are_drawn_before_rounds_3_and_5_by_seed_class_and_round(calm: Ran) -> None:
     made = Preparation(calm.settings)
-    measured = measure_layers(made.llm.source, made.llm.used, seed=0)
-    repruned = [record for record in records(calm.settings) if isinstance(record, ev.Repruned)]
+    measured = measure_layers(made.llm.source, made.llm.text.used, seed=0)
+    repruned = [record for record in recorded(calm.settings) if isinstance(record, facts.Repruned)]
     assert [record.round for record in repruned] == [3, 5]
     seen = set()
     for record in repruned:
@@ -209,19 +211,19 @@ def test_master_and_views_are_what_the_rules_say_of_the_updates(calm: Ran) -> No
     """By hand, from the accepted blobs: w over the holders, v of each class, both again after a draw."""
     settings, codec = calm.settings, calm.settings.wire.codec
     blobs = BlobStore(settings.run_dir / "blobs")
-    prepared = next(record for record in records(settings) if isinstance(record, ev.Prepared))
+    prepared = next(record for record in recorded(settings) if isinstance(record, facts.Prepared))
     assert prepared.master is not None
     master = load(blobs.get(prepared.master))
     digests = [prepared.adapter_view, prepared.smaller[0].adapter_view or ""]
     views = [load(blobs.get(digest)) for digest in digests]
     assert master.keys() == views[0].keys() | views[1].keys()
-    accepted: list[ev.UpdateAccepted] = []
-    for record in records(settings):
+    accepted: list[facts.UpdateAccepted] = []
+    for record in recorded(settings):
         match record:
-            case ev.UpdateAccepted():
+            case facts.UpdateAccepted():
                 assert record.size_class == (record.edge == SMALL_EDGE)
                 accepted.append(record)
-            case ev.RoundClosed():
+            case facts.RoundClosed():
                 assert sorted(one.edge for one in accepted) == ["a", "b"]
                 steps: dict[str, list[tuple[int, Tensor]]] = {}
                 for one in accepted:
@@ -242,7 +244,7 @@ def test_master_and_views_are_what_the_rules_say_of_the_updates(calm: Ran) -> No
                     views[number] = delta.advance(views[number], blobs.get(step), delta.layout_of(lacking), codec)
                     assert delta.digest(views[number]) == digest
                 accepted = []
-            case ev.Repruned():
+            case facts.Repruned():
                 drawn = load(blobs.get(record.master))
                 assert all(torch.equal(drawn[name], tensor) for name, tensor in master.items())
                 assert not any(drawn[name].any() for name in drawn.keys() - master.keys() if name.endswith("B"))
@@ -263,9 +265,9 @@ def test_the_report_says_when_layers_were_drawn(calm: Ran) -> None:
 def test_what_nobody_trained_keeps_its_bits(calm: Ran) -> None:
     """Between two draws the layers of the last choice lie still."""
     blobs = BlobStore(calm.settings.run_dir / "blobs")
-    closed = {record.round: record for record in records(calm.settings) if isinstance(record, ev.RoundClosed)}
+    closed = {record.round: record for record in recorded(calm.settings) if isinstance(record, facts.RoundClosed)}
     second, third = (load(blobs.get(closed[number].master)) for number in (2, 3))
-    repruned = next(record for record in records(calm.settings) if isinstance(record, ev.Repruned))
+    repruned = next(record for record in recorded(calm.settings) if isinstance(record, facts.Repruned))
     held = {
         spec.name
         for digest in (repruned.manifest, repruned.smaller[0].manifest)
@@ -289,8 +291,8 @@ def test_edges_follow_and_fetch_only_what_they_do_not_hold(calm: Ran) -> None:
         ]
         choices = [
             bundle_of(settings.run_dir, (record.manifest, record.smaller[0].manifest)[number]).plan.kept
-            for record in records(settings)
-            if isinstance(record, ev.Repruned)
+            for record in recorded(settings)
+            if isinstance(record, facts.Repruned)
         ]
         assert [message.rpartition("trains ")[2] for message in told] == [", ".join(map(str, kept)) for kept in choices]
         kept = {*Bundle.open(settings.run_dir / "bundle", number).plan.kept, *choices[0], *choices[1]}
@@ -361,10 +363,10 @@ def test_who_joins_after_a_draw_begins_with_the_layers_in_force(tmp_path: Path, 
     accepted = [event["round"] for event in late if event["event"] == "accepted"]
     assert accepted[-1] == 5
     assert not [event for event in late if event["event"] == "refused"]
-    choices = [record for record in records(settings) if isinstance(record, ev.Repruned)]
+    choices = [record for record in recorded(settings) if isinstance(record, facts.Repruned)]
     store = {path.name for path in (settings.directory / "homes" / "c" / "store").iterdir()}
     assert {record.manifest for record in choices} <= store
-    first = next(record for record in records(settings) if isinstance(record, ev.Prepared))
+    first = next(record for record in recorded(settings) if isinstance(record, facts.Prepared))
     assert first.manifest not in store
 
 
@@ -419,10 +421,10 @@ def test_every_rule_goes_with_classes_and_draws(
 ) -> None:
     settings = make(tmp_path, tiny_llama, aggregation=how, wire={"codec": codec})
     federate(settings)
-    closed = [record for record in records(settings) if isinstance(record, ev.RoundClosed)]
+    closed = [record for record in recorded(settings) if isinstance(record, facts.RoundClosed)]
     blobs = BlobStore(settings.run_dir / "blobs")
     assert len(closed) == ROUNDS
-    assert len([record for record in records(settings) if isinstance(record, ev.UpdateAccepted)]) == 2 * ROUNDS
+    assert len([record for record in recorded(settings) if isinstance(record, facts.UpdateAccepted)]) == 2 * ROUNDS
     for record in closed:
         factor = trained_factor(settings.aggregation.rule, record.round)
         for view, step in ((record.view, record.delta), (record.smaller[0].view, record.smaller[0].delta)):

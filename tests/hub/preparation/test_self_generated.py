@@ -50,7 +50,7 @@ def test_blocks_are_those_of_a_public_text_and_the_same_every_time(tiny_llama: P
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_text_begins_broadly_and_goes_on_with_the_likeliest_ids(
+def test_a_text_begins_broadly_and_continues_with_the_likeliest_ids(
     tiny_llama: Path, reference: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(self_generated, "TOP_K", 1)

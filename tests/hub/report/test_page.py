@@ -1,4 +1,4 @@
-"""`fedsoda-hub report`: what it folds out of the ledger, that its page needs nothing beside it, and a real browser.
+"""`fedsoda-hub report`: its page needs nothing beside it, also in a real browser.
 
 The browser is headless Chromium where there is one. What pictures look like is for eyes; here: they have their data,
 they load, and nothing on the page is wider than the page.
@@ -15,48 +15,14 @@ from pathlib import Path
 import pytest
 
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_edge.protocol.messages import Digest, EdgeId
-from fedsoda_hub.federation import records as ev
-from fedsoda_hub.report import page as report
-from fedsoda_hub.report.page import draw, read_history, write_report
+from fedsoda_hub.federation import records as facts
+from fedsoda_hub.report.history import read_history
+from fedsoda_hub.report.page import write_report
+from fedsoda_hub.report.pictures import draw
 from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.settings.run import RunSettings
+from tests.hub.report.told import ANN, BOB, TOLD, A
 from tests.hub.runs import FULL, make_run
-
-A = Digest("a" * 64)
-ANN, BOB = EdgeId("ann"), EdgeId("<script>bob</script>")
-KL = {"aligned": 0.2, "pruned": 0.5, "quantized": 0.6}
-RESULT = {
-    "accuracy": {"full": 0.25, "sub_llm": 0.75, "plug_in": 0.5},
-    "loss": {"full": 3.0, "sub_llm": 1.0, "plug_in": 2.0},
-    "auc": {"full": None, "sub_llm": None, "plug_in": None},
-    "num_examples": 16,
-}
-
-
-def accepted(number: int, edge: EdgeId, num_examples: int, loss: float) -> ev.UpdateAccepted:
-    return ev.UpdateAccepted(round=number, edge=edge, digest=A, num_examples=num_examples, loss=loss)
-
-
-def opened(number: int, *cohort: EdgeId) -> ev.RoundOpened:
-    return ev.RoundOpened(round=number, cohort=cohort, view=A, alignment=0, deadline_at=1e9)
-
-
-TOLD: list[ev.AnyRecord] = [
-    ev.RunStarted(run_id="1", fixed={}),
-    ev.Prepared(manifest=A, adapter_view=A, emulator_view=A, public_kl=KL),
-    opened(1, ANN, BOB),
-    accepted(1, ANN, 30, 2.0),
-    ev.EdgeAnswered(round=1, edge=BOB, how="refused"),
-    ev.CohortExtended(round=1, invited=(BOB,), deadline_at=1e9),
-    accepted(1, BOB, 10, 1.0),
-    ev.RoundClosed(round=1, master=A, view=A, delta=A),
-    ev.Evaluated(round=1, result=RESULT),
-    ev.Realigned(round=2, version=1, view=A, delta=A, kl_before=0.3, kl_after=0.25),
-    opened(2, ANN, BOB),
-    accepted(2, ANN, 30, 1.5),
-    ev.EdgeAnswered(round=2, edge=BOB, how="declined"),
-]
 
 
 @pytest.fixture
@@ -70,55 +36,6 @@ def run(tmp_path: Path, tiny_llama: Path) -> RunSettings:
     ledger.add_traffic(BOB, 1, 3000, 4000)
     ledger.close()
     return settings
-
-
-def test_the_history_is_what_the_ledger_says() -> None:
-    ledger = Ledger(None)
-    for record in TOLD:
-        ledger.append(record)
-    ledger.add_traffic(ANN, 1, 1000, 2000)
-    ledger.add_traffic(BOB, 2, 30, 40)
-    history = read_history(ledger)
-    first, second = history.rounds
-    assert first.loss == (30 * 2.0 + 10 * 1.0) / 40  # weighted by examples
-    assert (first.cohort, first.answered) == ([ANN, BOB], {})  # who was asked again and came is not missed
-    assert (second.closed_at, second.loss, list(second.answered)) == (None, None, [BOB])
-    assert first.closed_at is not None
-    assert history.began_at <= first.opened_at <= first.updates[ANN].at <= first.closed_at <= second.opened_at
-    assert [history.bytes_until(number) for number in (0, 1, 2)] == [0, 3000, 3070]
-    assert not history.is_over
-    ledger.append(ev.RunEnded(rounds=2))
-    assert read_history(ledger).is_over
-
-
-def test_edges_are_in_the_order_people_count(run: RunSettings) -> None:
-    ledger = Ledger(None)
-    ledger.append(opened(1, *(EdgeId(name) for name in ("ward-10", "ward-9", "lab", "²"))))
-    assert read_history(ledger).edges == ["lab", "ward-9", "ward-10", "²"]
-
-
-def test_pictures_without_data_are_left_out() -> None:
-    ledger = Ledger(None)
-    ledger.append(TOLD[0])
-    assert list(draw(read_history(ledger), None)) == []
-    ledger.append(TOLD[1])
-    ledger.add_traffic(ANN, 1, 1100, 300)  # greetings
-    assert list(draw(read_history(ledger), None)) == ["alignment"]
-    for record in TOLD[2:8]:
-        ledger.append(record)
-    assert list(draw(read_history(ledger), None)) == ["loss", "alignment", "bytes", "contributions"]
-
-
-def test_what_averaging_loses_has_a_picture_where_it_loses_anything() -> None:
-    ledger = Ledger(None)
-    for number, share in enumerate((0.0, 0.01, None), start=1):
-        ledger.append(opened(number, ANN))
-        ledger.append(accepted(number, ANN, 1, 1.0))
-        ledger.append(ev.RoundClosed(round=number, master=A, view=A, delta=A, cross_term=share))
-        history = read_history(ledger)
-        assert ("cross_term" in draw(history, None)) == (number > 1)
-        assert draw(history, None).keys() <= report._TITLES.keys()  # else the page could not be made
-    assert history.cross_terms == {1: 0.0, 2: 0.01}
 
 
 def test_a_run_that_was_not_begun_has_no_report(tmp_path: Path, tiny_llama: Path) -> None:
@@ -139,11 +56,11 @@ def test_of_greetings_alone_no_bytes_of_an_edge_and_round_are_shown(tmp_path: Pa
     for record in TOLD[:2]:
         ledger.append(record)
     ledger.add_traffic(ANN, 1, 1100, 300)
-    assert "an edge and round" not in Path(write_report(settings, tmp_path / "report")["report"]).read_text()
+    assert "an edge and round" not in Path(write_report(settings, tmp_path / "report").report).read_text()
     for record in TOLD[2:8]:
         ledger.append(record)
     ledger.close()
-    page = Path(write_report(settings, tmp_path / "report")["report"]).read_text()
+    page = Path(write_report(settings, tmp_path / "report").report).read_text()
     assert "1.07 KiB / 300 B an edge and round" in page
 
 
@@ -152,11 +69,11 @@ def test_of_a_full_emulator_no_alignment_is_shown_but_what_nf4_took(tmp_path: Pa
     ledger = Ledger(settings.run_dir / "ledger.sqlite")
     kl = {"pruned": 0.0, "quantized": 0.012, "aligned": 0.012}
     ledger.append(TOLD[0])
-    ledger.append(ev.Prepared(manifest=A, adapter_view=A, emulator_view=A, public_kl=kl))
+    ledger.append(facts.Prepared(manifest=A, adapter_view=A, emulator_view=A, public_kl=kl))
     assert list(draw(read_history(ledger), None)) == []
     ledger.close()
     written = write_report(settings, tmp_path / "report")
-    page = Path(written["report"]).read_text()
+    page = Path(written.report).read_text()
     assert "<dt>public KL</dt><dd>0.012 as stored, all layers kept</dd>" in page
     assert "aligned" not in page
     assert "after alignment" not in page
@@ -170,11 +87,11 @@ def test_a_target_that_cannot_be_written_is_named(run: RunSettings, tmp_path: Pa
 
 def test_the_page_fetches_nothing_runs_nothing_and_names_no_path_of_the_hub(run: RunSettings, tmp_path: Path) -> None:
     written = write_report(run, tmp_path / "report")
-    page = Path(written["report"]).read_text()
+    page = Path(written.report).read_text()
     assert sorted(path.name for path in (tmp_path / "report").iterdir()) == sorted(
-        ["report.html", *(Path(picture).name for picture in written["pictures"])]
+        ["report.html", *(Path(picture).name for picture in written.pictures)]
     )
-    assert [Path(picture).stem for picture in written["pictures"]] == [
+    assert [Path(picture).stem for picture in written.pictures] == [
         *("loss", "accuracy", "alignment", "bytes", "contributions")
     ]
     assert not re.search(r"""(src|href)=(?!["']?data:)""", page)
@@ -217,7 +134,7 @@ def browse(page: str, directory: Path, width: int) -> dict[str, object]:
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_chromium_shows_every_picture_and_scrolls_nothing_sideways(run: RunSettings, tmp_path: Path) -> None:
-    page = Path(write_report(run, tmp_path / "report")["report"]).read_text()
+    page = Path(write_report(run, tmp_path / "report").report).read_text()
     found = browse(page, tmp_path, 1000)
     assert found["headings"] == [
         *("Loss", "Accuracy", "Alignment", "Bytes by edge and round", "Who contributed when", "Rounds", "Settings")

@@ -11,7 +11,6 @@ from unittest import mock
 import msgspec
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from fedsoda_edge.data.local_data import LocalData
 from fedsoda_edge.device.facts import read_device
@@ -19,23 +18,14 @@ from fedsoda_edge.device.fit import Limits
 from fedsoda_edge.edge import Edge
 from fedsoda_edge.errors import DeviceTooSmall, UsageProblem
 from fedsoda_edge.join import size_class
-from fedsoda_edge.model import delta, lora
 from fedsoda_edge.model.bundle import Bundle
-from fedsoda_edge.model.bundle_writer import BundleSettings, write_bundle
-from fedsoda_edge.ports.disk import BlobStore
 from fedsoda_edge.ports.store import FileStore
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.needs import SHORTEST
-from fedsoda_hub.compute import Compute
-from fedsoda_hub.federation.jobs import Realign
 from fedsoda_hub.federation.records import Realigned, UpdateAccepted
 from fedsoda_hub.plan import plan_report
-from fedsoda_hub.preparation.prepare import Preparation
 from fedsoda_hub.run.ledger import Ledger
-from fedsoda_hub.settings.open_run import OpenRun
 from fedsoda_hub.settings.run import RunSettings, read_settings, settings_for_plan
-from tests.edge.model.test_bundle import pruned_by_hand
-from tests.hub.algorithms.alignment.test_oda import with_peft
 from tests.hub.runs import make_run, prepare
 from tests.schema import EDGE, HUB
 from tests.test_federation import Federation, write_run
@@ -52,79 +42,6 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> RunSettin
 
 def bundles(settings: RunSettings) -> list[Bundle]:
     return [Bundle.open(settings.run_dir / "bundle", number) for number in (0, 1)]
-
-
-def test_classes_beside_it_change_nothing_of_the_largest(tmp_path: Path, tiny_llama: Path, run: RunSettings) -> None:
-    alone = prepare(make_run(tmp_path, tiny_llama, method={"groups": 1}))
-    beside = prepare(run)
-    assert "smaller" not in alone
-    assert {key: beside[key] for key in alone} == alone
-
-
-def test_a_smaller_class_is_the_bundle_of_its_plan_made_of_the_same_shards(tmp_path: Path, run: RunSettings) -> None:
-    large, small = bundles(run)
-    assert set(small.plan.kept) < set(large.plan.kept)
-    assert small.plan.adapter == large.plan.adapter
-    assert set(large.plan.groups) < set(small.plan.groups)
-    made = Preparation(run)
-    whole = write_bundle(
-        tmp_path / "whole",
-        made.llm.source,
-        small.plan,
-        BundleSettings(small.manifest.lora, "nf4", False),
-        name=made.llm.source.name,
-        revision=made.llm.source.revision,
-        adapter_lora=small.adapter_lora(),
-        emulator_lora=small.emulator_lora(),
-        tokenizer_files=made.llm.source.tokenizer_files,
-    )
-    for field in ("files", "lora", "config"):
-        assert getattr(small.manifest, field) == getattr(whole, field)
-    assert small.manifest.bits_per_parameter == pytest.approx(whole.bits_per_parameter)
-    assert msgspec.structs.astuple(small.manifest.needs) == pytest.approx(
-        msgspec.structs.astuple(whole.needs), rel=0.01
-    )
-    shards = {path.name for path in (run.run_dir / "bundle").iterdir()}
-    assert {name for name in shards if ".1." in name and not name.startswith("layers.")} == {
-        "manifest.1.json",
-        "emulator_lora.1.safetensors",
-    }
-
-
-def test_each_class_is_aligned_by_itself(tiny_llama: Path, run: RunSettings) -> None:
-    [smaller] = prepare(run)["smaller"]
-    small = bundles(run)[1]
-    kl, spec = smaller["public_kl"], small.manifest.lora
-    assert spec.aligned == small.plan.retained
-    assert kl["aligned"] < kl["quantized"]
-    ids = torch.stack(Preparation(run).llm.held_out)
-    full: Any = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
-    whole = with_peft(
-        pruned_by_hand(tiny_llama, small.plan, quantized=True),
-        {number: position for position, number in enumerate(small.plan.kept)},
-        {**small.emulator_lora(), **small.adapter_lora()},
-        spec.rank,
-        spec.alpha,
-    )
-    with torch.no_grad():
-        teacher, student = (model(ids).logits.double().log_softmax(-1) for model in (full, whole))
-    assert kl["aligned"] == pytest.approx((teacher.exp() * (teacher - student)).sum(-1).mean().item(), rel=1e-4)
-
-
-def test_a_realignment_gives_each_class_its_step(run: RunSettings) -> None:
-    started, blobs = prepare(run), BlobStore(run.run_dir / "blobs")
-    compute = Compute()
-    compute.open(OpenRun(settings=run))
-    views = (started["emulator_view"], *(one["emulator_view"] for one in started["smaller"]))
-    found = compute.realign(Realign(version=1, master=started["adapter_view"], emulator_views=views))
-    [_, made], spec = found.sub_llms, bundles(run)[1].manifest.lora
-    view, step = delta.from_bytes(blobs.get(made.view), spec.emulator), blobs.get(made.delta)
-    before = delta.from_bytes(blobs.get(views[1]), spec.emulator)
-    for name, tensor in delta.decode(step, spec.emulator, run.wire.codec).items():
-        assert torch.equal(view[name], before[name] + tensor)
-    assert any(not torch.equal(view[name], before[name]) for name in view)
-    assert made.kl_before == pytest.approx(started["smaller"][0]["public_kl"]["aligned"], rel=1e-6)
-    assert lora.on(bundles(run)[0].plan.retained, view).keys() < view.keys()
 
 
 def test_an_edge_takes_the_largest_that_its_disk_has_room_for(tmp_path: Path, run: RunSettings) -> None:
@@ -163,12 +80,12 @@ def test_an_edge_takes_the_largest_that_its_disk_has_room_for(tmp_path: Path, ru
 
 def test_the_plan_foretells_every_class(tiny_llama: Path, run: RunSettings) -> None:
     report = plan_report(str(tiny_llama), run)
-    [foretold] = report["smaller"]
+    [foretold] = report.smaller
     small = bundles(run)[1]
-    assert (foretold["groups"], foretold["kept_layers"]) == (2, len(small.plan.kept))
-    assert foretold["bundle_bytes"] == sum(file.bytes for file in small.manifest.files)
-    assert foretold["edge_disk_bytes"] == small.manifest.needs.disk_bytes
-    assert report["ours"]["bundle_bytes"] == sum(file.bytes for file in bundles(run)[0].manifest.files)
+    assert (foretold.groups, foretold.kept_layers) == (2, len(small.plan.kept))
+    assert foretold.bundle_bytes == sum(file.bytes for file in small.manifest.files)
+    assert foretold.edge_disk_bytes == small.manifest.needs.disk_bytes
+    assert report.ours.bundle_bytes == sum(file.bytes for file in bundles(run)[0].manifest.files)
 
 
 @pytest.mark.parametrize("classes", [[1], [3, 2], [2, 2], [2, 3, 4, 5]])

@@ -16,18 +16,18 @@ from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model import delta
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.ports.disk import BlobStore
-from fedsoda_hub.federation import records as ev
+from fedsoda_hub.federation import recorded as ev
 from fedsoda_hub.plan import plan_report
 from fedsoda_hub.run.ledger import read_outcome
 from fedsoda_hub.settings.run import RunSettings, settings_for_plan
 from fedsoda_hub.settings.toml import write_toml
-from tests.hub.preparation.test_repruning import METHOD, SMALL_EDGE, federate, records
+from tests.hub.preparation.test_repruning import METHOD, SMALL_EDGE, federate, recorded
 from tests.hub.runs import make_run
 
 RANKS = (4, 2)
 ALPHA = 8.0
 SODA = {"groups": 1, "classes": [2], "realign_every": 2}
-PRUNER = METHOD  # drawn anew before round 3
+PRUNER = METHOD  # drawn again before round 3
 
 
 def make(directory: Path, model: Path, method: dict[str, Any]) -> RunSettings:
@@ -89,7 +89,7 @@ def test_a_round_is_the_svd_of_the_dense_mean_at_each_classs_rank(ran: Ran) -> N
     accepted: list[ev.UpdateAccepted] = []
     views: list[dict[str, Tensor]] = []
     closed = 0
-    for record in records(ran.settings):
+    for record in recorded(ran.settings):
         match record:
             case ev.Prepared():
                 views = [
@@ -136,15 +136,15 @@ def test_every_update_of_both_ranks_counts(ran: Ran) -> None:
     outcome = read_outcome(ran.settings.run_dir)
     assert outcome.evaluation is not None
     assert all(value is not None for value in outcome.evaluation["loss"].values())
-    realigned = [record for record in records(ran.settings) if isinstance(record, ev.Realigned)]
+    realigned = [record for record in recorded(ran.settings) if isinstance(record, ev.Realigned)]
     assert [len(record.smaller) for record in realigned] == ([1] if ran.settings.method.realign_every else [])
 
 
 def test_the_plan_says_what_each_class_sends(ran: Ran, tiny_llama: Path) -> None:
     report = plan_report(str(tiny_llama), ran.settings)
-    accepted = {one.size_class: one.digest for one in records(ran.settings) if isinstance(one, ev.UpdateAccepted)}
+    accepted = {one.size_class: one.digest for one in recorded(ran.settings) if isinstance(one, ev.UpdateAccepted)}
     blobs = BlobStore(ran.settings.run_dir / "blobs")
-    foretold = [report["ours"]["up_bytes_per_edge_round"], report["smaller"][0]["up_bytes_per_edge_round"]]
+    foretold = [report.ours.up_bytes_per_edge_round, report.smaller[0].up_bytes_per_edge_round]
     assert foretold == [pytest.approx(len(blobs.get(accepted[number])), rel=0.01) for number in (0, 1)]
 
 

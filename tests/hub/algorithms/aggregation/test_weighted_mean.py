@@ -14,8 +14,8 @@ from torch import Tensor
 from fedsoda_edge.model import delta
 from fedsoda_edge.protocol.coded import of_factor
 from fedsoda_edge.protocol.manifest import TensorSpec
-from fedsoda_hub.algorithms.aggregation import flexlora, server_optimizer
-from fedsoda_hub.algorithms.aggregation.products import Pair, cross_term, pairs_by_module
+from fedsoda_hub.algorithms.aggregation import flexlora, products, server_optimizer
+from fedsoda_hub.algorithms.aggregation.products import CrossTerm, Pair, cross_term, pairs_by_module
 from fedsoda_hub.algorithms.aggregation.weighted_mean import CodedUpdate, weighted_mean
 from fedsoda_hub.federation.schedule import trained_factor
 from fedsoda_hub.settings.tables import Aggregation, Optimizer
@@ -160,6 +160,35 @@ def test_the_median_that_caps_a_weight_is_the_whole_rounds() -> None:
     updates = [replace(u, num_examples=n) for u, n in zip(of_layers("bf16"), (10, 10, 10**9), strict=True)]
     shares = {module: [pair.share for pair in pairs] for module, pairs in pairs_by_module(updates, "bf16", 3.0)}
     assert shares == {MODULES[0]: [0.5, 0.5], MODULES[1]: [0.25, 0.75]}
+
+
+@pytest.mark.parametrize(("held_bytes", "reads"), [(1 << 30, 1), (1, 2)])
+def test_an_update_is_read_once_for_all_modules_that_memory_has_room_for(
+    held_bytes: int, reads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "HELD_BYTES", held_bytes)
+    read: list[str] = []
+
+    def counted(update: CodedUpdate) -> bytes:
+        read.append(update.edge)
+        return update.read()
+
+    updates = round_of("nf4", LAYOUT)
+    found = list(pairs_by_module([replace(u, read=partial(counted, u)) for u in updates], "nf4", 3.0))
+    assert sorted(read) == sorted([update.edge for update in updates] * reads)
+    assert [module for module, _ in found] == sorted(MODULES)
+    exact = dense(updates, LAYOUT, "nf4")
+    for module, of_edges in found:
+        torch.testing.assert_close(sum(pair.share * pair.b @ pair.a for pair in of_edges), exact[module])
+
+
+def test_the_cross_term_is_measured_while_modules_are_merged() -> None:
+    updates = round_of("bf16", LAYOUT)
+    modules = partial(pairs_by_module, updates, "bf16", 3.0)
+    seen = CrossTerm()
+    merged = flexlora.merge(seen.watching(modules()), VIEW)
+    assert seen.value == cross_term(modules())
+    assert all(torch.equal(merged[name], tensor) for name, tensor in flexlora.merge(modules(), VIEW).items())
 
 
 # --- FlexLoRA -------------------------------------------------------------------------------------------------------

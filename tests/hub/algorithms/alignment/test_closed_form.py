@@ -15,7 +15,7 @@ from fedsoda_edge.model.source import Checkpoint
 from fedsoda_edge.model.streaming import stream
 from fedsoda_hub.algorithms.alignment import closed_form
 from tests.edge.model.test_bundle import random_lora, write
-from tests.hub.runs import make_run, prepare
+from tests.hub.runs import make_run, prepare, public_kl
 from tests.tiny import make_tiny
 
 RANK, SCALE = 3, 2.0
@@ -161,17 +161,19 @@ def test_what_closed_form_cannot_solve_is_said(tmp_path: Path, bundle: Bundle, r
     ):
         aligned(bundle, retained, attention)
     other = write(tmp_path / "bundle", make_tiny(tmp_path / "gemma", "gemma3_text"))
-    with pytest.raises(UsageProblem, match=r"gemma3_text model adds to its stream what is no output of one down_proj"):
+    with pytest.raises(
+        UsageProblem, match=r"gemma3_text model adds to its stream what is not the output of one down_proj"
+    ):
         aligned(other, retained, lora.initial(other.manifest.lora.emulator, 0))
 
 
 def test_a_preparation_begins_with_it_or_ends_with_it(tmp_path: Path, tiny_llama: Path) -> None:
-    alone = prepare(make_run(tmp_path / "alone", tiny_llama, align={"closed_form": True, "steps": 0}))["public_kl"]
+    alone = public_kl(make_run(tmp_path / "alone", tiny_llama, align={"closed_form": True, "steps": 0}))
     assert alone["aligned"] == alone["closed_form"] < alone["quantized"]
-    before = prepare(make_run(tmp_path / "before", tiny_llama, align={"closed_form": True}))["public_kl"]
+    before = public_kl(make_run(tmp_path / "before", tiny_llama, align={"closed_form": True}))
     assert before["closed_form"] == alone["closed_form"]
     assert before["aligned"] != before["closed_form"]
-    plain = prepare(make_run(tmp_path / "alone", tiny_llama, align={"steps": 0}))["public_kl"]  # another run's place
+    plain = public_kl(make_run(tmp_path / "alone", tiny_llama, align={"steps": 0}))  # another run's place
     assert plain == {"pruned": alone["pruned"], "quantized": alone["quantized"], "aligned": alone["quantized"]}
 
 

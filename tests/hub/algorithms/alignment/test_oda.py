@@ -63,7 +63,7 @@ def full(tiny_llama: Path, bundle: Bundle, trained: dict[str, Tensor]) -> Any:
 def teacher_of(full: Any, plan: LayerPlan, ids: Tensor) -> oda.Teacher:
     with torch.no_grad():
         base = full.base_model.model.model(ids, output_hidden_states=True)
-    states = base.hidden_states  # states[l + 1] is the output of layer l (method.md 1.2)
+    states = base.hidden_states  # states[l + 1] is the output of layer l (docs/methods.md (m1-numbers))
     return oda.Teacher(
         {group.start: states[group.removed[-1] + 1] for group in plan.groups},
         states[plan.emulator[-1] + 1],

@@ -15,14 +15,15 @@ from transformers import AutoModelForCausalLM
 from fedsoda_edge.data.samples import SampleTokenizer
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.worker.border_cache import CachedStates, CacheSettings
-from fedsoda_hub.evaluation.evaluator import read_questions
 from fedsoda_hub.evaluation.export import export
+from fedsoda_hub.evaluation.questions import read_questions
+from fedsoda_hub.federation.jobs import Progress
 from fedsoda_hub.federation.records import Realigned, RoundClosed
 from fedsoda_hub.preparation.prepare import Preparation
 from fedsoda_hub.report.page import write_report
 from fedsoda_hub.run.ledger import Ledger, read_outcome
 from fedsoda_hub.settings.run import RunSettings, read_settings
-from tests.hub.runs import FULL, killed_after, make_run, prepare
+from tests.hub.runs import FULL, killed_after, make_run, prepare, public_kl
 from tests.schema import EDGE, HUB
 from tests.test_federation import Federation, write_run
 
@@ -59,8 +60,8 @@ def test_an_edge_needs_more_disk_and_no_more_memory(full_run: RunSettings, prepa
 
 
 def test_public_kl_is_what_nf4_loses(full_run: RunSettings, tiny_llama: Path) -> None:
-    found = prepare(full_run)["public_kl"]
-    ids = torch.stack(Preparation(full_run).llm.held_out)
+    found = public_kl(full_run)
+    ids = torch.stack(Preparation(full_run).llm.text.held_out)
     untouched: Any = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     with torch.no_grad():
         teacher = untouched(ids).logits.double().log_softmax(-1)
@@ -80,10 +81,10 @@ def test_nothing_is_measured_aligned_or_cached(
         "fedsoda_hub.algorithms.pruning.sgp.measure", lambda *_, **__: pytest.fail("similarity is measured")
     )
     monkeypatch.setattr("fedsoda_hub.algorithms.alignment.oda.align", lambda *_, **__: pytest.fail("it aligns"))
-    said: list[dict[str, Any]] = []
+    said: list[Progress] = []
     settings = make_run(tmp_path, tiny_llama, **FULL)
-    Preparation(settings, said.append).run()
-    assert {event["stage"] for event in said} == {
+    Preparation(settings).run(said.append)
+    assert {progress.stage for progress in said} == {
         *("quantizing", "running the full LLM on public text", "running the sub-LLM on public text")
     }
     assert not list((settings.run_dir / "prepare").glob("*.safetensors"))
@@ -171,7 +172,7 @@ def test_two_rounds_of_real_processes(tmp_path: Path, tiny_llama: Path) -> None:
     learned = reported["full"] - reported["plug_in"]
     assert learned > 0
     assert abs(reported["sub_llm"] - reported["plug_in"]) < learned / 2
-    shown = Path(write_report(settings, tmp_path / "report")["report"]).read_text(encoding="utf-8")
+    shown = Path(write_report(settings, tmp_path / "report").report).read_text(encoding="utf-8")
     assert "8 of 8 kept" in shown
 
 

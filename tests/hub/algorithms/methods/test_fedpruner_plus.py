@@ -20,7 +20,8 @@ from fedsoda_edge.model import delta
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.ports.disk import BlobStore
 from fedsoda_hub.algorithms.pruning.representatives import contiguous, measure_components, select_components, spectral
-from fedsoda_hub.evaluation.export import RunJudge, export
+from fedsoda_hub.evaluation.export import export
+from fedsoda_hub.evaluation.judge import RunJudge
 from fedsoda_hub.federation.records import RoundClosed, UpdateAccepted
 from fedsoda_hub.plan import plan_report, predict
 from fedsoda_hub.preparation.prepare import Preparation
@@ -32,7 +33,7 @@ from tests.edge.model.test_bundle import pruned_by_hand
 from tests.hub.algorithms.alignment.test_oda import with_peft
 from tests.hub.algorithms.methods.test_exact import mean_nll
 from tests.hub.local.test_in_process import in_one_process
-from tests.hub.runs import WORDS, make_run, prepare
+from tests.hub.runs import WORDS, make_run, prepare, public_kl
 from tests.tiny import make_tiny
 
 METHOD: dict[str, Any] = {
@@ -63,10 +64,10 @@ def test_it_keeps_what_its_functions_choose_of_the_public_text(tmp_path: Path, t
     chosen = set()
     for choice, partition in (("contiguous", contiguous), ("spectral", partial(spectral, seed=0))):
         made = Preparation(run_of(tmp_path / choice, tiny_llama, layer_choice=choice))
-        made.work.mkdir(parents=True)
-        attention, mlp = measure_components(made.llm.source, made.llm.used, seed=0)
+        attention, mlp = measure_components(made.llm.source, made.llm.text.used, seed=0)
         kept = select_components(attention, mlp, *sizes, budget, partition)
-        [plan] = made.plans()
+        made.run()
+        plan = Bundle.open(made.directory.bundle).plan
         assert plan.kept == plan.adapter == tuple(sorted({*kept.attention, *kept.mlp}))
         assert tuple(layer for layer in plan.kept if layer not in plan.without_attention) == kept.attention
         assert tuple(layer for layer in plan.kept if layer not in plan.without_mlp) == kept.mlp
@@ -98,13 +99,13 @@ def test_it_takes_no_more_memory_than_the_layers_that_fedpruner_keeps(
 def test_its_plan_has_the_bytes_that_its_preparation_wrote(run: RunSettings) -> None:
     bundle = Bundle.open(run.run_dir / "bundle")
     manifest = bundle.manifest
-    ours = predict(bundle.family, bundle.fields, manifest.dtype, bundle.plan, run)["ours"]
+    ours = predict(bundle.family, bundle.fields, manifest.dtype, bundle.plan, run).ours
     names = ("tokenizer.json", "tokenizer_config.json")
-    assert ours["bundle_bytes"] == sum(file.bytes for file in manifest.files if file.name not in names)
-    assert ours["bits_per_parameter"] == pytest.approx(manifest.bits_per_parameter, rel=1e-12)
-    needs = [ours[f"edge_{name}_bytes"] for name in ("memory", "vram")]
-    assert needs == [manifest.needs.ram_bytes, manifest.needs.vram_bytes]
-    assert ours["up_bytes_per_edge_round"] == len(delta.encode(bundle.adapter_lora(), run.wire.codec))
+    assert ours.bundle_bytes == sum(file.bytes for file in manifest.files if file.name not in names)
+    assert ours.bits_per_parameter == pytest.approx(manifest.bits_per_parameter, rel=1e-12)
+    needs = (ours.edge_memory_bytes, ours.edge_vram_bytes)
+    assert needs == (manifest.needs.ram_bytes, manifest.needs.vram_bytes)
+    assert ours.up_bytes_per_edge_round == len(delta.encode(bundle.adapter_lora(), run.wire.codec))
 
 
 def test_before_anything_is_measured_its_plan_is_that_of_as_many_whole_layers(ref24: Path) -> None:
@@ -112,7 +113,7 @@ def test_before_anything_is_measured_its_plan_is_that_of_as_many_whole_layers(re
         plan_report(str(ref24), settings_for_plan(str(ref24), method={"name": name}))
         for name in ("fedpruner+", "fedpruner")
     )
-    assert {**plus, "settings": None} == {**plain, "settings": None}
+    assert replace(plus, settings=plain.settings) == plain
 
 
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
@@ -167,7 +168,7 @@ def test_two_rounds_and_what_they_leave(tmp_path: Path, tiny_llama: Path) -> Non
     assert reported["sub_llm"] < reported["full"]
     about = json.loads((tmp_path / "adapter" / "fedsoda.json").read_text())
     assert tuple(about["plan"]["without_attention"]) == plan.without_attention
-    page = Path(write_report(settings, tmp_path / "report")["report"]).read_text()
+    page = Path(write_report(settings, tmp_path / "report").report).read_text()
     assert "6 of 8 kept (1 without attention, 1 without MLP), LoRA rank 4 in 6" in page
 
     # Without choices the hub generates, through a cache of keys and values that layers without attention have no part in.
@@ -184,7 +185,7 @@ def test_two_rounds_and_what_they_leave(tmp_path: Path, tiny_llama: Path) -> Non
 @pytest.mark.parametrize("family", ["gemma3_text", "qwen3_moe"])
 def test_norms_behind_and_experts_go_with_their_half(tmp_path: Path, family: str) -> None:
     settings = run_of(tmp_path / "run", make_tiny(tmp_path / family, family))
-    result = prepare(replace(settings, lora=replace(settings.lora, targets=["q_proj", "o_proj"])))
+    kl = public_kl(replace(settings, lora=replace(settings.lora, targets=["q_proj", "o_proj"])))
     bundle = Bundle.open(settings.run_dir / "bundle")
     plan = bundle.plan
     assert plan.without_mlp
@@ -193,4 +194,4 @@ def test_norms_behind_and_experts_go_with_their_half(tmp_path: Path, family: str
         assert "self_attn" in held
         assert not any("mlp" in name or "feedforward" in name for name in held)
     assert {item.layer for item in bundle.manifest.lora.adapter} == {*plan.kept} - {*plan.without_attention}
-    assert result["public_kl"]["quantized"] == pytest.approx(result["public_kl"]["pruned"], rel=1e-6)  # 16 bits
+    assert kl["quantized"] == pytest.approx(kl["pruned"], rel=1e-6)  # 16 bits

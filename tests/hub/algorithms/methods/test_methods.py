@@ -24,7 +24,9 @@ from fedsoda_edge.model.bundle_writer import BundleSettings, write_bundle
 from fedsoda_edge.model.source import Checkpoint
 from fedsoda_edge.model.sub_llm import SubLLM, build
 from fedsoda_edge.ports.disk import BlobStore
+from fedsoda_edge.protocol import commands as cmd
 from fedsoda_edge.protocol.manifest import LoRASpec, encode_manifest
+from fedsoda_edge.protocol.messages import Digest
 from fedsoda_edge.protocol.needs import SampleSizes, plans, shape_of
 from fedsoda_edge.worker.batches import SweptSamples
 from fedsoda_edge.worker.border_cache import CachedStates, CacheSettings
@@ -32,7 +34,8 @@ from fedsoda_edge.worker.training import completion_loss, fine_tune
 from fedsoda_edge.worker.worker import Worker
 from fedsoda_hub.algorithms.methods.by_name import method_of
 from fedsoda_hub.algorithms.pruning.representatives import contiguous, measure_layers, select_layers, spectral
-from fedsoda_hub.evaluation.export import export, judged_models
+from fedsoda_hub.evaluation.export import export
+from fedsoda_hub.evaluation.judge import judged_models
 from fedsoda_hub.federation.records import Realigned, RoundClosed
 from fedsoda_hub.plan import likely_plan, plan_report
 from fedsoda_hub.preparation.prepare import Preparation
@@ -46,7 +49,7 @@ from tests.edge.worker.test_training import SETTINGS, make_samples
 from tests.hub.algorithms.alignment.test_oda import with_peft
 from tests.hub.algorithms.methods.test_exact import mean_nll
 from tests.hub.evaluation.test_evaluator import QUESTIONS, evaluator, score_by_hand
-from tests.hub.runs import make_run, prepare
+from tests.hub.runs import make_run, public_kl
 from tests.hub.test_plan import MODELS
 from tests.test_federation import Federation, write_run
 
@@ -138,9 +141,9 @@ def test_fedpruner_keeps_what_its_functions_choose_of_the_public_text(tmp_path: 
     for choice, partition in (("contiguous", contiguous), ("spectral", partial(spectral, seed=0))):
         keys = {"layer_choice": choice, "drop_layers": 1}
         made = Preparation(run_of(tmp_path / choice, tiny_llama, "fedpruner", keys))
-        made.work.mkdir(parents=True)
-        measured = measure_layers(made.llm.source, made.llm.used, seed=0)
-        [plan] = made.plans()
+        measured = measure_layers(made.llm.source, made.llm.text.used, seed=0)
+        made.run()
+        plan = Bundle.open(made.directory.bundle).plan
         assert plan.kept == plan.adapter == select_layers(measured, 7, partition, keep_ends=True)
         assert plan.kept[-1] == 7 != select_layers(measured, 7, contiguous)[-1]  # no group of its own without ends
         chosen.add(plan.kept)
@@ -238,12 +241,12 @@ def test_the_papers_table_2_of_other_methods(
     file = tmp_path / "config.json"
     file.write_text(json.dumps(MODELS[model]))
     report = plan_report(str(file), settings_for_plan(str(file), method={"name": name}))
-    assert report["paper"]["trainable_parameters"] == trainable
-    assert report["paper"]["parameters_per_round"] == per_round
+    assert report.paper.trainable_parameters == trainable
+    assert report.paper.parameters_per_round == per_round
     layers = int(str(MODELS[model]["num_hidden_layers"]))
-    assert report["kept_layers"] == (layers if name in ("exact", "fedpetuning") else layers - 12)
-    assert report["ours"]["bits_per_parameter"] == pytest.approx(5.68 if name == "exact" else 16.0, abs=0.01)
-    assert report["emulators"] is None
+    assert report.kept_layers == (layers if name in ("exact", "fedpetuning") else layers - 12)
+    assert report.ours.bits_per_parameter == pytest.approx(5.68 if name == "exact" else 16.0, abs=0.01)
+    assert report.emulators is None
 
 
 def test_a_bottom_adapter_sends_gradients_through_every_layer(tmp_path: Path) -> None:
@@ -251,19 +254,17 @@ def test_a_bottom_adapter_sends_gradients_through_every_layer(tmp_path: Path) ->
     file = tmp_path / "config.json"
     file.write_text(json.dumps(MODELS["LLaMA3-8B"]))
     layer, head = 218_112_000, 128256 * 4096
-    found = {
-        name: plan_report(str(file), settings_for_plan(str(file), method={"name": name}))["ours"] for name in METHODS
-    }
-    flop = {name: ours["gflop_per_token"] for name, ours in found.items()}
-    assert (flop["fedot"]["sweep"], flop["fedpetuning"]["sweep"]) == (0, 0)
-    assert flop["fedbiot"]["sweep"] == pytest.approx(2 * 17 * (layer + LLAMA) / 1e9)
-    assert flop["fedot"]["cached"] == pytest.approx((4 * (20 * layer + 17 * LLAMA + head) + 18 * LLAMA) / 1e9)
-    assert flop["fedpetuning"]["cached"] == flop["fedpetuning"]["full_lora"] == flop["exact"]["full_lora"]
-    assert flop["fedbiot"]["cached"] == flop["exact"]["cached"] == flop["fedsoda"]["cached"]
+    found = {name: plan_report(str(file), settings_for_plan(str(file), method={"name": name})).ours for name in METHODS}
+    flop = {name: ours.gflop_per_token for name, ours in found.items()}
+    assert (flop["fedot"].sweep, flop["fedpetuning"].sweep) == (0, 0)
+    assert flop["fedbiot"].sweep == pytest.approx(2 * 17 * (layer + LLAMA) / 1e9)
+    assert flop["fedot"].cached == pytest.approx((4 * (20 * layer + 17 * LLAMA + head) + 18 * LLAMA) / 1e9)
+    assert flop["fedpetuning"].cached == flop["fedpetuning"].full_lora == flop["exact"].full_lora
+    assert flop["fedbiot"].cached == flop["exact"].cached == flop["fedsoda"].cached
     # On a CPU 16-bit layers are widened to fp32.
-    assert found["fedpetuning"]["edge_memory_bytes"] > 4 * 32 * layer
-    assert 4 * 20 * layer < found["fedot"]["edge_memory_bytes"] < 4 * 21 * layer + 4 * 2**30
-    assert found["fedbiot"]["edge_memory_bytes"] < 4 * 5 * layer + 2 * 2**30
+    assert found["fedpetuning"].edge_memory_bytes > 4 * 32 * layer
+    assert 4 * 20 * layer < found["fedot"].edge_memory_bytes < 4 * 21 * layer + 4 * 2**30
+    assert found["fedbiot"].edge_memory_bytes < 4 * 5 * layer + 2 * 2**30
 
 
 # --- an edge's gradients -----------------------------------------------------------------------------------
@@ -377,30 +378,37 @@ def test_a_worker_trains_through_the_emulator_lora_of_the_last_alignment(tmp_pat
     rows = [{"prompt": f"Say {word}:", "completion": word[::-1]} for word in ("cat", "rain", "inn", "mat")]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     worker = Worker()
-    worker.open(
-        {
-            "store": str(tmp_path / "store"),
-            "manifest": digests["manifest.json"],
-            "data": str(tmp_path / "rows.jsonl"),
-            "columns": {},
-            "prompt": "{prompt}",
-            "completion": "{completion}",
-            "max_length": 64,
-        },
+    worker.answer(
+        cmd.Open(
+            store=str(tmp_path / "store"),
+            manifest=Digest(digests["manifest.json"]),
+            rows=cmd.Rows(path=str(tmp_path / "rows.jsonl"), columns={}, prompt="{prompt}", completion="{completion}"),
+            max_length=64,
+        ),
         lambda _: None,
     )
     samples, view = worker._samples.samples, bundle.adapter_lora()
     settings = msgspec.structs.replace(SETTINGS, max_steps=3)
 
     def by_worker(emulator: Path | None) -> dict[str, Tensor]:
-        memory = msgspec.to_builtins(next(plans(shape_of(bundle.manifest), "cpu", SampleSizes(4, 64, 64))))
-        cache = {"directory": str(tmp_path / "border"), "key": "00" * 32, "dtype": "bf16", "max_bytes": None}
+        memory = next(plans(shape_of(bundle.manifest), "cpu", SampleSizes(4, 64, 64)))
+        cache = cmd.BorderCache(directory=str(tmp_path / "border"), key="00" * 32, dtype="bf16", max_bytes=None)
         path = None if emulator is None else str(emulator)
-        worker.border({"emulator": path, "cache": cache, "memory": memory, "room": 2**50}, lambda _: None)
-        files = {key: str(tmp_path / key) for key in ("update", "new_residual", "checkpoint")}
-        task = {"settings": msgspec.to_builtins(settings), "seed": 0, "round": 1, "edge": "a", "codec": "bf16"}
-        task["trains"] = "both"
-        worker.train({**files, **task, "view": None, "residual": None}, lambda _: None)
+        worker.answer(cmd.Sweep(emulator=path, cache=cache, memory=memory, room=2**50), lambda _: None)
+        task = cmd.Train(
+            view=None,
+            settings=settings,
+            seed=0,
+            round=1,
+            edge="a",
+            codec="bf16",
+            trains="both",
+            residual=None,
+            update=str(tmp_path / "update"),
+            new_residual=str(tmp_path / "new_residual"),
+            checkpoint=str(tmp_path / "checkpoint"),
+        )
+        worker.answer(task, lambda _: None)
         return delta.decode((tmp_path / "update").read_bytes(), spec.adapter, "bf16")
 
     def by_hand(emulator: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -449,7 +457,7 @@ def test_a_preparation_stores_what_the_method_asks_for(tmp_path: Path, tiny_llam
     settings = run_of(
         tmp_path / name, tiny_llama, name, learning_rate=None
     )  # the default: 1e-2 is too fast for LoRA on all layers
-    result = prepare(settings)
+    kl = public_kl(settings)
     bundle = Bundle.open(settings.run_dir / "bundle")
     plan, manifest = bundle.plan, bundle.manifest
     assert manifest.adapter_base == "bf16"
@@ -458,8 +466,7 @@ def test_a_preparation_stores_what_the_method_asks_for(tmp_path: Path, tiny_llam
         theirs = Checkpoint.open(str(tiny_llama)).layer(number)
         assert all(torch.equal(tensor, theirs[key]) for key, tensor in bundle.stored_layer(number).items())
     assert manifest.lora.aligned == plan.sub_emulator
-    kl = result["public_kl"]
-    ids = torch.stack(Preparation(settings).llm.held_out)
+    ids = torch.stack(Preparation(settings).llm.text.held_out)
     full: Any = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     with torch.no_grad():
         teacher = full(ids).logits.double().log_softmax(-1)

@@ -1,0 +1,96 @@
+"""The data of a comparison: rows to train on, dealt to edges by split and seed, and rows that all answers are judged by."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedsoda_edge.data.local_data import LocalData, remedy_for_columns
+from fedsoda_edge.errors import DataProblem
+from fedsoda_edge.ports.disk import write_durably
+from fedsoda_hub.compare.results import EdgeRows
+from fedsoda_hub.compare.settings import Comparison
+from fedsoda_hub.compare.splits import choose, deal
+
+Row = Mapping[str, Any]
+MAX_LABELS = 20  # that are counted one by one
+
+
+class DealtData:
+    """Rows, dealt: read when this is made, which writes the questions to `eval_file`.
+
+    parts: by split and seed, the places of each edge's rows. questions: the sha256 of `eval_file`.
+
+    Raises:
+        UsageProblem, DataProblem: rows and splits do not fit.
+    """
+
+    def __init__(self, comparison: Comparison, out: Path) -> None:
+        self._comparison = comparison
+        c, first = comparison.compare, comparison.settings[comparison.baseline_of]
+        self._completion = first.completion
+        self._rows: list[dict[str, Any]] = []
+        self._files: list[str] = []
+        for name in c.data:
+            data = LocalData(comparison.path.parent / name)
+            with remedy_for_columns("rename one in the file, or use another in [task] prompt and completion"):
+                data.check(first.prompt, first.completion)
+            self._rows += [row for _, row in data.rows()]
+            self._files += [name] * (len(self._rows) - len(self._files))
+        assert first.eval_data is not None, "settings.py refuses a comparison without"
+        asked = [row for _, row in LocalData(first.eval_data).rows()]
+        chosen = sorted(choose(len(asked), c.eval_rows, 0))
+        out.mkdir(parents=True, exist_ok=True)
+        self.eval_file = out / "eval.jsonl"
+        self.questions = write_rows(self.eval_file, [asked[row] for row in chosen])
+        self.parts = {(split, seed): self._deal(split, seed) for split in c.splits for seed in c.seeds}
+
+    def _deal(self, split: str, seed: int) -> list[list[int]]:
+        c = self._comparison.compare
+        chosen = choose(len(self._rows), c.rows, seed)
+        return deal(split, chosen, self._values(split), edges=c.edges, least=c.least_rows, seed=seed)
+
+    def _values(self, split: str) -> list[str]:
+        """Give for each row what the split deals by."""
+        if split == "files":
+            return self._files
+        column = split.removeprefix("users:") if split.startswith("users:") else self._comparison.compare.label
+        if column is None:
+            return [self._completion.render(row) for row in self._rows]
+        missing = next((at for at, row in enumerate(self._rows) if column not in row), None)
+        if missing is not None:
+            raise DataProblem(
+                f"split {split} asks for the column {column!r}; row {missing + 1} of [compare] data has "
+                f"{', '.join(sorted(self._rows[missing]))}"
+            )
+        return [str(row[column]) for row in self._rows]
+
+    def rows(self, part: Sequence[int]) -> list[Row]:
+        """Look up the rows at these places."""
+        return [self._rows[row] for row in part]
+
+    def named(self, split: str, seed: int) -> dict[str, list[int]]:
+        """Name the edges of a split: edge-0, edge-1, ..., all of one width."""
+        parts = self.parts[split, seed]
+        return {f"edge-{number:0{len(str(len(parts) - 1))}d}": part for number, part in enumerate(parts)}
+
+    def described(self, split: str, seed: int) -> dict[str, EdgeRows]:
+        """Count each edge's rows, and its rows of each label where there are few labels."""
+        label = self._comparison.compare.label
+        found = {}
+        for name, part in self.named(split, seed).items():
+            labels = Counter(str(row[label]) if label else self._completion.render(row) for row in self.rows(part))
+            few = dict(sorted(labels.items())) if len(labels) <= MAX_LABELS else {}
+            found[name] = EdgeRows(rows=len(part), labels=few)
+        return found
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> str:
+    """Write JSON Lines, and give their sha256."""
+    data = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows).encode()
+    write_durably(path, data)
+    return hashlib.sha256(data).hexdigest()

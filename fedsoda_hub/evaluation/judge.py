@@ -1,0 +1,289 @@
+"""Judge a run or an export: the full model untouched, the sub-LLM, and the full model with the adapter plugged in.
+
+Here the adapter meets the full model. It runs in a process without sockets; the hub may be running: only finished blobs
+are read. How a model answers is `evaluator.py`'s.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+import torch
+from safetensors.torch import load, load_file
+from torch import Tensor
+
+from fedsoda_edge.data.samples import SampleTokenizer
+from fedsoda_edge.errors import UsageProblem
+from fedsoda_edge.model import delta, lora
+from fedsoda_edge.model.bundle import Bundle
+from fedsoda_edge.model.source import Checkpoint
+from fedsoda_edge.protocol.manifest import LayerPlan, LoRASpec
+from fedsoda_edge.protocol.template import TextTemplate
+from fedsoda_hub.evaluation.evaluator import Evaluator, Judged, Report, Verdict
+from fedsoda_hub.evaluation.questions import Question, read_questions
+from fedsoda_hub.federation.jobs import EvaluateResult
+from fedsoda_hub.preparation.full_llm import open_full_llm
+from fedsoda_hub.preparation.prepare import bundle_of
+from fedsoda_hub.preparation.running import pick_device
+from fedsoda_hub.run.directory import RunDirectory
+from fedsoda_hub.run.ledger import read_outcome
+from fedsoda_hub.settings.run import RunSettings, read_settings
+from fedsoda_hub.settings.tables import Task
+
+KEPT_BORDER_BYTES = 256 << 20  # of evaluation data, between two evaluations of a run
+SMALL = 10**9  # parameters
+
+
+# --- models ------------------------------------------------------------------------------------------------
+
+
+def judged_models(
+    bundle: Bundle,
+    source: Checkpoint,
+    adapter: dict[str, Tensor],
+    emulator: dict[str, Tensor],
+    none: dict[str, Tensor] | None = None,
+) -> dict[str, Judged]:
+    """Put together the models to judge: full, untouched; sub_llm, with the trained LoRA of its layers; plug_in, the full
+    model with all of it.
+
+    Args:
+        adapter: of every layer that any sub-LLM of the run trained.
+        none: the empty emulator LoRA of the full model; the same object again finds its border states again.
+    """
+    plan, spec = bundle.plan, bundle.manifest.lora
+    full = _full_models(source, plan, spec, adapter, {} if none is None else none)
+    return {
+        "full": full["full"],
+        "sub_llm": Judged(bundle, plan.swept, plan.resident, spec, emulator, lora.on(plan.adapter, adapter)),
+        "plug_in": full["plug_in"],
+    }
+
+
+def _full_models(
+    source: Checkpoint, plan: LayerPlan, spec: LoRASpec, adapter: dict[str, Tensor], none: dict[str, Tensor]
+) -> dict[str, Judged]:
+    """Make both with the same object `none`, so that they share the border's states."""
+    below, above = range(plan.border), range(plan.border, plan.num_layers)
+    return {
+        "full": Judged(source, below, above, spec, none, {}),
+        "plug_in": Judged(source, below, above, spec, none, adapter),
+    }
+
+
+# --- verdicts ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The verdict on each model, by name, and the questions that they answered."""
+
+    verdicts: Mapping[str, Verdict]
+    questions: Sequence[Question]
+
+    @property
+    def result(self) -> EvaluateResult:
+        """The figures, as the ledger keeps them."""
+        return EvaluateResult(
+            accuracy={name: verdict.accuracy for name, verdict in self.verdicts.items()},
+            loss={name: verdict.loss for name, verdict in self.verdicts.items()},
+            auc={name: verdict.auc for name, verdict in self.verdicts.items()},
+            num_examples=len(self.questions),
+        )
+
+    def samples(self, count: int) -> tuple[dict[str, str], ...]:
+        """Show the first `count` questions with each model's answer; few-shot examples are left out."""
+        return tuple(
+            {
+                "prompt": question.prompt.removeprefix(question.examples),
+                "completion": question.completion,
+                **{name: verdict.chosen[at] for name, verdict in self.verdicts.items()},
+            }
+            for at, question in enumerate(self.questions[:count])
+        )
+
+
+class Evaluation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What `evaluate --json` says: as EvaluateResult; None for a model that could not be judged."""
+
+    accuracy: dict[str, float | None]
+    loss: dict[str, float | None]
+    auc: dict[str, float | None]
+    num_examples: int
+    samples: tuple[dict[str, str], ...] = ()
+
+
+def judge(evaluator: Evaluator, models: Mapping[str, Judged], report: Report | None = None) -> Judgement:
+    """Let each model answer, and judge what it says."""
+    return Judgement({name: evaluator.verdict(model, report) for name, model in models.items()}, evaluator.questions)
+
+
+def _evaluation(judgement: Judgement, samples: int, unjudged: Sequence[str] = ()) -> Evaluation:
+    result, nothing = judgement.result, dict.fromkeys(unjudged)
+    return Evaluation(
+        accuracy={**result.accuracy, **nothing},
+        loss=result.loss | nothing,
+        auc=result.auc | nothing,
+        num_examples=result.num_examples,
+        samples=judgement.samples(samples),
+    )
+
+
+# --- a run -------------------------------------------------------------------------------------------------
+
+
+class Reached(Protocol):
+    """How far a run has come, by the digests of its blobs: an `Outcome`, or the job that asks for an evaluation."""
+
+    @property
+    def master(self) -> str: ...
+    @property
+    def emulator_view(self) -> str: ...
+    @property
+    def manifest(self) -> str: ...
+
+
+class RunJudge:
+    """Judges a run on its data, again after later rounds: what the full model says below the adapter stays the same."""
+
+    def __init__(self, settings: RunSettings, data: Path) -> None:
+        self._run_dir = settings.run_dir
+        self._bundles: dict[str, Bundle] = {}  # by manifest: their files are verified once
+        self._source = open_full_llm(settings)
+        self._none: dict[str, Tensor] = {}
+        self.evaluator = _evaluator(self._source, data, settings.task, settings.seed, settings.device, settings.dtype)
+
+    def of(self, run_dir: Path) -> RunJudge:
+        """Ask the same questions to another run of the same full LLM; what that says below the adapter is kept for all."""
+        other = copy.copy(self)
+        other._run_dir, other._bundles = run_dir, {}
+        return other
+
+    def models(self, master: str, emulator_view: str, manifest: str) -> dict[str, Judged]:
+        """Put together full, sub_llm and plug_in with these blobs of the run."""
+        blobs = RunDirectory(self._run_dir).blobs
+        if manifest not in self._bundles:
+            self._bundles[manifest] = bundle_of(self._run_dir, manifest)
+        bundle = self._bundles[manifest]
+        emulator = delta.from_bytes(blobs.get(emulator_view), bundle.manifest.lora.emulator)
+        return judged_models(bundle, self._source, load(blobs.get(master)), emulator, self._none)
+
+    def judged(self, adapter: dict[str, Tensor], emulator: dict[str, Tensor]) -> dict[str, Judged]:
+        """Put together full, sub_llm and plug_in with these tensors, and the layers that the run began with."""
+        bundle = Bundle.open(RunDirectory(self._run_dir).bundle)
+        return judged_models(bundle, self._source, adapter, emulator, self._none)
+
+    def judge(self, reached: Reached, report: Report | None = None) -> Judgement:
+        """Judge the three models after the rounds of `reached`."""
+        models = self.models(reached.master, reached.emulator_view, reached.manifest)
+        judgement = judge(self.evaluator, models, report)
+        self.forget(models)
+        return judgement
+
+    def forget(self, models: dict[str, Judged]) -> None:
+        """Free the border states of the sub-LLM; those of the full model too where they are many."""
+        self.evaluator.forget(models["sub_llm"])
+        if self.evaluator.border_bytes > KEPT_BORDER_BYTES:
+            self.evaluator.forget(models["full"])
+
+
+def check_evaluation(settings: RunSettings) -> None:
+    """Check that the run's evaluation data can be judged: known at the start, not after the rounds.
+
+    Raises:
+        DataProblem: rows without the template's columns, an empty file, a question longer than the model's positions.
+    """
+    if settings.eval_data is not None:
+        source, task = open_full_llm(settings), settings.task
+        evaluator = _evaluator(source, settings.eval_data, task, settings.seed, settings.device, settings.dtype)
+        evaluator.check_lengths(int(source.fields["max_position_embeddings"]))
+
+
+def _evaluator(source: Checkpoint, data: Path, task: Task, seed: int, device: str, dtype: str) -> Evaluator:
+    device, compute_dtype = pick_device(device, dtype)
+    return Evaluator(
+        read_questions(data, TextTemplate(task.prompt), TextTemplate(task.completion), task.shots, seed),
+        SampleTokenizer(source.path / "tokenizer.json", source.fields.get("eos_token_id")),
+        choices=task.choices,
+        compute_dtype=torch.float32 if _is_small(source) else compute_dtype,
+        device=device,
+    )
+
+
+def _is_small(source: Checkpoint) -> bool:
+    """Say whether accuracy is taken in fp32: below SMALL parameters (docs/methods.md (m12-accuracy))."""
+    layer = sum(tensor.numel() for tensor in source.layer(0).values())
+    return layer * source.num_layers + 2 * source.embedding().numel() < SMALL
+
+
+# --- a run or an export, by its path -----------------------------------------------------------------------
+
+
+def evaluate_path(
+    run_or_export: Path, data: Path, report: Report | None = None, model: str | None = None, samples: int = 0
+) -> Evaluation:
+    """Judge a RUN.toml's run, or the export in a directory.
+
+    Args:
+        model: the full LLM of an export; None: as the export says.
+        samples: how many questions are shown with each model's answer.
+
+    Raises:
+        UsageProblem: there is no such run or export, or the full LLM is not to be found.
+    """
+    if run_or_export.is_file():
+        settings = read_settings(run_or_export)
+        # It says what is missing, where a bundle would only say that it is.
+        outcome = read_outcome(settings.run_dir, settings.path)
+        return _evaluation(RunJudge(settings, data).judge(outcome, report), samples)
+    return _evaluate_export(run_or_export, data, report, model, samples)
+
+
+def _evaluate_export(directory: Path, data: Path, report: Report | None, model: str | None, samples: int) -> Evaluation:
+    """Judge an export wherever it lies; the sub-LLM too where the run it came from is still beside it."""
+    if not (directory / "fedsoda.json").exists():
+        what = "has no fedsoda.json, so it is not an export" if directory.is_dir() else "is not there"
+        raise UsageProblem(f"{directory} {what}; name a RUN.toml or a directory that `fedsoda-hub export` wrote")
+    about = json.loads((directory / "fedsoda.json").read_text(encoding="utf-8"))
+    if about["merged"]:
+        raise UsageProblem(f"{directory} is a merged checkpoint; evaluate the run or the unmerged export")
+    run_file = (directory / about["run_file"]).resolve()
+    settings = read_settings(run_file) if run_file.is_file() else None
+    if model is not None:
+        source = Checkpoint.open(model)
+    elif settings is not None:
+        source = open_full_llm(settings)
+    elif "/" in about["model"]:
+        source = Checkpoint.open(about["model"], revision=about["model_revision"])
+    else:
+        raise UsageProblem(
+            f"{directory} belongs to the full model {about['model']!r}, and its run file {run_file} is not there "
+            "to say where that lies; name it with --model DIRECTORY"
+        )
+    plan = msgspec.convert(about["plan"], LayerPlan)
+    if source.num_layers != plan.num_layers:
+        raise UsageProblem(f"{source.name} has {source.num_layers} layers, the export is for {plan.num_layers}")
+    config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+    prefix = f"base_model.model.{source.family.layers}."
+    adapter = {
+        "layers." + name.removeprefix(prefix).removesuffix(".weight"): tensor
+        for name, tensor in load_file(directory / "adapter_model.safetensors").items()
+    }
+    task = msgspec.convert(about["task"], Task)
+    if settings is None:
+        spec = LoRASpec(config["r"], config["lora_alpha"], (), (), ())
+        models = _full_models(source, plan, spec, adapter, {})
+        evaluator = _evaluator(source, data, task, about["seed"], "auto", "bfloat16")
+        return _evaluation(judge(evaluator, models, report), samples, unjudged=("sub_llm",))
+    outcome = read_outcome(settings.run_dir, settings.path)
+    bundle = bundle_of(settings.run_dir, outcome.manifest)
+    blob = RunDirectory(settings.run_dir).blobs.get(outcome.emulator_view)
+    models = judged_models(bundle, source, adapter, delta.from_bytes(blob, bundle.manifest.lora.emulator))
+    evaluator = _evaluator(source, data, task, about["seed"], settings.device, settings.dtype)
+    return _evaluation(judge(evaluator, models, report), samples)

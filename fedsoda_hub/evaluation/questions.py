@@ -1,0 +1,115 @@
+"""The questions of evaluation data, and which answers to them are right (docs/methods.md (m12-accuracy)).
+
+Plain text and pure. How models answer is `evaluator.py`'s.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+
+from fedsoda_edge.data.local_data import LocalData, remedy_for_columns
+from fedsoda_edge.data.samples import join_text
+from fedsoda_edge.errors import DataProblem
+from fedsoda_edge.protocol.template import DEFAULT_COMPLETION, DEFAULT_PROMPT, TextTemplate
+
+MAX_CHOICES = 20
+# Commas only between thousands, and no minus after what may be subtracted from: 16-3 holds 16 and 3.
+_NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
+_LAST_WORD_IS_NUMBER = re.compile(rf"(?:^|[\s#$€£=:])({_NUMBER.pattern})[.%]?$")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One row as text.
+
+    prompt: all that a model reads. examples: its beginning that holds other rows with their answers, if any.
+    stops: what begins another row; what a model generates from there on is not part of its answer.
+    """
+
+    prompt: str
+    completion: str
+    examples: str = ""
+    stops: tuple[str, ...] = ()
+
+
+def read_questions(
+    path: Path, prompt: TextTemplate, completion: TextTemplate, shots: int = 0, seed: int = 0
+) -> list[Question]:
+    """Read rows by the template, or by their own `prompt` and `completion` columns where the template's are missing.
+
+    Args:
+        shots: how many other rows of the file stand answered before each question, drawn by (seed, row).
+
+    Raises:
+        DataProblem: a row has neither, or there are too few rows to draw from.
+    """
+    data = LocalData(path)
+    head = prompt.render(dict.fromkeys(prompt.columns, "\0")).partition("\0")[0].rstrip()  # "Question:", say
+    _, first = next(iter(data.rows()))
+    columns = {*prompt.columns, *completion.columns}
+    if not columns <= set(first) and {"prompt", "completion"} <= set(first):
+        prompt, completion = TextTemplate(DEFAULT_PROMPT), TextTemplate(DEFAULT_COMPLETION)
+    with remedy_for_columns(
+        "rename one in the file, use another in [task] prompt and completion, or write rows with the columns prompt "
+        "and completion"
+    ):
+        data.check(prompt, completion)
+    rows = [(prompt.render(row), completion.render(row)) for _, row in data.rows()]
+    if shots >= len(rows):
+        raise DataProblem(f"[task] shots = {shots}, and {path} has {len(rows)} rows; {shots + 1} are needed")
+    stops = _stops(rows, head, shots)
+    examples = [_examples(rows, at, shots, seed) for at in range(len(rows))]
+    return [Question(shown + row[0], row[1], shown, stops) for shown, row in zip(examples, rows, strict=True)]
+
+
+def _examples(rows: Sequence[tuple[str, str]], at: int, shots: int, seed: int) -> str:
+    """Join `shots` rows other than `at` with their answers, a blank line after each."""
+    if not shots:
+        return ""
+    chosen = random.Random(f"{seed}/{at}").sample([*rows[:at], *rows[at + 1 :]], shots)
+    return "".join(join_text(*row) + "\n\n" for row in chosen)
+
+
+def _stops(rows: Sequence[tuple[str, str]], head: str, shots: int) -> tuple[str, ...]:
+    """Find what begins another row: a blank line after examples, the words that begin every prompt on a new line; not what
+    answers themselves hold.
+
+    A model that was not trained to write eos continues with the next row, whose last number is not its answer.
+    lm-evaluation-harness ends GSM8K at "Question:", many others at a blank line.
+    """
+    found = ["\n\n"] if shots else []
+    if head and all(prompt.startswith(head) for prompt, _ in rows):
+        found.append(f"\n{head}")
+    return tuple(stop for stop in found if not any(stop in completion for _, completion in rows))
+
+
+def choices_of(questions: Sequence[Question], wanted: str = "auto") -> list[str]:
+    """List the distinct completions, sorted, if there are at most MAX_CHOICES; else none."""
+    distinct = sorted({question.completion for question in questions})
+    return distinct if wanted == "auto" and len(distinct) <= MAX_CHOICES else []
+
+
+def until_stop(text: str, stops: Sequence[str]) -> str:
+    """Cut a generated text where another row begins."""
+    for stop in stops:
+        text = text.partition(stop)[0]
+    return text
+
+
+def is_right(made: str, wanted: str) -> bool:
+    """Compare a generated answer: equal text; where the wanted answer's last word is a number, its value against that of
+    the last number made.
+    """
+    if made.strip() == wanted.strip():
+        return True
+    theirs, ours = _LAST_WORD_IS_NUMBER.search(wanted.strip()), _NUMBER.findall(made)
+    return theirs is not None and bool(ours) and _value(ours[-1]) == _value(theirs[1])
+
+
+def _value(number: str) -> Decimal:
+    return Decimal(number.replace(",", ""))

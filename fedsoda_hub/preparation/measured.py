@@ -1,0 +1,142 @@
+"""What a method asks of the full LLM before any of its layers goes (`algorithms/methods/interface.py`), measured on
+the run's public text, once for a run. What is chosen by it is the method's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from functools import cached_property, partial
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from fedsoda_edge.errors import UsageProblem
+from fedsoda_edge.model import lora
+from fedsoda_edge.model.bundle_writer import half_bytes, shard_sizes
+from fedsoda_edge.model.streaming import stream
+from fedsoda_edge.ports.disk import write_durably
+from fedsoda_edge.protocol.manifest import LayerPlan
+from fedsoda_hub.algorithms.pruning import representatives, sgp
+from fedsoda_hub.algorithms.pruning.representatives import Components, Measured, Partition
+from fedsoda_hub.federation.jobs import ProbeResult, ShapeMeasured
+from fedsoda_hub.preparation.align import Aligner
+from fedsoda_hub.preparation.full_llm import StreamedLLM
+from fedsoda_hub.preparation.teacher import Answer, TeacherCache
+
+KL_TIE = 1.05
+MEASURING = "measuring layer similarity"
+
+
+class MeasuredLLM:
+    """A `methods.interface.FullLLM`."""
+
+    def __init__(self, llm: StreamedLLM, teacher: TeacherCache, aligner: Aligner) -> None:
+        self._llm = llm
+        self._teacher = teacher
+        self._aligner = aligner
+
+    @property
+    def num_layers(self) -> int:
+        """The number of decoder layers."""
+        return self._llm.num_layers
+
+    def distances(self, num_layers: int) -> list[list[float]]:
+        """Measure the angular distances between the outputs of the first `num_layers` layers."""
+        return sgp.measure(self._llm.source, self._llm.text.used, num_layers, **self._llm.running.how(MEASURING))
+
+    def representatives(self, count: int, grouping: str, drawn_by: int | None = None) -> tuple[int, ...]:
+        """Choose `count` layers that stand for all, ascending; drawn by chance where there is a seed for it."""
+        generator = None if drawn_by is None else torch.Generator().manual_seed(drawn_by)
+        partition = self._partition(grouping)
+        return representatives.select_layers(self._measured, count, partition, keep_ends=True, generator=generator)
+
+    @cached_property
+    def _measured(self) -> Measured:
+        """Similarity and importance of all layers, measured once for a run."""
+        llm = self._llm
+        path = llm.directory.preparation / "layers.safetensors"
+        if not path.exists():
+            measured = representatives.measure_layers(
+                llm.source, llm.text.used, seed=llm.settings.seed, **llm.running.how(MEASURING)
+            )
+            importance = torch.tensor(measured.importance, dtype=torch.float64)
+            write_durably(path, save({"similarity": measured.similarity, "importance": importance}))
+        held = load_file(path)
+        return Measured(held["similarity"], tuple(held["importance"].tolist()))
+
+    def components(self, count: int, grouping: str) -> Components:
+        """Choose layers that keep their attention and layers that keep their MLP, in the bytes of `count` layers."""
+        llm = self._llm
+        attention, mlp = representatives.measure_components(
+            llm.source, llm.text.used, seed=llm.settings.seed, **llm.running.how(MEASURING)
+        )
+        base = llm.settings.method.adapter_base
+        of_attention, of_mlp = (
+            [
+                half_bytes(llm.source.family, llm.source.fields, number, half, base, llm.dtype)
+                for number in range(llm.num_layers)
+            ]
+            for half in ("attention", "mlp")
+        )
+        budget = sum(of_attention + of_mlp) * count // llm.num_layers  # layers of qwen3_moe are of two sizes
+        return representatives.select_components(
+            attention, mlp, of_attention, of_mlp, budget, self._partition(grouping)
+        )
+
+    def _partition(self, grouping: str) -> Partition:
+        if grouping == "spectral":
+            return partial(representatives.spectral, seed=self._llm.settings.seed)
+        return representatives.contiguous
+
+    def fits(self, plan: LayerPlan) -> bool:
+        """Say whether all files of this sub-LLM are within [method] bundle_bytes."""
+        llm = self._llm
+        sizes = shard_sizes(llm.source.family, llm.source.fields, plan, llm.bundle_settings(plan), llm.dtype)
+        tokenizer = sum(file.stat().st_size for file in llm.source.tokenizer_files)
+        return sum(sizes.values()) + tokenizer <= llm.settings.method.bundle_bytes
+
+    def nearest(self, plans: Sequence[LayerPlan]) -> LayerPlan:
+        """Choose by public KL after closed-form alignment, on held-out blocks; of those within KL_TIE of the least, by the
+        cosine between the adapter's gradients in sub-LLM and full LLM (docs/methods.md (m3-auto)). Neither is quantized:
+        that is alike for all.
+        """
+        groups = [group for plan in plans for group in plan.groups]
+        made = self._teacher.held_against(plans) | {group.start - 1 for group in groups if group.start}
+        self._teacher.make(made)
+        # The adapter of all of them is the same.
+        adapter = lora.initial(self._llm.lora_spec(plans[0]).adapter, self._llm.settings.seed)
+        answer = self._teacher.answer(plans[0], adapter)
+        found = [self._try(plan, adapter, answer) for plan in plans]
+        least = min(one.kl for one in found)
+        good = [(one.cosine, plan) for one, plan in zip(found, plans, strict=True) if one.kl <= KL_TIE * least]
+        chosen = max(good, key=lambda one: one[0])[1]
+        self._teacher.forget(made - self._teacher.held_against([chosen]))
+        return chosen
+
+    def _try(self, plan: LayerPlan, adapter: dict[str, Tensor], answer: Answer) -> ProbeResult:
+        """Measure how far this plan's sub-LLM is from the full LLM, before anything is trained."""
+        llm, text = self._llm, self._llm.text
+        spec, count, first = llm.lora_spec(plan), len(text.used), min(plan.retained)
+        emulator = lora.initial([item for item in spec.emulator if item.layer is not None], llm.settings.seed)
+        if first:
+            below = self._teacher.target(first - 1)
+        else:
+            below = torch.stack(stream(llm.source, (), text.blocks)).to(llm.running.device)
+        with contextlib.suppress(UsageProblem):  # of this family nothing can be solved for: unaligned, then
+            emulator = self._aligner.solve(llm.source, plan, below[:count], emulator, spec.scale)
+        trained = tuple(layer for layer in plan.kept if layer >= first)
+        student = llm.build(llm.source, trained)
+        lora.attach(student, spec, lora.on(trained, {**emulator, **adapter}))
+        found = self._teacher.drift_of(student, plan.adapter, below[count:], answer)
+        llm.running.report(
+            ShapeMeasured(
+                stage="choosing groups",
+                layers_per_group=len(plan.groups[0].removed),
+                groups=len(plan.groups),
+                kl=found.kl,
+                cosine=found.cosine,
+            )
+        )
+        return found

@@ -1,0 +1,106 @@
+"""The public text and the prompts of a run: read from its files, or written by its full LLM, once for a process."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from fedsoda_edge.data.samples import SampleTokenizer
+from fedsoda_edge.errors import UsageProblem
+from fedsoda_edge.model.source import Checkpoint
+from fedsoda_edge.ports.disk import write_durably
+from fedsoda_hub.federation.jobs import NoBorderMap
+from fedsoda_hub.preparation.public_text import read_blocks, read_prompts
+from fedsoda_hub.preparation.running import Running
+from fedsoda_hub.preparation.self_generated import generate_blocks, generate_prompts
+from fedsoda_hub.settings.run import RunSettings
+
+
+class RunText:
+    """What SGP, ODA and the border map see. All of it is kept: a few MB of ids.
+
+    Args:
+        work: what the full LLM wrote lies there and is found again.
+    """
+
+    def __init__(self, settings: RunSettings, source: Checkpoint, work: Path, running: Running) -> None:
+        self._settings = settings
+        self._source = source
+        self._work = work
+        self._running = running
+
+    @property
+    def used(self) -> list[Tensor]:
+        """The blocks that alignment and pruning use, (T,) ids each."""
+        return self.blocks[: self._settings.public.sequences]
+
+    @property
+    def held_out(self) -> list[Tensor]:
+        """The blocks that public KL is measured on, (T,) ids each."""
+        return self.blocks[self._settings.public.sequences :]
+
+    @cached_property
+    def blocks(self) -> list[Tensor]:
+        """All public blocks: those that are used, then those that are held out."""
+        public, file = self._settings.public, self._settings.public_text
+        if file is None:
+
+            def write() -> list[Tensor]:
+                how = self._running.how("writing public text")
+                seed = self._settings.seed
+                return list(chain(*generate_blocks(self._source, public.sequences, public.length, seed=seed, **how)))
+
+            return self._written("public", write)
+        tokenizer, bos = self._source.path / "tokenizer.json", self._source.fields.get("bos_token_id")
+        return list(chain(*read_blocks(file, tokenizer, bos, public.sequences, public.length)))
+
+    @cached_property
+    def prompts(self) -> list[Tensor]:
+        """What the border map is fitted on, (T_i,) ids each; nothing where the run has none.
+
+        Raises:
+            UsageProblem: there is nothing to fit the map on that the settings insist on.
+        """
+        s = self._settings
+        if s.align.border_map == "none":
+            return []
+        if s.like_task is not None:
+            tokenizer = SampleTokenizer(self._source.path / "tokenizer.json", None)
+            return read_prompts(s.like_task, s.prompt, tokenizer, s.local.max_length)
+
+        def write() -> list[Tensor]:
+            how = self._running.how("writing prompts like the task's")
+            return generate_prompts(self._source, s.prompt, s.local.max_length, seed=s.seed, **how)
+
+        try:
+            return self._written("prompts", write)
+        except UsageProblem as problem:
+            if s.align.border_map == "ridge":
+                raise
+            self._running.report(NoBorderMap(stage="no border map", why=str(problem)))
+            return []
+
+    def read(self) -> None:
+        """Read now what is read from files, so that a file that does not serve is refused before any work."""
+        if self._settings.public_text is not None:
+            _ = self.blocks
+        if self._settings.like_task is not None:
+            _ = self.prompts
+
+    def _written(self, name: str, write: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """Find the ids that the full LLM has written for this run, text by text; else let it write them."""
+        path = self._work / f"{name}.safetensors"
+        if not path.exists():
+            texts = write()
+            gc.collect()
+            lengths = torch.tensor([len(ids) for ids in texts])
+            write_durably(path, save({"ids": torch.cat(texts), "lengths": lengths}))
+        held = load_file(path)
+        return list(held["ids"].split(held["lengths"].tolist()))
