@@ -150,7 +150,7 @@ class Arm:
         return {**ours, "PYTHONPATH": str(self.checkout), "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
     def run(self, *command: str | Path, threads: int = 0, may_fail: bool = False) -> str:
-        """Run Python with this checkout's packages; what it prints."""
+        """Run Python with this checkout's packages; return what it prints."""
         environment = self.environment | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
         self.work.mkdir(parents=True, exist_ok=True)
         ended = subprocess.run(
@@ -191,7 +191,7 @@ def write_inputs(directory: Path) -> None:
 
 
 def toml(top: dict[str, Any], *changes: Tables, prefix: str = "") -> str:
-    """The tables of all `changes` together, the later before the earlier."""
+    """Write the tables of all `changes` together; a later one replaces the keys of an earlier one."""
     tables: Tables = {}
     for change in changes:
         for table, values in change.items():
@@ -203,7 +203,7 @@ def toml(top: dict[str, Any], *changes: Tables, prefix: str = "") -> str:
 
 
 def federate(arm: Arm) -> Path:
-    """Two edges of different size classes, as real processes over loopback."""
+    """Run two edges of different size classes as real processes over loopback; return where all of it lies."""
     directory = arm.work / "federation"
     write_inputs(directory)
     top = {"name": "fixed", "model": str(MODEL), "device": "cpu"}
@@ -230,7 +230,7 @@ def federate(arm: Arm) -> Path:
 
 
 def compare_methods(arm: Arm) -> Path:
-    """Every method and way to aggregate, in one process."""
+    """Run every method and way to aggregate in one process; return where all of it lies."""
     directory = arm.work / "methods"
     write_inputs(directory)
     top = {"model": str(MODEL), "device": "cpu"}
@@ -245,7 +245,7 @@ def compare_methods(arm: Arm) -> Path:
 
 
 def facts(directory: Path) -> dict[str, Any]:
-    """What all ledgers below say, by run, kind, round and edge, and digests of what edges hold; blobs are what they say."""
+    """Read all ledgers below, by run, kind, round and edge, and digest what edges hold; a blob must be what its name says."""
     found: dict[str, Any] = {}
     for path in sorted(directory.rglob("ledger.sqlite")):
         run = path.parent.relative_to(directory)
@@ -266,7 +266,7 @@ def facts(directory: Path) -> dict[str, Any]:
 
 
 def digests(found: dict[str, Any]) -> dict[str, str]:
-    """One for all facts of each run and home."""
+    """Digest all facts of each run and home."""
     of_run: dict[str, list[Any]] = {}
     for key, value in sorted(found.items()):
         of_run.setdefault(key.partition(":")[0], []).append([key, value])
@@ -274,7 +274,7 @@ def digests(found: dict[str, Any]) -> dict[str, str]:
 
 
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """(path, value) of all that is neither a table nor a list."""
+    """Yield (path, value) of all that is neither a table nor a list."""
     if isinstance(value, dict | list):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             yield from leaves(inner, f"{name} {key}".strip())
@@ -287,7 +287,7 @@ def is_digest(value: object) -> bool:
 
 
 def deltas(base: Arm, after: Arm) -> dict[str, Any]:
-    """Whether both checkouts make the same bits of the same inputs."""
+    """Compare the bits that both checkouts make of the same inputs."""
     result: dict[str, Any] = {"identical": True, "facts": {}, "differences": [], "digests": {}}
     for name, run in (("federation", federate), ("methods", compare_methods)):
         before, now = (facts(run(arm)) for arm in (base, after))
@@ -307,7 +307,7 @@ def deltas(base: Arm, after: Arm) -> dict[str, Any]:
 
 
 def demo(arm: Arm) -> dict[str, float]:
-    """The figures of one demo."""
+    """Measure one demo."""
     rounds = DEMO_ROUNDS + arm.has_defect
     spent = getrusage(RUSAGE_CHILDREN)
     said = arm.run(
@@ -324,7 +324,7 @@ def made_ready(arm: Arm) -> None:
 
 
 def edge(way: str, arm: Arm) -> dict[str, float]:
-    """The figures of one way to train, once."""
+    """Measure one way to train, once."""
     run = json.loads(bench_edge(arm, "--arm", way))
     per = {"second": run["seconds"], "cpu_second": run["cpu_seconds"]}
     found = {f"tokens_per_{unit} {way}": run["tokens"] / seconds for unit, seconds in per.items()}
@@ -341,7 +341,7 @@ def bench_edge(arm: Arm, *options: str) -> str:
 def side_by_side(
     base: Arm, after: Arm, measure: Callable[[Arm], dict[str, float]], pairs: int, name: str
 ) -> list[dict[str, Any]]:
-    """Measure both in turn; a check of each figure."""
+    """Measure both in turn and judge each figure."""
     found: dict[str, list[dict[str, float]]] = {base.name: [], after.name: []}
     for pair in range(pairs):
         for arm in (base, after) if pair % 2 == 0 else (after, base):
@@ -354,7 +354,7 @@ def side_by_side(
 
 
 def judged(figure: str, base: list[float], after: list[float]) -> dict[str, Any]:
-    """The median of the pairs' ratios, above 1 where `after` is worse, with a 95 % bootstrap interval."""
+    """Judge the median of the pairs' ratios, above 1 where `after` is worse, by the limit and a 95 % bootstrap interval."""
     worse, better = (base, after) if figure.startswith(MORE_IS_BETTER) else (after, base)
     each = [a / b if b else (1.0 if a == b else math.inf) for a, b in zip(worse, better, strict=True)]
     chance, median = random.Random(0), statistics.median(each)
@@ -379,7 +379,7 @@ def git(*arguments: str) -> str:
 
 
 def default_base() -> str:
-    """Where this branch left main; on main, the commit before."""
+    """Find where this branch left main; on main, the commit before."""
     left = git("merge-base", "HEAD", "main")
     return git("rev-parse", "HEAD^") if left == git("rev-parse", "HEAD") else left
 
