@@ -6,14 +6,15 @@
     demo     `fedsoda-hub demo`: seconds, CPU seconds of all its processes, peak memory, bytes, accuracy
     edge     the arms of `scripts/bench_edge.py --quick` that are ours: speed and memory
 
-Each runs with both checkouts, one after the other, `--pairs` times, the order turned for every other pair; a figure is the
-median of the pairs' ratios with a 95 % bootstrap interval, above 1 where this checkout is worse. One above 1.03 whose
-interval reaches 1 is undecided, since noise may be all there is: take more pairs, or a machine that does nothing else.
-Figures that repeat exactly, such as sizes, have no interval. Only commands are driven, with PYTHONPATH at the checkout.
+Demo and edge run with both checkouts, one after the other, in `--pairs` pairs whose order alternates. A figure is the
+median of the pairs' ratios with a 95 % bootstrap interval, above 1 where this checkout is worse. One above 1.03 is
+undecided where the interval reaches 1 or there are fewer than 5 pairs, since noise may be all there is: take more pairs,
+and a machine that does nothing else. Figures that repeat exactly, such as sizes, have no interval. Only commands are
+driven, with PYTHONPATH at the checkout.
 
-Exit status 1 when a ratio is above 1.03, decided or not, or a bit differs. `--planted-defect` gives this checkout a learning rate that
-differs in its fourth digit, a round more, and border states that are computed for every sample; each of the three must
-make it fail.
+Exit status 1 when a ratio is above 1.03, decided or not, or a bit differs. `--planted-defect` gives this checkout a
+learning rate that differs in its fourth digit, a round more in the demo, and border states that are computed for every
+sample; each of the three must make it fail.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ from tests.commands import Commands, small_disk
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "fedsoda_hub" / "demo" / "model"  # for both
 LIMIT = 1.03
+LEAST_PAIRS = 5  # fewer decide nothing: all of them come out on one side by chance too often
+EDGE_TIMES = 4  # as many pairs as of the demo: an arm of bench_edge --quick trains for a quarter of a second
 DEMO_ROUNDS = 2
 SHOWN_DIFFERENCES = 20
 
@@ -147,7 +150,7 @@ class Arm:
         return {**ours, "PYTHONPATH": str(self.checkout), "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
     def run(self, *command: str | Path, threads: int = 0, may_fail: bool = False) -> str:
-        """Run Python with this checkout's packages; what it prints."""
+        """Run Python with this checkout's packages; return what it prints."""
         environment = self.environment | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
         self.work.mkdir(parents=True, exist_ok=True)
         ended = subprocess.run(
@@ -188,7 +191,7 @@ def write_inputs(directory: Path) -> None:
 
 
 def toml(top: dict[str, Any], *changes: Tables, prefix: str = "") -> str:
-    """The tables of all `changes` together, the later before the earlier."""
+    """Write the tables of all `changes` together; a later one replaces the keys of an earlier one."""
     tables: Tables = {}
     for change in changes:
         for table, values in change.items():
@@ -200,7 +203,7 @@ def toml(top: dict[str, Any], *changes: Tables, prefix: str = "") -> str:
 
 
 def federate(arm: Arm) -> Path:
-    """Two edges of different size classes, as real processes over loopback."""
+    """Run two edges of different size classes as real processes over loopback; return where all of it lies."""
     directory = arm.work / "federation"
     write_inputs(directory)
     top = {"name": "fixed", "model": str(MODEL), "device": "cpu"}
@@ -227,7 +230,7 @@ def federate(arm: Arm) -> Path:
 
 
 def compare_methods(arm: Arm) -> Path:
-    """Every method and way to aggregate, in one process."""
+    """Run every method and way to aggregate in one process; return where all of it lies."""
     directory = arm.work / "methods"
     write_inputs(directory)
     top = {"model": str(MODEL), "device": "cpu"}
@@ -242,7 +245,7 @@ def compare_methods(arm: Arm) -> Path:
 
 
 def facts(directory: Path) -> dict[str, Any]:
-    """What all ledgers below say, by run, kind, round and edge, and digests of what edges hold; blobs are what they say."""
+    """Read all ledgers below, by run, kind, round and edge, and digest what edges hold; a blob must be what its name says."""
     found: dict[str, Any] = {}
     for path in sorted(directory.rglob("ledger.sqlite")):
         run = path.parent.relative_to(directory)
@@ -263,7 +266,7 @@ def facts(directory: Path) -> dict[str, Any]:
 
 
 def digests(found: dict[str, Any]) -> dict[str, str]:
-    """One for all facts of each run and home."""
+    """Digest all facts of each run and home."""
     of_run: dict[str, list[Any]] = {}
     for key, value in sorted(found.items()):
         of_run.setdefault(key.partition(":")[0], []).append([key, value])
@@ -271,7 +274,7 @@ def digests(found: dict[str, Any]) -> dict[str, str]:
 
 
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """(path, value) of all that is neither a table nor a list."""
+    """Yield (path, value) of all that is neither a table nor a list."""
     if isinstance(value, dict | list):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             yield from leaves(inner, f"{name} {key}".strip())
@@ -284,7 +287,7 @@ def is_digest(value: object) -> bool:
 
 
 def deltas(base: Arm, after: Arm) -> dict[str, Any]:
-    """Whether both checkouts make the same bits of the same inputs."""
+    """Compare the bits that both checkouts make of the same inputs."""
     result: dict[str, Any] = {"identical": True, "facts": {}, "differences": [], "digests": {}}
     for name, run in (("federation", federate), ("methods", compare_methods)):
         before, now = (facts(run(arm)) for arm in (base, after))
@@ -304,7 +307,7 @@ def deltas(base: Arm, after: Arm) -> dict[str, Any]:
 
 
 def demo(arm: Arm) -> dict[str, float]:
-    """The figures of one demo."""
+    """Measure one demo."""
     rounds = DEMO_ROUNDS + arm.has_defect
     spent = getrusage(RUSAGE_CHILDREN)
     said = arm.run(
@@ -321,7 +324,7 @@ def made_ready(arm: Arm) -> None:
 
 
 def edge(way: str, arm: Arm) -> dict[str, float]:
-    """The figures of one way to train, once."""
+    """Measure one way to train, once."""
     run = json.loads(bench_edge(arm, "--arm", way))
     per = {"second": run["seconds"], "cpu_second": run["cpu_seconds"]}
     found = {f"tokens_per_{unit} {way}": run["tokens"] / seconds for unit, seconds in per.items()}
@@ -338,7 +341,7 @@ def bench_edge(arm: Arm, *options: str) -> str:
 def side_by_side(
     base: Arm, after: Arm, measure: Callable[[Arm], dict[str, float]], pairs: int, name: str
 ) -> list[dict[str, Any]]:
-    """Measure both in turn; a check of each figure."""
+    """Measure both in turn and judge each figure."""
     found: dict[str, list[dict[str, float]]] = {base.name: [], after.name: []}
     for pair in range(pairs):
         for arm in (base, after) if pair % 2 == 0 else (after, base):
@@ -351,15 +354,15 @@ def side_by_side(
 
 
 def judged(figure: str, base: list[float], after: list[float]) -> dict[str, Any]:
-    """The median of the pairs' ratios, above 1 where `after` is worse, with a 95 % bootstrap interval."""
+    """Judge the median of the pairs' ratios, above 1 where `after` is worse, by the limit and a 95 % bootstrap interval."""
     worse, better = (base, after) if figure.startswith(MORE_IS_BETTER) else (after, base)
     each = [a / b if b else (1.0 if a == b else math.inf) for a, b in zip(worse, better, strict=True)]
     chance, median = random.Random(0), statistics.median(each)
     drawn = sorted(statistics.median(chance.choices(each, k=len(each))) for _ in range(2000))
     repeats_exactly = len(base) > 1 and len({*base}) == len({*after}) == 1
     interval = {} if repeats_exactly else {"interval_95": [drawn[50], drawn[1949]] if len(each) > 1 else None}
-    is_noise = not repeats_exactly and (len(each) == 1 or drawn[50] <= 1)
-    verdict = "holds" if median <= LIMIT else "undecided" if is_noise else "worse"
+    may_be_noise = not repeats_exactly and (len(each) < LEAST_PAIRS or drawn[50] <= 1)
+    verdict = "holds" if median <= LIMIT else "undecided" if may_be_noise else "worse"
     figures = {"base": statistics.median(base), "after": statistics.median(after)}
     return {"figure": figure, **figures, "ratio": median, **interval, "verdict": verdict}
 
@@ -376,7 +379,7 @@ def git(*arguments: str) -> str:
 
 
 def default_base() -> str:
-    """Where this branch left main; on main, the commit before."""
+    """Find where this branch left main; on main, the commit before."""
     left = git("merge-base", "HEAD", "main")
     return git("rev-parse", "HEAD^") if left == git("rev-parse", "HEAD") else left
 
@@ -385,7 +388,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--base", help="a commit; else where this branch left main, or on main the commit before")
     parser.add_argument("--only", choices=("deltas", "demo", "edge"), help="else all three")
-    parser.add_argument("--pairs", type=int, default=5, help="of demo and edge")
+    parser.add_argument("--pairs", type=int, default=5, help=f"of demos; of edges {EDGE_TIMES} times as many")
     parser.add_argument("--planted-defect", action="store_true", help="in this checkout's arm: it must fail")
     options = parser.parse_args()
     base = git("rev-parse", options.base or default_base())
@@ -408,7 +411,7 @@ def main() -> None:
         if options.only in (None, "edge"):
             for arm in arms:
                 made_ready(arm)
-            ways = (side_by_side(*arms, partial(edge, way), options.pairs, way) for way in WAYS)
+            ways = (side_by_side(*arms, partial(edge, way), EDGE_TIMES * options.pairs, way) for way in WAYS)
             result["edge"] = [check for checks in ways for check in checks]
     finally:
         subprocess.run(["git", "worktree", "remove", "--force", work / "checkout"], cwd=ROOT, check=False)

@@ -25,14 +25,14 @@ STOPPED = SAID_THEN["stopped"]
 
 @pytest.fixture
 def directory(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
-    """A recorded run, unpacked: run.toml and golden.run; of the stopped one also homes, tokens, rows and the full model."""
+    """Unpack a recorded run: run.toml and golden.run; of the stopped one also homes, tokens, rows and the full model."""
     with tarfile.open(GOLDEN / "run.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     return tmp_path / getattr(request, "param", "stopped")
 
 
 def is_kept(then: Any, now: Any) -> bool:
-    """Whether all that was said then is said now; keys may have been added."""
+    """Compare what was said then with what is said now; keys may have been added."""
     if isinstance(then, dict):
         return isinstance(now, dict) and all(key in now and is_kept(value, now[key]) for key, value in then.items())
     if isinstance(then, list):
@@ -130,7 +130,7 @@ def test_the_run_goes_on_where_it_stopped_and_ends(directory: Path) -> None:
 
 
 def _resume(commands: Commands) -> dict[str, list[dict[str, Any]]]:
-    """Start hub and edges again, to the end of the run; what each of them said."""
+    """Start hub and edges again, to the end of the run; return what each of them said."""
     directory = commands.directory
     manifests = [directory / "golden.run" / "bundle" / name for name in ("manifest.json", "manifest.1.json")]
     large, small = (json.loads(path.read_text())["needs"]["disk_bytes"] for path in manifests)
