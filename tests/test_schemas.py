@@ -43,7 +43,6 @@ from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.coded import CODECS
 from fedsoda_edge.protocol.session import Upload
 from fedsoda_edge.testing import ScriptedHub, make_bundle
-from fedsoda_edge.worker.worker import Worker
 from fedsoda_hub.cli.display import Display
 from fedsoda_hub.federation import events as ev
 from fedsoda_hub.run.ledger import Ledger
@@ -54,6 +53,7 @@ from tests.edge.cli.test_cli import a_bundle, serving
 from tests.hub.runs import make_run
 from tests.hub.serving import test_daemon
 from tests.schema import EDGE, HUB, read_json
+from tests.worker_here import WorkerHere
 
 APPS = {"fedsoda-edge": (EDGE, fedsoda_edge.cli.commands.app), "fedsoda-hub": (HUB, fedsoda_hub.cli.commands.app)}
 both_programs = pytest.mark.parametrize("program", APPS)
@@ -338,29 +338,6 @@ def nowhere() -> Iterator[str]:
 
 
 # --- fedsoda-edge ----------------------------------------------------------------------------------------------------
-
-
-class WorkerHere:
-    """In the place of the child process: the worker itself, without the seconds that starting one takes."""
-
-    rss_bytes = peak_rss_bytes = 600_000_000
-
-    def __init__(self) -> None:
-        self._worker = Worker()
-        self.pid = 1
-
-    async def start(self) -> None: ...
-
-    async def call(self, command: str, arguments: dict[str, Any], report: Any = None) -> dict[str, Any]:
-        loop = asyncio.get_running_loop()
-
-        def crossing(values: dict[str, Any]) -> None:
-            loop.call_soon_threadsafe(report, read_json(json.dumps(values)))  # what crosses the pipe is JSON
-
-        done = await asyncio.to_thread(getattr(self._worker, command), arguments, crossing)
-        return dict(read_json(json.dumps(done)))
-
-    async def close(self) -> None: ...
 
 
 class MoodyHub(ScriptedHub):

@@ -147,7 +147,12 @@ class Child:
             if isinstance(reply, Raised):
                 raise _rebuilt(reply)
             self.peak_rss_bytes = max(self.peak_rss_bytes, reply.peak_rss_bytes)
-            return msgspec.json.decode(reply.result, type=result)
+            try:
+                return msgspec.json.decode(reply.result, type=result)
+            except msgspec.ValidationError as error:  # as NaN, which JSON does not have
+                raise WorkerFailed(
+                    f"the process {self.module} answered {type(call).__name__} with what is not a {result.__name__}: {error}"
+                ) from error
 
     async def close(self) -> None:
         """Close its stdin, which ends it, and wait."""

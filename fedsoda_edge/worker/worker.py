@@ -46,11 +46,15 @@ class Worker:
     Args:
         shared: adapters that workers of one process train in turn, each from its own view; None: this one is alone.
             Workers of one process keep no checkpoints: none of them dies alone.
+        process_bytes: what a process holds before it reads anything; None: what this one holds now.
     """
 
-    def __init__(self, shared: MutableMapping[bytes, SubLLM] | None = None) -> None:
-        # Of imports alone; among others in one process, what each would take in its own.
-        self._process_bytes = psutil.Process().memory_info().rss if shared is None else PROCESS_BYTES
+    def __init__(
+        self, shared: MutableMapping[bytes, SubLLM] | None = None, *, process_bytes: int | None = None
+    ) -> None:
+        if process_bytes is None:  # of imports alone; among others in one process, what each would take in its own
+            process_bytes = psutil.Process().memory_info().rss if shared is None else PROCESS_BYTES
+        self._process_bytes = process_bytes
         self._models: MutableMapping[bytes, SubLLM] = {} if shared is None else shared
         self._keeps_checkpoints = shared is None
         self._memory: MemoryPlan | None = None
@@ -309,7 +313,7 @@ def examine() -> cmd.Examined:
     except Exception as error:  # a driver, a kernel or a library: whatever it raises is the answer
         problem = f"NF4 does not run on {device}: {error}"
     return cmd.Examined(
-        torch=torch.__version__,
+        torch=str(torch.__version__),  # a class of its own, which no message may have
         threads=torch.get_num_threads(),
         device=device,
         accelerator=f"{torch.cuda.get_device_name()} ({kind})" if device == "cuda" else "",

@@ -3,7 +3,6 @@ that dies goes on where it was."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import stat
 from dataclasses import dataclass, field
@@ -17,40 +16,9 @@ from fedsoda_edge import Edge, LocalData
 from fedsoda_edge.errors import WorkerFailed
 from fedsoda_edge.testing import LOCAL, ScriptedHub
 from fedsoda_edge.worker.training import num_steps
-from fedsoda_edge.worker.worker import Worker
+from tests.worker_here import WorkerHere
 
 NUM_ROWS = 8
-
-
-class WorkerHere:
-    """In the place of the child process: the worker itself. dies: how many times, each after the second step."""
-
-    rss_bytes = peak_rss_bytes = 0
-
-    def __init__(self, dies: int) -> None:
-        self.pid: int | None = None
-        self._dies = dies
-
-    async def start(self) -> None: ...
-
-    async def call(self, command: str, arguments: dict[str, Any], report: Any = None) -> dict[str, Any]:
-        if self.pid is None:
-            self.pid, self._worker = 1, Worker()
-
-        loop = asyncio.get_running_loop()
-
-        def crossing(values: dict[str, Any]) -> None:
-            loop.call_soon_threadsafe(report, json.loads(json.dumps(values)))
-            if values.get("step") == 2 and self._dies:
-                self._dies -= 1
-                self.pid = None
-                raise WorkerFailed("the worker was killed", "")
-
-        done = await asyncio.to_thread(getattr(self._worker, command), arguments, crossing)
-        return dict(json.loads(json.dumps(done)))
-
-    async def close(self) -> None:
-        self.pid = None
 
 
 @pytest.fixture
@@ -85,7 +53,7 @@ def join(
     hub, joined = ScriptedHub(rounds=rounds), Joined()
     hub._bundle = scripted
     with (
-        mock.patch("fedsoda_edge.edge.Child", return_value=worker or WorkerHere(dies)),
+        mock.patch("fedsoda_edge.edge.Child", return_value=worker or WorkerHere(dies=dies)),
         Edge(hub, home=home, threads=1, **options).join(data, on_event=joined.events.append) as participation,
     ):
         for offer in participation:

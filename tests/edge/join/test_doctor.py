@@ -17,7 +17,9 @@ from fedsoda_edge.join.home import Home
 from fedsoda_edge.network import hub_transport as transport
 from fedsoda_edge.network.hub_transport import HubTransport
 from fedsoda_edge.protocol import messages as ms
+from fedsoda_edge.protocol.commands import Examine, Examined
 from tests.edge.network.test_hub_transport import DATA, DIGEST, RUN_IS_OVER, SmallHub, listening
+from tests.worker_here import WorkerHere
 
 DEVICE = ["Python", "torch", "GPU", "NF4", "memory", "disk"]
 
@@ -26,8 +28,8 @@ DEVICE = ["Python", "torch", "GPU", "NF4", "memory", "disk"]
 def _quick_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     """The worker's own answer is tested below; a process that loads torch is not started for every step."""
 
-    async def call(*_: Any) -> dict[str, Any]:
-        return {"torch": "2.13", "threads": 2, "device": "cpu", "accelerator": "", "nf4_problem": ""}
+    async def call(_: Examine) -> Examined:
+        return Examined(torch="2.13", threads=2, device="cpu", accelerator="", nf4_problem="")
 
     async def close() -> None:
         pass
@@ -136,8 +138,6 @@ def test_the_bandwidth_is_measured_and_no_connection_is_left(
 
 
 def test_the_worker_sees_a_gradient_through_nf4() -> None:
-    from fedsoda_edge.worker.worker import Worker
-
-    found = Worker().doctor({}, lambda _: None)
-    assert found["nf4_problem"] == ""
-    assert found["threads"] >= 1
+    found = asyncio.run(WorkerHere().call(Examine()))
+    assert found.nf4_problem == ""
+    assert found.threads >= 1

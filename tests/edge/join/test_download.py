@@ -20,19 +20,21 @@ import psutil
 import pytest
 
 from fedsoda_edge import LocalData
-from fedsoda_edge.errors import BlobCorrupt, HubUnreachable, WorkerFailed
+from fedsoda_edge.errors import BlobCorrupt, HubUnreachable
 from fedsoda_edge.join.download import Download, in_order
 from fedsoda_edge.join.home import Home
 from fedsoda_edge.network.hub_transport import PIECE_BYTES, HubTransport
 from fedsoda_edge.ports.store import FileStore, when_here
+from fedsoda_edge.protocol import commands as cmd
 from fedsoda_edge.protocol import messages as ms
+from fedsoda_edge.protocol.calls import Call, ProgressT, ResultT
 from fedsoda_edge.protocol.manifest import BundleManifest, parse_manifest
 from tests.conftest import ROOT
-from tests.edge.join.test_cache_agent import WorkerHere
 from tests.edge.join.test_cache_agent import join as calm_join
 from tests.edge.join.test_pause import Join, ToldHub, workers
 from tests.edge.network.test_hub_transport import DATA, DIGEST, SmallHub, listening
 from tests.test_schemas import ROWS, run
+from tests.worker_here import KILLED, WorkerHere
 
 
 class Gate(ToldHub):
@@ -94,7 +96,7 @@ def late(scripted: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def worker_here() -> contextlib.AbstractContextManager[object]:
-    return mock.patch("fedsoda_edge.edge.Child", return_value=WorkerHere(0))
+    return mock.patch("fedsoda_edge.edge.Child", return_value=WorkerHere())
 
 
 @contextlib.contextmanager
@@ -260,11 +262,11 @@ def test_finish_during_the_download_leaves_at_once(scripted: Path, data: Path) -
     assert workers() == []
 
 
-KILLED = """
+AGENT = """
 import asyncio, json, sys
 from pathlib import Path
 from fedsoda_edge import Edge, LocalData
-from tests.edge.test_download import Gate
+from tests.edge.join.test_download import Gate
 hub = Gate(Path(sys.argv[1]))
 hub.let_until("layers.2.safetensors")
 say = lambda event: print(json.dumps(event), flush=True)
@@ -276,7 +278,7 @@ with Edge(hub, device="cpu").join(LocalData.from_jsonl(sys.argv[2]), on_event=sa
 def test_an_agent_that_is_killed_in_the_middle_leaves_nothing_that_the_next_trips_over(
     scripted: Path, data: Path, late: str
 ) -> None:
-    command = [sys.executable, "-c", KILLED, str(scripted), str(data)]
+    command = [sys.executable, "-c", AGENT, str(scripted), str(data)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
@@ -398,18 +400,18 @@ def test_all_files_come_by_one_connection(tmp_path: Path, scripted: Path, monkey
     assert asyncio.run(fetch()) == 1
 
 
+class DiesInItsFirstSweep(WorkerHere):
+    async def call(
+        self, call: Call[ResultT, ProgressT], on_progress: Callable[[ProgressT], None] | None = None
+    ) -> ResultT:
+        if isinstance(call, cmd.Sweep) and cmd.Sweep not in self.calls:
+            self.calls.append(cmd.Sweep)
+            await self.close()
+            raise KILLED
+        return await super().call(call, on_progress)
+
+
 def test_a_worker_that_dies_in_the_early_sweep_is_started_again(tmp_path: Path, scripted: Path, data: Path) -> None:
-    worker, died = WorkerHere(0), list[bool]()
-    call = worker.call
-
-    async def mortal(command: str, arguments: dict[str, Any], report: Any = None) -> dict[str, Any]:
-        if command == "border" and not died:
-            died.append(True)
-            worker.pid = None
-            raise WorkerFailed("the worker was killed", "")
-        return await call(command, arguments, report)
-
-    with mock.patch.object(worker, "call", mortal):
-        joined = calm_join(tmp_path / "home", LocalData(data), scripted, 1, worker=worker)
+    joined = calm_join(tmp_path / "home", LocalData(data), scripted, 1, worker=DiesInItsFirstSweep())
     assert [said["message"] for said in joined.of("notice")][:1] == ["the worker was killed; starting it again"]
     assert len(joined.of("swept")) == 1

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from fedsoda_edge.cli.commands import app
 from fedsoda_edge.join.agent import Agent
 from fedsoda_edge.testing import ScriptedHub
-from tests.test_schemas import ROWS, WorkerHere
+from tests.test_schemas import ROWS
+from tests.worker_here import WorkerHere
 
 
 @pytest.fixture

@@ -6,12 +6,13 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import msgspec
 import pytest
 import torch
 
@@ -19,16 +20,17 @@ from fedsoda_edge import Edge, LocalData
 from fedsoda_edge.errors import DeviceTooSmall, FedSODAError, UsageProblem, WorkerFailed
 from fedsoda_edge.join import agent, size_class
 from fedsoda_edge.ports.disk import sha256_file
+from fedsoda_edge.protocol import commands as cmd
+from fedsoda_edge.protocol.calls import Call, ProgressT, ResultT
 from fedsoda_edge.protocol.manifest import parse_manifest
 from fedsoda_edge.protocol.messages import DeviceFacts
 from fedsoda_edge.protocol.needs import KERNEL_BYTES, PROCESS_BYTES, Samples, plans, shape_of
 from fedsoda_edge.testing import LOCAL, ScriptedHub, make_bundle
 from fedsoda_edge.worker.batches import Border
 from fedsoda_edge.worker.training import num_steps
-from fedsoda_edge.worker.worker import Worker
-from tests.edge.join import test_cache_agent
 from tests.edge.join.test_cache_agent import Joined
 from tests.schema import EDGE
+from tests.worker_here import WorkerHere
 
 MIB = 2**20
 PROCESS = PROCESS_BYTES  # what the worker here says of itself: what a join reckons with before there is one
@@ -41,36 +43,24 @@ NO_VRAM = DeviceTooSmall("memory ran out on cuda; close other programs")
 KILLED = WorkerFailed("the process ended with status -9 (killed, most likely out of memory)", "", True)
 
 
-class WorkerHere(test_cache_agent.WorkerHere):
-    """The worker in this process. failures: of its `train` commands, one after the other. dies: in a second step."""
-
-    def __init__(self, *failures: FedSODAError, dies: int = 0) -> None:
-        super().__init__(dies)
-        self._failures = list(failures)
-        self.micro_batches: list[int] = []
-        self.num_started = 0
-
-    async def call(self, command: str, arguments: dict[str, Any], report: Any = None) -> dict[str, Any]:
-        if self.pid is None:
-            self.pid, self._worker = 1, Worker()
-            self.num_started += 1
-            self._worker._process_bytes = PROCESS + self.num_started * 4096  # no two processes are of one size
-        if command == "train" and self._failures:
-            failure = self._failures.pop(0)
-            if isinstance(failure, WorkerFailed):
-                self.pid = None
-            raise failure
-        return await super().call(command, arguments, report)
+def worker_here(*failures: FedSODAError, dies: int = 0) -> WorkerHere:
+    """A worker whose `Train` calls fail so; no two of its processes are of one size."""
+    return WorkerHere(*failures, dies=dies, process_bytes=lambda number: PROCESS + number * 4096)
 
 
 class FullGPU(WorkerHere):
     """Its torch sees a GPU, whose memory runs out whichever way it trains there."""
 
-    async def call(self, command: str, arguments: dict[str, Any], report: Any = None) -> dict[str, Any]:
-        if command == "border" and arguments["memory"]["device"] != "cpu":
+    def __init__(self) -> None:
+        super().__init__(process_bytes=lambda number: PROCESS + number * 4096)
+
+    async def call(
+        self, call: Call[ResultT, ProgressT], on_progress: Callable[[ProgressT], None] | None = None
+    ) -> ResultT:
+        if isinstance(call, cmd.Sweep) and call.memory.device != "cpu":
             raise NO_VRAM
-        answer = await super().call(command, arguments, report)
-        return answer | {"has_cuda": True} if command == "open" else answer
+        answer = await super().call(call, on_progress)
+        return msgspec.structs.replace(answer, has_cuda=True) if isinstance(call, cmd.Open) else answer
 
 
 class ManifestHub(ScriptedHub):
@@ -153,9 +143,9 @@ LEANER = "; going on in a way that needs less"
 def test_memory_decides_the_way_and_the_way_is_told_before_the_data_is(
     tmp_path: Path, data: LocalData, scripted: Path
 ) -> None:
-    plenty = join(tmp_path / "plenty", data, scripted, WorkerHere())
-    little = join(tmp_path / "little", data, scripted, WorkerHere(), ram=LITTLE)
-    limited = join(tmp_path / "limited", data, scripted, WorkerHere(), max_ram=LITTLE)
+    plenty = join(tmp_path / "plenty", data, scripted, worker_here())
+    little = join(tmp_path / "little", data, scripted, worker_here(), ram=LITTLE)
+    limited = join(tmp_path / "limited", data, scripted, worker_here(), max_ram=LITTLE)
     assert (ways(plenty), ways(little), ways(limited)) == ([DENSE], [PACKED], [PACKED])
     for joined, free in ((plenty, "16.0 GiB"), (little, "750 MiB"), (limited, "16.0 GiB")):
         [plan] = joined.of("memory")
@@ -174,7 +164,7 @@ def test_a_limit_below_every_way_ends_the_join_before_anything_but_the_manifest_
 ) -> None:
     hub = ManifestHub(scripted, rounds=1)
     with (
-        mock.patch("fedsoda_edge.edge.Child", return_value=WorkerHere()),
+        mock.patch("fedsoda_edge.edge.Child", return_value=worker_here()),
         pytest.raises(DeviceTooSmall) as failure,
         Edge(hub, home=tmp_path / "home", max_ram=200 * MIB, device="cpu").join(data),
     ):
@@ -189,7 +179,7 @@ def test_the_first_step_is_tried_with_the_longest_rows_which_are_swept_together(
     rows = [{"prompt": "visit " * (1 + 3 * i % 8), "completion": "home"} for i in range(8)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with mock.patch.object(Border, "expect", autospec=True) as expect:
-        join(tmp_path / "home", LocalData(path), scripted, WorkerHere())
+        join(tmp_path / "home", LocalData(path), scripted, worker_here())
     tried, trained = (call.args[1] for call in expect.call_args_list)
     assert {len(rows[index]["prompt"].split()) for index in tried} == {5, 6, 7, 8}
     assert sorted(trained) == list(range(8))
@@ -201,7 +191,7 @@ def test_the_first_step_is_tried_with_the_longest_rows_which_are_swept_together(
 def test_a_worker_for_which_memory_runs_out_goes_on_leaner_again_and_again(
     tmp_path: Path, data: LocalData, scripted: Path
 ) -> None:
-    worker = WorkerHere(TOO_SMALL, TOO_SMALL)
+    worker = worker_here(TOO_SMALL, TOO_SMALL)
     joined = join(tmp_path / "home", data, scripted, worker, rounds=2)
     first, second, third = joined.of("memory")
     assert ways(joined)[0] == DENSE
@@ -223,7 +213,7 @@ def test_memory_that_runs_out_outside_of_a_step_is_told_as_such(
         return plain(self)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    joined = join(tmp_path / "home", data, scripted, WorkerHere())
+    joined = join(tmp_path / "home", data, scripted, worker_here())
     assert len(ways(joined)) == 2
     [notice] = notices(joined)
     assert notice.startswith("memory ran out on cpu, where ")
@@ -231,7 +221,7 @@ def test_memory_that_runs_out_outside_of_a_step_is_told_as_such(
 
 
 def test_where_no_way_is_leaner_the_join_ends_with_status_4(tmp_path: Path, data: LocalData, scripted: Path) -> None:
-    worker = WorkerHere(*[TOO_SMALL] * 20)
+    worker = worker_here(*[TOO_SMALL] * 20)
     with pytest.raises(DeviceTooSmall) as failure:
         join(tmp_path / "home", data, scripted, worker)
     assert failure.value.exit_status == 4
@@ -242,8 +232,8 @@ def test_where_no_way_is_leaner_the_join_ends_with_status_4(tmp_path: Path, data
 def test_a_first_kill_is_taken_for_an_accident_and_a_second_for_a_lack_of_memory(
     tmp_path: Path, data: LocalData, scripted: Path
 ) -> None:
-    once = join(tmp_path / "once", data, scripted, WorkerHere(KILLED))
-    twice = join(tmp_path / "twice", data, scripted, WorkerHere(KILLED, KILLED))
+    once = join(tmp_path / "once", data, scripted, worker_here(KILLED))
+    twice = join(tmp_path / "twice", data, scripted, worker_here(KILLED, KILLED))
     assert (ways(once), notices(once)) == ([DENSE], [f"{KILLED}; starting it again"])
     assert ways(twice)[0] == DENSE
     assert len(ways(twice)) == 2
@@ -252,7 +242,7 @@ def test_a_first_kill_is_taken_for_an_accident_and_a_second_for_a_lack_of_memory
 
 def test_a_worker_that_fails_by_itself_is_not_short_of_memory(tmp_path: Path, data: LocalData, scripted: Path) -> None:
     failed = WorkerFailed("ValueError: no", "")
-    joined = join(tmp_path / "home", data, scripted, WorkerHere(failed, failed))
+    joined = join(tmp_path / "home", data, scripted, worker_here(failed, failed))
     assert ways(joined) == [DENSE]
     assert notices(joined) == [f"{failed}; starting it again"] * 2
 
@@ -269,7 +259,7 @@ def test_auto_goes_on_with_the_cpu_where_a_gpu_has_memory_for_no_way(
     assert (set(before), last) == ({"cuda"}, "cpu")
     assert notices(joined) == [f"{NO_VRAM}{LEANER}"] * len(before)
     assert ways(joined)[-1] == DENSE
-    assert joined.digests == join(tmp_path / "cpu", data, scripted, WorkerHere()).digests
+    assert joined.digests == join(tmp_path / "cpu", data, scripted, worker_here()).digests
 
 
 @pytest.mark.parametrize(("device", "ram"), [("cuda", PLENTY), ("auto", 100 * MIB)], ids=["asked for", "no RAM"])
@@ -285,10 +275,10 @@ def test_a_gpu_that_torch_cannot_use_is_none_unless_it_was_asked_for(
     tmp_path: Path, data: LocalData, scripted: Path
 ) -> None:
     with mock.patch("torch.cuda.is_available", return_value=False):
-        joined = join(tmp_path / "auto", data, scripted, WorkerHere(), vram=PLENTY)
+        joined = join(tmp_path / "auto", data, scripted, worker_here(), vram=PLENTY)
         assert [plan["device"] for plan in joined.of("memory")] == ["cpu"]
         with pytest.raises(UsageProblem, match="torch has no CUDA here; install a CUDA build, or --device cpu"):
-            join(tmp_path / "cuda", data, scripted, WorkerHere(), vram=PLENTY, device="cuda")
+            join(tmp_path / "cuda", data, scripted, worker_here(), vram=PLENTY, device="cuda")
 
 
 # -- a round that is taken up again ---------------------------------------------------------------------
@@ -297,7 +287,7 @@ def test_a_gpu_that_torch_cannot_use_is_none_unless_it_was_asked_for(
 def broken_off(home: Path, data: LocalData, scripted: Path, ram: int) -> None:
     """A join that ended in the middle of its round, of which something is saved."""
     with pytest.raises(WorkerFailed):
-        join(home, data, scripted, WorkerHere(dies=3), ram=ram)
+        join(home, data, scripted, worker_here(dies=3), ram=ram)
     until = time.monotonic() + 10
     while not list(home.glob("runs/*/checkpoint/round.*.safetensors")):  # a thread writes it
         assert time.monotonic() < until
@@ -308,19 +298,19 @@ def test_a_round_in_its_middle_goes_on_the_way_it_began_and_the_next_join_plans_
     tmp_path: Path, data: LocalData, scripted: Path
 ) -> None:
     home = tmp_path / "home"
-    calm = join(tmp_path / "calm", data, scripted, WorkerHere(), ram=LITTLE)
+    calm = join(tmp_path / "calm", data, scripted, worker_here(), ram=LITTLE)
     broken_off(home, data, scripted, LITTLE)
-    again = join(home, data, scripted, WorkerHere(), ram=PLENTY)
+    again = join(home, data, scripted, worker_here(), ram=PLENTY)
     assert ways(again) == [PACKED]
     assert again.digests == calm.digests
-    assert ways(join(home, data, scripted, WorkerHere(), ram=PLENTY)) == [DENSE]
+    assert ways(join(home, data, scripted, worker_here(), ram=PLENTY)) == [DENSE]
 
 
 def test_a_round_in_its_middle_goes_on_another_way_where_its_own_has_no_room(
     tmp_path: Path, data: LocalData, scripted: Path
 ) -> None:
     broken_off(tmp_path / "home", data, scripted, PLENTY)
-    again = join(tmp_path / "home", data, scripted, WorkerHere(), ram=LITTLE)
+    again = join(tmp_path / "home", data, scripted, worker_here(), ram=LITTLE)
     assert ways(again) == [PACKED]
     assert len(again.digests) == 1
 
@@ -333,7 +323,7 @@ def test_a_plan_that_this_version_does_not_read_is_none(
     broken_off(home, data, scripted, LITTLE)
     [kept] = home.glob("runs/*/memory.json")
     kept.write_text(left)
-    assert ways(join(home, data, scripted, WorkerHere(), ram=PLENTY)) == [DENSE]
+    assert ways(join(home, data, scripted, worker_here(), ram=PLENTY)) == [DENSE]
 
 
 # -- a real worker --------------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ from fedsoda_edge.protocol.codec import decode
 from fedsoda_edge.testing import ScriptedHub
 from tests.edge.cli.test_cli import Device, Ran
 from tests.schema import EDGE
-from tests.test_schemas import ROWS, WorkerHere, meanwhile, run
+from tests.test_schemas import ROWS, meanwhile, run
+from tests.worker_here import WorkerHere
 
 LONG = msgspec.structs.replace(testing.LOCAL, epochs=30, max_steps=60)
 UNTOLD = ms.UpdateStart(

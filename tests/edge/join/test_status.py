@@ -19,6 +19,9 @@ class Clocks:
     def wall(self) -> float:
         return self.now
 
+    async def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
 
 JOINED: list[dict[str, Any]] = [
     {"event": "joined", "run": "triage", "edge": "clinic-7", "rounds": 20},

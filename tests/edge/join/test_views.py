@@ -11,6 +11,7 @@ import pytest
 from fedsoda_edge.join.views import Views
 from fedsoda_edge.ports.disk import sha256
 from fedsoda_edge.protocol import messages as ms
+from fedsoda_edge.protocol.commands import Advance, Advanced
 
 
 class Hub:
@@ -32,17 +33,16 @@ class Hub:
 
 
 class Worker:
-    """Knows `advance`: the view after a step is named by the step's number, whatever it began with."""
+    """Answers `Advance`: the view after a step is named by the step's number, whatever it began with."""
 
     def __init__(self) -> None:
         self.began_with: list[str | None] = []
 
-    async def call(self, command: str, arguments: dict[str, Any], _: Any = None) -> dict[str, Any]:
-        assert command == "advance"
-        self.began_with.append(arguments["view"])
-        number = Path(arguments["delta"]).read_text().removeprefix("step ")
-        Path(arguments["out"]).write_text(f"view {number}")
-        return {"digest": sha256(f"view {number}".encode())}
+    async def call(self, call: Advance, _: Any = None) -> Advanced:
+        self.began_with.append(call.view)
+        number = Path(call.delta).read_text().removeprefix("step ")
+        Path(call.out).write_text(f"view {number}")
+        return Advanced(ms.Digest(sha256(f"view {number}".encode())))
 
 
 @pytest.fixture

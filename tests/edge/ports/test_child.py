@@ -3,63 +3,89 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedsoda_edge.errors import DiskFull, WorkerFailed
-from fedsoda_edge.ports.child import Child, Values
+from fedsoda_edge.ports.child import Child
 
 CHILD = """
-import os, time
+import math, os, time
+import msgspec
 from fedsoda_edge.errors import DiskFull
 from fedsoda_edge.ports.child import serve
-def full(values, report): raise DiskFull("no space for 3 bytes")
-def wrong(values, report): raise ZeroDivisionError("x / 0")
-def double(values, report):
-    print("noise on stdout does not break the frames", flush=True)
-    report({"step": 1}); return {"twice": 2 * values["number"]}
-def nan(values, report): return {"loss": float("nan")}
-def die(values, report): os.write(2, b"last words\\n"); os._exit(7)
-def pid(values, report): return {"pid": os.getpid()}
-def work(values, report): time.sleep(60); return {}
-serve({"full": full, "wrong": wrong, "double": double, "die": die, "pid": pid, "work": work, "nan": nan})
+from fedsoda_edge.protocol.calls import Call, NoProgress
+class Step(msgspec.Struct, frozen=True):
+    step: int
+class Number(msgspec.Struct, frozen=True):
+    number: float
+class Double(Call[Number, Step], frozen=True, tag="double"):
+    number: int
+class Do(Call[Number, NoProgress], frozen=True, tag="do"):
+    what: str
+def answer(call, report):
+    match call:
+        case Double(number=number):
+            print("noise on stdout does not break the frames", flush=True)
+            report(Step(1))
+            return Number(2 * number)
+        case Do(what="full"): raise DiskFull("no space for 3 bytes")
+        case Do(what="wrong"): raise ZeroDivisionError("x / 0")
+        case Do(what="nan"): return Number(math.nan)
+        case Do(what="die"):
+            os.write(2, b"last words\\n")
+            os._exit(7)
+        case Do(what="pid"): return Number(os.getpid())
+        case Do(what="work"):
+            time.sleep(60)
+            return Number(0)
+if __name__ == "__main__":
+    serve(Double | Do, answer)
 """
 
 PARENT = """
-import asyncio, sys
+import asyncio
 from fedsoda_edge.ports.child import Child
+from toy_child import Do
 async def main():
     child = Child("toy_child")
-    print((await child.call("pid", {}))["pid"], flush=True)
-    await child.call("work", {})
+    print(int((await child.call(Do(what="pid"))).number), flush=True)
+    await child.call(Do(what="work"))
 asyncio.run(main())
 """
 
 
 @pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
+def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     (tmp_path / "toy_child.py").write_text(CHILD)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "toy_child", raising=False)
     return {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parents[3])])}
 
 
 def test_results_progress_and_errors_cross(environment: dict[str, str]) -> None:
+    toy = importlib.import_module("toy_child")
+
     async def talk() -> None:
-        child, said = Child("toy_child", environment), list[Values]()
-        assert await child.call("double", {"number": 21}, said.append) == {"twice": 42}
-        assert said == [{"step": 1}]
+        child, said = Child("toy_child", environment), list[Any]()
+        assert await child.call(toy.Double(number=21), said.append) == toy.Number(42)
+        assert said == [toy.Step(1)]
         with pytest.raises(DiskFull, match="no space for 3 bytes"):
-            await child.call("full", {})
+            await child.call(toy.Do(what="full"))
         with pytest.raises(WorkerFailed, match="ZeroDivisionError: x / 0") as failure:
-            await child.call("wrong", {})
-        with pytest.raises(WorkerFailed, match="Out of range float values"):  # NaN is no JSON; the child lives on
-            await child.call("nan", {})
+            await child.call(toy.Do(what="wrong"))
         assert "Traceback" in failure.value.details
+        with pytest.raises(WorkerFailed, match="answered Do with what is not a Number"):  # JSON has no NaN
+            await child.call(toy.Do(what="nan"))
+        assert await child.call(toy.Double(number=1)) == toy.Number(2)  # it lives on
         assert child.peak_rss_bytes > 1 << 20
         await child.close()
         assert child.pid is None
@@ -68,12 +94,14 @@ def test_results_progress_and_errors_cross(environment: dict[str, str]) -> None:
 
 
 def test_a_dead_child_leaves_its_last_words_and_the_next_call_starts_another(environment: dict[str, str]) -> None:
+    toy = importlib.import_module("toy_child")
+
     async def talk() -> None:
         child = Child("toy_child", environment)
-        with pytest.raises(WorkerFailed, match="status 7 during 'die'") as failure:
-            await child.call("die", {})
+        with pytest.raises(WorkerFailed, match="status 7 during Do") as failure:
+            await child.call(toy.Do(what="die"))
         assert "last words" in failure.value.details
-        assert (await child.call("double", {"number": 1})) == {"twice": 2}
+        assert await child.call(toy.Double(number=1)) == toy.Number(2)
         await child.close()
 
     asyncio.run(talk())

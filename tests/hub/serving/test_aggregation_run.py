@@ -35,10 +35,10 @@ from fedsoda_hub.federation.rounds import trained_factor
 from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.serving.daemon import Daemon
 from fedsoda_hub.settings.run import RunSettings
-from tests.edge.join.test_cache_agent import WorkerHere
 from tests.hub.runs import make_run
 from tests.hub.serving.test_daemon import records
 from tests.schema import HUB
+from tests.worker_here import WorkerHere
 
 ROUNDS = 3
 NAMES = ("a", "b")
@@ -132,7 +132,7 @@ def federate(settings: RunSettings, max_rounds: int = 0) -> list[int]:
             await asyncio.wait([running])
         return sizes
 
-    with mock.patch("fedsoda_edge.edge.Child", side_effect=lambda *_: WorkerHere(0)):
+    with mock.patch("fedsoda_edge.edge.Child", side_effect=lambda *_: WorkerHere()):
         sizes = asyncio.run(serve())
     for event in said:
         HUB.check_event(json.loads(json.dumps(event)))
