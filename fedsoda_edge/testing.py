@@ -44,6 +44,8 @@ class ScriptedHub:
     `updates` holds what was accepted, in order.
     """
 
+    url = "a script"
+
     def __init__(self, rounds: int = 2, *, prompt: str = "{prompt}", completion: str = "{completion}") -> None:
         self.rounds = rounds
         self.updates: list[ms.UpdateStart] = []

@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 import pytest
@@ -33,10 +33,12 @@ from jsonschema import Draft202012Validator
 import fedsoda_edge.cli.commands
 import fedsoda_hub.cli.commands
 from fedsoda_edge import errors
+from fedsoda_edge import events as edge_events
 from fedsoda_edge.errors import HubUnreachable, WorkerFailed
 from fedsoda_edge.join import control
 from fedsoda_edge.join.home import Home
-from fedsoda_edge.join.status import _WORK
+from fedsoda_edge.join.inspect import Found
+from fedsoda_edge.join.status import WORK, JoinStatus
 from fedsoda_edge.ports import console
 from fedsoda_edge.ports.disk import BlobStore
 from fedsoda_edge.protocol import messages as ms
@@ -48,6 +50,7 @@ from fedsoda_hub.federation import events as ev
 from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.serving import daemon as daemon_module
 from fedsoda_hub.settings.run import RunSettings
+from tests import schema_of
 from tests.conftest import ROOT
 from tests.edge.cli.test_cli import a_bundle, serving
 from tests.hub.runs import make_run
@@ -78,8 +81,15 @@ def commands(app: typer.Typer, option: str) -> set[str]:
     return {name for name, command in found if any(option in parameter.opts for parameter in command.params)}
 
 
+EDGE_EVENTS: dict[str, type[edge_events.Event]] = {
+    kind.__struct_config__.tag: kind for kind in get_args(edge_events.AnyEvent)
+}
+
+
 def events_of(program: str) -> set[str]:
-    """Every event that the program's code can say: {"event": NAME, ...} anywhere, and the round machine's records."""
+    """Every event that the program's code can say: an edge's structs, and of a hub {"event": NAME, ...} anywhere."""
+    if program == "fedsoda-edge":
+        return {*EDGE_EVENTS, "end"}
     package = ROOT / program.replace("-", "_")
     names, others = set[str](), list[str]()
     for path in {*package.rglob("*.py"), ROOT / "fedsoda_edge/ports/console.py"}:
@@ -90,11 +100,8 @@ def events_of(program: str) -> set[str]:
                         leaves = [value.body, value.orelse] if isinstance(value, ast.IfExp) else [value]
                         names |= {str(leaf.value) for leaf in leaves if isinstance(leaf, ast.Constant)}
                         others += [ast.unparse(leaf) for leaf in leaves if not isinstance(leaf, ast.Constant)]
-    if package.name == "fedsoda_hub":
-        assert others == ["name"]  # of a record that was written, in Daemon._recorded
-        return names | records_of_the_machine()
-    assert others == []
-    return names
+    assert others == ["name"]  # of a record that was written, in Daemon._recorded
+    return names | records_of_the_machine()
 
 
 def records_of_the_machine() -> set[str]:
@@ -159,9 +166,36 @@ def test_every_report_and_every_event_has_a_schema_and_no_other_thing_has(progra
     assert outputs.entries == commands(app, "--json") | events_of(program) | INSTEAD
 
 
+@pytest.mark.parametrize("name", EDGE_EVENTS)
+def test_an_event_of_an_edge_is_the_struct_that_its_code_says(name: str) -> None:
+    """Keys, types, ranges, and that there is nothing else."""
+    assert schema_of.of_struct(EDGE_EVENTS[name]) == schema_of.normal(EDGE.parts[name], EDGE.parts)
+
+
+@pytest.mark.parametrize(
+    ("entry", "kind", "envelope"),
+    [("Join", edge_events.Report, {"schema", "status"}), ("plan", Found, {"schema", "status"}),
+     ("Asked", control.Answer, {"schema", "status"}), ("JoinStatus", JoinStatus, set())],
+)  # fmt: skip
+def test_a_report_of_an_edge_has_the_keys_of_its_struct(entry: str, kind: Any, envelope: set[str]) -> None:
+    """Their values are checked where the commands run."""
+    assert set(EDGE.parts[entry]["properties"]) - envelope == set(kind.__struct_fields__)
+
+
+def test_a_struct_that_is_not_as_promised_is_found() -> None:
+    class Planted(edge_events.Event, frozen=True, tag="offer"):
+        round: edge_events.Positive
+        due_seconds: float
+
+    promised = schema_of.normal(EDGE.parts["offer"], EDGE.parts)
+    assert schema_of.of_struct(edge_events.Offered) == promised
+    assert schema_of.of_struct(Planted) != promised  # seconds below 0
+    assert schema_of.of_struct(edge_events.Retrying) != promised
+
+
 def test_closed_sets_are_those_of_the_code() -> None:
     others = {"connecting", "reconnecting", "paused", "stopped"}
-    assert set(EDGE.parts["JoinStatus"]["properties"]["state"]["enum"]) == others | set(_WORK.values())
+    assert set(EDGE.parts["JoinStatus"]["properties"]["state"]["enum"]) == others | set(WORK.values())
     assert tuple(HUB.parts["plan"]["properties"]["settings"]["properties"]["codec"]["enum"]) == CODECS
     assert EDGE.parts["Failed"] == HUB.parts["Failed"]
 
@@ -431,19 +465,19 @@ def test_join_reports_with_json_what_its_terminal_event_says(joined: Joined) -> 
     assert found["rounds"] == []  # the run is over
 
 
-def test_what_a_join_does_of_a_wish_is_told() -> None:
+def test_what_a_join_did_of_a_request_is_reported() -> None:
     home, asked = Home(), []
 
     def answer() -> None:
-        paused = {"state": "paused", "was_paused": False, "reason": "by its owner", "seconds": 1.5, "freed_bytes": 9}
-        running = {"state": "running", "was_paused": True, "reason": None, "seconds": None, "freed_bytes": 0}
-        for values in (paused, running, running | {"state": "finishing"}):
+        paused = control.Answer(state="paused", reason="by its owner", seconds=1.5, freed_bytes=9, round=3)
+        running = control.Answer(state="running", was_paused=True, round=3)
+        for said in (paused, running, control.Answer(state="finishing", was_paused=True, round=3)):
             until = time.monotonic() + 30
-            while not (wishes := control.wishes(home.control)):
+            while not (requests := control.requests(home.control)):
                 assert time.monotonic() < until
                 time.sleep(0.01)
-            asked.append((wishes[0].do, wishes[0].seconds))
-            control.answer(wishes[0], values | {"round": 3})
+            asked.append((requests[0].do, requests[0].seconds))
+            control.answer(requests[0], said)
 
     home.lock()
     with meanwhile(answer):

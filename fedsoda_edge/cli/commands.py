@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,9 @@ from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.ports.console import EXIT_HELP, effective_settings, finish, is_asked, note, reporting
 from fedsoda_edge.ports.console import run as run_command
 from fedsoda_edge.units import parse_bytes
+
+if TYPE_CHECKING:
+    from fedsoda_edge.join.control import Answer, What
 
 app = typer.Typer(
     epilog="Options may also stand in config.toml in FEDSODA_HOME: at its top for every command that has them, or in a "
@@ -121,10 +124,13 @@ def join(
 ) -> None:
     """Take part until the run ends or Ctrl+C; joining again goes on where it stopped."""
     with reporting(as_json, jsonl, debug):
+        import msgspec
+
+        from fedsoda_edge import events as ev
         from fedsoda_edge.cli.display import Display
         from fedsoda_edge.data.local_data import LocalData
         from fedsoda_edge.device.pause_rules import parse_rules
-        from fedsoda_edge.edge import Edge
+        from fedsoda_edge.edge import Edge, take_part
 
         # Wrong options are known before data is read, which may take minutes; bad data before the hub is asked.
         parse_rules(pause_on or "")
@@ -145,9 +151,9 @@ def join(
         for _ in local.rows() if local.is_text else ():
             pass
         with Display(jsonl) as display:
-            display.say({"event": "settings", "values": effective_settings(context)})
-            with edge.join(
-                local, on_event=display.say, unattended=unattended, max_rounds=max_rounds, pause_on=pause_on or ""
+            display.say(ev.Settings(msgspec.convert(effective_settings(context), ev.JoinSettings)))
+            with take_part(
+                edge, local, display.say, unattended=unattended, max_rounds=max_rounds, pause_on=pause_on or ""
             ) as participation:
                 try:
                     for offer in participation:
@@ -171,6 +177,8 @@ def plan(
     with reporting(as_json, False, debug):
         import asyncio
 
+        import msgspec
+
         from fedsoda_edge.cli.display import show_memory
         from fedsoda_edge.edge import Edge, look_at
         from fedsoda_edge.units import counted, human_bytes
@@ -184,13 +192,13 @@ def plan(
         )
         found = asyncio.run(look_at(edge))
         note(
-            f"run {found['run']}: {found['source']}, {found['layers_kept']} of {found['layers']} layers, "
-            f"LoRA rank {found['rank']} in {counted(found['adapter_layers'], 'layer')}\n"
-            f"download {human_bytes(found['disk_needed'])} (free {human_bytes(found['disk_free'])}); border states on disk: "
-            f"{human_bytes(found['border_bytes_per_row'])} a row at most, or half with --cache int8"
+            f"run {found.run}: {found.source}, {found.layers_kept} of {found.layers} layers, "
+            f"LoRA rank {found.rank} in {counted(found.adapter_layers, 'layer')}\n"
+            f"download {human_bytes(found.disk_needed)} (free {human_bytes(found.disk_free)}); border states on disk: "
+            f"{human_bytes(found.border_bytes_per_row)} a row at most, or half with --cache int8"
         )
-        show_memory(found["memory"])
-        finish({"status": "ok", **found}, as_json, False)
+        show_memory(found.memory)
+        finish({"status": "ok", **msgspec.to_builtins(found)}, as_json, False)
 
 
 @app.command(epilog="Example: fedsoda-edge doctor https://hub.example.org --token-file me.token\n\n" + EXIT_HELP)
@@ -223,7 +231,7 @@ def doctor(
                 "passed": check.passed,
                 "detail": check.detail,
                 "fix": check.fix,
-                "parts": check.parts,
+                "parts": [{"part": part.part, "bytes": part.bytes} for part in check.parts],
             }
             for check in checks
         ]
@@ -257,6 +265,7 @@ def status(as_json: Json = False, debug: Debug = False) -> None:
         import time
 
         from fedsoda_edge.join.home import Home
+        from fedsoda_edge.join.status import as_json as status_as_json
         from fedsoda_edge.join.status import read_status, sentences
 
         home = Home()
@@ -268,14 +277,20 @@ def status(as_json: Json = False, debug: Debug = False) -> None:
         else:
             note("\n".join(sentences(found, is_running=is_running, now=time.time())))
         finish(
-            {"status": "ok", "home": str(home.directory), "running": is_running, "runs": runs, "join": found},
+            {
+                "status": "ok",
+                "home": str(home.directory),
+                "running": is_running,
+                "runs": runs,
+                "join": status_as_json(found),
+            },
             as_json,
             False,
         )
 
 
-def _wish(do: str, seconds: float | None = None) -> dict[str, Any]:
-    """What the running join did of it; state "noted" where it cannot answer yet."""
+def _ask(do: What, seconds: float | None = None) -> Answer:
+    """Ask the running join; return what it did, or that it is noted where the join cannot answer yet."""
     import time
 
     from fedsoda_edge.join import control
@@ -286,18 +301,24 @@ def _wish(do: str, seconds: float | None = None) -> dict[str, Any]:
         raise UsageProblem(
             f"no join runs in {home.directory}: start fedsoda-edge join, or set FEDSODA_HOME to that of the join"
         )
-    wish = control.ask(home.control, do, seconds)
+    request = control.ask(home.control, do, seconds)
     until = time.monotonic() + control.ANSWER_SECONDS
     is_running = True
     while is_running and time.monotonic() < until:
         time.sleep(0.1)
         is_running = home.is_in_use()
-        if (answer := control.answer_to(wish)) is not None:  # also the last word of one that ended since
+        if (answer := control.answer_to(request)) is not None:  # also the last word of one that ended since
             return answer
     if not is_running:
         raise UsageProblem(f"the join of {home.directory} ended just now; there is nothing left to {do}")
     note("the join is still starting; it will do so as soon as it has")
-    return {"state": "noted", "was_paused": False, "reason": None, "seconds": None, "freed_bytes": 0, "round": None}
+    return control.Answer(state="noted")
+
+
+def _finish(answer: Answer, as_json: bool) -> None:
+    import msgspec
+
+    finish({"status": "ok", **msgspec.to_builtins(answer)}, as_json, False)
 
 
 @app.command(epilog="Example: fedsoda-edge pause --for 1h\n\n" + EXIT_HELP)
@@ -314,40 +335,38 @@ def pause(
         from fedsoda_edge.join.status import pause_sentence
         from fedsoda_edge.units import human_bytes, parse_seconds
 
-        done = _wish("pause", None if duration is None else parse_seconds(duration))
-        if done["state"] == "paused":
-            said = pause_sentence(done["reason"], done["seconds"])
-            freed = human_bytes(done["freed_bytes"])
-            ended = f"the worker ended, {freed} are free again" if done["freed_bytes"] else "no worker was running"
-            note(f"{said}: {ended}")
-        elif done["state"] == "finishing":
+        done = _ask("pause", None if duration is None else parse_seconds(duration))
+        if done.state == "paused":
+            said = pause_sentence(done.reason or "", done.seconds)
+            freed = f"the worker ended, {human_bytes(done.freed_bytes)} are free again"
+            note(f"{said}: {freed if done.freed_bytes else 'no worker was running'}")
+        elif done.state == "finishing":
             note("not paused: this device is about to finish")
-        finish({"status": "ok", **done}, as_json, False)
+        _finish(done, as_json)
 
 
 @app.command(epilog="Example: fedsoda-edge resume")
 def resume(as_json: Json = False, debug: Debug = False) -> None:
     """End a pause, also one that --pause-on began; the round goes on where it stopped."""
     with reporting(as_json, False, debug):
-        done = _wish("resume")
-        if done["state"] != "noted":
-            note("going on after the pause" if done["was_paused"] else "there was no pause; the join goes on")
-        finish({"status": "ok", **done}, as_json, False)
+        done = _ask("resume")
+        if done.state != "noted":
+            note("going on after the pause" if done.was_paused else "there was no pause; the join goes on")
+        _finish(done, as_json)
 
 
 @app.command("finish", epilog="Example: fedsoda-edge finish")
 def finish_round(as_json: Json = False, debug: Debug = False) -> None:
     """Let the join hand in the round it has, then leave and exit 0; with no round in hand at once. Ends a pause."""
     with reporting(as_json, False, debug):
-        done = _wish("finish")
-        if done["state"] == "finishing":
-            in_hand = done["round"]
+        done = _ask("finish")
+        if done.state == "finishing":
             note(
                 "no round is in hand: this device leaves now"
-                if in_hand is None
-                else f"round {in_hand} is finished and handed in first, then this device leaves"
+                if done.round is None
+                else f"round {done.round} is finished and handed in first, then this device leaves"
             )
-        finish({"status": "ok", **done}, as_json, False)
+        _finish(done, as_json)
 
 
 @data_app.command("check", epilog="Example: fedsoda-edge data check visits.jsonl --tokenizer model-directory")

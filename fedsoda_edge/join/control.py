@@ -1,7 +1,7 @@
 """How `pause`, `resume` and `finish` reach the running join of a home: small files, no signals, no sockets.
 
-A wish is one file, written whole; the join reads about twice a second, does it, and answers in another file. What a
-wish does is `neighbour.py`'s and `aside.py`'s.
+A request is one file, written whole; the join reads about twice a second, does it, and answers in another file. What a
+request does is `pause.py`'s.
 """
 
 from __future__ import annotations
@@ -12,67 +12,89 @@ import secrets
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal, get_args
+
+import msgspec
 
 from fedsoda_edge.ports.disk import write_durably
 
 LOOK_SECONDS = 0.5
 ANSWER_SECONDS = 10.0  # a command waits for its answer
+_SUFFIX = ".wish"  # as older releases call a request: a command may be of another release than the join
+
+What = Literal["pause", "resume", "finish"]
 
 
 @dataclass(frozen=True)
-class Wish:
-    """do: pause, resume or finish. seconds: of a pause, None: until resume."""
+class Request:
+    """What the owner of the device asks of the join. seconds: how long a pause is to be; None: until resume."""
 
     path: Path
-    do: str
+    do: What
     seconds: float | None
 
 
-def ask(directory: Path, do: str, seconds: float | None = None) -> Path:
-    """Leave a wish; the path to ask `answer_to` with."""
-    path = directory / f"{time.time_ns():020d}-{secrets.token_hex(4)}.wish"
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """What the join did of a request.
+
+    state: as it is since; noted: the join is still starting. seconds: of the pause, where that is known. freed_bytes: of
+    memory, by the worker that ended. round: the one in hand.
+    """
+
+    state: Literal["paused", "running", "finishing", "noted"]
+    was_paused: bool = False
+    reason: str | None = None
+    seconds: float | None = None
+    freed_bytes: int = 0
+    round: int | None = None
+
+
+def ask(directory: Path, do: What, seconds: float | None = None) -> Path:
+    """Leave a request; return the path to ask `answer_to` with."""
+    path = directory / f"{time.time_ns():020d}-{secrets.token_hex(4)}{_SUFFIX}"
     write_durably(path, json.dumps({"do": do, "seconds": seconds}).encode())
     return path
 
 
-def answer_to(wish: Path) -> dict[str, Any] | None:
-    """What the join did of it, once; None while it has not."""
-    path = wish.with_suffix(".answer")
+def answer_to(request: Path) -> Answer | None:
+    """Return what the join did of it, once; None while it has not."""
+    path = request.with_suffix(".answer")
     try:
-        answer: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        answer = msgspec.json.decode(path.read_bytes(), type=Answer)
+    except (OSError, msgspec.MsgspecError):
         return None
     path.unlink(missing_ok=True)
     return answer
 
 
-def wishes(directory: Path) -> list[Wish]:
-    """Those without an answer, oldest first. What is no wish is taken away."""
+def requests(directory: Path) -> list[Request]:
+    """Return the requests without an answer, oldest first. A file that is not a request is deleted."""
     found = []
-    for path in sorted(directory.glob("*.wish")):
+    for path in sorted(directory.glob(f"*{_SUFFIX}")):
         try:
-            said = json.loads(path.read_text(encoding="utf-8"))
-            seconds = said["seconds"]
-            found.append(Wish(path, str(said["do"]), None if seconds is None else float(seconds)))
+            asked = json.loads(path.read_text(encoding="utf-8"))
+            do, seconds = asked["do"], asked["seconds"]
+            if do not in get_args(What):
+                raise ValueError(do)
+            found.append(Request(path, do, None if seconds is None else float(seconds)))
         except (OSError, ValueError, KeyError, TypeError):
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
     return found
 
 
-def answer(wish: Wish, values: dict[str, Any]) -> None:
+def answer(request: Request, said: Answer) -> None:
     """Say what was done. On a full disk it is done all the same."""
     with contextlib.suppress(OSError):
-        part = wish.path.with_suffix(".part")
-        part.write_text(json.dumps(values, allow_nan=False), encoding="utf-8")
-        part.replace(wish.path.with_suffix(".answer"))
+        part = request.path.with_suffix(".part")
+        part.write_bytes(msgspec.json.encode(said))
+        part.replace(request.path.with_suffix(".answer"))
     with contextlib.suppress(OSError):
-        wish.path.unlink()
+        request.path.unlink()
 
 
 def forget(directory: Path) -> None:
-    """Wishes are for the join that runs, not for the next. Answers of the one before go too."""
+    """Delete requests and answers of the join before: they are not for the next one."""
     for path in directory.glob("*"):
         with contextlib.suppress(OSError):
             path.unlink()

@@ -54,6 +54,21 @@ class Disk(Protocol):
 class Transport(Protocol):
     """One conversation with a hub in whole frames (`protocol.codec`), and its blobs over HTTP."""
 
+    @property
+    def url(self) -> str:
+        """Which hub it is, for people."""
+        ...
+
+    @property
+    def up(self) -> int:
+        """Bytes of the conversation that were sent."""
+        ...
+
+    @property
+    def down(self) -> int:
+        """Bytes of the conversation that came."""
+        ...
+
     async def connect(self) -> None:
         """Raises HubUnreachable (with the step), RefusedByHub."""
         ...
@@ -101,4 +116,6 @@ class TorchPort(Protocol):
         """
         ...
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """End the process, by force where it does not end by itself in a few seconds."""
+        ...

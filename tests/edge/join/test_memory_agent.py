@@ -18,7 +18,7 @@ import torch
 
 from fedsoda_edge import Edge, LocalData
 from fedsoda_edge.errors import DeviceTooSmall, FedSODAError, UsageProblem, WorkerFailed
-from fedsoda_edge.join import agent, size_class
+from fedsoda_edge.join import preparation, size_class, trainer
 from fedsoda_edge.ports.disk import sha256_file
 from fedsoda_edge.protocol import commands as cmd
 from fedsoda_edge.protocol.calls import Call, ProgressT, ResultT
@@ -90,7 +90,7 @@ def has(ram: int, vram: int = 0) -> Any:
     gpu = "RTX 4060" if vram else ""
     facts = DeviceFacts(ram_bytes=ram, vram_bytes=vram, disk_bytes=PLENTY, threads=1, accelerator=gpu)
     stack = contextlib.ExitStack()
-    for module in (agent, size_class):
+    for module in (trainer, size_class):
         stack.enter_context(mock.patch.object(module, "read_device", return_value=facts))
     return stack
 
@@ -113,7 +113,7 @@ def join(
         mock.patch("fedsoda_edge.edge.Child", return_value=worker),
         mock.patch("fedsoda_edge.worker.worker.peak_rss_bytes", return_value=0),
         mock.patch("fedsoda_edge.worker.worker.return_memory_at_once"),
-        mock.patch.object(agent, "shape_of", lambda manifest: replace(shape_of(manifest), vocab=VOCABULARY)),
+        mock.patch.object(preparation, "shape_of", lambda manifest: replace(shape_of(manifest), vocab=VOCABULARY)),
         Edge(hub, home=home, threads=1, **options).join(data, on_event=joined.events.append) as participation,
     ):
         for offer in participation:
