@@ -115,7 +115,7 @@ class Edge:
         self._limits = Limits(max_ram, max_vram)
 
     def transport(self) -> Transport:
-        """A fresh conversation with the hub."""
+        """Make a conversation with the hub that has not begun."""
         if isinstance(self._hub, str):
             return HubTransport(self._hub, read_token(self._token_file))
         return self._hub
@@ -133,7 +133,7 @@ class Edge:
 
         Args:
             on_event: called from another thread with one dict per event, for progress displays.
-            unattended: retry for ever, even when the hub cannot be reached at first.
+            unattended: try to reach the hub until it answers, also at first.
             max_rounds: leave after that many submitted updates; 0: stay to the end.
             pause_on: what pauses by itself, such as "battery,gpu-busy,hours=9-17".
         """

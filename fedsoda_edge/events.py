@@ -238,7 +238,7 @@ class Retrying(Event, frozen=True, tag="retrying"):
 
 
 class RoundClosed(Event, frozen=True, tag="round_closed"):
-    """The hub averaged so many updates."""
+    """A round is over. updates: how many the hub averaged."""
 
     round: Positive
     updates: Positive
@@ -275,7 +275,7 @@ class Resumed(Event, frozen=True, tag="resumed"):
 
 
 class Farewell(Event, frozen=True, tag="farewell"):
-    """The run is over, after so many rounds."""
+    """The run is over. rounds: how many were closed."""
 
     rounds: Count
     reason: str

@@ -15,7 +15,7 @@ from fedsoda_edge.ports.console import run as run_command
 from fedsoda_edge.units import parse_bytes
 
 if TYPE_CHECKING:
-    from fedsoda_edge.join.control import Answer, What
+    from fedsoda_edge.join.control import Action, Answer
 
 app = typer.Typer(
     epilog="Options may also stand in config.toml in FEDSODA_HOME: at its top for every command that has them, or in a "
@@ -289,8 +289,8 @@ def status(as_json: Json = False, debug: Debug = False) -> None:
         )
 
 
-def _ask(do: What, seconds: float | None = None) -> Answer:
-    """Ask the running join; return what it did, or that it is noted where the join cannot answer yet."""
+def _request(do: Action, seconds: float | None = None) -> Answer:
+    """Ask the running join and wait for its answer; state "noted" where it is still starting."""
     import time
 
     from fedsoda_edge.join import control
@@ -335,7 +335,7 @@ def pause(
         from fedsoda_edge.join.status import pause_sentence
         from fedsoda_edge.units import human_bytes, parse_seconds
 
-        done = _ask("pause", None if duration is None else parse_seconds(duration))
+        done = _request("pause", None if duration is None else parse_seconds(duration))
         if done.state == "paused":
             said = pause_sentence(done.reason or "", done.seconds)
             freed = f"the worker ended, {human_bytes(done.freed_bytes)} are free again"
@@ -349,7 +349,7 @@ def pause(
 def resume(as_json: Json = False, debug: Debug = False) -> None:
     """End a pause, also one that --pause-on began; the round goes on where it stopped."""
     with reporting(as_json, False, debug):
-        done = _ask("resume")
+        done = _request("resume")
         if done.state != "noted":
             note("going on after the pause" if done.was_paused else "there was no pause; the join goes on")
         _finish(done, as_json)
@@ -359,7 +359,7 @@ def resume(as_json: Json = False, debug: Debug = False) -> None:
 def finish_round(as_json: Json = False, debug: Debug = False) -> None:
     """Let the join hand in the round it has, then leave and exit 0; with no round in hand at once. Ends a pause."""
     with reporting(as_json, False, debug):
-        done = _ask("finish")
+        done = _request("finish")
         if done.state == "finishing":
             note(
                 "no round is in hand: this device leaves now"

@@ -31,6 +31,7 @@ from fedsoda_edge.join.status import Status
 from fedsoda_edge.ports import Clock, TorchPort, Transport
 from fedsoda_edge.ports.system import peak_rss_bytes
 from fedsoda_edge.protocol import messages as ms
+from fedsoda_edge.protocol import trace
 
 log = logging.getLogger("fedsoda_edge.join")
 
@@ -225,7 +226,7 @@ class Agent:
                 beside.cancel()
         except BaseExceptionGroup as group:
             error = _first(group)
-            log.info("! the join ends: %s", type(error).__name__)
+            log.info(trace.went_wrong(error))
             raise error from None
 
     async def _beside(self) -> None:

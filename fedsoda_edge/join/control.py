@@ -1,18 +1,17 @@
 """How `pause`, `resume` and `finish` reach the running join of a home: small files, no signals, no sockets.
 
-A request is one file, written whole; the join reads about twice a second, does it, and answers in another file. What a
-request does is `pause.py`'s.
+A request is one file, written whole; the join looks about twice a second, does it, and answers in another file. What a
+request does is decided in `device/pause_rules.py` and done in `pause.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import secrets
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import msgspec
 
@@ -20,28 +19,26 @@ from fedsoda_edge.ports.disk import write_durably
 
 LOOK_SECONDS = 0.5
 ANSWER_SECONDS = 10.0  # a command waits for its answer
-_SUFFIX = ".wish"  # as older releases call a request: a command may be of another release than the join
 
-What = Literal["pause", "resume", "finish"]
+Action = Literal["pause", "resume", "finish"]
 
 
-@dataclass(frozen=True)
-class Request:
-    """What the owner of the device asks of the join. seconds: how long a pause is to be; None: until resume."""
+class _Asked(msgspec.Struct, frozen=True):
+    """A request's file."""
 
-    path: Path
-    do: What
+    do: Action
     seconds: float | None
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """What the join did of a request.
+    """What the join did.
 
-    state: as it is since; noted: the join is still starting. seconds: of the pause, where that is known. freed_bytes: of
-    memory, by the worker that ended. round: the one in hand.
+    state: "noted" where it is still starting and could not answer yet.
+    reason, seconds: of the pause it is in now; seconds None: until resume. freed_bytes: by ending the worker.
+    round: the one in hand.
     """
 
-    state: Literal["paused", "running", "finishing", "noted"]
+    state: Literal["running", "paused", "finishing", "noted"]
     was_paused: bool = False
     reason: str | None = None
     seconds: float | None = None
@@ -49,52 +46,58 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     round: int | None = None
 
 
-def ask(directory: Path, do: What, seconds: float | None = None) -> Path:
-    """Leave a request; return the path to ask `answer_to` with."""
-    path = directory / f"{time.time_ns():020d}-{secrets.token_hex(4)}{_SUFFIX}"
-    write_durably(path, json.dumps({"do": do, "seconds": seconds}).encode())
+@dataclass(frozen=True)
+class Request:
+    """What the owner asks of the join. seconds: of a pause; None: until resume."""
+
+    path: Path
+    do: Action
+    seconds: float | None
+
+
+def ask(directory: Path, do: Action, seconds: float | None = None) -> Path:
+    """Leave a request for the running join; returns the path to ask `answer_to` with."""
+    path = directory / f"{time.time_ns():020d}-{secrets.token_hex(4)}.request"
+    write_durably(path, msgspec.json.encode(_Asked(do, seconds)))
     return path
 
 
 def answer_to(request: Path) -> Answer | None:
-    """Return what the join did of it, once; None while it has not."""
+    """Take the join's answer, once; None while there is none."""
     path = request.with_suffix(".answer")
     try:
-        answer = msgspec.json.decode(path.read_bytes(), type=Answer)
+        found = msgspec.json.decode(path.read_bytes(), type=Answer)
     except (OSError, msgspec.MsgspecError):
         return None
     path.unlink(missing_ok=True)
-    return answer
+    return found
 
 
 def requests(directory: Path) -> list[Request]:
-    """Return the requests without an answer, oldest first. A file that is not a request is deleted."""
+    """List the requests without an answer, oldest first. A file that cannot be read as one is deleted."""
     found = []
-    for path in sorted(directory.glob(f"*{_SUFFIX}")):
+    for path in sorted(directory.glob("*.request")):
         try:
-            asked = json.loads(path.read_text(encoding="utf-8"))
-            do, seconds = asked["do"], asked["seconds"]
-            if do not in get_args(What):
-                raise ValueError(do)
-            found.append(Request(path, do, None if seconds is None else float(seconds)))
-        except (OSError, ValueError, KeyError, TypeError):
+            asked = msgspec.json.decode(path.read_bytes(), type=_Asked)
+            found.append(Request(path, asked.do, asked.seconds))
+        except (OSError, msgspec.MsgspecError):
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
     return found
 
 
-def answer(request: Request, said: Answer) -> None:
-    """Say what was done. On a full disk it is done all the same."""
+def answer(request: Request, done: Answer) -> None:
+    """Say what was done. Where the disk is full, nobody hears it; it is done all the same."""
     with contextlib.suppress(OSError):
         part = request.path.with_suffix(".part")
-        part.write_bytes(msgspec.json.encode(said))
+        part.write_bytes(msgspec.json.encode(done))
         part.replace(request.path.with_suffix(".answer"))
     with contextlib.suppress(OSError):
         request.path.unlink()
 
 
 def forget(directory: Path) -> None:
-    """Delete requests and answers of the join before: they are not for the next one."""
+    """Delete what is left of the join before: requests are for the join that runs, not for the next."""
     for path in directory.glob("*"):
         with contextlib.suppress(OSError):
             path.unlink()

@@ -121,7 +121,7 @@ class Conversation:
             try:
                 return await self._greet_once()
             except HubUnreachable as error:
-                log.info("! no connection: step=%s attempt=%d", error.step, attempt)
+                log.info(trace.went_wrong(error))
                 if not keep_trying:
                     raise
                 if attempt == 0:
@@ -155,7 +155,7 @@ class Conversation:
         before = self._state
         if isinstance(before, Over):
             return  # whatever comes or goes meanwhile
-        log.debug("= %s", type(state).__name__)
+        log.debug(trace.changed("connection", type(before).__name__, type(state).__name__))
         self._state = state
         if isinstance(before, Connected):
             before.lose()
@@ -195,7 +195,7 @@ class Conversation:
                         return
                 self._become(Lost())
         except Exception as error:
-            log.info("! %s", type(error).__name__)
+            log.info(trace.went_wrong(error))
             self._become(Over(error))
             raise
 
@@ -205,7 +205,7 @@ class Conversation:
             case None:  # a chunk on the way
                 pass
             case Blob():
-                log.debug("< Blob digest=sha256:%s… bytes=%d", message.digest[:4], len(message.data))
+                log.debug(trace.line("<", ms.BlobRef(digest=message.digest, bytes=len(message.data))))
                 connection.blob(message)
             case _:
                 log.debug(trace.line("<", message))
@@ -270,7 +270,7 @@ class Conversation:
         async def transfer(connection: Connected) -> bytes:
             due = BlobDue(blob.digest, asyncio.get_running_loop().create_future())
             connection.due = due
-            log.debug("> BlobRequest digest=sha256:%s… bytes=%d", blob.digest[:4], blob.bytes)
+            log.debug(trace.line(">", ms.BlobRequest(digest=blob.digest)))
             await self._transport.send(connection.session.request(blob))
             return await due.blob
 

@@ -131,7 +131,7 @@ def backoff_seconds(attempt: int) -> float:
 async def fetch_file(
     store: FileStore, transport: Transport, digest: str, size: int, progress: Callable[[int], None] = lambda _: None
 ) -> Path:
-    """Return the verified file. A cut download goes on where it stopped; a corrupt one is fetched once more.
+    """Return the verified file. A cut download continues where it stopped; a corrupt one is fetched once more.
 
     Args:
         progress: called with the number of bytes that came.

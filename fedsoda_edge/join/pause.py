@@ -39,7 +39,7 @@ class Lasting:
 
 @dataclass(frozen=True)
 class Ended:
-    """The pause that was on is over; work goes on once `let_work` is called."""
+    """The pause that was on is over; work continues once `let_work` is called."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Pauses:
             await asyncio.wait(self._work)
 
     def let_work(self) -> None:
-        """Let work go on that a pause broke off."""
+        """Let the work continue that a pause broke off."""
         if self._pause is None:
             self._may_work.set()
 

@@ -1,6 +1,6 @@
 """From the hub's Welcome to a worker that can train: data checked, sub-LLM taken, bundle fetched, rows read.
 
-The early sweep begins here and goes on beside; what is said to the hub then is the agent's.
+The early sweep begins here and continues beside the preparation; what is said to the hub then is the agent's.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Preparation:
         """Fetch the bundle; let the data be read and swept while it comes. Return the number of samples.
 
         Args:
-            rows: of the data. parts: where the early sweep goes on as one of the join's parts.
+            rows: of the data. parts: the join's, of which the early sweep becomes one.
         """
         async with (
             self._download.bundle(taken.manifest, taken.size_class.manifest.digest) as fetch,

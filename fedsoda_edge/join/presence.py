@@ -17,7 +17,7 @@ class Preparing:
 
 @dataclass(frozen=True)
 class Prepared:
-    """This edge can train so many samples with the sub-LLM of that size class, 0 the largest."""
+    """This edge can train. num_examples: its samples; size_class: of the sub-LLM that it took, 0 the largest."""
 
     num_examples: int
     size_class: int

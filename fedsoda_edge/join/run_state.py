@@ -115,7 +115,7 @@ class RunState:
 
     # --- a round -----------------------------------------------------------------------------------------------------
     #
-    # A pending update is written in this order, so that a power cut at any point leaves a state that goes on:
+    # A pending update is written in this order, so that a power cut at any point leaves a state that the next join continues from:
     #   1. begin_round  meta.json goes: whatever lies in pending/ from now on is unfinished
     #   2. the worker   pending/update, pending/residual, each written durably
     #   3. commit       meta.json comes: the update is whole, and the next join would hand it in

@@ -22,7 +22,7 @@ class Clock(Protocol):
         ...
 
     async def sleep(self, seconds: float) -> None:
-        """Return after so many seconds of `monotonic`."""
+        """Return when that many seconds of `monotonic` have passed."""
         ...
 
 
@@ -76,13 +76,13 @@ class Transport(Protocol):
     async def send(self, frame: bytes) -> None: ...
 
     def frames(self) -> AsyncIterator[bytes]:
-        """Frames until the connection ends, orderly or not."""
+        """Yield frames until the connection ends, orderly or not."""
         ...
 
     async def close(self) -> None: ...
 
     def fetch(self, digest: str, offset: int) -> AsyncIterator[bytes]:
-        """The bytes of a bundle file from `offset` on."""
+        """Yield the bytes of a bundle file from `offset` on."""
         ...
 
 

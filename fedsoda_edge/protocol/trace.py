@@ -1,34 +1,106 @@
-"""A message as one line of a log: its name, numbers and digests. Never text, payloads or secrets. Pure.
+"""Write what happens as one line of a log: digests, counts, seconds and losses; never text, payloads or secrets.
 
-`<` came, `>` went, `=` a state changed, `%` keeps a connection alive, `!` went wrong.
+    < RoundOffer round=3 view=sha256:9f2c… due_seconds=600    received
+    > UpdateChunk digest=sha256:1b07… offset=0 payload=262144 sent
+    = session greeted -> open                                 a state changed
+    % ping seconds=0.02                                       keepalive
+    ! HubUnreachable step=TCP                                 went wrong
+
+A string is shown where it is a digest, shortened, or one of a few words that its type allows; every other string is left
+out, whoever wrote it. Which logger gets the line, and when, is decided by the caller.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 
+from fedsoda_edge.errors import FedSODAError
+from fedsoda_edge.protocol.messages import Digest
+
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_WORD = re.compile(r"[\w .-]{1,40}")
+_ODD = re.compile(r"[^\w .:=/-]")
+_STEPS = ("DNS", "TCP", "TLS", "HTTP", "auth")
+_SHOWN = 4  # digits of a digest: enough to see which two are the same
+
+Mark = Literal["<", ">", "!"]
 
 
-def line(mark: str, message: msgspec.Struct, note: str = "") -> str:
-    """Return `< RoundOffer round=3 view.digest=sha256:9f2c…`; `note` is added as it is."""
-    words = [mark, type(message).__name__, *_fields(message, ""), *([note] if note else [])]
-    return " ".join(words)
+def line(mark: Mark, message: msgspec.Struct, note: str = "") -> str:
+    """Write the line of a message: "<" came, ">" was sent, "!" was refused.
+
+    Args:
+        note: what the caller knows beside it, such as "payload=262144" or whose message it is. Not for text of others:
+            signs that no such note needs become "?", and it ends after 80.
+    """
+    words = [mark, type(message).__name__, *_fields(message, "")]
+    return " ".join([*words, _ODD.sub("?", note)[:80]] if note else words)
 
 
-def _fields(message: msgspec.Struct, path: str) -> list[str]:
-    found: list[str] = []
-    for name in message.__struct_fields__:
+def changed(what: str, before: str, after: str) -> str:
+    """Write the line of a state that changed. All three are words of ours, not of the other side."""
+    assert all(_WORD.fullmatch(word) for word in (what, before, after)), "states are words of ours"
+    return f"= {what} {before} -> {after}"
+
+
+def kept_alive(what: str, seconds: float) -> str:
+    """Write the line of a keepalive that was answered after that time."""
+    assert _WORD.fullmatch(what), "a keepalive has a word of ours"
+    return f"% {what} seconds={_number(seconds)}"
+
+
+def went_wrong(problem: BaseException | msgspec.Struct) -> str:
+    """Write the line of an error or a refusal. Its sentence is for people and may hold rows of data: it is left out."""
+    if isinstance(problem, msgspec.Struct):
+        return line("!", problem)
+    fields = problem.fields() if isinstance(problem, FedSODAError) else {}
+    shown = [f"{name}={_number(value)}" for name, value in fields.items() if isinstance(value, int | float)]
+    if fields.get("step") in _STEPS:
+        shown.append(f"step={fields['step']}")
+    return " ".join(["!", type(problem).__name__, *shown])
+
+
+def _fields(message: msgspec.Struct, prefix: str) -> Iterator[str]:
+    """Yield name=value of what may be shown; a struct with a digest is shown by that, any other by its fields."""
+    for name, kinds in _kinds(type(message)).items():
         value = getattr(message, name)
-        match value:
-            case bool() | int() | float():
-                found.append(f"{path}{name}={value:.4g}" if isinstance(value, float) else f"{path}{name}={value}")
-            case str() if _DIGEST.fullmatch(value):
-                found.append(f"{path}{name}=sha256:{value[:4]}…")
-            case msgspec.Struct():
-                found += _fields(value, f"{path}{name}.")
-            case _:  # text, or more of the same
-                pass
-    return found
+        if isinstance(value, msgspec.Struct):
+            inner = dict(part.partition("=")[::2] for part in _fields(value, ""))
+            if "digest" in inner:
+                yield f"{prefix}{name}={inner.pop('digest')}"
+            yield from (f"{prefix}{name}.{key}={shown}" for key, shown in inner.items())
+        elif isinstance(value, int | float):
+            yield f"{prefix}{name}={_number(value)}"
+        elif isinstance(value, str):
+            if Digest in kinds and _DIGEST.fullmatch(value):
+                yield f"{prefix}{name}=sha256:{value[:_SHOWN]}…"
+            elif value in kinds:
+                yield f"{prefix}{name}={value}"
+        elif isinstance(value, list | tuple | Mapping):
+            yield f"{prefix}{name}={len(value)}"  # how many, not which
+
+
+@cache
+def _kinds(kind: type[msgspec.Struct]) -> dict[str, frozenset[Any]]:
+    """Map each field to its type's parts: types of a union, words of a Literal."""
+    return {field.name: frozenset(_parts(field.type)) for field in msgspec.structs.fields(kind)}
+
+
+def _parts(annotation: Any) -> Iterator[Any]:
+    inner = get_args(annotation)
+    if get_origin(annotation) is Literal or not inner:
+        yield from inner or (annotation,)
+    for part in inner if get_origin(annotation) is not Literal else ():
+        yield from _parts(part)
+
+
+def _number(value: float) -> str:
+    """Write a count as it is, a measurement with three figures, a flag as true or false."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, int) else f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -352,8 +352,8 @@ def test_frames_are_logged_by_their_grammar_without_text(caplog: pytest.LogCaptu
     talk(scene)
     lines = [record.getMessage() for record in caplog.records]
     assert [line.split()[:2] for line in lines] == [
-        [">", "Hello"], ["<", "Welcome"], ["=", "Connected"], [">", "Ready"], [">", "UpdateStart"],
-        [">", "UpdateChunk"], [">", "UpdateChunk"], ["<", "Receipt"], ["=", "Over"], [">", "Leave"],
+        [">", "Hello"], ["<", "Welcome"], ["=", "connection"], [">", "Ready"], [">", "UpdateStart"],
+        [">", "UpdateChunk"], [">", "UpdateChunk"], ["<", "Receipt"], ["=", "connection"], [">", "Leave"],
     ]  # fmt: skip
     assert f"digest=sha256:{DIGEST[:4]}… " in lines[4] + " "
     assert not any("private" in line or DIGEST in line or "triage" in line for line in lines)
