@@ -8,31 +8,32 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+import msgspec
+
+from fedsoda_edge import events as ev
 from fedsoda_edge.data.local_data import LocalData
-from fedsoda_edge.device.fit import Limits, check_device_name, memory_report
+from fedsoda_edge.device.fit import Limits, check_device_name
 from fedsoda_edge.device.pause_rules import parse_pause_rules
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_edge.join import size_class
-from fedsoda_edge.join.agent import Agent, AgentSettings, Cache, Say
+from fedsoda_edge.join import inspect
+from fedsoda_edge.join.agent import Agent
+from fedsoda_edge.join.conversation import RunOver
 from fedsoda_edge.join.home import CACHE_DTYPES, Home
+from fedsoda_edge.join.settings import AgentSettings, Cache
 from fedsoda_edge.join.token import read_token
+from fedsoda_edge.join.trainer import WORKER_MODULE, worker_environment
 from fedsoda_edge.network.hub_transport import HubTransport
 from fedsoda_edge.ports import SystemClock, Transport
 from fedsoda_edge.ports.child import Child
-from fedsoda_edge.ports.store import FileStore
-from fedsoda_edge.protocol import messages as ms
-from fedsoda_edge.protocol.needs import SampleSizes
 from fedsoda_edge.units import counted
 
 T = TypeVar("T")
-
-WORKER_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "USE_HUB_KERNELS": "0", "TOKENIZERS_PARALLELISM": "false"}
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class Offer:
     def train(self) -> Update:
         """Train the round in the worker; blocks until it is done, during a pause too. Raises FedSODAError.
 
-        Where the hub has gone on to a later round during a pause, the update is of that round.
+        Where the hub has gone on to a later round during a pause, the update is of that round. Where the run ends
+        meanwhile, so does the `with` block of the participation, without an error.
         """
         agent = self._participation._agent
         start = self._participation._call(agent.train(self.round_number))
@@ -66,8 +68,12 @@ class Offer:
         return Update(start.round, agent.update_path, start.digest, start.num_examples, loss)
 
     def submit(self, update: Update) -> bool:
-        """Send the update until the hub's receipt; False when the hub refused it (its reason is said)."""
-        return self._participation._call(self._participation._agent.submit())
+        """Send the update until the hub's receipt; False when the hub refused it (its reason is said).
+
+        Raises UsageProblem where it is not the update that `train` returned last, or its file was changed since.
+        """
+        agent = self._participation._agent
+        return self._participation._call(agent.submit(update.round_number, update.digest, update.path))
 
 
 class Edge:
@@ -110,23 +116,16 @@ class Edge:
         self._limits = Limits(max_ram, max_vram)
 
     def transport(self) -> Transport:
-        """A fresh conversation with the hub."""
+        """Make a conversation with the hub that has not begun."""
         if isinstance(self._hub, str):
             return HubTransport(self._hub, read_token(self._token_file))
         return self._hub
-
-    def _agent(self, settings: AgentSettings, say: Say = lambda _: None) -> Agent:
-        environment = dict(WORKER_ENVIRONMENT)
-        if self._threads:
-            environment |= {"FEDSODA_THREADS": str(self._threads), "OMP_NUM_THREADS": str(self._threads)}
-        worker = Child("fedsoda_edge.worker", environment)
-        return Agent(self.transport(), worker, Home(self._home), settings, say, SystemClock())
 
     def join(
         self,
         data: LocalData,
         *,
-        on_event: Say = lambda _: None,
+        on_event: Callable[[dict[str, Any]], None] = lambda _: None,
         unattended: bool = False,
         max_rounds: int = 0,
         pause_on: str = "",
@@ -135,17 +134,25 @@ class Edge:
 
         Args:
             on_event: called from another thread with one dict per event, for progress displays.
-            unattended: retry for ever, even when the hub cannot be reached at first.
+            unattended: try to reach the hub until it answers, also at first.
             max_rounds: leave after that many submitted updates; 0: stay to the end.
             pause_on: what pauses by itself, such as "battery,gpu-busy,hours=9-17".
         """
-        settings = AgentSettings(self._device, data, unattended, self._cache, self._limits, parse_pause_rules(pause_on))
-        agent = self._agent(settings, on_event)
-        return Participation(agent, max_rounds)
+        return take_part(
+            self,
+            data,
+            lambda event: on_event(ev.as_json(event)),
+            unattended=unattended,
+            max_rounds=max_rounds,
+            pause_on=pause_on,
+        )
 
 
 class Participation:
-    """Iterate to take part; ends with the run. Errors of the other thread are raised here."""
+    """Iterate to take part; ends with the run. Errors of the other thread are raised here.
+
+    A run that ends while a round is trained or handed in ends the `with` block there, without an error.
+    """
 
     def __init__(self, agent: Agent, max_rounds: int) -> None:
         self._agent = agent
@@ -164,31 +171,28 @@ class Participation:
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop(error)
+    ) -> bool:
+        is_over = isinstance(error, RunOver)
+        self._stop(None if is_over else error)
+        return is_over
 
     def __iter__(self) -> Iterator[Offer]:
         while True:
             if self._max_rounds and self._agent.submitted >= self._max_rounds:
                 self._call(self._agent.leave(f"took part in {counted(self._agent.submitted, 'round')}"))
                 return
-            item = self._next()
-            if item is None:
+            offer = self._call(self._agent.next_offer())
+            if offer is None:
                 if self._agent.is_finishing:
                     self._call(self._agent.leave("the owner of the device finished"))
                 return
-            yield Offer(item.round, item.rounds, item.due_seconds, self)
-
-    def _next(self) -> ms.RoundOffer | None:
-        while not self._agent.is_finishing:
-            with contextlib.suppress(TimeoutError):
-                return self._call(asyncio.wait_for(self._agent.next_offer(), 0.5))
-        return None
+            yield Offer(offer.round, offer.rounds, offer.due_seconds, self)
 
     @property
     def report(self) -> dict[str, Any]:
-        """Rounds, bytes and peak memory so far."""
-        return self._agent.report()
+        """Rounds, bytes and peak memory so far, as JSON values."""
+        found: dict[str, Any] = msgspec.to_builtins(self._agent.report())
+        return found
 
     def leave(self, reason: str) -> None:
         """Tell the hub that this edge goes for good."""
@@ -211,58 +215,27 @@ class Participation:
             self._loop.close()
 
 
-async def look_at(edge: Edge) -> dict[str, Any]:
+def take_part(
+    edge: Edge,
+    data: LocalData,
+    say: ev.Say,
+    *,
+    unattended: bool = False,
+    max_rounds: int = 0,
+    pause_on: str = "",
+) -> Participation:
+    """Join as `Edge.join` does; `say` is called from another thread with each event as its struct."""
+    settings = AgentSettings(edge._device, data, unattended, edge._cache, edge._limits, parse_pause_rules(pause_on))
+    worker = Child(WORKER_MODULE, worker_environment(edge._threads))
+    agent = Agent(edge.transport(), worker, Home(edge._home), settings, say, SystemClock())
+    return Participation(agent, max_rounds)
+
+
+async def look_at(edge: Edge) -> inspect.Found:
     """Greet the hub, read its manifest, compare with this device; nothing is joined. Raises DeviceTooSmall."""
-    home = Home(edge._home)
-    agent = edge._agent(AgentSettings(edge._device, limits=edge._limits))
-    try:
-        welcome = await agent.greet_once()
-        store = FileStore(home.store)
-        taken = await size_class.take(
-            welcome,
-            lambda manifest: store.fetch(agent.transport, manifest.digest, manifest.bytes),
-            store,
-            home.directory,
-            edge._device,
-            # The edge's rows are not looked at: as long as the run allows, and all of them completion.
-            SampleSizes(welcome.batch_size, welcome.max_length, welcome.max_length),
-            edge._limits,
-            lambda _: None,  # which class it is says enough
-        )
-        manifest, memory, facts = taken.manifest, taken.memory, taken.facts
-        on_cpu = memory.device == "cpu"
-        return {
-            "run": welcome.run_name,
-            "source": manifest.source,
-            "layers": manifest.plan.num_layers,
-            "layers_kept": len(manifest.plan.kept),
-            "adapter_layers": len(manifest.plan.adapter),
-            "rank": manifest.lora.rank,
-            "rounds": welcome.rounds,
-            "largest_file": max(manifest.files, key=lambda file: file.bytes).sha256,
-            "size_class": taken.number,
-            "disk_needed": taken.disk_needed,
-            "disk_free": facts.disk_bytes,
-            "border_bytes_per_row": 2 * int(manifest.config["hidden_size"]) * welcome.max_length,
-            "ram_needed": memory.peak if on_cpu else 0,
-            "ram_free": facts.ram_bytes,
-            "vram_needed": 0 if on_cpu else memory.peak,
-            "vram_free": facts.vram_bytes,
-            "device": memory.device,
-            "memory": memory_report(memory, facts),
-        }
-    finally:
-        await agent.transport.close()
+    return await inspect.look_at(edge.transport(), Home(edge._home), edge._device, edge._limits)
 
 
 async def say_goodbye(edge: Edge) -> str:
-    """Tell the hub that this edge does not come back; the run's name."""
-    agent = edge._agent(AgentSettings("auto"))
-    try:
-        welcome = await agent.greet_once()
-        await agent.leave("the owner of the device left")
-        if not agent.home.is_in_use():  # a join that runs here deletes them itself
-            agent.home.forget_borders()
-        return welcome.run_name
-    finally:
-        await agent.transport.close()
+    """Tell the hub that this edge does not come back; return the run's name."""
+    return await inspect.say_goodbye(edge.transport(), Home(edge._home))

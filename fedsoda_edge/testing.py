@@ -44,6 +44,8 @@ class ScriptedHub:
     `updates` holds what was accepted, in order.
     """
 
+    url = "a script"
+
     def __init__(self, rounds: int = 2, *, prompt: str = "{prompt}", completion: str = "{completion}") -> None:
         self.rounds = rounds
         self.updates: list[ms.UpdateStart] = []
@@ -55,7 +57,7 @@ class ScriptedHub:
         self._session = HubSession(1 << 24)
 
     async def connect(self) -> None:
-        """Make the model at first; then as a fresh connection."""
+        """Make the model where there is none, and begin a connection."""
         if not self._bundle.exists():
             command = [sys.executable, "-m", "fedsoda_edge.testing", str(self._bundle)]
             await asyncio.to_thread(subprocess.run, command, check=True, capture_output=True)
@@ -63,7 +65,7 @@ class ScriptedHub:
         self._session = HubSession(1 << 24)
 
     async def send(self, frame: bytes) -> None:
-        """What the edge says, and what the script answers."""
+        """Take what the edge says, and answer as the script has it."""
         said = self._session.receive(frame)
         match said:
             case ms.Hello():
@@ -132,7 +134,7 @@ class ScriptedHub:
         self._out.put_nowait(None)
 
     async def fetch(self, digest: str, offset: int) -> AsyncIterator[bytes]:
-        """Files of the made bundle by digest."""
+        """Yield a file of the made bundle from `offset` on."""
         manifest = self._bundle / "manifest.json"
         files = msgspec.json.decode(manifest.read_bytes(), type=BundleManifest).files
         names = {file.sha256: file.name for file in files} | {sha256_file(manifest): "manifest.json"}
@@ -140,7 +142,7 @@ class ScriptedHub:
 
 
 def make_bundle(directory: Path, vocab_size: int = 259) -> None:
-    """A 4-layer random llama with a byte-level tokenizer as a bundle (this needs torch; run as a process)."""
+    """Write a 4-layer random llama with a byte-level tokenizer as a bundle (this needs torch; run as a process)."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -32,6 +32,7 @@ from typing import Any
 import random_bundle  # beside this file
 from random_bundle import Shape
 
+from fedsoda_edge.join.download import fetch_file
 from fedsoda_edge.network.hub_transport import HubTransport
 from fedsoda_edge.ports.disk import sha256_file
 from fedsoda_edge.ports.store import FileStore
@@ -227,7 +228,7 @@ async def download(url: str, manifest: BundleManifest, store: Path) -> float:
     transport, files = HubTransport(url, "t"), FileStore(store)
     began = time.monotonic()
     for file in manifest.files:
-        await files.fetch(transport, file.sha256, file.bytes)
+        await fetch_file(files, transport, file.sha256, file.bytes)
     seconds = time.monotonic() - began
     await transport.close()
     return seconds

@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 import pytest
@@ -33,10 +33,12 @@ from jsonschema import Draft202012Validator
 import fedsoda_edge.cli.commands
 import fedsoda_hub.cli.commands
 from fedsoda_edge import errors
+from fedsoda_edge import events as edge_events
 from fedsoda_edge.errors import HubUnreachable, WorkerFailed
 from fedsoda_edge.join import control
 from fedsoda_edge.join.home import Home
-from fedsoda_edge.join.status import _WORK
+from fedsoda_edge.join.inspect import Found
+from fedsoda_edge.join.status import WORK, JoinStatus
 from fedsoda_edge.ports import console
 from fedsoda_edge.ports.disk import BlobStore
 from fedsoda_edge.protocol import messages as ms
@@ -51,6 +53,7 @@ from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.run.ledger import opened
 from fedsoda_hub.serving import daemon as daemon_module
 from fedsoda_hub.settings.run import RunSettings
+from tests import schema_of
 from tests.conftest import ROOT
 from tests.edge.cli.test_cli import a_bundle, serving
 from tests.hub.runs import make_run
@@ -81,20 +84,15 @@ def commands(app: typer.Typer, option: str) -> set[str]:
     return {name for name, command in found if any(option in parameter.opts for parameter in command.params)}
 
 
+EDGE_EVENTS: dict[str, type[edge_events.Event]] = {
+    kind.__struct_config__.tag: kind for kind in get_args(edge_events.AnyEvent)
+}
+
+
 def events_of(program: str) -> set[str]:
-    """Every event that the program can say."""
-    if program == "fedsoda-hub":
-        return {str(kind.__struct_config__.tag) for kind in told_by_hub.kinds()} | {"end"}
-    names = set[str]()
-    for path in {*(ROOT / "fedsoda_edge").rglob("*.py")}:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Dict):
-                for key, value in zip(node.keys, node.values, strict=True):
-                    if isinstance(key, ast.Constant) and key.value == "event":
-                        leaves = [value.body, value.orelse] if isinstance(value, ast.IfExp) else [value]
-                        assert all(isinstance(leaf, ast.Constant) for leaf in leaves)
-                        names |= {str(leaf.value) for leaf in leaves if isinstance(leaf, ast.Constant)}
-    return names
+    """Name every event that the program can say: its structs' tags, and the terminal event."""
+    kinds = EDGE_EVENTS if program == "fedsoda-edge" else {kind.__struct_config__.tag for kind in told_by_hub.kinds()}
+    return {*map(str, kinds), "end"}
 
 
 def subschemas(schema: Any, path: str = "#") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -146,9 +144,36 @@ def test_every_report_and_every_event_has_a_schema_and_no_other_thing_has(progra
     assert outputs.entries == commands(app, "--json") | events_of(program) | INSTEAD
 
 
+@pytest.mark.parametrize("name", EDGE_EVENTS)
+def test_an_event_of_an_edge_is_the_struct_that_its_code_says(name: str) -> None:
+    """Keys, types, ranges, and that there is nothing else."""
+    assert schema_of.of_struct(EDGE_EVENTS[name]) == schema_of.normal(EDGE.parts[name], EDGE.parts)
+
+
+@pytest.mark.parametrize(
+    ("entry", "kind", "envelope"),
+    [("Join", edge_events.Report, {"schema", "status"}), ("plan", Found, {"schema", "status"}),
+     ("Asked", control.Answer, {"schema", "status"}), ("JoinStatus", JoinStatus, set())],
+)  # fmt: skip
+def test_a_report_of_an_edge_has_the_keys_of_its_struct(entry: str, kind: Any, envelope: set[str]) -> None:
+    """Their values are checked where the commands run."""
+    assert set(EDGE.parts[entry]["properties"]) - envelope == set(kind.__struct_fields__)
+
+
+def test_a_struct_that_is_not_as_promised_is_found() -> None:
+    class Planted(edge_events.Event, frozen=True, tag="offer"):
+        round: edge_events.Positive
+        due_seconds: float
+
+    promised = schema_of.normal(EDGE.parts["offer"], EDGE.parts)
+    assert schema_of.of_struct(edge_events.Offered) == promised
+    assert schema_of.of_struct(Planted) != promised  # seconds below 0
+    assert schema_of.of_struct(edge_events.Retrying) != promised
+
+
 def test_closed_sets_are_those_of_the_code() -> None:
     others = {"connecting", "reconnecting", "paused", "stopped"}
-    assert set(EDGE.parts["JoinStatus"]["properties"]["state"]["enum"]) == others | set(_WORK.values())
+    assert set(EDGE.parts["JoinStatus"]["properties"]["state"]["enum"]) == others | set(WORK.values())
     assert tuple(HUB.parts["plan"]["properties"]["settings"]["properties"]["codec"]["enum"]) == CODECS
     assert EDGE.parts["Failed"] == HUB.parts["Failed"]
 

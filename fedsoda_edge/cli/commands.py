@@ -93,10 +93,13 @@ def join(
 ) -> None:
     """Take part until the run ends or Ctrl+C; joining again continues where it stopped."""
     with reporting(as_json, jsonl, debug):
+        import msgspec
+
+        from fedsoda_edge import events as ev
         from fedsoda_edge.cli.display import Display
         from fedsoda_edge.data.local_data import LocalData, remedy_for_columns
         from fedsoda_edge.device.pause_rules import parse_pause_rules
-        from fedsoda_edge.edge import Edge
+        from fedsoda_edge.edge import Edge, take_part
 
         # Wrong options are known before data is read, which may take minutes; bad data before the hub is asked.
         parse_pause_rules(pause_on or "")
@@ -117,9 +120,9 @@ def join(
         for _ in local.rows() if local.is_text else ():
             pass
         with remedy_for_columns(COLUMN_REMEDY), Display(jsonl) as display:
-            display.say({"event": "settings", "values": effective_settings(context)})
-            with edge.join(
-                local, on_event=display.say, unattended=unattended, max_rounds=max_rounds, pause_on=pause_on or ""
+            display.say(ev.Settings(msgspec.convert(effective_settings(context), ev.JoinSettings)))
+            with take_part(
+                edge, local, display.say, unattended=unattended, max_rounds=max_rounds, pause_on=pause_on or ""
             ) as participation:
                 try:
                     for offer in participation:
@@ -143,6 +146,8 @@ def plan(
     with reporting(as_json, False, debug):
         import asyncio
 
+        import msgspec
+
         from fedsoda_edge.cli.display import show_memory
         from fedsoda_edge.edge import Edge, look_at
         from fedsoda_edge.units import counted, human_bytes
@@ -156,13 +161,13 @@ def plan(
         )
         found = asyncio.run(look_at(edge))
         note(
-            f"run {found['run']}: {found['source']}, {found['layers_kept']} of {found['layers']} layers, "
-            f"LoRA rank {found['rank']} in {counted(found['adapter_layers'], 'layer')}\n"
-            f"download {human_bytes(found['disk_needed'])} (free {human_bytes(found['disk_free'])}); border states on disk: "
-            f"{human_bytes(found['border_bytes_per_row'])} a row at most, or half with --cache int8"
+            f"run {found.run}: {found.source}, {found.layers_kept} of {found.layers} layers, "
+            f"LoRA rank {found.rank} in {counted(found.adapter_layers, 'layer')}\n"
+            f"download {human_bytes(found.disk_needed)} (free {human_bytes(found.disk_free)}); border states on disk: "
+            f"{human_bytes(found.border_bytes_per_row)} a row at most, or half with --cache int8"
         )
-        show_memory(found["memory"])
-        finish({"status": "ok", **found}, as_json, False)
+        show_memory(found.memory)
+        finish({"status": "ok", **msgspec.to_builtins(found)}, as_json, False)
 
 
 @app.command(epilog="Example: fedsoda-edge doctor https://hub.example.org --token-file me.token\n\n" + EXIT_HELP)
@@ -195,7 +200,7 @@ def doctor(
                 "passed": check.passed,
                 "detail": check.detail,
                 "fix": check.fix,
-                "parts": check.parts,
+                "parts": [{"part": part.part, "bytes": part.bytes} for part in check.parts],
             }
             for check in checks
         ]
@@ -229,6 +234,7 @@ def status(as_json: opt.Json = False, debug: opt.Debug = False) -> None:
         import time
 
         from fedsoda_edge.join.home import Home
+        from fedsoda_edge.join.status import as_json as status_as_json
         from fedsoda_edge.join.status import read_status, sentences
 
         home = Home()
@@ -240,7 +246,13 @@ def status(as_json: opt.Json = False, debug: opt.Debug = False) -> None:
         else:
             note("\n".join(sentences(found, is_running=is_running, now=time.time())))
         finish(
-            {"status": "ok", "home": str(home.directory), "running": is_running, "runs": runs, "join": found},
+            {
+                "status": "ok",
+                "home": str(home.directory),
+                "running": is_running,
+                "runs": runs,
+                "join": status_as_json(found),
+            },
             as_json,
             False,
         )
@@ -272,6 +284,11 @@ def _request(do: Action, seconds: float | None = None) -> Answer:
     return control.Answer(state="noted")
 
 
+def _finish(answer: Answer, as_json: bool) -> None:
+
+    finish({"status": "ok", **msgspec.to_builtins(answer)}, as_json, False)
+
+
 @app.command(epilog="Example: fedsoda-edge pause --for 1h\n\n" + EXIT_HELP)
 def pause(
     duration: Annotated[
@@ -289,12 +306,11 @@ def pause(
         done = _request("pause", None if duration is None else parse_seconds(duration, "--for"))
         if done.state == "paused":
             said = pause_sentence(done.reason or "", done.seconds)
-            freed = human_bytes(done.freed_bytes)
-            ended = f"the worker ended, {freed} are free again" if done.freed_bytes else "no worker was running"
-            note(f"{said}: {ended}")
+            freed = f"the worker ended, {human_bytes(done.freed_bytes)} are free again"
+            note(f"{said}: {freed if done.freed_bytes else 'no worker was running'}")
         elif done.state == "finishing":
             note("not paused: this device is about to finish")
-        finish({"status": "ok", **msgspec.to_builtins(done)}, as_json, False)
+        _finish(done, as_json)
 
 
 @app.command(epilog="Example: fedsoda-edge resume")
@@ -304,7 +320,7 @@ def resume(as_json: opt.Json = False, debug: opt.Debug = False) -> None:
         done = _request("resume")
         if done.state != "noted":
             note("resumed after the pause" if done.was_paused else "there was no pause; the join is running")
-        finish({"status": "ok", **msgspec.to_builtins(done)}, as_json, False)
+        _finish(done, as_json)
 
 
 @app.command("finish", epilog="Example: fedsoda-edge finish")
@@ -313,13 +329,12 @@ def finish_round(as_json: opt.Json = False, debug: opt.Debug = False) -> None:
     with reporting(as_json, False, debug):
         done = _request("finish")
         if done.state == "finishing":
-            in_hand = done.round
             note(
                 "no round is in hand: this device leaves now"
-                if in_hand is None
-                else f"round {in_hand} is finished and handed in first, then this device leaves"
+                if done.round is None
+                else f"round {done.round} is finished and handed in first, then this device leaves"
             )
-        finish({"status": "ok", **msgspec.to_builtins(done)}, as_json, False)
+        _finish(done, as_json)
 
 
 @data_app.command("check", epilog="Example: fedsoda-edge data check visits.jsonl --tokenizer model-directory")

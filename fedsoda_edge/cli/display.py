@@ -7,8 +7,10 @@ import sys
 import threading
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Any
 
+import msgspec
+
+from fedsoda_edge import events as ev
 from fedsoda_edge.data.inspection import Inspection
 from fedsoda_edge.join.doctor import Check
 from fedsoda_edge.join.status import pause_sentence
@@ -16,7 +18,7 @@ from fedsoda_edge.ports.console import ProgressLine, note, settings_line
 from fedsoda_edge.units import counted, human_bytes, human_seconds
 
 # Events that are said beside the work of the bar, which continues.
-_BESIDE = ("notice", "reconnecting", "reconnected", "retrying")
+_BESIDE = ev.Notice | ev.Reconnecting | ev.Reconnected | ev.Retrying
 
 
 class Display:
@@ -26,7 +28,7 @@ class Display:
         self._jsonl = jsonl
         self._lock = threading.Lock()
         self._line = ProgressLine(is_live=sys.stderr.isatty() and not jsonl)
-        self._download: dict[str, Any] | None = None  # while it runs
+        self._download: ev.Downloading | None = None  # while it runs
         self._swept = ""  # beside it
 
     def __enter__(self) -> Display:
@@ -38,98 +40,97 @@ class Display:
         with self._lock:
             self._line.end()
 
-    def say(self, event: dict[str, Any]) -> None:
-        """Show one event of the SDK; called from any thread."""
+    def say(self, event: ev.AnyEvent) -> None:
+        """Show one event, from any thread."""
         with self._lock:
             if self._jsonl:
-                print(json.dumps(event, allow_nan=False), flush=True)
-                return
-            match event["event"]:
-                case "download":
-                    self._download = event
-                    self._show_download()
-                    if event["done"] >= event["total"]:
-                        self._download = None
-                        if not self._swept:
-                            self._line.show("starting the training process", 0, None)
-                case "sweep":
-                    detail = f"layer {event['done']} of {event['total']}"
-                    self._swept = f"swept {detail}"
-                    if self._download is not None:
-                        self._show_download()
-                    else:
-                        self._line.show("sweeping the data", event["done"], event["total"], detail)
-                case "training":
-                    loss = "nan" if event["loss"] is None else f"{event['loss']:.3f}"
-                    detail = f"step {event['step']} of {event['steps']}, loss {loss}, "
-                    detail += f"{event['tokens_per_second']:.0f} tokens/s"
-                    self._line.show(f"round {event['round']}", event["step"], event["steps"], detail)
-                case kind:
-                    text = _sentence(event)
-                    if (text and kind not in _BESIDE) or (kind == "swept" and self._download is None):
-                        self._line.end()
-                    if text:
-                        self._line.say(text)
-                    if kind == "device":
+                print(json.dumps(ev.as_json(event), allow_nan=False), flush=True)
+            else:
+                self._show(event)
+
+    def _show(self, event: ev.AnyEvent) -> None:
+        match event:
+            case ev.Downloading(done=done, total=total):
+                self._download = event
+                self._show_download(event)
+                if done >= total:
+                    self._download = None
+                    if not self._swept:
                         self._line.show("starting the training process", 0, None)
+            case ev.Sweeping(done=done, total=total):
+                detail = f"layer {done} of {total}"
+                self._swept = f"swept {detail}"
+                if self._download is not None:
+                    self._show_download(self._download)
+                else:
+                    self._line.show("sweeping the data", done, total, detail)
+            case ev.Training():
+                loss = "nan" if event.loss is None else f"{event.loss:.3f}"
+                detail = f"step {event.step} of {event.steps}, loss {loss}, {event.tokens_per_second:.0f} tokens/s"
+                self._line.show(f"round {event.round}", event.step, event.steps, detail)
+            case _:
+                text = sentence(event)
+                is_swept = isinstance(event, ev.Swept) and self._download is None
+                if (text and not isinstance(event, _BESIDE)) or is_swept:
+                    self._line.end()
+                if text:
+                    self._line.say(text)
+                if isinstance(event, ev.DeviceFits):
+                    self._line.show("starting the training process", 0, None)
 
-    def _show_download(self) -> None:
-        """Show one bar for both: what is swept during the download stands beside it."""
-        assert self._download is not None
-        self._line.show("downloading", self._download["done"], self._download["total"], self._swept, is_bytes=True)
+    def _show_download(self, event: ev.Downloading) -> None:
+        """Draw one bar for both: what is swept while it comes stands beside it."""
+        self._line.show("downloading", event.done, event.total, self._swept, is_bytes=True)
 
 
-def _sentence(event: dict[str, Any]) -> str:
-    match event["event"]:
-        case "settings":
-            return settings_line(event["values"])
-        case "joined":
-            return f"joined run {event['run']} as {event['edge']} ({counted(event['rounds'], 'round')})"
-        case "device":
+def sentence(event: ev.AnyEvent) -> str:
+    """Return what a person reads of an event; "" where a bar shows it, or nothing does."""
+    match event:
+        case ev.Settings():
+            return settings_line(msgspec.to_builtins(event.values))
+        case ev.Joined():
+            return f"joined run {event.run} as {event.edge} ({counted(event.rounds, 'round')})"
+        case ev.DeviceFits():
+            needed, free = human_bytes(event.disk_needed), human_bytes(event.disk_free)
+            return f"training on {event.device}; disk {needed} needed, {free} free"
+        case ev.Memory() | ev.Notice():
+            return event.message
+        case ev.DataRead():
+            skipped = f", {event.num_skipped} skipped (completion cut away)" if event.num_skipped else ""
+            return f"{counted(event.num_examples, 'sample')}{skipped}; waiting for a round"
+        case ev.Swept() if event.num_kept < event.num_examples:
             return (
-                f"training on {event['device']}; disk {human_bytes(event['disk_needed'])} needed, "
-                f"{human_bytes(event['disk_free'])} free"
+                f"the disk keeps the border states of {event.num_kept} of {event.num_examples} samples "
+                f"({human_bytes(event.kept_bytes)}); the rest is computed again in each round; a larger --max-disk or more free space "
+                "avoids that"
             )
-        case "memory":
-            return str(event["message"])
-        case "data":
-            skipped = f", {event['num_skipped']} skipped (completion cut away)" if event["num_skipped"] else ""
-            return f"{counted(event['num_examples'], 'sample')}{skipped}; waiting for a round"
-        case "swept" if event["num_kept"] < event["num_examples"]:
-            return (
-                f"the disk keeps the border states of {event['num_kept']} of {event['num_examples']} samples "
-                f"({human_bytes(event['kept_bytes'])}); the rest is computed again in each round; a larger --max-disk or more free space avoids that"
-            )
-        case "offer":
-            return f"round {event['round']}: due in {human_seconds(event['due_seconds'])}"
-        case "trained":
-            loss = "not a number" if event["loss"] is None else f"{event['loss']:.3f}"
-            return (
-                f"round {event['round']}: trained {event['num_steps']} steps in {event['seconds']:.1f} s, loss {loss}"
-            )
-        case "accepted":
-            return f"round {event['round']}: the hub has the update ({event['bytes']} bytes)"
-        case "refused":
-            return f"round {event['round']}: the hub refused the update: {event['reason']}"
-        case "retrying":
-            return f"round {event['round']}: the hub cannot take the update now ({event['reason']}); trying again"
-        case "reconnecting":
-            return f"connection lost: {event['message']}; retrying until it is back"
-        case "reconnected":
+        case ev.Offered():
+            return f"round {event.round}: due in {human_seconds(event.due_seconds)}"
+        case ev.Trained():
+            loss = "not a number" if event.loss is None else f"{event.loss:.3f}"
+            return f"round {event.round}: trained {event.num_steps} steps in {event.seconds:.1f} s, loss {loss}"
+        case ev.Accepted():
+            return f"round {event.round}: the hub has the update ({event.bytes} bytes)"
+        case ev.Refused():
+            return f"round {event.round}: the hub refused the update: {event.reason}"
+        case ev.Retrying():
+            return f"round {event.round}: the hub cannot take the update now ({event.reason}); trying again"
+        case ev.Reconnecting():
+            return f"connection lost: {event.message}; retrying until it is back"
+        case ev.Reconnected():
             return "reconnected"
-        case "paused":
-            return pause_sentence(event["reason"], event["seconds"])
-        case "resumed":
+        case ev.Paused():
+            return pause_sentence(event.reason, event.seconds)
+        case ev.Resumed():
             return "resumed after the pause"
-        case "farewell":
-            return f"done: {event['reason']} after {counted(event['rounds'], 'round')}"
-        case "notice":
-            return str(event["message"])
-    return ""
+        case ev.Farewell():
+            return f"done: {event.reason} after {counted(event.rounds, 'round')}"
+        case ev.Swept() | ev.RoundClosed() | ev.Downloading() | ev.Sweeping() | ev.Training():
+            return ""
 
 
 def show_check(check: Check) -> None:
-    """Show a line of `doctor`."""
+    """Show a step of `doctor` in a line."""
     note(
         f"{'PASS' if check.passed else 'FAIL'}  {check.name:<14} {check.detail}"
         + (f"; {check.fix}" if check.fix else "")
@@ -137,15 +138,15 @@ def show_check(check: Check) -> None:
     _show_parts(check.parts)
 
 
-def show_memory(memory: dict[str, Any]) -> None:
+def show_memory(memory: ev.MemoryReport) -> None:
     """Show how training fits, as a sentence and a table."""
-    note(memory["message"])
-    _show_parts(memory["parts"])
+    note(memory.message)
+    _show_parts(memory.parts)
 
 
-def _show_parts(parts: Iterable[dict[str, Any]]) -> None:
+def _show_parts(parts: Iterable[ev.Part]) -> None:
     for part in parts:
-        note(f"    {part['part']:<36} {human_bytes(part['bytes']):>9}")
+        note(f"    {part.part:<36} {human_bytes(part.bytes):>9}")
 
 
 def show_data(found: Inspection, max_length: int) -> None:

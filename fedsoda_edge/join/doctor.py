@@ -12,12 +12,15 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from fedsoda_edge.device.facts import read_device
+from fedsoda_edge.device.fit import Limits
 from fedsoda_edge.errors import DeviceTooSmall, FedSODAError
+from fedsoda_edge.events import Part
 from fedsoda_edge.join.home import Home
+from fedsoda_edge.join.inspect import look_at
 from fedsoda_edge.join.token import read_token
+from fedsoda_edge.join.trainer import WORKER_MODULE, worker_environment
 from fedsoda_edge.ports import Transport
 from fedsoda_edge.ports.child import Child
 from fedsoda_edge.ports.system import memory_limit_hint
@@ -30,9 +33,9 @@ PROBE_BYTES = 4 << 20  # of the bundle are fetched to measure the way
 
 @dataclass(frozen=True)
 class Check:
-    """One step. fix: what to do; exit_status: of the command when this is the first step that fails.
+    """A step and what came of it. fix: what to do; exit_status: of the command when this is the first that fails.
 
-    parts: what the detail is made of, as {"part": name, "bytes": size}.
+    parts: of the memory that the detail speaks of.
     """
 
     name: str
@@ -40,7 +43,7 @@ class Check:
     detail: str
     fix: str = ""
     exit_status: int = 0
-    parts: Sequence[dict[str, Any]] = ()
+    parts: Sequence[Part] = ()
 
 
 def _failed(name: str, error: FedSODAError) -> Check:
@@ -49,7 +52,7 @@ def _failed(name: str, error: FedSODAError) -> Check:
 
 
 async def examine(url: str | None, token_file: str | Path | None, home: Home) -> AsyncIterator[Check]:
-    """All steps in order. What hangs on a step that failed is left out."""
+    """Go through all steps in order. What hangs on a step that failed is left out."""
     async for check in _device(home):
         yield check
     if url is not None:
@@ -59,7 +62,7 @@ async def examine(url: str | None, token_file: str | Path | None, home: Home) ->
 
 async def _device(home: Home) -> AsyncIterator[Check]:
     yield Check("Python", True, platform.python_version())
-    worker = Child("fedsoda_edge.worker", {"HF_HUB_OFFLINE": "1"})
+    worker = Child(WORKER_MODULE, worker_environment())
     try:
         found = await worker.call(Examine())
     except FedSODAError as error:
@@ -90,7 +93,6 @@ async def _device(home: Home) -> AsyncIterator[Check]:
 
 
 async def _way_to(url: str, token_file: str | Path | None, home: Home) -> AsyncIterator[Check]:
-    from fedsoda_edge.edge import Edge, look_at
     from fedsoda_edge.network.hub_transport import HubTransport
 
     step = "address"
@@ -119,16 +121,16 @@ async def _way_to(url: str, token_file: str | Path | None, home: Home) -> AsyncI
         await transport.close()
         yield Check("token", True, "accepted, and the websocket opens")
         step = "fits"
-        found = await look_at(Edge(url, token_file=token_file, home=home.directory))
+        found = await look_at(HubTransport(url, read_token(token_file)), home, "auto", Limits())
         yield Check(
             step,
             True,
-            f"{found['source']}: {found['memory']['message']}; download {human_bytes(found['disk_needed'])}",
-            parts=found["memory"]["parts"],
+            f"{found.source}: {found.memory.message}; download {human_bytes(found.disk_needed)}",
+            parts=found.memory.parts,
         )
         step = "bandwidth"
         try:
-            size, seconds = await _bandwidth(transport, found["largest_file"])
+            size, seconds = await _bandwidth(transport, found.largest_file)
         finally:
             await transport.close()
         yield Check(step, True, f"{human_bytes(size / seconds)}/s")
@@ -137,7 +139,7 @@ async def _way_to(url: str, token_file: str | Path | None, home: Home) -> AsyncI
 
 
 async def _bandwidth(transport: Transport, digest: str) -> tuple[int, float]:
-    """(bytes, seconds) of the first PROBE_BYTES of a file."""
+    """Fetch the first PROBE_BYTES of a file; return (bytes, seconds)."""
     started, size = time.perf_counter(), 0
     stream = transport.fetch(digest, 0)
     async for piece in stream:

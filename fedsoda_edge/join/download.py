@@ -1,30 +1,34 @@
 """A bundle comes in the order in which a join needs it, over breaks and pauses; each file is used as soon as it is whole.
 
-Bytes and digests are `store.py`'s, which also lets a reader wait for a file; what is read when is the worker's.
+Where files lie, and how a reader waits for one, is `ports/store.py`'s; what is read when is the worker's.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import os
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedsoda_edge.errors import HubUnreachable
+from fedsoda_edge.errors import BlobCorrupt, DiskFull, HubUnreachable, ProtocolViolation
+from fedsoda_edge.events import Downloading, Reconnecting, Say
 from fedsoda_edge.ports import Transport
+from fedsoda_edge.ports.disk import sha256_file
 from fedsoda_edge.ports.store import FileStore
 from fedsoda_edge.protocol.manifest import TOKENIZER_FILES, BundleManifest, File
 
 MAX_BACKOFF_SECONDS = 30.0
-TELL_SECONDS = 0.25  # at most so often, but for the end of a file
+SAY_SECONDS = 0.25  # between two events at least, but for the end of a file
 
 Run = Callable[[Callable[[], Coroutine[Any, Any, Any]]], Awaitable[Any]]
 
 
 def in_order(manifest: BundleManifest) -> list[File]:
-    """The tokenizer reads the data, the sub-emulator sweeps it from its first layer on, the adapter trains last."""
+    """Sort files by use: the tokenizer reads the data, the sub-emulator sweeps it layer by layer, the adapter trains."""
     layers = [f"layers.{number}" for number in sorted(manifest.plan.kept)]
     roles = ["emulator_lora", "embedding", *layers, "adapter_lora", "norm", "head"]
     names = [*TOKENIZER_FILES, *(f"{role}.safetensors" for role in roles)]
@@ -32,7 +36,7 @@ def in_order(manifest: BundleManifest) -> list[File]:
 
 
 class Download:
-    """One join's.
+    """The downloads of one join.
 
     Args:
         run: does a piece of work, and again where a pause broke it off.
@@ -45,7 +49,7 @@ class Download:
         store: FileStore,
         *,
         run: Run,
-        say: Callable[[dict[str, Any]], None],
+        say: Say,
         keep_trying: bool,
     ) -> None:
         self._transport = transport
@@ -54,13 +58,13 @@ class Download:
         self._say = say
         self._keep_trying = keep_trying
         self._done = self._total = 0
-        self._told = float("-inf")
+        self._said_at = float("-inf")
 
     @contextlib.asynccontextmanager
     async def bundle(
         self, manifest: BundleManifest, digest: str
     ) -> AsyncIterator[Callable[[], Coroutine[Any, Any, None]]]:
-        """Between the two ends each file of the bundle is whole, or coming, or not to be had; fetches what is missing.
+        """Give the coroutine that fetches what is missing. Until the end each file is whole, or coming, or not to be had.
 
         Args:
             digest: the manifest's.
@@ -79,13 +83,13 @@ class Download:
             if file.sha256 not in held:
                 await self.file(file.sha256, file.bytes)
             self._done += file.bytes
-            self._tell(0)
+            self._say_done(0)
 
     async def file(self, digest: str, size: int) -> Path:
-        """One file.
+        """Fetch one file, over breaks.
 
         Raises:
-            HubUnreachable: it broke off, and did not move at the next try. And what `FileStore.fetch` raises.
+            HubUnreachable: it broke off, and did not move at the next try. And what `fetch_file` raises.
         """
         attempt = 0
         while True:
@@ -99,7 +103,7 @@ class Download:
                     raise
                 attempt = 0 if has_moved else attempt + 1
                 if attempt < 2:  # not at every try in vain
-                    self._say({"event": "reconnecting", "message": str(error)})
+                    self._say(Reconnecting(str(error)))
                 await asyncio.sleep(backoff_seconds(attempt))
 
     async def _once(self, digest: str, size: int) -> Path:
@@ -109,16 +113,81 @@ class Download:
             nonlocal came
             came += count
             now = asyncio.get_running_loop().time()
-            if self._total and now - self._told >= TELL_SECONDS:
-                self._told = now
-                self._tell(came)
+            if self._total and now - self._said_at >= SAY_SECONDS:
+                self._said_at = now
+                self._say_done(came)
 
-        return await self._store.fetch(self._transport, digest, size, progress)
+        return await fetch_file(self._store, self._transport, digest, size, progress)
 
-    def _tell(self, came: int) -> None:
-        self._say({"event": "download", "done": self._done + came, "total": self._total})
+    def _say_done(self, came: int) -> None:
+        self._say(Downloading(self._done + came, self._total))
 
 
 def backoff_seconds(attempt: int) -> float:
-    """Longer each time, and not the same for all edges."""
+    """Return how long to wait before a try: longer each time, and not the same for all edges."""
     return min(MAX_BACKOFF_SECONDS, 0.5 * 2.0 ** min(attempt, 10)) * random.uniform(0.5, 1.0)
+
+
+async def fetch_file(
+    store: FileStore, transport: Transport, digest: str, size: int, progress: Callable[[int], None] = lambda _: None
+) -> Path:
+    """Return the verified file. A cut download continues where it stopped; a corrupt one is fetched once more.
+
+    Args:
+        progress: called with the number of bytes that came.
+
+    Raises:
+        BlobCorrupt: two downloads in a row do not have the digest.
+        DiskFull: no space; what came so far stays and is used next time.
+        ProtocolViolation: the hub named something that is not a digest.
+    """
+    try:
+        part = store.part(digest)
+    except ValueError as error:
+        raise ProtocolViolation(
+            f"the hub names a file {digest[:80]!r}, which is not a sha256; upgrade the hub"
+        ) from error
+    if await asyncio.to_thread(store.verified, [digest]):
+        progress(size)
+        return store.path(digest)
+    store.directory.mkdir(parents=True, exist_ok=True)
+    found = ""
+    for _ in range(2):
+        await _fetch_part(transport, digest, size, part, progress)
+        found = await asyncio.to_thread(sha256_file, part)
+        if found == digest:
+            return store.keep(digest)
+        part.unlink()
+    raise BlobCorrupt(
+        f"a file of the bundle came twice with digest {found[:12]} instead of {digest[:12]}; "
+        "ask the hub's owner to check the run's bundle directory"
+    )
+
+
+async def _fetch_part(
+    transport: Transport, digest: str, size: int, part: Path, progress: Callable[[int], None]
+) -> None:
+    have = part.stat().st_size if part.exists() else 0
+    if have > size:
+        part.unlink()
+        have = 0
+    progress(have)
+    if have == size:
+        return
+    try:
+        with part.open("ab") as file:
+            async for piece in transport.fetch(digest, have):
+                have += len(piece)
+                if have > size:
+                    raise BlobCorrupt(
+                        f"the hub sends more than the {size} bytes that {digest[:12]} has; "
+                        "ask the hub's owner to check the run's bundle directory"
+                    )
+                file.write(piece)
+                progress(len(piece))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(f"the disk is full at {have} of {size} bytes; free space, then join again") from error
+        raise

@@ -56,7 +56,7 @@ class Home:
         return self.directory / "control"
 
     def run(self, run_id: str) -> Path:
-        """State of one run: views, residual, an update without receipt.
+        """Make and return the directory of one run (`run_state.py`).
 
         Raises:
             ProtocolViolation: the hub chose a run_id that would lead out of here.
@@ -71,11 +71,11 @@ class Home:
         return path
 
     def remember_run(self, run_id: str, about: dict[str, Any]) -> None:
-        """What `data check` needs of the run that was joined last: name, template, lengths, tokenizer files."""
+        """Keep what `data check` needs of the run that was joined last: name, template, lengths, tokenizer files."""
         write_durably(self.run(run_id) / "joined.json", json.dumps(about).encode())
 
     def last_joined(self) -> dict[str, Any] | None:
-        """The `about` of the run joined last, if its tokenizer is still here."""
+        """Return the `about` of the run joined last; None where there is none, or its tokenizer was deleted."""
         found = sorted((self.directory / "runs").glob("*/joined.json"), key=lambda path: path.stat().st_mtime)
         if not found:
             return None
@@ -84,7 +84,7 @@ class Home:
 
     @contextlib.contextmanager
     def _usable(self) -> Iterator[None]:
-        """Errors of the disk as sentences."""
+        """Raise errors of the disk as sentences."""
         try:
             yield
         except OSError as error:
@@ -94,11 +94,11 @@ class Home:
             raise UsageProblem(wrong + "set FEDSODA_HOME to a directory you may write to") from error
 
     def border(self, run_id: str) -> Path:
-        """The run's border states, encrypted (`border_cache.py`)."""
+        """Return the directory of the run's border states, encrypted (`border_cache.py`)."""
         return self.run(run_id) / "border"
 
     def cache_key(self, *, keep: bool) -> bytes:
-        """32 bytes: new ones for each join, so that nobody reads an ended join's border states; or kept, mode 0600."""
+        """Return 32 bytes: new ones for each join, so that nobody reads an ended join's border states; or kept, mode 0600."""
         path = self.directory / "cache.key"
         with self._usable():
             if not keep:
@@ -112,7 +112,7 @@ class Home:
         return key
 
     def forget_borders(self) -> int:
-        """Delete the border states of every run; the bytes freed."""
+        """Delete the border states of every run; return the bytes freed."""
         freed = 0
         for directory in (self.directory / "runs").glob("*/border"):
             freed += sum(path.stat().st_size for path in directory.iterdir())
@@ -120,7 +120,7 @@ class Home:
         return freed
 
     def device_id(self) -> str:
-        """Made once; a token is bound to it."""
+        """Return the id that a token is bound to, made once."""
         path = self.directory / "device_id"
         with self._usable():
             if not path.exists():
@@ -128,7 +128,7 @@ class Home:
             return path.read_text().strip()
 
     def lock(self) -> None:
-        """One running join per home; the lock goes with the process, however it ends.
+        """Keep other joins out of this home; the lock ends with the process, however that ends.
 
         Raises:
             HomeInUse: another process has it.
@@ -143,7 +143,7 @@ class Home:
                 ) from None
 
     def is_in_use(self) -> bool:
-        """Whether a join runs here. It holds the lock for a moment: nothing else tells a dead join from a live one."""
+        """Tell whether a join runs here. Takes the lock for a moment: nothing else tells a dead join from a live one."""
         if not self.directory.exists():
             return False
         try:

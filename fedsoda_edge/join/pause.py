@@ -1,86 +1,96 @@
-"""A join pauses for the device's owner: requests and sensors are watched, the worker ends, the hub is told.
+"""A join makes room for the device's owner: requests and sensors are read, work is broken off and begun again.
 
-When to pause is decided in `device/pause_rules.py`, requests come through `control.py`, and what is done again
-afterwards is the join's own matter.
+When to pause is `device/pause_rules.py`'s, how requests come `control.py`'s; what else a pause does, to the worker and
+to the hub, is the agent's, who looks here twice a second.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from fedsoda_edge.device.pause_rules import Pause, PauseDecider, PauseRules, Readings
 from fedsoda_edge.device.sensors import SENSE_SECONDS, Sensors
 from fedsoda_edge.join import control
-from fedsoda_edge.ports import Clock, TorchPort
+from fedsoda_edge.ports import Clock
 
-END_SECONDS = 5.0  # a worker whose stdin closed may take; then it is killed
-REFRESH_SECONDS = 30.0  # so often `status` learns how long a pause still is
-
+REFRESH_SECONDS = 30.0  # between two times that `status` learns how long a pause still is
 
 T = TypeVar("T")
 
 
-class Join(Protocol):
-    """What stands aside."""
+@dataclass(frozen=True)
+class Begun:
+    """A pause began, or another reason or end came to hold for the one that is on. seconds: how long, if known."""
 
-    worker: TorchPort
-    in_hand: int | None
-
-    @property
-    def pid_on_gpu(self) -> int | None: ...
-    def say(self, event: dict[str, Any]) -> None: ...
-    def still_paused(self, seconds: float) -> None: ...
-
-    async def tell(self) -> None:
-        """Let the hub know, where it is connected."""
-        ...
+    reason: str
+    seconds: float | None
 
 
-async def end(worker: TorchPort) -> None:
-    """Let the worker end by itself; one that is in the middle of its imports, or stopped, is killed."""
-    try:
-        async with asyncio.timeout(END_SECONDS):
-            await worker.close()
-    except TimeoutError:
-        import psutil
+@dataclass(frozen=True)
+class Lasting:
+    """The pause that is on lasts so long still."""
 
-        with contextlib.suppress(psutil.Error):
-            psutil.Process(worker.pid).kill()
-        await worker.close()
+    seconds: float
 
 
-class Aside:
-    """The pauses of one join. `finishing` is set when its owner wants no round after the one in hand."""
+@dataclass(frozen=True)
+class Ended:
+    """The pause that was on is over; work continues once `let_work` is called."""
 
-    def __init__(self, join: Join, requests: Path, rules: PauseRules, clock: Clock) -> None:
-        self._join = join
+
+@dataclass(frozen=True)
+class Unchanged:
+    """What was so before is so still."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one look found. at: monotonic seconds. requests: to be answered when what they ask for is done."""
+
+    at: float
+    change: Begun | Lasting | Ended | Unchanged
+    requests: Sequence[control.Request]
+    was_paused: bool
+
+
+class Pauses:
+    """The pauses of one join, and the work that they break off.
+
+    Args:
+        requests: directory of `control.py`'s files.
+    """
+
+    def __init__(self, requests: Path, rules: PauseRules, clock: Clock) -> None:
+        self.is_finishing = False  # the owner wants no round after the one in hand
         self._requests = requests
         self._rules = rules
         self._clock = clock
         self._sensors = Sensors(rules)
         self._readings = Readings()
-        self._sensed = self._refreshed = float("-inf")
+        self._sensed_at = self._refreshed_at = float("-inf")
         self._decider = PauseDecider(rules)
-        self.pause: Pause | None = None
-        self.finishing = asyncio.Event()
-        self._running = asyncio.Event()  # not paused
-        self._running.set()
+        self._pause: Pause | None = None
+        self._may_work = asyncio.Event()
+        self._may_work.set()
         self._work: set[asyncio.Task[Any]] = set()
-        self.watcher: asyncio.Task[None] | None = None
+
+    @property
+    def is_paused(self) -> bool:
+        return self._pause is not None
 
     def missing(self) -> list[str]:
-        """What a rule asks for and this device does not have."""
+        """Return what a rule asks for and this device does not have, as sentences."""
         return self._sensors.missing()
 
     async def run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Do the work while there is no pause; what one breaks off is begun again after it."""
         while True:
-            await self._running.wait()
+            await self._may_work.wait()
             task = asyncio.create_task(work())
             self._work.add(task)
             try:
@@ -92,76 +102,73 @@ class Aside:
             finally:
                 self._work.discard(task)
 
-    def watch(self, failed: Callable[[BaseException], None]) -> None:
-        """Look twice a second from now on."""
-        self.watcher = asyncio.create_task(self._watch(failed))
+    async def look(self, worker_on_gpu: int | None) -> Look:
+        """Read requests and sensors; break work off where a pause begins.
 
-    async def _watch(self, failed: Callable[[BaseException], None]) -> None:
-        try:
-            while True:
-                await asyncio.sleep(control.LOOK_SECONDS)
-                await self.look()
-        except asyncio.CancelledError:
-            raise
-        except BaseException as error:
-            failed(error)
-
-    async def look(self) -> None:
-        """Do what the owner requests and what the rules ask for."""
-        now, freed, before = self._clock.monotonic(), 0, self.pause
-        taken = control.requests(self._requests)
-        for request in taken:
-            if request.do == "pause":
-                self._decider.pause(now, request.seconds)
-            elif request.do == "resume":
-                self._decider.resume()
-            elif request.do == "finish":
-                self._decider.finish()
-                self.finishing.set()
-        if self._rules != PauseRules() and now - self._sensed >= SENSE_SECONDS:
-            self._sensed = now
+        Args:
+            worker_on_gpu: pid of our worker where it computes on a GPU.
+        """
+        now, before = self._clock.monotonic(), self._pause
+        found = control.requests(self._requests)
+        for request in found:
+            self._take(request, now)
+        if self._rules != PauseRules() and now - self._sensed_at >= SENSE_SECONDS:
+            self._sensed_at = now
             hour = time.localtime(self._clock.wall()).tm_hour
-            self._readings = await asyncio.to_thread(self._sensors.read, hour, self._join.pid_on_gpu)
-        wanted = self._decider.decide(now, self._readings)
-        if wanted is None and before is not None:
-            await self._end()
-        elif wanted is not None and (before is None or (before.by, before.until) != (wanted.by, wanted.until)):
-            freed = await self._begin(wanted, now)
-        elif wanted is not None and wanted.until is not None and now - self._refreshed >= REFRESH_SECONDS:
-            self._refreshed = now
-            self._join.still_paused(wanted.until - now)
-        pause = self.pause
-        for request in taken:
-            control.answer(
-                request,
-                control.Answer(
-                    state="paused" if pause else "finishing" if self.finishing.is_set() else "running",
-                    was_paused=before is not None,
-                    reason=pause.reason if pause else None,
-                    seconds=pause.until - now if pause and pause.until is not None else None,
-                    freed_bytes=freed,
-                    round=self._join.in_hand,
-                ),
-            )
+            self._readings = await asyncio.to_thread(self._sensors.read, hour, worker_on_gpu)
+        self._pause = self._decider.decide(now, self._readings)
+        return Look(now, await self._change(before, now), found, before is not None)
 
-    async def _begin(self, pause: Pause, now: float) -> int:
-        """End the worker, which keeps all on the disk, and tell the hub; the bytes that are free again."""
-        self.pause, self._refreshed = pause, now
-        self._running.clear()
+    def _take(self, request: control.Request, now: float) -> None:
+        match request.do:
+            case "pause":
+                self._decider.pause(now, request.seconds)
+            case "resume":
+                self._decider.resume()
+            case "finish":
+                self._decider.finish()
+                self.is_finishing = True
+
+    async def _change(self, before: Pause | None, now: float) -> Begun | Lasting | Ended | Unchanged:
+        pause = self._pause
+        if pause is None:
+            return Unchanged() if before is None else Ended()
+        seconds = None if pause.until is None else pause.until - now
+        if before is None or (before.by, before.until) != (pause.by, pause.until):
+            self._refreshed_at = now
+            await self._break_off()
+            return Begun(pause.reason, seconds)
+        if seconds is not None and now - self._refreshed_at >= REFRESH_SECONDS:
+            self._refreshed_at = now
+            return Lasting(seconds)
+        return Unchanged()
+
+    async def _break_off(self) -> None:
+        self._may_work.clear()
         if self._work:
             for task in self._work:
                 task.cancel()
             await asyncio.wait(self._work)
-        worker = self._join.worker
-        freed = worker.rss_bytes or 0
-        await end(worker)
-        seconds = None if pause.until is None else pause.until - now
-        self._join.say({"event": "paused", "reason": pause.reason, "seconds": seconds})
-        await self._join.tell()
-        return freed
 
-    async def _end(self) -> None:
-        self.pause = None
-        await self._join.tell()
-        self._join.say({"event": "resumed"})
-        self._running.set()
+    def let_work(self) -> None:
+        """Let the work continue that a pause broke off."""
+        if self._pause is None:
+            self._may_work.set()
+
+    def answer(self, look: Look, freed_bytes: int, in_hand: int | None) -> None:
+        """Say to those who asked what was done.
+
+        Args:
+            freed_bytes: that the worker held which the pause ended. in_hand: the round.
+        """
+        pause = self._pause
+        said = control.Answer(
+            state="paused" if pause else "finishing" if self.is_finishing else "running",
+            was_paused=look.was_paused,
+            reason=pause.reason if pause else None,
+            seconds=pause.until - look.at if pause and pause.until is not None else None,
+            freed_bytes=freed_bytes,
+            round=in_hand,
+        )
+        for request in look.requests:
+            control.answer(request, said)

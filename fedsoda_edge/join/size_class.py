@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fedsoda_edge.device.facts import read_device
 from fedsoda_edge.device.fit import Limits, check_disk, fit
 from fedsoda_edge.errors import DeviceTooSmall
+from fedsoda_edge.events import Notice, Say
 from fedsoda_edge.ports.store import FileStore
 from fedsoda_edge.protocol.manifest import BundleManifest, parse_manifest
 from fedsoda_edge.protocol.messages import BlobRef, DeviceFacts, SizeClass, Welcome
@@ -21,7 +21,8 @@ from fedsoda_edge.protocol.needs import MemoryPlan, SampleSizes, shape_of
 
 @dataclass(frozen=True)
 class Taken:
-    """number: 0 the largest, 1 the next, ...; disk_needed: bytes that are still to be fetched, with what comes beside."""
+    """The sub-LLM that is taken. number: 0 the largest, 1 the next, ...; disk_needed: bytes that are still to be fetched,
+    with what comes beside them."""
 
     number: int
     size_class: SizeClass
@@ -39,9 +40,9 @@ async def take(
     device: str,
     samples: SampleSizes,
     limits: Limits,
-    say: Callable[[dict[str, Any]], None],
+    say: Say,
 ) -> Taken:
-    """The largest sub-LLM whose files and training have room.
+    """Return the largest sub-LLM whose files and training have room.
 
     Args:
         device, samples, limits: as `device.fit` has them.
@@ -61,7 +62,7 @@ async def take(
         except DeviceTooSmall as error:
             if number == len(classes) - 1:
                 raise
-            say({"event": "notice", "message": f"{error}; looking at the run's next smaller sub-LLM"})
+            say(Notice(f"{error}; looking at the run's next smaller sub-LLM"))
         else:
             return Taken(number, one, manifest, memory, facts, needed)
     raise AssertionError("a Welcome has a manifest")

@@ -6,161 +6,192 @@ Folded from the same events that a display shows. Times in it are wall clock, fo
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from fedsoda_edge import events as ev
 from fedsoda_edge.ports import Clock
 from fedsoda_edge.units import human_bytes, human_seconds
 
-WRITE_SECONDS = 1.0  # at most so often, but for a change of state
+WRITE_SECONDS = 1.0  # between two writes at least, but for a change of state
 
-_WORK = {  # what the events say that it works at
-    "joined": "joining",
-    "download": "downloading",
-    "data": "waiting for a round",
-    "sweep": "sweeping the data through the sub-emulator",
-    "swept": "waiting for a round",
-    "training": "training",
-    "trained": "sending the update",
-    "retrying": "waiting to send the update again",
-    "accepted": "waiting for a round",
-    "refused": "waiting for a round",
-    "farewell": "the run is over",
+RUN_IS_OVER = "the run is over"
+WORK: dict[type[ev.Event], str] = {  # what a join works at, from this event on
+    ev.Joined: "joining",
+    ev.Downloading: "downloading",
+    ev.DataRead: "waiting for a round",
+    ev.Sweeping: "sweeping the data through the sub-emulator",
+    ev.Swept: "waiting for a round",
+    ev.Training: "training",
+    ev.Trained: "sending the update",
+    ev.Retrying: "waiting to send the update again",
+    ev.Accepted: "waiting for a round",
+    ev.Refused: "waiting for a round",
+    ev.Farewell: RUN_IS_OVER,
 }
-_BESIDE = ("sweep", "swept")  # done while the download runs, which lasts longer; all but a farewell may outlive the run
+
+
+class JoinStatus(msgspec.Struct, kw_only=True):
+    """The file. loss: of the last step, nats. due_at, paused_until, updated_at: seconds since 1970.
+
+    What an older release left out is None.
+    """
+
+    state: str = "connecting"
+    pid: int = 0
+    hub: str = ""
+    run: str | None = None
+    edge: str | None = None
+    round: int | None = None
+    rounds: int | None = None
+    step: int | None = None
+    steps: int | None = None
+    loss: float | None = None
+    due_at: float | None = None
+    worker_bytes: int | None = None
+    paused: str | None = None
+    paused_until: float | None = None
+    last_error: str | None = None
+    updated_at: float | None = None
 
 
 class Status:
-    """The fold. `memory` gives the worker's bytes, None where there is no worker."""
+    """The fold of a join's events into its file.
+
+    Args:
+        memory: gives the worker's bytes, None where there is no worker.
+    """
 
     def __init__(self, path: Path, hub: str, clock: Clock, memory: Callable[[], int | None]) -> None:
         self._path, self._clock, self._memory = path, clock, memory
-        self._written = -WRITE_SECONDS
-        self._work = "connecting"  # goes on after a lost connection or a pause
+        self._written_at = -WRITE_SECONDS
         self._is_downloading = self._has_ended = False
-        self.values: dict[str, Any] = {
-            "state": self._work,
-            "pid": os.getpid(),
-            "hub": hub,
-            "run": None,
-            "edge": None,
-            "round": None,
-            "rounds": None,
-            "step": None,
-            "steps": None,
-            "loss": None,
-            "due_at": None,
-            "worker_bytes": None,
-            "paused": None,
-            "paused_until": None,
-            "last_error": None,
-            "updated_at": None,
-        }
+        self.now = JoinStatus(pid=os.getpid(), hub=hub)
+        self._work = self.now.state  # also while the connection is lost or a pause is on
 
-    def note(self, event: dict[str, Any]) -> None:
+    def note(self, event: ev.AnyEvent) -> None:
         """Take one event of the join in."""
         if self._has_ended:
             return  # of a worker that is still being stopped
-        values, kind = self.values, event["event"]
-        before = values["state"]
-        if kind == "download":
-            self._is_downloading = event["done"] < event["total"]
-        is_beside = self._work == _WORK["farewell"] or (kind in _BESIDE and self._is_downloading)
-        if kind in _WORK and not is_beside:
-            self._work = _WORK[kind]
-            values["state"] = self._work
-        if kind in ("reconnecting", "paused"):
-            values["state"] = kind
-        elif kind in ("reconnected", "resumed"):
-            values["state"] = self._work
-        if kind == "paused":
-            values["paused"] = event["reason"]
-            self._until(event["seconds"])
-        elif kind in ("resumed", "farewell"):
-            values |= {"paused": None, "paused_until": None}
-        elif values["paused"] is not None:
-            values["state"] = "paused"  # whatever comes or goes meanwhile
-        values |= {name: event[name] for name in ("run", "edge", "round", "rounds", "loss") if name in event}
-        if kind == "training":
-            values |= {"step": event["step"], "steps": event["steps"]}
-        elif kind == "offer":
-            values |= {"due_at": self._clock.wall() + event["due_seconds"], "step": None, "steps": None}
-        elif kind in ("accepted", "refused", "farewell"):
-            values |= {"due_at": None, "step": None, "steps": None}
-        if kind in ("reconnecting", "retrying", "refused"):
-            values["last_error"] = event.get("message") or event.get("reason")
-        elif kind in ("reconnected", "accepted"):
-            values["last_error"] = None
-        now = self._clock.monotonic()
-        if values["state"] != before or kind == "paused" or now - self._written >= WRITE_SECONDS:
-            self._written = now
-            self._write()
+        before = self.now.state
+        self._note_state(event)
+        self._note_values(event)
+        is_due = self._clock.monotonic() - self._written_at >= WRITE_SECONDS
+        if self.now.state != before or isinstance(event, ev.Paused) or is_due:
+            self._written_at = self._clock.monotonic()
+            self.write()
+
+    def _note_state(self, event: ev.AnyEvent) -> None:
+        now = self.now
+        if isinstance(event, ev.Downloading):
+            self._is_downloading = event.done < event.total
+        # A sweep is done beside the download, which lasts longer; all but a farewell may outlive the run.
+        is_beside = isinstance(event, ev.Sweeping | ev.Swept) and self._is_downloading
+        if type(event) in WORK and not is_beside and self._work != RUN_IS_OVER:
+            self._work = now.state = WORK[type(event)]
+        match event:
+            case ev.Reconnecting():
+                now.state = "reconnecting"
+            case ev.Reconnected():
+                now.state = self._work
+            case ev.Paused(reason=reason, seconds=seconds):
+                now.state, now.paused = "paused", reason
+                self._until(seconds)
+            case ev.Resumed() | ev.Farewell():
+                now.state, now.paused, now.paused_until = self._work, None, None
+        if now.paused is not None:
+            now.state = "paused"  # whatever comes or goes meanwhile
+
+    def _note_values(self, event: ev.AnyEvent) -> None:
+        now = self.now
+        for name in ("run", "edge", "round", "rounds", "loss"):
+            if name in event.__struct_fields__:
+                setattr(now, name, getattr(event, name))
+        match event:
+            case ev.Training():
+                now.step, now.steps = event.step, event.steps
+            case ev.Offered():
+                now.due_at, now.step, now.steps = self._clock.wall() + event.due_seconds, None, None
+            case ev.Accepted() | ev.Refused() | ev.Farewell():
+                now.due_at = now.step = now.steps = None
+        match event:
+            case ev.Reconnecting(message=problem) | ev.Retrying(reason=problem) | ev.Refused(reason=problem):
+                now.last_error = problem
+            case ev.Reconnected() | ev.Accepted():
+                now.last_error = None
 
     def still_paused(self, seconds: float) -> None:
-        """So much of the pause is left: the wall clock may have been set since."""
+        """Note how much of the pause is left: the wall clock may have been set since."""
         self._until(seconds)
-        self._write()
+        self.write()
 
     def _until(self, seconds: float | None) -> None:
-        self.values["paused_until"] = None if seconds is None else self._clock.wall() + seconds
+        self.now.paused_until = None if seconds is None else self._clock.wall() + seconds
 
     def end(self, error: BaseException | None) -> None:
-        """The last word: why the join ended, where it was no run's end."""
+        """Note why the join ended, where that was not the end of its run. Nothing is noted after it."""
         self._has_ended = True
         if error is not None:
-            self.values |= {"state": "stopped", "last_error": str(error) or type(error).__name__}
-        elif self.values["state"] != _WORK["farewell"]:
-            self.values["state"] = "stopped"
-        self.values |= {"paused": None, "paused_until": None}
-        self._write()
+            self.now.state, self.now.last_error = "stopped", str(error) or type(error).__name__
+        elif self.now.state != RUN_IS_OVER:
+            self.now.state = "stopped"
+        self.now.paused = self.now.paused_until = None
+        self.write()
 
-    def _write(self) -> None:
-        self.values |= {"worker_bytes": self._memory(), "updated_at": self._clock.wall()}
+    def write(self) -> None:
+        """Replace the file by what is so now."""
+        self.now.worker_bytes, self.now.updated_at = self._memory(), self._clock.wall()
         part = self._path.with_suffix(".part")
         with contextlib.suppress(OSError):  # a full disk must not stop a round; the next write may succeed
-            part.write_text(json.dumps(self.values), encoding="utf-8")
+            part.write_bytes(msgspec.json.encode(self.now))
             os.replace(part, self._path)
 
 
-def read_status(path: Path) -> dict[str, Any] | None:
-    """What the last join wrote; None before the first."""
+def read_status(path: Path) -> JoinStatus | None:
+    """Return what the last join wrote; None before the first."""
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return msgspec.json.decode(path.read_bytes(), type=JoinStatus)
+    except (OSError, msgspec.MsgspecError):
         return None
-    return found
+
+
+def as_json(found: JoinStatus | None) -> dict[str, Any] | None:
+    """Return a status as JSON values."""
+    values: dict[str, Any] | None = msgspec.to_builtins(found)
+    return values
 
 
 def pause_sentence(reason: str, seconds: float | None) -> str:
-    """ "paused by its owner, for another 42 min", "paused: on battery"."""
+    """Say "paused by its owner, for another 42 min" or "paused: on battery"."""
     said = f"paused {reason}" if reason.startswith("by ") else f"paused: {reason}"
     return said if seconds is None else f"{said}, for another {human_seconds(seconds)}"
 
 
-def sentences(found: dict[str, Any], *, is_running: bool, now: float) -> list[str]:
-    """The status for people: state, hub, round, step, due time, memory, last error with its fix."""
-    state = found["state"] if is_running or found["state"] in ("stopped", "the run is over") else "ended without a word"
-    if is_running and found.get("paused"):  # a home may hold the status of an older release
-        state = pause_sentence(found["paused"], found["paused_until"] and max(0.0, found["paused_until"] - now))
-    lines = [f"{state}" + (f" (pid {found['pid']})" if is_running else "")]
-    if found["run"]:
-        lines.append(f"run {found['run']} as {found['edge']} at {found['hub']}")
+def sentences(found: JoinStatus, *, is_running: bool, now: float) -> list[str]:
+    """Say a status to people: state, hub, round, step, due time, memory, last error with its fix."""
+    state = found.state if is_running or found.state in ("stopped", RUN_IS_OVER) else "ended without a word"
+    if is_running and found.paused:
+        state = pause_sentence(found.paused, found.paused_until and max(0.0, found.paused_until - now))
+    lines = [f"{state}" + (f" (pid {found.pid})" if is_running else "")]
+    if found.run:
+        lines.append(f"run {found.run} as {found.edge} at {found.hub}")
     else:
-        lines.append(f"hub {found['hub']}")
-    if found["round"]:
-        line = f"round {found['round']} of {found['rounds']}"
-        if found["steps"]:
-            line += f", step {found['step']} of {found['steps']}"
-        if found["loss"] is not None:
-            line += f", loss {found['loss']:.3f}"
-        if found["due_at"] and is_running:
-            line += f", due in {human_seconds(max(0.0, found['due_at'] - now))}"
+        lines.append(f"hub {found.hub}")
+    if found.round:
+        line = f"round {found.round} of {found.rounds}"
+        if found.steps:
+            line += f", step {found.step} of {found.steps}"
+        if found.loss is not None:
+            line += f", loss {found.loss:.3f}"
+        if found.due_at and is_running:
+            line += f", due in {human_seconds(max(0.0, found.due_at - now))}"
         lines.append(line)
-    if found["worker_bytes"] and is_running:
-        lines.append(f"worker holds {human_bytes(found['worker_bytes'])} of memory")
-    if found["last_error"]:
-        lines.append(f"last error: {found['last_error']}")
+    if found.worker_bytes and is_running:
+        lines.append(f"worker holds {human_bytes(found.worker_bytes)} of memory")
+    if found.last_error:
+        lines.append(f"last error: {found.last_error}")
     return lines

@@ -22,7 +22,7 @@ class Clock(Protocol):
         ...
 
     async def sleep(self, seconds: float) -> None:
-        """Return after so many seconds of `monotonic`."""
+        """Return when that many seconds of `monotonic` have passed."""
         ...
 
 
@@ -54,6 +54,21 @@ class Disk(Protocol):
 class Transport(Protocol):
     """One conversation with a hub in whole frames (`protocol.codec`), and its blobs over HTTP."""
 
+    @property
+    def url(self) -> str:
+        """Which hub it is, for people."""
+        ...
+
+    @property
+    def up(self) -> int:
+        """Bytes of the conversation that were sent."""
+        ...
+
+    @property
+    def down(self) -> int:
+        """Bytes of the conversation that came."""
+        ...
+
     async def connect(self) -> None:
         """Raises HubUnreachable (with the step), RefusedByHub."""
         ...
@@ -61,13 +76,13 @@ class Transport(Protocol):
     async def send(self, frame: bytes) -> None: ...
 
     def frames(self) -> AsyncIterator[bytes]:
-        """Frames until the connection ends, orderly or not."""
+        """Yield frames until the connection ends, orderly or not."""
         ...
 
     async def close(self) -> None: ...
 
     def fetch(self, digest: str, offset: int) -> AsyncIterator[bytes]:
-        """The bytes of a bundle file from `offset` on."""
+        """Yield the bytes of a bundle file from `offset` on."""
         ...
 
 
@@ -101,4 +116,6 @@ class TorchPort(Protocol):
         """
         ...
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """End the process, by force where it does not end by itself in a few seconds."""
+        ...

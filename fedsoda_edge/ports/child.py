@@ -27,6 +27,7 @@ from fedsoda_edge.protocol.calls import Call, ProgressT, ResultT, progress_type,
 Report = Callable[[msgspec.Struct], None]
 
 MAX_FRAME_BYTES = 64 << 20
+END_SECONDS = 5.0  # after its stdin closed; then it is killed
 
 
 class Progressed(msgspec.Struct, frozen=True, tag_field="reply", tag="progress"):
@@ -74,9 +75,11 @@ class Child:
         self._last_words: deque[str] = deque(maxlen=30)
         self._drain: asyncio.Task[None] | None = None
         self._lock = asyncio.Lock()
+        self._has_answered = False  # the process that runs now
         self.peak_rss_bytes = 0
 
     async def start(self) -> None:
+        self._has_answered = False
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -130,6 +133,7 @@ class Child:
                 while True:
                     size = int.from_bytes(await self._process.stdout.readexactly(4), "big")
                     reply = _reply.decode(await self._process.stdout.readexactly(size))
+                    self._has_answered = True
                     if not isinstance(reply, Progressed):
                         break
                     if on_progress is not None:
@@ -155,12 +159,21 @@ class Child:
                 ) from error
 
     async def close(self) -> None:
-        """Close its stdin, which ends it, and wait."""
+        """End it and wait. A child whose stdin closes ends at once, in the middle of work too.
+
+        One that has not answered yet may still be importing, and one that is stopped reads nothing: both are killed.
+        """
         if self._process is None:
             return
         assert self._process.stdin is not None
         with contextlib.suppress(ConnectionError):
             self._process.stdin.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(END_SECONDS if self._has_answered else 0):
+                await self._process.wait()
+        if self.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
         await self._process.wait()
         if self._drain is not None:
             await self._drain

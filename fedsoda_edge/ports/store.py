@@ -1,20 +1,16 @@
-"""Bundle files by digest on disk: resume a download, verify before use. The network is the transport's."""
+"""Bundle files by digest on disk, whole or in part. How they are fetched is `join/download.py`'s."""
 
 from __future__ import annotations
 
-import asyncio
-import errno
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from fedsoda_edge.errors import BlobCorrupt, DiskFull, ProtocolViolation
-from fedsoda_edge.ports import Transport
 from fedsoda_edge.ports.disk import BlobStore, sha256_file
 from fedsoda_edge.ports.system import sync_directory
 
-ARRIVAL_SECONDS = 0.02  # so often a reader looks whether its file is here
+ARRIVAL_SECONDS = 0.02  # between two looks of a reader, in another process, whether its file is here
 
 
 def when_here(path: Path, coming: Path) -> Path:
@@ -25,19 +21,19 @@ def when_here(path: Path, coming: Path) -> Path:
 
 
 class FileStore(BlobStore):
-    """A BlobStore that fetches what it lacks. A file gets its name when it is whole and verified, not before."""
+    """A BlobStore of files that come in parts. A file gets its name when it is whole and verified, not before."""
 
     def held_bytes(self, files: list[tuple[str, int]]) -> int:
-        """How many bytes of these (digest, size) files are here already, parts of downloads included."""
+        """Return how many bytes of these (digest, size) files are here already, parts of downloads included."""
         total = 0
         for digest, size in files:
-            for path in (self.path(digest), self._part(digest)):
+            for path in (self.path(digest), self.part(digest)):
                 if path.exists():
                     total += min(size, path.stat().st_size)
         return total
 
     def verified(self, digests: Sequence[str]) -> set[str]:
-        """Those that are here and whole. What the disk or another program changed is taken away."""
+        """Return which of these are here and whole. What the disk or another program changed is deleted."""
         found = set()
         for digest in digests:
             path = self.path(digest)
@@ -49,73 +45,16 @@ class FileStore(BlobStore):
         return found
 
     def coming(self, digest: str) -> Path:
-        """The file that is there while the bundle of this manifest is fetched, for `when_here`."""
+        """Return the file that is there while the bundle of this manifest is fetched, for `when_here`."""
         return self.path(digest).with_suffix(".coming")
 
-    def _part(self, digest: str) -> Path:
+    def part(self, digest: str) -> Path:
+        """Return the file of what has come so far. ValueError when `digest` is not 64 hex digits."""
         return self.path(digest).with_suffix(".part")
 
-    async def fetch(
-        self, transport: Transport, digest: str, size: int, progress: Callable[[int], None] = lambda _: None
-    ) -> Path:
-        """The verified file. A cut download goes on where it stopped; a corrupt one is fetched once more.
-
-        Args:
-            progress: called with the number of bytes that came.
-
-        Raises:
-            BlobCorrupt: two downloads in a row do not have the digest.
-            DiskFull: no space; what came so far stays and is used next time.
-            ProtocolViolation: the hub named something that is no digest.
-        """
-        try:
-            path, part = self.path(digest), self._part(digest)
-        except ValueError as error:
-            raise ProtocolViolation(
-                f"the hub names a file {digest[:80]!r}, which is no sha256; upgrade the hub"
-            ) from error
-        if await asyncio.to_thread(self.verified, [digest]):
-            progress(size)
-            return path
-        self.directory.mkdir(parents=True, exist_ok=True)
-        found = ""
-        for _ in range(2):
-            await self._download(transport, digest, size, part, progress)
-            found = await asyncio.to_thread(sha256_file, part)
-            if found == digest:
-                os.replace(part, path)
-                sync_directory(self.directory)
-                return path
-            part.unlink()
-        raise BlobCorrupt(
-            f"a file of the bundle came twice with digest {found[:12]} instead of {digest[:12]}; "
-            "ask the hub's owner to check the run's bundle directory"
-        )
-
-    async def _download(
-        self, transport: Transport, digest: str, size: int, part: Path, progress: Callable[[int], None]
-    ) -> None:
-        have = part.stat().st_size if part.exists() else 0
-        if have > size:
-            part.unlink()
-            have = 0
-        progress(have)
-        if have == size:
-            return
-        try:
-            with part.open("ab") as file:
-                async for piece in transport.fetch(digest, have):
-                    have += len(piece)
-                    if have > size:
-                        raise BlobCorrupt(
-                            f"the hub sends more than the {size} bytes that {digest[:12]} has; "
-                            "ask the hub's owner to check the run's bundle directory"
-                        )
-                    file.write(piece)
-                    progress(len(piece))
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise DiskFull(f"the disk is full at {have} of {size} bytes; free space, then join again") from error
-            raise
+    def keep(self, digest: str) -> Path:
+        """Give a part that is whole and verified its name."""
+        path = self.path(digest)
+        os.replace(self.part(digest), path)
+        sync_directory(self.directory)
+        return path

@@ -89,7 +89,7 @@ class Worker:
                 return examine()
 
     def open(self, command: cmd.Open) -> cmd.Opened:
-        """Read the data, as soon as the tokenizer is here; how many samples there are.
+        """Read the data, as soon as the tokenizer is here; say how many samples there are.
 
         The rest of the bundle may still be coming. Each file is verified when it is first used.
         """
@@ -128,7 +128,7 @@ class Worker:
         return torch.bfloat16 if self.memory.device.startswith("cuda") else torch.float32
 
     def check(self, command: cmd.Check) -> cmd.Checked:
-        """Read every row of data whose format the agent does not read; how many there are."""
+        """Read every row of data whose format the agent does not read; say how many there are."""
         rows = command.rows
         data = LocalData(Path(rows.path), rows.columns)
         return cmd.Checked(data.check(TextTemplate(rows.prompt), TextTemplate(rows.completion)))
@@ -177,7 +177,7 @@ class Worker:
         )
 
     def train(self, command: cmd.Train, report: Report) -> cmd.Trained:
-        """One local round: the coded delta and the new residual as files."""
+        """Train one local round; leave the coded delta and the new residual as files."""
         spec = self.bundle.manifest.lora
         assert self._border is not None, "the agent asks for the border first"
         assert self._states is not None
@@ -224,7 +224,7 @@ class Worker:
             )
         self._micro_batch = trained.micro_batch
         finite = math.isfinite(trained.loss)
-        # A broken round still answers, with nothing in it: the hub refuses it and the round goes on.
+        # A broken round still answers, with nothing in it: the hub refuses it and the round continues.
         wanted = {name: value if finite else torch.zeros_like(value) for name, value in trained.delta.items()}
         residual = None
         if finite and command.residual is not None:
@@ -266,7 +266,7 @@ class Worker:
         return delta.from_bytes(Path(path).read_bytes(), self.bundle.manifest.lora.adapter)
 
     def _built(self, view: dict[str, torch.Tensor], batch_size: int) -> SubLLM:
-        """What trains, as the memory plan has it, after a probe: the heaviest micro-batch fits, or a smaller one."""
+        """Return what trains, as the memory plan has it, after a probe: the heaviest micro-batch fits, or a smaller one."""
         assert self._border is not None
         memory, samples = self.memory, self._samples.samples
         key = msgspec.json.encode([self.bundle.manifest, memory.device, memory.packed, memory.recompute])
@@ -324,7 +324,7 @@ def examine() -> cmd.Examined:
 
 @contextmanager
 def _out_of_memory_is_told(memory: MemoryPlan) -> Iterator[None]:
-    """Where no smaller micro-batch helps, the agent may know a leaner way."""
+    """Raise a lack of memory as DeviceTooSmall: where no smaller micro-batch helps, the agent may know a leaner way."""
     try:
         yield
     except RuntimeError as error:

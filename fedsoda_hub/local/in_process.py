@@ -8,6 +8,7 @@ many threads. No clock decides anything here.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import traceback
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -18,10 +19,13 @@ from weakref import WeakValueDictionary
 
 import msgspec
 
+from fedsoda_edge import events
 from fedsoda_edge.data.local_data import LocalData
 from fedsoda_edge.errors import FedSODAError, HubUnreachable, RefusedByHub, WorkerFailed
-from fedsoda_edge.join.agent import Agent, AgentSettings
+from fedsoda_edge.join.agent import Agent
+from fedsoda_edge.join.conversation import RunOver
 from fedsoda_edge.join.home import Home
+from fedsoda_edge.join.settings import AgentSettings
 from fedsoda_edge.model.sub_llm import SubLLM
 from fedsoda_edge.ports import SystemClock
 from fedsoda_edge.ports.child import Report
@@ -73,7 +77,7 @@ async def federate(
                 thread.port(lambda: Worker(shared).answer),
                 Home(homes / name),
                 AgentSettings(settings.device, LocalData(data)),
-                say_of(name),
+                _as_dicts(say_of(name)),
                 SystemClock(),
             )
             for name, data in edges.items()
@@ -95,14 +99,20 @@ async def federate(
             await asyncio.wait({*joining, serving})
 
 
+def _as_dicts(say: EdgeSay) -> events.Say:
+    """Let events arrive as a process would have printed them."""
+    return lambda event: say(events.as_json(event))
+
+
 async def _take_part(agent: Agent, door: MemoryDoor) -> None:
     """Do what `fedsoda-edge join` does."""
     await door.is_open.wait()
     try:
         await agent.start()
-        while (offer := await agent.next_offer()) is not None:
-            await agent.train(offer.round)
-            await agent.submit()
+        with contextlib.suppress(RunOver):
+            while (offer := await agent.next_offer()) is not None:
+                update = await agent.train(offer.round)
+                await agent.submit(update.round, update.digest)
     finally:
         await agent.close()
 

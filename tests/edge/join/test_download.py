@@ -19,9 +19,10 @@ import msgspec
 import psutil
 import pytest
 
+from fedsoda_edge import events as ev
 from fedsoda_edge.data.local_data import LocalData
 from fedsoda_edge.errors import BlobCorrupt, HubUnreachable
-from fedsoda_edge.join.download import Download, in_order
+from fedsoda_edge.join.download import Download, fetch_file, in_order
 from fedsoda_edge.join.home import Home
 from fedsoda_edge.network.hub_transport import PIECE_BYTES, HubTransport
 from fedsoda_edge.ports.store import FileStore, when_here
@@ -336,10 +337,10 @@ async def at_once(work: Callable[[], Any]) -> Any:
     return await work()
 
 
-def fetched(directory: Path, cuts: list[int], *, keep_trying: bool = False) -> tuple[Proxy, list[str]]:
+def fetched(directory: Path, cuts: list[int], *, keep_trying: bool = False) -> tuple[Proxy, list[ev.Event]]:
     """The file of `test_transport` through a proxy, by the product's own download; and what was said."""
     (directory / DIGEST).write_bytes(DATA)
-    said: list[str] = []
+    said: list[ev.Event] = []
 
     async def fetch() -> Proxy:
         async with listening(SmallHub(directory)) as url:
@@ -347,9 +348,7 @@ def fetched(directory: Path, cuts: list[int], *, keep_trying: bool = False) -> t
             async with await asyncio.start_server(proxy.serve, "127.0.0.1", 0) as server:
                 hub = HubTransport(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", "good")
                 store = FileStore(directory / "store")
-                download = Download(
-                    hub, store, run=at_once, say=lambda event: said.append(event["event"]), keep_trying=keep_trying
-                )
+                download = Download(hub, store, run=at_once, say=said.append, keep_trying=keep_trying)
                 try:
                     path = await download.file(DIGEST, len(DATA))
                 finally:
@@ -365,7 +364,7 @@ def test_a_transfer_that_is_cut_in_the_middle_goes_on_there(tmp_path: Path, monk
     proxy, said = fetched(tmp_path, [1_000_000, 1_500_000])
     assert proxy.connections == 3
     assert proxy.down < len(DATA) + 2 * PIECE_BYTES + 2000  # a piece for each cut, and heads of answers
-    assert said == ["reconnecting", "reconnecting"]
+    assert [type(event) for event in said] == [ev.Reconnecting] * 2
 
 
 def test_a_transfer_that_does_not_move_is_given_up_unless_nobody_attends(
@@ -376,7 +375,7 @@ def test_a_transfer_that_does_not_move_is_given_up_unless_nobody_attends(
     with pytest.raises(HubUnreachable, match="broke off"):
         fetched(tmp_path, [1_000_000, 10])
     _, said = fetched(tmp_path, [10] * 5, keep_trying=True)
-    assert said == ["reconnecting"]  # once, not at every try
+    assert [type(event) for event in said] == [ev.Reconnecting]  # once, not at every try
 
 
 def test_all_files_come_by_one_connection(tmp_path: Path, scripted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,7 +392,7 @@ def test_all_files_come_by_one_connection(tmp_path: Path, scripted: Path, monkey
                 hub = HubTransport(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", "good")
                 store = FileStore(tmp_path / "store")
                 for file in manifest.files:
-                    await store.fetch(hub, file.sha256, file.bytes)
+                    await fetch_file(store, hub, file.sha256, file.bytes)
                 await hub.close()
         return proxy.connections
 

@@ -19,15 +19,15 @@ import torch
 from fedsoda_edge.data.local_data import LocalData
 from fedsoda_edge.edge import Edge
 from fedsoda_edge.errors import DeviceTooSmall, FedSODAError, UsageProblem, WorkerFailed
-from fedsoda_edge.join import agent, size_class
+from fedsoda_edge.join import preparation, size_class, trainer
 from fedsoda_edge.ports.disk import sha256_file
 from fedsoda_edge.protocol import commands as cmd
 from fedsoda_edge.protocol.calls import Call, ProgressT, ResultT
 from fedsoda_edge.protocol.manifest import parse_manifest
 from fedsoda_edge.protocol.messages import DeviceFacts
-from fedsoda_edge.protocol.needs import KERNEL_BYTES, PROCESS_BYTES, Samples, plans, shape_of
+from fedsoda_edge.protocol.needs import KERNEL_BYTES, PROCESS_BYTES, SampleSizes, plans, shape_of
 from fedsoda_edge.testing import LOCAL, ScriptedHub, make_bundle
-from fedsoda_edge.worker.batches import Border
+from fedsoda_edge.worker.batches import SweptSamples
 from fedsoda_edge.worker.training import num_steps
 from tests.edge.join.test_cache_agent import Joined
 from tests.schema import EDGE
@@ -91,7 +91,7 @@ def has(ram: int, vram: int = 0) -> Any:
     gpu = "RTX 4060" if vram else ""
     facts = DeviceFacts(ram_bytes=ram, vram_bytes=vram, disk_bytes=PLENTY, threads=1, accelerator=gpu)
     stack = contextlib.ExitStack()
-    for module in (agent, size_class):
+    for module in (trainer, size_class):
         stack.enter_context(mock.patch.object(module, "read_device", return_value=facts))
     return stack
 
@@ -114,7 +114,7 @@ def join(
         mock.patch("fedsoda_edge.edge.Child", return_value=worker),
         mock.patch("fedsoda_edge.worker.worker.peak_rss_bytes", return_value=0),
         mock.patch("fedsoda_edge.worker.worker.return_memory_at_once"),
-        mock.patch.object(agent, "shape_of", lambda manifest: replace(shape_of(manifest), vocab=VOCABULARY)),
+        mock.patch.object(preparation, "shape_of", lambda manifest: replace(shape_of(manifest), vocab=VOCABULARY)),
         Edge(hub, home=home, threads=1, **options).join(data, on_event=joined.events.append) as participation,
     ):
         for offer in participation:
@@ -179,7 +179,7 @@ def test_the_first_step_is_tried_with_the_longest_rows_which_are_swept_together(
     path = tmp_path / "visits.jsonl"
     rows = [{"prompt": "visit " * (1 + 3 * i % 8), "completion": "home"} for i in range(8)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with mock.patch.object(Border, "expect", autospec=True) as expect:
+    with mock.patch.object(SweptSamples, "expect", autospec=True) as expect:
         join(tmp_path / "home", LocalData(path), scripted, worker_here())
     tried, trained = (call.args[1] for call in expect.call_args_list)
     assert {len(rows[index]["prompt"].split()) for index in tried} == {5, 6, 7, 8}
@@ -337,7 +337,7 @@ def test_a_worker_process_trains_below_a_limit_that_only_a_leaner_way_keeps(tmp_
     make_bundle(wide, VOCABULARY)
     limit, hub, events = PROCESS_BYTES + 270 * MIB, ManifestHub(wide, rounds=1), list[dict[str, Any]]()
     manifest = parse_manifest((wide / "manifest.json").read_bytes())
-    dense = [plan for plan in plans(shape_of(manifest), "cpu", Samples(4, 2, 1)) if not plan.packed]
+    dense = [plan for plan in plans(shape_of(manifest), "cpu", SampleSizes(4, 2, 1)) if not plan.packed]
     assert min(plan.peak for plan in dense) > limit
     edge = Edge(hub, home=tmp_path / "home", device="cpu", threads=1, max_ram=limit)
     with edge.join(data, on_event=events.append) as participation:

@@ -18,8 +18,8 @@ import pytest
 from fedsoda_edge import testing
 from fedsoda_edge.data.local_data import LocalData
 from fedsoda_edge.edge import Edge
-from fedsoda_edge.join import pause as aside
 from fedsoda_edge.join.home import Home
+from fedsoda_edge.ports import child as child_process
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.codec import decode
 from fedsoda_edge.testing import ScriptedHub
@@ -29,7 +29,7 @@ from tests.test_schemas import ROWS, meanwhile, run
 from tests.worker_here import WorkerHere
 
 LONG = msgspec.structs.replace(testing.LOCAL, epochs=30, max_steps=60)
-UNTOLD = ms.UpdateStart(
+OTHERS = ms.UpdateStart(
     round=1,
     base=ms.Digest("0" * 64),
     alignment=0,
@@ -176,7 +176,7 @@ def test_a_round_that_is_paused_in_its_middle_ends_with_the_bits_of_a_calm_one(
     join = Join(hub, device.directory / "visits.jsonl")
     join.start()
     worker = held_in_mid_round()
-    with let_go_when(lambda: join.participation._agent._aside.pause, worker):
+    with let_go_when(lambda: join.has("paused") or join.participation._agent._pauses.is_paused, worker):
         ran = device.run("pause", "--json")
         paused = report("pause", ran)
         assert (paused["state"], paused["reason"], paused["seconds"], paused["round"]) == (
@@ -241,7 +241,7 @@ def test_a_round_that_ended_during_the_pause_gives_way_to_the_one_that_is_offere
         hub.is_idle = False
         join.on_loop(hub._offer)  # it was on its way when the pause began
         join.until(lambda: join.participation._agent.in_hand == 1)  # the script blocks in train()
-        hub.updates.append(UNTOLD)  # the hub closes round 1 with the updates of others
+        hub.updates.append(OTHERS)  # the hub closes round 1 with the updates of others
         join.on_loop(hub._offer)
         join.until(lambda: join.has("offer", round=2))
         assert not join.has("training")
@@ -283,7 +283,7 @@ def joined(hub: ToldHub, device: Device) -> Ran:
 def test_finish_ends_a_pause_hands_in_the_round_in_hand_and_leaves(
     device: Device, scripted: Path, calm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(aside, "END_SECONDS", 0.2)
+    monkeypatch.setattr(child_process, "END_SECONDS", 0.2)
     hub, answers = ToldHub(scripted, rounds=5), list[Ran]()
 
     def finish() -> None:
@@ -341,7 +341,7 @@ def test_wrong_options_are_told_before_anything_is_done(tmp_path: Path) -> None:
         return str(json.loads(ran.out)["message"])
 
     Home().lock()
-    assert message("pause", "--for", "soon") == "--for 'soon' is not a time; write it as 90s, 30m or 1h"
+    assert message("pause", "--for", "soon") == "--for 'soon' is no time; write it as 90s, 30m or 1h"
     assert message("join", "http://h", "--data", "none", "--pause-on", "gpu") == (
         "--pause-on 'gpu' is none of battery, gpu-busy, hours=FROM-TO (0 to 24, as hours=9-17 or hours=22-6)"
     )

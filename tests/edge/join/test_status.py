@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from fedsoda_edge import events as ev
 from fedsoda_edge.join.status import Status, read_status, sentences
 
 
@@ -23,17 +23,23 @@ class Clocks:
         self.now += seconds
 
 
-JOINED: list[dict[str, Any]] = [
-    {"event": "joined", "run": "triage", "edge": "clinic-7", "rounds": 20},
-    {"event": "data", "rows": 5, "num_examples": 5},
-    {"event": "offer", "round": 3, "due_seconds": 840.0},
-    {"event": "training", "round": 3, "step": 40, "steps": 100, "loss": 0.52},
+def trains(step: int) -> ev.Training:
+    return ev.Training(round=3, step=step, steps=100, loss=0.52, tokens_per_second=9.5)
+
+
+ACCEPTED = ev.Accepted(round=3, num_examples=5, loss=0.5, bytes=9)
+JOINED: list[ev.AnyEvent] = [
+    ev.Joined(run="triage", edge="clinic-7", rounds=20),
+    ev.DataRead(rows=5, num_examples=5, num_skipped=0, threads=1),
+    ev.Offered(round=3, due_seconds=840.0),
+    trains(40),
 ]
-SWEEP = {"event": "sweep", "stage": "sweep", "done": 3, "total": 9}
-REFUSED = {"event": "refused", "round": 3, "reason": "round 3 is closed; wait for the next offer", "loss": 0.5}
-PAUSED = {"event": "paused", "reason": "by its owner", "seconds": 2520.0}
-RESUMED = {"event": "resumed"}
-LOST = {"event": "reconnecting", "message": "TCP: nothing answers at h:1; is the hub running?"}
+SWEEP = ev.Sweeping(done=3, total=9)
+REFUSED = ev.Refused(round=3, reason="round 3 is closed; wait for the next offer", num_examples=5, loss=0.5, bytes=9)
+PAUSED = ev.Paused(reason="by its owner", seconds=2520.0)
+RESUMED = ev.Resumed()
+LOST = ev.Reconnecting("TCP: nothing answers at h:1; is the hub running?")
+FAREWELL = ev.Farewell(rounds=20, reason="all rounds are done")
 
 
 @pytest.mark.parametrize(
@@ -70,7 +76,7 @@ LOST = {"event": "reconnecting", "message": "TCP: nothing answers at h:1; is the
             ],
         ),
         (
-            [*JOINED, PAUSED, LOST, {"event": "reconnected"}],
+            [*JOINED, PAUSED, LOST, ev.Reconnected()],
             [
                 "paused by its owner, for another 42 min (pid PID)",
                 "run triage as clinic-7 at http://h",
@@ -79,7 +85,7 @@ LOST = {"event": "reconnecting", "message": "TCP: nothing answers at h:1; is the
             ],
         ),
         (
-            [*JOINED[:2], {"event": "paused", "reason": "on battery", "seconds": None}],
+            [*JOINED[:2], ev.Paused(reason="on battery", seconds=None)],
             ["paused: on battery (pid PID)", "run triage as clinic-7 at http://h", "worker holds 2.00 GiB of memory"],
         ),
         (
@@ -96,7 +102,7 @@ LOST = {"event": "reconnecting", "message": "TCP: nothing answers at h:1; is the
             ],
         ),
         (
-            [*JOINED, PAUSED, {"event": "accepted", "round": 3, "loss": 0.5}, LOST, {"event": "reconnected"}, RESUMED],
+            [*JOINED, PAUSED, ACCEPTED, LOST, ev.Reconnected(), RESUMED],
             [
                 "waiting for a round (pid PID)",
                 "run triage as clinic-7 at http://h",
@@ -105,11 +111,11 @@ LOST = {"event": "reconnecting", "message": "TCP: nothing answers at h:1; is the
             ],
         ),
         (
-            [JOINED[0], {"event": "download", "done": 1, "total": 2}, SWEEP],
+            [JOINED[0], ev.Downloading(done=1, total=2), SWEEP],
             ["downloading (pid PID)", "run triage as clinic-7 at http://h", "worker holds 2.00 GiB of memory"],
         ),
         (
-            [JOINED[0], {"event": "download", "done": 2, "total": 2}, JOINED[1], SWEEP],
+            [JOINED[0], ev.Downloading(done=2, total=2), JOINED[1], SWEEP],
             [
                 "sweeping the data through the sub-emulator (pid PID)",
                 "run triage as clinic-7 at http://h",
@@ -122,31 +128,31 @@ LOST = {"event": "reconnecting", "message": "TCP: nothing answers at h:1; is the
         *("beside", "after"),
     ],
 )
-def test_a_running_join_says_what_it_does(tmp_path: Path, events: list[dict[str, Any]], expected: list[str]) -> None:
+def test_a_running_join_says_what_it_does(tmp_path: Path, events: list[ev.AnyEvent], expected: list[str]) -> None:
     status = Status(tmp_path / "status.json", "http://h", Clocks(), lambda: 2 << 30 if events else None)
     for event in events:
         status.note(event)
-    status._write()
+    status.write()
     found = read_status(tmp_path / "status.json")
     assert found is not None
     lines = sentences(found, is_running=True, now=1000.0)
-    assert [line.replace(str(found["pid"]), "PID") for line in lines] == expected
+    assert [line.replace(str(found.pid), "PID") for line in lines] == expected
 
 
 def test_how_a_join_ended_stays_to_be_read(tmp_path: Path) -> None:
-    def ended(*events: dict[str, Any], error: BaseException | None) -> list[str]:
+    def ended(*events: ev.AnyEvent, error: BaseException | None) -> list[str]:
         status = Status(tmp_path / "status.json", "http://h", Clocks(), lambda: None)
         for event in (*JOINED, *events):
             status.note(event)
         status.end(error)
-        return sentences(status.values, is_running=False, now=2000.0)
+        return sentences(status.now, is_running=False, now=2000.0)
 
-    assert ended({"event": "farewell", "rounds": 20, "reason": ""}, error=None)[0] == "the run is over"
+    assert ended(FAREWELL, error=None)[0] == "the run is over"
     assert ended(error=None)[0] == "stopped"
     assert ended(error=ValueError("the disk is full"))[::3] == ["stopped", "last error: the disk is full"]
     assert ended(error=KeyboardInterrupt())[-1] == "last error: KeyboardInterrupt"
     killed = Status(tmp_path / "status.json", "http://h", Clocks(), lambda: None)
-    assert sentences(killed.values, is_running=False, now=0.0)[0] == "ended without a word"
+    assert sentences(killed.now, is_running=False, now=0.0)[0] == "ended without a word"
 
 
 def test_it_is_written_once_a_second_and_at_every_change_of_state(tmp_path: Path) -> None:
@@ -155,15 +161,15 @@ def test_it_is_written_once_a_second_and_at_every_change_of_state(tmp_path: Path
     for event in JOINED:
         status.note(event)
 
-    def step() -> Any:
+    def step() -> int | None:
         found = read_status(path)
-        return found and found["step"]
+        return None if found is None else found.step
 
     assert step() == 40
-    status.note(JOINED[-1] | {"step": 41})
+    status.note(trains(41))
     assert step() == 40
     clock.now += 1.0
-    status.note(JOINED[-1] | {"step": 42})
+    status.note(trains(42))
     assert step() == 42
 
 
@@ -184,26 +190,33 @@ def test_a_home_without_a_join_has_no_status(tmp_path: Path) -> None:
     assert read_status(tmp_path / "status.json") is None
 
 
-@pytest.mark.parametrize("late", [JOINED[1], JOINED[3], {"event": "accepted", "round": 3, "loss": 0.5, "bytes": 9}])
-def test_what_a_worker_says_after_the_farewell_takes_nothing_back(tmp_path: Path, late: dict[str, Any]) -> None:
+def test_a_status_of_an_older_release_is_read_without_what_it_did_not_know(tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text('{"state": "training", "pid": 7, "hub": "http://h", "colour": "red"}')
+    found = read_status(tmp_path / "status.json")
+    assert found is not None
+    assert sentences(found, is_running=True, now=0.0) == ["training (pid 7)", "hub http://h"]
+
+
+@pytest.mark.parametrize("late", [JOINED[1], JOINED[3], ACCEPTED])
+def test_what_a_worker_says_after_the_farewell_takes_nothing_back(tmp_path: Path, late: ev.AnyEvent) -> None:
     """A hub may say that the run is over while the data is still read, or before an answer came in."""
     status = Status(tmp_path / "status.json", "http://h", Clocks(), lambda: None)
-    for event in (*JOINED, {"event": "farewell", "rounds": 20, "reason": "all rounds are done"}, late):
+    for event in (*JOINED, FAREWELL, late):
         status.note(event)
     status.end(None)
     found = read_status(tmp_path / "status.json")
     assert found is not None
-    assert found["state"] == "the run is over"
+    assert found.state == "the run is over"
 
 
 def test_a_sweep_that_outlives_its_run_does_not_change_how_the_run_ended(tmp_path: Path) -> None:
     """The early sweep of a join whose run is over ends with its worker, which may come after the last word."""
     status = Status(tmp_path / "status.json", "http://h", Clocks(), lambda: 0)
-    swept = {"event": "swept", "num_examples": 5, "num_kept": 5, "kept_bytes": 9, "num_damaged": 0}
-    for event in (*JOINED[:2], {"event": "farewell", "rounds": 20, "reason": "all rounds are done"}, SWEEP, swept):
+    swept = ev.Swept(num_examples=5, num_kept=5, kept_bytes=9, num_damaged=0)
+    for event in (*JOINED[:2], FAREWELL, SWEEP, swept):
         status.note(event)
     status.end(None)
     status.note(SWEEP)
     found = read_status(tmp_path / "status.json")
     assert found is not None
-    assert found["state"] == "the run is over"
+    assert found.state == "the run is over"

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from fedsoda_edge.errors import FedSODAError, HubUnreachable, RefusedByHub, UsageProblem
+from fedsoda_edge.join.download import fetch_file
 from fedsoda_edge.network import hub_transport as transport
 from fedsoda_edge.network.hub_transport import HubTransport
 from fedsoda_edge.ports.store import FileStore
@@ -351,13 +352,13 @@ def test_a_download_that_breaks_off_says_so_and_the_store_goes_on_there(tmp_path
         async with answering(serve) as port:
             edge = HubTransport(f"http://127.0.0.1:{port}", "good")
             with pytest.raises(HubUnreachable) as failure:
-                await store.fetch(edge, DIGEST, len(DATA))
+                await fetch_file(store, edge, DIGEST, len(DATA))
             assert str(failure.value).startswith(f"the download from http://127.0.0.1:{port} broke off (")
             assert str(failure.value).endswith("); join again goes on there")
             assert failure.value.exit_status == 3
             held = store.held_bytes([(DIGEST, len(DATA))])
             assert 1_000_000 < held < 1_200_000  # all that came but the head
-            assert (await store.fetch(edge, DIGEST, len(DATA))).read_bytes() == DATA
+            assert (await fetch_file(store, edge, DIGEST, len(DATA))).read_bytes() == DATA
             assert starts == [0, held]
 
     asyncio.run(download())

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from fedsoda_edge.errors import DiskFull, WorkerFailed
-from fedsoda_edge.ports.child import Child
+from fedsoda_edge.ports.child import END_SECONDS, Child
 
 CHILD = """
 import math, os, time
@@ -103,6 +103,19 @@ def test_a_dead_child_leaves_its_last_words_and_the_next_call_starts_another(env
         assert "last words" in failure.value.details
         assert await child.call(toy.Double(number=1)) == toy.Number(2)
         await child.close()
+
+    asyncio.run(talk())
+
+
+def test_a_child_that_only_imports_is_ended_at_once(environment: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "slow_child.py").write_text("import time; time.sleep(60)")
+
+    async def talk() -> None:
+        child = Child("slow_child", environment)
+        await child.start()
+        async with asyncio.timeout(END_SECONDS / 2):
+            await child.close()
+        assert child.pid is None
 
     asyncio.run(talk())
 

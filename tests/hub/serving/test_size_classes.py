@@ -12,6 +12,7 @@ import msgspec
 import pytest
 import torch
 
+from fedsoda_edge import events as ev
 from fedsoda_edge.data.local_data import LocalData
 from fedsoda_edge.device.facts import read_device
 from fedsoda_edge.device.fit import Limits
@@ -61,7 +62,7 @@ def test_an_edge_takes_the_largest_that_its_disk_has_room_for(tmp_path: Path, ru
         facts = msgspec.structs.replace(
             read_device(tmp_path), disk_bytes=disk, ram_bytes=1 << 34, vram_bytes=0, accelerator=""
         )
-        said: list[dict[str, Any]] = []
+        said: list[ev.Event] = []
         with mock.patch.object(size_class, "read_device", return_value=facts):
             found = asyncio.run(
                 size_class.take(
@@ -69,7 +70,7 @@ def test_an_edge_takes_the_largest_that_its_disk_has_room_for(tmp_path: Path, ru
                 )
             )
         assert found.disk_needed == (large, small)[found.number]
-        assert [event["event"] for event in said] == ["notice"] * found.number
+        assert [type(event) for event in said] == [ev.Notice] * found.number
         return found.number
 
     assert (taken(large), taken(large - 1), taken(small)) == (0, 1, 1)

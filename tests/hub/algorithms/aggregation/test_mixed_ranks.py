@@ -16,7 +16,7 @@ from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model import delta
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.ports.disk import BlobStore
-from fedsoda_hub.federation import recorded as ev
+from fedsoda_hub.federation import records as ev
 from fedsoda_hub.plan import plan_report
 from fedsoda_hub.run.ledger import read_outcome
 from fedsoda_hub.settings.run import RunSettings, settings_for_plan

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedsoda_edge.errors import BlobCorrupt, DiskFull, HubUnreachable, ProtocolViolation
+from fedsoda_edge.join.download import fetch_file
 from fedsoda_edge.ports import Transport
 from fedsoda_edge.ports.store import FileStore
 
@@ -23,10 +24,12 @@ CUT = HubUnreachable("the download broke off", "HTTP")
 class Downloads:
     """A Transport that plays one script per fetch: pieces, and an exception where the transfer breaks off."""
 
+    url = "a script"
+
     def __init__(self, *scripts: list[bytes | Exception]) -> None:
         self._scripts = list(scripts)
         self.asked: list[tuple[str, int]] = []
-        self.pieces_read = 0
+        self.pieces_read = self.up = self.down = 0
 
     async def fetch(self, digest: str, offset: int) -> AsyncIterator[bytes]:
         self.asked.append((digest, offset))
@@ -53,7 +56,7 @@ def store(tmp_path: Path) -> FileStore:
 def fetch(
     store: FileStore, hub: Transport, size: int = len(DATA), progress: Callable[[int], None] = lambda _: None
 ) -> Path:
-    return asyncio.run(store.fetch(hub, DIGEST, size, progress))
+    return asyncio.run(fetch_file(store, hub, DIGEST, size, progress))
 
 
 def names(store: FileStore) -> list[str]:
@@ -189,7 +192,7 @@ def test_a_full_disk_says_how_far_it_came_and_may_be_tried_again(store: FileStor
 @pytest.mark.parametrize("digest", ["../../.bashrc", "", DIGEST.upper(), DIGEST + "0"])
 def test_no_name_but_a_digest_reaches_the_disk_or_the_hub(store: FileStore, digest: str) -> None:
     hub = Downloads([DATA])
-    with pytest.raises(ProtocolViolation, match="is no sha256"):
-        asyncio.run(store.fetch(hub, digest, len(DATA)))
+    with pytest.raises(ProtocolViolation, match="is not a sha256"):
+        asyncio.run(fetch_file(store, hub, digest, len(DATA)))
     assert hub.asked == []
     assert not store.directory.exists()

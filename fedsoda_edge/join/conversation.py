@@ -1,0 +1,327 @@
+"""The conversation with the hub over as many connections as it takes: one at a time, and one request on it at a time.
+
+What may be said when is `protocol/session.py`'s, how frames travel the transport's, what to say the agent's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fedsoda_edge.errors import HubUnreachable, ProtocolMismatch, RefusedByHub
+from fedsoda_edge.events import Reconnecting, Say
+from fedsoda_edge.join.download import backoff_seconds
+from fedsoda_edge.ports import Clock, Transport
+from fedsoda_edge.protocol import messages as ms
+from fedsoda_edge.protocol import trace
+from fedsoda_edge.protocol.session import Blob, EdgeSession, chunks
+
+log = logging.getLogger("fedsoda_edge.join")
+
+T = TypeVar("T")
+
+
+class RunOver(Exception):
+    """The run is over, or this device left it: what waits for the hub waits in vain. It is not a failure."""
+
+
+@dataclass(frozen=True)
+class BlobDue:
+    """A blob was asked for and has not come yet."""
+
+    digest: ms.Digest
+    blob: asyncio.Future[bytes]
+
+
+@dataclass(frozen=True)
+class AnswerDue:
+    """An update was announced and is not answered yet."""
+
+    round: int
+    answer: asyncio.Future[ms.Receipt | ms.Refusal]
+
+
+@dataclass(frozen=True)
+class Idle:
+    """Nothing was asked on this connection, or it was answered."""
+
+
+@dataclass(frozen=True)
+class Lost:
+    """There is no connection; one is made."""
+
+
+class Connected:
+    """A connection that the hub welcomed this edge on."""
+
+    def __init__(self, session: EdgeSession) -> None:
+        self.session = session
+        self.is_ready = False  # Ready was said: the hub takes updates
+        self.due: BlobDue | AnswerDue | Idle = Idle()
+        self.request: asyncio.Task[Any] | None = None  # who asks; it may outlive those who wait for it
+
+    def blob(self, blob: Blob) -> None:
+        """Give a blob to who asked for it."""
+        if isinstance(self.due, BlobDue) and self.due.digest == blob.digest and not self.due.blob.done():
+            self.due.blob.set_result(blob.data)
+
+    def answer(self, answer: ms.Receipt | ms.Refusal) -> None:
+        """Give the answer to an update to who sent it."""
+        if isinstance(self.due, AnswerDue) and self.due.round == answer.round and not self.due.answer.done():
+            self.due.answer.set_result(answer)
+
+    def lose(self) -> None:
+        """Let who waits for an answer know that none will come on this connection."""
+        match self.due:
+            case BlobDue(blob=waiting) | AnswerDue(answer=waiting) if not waiting.done():
+                waiting.set_exception(HubUnreachable("the connection ended", "TCP"))
+                waiting.exception()  # nobody may wait for it any more
+
+
+@dataclass(frozen=True)
+class Over:
+    """Nothing will be said any more, and why."""
+
+    reason: Exception
+
+
+class Conversation:
+    """What this edge and its hub say to each other, from the first Hello to Farewell or Leave.
+
+    Args:
+        hello: makes the first message of a connection.
+    """
+
+    def __init__(self, transport: Transport, hello: Callable[[], ms.Hello], say: Say, clock: Clock) -> None:
+        self._transport = transport
+        self._hello = hello
+        self._say = say
+        self._clock = clock
+        self._state: Lost | Connected | Over = Lost()
+        self._changed = asyncio.Event()  # of the present state; another one after each change
+        self._welcome: ms.Welcome | None = None
+
+    # --- connections -------------------------------------------------------------------------------------------------
+
+    async def greet(self, *, keep_trying: bool = False) -> ms.Welcome:
+        """Connect and shake hands.
+
+        Args:
+            keep_trying: until it succeeds, with longer and longer breaks.
+
+        Raises:
+            HubUnreachable: names the step that failed. RefusedByHub, ProtocolMismatch.
+        """
+        attempt = 0
+        while True:
+            try:
+                return await self._greet_once()
+            except HubUnreachable as error:
+                log.info(trace.went_wrong(error))
+                if not keep_trying:
+                    raise
+                if attempt == 0:
+                    self._say(Reconnecting(str(error)))
+                await self._clock.sleep(backoff_seconds(attempt))
+                attempt += 1
+
+    async def _greet_once(self) -> ms.Welcome:
+        await self._transport.connect()
+        session, hello = EdgeSession(), self._hello()
+        log.debug(trace.line(">", hello))
+        await self._transport.send(session.send(hello))
+        async for frame in self._transport.frames():
+            answer = session.receive(frame)
+            assert isinstance(answer, ms.Welcome | ms.Refusal), "a session lets nothing else answer Hello"
+            log.debug(trace.line("<", answer))
+            if isinstance(answer, ms.Refusal):
+                raise RefusedByHub(f"the hub refused: {answer.reason}")
+            if answer.protocol != ms.PROTOCOL_VERSION:
+                raise ProtocolMismatch(ms.PROTOCOL_VERSION, answer.protocol)
+            if self._welcome is not None and answer.run_id != self._welcome.run_id:
+                raise RefusedByHub(
+                    f"the hub now serves run {answer.run_id}, this join began with {self._welcome.run_id}; join again"
+                )
+            self._welcome = answer
+            self._become(Connected(session))
+            return answer
+        raise HubUnreachable("the hub closed the connection before it answered Hello", "HTTP")
+
+    def _become(self, state: Lost | Connected | Over) -> None:
+        before = self._state
+        if isinstance(before, Over):
+            return  # whatever comes or goes meanwhile
+        log.debug(trace.changed("connection", type(before).__name__, type(state).__name__))
+        self._state = state
+        if isinstance(before, Connected):
+            before.lose()
+        self._ring()
+
+    def _ring(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    # --- what the hub says -------------------------------------------------------------------------------------------
+
+    async def messages(self) -> AsyncGenerator[Connected | ms.RoundOffer | ms.RoundClosed | ms.Farewell]:
+        """Read what concerns rounds, until Farewell or Leave; make a connection again whenever one is lost.
+
+        Yields Connected after each reconnect: the hub knows nothing of this edge then but its name. Whoever waits for
+        the hub ends with this iterator, with its reason.
+
+        Raises:
+            RefusedByHub, ProtocolMismatch, ProtocolViolation: what trying again does not change.
+        """
+        try:
+            while not isinstance(self._state, Over):
+                if not isinstance(self._state, Connected):
+                    await self.greet(keep_trying=True)
+                    if isinstance(self._state, Connected):
+                        yield self._state
+                    continue
+                async for frame in self._transport.frames():
+                    if isinstance(self._state, Over):
+                        return  # this device left: what was on its way is not for it any more
+                    message = self._received(self._state, frame)
+                    if isinstance(message, ms.Farewell):
+                        self._become(Over(RunOver(message.reason)))
+                    if message is not None:
+                        yield message
+                    if isinstance(self._state, Over):
+                        return
+                self._become(Lost())
+        except Exception as error:
+            log.info(trace.went_wrong(error))
+            self._become(Over(error))
+            raise
+
+    def _received(self, connection: Connected, frame: bytes) -> ms.RoundOffer | ms.RoundClosed | ms.Farewell | None:
+        message = connection.session.receive(frame)
+        match message:
+            case None:  # a chunk on the way
+                pass
+            case Blob():
+                log.debug(trace.line("<", ms.BlobRef(digest=message.digest, bytes=len(message.data))))
+                connection.blob(message)
+            case _:
+                log.debug(trace.line("<", message))
+        match message:
+            case ms.Refusal() if message.fatal:
+                raise RefusedByHub(f"the hub refused: {message.reason}")
+            case ms.Receipt() | ms.Refusal():
+                connection.answer(message)
+            case ms.RoundOffer() | ms.RoundClosed() | ms.Farewell():
+                return message
+        return None
+
+    # --- what this edge says -----------------------------------------------------------------------------------------
+
+    async def send(self, message: ms.EdgeMessage) -> None:
+        """Say something on the present connection.
+
+        Raises:
+            HubUnreachable: there is none, or it is lost by now.
+        """
+        if not isinstance(self._state, Connected):
+            raise HubUnreachable("the connection ended", "TCP")
+        await self._send(self._state, message)
+
+    async def _send(self, connection: Connected, message: ms.EdgeMessage, payload: memoryview | None = None) -> None:
+        if self._state is not connection:  # lost since: its successor is still shaking hands, or another conversation
+            raise HubUnreachable("the connection ended", "TCP")
+        log.debug(trace.line(">", message, "" if payload is None else f"payload={len(payload)}"))
+        await self._transport.send(connection.session.send(message, payload or b""))
+        if isinstance(message, ms.Ready):
+            connection.is_ready = True
+            self._ring()
+
+    async def leave(self, reason: str) -> None:
+        """Tell the hub, where it can be reached, that this edge goes for good."""
+        connection = self._state
+        self._become(Over(RunOver(reason)))
+        if isinstance(connection, Connected):
+            leave = ms.Leave(reason=reason)
+            log.debug(trace.line(">", leave))
+            with contextlib.suppress(HubUnreachable):
+                await self._transport.send(connection.session.send(leave))
+
+    async def close(self) -> None:
+        """Hang up. Whoever still waits for the hub ends with RunOver."""
+        connection = self._state
+        self._become(Over(RunOver("this join was closed")))
+        if isinstance(connection, Connected) and connection.request is not None:
+            connection.request.cancel()
+            await asyncio.wait({connection.request})
+        await self._transport.close()
+
+    # --- requests ----------------------------------------------------------------------------------------------------
+
+    async def fetch(self, blob: ms.BlobRef) -> bytes:
+        """Return a blob of the run, over as many connections as it takes.
+
+        Raises:
+            RunOver, or what else ended `messages`.
+        """
+
+        async def transfer(connection: Connected) -> bytes:
+            due = BlobDue(blob.digest, asyncio.get_running_loop().create_future())
+            connection.due = due
+            log.debug(trace.line(">", ms.BlobRequest(digest=blob.digest)))
+            await self._transport.send(connection.session.request(blob))
+            return await due.blob
+
+        return await self._ask(transfer, needs_ready=False)
+
+    async def hand_in(self, start: ms.UpdateStart, data: bytes) -> ms.Receipt | ms.Refusal:
+        """Send an update, from its beginning on each connection that it takes, and return the hub's answer.
+
+        Waits until Ready was said, which a pause may delay.
+
+        Raises:
+            RunOver, or what else ended `messages`.
+        """
+
+        async def upload(connection: Connected) -> ms.Receipt | ms.Refusal:
+            due = AnswerDue(start.round, asyncio.get_running_loop().create_future())
+            connection.due = due
+            await self._send(connection, start)
+            for offset, piece in chunks(data):
+                await self._send(connection, ms.UpdateChunk(digest=start.digest, offset=offset), piece)
+            return await due.answer
+
+        return await self._ask(upload, needs_ready=True)
+
+    async def _ask(self, request: Callable[[Connected], Coroutine[Any, Any, T]], *, needs_ready: bool) -> T:
+        while True:
+            connection = await self._free(needs_ready=needs_ready)
+            # A pause breaks off who waits, not what was asked: chunks of a blob come all the same.
+            task = connection.request = asyncio.create_task(request(connection))
+            task.add_done_callback(_take_note)
+            try:
+                return await asyncio.shield(task)
+            except HubUnreachable:
+                while self._state is connection:  # until `messages` has seen it too
+                    await self._changed.wait()
+
+    async def _free(self, *, needs_ready: bool) -> Connected:
+        """Wait for a connection on which nothing else is asked."""
+        while True:
+            match self._state:
+                case Over(reason):
+                    raise reason
+                case Connected(request=asked) if asked is not None and not asked.done():
+                    await asyncio.wait({asked})
+                case Connected() as connection if connection.is_ready or not needs_ready:
+                    return connection
+                case _:
+                    await self._changed.wait()
+
+
+def _take_note(task: asyncio.Task[Any]) -> None:
+    """Keep asyncio from complaining of an error that nobody waited for."""
+    if not task.cancelled():
+        task.exception()

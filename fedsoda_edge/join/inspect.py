@@ -1,0 +1,124 @@
+"""Greet a hub without joining its run: look at what it would ask of this device, or say that this device does not come
+back. Both leave no trace in the run's state."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+import msgspec
+
+from fedsoda_edge import events as ev
+from fedsoda_edge.device.facts import read_device
+from fedsoda_edge.device.fit import Limits, plan_sentence, table
+from fedsoda_edge.events import Count, Device, Positive
+from fedsoda_edge.join import size_class
+from fedsoda_edge.join.conversation import Conversation
+from fedsoda_edge.join.download import fetch_file
+from fedsoda_edge.join.home import Home
+from fedsoda_edge.ports import SystemClock, Transport
+from fedsoda_edge.ports.store import FileStore
+from fedsoda_edge.protocol.messages import PROTOCOL_VERSION, Hello
+from fedsoda_edge.protocol.needs import SampleSizes
+
+
+class Found(msgspec.Struct, frozen=True, kw_only=True):
+    """What a run needs and what this device has free, in bytes where a name does not say else.
+
+    largest_file: the digest of the bundle's largest file. size_class: 0 the run's largest sub-LLM, else a smaller one.
+    """
+
+    run: str
+    source: str
+    layers: Positive
+    layers_kept: Positive
+    adapter_layers: Positive
+    rank: Positive
+    rounds: Positive
+    largest_file: str
+    size_class: Count
+    disk_needed: Count
+    disk_free: Count
+    border_bytes_per_row: Positive
+    ram_needed: Count
+    ram_free: Count
+    vram_needed: Count
+    vram_free: Count
+    device: Device
+    memory: ev.MemoryReport
+
+
+def hello(home: Home) -> Hello:
+    """Make the first message of a connection."""
+    return Hello(
+        protocol=PROTOCOL_VERSION,
+        software=f"fedsoda {version('fedsoda')}",
+        device_id=home.device_id(),
+        device=read_device(home.directory),
+    )
+
+
+def _in_silence(_: ev.AnyEvent) -> None:
+    """Say nothing: what is found says enough."""
+
+
+def _conversation(transport: Transport, home: Home) -> Conversation:
+    return Conversation(transport, lambda: hello(home), _in_silence, SystemClock())
+
+
+async def look_at(transport: Transport, home: Home, device: str, limits: Limits) -> Found:
+    """Greet the hub, read its manifest and compare it with this device.
+
+    Raises:
+        DeviceTooSmall: there is no room for the smallest sub-LLM of the run. HubUnreachable, RefusedByHub.
+    """
+    conversation, store = _conversation(transport, home), FileStore(home.store)
+    try:
+        welcome = await conversation.greet()
+        taken = await size_class.take(
+            welcome,
+            lambda manifest: fetch_file(store, transport, manifest.digest, manifest.bytes),
+            store,
+            home.directory,
+            device,
+            # The edge's rows are not looked at: as long as the run allows, and all of them completion.
+            SampleSizes(welcome.batch_size, welcome.max_length, welcome.max_length),
+            limits,
+            _in_silence,
+        )
+    finally:
+        await conversation.close()
+    manifest, memory, facts = taken.manifest, taken.memory, taken.facts
+    on_cpu = memory.device == "cpu"
+    return Found(
+        run=welcome.run_name,
+        source=manifest.source,
+        layers=manifest.plan.num_layers,
+        layers_kept=len(manifest.plan.kept),
+        adapter_layers=len(manifest.plan.adapter),
+        rank=manifest.lora.rank,
+        rounds=welcome.rounds,
+        largest_file=max(manifest.files, key=lambda file: file.bytes).sha256,
+        size_class=taken.number,
+        disk_needed=taken.disk_needed,
+        disk_free=facts.disk_bytes,
+        border_bytes_per_row=2 * int(manifest.config["hidden_size"]) * welcome.max_length,
+        ram_needed=memory.peak if on_cpu else 0,
+        ram_free=facts.ram_bytes,
+        vram_needed=0 if on_cpu else memory.peak,
+        vram_free=facts.vram_bytes,
+        device=memory.device,
+        memory=ev.memory_report(plan_sentence(memory, facts), memory, table(memory)),
+    )
+
+
+async def say_goodbye(transport: Transport, home: Home) -> str:
+    """Tell the hub that this edge does not come back; return the run's name."""
+    conversation = _conversation(transport, home)
+    try:
+        welcome = await conversation.greet()
+        await conversation.leave("the owner of the device left")
+        if not home.is_in_use():  # a join that runs here deletes them itself
+            home.forget_borders()
+        return welcome.run_name
+    finally:
+        await conversation.close()

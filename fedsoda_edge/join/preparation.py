@@ -1,0 +1,163 @@
+"""From the hub's Welcome to a worker that can train: data checked, sub-LLM taken, bundle fetched, rows read.
+
+The early sweep begins here and continues beside the preparation; what is said to the hub then is the agent's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from fedsoda_edge import events as ev
+from fedsoda_edge.join import size_class
+from fedsoda_edge.join.download import Download
+from fedsoda_edge.join.home import Home
+from fedsoda_edge.join.pause import Pauses
+from fedsoda_edge.join.run_state import RunState
+from fedsoda_edge.join.settings import AgentSettings
+from fedsoda_edge.join.trainer import Means, Trainer
+from fedsoda_edge.ports import TorchPort, Transport
+from fedsoda_edge.ports.store import FileStore
+from fedsoda_edge.protocol import commands as cmd
+from fedsoda_edge.protocol import messages as ms
+from fedsoda_edge.protocol.manifest import TOKENIZER_FILES, BundleManifest
+from fedsoda_edge.protocol.needs import SHORTEST, shape_of
+from fedsoda_edge.protocol.template import DEFAULT_COMPLETION, DEFAULT_PROMPT, TextTemplate
+
+
+@dataclass(frozen=True)
+class Equipment:
+    """What a run is trained with on this device, from the moment the sub-LLM is taken."""
+
+    trainer: Trainer
+    download: Download
+    size_class: int
+
+
+class Preparation:
+    """How one join gets ready for its run."""
+
+    def __init__(
+        self,
+        welcome: ms.Welcome,
+        state: RunState,
+        home: Home,
+        settings: AgentSettings,
+        transport: Transport,
+        worker: TorchPort,
+        pauses: Pauses,
+        say: ev.Say,
+    ) -> None:
+        self._welcome = welcome
+        self._state = state
+        self._home = home
+        self._settings = settings
+        self._worker = worker
+        self._pauses = pauses
+        self._say = say
+        self._store = FileStore(home.store)
+        self._download = Download(transport, self._store, run=pauses.run, say=say, keep_trying=settings.unattended)
+
+    async def check_data(self) -> int:
+        """Read every row before anything is fetched; return how many there are. Raises DataProblem."""
+        if self._settings.data.is_text:
+            return self._settings.data.check(*self._templates())
+        checked = await self._pauses.run(lambda: self._worker.call(cmd.Check(rows=self._rows())))
+        return checked.rows
+
+    async def take(self) -> tuple[Equipment, size_class.Taken]:
+        """Take the largest of the run's sub-LLMs that this device has room for. Raises DeviceTooSmall."""
+        taken = await size_class.take(
+            self._welcome,
+            lambda manifest: self._download.file(manifest.digest, manifest.bytes),
+            self._store,
+            self._home.directory,
+            self._settings.device,
+            SHORTEST,  # rows are not read yet: a device is refused now that could train on none
+            self._settings.limits,
+            self._say,
+        )
+        digest = taken.size_class.manifest.digest
+        self._state.begin_bundle(digest)
+        self._say(
+            ev.DeviceFits(
+                device=taken.memory.device,
+                ram_needed=taken.memory.peak if taken.memory.device == "cpu" else 0,
+                ram_free=taken.facts.ram_bytes,
+                disk_needed=taken.disk_needed,
+                disk_free=taken.facts.disk_bytes,
+                size_class=taken.number,
+            )
+        )
+        opening = cmd.Open(
+            store=str(self._home.store), manifest=digest, rows=self._rows(), max_length=self._welcome.max_length
+        )
+        trainer = Trainer(
+            self._worker,
+            Means(self._settings.device, self._settings.limits, self._border_cache(), self._home.directory),
+            self._welcome,
+            self._state,
+            self._pauses,
+            self._say,
+            opening,
+            shape_of(taken.manifest),
+        )
+        return Equipment(trainer, self._download, taken.number), taken
+
+    async def open(self, trainer: Trainer, taken: size_class.Taken, rows: int, parts: asyncio.TaskGroup) -> int:
+        """Fetch the bundle; let the data be read and swept while it comes. Return the number of samples.
+
+        Args:
+            rows: of the data. parts: the join's, of which the early sweep becomes one.
+        """
+        async with (
+            self._download.bundle(taken.manifest, taken.size_class.manifest.digest) as fetch,
+            asyncio.TaskGroup() as both,
+        ):
+            both.create_task(fetch())
+            opened = await trainer.at_work(trainer.open, tries=1)
+            if taken.size_class.emulator is not None:
+                trainer.begin_early(parts, taken.size_class.emulator)
+        self._remember(taken.manifest)
+        self._say(ev.DataRead(rows, opened.num_examples, opened.num_skipped, opened.threads))
+        for missing in self._pauses.missing():
+            self._say(ev.Notice(missing))
+        return opened.num_examples
+
+    def _rows(self) -> cmd.Rows:
+        data, (prompt, completion) = self._settings.data, self._templates()
+        return cmd.Rows(
+            path=str(data.path.absolute()),
+            columns=dict(data.columns),
+            prompt=prompt.text,
+            completion=completion.text,
+        )
+
+    def _templates(self) -> tuple[TextTemplate, TextTemplate]:
+        template = self._welcome.template
+        if template is None:
+            return TextTemplate(DEFAULT_PROMPT), TextTemplate(DEFAULT_COMPLETION)
+        return TextTemplate(template.prompt), TextTemplate(template.completion)
+
+    def _border_cache(self) -> cmd.BorderCache:
+        cache = self._settings.cache
+        return cmd.BorderCache(
+            directory=str(self._home.border(self._welcome.run_id)),
+            key=self._home.cache_key(keep=cache.keep_key).hex(),
+            dtype=cache.dtype,
+            max_bytes=cache.max_bytes,
+        )
+
+    def _remember(self, manifest: BundleManifest) -> None:
+        """Keep what `data check` needs of this run."""
+        prompt, completion = self._templates()
+        files = [file for file in manifest.files if file.name in TOKENIZER_FILES]
+        about = {
+            "run": self._welcome.run_name,
+            "prompt": prompt.text,
+            "completion": completion.text,
+            "max_length": self._welcome.max_length,
+            "tokenizer": {file.name: str(self._store.path(file.sha256)) for file in files},
+            "eos": manifest.config.get("eos_token_id"),
+        }
+        self._home.remember_run(self._welcome.run_id, about)

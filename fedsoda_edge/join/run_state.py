@@ -1,0 +1,195 @@
+"""Every file of one run on this device, and the order in which they are written. A crash between two writes costs work
+that is done again, never a bit of an update.
+
+    adapter.safetensors, emulator.safetensors   the views that this device holds, beside the number of each
+    views.manifest                              the bundle that the views are of
+    residual, residual.round                    error feedback of the last accepted update
+    pending/update, pending/residual            a trained round: the coded delta, the feedback that follows from it
+    pending/meta.json                           there: the update waits for the hub's answer
+    checkpoint/                                 a round in its middle (`worker/checkpoint.py`)
+    memory.json                                 the way to train that was taken last
+
+What a view is: docs/protocol.md (views). The numbers are the worker's, the bytes come by the conversation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import msgspec
+
+from fedsoda_edge.errors import BlobCorrupt
+from fedsoda_edge.ports.disk import sha256, sha256_file, write_durably
+from fedsoda_edge.protocol.commands import Advance, Advanced, View
+from fedsoda_edge.protocol.messages import BlobRef, Digest, UpdateStart, ViewRef
+from fedsoda_edge.protocol.needs import MemoryPlan
+
+FORGET_RESIDUAL_AFTER = 5  # missed rounds
+
+Fetch = Callable[[BlobRef], Awaitable[bytes]]
+Step = Callable[[Advance], Awaitable[Advanced]]
+
+
+class RunState:
+    """The files of one run in its directory.
+
+    Args:
+        codec: of the run's deltas.
+    """
+
+    def __init__(self, directory: Path, codec: str) -> None:
+        self._directory = directory
+        self._codec = codec
+
+    # --- views -------------------------------------------------------------------------------------------------------
+
+    def begin_bundle(self, manifest: Digest) -> None:
+        """Forget the views of another bundle, which mean nothing to this one; the residual of shared layers stays."""
+        mark = self._directory / "views.manifest"
+        if mark.exists() and mark.read_text() != manifest:
+            for which in ("adapter", "emulator"):
+                # The number first: a kill in between leaves a view that is too old for its delta, so a snapshot comes.
+                for kind in ("number", "safetensors"):
+                    (self._directory / f"{which}.{kind}").unlink(missing_ok=True)
+        write_durably(mark, manifest.encode())
+
+    async def bring_up(self, which: View, wanted: ViewRef, number: int, fetch: Fetch, advance: Step) -> str | None:
+        """Return the file of a view, None for the bundle's own: by delta from the one before, else by snapshot.
+
+        Args:
+            number: the round's or the alignment's. fetch: asks the hub for a blob. advance: lets the worker add a delta.
+
+        Raises:
+            BlobCorrupt: the hub's snapshot has another digest than the view.
+        """
+        path, mark = self._view(which), self._directory / f"{which}.number"
+        is_own = wanted.snapshot is None or wanted.delta is None
+        if is_own or await self.held(which, wanted.digest):
+            write_durably(mark, str(number).encode())
+            return None if is_own else str(path)
+        assert wanted.snapshot is not None
+        assert wanted.delta is not None
+        held = int(mark.read_text()) if mark.exists() else 0
+        first = 1 if which == "emulator" else 2
+        if held == number - 1 or (not path.exists() and number == first):
+            coded = self._directory / f"{which}.delta"
+            moved = self._directory / f"{which}.moved"
+            write_durably(coded, await fetch(wanted.delta))
+            answer = await advance(
+                Advance(
+                    which=which,
+                    view=str(path) if path.exists() else None,
+                    delta=str(coded),
+                    moved=wanted.moved,
+                    codec=self._codec,
+                    out=str(moved),
+                )
+            )
+            coded.unlink()
+            if answer.digest == wanted.digest:
+                # The view before its number: a kill in between leaves a view of which only its digest is believed.
+                os.replace(moved, path)
+                write_durably(mark, str(number).encode())
+                return str(path)
+        data = await fetch(wanted.snapshot)
+        if sha256(data) != wanted.digest:
+            raise BlobCorrupt(
+                f"the hub's snapshot of the {which} LoRA has digest {sha256(data)[:12]}, it was announced as "
+                f"{wanted.digest[:12]}; ask the hub's owner to check the run's blobs"
+            )
+        write_durably(path, data)
+        write_durably(mark, str(number).encode())
+        return str(path)
+
+    async def held(self, which: View, digest: Digest) -> str | None:
+        """Return the file of a view that is here already."""
+        path = self._view(which)
+        is_here = path.exists() and await asyncio.to_thread(sha256_file, path) == digest
+        return str(path) if is_here else None
+
+    def _view(self, which: View) -> Path:
+        return self._directory / f"{which}.safetensors"
+
+    # --- a round -----------------------------------------------------------------------------------------------------
+    #
+    # A pending update is written in this order, so that a power cut at any point leaves a state that the next join continues from:
+    #   1. begin_round  meta.json goes: whatever lies in pending/ from now on is unfinished
+    #   2. the worker   pending/update, pending/residual, each written durably
+    #   3. commit       meta.json comes: the update is whole, and the next join would hand it in
+    #   4. settle       on a receipt pending/residual becomes residual, then residual.round names its round
+    #   5. settle       meta.json goes, last: until then the update is sent again, and the hub gives its first receipt
+
+    @property
+    def update(self) -> Path:
+        """The coded delta of the round that was trained last, until its answer."""
+        return self._directory / "pending" / "update"
+
+    @property
+    def new_residual(self) -> Path:
+        """The error feedback that counts once the update is accepted."""
+        return self._directory / "pending" / "residual"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The directory of the round's checkpoints."""
+        return self._directory / "checkpoint"
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether a round was left in its middle."""
+        return any(self.checkpoint.glob("round.*"))
+
+    def residual(self, round_number: int) -> str | None:
+        """Return the file of the last receipt's error feedback; None: there is none, or it is too old."""
+        path, mark = self._directory / "residual", self._directory / "residual.round"
+        if not path.exists() or round_number - int(mark.read_text()) > FORGET_RESIDUAL_AFTER:
+            return None
+        return str(path)
+
+    def pending(self) -> UpdateStart | None:
+        """Return what is to be announced to the hub; None: no update waits."""
+        try:
+            return msgspec.json.decode(self._meta.read_bytes(), type=UpdateStart)
+        except FileNotFoundError:
+            return None
+
+    def begin_round(self) -> None:
+        """Give up an update that waits: another round is trained."""
+        self._meta.parent.mkdir(exist_ok=True)
+        self._meta.unlink(missing_ok=True)
+
+    def commit(self, start: UpdateStart) -> None:
+        """Let the trained update wait for the hub's answer, over crashes too."""
+        write_durably(self._meta, msgspec.json.encode(start))
+
+    def settle(self, start: UpdateStart, accepted: bool) -> None:
+        """Take the hub's answer: the residual counts from a receipt on, and the update waits no longer."""
+        if accepted:
+            if self.new_residual.exists():  # gone where a crash came between this line and the next
+                os.replace(self.new_residual, self._directory / "residual")
+            write_durably(self._directory / "residual.round", str(start.round).encode())
+        self.forget_pending()
+
+    def forget_pending(self) -> None:
+        """Let no update wait."""
+        self._meta.unlink(missing_ok=True)
+
+    @property
+    def _meta(self) -> Path:
+        return self._directory / "pending" / "meta.json"
+
+    # --- how to train ------------------------------------------------------------------------------------------------
+
+    def memory_plan(self) -> MemoryPlan | None:
+        """Return the way to train that was taken last; None: there is none that this version reads."""
+        try:
+            return msgspec.json.decode((self._directory / "memory.json").read_bytes(), type=MemoryPlan)
+        except (FileNotFoundError, msgspec.MsgspecError):
+            return None
+
+    def keep_memory_plan(self, plan: MemoryPlan) -> None:
+        """Note the way to train, for a round that the next join finds in its middle."""
+        write_durably(self._directory / "memory.json", msgspec.json.encode(plan))

@@ -1,0 +1,314 @@
+"""The worker of one join: what it was opened with, how it trains on this device, and the sweep before the first offer.
+
+A worker that dies, or that a pause ended, is started again; where memory runs out it trains in a leaner way. Which ways
+there are is `device/fit.py`'s, the files it reads and writes are `run_state.py`'s, the numbers the worker's own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from fedsoda_edge import events as ev
+from fedsoda_edge.device.facts import read_device
+from fedsoda_edge.device.fit import Limits, fit, leaner, plan_sentence, room_for, same_way, table
+from fedsoda_edge.errors import DeviceTooSmall, WorkerFailed
+from fedsoda_edge.join.pause import Pauses
+from fedsoda_edge.join.run_state import RunState
+from fedsoda_edge.ports import TorchPort
+from fedsoda_edge.protocol import commands as cmd
+from fedsoda_edge.protocol.manifest import BundleManifest
+from fedsoda_edge.protocol.messages import DeviceFacts, Digest, RoundOffer, ViewRef, Welcome
+from fedsoda_edge.protocol.needs import MemoryPlan, SampleSizes, Shape, shape_of
+
+T = TypeVar("T")
+
+WORKER_MODULE = "fedsoda_edge.worker"
+WORKER_TRIES = 3  # a round may take; the second begins at the first one's checkpoint
+
+
+def worker_environment(threads: int = 0) -> dict[str, str]:
+    """Return what a worker's process has in its environment beside ours: nothing of it asks a network.
+
+    Args:
+        threads: of torch; 0 leaves it to torch.
+    """
+    environment = {"HF_HUB_OFFLINE": "1", "USE_HUB_KERNELS": "0", "TOKENIZERS_PARALLELISM": "false"}
+    if threads:
+        environment |= {"FEDSODA_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
+    return environment
+
+
+@dataclass(frozen=True)
+class Means:
+    """What this device gives to training. device: "auto", "cpu" or "cuda[:n]"; home: where its disk is measured."""
+
+    device: str
+    limits: Limits
+    cache: cmd.BorderCache
+    home: Path
+
+
+@dataclass(frozen=True)
+class Closed:
+    """No worker has read bundle and data yet."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A worker has read them. pid: its own, of a process that may have ended since. swept: the emulator's digest."""
+
+    pid: int | None
+    answer: cmd.Opened
+    swept: str = ""
+
+
+@dataclass(frozen=True)
+class NoSweep:
+    """Nothing is swept before the first offer, or what was is used."""
+
+
+@dataclass(frozen=True)
+class EarlySweep:
+    """The sweep that began before the first offer, with the emulator LoRA that was in force then."""
+
+    emulator: Digest
+    task: asyncio.Task[None]
+
+
+class Trainer:
+    """What the agent has its worker do, one piece after the other.
+
+    Args:
+        opening: what a worker is opened with. shape: of the sub-LLM in it.
+    """
+
+    def __init__(
+        self,
+        worker: TorchPort,
+        means: Means,
+        welcome: Welcome,
+        state: RunState,
+        pauses: Pauses,
+        say: ev.Say,
+        opening: cmd.Open,
+        shape: Shape,
+    ) -> None:
+        self._worker = worker
+        self._means = means
+        self._welcome = welcome
+        self._state = state
+        self._pauses = pauses
+        self._say = say
+        self._opening = opening
+        self._shape = shape
+        self._work: Closed | Opened = Closed()
+        self._plan: MemoryPlan | None = None  # from the moment the data is read
+        self._early: NoSweep | EarlySweep = NoSweep()
+        self._working = asyncio.Lock()
+
+    @property
+    def pid_on_gpu(self) -> int | None:
+        """The worker's pid where it computes on a GPU."""
+        return self._worker.pid if self._plan is not None and self._plan.device != "cpu" else None
+
+    @property
+    def _answer(self) -> cmd.Opened:
+        assert isinstance(self._work, Opened), "the worker reads bundle and data first"
+        return self._work.answer
+
+    # --- pieces of work ----------------------------------------------------------------------------------------------
+
+    async def at_work(self, work: Callable[[], Coroutine[Any, Any, T]], tries: int = WORKER_TRIES) -> T:
+        """Do a piece of work, alone with the worker. One that dies, or that a pause ended, is started again.
+
+        Where memory runs out the work begins again in a leaner way, if there is one; a kill from outside counts as
+        that when it comes a second time.
+        """
+        async with self._working:
+            num_failures = 0
+            while True:
+                try:
+                    return await self._pauses.run(work)
+                except DeviceTooSmall as error:
+                    plan = self._leaner()
+                    if plan is None:
+                        raise
+                    self._go_leaner(error, plan)
+                except WorkerFailed as error:
+                    num_failures += 1
+                    plan = self._leaner() if error.was_killed and num_failures > 1 else None
+                    if plan is not None:
+                        self._go_leaner(error, plan)
+                    elif num_failures >= tries:
+                        raise
+                    else:
+                        self._say(ev.Notice(f"{error}; starting it again"))
+                await self._worker.close()
+
+    async def open(self) -> cmd.Opened:
+        """Let the worker read bundle and data, unless it has."""
+        held = self._work
+        if not isinstance(held, Opened) or held.pid is None or held.pid != self._worker.pid:
+            answer = await self._worker.call(self._opening)
+            self._work = Opened(self._worker.pid, answer)
+            if self._plan is None:
+                self._plan_memory()
+        return self._answer
+
+    async def sweep(self, emulator: str | None, digest: Digest) -> None:
+        """Let the border states of all samples be computed with this emulator LoRA, unless this worker has them.
+
+        Args:
+            emulator: file of the view; None: the bundle's own. digest: the view's.
+        """
+        assert isinstance(self._work, Opened)
+        assert self._plan is not None
+        if self._work.swept == digest:
+            return
+        room = room_for(self._plan.device, self._facts(), self._means.limits)
+        call = cmd.Sweep(emulator=emulator, cache=self._means.cache, memory=self._plan, room=room)
+        swept = await self._worker.call(call, lambda at: self._say(ev.Sweeping(done=at.done, total=at.total)))
+        self._say_damaged(swept.num_damaged)
+        self._work = replace(self._work, swept=digest)
+        self._say(
+            ev.Swept(
+                num_examples=self._answer.num_examples,
+                num_kept=swept.num_kept,
+                kept_bytes=swept.kept_bytes,
+                num_damaged=swept.num_damaged,
+            )
+        )
+
+    async def advance(self, step: cmd.Advance) -> cmd.Advanced:
+        """Let the worker add a delta to a view."""
+        return await self._worker.call(step)
+
+    async def train(
+        self, offer: RoundOffer, view: str | None, on_step: Callable[[cmd.TrainingStep], None]
+    ) -> cmd.Trained:
+        """Train a round from this view; update and new residual are in the run's state then.
+
+        Args:
+            view: file of the adapter LoRA; None: the bundle's own.
+        """
+        call = cmd.Train(
+            view=view,
+            settings=offer.local,
+            seed=self._welcome.seed,
+            round=offer.round,
+            edge=self._welcome.edge,
+            codec=self._welcome.codec,
+            trains=offer.trains,
+            residual=self._state.residual(offer.round) if offer.has_feedback else None,
+            update=str(self._state.update),
+            new_residual=str(self._state.new_residual),
+            checkpoint=str(self._state.checkpoint),
+        )
+        trained = await self._worker.call(call, on_step)
+        self._say_damaged(trained.num_damaged)
+        return trained
+
+    async def follow(self, manifest: BundleManifest, digest: Digest) -> None:
+        """Begin with another bundle, which is here: other layers are in force."""
+        self._shape = shape_of(manifest)
+        self._opening = msgspec.structs.replace(self._opening, manifest=digest)
+        self._state.begin_bundle(digest)
+        await self._worker.close()
+        await self.open()
+
+    def is_open_with(self, manifest: Digest) -> bool:
+        """Tell whether the worker reads this bundle."""
+        return self._opening.manifest == manifest
+
+    def _say_damaged(self, count: int) -> None:
+        if count:
+            self._say(
+                ev.Notice(f"{count} records of the border cache were not as they were written; they are computed again")
+            )
+
+    # --- before the first offer --------------------------------------------------------------------------------------
+
+    def begin_early(self, parts: asyncio.TaskGroup, emulator: ViewRef) -> None:
+        """Sweep before the first offer, layer by layer as the bundle comes, as one of the join's parts."""
+        task = parts.create_task(self.at_work(lambda: self._sweep_early(emulator)))
+        self._early = EarlySweep(emulator.digest, task)
+
+    async def _sweep_early(self, emulator: ViewRef) -> None:
+        # Only an emulator LoRA that is here: the hub may align again any time, and has this one's blobs no more then.
+        await self.open()
+        held = await self._state.held("emulator", emulator.digest)
+        if emulator.snapshot is None or held is not None:
+            await self.sweep(None if emulator.snapshot is None else held, emulator.digest)
+
+    async def use_early(self, emulator: Digest) -> None:
+        """Let the early sweep end, where a round asks for this emulator LoRA; break it off where it does not."""
+        early = self._early
+        if not isinstance(early, EarlySweep):
+            return
+        if not early.task.done() and early.emulator != emulator:
+            await self.end_early()
+            await self._worker.close()
+        await asyncio.wait({early.task})
+        if not early.task.cancelled():
+            early.task.result()
+
+    async def end_early(self) -> None:
+        """Break the early sweep off: nothing more is said by it."""
+        if isinstance(self._early, EarlySweep) and not self._early.task.done():
+            self._early.task.cancel()
+            await asyncio.wait({self._early.task})
+
+    # --- how to train ------------------------------------------------------------------------------------------------
+
+    @property
+    def _samples(self) -> SampleSizes:
+        opened = self._answer
+        return SampleSizes(self._welcome.batch_size, opened.longest_ids, opened.longest_labels, opened.num_examples)
+
+    def _facts(self) -> DeviceFacts:
+        """Measure what is free, and count in what the worker holds already, since a plan does.
+
+        A GPU that the worker's torch cannot use is left out, unless it was asked for: then the worker says what to
+        install.
+        """
+        facts = read_device(self._means.home)
+        if self._means.device == "auto" and not self._answer.has_cuda:
+            facts = msgspec.structs.replace(facts, vram_bytes=0, accelerator="")
+        return msgspec.structs.replace(facts, ram_bytes=facts.ram_bytes + (self._worker.rss_bytes or 0))
+
+    def _plan_memory(self) -> None:
+        """Take the quickest way that has room; a round in its middle keeps the way it began in, to end in its bits."""
+        facts, limits, process = self._facts(), self._means.limits, self._answer.process_bytes
+        plan = fit(self._means.device, self._shape, self._samples, facts, limits, process_bytes=process)
+        if self._state.has_checkpoint and (before := self._state.memory_plan()) is not None:
+            again = same_way(before, self._shape, self._samples, process)
+            if again is not None and again.device == plan.device and again.peak <= room_for(plan.device, facts, limits):
+                plan = again
+        self._train_by(plan, facts)
+
+    def _train_by(self, plan: MemoryPlan, facts: DeviceFacts) -> None:
+        self._plan = plan
+        self._state.keep_memory_plan(plan)
+        self._say(ev.memory(plan_sentence(plan, facts), plan, table(plan)))
+
+    def _leaner(self) -> MemoryPlan | None:
+        """Return the next way that needs less; after a GPU's last one, under auto, the CPU's first that has room."""
+        if self._plan is None:
+            return None
+        process = self._answer.process_bytes
+        plan = leaner(self._plan, self._shape, self._samples, process)
+        if plan is None and self._means.device == "auto" and self._plan.device != "cpu":
+            with contextlib.suppress(DeviceTooSmall):  # no room there either: what the GPU said is told
+                plan = fit("cpu", self._shape, self._samples, self._facts(), self._means.limits, process_bytes=process)
+        return plan
+
+    def _go_leaner(self, error: Exception, plan: MemoryPlan) -> None:
+        self._say(ev.Notice(f"{error}; going on in a way that needs less"))
+        self._train_by(plan, self._facts())

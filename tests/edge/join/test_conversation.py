@@ -1,0 +1,359 @@
+"""What is said between two connections waits for the next one; what waits for a hub that will not answer ends, too."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+import pytest
+
+from fedsoda_edge import events as ev
+from fedsoda_edge.errors import FedSODAError, HubUnreachable, ProtocolViolation, RefusedByHub
+from fedsoda_edge.join.conversation import Connected, Conversation, RunOver
+from fedsoda_edge.ports import SystemClock
+from fedsoda_edge.protocol import messages as ms
+from fedsoda_edge.protocol.codec import MAX_CHUNK_BYTES, decode, encode
+from fedsoda_edge.protocol.session import chunks
+
+T = TypeVar("T")
+
+DATA = bytes(2 * MAX_CHUNK_BYTES)
+DIGEST = ms.Digest(hashlib.sha256(DATA).hexdigest())
+BLOB = ms.BlobRef(digest=DIGEST, bytes=len(DATA))
+START = ms.UpdateStart(
+    round=1, base=DIGEST, alignment=0, digest=DIGEST, bytes=len(DATA), codec="int8", num_examples=1, loss=0.5
+)
+RECEIPT = ms.Receipt(round=1, digest=DIGEST)
+FACTS = ms.DeviceFacts(ram_bytes=1, vram_bytes=0, disk_bytes=1, threads=1, accelerator="")
+HELLO = ms.Hello(protocol=ms.PROTOCOL_VERSION, software="fedsoda", device_id="d", device=FACTS)
+WELCOME = ms.Welcome(
+    protocol=ms.PROTOCOL_VERSION,
+    run_id="r",
+    run_name="triage",
+    edge=ms.EdgeId("a"),
+    manifest=BLOB,
+    rounds=2,
+    rounds_done=0,
+    template=None,
+    max_length=8,
+    codec="int8",
+    seed=0,
+    stall_seconds=60.0,
+)
+UPLOAD = ["UpdateStart", "UpdateChunk", "UpdateChunk"]
+
+
+class Wire:
+    """A Transport: `said` is what the edge says, `say` what the hub does. welcome: answers Hello, or is raised."""
+
+    url = "a wire"
+    up = down = 0
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.welcome: ms.HubMessage | FedSODAError = WELCOME
+        self.when: dict[str, Callable[[], None]] = {}  # the edge says it for the first time
+        self._down: asyncio.Queue[bytes | None] = asyncio.Queue()
+
+    async def connect(self) -> None:
+        if isinstance(self.welcome, FedSODAError):
+            raise self.welcome
+        self._down = asyncio.Queue()
+
+    async def send(self, frame: bytes) -> None:
+        message = decode(frame)[0]
+        self.said.append(type(message).__name__)
+        if isinstance(message, ms.Hello) and not isinstance(self.welcome, FedSODAError):
+            self.say(self.welcome)
+        self.when.pop(self.said[-1], lambda: None)()
+        await asyncio.sleep(0)  # as a socket may: others come in between two chunks
+
+    def say(self, message: ms.HubMessage, payload: bytes | memoryview = b"") -> None:
+        self._down.put_nowait(encode(message, payload))
+
+    def send_blob(self) -> None:
+        for offset, piece in chunks(DATA):
+            self.say(ms.BlobChunk(digest=DIGEST, offset=offset, total=len(DATA)), piece)
+
+    def hang_up(self) -> None:
+        self._down.put_nowait(None)
+
+    async def frames(self) -> AsyncIterator[bytes]:
+        while (frame := await self._down.get()) is not None:
+            yield frame
+
+    def fetch(self, digest: str, offset: int) -> AsyncIterator[bytes]:
+        raise AssertionError("files of the bundle are the download's")
+
+    async def close(self) -> None:
+        self.hang_up()
+
+
+class Talk:
+    """A conversation with the hub at the other end of the wire, and what came of reading it."""
+
+    def __init__(self) -> None:
+        self.wire = Wire()
+        self.events: list[ev.Event] = []
+        self.heard: list[str] = []
+        self.conversation = Conversation(self.wire, lambda: HELLO, self.events.append, SystemClock())
+
+    async def read(self) -> None:
+        """Say Ready on every connection, as an agent that is prepared."""
+        async with contextlib.aclosing(self.conversation.messages()) as messages:
+            async for message in messages:
+                self.heard.append(type(message).__name__)
+                if isinstance(message, Connected):
+                    await self.conversation.send(ms.Ready(num_examples=1))
+
+    async def until(self, *said: str) -> None:
+        while self.wire.said[-len(said) :] != list(said):
+            await asyncio.sleep(0)
+
+
+def talk(scene: Callable[[Talk], Coroutine[Any, Any, T]], *, is_ready: bool = True) -> tuple[T, Talk]:
+    """Play a scene after the first Welcome; no scene hangs."""
+
+    async def play() -> tuple[T, Talk]:
+        talk = Talk()
+        async with asyncio.timeout(10):
+            await talk.conversation.greet()
+            reading = asyncio.create_task(talk.read())
+            if is_ready:
+                await talk.conversation.send(ms.Ready(num_examples=1))
+            try:
+                return await scene(talk), talk
+            finally:
+                reading.cancel()
+                await asyncio.wait({reading})
+                await talk.conversation.close()
+
+    return asyncio.run(play())
+
+
+# --- what a lost connection broke off --------------------------------------------------------------------------------
+
+
+def test_an_upload_that_is_cut_off_between_two_chunks_begins_again_on_the_next_connection() -> None:
+    async def scene(talk: Talk) -> ms.Receipt | ms.Refusal:
+        talk.wire.when["UpdateChunk"] = talk.wire.hang_up
+        handing_in = asyncio.create_task(talk.conversation.hand_in(START, DATA))
+        await talk.until("Hello", "Ready", *UPLOAD)
+        talk.wire.say(RECEIPT)
+        return await handing_in
+
+    answer, done = talk(scene)
+    assert answer == RECEIPT
+    assert done.wire.said[: done.wire.said.index("Hello", 1)] in (  # the second chunk may be on its way already
+        ["Hello", "Ready", "UpdateStart", "UpdateChunk"],
+        ["Hello", "Ready", *UPLOAD],
+    )
+    assert done.heard == ["Connected"]
+
+
+def test_a_blob_is_asked_for_again_on_the_next_connection() -> None:
+    async def scene(talk: Talk) -> bytes:
+        fetching = asyncio.create_task(talk.conversation.fetch(BLOB))
+        await talk.until("BlobRequest")
+        talk.wire.hang_up()
+        while talk.wire.said.count("BlobRequest") < 2:
+            await asyncio.sleep(0)
+        talk.wire.send_blob()
+        return await fetching
+
+    assert talk(scene)[0] == DATA
+
+
+def test_an_update_waits_until_ready_was_said() -> None:
+    async def scene(talk: Talk) -> ms.Receipt | ms.Refusal:
+        handing_in = asyncio.create_task(talk.conversation.hand_in(START, DATA))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert talk.wire.said == ["Hello"]
+        await talk.conversation.send(ms.Ready(num_examples=1))
+        await talk.until(*UPLOAD)
+        talk.wire.say(ms.Refusal(round=2, reason="of another round"))
+        talk.wire.say(RECEIPT)
+        return await handing_in
+
+    assert talk(scene, is_ready=False)[0] == RECEIPT
+
+
+def test_a_pause_breaks_off_who_waits_for_a_blob_and_the_next_request_comes_after_it() -> None:
+    async def scene(talk: Talk) -> ms.Receipt | ms.Refusal:
+        fetching = asyncio.create_task(talk.conversation.fetch(BLOB))
+        await talk.until("BlobRequest")
+        fetching.cancel()
+        await asyncio.wait({fetching})
+        handing_in = asyncio.create_task(talk.conversation.hand_in(START, DATA))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert talk.wire.said[-1] == "BlobRequest"
+        talk.wire.send_blob()
+        await talk.until(*UPLOAD)
+        talk.wire.say(RECEIPT)
+        return await handing_in
+
+    assert talk(scene)[0] == RECEIPT
+
+
+def test_who_is_away_for_a_while_is_told_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedsoda_edge.join.conversation.backoff_seconds", lambda attempt: 0.0)
+    away = HubUnreachable("TCP: nothing answers", "TCP")
+
+    async def scene(talk: Talk) -> None:
+        talk.wire.welcome = away
+        talk.wire.hang_up()
+        while not talk.events:
+            await asyncio.sleep(0)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        talk.wire.welcome = WELCOME
+        await talk.until("Hello", "Ready")
+
+    assert talk(scene)[1].events == [ev.Reconnecting(str(away))]
+
+
+# --- what nobody can hear --------------------------------------------------------------------------------------------
+
+
+async def before_the_first(talk: Talk) -> None:
+    talk.conversation = Conversation(talk.wire, lambda: HELLO, talk.events.append, SystemClock())
+
+
+async def after_it_was_lost(talk: Talk) -> None:
+    talk.wire.welcome = HubUnreachable("TCP: nothing answers", "TCP")
+    talk.wire.hang_up()
+    while not talk.events:
+        await asyncio.sleep(0)
+
+
+async def after_leave(talk: Talk) -> None:
+    await talk.conversation.leave("the owner left")
+
+
+@pytest.mark.parametrize("state", [before_the_first, after_it_was_lost, after_leave])
+def test_without_a_connection_nothing_is_said(state: Callable[[Talk], Awaitable[None]]) -> None:
+    async def scene(talk: Talk) -> None:
+        await state(talk)
+        with pytest.raises(HubUnreachable):
+            await talk.conversation.send(ms.Progress(round=1, step=1, steps=2))
+
+    assert "Progress" not in talk(scene)[1].wire.said
+
+
+def test_a_mistake_of_our_own_is_told_and_not_tried_again() -> None:
+    async def scene(talk: Talk) -> None:
+        def mistake() -> None:
+            raise AssertionError("a chunk of nothing")
+
+        talk.wire.when["UpdateStart"] = mistake
+        with pytest.raises(AssertionError, match="a chunk of nothing"):
+            await talk.conversation.hand_in(START, DATA)
+
+    assert talk(scene)[1].wire.said.count("UpdateStart") == 1
+
+
+# --- the end of all waiting ------------------------------------------------------------------------------------------
+
+
+def garbage(wire: Wire) -> None:
+    wire.say(WELCOME)
+
+
+def revoked(wire: Wire) -> None:
+    wire.say(ms.Refusal(reason="this token was revoked", fatal=True))
+
+
+def refused_at_the_next_hello(wire: Wire) -> None:
+    wire.welcome = ms.Refusal(reason="this token was revoked", fatal=True)
+    wire.hang_up()
+
+
+def another_run(wire: Wire) -> None:
+    wire.welcome = ms.Welcome(**{name: getattr(WELCOME, name) for name in WELCOME.__struct_fields__} | {"run_id": "q"})
+    wire.hang_up()
+
+
+def farewell(wire: Wire) -> None:
+    wire.say(ms.Farewell(rounds=2, reason="all rounds are done"))
+
+
+@pytest.mark.parametrize(
+    ("end", "error", "reason"),
+    [
+        (garbage, ProtocolViolation, "the hub sent Welcome in state open"),
+        (revoked, RefusedByHub, "the hub refused: this token was revoked"),
+        (refused_at_the_next_hello, RefusedByHub, "the hub refused: this token was revoked"),
+        (another_run, RefusedByHub, "the hub now serves run q, this join began with r; join again"),
+        (farewell, RunOver, "all rounds are done"),
+    ],
+)
+@pytest.mark.parametrize("waiting", ["an upload", "a blob", "a connection"])
+def test_whoever_waits_for_the_hub_ends_with_the_reason(
+    end: Callable[[Wire], None], error: type[Exception], reason: str, waiting: str
+) -> None:
+    async def scene(talk: Talk) -> None:
+        if waiting == "a blob":
+            task: asyncio.Task[Any] = asyncio.create_task(talk.conversation.fetch(BLOB))
+            await talk.until("BlobRequest")
+        else:
+            task = asyncio.create_task(talk.conversation.hand_in(START, DATA))
+            if waiting == "an upload":
+                await talk.until(*UPLOAD)
+        end(talk.wire)
+        with pytest.raises(error, match=reason):
+            await task
+        with pytest.raises(error, match=reason):
+            await talk.conversation.fetch(BLOB)
+
+    talk(scene, is_ready=waiting != "a connection")
+
+
+def test_a_receipt_that_comes_with_the_farewell_counts() -> None:
+    async def scene(talk: Talk) -> ms.Receipt | ms.Refusal:
+        handing_in = asyncio.create_task(talk.conversation.hand_in(START, DATA))
+        await talk.until(*UPLOAD)
+        talk.wire.say(RECEIPT)
+        farewell(talk.wire)
+        return await handing_in
+
+    answer, done = talk(scene)
+    assert (answer, done.heard) == (RECEIPT, ["Farewell"])
+
+
+def test_what_was_on_its_way_to_an_edge_that_left_breaks_no_rule() -> None:
+    async def scene(talk: Talk) -> None:
+        reading = asyncio.create_task(talk.read())
+        await talk.conversation.leave("the owner left")
+        talk.wire.say(RECEIPT)
+        await reading
+
+    assert talk(scene)[1].wire.said[-1] == "Leave"
+
+
+# --- the log ---------------------------------------------------------------------------------------------------------
+
+
+def test_frames_are_logged_by_their_grammar_without_text(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, logger="fedsoda_edge.join")
+
+    async def scene(talk: Talk) -> None:
+        handing_in = asyncio.create_task(talk.conversation.hand_in(START, DATA))
+        await talk.until(*UPLOAD)
+        talk.wire.say(RECEIPT)
+        await handing_in
+        await talk.conversation.leave("a private reason")
+
+    talk(scene)
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.split()[:2] for line in lines] == [
+        [">", "Hello"], ["<", "Welcome"], ["=", "connection"], [">", "Ready"], [">", "UpdateStart"],
+        [">", "UpdateChunk"], [">", "UpdateChunk"], ["<", "Receipt"], ["=", "connection"], [">", "Leave"],
+    ]  # fmt: skip
+    assert f"digest=sha256:{DIGEST[:4]}… " in lines[4] + " "
+    assert not any("private" in line or DIGEST in line or "triage" in line for line in lines)

@@ -1,0 +1,157 @@
+"""What a device holds of a run: views that are brought up to the hub's, and an update that waits for its answer."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from fedsoda_edge.join.run_state import RunState
+from fedsoda_edge.ports.disk import sha256, write_durably
+from fedsoda_edge.protocol import messages as ms
+from fedsoda_edge.protocol.commands import Advance, Advanced
+
+
+class Hub:
+    """Snapshots and steps of each round; a view is its round's name, and a step adds to it."""
+
+    def __init__(self) -> None:
+        self.fetched: list[str] = []
+
+    def view(self, number: int, *, is_first: bool = False) -> ms.ViewRef:
+        data = f"view {number}".encode()
+        ref = ms.BlobRef(digest=ms.Digest(sha256(data)), bytes=len(data))
+        step = ms.BlobRef(digest=ms.Digest(f"step {number}"), bytes=1)
+        return ms.ViewRef(digest=ref.digest, delta=None if is_first else step, snapshot=None if is_first else ref)
+
+    async def fetch(self, blob: ms.BlobRef) -> bytes:
+        name = blob.digest if blob.digest.startswith("step") else "snapshot"
+        self.fetched.append(name)
+        return name.encode() if name != "snapshot" else b"view 9"
+
+
+class Worker:
+    """Adds a delta: the view after a step is named by the step's number, whatever it began with."""
+
+    def __init__(self) -> None:
+        self.began_with: list[str | None] = []
+
+    async def advance(self, call: Advance) -> Advanced:
+        self.began_with.append(call.view)
+        number = Path(call.delta).read_text().removeprefix("step ")
+        Path(call.out).write_text(f"view {number}")
+        return Advanced(ms.Digest(sha256(f"view {number}".encode())))
+
+
+class Held:
+    """What a device holds of a run, with its hub and its worker."""
+
+    def __init__(self, directory: Path) -> None:
+        self.state, self.hub, self.worker = RunState(directory, "bf16"), Hub(), Worker()
+
+    async def bring_up(self, view: ms.ViewRef, number: int) -> str | None:
+        return await self.state.bring_up("adapter", view, number, self.hub.fetch, self.worker.advance)
+
+
+@pytest.fixture
+def held(tmp_path: Path) -> Held:
+    return Held(tmp_path)
+
+
+def test_after_a_draw_the_view_is_the_new_bundles_own_and_a_delta_leads_on(held: Held) -> None:
+    async def run() -> None:
+        hub = held.hub
+        held.state.begin_bundle(ms.Digest("first"))
+        assert await held.bring_up(hub.view(1, is_first=True), 1) is None
+        assert await held.bring_up(hub.view(2), 2) is not None
+        held.state.begin_bundle(ms.Digest("drawn"))
+        assert await held.bring_up(hub.view(3, is_first=True), 3) is None
+        path = await held.bring_up(hub.view(4), 4)
+        assert path is not None
+        assert Path(path).read_text() == "view 4"
+        assert hub.fetched == ["step 2", "step 4"]
+        assert held.worker.began_with == [None, None]  # each from its bundle's own
+        held.state.begin_bundle(ms.Digest("drawn"))  # a join that begins again with the same bundle keeps what it has
+        assert await held.bring_up(hub.view(4), 4) == path
+        assert hub.fetched == ["step 2", "step 4"]
+
+    asyncio.run(run())
+
+
+def test_who_was_not_asked_in_the_first_round_of_a_draw_takes_the_snapshot(held: Held) -> None:
+    async def run() -> None:
+        held.state.begin_bundle(ms.Digest("first"))
+        await held.bring_up(held.hub.view(7, is_first=True), 7)
+        held.state.begin_bundle(ms.Digest("drawn"))
+        await held.bring_up(held.hub.view(9), 9)
+        assert held.hub.fetched == ["snapshot"]
+
+    asyncio.run(run())
+
+
+# --- an update that waits --------------------------------------------------------------------------------------------
+
+
+def trained(state: RunState, number: int) -> ms.UpdateStart:
+    """A round as the worker and the agent leave it."""
+    state.begin_round()
+    write_durably(state.update, f"update {number}".encode())
+    write_durably(state.new_residual, f"residual {number}".encode())
+    start = ms.UpdateStart(
+        round=number,
+        base=ms.Digest("0" * 64),
+        alignment=0,
+        digest=ms.Digest(sha256(state.update.read_bytes())),
+        bytes=8,
+        codec="int8",
+        num_examples=1,
+        loss=0.5,
+    )
+    state.commit(start)
+    return start
+
+
+def contents(state: RunState, number: int) -> str | None:
+    path = state.residual(number)
+    return path and Path(path).read_text()
+
+
+def test_a_residual_counts_from_its_receipt_on_and_not_after_a_refusal(tmp_path: Path) -> None:
+    state = RunState(tmp_path, "bf16")
+    assert (state.pending(), state.residual(1)) == (None, None)
+    first = trained(state, 1)
+    assert (state.pending(), contents(state, 2)) == (first, None)
+    state.settle(first, accepted=True)
+    assert (state.pending(), contents(state, 2)) == (None, "residual 1")
+    state.settle(trained(state, 2), accepted=False)
+    assert (state.pending(), contents(state, 3)) == (None, "residual 1")
+    assert contents(state, 6) == "residual 1"
+    assert state.residual(7) is None  # too many rounds were missed
+
+
+def test_a_crash_after_any_write_of_an_answer_leaves_an_update_that_is_sent_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub gives its first receipt again, and the second time all writes are done."""
+    state = RunState(tmp_path, "bf16")
+    start = trained(state, 1)
+
+    def crash(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for broken in ("os.replace", "write_durably", "RunState.forget_pending"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"fedsoda_edge.join.run_state.{broken}", crash)
+            with pytest.raises(KeyboardInterrupt):
+                state.settle(start, accepted=True)
+        assert RunState(tmp_path, "bf16").pending() == start
+    state.settle(start, accepted=True)
+    assert (state.pending(), contents(state, 2)) == (None, "residual 1")
+
+
+def test_a_round_that_is_begun_gives_the_update_up_that_waited(tmp_path: Path) -> None:
+    state = RunState(tmp_path, "bf16")
+    trained(state, 1)
+    state.begin_round()
+    assert RunState(tmp_path, "bf16").pending() is None
