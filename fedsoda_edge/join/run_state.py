@@ -9,7 +9,7 @@ that is done again, never a bit of an update.
     checkpoint/                                 a round in its middle (`worker/checkpoint.py`)
     memory.json                                 the way to train that was taken last
 
-What a view is: docs/protocol.md (views). The numbers are the worker's, the bytes come by the conversation.
+What a view is: docs/protocol.md (p4-views). The numbers are the worker's, the bytes come by the conversation.
 """
 
 from __future__ import annotations
