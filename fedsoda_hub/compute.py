@@ -108,7 +108,10 @@ class Compute:
             for update in job.updates
         ]
         products = partial(pairs_by_module, updates, codec, max_weight)
-        moments, crossed = None, CrossTerm()
+        moments, crossed, lost = None, CrossTerm(), None
+        has_ranks = (
+            len(set(self.settings.lora.ranks)) > 1
+        )  # factors of different ranks have no mean to lose anything by
         if how.rule == "flexlora":
             # What edges hold of a module, where any hold it at the master's rank.
             held_whole = (
@@ -116,7 +119,8 @@ class Compute:
                 for view in views.values()
             )
             before = ChainMap(*held_whole, master)
-            new_master = master | flexlora.merge(crossed.watching(products()), before)
+            pairs = products() if has_ranks else crossed.watching(products())
+            new_master = master | flexlora.merge(pairs, before)
         elif how.optimizer == "none":
             new_master = delta.moved(master, weighted_mean(updates, codec, max_weight), codec)
         else:
@@ -124,7 +128,8 @@ class Compute:
             mean = weighted_mean(updates, codec, max_weight)
             new_master, held = server_optimizer.step(master, mean, held, how)
             moments = self._put(held)
-        lost = crossed.value if how.rule == "flexlora" else cross_term(products())
+        if not has_ranks:
+            lost = crossed.value if how.rule == "flexlora" else cross_term(products())
         steps = {}
         for digest, view in views.items():
             coded, new_view = delta.step_down(flexlora.cut(new_master, view), view, layouts[digest], codec)
@@ -133,8 +138,7 @@ class Compute:
             master=self._put(new_master),
             steps=tuple(steps[digest] for digest in job.views),
             moments=moments,
-            # Factors of different ranks have no mean that anything could be lost by.
-            cross_term=lost if len(set(self.settings.lora.ranks)) < 2 else None,
+            cross_term=lost,
         )
 
     def evaluate(self, job: jobs.Evaluate, report: Report) -> jobs.EvaluateResult:

@@ -352,7 +352,7 @@ def _recipe(model: Any, directory: Path, geometry: Geometry) -> tuple[int, float
 
 
 def _assert_trained(model: Any) -> None:
-    """Stock Linear4bit can lose its gradient without a word (facts.md 0.1): such an arm would be quick and wrong."""
+    """Stock Linear4bit can lose its gradient without a word (docs/decisions.md (d5-nf4-layer)): such an arm would be quick and wrong."""
     moved = [float(p.detach().norm()) for name, p in model.named_parameters() if "lora_B" in name]
     assert any(moved), "no LoRA tensor moved: the baseline trains nothing"
 

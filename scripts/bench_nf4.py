@@ -74,7 +74,7 @@ def layers(rows: int, cols: int, dtype: torch.dtype, arms: list[str], is_defecti
             stock.weight = bnb.nn.Params4bit(weight.clone(), requires_grad=False, quant_type="nf4")
             made[arm] = stock.to(
                 "cpu"
-            ).train()  # in eval mode it may repack itself and lose its gradient (facts.md 0.1)
+            ).train()  # in eval mode it may repack itself and lose its gradient (docs/decisions.md (d5-nf4-layer))
         else:
             dense = weight.to(dtype)
             made[arm] = lambda x, dense=dense: torch.nn.functional.linear(x, dense)

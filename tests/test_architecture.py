@@ -106,16 +106,19 @@ HOUSE = {
         f"{_ANY_STDLIB} network starlette uvicorn httpx msgspec",
     ),
     "hub.algorithms": Room(f"{_SIZES} edge.model hub.settings.tables", "tensors msgspec"),
-    "hub.preparation": Room(_TORCH_ROOM, "disk processes tensors tokenizers psutil msgspec"),
-    "hub.plan": Room(f"{_TORCH_ROOM} hub.preparation", "disk tensors msgspec"),
-    "hub.evaluation": Room(f"{_CONTRACT} hub.settings hub.preparation hub.run", "disk tensors msgspec"),
+    # Their results are what the jobs that ask for them promise.
+    "hub.preparation": Room(f"{_TORCH_ROOM} hub.federation.jobs", "disk processes tensors tokenizers psutil msgspec"),
+    "hub.plan": Room(f"{_TORCH_ROOM} hub.federation hub.preparation", "disk tensors msgspec"),
+    "hub.evaluation": Room(
+        f"{_CONTRACT} hub.settings hub.federation.jobs hub.preparation hub.run", "disk tensors msgspec"
+    ),
     "hub.compute": Room(
         f"{_TORCH_ROOM} hub.federation.jobs hub.preparation hub.evaluation", "disk processes tensors msgspec"
     ),
     "hub.report": Room(f"{_SIZES} edge.ports hub.settings hub.federation hub.run", "clock disk matplotlib msgspec"),
     "hub.local": Room(_ABOVE, f"{_ANY_STDLIB} msgspec"),
     # A comparison runs edges in its own process.
-    "hub.local.in_process": Room(f"{_ABOVE} hub.local edge.join edge.worker", f"{_ANY_STDLIB} msgspec"),
+    "hub.local.in_process": Room(f"{_ABOVE} hub.local edge.events edge.join edge.worker", f"{_ANY_STDLIB} msgspec"),
     "hub.compare": Room(
         f"{_ABOVE} hub.local hub.local.in_process hub.compare.central",
         f"{_ANY_STDLIB} tensors matplotlib msgspec",

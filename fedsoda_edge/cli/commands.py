@@ -119,7 +119,7 @@ def join(
         )
         for _ in local.rows() if local.is_text else ():
             pass
-        with remedy_for_columns(COLUMN_REMEDY), Display(jsonl) as display:
+        with remedy_for_columns(COLUMN_REMEDY), Display(jsonl, is_detailed=debug) as display:
             display.say(ev.Settings(msgspec.convert(effective_settings(context), ev.JoinSettings)))
             with take_part(
                 edge, local, display.say, unattended=unattended, max_rounds=max_rounds, pause_on=pause_on or ""

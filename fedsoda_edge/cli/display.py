@@ -14,7 +14,7 @@ from fedsoda_edge import events as ev
 from fedsoda_edge.data.inspection import Inspection
 from fedsoda_edge.join.doctor import Check
 from fedsoda_edge.join.status import pause_sentence
-from fedsoda_edge.ports.console import ProgressLine, note, settings_line
+from fedsoda_edge.ports.console import ProgressLine, note, settings_lines
 from fedsoda_edge.units import counted, human_bytes, human_seconds
 
 # Events that are said beside the work of the bar, which continues.
@@ -24,8 +24,9 @@ _BESIDE = ev.Notice | ev.Reconnecting | ev.Reconnected | ev.Retrying
 class Display:
     """What a join says while it runs. Everything but JSON goes to stderr."""
 
-    def __init__(self, jsonl: bool) -> None:
+    def __init__(self, jsonl: bool, *, is_detailed: bool = False) -> None:
         self._jsonl = jsonl
+        self._is_detailed = is_detailed
         self._lock = threading.Lock()
         self._line = ProgressLine(is_live=sys.stderr.isatty() and not jsonl)
         self._download: ev.Downloading | None = None  # while it runs
@@ -68,6 +69,8 @@ class Display:
                 loss = "nan" if event.loss is None else f"{event.loss:.3f}"
                 detail = f"step {event.step} of {event.steps}, loss {loss}, {event.tokens_per_second:.0f} tokens/s"
                 self._line.show(f"round {event.round}", event.step, event.steps, detail)
+            case ev.Settings():
+                self._line.say(_beginning(event.values, self._is_detailed))
             case _:
                 text = sentence(event)
                 is_swept = isinstance(event, ev.Swept) and self._download is None
@@ -83,11 +86,16 @@ class Display:
         self._line.show("downloading", event.done, event.total, self._swept, is_bytes=True)
 
 
+def _beginning(settings: ev.JoinSettings, is_detailed: bool) -> str:
+    """Say what was given, and what happens next."""
+    values = {name: (one.value, one.source) for name, one in msgspec.structs.asdict(settings).items()}
+    lines = settings_lines(values, is_detailed=is_detailed)
+    return f"{lines}\nnext: connect to {settings.url.value}, see whether the sub-LLM fits this device, and fetch it"
+
+
 def sentence(event: ev.AnyEvent) -> str:
     """Return what a person reads of an event; "" where a bar shows it, or nothing does."""
     match event:
-        case ev.Settings():
-            return settings_line(msgspec.to_builtins(event.values))
         case ev.Joined():
             return f"joined run {event.run} as {event.edge} ({counted(event.rounds, 'round')})"
         case ev.DeviceFits():
@@ -125,7 +133,7 @@ def sentence(event: ev.AnyEvent) -> str:
             return "resumed after the pause"
         case ev.Farewell():
             return f"done: {event.reason} after {counted(event.rounds, 'round')}"
-        case ev.Swept() | ev.RoundClosed() | ev.Downloading() | ev.Sweeping() | ev.Training():
+        case ev.Settings() | ev.Swept() | ev.RoundClosed() | ev.Downloading() | ev.Sweeping() | ev.Training():
             return ""
 
 

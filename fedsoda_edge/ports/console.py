@@ -8,7 +8,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import typer
@@ -16,7 +16,7 @@ import typer
 from fedsoda_edge.errors import FedSODAError, UsageProblem
 from fedsoda_edge.ports.logs import logs_shown, printable
 from fedsoda_edge.ports.system import on_stop
-from fedsoda_edge.units import human_bytes, human_seconds
+from fedsoda_edge.units import counted, human_bytes, human_seconds
 
 EXIT_HELP = (
     "Exit status: 0 done; 1 failed, do not retry; 2 wrong usage, settings or data; 3 temporary (network, hub away, "
@@ -142,17 +142,28 @@ def effective_settings(context: typer.Context) -> dict[str, dict[str, Any]]:
     return found
 
 
-def settings_line(settings: dict[str, dict[str, Any]]) -> str:
-    """Tell people what was set and where; what is None is left out."""
+ON_COMMAND_LINE = ("option", "argument")  # sources of `effective_settings` that a person has just typed
+
+
+def settings_lines(settings: Mapping[str, tuple[Any, str]], *, is_detailed: bool) -> str:
+    """Tell people which settings were given and where, a line each; the defaults too where details are asked for.
+
+    Args:
+        settings: {name: (value, source)}; what is None is left out.
+    """
     by_source: dict[str, list[str]] = {}
-    for name, setting in settings.items():
-        if setting["value"] is not None:
-            shown = str(setting["value"])
-            shown = repr(shown) if "\n" in shown else shown  # the settings are one line
-            by_source.setdefault(setting["source"], []).append(f"{name} {shown}")
+    for name, (value, source) in settings.items():
+        if value is not None:
+            where = "the command line" if source in ON_COMMAND_LINE else source
+            shown = json.dumps(value, ensure_ascii=False)  # a prompt of several lines is one here
+            by_source.setdefault(where, []).append(f"  {name} = {shown}")
     defaults = by_source.pop("default", [])
-    given = [f"{', '.join(values)} ({source})" for source, values in by_source.items()]
-    return "settings: " + "; ".join([*given, *([f"defaults: {', '.join(defaults)}"] if defaults else [])])
+    lines = [line for source, given in by_source.items() for line in (f"settings from {source}:", *given)]
+    if is_detailed:
+        lines += ["defaults:", *defaults]
+    elif defaults:
+        lines.append(f"{counted(len(defaults), 'other setting')} at the default; --debug shows them")
+    return "\n".join(lines)
 
 
 def note(text: str) -> None:

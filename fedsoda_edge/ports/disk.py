@@ -28,7 +28,7 @@ def sha256_file(path: Path) -> str:
 
 
 def write_durably(path: Path, data: bytes | memoryview, mode: int = 0o666) -> None:
-    """Temp file, fsync, rename, fsync of the directory (federation.md, Ledger).
+    """Temp file, fsync, rename, fsync of the directory (docs/protocol.md (p7-durable)).
 
     Args:
         mode: of the file from its first byte on, less the umask; 0o600 for secrets.

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 
-from fedsoda_edge.ports.console import ProgressLine
+from fedsoda_edge.ports.console import ProgressLine, settings_lines
 from fedsoda_edge.units import counted, human_bytes, human_seconds
 from fedsoda_hub import events as told
 from fedsoda_hub.federation.state import RunState
@@ -44,7 +42,7 @@ class Display:
             self._line.show(event.stage, event.done, event.total, detail)
             return
         self._fold(event)
-        text = settings_lines(event.values, self._is_detailed) if isinstance(event, told.Settings) else _sentence(event)
+        text = self._settings(event) if isinstance(event, told.Settings) else _sentence(event)
         if text and self._round.number == 0:
             self._line.end()
         if text:
@@ -59,6 +57,10 @@ class Display:
         """Say what happens next, where a hub begins to serve."""
         if not self._jsonl:
             self._line.say(next_step(state, rounds))
+
+    def _settings(self, event: told.Settings) -> str:
+        values = {name: (setting.value, setting.source) for name, setting in event.values.items()}
+        return settings_lines(values, is_detailed=self._is_detailed)
 
     def _fold(self, event: told.Told) -> None:
         now = self._round
@@ -104,22 +106,6 @@ class _OpenRound:
             f"{len(self.answered)} of {len(self.local)} answered, {counted(num_connected, 'edge')} in, "
             f"due in {human_seconds(max(0.0, self.due_at - now))}"
         )
-
-
-def settings_lines(settings: Mapping[str, told.Setting], is_detailed: bool) -> str:
-    """Say which keys were given and where, a line each; the defaults too where details are asked for."""
-    by_source: dict[str, list[str]] = {}
-    for name, setting in settings.items():
-        if setting.value is not None:
-            shown = json.dumps(setting.value, ensure_ascii=False)  # a prompt of several lines is one here
-            by_source.setdefault(setting.source, []).append(f"  {name} = {shown}")
-    defaults = by_source.pop("default", [])
-    lines = [line for source, given in by_source.items() for line in (f"settings from {source}:", *given)]
-    if is_detailed:
-        lines += ["defaults:", *defaults]
-    elif defaults:
-        lines.append(f"{counted(len(defaults), 'other key')} at the default; --debug shows them")
-    return "\n".join(lines)
 
 
 def next_step(state: RunState, rounds: int) -> str:

@@ -32,6 +32,7 @@ from tests.conftest import ROOT
 from tests.edge.network.test_hub_transport import SmallHub, listening
 
 TIB = 2**40
+FIRST_STEPS = "see whether the sub-LLM fits this device, and fetch it"
 GOOD_ROWS = '{"text": "fever", "department": "er"}\n{"text": "cough", "department": "gp"}\n'
 
 
@@ -43,9 +44,11 @@ class Ran:
 
     @property
     def sentence(self) -> str:
-        """The one line of an error; nothing else was said but what the command runs with."""
+        """The one line of an error; nothing else was said but what the command runs with, up to what comes next."""
         assert self.out == ""
-        [line] = [line for line in self.err.splitlines() if not line.startswith("settings: ")]
+        lines = self.err.splitlines()
+        begun = [at for at, line in enumerate(lines, 1) if line.startswith("next: ")]
+        [line] = lines[begun[0] :] if begun else lines
         assert line.startswith("error: ")
         return line.removeprefix("error: ")
 
@@ -384,7 +387,8 @@ def test_a_home_is_used_by_one_join_until_it_is_stopped(
     join = ("join", nowhere, "--data", device.file("visits.jsonl", GOOD_ROWS))
     with device.start(*join, "--unattended", "--json", FEDSODA_TOKEN="good") as first:
         assert first.stderr is not None
-        assert first.stderr.readline().startswith(f"settings: url {nowhere} (argument); data ")
+        said = list(iter(first.stderr.readline, f"next: connect to {nowhere}, {FIRST_STEPS}\n"))
+        assert f'  url = "{nowhere}"\n' in said
         line = first.stderr.readline()
         assert re.match(r"connection lost: TCP: nothing answers .*; retrying until it is back$", line)
         if stop == signal.SIGTERM:

@@ -8,7 +8,7 @@ import pytest
 import typer
 
 from fedsoda_edge.errors import DeviceTooSmall
-from fedsoda_edge.ports.console import ProgressLine, effective_settings, finish, note, reporting, run, settings_line
+from fedsoda_edge.ports.console import ProgressLine, effective_settings, finish, note, reporting, run, settings_lines
 
 
 def command(failure: BaseException | None) -> typer.Typer:
@@ -109,7 +109,26 @@ def test_every_setting_is_told_with_where_it_came_from(monkeypatch: pytest.Monke
         "threads": (2, "option"),
         "token_file": (None, "default"),
     }
-    assert settings_line(seen) == "settings: url http://h (argument); device cpu (FEDSODA_DEVICE); threads 2 (option)"
+
+
+def test_a_person_sees_what_was_given_and_where_a_line_each_and_the_defaults_with_details() -> None:
+    settings = {
+        "url": ("http://h", "argument"),
+        "device": ("cpu", "FEDSODA_DEVICE"),
+        "threads": (2, "option"),
+        "cache": ("bf16", "default"),
+        "token_file": (None, "default"),
+    }
+    given = [
+        "settings from the command line:",
+        '  url = "http://h"',
+        "  threads = 2",
+        "settings from FEDSODA_DEVICE:",
+        '  device = "cpu"',
+    ]
+    brief, detailed = (settings_lines(settings, is_detailed=is_detailed) for is_detailed in (False, True))
+    assert brief.splitlines() == [*given, "1 other setting at the default; --debug shows them"]
+    assert detailed.splitlines() == [*given, "defaults:", '  cache = "bf16"']
 
 
 def test_what_others_write_does_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:

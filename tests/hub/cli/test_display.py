@@ -10,7 +10,7 @@ import pytest
 from fedsoda_edge.protocol.messages import Digest, EdgeId
 from fedsoda_edge.units import counted
 from fedsoda_hub import events as told
-from fedsoda_hub.cli.display import Display, _OpenRound, next_step, settings_lines
+from fedsoda_hub.cli.display import Display, _OpenRound, next_step
 from fedsoda_hub.federation.state import RunState
 from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.run.status import live_status, run_status
@@ -132,10 +132,14 @@ SETTINGS = {
 }
 
 
-def test_of_the_settings_a_person_sees_what_was_given_a_line_each_and_the_rest_where_details_are_asked_for() -> None:
-    given = 'settings from run.toml:\n  name = "x"\n  [task] prompt = "Review: {text}\\nLabel:"'
-    assert settings_lines(SETTINGS, is_detailed=False) == f"{given}\n1 other key at the default; --debug shows them"
-    assert settings_lines(SETTINGS, is_detailed=True) == f"{given}\ndefaults:\n  [lora] rank = 8"
+def test_of_the_settings_a_person_sees_what_was_given_a_line_each_and_the_rest_where_details_are_asked_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = ["settings from run.toml:", '  name = "x"', '  [task] prompt = "Review: {text}\\nLabel:"']
+    Display(jsonl=False).say(told.Settings(values=SETTINGS))
+    assert capsys.readouterr().err.splitlines() == [*given, "1 other setting at the default; --debug shows them"]
+    Display(jsonl=False, is_detailed=True).say(told.Settings(values=SETTINGS))
+    assert capsys.readouterr().err.splitlines() == [*given, "defaults:", "  [lora] rank = 8"]
 
 
 @pytest.mark.parametrize(

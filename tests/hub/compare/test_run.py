@@ -30,7 +30,7 @@ def compared(path: Path, out: Path, events: list[Told] | None = None) -> dict[st
         if events is not None:
             events.append(event)
 
-    report: dict[str, Any] = msgspec.to_builtins(run_comparison(read_comparison(path), out, "memory", say))
+    report: dict[str, Any] = json.loads(msgspec.json.encode(run_comparison(read_comparison(path), out, "memory", say)))
     return report
 
 

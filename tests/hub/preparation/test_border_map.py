@@ -216,7 +216,10 @@ def test_the_sub_llm_is_judged_with_it_and_the_plug_in_without(run: RunSettings)
 @pytest.mark.parametrize(
     ("tables", "message"),
     [
-        ({"align": {"border_map": "linear"}}, r"border_map = 'linear' in RUN.toml; it must be auto or ridge or none"),
+        (
+            {"align": {"border_map": "linear"}},
+            r"border_map = 'linear' in RUN.toml; it must be one of auto, ridge, none",
+        ),
         (
             {"public": {"like_task": "none.jsonl"}, "align": {"border_map": "ridge"}},
             r"like_task: .*none.jsonl is not there",

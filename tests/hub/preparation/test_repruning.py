@@ -287,7 +287,9 @@ def test_edges_follow_and_fetch_only_what_they_do_not_hold(calm: Ran) -> None:
         number = int(name == SMALL_EDGE)
         assert [event["round"] for event in events if event["event"] == "accepted"] == [1, 2, 3, 4, 5]
         told = [
-            event["message"] for event in events if event["event"] == "notice" and "chosen layers" in event["message"]
+            event["message"]
+            for event in events
+            if event["event"] == "notice" and "chosen other layers" in event["message"]
         ]
         choices = [
             bundle_of(settings.run_dir, (record.manifest, record.smaller[0].manifest)[number]).plan.kept
