@@ -53,7 +53,7 @@ def as_json(event: Told) -> dict[str, Any]:
 class Setting(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A key's value. source: the file's name, or default."""
 
-    value: str | float | bool | list[Any] | None
+    value: str | int | float | bool | list[Any] | None
     source: Annotated[str, Meta(min_length=1)]
 
 
@@ -389,7 +389,7 @@ def read(line: str | bytes) -> Told | None:
     for kind in kinds():
         if kind.__struct_config__.tag == values.get("event"):
             try:
-                return msgspec.convert(values, kind, strict=False)
+                return msgspec.convert(values, kind, str_keys=True)
             except msgspec.ValidationError:
                 continue
     raise ValueError(f"no event of a hub: {line!r}")

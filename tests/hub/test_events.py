@@ -133,3 +133,15 @@ def test_the_terminal_event_is_the_commands_and_an_unknown_one_is_no_hubs() -> N
 )
 def test_how_far_a_job_is_becomes_an_event(progress: jobs.Progress) -> None:
     HUB.check_event(told.as_json(told.progress_told("prepare", progress)))
+
+
+def test_a_setting_is_read_back_as_it_was_written() -> None:
+    """Not 3 as 3.0, nor "3" as 3: a demo shows the settings of a hub that runs in another process."""
+    values = {"count": 3, "rate": 3.0, "name": "3", "is_on": True, "targets": ["q_proj"], "text": None}
+    told_settings = told.Settings(values={key: told.Setting(value=value, source="x") for key, value in values.items()})
+    found = told.read(msgspec.json.encode(told_settings))
+    assert isinstance(found, told.Settings)
+    back = {key: setting.value for key, setting in found.values.items()}
+    assert [(key, type(value), value) for key, value in back.items()] == [
+        (key, type(value), value) for key, value in values.items()
+    ]
