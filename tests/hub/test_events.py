@@ -137,7 +137,7 @@ def test_how_far_a_job_is_becomes_an_event(progress: jobs.Progress) -> None:
 
 def test_a_setting_is_read_back_as_it_was_written() -> None:
     """Not 3 as 3.0, nor "3" as 3: a demo shows the settings of a hub that runs in another process."""
-    values = {"count": 3, "rate": 3.0, "name": "3", "is_on": True, "targets": ["q_proj"], "text": None}
+    values: dict[str, Any] = {"count": 3, "rate": 3.0, "name": "3", "is_on": True, "targets": ["q_proj"], "text": None}
     told_settings = told.Settings(values={key: told.Setting(value=value, source="x") for key, value in values.items()})
     found = told.read(msgspec.json.encode(told_settings))
     assert isinstance(found, told.Settings)
