@@ -195,10 +195,15 @@ class Participation:
         return found
 
     def leave(self, reason: str) -> None:
-        """Tell the hub that this edge goes for good."""
+        """Tell the hub that this edge goes for good; there are no more offers then."""
         self._call(self._agent.leave(reason))
 
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
+        if not self._thread.is_alive():  # nobody would ever do the work
+            work.close()
+            raise UsageProblem(
+                "this join has not begun, or is over; use it within `with edge.join(...) as participation:`"
+            )
         waiting = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return waiting.result()

@@ -171,15 +171,16 @@ class Agent:
             UsageProblem: it is not the update that was trained last, or not as it was trained.
             RunOver: the run was over before the hub's answer. What ended the join.
         """
-        if (answered := self._offered.answer_to(digest)) is not None:
+        if (answered := self._offered.answer_to(round_number, digest)) is not None:
             return answered
         return await self._hand_in(await self._greeted.rounds.check(round_number, digest, path or self.update_path))
 
     async def leave(self, reason: str) -> None:
         """Tell the hub, where it can be reached, and people: the last sentence of a join that ends early."""
-        if isinstance(self._run, Equipped):
-            await self._run.equipment.trainer.end_early()  # nothing is said after the last sentence
         await self._conversation.leave(reason)
+        if isinstance(self._run, Greeted):
+            self._run.life.cancel()  # it may be waiting for a hub that is away
+            await asyncio.wait({self._run.life})  # nothing is said after the last sentence
         self.say(ev.Notice(f"left the run: {reason}"))
 
     async def close(self, error: BaseException | None = None) -> None:

@@ -205,7 +205,8 @@ class Conversation:
             case None:  # a chunk on the way
                 pass
             case Blob():
-                log.debug(trace.line("<", ms.BlobRef(digest=message.digest, bytes=len(message.data))))
+                whole = ms.BlobChunk(digest=message.digest, offset=0, total=len(message.data))
+                log.debug(trace.line("<", whole))
                 connection.blob(message)
             case _:
                 log.debug(trace.line("<", message))
@@ -233,7 +234,8 @@ class Conversation:
     async def _send(self, connection: Connected, message: ms.EdgeMessage, payload: memoryview | None = None) -> None:
         if self._state is not connection:  # lost since: its successor is still shaking hands, or another conversation
             raise HubUnreachable("the connection ended", "TCP")
-        log.debug(trace.line(">", message, "" if payload is None else f"payload={len(payload)}"))
+        if payload is None:
+            log.debug(trace.line(">", message))
         await self._transport.send(connection.session.send(message, payload or b""))
         if isinstance(message, ms.Ready):
             connection.is_ready = True
@@ -291,6 +293,8 @@ class Conversation:
             await self._send(connection, start)
             for offset, piece in chunks(data):
                 await self._send(connection, ms.UpdateChunk(digest=start.digest, offset=offset), piece)
+            whole = ms.UpdateChunk(digest=start.digest, offset=0)
+            log.debug(trace.line(">", whole, f"payload={len(data)}"))  # one line for all chunks
             return await due.answer
 
         return await self._ask(upload, needs_ready=True)

@@ -40,7 +40,7 @@ class Offered:
         self._latest: RoundOffer | None = None
         self._untaken: RoundOffer | None = None
         self._hand: Idle | InTraining | HandingIn = Idle()
-        self._answers: dict[str, bool] = {}  # digest of an update: whether the hub accepted it
+        self._answers: dict[tuple[int, str], bool] = {}  # round and digest of an update: whether the hub accepted it
 
     @property
     def in_hand(self) -> int | None:
@@ -101,15 +101,15 @@ class Offered:
     def settled(self, start: UpdateStart, accepted: bool) -> None:
         """Note the hub's answer to an update."""
         self.rounds.append(RoundResult(round=start.round, loss=start.loss, accepted=accepted))
-        self._answers[start.digest] = accepted
+        self._answers[start.round, start.digest] = accepted
 
     def let_go(self) -> None:
         """Note that no round is in hand any more, however it ended."""
         self._hand = Idle()
 
-    def answer_to(self, digest: str) -> bool | None:
+    def answer_to(self, round_number: int, digest: str) -> bool | None:
         """Return whether the hub accepted this update; None: it was not handed in."""
-        return self._answers.get(digest)
+        return self._answers.get((round_number, digest))
 
     def check(self, pending: UpdateStart | None, round_number: int, digest: str) -> UpdateStart:
         """Return what is announced to the hub for an update that its owner submits.

@@ -91,7 +91,7 @@ class TorchPort(Protocol):
 
     @property
     def pid(self) -> int | None:
-        """The process's number, another one after each start; None where nothing runs."""
+        """The process's number, another one after each start; None where nothing runs that takes the next call."""
         ...
 
     @property

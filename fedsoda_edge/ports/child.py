@@ -76,10 +76,13 @@ class Child:
         self._drain: asyncio.Task[None] | None = None
         self._lock = asyncio.Lock()
         self._has_answered = False  # the process that runs now
+        self._is_given_up = False  # a call of it was broken off: its answer may still come, and is nobody's
         self.peak_rss_bytes = 0
 
     async def start(self) -> None:
-        self._has_answered = False
+        if self._is_given_up:
+            await self.close()
+        self._has_answered = self._is_given_up = False
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -99,6 +102,10 @@ class Child:
 
     @property
     def pid(self) -> int | None:
+        return None if self._is_given_up else self._running_pid
+
+    @property
+    def _running_pid(self) -> int | None:
         return self._process.pid if self._process and self._process.returncode is None else None
 
     @property
@@ -106,15 +113,16 @@ class Child:
         """What the process holds now; None where there is none."""
         import psutil
 
+        pid = self._running_pid
         try:
-            return None if self.pid is None else int(psutil.Process(self.pid).memory_info().rss)
+            return None if pid is None else int(psutil.Process(pid).memory_info().rss)
         except psutil.Error:
             return None
 
     async def call(
         self, call: Call[ResultT, ProgressT], on_progress: Callable[[ProgressT], None] | None = None
     ) -> ResultT:
-        """Run one call and return its result.
+        """Run one call and return its result. A call that is cancelled ends the child before the next one begins.
 
         Raises:
             FedSODAError: what the call raised.
@@ -148,6 +156,9 @@ class Child:
                     "\n".join(self._last_words),
                     was_killed(status),
                 ) from error
+            except BaseException:
+                self._is_given_up = True
+                raise
             if isinstance(reply, Raised):
                 raise _rebuilt(reply)
             self.peak_rss_bytes = max(self.peak_rss_bytes, reply.peak_rss_bytes)
@@ -171,7 +182,7 @@ class Child:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(END_SECONDS if self._has_answered else 0):
                 await self._process.wait()
-        if self.pid is not None:
+        if self._running_pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
         await self._process.wait()

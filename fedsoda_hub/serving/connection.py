@@ -16,7 +16,7 @@ from fedsoda_edge.errors import ProtocolViolation
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.codec import wire_bytes
 from fedsoda_edge.protocol.session import HubSession, Upload, chunks
-from fedsoda_edge.protocol.trace import line, went_wrong
+from fedsoda_edge.protocol.trace import Mark, line, went_wrong
 from fedsoda_hub.run.status import LiveStatus
 from fedsoda_hub.run.tokens import Token
 
@@ -114,8 +114,8 @@ class Connection:
         """Queue a message; after the end of the conversation it is dropped."""
         if self.session.state != "over":
             self._out.put_nowait(self.session.send(message, payload))
-            if _log.isEnabledFor(logging.DEBUG):
-                _log.debug(line(">", message, self.edge))
+            if not payload:  # of chunks one line tells all
+                self._trace(">", message)
 
     def close(self) -> None:
         """End the conversation after what is queued has left."""
@@ -169,8 +169,10 @@ class Connection:
 
     async def _hear(self, frame: bytes) -> None:
         said = self.session.receive(frame)
-        if said is not None and _log.isEnabledFor(logging.DEBUG):
-            _log.debug(line("<", said.start if isinstance(said, Upload) else said, self.edge))
+        if isinstance(said, Upload):
+            self._trace("<", ms.UpdateChunk(digest=said.start.digest, offset=0), f"payload={len(said.data)} ")
+        elif said is not None:
+            self._trace("<", said)
         match said:
             case None | ms.UpdateChunk():
                 pass
@@ -189,5 +191,10 @@ class Connection:
         data = self._hub.shelf.run_blob(request.digest)
         if data is None or not 0 <= request.offset < len(data):
             raise ProtocolViolation(f"there is no blob {request.digest[:12]} at {request.offset} in this round")
+        self._trace(">", ms.BlobChunk(digest=request.digest, offset=request.offset, total=len(data)))
         for offset, piece in chunks(data, request.offset):
             self.send(ms.BlobChunk(digest=request.digest, offset=offset, total=len(data)), piece)
+
+    def _trace(self, mark: Mark, message: ms.Message, note: str = "") -> None:
+        if _log.isEnabledFor(logging.DEBUG):
+            _log.debug(line(mark, message, note + self.edge))

@@ -339,7 +339,9 @@ def test_what_was_on_its_way_to_an_edge_that_left_breaks_no_rule() -> None:
 # --- the log ---------------------------------------------------------------------------------------------------------
 
 
-def test_frames_are_logged_by_their_grammar_without_text(caplog: pytest.LogCaptureFixture) -> None:
+def test_frames_are_logged_by_their_grammar_without_text_and_a_transfer_in_one_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     caplog.set_level(logging.DEBUG, logger="fedsoda_edge.join")
 
     async def scene(talk: Talk) -> None:
@@ -353,7 +355,8 @@ def test_frames_are_logged_by_their_grammar_without_text(caplog: pytest.LogCaptu
     lines = [record.getMessage() for record in caplog.records]
     assert [line.split()[:2] for line in lines] == [
         [">", "Hello"], ["<", "Welcome"], ["=", "connection"], [">", "Ready"], [">", "UpdateStart"],
-        [">", "UpdateChunk"], [">", "UpdateChunk"], ["<", "Receipt"], ["=", "connection"], [">", "Leave"],
+        [">", "UpdateChunk"], ["<", "Receipt"], ["=", "connection"], [">", "Leave"],
     ]  # fmt: skip
     assert f"digest=sha256:{DIGEST[:4]}… " in lines[4] + " "
+    assert lines[5] == f"> UpdateChunk digest=sha256:{DIGEST[:4]}… offset=0 payload={len(DATA)}"
     assert not any("private" in line or DIGEST in line or "triage" in line for line in lines)

@@ -105,6 +105,6 @@ def test_an_update_that_is_not_the_one_trained_last_is_refused() -> None:
 def test_what_the_hub_said_of_an_update_is_said_again() -> None:
     offered = Offered()
     trained(offered, 1)
-    assert offered.answer_to("1" * 64) is None
+    assert offered.answer_to(1, "1" * 64) is None
     handed_in(offered, 1, accepted=False)
-    assert offered.answer_to("1" * 64) is False
+    assert offered.answer_to(1, "1" * 64) is False

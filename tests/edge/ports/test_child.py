@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from fedsoda_edge.errors import DiskFull, WorkerFailed
@@ -44,6 +45,9 @@ def answer(call, report):
             os.write(2, b"last words\\n")
             os._exit(7)
         case Do(what="pid"): return Number(os.getpid())
+        case Do(what="nap"):
+            time.sleep(0.2)
+            return Number(0)
         case Do(what="work"):
             time.sleep(60)
             return Number(0)
@@ -102,6 +106,42 @@ def test_a_dead_child_leaves_its_last_words_and_the_next_call_starts_another(env
             await child.call(toy.Do(what="die"))
         assert "last words" in failure.value.details
         assert await child.call(toy.Double(number=1)) == toy.Number(2)
+        await child.close()
+
+    asyncio.run(talk())
+
+
+def test_after_a_call_that_was_cancelled_the_next_one_has_its_own_answer(environment: dict[str, str]) -> None:
+    toy = importlib.import_module("toy_child")
+
+    async def talk() -> None:
+        child = Child("toy_child", environment)
+        before = (await child.call(toy.Do(what="pid"))).number
+        working = asyncio.create_task(child.call(toy.Do(what="nap")))
+        await asyncio.sleep(0)  # the call is written
+        working.cancel()
+        await asyncio.wait({working})
+        assert child.pid is None
+        async with asyncio.timeout(END_SECONDS):
+            assert await child.call(toy.Double(number=21)) == toy.Number(42)
+            assert (await child.call(toy.Do(what="pid"))).number not in (before, 0)
+        await child.close()
+        assert not psutil.pid_exists(int(before))
+
+    asyncio.run(talk())
+
+
+def test_after_progress_that_could_not_be_told_the_next_call_has_its_own_answer(environment: dict[str, str]) -> None:
+    toy = importlib.import_module("toy_child")
+
+    def fails(_: object) -> None:
+        raise ValueError("the display broke")
+
+    async def talk() -> None:
+        child = Child("toy_child", environment)
+        with pytest.raises(ValueError, match="the display broke"):
+            await child.call(toy.Double(number=1), fails)
+        assert await child.call(toy.Double(number=21)) == toy.Number(42)
         await child.close()
 
     asyncio.run(talk())

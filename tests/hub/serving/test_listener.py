@@ -404,7 +404,10 @@ def test_a_frame_above_the_limit_is_not_read(hub: MemoryHub) -> None:
     assert (hub.heard, len(hub.gone)) == ([], 1)
 
 
-def test_messages_and_whole_uploads_reach_the_hub_in_order_without_their_chunks(hub: MemoryHub) -> None:
+def test_messages_and_whole_uploads_reach_the_hub_in_order_without_their_chunks(
+    hub: MemoryHub, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", logger="fedsoda_hub.serving")
     start = ms.UpdateStart(
         round=1,
         base=VIEW_DIGEST,
@@ -431,10 +434,17 @@ def test_messages_and_whole_uploads_reach_the_hub_in_order_without_their_chunks(
     assert (ready, announced, leave) == (ms.Ready(num_examples=3), start, ms.Leave(reason="done"))
     assert upload == Upload(start, UPDATE)
     assert hub.gone == hub.greeted
+    came = [record.getMessage() for record in caplog.records if record.getMessage().startswith("< Update")]
+    assert [line.split()[1] for line in came] == ["UpdateStart", "UpdateChunk"]  # one line for all its chunks
+    assert f" offset=0 payload={len(UPDATE)} " in came[1]
 
 
 @pytest.mark.parametrize("offset", [0, 50, MAX_CHUNK_BYTES])
-def test_a_blob_of_the_round_comes_in_chunks_from_any_offset(hub: MemoryHub, offset: int) -> None:
+def test_a_blob_of_the_round_comes_in_chunks_from_any_offset_and_is_one_line_of_the_log(
+    hub: MemoryHub, offset: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", logger="fedsoda_hub.serving")
+
     async def talk(address: str) -> None:
         async with session(address) as socket:
             said = await greet(socket)
@@ -458,6 +468,8 @@ def test_a_blob_of_the_round_comes_in_chunks_from_any_offset(hub: MemoryHub, off
             assert data == VIEW[offset:]
 
     serve(hub, talk)
+    [line] = [record.getMessage() for record in caplog.records if "BlobChunk" in record.getMessage()]
+    assert f" offset={offset} total={len(VIEW)} " in line
 
 
 def test_a_stalled_upload_ends_its_connection_and_a_silent_edge_may_stay(hub: MemoryHub) -> None:
