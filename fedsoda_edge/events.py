@@ -302,7 +302,7 @@ AnyEvent = (
 Say = Callable[[AnyEvent], None]
 
 
-class Ended(Report, frozen=True, kw_only=True, tag_field="event", tag="end"):
+class JoinEnded(Report, frozen=True, kw_only=True, tag_field="event", tag="end"):
     """The last line of a join that ended well: its report, in the envelope of every terminal line."""
 
     schema: Literal[1] = 1
@@ -319,17 +319,17 @@ class _Terminal(msgspec.Struct):
 
 
 _event = msgspec.json.Decoder[AnyEvent](AnyEvent)
-_ended = msgspec.json.Decoder(Ended)
+_ended = msgspec.json.Decoder(JoinEnded)
 _terminal = msgspec.json.Decoder(_Terminal)
 
 
-def as_json(event: AnyEvent | Ended) -> dict[str, object]:
+def as_json(event: AnyEvent | JoinEnded) -> dict[str, object]:
     """Return the event as a dict of JSON values: {"event": its name, its keys}."""
     found: dict[str, object] = msgspec.to_builtins(event)
     return found
 
 
-def line_of(event: AnyEvent | Ended) -> str:
+def line_of(event: AnyEvent | JoinEnded) -> str:
     """Return the event as `--jsonl` prints it.
 
     Raises:
@@ -338,7 +338,7 @@ def line_of(event: AnyEvent | Ended) -> str:
     return json.dumps(as_json(event), allow_nan=False)
 
 
-def read(line: str | bytes) -> AnyEvent | Ended | None:
+def read(line: str | bytes) -> AnyEvent | JoinEnded | None:
     """Return the event of one line that a join of this release printed; None for the last one where it failed.
 
     Raises:

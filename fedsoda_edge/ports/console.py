@@ -122,14 +122,14 @@ def finish(values: Mapping[str, object], as_json: bool, jsonl: bool) -> None:
 
 
 @dataclass(frozen=True)
-class Effective:
+class EffectiveOption:
     """The value of an option that is in force, and where it comes from."""
 
     value: str | int | float | None
     source: str
 
 
-def effective_settings(context: typer.Context) -> dict[str, Effective]:
+def effective_settings(context: typer.Context) -> dict[str, EffectiveOption]:
     """Collect the options of the running command by name.
 
     The source is "option", "argument", the environment variable's name, "config.toml" or "default".
@@ -147,7 +147,7 @@ def effective_settings(context: typer.Context) -> dict[str, Effective]:
             source = "argument"
         if isinstance(value, list | tuple):
             value = " ".join(map(str, value)) or None
-        found[name] = Effective(value if isinstance(value, int | float | str | None) else str(value), source)
+        found[name] = EffectiveOption(value if isinstance(value, int | float | str | None) else str(value), source)
     return found
 
 

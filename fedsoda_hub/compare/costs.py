@@ -28,7 +28,7 @@ def costs_of(settings: RunSettings) -> Costs:
                     trained[path.stem, event.round] = event
                 case events.Memory(parts=parts):
                     planned.append(next(part.bytes for part in parts if part.part == "peak"))
-                case events.Ended(worker_peak_rss_bytes=peak) if peak:
+                case events.JoinEnded(worker_peak_rss_bytes=peak) if peak:
                     measured.append(peak)
     tokens = _mean([event.num_tokens for event in trained.values()])
     return Costs(

@@ -17,7 +17,7 @@ class PublicText(msgspec.Struct, frozen=True, kw_only=True):
     length: int
 
 
-class Sizes(msgspec.Struct, frozen=True, kw_only=True):
+class DemoBytes(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes of the bundle and of the full model, and those of an edge in a round, on average."""
 
     bundle: int
@@ -40,7 +40,7 @@ class EdgeData(msgspec.Struct, frozen=True, kw_only=True):
     labels: dict[str, int]
 
 
-class Seconds(msgspec.Struct, frozen=True, kw_only=True):
+class DemoSeconds(msgspec.Struct, frozen=True, kw_only=True):
     """How long it took: to prepare, to run the rounds, and all of it."""
 
     prepare: float
@@ -48,7 +48,7 @@ class Seconds(msgspec.Struct, frozen=True, kw_only=True):
     total: float
 
 
-class Judged(msgspec.Struct, frozen=True, kw_only=True):
+class JudgedDemo(msgspec.Struct, frozen=True, kw_only=True):
     """What is known once the run is exported and judged.
 
     run, bundle, export, report, model, eval_data: paths. accuracy: by model; local_only there: the best edge alone.
@@ -65,19 +65,19 @@ class Judged(msgspec.Struct, frozen=True, kw_only=True):
     local_only: dict[str, float]
     public: PublicText
     public_kl: dict[str, float]
-    bytes: Sizes
+    bytes: DemoBytes
     bits_per_parameter: float
     lora_parameters: LoRAParameters
 
 
-class DemoReport(Judged, frozen=True, kw_only=True):
+class DemoReport(JudgedDemo, frozen=True, kw_only=True):
     """All that `demo --json` says. edge_peak_rss_bytes: of the worker that took most; agent_...: of the agent."""
 
     rounds: int
     edges: list[EdgeData]
     edge_peak_rss_bytes: int
     agent_peak_rss_bytes: int
-    seconds: Seconds
+    seconds: DemoSeconds
 
 
 def print_summary(report: DemoReport) -> None:

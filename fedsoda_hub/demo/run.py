@@ -32,7 +32,7 @@ from fedsoda_edge.protocol.template import TextTemplate
 from fedsoda_edge.units import counted
 from fedsoda_hub import events as told
 from fedsoda_hub.demo import task
-from fedsoda_hub.demo.report import DemoReport, EdgeData, Judged, LoRAParameters, PublicText, Seconds, Sizes
+from fedsoda_hub.demo.report import DemoBytes, DemoReport, DemoSeconds, EdgeData, JudgedDemo, LoRAParameters, PublicText
 from fedsoda_hub.events import Say
 from fedsoda_hub.local.processes import federate
 from fedsoda_hub.run.directory import RunDirectory
@@ -140,7 +140,7 @@ async def run_demo(directory: Path, *, rounds: int, seed: int, say: Say) -> Demo
         ],
         edge_peak_rss_bytes=max(report.worker_peak_rss_bytes for report in federated.reports),
         agent_peak_rss_bytes=max(report.agent_peak_rss_bytes for report in federated.reports),
-        seconds=Seconds(
+        seconds=DemoSeconds(
             prepare=federated.prepared_at - started,
             rounds=federated.ended_at - federated.prepared_at,
             total=time.monotonic() - started,
@@ -154,20 +154,20 @@ class _Federated:
 
     prepared_at: float
     ended_at: float
-    reports: Sequence[edge_events.Ended]
+    reports: Sequence[edge_events.JoinEnded]
 
 
 async def _federate(directory: Path, run_file: Path, say: Say) -> _Federated:
     """Run hub and edges to the end."""
     times: dict[type[told.Told], float] = {}
-    reports: list[edge_events.Ended] = []
+    reports: list[edge_events.JoinEnded] = []
 
     def heard(event: told.Told) -> None:
         times[type(event)] = time.monotonic()
         say(event)
 
-    def keep_report(event: edge_events.AnyEvent | edge_events.Ended) -> None:
-        if isinstance(event, edge_events.Ended):
+    def keep_report(event: edge_events.AnyEvent | edge_events.JoinEnded) -> None:
+        if isinstance(event, edge_events.JoinEnded):
             reports.append(event)
 
     await federate(
@@ -258,7 +258,7 @@ def _progress(stage: str, done: int, total: int) -> told.StageProgress:
     return told.StageProgress(job="demo", stage=stage, done=done, total=total)
 
 
-def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Path], say: Say) -> Judged:
+def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Path], say: Say) -> JudgedDemo:
     """Export the run, and judge what only torch can; this process holds no socket."""
     from fedsoda_edge.data.samples import SampleTokenizer
     from fedsoda_edge.model import delta
@@ -301,7 +301,7 @@ def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Pa
     def count(specs: Iterable[TensorSpec]) -> int:
         return sum(spec.shape[0] * spec.shape[1] for spec in specs)
 
-    return Judged(
+    return JudgedDemo(
         run=str(run_file),
         bundle=str(of_run.bundle),
         export=str(export_to),
@@ -312,7 +312,7 @@ def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Pa
         local_only=accuracies,
         public=PublicText(text=str(settings.public_text), sequences=SEQUENCES, length=LENGTH),
         public_kl=state.public_kl,
-        bytes=Sizes(
+        bytes=DemoBytes(
             bundle=sum(file.bytes for file in bundle.manifest.files),
             full_model=(MODEL / "model.safetensors").stat().st_size,
             up_per_edge_round=status.bytes.up_per_edge_round,

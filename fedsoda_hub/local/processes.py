@@ -21,7 +21,7 @@ from fedsoda_hub.run.ledger import opened
 from fedsoda_hub.run.tokens import write_secret
 from fedsoda_hub.settings.run import RunSettings
 
-EdgeSay = Callable[[edge_events.AnyEvent | edge_events.Ended], None]
+EdgeSay = Callable[[edge_events.AnyEvent | edge_events.JoinEnded], None]
 
 
 async def federate(

@@ -23,7 +23,7 @@ from fedsoda_hub.report.history import History, date, kl_sentence, read_history
 from fedsoda_hub.report.pictures import MODELS, Picture, draw
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.run.ledger import Ledger, not_started
-from fedsoda_hub.settings.run import Effective, RunSettings, effective
+from fedsoda_hub.settings.run import EffectiveSetting, RunSettings, effective
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 62rem; margin: 2rem auto;
@@ -222,7 +222,7 @@ def _model_name(settings: RunSettings) -> str:
 
 def _settings_list(settings: RunSettings) -> str:
     found = effective(settings)
-    found["model"] = Effective(_model_name(settings), found["model"].source)
+    found["model"] = EffectiveSetting(_model_name(settings), found["model"].source)
     rows = [(key, repr(setting.value), setting.source) for key, setting in sorted(found.items())]
     return _table(("key", "value", "from"), rows)
 

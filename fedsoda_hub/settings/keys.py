@@ -18,7 +18,7 @@ from fedsoda_edge.errors import UsageProblem
 from fedsoda_hub.settings.tables import MAX_SEED
 
 TOML: TypeAlias = dict[str, object]  # a file as it was read: nothing in it is checked yet
-Value: TypeAlias = str | int | float | bool | list[Any] | None  # of a key that was checked
+SettingValue: TypeAlias = str | int | float | bool | list[Any] | None  # of a key that was checked
 
 
 @dataclass(frozen=True)

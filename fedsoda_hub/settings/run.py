@@ -14,7 +14,7 @@ import msgspec
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.protocol.template import TextTemplate
 from fedsoda_hub.settings.combine import settled
-from fedsoda_hub.settings.keys import TOML, Value, flat
+from fedsoda_hub.settings.keys import TOML, SettingValue, flat
 from fedsoda_hub.settings.methods import METHODS, UNREAD
 from fedsoda_hub.settings.tables import SELF_GENERATED, Public, Tables
 from fedsoda_hub.settings.toml import check, read_toml
@@ -109,20 +109,20 @@ def _checked(raw: TOML, path: str, file: str) -> RunSettings:
 
 
 @dataclass(frozen=True)
-class Effective:
+class EffectiveSetting:
     """The value of a key that is in force. source: the name of the file that gives it, or "default"."""
 
-    value: Value
+    value: SettingValue
     source: str
 
 
-def effective(settings: RunSettings) -> dict[str, Effective]:
+def effective(settings: RunSettings) -> dict[str, EffectiveSetting]:
     """List all keys of RUN.toml by name."""
     path = Path(settings.path)
     given = flat(read_toml(path))
-    values = msgspec.convert(flat(msgspec.to_builtins(settings)), dict[str, Value])
+    values = msgspec.convert(flat(msgspec.to_builtins(settings)), dict[str, SettingValue])
     return {
-        key: Effective(value, path.name if key in given else "default")
+        key: EffectiveSetting(value, path.name if key in given else "default")
         for key, value in values.items()
         if key != "path"
     }

@@ -34,7 +34,7 @@ SAID: list[ev.AnyEvent] = [
     ev.Paused(reason="on battery", seconds=None),
     ev.Farewell(rounds=2, reason="done"),
 ]
-REPORT = ev.Ended(
+REPORT = ev.JoinEnded(
     run="triage",
     edge="ward",
     rounds=[ev.RoundResult(round=1, loss=0.5, accepted=True)],

@@ -9,7 +9,7 @@ import typer
 
 from fedsoda_edge.errors import DeviceTooSmall
 from fedsoda_edge.ports.console import (
-    Effective,
+    EffectiveOption,
     ProgressLine,
     effective_settings,
     finish,
@@ -97,7 +97,7 @@ def test_a_traceback_is_for_those_who_ask(monkeypatch: pytest.MonkeyPatch, capsy
 
 def test_every_setting_is_told_with_where_it_came_from(monkeypatch: pytest.MonkeyPatch) -> None:
     app = typer.Typer()
-    seen: dict[str, Effective] = {}
+    seen: dict[str, EffectiveOption] = {}
 
     @app.command()
     def work(
