@@ -191,7 +191,7 @@ class Participation:
     @property
     def report(self) -> dict[str, Any]:
         """Rounds, bytes and peak memory so far, as JSON values."""
-        found: dict[str, Any] = msgspec.to_builtins(self._agent.report())
+        found: dict[str, object] = msgspec.to_builtins(self._agent.report())
         return found
 
     def leave(self, reason: str) -> None:

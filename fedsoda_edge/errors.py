@@ -24,6 +24,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+Field = str | int | bool  # of an error, as it crosses a pipe
+
 
 @dataclass
 class FedSODAError(Exception):
@@ -31,7 +33,7 @@ class FedSODAError(Exception):
 
     exit_status: ClassVar[int] = 1
 
-    def fields(self) -> dict[str, Any]:
+    def fields(self) -> dict[str, Field]:
         """Return the fields as JSON values, for a pipe or `--json`."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 

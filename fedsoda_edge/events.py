@@ -6,13 +6,14 @@ anything; how it is shown is `cli/display.py`'s.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Generic, Literal, TypeVar
 
 import msgspec
-from msgspec import Meta
+from msgspec import Meta, structs
 
-from fedsoda_edge.protocol.needs import MemoryPlan
+from fedsoda_edge.protocol.needs import MemoryPlan, Part
 
 T = TypeVar("T")
 
@@ -29,13 +30,6 @@ class Event(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="
 
 
 # --- values inside events --------------------------------------------------------------------------------------------
-
-
-class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A part of the memory that training takes, in words and bytes."""
-
-    part: Words
-    bytes: Count
 
 
 class Setting(msgspec.Struct, Generic[T], frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -308,17 +302,59 @@ AnyEvent = (
 Say = Callable[[AnyEvent], None]
 
 
-def as_json(event: AnyEvent) -> dict[str, Any]:
+class JoinEnded(Report, frozen=True, kw_only=True, tag_field="event", tag="end"):
+    """The last line of a join that ended well: its report, in the envelope of every terminal line."""
+
+    schema: Literal[1] = 1
+    terminal: Literal[True] = True
+    status: Literal["ok"] = "ok"
+
+
+class _Terminal(msgspec.Struct):
+    """What tells terminal lines apart."""
+
+    terminal: bool = False
+    status: str = ""
+    stopped: str | None = None
+
+
+_event = msgspec.json.Decoder[AnyEvent](AnyEvent)
+_ended = msgspec.json.Decoder(JoinEnded)
+_terminal = msgspec.json.Decoder(_Terminal)
+
+
+def as_json(event: AnyEvent | JoinEnded) -> dict[str, object]:
     """Return the event as a dict of JSON values: {"event": its name, its keys}."""
-    found: dict[str, Any] = msgspec.to_builtins(event)
+    found: dict[str, object] = msgspec.to_builtins(event)
     return found
 
 
-def memory_report(message: str, plan: MemoryPlan, parts: list[dict[str, Any]]) -> MemoryReport:
+def line_of(event: AnyEvent | JoinEnded) -> str:
+    """Return the event as `--jsonl` prints it.
+
+    Raises:
+        ValueError: a number in it is not finite.
+    """
+    return json.dumps(as_json(event), allow_nan=False)
+
+
+def read(line: str | bytes) -> AnyEvent | JoinEnded | None:
+    """Return the event of one line that a join of this release printed; None for the last one where it failed.
+
+    Raises:
+        msgspec.ValidationError: no join of this release prints this.
+    """
+    found = _terminal.decode(line)
+    if not found.terminal:
+        return _event.decode(line)
+    return _ended.decode(line) if found.status == "ok" and found.stopped is None else None
+
+
+def memory_report(message: str, plan: MemoryPlan, parts: list[Part]) -> MemoryReport:
     """Return a plan as `plan --json` has it; `message` and `parts` say the same for people."""
-    return msgspec.convert({"message": message, **msgspec.to_builtins(plan), "parts": parts}, MemoryReport)
+    return MemoryReport(message=message, parts=parts, **structs.asdict(plan))
 
 
-def memory(message: str, plan: MemoryPlan, parts: list[dict[str, Any]]) -> Memory:
+def memory(message: str, plan: MemoryPlan, parts: list[Part]) -> Memory:
     """Return a plan as an event."""
-    return msgspec.convert(msgspec.to_builtins(memory_report(message, plan, parts)), Memory)
+    return Memory(message=message, parts=parts, **structs.asdict(plan))

@@ -41,9 +41,9 @@ def line_of(event: Told) -> str:
     return json.dumps(msgspec.to_builtins(event, str_keys=True), allow_nan=False)
 
 
-def as_json(event: Told) -> dict[str, Any]:
+def as_json(event: Told) -> dict[str, object]:
     """Return the event as whoever parses its line sees it."""
-    values: dict[str, Any] = json.loads(line_of(event))
+    values: dict[str, object] = json.loads(line_of(event))
     return values
 
 
@@ -298,7 +298,7 @@ class Probed(Fact, frozen=True, tag="probed"):
 
 class Evaluated(Fact, frozen=True, tag="evaluated"):
     round: Positive
-    result: rec.Figures
+    result: jobs.EvaluateResult
 
 
 class RunEnded(Fact, frozen=True, tag="run_ended"):

@@ -16,11 +16,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import bench_edge  # beside this file
 import msgspec
 import psutil
 import torch
-from random_bundle import Shape  # beside this file
+from edge_arms import states_of, train_ours  # beside this file
+from edge_geometries import SUPERVISED, Geometry, make
+from random_bundle import Shape
 
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.ports.system import peak_rss_bytes, return_memory_at_once
@@ -30,20 +31,20 @@ ROOT = Path(__file__).resolve().parent.parent
 
 TOLERANCE, FROM_BYTES = 0.15, 512 << 20
 CELLS = {  # shape, batch size, samples
-    "narrow": (bench_edge.Geometry(Shape(512, 10, 32000, 512), 1, 8), 8),
-    "wide": (bench_edge.Geometry(Shape(2048, 8, 16000, 256), 1, 8), 4),
-    "vocabulary": (bench_edge.Geometry(Shape(1024, 8, 96000, 512), 1, 4), 2),
+    "narrow": (Geometry(Shape(512, 10, 32000, 512), 1, 8), 8),
+    "wide": (Geometry(Shape(2048, 8, 16000, 256), 1, 8), 4),
+    "vocabulary": (Geometry(Shape(1024, 8, 96000, 512), 1, 4), 2),
 }
 WAYS = ("dense", "dense, halved", "packed", "packed, recomputed")
 
 
-Cell = tuple[bench_edge.Geometry, int]
+Cell = tuple[Geometry, int]
 
 
 def ways(bundle: Bundle, cell: Cell, process_bytes: int) -> dict[str, MemoryPlan]:
     """A plan of each kind for this shape."""
     geometry, batch_size = cell
-    labels = geometry.length - round(geometry.length * (1 - bench_edge.SUPERVISED))
+    labels = geometry.length - round(geometry.length * (1 - SUPERVISED))
     samples = SampleSizes(batch_size, geometry.length, labels, geometry.samples)
     found = list(plans(shape_of(bundle.manifest), "cpu", samples, process_bytes))
     dense, packed, recomputed = (plan for plan in found if plan.micro_batch == batch_size)
@@ -59,10 +60,10 @@ def child(directory: Path, cell: Cell, way: str) -> dict[str, Any]:
     plan = ways(bundle, cell, process_bytes)[way]
     if plan.frugal:
         return_memory_at_once()
-    states = bench_edge.states_of(bundle, geometry, directory / f"cache-{WAYS.index(way)}", plan)
+    states = states_of(bundle, geometry, directory / f"cache-{WAYS.index(way)}", plan)
     states.sweep()
     after_sweep = peak_rss_bytes()
-    bench_edge.train_ours(bundle, geometry, states, plan)()
+    train_ours(bundle, geometry, states, plan)()
     return {
         "predicted_bytes": plan.peak,
         "measured_bytes": peak_rss_bytes(),
@@ -75,7 +76,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     cells = []
     for name, cell in CELLS.items():
         directory = Path(options.out) / name
-        bench_edge.make(directory, cell[0])
+        make(directory, cell[0])
         for way in WAYS:
             command = [sys.executable, __file__, "--out", options.out, "--cell", name, "--way", way]
             environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}

@@ -130,9 +130,55 @@ def attributes(node: ast.ClassDef) -> set[str]:
     return found
 
 
+MAPPINGS = {"dict", "Dict", "defaultdict", "OrderedDict", "Mapping", "MutableMapping"}
+
+
 def is_untyped_dict(node: ast.AST) -> bool:
-    """Whether this is `dict[str, Any]` in code, an annotation or an alias."""
-    return isinstance(node, ast.Subscript) and ast.unparse(node) == "dict[str, Any]"
+    """Whether this is `dict[str, Any]`, or another mapping to Any by its name.
+
+    `dict[str, object]` is not: what reads a value of it has to say first what that is, and mypy sees to it.
+    """
+    if not isinstance(node, ast.Subscript) or not isinstance(node.slice, ast.Tuple) or len(node.slice.elts) != 2:
+        return False
+    key, value = (ast.unparse(one).rpartition(".")[2] for one in node.slice.elts)
+    return ast.unparse(node.value).rpartition(".")[2] in MAPPINGS and (key, value) == ("str", "Any")
+
+
+def untyped_aliases(source: Source) -> set[str]:
+    """Name what this file calls a type that is or holds an untyped dict."""
+    found: set[str] = set()
+    for node in source.nodes:
+        match node:
+            case ast.Assign(targets=[ast.Name(id=name)], value=value):
+                pass
+            case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value):
+                pass
+            case _:
+                continue
+        if isinstance(value, ast.Subscript | ast.BinOp) and any(map(is_untyped_dict, ast.walk(value))):
+            found.add(name)
+    return found
+
+
+def count_untyped_dicts(sources: Sequence[Source]) -> Counter[str]:
+    """Count untyped dicts by file: each that is written out, and each use of a name that stands for one."""
+    aliases = {source.module: untyped_aliases(source) for source in sources}
+    names = {f"{module}.{alias}" for module, found in aliases.items() for alias in found}
+    counted = Counter[str]()
+    for source in sources:
+        here = {alias: f"{source.module}.{alias}" for alias in aliases[source.module]}
+        for node in source.nodes:
+            if isinstance(node, ast.ImportFrom) and node.module:  # no file here imports from "."
+                here |= {one.asname or one.name: f"{node.module}.{one.name}" for one in node.names}
+            elif isinstance(node, ast.Import):
+                here |= {one.asname or one.name: one.name for one in node.names}
+        for node in source.nodes:
+            if isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Load):
+                first, dot, rest = ast.unparse(node).partition(".")
+                counted[source.path] += here.get(first, first) + dot + rest in names
+            else:
+                counted[source.path] += is_untyped_dict(node)
+    return +counted
 
 
 def measure(root: Path) -> list[Figure]:
@@ -149,7 +195,7 @@ def measure(root: Path) -> list[Figure]:
     files = [(source.num_lines, source.path) for source in sources]
     lengths = [((node.end_lineno or 0) - node.lineno + 1, where) for node, where in classes]
     objects = [(len(attributes(node)), where) for node, where in classes]
-    dicts = Counter(source.path for source in packages for node in source.nodes if is_untyped_dict(node))
+    dicts = count_untyped_dicts(packages)
     readme = root / "README.md"
     return [
         Figure("import circles", len(found), MAX_CIRCLES, [" <-> ".join(circle) for circle in found]),

@@ -42,7 +42,7 @@ def normal(schema: Any, parts: Mapping[str, Any]) -> Any:
     if isinstance(found.get("type"), str):
         found["type"] = [found["type"]]
     found["type"] = sorted(found["type"])
-    if "properties" in found:
+    if "properties" in found and "closed" not in found:  # one that may be null is in this form already
         closed = (found.pop("additionalProperties", None), found.pop("unevaluatedProperties", None))
         found["closed"] = False in closed
         defaults = {name for name, one in found["properties"].items() if "default" in one}

@@ -116,16 +116,16 @@ HOUSE = {
         f"{_TORCH_ROOM} hub.federation.jobs hub.preparation hub.evaluation", "disk processes tensors msgspec"
     ),
     "hub.report": Room(f"{_SIZES} edge.ports hub.settings hub.federation hub.run", "clock disk matplotlib msgspec"),
-    "hub.local": Room(_ABOVE, f"{_ANY_STDLIB} msgspec"),
+    "hub.local": Room(f"{_ABOVE} edge.events", f"{_ANY_STDLIB} msgspec"),
     # A comparison runs edges in its own process.
     "hub.local.in_process": Room(f"{_ABOVE} hub.local edge.events edge.join edge.worker", f"{_ANY_STDLIB} msgspec"),
     "hub.compare": Room(
-        f"{_ABOVE} hub.local hub.local.in_process hub.compare.central",
+        f"{_ABOVE} edge.events hub.local hub.local.in_process hub.compare.central",
         f"{_ANY_STDLIB} tensors matplotlib msgspec",
     ),
     # It also trains without a federation, to compare with.
     "hub.compare.central": Room(f"{_ABOVE} edge.worker", "disk tensors msgspec"),
-    "hub.demo": Room(f"{_ABOVE} hub.local edge.join.trainer", f"{_ANY_STDLIB} rich msgspec"),
+    "hub.demo": Room(f"{_ABOVE} edge.events hub.local edge.join.trainer", f"{_ANY_STDLIB} rich msgspec"),
     "hub.cli": Room(f"{_ABOVE} hub.local hub.compare hub.demo", f"{_ANY_STDLIB} typer rich msgspec"),
 }
 MODULES = {f"fedsoda_{name}": name for name in HOUSE}

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from fedsoda_edge.model.bundle import Bundle
 from tests.conftest import ROOT
@@ -27,7 +28,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_a_geometry_has_the_published_number_of_parameters(bench: Any, name: str, parameters: float) -> None:
     shape = bench.GEOMETRIES[name].shape
     with torch.device("meta"):
-        model = bench.AutoModelForCausalLM.from_config(shape.config)
+        model = AutoModelForCausalLM.from_config(shape.config)
     assert sum(each.numel() for each in model.parameters()) == pytest.approx(parameters, rel=1e-3)
     assert len(bench.GEOMETRIES[name].plan.kept) == shape.layers - 12
 
@@ -49,7 +50,9 @@ def test_a_geometry_of_a_gpu_is_refused_without_one_in_a_sentence(
 def test_every_arm_of_a_gpu_geometry_runs(
     bench: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "return_memory_at_once", lambda: None)  # it would stay so for every test after this one
+    monkeypatch.setattr(
+        bench.edge_arms, "return_memory_at_once", lambda: None
+    )  # it would stay so for every test after this one
     small = bench.GEOMETRIES[name].small
     shape = replace(small.shape, width=128, head=32, mlp=192, layers=8, vocab=300, length=32)
     geometry = replace(small, shape=shape, groups=1, samples=2, steps=1, device="cpu")

@@ -97,6 +97,17 @@ def test_what_is_untyped_is_told_by_file_and_words_about_it_do_not_count(tmp_pat
     assert (figure.found, list(figure.where)) == (3, ["   2 fedsoda_hub/a.py", "   1 fedsoda_hub/c.py"])
 
 
+def test_another_name_for_an_untyped_dict_counts_wherever_it_is_used(tmp_path: Path) -> None:
+    files = {
+        "fedsoda_hub/a.py": "Report = dict[str, Any]\nRows: TypeAlias = list[Mapping[str, typing.Any]]\nx: Report\n",
+        "fedsoda_hub/b.py": "from fedsoda_hub.a import Report as R\ndef f(x: R) -> list[R]: ...",
+        "fedsoda_hub/c.py": "from fedsoda_hub import a\nx: a.Rows\ny: Dict[str, Any]",
+        "fedsoda_hub/d.py": "from fedsoda_edge.b import Report\nx: Report\ny: dict[str, object]",
+    }
+    [figure] = [one for one in measure(checkout(tmp_path, **files)) if one.name == "dict[str, Any] left"]
+    assert list(figure.where) == ["   3 fedsoda_hub/a.py", "   2 fedsoda_hub/b.py", "   2 fedsoda_hub/c.py"]
+
+
 def test_fields_that_a_type_declares_are_no_attributes_of_an_object(tmp_path: Path) -> None:
     declared = "class Welcome:\n" + "".join(f"    a{number}: int\n" for number in range(40))
     assert main([str(checkout(tmp_path, **{JOIN: declared}))]) == 0

@@ -33,6 +33,7 @@ cache_app = typer.Typer(help="Show or free the disk space of this device's FEDSO
 app.add_typer(data_app, name="data")
 app.add_typer(cache_app, name="cache")
 
+DEFAULT_MAX_LENGTH = 512  # ids of a sample, where no run says it
 COLUMN_REMEDY = "rename one, or let fedsoda-edge map it: --column {}=COLUMN"
 
 
@@ -120,7 +121,9 @@ def join(
         for _ in local.rows() if local.is_text else ():
             pass
         with remedy_for_columns(COLUMN_REMEDY), Display(jsonl, is_detailed=debug) as display:
-            display.say(ev.Settings(msgspec.convert(effective_settings(context), ev.JoinSettings)))
+            display.say(
+                ev.Settings(msgspec.convert(effective_settings(context), ev.JoinSettings, from_attributes=True))
+            )
             with take_part(
                 edge, local, display.say, unattended=unattended, max_rounds=max_rounds, pause_on=pause_on or ""
             ) as participation:
@@ -234,7 +237,6 @@ def status(as_json: opt.Json = False, debug: opt.Debug = False) -> None:
         import time
 
         from fedsoda_edge.join.home import Home
-        from fedsoda_edge.join.status import as_json as status_as_json
         from fedsoda_edge.join.status import read_status, sentences
 
         home = Home()
@@ -251,7 +253,7 @@ def status(as_json: opt.Json = False, debug: opt.Debug = False) -> None:
                 "home": str(home.directory),
                 "running": is_running,
                 "runs": runs,
-                "join": status_as_json(found),
+                "join": msgspec.to_builtins(found),
             },
             as_json,
             False,
@@ -370,17 +372,18 @@ def data_check(
         from fedsoda_edge.protocol.manifest import TOKENIZER_FILES
         from fedsoda_edge.protocol.template import DEFAULT_COMPLETION, DEFAULT_PROMPT, TextTemplate
 
-        joined = Home().last_joined() or {}
+        joined = Home().last_joined()
         eos: Any = None
         if tokenizer is not None:
             files = {name: tokenizer / name for name in TOKENIZER_FILES if (tokenizer / name).exists()}
             if (tokenizer / "config.json").exists():
                 eos = json.loads((tokenizer / "config.json").read_text(encoding="utf-8")).get("eos_token_id")
+        elif joined is not None:
+            files = {name: Path(path) for name, path in joined.tokenizer.items()}
+            eos = joined.eos
+            note(f"with the tokenizer and template of the run {joined.run!r}")
         else:
-            files = {name: Path(path) for name, path in joined.get("tokenizer", {}).items()}
-            eos = joined.get("eos")
-            if files:
-                note(f"with the tokenizer and template of the run {joined['run']!r}")
+            files = {}
         encoder = None
         if files or tokenizer is not None:
             path = files["tokenizer.json"] if tokenizer is None else tokenizer / "tokenizer.json"
@@ -390,16 +393,22 @@ def data_check(
                 raise UsageProblem(
                     f"{path} cannot be read as a tokenizer ({error}); name a model's directory with --tokenizer"
                 ) from error
+        if prompt is None:
+            prompt = DEFAULT_PROMPT if joined is None else joined.prompt
+        if completion is None:
+            completion = DEFAULT_COMPLETION if joined is None else joined.completion
+        if max_length is None:
+            max_length = DEFAULT_MAX_LENGTH if joined is None else joined.max_length
         with remedy_for_columns(COLUMN_REMEDY):
             found = inspect(
                 LocalData(file, _columns(column or [])),
-                TextTemplate(prompt if prompt is not None else joined.get("prompt", DEFAULT_PROMPT)),
-                TextTemplate(completion if completion is not None else joined.get("completion", DEFAULT_COMPLETION)),
+                TextTemplate(prompt),
+                TextTemplate(completion),
                 tokenizer=encoder,
-                max_length=max_length or joined.get("max_length", 512),
+                max_length=max_length,
                 chat=ChatTemplate.read(files),
             )
-        show_data(found, max_length or joined.get("max_length", 512))
+        show_data(found, max_length)
         finish({"status": "ok", **dataclasses.asdict(found)}, as_json, False)
 
 

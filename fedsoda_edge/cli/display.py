@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ from fedsoda_edge.data.inspection import Inspection
 from fedsoda_edge.join.doctor import Check
 from fedsoda_edge.join.status import pause_sentence
 from fedsoda_edge.ports.console import ProgressLine, note, settings_lines
+from fedsoda_edge.protocol.needs import Part
 from fedsoda_edge.units import counted, human_bytes, human_seconds
 
 # Events that are said beside the work of the bar, which continues.
@@ -45,7 +45,7 @@ class Display:
         """Show one event, from any thread."""
         with self._lock:
             if self._jsonl:
-                print(json.dumps(ev.as_json(event), allow_nan=False), flush=True)
+                print(ev.line_of(event), flush=True)
             else:
                 self._show(event)
 
@@ -152,7 +152,7 @@ def show_memory(memory: ev.MemoryReport) -> None:
     _show_parts(memory.parts)
 
 
-def _show_parts(parts: Iterable[ev.Part]) -> None:
+def _show_parts(parts: Iterable[Part]) -> None:
     for part in parts:
         note(f"    {part.part:<36} {human_bytes(part.bytes):>9}")
 

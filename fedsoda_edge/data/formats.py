@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from fedsoda_edge.errors import DataProblem, UsageProblem
 
-Row = dict[str, Any]  # foreign JSON: columns and types are the file's
+Row = dict[str, object]  # columns and types are the file's
 
 
 def is_text(path: Path) -> bool:

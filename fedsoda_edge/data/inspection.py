@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedsoda_edge.data.formats import Row
 from fedsoda_edge.data.local_data import LocalData
@@ -108,7 +108,8 @@ def inspect(
 
 def _texts(renderer: Renderer, row: Row) -> tuple[str, str]:
     if renderer.is_chat(row) and renderer.chat is None:
-        *before, last = (message["content"] for message in row["messages"])
+        messages: Any = row["messages"]  # `LocalData.check` has seen what they are
+        *before, last = (message["content"] for message in messages)
         return "\n".join(before[-1:]), last
     return renderer.texts(row)
 

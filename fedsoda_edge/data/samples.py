@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedsoda_edge.data.formats import Row
 from fedsoda_edge.data.local_data import LocalData, is_chat
@@ -116,7 +116,7 @@ class Renderer:
             raise DataProblem(
                 "a conversation, and this model has no chat template; write rows with prompt and completion"
             )
-        messages = row["messages"]
+        messages: Any = row["messages"]  # `LocalData.check` has seen what they are
         return (
             self.chat.render(messages[:-1], add_generation_prompt=True),
             self.chat.render(messages, add_generation_prompt=False),

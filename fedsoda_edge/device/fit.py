@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
-
-import msgspec
 
 from fedsoda_edge.errors import DeviceTooSmall, UsageProblem
 from fedsoda_edge.protocol.messages import DeviceFacts
-from fedsoda_edge.protocol.needs import PROCESS_BYTES, SHORTEST, MemoryPlan, SampleSizes, Shape, plans
+from fedsoda_edge.protocol.needs import PROCESS_BYTES, SHORTEST, MemoryPlan, Part, SampleSizes, Shape, plans
 from fedsoda_edge.units import human_bytes
 
 EASY_SHARE = 0.9  # of what is free may be taken lightly: other programs grow too
@@ -96,8 +93,8 @@ def plan_sentence(plan: MemoryPlan, facts: DeviceFacts) -> str:
     return f"training {where} takes {human_bytes(plan.peak)} of {human_bytes(free)} free: {', '.join(ways)}"
 
 
-def table(plan: MemoryPlan) -> list[dict[str, Any]]:
-    """List the plan's parts, as {"part": name, "bytes": size}."""
+def table(plan: MemoryPlan) -> list[Part]:
+    """List the plan's parts in words."""
     form = "as stored" if plan.packed else "dense"
     context = "CUDA context" if plan.device.startswith("cuda") else "the process, with its libraries"
     sizes = {
@@ -110,12 +107,7 @@ def table(plan: MemoryPlan) -> list[dict[str, Any]]:
         "or instead of these five, the sweep": plan.sweep,
         "peak": plan.peak,
     }
-    return [{"part": name, "bytes": size} for name, size in sizes.items()]
-
-
-def memory_report(plan: MemoryPlan, facts: DeviceFacts) -> dict[str, Any]:
-    """Report the plan to people and programs: its sentence, its fields, its parts."""
-    return {"message": plan_sentence(plan, facts), **msgspec.to_builtins(plan), "parts": table(plan)}
+    return [Part(name, size) for name, size in sizes.items()]
 
 
 def same_way(plan: MemoryPlan, shape: Shape, samples: SampleSizes, process_bytes: int) -> MemoryPlan | None:

@@ -294,7 +294,7 @@ class Agent:
                 self.say(ev.Resumed())
                 self._pauses.let_work()
             case Lasting(seconds):
-                assert self._status is not None
+                assert self._status is not None, "the owner is heard from `start` on"
                 self._status.still_paused(seconds)
         self._pauses.answer(look, freed, self.in_hand)
         if self.is_finishing:

@@ -16,7 +16,6 @@ from pathlib import Path
 from fedsoda_edge.device.facts import read_device
 from fedsoda_edge.device.fit import Limits
 from fedsoda_edge.errors import DeviceTooSmall, FedSODAError
-from fedsoda_edge.events import Part
 from fedsoda_edge.join.home import Home
 from fedsoda_edge.join.inspect import look_at
 from fedsoda_edge.join.token import read_token
@@ -25,6 +24,7 @@ from fedsoda_edge.ports import Transport
 from fedsoda_edge.ports.child import Child
 from fedsoda_edge.ports.system import memory_limit_hint
 from fedsoda_edge.protocol.commands import Examine
+from fedsoda_edge.protocol.needs import Part
 from fedsoda_edge.units import human_bytes
 
 MAX_SKEW_SECONDS = 120.0
@@ -105,7 +105,7 @@ async def _way_to(url: str, token_file: str | Path | None, home: Home) -> AsyncI
         yield Check(step, True, f"answers in {1000 * await transport.check_tcp():.0f} ms")
         step = "TLS"
         certificate = await transport.check_tls()
-        yield Check(step, True, f"certificate until {certificate['notAfter']}" if certificate else "not used: http://")
+        yield Check(step, True, f"certificate until {certificate.valid_until}" if certificate else "not used: http://")
         step = "HTTP"
         clock = await transport.check_http()
         yield Check(step, True, "a hub answers")

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+import msgspec
 from platformdirs import user_data_path
 
 from fedsoda_edge.errors import DiskFull, HomeInUse, ProtocolViolation, UsageProblem
@@ -27,6 +26,20 @@ def default_home() -> Path:
     """FEDSODA_HOME, else the platform's user directory."""
     wanted = os.environ.get("FEDSODA_HOME")
     return Path(wanted).expanduser() if wanted else user_data_path("fedsoda", appauthor=False)
+
+
+class JoinedRun(msgspec.Struct, frozen=True, kw_only=True):
+    """What `data check` needs of a run: its name, template and lengths, and its tokenizer's files by name.
+
+    eos: as the model's config has it, which may list every id that may end a generation.
+    """
+
+    run: str
+    prompt: str
+    completion: str
+    max_length: int
+    tokenizer: dict[str, str]
+    eos: int | list[int] | None
 
 
 class Home:
@@ -70,17 +83,17 @@ class Home:
             path.mkdir(parents=True, exist_ok=True)
         return path
 
-    def remember_run(self, run_id: str, about: dict[str, Any]) -> None:
-        """Keep what `data check` needs of the run that was joined last: name, template, lengths, tokenizer files."""
-        write_durably(self.run(run_id) / "joined.json", json.dumps(about).encode())
+    def remember_run(self, run_id: str, about: JoinedRun) -> None:
+        """Keep what `data check` needs of the run that was joined last."""
+        write_durably(self.run(run_id) / "joined.json", msgspec.json.encode(about))
 
-    def last_joined(self) -> dict[str, Any] | None:
-        """Return the `about` of the run joined last; None where there is none, or its tokenizer was deleted."""
+    def last_joined(self) -> JoinedRun | None:
+        """Return what is kept of the run joined last; None where there is none, or its tokenizer was deleted."""
         found = sorted((self.directory / "runs").glob("*/joined.json"), key=lambda path: path.stat().st_mtime)
         if not found:
             return None
-        about: dict[str, Any] = json.loads(found[-1].read_text(encoding="utf-8"))
-        return about if all(Path(path).exists() for path in about["tokenizer"].values()) else None
+        about = msgspec.json.decode(found[-1].read_bytes(), type=JoinedRun)
+        return about if all(Path(path).exists() for path in about.tokenizer.values()) else None
 
     @contextlib.contextmanager
     def _usable(self) -> Iterator[None]:

@@ -91,7 +91,7 @@ class Offered:
 
     def trained(self) -> None:
         """Note that the update of the round in hand is made."""
-        assert isinstance(self._hand, InTraining)
+        assert isinstance(self._hand, InTraining), "`take` comes first"
         self._hand = InTraining(self._hand.round, is_trained=True)
 
     def handing_in(self, start: UpdateStart) -> None:

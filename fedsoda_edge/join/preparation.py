@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fedsoda_edge import events as ev
 from fedsoda_edge.join import size_class
 from fedsoda_edge.join.download import Download
-from fedsoda_edge.join.home import Home
+from fedsoda_edge.join.home import Home, JoinedRun
 from fedsoda_edge.join.pause import Pauses
 from fedsoda_edge.join.run_state import RunState
 from fedsoda_edge.join.settings import AgentSettings
@@ -152,12 +152,12 @@ class Preparation:
         """Keep what `data check` needs of this run."""
         prompt, completion = self._templates()
         files = [file for file in manifest.files if file.name in TOKENIZER_FILES]
-        about = {
-            "run": self._welcome.run_name,
-            "prompt": prompt.text,
-            "completion": completion.text,
-            "max_length": self._welcome.max_length,
-            "tokenizer": {file.name: str(self._store.path(file.sha256)) for file in files},
-            "eos": manifest.config.get("eos_token_id"),
-        }
+        about = JoinedRun(
+            run=self._welcome.run_name,
+            prompt=prompt.text,
+            completion=completion.text,
+            max_length=self._welcome.max_length,
+            tokenizer={file.name: str(self._store.path(file.sha256)) for file in files},
+            eos=manifest.config.get("eos_token_id"),
+        )
         self._home.remember_run(self._welcome.run_id, about)

@@ -66,12 +66,12 @@ class RunState:
             BlobCorrupt: the hub's snapshot has another digest than the view.
         """
         path, mark = self._view(which), self._directory / f"{which}.number"
-        is_own = wanted.snapshot is None or wanted.delta is None
-        if is_own or await self.held(which, wanted.digest):
+        if wanted.snapshot is None or wanted.delta is None:
             write_durably(mark, str(number).encode())
-            return None if is_own else str(path)
-        assert wanted.snapshot is not None
-        assert wanted.delta is not None
+            return None
+        if await self.held(which, wanted.digest):
+            write_durably(mark, str(number).encode())
+            return str(path)
         held = int(mark.read_text()) if mark.exists() else 0
         first = 1 if which == "emulator" else 2
         if held == number - 1 or (not path.exists() and number == first):

@@ -9,7 +9,6 @@ import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -157,12 +156,6 @@ def read_status(path: Path) -> JoinStatus | None:
         return msgspec.json.decode(path.read_bytes(), type=JoinStatus)
     except (OSError, msgspec.MsgspecError):
         return None
-
-
-def as_json(found: JoinStatus | None) -> dict[str, Any] | None:
-    """Return a status as JSON values."""
-    values: dict[str, Any] | None = msgspec.to_builtins(found)
-    return values
 
 
 def pause_sentence(reason: str, seconds: float | None) -> str:

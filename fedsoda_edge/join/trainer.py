@@ -62,10 +62,14 @@ class Closed:
 
 @dataclass(frozen=True)
 class Opened:
-    """A worker has read them. pid: its own, of a process that may have ended since. swept: the emulator's digest."""
+    """A worker has read them. pid: its own, of a process that may have ended since. swept: the emulator's digest.
+
+    plan: how it trains, also once another worker has read them.
+    """
 
     pid: int | None
     answer: cmd.Opened
+    plan: MemoryPlan
     swept: str = ""
 
 
@@ -109,19 +113,18 @@ class Trainer:
         self._opening = opening
         self._shape = shape
         self._work: Closed | Opened = Closed()
-        self._plan: MemoryPlan | None = None  # from the moment the data is read
         self._early: NoSweep | EarlySweep = NoSweep()
         self._working = asyncio.Lock()
 
     @property
     def pid_on_gpu(self) -> int | None:
         """The worker's pid where it computes on a GPU."""
-        return self._worker.pid if self._plan is not None and self._plan.device != "cpu" else None
+        return self._worker.pid if isinstance(self._work, Opened) and self._work.plan.device != "cpu" else None
 
     @property
-    def _answer(self) -> cmd.Opened:
+    def _opened(self) -> Opened:
         assert isinstance(self._work, Opened), "the worker reads bundle and data first"
-        return self._work.answer
+        return self._work
 
     # --- pieces of work ----------------------------------------------------------------------------------------------
 
@@ -157,10 +160,9 @@ class Trainer:
         held = self._work
         if not isinstance(held, Opened) or held.pid is None or held.pid != self._worker.pid:
             answer = await self._worker.call(self._opening)
-            self._work = Opened(self._worker.pid, answer)
-            if self._plan is None:
-                self._plan_memory()
-        return self._answer
+            plan = held.plan if isinstance(held, Opened) else self._plan_memory(answer)
+            self._work = Opened(self._worker.pid, answer, plan)
+        return self._opened.answer
 
     async def sweep(self, emulator: str | None, digest: Digest) -> None:
         """Let the border states of all samples be computed with this emulator LoRA, unless this worker has them.
@@ -168,18 +170,17 @@ class Trainer:
         Args:
             emulator: file of the view; None: the bundle's own. digest: the view's.
         """
-        assert isinstance(self._work, Opened)
-        assert self._plan is not None
-        if self._work.swept == digest:
+        opened = self._opened
+        if opened.swept == digest:
             return
-        room = room_for(self._plan.device, self._facts(), self._means.limits)
-        call = cmd.Sweep(emulator=emulator, cache=self._means.cache, memory=self._plan, room=room)
+        room = room_for(opened.plan.device, self._facts(opened.answer), self._means.limits)
+        call = cmd.Sweep(emulator=emulator, cache=self._means.cache, memory=opened.plan, room=room)
         swept = await self._worker.call(call, lambda at: self._say(ev.Sweeping(done=at.done, total=at.total)))
         self._say_damaged(swept.num_damaged)
-        self._work = replace(self._work, swept=digest)
+        self._work = replace(opened, swept=digest)
         self._say(
             ev.Swept(
-                num_examples=self._answer.num_examples,
+                num_examples=opened.answer.num_examples,
                 num_kept=swept.num_kept,
                 kept_bytes=swept.kept_bytes,
                 num_damaged=swept.num_damaged,
@@ -267,48 +268,50 @@ class Trainer:
 
     # --- how to train ------------------------------------------------------------------------------------------------
 
-    @property
-    def _samples(self) -> SampleSizes:
-        opened = self._answer
+    def _samples(self, opened: cmd.Opened) -> SampleSizes:
         return SampleSizes(self._welcome.batch_size, opened.longest_ids, opened.longest_labels, opened.num_examples)
 
-    def _facts(self) -> DeviceFacts:
+    def _facts(self, opened: cmd.Opened) -> DeviceFacts:
         """Measure what is free, and count in what the worker holds already, since a plan does.
 
         A GPU that the worker's torch cannot use is left out, unless it was asked for: then the worker says what to
         install.
         """
         facts = read_device(self._means.home)
-        if self._means.device == "auto" and not self._answer.has_cuda:
+        if self._means.device == "auto" and not opened.has_cuda:
             facts = msgspec.structs.replace(facts, vram_bytes=0, accelerator="")
         return msgspec.structs.replace(facts, ram_bytes=facts.ram_bytes + (self._worker.rss_bytes or 0))
 
-    def _plan_memory(self) -> None:
+    def _plan_memory(self, opened: cmd.Opened) -> MemoryPlan:
         """Take the quickest way that has room; a round in its middle keeps the way it began in, to end in its bits."""
-        facts, limits, process = self._facts(), self._means.limits, self._answer.process_bytes
-        plan = fit(self._means.device, self._shape, self._samples, facts, limits, process_bytes=process)
+        facts, limits, process = self._facts(opened), self._means.limits, opened.process_bytes
+        samples = self._samples(opened)
+        plan = fit(self._means.device, self._shape, samples, facts, limits, process_bytes=process)
         if self._state.has_checkpoint and (before := self._state.memory_plan()) is not None:
-            again = same_way(before, self._shape, self._samples, process)
+            again = same_way(before, self._shape, samples, process)
             if again is not None and again.device == plan.device and again.peak <= room_for(plan.device, facts, limits):
                 plan = again
-        self._train_by(plan, facts)
+        self._note_plan(plan, facts)
+        return plan
 
-    def _train_by(self, plan: MemoryPlan, facts: DeviceFacts) -> None:
-        self._plan = plan
+    def _note_plan(self, plan: MemoryPlan, facts: DeviceFacts) -> None:
         self._state.keep_memory_plan(plan)
         self._say(ev.memory(plan_sentence(plan, facts), plan, table(plan)))
 
     def _leaner(self) -> MemoryPlan | None:
         """Return the next way that needs less; after a GPU's last one, under auto, the CPU's first that has room."""
-        if self._plan is None:
+        if not isinstance(self._work, Opened):
             return None
-        process = self._answer.process_bytes
-        plan = leaner(self._plan, self._shape, self._samples, process)
-        if plan is None and self._means.device == "auto" and self._plan.device != "cpu":
+        opened, before = self._work.answer, self._work.plan
+        samples, process = self._samples(opened), opened.process_bytes
+        plan = leaner(before, self._shape, samples, process)
+        if plan is None and self._means.device == "auto" and before.device != "cpu":
+            facts = self._facts(opened)
             with contextlib.suppress(DeviceTooSmall):  # no room there either: what the GPU said is told
-                plan = fit("cpu", self._shape, self._samples, self._facts(), self._means.limits, process_bytes=process)
+                plan = fit("cpu", self._shape, samples, facts, self._means.limits, process_bytes=process)
         return plan
 
     def _go_leaner(self, error: Exception, plan: MemoryPlan) -> None:
         self._say(ev.Notice(f"{error}; going on in a way that needs less"))
-        self._train_by(plan, self._facts())
+        self._work = replace(self._opened, plan=plan)
+        self._note_plan(plan, self._facts(self._work.answer))

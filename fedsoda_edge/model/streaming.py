@@ -167,7 +167,7 @@ class _Calls:
 
     def arguments(
         self, number: int, hidden: Tensor, branches: tuple[Branches, ...]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    ) -> tuple[tuple[Any, ...], dict[str, object]]:
         """Give a layer's arguments for these hidden states, as the family's own forward would pass them."""
         key = hidden.shape, branches
         if key not in self._kept:

@@ -13,6 +13,7 @@ import socket
 import ssl
 import urllib.request
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -24,6 +25,13 @@ from fedsoda_edge.protocol.codec import MAX_FRAME_BYTES, wire_bytes
 OPEN_SECONDS = 20.0
 PIECE_BYTES = 64 << 10  # what came of a piece that a cut connection leaves behind is fetched again
 IDLE_SECONDS = 2.0  # a kept connection is used again; servers close theirs after five and more
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What is told of a hub's certificate. valid_until: as `ssl` writes it, such as "Jun  1 12:00:00 2027 GMT"."""
+
+    valid_until: str
 
 
 class HubTransport:
@@ -133,8 +141,8 @@ class HubTransport:
         writer.close()
         return loop.time() - started
 
-    async def check_tls(self) -> dict[str, Any] | None:
-        """The certificate as `ssl` gives it; None without TLS."""
+    async def check_tls(self) -> Certificate | None:
+        """The hub's certificate; None without TLS."""
         if self._parts.scheme != "https":
             return None
         host, port = self._address
@@ -147,9 +155,9 @@ class HubTransport:
                 "check the port and the certificate, or write http:// where the hub has no TLS",
                 "TLS",
             ) from error
-        found: dict[str, Any] = writer.get_extra_info("peercert") or {}
+        found = writer.get_extra_info("peercert")  # verified, so it is there
         writer.close()
-        return found
+        return Certificate(str(found["notAfter"]))
 
     async def check_http(self) -> datetime | None:
         """The hub's clock, as its answer to /healthz says it; None where it says none."""

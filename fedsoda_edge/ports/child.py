@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from fedsoda_edge.errors import FedSODAError, WorkerFailed, by_name
+from fedsoda_edge.errors import FedSODAError, Field, WorkerFailed, by_name
 from fedsoda_edge.ports.system import group_of_its_own, peak_rss_bytes, was_killed
 from fedsoda_edge.protocol.calls import Call, ProgressT, ResultT, progress_type, result_type
 
@@ -47,7 +47,7 @@ class Raised(msgspec.Struct, frozen=True, tag_field="reply", tag="error"):
     """An error of our tree by its name, with its fields; name "": a defect, with its traceback in details."""
 
     name: str
-    fields: dict[str, Any] = {}
+    fields: dict[str, Field] = {}
     text: str = ""
     details: str = ""
 

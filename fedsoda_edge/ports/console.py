@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import typer
@@ -112,7 +113,7 @@ def is_asked(option: str) -> bool:
     )
 
 
-def finish(values: dict[str, Any], as_json: bool, jsonl: bool) -> None:
+def finish(values: Mapping[str, object], as_json: bool, jsonl: bool) -> None:
     """Print the one object of --json, or the terminal event of --jsonl."""
     if as_json:
         print(json.dumps({"schema": 1, **values}, allow_nan=False))
@@ -120,8 +121,16 @@ def finish(values: dict[str, Any], as_json: bool, jsonl: bool) -> None:
         print(json.dumps({"schema": 1, "event": "end", "terminal": True, **values}, allow_nan=False), flush=True)
 
 
-def effective_settings(context: typer.Context) -> dict[str, dict[str, Any]]:
-    """Collect {option: {value, source}} of the running command.
+@dataclass(frozen=True)
+class EffectiveOption:
+    """The value of an option that is in force, and where it comes from."""
+
+    value: str | int | float | None
+    source: str
+
+
+def effective_settings(context: typer.Context) -> dict[str, EffectiveOption]:
+    """Collect the options of the running command by name.
 
     The source is "option", "argument", the environment variable's name, "config.toml" or "default".
     """
@@ -138,7 +147,7 @@ def effective_settings(context: typer.Context) -> dict[str, dict[str, Any]]:
             source = "argument"
         if isinstance(value, list | tuple):
             value = " ".join(map(str, value)) or None
-        found[name] = {"value": value if isinstance(value, int | float | str | None) else str(value), "source": source}
+        found[name] = EffectiveOption(value if isinstance(value, int | float | str | None) else str(value), source)
     return found
 
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import IO, Any, TypedDict
 
 STOP_SIGNALS: tuple[signal.Signals, ...] = (signal.SIGTERM,)
 if sys.platform == "win32":  # a group ends there with Ctrl+Break, which a terminal that closes also says
@@ -67,12 +67,19 @@ def _lock(file: IO[str]) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def group_of_its_own() -> dict[str, Any]:
+class ProcessGroup(TypedDict, total=False):
+    """Arguments of subprocess that put a child into a group of its own: one on Windows, the other elsewhere."""
+
+    creationflags: int
+    start_new_session: bool
+
+
+def group_of_its_own() -> ProcessGroup:
     """Arguments of subprocess for a child that the terminal's Ctrl+C does not reach."""
     if sys.platform == "win32":
-        group: dict[str, Any] = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+        group = ProcessGroup(creationflags=subprocess.CREATE_NEW_PROCESS_GROUP)
     else:
-        group = {"start_new_session": True}
+        group = ProcessGroup(start_new_session=True)
     return group
 
 

@@ -24,9 +24,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 from fedsoda_edge.protocol.manifest import BundleManifest, EdgeNeeds, File, LayerPlan, LoRASpec, TensorSpec
 
@@ -178,6 +179,13 @@ class SampleSizes:
 
 
 SHORTEST = SampleSizes(1, 2, 1)  # no sample is shorter: what every edge needs, whatever its rows
+
+
+class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A part of the memory that training takes, in words and bytes."""
+
+    part: Annotated[str, Meta(min_length=1)]
+    bytes: Annotated[int, Meta(ge=0)]
 
 
 class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):

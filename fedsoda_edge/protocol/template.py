@@ -6,7 +6,6 @@ import re
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from fedsoda_edge.errors import UsageProblem
 
@@ -41,7 +40,7 @@ class TextTemplate:
         """The columns that the text names, in order, each once."""
         return tuple(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(self.text) if name))
 
-    def render(self, row: Mapping[str, Any]) -> str:
+    def render(self, row: Mapping[str, object]) -> str:
         """Put a row's values in their places.
 
         Raises:

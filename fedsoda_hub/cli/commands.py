@@ -7,7 +7,7 @@ import contextlib
 import os
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
@@ -66,12 +66,13 @@ def demo(
     """The whole job on this machine, offline: hub, three edges, all rounds, export, evaluation."""
     with reporting(as_json, False, debug):
         from fedsoda_hub.cli.display import Display
-        from fedsoda_hub.demo.run import print_summary, run_demo
+        from fedsoda_hub.demo.report import print_summary
+        from fedsoda_hub.demo.run import run_demo
 
         with Display(jsonl=False) as display:
             report = asyncio.run(run_demo(directory, rounds=rounds, seed=seed, say=display.say))
         print_summary(report)
-        finish({"status": "ok", **report}, as_json, False)
+        finish({"status": "ok", **msgspec.to_builtins(report)}, as_json, False)
 
 
 @app.command(epilog="Example: fedsoda-hub plan config.json --groups 4 --layers-per-group 3\n\n" + EXIT_HELP)
@@ -130,9 +131,9 @@ def plan(
                 for table, values in tables.items()
             },
         )
-        report = msgspec.to_builtins(plan_report(model, settings, Rates(mbit, tflops)))
+        report = plan_report(model, settings, Rates(mbit, tflops))
         plan_table(report)
-        finish({"status": "ok", **report}, as_json, False)
+        finish({"status": "ok", **msgspec.to_builtins(report)}, as_json, False)
 
 
 @app.command(epilog="Example: fedsoda-hub prepare triage.toml")
@@ -161,12 +162,14 @@ def prepare(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
         finish({"status": "ok", "bundle": str(directory.bundle), **_prepared(result)}, as_json, False)
 
 
-def _prepared(result: PrepareResult) -> dict[str, Any]:
+def _prepared(result: PrepareResult) -> dict[str, object]:
     """Show the result of `prepare --json`: the largest sub-LLM, and the smaller ones and the master where there are any."""
-    largest, *smaller = msgspec.to_builtins(result.sub_llms)
-    for one in smaller:
-        if one["adapter_view"] == largest["adapter_view"]:
-            one["adapter_view"] = None
+    first, *others = result.sub_llms
+    largest: dict[str, object] = msgspec.to_builtins(first)
+    smaller = [
+        msgspec.to_builtins(one) | ({"adapter_view": None} if one.adapter_view == first.adapter_view else {})
+        for one in others
+    ]
     return largest | ({"smaller": smaller, "master": result.master} if smaller else {})
 
 
@@ -190,7 +193,8 @@ def serve(
         settings = read_settings(run)
         with Display(jsonl, is_detailed=debug) as display:
             daemon = Daemon.open(settings, display.say)
-            display.say(Settings(values={key: Setting(**how) for key, how in effective(settings).items()}))
+            values = {key: Setting(value=one.value, source=one.source) for key, one in effective(settings).items()}
+            display.say(Settings(values=values))
             display.begins(daemon.machine.state, settings.rounds.count)
             asyncio.run(daemon.run(exit_when_done=exit_when_done))
         finish({"status": "ok", "run": settings.name, "phase": daemon.machine.state.phase}, as_json, jsonl)
@@ -302,9 +306,7 @@ def status(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
             up, down = human_bytes(found.bytes.up_per_edge_round), human_bytes(found.bytes.down_per_edge_round)
             note(f"an edge and round: {up} up, {down} down")
         if found.evaluation:
-            note(
-                "accuracy: " + ", ".join(f"{name} {value:.1%}" for name, value in found.evaluation["accuracy"].items())
-            )
+            note("accuracy: " + ", ".join(f"{name} {value:.1%}" for name, value in found.evaluation.accuracy.items()))
         values = msgspec.to_builtins(found, str_keys=True)
         finish({"status": "ok", "running": is_running, **values}, as_json, False)
 

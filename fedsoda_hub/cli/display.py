@@ -169,7 +169,7 @@ def _sentence(event: told.Told) -> str:
         case told.Realigned():
             return f"realigned before round {event.round}: public KL {event.kl_before:.3f} to {event.kl_after:.3f}"
         case told.Evaluated():
-            return "accuracy: " + ", ".join(f"{k} {v:.1%}" for k, v in event.result["accuracy"].items())
+            return "accuracy: " + ", ".join(f"{k} {v:.1%}" for k, v in event.result.accuracy.items())
         case told.CellDone():
             return f"{event.cell}: {event.accuracy:.1%} in {human_seconds(event.seconds)}"
         case told.Waiting():

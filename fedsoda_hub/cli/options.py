@@ -20,20 +20,16 @@ def setting(name: str, *options: str, more: str = "", **others: Any) -> Any:
         name: as in messages: "[lora] rank".
         options: where the parameter's name does not say it: "--rank".
         more: what the help says beside the key's description.
-        others: what typer's Option takes, in the place of what the key would give.
+        others: what typer's Option takes, such as another envvar.
     """
     key = keys_of(Tables)[name].number
     least, most = key.bounds
     words = "" if key.bounds != (None, None) else _allowed(key)  # typer shows a range of numbers itself
     default = f" [{_default(key)}]" if _default(key) and "show_default" not in others else ""
-    made: dict[str, Any] = {
-        "envvar": f"FEDSODA_{key.name.upper()}",
-        "help": (_joined(key.description, words, more) + default).replace("[", r"\["),  # a bracket is markup there
-        "min": least,
-        "max": most,
-        "show_default": False,
-    }
-    return typer.Option(*options, **made | others)
+    others.setdefault("envvar", f"FEDSODA_{key.name.upper()}")
+    others.setdefault("show_default", False)
+    said = (_joined(key.description, words, more) + default).replace("[", r"\[")  # a bracket is markup there
+    return typer.Option(*options, help=said, min=least, max=most, **others)
 
 
 class CompareCommand(TyperCommand):

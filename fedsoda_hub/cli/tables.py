@@ -2,87 +2,90 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fedsoda_edge.units import human_bytes, human_seconds
 
+if TYPE_CHECKING:
+    from rich.table import Table
 
-def plan_table(report: dict[str, Any]) -> None:
+    from fedsoda_hub.plan import Emulators, PlanReport
+
+
+def plan_table(report: PlanReport) -> None:
     """Print the report of `fedsoda-hub plan` for people."""
     from rich.console import Console
     from rich.table import Table
 
-    paper, ours = report["paper"], report["ours"]
-    flop = ours["gflop_per_token"]
-    title = f"{report['model']}: {report['family']}, {report['kept_layers']} of {report['num_layers']} layers kept"
+    paper, ours = report.paper, report.ours
+    flop = ours.gflop_per_token
+    title = f"{report.model}: {report.family}, {report.kept_layers} of {report.num_layers} layers kept"
     table = Table("", "here", "as the paper counts", title=title, title_justify="left")
     rows = [
-        ("full model", f"{report['full_parameters'] / 1e6:,.1f} M", f"{paper['full_gib_16bit']:.2f} GiB at 16 bits"),
-        ("sub-LLM", f"{report['sub_parameters'] / 1e6:,.1f} M", f"{paper['sub_gib_16bit']:.2f} GiB at 16 bits"),
-        ("bundle", human_bytes(ours["bundle_bytes"]), ""),
+        ("full model", f"{report.full_parameters / 1e6:,.1f} M", f"{paper.full_gib_16bit:.2f} GiB at 16 bits"),
+        ("sub-LLM", f"{report.sub_parameters / 1e6:,.1f} M", f"{paper.sub_gib_16bit:.2f} GiB at 16 bits"),
+        ("bundle", human_bytes(ours.bundle_bytes), ""),
         (
             "bits per parameter of the bundle",
-            f"{ours['bits_per_parameter']:.2f}",
-            "6.00" if report["emulators"] else "",
+            f"{ours.bits_per_parameter:.2f}",
+            "6.00" if report.emulators is not None else "",
         ),
-        ("trainable parameters", "", f"{paper['trainable_parameters']:,}"),
+        ("trainable parameters", "", f"{paper.trainable_parameters:,}"),
         (
             "an edge and round, up / down",
-            f"{human_bytes(ours['up_bytes_per_edge_round'])} / {human_bytes(ours['down_bytes_per_edge_round'])}",
-            f"{paper['parameters_per_round'] / 1e6:.3f} M parameters, {paper['mib_per_round']:.3f} MiB in both",
+            f"{human_bytes(ours.up_bytes_per_edge_round)} / {human_bytes(ours.down_bytes_per_edge_round)}",
+            f"{paper.parameters_per_round / 1e6:.3f} M parameters, {paper.mib_per_round:.3f} MiB in both",
         ),
-        ("memory of an edge without a GPU", human_bytes(ours["edge_memory_bytes"]), ""),
-        ("memory of an edge's GPU", human_bytes(ours["edge_vram_bytes"]), ""),
-        ("GFLOP a token: LoRA on the full model", f"{flop['full_lora']:.3g}", ""),
+        ("memory of an edge without a GPU", human_bytes(ours.edge_memory_bytes), ""),
+        ("memory of an edge's GPU", human_bytes(ours.edge_vram_bytes), ""),
+        ("GFLOP a token: LoRA on the full model", f"{flop.full_lora:.3g}", ""),
     ]
-    if flop["sweep"]:
+    if flop.sweep:
         rows += [
-            ("GFLOP a token: sub-LLM, first time", f"{flop['sub_llm']:.3g}", ""),
-            ("GFLOP a token: border cached", f"{flop['cached']:.3g}", ""),
+            ("GFLOP a token: sub-LLM, first time", f"{flop.sub_llm:.3g}", ""),
+            ("GFLOP a token: border cached", f"{flop.cached:.3g}", ""),
         ]
     else:  # all of it is trained through: nothing stays the same that could be cached
-        rows.append(("GFLOP a token: sub-LLM, every time", f"{flop['sub_llm']:.3g}", ""))
+        rows.append(("GFLOP a token: sub-LLM, every time", f"{flop.sub_llm:.3g}", ""))
     rows += [
         (
-            f"smaller class, {one['kept_layers']} layers kept",
-            f"bundle {human_bytes(one['bundle_bytes'])}, disk {human_bytes(one['edge_disk_bytes'])}",
+            f"smaller class, {one.kept_layers} layers kept",
+            f"bundle {human_bytes(one.bundle_bytes)}, disk {human_bytes(one.edge_disk_bytes)}",
             "",
         )
-        for one in report["smaller"]
+        for one in report.smaller
     ]
     for row in rows:
         table.add_row(*row)
     console = Console(stderr=True)
     console.print(table)
-    if report["emulators"] is not None:
-        console.print(_emulator_table(report["emulators"]))
+    if report.emulators is not None:
+        console.print(_emulator_table(report.emulators))
 
 
-def _emulator_table(emulators: dict[str, Any]) -> Any:
+def _emulator_table(emulators: Emulators) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    assumed = emulators["assumed"]
+    assumed = emulators.assumed
     title = (
-        f"[method] emulator, at {assumed['mbit_per_second']:g} Mbit/s and {assumed['tflop_per_second']:g} TFLOP/s "
-        f"(assumed, not measured), {assumed['samples']:,} samples of {assumed['ids_per_sample']:,} ids"
+        f"[method] emulator, at {assumed.mbit_per_second:g} Mbit/s and {assumed.tflop_per_second:g} TFLOP/s "
+        f"(assumed, not measured), {assumed.samples:,} samples of {assumed.ids_per_sample:,} ids"
     )
-    both = [emulators["sub"], emulators["full"]]
-    again = [f"every {one['realign_every']} rounds" if one["realign_every"] else "never" for one in both]
     table = Table("", "sub", "full", title=escape(title), title_justify="left")
-    table.add_row("layers that leave the hub", *(str(one["kept_layers"]) for one in both))
-    for label, size, seconds in (
-        ("download", "bundle_bytes", "download_seconds"),
-        ("sweep of all samples", "sweep_gflop_per_token", "sweep_seconds"),
-    ):
-        sizes = [human_bytes(one[size]) if size == "bundle_bytes" else f"{one[size]:.3g} GFLOP a token" for one in both]
-        times = [human_seconds(one[seconds]) for one in both]
-        table.add_row(label, *(f"{size}, {time}" for size, time in zip(sizes, times, strict=True)))
-    table.add_row("swept again from the first LoRA on", *again)
-    for label, name in (
-        ("memory of an edge without a GPU", "edge_memory_bytes"),
-        ("memory of an edge's GPU", "edge_vram_bytes"),
-        ("disk, border states not counted", "edge_disk_bytes"),
-    ):
-        table.add_row(label, *(human_bytes(one[name]) for one in both))
+    both = (emulators.sub, emulators.full)
+    columns = [
+        {
+            "layers that leave the hub": str(one.kept_layers),
+            "download": f"{human_bytes(one.bundle_bytes)}, {human_seconds(one.download_seconds)}",
+            "sweep of all samples": f"{one.sweep_gflop_per_token:.3g} GFLOP a token, {human_seconds(one.sweep_seconds)}",
+            "swept again from the first LoRA on": f"every {one.realign_every} rounds" if one.realign_every else "never",
+            "memory of an edge without a GPU": human_bytes(one.edge_memory_bytes),
+            "memory of an edge's GPU": human_bytes(one.edge_vram_bytes),
+            "disk, border states not counted": human_bytes(one.edge_disk_bytes),
+        }
+        for one in both
+    ]
+    for label in columns[0]:
+        table.add_row(label, *(column[label] for column in columns))
     return table

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from typing import Any
 
+from fedsoda_edge import events
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.protocol.manifest import LoRASpec
 from fedsoda_hub.compare.results import Costs
@@ -20,17 +19,18 @@ def costs_of(settings: RunSettings) -> Costs:
     bundle, source = Bundle.open(RunDirectory(settings.run_dir).bundle), open_full_llm(settings)
     dtype = str(source.dtype).removeprefix("torch.")
     plan = predict(source.family, source.fields, dtype, bundle.plan, settings)
-    trained: dict[tuple[str, int], dict[str, Any]] = {}
+    trained: dict[tuple[str, int], events.Trained] = {}
     planned, measured = [], []
     for path in sorted((settings.directory / "events").iterdir()):
-        for event in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-            if event.get("event") == "trained":
-                trained[path.stem, event["round"]] = event
-            elif event.get("event") == "memory":
-                planned.append(next(part["bytes"] for part in event["parts"] if part["part"] == "peak"))
-            elif event.get("worker_peak_rss_bytes"):
-                measured.append(event["worker_peak_rss_bytes"])
-    tokens = _mean([event["num_tokens"] for event in trained.values()])
+        for line in path.read_bytes().splitlines():
+            match events.read(line):
+                case events.Trained() as event:
+                    trained[path.stem, event.round] = event
+                case events.Memory(parts=parts):
+                    planned.append(next(part.bytes for part in parts if part.part == "peak"))
+                case events.JoinEnded(worker_peak_rss_bytes=peak) if peak:
+                    measured.append(peak)
+    tokens = _mean([event.num_tokens for event in trained.values()])
     return Costs(
         trainable=_count(bundle.manifest.lora),
         parameters_per_round=plan.paper.parameters_per_round,
@@ -38,7 +38,7 @@ def costs_of(settings: RunSettings) -> Costs:
         edge_memory_bytes=max(planned),
         edge_peak_rss_bytes=max(measured, default=None),
         gflop_per_edge_round=plan.ours.gflop_per_token.cached * tokens,
-        seconds_per_edge_round=_mean([event["seconds"] for event in trained.values()]),
+        seconds_per_edge_round=_mean([event.seconds for event in trained.values()]),
     )
 
 

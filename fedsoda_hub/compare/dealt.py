@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from fedsoda_edge.data.formats import Row
 from fedsoda_edge.data.local_data import LocalData, remedy_for_columns
 from fedsoda_edge.errors import DataProblem
 from fedsoda_edge.ports.disk import write_durably
@@ -16,7 +16,6 @@ from fedsoda_hub.compare.results import EdgeRows
 from fedsoda_hub.compare.settings import Comparison
 from fedsoda_hub.compare.splits import choose, deal
 
-Row = Mapping[str, Any]
 MAX_LABELS = 20  # that are counted one by one
 
 
@@ -33,7 +32,7 @@ class DealtData:
         self._comparison = comparison
         c, first = comparison.compare, comparison.settings[comparison.baseline_of]
         self._completion = first.completion
-        self._rows: list[dict[str, Any]] = []
+        self._rows: list[Row] = []
         self._files: list[str] = []
         for name in c.data:
             data = LocalData(comparison.path.parent / name)

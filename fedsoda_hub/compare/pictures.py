@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -88,9 +87,10 @@ def draw_accuracy(of: Split) -> Figure:
     for number, (name, row) in enumerate(of.variants.items()):
         judged = [(one, one.accuracy) for one in row.by_round if one.accuracy is not None]
         percent = [100 * accuracy for _, accuracy in judged]
-        style: dict[str, Any] = {"color": COLORS[number % len(COLORS)], "marker": "o", "markersize": 3, "label": name}
-        by_round.plot([one.round for one, _ in judged], percent, **style)
-        by_bytes.plot([(one.bytes_up + one.bytes_down) / 1e6 for one, _ in judged], percent, **style)
+        rounds = [float(one.round) for one, _ in judged]
+        megabytes = [(one.bytes_up + one.bytes_down) / 1e6 for one, _ in judged]
+        for axes, places in ((by_round, rounds), (by_bytes, megabytes)):
+            axes.plot(places, percent, color=COLORS[number % len(COLORS)], marker="o", markersize=3, label=name)
     for axes in (by_round, by_bytes):
         for baseline, line in ((of.baselines.untouched, "--"), (of.baselines.central, ":")):
             if baseline is not None:

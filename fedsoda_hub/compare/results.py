@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import msgspec
 
 from fedsoda_hub.compare.settings import Cell, Compare
+from fedsoda_hub.settings.keys import TOML
 
 # --- kept --------------------------------------------------------------------------------------------------
 
@@ -180,7 +180,7 @@ class CompareReport(msgspec.Struct, frozen=True, kw_only=True):
     transport: str
     eval_rows: int
     compare: Compare
-    variants: dict[str, dict[str, Any]]
+    variants: dict[str, TOML]
     baseline_of: str
     level_of: str
     dealt: dict[str, dict[str, dict[str, EdgeRows]]]

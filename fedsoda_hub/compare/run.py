@@ -21,6 +21,7 @@ from typing import TypeVar
 import msgspec
 import torch
 
+from fedsoda_edge import events as edge_events
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.ports.console import Terminated
 from fedsoda_edge.ports.disk import sha256_file, write_durably, write_durably_json
@@ -258,8 +259,8 @@ class _Run:
                 for name in names
             }
 
-            def log_of(name: str) -> in_process.EdgeSay:
-                return lambda event: print(json.dumps(event), file=logs[name])
+            def log_of(name: str) -> processes.EdgeSay:
+                return lambda event: print(edge_events.line_of(event), file=logs[name])
 
             if self.transport == "memory":
                 await in_process.federate(settings, edges, homes, self._stop, heard, log_of)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import msgspec
 from msgspec import Meta
@@ -21,7 +21,7 @@ from fedsoda_hub.settings.keys import TOML, refuse_unless
 from fedsoda_hub.settings.methods import METHODS
 from fedsoda_hub.settings.run import RunSettings, settings_of
 from fedsoda_hub.settings.tables import MAX_SEED, SELF_GENERATED, Section
-from fedsoda_hub.settings.toml import read_toml, table_of
+from fedsoda_hub.settings.toml import as_table, read_toml, table_of
 
 Baseline = Literal["untouched", "alone", "central"]
 # What a comparison decides, so that cells differ in their variant alone: every edge is there, and no clock has a say.
@@ -147,9 +147,10 @@ def read_comparison(path: Path) -> Comparison:
         if name not in raw:
             raise UsageProblem(f"{file} has no [{name}]; a comparison needs one (docs/guide.md, Comparing methods)")
     compare = table_of(raw.pop("compare"), Compare, "compare", file)
-    overrides: Any = raw.pop("variants", {name: {"method": {"name": name}} for name in METHODS})
-    if not isinstance(overrides, dict) or not all(isinstance(values, dict) for values in overrides.values()):
+    given = raw.pop("variants", {name: {"method": {"name": name}} for name in METHODS})
+    if not isinstance(given, dict) or not all(isinstance(values, dict) for values in given.values()):
         raise UsageProblem(f"{file}: variants are tables; write [variants.NAME] with what differs, such as align.steps")
+    overrides: dict[str, TOML] = given
     _refuse_its_own(raw, file)
     settings = {}
     for name, values in overrides.items():
@@ -167,14 +168,15 @@ def _variant(base: TOML, name: str, values: TOML, path: Path) -> RunSettings:
     is_name = bool(re.fullmatch(r"[\w+-]+", name))  # a method's, say, and a directory's
     refuse_unless(is_name, "the name", name, "letters, digits, -, _ and +", path.name)
     _refuse_its_own(values, path.name)
-    if "eval_data" in values.get("task", {}):
+    if "eval_data" in _table_in(values, "task", path.name):
         raise UsageProblem("[task] eval_data; all variants answer the same questions: name them in [task] alone")
     merged = dict(base)
-    if (method := values.get("method", {}).get("name")) in METHODS:
+    method = _table_in(values, "method", path.name).get("name")
+    if isinstance(method, str) and method in METHODS:
         merged = without_unused(base, METHODS[method])  # the base need not suit all methods, an override must
     for key, value in values.items():
-        merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
-    merged["rounds"] = {**merged.get("rounds", {}), "quorum": 1.0, "deadline_seconds": NO_DEADLINE}
+        merged[key] = {**_table_in(merged, key, path.name), **value} if isinstance(value, dict) else value
+    merged["rounds"] = {**_table_in(merged, "rounds", path.name), "quorum": 1.0, "deadline_seconds": NO_DEADLINE}
     checked = settings_of({**merged, "name": "cell", "listen": {"port": 0}}, path)
     if checked.eval_data is None:
         raise UsageProblem(f"{path.name} has no [task] eval_data; write eval_data = ... below [task]")
@@ -191,10 +193,15 @@ def _variant(base: TOML, name: str, values: TOML, path: Path) -> RunSettings:
     )
 
 
+def _table_in(tables: TOML, name: str, file: str) -> TOML:
+    """Return one of these tables; an empty one where it was not written."""
+    return as_table(tables.get(name, {}), name, file)
+
+
 def _refuse_its_own(raw: TOML, file: str) -> None:
     """Raise UsageProblem for a key that a comparison sets itself."""
     for table, keys in ITS_OWN.items():
-        given = raw.get(table, {})
+        given = _table_in(raw, table, file) if keys is not None else {}
         found = (
             table if keys is None and table in raw else next((f"[{table}] {k}" for k in keys or () if k in given), "")
         )

@@ -12,30 +12,32 @@ import os
 import shutil
 import sys
 import time
-from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
+from fedsoda_edge import events as edge_events
 from fedsoda_edge.errors import UsageProblem
+from fedsoda_edge.join.trainer import WORKER_MODULE, worker_environment
 from fedsoda_edge.ports.child import Child
 from fedsoda_edge.ports.console import note
 from fedsoda_edge.ports.disk import sha256_file
 from fedsoda_edge.protocol import commands as cmd
-from fedsoda_edge.protocol.manifest import parse_manifest
+from fedsoda_edge.protocol.manifest import TensorSpec, parse_manifest
 from fedsoda_edge.protocol.messages import Digest
 from fedsoda_edge.protocol.needs import SampleSizes, plans, shape_of
 from fedsoda_edge.protocol.template import TextTemplate
 from fedsoda_edge.units import counted
 from fedsoda_hub import events as told
 from fedsoda_hub.demo import task
+from fedsoda_hub.demo.report import DemoBytes, DemoReport, DemoSeconds, EdgeData, JudgedDemo, LoRAParameters, PublicText
 from fedsoda_hub.events import Say
-from fedsoda_hub.local.processes import EdgeSay, federate
+from fedsoda_hub.local.processes import federate
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.settings.run import read_settings
 
-Report = dict[str, Any]  # of `demo --json`: docs/guide.md (g6-json)
 HERE = Path(__file__).resolve().parent
 MODEL = HERE / "model"
 STEPS, BATCH, LEARNING_RATE, MAX_LENGTH = 40, 8, 2e-3, 96
@@ -118,45 +120,55 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-async def run_demo(directory: Path, *, rounds: int, seed: int, say: Say) -> Report:
-    """Do the whole job, and return the report of demo --json: docs/guide.md (g6-json)."""
+async def run_demo(directory: Path, *, rounds: int, seed: int, say: Say) -> DemoReport:
+    """Do the whole job, and return what it came to."""
     started = time.monotonic()
     directory = directory.resolve()
     run_file = write_run(directory, rounds, seed)
     note(
         f"hub, {len(task.OFFICES)} edges and {counted(rounds, 'round')} on this machine; all of it lies in {directory}"
     )
-    prepared, ended, peaks = await _federate(directory, run_file, say)
+    federated = await _federate(directory, run_file, say)
     say(_progress("training each edge alone", 0, len(task.OFFICES)))
     alone = await _train_alone(directory, rounds, seed, say)
-    report = _judge(directory, run_file, directory / "export", alone, say)
-    seconds = {
-        "prepare": prepared - started,
-        "rounds": ended - prepared,
-        "total": time.monotonic() - started,
-    }
-    report |= {
-        "rounds": rounds,
-        "edges": [
-            {"examples": sum(office.messages.values()), "labels": dict(office.messages)} for office in task.OFFICES
+    judged = _judge(directory, run_file, directory / "export", alone, say)
+    return DemoReport(
+        **msgspec.structs.asdict(judged),
+        rounds=rounds,
+        edges=[
+            EdgeData(examples=sum(office.messages.values()), labels=dict(office.messages)) for office in task.OFFICES
         ],
-        **peaks,
-        "seconds": seconds,
-    }
-    return report
+        edge_peak_rss_bytes=max(report.worker_peak_rss_bytes for report in federated.reports),
+        agent_peak_rss_bytes=max(report.agent_peak_rss_bytes for report in federated.reports),
+        seconds=DemoSeconds(
+            prepare=federated.prepared_at - started,
+            rounds=federated.ended_at - federated.prepared_at,
+            total=time.monotonic() - started,
+        ),
+    )
 
 
-async def _federate(directory: Path, run_file: Path, say: Say) -> tuple[float, float, dict[str, int]]:
-    """Run hub and edges to the end; return when it was prepared, when it ended, and peak memory of the edges."""
+@dataclass(frozen=True)
+class _Federated:
+    """When the run was prepared and when it ended, in monotonic seconds; what each edge reported at its end."""
+
+    prepared_at: float
+    ended_at: float
+    reports: Sequence[edge_events.JoinEnded]
+
+
+async def _federate(directory: Path, run_file: Path, say: Say) -> _Federated:
+    """Run hub and edges to the end."""
     times: dict[type[told.Told], float] = {}
-    last: dict[str, dict[str, Any]] = {}
+    reports: list[edge_events.JoinEnded] = []
 
     def heard(event: told.Told) -> None:
         times[type(event)] = time.monotonic()
         say(event)
 
-    def keep_last(office: str) -> EdgeSay:
-        return lambda event: last.update({office: event})
+    def keep_report(event: edge_events.AnyEvent | edge_events.JoinEnded) -> None:
+        if isinstance(event, edge_events.JoinEnded):
+            reports.append(event)
 
     await federate(
         read_settings(run_file),
@@ -164,14 +176,10 @@ async def _federate(directory: Path, run_file: Path, say: Say) -> tuple[float, f
         directory / "homes",
         asyncio.get_running_loop().create_future(),
         heard,
-        keep_last,
+        lambda _: keep_report,
         {"FEDSODA_THREADS": "1"},
     )
-    peaks = {
-        "edge_peak_rss_bytes": max(one["worker_peak_rss_bytes"] for one in last.values()),
-        "agent_peak_rss_bytes": max(one["agent_peak_rss_bytes"] for one in last.values()),
-    }
-    return times[told.Listening], times[told.RunEnded], peaks
+    return _Federated(times[told.Listening], times[told.RunEnded], reports)
 
 
 async def _train_alone(directory: Path, rounds: int, seed: int, say: Say) -> dict[str, Path]:
@@ -194,7 +202,7 @@ async def _alone(directory: Path, office: str, rounds: int, seed: int) -> Path:
     manifest = RunDirectory(settings.run_dir).manifest
     work = directory / "alone" / office
     work.mkdir(parents=True)
-    worker = Child("fedsoda_edge.worker", {"FEDSODA_THREADS": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    worker = Child(WORKER_MODULE, worker_environment(threads=1))
     try:
         opened = await worker.call(
             cmd.Open(
@@ -250,13 +258,13 @@ def _progress(stage: str, done: int, total: int) -> told.StageProgress:
     return told.StageProgress(job="demo", stage=stage, done=done, total=total)
 
 
-def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Path], say: Say) -> Report:
+def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Path], say: Say) -> JudgedDemo:
     """Export the run, and judge what only torch can; this process holds no socket."""
     from fedsoda_edge.data.samples import SampleTokenizer
     from fedsoda_edge.model import delta
     from fedsoda_edge.model.bundle import Bundle
     from fedsoda_edge.model.source import Checkpoint
-    from fedsoda_hub.evaluation.evaluator import Evaluator, Judged
+    from fedsoda_hub.evaluation import evaluator as judging
     from fedsoda_hub.evaluation.export import export
     from fedsoda_hub.evaluation.questions import read_questions
     from fedsoda_hub.report.page import write_report
@@ -271,7 +279,7 @@ def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Pa
     spec, plan = bundle.manifest.lora, bundle.plan
     source = Checkpoint.open(str(MODEL))
     assert settings.eval_data is not None
-    evaluator = Evaluator(
+    evaluator = judging.Evaluator(
         read_questions(settings.eval_data, settings.prompt, settings.completion),
         SampleTokenizer(MODEL / "tokenizer.json", source.fields.get("eos_token_id")),
     )
@@ -279,71 +287,37 @@ def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Pa
     def evaluating(done: int, total: int) -> None:
         say(_progress("evaluating", done, total))
 
-    none: dict[str, Any] = {}
+    # One object for all: what it says below the border is computed once.
+    full = judging.Judged(source, range(plan.border), range(plan.border, plan.num_layers), spec, {}, {})
     accuracies = {}
     for office, path in alone.items():
         trained = delta.from_bytes(path.read_bytes(), spec.adapter)
-        model = Judged(source, range(plan.border), range(plan.border, plan.num_layers), spec, none, trained)
-        accuracies[office] = evaluator.verdict(model, evaluating).accuracy
+        accuracies[office] = evaluator.verdict(replace(full, adapter_lora=trained), evaluating).accuracy
     with opened(of_run) as ledger:
         state = ledger.replay()
         status = run_status(settings.name, settings.rounds.count, ledger, state)
     assert state.evaluation is not None, "the run has evaluation data"
 
-    def count(specs: Any) -> int:
+    def count(specs: Iterable[TensorSpec]) -> int:
         return sum(spec.shape[0] * spec.shape[1] for spec in specs)
 
-    return {
-        "run": str(run_file),
-        "bundle": str(of_run.bundle),
-        "export": str(export_to),
-        "report": written.report,
-        "model": str(MODEL),
-        "eval_data": str(settings.eval_data),
-        "accuracy": {**state.evaluation["accuracy"], "local_only": max(accuracies.values())},
-        "local_only": accuracies,
-        "public": {"text": str(settings.public_text), "sequences": SEQUENCES, "length": LENGTH},
-        "public_kl": state.public_kl,
-        "bytes": {
-            "bundle": sum(file.bytes for file in bundle.manifest.files),
-            "full_model": (MODEL / "model.safetensors").stat().st_size,
-            **msgspec.structs.asdict(status.bytes),
-        },
-        "bits_per_parameter": bundle.manifest.bits_per_parameter,
-        "lora_parameters": {"adapter": count(spec.adapter), "emulator": count(spec.emulator)},
-    }
-
-
-def print_summary(report: Report) -> None:
-    """Print what the demo came to as a table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="FedSODA demo", show_header=False, title_justify="left")
-    accuracy, size, kl = report["accuracy"], report["bytes"], report["public_kl"]
-    labels = [f"{n} {k}" for edge in report["edges"] for k, n in Counter(edge["labels"]).most_common(1)]
-    rows = [
-        ("accuracy, full model untouched", f"{accuracy['full']:.1%}"),
-        ("accuracy, best edge alone, plugged in", f"{accuracy['local_only']:.1%}"),
-        ("accuracy, sub-LLM after the rounds", f"{accuracy['sub_llm']:.1%}"),
-        ("accuracy, plug-in: full model + adapter LoRA", f"[bold]{accuracy['plug_in']:.1%}[/bold]"),
-        ("public KL, pruned / NF4 / aligned", f"{kl['pruned']:.3f} / {kl['quantized']:.3f} / {kl['aligned']:.3f}"),
-        ("rounds x edges", f"{report['rounds']} x {len(report['edges'])} (each holds mostly {', '.join(labels)})"),
-        ("bundle / full model", f"{size['bundle'] / 1e6:.1f} MB / {size['full_model'] / 1e6:.1f} MB"),
-        (
-            "bytes per edge and round, up / down",
-            f"{size['up_per_edge_round'] / 1e3:.1f} kB / {size['down_per_edge_round'] / 1e3:.1f} kB",
+    return JudgedDemo(
+        run=str(run_file),
+        bundle=str(of_run.bundle),
+        export=str(export_to),
+        report=written.report,
+        model=str(MODEL),
+        eval_data=str(settings.eval_data),
+        accuracy={**state.evaluation.accuracy, "local_only": max(accuracies.values())},
+        local_only=accuracies,
+        public=PublicText(text=str(settings.public_text), sequences=SEQUENCES, length=LENGTH),
+        public_kl=state.public_kl,
+        bytes=DemoBytes(
+            bundle=sum(file.bytes for file in bundle.manifest.files),
+            full_model=(MODEL / "model.safetensors").stat().st_size,
+            up_per_edge_round=status.bytes.up_per_edge_round,
+            down_per_edge_round=status.bytes.down_per_edge_round,
         ),
-        (
-            "peak memory, agent (holds the socket) / worker (holds torch)",
-            f"{report['agent_peak_rss_bytes'] / 1e6:.0f} MB / {report['edge_peak_rss_bytes'] / 1e6:.0f} MB",
-        ),
-        (
-            "seconds, prepare / rounds / total",
-            " / ".join(f"{report['seconds'][k]:.0f}" for k in ("prepare", "rounds", "total")),
-        ),
-    ]
-    for row in rows:
-        table.add_row(*row)
-    Console(stderr=True).print(table)
-    note(f"PEFT adapter for the full model: {report['export']}\nwhat happened, in pictures: {report['report']}")
+        bits_per_parameter=bundle.manifest.bits_per_parameter,
+        lora_parameters=LoRAParameters(adapter=count(spec.adapter), emulator=count(spec.emulator)),
+    )

@@ -68,7 +68,7 @@ def export(settings: RunSettings, directory: Path, *, merge: bool = False) -> Ex
         "template": {"prompt": settings.task.prompt, "completion": settings.task.completion},
         "task": msgspec.to_builtins(msgspec.structs.replace(settings.task, eval_data=None)),
         "plan": msgspec.to_builtins(bundle.plan),
-        "evaluation": outcome.evaluation,
+        "evaluation": msgspec.to_builtins(outcome.evaluation),
         "merged": merge,
     }
     write_durably_json(temporary / "fedsoda.json", about)

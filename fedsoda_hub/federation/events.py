@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fedsoda_edge.protocol.messages import Digest, EdgeId, Factor, Message
+from fedsoda_edge.protocol.messages import Digest, EdgeId, Factor, HubMessage
 from fedsoda_hub.federation.jobs import Job, JobResult
 from fedsoda_hub.federation.records import AnyRecord
 
@@ -132,7 +132,7 @@ class Send:
     """Say this to the edge, if it is connected."""
 
     edge: EdgeId
-    message: Message
+    message: HubMessage
 
 
 @dataclass(frozen=True)

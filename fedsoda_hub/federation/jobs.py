@@ -133,12 +133,12 @@ class RepruneResult(msgspec.Struct, frozen=True, kw_only=True):
 class EvaluateResult(msgspec.Struct, frozen=True, kw_only=True):
     """By model (full, sub_llm, plug_in): accuracy, mean completion loss in nats, AUC where there are two choices.
 
-    None: not finite, or there are not two choices.
+    None: not finite, or there are not two choices. Ledgers keep it as it is; the oldest have no AUC.
     """
 
     accuracy: dict[str, float]
     loss: dict[str, float | None]
-    auc: dict[str, float | None]
+    auc: dict[str, float | None] = {}
     num_examples: int
 
 

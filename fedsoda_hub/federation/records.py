@@ -6,14 +6,12 @@ record means there is `state.py`'s, when one is written is `rounds.py`'s.
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 
 from fedsoda_edge.protocol.messages import Digest, EdgeId
+from fedsoda_hub.federation.jobs import EvaluateResult
 
-Keys = dict[str, Any]  # of RUN.toml, as people write them, with their values
-Figures = dict[str, Any]  # accuracy, loss and auc by model, and num_examples, as `jobs.EvaluateResult` has them
+Keys = dict[str, object]  # of RUN.toml, as people write them, with their values
 
 
 class Record(msgspec.Struct, frozen=True, tag_field="record", kw_only=True, forbid_unknown_fields=True):
@@ -169,7 +167,7 @@ class Probed(Record, frozen=True, tag="probed"):
 
 class Evaluated(Record, frozen=True, tag="evaluated"):
     round: int
-    result: Figures
+    result: EvaluateResult
 
 
 class RunEnded(Record, frozen=True, tag="run_ended"):

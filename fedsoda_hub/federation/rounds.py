@@ -148,13 +148,7 @@ class RoundMachine:
             case jobs.ProbeResult():
                 return [Append(rec.Probed(round=upcoming, kl=result.kl, cosine=result.cosine))]
             case jobs.EvaluateResult():
-                figures = {
-                    "accuracy": result.accuracy,
-                    "loss": result.loss,
-                    "auc": result.auc,
-                    "num_examples": result.num_examples,
-                }
-                return [Append(rec.Evaluated(round=state.round, result=figures))]
+                return [Append(rec.Evaluated(round=state.round, result=result))]
             case _:
                 assert_never(result)
 

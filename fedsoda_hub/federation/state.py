@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from fedsoda_edge.protocol.messages import Digest, EdgeId
 from fedsoda_hub.federation import records as rec
+from fedsoda_hub.federation.jobs import EvaluateResult
 
 Phase = Literal["preparing", "idle", "collecting", "ended"]  # idle: between two rounds
 
@@ -98,7 +99,7 @@ class RunState(msgspec.Struct, forbid_unknown_fields=True):
         return self.sub_llms[0].public_kl if self.sub_llms else {}
 
     @property
-    def evaluation(self) -> rec.Figures | None:
+    def evaluation(self) -> EvaluateResult | None:
         """The last evaluation's figures; None before the first."""
         return None if self.evaluated is None else self.evaluated.result
 

@@ -42,7 +42,7 @@ from fedsoda_hub.serving.daemon import Daemon
 from fedsoda_hub.settings.run import RunSettings
 
 Answer = Callable[[Any, Report], msgspec.Struct]  # does one call of a union
-EdgeSay = Callable[[dict[str, Any]], None]
+EdgeSay = Callable[[events.AnyEvent], None]
 T = TypeVar("T")
 PIECE_BYTES = 1 << 20
 CLOSE_SECONDS = 5.0  # that edges may take to end after their Farewell
@@ -77,7 +77,7 @@ async def federate(
                 thread.port(lambda: Worker(shared).answer),
                 Home(homes / name),
                 AgentSettings(settings.device, LocalData(data)),
-                _as_dicts(say_of(name)),
+                say_of(name),
                 SystemClock(),
             )
             for name, data in edges.items()
@@ -97,11 +97,6 @@ async def federate(
             for task in (*joining, serving):
                 task.cancel()
             await asyncio.wait({*joining, serving})
-
-
-def _as_dicts(say: EdgeSay) -> events.Say:
-    """Let events arrive as a process would have printed them."""
-    return lambda event: say(events.as_json(event))
 
 
 async def _take_part(agent: Agent, door: MemoryDoor) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from fedsoda_edge import events as edge_events
 from fedsoda_edge.errors import WorkerFailed
 from fedsoda_edge.ports.system import group_of_its_own, stop_signal
 from fedsoda_hub import events
@@ -21,7 +21,7 @@ from fedsoda_hub.run.ledger import opened
 from fedsoda_hub.run.tokens import write_secret
 from fedsoda_hub.settings.run import RunSettings
 
-EdgeSay = Callable[[dict[str, Any]], None]
+EdgeSay = Callable[[edge_events.AnyEvent | edge_events.JoinEnded], None]
 
 
 async def federate(
@@ -67,7 +67,7 @@ async def federate(
             home = {"FEDSODA_HOME": str(homes / name)}
             processes.append(Process("fedsoda_edge", [*join, "--jsonl"], {**environment, **home}))
             await processes[-1].start()
-            following.append(asyncio.create_task(processes[-1].follow(_parsed(say_of(name)))))
+            following.append(asyncio.create_task(processes[-1].follow(_read(say_of(name)))))
         pending: set[asyncio.Future[Any]] = {*following}
         while pending and not stop.done():
             done, _ = await asyncio.wait({*pending, stop}, return_when=asyncio.FIRST_COMPLETED)
@@ -81,8 +81,12 @@ async def federate(
             task.cancel()
 
 
-def _parsed(say: EdgeSay) -> Callable[[bytes], None]:
-    return lambda line: say(json.loads(line))
+def _read(say: EdgeSay) -> Callable[[bytes], None]:
+    def hear(line: bytes) -> None:
+        if (event := edge_events.read(line)) is not None:
+            say(event)
+
+    return hear
 
 
 def _token(settings: RunSettings, name: str, homes: Path) -> Path:

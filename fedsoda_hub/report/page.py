@@ -23,7 +23,7 @@ from fedsoda_hub.report.history import History, date, kl_sentence, read_history
 from fedsoda_hub.report.pictures import MODELS, Picture, draw
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.run.ledger import Ledger, not_started
-from fedsoda_hub.settings.run import RunSettings, effective
+from fedsoda_hub.settings.run import EffectiveSetting, RunSettings, effective
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 62rem; margin: 2rem auto;
@@ -134,11 +134,11 @@ def _facts(settings: RunSettings, history: History, plan: LayerPlan | None) -> s
     if history.evaluated:
         last = history.evaluated[-1].result
         for name, (label, _) in MODELS.items():
-            auc = last.get("auc", {}).get(name)
+            auc = last.auc.get(name)
             more = "" if auc is None else f", AUC {auc:.3f}"
-            loss = last["loss"][name]
+            loss = last.loss[name]
             shown = "not a number" if loss is None else f"{loss:.3f}"
-            facts.append((label, f"accuracy {last['accuracy'][name]:.1%}, loss {shown}{more}"))
+            facts.append((label, f"accuracy {last.accuracy[name]:.1%}, loss {shown}{more}"))
     if plan is not None:
         kept = f"{len(plan.kept)} of {plan.num_layers} kept"
         if plan.lacking:
@@ -222,8 +222,8 @@ def _model_name(settings: RunSettings) -> str:
 
 def _settings_list(settings: RunSettings) -> str:
     found = effective(settings)
-    found["model"]["value"] = _model_name(settings)
-    rows = [(key, repr(setting["value"]), setting["source"]) for key, setting in sorted(found.items())]
+    found["model"] = EffectiveSetting(_model_name(settings), found["model"].source)
+    rows = [(key, repr(setting.value), setting.source) for key, setting in sorted(found.items())]
     return _table(("key", "value", "from"), rows)
 
 

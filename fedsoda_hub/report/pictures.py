@@ -50,7 +50,7 @@ def draw(history: History, plan: LayerPlan | None) -> dict[str, Picture]:
     if history.evaluated:
         found["accuracy"] = Picture(
             "Accuracy",
-            f"Accuracy on the run's evaluation data ({history.evaluated[-1].result['num_examples']} rows). "
+            f"Accuracy on the run's evaluation data ({history.evaluated[-1].result.num_examples} rows). "
             "[task] eval_every says how often the hub judges.",
             draw_accuracy(history),
         )
@@ -113,7 +113,7 @@ def draw_accuracy(history: History) -> Figure:
 
     def curves(axes: Axes, places: Sequence[float]) -> None:
         for name, (label, color) in MODELS.items():
-            percent = [100 * record.result["accuracy"][name] for record in history.evaluated]
+            percent = [100 * record.result.accuracy[name] for record in history.evaluated]
             if name == "full":
                 axes.axhline(percent[-1], color=color, linestyle="--", label=label)
             else:

@@ -15,7 +15,8 @@ import msgspec
 
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.protocol.messages import Digest, EdgeId
-from fedsoda_hub.federation.records import AnyRecord, Figures
+from fedsoda_hub.federation.jobs import EvaluateResult
+from fedsoda_hub.federation.records import AnyRecord
 from fedsoda_hub.federation.state import RunState
 from fedsoda_hub.run.database import Database
 from fedsoda_hub.run.directory import RunDirectory
@@ -121,7 +122,7 @@ class Outcome:
     emulator_view: Digest
     manifest: Digest
     rounds: int
-    evaluation: Figures | None
+    evaluation: EvaluateResult | None
 
 
 def not_started(run_file: str | Path) -> UsageProblem:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from fedsoda_edge.protocol.messages import EdgeId
-from fedsoda_hub.federation.records import Figures
+from fedsoda_hub.federation.jobs import EvaluateResult
 from fedsoda_hub.federation.state import Phase, Probe, Realignment, RunState
 from fedsoda_hub.run.ledger import Ledger
 
@@ -43,7 +43,7 @@ class RunStatus(msgspec.Struct, frozen=True, kw_only=True):
     public_kl: dict[str, float]
     realignments: list[Realignment]
     probes: list[Probe]
-    evaluation: Figures | None
+    evaluation: EvaluateResult | None
     bytes: BytesPerRound
     traffic: list[Travelled]
 

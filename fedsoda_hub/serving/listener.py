@@ -233,7 +233,7 @@ class Listener:
 
     async def broken(self) -> None:
         """Wait for a defect behind the port, or the end of the server; raise that."""
-        assert self._serving is not None
+        assert self._serving is not None, "`open` comes first"
         defect = asyncio.create_task(self._defects.get())
         try:
             await asyncio.wait({defect, self._serving}, return_when=asyncio.FIRST_COMPLETED)

@@ -166,11 +166,10 @@ class Roster:
 
     # --- what is decided -----------------------------------------------------------------------------------
 
-    def send(self, edge: ms.EdgeId, message: ms.Message) -> None:
+    def send(self, edge: ms.EdgeId, message: ms.HubMessage) -> None:
         """Say this to the edge, if it is connected."""
         connection = self._connections.get(edge)
         if connection is not None:
-            assert isinstance(message, ms.HubMessage)
             connection.send(message)
             if isinstance(message, ms.Farewell):
                 self._note_farewell(edge)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any, TypeVar, get_args
+from typing import TypeVar, get_args
 
 import msgspec
 
@@ -78,7 +78,7 @@ def _with(tables: T, values: Mapping[str, object]) -> T:
     for key, value in values.items():
         table, _, name = key.removeprefix("[").partition("] ")
         changes.setdefault(table, {})[name] = value
-    changed: dict[str, Any] = {
+    changed: dict[str, msgspec.Struct] = {
         table: msgspec.structs.replace(getattr(tables, table), **fields) for table, fields in changes.items()
     }
     return msgspec.structs.replace(tables, **changed)

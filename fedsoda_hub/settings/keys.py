@@ -17,7 +17,8 @@ from msgspec import Meta
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_hub.settings.tables import MAX_SEED
 
-TOML: TypeAlias = dict[str, Any]  # a file as it was read: nothing in it is checked yet
+TOML: TypeAlias = dict[str, object]  # a file as it was read: nothing in it is checked yet
+SettingValue: TypeAlias = str | int | float | bool | list[Any] | None  # of a key that was checked
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,16 @@ Every key is declared in `tables.py`. What the settings do is each room's own bu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.protocol.template import TextTemplate
 from fedsoda_hub.settings.combine import settled
-from fedsoda_hub.settings.keys import TOML, flat
+from fedsoda_hub.settings.keys import TOML, SettingValue, flat
 from fedsoda_hub.settings.methods import METHODS, UNREAD
 from fedsoda_hub.settings.tables import SELF_GENERATED, Public, Tables
 from fedsoda_hub.settings.toml import check, read_toml
@@ -62,7 +63,7 @@ class RunSettings(Tables, frozen=True):
         """The template of what is trained and judged."""
         return TextTemplate(self.task.completion)
 
-    def fixed(self) -> dict[str, Any]:
+    def fixed(self) -> TOML:
         """Give what must be equal on resume, flat: all but where to listen and when a round is full."""
         return {
             key: value
@@ -96,9 +97,9 @@ def settings_of(raw: TOML, path: Path) -> RunSettings:
     return settings
 
 
-def settings_for_plan(model: str, **tables: TOML) -> RunSettings:
+def settings_for_plan(model: str, **tables: Mapping[str, object]) -> RunSettings:
     """Make the settings of a run that is only planned, checked like those of a file."""
-    raw = {"name": "plan", "model": model, "public": {"text": ""}, **tables}
+    raw: TOML = {"name": "plan", "model": model, "public": {"text": ""}, **tables}
     return _checked(raw, "the options", "the options")
 
 
@@ -107,23 +108,32 @@ def _checked(raw: TOML, path: str, file: str) -> RunSettings:
     return settled(msgspec.convert({**raw, "path": path}, RunSettings, strict=True), flat(raw), file)
 
 
-def effective(settings: RunSettings) -> dict[str, dict[str, Any]]:
-    """List {key: {value, source}} of all of RUN.toml; the source is the file's name or "default"."""
+@dataclass(frozen=True)
+class EffectiveSetting:
+    """The value of a key that is in force. source: the name of the file that gives it, or "default"."""
+
+    value: SettingValue
+    source: str
+
+
+def effective(settings: RunSettings) -> dict[str, EffectiveSetting]:
+    """List all keys of RUN.toml by name."""
     path = Path(settings.path)
     given = flat(read_toml(path))
+    values = msgspec.convert(flat(msgspec.to_builtins(settings)), dict[str, SettingValue])
     return {
-        key: {"value": value, "source": path.name if key in given else "default"}
-        for key, value in flat(msgspec.to_builtins(settings)).items()
+        key: EffectiveSetting(value, path.name if key in given else "default")
+        for key, value in values.items()
         if key != "path"
     }
 
 
-def differences(recorded: dict[str, Any], settings: RunSettings) -> list[str]:
+def differences(recorded: Mapping[str, object], settings: RunSettings) -> list[str]:
     """List what a resumed run's RUN.toml changed that it may not, each with both values.
 
     A run that began before a key existed began with its default.
     """
-    then, now = RunSettings(name="", model="", public=Public(text="")).fixed() | recorded, settings.fixed()
+    then, now = RunSettings(name="", model="", public=Public(text="")).fixed() | dict(recorded), settings.fixed()
     changed = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
     for decisive in ("[method] name", "[method] emulator"):
         if decisive in changed:  # the others may follow from it

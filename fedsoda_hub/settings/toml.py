@@ -56,11 +56,22 @@ def check(raw: TOML, section: type[msgspec.Struct], file: str, table: str = "") 
     _check_values(raw, section, file, table)
 
 
-def table_of(values: Any, section: type[S], name: str, file: str) -> S:
+def table_of(value: object, section: type[S], name: str, file: str) -> S:
     """Read one table of a file of ours, such as [compare], checked like those of RUN.toml."""
-    _check_is_table(values, name, file)
-    check(values, section, file, name)
-    return msgspec.convert(values, section, strict=True)
+    table = as_table(value, name, file)
+    check(table, section, file, name)
+    return msgspec.convert(table, section, strict=True)
+
+
+def as_table(value: object, name: str, file: str) -> TOML:
+    """Return a value of a file that has to be a table.
+
+    Raises:
+        UsageProblem: it is not one.
+    """
+    if not isinstance(value, dict):
+        raise UsageProblem(f"{file}: {name} is {value!r}, but it is a table: write [{name}]")
+    return value
 
 
 def write_toml(tables: Tables) -> str:
@@ -85,26 +96,21 @@ def _check_keys(raw: TOML, section: type[msgspec.Struct], file: str, table: str)
             near = difflib.get_close_matches(name, keys, 1, cutoff=0.0)
             raise UsageProblem(f"{file} has no key {where}{name}; the nearest is {where}{near[0]}")
         if keys[name].section is not None:
-            _check_is_table(value, name, file)
+            as_table(value, name, file)
     for name, key in keys.items():
         if key.section is not None:
             if key.is_required or name in raw:
-                _check_keys(raw.get(name, {}), key.section, file, name)
+                _check_keys(as_table(raw.get(name, {}), name, file), key.section, file, name)
         elif key.is_required and name not in raw:
             below = f" below [{table}]" if table else ""
             raise UsageProblem(f"{file} has no {key}; write {name} = ...{below}")
-
-
-def _check_is_table(value: Any, name: str, file: str) -> None:
-    if not isinstance(value, dict):
-        raise UsageProblem(f"{file}: {name} is {value!r}, but it is a table: write [{name}]")
 
 
 def _check_values(raw: TOML, section: type[msgspec.Struct], file: str, table: str) -> None:
     for name, value in raw.items():
         key = fields_of(section, table)[name]
         if key.section is not None:
-            _check_values(value, key.section, file, name)
+            _check_values(as_table(value, name, file), key.section, file, name)
         else:
             _check_value(key, value, file)
 

@@ -182,7 +182,7 @@ def test_people_see_both_emulators_and_what_the_times_stand_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "160")
-    plan_table(msgspec.to_builtins(plan_of(tmp_path, "LLaMA3-8B")))
+    plan_table(plan_of(tmp_path, "LLaMA3-8B"))
     shown = " ".join(capsys.readouterr().err.replace("│", " ").split())
     for row in (
         "[method] emulator, at 100 Mbit/s and 1 TFLOP/s (assumed, not measured), 1,000 samples of 512 ids",
@@ -199,12 +199,12 @@ def test_a_method_without_a_border_cache_is_not_said_to_have_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "160")
-    plan_table(msgspec.to_builtins(plan_of(tmp_path, "LLaMA3-8B")))
+    plan_table(plan_of(tmp_path, "LLaMA3-8B"))
     swept = capsys.readouterr().err
     assert "border cached" in swept
     assert " 6.00" in swept
     fedpetuning = settings_for_plan("x", method={"name": "fedpetuning"})
-    plan_table(msgspec.to_builtins(plan_report(str(tmp_path / "config.json"), fedpetuning)))
+    plan_table(plan_report(str(tmp_path / "config.json"), fedpetuning))
     through = capsys.readouterr().err
     assert "border cached" not in through
     assert "sub-LLM, every time" in through

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,7 +39,8 @@ def test_a_missing_column_is_told_with_what_its_caller_can_do(tmp_path: Path) ->
     with pytest.raises(DataProblem) as problem:
         data.check(PROMPT, COMPLETION)
     assert str(problem.value) == said + "rename one, or name its column: columns={'text': 'COLUMN'}"  # in Python
-    crossed = DataProblem(**problem.value.fields())  # from the process that reads binary formats
+    fields: dict[str, Any] = problem.value.fields()
+    crossed = DataProblem(**fields)  # from the process that reads binary formats
     assert (str(crossed), crossed.missing) == (str(problem.value), "text")
     with pytest.raises(DataProblem) as problem, remedy_for_columns("rename one, or give --column {}=COLUMN"):
         data.check(PROMPT, COMPLETION)

@@ -129,7 +129,7 @@ def test_a_leaner_way_needs_less_until_there_is_none() -> None:
 
 def test_the_table_adds_up_to_the_peak() -> None:
     for way in ways("cpu"):
-        *rest, sweep, peak = [part["bytes"] for part in table(way)]
+        *rest, sweep, peak = [part.bytes for part in table(way)]
         assert peak == way.peak == max(sum(rest), rest[0] + sweep)
 
 

@@ -12,14 +12,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from fedsoda_edge.errors import DiskFull, HomeInUse, ProtocolViolation, UsageProblem
-from fedsoda_edge.join.home import Home, default_home
+from fedsoda_edge.join.home import Home, JoinedRun, default_home
 
 ANOTHER_JOIN = """
 import sys
 from pathlib import Path
-from fedsoda_edge.join.home import Home
+from fedsoda_edge.join.home import JoinedRun, Home
 home = Home(Path(sys.argv[1]))
 home.lock()
 print("locked", flush=True)
@@ -169,8 +170,15 @@ def test_the_run_joined_last_is_remembered_while_its_tokenizer_is_here(tmp_path:
     assert home.last_joined() is None
     tokenizer = tmp_path / "tokenizer.json"
     tokenizer.write_text("{}")
-    about = {"run": "triage", "prompt": "{a}", "tokenizer": {"tokenizer.json": str(tokenizer)}}
-    home.remember_run("1", about | {"run": "older"})
+    about = JoinedRun(
+        run="triage",
+        prompt="{a}",
+        completion="{b}",
+        max_length=64,
+        tokenizer={"tokenizer.json": str(tokenizer)},
+        eos=[2, 3],
+    )
+    home.remember_run("1", replace(about, run="older"))
     os.utime(tmp_path / "home" / "runs" / "1" / "joined.json", (1, 1))
     home.remember_run("2", about)
     assert home.last_joined() == about

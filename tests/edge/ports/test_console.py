@@ -8,7 +8,16 @@ import pytest
 import typer
 
 from fedsoda_edge.errors import DeviceTooSmall
-from fedsoda_edge.ports.console import ProgressLine, effective_settings, finish, note, reporting, run, settings_lines
+from fedsoda_edge.ports.console import (
+    EffectiveOption,
+    ProgressLine,
+    effective_settings,
+    finish,
+    note,
+    reporting,
+    run,
+    settings_lines,
+)
 
 
 def command(failure: BaseException | None) -> typer.Typer:
@@ -87,7 +96,8 @@ def test_a_traceback_is_for_those_who_ask(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_every_setting_is_told_with_where_it_came_from(monkeypatch: pytest.MonkeyPatch) -> None:
-    app, seen = typer.Typer(), {}
+    app = typer.Typer()
+    seen: dict[str, EffectiveOption] = {}
 
     @app.command()
     def work(
@@ -103,7 +113,7 @@ def test_every_setting_is_told_with_where_it_came_from(monkeypatch: pytest.Monke
     monkeypatch.setattr("sys.argv", ["work", "http://h", "--threads", "2"])
     with pytest.raises(SystemExit):
         run(app)
-    assert {name: (s["value"], s["source"]) for name, s in seen.items()} == {
+    assert {name: (s.value, s.source) for name, s in seen.items()} == {
         "url": ("http://h", "argument"),
         "device": ("cpu", "FEDSODA_DEVICE"),
         "threads": (2, "option"),

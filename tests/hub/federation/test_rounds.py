@@ -691,7 +691,7 @@ def test_at_the_end_every_connected_edge_is_told_also_a_paused_one_and_one_that_
     run.reach_deadline()
     told = [to for to, message in run.sent if isinstance(message, Farewell)]
     assert run.finished
-    assert run.state.evaluation == msgspec.to_builtins(FIGURES)
+    assert run.state.evaluation == FIGURES
     assert told == ["a", "b", "e"]
     run.ready("d")
     assert run.sent[-1] == ("d", Farewell(rounds=1, reason="the run is over"))

@@ -8,11 +8,11 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
+from fedsoda_edge import events as edge_events
 from fedsoda_hub.events import Say, Told, UpdateAccepted
 from fedsoda_hub.federation.records import Realigned, RoundClosed
 from fedsoda_hub.local import in_process, processes
@@ -23,7 +23,6 @@ from tests.hub.runs import WORDS, make_run
 
 EDGES = ("a", "b")
 THREAD = {"FEDSODA_THREADS": "1", "OMP_NUM_THREADS": "1"}
-EdgeSay = Callable[[dict[str, Any]], None]
 
 
 def make(directory: Path, model: Path) -> tuple[RunSettings, dict[str, Path]]:
@@ -47,7 +46,9 @@ def make(directory: Path, model: Path) -> tuple[RunSettings, dict[str, Path]]:
     return settings, data
 
 
-def in_one_process(settings: RunSettings, data: dict[str, Path], say: Say, say_of: Callable[[str], EdgeSay]) -> None:
+def in_one_process(
+    settings: RunSettings, data: dict[str, Path], say: Say, say_of: Callable[[str], in_process.EdgeSay]
+) -> None:
     async def run() -> None:
         stop = asyncio.get_running_loop().create_future()
         await in_process.federate(settings, data, settings.directory / "homes", stop, say, say_of)
@@ -71,7 +72,7 @@ class Ran:
     """A run in one process, and what its edges said."""
 
     settings: RunSettings
-    said: dict[str, list[dict[str, Any]]]
+    said: dict[str, list[edge_events.AnyEvent]]
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +96,8 @@ def test_one_process_gives_the_bits_of_real_processes(calm: Ran, tmp_path: Path,
     assert len(history(calm.settings)) == 4  # two rounds, a realignment before each
     assert history(calm.settings) == history(theirs)
     for name in EDGES:
-        assert [event["round"] for event in calm.said[name] if event["event"] == "accepted"] == [1, 2]
-        assert calm.said[name][-1]["event"] == "farewell"
+        assert [event.round for event in calm.said[name] if isinstance(event, edge_events.Accepted)] == [1, 2]
+        assert isinstance(calm.said[name][-1], edge_events.Farewell)
     with (
         contextlib.closing(Ledger(calm.settings.run_dir / "ledger.sqlite")) as one,
         contextlib.closing(Ledger(theirs.run_dir / "ledger.sqlite")) as other,
@@ -107,7 +108,7 @@ def test_one_process_gives_the_bits_of_real_processes(calm: Ran, tmp_path: Path,
 
 def test_no_worker_writes_checkpoints(calm: Ran) -> None:
     """None of them dies alone."""
-    assert [event["num_steps"] for event in calm.said["a"] if event["event"] == "trained"] == [3, 3]
+    assert [event.num_steps for event in calm.said["a"] if isinstance(event, edge_events.Trained)] == [3, 3]
     assert not list((calm.settings.directory / "homes").glob("*/runs/*/checkpoint"))
 
 
@@ -137,7 +138,9 @@ def test_edges_share_an_adapter_and_nothing_that_was_trained(calm: Ran, tmp_path
     """b alone says the loss of its first round that it said after a had trained the same adapter."""
     settings, data = make(tmp_path, tiny_llama)
     settings = replace(settings, rounds=replace(settings.rounds, min_edges=1, count=1))
-    alone: list[dict[str, Any]] = []
+    alone: list[edge_events.AnyEvent] = []
     in_one_process(settings, {"b": data["b"]}, lambda _: None, lambda _: alone.append)
-    first = [next(e["loss"] for e in said if e["event"] == "trained") for said in (alone, calm.said["b"])]
+    first = [
+        next(event.loss for event in said if isinstance(event, edge_events.Trained)) for said in (alone, calm.said["b"])
+    ]
     assert first[0] == first[1]

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from safetensors.torch import load, load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from fedsoda_edge import events as edge_events
 from fedsoda_edge.device.facts import read_device
 from fedsoda_edge.device.fit import Limits
 from fedsoda_edge.errors import DeviceTooSmall, UsageProblem
@@ -107,10 +108,12 @@ def little_memory(settings: RunSettings) -> Iterator[None]:
         yield
 
 
-def federate(settings: RunSettings, edges: str = "ab", say: Say = lambda _: None) -> dict[str, list[dict[str, Any]]]:
+def federate(
+    settings: RunSettings, edges: str = "ab", say: Say = lambda _: None
+) -> dict[str, list[edge_events.AnyEvent]]:
     """The run, or the rest of it; what its edges said."""
     data = {name: rows_of(settings.directory, name) for name in edges}
-    said: dict[str, list[dict[str, Any]]] = {name: [] for name in edges}
+    said: dict[str, list[edge_events.AnyEvent]] = {name: [] for name in edges}
 
     async def run() -> None:
         stop = asyncio.get_running_loop().create_future()
@@ -136,7 +139,7 @@ def history(settings: RunSettings) -> list[facts.AnyRecord]:
 @dataclass
 class Ran:
     settings: RunSettings
-    said: dict[str, list[dict[str, Any]]]
+    said: dict[str, list[edge_events.AnyEvent]]
     heard: list[Told]
 
 
@@ -283,13 +286,13 @@ def test_edges_follow_and_fetch_only_what_they_do_not_hold(calm: Ran) -> None:
     settings = calm.settings
     for name, events in calm.said.items():
         for event in events:
-            EDGE.check_event(json.loads(json.dumps(event)))
+            EDGE.check_event(json.loads(edge_events.line_of(event)))
         number = int(name == SMALL_EDGE)
-        assert [event["round"] for event in events if event["event"] == "accepted"] == [1, 2, 3, 4, 5]
+        assert [event.round for event in events if isinstance(event, edge_events.Accepted)] == [1, 2, 3, 4, 5]
         told = [
-            event["message"]
+            event.message
             for event in events
-            if event["event"] == "notice" and "chosen other layers" in event["message"]
+            if isinstance(event, edge_events.Notice) and "chosen other layers" in event.message
         ]
         choices = [
             bundle_of(settings.run_dir, (record.manifest, record.smaller[0].manifest)[number]).plan.kept
@@ -329,7 +332,7 @@ def test_the_full_llm_gets_all_layers_that_anybody_trained(calm: Ran, tmp_path: 
     full: Any = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
     plugged: Any = PeftModel.from_pretrained(full, str(tmp_path / "adapter")).eval()
     assert outcome.evaluation is not None
-    loss: Mapping[str, float] = outcome.evaluation["loss"]
+    loss = outcome.evaluation.loss
     assert loss["sub_llm"] == pytest.approx(mean_nll(whole, settings, tiny_llama), rel=1e-4)
     assert loss["plug_in"] == pytest.approx(mean_nll(plugged, settings, tiny_llama), rel=1e-4)
 
@@ -362,9 +365,9 @@ def test_who_joins_after_a_draw_begins_with_the_layers_in_force(tmp_path: Path, 
     with pytest.raises(KeyError, match="the hub is gone"):
         federate(settings, say=fails_at(RoundOpened, 3))
     late = federate(settings, edges="abc")["c"]
-    accepted = [event["round"] for event in late if event["event"] == "accepted"]
+    accepted = [event.round for event in late if isinstance(event, edge_events.Accepted)]
     assert accepted[-1] == 5
-    assert not [event for event in late if event["event"] == "refused"]
+    assert not [event for event in late if isinstance(event, edge_events.Refused)]
     choices = [record for record in recorded(settings) if isinstance(record, facts.Repruned)]
     store = {path.name for path in (settings.directory / "homes" / "c" / "store").iterdir()}
     assert {record.manifest for record in choices} <= store

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from fedsoda_edge.protocol.messages import Digest, EdgeId
 from fedsoda_hub.federation import records as facts
+from fedsoda_hub.federation.jobs import EvaluateResult
 
 A = Digest("a" * 64)
 ANN, BOB = EdgeId("ann"), EdgeId("<script>bob</script>")
 KL = {"aligned": 0.2, "pruned": 0.5, "quantized": 0.6}
-RESULT = {
-    "accuracy": {"full": 0.25, "sub_llm": 0.75, "plug_in": 0.5},
-    "loss": {"full": 3.0, "sub_llm": 1.0, "plug_in": 2.0},
-    "auc": {"full": None, "sub_llm": None, "plug_in": None},
-    "num_examples": 16,
-}
+RESULT = EvaluateResult(
+    accuracy={"full": 0.25, "sub_llm": 0.75, "plug_in": 0.5},
+    loss={"full": 3.0, "sub_llm": 1.0, "plug_in": 2.0},
+    auc={"full": None, "sub_llm": None, "plug_in": None},
+    num_examples=16,
+)
 
 
 def accepted(number: int, edge: EdgeId, num_examples: int, loss: float) -> facts.UpdateAccepted:

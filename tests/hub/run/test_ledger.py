@@ -19,6 +19,7 @@ import pytest
 from fedsoda_edge.errors import DiskFull, UsageProblem
 from fedsoda_edge.protocol.messages import Digest, EdgeId
 from fedsoda_hub.federation import records as rec
+from fedsoda_hub.federation.jobs import EvaluateResult
 from fedsoda_hub.federation.state import HeldView, RunState
 from fedsoda_hub.run.ledger import Ledger, Outcome, read_outcome
 
@@ -39,7 +40,7 @@ ROUND_1: list[rec.AnyRecord] = [
 AFTER: list[rec.AnyRecord] = [
     rec.Realigned(round=2, version=1, view=A, delta=B, kl_before=0.3, kl_after=0.2),
     rec.Repruned(round=2, master=C, manifest=D, view=B),
-    rec.Evaluated(round=1, result={"accuracy": {"full": 0.5, "plug_in": None}}),
+    rec.Evaluated(round=1, result=EvaluateResult(accuracy={"full": 0.5}, loss={"full": None}, num_examples=4)),
     rec.RunEnded(rounds=1),
 ]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_hub.settings.run import effective
+from fedsoda_hub.settings.run import EffectiveSetting, effective
 from tests.hub.settings.files import FULL, SHORT, read
 
 
@@ -55,7 +55,7 @@ def test_a_full_emulator_is_neither_pruned_nor_aligned(folder: Path) -> None:
     method, align = settings.method, settings.align
     assert (method.layers_per_group, method.groups, method.realign_every) == (0, 0, 0)
     assert (align.steps, align.realign_steps) == (0, 0)
-    assert effective(settings)["[method] realign_every"] == {"value": 0, "source": "default"}
+    assert effective(settings)["[method] realign_every"] == EffectiveSetting(0, "default")
     assert read(folder, FULL + "groups = 0\n") == settings
 
 

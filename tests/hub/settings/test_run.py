@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_hub.settings.run import RunSettings, differences, effective, read_settings
+from fedsoda_hub.settings.run import EffectiveSetting, RunSettings, differences, effective, read_settings
 from tests.hub.settings.files import FULL, SHORT, WRITTEN, read
 
 RECORDED = Path(__file__).parents[2] / "golden" / "fixed_settings.json"  # of ledgers, as commit f7a12bf wrote them
@@ -185,10 +185,10 @@ def test_every_setting_is_told_with_where_it_came_from(tmp_path: Path) -> None:
     (tmp_path / "public.txt").write_text("text")
     (tmp_path / "x.toml").write_text('name = "x"\nmodel = "m"\n[public]\ntext = "public.txt"\n[lora]\nrank = 4\n')
     found = effective(read_settings(tmp_path / "x.toml"))
-    assert found["[lora] rank"] == {"value": 4, "source": "x.toml"}
-    assert found["[lora] alpha"] == {"value": 16, "source": "default"}
-    assert found["[task] eval_data"] == {"value": None, "source": "default"}
-    assert {key for key, setting in found.items() if setting["source"] == "x.toml"} == {
+    assert found["[lora] rank"] == EffectiveSetting(4, "x.toml")
+    assert found["[lora] alpha"] == EffectiveSetting(16, "default")
+    assert found["[task] eval_data"] == EffectiveSetting(None, "default")
+    assert {key for key, setting in found.items() if setting.source == "x.toml"} == {
         *("name", "model", "[public] text", "[lora] rank")
     }
 

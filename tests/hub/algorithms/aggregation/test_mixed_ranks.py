@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from safetensors.torch import load
 from torch import Tensor
 
+from fedsoda_edge import events as edge_events
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model import delta
 from fedsoda_edge.model.bundle import Bundle
@@ -55,7 +56,7 @@ def make(directory: Path, model: Path, method: dict[str, Any]) -> RunSettings:
 @dataclass
 class Ran:
     settings: RunSettings
-    said: dict[str, list[dict[str, Any]]]
+    said: dict[str, list[edge_events.AnyEvent]]
 
 
 @pytest.fixture(
@@ -132,10 +133,10 @@ def test_a_round_is_the_svd_of_the_dense_mean_at_each_classs_rank(ran: Ran) -> N
 
 def test_every_update_of_both_ranks_counts(ran: Ran) -> None:
     for events in ran.said.values():
-        assert [event["round"] for event in events if event["event"] == "accepted"] == [1, 2, 3]
+        assert [event.round for event in events if isinstance(event, edge_events.Accepted)] == [1, 2, 3]
     outcome = read_outcome(ran.settings.run_dir)
     assert outcome.evaluation is not None
-    assert all(value is not None for value in outcome.evaluation["loss"].values())
+    assert all(value is not None for value in outcome.evaluation.loss.values())
     realigned = [record for record in recorded(ran.settings) if isinstance(record, ev.Realigned)]
     assert [len(record.smaller) for record in realigned] == ([1] if ran.settings.method.realign_every else [])
 
