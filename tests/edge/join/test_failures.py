@@ -24,6 +24,7 @@ from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.calls import Call, ProgressT, ResultT
 from fedsoda_edge.protocol.session import Upload
 from fedsoda_edge.testing import ScriptedHub
+from tests.joins import joining
 from tests.test_schemas import ROWS
 from tests.worker_here import WorkerHere
 
@@ -36,8 +37,7 @@ class Hub(ScriptedHub):
     """Does `trouble` at the moment, once: "train": it hears of progress; "upload": an update is here, which has no answer."""
 
     def __init__(self, bundle: Path, moment: str, trouble: Callable[[Hub], None]) -> None:
-        super().__init__(rounds=1)
-        self._bundle = bundle
+        super().__init__(rounds=1, bundle=bundle)
         self._moment = moment
         self._trouble = trouble
         self._has_happened = False
@@ -109,10 +109,8 @@ def take_part(hub: Hub, worker: WorkerHere, data: Path) -> Ended:
 
     def script() -> None:
         try:
-            with (
-                mock.patch("fedsoda_edge.edge.Child", return_value=worker),
-                Edge(hub, device="cpu").join(LocalData(data), on_event=ended.events.append) as participation,
-            ):
+            edge = Edge(hub, device="cpu")
+            with joining(edge, LocalData(data), ended.events.append, worker=worker) as participation:
                 for offer in participation:
                     offer.submit(offer.train())
         except BaseException as error:
