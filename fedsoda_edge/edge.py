@@ -29,7 +29,7 @@ from fedsoda_edge.join.settings import AgentSettings, Cache
 from fedsoda_edge.join.token import read_token
 from fedsoda_edge.join.trainer import WORKER_MODULE, worker_environment
 from fedsoda_edge.network.hub_transport import HubTransport
-from fedsoda_edge.ports import SystemClock, Transport
+from fedsoda_edge.ports import Clock, SystemClock, TorchPort, Transport
 from fedsoda_edge.ports.child import Child
 from fedsoda_edge.units import counted
 
@@ -230,10 +230,27 @@ def take_part(
     pause_on: str = "",
 ) -> Participation:
     """Join as `Edge.join` does; `say` is called from another thread with each event as its struct."""
+    return Participation(agent_of(edge, data, say, unattended=unattended, pause_on=pause_on), max_rounds)
+
+
+def agent_of(
+    edge: Edge,
+    data: LocalData,
+    say: ev.Say,
+    *,
+    unattended: bool = False,
+    pause_on: str = "",
+    worker: TorchPort | None = None,
+    clock: Clock | None = None,
+) -> Agent:
+    """Make the agent of a join that has not begun.
+
+    Args:
+        worker: what trains; None: a child process. clock: None: the system's.
+    """
     settings = AgentSettings(edge._device, data, unattended, edge._cache, edge._limits, parse_pause_rules(pause_on))
-    worker = Child(WORKER_MODULE, worker_environment(edge._threads))
-    agent = Agent(edge.transport(), worker, Home(edge._home), settings, say, SystemClock())
-    return Participation(agent, max_rounds)
+    worker = worker or Child(WORKER_MODULE, worker_environment(edge._threads))
+    return Agent(edge.transport(), worker, Home(edge._home), settings, say, clock or SystemClock())
 
 
 async def look_at(edge: Edge) -> inspect.Found:

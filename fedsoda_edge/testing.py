@@ -40,19 +40,30 @@ class ScriptedHub:
     Args:
         rounds: how many rounds are offered before the Farewell.
         prompt, completion: the run's template.
+        bundle: directory of the model's bundle, which is made there where it is missing; None: a temporary one.
+        local: how a round is trained.
 
     `updates` holds what was accepted, in order.
     """
 
     url = "a script"
 
-    def __init__(self, rounds: int = 2, *, prompt: str = "{prompt}", completion: str = "{completion}") -> None:
+    def __init__(
+        self,
+        rounds: int = 2,
+        *,
+        prompt: str = "{prompt}",
+        completion: str = "{completion}",
+        bundle: Path | None = None,
+        local: ms.LocalSettings = LOCAL,
+    ) -> None:
         self.rounds = rounds
         self.updates: list[ms.UpdateStart] = []
         self.up = self.down = 0
         self._template = ms.Template(prompt=prompt, completion=completion)
         self._directory = tempfile.TemporaryDirectory(prefix="fedsoda-scripted-")
-        self._bundle = Path(self._directory.name) / "bundle"
+        self._bundle = bundle or Path(self._directory.name) / "bundle"
+        self._local = local
         self._out: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._session = HubSession(1 << 24)
 
@@ -97,12 +108,12 @@ class ScriptedHub:
             rounds=self.rounds,
             rounds_done=0,
             template=self._template,
-            max_length=LOCAL.max_length,
+            max_length=self._local.max_length,
             codec="int8",
             seed=0,
             stall_seconds=60.0,
             emulator=self._view("emulator"),
-            batch_size=LOCAL.batch_size,
+            batch_size=self._local.batch_size,
         )
 
     def _view(self, name: str) -> ms.ViewRef:
@@ -121,7 +132,7 @@ class ScriptedHub:
                 view=self._view("adapter"),
                 alignment=0,
                 emulator=self._view("emulator"),
-                local=LOCAL,
+                local=self._local,
                 due_seconds=3600.0,
             )
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -18,8 +19,14 @@ import pytest
 from safetensors.torch import load_file
 
 from fedsoda_edge.ports.disk import sha256_file
+from fedsoda_hub.compute import Compute
+from fedsoda_hub.events import Listening, Told, as_json
 from fedsoda_hub.federation.records import RoundOpened, UpdateAccepted
-from fedsoda_hub.run.ledger import Ledger, read_outcome
+from fedsoda_hub.local.in_process import TorchThread
+from fedsoda_hub.run.directory import RunDirectory
+from fedsoda_hub.run.ledger import Ledger, opened, read_outcome
+from fedsoda_hub.serving.daemon import Daemon
+from fedsoda_hub.settings.run import read_settings
 from tests.schema import EDGE, HUB
 
 WORDS = ["cow", "hen", "bus", "car", "rice", "soup"]
@@ -87,12 +94,12 @@ class Federation:
         self.run_file = run_file
         self.directory = run_file.parent
         self.processes: list[subprocess.Popen[str]] = []
-        for edge in edges:
-            self._run(
-                "fedsoda_hub", "token", "create", run_file, "--name", edge, "--out", self.directory / f"{edge}.token"
-            )
+        settings = read_settings(run_file)
+        with opened(RunDirectory(settings.run_dir)) as ledger:
+            for edge in edges:
+                (self.directory / f"{edge}.token").write_text(ledger.tokens.create(edge))
 
-    def _run(self, module: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    def run(self, module: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", module, *map(str, arguments)]
         return subprocess.run(command, check=True, capture_output=True, text=True, env=ENVIRONMENT)
 
@@ -126,9 +133,9 @@ class Federation:
 
     def check_events(self) -> None:
         """All that hub and edges said is as `schemas/` has it."""
-        for log, outputs in (("hub.log", HUB), ("a.log", EDGE), ("b.log", EDGE)):
-            for event in self.events(log):
-                outputs.check_event(event)
+        for log in self.directory.glob("*.log"):
+            for event in self.events(log.name):
+                (HUB if log.name == "hub.log" else EDGE).check_event(event)
 
     def wait_for(self, log: str, **wanted: Any) -> None:
         until = time.monotonic() + 120
@@ -191,7 +198,7 @@ def test_killing_hub_and_edge_in_mid_round_changes_no_bit(
     assert ours.evaluation == theirs.evaluation
     for federation in (rough, calm):
         federation.check_events()
-        federation._run("fedsoda_hub", "export", federation.run_file, "--to", federation.directory / "adapter")
+        federation.run("fedsoda_hub", "export", federation.run_file, "--to", federation.directory / "adapter")
     exported = [load_file(f.directory / "adapter" / "adapter_model.safetensors") for f in (rough, calm)]
     assert all((exported[0][name] == exported[1][name]).all() for name in exported[1])
     ledger = Ledger(rough.directory / "t.run" / "ledger.sqlite")
@@ -241,9 +248,25 @@ def test_who_joins_late_or_misses_rounds_holds_the_views_that_all_others_hold(
 def test_the_agent_stays_small_and_learns_that_the_run_is_over(
     tmp_path: Path, tiny_llama: Path, federations: list[Federation]
 ) -> None:
-    federation = Federation(write_run(tmp_path / "run", tiny_llama, rounds=1))
+    """The edge is a process with a worker of its own; the hub serves from here: torch is loaded here already."""
+    run_file = write_run(tmp_path / "run", tiny_llama, rounds=1, edges="a")
+    text = run_file.read_text().replace("min_edges = 2", "min_edges = 1").replace("max_steps = 40", "max_steps = 4")
+    run_file.write_text(text)
+    federation = Federation(run_file, "a")
     federations.append(federation)
-    federation.finish(federation.hub(), federation.edge("a"), federation.edge("b"))
+
+    def say(event: Told) -> None:
+        HUB.check_event(as_json(event))
+        if isinstance(event, Listening):
+            federation.edge("a")
+
+    async def serve() -> None:
+        with TorchThread() as thread:
+            daemon = Daemon.open(read_settings(run_file), say, torch=thread.port(lambda: Compute().answer))
+            await daemon.serve(asyncio.get_running_loop().create_future(), exit_when_done=True)
+
+    asyncio.run(serve())
+    federation.finish(*federation.processes)
     federation.check_events()
     last = federation.events("a.log")[-1]
     assert last["terminal"] is True

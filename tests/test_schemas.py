@@ -26,7 +26,6 @@ from unittest import mock
 
 import msgspec
 import pytest
-import torch
 import typer
 from jsonschema import Draft202012Validator
 
@@ -44,7 +43,7 @@ from fedsoda_edge.ports.disk import BlobStore
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.coded import CODECS
 from fedsoda_edge.protocol.session import Upload
-from fedsoda_edge.testing import ScriptedHub, make_bundle
+from fedsoda_edge.testing import ScriptedHub
 from fedsoda_hub import events as told_by_hub
 from fedsoda_hub.cli.display import Display
 from fedsoda_hub.demo.report import DemoReport
@@ -58,8 +57,9 @@ from tests import schema_of
 from tests.edge.cli.test_cli import a_bundle, serving
 from tests.hub.runs import make_run
 from tests.hub.serving import test_daemon
+from tests.hurried_clock import HurriedClock
+from tests.joins import ports_of_commands
 from tests.schema import EDGE, HUB, read_json
-from tests.worker_here import WorkerHere
 
 APPS = {"fedsoda-edge": (EDGE, fedsoda_edge.cli.commands.app), "fedsoda-hub": (HUB, fedsoda_hub.cli.commands.app)}
 both_programs = pytest.mark.parametrize("program", APPS)
@@ -358,8 +358,8 @@ class MoodyHub(ScriptedHub):
     The owner of the device pauses before all that.
     """
 
-    def __init__(self) -> None:
-        super().__init__(rounds=2)
+    def __init__(self, bundle: Path) -> None:
+        super().__init__(rounds=2, bundle=bundle)
         self._num_asked = 0
         self._is_away = False
 
@@ -367,9 +367,6 @@ class MoodyHub(ScriptedHub):
         if self._is_away:
             self._is_away = False
             raise HubUnreachable("TCP: nothing answers; is the hub running?", "TCP")
-        if not self._bundle.exists():
-            with torch.random.fork_rng():
-                make_bundle(self._bundle)
         await super().connect()
 
     async def send(self, frame: bytes) -> None:
@@ -411,15 +408,11 @@ class Joined:
 
 
 @pytest.fixture(scope="module")
-def joined(tmp_path_factory: pytest.TempPathFactory) -> Joined:
+def joined(tmp_path_factory: pytest.TempPathFactory, scripted: Path) -> Joined:
     directory = tmp_path_factory.mktemp("joined")
-    home, data, moody, sleep = str(directory / "home"), directory / "visits.jsonl", MoodyHub(), asyncio.sleep
+    home, data, moody = str(directory / "home"), directory / "visits.jsonl", MoodyHub(scripted)
     data.write_text(ROWS)
-    with (
-        mock.patch("fedsoda_edge.edge.HubTransport", return_value=moody),
-        mock.patch("fedsoda_edge.edge.Child", return_value=WorkerHere()),
-        mock.patch("asyncio.sleep", lambda seconds, *result: sleep(min(seconds, 0.01), *result)),
-    ):
+    with ports_of_commands(moody, clock=HurriedClock(0.01)):
         ran = run(
             "fedsoda-edge", "join", "http://hub", "--data", data, "--column", "text=prompt", "--jsonl",
             FEDSODA_HOME=home, FEDSODA_TOKEN="t",
@@ -434,10 +427,7 @@ def test_a_join_says_every_event_that_an_edge_has(joined: Joined) -> None:
 
 
 def test_join_reports_with_json_what_its_terminal_event_says(joined: Joined) -> None:
-    with (
-        mock.patch("fedsoda_edge.edge.HubTransport", return_value=joined.hub),
-        mock.patch("fedsoda_edge.edge.Child", return_value=WorkerHere()),
-    ):
+    with ports_of_commands(joined.hub):
         found = edge("join", "http://hub", "--data", joined.data, FEDSODA_HOME=joined.home, FEDSODA_TOKEN="t")
     assert found.keys() == joined.events[-1].keys() - {"event", "terminal"}
     assert found["rounds"] == []  # the run is over
@@ -516,7 +506,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def test_plan_doctor_and_leave_of_a_hub(served: str) -> None:
     assert edge("plan", served, FEDSODA_TOKEN="good")["device"] == "cpu"
     assert edge("leave", served, FEDSODA_TOKEN="good")["run"] == "triage"
-    with mock.patch("fedsoda_edge.join.doctor.Child", return_value=WorkerHere()):
+    with ports_of_commands():
         passed = edge("doctor", served, FEDSODA_TOKEN="good")
         failed = edge("doctor", served, FEDSODA_TOKEN="old")
     assert [check["name"] for check in passed["checks"]][-2:] == ["fits", "bandwidth"]

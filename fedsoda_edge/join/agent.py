@@ -86,6 +86,11 @@ class Agent:
         return self._pauses.is_finishing
 
     @property
+    def is_paused(self) -> bool:
+        """Whether a pause is on, from the moment that it breaks work off."""
+        return self._pauses.is_paused
+
+    @property
     def submitted(self) -> int:
         """How many updates the hub accepted."""
         return self._offered.num_accepted
@@ -266,7 +271,15 @@ class Agent:
         """Get ready for the run, and tell the hub."""
         run = self._greeted
         preparation = Preparation(
-            run.welcome, run.state, self.home, self._settings, self.transport, self.worker, self._pauses, self.say
+            run.welcome,
+            run.state,
+            self.home,
+            self._settings,
+            self.transport,
+            self.worker,
+            self._pauses,
+            self.say,
+            self._clock,
         )
         rows = await preparation.check_data()
         equipment, taken = await preparation.take()

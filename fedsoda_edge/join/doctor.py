@@ -10,7 +10,6 @@ import platform
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 from fedsoda_edge.device.facts import read_device
@@ -20,7 +19,7 @@ from fedsoda_edge.join.home import Home
 from fedsoda_edge.join.inspect import look_at
 from fedsoda_edge.join.token import read_token
 from fedsoda_edge.join.trainer import WORKER_MODULE, worker_environment
-from fedsoda_edge.ports import Transport
+from fedsoda_edge.ports import Clock, SystemClock, TorchPort, Transport
 from fedsoda_edge.ports.child import Child
 from fedsoda_edge.ports.system import memory_limit_hint
 from fedsoda_edge.protocol.commands import Examine
@@ -51,18 +50,28 @@ def _failed(name: str, error: FedSODAError) -> Check:
     return Check(name, False, what if mark else fix, fix if mark else "", error.exit_status)
 
 
-async def examine(url: str | None, token_file: str | Path | None, home: Home) -> AsyncIterator[Check]:
-    """Go through all steps in order. What hangs on a step that failed is left out."""
-    async for check in _device(home):
+async def examine(
+    url: str | None,
+    token_file: str | Path | None,
+    home: Home,
+    *,
+    worker: TorchPort | None = None,
+    clock: Clock | None = None,
+) -> AsyncIterator[Check]:
+    """Go through all steps in order. What hangs on a step that failed is left out.
+
+    Args:
+        worker: what looks at torch; None: a child process. clock: None: the system's.
+    """
+    async for check in _device(home, worker or Child(WORKER_MODULE, worker_environment())):
         yield check
     if url is not None:
-        async for check in _way_to(url, token_file, home):
+        async for check in _way_to(url, token_file, home, clock or SystemClock()):
             yield check
 
 
-async def _device(home: Home) -> AsyncIterator[Check]:
+async def _device(home: Home, worker: TorchPort) -> AsyncIterator[Check]:
     yield Check("Python", True, platform.python_version())
-    worker = Child(WORKER_MODULE, worker_environment())
     try:
         found = await worker.call(Examine())
     except FedSODAError as error:
@@ -92,7 +101,7 @@ async def _device(home: Home) -> AsyncIterator[Check]:
     yield Check("disk", True, f"{human_bytes(facts.disk_bytes)} free for {home.directory}")
 
 
-async def _way_to(url: str, token_file: str | Path | None, home: Home) -> AsyncIterator[Check]:
+async def _way_to(url: str, token_file: str | Path | None, home: Home, clock: Clock) -> AsyncIterator[Check]:
     from fedsoda_edge.network.hub_transport import HubTransport
 
     step = "address"
@@ -107,10 +116,10 @@ async def _way_to(url: str, token_file: str | Path | None, home: Home) -> AsyncI
         certificate = await transport.check_tls()
         yield Check(step, True, f"certificate until {certificate.valid_until}" if certificate else "not used: http://")
         step = "HTTP"
-        clock = await transport.check_http()
+        theirs = await transport.check_http()
         yield Check(step, True, "a hub answers")
-        if clock is not None:
-            skew = (datetime.now(UTC) - clock).total_seconds()
+        if theirs is not None:
+            skew = clock.wall() - theirs.timestamp()
             way = "ahead of" if skew > 0 else "behind"
             is_near = abs(skew) < MAX_SKEW_SECONDS
             fix = "" if is_near else "set this device's clock, certificates and due times depend on it"

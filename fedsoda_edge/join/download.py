@@ -16,7 +16,7 @@ from typing import Any
 
 from fedsoda_edge.errors import BlobCorrupt, DiskFull, HubUnreachable, ProtocolViolation
 from fedsoda_edge.events import Downloading, Reconnecting, Say
-from fedsoda_edge.ports import Transport
+from fedsoda_edge.ports import Clock, Transport
 from fedsoda_edge.ports.disk import sha256_file
 from fedsoda_edge.ports.store import FileStore
 from fedsoda_edge.protocol.manifest import TOKENIZER_FILES, BundleManifest, File
@@ -51,12 +51,14 @@ class Download:
         run: Run,
         say: Say,
         keep_trying: bool,
+        clock: Clock,
     ) -> None:
         self._transport = transport
         self._store = store
         self._run = run
         self._say = say
         self._keep_trying = keep_trying
+        self._clock = clock
         self._done = self._total = 0
         self._said_at = float("-inf")
 
@@ -104,7 +106,7 @@ class Download:
                 attempt = 0 if has_moved else attempt + 1
                 if attempt < 2:  # not at every try in vain
                     self._say(Reconnecting(str(error)))
-                await asyncio.sleep(backoff_seconds(attempt))
+                await self._clock.sleep(backoff_seconds(attempt))
 
     async def _once(self, digest: str, size: int) -> Path:
         came = 0
@@ -112,7 +114,7 @@ class Download:
         def progress(count: int) -> None:
             nonlocal came
             came += count
-            now = asyncio.get_running_loop().time()
+            now = self._clock.monotonic()
             if self._total and now - self._said_at >= SAY_SECONDS:
                 self._said_at = now
                 self._say_done(came)

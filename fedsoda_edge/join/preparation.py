@@ -16,7 +16,7 @@ from fedsoda_edge.join.pause import Pauses
 from fedsoda_edge.join.run_state import RunState
 from fedsoda_edge.join.settings import AgentSettings
 from fedsoda_edge.join.trainer import Means, Trainer
-from fedsoda_edge.ports import TorchPort, Transport
+from fedsoda_edge.ports import Clock, TorchPort, Transport
 from fedsoda_edge.ports.store import FileStore
 from fedsoda_edge.protocol import commands as cmd
 from fedsoda_edge.protocol import messages as ms
@@ -47,6 +47,7 @@ class Preparation:
         worker: TorchPort,
         pauses: Pauses,
         say: ev.Say,
+        clock: Clock,
     ) -> None:
         self._welcome = welcome
         self._state = state
@@ -56,7 +57,9 @@ class Preparation:
         self._pauses = pauses
         self._say = say
         self._store = FileStore(home.store)
-        self._download = Download(transport, self._store, run=pauses.run, say=say, keep_trying=settings.unattended)
+        self._download = Download(
+            transport, self._store, run=pauses.run, say=say, keep_trying=settings.unattended, clock=clock
+        )
 
     async def check_data(self) -> int:
         """Read every row before anything is fetched; return how many there are. Raises DataProblem."""

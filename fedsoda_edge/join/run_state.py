@@ -145,9 +145,11 @@ class RunState:
     def residual(self, round_number: int) -> str | None:
         """Return the file of the last receipt's error feedback; None: there is none, or it is too old."""
         path, mark = self._directory / "residual", self._directory / "residual.round"
-        if not path.exists() or round_number - int(mark.read_text()) > FORGET_RESIDUAL_AFTER:
+        if not path.exists():
             return None
-        return str(path)
+        # Without a mark: the first receipt had come, and a crash came before its round was written down.
+        is_old = mark.exists() and round_number - int(mark.read_text()) > FORGET_RESIDUAL_AFTER
+        return None if is_old else str(path)
 
     def pending(self) -> UpdateStart | None:
         """Return what is to be announced to the hub; None: no update waits."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from torch import Tensor
 from fedsoda_edge.errors import DataProblem
 from fedsoda_edge.model import delta
 from fedsoda_edge.model.bundle import Bundle
+from fedsoda_edge.ports.child import Child
 from fedsoda_edge.ports.disk import BlobStore
 from fedsoda_edge.protocol.messages import Digest, EdgeId
 from fedsoda_hub.compute import Compute
-from fedsoda_hub.federation.jobs import AcceptedUpdate, Aggregate
+from fedsoda_hub.federation.jobs import AcceptedUpdate, Aggregate, AggregateResult
 from fedsoda_hub.settings.open_run import OpenRun
 from fedsoda_hub.settings.run import RunSettings
 from tests.edge.model.test_bundle import random_lora
@@ -96,3 +98,23 @@ def test_a_round_moves_master_and_view_as_the_pseudocode_says(prepared: RunSetti
         worst = (new_master[name] - new_view[name]).abs().max() / coded_values.abs().max()
         assert worst <= {"int8": 1 / 200, "bf16": 1 / 256, "nf4": 0.2, "nf4-weight": 0.2}[codec]
     assert compute.aggregate(msgspec.structs.replace(job, updates=accepted[::-1])) == found
+
+
+def test_the_child_computes_what_this_process_does(prepared: RunSettings) -> None:
+    """`fedsoda_hub.compute` as the daemon starts it: a process with the same answers."""
+    blobs = BlobStore(prepared.run_dir / "blobs")
+    view, coded = adapter_like(prepared, 2), delta.encode(adapter_like(prepared, 3), "int8")
+    base = Digest(blobs.put(delta.to_bytes(view)))
+    update = AcceptedUpdate(edge=EdgeId("a"), num_examples=3, digest=Digest(blobs.put(coded)), view=base)
+    job = Aggregate(trains="both", master=base, moments=None, views=(base,), updates=(update,))
+
+    async def ask() -> AggregateResult:
+        child = Child("fedsoda_hub.compute", {"FEDSODA_THREADS": "1"})
+        try:
+            wire = msgspec.structs.replace(prepared.wire, codec="int8")
+            await child.call(OpenRun(settings=msgspec.structs.replace(prepared, wire=wire)))
+            return await child.call(job)
+        finally:
+            await child.close()
+
+    assert asyncio.run(ask()) == opened(prepared, "int8").aggregate(job)

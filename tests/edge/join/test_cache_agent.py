@@ -8,7 +8,6 @@ import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 
@@ -17,6 +16,7 @@ from fedsoda_edge.edge import Edge
 from fedsoda_edge.errors import WorkerFailed
 from fedsoda_edge.testing import LOCAL, ScriptedHub
 from fedsoda_edge.worker.training import num_steps
+from tests.joins import joining
 from tests.worker_here import WorkerHere
 
 NUM_ROWS = 8
@@ -51,12 +51,9 @@ def join(
     **options: Any,
 ) -> Joined:
     """Take part to the end."""
-    hub, joined = ScriptedHub(rounds=rounds), Joined()
-    hub._bundle = scripted
-    with (
-        mock.patch("fedsoda_edge.edge.Child", return_value=worker or WorkerHere(dies=dies)),
-        Edge(hub, home=home, threads=1, **options).join(data, on_event=joined.events.append) as participation,
-    ):
+    hub, joined = ScriptedHub(rounds=rounds, bundle=scripted), Joined()
+    edge, worker = Edge(hub, home=home, threads=1, **options), worker or WorkerHere(dies=dies)
+    with joining(edge, data, joined.events.append, worker=worker) as participation:
         for offer in participation:
             update = offer.train()
             joined.files_during |= {path.name.partition("-")[0] for path in borders(home)}

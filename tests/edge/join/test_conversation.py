@@ -14,10 +14,10 @@ import pytest
 from fedsoda_edge import events as ev
 from fedsoda_edge.errors import FedSODAError, HubUnreachable, ProtocolViolation, RefusedByHub
 from fedsoda_edge.join.conversation import Connected, Conversation, RunOver
-from fedsoda_edge.ports import SystemClock
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.codec import MAX_CHUNK_BYTES, decode, encode
 from fedsoda_edge.protocol.session import chunks
+from tests.hurried_clock import HurriedClock
 
 T = TypeVar("T")
 
@@ -100,7 +100,7 @@ class Talk:
         self.wire = Wire()
         self.events: list[ev.Event] = []
         self.heard: list[str] = []
-        self.conversation = Conversation(self.wire, lambda: HELLO, self.events.append, SystemClock())
+        self.conversation = Conversation(self.wire, lambda: HELLO, self.events.append, HurriedClock())
 
     async def read(self) -> None:
         """Say Ready on every connection, as an agent that is prepared."""
@@ -201,8 +201,7 @@ def test_a_pause_breaks_off_who_waits_for_a_blob_and_the_next_request_comes_afte
     assert talk(scene)[0] == RECEIPT
 
 
-def test_who_is_away_for_a_while_is_told_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedsoda_edge.join.conversation.backoff_seconds", lambda attempt: 0.0)
+def test_who_is_away_for_a_while_is_told_of_once() -> None:
     away = HubUnreachable("TCP: nothing answers", "TCP")
 
     async def scene(talk: Talk) -> None:
@@ -222,7 +221,7 @@ def test_who_is_away_for_a_while_is_told_of_once(monkeypatch: pytest.MonkeyPatch
 
 
 async def before_the_first(talk: Talk) -> None:
-    talk.conversation = Conversation(talk.wire, lambda: HELLO, talk.events.append, SystemClock())
+    talk.conversation = Conversation(talk.wire, lambda: HELLO, talk.events.append, HurriedClock())
 
 
 async def after_it_was_lost(talk: Talk) -> None:

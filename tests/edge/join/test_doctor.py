@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import re
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,9 @@ from fedsoda_edge.join.doctor import Check, examine
 from fedsoda_edge.join.home import Home
 from fedsoda_edge.network import hub_transport as transport
 from fedsoda_edge.network.hub_transport import HubTransport
+from fedsoda_edge.ports import Clock, SystemClock
 from fedsoda_edge.protocol import messages as ms
+from fedsoda_edge.protocol.calls import Call, ProgressT, ResultT
 from fedsoda_edge.protocol.commands import Examine, Examined
 from tests.edge.network.test_hub_transport import DATA, DIGEST, RUN_IS_OVER, SmallHub, listening
 from tests.worker_here import WorkerHere
@@ -23,17 +26,19 @@ from tests.worker_here import WorkerHere
 DEVICE = ["Python", "torch", "GPU", "NF4", "memory", "disk"]
 
 
-@pytest.fixture(autouse=True)
-def _quick_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The worker's own answer is tested below; a process that loads torch is not started for every step."""
+class Looks(WorkerHere):
+    """The worker's own answer is tested below; it is not made for every step."""
 
-    async def call(_: Examine) -> Examined:
-        return Examined(torch="2.13", threads=2, device="cpu", accelerator="", nf4_problem="")
+    async def call(
+        self, call: Call[ResultT, ProgressT], on_progress: Callable[[ProgressT], None] | None = None
+    ) -> ResultT:
+        assert isinstance(call, Examine)
+        return Examined(torch="2.13", threads=2, device="cpu", accelerator="", nf4_problem="")  # type: ignore[return-value]
 
-    async def close() -> None:
-        pass
 
-    monkeypatch.setattr(doctor, "Child", lambda *_: SimpleNamespace(call=call, close=close))
+def examined(url: str | None, directory: Path, clock: Clock | None = None) -> AsyncIterator[Check]:
+    """The checks with `directory / "token"`."""
+    return examine(url, directory / "token", Home(directory / "home"), worker=Looks(), clock=clock)
 
 
 async def all_of(checks: AsyncIterator[Check]) -> list[Check]:
@@ -42,7 +47,7 @@ async def all_of(checks: AsyncIterator[Check]) -> list[Check]:
 
 def walked(tmp_path: Path, url: str | None, token: str = "good") -> list[Check]:
     (tmp_path / "token").write_text(token)
-    return asyncio.run(all_of(examine(url, tmp_path / "token", Home(tmp_path / "home"))))
+    return asyncio.run(all_of(examined(url, tmp_path)))
 
 
 def test_without_a_hub_the_device_alone_is_looked_at(tmp_path: Path) -> None:
@@ -74,7 +79,7 @@ def test_a_token_that_the_hub_does_not_know_is_the_step_that_fails(tmp_path: Pat
     async def knock() -> list[Check]:
         (tmp_path / "token").write_text("unknown")
         async with listening(SmallHub(tmp_path)) as url:
-            return await all_of(examine(url, tmp_path / "token", Home(tmp_path / "home")))
+            return await all_of(examined(url, tmp_path))
 
     found = asyncio.run(knock())[len(DEVICE) :]
     assert [check.name for check in found] == ["DNS", "TCP", "TLS", "HTTP", "clock", "token"]
@@ -82,16 +87,20 @@ def test_a_token_that_the_hub_does_not_know_is_the_step_that_fails(tmp_path: Pat
     assert (found[-1].fix, found[-1].exit_status) == ("ask its owner for a new one", 5)
 
 
-def test_a_clock_that_is_wrong_fails_though_the_way_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "MAX_SKEW_SECONDS", -1.0)
+class Behind(SystemClock):
+    def wall(self) -> float:
+        return super().wall() - 3600
 
+
+def test_a_clock_that_is_wrong_fails_though_the_way_goes_on(tmp_path: Path) -> None:
     async def knock() -> list[Check]:
         (tmp_path / "token").write_text("good")
         async with listening(SmallHub(tmp_path, RUN_IS_OVER)) as url:
-            return await all_of(examine(url, tmp_path / "token", Home(tmp_path / "home")))
+            return await all_of(examined(url, tmp_path, Behind()))
 
     found = {check.name: check for check in asyncio.run(knock())}
     assert not found["clock"].passed
+    assert re.fullmatch(r"(3599|3600|3601) s behind the hub's", found["clock"].detail)
     assert found["clock"].fix.startswith("set this device's clock")
     assert found["token"].passed
 
@@ -101,7 +110,7 @@ def test_a_hub_that_refuses_the_greeting_is_quoted(tmp_path: Path) -> None:
         (tmp_path / "token").write_text("good")
         refusal = ms.Refusal(round=0, reason="another device holds this token; ask for one of your own", fatal=True)
         async with listening(SmallHub(tmp_path, refusal)) as url:
-            return await all_of(examine(url, tmp_path / "token", Home(tmp_path / "home")))
+            return await all_of(examined(url, tmp_path))
 
     last = asyncio.run(knock())[-1]
     assert (last.name, last.passed, last.exit_status) == ("fits", False, 5)
@@ -128,7 +137,7 @@ def test_the_bandwidth_is_measured_and_no_connection_is_left(
     async def knock() -> list[Check]:
         (tmp_path / "token").write_text("good")
         async with listening(SmallHub(tmp_path)) as url:
-            return await all_of(examine(url, tmp_path / "token", Home(tmp_path / "home")))
+            return await all_of(examined(url, tmp_path))
 
     monkeypatch.setattr(doctor, "look_at", look_at)
     monkeypatch.setattr(transport, "HubTransport", Noted)

@@ -25,6 +25,8 @@ from fedsoda_edge.errors import BlobCorrupt, HubUnreachable
 from fedsoda_edge.join.download import Download, fetch_file, in_order
 from fedsoda_edge.join.home import Home
 from fedsoda_edge.network.hub_transport import PIECE_BYTES, HubTransport
+from fedsoda_edge.ports import TorchPort
+from fedsoda_edge.ports.child import Child
 from fedsoda_edge.ports.store import FileStore, when_here
 from fedsoda_edge.protocol import commands as cmd
 from fedsoda_edge.protocol import messages as ms
@@ -34,6 +36,7 @@ from tests.conftest import ROOT
 from tests.edge.join.test_cache_agent import join as calm_join
 from tests.edge.join.test_pause import Join, ToldHub, workers
 from tests.edge.network.test_hub_transport import DATA, DIGEST, SmallHub, listening
+from tests.hurried_clock import HurriedClock
 from tests.test_schemas import ROWS, run
 from tests.worker_here import KILLED, WorkerHere
 
@@ -62,7 +65,6 @@ class Gate(ToldHub):
 
     async def fetch(self, digest: str, offset: int) -> AsyncIterator[bytes]:
         name = self._names.get(digest, "manifest.json")
-        self.loop = asyncio.get_running_loop()
         self.asked.append(name)
         while name != "manifest.json" and not self._free.acquire(blocking=False):
             await asyncio.sleep(0.005)
@@ -87,8 +89,8 @@ def late(scripted: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     (directory / "visits.jsonl").write_text(ROWS)
     hub = Gate(scripted, emulator=None)
     hub.let()
-    with mock.patch.dict("os.environ", FEDSODA_HOME=str(directory / "home")), worker_here():
-        join = Join(hub, directory / "visits.jsonl")
+    with mock.patch.dict("os.environ", FEDSODA_HOME=str(directory / "home")):
+        join = Join(hub, directory / "visits.jsonl", worker=WorkerHere())
         join.start()
         join.ended()
     kinds = [event["event"] for event in join.events]
@@ -96,13 +98,10 @@ def late(scripted: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return hub.updates[0].digest
 
 
-def worker_here() -> contextlib.AbstractContextManager[object]:
-    return mock.patch("fedsoda_edge.edge.Child", return_value=WorkerHere())
-
-
 @contextlib.contextmanager
-def joining(hub: Gate, data: Path, **options: Any) -> Iterator[Join]:
-    join = Join(hub, data, **options)
+def joining(hub: Gate, data: Path, worker: TorchPort | None = None) -> Iterator[Join]:
+    """A join to its end. worker: None: one of this process."""
+    join = Join(hub, data, worker=worker or WorkerHere())
     join.start()
     yield join
     join.ended()
@@ -125,7 +124,7 @@ def test_a_layer_is_swept_before_the_next_is_delivered_and_no_bit_differs(
     scripted: Path, data: Path, late: str
 ) -> None:
     hub = Gate(scripted)
-    with worker_here(), joining(hub, data) as join:
+    with joining(hub, data) as join:
         hub.let_until("layers.0.safetensors")
         join.until(lambda: hub.asked[-1:] == ["layers.0.safetensors"])
         assert not join.has("sweep")
@@ -145,7 +144,7 @@ def test_a_layer_is_swept_before_the_next_is_delivered_and_no_bit_differs(
 def test_a_sweep_of_another_emulator_than_the_rounds_is_done_again(scripted: Path, data: Path, late: str) -> None:
     hub = Gate(scripted, emulator=ms.ViewRef(digest=ms.Digest("0" * 64), delta=None, snapshot=None))
     hub.let()
-    with worker_here(), joining(hub, data) as join:
+    with joining(hub, data) as join:
         pass
     assert hub.updates[0].digest == late
     assert join.has("trained")
@@ -155,7 +154,7 @@ def test_an_emulator_that_the_edge_does_not_hold_is_swept_with_the_offer(scripte
     blob = ms.BlobRef(digest=ms.Digest("1" * 64), bytes=9)
     hub = Gate(scripted, emulator=ms.ViewRef(digest=ms.Digest("0" * 64), delta=blob, snapshot=blob))
     hub.let()
-    with worker_here(), joining(hub, data) as join:
+    with joining(hub, data) as join:
         pass
     kinds = [event["event"] for event in join.events]
     assert kinds.index("offer") < kinds.index("sweep")
@@ -183,7 +182,7 @@ def test_a_shard_that_comes_wrong_once_is_fetched_again_while_the_sweep_waits(
     hub = Gate(scripted)
     hub.spoilt["layers.2.safetensors"] = 1
     hub.let()
-    with worker_here(), joining(hub, data):
+    with joining(hub, data):
         pass
     assert hub.asked.count("layers.2.safetensors") == 2
     assert hub.updates[0].digest == late
@@ -193,14 +192,15 @@ def test_a_shard_that_comes_wrong_twice_ends_the_join_and_the_sweep(scripted: Pa
     hub = Gate(scripted)
     hub.spoilt["layers.2.safetensors"] = 2
     hub.let_until("layers.2.safetensors")
-    join = Join(hub, data)
+    worker = WorkerHere()
+    join = Join(hub, data, worker=worker)
     join.start()
     join.until(lambda: join.has("sweep", done=1, total=2))
     hub.let()
     join.join(timeout=60)
     [failure] = join.failure
     assert isinstance(failure, BlobCorrupt)
-    assert workers() == []
+    assert worker.pid is None
     assert list(Home().directory.glob("runs/*/border")) == []
     assert not FileStore(Home().store).has(hub.manifest.file("layers.2.safetensors").sha256)
 
@@ -208,24 +208,23 @@ def test_a_shard_that_comes_wrong_twice_ends_the_join_and_the_sweep(scripted: Pa
 def test_a_shard_that_the_disk_damaged_is_fetched_anew_before_the_sweep_meets_it(
     scripted: Path, data: Path, late: str
 ) -> None:
-    with worker_here():
-        for _ in range(2):
-            hub = Gate(scripted)
-            hub.let()
-            with joining(hub, data):
-                pass
-            held = FileStore(Home().store).path(hub.manifest.file("layers.0.safetensors").sha256)
-            held.write_bytes(bytes(held.stat().st_size))
+    for _ in range(2):
+        hub = Gate(scripted)
+        hub.let()
+        with joining(hub, data):
+            pass
+        held = FileStore(Home().store).path(hub.manifest.file("layers.0.safetensors").sha256)
+        held.write_bytes(bytes(held.stat().st_size))
     assert hub.asked == ["layers.0.safetensors"]
     assert hub.updates[0].num_examples
 
 
 def test_a_connection_that_is_lost_during_the_download_is_made_again(scripted: Path, data: Path) -> None:
     hub = Gate(scripted)
-    with worker_here(), joining(hub, data) as join:
+    with joining(hub, data) as join:
         hub.let_until("layers.2.safetensors")
         join.until(lambda: join.has("sweep", done=1, total=2))
-        hub.loop.call_soon_threadsafe(hub.hang_up)
+        hub.hang_up()
         join.until(lambda: join.has("reconnected"))
         assert hub.kinds == ["Hello", "Hello"]
         hub.let()
@@ -237,7 +236,7 @@ def test_a_pause_in_the_middle_of_the_early_sweep_frees_the_worker_and_the_link(
     scripted: Path, data: Path, late: str
 ) -> None:
     hub = Gate(scripted)
-    with joining(hub, data) as join:
+    with joining(hub, data, Child("fedsoda_edge.worker")) as join:
         hub.let_until("layers.2.safetensors")
         join.until(lambda: join.has("sweep", done=1, total=2))
         [worker] = workers()
@@ -254,13 +253,13 @@ def test_a_pause_in_the_middle_of_the_early_sweep_frees_the_worker_and_the_link(
 
 
 def test_finish_during_the_download_leaves_at_once(scripted: Path, data: Path) -> None:
-    hub = Gate(scripted)
-    with joining(hub, data) as join:
+    hub, worker = Gate(scripted), WorkerHere()
+    with joining(hub, data, worker) as join:
         hub.let_until("layers.2.safetensors")
         join.until(lambda: join.has("sweep", done=1, total=2))
         assert run("fedsoda-edge", "finish").status == 0
     assert hub.kinds == ["Hello", "Leave"]
-    assert workers() == []
+    assert worker.pid is None
 
 
 AGENT = """
@@ -294,7 +293,7 @@ def test_an_agent_that_is_killed_in_the_middle_leaves_nothing_that_the_next_trip
     assert {path.suffix for path in Home().store.iterdir()} <= {"", ".part", ".coming"}
     hub = Gate(scripted)
     hub.let()
-    with worker_here(), joining(hub, data):
+    with joining(hub, data):
         pass
     assert "layers.0.safetensors" not in hub.asked
     assert hub.updates[0].digest == late
@@ -348,7 +347,9 @@ def fetched(directory: Path, cuts: list[int], *, keep_trying: bool = False) -> t
             async with await asyncio.start_server(proxy.serve, "127.0.0.1", 0) as server:
                 hub = HubTransport(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", "good")
                 store = FileStore(directory / "store")
-                download = Download(hub, store, run=at_once, say=said.append, keep_trying=keep_trying)
+                download = Download(
+                    hub, store, run=at_once, say=said.append, keep_trying=keep_trying, clock=HurriedClock()
+                )
                 try:
                     path = await download.file(DIGEST, len(DATA))
                 finally:
@@ -371,7 +372,6 @@ def test_a_transfer_that_does_not_move_is_given_up_unless_nobody_attends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NO_PROXY", "*")
-    monkeypatch.setattr("fedsoda_edge.join.download.backoff_seconds", lambda attempt: 0.0)
     with pytest.raises(HubUnreachable, match="broke off"):
         fetched(tmp_path, [1_000_000, 10])
     _, said = fetched(tmp_path, [10] * 5, keep_trying=True)

@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import msgspec
 import pytest
@@ -24,6 +23,8 @@ from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.calls import Call, ProgressT, ResultT
 from fedsoda_edge.protocol.session import Upload
 from fedsoda_edge.testing import ScriptedHub
+from tests.full_disk import full_disk_for
+from tests.joins import joining
 from tests.test_schemas import ROWS
 from tests.worker_here import WorkerHere
 
@@ -36,8 +37,7 @@ class Hub(ScriptedHub):
     """Does `trouble` at the moment, once: "train": it hears of progress; "upload": an update is here, which has no answer."""
 
     def __init__(self, bundle: Path, moment: str, trouble: Callable[[Hub], None]) -> None:
-        super().__init__(rounds=1)
-        self._bundle = bundle
+        super().__init__(rounds=1, bundle=bundle)
         self._moment = moment
         self._trouble = trouble
         self._has_happened = False
@@ -109,10 +109,8 @@ def take_part(hub: Hub, worker: WorkerHere, data: Path) -> Ended:
 
     def script() -> None:
         try:
-            with (
-                mock.patch("fedsoda_edge.edge.Child", return_value=worker),
-                Edge(hub, device="cpu").join(LocalData(data), on_event=ended.events.append) as participation,
-            ):
+            edge = Edge(hub, device="cpu")
+            with joining(edge, LocalData(data), ended.events.append, worker=worker) as participation:
                 for offer in participation:
                     offer.submit(offer.train())
         except BaseException as error:
@@ -246,15 +244,16 @@ def test_a_worker_that_dies_while_an_update_waits_is_not_missed(scripted: Path, 
 
 
 @pytest.mark.parametrize(
-    ("write", "is_sent"), [("commit", False), ("settle", True)], ids=["after training", "after the receipt"]
+    ("file", "is_sent"), [("meta.json", False), ("residual.round", True)], ids=["after training", "after the receipt"]
 )
 def test_a_disk_that_is_full_ends_the_join_and_the_next_hands_in_what_was_trained(
-    scripted: Path, data: Path, write: str, is_sent: bool
+    scripted: Path, data: Path, file: str, is_sent: bool
 ) -> None:
     hub = Hub(scripted, "never", hangs_up)
-    with mock.patch(f"fedsoda_edge.join.run_state.RunState.{write}", side_effect=FULL):
+    with full_disk_for(file):
         [failure] = take_part(hub, WorkerHere(), data).error
-    assert failure == FULL
+    assert isinstance(failure, DiskFull)
+    assert file in str(failure)
     assert [update.round for update in hub.updates] == [1] * is_sent
     again = Hub(scripted, "never", hangs_up)
     ended = take_part(again, WorkerHere(), data)
@@ -281,21 +280,20 @@ class FailsToSweep(WorkerHere):
 
 def test_an_early_sweep_that_fails_ends_the_join_when_a_round_waits_for_it(scripted: Path, data: Path) -> None:
     worker = FailsToSweep()
-    hub = Hub(scripted, "never", hangs_up)
-    offer = hub._offer
 
-    def offered() -> None:
-        offer()
-        asyncio.get_running_loop().call_later(0.05, worker.may_fail.set)
+    class OffersFirst(Hub):
+        def _say(self, message: ms.HubMessage) -> None:
+            super()._say(message)
+            if isinstance(message, ms.RoundOffer):
+                asyncio.get_running_loop().call_later(0.05, worker.may_fail.set)
 
-    hub._offer = offered  # type: ignore[method-assign]
-    [failure] = take_part(hub, worker, data).error
+    [failure] = take_part(OffersFirst(scripted, "never", hangs_up), worker, data).error
     assert failure == FULL
 
 
 def test_an_early_sweep_that_fails_while_an_update_waits_ends_the_join(scripted: Path, data: Path) -> None:
     """The update is one that an earlier join left: its answer is waited for while the data is swept."""
-    with mock.patch("fedsoda_edge.join.run_state.RunState.settle", side_effect=FULL):
+    with full_disk_for("residual.round"):
         take_part(Hub(scripted, "never", hangs_up), WorkerHere(), data)
     worker = FailsToSweep()
     [failure] = take_part(Hub(scripted, "upload", lambda _: worker.may_fail.set()), worker, data).error
@@ -314,7 +312,7 @@ def test_a_join_that_is_refused_ends_with_the_reason_before_any_worker_is_asked(
 
 
 def test_an_update_that_was_left_and_is_damaged_is_not_sent(scripted: Path, data: Path) -> None:
-    with mock.patch("fedsoda_edge.join.run_state.RunState.settle", side_effect=FULL):
+    with full_disk_for("residual.round"):
         take_part(Hub(scripted, "never", hangs_up), WorkerHere(), data)
     [update] = Home().directory.glob("runs/*/pending/update")
     update.write_bytes(b"?" * update.stat().st_size)

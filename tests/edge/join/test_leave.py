@@ -6,16 +6,29 @@ import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from unittest import mock
 
 import pytest
 from typer.testing import CliRunner
 
 from fedsoda_edge.cli.commands import app
-from fedsoda_edge.join.agent import Agent
+from fedsoda_edge.join import control
+from fedsoda_edge.join.home import Home
+from fedsoda_edge.protocol import messages as ms
+from fedsoda_edge.protocol.codec import decode
 from fedsoda_edge.testing import ScriptedHub
+from tests.hurried_clock import HurriedClock
+from tests.joins import ports_of_commands
 from tests.test_schemas import ROWS
-from tests.worker_here import WorkerHere
+
+
+class AsksToFinish(ScriptedHub):
+    """The owner of the device says `finish` when this edge says Ready; then no round is offered."""
+
+    async def send(self, frame: bytes) -> None:
+        if isinstance(decode(frame)[0], ms.Ready):
+            control.ask(Home().control, "finish")
+        else:
+            await super().send(frame)
 
 
 @pytest.fixture
@@ -41,17 +54,11 @@ def test_a_join_that_leaves_says_why(
     is_finishing: bool,
     sentence: str,
 ) -> None:
-    hub = ScriptedHub(rounds=5)
-    hub._bundle = scripted
+    hub = (AsksToFinish if is_finishing else ScriptedHub)(rounds=5, bundle=scripted)
     monkeypatch.setenv("FEDSODA_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("FEDSODA_TOKEN", "t")
-    if is_finishing:
-        monkeypatch.setattr(Agent, "is_finishing", True)
     (tmp_path / "visits.jsonl").write_text(ROWS)
-    with (
-        mock.patch("fedsoda_edge.edge.HubTransport", return_value=hub),
-        mock.patch("fedsoda_edge.edge.Child", return_value=WorkerHere()),
-    ):
+    with ports_of_commands(hub, clock=HurriedClock(0.01)):
         words = ["join", "http://hub", "--data", str(tmp_path / "visits.jsonl"), *options]
         ran = CliRunner().invoke(app, words)
     assert ran.exit_code == 0, ran.output

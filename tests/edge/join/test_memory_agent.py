@@ -30,6 +30,7 @@ from fedsoda_edge.testing import LOCAL, ScriptedHub, make_bundle
 from fedsoda_edge.worker.batches import SweptSamples
 from fedsoda_edge.worker.training import num_steps
 from tests.edge.join.test_cache_agent import Joined
+from tests.joins import joining
 from tests.schema import EDGE
 from tests.worker_here import WorkerHere
 
@@ -68,8 +69,7 @@ class ManifestHub(ScriptedHub):
     """Notes what is fetched of the bundle."""
 
     def __init__(self, scripted: Path, rounds: int) -> None:
-        super().__init__(rounds)
-        self._bundle = scripted
+        super().__init__(rounds, bundle=scripted)
         self.fetched: list[str] = []
 
     async def fetch(self, digest: str, offset: int) -> AsyncIterator[bytes]:
@@ -111,11 +111,10 @@ def join(
     hub, joined = ManifestHub(scripted, rounds), Joined()
     with (
         has(ram, vram),
-        mock.patch("fedsoda_edge.edge.Child", return_value=worker),
         mock.patch("fedsoda_edge.worker.worker.peak_rss_bytes", return_value=0),
         mock.patch("fedsoda_edge.worker.worker.return_memory_at_once"),
         mock.patch.object(preparation, "shape_of", lambda manifest: replace(shape_of(manifest), vocab=VOCABULARY)),
-        Edge(hub, home=home, threads=1, **options).join(data, on_event=joined.events.append) as participation,
+        joining(Edge(hub, home=home, threads=1, **options), data, joined.events.append, worker=worker) as participation,
     ):
         for offer in participation:
             update = offer.train()
@@ -164,11 +163,8 @@ def test_a_limit_below_every_way_ends_the_join_before_anything_but_the_manifest_
     tmp_path: Path, data: LocalData, scripted: Path
 ) -> None:
     hub = ManifestHub(scripted, rounds=1)
-    with (
-        mock.patch("fedsoda_edge.edge.Child", return_value=worker_here()),
-        pytest.raises(DeviceTooSmall) as failure,
-        Edge(hub, home=tmp_path / "home", max_ram=200 * MIB, device="cpu").join(data),
-    ):
+    edge = Edge(hub, home=tmp_path / "home", max_ram=200 * MIB, device="cpu")
+    with pytest.raises(DeviceTooSmall) as failure, joining(edge, data, worker=worker_here()):
         pass
     assert failure.value.exit_status == 4
     assert str(failure.value).startswith("--max-ram allows 200 MiB, the sub-LLM needs at least ")

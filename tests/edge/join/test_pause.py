@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import threading
@@ -17,13 +18,17 @@ import pytest
 
 from fedsoda_edge import testing
 from fedsoda_edge.data.local_data import LocalData
-from fedsoda_edge.edge import Edge
+from fedsoda_edge.edge import Edge, Participation, agent_of
+from fedsoda_edge.events import as_json
 from fedsoda_edge.join.home import Home
+from fedsoda_edge.ports import Clock, SystemClock, TorchPort
 from fedsoda_edge.ports import child as child_process
+from fedsoda_edge.ports.child import Child
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.codec import decode
 from fedsoda_edge.testing import ScriptedHub
 from tests.edge.cli.test_cli import Device, Ran
+from tests.joins import ports_of_commands
 from tests.schema import EDGE
 from tests.test_schemas import ROWS, meanwhile, run
 from tests.worker_here import WorkerHere
@@ -45,8 +50,7 @@ class ToldHub(ScriptedHub):
     """Rounds of 60 steps, none while `is_idle`; `said` is what it heard, less chunks and progress."""
 
     def __init__(self, bundle: Path, rounds: int = 1, *, is_idle: bool = False) -> None:
-        super().__init__(rounds)
-        self._bundle = bundle
+        super().__init__(rounds, bundle=bundle, local=LONG)
         self.said: list[ms.Message] = []
         self.is_idle = is_idle
 
@@ -56,33 +60,56 @@ class ToldHub(ScriptedHub):
             self.said.append(message)
         await super().send(frame)
 
+    async def connect(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().connect()
+
     def _offer(self) -> None:
         if not self.is_idle:
-            with mock.patch.object(testing, "LOCAL", LONG):
-                super()._offer()
+            super()._offer()
+
+    def offer(self) -> None:
+        """Offer the next round, from any thread."""
+        self._loop.call_soon_threadsafe(self._offer)
 
     @property
     def kinds(self) -> list[str]:
         return [type(message).__name__ for message in self.said]
 
     def hang_up(self) -> None:
-        self._out.put_nowait(None)
+        """End the connection, from any thread."""
+        self._loop.call_soon_threadsafe(self._out.put_nowait, None)
+
+
+class StoppedWallClock(SystemClock):
+    """Its owner sets it back again and again: durations must not come from it."""
+
+    def wall(self) -> float:
+        return 0.0
 
 
 class Join(threading.Thread):
-    """The loop of a user's script, with the events that it was told."""
+    """The loop of a user's script, with the events that it was told. worker: None: a process, as a user has it."""
 
-    def __init__(self, hub: ToldHub, data: Path, **options: Any) -> None:
+    def __init__(
+        self,
+        hub: ToldHub,
+        data: Path,
+        *,
+        worker: TorchPort | None = None,
+        clock: Clock | None = None,
+        pause_on: str = "",
+    ) -> None:
         super().__init__(daemon=True)
         self.hub, self.events, self.failure = hub, list[dict[str, Any]](), list[BaseException]()
-        self._data, self._options = data, options
+        say = lambda event: self.events.append(as_json(event))  # noqa: E731
+        edge, rows = Edge(hub, device="cpu"), LocalData.from_jsonl(data)
+        self.agent = agent_of(edge, rows, say, pause_on=pause_on, worker=worker, clock=clock)
 
     def run(self) -> None:
         try:
-            edge = Edge(self.hub, device="cpu")
-            data = LocalData.from_jsonl(self._data)
-            with edge.join(data, on_event=self.events.append, **self._options) as self.participation:
-                for offer in self.participation:
+            with Participation(self.agent, 0) as participation:
+                for offer in participation:
                     offer.submit(offer.train())
         except BaseException as failure:
             self.failure.append(failure)
@@ -94,9 +121,6 @@ class Join(threading.Thread):
     def until(self, condition: Callable[[], object]) -> None:
         until(lambda: condition() or self.failure)
         assert not self.failure, self.failure
-
-    def on_loop(self, work: Callable[[], None]) -> None:
-        self.participation._loop.call_soon_threadsafe(work)
 
     def ended(self) -> None:
         self.join(timeout=60)
@@ -176,7 +200,7 @@ def test_a_round_that_is_paused_in_its_middle_ends_with_the_bits_of_a_calm_one(
     join = Join(hub, device.directory / "visits.jsonl")
     join.start()
     worker = held_in_mid_round()
-    with let_go_when(lambda: join.has("paused") or join.participation._agent._pauses.is_paused, worker):
+    with let_go_when(lambda: join.has("paused") or join.agent.is_paused, worker):
         ran = device.run("pause", "--json")
         paused = report("pause", ran)
         assert (paused["state"], paused["reason"], paused["seconds"], paused["round"]) == (
@@ -191,7 +215,7 @@ def test_a_round_that_is_paused_in_its_middle_ends_with_the_bits_of_a_calm_one(
     told = device.run("status")
     assert told.err.startswith("paused by its owner (pid ")
 
-    join.on_loop(hub.hang_up)  # a connection that begins in a pause says so, and no Ready
+    hub.hang_up()  # a connection that begins in a pause says so, and no Ready
     join.until(lambda: join.has("reconnected"))
     assert hub.kinds[3:] == ["Hello", "Paused"]
     assert device.run("status").err.startswith("paused by its owner (pid ")
@@ -216,37 +240,34 @@ def test_a_round_that_is_paused_in_its_middle_ends_with_the_bits_of_a_calm_one(
 
 def test_a_pause_for_some_time_ends_by_itself(device: Device, scripted: Path) -> None:
     hub = ToldHub(scripted, is_idle=True)
-    with mock.patch("fedsoda_edge.edge.Child", return_value=WorkerHere()):
-        join = Join(hub, device.directory / "visits.jsonl")
-        join.start()
-        join.until(lambda: hub.kinds == ["Hello", "Ready"])
-        with mock.patch.object(time, "time", return_value=0.0):  # of this process: the join's wall clock
-            ran = run("fedsoda-edge", "pause", "--for", "1s", "--json")
-            assert 0.9 < EDGE.report("pause", ran.out)["seconds"] <= 1.0
-            join.until(lambda: join.has("resumed"))
-        assert hub.kinds == ["Hello", "Ready", "Paused", "Resumed"]
-        assert run("fedsoda-edge", "finish").status == 0
-        join.ended()
+    join = Join(hub, device.directory / "visits.jsonl", worker=WorkerHere(), clock=StoppedWallClock())
+    join.start()
+    join.until(lambda: hub.kinds == ["Hello", "Ready"])
+    ran = run("fedsoda-edge", "pause", "--for", "1s", "--json")
+    assert 0.9 < EDGE.report("pause", ran.out)["seconds"] <= 1.0
+    join.until(lambda: join.has("resumed"))
+    assert hub.kinds == ["Hello", "Ready", "Paused", "Resumed"]
+    assert run("fedsoda-edge", "finish").status == 0
+    join.ended()
 
 
 def test_a_round_that_ended_during_the_pause_gives_way_to_the_one_that_is_offered(
     device: Device, scripted: Path
 ) -> None:
     hub = ToldHub(scripted, rounds=2, is_idle=True)
-    with mock.patch("fedsoda_edge.edge.Child", return_value=WorkerHere()):
-        join = Join(hub, device.directory / "visits.jsonl")
-        join.start()
-        join.until(lambda: hub.kinds == ["Hello", "Ready"])
-        assert run("fedsoda-edge", "pause").status == 0
-        hub.is_idle = False
-        join.on_loop(hub._offer)  # it was on its way when the pause began
-        join.until(lambda: join.participation._agent.in_hand == 1)  # the script blocks in train()
-        hub.updates.append(OTHERS)  # the hub closes round 1 with the updates of others
-        join.on_loop(hub._offer)
-        join.until(lambda: join.has("offer", round=2))
-        assert not join.has("training")
-        assert run("fedsoda-edge", "resume").status == 0
-        join.ended()
+    join = Join(hub, device.directory / "visits.jsonl", worker=WorkerHere())
+    join.start()
+    join.until(lambda: hub.kinds == ["Hello", "Ready"])
+    assert run("fedsoda-edge", "pause").status == 0
+    hub.is_idle = False
+    hub.offer()  # it was on its way when the pause began
+    join.until(lambda: join.agent.in_hand == 1)  # the script blocks in train()
+    hub.updates.append(OTHERS)  # the hub closes round 1 with the updates of others
+    hub.offer()
+    join.until(lambda: join.has("offer", round=2))
+    assert not join.has("training")
+    assert run("fedsoda-edge", "resume").status == 0
+    join.ended()
     assert join.has("notice", message="round 1 is over, going on with round 2")
     assert hub.kinds == ["Hello", "Ready", "Paused", "Resumed", "UpdateStart"]
     assert [update.round for update in hub.updates] == [1, 2]
@@ -256,22 +277,21 @@ def test_rules_pause_a_join_before_it_says_that_it_is_ready(device: Device, scri
     hub = ToldHub(scripted, rounds=0)
     hour = time.localtime().tm_hour
     rule = f"hours={hour}-{(hour + 2) % 24}"
-    with mock.patch("fedsoda_edge.edge.Child", return_value=WorkerHere()):
-        join = Join(hub, device.directory / "visits.jsonl", pause_on=rule)
-        join.start()
-        join.until(lambda: join.has("paused", reason=f"{rule[6:]} h", seconds=None))
-        join.until(lambda: hub.kinds == ["Hello", "Paused"])
-        assert device.run("status").err.startswith(f"paused: {rule[6:]} h (pid ")
-        assert run("fedsoda-edge", "resume").status == 0  # the owner goes before the rule
-        join.ended()  # hub: Ready, and that all rounds are over
+    join = Join(hub, device.directory / "visits.jsonl", pause_on=rule, worker=WorkerHere())
+    join.start()
+    join.until(lambda: join.has("paused", reason=f"{rule[6:]} h", seconds=None))
+    join.until(lambda: hub.kinds == ["Hello", "Paused"])
+    assert device.run("status").err.startswith(f"paused: {rule[6:]} h (pid ")
+    assert run("fedsoda-edge", "resume").status == 0  # the owner goes before the rule
+    join.ended()  # hub: Ready, and that all rounds are over
     assert hub.kinds == ["Hello", "Paused", "Ready"]
 
 
 # -- finish ---------------------------------------------------------------------------------------------
 
 
-def joined(hub: ToldHub, device: Device) -> Ran:
-    with mock.patch("fedsoda_edge.edge.HubTransport", return_value=hub):
+def joined(hub: ToldHub, device: Device, worker: TorchPort | None = None) -> Ran:
+    with ports_of_commands(hub, worker):
         ran = run(
             "fedsoda-edge", "join", "http://hub", "--data", device.directory / "visits.jsonl", "--jsonl",
             "--device", "cpu", FEDSODA_TOKEN="t",
@@ -295,7 +315,7 @@ def test_finish_ends_a_pause_hands_in_the_round_in_hand_and_leaves(
         answers.append(device.run("finish", "--json"))
 
     with meanwhile(finish):
-        ran = joined(hub, device)
+        ran = joined(hub, device, Child("fedsoda_edge.worker"))
     assert ran.status == 0
     events = EDGE.events(ran.out)
     assert [done["accepted"] for done in events[-1]["rounds"]] == [True]
@@ -313,7 +333,7 @@ def test_finish_without_a_round_in_hand_leaves_at_once(device: Device, scripted:
         until(lambda: "Ready" in hub.kinds)
         answers.append(device.run("finish"))
 
-    with mock.patch("fedsoda_edge.edge.Child", return_value=WorkerHere()), meanwhile(finish):
+    with meanwhile(finish):
         ran = joined(hub, device)
     assert ran.status == 0
     assert EDGE.events(ran.out)[-1]["rounds"] == []

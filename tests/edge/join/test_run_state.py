@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from fedsoda_edge.errors import DiskFull
 from fedsoda_edge.join.run_state import RunState
 from fedsoda_edge.ports.disk import sha256, write_durably
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.commands import Advance, Advanced
+from tests.full_disk import full_disk_for
 
 
 class Hub:
@@ -148,6 +150,24 @@ def test_a_crash_after_any_write_of_an_answer_leaves_an_update_that_is_sent_agai
         assert RunState(tmp_path, "bf16").pending() == start
     state.settle(start, accepted=True)
     assert (state.pending(), contents(state, 2)) == (None, "residual 1")
+
+
+@pytest.mark.parametrize("gives_up", ["settle", "begin_round"])
+def test_a_first_residual_counts_where_its_round_could_not_be_written_down_any_more(
+    tmp_path: Path, gives_up: str
+) -> None:
+    """The receipt had come; after the crash the hub refuses the update, which is too late by now, or asks for another."""
+    state = RunState(tmp_path, "bf16")
+    start = trained(state, 1)
+    with full_disk_for("residual.round"), pytest.raises(DiskFull):
+        state.settle(start, accepted=True)
+    if gives_up == "settle":
+        state.settle(start, accepted=False)
+    else:
+        state.begin_round()
+    assert contents(state, 2) == "residual 1"
+    state.settle(trained(state, 2), accepted=True)
+    assert (contents(state, 7), contents(state, 8)) == ("residual 2", None)
 
 
 def test_a_round_that_is_begun_gives_the_update_up_that_waited(tmp_path: Path) -> None:

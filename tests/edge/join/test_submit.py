@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from unittest import mock
 
 import pytest
 
@@ -13,24 +12,19 @@ from fedsoda_edge.data.local_data import LocalData
 from fedsoda_edge.edge import Edge, Participation
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.testing import ScriptedHub
+from tests.joins import joining
 from tests.test_schemas import ROWS
-from tests.worker_here import WorkerHere
 
 
 @pytest.fixture
 def hub(scripted: Path) -> ScriptedHub:
-    hub = ScriptedHub(rounds=2)
-    hub._bundle = scripted
-    return hub
+    return ScriptedHub(rounds=2, bundle=scripted)
 
 
 @pytest.fixture
 def participation(hub: ScriptedHub, tmp_path: Path) -> Iterator[Participation]:
     (tmp_path / "visits.jsonl").write_text(ROWS)
-    with (
-        mock.patch("fedsoda_edge.edge.Child", return_value=WorkerHere()),
-        Edge(hub, device="cpu").join(LocalData(tmp_path / "visits.jsonl")) as participation,
-    ):
+    with joining(Edge(hub, device="cpu"), LocalData(tmp_path / "visits.jsonl")) as participation:
         yield participation
 
 

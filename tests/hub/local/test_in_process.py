@@ -13,6 +13,7 @@ import pytest
 from msgspec.structs import replace
 
 from fedsoda_edge import events as edge_events
+from fedsoda_edge.errors import DataProblem
 from fedsoda_hub.events import Say, Told, UpdateAccepted
 from fedsoda_hub.federation.records import Realigned, RoundClosed
 from fedsoda_hub.local import in_process, processes
@@ -130,7 +131,7 @@ def test_what_was_stopped_goes_on_to_the_same_bits(calm: Ran, tmp_path: Path, ti
 def test_an_edge_that_fails_ends_the_run_with_its_own_words(tmp_path: Path, tiny_llama: Path) -> None:
     settings, data = make(tmp_path, tiny_llama)
     data["b"].write_text('{"word": "cow"}\n')
-    with pytest.raises(Exception, match="no column 'answer'"):
+    with pytest.raises(DataProblem, match="no column 'answer'"):
         in_one_process(settings, data, lambda _: None, lambda _: lambda _: None)
 
 

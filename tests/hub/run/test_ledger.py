@@ -161,19 +161,19 @@ def test_the_log_survives_a_kill_of_the_process_right_after_append(tmp_path: Pat
 
 
 def test_every_commit_is_synced(reopen: Callable[[], Ledger]) -> None:
-    assert reopen().database._db.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
+    assert reopen().database.read("PRAGMA synchronous") == [(2,)]  # FULL
 
 
 def test_a_full_disk_is_disk_full_and_writes_nothing(reopen: Callable[[], Ledger]) -> None:
     ledger = reopen()
     ledger.append(ROUND_1[0])
-    pages = ledger.database._db.execute("PRAGMA page_count").fetchone()[0]
-    ledger.database._db.execute(f"PRAGMA max_page_count = {pages}")
+    [(pages,)] = ledger.database.read("PRAGMA page_count")
+    ledger.database.read(f"PRAGMA max_page_count = {pages}")
     large = rec.RunStarted(run_id="x" * 100_000, fixed={})
     with pytest.raises(DiskFull, match="the ledger's disk is full"):
         ledger.append(large)
     assert ledger.records() == [ROUND_1[0]]
-    ledger.database._db.execute(f"PRAGMA max_page_count = {pages + 1000}")  # space is back
+    ledger.database.read(f"PRAGMA max_page_count = {pages + 1000}")  # space is back
     ledger.append(large)
     assert ledger.records() == [ROUND_1[0], large]
 
@@ -187,7 +187,11 @@ def test_a_token_is_one_edge_and_only_its_hash_is_kept(reopen: Callable[[], Ledg
     assert found is not None
     assert (found.edge, found.device, found.revoked) == ("clinic-7", None, False)
     assert reopen().tokens.find(secret + "x") is None
-    dump = "\n".join(reopen().database._db.iterdump())
+    database = reopen().database
+    tables = [name for (name,) in database.read("SELECT name FROM sqlite_master WHERE type = 'table'")]
+    assert "tokens" in tables
+    dump = "\n".join(str(database.read(f"SELECT * FROM {table}")) for table in tables)
+    assert "clinic-7" in dump
     assert secret not in dump
     assert secret.removeprefix("fs1-") not in dump
 
