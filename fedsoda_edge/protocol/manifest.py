@@ -228,6 +228,8 @@ def file_of(name: str, size_class: int) -> str:
 
 def encode_manifest(manifest: BundleManifest) -> bytes:
     """Write a manifest as JSON, indented, its keys sorted: equal manifests give equal bytes."""
+    if manifest.emulator_base == "nf4":  # msgspec leaves out the default itself, not what equals it
+        manifest = msgspec.structs.replace(manifest, emulator_base="nf4")
     return msgspec.json.format(msgspec.json.encode(manifest, order="sorted"), indent=1)
 
 
