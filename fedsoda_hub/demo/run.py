@@ -188,7 +188,7 @@ async def _train_alone(directory: Path, rounds: int, seed: int, say: Say) -> dic
 
     async def one(office: str) -> Path:
         nonlocal done
-        trained = await _alone(directory, office, rounds, seed)
+        trained = await train_alone_at(directory, office, rounds, seed)
         done += 1
         say(_progress("training each edge alone", done, len(task.OFFICES)))
         return trained
@@ -197,7 +197,7 @@ async def _train_alone(directory: Path, rounds: int, seed: int, say: Say) -> dic
     return dict(zip([office.name for office in task.OFFICES], paths, strict=True))
 
 
-async def _alone(directory: Path, office: str, rounds: int, seed: int) -> Path:
+async def train_alone_at(directory: Path, office: str, rounds: int, seed: int) -> Path:
     settings = read_settings(directory / "run.toml")
     manifest = RunDirectory(settings.run_dir).manifest
     work = directory / "alone" / office

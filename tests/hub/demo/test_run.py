@@ -30,7 +30,7 @@ def test_an_edge_alone_trains_in_a_worker_like_that_of_a_join(tmp_path: Path, pr
         shutil.copyfile(file, store / sha256_file(file))
     rows = [{"message": f"cat {number}", "desk": "farm" if number % 2 else "food"} for number in range(12)]
     (tmp_path / "village.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    view = load_file(asyncio.run(run._alone(tmp_path, "village", 2, 0)))
+    view = load_file(asyncio.run(run.train_alone_at(tmp_path, "village", 2, 0)))
     start = Bundle.open(prepared.run_dir / "bundle").adapter_lora()
     assert view.keys() == start.keys()
     assert any(not torch.equal(view[name], start[name]) for name in view)

@@ -30,17 +30,18 @@ from fedsoda_edge.protocol.coded import check, of_factor
 from fedsoda_edge.protocol.manifest import TensorSpec
 from fedsoda_hub.algorithms.aggregation.weighted_mean import CodedUpdate, weighted_mean
 from fedsoda_hub.compute import Compute
-from fedsoda_hub.events import Listening, Told, as_json
+from fedsoda_hub.events import Listening, RoundClosed, Told, as_json
 from fedsoda_hub.federation import records as ev
 from fedsoda_hub.federation.schedule import trained_factor
 from fedsoda_hub.local.in_process import TorchThread
 from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.serving.daemon import Daemon
+from fedsoda_hub.serving.first_of import first_of
 from fedsoda_hub.settings.run import RunSettings
 from tests.hub.runs import make_run
 from tests.hub.serving.test_daemon import records
+from tests.joins import joining
 from tests.schema import HUB
-from tests.worker_here import WorkerHere
 
 ROUNDS = 3
 NAMES = ("a", "b")
@@ -74,7 +75,7 @@ def take_part(url: str, directory: Path, name: str, token: str, max_rounds: int)
     (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     edge = Edge(url, token_file=directory / f"{name}.token", home=directory / f"home-{name}", threads=1)
     size = 0
-    with edge.join(LocalData(directory / f"{name}.jsonl"), max_rounds=max_rounds) as participation:
+    with joining(edge, LocalData(directory / f"{name}.jsonl"), max_rounds=max_rounds) as participation:
         for offer in participation:
             update = offer.train()
             size = update.path.stat().st_size
@@ -85,9 +86,17 @@ def take_part(url: str, directory: Path, name: str, token: str, max_rounds: int)
 def federate(settings: RunSettings, max_rounds: int = 0) -> list[int]:
     """Serve until the run is over, or until every edge has left after so many rounds; bytes of their last updates."""
     said: list[Told] = []
+    is_listening, has_closed = asyncio.Event(), asyncio.Event()  # the latter: as many rounds as edges take part in
+
+    def say(event: Told) -> None:
+        said.append(event)
+        if isinstance(event, Listening):
+            is_listening.set()
+        if isinstance(event, RoundClosed) and event.round == max_rounds:
+            has_closed.set()
 
     async def serve(thread: TorchThread) -> list[int]:
-        daemon = Daemon.open(settings, said.append, torch=thread.port(lambda: Compute().answer))
+        daemon = Daemon.open(settings, say, torch=thread.port(lambda: Compute().answer))
         tokens = daemon.disk.ledger.tokens
         known = {token.edge for token in tokens.all()}
         for name in NAMES:
@@ -95,9 +104,8 @@ def federate(settings: RunSettings, max_rounds: int = 0) -> list[int]:
                 (settings.directory / f"{name}.secret").write_text(tokens.create(name))
         running = asyncio.create_task(daemon.run(exit_when_done=True))
         async with asyncio.timeout(120):
-            while not any(isinstance(event, Listening) for event in said):
-                await asyncio.sleep(0.02)
-                assert not running.done(), running.result()
+            await first_of(is_listening.wait(), asyncio.wait({running}))
+            assert not running.done(), running.result()
             sizes = await asyncio.gather(
                 *(
                     asyncio.to_thread(
@@ -112,13 +120,12 @@ def federate(settings: RunSettings, max_rounds: int = 0) -> list[int]:
                 )
             )
             if max_rounds:
-                while len(daemon.machine.state.losses) < max_rounds:
-                    await asyncio.sleep(0.02)
+                await has_closed.wait()
                 running.cancel()
             await asyncio.wait([running])
         return sizes
 
-    with mock.patch("fedsoda_edge.edge.Child", side_effect=lambda *_: WorkerHere()), TorchThread() as thread:
+    with TorchThread() as thread:
         sizes = asyncio.run(serve(thread))
     for event in said:
         HUB.check_event(as_json(event))
