@@ -24,7 +24,7 @@ from fedsoda_hub.algorithms.aggregation.products import CrossTerm, cross_term, p
 from fedsoda_hub.algorithms.aggregation.weighted_mean import CodedUpdate, weighted_mean
 from fedsoda_hub.evaluation.judge import RunJudge, check_evaluation
 from fedsoda_hub.federation import jobs
-from fedsoda_hub.preparation.prepare import Preparation
+from fedsoda_hub.preparation.prepare import RunPreparation
 from fedsoda_hub.preparation.realign import PreparedRun
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.settings.open_run import OpenRun, RunOpened
@@ -153,9 +153,9 @@ class Compute:
         return Digest(self.blobs.put(delta.to_bytes(tensors)))
 
     @cached_property
-    def _preparation(self) -> Preparation:
+    def _preparation(self) -> RunPreparation:
         """The run's full LLM and public text, read once for the life of this process."""
-        return Preparation(self.settings)
+        return RunPreparation(self.settings)
 
     @cached_property
     def _prepared(self) -> PreparedRun:

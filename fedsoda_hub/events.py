@@ -15,8 +15,8 @@ from msgspec import Meta, structs
 from fedsoda_edge.protocol.messages import Digest, EdgeId
 from fedsoda_hub.federation import jobs
 from fedsoda_hub.federation import records as rec
-from fedsoda_hub.federation.state import RunState
-from fedsoda_hub.run.ledger import Traffic
+from fedsoda_hub.federation.state import LedgerState
+from fedsoda_hub.run.ledger import RoundTraffic
 from fedsoda_hub.run.status import LiveStatus
 
 Count = Annotated[int, Meta(ge=0)]
@@ -25,14 +25,14 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 Cosine = Annotated[float, Meta(ge=-1, le=1)]
 
 
-class Told(msgspec.Struct, frozen=True, tag_field="event", kw_only=True, forbid_unknown_fields=True):
+class HubEvent(msgspec.Struct, frozen=True, tag_field="event", kw_only=True, forbid_unknown_fields=True):
     """The root of all that is told."""
 
 
-Say = Callable[[Told], None]
+HubSay = Callable[[HubEvent], None]
 
 
-def line_of(event: Told) -> str:
+def line_of(event: HubEvent) -> str:
     """Return the event as `--jsonl` prints it.
 
     Raises:
@@ -41,7 +41,7 @@ def line_of(event: Told) -> str:
     return json.dumps(msgspec.to_builtins(event, str_keys=True), allow_nan=False)
 
 
-def as_json(event: Told) -> dict[str, Any]:
+def as_json(event: HubEvent) -> dict[str, Any]:
     """Return the event as whoever parses its line sees it."""
     values: dict[str, Any] = json.loads(line_of(event))
     return values
@@ -50,45 +50,45 @@ def as_json(event: Told) -> dict[str, Any]:
 # --- the hub and its edges -------------------------------------------------------------------------------------------
 
 
-class Setting(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class SettingInForce(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A key's value. source: the file's name, or default."""
 
     value: str | float | bool | list[Any] | None
     source: Annotated[str, Meta(min_length=1)]
 
 
-class Settings(Told, frozen=True, tag="settings"):
+class SettingsInForce(HubEvent, frozen=True, tag="settings"):
     """The settings in force, by the keys that people write in RUN.toml."""
 
-    values: Annotated[dict[str, Setting], Meta(min_length=1)]
+    values: Annotated[dict[str, SettingInForce], Meta(min_length=1)]
 
 
-class Listening(Told, frozen=True, tag="listening"):
+class Listening(HubEvent, frozen=True, tag="listening"):
     """Edges may join from now on."""
 
     url: Annotated[str, Meta(pattern="^http://")]
     run: str
 
 
-class EdgeConnected(Told, frozen=True, tag="edge_connected"):
+class EdgeConnected(HubEvent, frozen=True, tag="edge_connected"):
     edge: EdgeId
     software: str
 
 
-class EdgeGone(Told, frozen=True, tag="edge_gone"):
+class EdgeGone(HubEvent, frozen=True, tag="edge_gone"):
     """The connection ended; the edge may come back."""
 
     edge: EdgeId
 
 
-class EdgeLeft(Told, frozen=True, tag="edge_left"):
+class EdgeLeft(HubEvent, frozen=True, tag="edge_left"):
     """The edge left for good."""
 
     edge: EdgeId
     reason: str
 
 
-class EdgeProgress(Told, frozen=True, tag="edge_progress"):
+class EdgeProgress(HubEvent, frozen=True, tag="edge_progress"):
     """Where an edge's local round is, in its own numbers."""
 
     edge: EdgeId
@@ -99,7 +99,7 @@ class EdgeProgress(Told, frozen=True, tag="edge_progress"):
     tokens_per_second: float | None
 
 
-class Declined(Told, frozen=True, tag="declined"):
+class Declined(HubEvent, frozen=True, tag="declined"):
     """An edge will send no update this round, in its own words."""
 
     edge: EdgeId
@@ -107,17 +107,17 @@ class Declined(Told, frozen=True, tag="declined"):
     reason: str
 
 
-class Waiting(Told, frozen=True, tag="waiting"):
+class Waiting(HubEvent, frozen=True, tag="waiting"):
     """Nothing can be done now, and why."""
 
     why: str
 
 
-class DiskFull(Told, frozen=True, tag="disk_full"):
+class OutOfDisk(HubEvent, frozen=True, tag="disk_full"):
     message: str
 
 
-class ComputeFailed(Told, frozen=True, tag="compute_failed"):
+class ComputeFailed(HubEvent, frozen=True, tag="compute_failed"):
     """The process with torch ended in the middle of a job; details: its traceback or last words."""
 
     job: str
@@ -125,7 +125,7 @@ class ComputeFailed(Told, frozen=True, tag="compute_failed"):
     details: str
 
 
-class Stopped(Told, frozen=True, tag="stopped"):
+class StoppedBySignal(HubEvent, frozen=True, tag="stopped"):
     """A signal ends the hub."""
 
     signal: str
@@ -134,7 +134,7 @@ class Stopped(Told, frozen=True, tag="stopped"):
 # --- progress of a job -----------------------------------------------------------------------------------------------
 
 
-class StageProgress(Told, frozen=True, tag="progress", omit_defaults=True):
+class StageProgress(HubEvent, frozen=True, tag="progress", omit_defaults=True):
     """How far a stage of a job is. kl: public KL, nats, of the alignment's last step; detail: what is compared now."""
 
     job: str
@@ -145,7 +145,7 @@ class StageProgress(Told, frozen=True, tag="progress", omit_defaults=True):
     detail: str | None = None
 
 
-class DiskNeeded(Told, frozen=True, tag="progress"):
+class DiskProgress(HubEvent, frozen=True, tag="progress"):
     """Bytes that the cached targets of the teacher need, and how many are free."""
 
     job: str
@@ -154,7 +154,7 @@ class DiskNeeded(Told, frozen=True, tag="progress"):
     free_bytes: Count
 
 
-class BorderMapFitted(Told, frozen=True, tag="progress"):
+class BorderMapProgress(HubEvent, frozen=True, tag="progress"):
     """Relative squared error of border states on prompts left out: without a map, with one of whole width, with this."""
 
     job: str
@@ -164,7 +164,7 @@ class BorderMapFitted(Told, frozen=True, tag="progress"):
     error: float
 
 
-class NoBorderMap(Told, frozen=True, tag="progress"):
+class NoBorderMapProgress(HubEvent, frozen=True, tag="progress"):
     """Why no border map is fitted."""
 
     job: str
@@ -172,7 +172,7 @@ class NoBorderMap(Told, frozen=True, tag="progress"):
     why: str
 
 
-class ShapeMeasured(Told, frozen=True, tag="progress"):
+class ShapeProgress(HubEvent, frozen=True, tag="progress"):
     """One shape of the sub-LLM that `groups = "auto"` looked at."""
 
     job: str
@@ -183,22 +183,22 @@ class ShapeMeasured(Told, frozen=True, tag="progress"):
     cosine: Cosine
 
 
-JobProgress = StageProgress | DiskNeeded | BorderMapFitted | NoBorderMap | ShapeMeasured
+ProgressEvent = StageProgress | DiskProgress | BorderMapProgress | NoBorderMapProgress | ShapeProgress
 
 
-def progress_told(job: str, progress: jobs.Progress) -> JobProgress:
+def event_of_progress(job: str, progress: jobs.JobProgress) -> ProgressEvent:
     """Return the event that tells how far a job is."""
     match progress:
         case jobs.Stage(stage=stage, done=done, total=total, kl=kl):
             return StageProgress(job=job, stage=stage, done=done, total=total, kl=kl)
         case jobs.DiskNeeded(stage=stage, needed_bytes=needed, free_bytes=free):
-            return DiskNeeded(job=job, stage=stage, needed_bytes=needed, free_bytes=free)
+            return DiskProgress(job=job, stage=stage, needed_bytes=needed, free_bytes=free)
         case jobs.BorderMapFitted():
-            return BorderMapFitted(job=job, **structs.asdict(progress))
+            return BorderMapProgress(job=job, **structs.asdict(progress))
         case jobs.NoBorderMap(stage=stage, why=why):
-            return NoBorderMap(job=job, stage=stage, why=why)
+            return NoBorderMapProgress(job=job, stage=stage, why=why)
         case jobs.ShapeMeasured():
-            return ShapeMeasured(job=job, **structs.asdict(progress))
+            return ShapeProgress(job=job, **structs.asdict(progress))
         case _:
             assert_never(progress)
 
@@ -206,13 +206,13 @@ def progress_told(job: str, progress: jobs.Progress) -> JobProgress:
 # --- what became a fact: a record of the ledger, and [rounds] count --------------------------------------------------
 
 
-class Fact(Told, frozen=True):
+class Fact(HubEvent, frozen=True):
     """The root of what was written down. rounds: how many the run has."""
 
     rounds: Positive
 
 
-class Prepared(Fact, frozen=True, tag="prepared"):
+class RunPrepared(Fact, frozen=True, tag="prepared"):
     """Digests of what the run starts from. master None: the adapter's view is all of it."""
 
     manifest: Digest
@@ -305,11 +305,11 @@ class RunEnded(Fact, frozen=True, tag="run_ended"):
     summary: LiveStatus
 
 
-def fact_told(
+def event_of_record(
     record: rec.AnyRecord,
     rounds: int,
-    state: RunState,
-    traffic: Callable[[], list[Traffic]],
+    state: LedgerState,
+    traffic: Callable[[], list[RoundTraffic]],
     summary: Callable[[], LiveStatus],
 ) -> Fact | None:
     """Return the event of a record that `state` has folded in; None where people are told nothing.
@@ -321,8 +321,8 @@ def fact_told(
     match record:
         case rec.RunStarted() | rec.SettingsChanged():
             return None
-        case rec.Prepared():
-            return Prepared(rounds=rounds, **values)
+        case rec.RunPrepared():
+            return RunPrepared(rounds=rounds, **values)
         case rec.RoundOpened():
             return RoundOpened(rounds=rounds, **values)
         case rec.CohortExtended():
@@ -360,7 +360,7 @@ def fact_told(
 # --- a comparison ----------------------------------------------------------------------------------------------------
 
 
-class CellDone(Told, frozen=True, tag="cell"):
+class CellDone(HubEvent, frozen=True, tag="cell"):
     """A run of a comparison is over and judged."""
 
     cell: str
@@ -371,13 +371,13 @@ class CellDone(Told, frozen=True, tag="cell"):
 # --- reading them back -----------------------------------------------------------------------------------------------
 
 
-def kinds() -> list[type[Told]]:
+def kinds() -> list[type[HubEvent]]:
     """Return every struct that can be told; those of progress share a tag."""
-    found = [*Told.__subclasses__(), *Fact.__subclasses__()]
+    found = [*HubEvent.__subclasses__(), *Fact.__subclasses__()]
     return [kind for kind in found if kind is not Fact]
 
 
-def read(line: str | bytes) -> Told | None:
+def read(line: str | bytes) -> HubEvent | None:
     """Return the event of one line that a hub of this release printed; None for the terminal one.
 
     Raises:

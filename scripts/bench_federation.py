@@ -41,7 +41,7 @@ from fedsoda_edge.protocol.messages import LocalSettings
 from fedsoda_edge.protocol.template import TextTemplate
 from fedsoda_edge.worker.batches import SweptSamples
 from fedsoda_edge.worker.training import fine_tune
-from fedsoda_hub.evaluation.evaluator import Evaluator, Judged, auc
+from fedsoda_hub.evaluation.evaluator import Evaluator, JudgedModel, auc
 from fedsoda_hub.evaluation.judge import judged_models
 from fedsoda_hub.evaluation.questions import read_questions
 from fedsoda_hub.run.ledger import read_outcome
@@ -224,7 +224,7 @@ def train_alone(
     return view
 
 
-def judge(evaluator: Evaluator, model: Judged) -> dict[str, torch.Tensor]:
+def judge(evaluator: Evaluator, model: JudgedModel) -> dict[str, torch.Tensor]:
     """What bootstrap and tables need: (questions, choices) scores."""
     answers = evaluator.answers(model)
     assert answers.scores is not None
@@ -257,9 +257,11 @@ class Bench:
             data = LocalData(Path(directory) / "rows.jsonl")
             return read_samples(data, PROMPT, COMPLETION, self.tokenizer, LOCAL.max_length).samples
 
-    def plugged(self, spec: LoRASpec, bundle: Bundle, adapter: dict[str, torch.Tensor]) -> Judged:
+    def plugged(self, spec: LoRASpec, bundle: Bundle, adapter: dict[str, torch.Tensor]) -> JudgedModel:
         plan = bundle.plan
-        return Judged(self.source, range(plan.border), range(plan.border, plan.num_layers), spec, self.none, adapter)
+        return JudgedModel(
+            self.source, range(plan.border), range(plan.border, plan.num_layers), spec, self.none, adapter
+        )
 
     def cell(self, split: str, seed: int, variant: Variant) -> dict[str, dict[str, torch.Tensor]]:
         """Scores of one federated run's arms."""

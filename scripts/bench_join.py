@@ -40,7 +40,7 @@ from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.manifest import BundleManifest, Group, parse_manifest
 from fedsoda_edge.protocol.session import Upload
 from fedsoda_hub.algorithms.pruning.layer_plan import make_plan
-from fedsoda_hub.federation.state import RunState
+from fedsoda_hub.federation.state import LedgerState
 from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.run.status import LiveStatus, live_status, run_status
 from fedsoda_hub.run.tokens import Token
@@ -118,7 +118,7 @@ class OneRoundHub:
         return None
 
     def status(self) -> LiveStatus:
-        return live_status(run_status("bench", 1, Ledger(None), RunState()), [])
+        return live_status(run_status("bench", 1, Ledger(None), LedgerState()), [])
 
     def metrics(self) -> str:
         return ""

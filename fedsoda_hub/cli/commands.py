@@ -30,7 +30,7 @@ token_app = typer.Typer(help="What an edge needs to join.", no_args_is_help=True
 app.add_typer(token_app, name="token")
 
 
-class Transport(StrEnum):
+class CompareTransport(StrEnum):
     """How edges of a comparison reach their hub."""
 
     memory = "memory"
@@ -39,15 +39,15 @@ class Transport(StrEnum):
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.toml", help="the run's settings")]
 OUTPUT = "Output"
-Json = Annotated[
+JsonOption = Annotated[
     bool,
     typer.Option("--json", envvar="FEDSODA_JSON", help="one JSON object on stdout", rich_help_panel=OUTPUT),
 ]
-JsonLines = Annotated[
+JsonLinesOption = Annotated[
     bool,
     typer.Option("--jsonl", envvar="FEDSODA_JSONL", help="one JSON event a line on stdout", rich_help_panel=OUTPUT),
 ]
-Debug = Annotated[
+DebugOption = Annotated[
     bool,
     typer.Option("--debug", envvar="FEDSODA_DEBUG", help="add the traceback to an error", rich_help_panel=OUTPUT),
 ]
@@ -60,15 +60,15 @@ def demo(
     ] = Path("fedsoda-demo"),
     rounds: Annotated[int, setting("[rounds] count", envvar="FEDSODA_DEMO_ROUNDS", show_default=True)] = 6,
     seed: Annotated[int, typer.Option(envvar="FEDSODA_DEMO_SEED", help="of data and training")] = 0,
-    as_json: Json = False,
-    debug: Debug = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
 ) -> None:
     """The whole job on this machine, offline: hub, three edges, all rounds, export, evaluation."""
     with reporting(as_json, False, debug):
-        from fedsoda_hub.cli.display import Display
+        from fedsoda_hub.cli.display import HubDisplay
         from fedsoda_hub.demo.run import print_summary, run_demo
 
-        with Display(jsonl=False) as display:
+        with HubDisplay(jsonl=False) as display:
             report = asyncio.run(run_demo(directory, rounds=rounds, seed=seed, say=display.say))
         print_summary(report)
         finish({"status": "ok", **report}, as_json, False)
@@ -97,8 +97,8 @@ def plan(
     tflops: Annotated[
         float, typer.Option("--tflops", min=0.001, envvar="FEDSODA_TFLOPS", help="TFLOP/s of an edge, assumed")
     ] = Rates.tflop_per_second,
-    as_json: Json = False,
-    debug: Debug = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
 ) -> None:
     """What a run of this model would cost an edge, and the paper's arithmetic; needs no weights."""
     with reporting(as_json, False, debug):
@@ -136,10 +136,10 @@ def plan(
 
 
 @app.command(epilog="Example: fedsoda-hub prepare triage.toml")
-def prepare(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
+def prepare(run: RunFile, as_json: JsonOption = False, debug: DebugOption = False) -> None:
     """SGP, NF4 and alignment into a bundle, as the run's method has them; goes on where it stopped."""
     with reporting(as_json, False, debug):
-        from fedsoda_hub.cli.display import Display
+        from fedsoda_hub.cli.display import HubDisplay
         from fedsoda_hub.report.history import kl_sentence
         from fedsoda_hub.run.directory import RunDirectory
         from fedsoda_hub.settings.run import read_settings
@@ -149,12 +149,14 @@ def prepare(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
         lock = directory.lock()
         try:
             from fedsoda_hub.evaluation.judge import check_evaluation
-            from fedsoda_hub.events import progress_told
-            from fedsoda_hub.preparation.prepare import Preparation
+            from fedsoda_hub.events import event_of_progress
+            from fedsoda_hub.preparation.prepare import RunPreparation
 
             check_evaluation(settings)
-            with Display(jsonl=False) as display:
-                result = Preparation(settings).run(lambda progress: display.say(progress_told("prepare", progress)))
+            with HubDisplay(jsonl=False) as display:
+                result = RunPreparation(settings).run(
+                    lambda progress: display.say(event_of_progress("prepare", progress))
+                )
         finally:
             lock.release()
         note(f"bundle: {directory.bundle}; {kl_sentence(result.sub_llms[0].public_kl)}")
@@ -176,21 +178,23 @@ def serve(
     exit_when_done: Annotated[
         bool, typer.Option("--exit-when-done", envvar="FEDSODA_EXIT_WHEN_DONE", help="end when the run is over")
     ] = False,
-    as_json: Json = False,
-    jsonl: JsonLines = False,
-    debug: Debug = False,
+    as_json: JsonOption = False,
+    jsonl: JsonLinesOption = False,
+    debug: DebugOption = False,
 ) -> None:
     """Prepare if needed, then accept edges and run the rounds; survives restarts."""
     with reporting(as_json, jsonl, debug):
-        from fedsoda_hub.cli.display import Display
-        from fedsoda_hub.events import Setting, Settings
+        from fedsoda_hub.cli.display import HubDisplay
+        from fedsoda_hub.events import SettingInForce, SettingsInForce
         from fedsoda_hub.serving.daemon import Daemon
         from fedsoda_hub.settings.run import effective, read_settings
 
         settings = read_settings(run)
-        with Display(jsonl, is_detailed=debug) as display:
+        with HubDisplay(jsonl, is_detailed=debug) as display:
             daemon = Daemon.open(settings, display.say)
-            display.say(Settings(values={key: Setting(**how) for key, how in effective(settings).items()}))
+            display.say(
+                SettingsInForce(values={key: SettingInForce(**how) for key, how in effective(settings).items()})
+            )
             display.begins(daemon.machine.state, settings.rounds.count)
             asyncio.run(daemon.run(exit_when_done=exit_when_done))
         finish({"status": "ok", "run": settings.name, "phase": daemon.machine.state.phase}, as_json, jsonl)
@@ -203,8 +207,8 @@ def token_create(
     out: Annotated[
         Path | None, typer.Option("--out", envvar="FEDSODA_TOKEN_OUT", help="write the token there, mode 0600")
     ] = None,
-    as_json: Json = False,
-    debug: Debug = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
 ) -> None:
     """Print a new token; it is kept nowhere else."""
     with reporting(as_json, False, debug):
@@ -227,7 +231,7 @@ def token_create(
 
 
 @token_app.command("list", epilog="Example: fedsoda-hub token list triage.toml")
-def token_list(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
+def token_list(run: RunFile, as_json: JsonOption = False, debug: DebugOption = False) -> None:
     """Edges that may join, and whether a device has."""
     with reporting(as_json, False, debug):
         with contextlib.closing(_ledger(run)) as ledger:
@@ -241,7 +245,7 @@ def token_list(run: RunFile, as_json: Json = False, debug: Debug = False) -> Non
 
 @token_app.command("revoke", epilog="Example: fedsoda-hub token revoke triage.toml clinic-7")
 def token_revoke(
-    run: RunFile, name: Annotated[str, typer.Argument()], as_json: Json = False, debug: Debug = False
+    run: RunFile, name: Annotated[str, typer.Argument()], as_json: JsonOption = False, debug: DebugOption = False
 ) -> None:
     """The edge is refused from its next connection on."""
     with reporting(as_json, False, debug):
@@ -283,7 +287,7 @@ def _status(run: Path) -> tuple[bool, LiveStatus]:
 
 
 @app.command(epilog="Example: fedsoda-hub status triage.toml --json")
-def status(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
+def status(run: RunFile, as_json: JsonOption = False, debug: DebugOption = False) -> None:
     """Rounds, losses, bytes, accuracy; of the running hub, else of what it left."""
     with reporting(as_json, False, debug):
         import msgspec
@@ -310,7 +314,7 @@ def status(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
 
 
 @app.command(epilog="Example: fedsoda-hub edges triage.toml")
-def edges(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
+def edges(run: RunFile, as_json: JsonOption = False, debug: DebugOption = False) -> None:
     """Who may join, who is in."""
     with reporting(as_json, False, debug):
         import msgspec
@@ -331,8 +335,8 @@ def export(
     merge: Annotated[
         bool, typer.Option("--merge", envvar="FEDSODA_MERGE", help="a merged Transformers checkpoint instead")
     ] = False,
-    as_json: Json = False,
-    debug: Debug = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
 ) -> None:
     """The PEFT adapter for the full model."""
     with reporting(as_json, False, debug):
@@ -364,16 +368,16 @@ def evaluate(
     samples: Annotated[
         int, typer.Option("--samples", min=0, envvar="FEDSODA_SAMPLES", help="show so many questions with the answers")
     ] = 0,
-    as_json: Json = False,
-    debug: Debug = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
 ) -> None:
     """Accuracy and loss: full model untouched, sub-LLM, plug-in."""
     with reporting(as_json, False, debug):
-        from fedsoda_hub.cli.display import Display
+        from fedsoda_hub.cli.display import HubDisplay
         from fedsoda_hub.evaluation.judge import evaluate_path
         from fedsoda_hub.events import StageProgress
 
-        with Display(jsonl=False) as display:
+        with HubDisplay(jsonl=False) as display:
             result = evaluate_path(
                 run_or_export,
                 data,
@@ -407,8 +411,8 @@ def report(
         Path | None,
         typer.Option("--to", envvar="FEDSODA_REPORT_TO", help="a directory; else `report` in the run's own"),
     ] = None,
-    as_json: Json = False,
-    debug: Debug = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
 ) -> None:
     """One HTML file and PNGs: loss, accuracy, layers, alignment, bytes, contributions; of a live run too."""
     with reporting(as_json, False, debug):
@@ -444,26 +448,26 @@ def compare(
         ),
     ] = None,
     transport: Annotated[
-        Transport,
+        CompareTransport,
         typer.Option(
             "--transport",
             envvar="FEDSODA_TRANSPORT",
             help="memory: hub and edges in one process; network: in processes of their own",
         ),
-    ] = Transport.memory,
-    as_json: Json = False,
-    jsonl: JsonLines = False,
-    debug: Debug = False,
+    ] = CompareTransport.memory,
+    as_json: JsonOption = False,
+    jsonl: JsonLinesOption = False,
+    debug: DebugOption = False,
 ) -> None:
     """Methods x seeds x splits on one task, with the daemon's own machine and codecs; continues where it stopped."""
     with reporting(as_json, jsonl, debug):
-        from fedsoda_hub.cli.display import Display
+        from fedsoda_hub.cli.display import HubDisplay
         from fedsoda_hub.compare.settings import read_comparison
 
         comparison = read_comparison(file)  # refuses in no time; loading torch takes seconds
         from fedsoda_hub.compare.run import run_comparison
 
-        with Display(jsonl) as display:
+        with HubDisplay(jsonl) as display:
             report = run_comparison(comparison, out or file.with_suffix(".compare"), transport.value, display.say)
         note(Path(report.markdown).read_text(encoding="utf-8"))
         note(f"wrote {report.report} and {len(report.pictures)} pictures beside it")

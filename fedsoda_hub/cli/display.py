@@ -9,12 +9,12 @@ from types import TracebackType
 
 from fedsoda_edge.ports.console import ProgressLine, settings_lines
 from fedsoda_edge.units import counted, human_bytes, human_seconds
-from fedsoda_hub import events as told
-from fedsoda_hub.federation.state import RunState
+from fedsoda_hub import events
+from fedsoda_hub.federation.state import LedgerState
 from fedsoda_hub.report.history import kl_sentence
 
 
-class Display:
+class HubDisplay:
     """Everything but JSON goes to stderr. is_detailed: settings that have their defaults are shown too."""
 
     def __init__(self, jsonl: bool, *, is_detailed: bool = False) -> None:
@@ -24,7 +24,7 @@ class Display:
         self._round = _OpenRound()
         self._edges: set[str] = set()  # connected
 
-    def __enter__(self) -> Display:
+    def __enter__(self) -> HubDisplay:
         return self
 
     def __exit__(
@@ -32,17 +32,17 @@ class Display:
     ) -> None:
         self._line.end()
 
-    def say(self, event: told.Told) -> None:
+    def say(self, event: events.HubEvent) -> None:
         """Show one event of the hub or of a job."""
         if self._jsonl:
-            print(told.line_of(event), flush=True)
+            print(events.line_of(event), flush=True)
             return
-        if isinstance(event, told.StageProgress):
+        if isinstance(event, events.StageProgress):
             detail = event.detail if event.detail is not None else f"{event.done} of {event.total}"
             self._line.show(event.stage, event.done, event.total, detail)
             return
         self._fold(event)
-        text = self._settings(event) if isinstance(event, told.Settings) else _sentence(event)
+        text = self._settings(event) if isinstance(event, events.SettingsInForce) else _sentence(event)
         if text and self._round.number == 0:
             self._line.end()
         if text:
@@ -53,33 +53,33 @@ class Display:
                 f"round {self._round.number}", done, total, self._round.detail(len(self._edges), time.time())
             )
 
-    def begins(self, state: RunState, rounds: int) -> None:
+    def begins(self, state: LedgerState, rounds: int) -> None:
         """Say what happens next, where a hub begins to serve."""
         if not self._jsonl:
             self._line.say(next_step(state, rounds))
 
-    def _settings(self, event: told.Settings) -> str:
+    def _settings(self, event: events.SettingsInForce) -> str:
         values = {name: (setting.value, setting.source) for name, setting in event.values.items()}
         return settings_lines(values, is_detailed=self._is_detailed)
 
-    def _fold(self, event: told.Told) -> None:
+    def _fold(self, event: events.HubEvent) -> None:
         now = self._round
         match event:
-            case told.EdgeConnected():
+            case events.EdgeConnected():
                 self._edges.add(event.edge)
-            case told.EdgeGone():
+            case events.EdgeGone():
                 self._edges.discard(event.edge)
-            case told.RoundOpened():
+            case events.RoundOpened():
                 self._round = _OpenRound(event.round, dict.fromkeys(event.cohort, (0, 0)), event.deadline_at)
-            case told.CohortExtended():
+            case events.CohortExtended():
                 now.local |= dict.fromkeys(event.invited, (0, 0))
                 now.due_at = event.deadline_at
                 now.answered -= set(event.invited)
-            case told.EdgeProgress() if event.edge in now.local:
+            case events.EdgeProgress() if event.edge in now.local:
                 now.local[event.edge] = event.step, event.steps
-            case told.UpdateAccepted() | told.EdgeAnswered():
+            case events.UpdateAccepted() | events.EdgeAnswered():
                 now.answered.add(event.edge)
-            case told.RoundClosed() | told.RunEnded() | told.Stopped():
+            case events.RoundClosed() | events.RunEnded() | events.StoppedBySignal():
                 self._round = _OpenRound()
 
 
@@ -108,7 +108,7 @@ class _OpenRound:
         )
 
 
-def next_step(state: RunState, rounds: int) -> str:
+def next_step(state: LedgerState, rounds: int) -> str:
     """Say what a hub does first with a run that stands like this."""
     match state.phase:
         case "preparing":
@@ -122,62 +122,62 @@ def next_step(state: RunState, rounds: int) -> str:
             return f"next: nothing, the run is over after {counted(state.round, 'round')}; edges that come are told so"
 
 
-def _sentence(event: told.Told) -> str:
+def _sentence(event: events.HubEvent) -> str:
     match event:
-        case told.Listening():
+        case events.Listening():
             return f"serving {event.run} at {event.url}"
-        case told.DiskNeeded():
+        case events.DiskProgress():
             needed, free = human_bytes(event.needed_bytes), human_bytes(event.free_bytes)
             return f"{event.stage}: {needed} of disk, {free} free"
-        case told.BorderMapFitted():
+        case events.BorderMapProgress():
             return (
                 f"{event.stage}: on prompts left out, border states are {event.error_before:.1%} away from the full "
                 f"emulator's without it, {event.error:.1%} with it"
             )
-        case told.ShapeMeasured():
+        case events.ShapeProgress():
             return (
                 f"choosing groups: with {event.groups} x {event.layers_per_group} layers gone public KL is "
                 f"{event.kl:.3f}, the adapter's gradient {event.cosine:.1%} like the full LLM's"
             )
-        case told.NoBorderMap():
+        case events.NoBorderMapProgress():
             return f"no border map: {event.why}"
-        case told.Prepared():
+        case events.RunPrepared():
             return f"prepared: {kl_sentence(event.public_kl)}"
-        case told.EdgeConnected():
+        case events.EdgeConnected():
             return f"{event.edge} is here"
-        case told.EdgeGone():
+        case events.EdgeGone():
             return f"{event.edge} is gone"
-        case told.EdgeLeft():
+        case events.EdgeLeft():
             return f"{event.edge} left: {event.reason}"
-        case told.RoundOpened():
+        case events.RoundOpened():
             return f"round {event.round} of {event.rounds}: {', '.join(event.cohort)}"
-        case told.CohortExtended():
+        case events.CohortExtended():
             return f"round {event.round}: asking {', '.join(event.invited)} too"
-        case told.UpdateAccepted():
+        case events.UpdateAccepted():
             examples = counted(event.num_examples, "example")
             return f"round {event.round}: {event.edge}, {examples}, loss {event.loss:.3f}"
-        case told.EdgeAnswered():
+        case events.EdgeAnswered():
             return f"round {event.round}: no update from {event.edge} ({event.how})"
-        case told.RoundClosed():
+        case events.RoundClosed():
             sizes = f"{human_bytes(event.bytes_up)} up, {human_bytes(event.bytes_down)} down so far"
             updates = counted(event.updates, "update")
             return f"round {event.round} closed: {updates}, loss {event.loss:.3f}; {sizes}"
-        case told.Probed():
+        case events.Probed():
             return f"before round {event.round}: public KL {event.kl:.3f}, cosine of gradients {event.cosine:.3f}"
-        case told.Repruned():
+        case events.Repruned():
             return f"chose other layers for every sub-LLM before round {event.round}"
-        case told.Realigned():
+        case events.Realigned():
             return f"realigned before round {event.round}: public KL {event.kl_before:.3f} to {event.kl_after:.3f}"
-        case told.Evaluated():
+        case events.Evaluated():
             return "accuracy: " + ", ".join(f"{k} {v:.1%}" for k, v in event.result["accuracy"].items())
-        case told.CellDone():
+        case events.CellDone():
             return f"{event.cell}: {event.accuracy:.1%} in {human_seconds(event.seconds)}"
-        case told.Waiting():
+        case events.Waiting():
             return f"waiting: {event.why}"
-        case told.DiskFull() | told.ComputeFailed():
+        case events.OutOfDisk() | events.ComputeFailed():
             return event.message
-        case told.RunEnded():
+        case events.RunEnded():
             return f"the run is over after {counted(event.rounds, 'round')}"
-        case told.Stopped():
+        case events.StoppedBySignal():
             return f"stopping on {event.signal}"
     return ""

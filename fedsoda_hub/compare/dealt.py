@@ -16,7 +16,7 @@ from fedsoda_hub.compare.results import EdgeRows
 from fedsoda_hub.compare.settings import Comparison
 from fedsoda_hub.compare.splits import choose, deal
 
-Row = Mapping[str, Any]
+DataRow = Mapping[str, Any]
 MAX_LABELS = 20  # that are counted one by one
 
 
@@ -69,7 +69,7 @@ class DealtData:
             )
         return [str(row[column]) for row in self._rows]
 
-    def rows(self, part: Sequence[int]) -> list[Row]:
+    def rows(self, part: Sequence[int]) -> list[DataRow]:
         """Look up the rows at these places."""
         return [self._rows[row] for row in part]
 
@@ -89,7 +89,7 @@ class DealtData:
         return found
 
 
-def write_rows(path: Path, rows: Sequence[Row]) -> str:
+def write_rows(path: Path, rows: Sequence[DataRow]) -> str:
     """Write JSON Lines, and give their sha256."""
     data = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows).encode()
     write_durably(path, data)

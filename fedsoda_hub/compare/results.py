@@ -12,7 +12,7 @@ from fedsoda_hub.compare.settings import Cell, Compare
 # --- kept --------------------------------------------------------------------------------------------------
 
 
-class Answers(msgspec.Struct, frozen=True):
+class KeptAnswers(msgspec.Struct, frozen=True):
     """A model's answers. right: a 1 or 0 for each question. losses: as `evaluator.Answers` has them."""
 
     right: str
@@ -24,7 +24,7 @@ class Answers(msgspec.Struct, frozen=True):
         return self.right.count("1") / len(self.right)
 
 
-class RoundResult(msgspec.Struct, frozen=True, kw_only=True):
+class CellRound(msgspec.Struct, frozen=True, kw_only=True):
     """A closed round. accuracy: of the plug-in; None where it was not judged. Bytes are those of all edges in it."""
 
     round: int
@@ -51,16 +51,16 @@ class CellResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     cell: str
     edges: int
-    rounds: list[RoundResult]
-    answered: dict[str, Answers]
+    rounds: list[CellRound]
+    answered: dict[str, KeptAnswers]
     public_kl: dict[str, float] | None = None
     costs: Costs | None = None
 
 
-class Judged(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class BaselineResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What is not federated, judged. learning_rate: the one that central training did best with."""
 
-    answered: Answers
+    answered: KeptAnswers
     learning_rate: float | None = None
 
 
@@ -76,8 +76,8 @@ class Results:
     """All that a comparison has found; central and dealt by split and seed."""
 
     cells: dict[Cell, CellResult] = field(default_factory=dict)
-    central: dict[tuple[str, int], Answers] = field(default_factory=dict)
-    untouched: Answers | None = None
+    central: dict[tuple[str, int], KeptAnswers] = field(default_factory=dict)
+    untouched: KeptAnswers | None = None
     dealt: dict[tuple[str, int], dict[str, EdgeRows]] = field(default_factory=dict)
 
 
@@ -132,7 +132,7 @@ class EdgeRoundBytes(msgspec.Struct, frozen=True, kw_only=True):
     down_per_edge_round: float
 
 
-class Reached(msgspec.Struct, frozen=True, kw_only=True):
+class LevelReached(msgspec.Struct, frozen=True, kw_only=True):
     """When a variant has a level of accuracy: rounds, and bytes of all edges; None where it never has."""
 
     level: float
@@ -149,7 +149,7 @@ class Variant(Costs, frozen=True, kw_only=True):
     by_round: list[RoundPoint]
     bytes: EdgeRoundBytes
     public_kl: dict[str, float]
-    to_level: Reached
+    to_level: LevelReached
 
 
 class Alone(msgspec.Struct, frozen=True, kw_only=True):

@@ -26,36 +26,36 @@ from fedsoda_edge.ports.console import Terminated
 from fedsoda_edge.ports.disk import sha256_file, write_durably, write_durably_json
 from fedsoda_edge.ports.system import on_signal_in
 from fedsoda_edge.protocol.manifest import LayerPlan
-from fedsoda_hub import events as told
+from fedsoda_hub import events
 from fedsoda_hub.compare.central import train_central
 from fedsoda_hub.compare.costs import costs_of
 from fedsoda_hub.compare.dealt import DealtData, write_rows
 from fedsoda_hub.compare.pictures import write_pages
-from fedsoda_hub.compare.results import Answers, CellResult, Judged, Results, RoundResult, WrittenReport
+from fedsoda_hub.compare.results import BaselineResult, CellResult, CellRound, KeptAnswers, Results, WrittenReport
 from fedsoda_hub.compare.settings import Cell, Comparison
 from fedsoda_hub.compare.summary import summarise
 from fedsoda_hub.evaluation import evaluator
 from fedsoda_hub.evaluation.judge import RunJudge
-from fedsoda_hub.events import Say
-from fedsoda_hub.federation.records import Prepared, RoundClosed
+from fedsoda_hub.events import HubSay
+from fedsoda_hub.federation import records as rec
 from fedsoda_hub.local import in_process, processes
 from fedsoda_hub.preparation.full_llm import open_full_llm
-from fedsoda_hub.preparation.prepare import Preparation, made_of
+from fedsoda_hub.preparation.prepare import RunPreparation, made_of
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.run.ledger import opened
 from fedsoda_hub.settings.run import RunSettings
 from fedsoda_hub.settings.toml import write_toml
 
 T = TypeVar("T")
-K = TypeVar("K", CellResult, Judged)
+K = TypeVar("K", CellResult, BaselineResult)
 MAX_LOSS = 1e4  # nats; of a model that says no number
 
 
-class Stopped(Exception):
+class Interrupted(Exception):
     """A signal came; what was done is kept."""
 
 
-def run_comparison(comparison: Comparison, out: Path, transport: str, say: Say) -> WrittenReport:
+def run_comparison(comparison: Comparison, out: Path, transport: str, say: HubSay) -> WrittenReport:
     """Do what is not done, and write the report of `compare --json` to `out`, with its pages and pictures.
 
     Raises:
@@ -68,7 +68,7 @@ def run_comparison(comparison: Comparison, out: Path, transport: str, say: Say) 
     run = _Run(comparison, out, transport, say)
     try:
         results = asyncio.run(run.results())
-    except Stopped:
+    except Interrupted:
         raise KeyboardInterrupt if run.signal == "SIGINT" else Terminated from None
     report = summarise(comparison, results, transport)
     pages = write_pages(report, run.plans(), run.out)
@@ -81,7 +81,7 @@ def run_comparison(comparison: Comparison, out: Path, transport: str, say: Say) 
 class _Run:
     """One call of `run_comparison`: what it has done so far, and who judges."""
 
-    def __init__(self, comparison: Comparison, out: Path, transport: str, say: Say) -> None:
+    def __init__(self, comparison: Comparison, out: Path, transport: str, say: HubSay) -> None:
         self.comparison, self.transport, self.out, self._say = comparison, transport, out.resolve(), say
         self._stop: asyncio.Future[str]
         self._judges: dict[str, RunJudge] = {}
@@ -147,7 +147,9 @@ class _Run:
     def _advance(self, units: int = 1) -> None:
         self._done += units
         self._say(
-            told.StageProgress(job="compare", stage="comparing", detail=self._what, done=self._done, total=self._total)
+            events.StageProgress(
+                job="compare", stage="comparing", detail=self._what, done=self._done, total=self._total
+            )
         )
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
@@ -155,9 +157,9 @@ class _Run:
         return await asyncio.to_thread(work)
 
     def _alive(self, *_: object) -> None:
-        """Raise Stopped where a signal came: called wherever work in a thread says how far it is."""
+        """Raise Interrupted where a signal came: called wherever work in a thread says how far it is."""
         if self._stop.done():
-            raise Stopped
+            raise Interrupted
 
     # --- a cell ------------------------------------------------------------------------------------------------
 
@@ -183,12 +185,12 @@ class _Run:
             write_durably(mark, begun.encode())
             await self._federate(settings, names)
             if self._stop.done():
-                raise Stopped
+                raise Interrupted
             result = await self._in_thread(lambda: self._result(cell, settings))
             _keep(done, fingerprint, result)
             shutil.rmtree(directory / "homes", ignore_errors=True)  # a bundle and border states of each edge
             seconds = time.monotonic() - started
-            self._say(told.CellDone(cell=str(cell), accuracy=result.answered["plug_in"].share, seconds=seconds))
+            self._say(events.CellDone(cell=str(cell), accuracy=result.answered["plug_in"].share, seconds=seconds))
         self._advance(before + self._units(cell) - self._done)
         return result
 
@@ -224,7 +226,7 @@ class _Run:
     def _prepare(self, prepared: RunSettings) -> None:
         """Take a run from full LLM to bundle; once for a call, since text and weights would be read again for nothing."""
         if prepared.run_dir not in self._prepared_here:
-            Preparation(prepared).run(self._alive)
+            RunPreparation(prepared).run(self._alive)
             self._prepared_here.add(prepared.run_dir)
 
     def _prepare_cell(self, settings: RunSettings) -> None:
@@ -247,8 +249,8 @@ class _Run:
         edges = {name: settings.directory / "data" / f"{name}.jsonl" for name in names}
         homes = settings.directory / "homes"
 
-        def heard(event: told.Told) -> None:
-            if isinstance(event, told.RoundClosed):
+        def heard(event: events.HubEvent) -> None:
+            if isinstance(event, events.RoundClosed):
                 self._advance()
 
         with contextlib.ExitStack() as files:
@@ -258,7 +260,7 @@ class _Run:
                 for name in names
             }
 
-            def log_of(name: str) -> in_process.EdgeSay:
+            def log_of(name: str) -> processes.EdgeSay:
                 return lambda event: print(json.dumps(event), file=logs[name])
 
             if self.transport == "memory":
@@ -273,10 +275,10 @@ class _Run:
         with opened(RunDirectory(settings.run_dir)) as ledger:
             records, traffic, state = ledger.records(), ledger.traffic(), ledger.replay()
         largest = state.largest
-        closed = [record for record in records if isinstance(record, RoundClosed)]
+        closed = [record for record in records if isinstance(record, rec.RoundClosed)]
         judge, every = self._judge(settings), self.comparison.compare.eval_every
-        rounds: list[RoundResult] = []
-        answered: dict[str, Answers] = {}
+        rounds: list[CellRound] = []
+        answered: dict[str, KeptAnswers] = {}
         for record in closed:
             is_last = record.round == settings.rounds.count
             accuracy = None
@@ -287,7 +289,7 @@ class _Run:
                 accuracy = answered["plug_in"].share
             sizes = [(up, down) for _, number, up, down in traffic if number == record.round]
             rounds.append(
-                RoundResult(
+                CellRound(
                     round=record.round,
                     master=record.master,
                     accuracy=accuracy,
@@ -298,7 +300,7 @@ class _Run:
         public_kl, costs = None, None
         if cell.alone is None:
             answered["sub_llm"] = self._answered(judge, models["sub_llm"])
-            public_kl = next(record.public_kl for record in records if isinstance(record, Prepared))
+            public_kl = next(record.public_kl for record in records if isinstance(record, rec.RunPrepared))
             costs = costs_of(settings)
         judge.forget(models)
         return CellResult(
@@ -319,29 +321,29 @@ class _Run:
             self._judges[key] = RunJudge(settings, self._data.eval_file)
         return self._judges[key].of(settings.run_dir)
 
-    def _answered(self, judge: RunJudge, model: evaluator.Judged) -> Answers:
+    def _answered(self, judge: RunJudge, model: evaluator.JudgedModel) -> KeptAnswers:
         """Let a model answer the questions."""
         answers = judge.evaluator.answers(model, self._alive)
         losses = answers.losses.nan_to_num(MAX_LOSS).clamp(max=MAX_LOSS)  # JSON has no NaN
-        return Answers(
+        return KeptAnswers(
             right="".join("01"[right] for right in judge.evaluator.right(answers)),
             losses=[round(loss, 6) for loss in losses.tolist()],
         )
 
     # --- what is not federated -------------------------------------------------------------------------------------
 
-    async def _untouched(self) -> Judged:
+    async def _untouched(self) -> BaselineResult:
         first = Cell(self.comparison.baseline_of, self.comparison.compare.splits[0], self.comparison.compare.seeds[0])
         settings = self._prepared(self._settings_of(first, 1))
 
-        def judged() -> Judged:
+        def judged() -> BaselineResult:
             self._prepare(settings)
             judge = self._judge(settings)
-            return Judged(answered=self._answered(judge, judge.judged({}, {})["full"]))
+            return BaselineResult(answered=self._answered(judge, judge.judged({}, {})["full"]))
 
         return await self._once("untouched", self._fingerprint(settings, {}), judged)
 
-    async def _central(self, split: str, seed: int, rates: Sequence[float]) -> Judged:
+    async def _central(self, split: str, seed: int, rates: Sequence[float]) -> BaselineResult:
         """Judge central training with each rate; the best by these very answers: a ceiling, not a rival."""
         parts = self._data.parts[split, seed]
         settings = self._settings_of(Cell(self.comparison.baseline_of, split, seed), len(parts))
@@ -352,7 +354,7 @@ class _Run:
             self._alive()
             self._advance()
 
-        def judged() -> Judged:
+        def judged() -> BaselineResult:
             self._prepare(prepared)
             data = self.out / "judged" / "central.jsonl"
             write_rows(data, self._data.rows(rows))
@@ -362,7 +364,7 @@ class _Run:
                 rate: self._answered(judge, judge.judged(adapter, {})["plug_in"]) for rate, adapter in trained.items()
             }
             best = max(rates, key=lambda rate: answered[rate].share)
-            return Judged(answered=answered[best], learning_rate=best)
+            return BaselineResult(answered=answered[best], learning_rate=best)
 
         about = json.dumps([list(rates), sorted(map(len, parts))])
         fingerprint = self._fingerprint(settings, {about: rows})
@@ -370,9 +372,9 @@ class _Run:
         self._advance(before + len(rates) * settings.rounds.count - self._done)
         return result
 
-    async def _once(self, name: str, fingerprint: str, work: Callable[[], Judged]) -> Judged:
+    async def _once(self, name: str, fingerprint: str, work: Callable[[], BaselineResult]) -> BaselineResult:
         path = self.out / "judged" / f"{name}.json"
-        result = _kept(path, fingerprint, Judged)
+        result = _kept(path, fingerprint, BaselineResult)
         if result is None:
             self._alive()
             result = await self._in_thread(work)
@@ -380,7 +382,7 @@ class _Run:
         return result
 
 
-def _keep(path: Path, fingerprint: str, result: CellResult | Judged) -> None:
+def _keep(path: Path, fingerprint: str, result: CellResult | BaselineResult) -> None:
     write_durably_json(path, {"fingerprint": fingerprint, **msgspec.to_builtins(result)})
 
 

@@ -15,14 +15,14 @@ Array = NDArray[np.float64]  # (seeds, questions)
 
 
 @dataclass(frozen=True)
-class Answered:
-    """Answers by seed and question: right is 1 where answered rightly, losses as `evaluator.Answers` has them."""
+class AnswersBySeed:
+    """KeptAnswers by seed and question: right is 1 where answered rightly, losses as `evaluator.Answers` has them."""
 
     right: Array
     losses: Array
 
 
-def difference(one: Answered, other: Answered) -> Difference:
+def difference(one: AnswersBySeed, other: AnswersBySeed) -> Difference:
     """Subtract the other from the one: accuracy in points and loss in nats a completion id, each with its paired 95 %
     interval and whether that excludes 0.
     """

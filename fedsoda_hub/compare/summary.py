@@ -12,14 +12,14 @@ import numpy as np
 from fedsoda_edge.units import human_bytes
 from fedsoda_hub.compare.results import (
     Alone,
-    Answers,
     Baselines,
     CellResult,
     CompareReport,
     Costs,
     EdgeRoundBytes,
+    KeptAnswers,
+    LevelReached,
     NamedDifference,
-    Reached,
     Results,
     RoundPoint,
     Split,
@@ -27,7 +27,7 @@ from fedsoda_hub.compare.results import (
     Variant,
 )
 from fedsoda_hub.compare.settings import Cell, Comparison
-from fedsoda_hub.compare.statistics import Answered, difference, first_at, mean_and_spread
+from fedsoda_hub.compare.statistics import AnswersBySeed, difference, first_at, mean_and_spread
 
 T = TypeVar("T")
 
@@ -64,8 +64,8 @@ def _orderings(split: str, found: NamedDifference) -> list[str]:
     return lines
 
 
-def _of_seeds(answered: Sequence[Answers]) -> Answered:
-    return Answered(
+def _of_seeds(answered: Sequence[KeptAnswers]) -> AnswersBySeed:
+    return AnswersBySeed(
         np.array([[float(right) for right in seed.right] for seed in answered]),
         np.array([seed.losses for seed in answered]),
     )
@@ -109,7 +109,7 @@ def _of_split(comparison: Comparison, results: Results, split: str) -> Split:
     )
 
 
-def _baselines(comparison: Comparison, results: Results, split: str) -> dict[str, list[Answers]]:
+def _baselines(comparison: Comparison, results: Results, split: str) -> dict[str, list[KeptAnswers]]:
     """Collect the answers of each seed, by baseline."""
     compare, found = comparison.compare, {}
     if results.untouched is not None:
@@ -119,7 +119,7 @@ def _baselines(comparison: Comparison, results: Results, split: str) -> dict[str
     return found
 
 
-def _alone(comparison: Comparison, results: Results, split: str) -> list[list[Answers]]:
+def _alone(comparison: Comparison, results: Results, split: str) -> list[list[KeptAnswers]]:
     """Collect the answers of each edge trained alone, by seed."""
     if "alone" not in comparison.compare.baselines:
         return []
@@ -132,15 +132,15 @@ def _alone(comparison: Comparison, results: Results, split: str) -> list[list[An
     ]
 
 
-def _accuracies(answers: Mapping[str, Answered], name: str) -> Spread | None:
+def _accuracies(answers: Mapping[str, AnswersBySeed], name: str) -> Spread | None:
     return _mean_accuracy(answers[name]) if name in answers else None
 
 
-def _mean_accuracy(answered: Answered) -> Spread:
+def _mean_accuracy(answered: AnswersBySeed) -> Spread:
     return mean_and_spread(answered.right.mean(axis=1).tolist())
 
 
-def _mean_loss(answered: Answered) -> Spread:
+def _mean_loss(answered: AnswersBySeed) -> Spread:
     return mean_and_spread(answered.losses.mean(axis=1).tolist())
 
 
@@ -183,10 +183,10 @@ def _mean_kl(kls: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {stage: float(np.mean([kl[stage] for kl in kls])) for stage in kls[0]}
 
 
-def _reached(level: float, by_round: Sequence[RoundPoint]) -> Reached:
+def _reached(level: float, by_round: Sequence[RoundPoint]) -> LevelReached:
     number = first_at(level, [(one.round, one.accuracy) for one in by_round if one.accuracy is not None])
     at = next((one for one in by_round if one.round == number), None)
-    return Reached(level=level, rounds=number, bytes=None if at is None else at.bytes_up + at.bytes_down)
+    return LevelReached(level=level, rounds=number, bytes=None if at is None else at.bytes_up + at.bytes_down)
 
 
 # --- Markdown ----------------------------------------------------------------------------------------------

@@ -28,14 +28,14 @@ from fedsoda_edge.protocol.messages import Digest
 from fedsoda_edge.protocol.needs import SampleSizes, plans, shape_of
 from fedsoda_edge.protocol.template import TextTemplate
 from fedsoda_edge.units import counted
-from fedsoda_hub import events as told
+from fedsoda_hub import events
 from fedsoda_hub.demo import task
-from fedsoda_hub.events import Say
+from fedsoda_hub.events import HubSay
 from fedsoda_hub.local.processes import EdgeSay, federate
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.settings.run import read_settings
 
-Report = dict[str, Any]  # of `demo --json`: docs/guide.md (g6-json)
+DemoReport = dict[str, Any]  # of `demo --json`: docs/guide.md (g6-json)
 HERE = Path(__file__).resolve().parent
 MODEL = HERE / "model"
 STEPS, BATCH, LEARNING_RATE, MAX_LENGTH = 40, 8, 2e-3, 96
@@ -118,7 +118,7 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-async def run_demo(directory: Path, *, rounds: int, seed: int, say: Say) -> Report:
+async def run_demo(directory: Path, *, rounds: int, seed: int, say: HubSay) -> DemoReport:
     """Do the whole job, and return the report of demo --json: docs/guide.md (g6-json)."""
     started = time.monotonic()
     directory = directory.resolve()
@@ -146,12 +146,12 @@ async def run_demo(directory: Path, *, rounds: int, seed: int, say: Say) -> Repo
     return report
 
 
-async def _federate(directory: Path, run_file: Path, say: Say) -> tuple[float, float, dict[str, int]]:
+async def _federate(directory: Path, run_file: Path, say: HubSay) -> tuple[float, float, dict[str, int]]:
     """Run hub and edges to the end; return when it was prepared, when it ended, and peak memory of the edges."""
-    times: dict[type[told.Told], float] = {}
+    times: dict[type[events.HubEvent], float] = {}
     last: dict[str, dict[str, Any]] = {}
 
-    def heard(event: told.Told) -> None:
+    def heard(event: events.HubEvent) -> None:
         times[type(event)] = time.monotonic()
         say(event)
 
@@ -171,10 +171,10 @@ async def _federate(directory: Path, run_file: Path, say: Say) -> tuple[float, f
         "edge_peak_rss_bytes": max(one["worker_peak_rss_bytes"] for one in last.values()),
         "agent_peak_rss_bytes": max(one["agent_peak_rss_bytes"] for one in last.values()),
     }
-    return times[told.Listening], times[told.RunEnded], peaks
+    return times[events.Listening], times[events.RunEnded], peaks
 
 
-async def _train_alone(directory: Path, rounds: int, seed: int, say: Say) -> dict[str, Path]:
+async def _train_alone(directory: Path, rounds: int, seed: int, say: HubSay) -> dict[str, Path]:
     """Train each edge alone for as many rounds and steps, by the same worker; give its adapter LoRA as a file."""
     done = 0
 
@@ -246,17 +246,17 @@ async def _alone(directory: Path, office: str, rounds: int, seed: int) -> Path:
         await worker.close()
 
 
-def _progress(stage: str, done: int, total: int) -> told.StageProgress:
-    return told.StageProgress(job="demo", stage=stage, done=done, total=total)
+def _progress(stage: str, done: int, total: int) -> events.StageProgress:
+    return events.StageProgress(job="demo", stage=stage, done=done, total=total)
 
 
-def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Path], say: Say) -> Report:
+def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Path], say: HubSay) -> DemoReport:
     """Export the run, and judge what only torch can; this process holds no socket."""
     from fedsoda_edge.data.samples import SampleTokenizer
     from fedsoda_edge.model import delta
     from fedsoda_edge.model.bundle import Bundle
     from fedsoda_edge.model.source import Checkpoint
-    from fedsoda_hub.evaluation.evaluator import Evaluator, Judged
+    from fedsoda_hub.evaluation.evaluator import Evaluator, JudgedModel
     from fedsoda_hub.evaluation.export import export
     from fedsoda_hub.evaluation.questions import read_questions
     from fedsoda_hub.report.page import write_report
@@ -283,7 +283,7 @@ def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Pa
     accuracies = {}
     for office, path in alone.items():
         trained = delta.from_bytes(path.read_bytes(), spec.adapter)
-        model = Judged(source, range(plan.border), range(plan.border, plan.num_layers), spec, none, trained)
+        model = JudgedModel(source, range(plan.border), range(plan.border, plan.num_layers), spec, none, trained)
         accuracies[office] = evaluator.verdict(model, evaluating).accuracy
     with opened(of_run) as ledger:
         state = ledger.replay()
@@ -314,7 +314,7 @@ def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Pa
     }
 
 
-def print_summary(report: Report) -> None:
+def print_summary(report: DemoReport) -> None:
     """Print what the demo came to as a table."""
     from rich.console import Console
     from rich.table import Table

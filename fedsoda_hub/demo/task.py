@@ -15,7 +15,7 @@ PROMPT = "Message: {message}\nDesk:"
 COMPLETION = "{desk}"
 DESKS = ("farm", "food", "health", "road")
 
-Row = dict[str, str]
+DemoRow = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ FRAMES = (
 )
 
 
-def training(edge: int, seed: int) -> list[Row]:
+def training(edge: int, seed: int) -> list[DemoRow]:
     """Generate the messages of office `edge` (0, 1, 2), shuffled: rows {"message", "desk"}."""
     draw = random.Random(f"{seed}/training/{edge}")
     rows = [
@@ -129,7 +129,7 @@ def training(edge: int, seed: int) -> list[Row]:
     return rows
 
 
-def evaluation(seed: int) -> list[Row]:
+def evaluation(seed: int) -> list[DemoRow]:
     """Generate 320 balanced rows {"message", "desk"}; every second message of a desk names an unseen thing."""
     draw = random.Random(f"{seed}/evaluation")
     rows = []

@@ -31,7 +31,7 @@ MAX_NEW_TOKENS = 64
 GENERATION_IDS = 16_384  # of one batch, answers included: a step for many costs little more than for one
 
 
-Report = Callable[[int, int], None]  # (done, total)
+QuestionsDone = Callable[[int, int], None]  # (done, total)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Row:
+class JoinedSamples:
     """Samples that run together, as they share a beginning: ids (T,), and where in them each sample lies."""
 
     samples: Sequence[Sample]
@@ -64,7 +64,7 @@ class Row:
     branches: Branches
 
     @classmethod
-    def of(cls, samples: Sequence[Sample]) -> Row:
+    def of(cls, samples: Sequence[Sample]) -> JoinedSamples:
         """Join samples into one row."""
         ids, branches = joined([sample.ids for sample in samples])
         return cls(samples, torch.tensor(ids), branches)
@@ -79,7 +79,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedModel:
     """A model to judge: layers of `source`, those `below` the border and those `above`, with emulator and adapter LoRA.
 
     No adapter LoRA lies below the border; emulator LoRA may lie on both sides.
@@ -131,7 +131,7 @@ class Evaluator:
             self._gold.append(completions.index(question.completion))
             self._candidates.append([self._sample(question, completion) for completion in completions])
         # The model is kept beside its states: the id of a freed object could be given to another one.
-        self._borders: dict[_BorderKey, tuple[Judged, list[Row], list[Tensor]]] = {}
+        self._borders: dict[_BorderKey, tuple[JudgedModel, list[JoinedSamples], list[Tensor]]] = {}
 
     def _sample(self, question: Question, completion: str) -> Sample:
         sample = self._tokenizer.sample(question.prompt, completion)
@@ -139,7 +139,9 @@ class Evaluator:
             raise DataProblem(f"the completion {completion!r} has no ids after {question.prompt[-40:]!r}")
         return sample
 
-    def border(self, model: Judged, report: Report | None = None) -> tuple[list[Row], list[Tensor]]:
+    def border(
+        self, model: JudgedModel, report: QuestionsDone | None = None
+    ) -> tuple[list[JoinedSamples], list[Tensor]]:
         """Compute rows and their states at the border, once for each (source, layers, emulator LoRA).
 
         Raises:
@@ -164,15 +166,15 @@ class Evaluator:
         _, rows, states = self._borders[key]
         return rows, states
 
-    def _rows(self, model: Judged) -> list[Row]:
+    def _rows(self, model: JudgedModel) -> list[JoinedSamples]:
         """Lay a question's candidates in one row, which runs their prompt once; each alone where one row would be longer
         than a sliding window, which counts columns, not positions. A batch has one mask, so it is the same for all questions.
         """
         window = getattr(build_config(model.source.family, model.source.fields), "sliding_window", None)
-        rows = [Row.of(samples) for samples in self._candidates]
+        rows = [JoinedSamples.of(samples) for samples in self._candidates]
         if window is None or all(row.branches.length <= window for row in rows):
             return rows
-        return [Row.of([sample]) for samples in self._candidates for sample in samples]
+        return [JoinedSamples.of([sample]) for samples in self._candidates for sample in samples]
 
     def check_lengths(self, positions: int) -> None:
         """Check that all questions fit: beyond its positions a model still computes, and what it says means nothing.
@@ -188,7 +190,7 @@ class Evaluator:
                 "lower [task] shots, or shorten them"
             )
 
-    def forget(self, model: Judged) -> None:
+    def forget(self, model: JudgedModel) -> None:
         """Free the border states of a model's emulator."""
         self._borders.pop(_border_key(model), None)
 
@@ -201,7 +203,7 @@ class Evaluator:
         """Count the ids of each question's own completion, eos included."""
         return [samples[gold].num_supervised for samples, gold in zip(self._candidates, self._gold, strict=True)]
 
-    def answers(self, model: Judged, report: Report | None = None) -> Answers:
+    def answers(self, model: JudgedModel, report: QuestionsDone | None = None) -> Answers:
         """Let a model answer: by likelihood among choices, else by greedy generation.
 
         Args:
@@ -218,7 +220,7 @@ class Evaluator:
         # argmax takes the first of equals, and choices are sorted: ties go to the first in sorted order.
         return Answers([self.choices[int(i)] for i in table.argmax(dim=1)], losses, table)
 
-    def _generate(self, model: Judged, report: Report | None) -> list[str]:
+    def _generate(self, model: JudgedModel, report: QuestionsDone | None) -> list[str]:
         whole = build(
             model.source,
             [*model.below, *model.above],
@@ -288,7 +290,7 @@ class Evaluator:
         positive = torch.tensor([q.completion == self.choices[1] for q in self.questions])
         return auc(answers.scores[:, 1] - answers.scores[:, 0], positive)
 
-    def verdict(self, model: Judged, report: Report | None = None) -> Verdict:
+    def verdict(self, model: JudgedModel, report: QuestionsDone | None = None) -> Verdict:
         """Let a model answer, and judge what it says."""
         answers = self.answers(model, report)
         loss = answers.nll if math.isfinite(answers.nll) else None  # JSON has no NaN
@@ -298,11 +300,11 @@ class Evaluator:
 _BorderKey = tuple[int, tuple[int, ...], int]
 
 
-def _border_key(model: Judged) -> _BorderKey:
+def _border_key(model: JudgedModel) -> _BorderKey:
     return id(model.source), tuple(model.below), id(model.emulator_lora)
 
 
-def _positions(model: Judged) -> int:
+def _positions(model: JudgedModel) -> int:
     return int(model.source.fields["max_position_embeddings"])
 
 
@@ -318,7 +320,7 @@ def _generation_batches(lengths: Sequence[int], positions: int) -> list[list[int
     return batches
 
 
-def log_likelihoods(sub_llm: SubLLM, rows: Sequence[Row], states: Sequence[Tensor]) -> Tensor:
+def log_likelihoods(sub_llm: SubLLM, rows: Sequence[JoinedSamples], states: Sequence[Tensor]) -> Tensor:
     """Sum the log-likelihood of each sample's completion ids, eos included: float64 (samples,), row after row."""
     first = [0, *accumulate(len(row.samples) for row in rows)]
     totals = torch.zeros(first.pop(), dtype=torch.float64)

@@ -25,7 +25,7 @@ from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.source import Checkpoint
 from fedsoda_edge.protocol.manifest import LayerPlan, LoRASpec
 from fedsoda_edge.protocol.template import TextTemplate
-from fedsoda_hub.evaluation.evaluator import Evaluator, Judged, Report, Verdict
+from fedsoda_hub.evaluation.evaluator import Evaluator, JudgedModel, QuestionsDone, Verdict
 from fedsoda_hub.evaluation.questions import Question, read_questions
 from fedsoda_hub.federation.jobs import EvaluateResult
 from fedsoda_hub.preparation.full_llm import open_full_llm
@@ -49,7 +49,7 @@ def judged_models(
     adapter: dict[str, Tensor],
     emulator: dict[str, Tensor],
     none: dict[str, Tensor] | None = None,
-) -> dict[str, Judged]:
+) -> dict[str, JudgedModel]:
     """Put together the models to judge: full, untouched; sub_llm, with the trained LoRA of its layers; plug_in, the full
     model with all of it.
 
@@ -61,19 +61,19 @@ def judged_models(
     full = _full_models(source, plan, spec, adapter, {} if none is None else none)
     return {
         "full": full["full"],
-        "sub_llm": Judged(bundle, plan.swept, plan.resident, spec, emulator, lora.on(plan.adapter, adapter)),
+        "sub_llm": JudgedModel(bundle, plan.swept, plan.resident, spec, emulator, lora.on(plan.adapter, adapter)),
         "plug_in": full["plug_in"],
     }
 
 
 def _full_models(
     source: Checkpoint, plan: LayerPlan, spec: LoRASpec, adapter: dict[str, Tensor], none: dict[str, Tensor]
-) -> dict[str, Judged]:
+) -> dict[str, JudgedModel]:
     """Make both with the same object `none`, so that they share the border's states."""
     below, above = range(plan.border), range(plan.border, plan.num_layers)
     return {
-        "full": Judged(source, below, above, spec, none, {}),
-        "plug_in": Judged(source, below, above, spec, none, adapter),
+        "full": JudgedModel(source, below, above, spec, none, {}),
+        "plug_in": JudgedModel(source, below, above, spec, none, adapter),
     }
 
 
@@ -119,7 +119,7 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     samples: tuple[dict[str, str], ...] = ()
 
 
-def judge(evaluator: Evaluator, models: Mapping[str, Judged], report: Report | None = None) -> Judgement:
+def judge(evaluator: Evaluator, models: Mapping[str, JudgedModel], report: QuestionsDone | None = None) -> Judgement:
     """Let each model answer, and judge what it says."""
     return Judgement({name: evaluator.verdict(model, report) for name, model in models.items()}, evaluator.questions)
 
@@ -165,7 +165,7 @@ class RunJudge:
         other._run_dir, other._bundles = run_dir, {}
         return other
 
-    def models(self, master: str, emulator_view: str, manifest: str) -> dict[str, Judged]:
+    def models(self, master: str, emulator_view: str, manifest: str) -> dict[str, JudgedModel]:
         """Put together full, sub_llm and plug_in with these blobs of the run."""
         blobs = RunDirectory(self._run_dir).blobs
         if manifest not in self._bundles:
@@ -174,19 +174,19 @@ class RunJudge:
         emulator = delta.from_bytes(blobs.get(emulator_view), bundle.manifest.lora.emulator)
         return judged_models(bundle, self._source, load(blobs.get(master)), emulator, self._none)
 
-    def judged(self, adapter: dict[str, Tensor], emulator: dict[str, Tensor]) -> dict[str, Judged]:
+    def judged(self, adapter: dict[str, Tensor], emulator: dict[str, Tensor]) -> dict[str, JudgedModel]:
         """Put together full, sub_llm and plug_in with these tensors, and the layers that the run began with."""
         bundle = Bundle.open(RunDirectory(self._run_dir).bundle)
         return judged_models(bundle, self._source, adapter, emulator, self._none)
 
-    def judge(self, reached: Reached, report: Report | None = None) -> Judgement:
+    def judge(self, reached: Reached, report: QuestionsDone | None = None) -> Judgement:
         """Judge the three models after the rounds of `reached`."""
         models = self.models(reached.master, reached.emulator_view, reached.manifest)
         judgement = judge(self.evaluator, models, report)
         self.forget(models)
         return judgement
 
-    def forget(self, models: dict[str, Judged]) -> None:
+    def forget(self, models: dict[str, JudgedModel]) -> None:
         """Free the border states of the sub-LLM; those of the full model too where they are many."""
         self.evaluator.forget(models["sub_llm"])
         if self.evaluator.border_bytes > KEPT_BORDER_BYTES:
@@ -226,7 +226,7 @@ def _is_small(source: Checkpoint) -> bool:
 
 
 def evaluate_path(
-    run_or_export: Path, data: Path, report: Report | None = None, model: str | None = None, samples: int = 0
+    run_or_export: Path, data: Path, report: QuestionsDone | None = None, model: str | None = None, samples: int = 0
 ) -> Evaluation:
     """Judge a RUN.toml's run, or the export in a directory.
 
@@ -245,7 +245,9 @@ def evaluate_path(
     return _evaluate_export(run_or_export, data, report, model, samples)
 
 
-def _evaluate_export(directory: Path, data: Path, report: Report | None, model: str | None, samples: int) -> Evaluation:
+def _evaluate_export(
+    directory: Path, data: Path, report: QuestionsDone | None, model: str | None, samples: int
+) -> Evaluation:
     """Judge an export wherever it lies; the sub-LLM too where the run it came from is still beside it."""
     if not (directory / "fedsoda.json").exists():
         what = "has no fedsoda.json, so it is not an export" if directory.is_dir() else "is not there"

@@ -10,13 +10,13 @@ from fedsoda_hub.federation import jobs
 from fedsoda_hub.federation import records as rec
 from fedsoda_hub.federation.events import Append, Effect, Send
 from fedsoda_hub.federation.schedule import Rules, trained_factor
-from fedsoda_hub.federation.state import RunState
+from fedsoda_hub.federation.state import LedgerState
 
 MAX_EXAMPLES = 2**31
 MAX_LOSS = 1e6  # nats; a larger one would make the round's mean, and what is shown of it, infinite
 
 
-def is_awaited(state: RunState, edge: EdgeId) -> bool:
+def is_awaited(state: LedgerState, edge: EdgeId) -> bool:
     """Tell whether the open round waits for this edge's answer."""
     return (
         state.phase == "collecting"
@@ -26,12 +26,12 @@ def is_awaited(state: RunState, edge: EdgeId) -> bool:
     )
 
 
-def quorum(rules: Rules, state: RunState) -> int:
+def quorum(rules: Rules, state: LedgerState) -> int:
     """Return how many accepted updates the open round needs."""
     return math.ceil(rules.quorum * state.invited)
 
 
-def judge(state: RunState, update: ev.UpdateArrived, *, is_merging: bool) -> list[Effect]:
+def judge(state: LedgerState, update: ev.UpdateArrived, *, is_merging: bool) -> list[Effect]:
     """Accept an update once, or say why not. is_merging: the round's updates are being merged already."""
     edge = update.edge
     last = state.receipts.get(edge)
@@ -61,7 +61,7 @@ def judge(state: RunState, update: ev.UpdateArrived, *, is_merging: bool) -> lis
     return [Append(accepted), Send(edge, Receipt(round=update.round, digest=update.digest))]
 
 
-def _problem(state: RunState, update: ev.UpdateArrived) -> str | None:
+def _problem(state: LedgerState, update: ev.UpdateArrived) -> str | None:
     """Return why the update cannot be used; None: it can."""
     view = state.sub_llms[update.size_class].adapter.digest
     if update.base != view:
@@ -82,7 +82,7 @@ def _refusal(update: ev.UpdateArrived, reason: str) -> Send:
     return Send(update.edge, Refusal(round=update.round, reason=reason))
 
 
-def merge(rules: Rules, state: RunState) -> jobs.Aggregate:
+def merge(rules: Rules, state: LedgerState) -> jobs.Aggregate:
     """Return the job that closes the round: its accepted updates in ascending edge id."""
     return jobs.Aggregate(
         trains=trained_factor(rules.aggregation, state.round),
@@ -101,12 +101,12 @@ def merge(rules: Rules, state: RunState) -> jobs.Aggregate:
     )
 
 
-def extended(rules: Rules, state: RunState, edges: list[EdgeId], now: float) -> Append:
+def extended(rules: Rules, state: LedgerState, edges: list[EdgeId], now: float) -> Append:
     """Ask these edges (again) for the open round, whose deadline moves on."""
     return Append(rec.CohortExtended(round=state.round, invited=tuple(edges), deadline_at=now + rules.deadline_seconds))
 
 
-def replacements(state: RunState, eligible: set[EdgeId]) -> list[EdgeId]:
+def replacements(state: LedgerState, eligible: set[EdgeId]) -> list[EdgeId]:
     """Choose whom to ask below quorum at the deadline, in the place of who has not answered.
 
     Edges that were not asked come first, then those that had answered without an update. Who is still at work stays

@@ -46,7 +46,7 @@ class EdgeAway:
 
 
 @dataclass(frozen=True)
-class Declined:
+class EdgeDeclined:
     """The edge will not answer this round with an update."""
 
     edge: EdgeId
@@ -103,12 +103,12 @@ class JobDone:
     result: JobResult
 
 
-Event = (
+RoundEvent = (
     EdgeReady
     | EdgeResumed
     | EdgeGone
     | EdgeAway
-    | Declined
+    | EdgeDeclined
     | UploadStarted
     | UploadStalled
     | UpdateArrived
@@ -136,7 +136,7 @@ class Send:
 
 
 @dataclass(frozen=True)
-class Offer:
+class SendOffer:
     """Send the edge the open round's offer; sizes of blobs and seconds left are filled in outside.
 
     trains: the factor that this round's updates hold. moved: the one that the step to the round's view holds.
@@ -157,21 +157,21 @@ class SetDeadline:
 
 
 @dataclass(frozen=True)
-class Compute:
+class StartJob:
     """Start torch work; its result comes back as JobDone. The same job gives the same blobs."""
 
     job: Job
 
 
 @dataclass(frozen=True)
-class Waiting:
+class Wait:
     """Nothing can be done now, and why: for people."""
 
     why: str
 
 
 @dataclass(frozen=True)
-class Ignored:
+class Ignore:
     """The event changes nothing, and why."""
 
     because: str
@@ -182,4 +182,4 @@ class Finish:
     """The run is over and every connected edge was told."""
 
 
-Effect = Append | Send | Offer | SetDeadline | Compute | Waiting | Ignored | Finish
+Effect = Append | Send | SendOffer | SetDeadline | StartJob | Wait | Ignore | Finish

@@ -56,7 +56,7 @@ class ShapeMeasured(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind",
     cosine: float
 
 
-Progress = Stage | DiskNeeded | BorderMapFitted | NoBorderMap | ShapeMeasured
+JobProgress = Stage | DiskNeeded | BorderMapFitted | NoBorderMap | ShapeMeasured
 
 
 # --- results ---------------------------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ class EvaluateResult(msgspec.Struct, frozen=True, kw_only=True):
 # --- jobs ------------------------------------------------------------------------------------------------------------
 
 
-class Prepare(Call[PrepareResult, Progress], frozen=True, tag="prepare"):
+class Prepare(Call[PrepareResult, JobProgress], frozen=True, tag="prepare"):
     """Prune, quantize and align; what is done already is found again."""
 
 
@@ -158,7 +158,7 @@ class AcceptedUpdate(msgspec.Struct, frozen=True, kw_only=True):
     view: Digest
 
 
-class Aggregate(Call[AggregateResult, Progress], frozen=True, tag="aggregate"):
+class Aggregate(Call[AggregateResult, JobProgress], frozen=True, tag="aggregate"):
     """Close a round: the next master of the decoded updates; for each view v += decode(Q(w - v)).
 
     trains: the factor that this round's updates hold. views: the adapter views in force, the largest sub-LLM's first.
@@ -171,14 +171,14 @@ class Aggregate(Call[AggregateResult, Progress], frozen=True, tag="aggregate"):
     updates: tuple[AcceptedUpdate, ...]
 
 
-class Probe(Call[ProbeResult, Progress], frozen=True, tag="probe"):
+class Probe(Call[ProbeResult, JobProgress], frozen=True, tag="probe"):
     """Measure how far the largest sub-LLM has drifted from the full LLM."""
 
     master: Digest
     emulator_view: Digest
 
 
-class Realign(Call[RealignResult, Progress], frozen=True, tag="realign"):
+class Realign(Call[RealignResult, JobProgress], frozen=True, tag="realign"):
     """Align every sub-LLM with the current adapter LoRA. version: of the alignment that this makes."""
 
     version: int
@@ -186,14 +186,14 @@ class Realign(Call[RealignResult, Progress], frozen=True, tag="realign"):
     emulator_views: tuple[Digest, ...]
 
 
-class Reprune(Call[RepruneResult, Progress], frozen=True, tag="reprune"):
+class Reprune(Call[RepruneResult, JobProgress], frozen=True, tag="reprune"):
     """Draw other layers for each sub-LLM, for the training of `round`."""
 
     round: int
     master: Digest
 
 
-class Evaluate(Call[EvaluateResult, Progress], frozen=True, tag="evaluate"):
+class Evaluate(Call[EvaluateResult, JobProgress], frozen=True, tag="evaluate"):
     """Judge full LLM, sub-LLM and plug-in on the run's evaluation data after `round`."""
 
     round: int

@@ -42,7 +42,7 @@ class PreparedClass(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     adapter_view: Digest | None = None
 
 
-class Prepared(Record, frozen=True, tag="prepared"):
+class RunPrepared(Record, frozen=True, tag="prepared"):
     """What the run starts from: the largest sub-LLM's; smaller: by size class, from class 1 on.
 
     master: w, the LoRA of all layers that any of them trains; None: the largest's first view is all of it.
@@ -179,7 +179,7 @@ class RunEnded(Record, frozen=True, tag="run_ended"):
 AnyRecord = (
     RunStarted
     | SettingsChanged
-    | Prepared
+    | RunPrepared
     | RoundOpened
     | CohortExtended
     | UpdateAccepted

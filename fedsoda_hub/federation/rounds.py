@@ -1,6 +1,6 @@
 """Decide federated rounds: events in, effects out. No sockets, tensors, clock or disk.
 
-The rules: docs/protocol.md (p3-rounds). `RunState` folds the ledger's records; `RoundMachine` adds what is volatile: who
+The rules: docs/protocol.md (p3-rounds). `LedgerState` folds the ledger's records; `RoundMachine` adds what is volatile: who
 is connected, who uploads, which job runs. `owed` is what the state still owes, and so also all that a restart does after
 replay.
 """
@@ -9,24 +9,24 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from fedsoda_edge.protocol.messages import EdgeId, Farewell
-from fedsoda_edge.protocol.messages import RoundClosed as RoundClosedMessage
+from fedsoda_edge.protocol import messages as ms
+from fedsoda_edge.protocol.messages import EdgeId
 from fedsoda_hub.federation import collecting, jobs
 from fedsoda_hub.federation import events as ev
 from fedsoda_hub.federation import records as rec
 from fedsoda_hub.federation.collecting import is_awaited
-from fedsoda_hub.federation.events import Append, Compute, Effect, Event, Ignored, Send
+from fedsoda_hub.federation.events import Append, Effect, Ignore, RoundEvent, Send, StartJob
 from fedsoda_hub.federation.schedule import Rules, choose_cohort, job_before_next_round, trained_factor
-from fedsoda_hub.federation.state import RunState
+from fedsoda_hub.federation.state import LedgerState
 
 # The record that a job's result becomes: written down, the job is over.
-_RESULTS = (rec.Prepared, rec.RoundClosed, rec.Realigned, rec.Repruned, rec.Probed, rec.Evaluated)
+_RESULTS = (rec.RunPrepared, rec.RoundClosed, rec.Realigned, rec.Repruned, rec.Probed, rec.Evaluated)
 
 
 class RoundMachine:
     """`handle` answers an event; the caller performs effects in order and calls `apply` for each Append."""
 
-    def __init__(self, rules: Rules, state: RunState) -> None:
+    def __init__(self, rules: Rules, state: LedgerState) -> None:
         self.rules = rules
         self.state = state
         self.eligible: set[EdgeId] = set()
@@ -66,7 +66,7 @@ class RoundMachine:
 
     # --- events ------------------------------------------------------------------------------------------
 
-    def handle(self, event: Event) -> list[Effect]:
+    def handle(self, event: RoundEvent) -> list[Effect]:
         """Return the answer to an event in the present phase: effects, or why there are none."""
         state = self.state
         match event:
@@ -86,15 +86,15 @@ class RoundMachine:
                 if is_awaited(state, event.edge):
                     return [Append(rec.EdgeAnswered(round=state.round, edge=event.edge, how=event.how))]
                 return []
-            case ev.Declined():
+            case ev.EdgeDeclined():
                 if event.round == state.round and is_awaited(state, event.edge):
                     return [Append(rec.EdgeAnswered(round=state.round, edge=event.edge, how="declined"))]
-                return [Ignored(f"{event.edge} is not awaited in round {event.round}")]
+                return [Ignore(f"{event.edge} is not awaited in round {event.round}")]
             case ev.UploadStarted():
                 if event.round == state.round and is_awaited(state, event.edge):
                     self._uploading.add(event.edge)
                     return []
-                return [Ignored(f"the upload of {event.edge} is judged when it is whole")]
+                return [Ignore(f"the upload of {event.edge} is judged when it is whole")]
             case ev.UploadStalled():
                 self._uploading.discard(event.edge)
                 return []
@@ -106,10 +106,10 @@ class RoundMachine:
                 if state.phase == "collecting" and is_due and not state.deadline_passed:
                     self._timer = None  # where the record cannot be written, `owed` sets another
                     return [Append(rec.DeadlinePassed(round=event.round))]
-                return [Ignored(f"round {event.round} does not wait for its deadline any more")]
+                return [Ignore(f"round {event.round} does not wait for its deadline any more")]
             case ev.JobDone():
                 if event.job != self._running:
-                    return [Ignored(f"no such {jobs.name_of(event.job)} is running")]
+                    return [Ignore(f"no such {jobs.name_of(event.job)} is running")]
                 return self._done(event.result)
 
     def _is_back(self, edge: EdgeId) -> list[Effect]:
@@ -137,7 +137,7 @@ class RoundMachine:
                 return [Append(_prepared(result))]
             case jobs.AggregateResult():
                 told = [
-                    Send(edge, RoundClosedMessage(round=state.round, num_updates=len(state.accepted)))
+                    Send(edge, ms.RoundClosed(round=state.round, num_updates=len(state.accepted)))
                     for edge in sorted(self.eligible)
                 ]
                 return [Append(_closed(state.round, result)), *told]
@@ -176,13 +176,13 @@ class RoundMachine:
                 goodbye: list[Effect] = []
                 for edge in sorted(self._connected - self._told):
                     self._told.add(edge)
-                    goodbye.append(Send(edge, Farewell(rounds=state.round, reason="the run is over")))
+                    goodbye.append(Send(edge, ms.Farewell(rounds=state.round, reason="the run is over")))
                 return [*goodbye, ev.Finish()]
 
     def _start(self, job: jobs.Job) -> list[Effect]:
         self._running = job
         self._waiting = ""
-        return [Compute(job)]
+        return [StartJob(job)]
 
     def _offers(self) -> list[Effect]:
         state, rule = self.state, self.rules.aggregation
@@ -191,7 +191,7 @@ class RoundMachine:
             if is_awaited(state, edge) and self._offered.get(edge) != (state.round, self._extensions):
                 self._offered[edge] = (state.round, self._extensions)
                 made.append(
-                    ev.Offer(
+                    ev.SendOffer(
                         edge,
                         self.size_classes.get(edge, 0),
                         trains=trained_factor(rule, state.round),
@@ -265,15 +265,15 @@ class RoundMachine:
         if why == self._waiting:
             return []
         self._waiting = why
-        return [ev.Waiting(why)]
+        return [ev.Wait(why)]
 
 
 # --- results as records: the largest sub-LLM's values stand apart from the others' --------------------------
 
 
-def _prepared(result: jobs.PrepareResult) -> rec.Prepared:
+def _prepared(result: jobs.PrepareResult) -> rec.RunPrepared:
     largest, *smaller = result.sub_llms
-    return rec.Prepared(
+    return rec.RunPrepared(
         manifest=largest.manifest,
         adapter_view=largest.adapter_view,
         emulator_view=largest.emulator_view,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from fedsoda_edge.protocol.messages import EdgeId, Factor
 from fedsoda_hub.federation import jobs
-from fedsoda_hub.federation.state import RunState
+from fedsoda_hub.federation.state import LedgerState
 
 AUTO = "auto"  # realign_every: when the sub-LLM has drifted, measured before every round that may bring a realignment
 AUTO_ROUNDS = 2  # from one realignment to the next, at least
@@ -59,7 +59,7 @@ def choose_cohort(eligible: set[EdgeId], size: int, seed: int, round_number: int
     return tuple(sorted(chance.sample(ordered, min(size, len(ordered)))))
 
 
-def job_before_next_round(rules: Rules, state: RunState) -> jobs.Job | None:
+def job_before_next_round(rules: Rules, state: LedgerState) -> jobs.Job | None:
     """Return the torch work that is due between the last round and the next, or the run's end; None: none."""
     if _is_judging_due(rules, state):
         return jobs.Evaluate(
@@ -89,12 +89,12 @@ def job_before_next_round(rules: Rules, state: RunState) -> jobs.Job | None:
     return jobs.Realign(version=state.alignment + 1, master=state.master, emulator_views=views)
 
 
-def _is_judging_due(rules: Rules, state: RunState) -> bool:
+def _is_judging_due(rules: Rules, state: LedgerState) -> bool:
     is_last = state.round >= rules.count
     is_judged = is_last or (rules.eval_every > 0 and state.round % rules.eval_every == 0)
     return rules.has_eval and is_judged and state.evaluated_round < state.round
 
 
-def _has_drifted(state: RunState) -> bool:
+def _has_drifted(state: LedgerState) -> bool:
     found = state.probes[-1]
     return found.kl > KL_GROWTH * state.aligned_kl or found.cosine < COSINE_LEFT * state.first_probe.cosine

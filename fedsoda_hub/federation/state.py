@@ -33,7 +33,7 @@ class HeldView(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     delta: Digest | None = None
 
 
-class SubLLM(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class ServedSubLLM(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A sub-LLM of the run. shares_adapter: its adapter LoRA has the layout of the largest's, whose view it shares."""
 
     manifest: Digest
@@ -51,7 +51,7 @@ class Realignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kl_after: float
 
 
-class Probe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class MeasuredDrift(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How far the largest sub-LLM was from the full LLM before the training of `round`: KL, nats, and cosine."""
 
     round: int
@@ -59,7 +59,7 @@ class Probe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cosine: float
 
 
-class RunState(msgspec.Struct, forbid_unknown_fields=True):
+class LedgerState(msgspec.Struct, forbid_unknown_fields=True):
     """All that the records say. Sub-LLMs stand by size class, the largest first.
 
     Unknown fields are an error, so that a snapshot of another form is never half read: replay begins at the first record.
@@ -68,7 +68,7 @@ class RunState(msgspec.Struct, forbid_unknown_fields=True):
     run_id: str = ""
     fixed: rec.Keys = {}
     phase: Phase = "preparing"
-    sub_llms: tuple[SubLLM, ...] = ()  # none before the run is prepared
+    sub_llms: tuple[ServedSubLLM, ...] = ()  # none before the run is prepared
     round: int = 0  # the last opened; never reused, so a stale timer cannot hit a later one
     cohort: list[EdgeId] = []
     invited: int = 0  # how many the quorum counts
@@ -85,10 +85,10 @@ class RunState(msgspec.Struct, forbid_unknown_fields=True):
     losses: list[float] = []  # weighted mean of each closed round
     cross_terms: dict[int, float] = {}  # by round
     realignments: list[Realignment] = []
-    probes: list[Probe] = []
+    probes: list[MeasuredDrift] = []
 
     @property
-    def largest(self) -> SubLLM:
+    def largest(self) -> ServedSubLLM:
         """The largest sub-LLM, of size class 0; there is none before the run is prepared."""
         return self.sub_llms[0]
 
@@ -118,12 +118,12 @@ class RunState(msgspec.Struct, forbid_unknown_fields=True):
         return self.realignments[-1].kl_after if self.realignments else self.public_kl["aligned"]
 
     @property
-    def first_probe(self) -> Probe:
+    def first_probe(self) -> MeasuredDrift:
         """The first probe since the last alignment; there is one."""
         return next(probe for probe in self.probes if probe.round > self.realigned_for)
 
     @property
-    def with_own_view(self) -> tuple[SubLLM, ...]:
+    def with_own_view(self) -> tuple[ServedSubLLM, ...]:
         """Sub-LLMs with an adapter view of their own: the largest, and those whose adapter has another layout."""
         return tuple(one for one in self.sub_llms if not one.shares_adapter)
 
@@ -141,7 +141,7 @@ class RunState(msgspec.Struct, forbid_unknown_fields=True):
             case rec.SettingsChanged():
                 if self.phase == "ended":
                     self.phase = "idle"  # a larger count continues where the run ended
-            case rec.Prepared():
+            case rec.RunPrepared():
                 self.master = record.master or record.adapter_view
                 self.sub_llms = _prepared(record)
                 self.phase = "idle"
@@ -190,7 +190,7 @@ class RunState(msgspec.Struct, forbid_unknown_fields=True):
                     for one, new in zip(self.sub_llms, drawn, strict=True)
                 )
             case rec.Probed():
-                self.probes.append(Probe(record.round, record.kl, record.cosine))
+                self.probes.append(MeasuredDrift(record.round, record.kl, record.cosine))
             case rec.Evaluated():
                 self.evaluated = record
             case rec.RunEnded():
@@ -202,10 +202,10 @@ class RunState(msgspec.Struct, forbid_unknown_fields=True):
         self.sub_llms = tuple(replace(one, adapter=new.get(at, new[0])) for at, one in enumerate(self.sub_llms))
 
 
-def _prepared(record: rec.Prepared) -> tuple[SubLLM, ...]:
-    made: list[rec.Prepared | rec.PreparedClass] = [record, *record.smaller]
+def _prepared(record: rec.RunPrepared) -> tuple[ServedSubLLM, ...]:
+    made: list[rec.RunPrepared | rec.PreparedClass] = [record, *record.smaller]
     return tuple(
-        SubLLM(
+        ServedSubLLM(
             manifest=one.manifest,
             public_kl=one.public_kl,
             adapter=HeldView(one.adapter_view or record.adapter_view),

@@ -35,14 +35,15 @@ from fedsoda_edge.protocol.codec import wire_bytes
 from fedsoda_edge.protocol.messages import EdgeId
 from fedsoda_edge.worker.worker import Worker
 from fedsoda_hub.compute import Compute
-from fedsoda_hub.events import Say
+from fedsoda_hub.events import HubSay
+from fedsoda_hub.local.processes import EdgeSay
 from fedsoda_hub.run.tokens import Token
 from fedsoda_hub.serving.connection import Connection, Hub
 from fedsoda_hub.serving.daemon import Daemon
 from fedsoda_hub.settings.run import RunSettings
 
-Answer = Callable[[Any, Report], msgspec.Struct]  # does one call of a union
-EdgeSay = Callable[[dict[str, Any]], None]
+Answerer = Callable[[Any, Report], msgspec.Struct]  # does one call of a union
+
 T = TypeVar("T")
 PIECE_BYTES = 1 << 20
 CLOSE_SECONDS = 5.0  # that edges may take to end after their Farewell
@@ -53,7 +54,7 @@ async def federate(
     edges: Mapping[str, Path],
     homes: Path,
     stop: asyncio.Future[str],
-    say: Say,
+    say: HubSay,
     say_of: Callable[[str], EdgeSay],
 ) -> None:
     """Run one federation to its end, or until `stop`; a second call continues it.
@@ -132,12 +133,12 @@ class TorchThread:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def port(self, make: Callable[[], Answer]) -> InThread:
+    def port(self, make: Callable[[], Answerer]) -> InThread:
         """Return a port whose calls run in the thread. make: a new answerer, which nothing was asked of yet."""
         return InThread(self._pool, make)
 
 
-class Ended(Exception):
+class PortClosed(Exception):
     """Raised within a call whose port was closed, where it says how far it is."""
 
 
@@ -146,11 +147,11 @@ class InThread:
 
     _numbers = itertools.count(1)
 
-    def __init__(self, pool: Executor, make: Callable[[], Answer]) -> None:
+    def __init__(self, pool: Executor, make: Callable[[], Answerer]) -> None:
         self.pid: int | None = None  # below 0: no process has it
         self._pool = pool
         self._make = make
-        self._answer: Answer | None = None
+        self._answer: Answerer | None = None
         self._lock = asyncio.Lock()
 
     @property
@@ -190,7 +191,7 @@ class InThread:
 
             def report(progress: msgspec.Struct) -> None:
                 if self.pid != pid:
-                    raise Ended
+                    raise PortClosed
                 loop.call_soon_threadsafe(take, _crossed(progress, told))
 
             def work() -> ResultT:

@@ -15,7 +15,7 @@ from typing import Any
 from fedsoda_edge.errors import WorkerFailed
 from fedsoda_edge.ports.system import group_of_its_own, stop_signal
 from fedsoda_hub import events
-from fedsoda_hub.events import Say
+from fedsoda_hub.events import HubSay
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.run.ledger import opened
 from fedsoda_hub.run.tokens import write_secret
@@ -29,7 +29,7 @@ async def federate(
     edges: Mapping[str, Path],
     homes: Path,
     stop: asyncio.Future[str],
-    say: Say,
+    say: HubSay,
     say_of: Callable[[str], EdgeSay],
     environment: Mapping[str, str],
     of_hub: Mapping[str, str] = MappingProxyType({}),

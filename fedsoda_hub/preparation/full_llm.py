@@ -23,7 +23,7 @@ from fedsoda_edge.ports.disk import write_durably_json
 from fedsoda_edge.protocol.manifest import LayerPlan, LoRASpec
 from fedsoda_hub.algorithms.methods.by_name import method_of
 from fedsoda_hub.preparation.run_text import RunText
-from fedsoda_hub.preparation.running import Running
+from fedsoda_hub.preparation.running import RunningLayers
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.settings.run import RunSettings
 
@@ -71,7 +71,7 @@ class StreamedLLM:
         self.settings = settings
         self.directory = RunDirectory(settings.run_dir)
         self.method = method_of(settings.method)
-        self.running = Running(settings)
+        self.running = RunningLayers(settings)
         self.source = open_full_llm(settings)
         self.text = RunText(settings, self.source, self.directory.preparation, self.running)
 

@@ -23,7 +23,7 @@ from fedsoda_hub.algorithms.pruning.representatives import Components, Measured,
 from fedsoda_hub.federation.jobs import ProbeResult, ShapeMeasured
 from fedsoda_hub.preparation.align import Aligner
 from fedsoda_hub.preparation.full_llm import StreamedLLM
-from fedsoda_hub.preparation.teacher import Answer, TeacherCache
+from fedsoda_hub.preparation.teacher import TeacherCache, TeacherOutput
 
 KL_TIE = 1.05
 MEASURING = "measuring layer similarity"
@@ -115,7 +115,7 @@ class MeasuredLLM:
         self._teacher.forget(made - self._teacher.held_against([chosen]))
         return chosen
 
-    def _try(self, plan: LayerPlan, adapter: dict[str, Tensor], answer: Answer) -> ProbeResult:
+    def _try(self, plan: LayerPlan, adapter: dict[str, Tensor], answer: TeacherOutput) -> ProbeResult:
         """Measure how far this plan's sub-LLM is from the full LLM, before anything is trained."""
         llm, text = self._llm, self._llm.text
         spec, count, first = llm.lora_spec(plan), len(text.used), min(plan.retained)

@@ -34,7 +34,7 @@ from fedsoda_hub.federation.jobs import DiskNeeded, PreparedSubLLM, PrepareResul
 from fedsoda_hub.preparation.align import Aligner, check_closed_form
 from fedsoda_hub.preparation.full_llm import StreamedLLM
 from fedsoda_hub.preparation.measured import MeasuredLLM
-from fedsoda_hub.preparation.running import Report, to_nobody
+from fedsoda_hub.preparation.running import ReportProgress, to_nobody
 from fedsoda_hub.preparation.teacher import TeacherCache
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.settings.run import RunSettings
@@ -47,7 +47,7 @@ def made_of(settings: RunSettings) -> Any:
     return msgspec.to_builtins([method, settings.lora, settings.public, align])
 
 
-class Preparation:
+class RunPreparation:
     """The preparation of a run. It keeps the open full LLM and the public text as long as it lives itself.
 
     Raises:
@@ -82,7 +82,7 @@ class Preparation:
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def run(self, report: Report = to_nobody) -> PrepareResult:
+    def run(self, report: ReportProgress = to_nobody) -> PrepareResult:
         """Do what is not done; give the digests of what a run starts from, and the public KL.
 
         Raises:
@@ -112,7 +112,7 @@ class Preparation:
 
 
 class _Stages:
-    """The stages from full LLM to bundle, one call of `Preparation.run`."""
+    """The stages from full LLM to bundle, one call of `RunPreparation.run`."""
 
     def __init__(self, llm: StreamedLLM) -> None:
         self._llm = llm

@@ -18,7 +18,7 @@ from fedsoda_edge.model.source import Checkpoint
 from fedsoda_edge.ports.disk import write_durably
 from fedsoda_hub.federation.jobs import NoBorderMap
 from fedsoda_hub.preparation.public_text import read_blocks, read_prompts
-from fedsoda_hub.preparation.running import Running
+from fedsoda_hub.preparation.running import RunningLayers
 from fedsoda_hub.preparation.self_generated import generate_blocks, generate_prompts
 from fedsoda_hub.settings.run import RunSettings
 
@@ -30,7 +30,7 @@ class RunText:
         work: what the full LLM wrote lies there and is found again.
     """
 
-    def __init__(self, settings: RunSettings, source: Checkpoint, work: Path, running: Running) -> None:
+    def __init__(self, settings: RunSettings, source: Checkpoint, work: Path, running: RunningLayers) -> None:
         self._settings = settings
         self._source = source
         self._work = work

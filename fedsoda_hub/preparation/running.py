@@ -8,13 +8,13 @@ from typing import TypedDict
 import torch
 
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_hub.federation.jobs import Progress, Stage
+from fedsoda_hub.federation.jobs import JobProgress, Stage
 from fedsoda_hub.settings.run import RunSettings
 
-Report = Callable[[Progress], None]
+ReportProgress = Callable[[JobProgress], None]
 
 
-def to_nobody(_: Progress) -> None:
+def to_nobody(_: JobProgress) -> None:
     """Take a progress that nobody asked for."""
 
 
@@ -41,12 +41,12 @@ class How(TypedDict):
     progress: Callable[[int, int], None]
 
 
-class Running:
+class RunningLayers:
     """Where the layers of a run are computed. report: who hears of the job in hand; each job sets its own."""
 
     def __init__(self, settings: RunSettings) -> None:
         self.device, self.compute_dtype = pick_device(settings.device, settings.dtype)
-        self.report: Report = to_nobody
+        self.report: ReportProgress = to_nobody
 
     def how(self, stage: str) -> How:
         """Give the arguments of whatever runs layers; its progress is reported as `stage`."""

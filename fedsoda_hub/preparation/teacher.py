@@ -27,7 +27,7 @@ from fedsoda_hub.preparation.full_llm import StreamedLLM
 
 
 @dataclass(frozen=True)
-class Answer:
+class TeacherOutput:
     """What the full LLM makes of the held-out blocks with an adapter LoRA: final hidden (N, T, C), gradient (P,)."""
 
     final: Tensor
@@ -100,14 +100,14 @@ class TeacherCache:
         """Compute the final hidden on all public blocks with this adapter LoRA, from the emulator's target: (N, T, C)."""
         return _final(self._above(plan, adapter), self.target(plan.emulator[-1]))
 
-    def answer(self, plan: LayerPlan, adapter: Mapping[str, Tensor]) -> Answer:
+    def answer(self, plan: LayerPlan, adapter: Mapping[str, Tensor]) -> TeacherOutput:
         """Compute what the full LLM makes of the held-out blocks with this adapter LoRA."""
         teacher, text = self._above(plan, adapter), self._llm.text
         border = self.target(plan.emulator[-1])[len(text.used) :]
         gradient = drift.adapter_gradient(teacher, plan.adapter, border, torch.stack(text.held_out))
-        return Answer(_final(teacher, border), gradient)
+        return TeacherOutput(_final(teacher, border), gradient)
 
-    def drift_of(self, student: SubLLM, adapter: Sequence[int], states: Tensor, answer: Answer) -> ProbeResult:
+    def drift_of(self, student: SubLLM, adapter: Sequence[int], states: Tensor, answer: TeacherOutput) -> ProbeResult:
         """Measure public KL, and the cosine between the adapter's gradients in teacher and student.
 
         Args:

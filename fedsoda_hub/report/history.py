@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from fedsoda_hub.federation import records as facts
+from fedsoda_hub.federation import records as rec
 from fedsoda_hub.run.ledger import Ledger
 
 STAGES = ("pruned", "quantized", "closed_form", "aligned")  # of public KL, as preparation goes through them
@@ -55,9 +55,9 @@ class History:
     public_kl: dict[str, float] = field(default_factory=dict)
     rounds: list[Round] = field(default_factory=list)
     cross_terms: dict[int, float] = field(default_factory=dict)
-    realigned: list[facts.Realigned] = field(default_factory=list)
+    realigned: list[rec.Realigned] = field(default_factory=list)
     repruned: list[int] = field(default_factory=list)
-    evaluated: list[facts.Evaluated] = field(default_factory=list)
+    evaluated: list[rec.Evaluated] = field(default_factory=list)
     traffic: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
 
     @property
@@ -94,30 +94,30 @@ def read_history(ledger: Ledger) -> History:
     for at, record in told:
         now = history.rounds[-1] if history.rounds else None
         match record:
-            case facts.Prepared():
+            case rec.RunPrepared():
                 history.public_kl = record.public_kl
-            case facts.RoundOpened():
+            case rec.RoundOpened():
                 history.rounds.append(Round(record.round, at, list(record.cohort)))
-            case facts.CohortExtended() if now:
+            case rec.CohortExtended() if now:
                 now.cohort += [edge for edge in record.invited if edge not in now.cohort]
                 for edge in record.invited:
                     now.answered.pop(edge, None)
-            case facts.UpdateAccepted() if now:
+            case rec.UpdateAccepted() if now:
                 now.updates[record.edge] = Contribution(at, record.num_examples, record.loss)
                 now.answered.pop(record.edge, None)
-            case facts.EdgeAnswered() if now:
+            case rec.EdgeAnswered() if now:
                 now.answered[record.edge] = at, record.how
-            case facts.RoundClosed() if now:
+            case rec.RoundClosed() if now:
                 now.closed_at = at
                 if record.cross_term is not None:
                     history.cross_terms[record.round] = record.cross_term
-            case facts.Realigned():
+            case rec.Realigned():
                 history.realigned.append(record)
-            case facts.Repruned():
+            case rec.Repruned():
                 history.repruned.append(record.round)
-            case facts.Evaluated():
+            case rec.Evaluated():
                 history.evaluated.append(record)
-        history.is_over = isinstance(record, facts.RunEnded)
+        history.is_over = isinstance(record, rec.RunEnded)
     history.traffic = {(edge, number): (up, down) for edge, number, up, down in ledger.traffic()}
     return history
 

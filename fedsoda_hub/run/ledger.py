@@ -16,16 +16,16 @@ import msgspec
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.protocol.messages import Digest, EdgeId
 from fedsoda_hub.federation.records import AnyRecord, Figures
-from fedsoda_hub.federation.state import RunState
+from fedsoda_hub.federation.state import LedgerState
 from fedsoda_hub.run.database import Database
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.run.tokens import Tokens
 
 _RECORD = msgspec.json.Decoder(AnyRecord)
-_STATE = msgspec.json.Decoder(RunState)
+_STATE = msgspec.json.Decoder(LedgerState)
 
 
-class Traffic(NamedTuple):
+class RoundTraffic(NamedTuple):
     """Bytes of one edge in one round, websocket payload and framing."""
 
     edge: str
@@ -53,7 +53,7 @@ class Ledger:
         """
         self.database.write("INSERT INTO log (record) VALUES (?)", (msgspec.json.encode(record),))
 
-    def snapshot(self, state: RunState) -> None:
+    def snapshot(self, state: LedgerState) -> None:
         """Remember the state after the last record, to bound replay.
 
         Raises:
@@ -73,9 +73,9 @@ class Ledger:
         """Return every record, in order."""
         return [record for _, record in self.history()]
 
-    def replay(self) -> RunState:
+    def replay(self) -> LedgerState:
         """Fold the last snapshot and the records after it; all records where the snapshot is of another release."""
-        seq, state = 0, RunState()
+        seq, state = 0, LedgerState()
         for number, data in self.database.read("SELECT seq, state FROM snapshot ORDER BY seq DESC LIMIT 1"):
             with contextlib.suppress(msgspec.ValidationError):  # the log alone says as much
                 seq, state = number, _STATE.decode(data)
@@ -97,10 +97,10 @@ class Ledger:
             (edge, round_number, up, down),
         )
 
-    def traffic(self) -> list[Traffic]:
+    def traffic(self) -> list[RoundTraffic]:
         """Return what travelled, ascending by edge and round."""
         rows = self.database.read("SELECT edge, round, up, down FROM traffic ORDER BY edge, round")
-        return [Traffic(*row) for row in rows]
+        return [RoundTraffic(*row) for row in rows]
 
 
 @contextlib.contextmanager

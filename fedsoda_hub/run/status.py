@@ -6,7 +6,7 @@ import msgspec
 
 from fedsoda_edge.protocol.messages import EdgeId
 from fedsoda_hub.federation.records import Figures
-from fedsoda_hub.federation.state import Phase, Probe, Realignment, RunState
+from fedsoda_hub.federation.state import LedgerState, MeasuredDrift, Phase, Realignment
 from fedsoda_hub.run.ledger import Ledger
 
 
@@ -42,7 +42,7 @@ class RunStatus(msgspec.Struct, frozen=True, kw_only=True):
     cross_terms: dict[int, float]
     public_kl: dict[str, float]
     realignments: list[Realignment]
-    probes: list[Probe]
+    probes: list[MeasuredDrift]
     evaluation: Figures | None
     bytes: BytesPerRound
     traffic: list[Travelled]
@@ -68,7 +68,7 @@ class LiveStatus(RunStatus, frozen=True, kw_only=True):
     due_seconds: float | None
 
 
-def run_status(name: str, rounds: int, ledger: Ledger, state: RunState) -> RunStatus:
+def run_status(name: str, rounds: int, ledger: Ledger, state: LedgerState) -> RunStatus:
     """Tell what the ledger knows. name, rounds: the run's name and its [rounds] count."""
     rows = ledger.traffic()
     pairs = len({(row.edge, row.round) for row in rows}) or 1

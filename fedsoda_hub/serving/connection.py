@@ -47,7 +47,7 @@ class Lent(Protocol):
 
 
 class Asked(Protocol):
-    """How the run stands (`standing.Standing`)."""
+    """How the run stands (`monitoring.Monitoring`)."""
 
     def is_admin(self, secret: str) -> bool: ...
     def status(self) -> LiveStatus: ...
@@ -60,7 +60,7 @@ class Hub:
 
     guests: Guests
     shelf: Lent
-    standing: Asked
+    monitoring: Asked
 
 
 class Channel(Protocol):

@@ -8,16 +8,16 @@ from fedsoda_edge.ports import Clock, SystemClock, TorchPort
 from fedsoda_edge.ports.child import Child
 from fedsoda_edge.ports.disk import write_durably
 from fedsoda_edge.ports.system import on_signal_in
-from fedsoda_hub import events as told
+from fedsoda_hub import events
 from fedsoda_hub.federation.rounds import RoundMachine
 from fedsoda_hub.serving.connection import Door, Hub
 from fedsoda_hub.serving.decisions import Decisions, Inbox
 from fedsoda_hub.serving.first_of import first_of
 from fedsoda_hub.serving.listener import Listener
+from fedsoda_hub.serving.monitoring import Monitoring
 from fedsoda_hub.serving.resume import ServedRun, resume, rules_of
 from fedsoda_hub.serving.roster import Roster
 from fedsoda_hub.serving.shelf import Shelf
-from fedsoda_hub.serving.standing import Standing
 from fedsoda_hub.serving.torch_jobs import TorchJobs
 from fedsoda_hub.serving.uploads import Uploads
 from fedsoda_hub.settings.run import RunSettings
@@ -29,7 +29,13 @@ class Daemon:
     """A run that serves; `Daemon.open` makes one."""
 
     def __init__(
-        self, settings: RunSettings, run: ServedRun, say: told.Say, clock: Clock, door: Door | None, torch: TorchPort
+        self,
+        settings: RunSettings,
+        run: ServedRun,
+        say: events.HubSay,
+        clock: Clock,
+        door: Door | None,
+        torch: TorchPort,
     ) -> None:
         self.settings = settings
         self.disk = run
@@ -47,7 +53,7 @@ class Daemon:
             self.inbox.put_nowait,
             say,
         )
-        self.standing = Standing(settings, self.machine, run.ledger, clock, self.roster, run.admin_secret)
+        self.monitoring = Monitoring(settings, self.machine, run.ledger, clock, self.roster, run.admin_secret)
         self.jobs = TorchJobs(settings, torch, self.inbox.put_nowait, say)
         self.decisions = Decisions(
             settings,
@@ -59,7 +65,7 @@ class Daemon:
             self.uploads,
             self.roster,
             self.jobs,
-            self.standing,
+            self.monitoring,
             say,
         )
         self._say = say
@@ -70,7 +76,7 @@ class Daemon:
     def open(
         cls,
         settings: RunSettings,
-        say: told.Say,
+        say: events.HubSay,
         clock: Clock | None = None,
         *,
         door: Door | None = None,
@@ -79,7 +85,7 @@ class Daemon:
         """Lock the run, replay its ledger, and make ready to serve it.
 
         Args:
-            say: takes what people are told. door: where edges come in; None: the port of [listen].
+            say: takes what people are events. door: where edges come in; None: the port of [listen].
             torch: what computes; None: a child process.
 
         Raises:
@@ -91,7 +97,7 @@ class Daemon:
     @property
     def url(self) -> str:
         """Where the hub serves; empty before that."""
-        return self.standing.url
+        return self.monitoring.url
 
     def close(self) -> None:
         """Let go of a run that is not served."""
@@ -118,7 +124,7 @@ class Daemon:
         listen = self.settings.listen
         try:
             door = self._door or Listener(listen.host, listen.port)
-            self.standing.url = f"http://{f'[{listen.host}]' if ':' in listen.host else listen.host}:{door.port}"
+            self.monitoring.url = f"http://{f'[{listen.host}]' if ':' in listen.host else listen.host}:{door.port}"
             self.shelf.follow(self.disk.ledger.records())
             try:
                 await self._until_over(door, stop, exit_when_done)
@@ -142,7 +148,7 @@ class Daemon:
                 ]
                 await self._end(stop, exit_when_done)
                 if stop.done():
-                    self._say(told.Stopped(signal=stop.result()))
+                    self._say(events.StoppedBySignal(signal=stop.result()))
                 for part in parts:
                     part.cancel()
         except BaseExceptionGroup as failures:
@@ -152,9 +158,9 @@ class Daemon:
         """Open the door once the run is prepared, and watch it."""
         await self.jobs.opened.wait()
         await self.shelf.stocked.wait()
-        await door.open(Hub(self.roster, self.shelf, self.standing))
+        await door.open(Hub(self.roster, self.shelf, self.monitoring))
         write_durably(self.disk.directory.address, self.url.encode())
-        self._say(told.Listening(url=self.url, run=self.settings.name))
+        self._say(events.Listening(url=self.url, run=self.settings.name))
         await door.broken()
 
     async def _end(self, stop: asyncio.Future[str], exit_when_done: bool) -> None:

@@ -128,17 +128,17 @@ def make_app(hub: Hub, broke: Broke) -> Starlette:
         is_local = False
         with contextlib.suppress(ValueError):
             is_local = ipaddress.ip_address(host).is_loopback
-        return is_local or hub.standing.is_admin(_bearer(request))
+        return is_local or hub.monitoring.is_admin(_bearer(request))
 
     def status(request: Request) -> Response:
         if not may_ask(request):
             return JSONResponse({"reason": "status is for loopback or the admin token"}, status_code=401)
-        return JSONResponse(msgspec.to_builtins(hub.standing.status(), str_keys=True))
+        return JSONResponse(msgspec.to_builtins(hub.monitoring.status(), str_keys=True))
 
     def metrics(request: Request) -> Response:
         if not may_ask(request):
             return JSONResponse({"reason": "metrics are for loopback or the admin token"}, status_code=401)
-        return PlainTextResponse(hub.standing.metrics())
+        return PlainTextResponse(hub.monitoring.metrics())
 
     return Starlette(
         routes=[

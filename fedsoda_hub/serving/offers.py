@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fedsoda_edge.protocol import messages as ms
-from fedsoda_hub.federation.events import Offer
-from fedsoda_hub.federation.state import HeldView, RunState
+from fedsoda_hub.federation.events import SendOffer
+from fedsoda_hub.federation.state import HeldView, LedgerState
 from fedsoda_hub.settings.run import RunSettings
 
 Sizes = Callable[[ms.Digest], ms.BlobRef]  # a blob of the run with its size
 
 
-def welcome(edge: ms.EdgeId, state: RunState, settings: RunSettings, sizes: Sizes) -> ms.Welcome:
+def welcome(edge: ms.EdgeId, state: LedgerState, settings: RunSettings, sizes: Sizes) -> ms.Welcome:
     """Tell an edge what the run is and which sub-LLMs it has, from larger to smaller."""
     task, largest = settings.task, state.largest
     return ms.Welcome(
@@ -37,7 +37,9 @@ def welcome(edge: ms.EdgeId, state: RunState, settings: RunSettings, sizes: Size
     )
 
 
-def offer(asked: Offer, state: RunState, settings: RunSettings, sizes: Sizes, due_seconds: float) -> ms.RoundOffer:
+def offer(
+    asked: SendOffer, state: LedgerState, settings: RunSettings, sizes: Sizes, due_seconds: float
+) -> ms.RoundOffer:
     """Ask an edge for an update of the open round. due_seconds: from now to the deadline."""
     sub_llm = state.sub_llms[asked.size_class]
     return ms.RoundOffer(

@@ -10,7 +10,7 @@ from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.ports.system import Lock
 from fedsoda_hub.federation import records as rec
 from fedsoda_hub.federation.schedule import Rules
-from fedsoda_hub.federation.state import RunState
+from fedsoda_hub.federation.state import LedgerState
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.run.tokens import write_secret
@@ -23,7 +23,7 @@ class ServedRun:
 
     directory: RunDirectory
     ledger: Ledger
-    state: RunState
+    state: LedgerState
     admin_secret: str
     lock: Lock
 
@@ -55,7 +55,7 @@ def resume(settings: RunSettings) -> ServedRun:
         raise
 
 
-def _replayed(ledger: Ledger, settings: RunSettings) -> RunState:
+def _replayed(ledger: Ledger, settings: RunSettings) -> LedgerState:
     """Replay; write down that the run began, and which keys changed that may."""
     state = ledger.replay()
     if not state.run_id:
@@ -80,7 +80,7 @@ def _replayed(ledger: Ledger, settings: RunSettings) -> RunState:
     return state
 
 
-def _add(ledger: Ledger, state: RunState, record: rec.AnyRecord) -> None:
+def _add(ledger: Ledger, state: LedgerState, record: rec.AnyRecord) -> None:
     ledger.append(record)
     state.apply(record)
 

@@ -13,10 +13,10 @@ from fedsoda_edge.errors import DiskFull
 from fedsoda_edge.ports import Clock
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.session import Upload
-from fedsoda_hub import events as told
+from fedsoda_hub import events
 from fedsoda_hub.federation import events as ev
 from fedsoda_hub.federation.schedule import Rules, trained_factor
-from fedsoda_hub.federation.state import RunState
+from fedsoda_hub.federation.state import LedgerState
 from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.run.tokens import Token
 from fedsoda_hub.serving import offers
@@ -37,12 +37,12 @@ class Roster:
         self,
         settings: RunSettings,
         rules: Rules,
-        state: RunState,
+        state: LedgerState,
         ledger: Ledger,
         shelf: Shelf,
         uploads: Uploads,
-        report: Callable[[ev.Event], None],
-        say: told.Say,
+        report: Callable[[ev.RoundEvent], None],
+        say: events.HubSay,
     ) -> None:
         self.progress: dict[ms.EdgeId, ms.Progress] = {}
         self._settings = settings
@@ -85,7 +85,7 @@ class Roster:
         try:
             is_its_device = self._ledger.tokens.bind(edge, hello.device_id)
         except DiskFull as error:
-            self._say(told.DiskFull(message=str(error)))
+            self._say(events.OutOfDisk(message=str(error)))
             return None  # a Refusal would send the edge away for good
         if not is_its_device:
             return ms.Refusal(
@@ -96,7 +96,7 @@ class Roster:
         if old is not None:  # the same device came back before its old connection was missed
             old.close()
             self._report(ev.EdgeGone(edge))  # until its Ready it is not invited
-        self._say(told.EdgeConnected(edge=edge, software=hello.software))
+        self._say(events.EdgeConnected(edge=edge, software=hello.software))
         return offers.welcome(edge, self._state, self._settings, self._shelf.ref)
 
     async def said(self, connection: Connection, message: ms.EdgeMessage | Upload) -> None:
@@ -117,15 +117,15 @@ class Roster:
             case ms.Leave():
                 self._report(ev.EdgeAway(edge, "left"))
                 self._note_farewell(edge)
-                self._say(told.EdgeLeft(edge=edge, reason=message.reason))
+                self._say(events.EdgeLeft(edge=edge, reason=message.reason))
             case ms.Decline():
-                self._say(told.Declined(edge=edge, round=message.round, reason=message.reason))
-                self._report(ev.Declined(edge, message.round, message.reason))
+                self._say(events.Declined(edge=edge, round=message.round, reason=message.reason))
+                self._report(ev.EdgeDeclined(edge, message.round, message.reason))
             case ms.UpdateStart():
                 self._report(ev.UploadStarted(edge, message.round))
             case ms.Progress():
                 self.progress[edge] = message
-                self._say(told.EdgeProgress(edge=edge, **msgspec.structs.asdict(message)))
+                self._say(events.EdgeProgress(edge=edge, **msgspec.structs.asdict(message)))
             case Upload():
                 await self._uploaded(connection, message)
 
@@ -136,7 +136,7 @@ class Roster:
         try:
             problem = await self._uploads.take(upload, layout)
         except DiskFull as error:
-            self._say(told.DiskFull(message=str(error)))
+            self._say(events.OutOfDisk(message=str(error)))
             self.send(edge, ms.Refusal(round=start.round, reason=str(error), retry=True))
             self._report(ev.UploadStalled(edge))
             return
@@ -162,7 +162,7 @@ class Roster:
             del self._connections[edge]
             self.progress.pop(edge, None)
             self._report(ev.EdgeGone(edge))
-            self._say(told.EdgeGone(edge=edge))
+            self._say(events.EdgeGone(edge=edge))
 
     # --- what is decided -----------------------------------------------------------------------------------
 

@@ -12,14 +12,14 @@ from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.coded import coded_bytes, of_factor
 from fedsoda_edge.protocol.manifest import ADAPTER_LORA, EMULATOR_LORA, BundleManifest, TensorSpec
 from fedsoda_hub.federation import records as rec
-from fedsoda_hub.federation.state import RunState
+from fedsoda_hub.federation.state import LedgerState
 from fedsoda_hub.run.directory import RunDirectory
 
 
 class Shelf:
     """The bundles and views of one run. `stocked` is set once the run is prepared."""
 
-    def __init__(self, directory: RunDirectory, state: RunState) -> None:
+    def __init__(self, directory: RunDirectory, state: LedgerState) -> None:
         self.stocked = asyncio.Event()
         self.max_update_bytes = 1
         self._bundle = directory.bundle
@@ -70,6 +70,6 @@ class Shelf:
 
 
 def _manifests_of(record: rec.AnyRecord) -> tuple[ms.Digest, ...]:
-    if isinstance(record, rec.Prepared | rec.Repruned):
+    if isinstance(record, rec.RunPrepared | rec.Repruned):
         return record.manifest, *(one.manifest for one in record.smaller)
     return ()

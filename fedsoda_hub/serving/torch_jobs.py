@@ -11,9 +11,9 @@ from fedsoda_edge.errors import WorkerFailed
 from fedsoda_edge.ports import TorchPort
 from fedsoda_edge.protocol.calls import Call
 from fedsoda_edge.protocol.trace import changed, went_wrong
-from fedsoda_hub import events as told
+from fedsoda_hub import events
 from fedsoda_hub.federation import events as ev
-from fedsoda_hub.federation.jobs import Job, JobResult, Progress, name_of
+from fedsoda_hub.federation.jobs import Job, JobProgress, JobResult, name_of
 from fedsoda_hub.settings.open_run import OpenRun
 from fedsoda_hub.settings.run import RunSettings
 
@@ -25,7 +25,7 @@ class TorchJobs:
     """One job after the other. `opened` is set once the process has the run's settings; report takes what is done."""
 
     def __init__(
-        self, settings: RunSettings, port: TorchPort, report: Callable[[ev.Event], None], say: told.Say
+        self, settings: RunSettings, port: TorchPort, report: Callable[[ev.RoundEvent], None], say: events.HubSay
     ) -> None:
         self.opened = asyncio.Event()
         self._settings = settings
@@ -58,17 +58,17 @@ class TorchJobs:
 
     async def _done(self, job: Job) -> JobResult:
         """Do one job. A process that ends (out of memory, say) is started again, and the job is done again."""
-        name, call = name_of(job), cast("Call[JobResult, Progress]", job)
+        name, call = name_of(job), cast("Call[JobResult, JobProgress]", job)
         tries = 0
         while True:
             try:
                 if self._port.pid is None:
                     await self._open()
-                return await self._port.call(call, lambda done: self._say(told.progress_told(name, done)))
+                return await self._port.call(call, lambda done: self._say(events.event_of_progress(name, done)))
             except WorkerFailed as error:
                 tries += 1
                 _log.debug(went_wrong(error))
-                self._say(told.ComputeFailed(job=name, message=str(error), details=error.details))
+                self._say(events.ComputeFailed(job=name, message=str(error), details=error.details))
                 if tries == TRIES:
                     raise
 

@@ -12,7 +12,7 @@ from fedsoda_edge.protocol.coded import check
 from fedsoda_edge.protocol.manifest import TensorSpec
 from fedsoda_edge.protocol.messages import Digest
 from fedsoda_edge.protocol.session import Upload
-from fedsoda_hub.federation.state import RunState
+from fedsoda_hub.federation.state import LedgerState
 
 
 class Uploads:
@@ -56,7 +56,7 @@ class Uploads:
         """Note that an upload with these bytes was accepted or refused."""
         self._arriving[digest] -= 1
 
-    def forget_refused(self, state: RunState) -> None:
+    def forget_refused(self, state: LedgerState) -> None:
         """Delete blobs that came with updates none of which was accepted. One that was there before is never touched.
 
         Only while no job runs: its result may have the same bytes, and until it is written down nobody knows.

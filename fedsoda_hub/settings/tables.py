@@ -131,7 +131,7 @@ class Align(Section, frozen=True):
     kl_weight: Annotated[float, Meta(ge=0, description="weight of the KL loss on answers")] = 1.0
 
 
-class Rounds(Section, frozen=True):
+class RoundSettings(Section, frozen=True):
     """[rounds]: who takes part in a round, and when it closes."""
 
     count: Annotated[int, Meta(ge=1, description="rounds to run")] = 20
@@ -239,7 +239,7 @@ class Tables(Section, frozen=True):
     method: Method = msgspec.field(default_factory=Method)
     lora: LoRA = msgspec.field(default_factory=LoRA)
     align: Align = Align()
-    rounds: Rounds = Rounds()
+    rounds: RoundSettings = RoundSettings()
     aggregation: Aggregation = Aggregation()
     local: LocalSettings = LocalSettings()
     wire: Wire = Wire()

@@ -93,7 +93,7 @@ def align(
         a, b = (f"layers.{layer}.{MODULE}.lora_{side}" for side in "AB")
         rank = len(solved.pop(a))
         solved.pop(b)  # what it has learned so far is learned again
-        fit = _Fit(retained[layer], buckets([len(block) for block in blocks], BATCH_TOKENS))
+        fit = _LayerSums(retained[layer], buckets([len(block) for block in blocks], BATCH_TOKENS))
         stream(
             source,
             (layer,),
@@ -133,7 +133,7 @@ def check(source: LayerSource, layers: Iterable[int], names: Container[str]) -> 
             )
 
 
-class _Fit:
+class _LayerSums:
     """Sums over one retained layer's tokens, while `stream` runs it: gram = M^T M, cross = M^T R (C, C), float64.
 
     M: output of down_proj without bias. R: target less output of the layer. down: W_down (C, F).

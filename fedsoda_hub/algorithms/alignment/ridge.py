@@ -25,7 +25,7 @@ HELD_OUT = 5  # every fifth sample
 
 
 @dataclass(frozen=True)
-class Fit:
+class FittedMap:
     """A border map, fp32, with its errors.
 
     weight: the w that was chosen. Errors are mean |difference|^2 / mean |h|^2 on held-out samples: before any map, with D
@@ -39,7 +39,7 @@ class Fit:
     error: float
 
 
-class Moments:
+class PositionSums:
     """Sums over positions in float64: enough for any fit and any error, whatever the number of positions."""
 
     def __init__(self, width: int) -> None:
@@ -60,8 +60,8 @@ class Moments:
         self.residual += float(r.square().sum())
         self.wanted += float(wanted.square().sum())
 
-    def __add__(self, other: Moments) -> Moments:
-        both = Moments(len(self.x))
+    def __add__(self, other: PositionSums) -> PositionSums:
+        both = PositionSums(len(self.x))
         for name, value in vars(self).items():
             setattr(both, name, value + getattr(other, name))
         return both
@@ -88,13 +88,13 @@ class Moments:
         return float(total.clamp(min=0)) / self.wanted
 
 
-def fit(pairs: Iterable[tuple[Tensor, Tensor]], width: int, rank: int) -> Fit:
+def fit(pairs: Iterable[tuple[Tensor, Tensor]], width: int, rank: int) -> FittedMap:
     """Fit the map of at most this rank to (student, teacher) states (T, C) of samples.
 
     Raises:
         ValueError: there are fewer samples than a fit and its check need.
     """
-    seen, unseen = Moments(width), Moments(width)
+    seen, unseen = PositionSums(width), PositionSums(width)
     for number, (student, teacher) in enumerate(pairs):
         (unseen if number % HELD_OUT == HELD_OUT - 1 else seen).add(student, teacher)
     if not unseen.count:
@@ -114,4 +114,4 @@ def fit(pairs: Iterable[tuple[Tensor, Tensor]], width: int, rank: int) -> Fit:
         if rank >= width
         else {LEFT: left.float().contiguous(), RIGHT: right.float().contiguous()}
     )
-    return Fit(tensors, weight, unseen.error(*none), error_whole, error(weight, rank))
+    return FittedMap(tensors, weight, unseen.error(*none), error_whole, error(weight, rank))

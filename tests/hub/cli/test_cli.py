@@ -22,20 +22,20 @@ from typer.testing import CliRunner
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.protocol.messages import Digest, EdgeId
 from fedsoda_hub.cli.commands import app
-from fedsoda_hub.federation import records as ev
+from fedsoda_hub.federation import records as rec
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.run.tokens import write_secret
 from tests.hub.serving.test_daemon import serving, write_run
 
 A = Digest("a" * 64)
-ENDED: list[ev.AnyRecord] = [
-    ev.RunStarted(run_id="1234", fixed={}),
-    ev.Prepared(manifest=A, adapter_view=A, emulator_view=A, public_kl={"pruned": 0.1}),
-    ev.RoundOpened(round=1, cohort=(EdgeId("alice"),), view=A, alignment=0, deadline_at=1e9),
-    ev.UpdateAccepted(round=1, edge=EdgeId("alice"), digest=A, num_examples=8, loss=0.25),
-    ev.RoundClosed(round=1, master=A, view=A, delta=A),
-    ev.RunEnded(rounds=1),
+ENDED: list[rec.AnyRecord] = [
+    rec.RunStarted(run_id="1234", fixed={}),
+    rec.RunPrepared(manifest=A, adapter_view=A, emulator_view=A, public_kl={"pruned": 0.1}),
+    rec.RoundOpened(round=1, cohort=(EdgeId("alice"),), view=A, alignment=0, deadline_at=1e9),
+    rec.UpdateAccepted(round=1, edge=EdgeId("alice"), digest=A, num_examples=8, loss=0.25),
+    rec.RoundClosed(round=1, master=A, view=A, delta=A),
+    rec.RunEnded(rounds=1),
 ]
 
 
@@ -327,7 +327,7 @@ def test_serve_and_prepare_refuse_a_run_that_another_hub_has(run_file: Path) -> 
 def test_a_changed_setting_of_the_method_ends_serve_with_both_values(run_file: Path) -> None:
     ledger = Ledger(run_file.parent / "small.run" / "ledger.sqlite")
     fixed = write_run(run_file.parent, lora={"rank": 8}).fixed()
-    ledger.append(ev.RunStarted(run_id="1234", fixed=fixed))
+    ledger.append(rec.RunStarted(run_id="1234", fixed=fixed))
     ledger.close()
     write_run(run_file.parent)
     assert_refused(hub(run_file, "serve", "RUN"), "run.toml changed", "[lora] rank: 8 when the run began, 2 now")

@@ -28,7 +28,7 @@ from fedsoda_edge.ports.disk import BlobStore, sha256
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.manifest import BundleManifest, EdgeNeeds, File, LayerPlan, LoRASpec, TensorSpec
 from fedsoda_edge.protocol.session import Blob, EdgeSession, chunks
-from fedsoda_hub.events import Listening, Prepared, Say, Told, as_json
+from fedsoda_hub.events import HubEvent, HubSay, Listening, RunPrepared, as_json
 from fedsoda_hub.federation import events as ev
 from fedsoda_hub.federation import jobs
 from fedsoda_hub.federation import records as rec
@@ -177,7 +177,7 @@ class Torch:
         return [call for call in self.calls if isinstance(call, kind)]
 
 
-def opened(settings: RunSettings, say: Say, torch: Torch, clock: Clock | None = None) -> Daemon:
+def opened(settings: RunSettings, say: HubSay, torch: Torch, clock: Clock | None = None) -> Daemon:
     return Daemon.open(settings, say, clock, torch=cast(TorchPort, torch))
 
 
@@ -541,8 +541,8 @@ def test_a_port_that_was_taken_during_preparation_ends_serve_with_status_2(tmp_p
         assert not (settings.run_dir / "address").exists()
 
     async def start(settings: RunSettings, before_it_listens: Callable[[], None]) -> None:
-        def say(event: Told) -> None:
-            if isinstance(event, Prepared):
+        def say(event: HubEvent) -> None:
+            if isinstance(event, RunPrepared):
                 before_it_listens()
 
         daemon = opened(settings, say, Torch(settings.run_dir))
@@ -872,7 +872,7 @@ def test_an_update_that_finds_the_disk_full_gets_no_receipt_but_a_refusal_to_ret
     assert [record.edge for record in records(settings, rec.UpdateAccepted)] == ["a", "b"]
 
 
-@pytest.mark.parametrize("record", [rec.RoundOpened, rec.RoundClosed, rec.Prepared])
+@pytest.mark.parametrize("record", [rec.RoundOpened, rec.RoundClosed, rec.RunPrepared])
 def test_any_other_record_that_finds_the_disk_full_is_written_later_and_torch_works_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: type[rec.Record]
 ) -> None:
@@ -1064,7 +1064,7 @@ def test_torch_work_that_a_signal_broke_off_is_done_again(tmp_path: Path) -> Non
 
 
 def test_ctrl_c_ends_the_hub_as_an_interrupt_and_lets_go_of_the_run(settings: RunSettings) -> None:
-    def interrupt(event: Told) -> None:
+    def interrupt(event: HubEvent) -> None:
         if isinstance(event, Listening):
             os.kill(os.getpid(), signal.SIGINT)
 

@@ -23,7 +23,7 @@ from fedsoda_edge.network.hub_transport import HubTransport
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.codec import MAX_CHUNK_BYTES, MAX_FRAME_BYTES, decode, encode
 from fedsoda_edge.protocol.session import Blob, EdgeSession, Upload, chunks
-from fedsoda_hub.federation.state import RunState
+from fedsoda_hub.federation.state import LedgerState
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.run.status import LiveStatus, live_status, run_status
@@ -45,7 +45,7 @@ HELLO = ms.Hello(
 )
 
 
-STATUS: LiveStatus = live_status(run_status("triage", 1, Ledger(None), RunState()), [], url="http://here")
+STATUS: LiveStatus = live_status(run_status("triage", 1, Ledger(None), LedgerState()), [], url="http://here")
 
 
 class MemoryHub:

@@ -23,7 +23,7 @@ class Present(Protocol):
     def progress(self) -> Mapping[EdgeId, Progress]: ...
 
 
-class Standing:
+class Monitoring:
     """What the hub knows of the run. url: where it serves, once it does."""
 
     def __init__(
