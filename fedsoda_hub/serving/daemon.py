@@ -1,4 +1,7 @@
-"""Serve a run: hold it, let its parts work side by side, and end them all when one fails or a signal comes."""
+"""Serve a run: hold it, let its parts work concurrently, and end them all when one fails or a signal comes.
+
+What each part does is in the files beside this one; which decisions are made is `federation/rounds.py`'s.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ LINGER_SECONDS = 30.0
 
 
 class Daemon:
-    """A run that serves; `Daemon.open` makes one."""
+    """A run that is served; `Daemon.open` makes one."""
 
     def __init__(
         self,
@@ -82,32 +85,36 @@ class Daemon:
         door: Door | None = None,
         torch: TorchPort | None = None,
     ) -> Daemon:
-        """Lock the run, replay its ledger, and make ready to serve it.
+        """Lock the run, replay its ledger, and get ready to serve it.
 
         Args:
-            say: takes what people are events. door: where edges come in; None: the port of [listen].
+            say: takes the events for people.
+            door: where edges come in; None: the port of [listen].
             torch: what computes; None: a child process.
 
         Raises:
             UsageProblem: another hub has the run, or it was begun with other settings.
+            DiskFull: the disk has no space left.
         """
         run = resume(settings)
         return cls(settings, run, say, clock or SystemClock(), door, torch or Child("fedsoda_hub.compute"))
 
     @property
     def url(self) -> str:
-        """Where the hub serves; empty before that."""
+        """The URL at which the hub serves; empty before it does."""
         return self.monitoring.url
 
     def close(self) -> None:
-        """Let go of a run that is not served."""
+        """Release a run that was opened and is not served."""
         self.disk.close()
 
     async def run(self, *, exit_when_done: bool) -> None:
         """Serve until the run is over (with `exit_when_done`) or a signal comes.
 
         Raises:
-            UsageProblem: the port is in use. WorkerFailed: torch work failed again and again. KeyboardInterrupt.
+            UsageProblem: the port is in use.
+            WorkerFailed: the process that owns torch ended three times in one job.
+            KeyboardInterrupt: SIGINT came.
         """
         loop = asyncio.get_running_loop()
         stop: asyncio.Future[str] = loop.create_future()
@@ -120,7 +127,11 @@ class Daemon:
         await self.serve(stop, exit_when_done=exit_when_done)
 
     async def serve(self, stop: asyncio.Future[str], *, exit_when_done: bool) -> None:
-        """Serve as `run` does, until `stop` holds the name of a signal."""
+        """Serve as `run` does, until `stop` holds the name of a signal.
+
+        Raises:
+            UsageProblem, WorkerFailed, KeyboardInterrupt: as in `run`.
+        """
         listen = self.settings.listen
         try:
             door = self._door or Listener(listen.host, listen.port)
@@ -140,7 +151,7 @@ class Daemon:
             raise KeyboardInterrupt
 
     async def _until_over(self, door: Door, stop: asyncio.Future[str], exit_when_done: bool) -> None:
-        """Let all parts work until the end. What one of them raises ends the others, and is raised."""
+        """Let all parts work until the end. An error of one part ends the others and is raised."""
         try:
             async with asyncio.TaskGroup() as group:
                 parts = [
@@ -155,7 +166,7 @@ class Daemon:
             raise _first(failures) from None
 
     async def _let_in(self, door: Door) -> None:
-        """Open the door once the run is prepared, and watch it."""
+        """Open the door as soon as the run is prepared, and raise what breaks it."""
         await self.jobs.opened.wait()
         await self.shelf.stocked.wait()
         await door.open(Hub(self.roster, self.shelf, self.monitoring))
@@ -164,7 +175,7 @@ class Daemon:
         await door.broken()
 
     async def _end(self, stop: asyncio.Future[str], exit_when_done: bool) -> None:
-        """Return when a signal came, or the run is over and its edges were told or waited for."""
+        """Return when a signal came, or when the run is over and its edges know it or were waited for."""
         if not exit_when_done:
             await asyncio.wait({stop})
             return
@@ -173,7 +184,7 @@ class Daemon:
 
 
 def _first(failures: BaseExceptionGroup[BaseException]) -> BaseException:
-    """Return the first failure of a group; those that it caused came after it."""
+    """Return the first failure of a group; the failures that it caused follow it."""
     failure: BaseException = failures
     while isinstance(failure, BaseExceptionGroup):
         failure = failure.exceptions[0]

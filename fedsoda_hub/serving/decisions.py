@@ -1,4 +1,7 @@
-"""The loop of decisions: one event after the other is handled, its effects are performed, then all that is owed."""
+"""Run the loop of decisions: handle one event after the other, perform its effects, then all that is owed.
+
+What is decided is `federation/rounds.py`'s.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +32,14 @@ _log = logging.getLogger("fedsoda_hub.serving")
 
 
 class Post(Protocol):
-    """What reaches edges (`roster.Roster`)."""
+    """The way to edges (`roster.Roster`)."""
 
     def send(self, edge: ms.EdgeId, message: ms.Message) -> None: ...
     def flush_traffic(self) -> None: ...
 
 
 class Jobs(Protocol):
-    """Who does torch work (`torch_jobs.TorchJobs`). opened: it may begin."""
+    """The port for torch work (`torch_jobs.TorchJobs`). opened: set when jobs can start."""
 
     @property
     def opened(self) -> asyncio.Event: ...
@@ -45,14 +48,14 @@ class Jobs(Protocol):
 
 @dataclass(frozen=True)
 class Settle:
-    """Nothing happened, but what is owed may be possible by now."""
+    """A reminder that what is owed may be possible by now, although nothing happened."""
 
 
 Inbox = asyncio.Queue[ev.RoundEvent | Settle]
 
 
 class Decisions:
-    """The machine and its timers. `is_over` is set once the run is over and every connected edge was events."""
+    """The machine and its timers. is_over: set when the run is over and every connected edge has its Farewell."""
 
     def __init__(
         self,
@@ -84,7 +87,7 @@ class Decisions:
         self._deadline: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
-        """Decide until cancelled; first what a restart owes."""
+        """Decide until cancelled, beginning with what a restart owes."""
         async with asyncio.TaskGroup() as self._timers:
             await self._jobs.opened.wait()
             await self._settle()
@@ -103,9 +106,9 @@ class Decisions:
             self._uploads.forget_refused(self._machine.state)
 
     async def _perform(self, effects: list[ev.Effect], cause: ev.RoundEvent | Settle) -> bool:
-        """Perform effects in order; tell whether a record was appended.
+        """Perform effects in order, and tell whether a record was appended.
 
-        A record that cannot be written stops what follows it.
+        After a record that cannot be written, the effects that follow are not performed.
         """
         appended = False
         for effect in effects:
@@ -144,11 +147,11 @@ class Decisions:
         self._say(events.OutOfDisk(message=str(error)))
         if isinstance(cause, ev.UpdateArrived):
             self._post.send(cause.edge, ms.Refusal(round=cause.round, reason=str(error), retry=True))
-        # Torch work that is done comes again as it was; anything else `owed` finds.
+        # A job's result is reported again as it was; `owed` finds everything else again.
         self._report_after(DISK_RETRY_SECONDS, cause if isinstance(cause, ev.JobDone) else Settle())
 
     def _recorded(self, record: rec.AnyRecord) -> None:
-        """Fold in what became a fact, act on it, and tell it."""
+        """Fold in a record that is durable now, act on it, and say it."""
         state = self._machine.state
         before = state.phase
         self._machine.apply(record)
@@ -183,5 +186,5 @@ class Decisions:
             await self._clock.sleep(seconds)
             self._inbox.put_nowait(event)
 
-        assert self._timers is not None, "decisions are made while `run` does"
+        assert self._timers is not None, "timers are set only while `run` runs"
         return self._timers.create_task(report())

@@ -1,4 +1,7 @@
-"""Open a run on disk for the one hub that serves it: lock it, replay its ledger, refuse settings that changed."""
+"""Open a run on disk for the one hub that serves it: lock it, replay its ledger, refuse settings that changed.
+
+Which settings may change is `settings/run.py`'s.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,10 @@ from fedsoda_hub.settings.run import RunSettings, differences
 
 @dataclass(frozen=True)
 class ServedRun:
-    """A run that this process holds. state: its ledger, folded. admin_secret: of whoever may ask for its status."""
+    """A run that this process has locked.
+
+    state: its folded ledger. admin_secret: the secret of whoever may ask for its status.
+    """
 
     directory: RunDirectory
     ledger: Ledger
@@ -28,16 +34,17 @@ class ServedRun:
     lock: Lock
 
     def close(self) -> None:
-        """Let go of the run: another hub may serve it."""
+        """Release the run, so that another hub can serve it."""
         self.ledger.close()
         self.lock.release()
 
 
 def resume(settings: RunSettings) -> ServedRun:
-    """Open the run of these settings, begun or not.
+    """Open the run of these settings, whether it has begun or not.
 
     Raises:
         UsageProblem: another hub has it, or it was begun with other settings.
+        DiskFull: the disk has no space left.
     """
     directory = RunDirectory(settings.run_dir)
     lock = directory.lock()
@@ -56,15 +63,19 @@ def resume(settings: RunSettings) -> ServedRun:
 
 
 def _replayed(ledger: Ledger, settings: RunSettings) -> LedgerState:
-    """Replay; write down that the run began, and which keys changed that may."""
+    """Replay the ledger, and record that the run began and which of the keys that may change did.
+
+    Raises:
+        UsageProblem: a key changed that may not.
+    """
     state = ledger.replay()
     if not state.run_id:
         _add(ledger, state, rec.RunStarted(run_id=secrets.token_hex(8), fixed=settings.fixed()))
     changed = differences(state.fixed, settings)
     if changed:
         raise UsageProblem(
-            f"{Path(settings.path).name} changed since this run began: {'; '.join(changed)}. "
-            "Put it back, or give the run another name"
+            f"{Path(settings.path).name} has changed since this run began: {'; '.join(changed)}; "
+            "restore the old values, or give the run another name"
         )
     rounds = settings.rounds
     values = {
@@ -92,7 +103,7 @@ def _admin_secret(directory: RunDirectory) -> str:
 
 
 def rules_of(settings: RunSettings) -> Rules:
-    """Return what decides rounds."""
+    """Collect the settings that decide rounds."""
     rounds = settings.rounds
     return Rules(
         count=rounds.count,

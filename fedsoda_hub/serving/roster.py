@@ -1,4 +1,7 @@
-"""Who is connected: greet, turn messages into events, send what is decided, count what travels."""
+"""Keep the connected edges: greet them, turn messages into events, send what is decided, count what travels.
+
+What events lead to is `decisions.py`'s.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ _log = logging.getLogger("fedsoda_hub.serving")
 
 
 class Roster:
-    """Connected edges. report: takes what they said as events of the machine."""
+    """The connected edges. report: takes what they said, as events of the round machine."""
 
     def __init__(
         self,
@@ -59,14 +62,14 @@ class Roster:
 
     @property
     def connected(self) -> set[ms.EdgeId]:
-        """Ids of the connected edges."""
+        """The ids of the connected edges."""
         return set(self._connections)
 
     # --- what connections ask ------------------------------------------------------------------------------
 
     @property
     def stall_seconds(self) -> float:
-        """How long an upload may stand still."""
+        """The time after which an upload without progress is given up."""
         return self._settings.wire.stall_seconds
 
     def token(self, secret: str) -> Token | None:
@@ -74,7 +77,7 @@ class Roster:
         return self._ledger.tokens.find(secret)
 
     def greet(self, connection: Connection, hello: ms.Hello) -> ms.Welcome | ms.Refusal | None:
-        """Answer a Hello; None: there is no place to note the device, and it may come again."""
+        """Answer a Hello; None: the disk is full, so the device cannot be noted; it may come again."""
         edge = connection.edge
         if hello.protocol != ms.PROTOCOL_VERSION:
             return ms.Refusal(
@@ -93,19 +96,19 @@ class Roster:
             )
         old = self._connections.get(edge)
         self._connections[edge] = connection
-        if old is not None:  # the same device came back before its old connection was missed
+        if old is not None:  # the device reconnected before the hub noticed that its old connection had ended
             old.close()
             self._report(ev.EdgeGone(edge))  # until its Ready it is not invited
         self._say(events.EdgeConnected(edge=edge, software=hello.software))
         return offers.welcome(edge, self._state, self._settings, self._shelf.ref)
 
     async def said(self, connection: Connection, message: ms.EdgeMessage | Upload) -> None:
-        """Report what an edge said."""
+        """Report what an edge said as an event of the round machine."""
         edge = connection.edge
         match message:
             case ms.Ready() if not 0 <= message.size_class < len(self._state.sub_llms):
                 last = len(self._state.sub_llms) - 1
-                reason = f"there is no size class {message.size_class}; this run has 0 to {last}: join again"
+                reason = f"this run has size classes 0 to {last}, and the edge took {message.size_class}; join again"
                 self.send(edge, ms.Refusal(reason=reason, fatal=True))
             case ms.Ready():
                 connection.size_class = message.size_class
@@ -130,7 +133,7 @@ class Roster:
                 await self._uploaded(connection, message)
 
     async def _uploaded(self, connection: Connection, upload: Upload) -> None:
-        """Check and store an update, then let the machine judge."""
+        """Check and store an update, then let the round machine judge it."""
         edge, start, size_class = connection.edge, upload.start, connection.size_class
         layout = self._shelf.layout(size_class, trained_factor(self._rules.aggregation, start.round))
         try:
@@ -167,7 +170,7 @@ class Roster:
     # --- what is decided -----------------------------------------------------------------------------------
 
     def send(self, edge: ms.EdgeId, message: ms.Message) -> None:
-        """Say this to the edge, if it is connected."""
+        """Send a message to the edge, if it is connected."""
         connection = self._connections.get(edge)
         if connection is not None:
             assert isinstance(message, ms.HubMessage)
@@ -180,14 +183,14 @@ class Roster:
         self._has_farewelled.set()
 
     async def all_told(self) -> None:
-        """Return once every edge of this run was told that it is over, or left."""
+        """Return when every edge of this run has its Farewell or has left."""
         known = {token.edge for token in self._ledger.tokens.all() if token.device and not token.revoked}
         while not known <= self._farewelled:
             self._has_farewelled.clear()
             await self._has_farewelled.wait()
 
     async def close(self, clock: Clock) -> None:
-        """End all conversations once what is queued has left; who does not read is not waited for."""
+        """End all conversations when everything that is queued has left; edges that do not read are not waited for."""
         connections = list(self._connections.values())
         for connection in connections:
             connection.close()
@@ -209,6 +212,6 @@ class Roster:
         connection.down -= down
 
     def flush_traffic(self) -> None:
-        """Write down what travelled so far."""
+        """Add the traffic up to now to the ledger."""
         for connection in self._connections.values():
             self._count_traffic(connection)

@@ -1,6 +1,6 @@
-"""The settings of one run: its RUN.toml, read and checked, and what of it may change when the run is resumed.
+"""Read and check the settings of one run, and decide which of them may change when the run is resumed.
 
-Every key is declared in `tables.py`. What the settings do is each room's own business.
+Every key is declared in `tables.py`. What the settings do is each room's own matter.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from fedsoda_hub.settings.methods import METHODS, UNREAD
 from fedsoda_hub.settings.tables import SELF_GENERATED, Public, Tables
 from fedsoda_hub.settings.toml import check, read_toml
 
-# What a resumed run may change beside [listen] and [task] eval_*: where it computes, and when a round is full.
+# What may change when a run is resumed, beside [listen] and [task] eval_*: where it computes, and when a round closes.
 _FREE = ("path", "device", "[rounds] count", "[rounds] quorum", "[rounds] deadline_seconds")
 
 
 class RunSettings(Tables, frozen=True):
-    """All of RUN.toml. `path` is where it was read from; relative paths in it are relative to that file."""
+    """All settings of a RUN.toml. path: the file that they are from, which relative paths in it are relative to."""
 
     path: str = ""
 
     @property
     def directory(self) -> Path:
-        """Where the file lies."""
+        """The directory of the file."""
         return Path(self.path).parent
 
     @property
     def run_dir(self) -> Path:
-        """Where all that the run leaves lies."""
+        """The directory of everything that the run writes."""
         return self.directory / f"{self.name}.run"
 
     @property
@@ -63,7 +63,7 @@ class RunSettings(Tables, frozen=True):
         return TextTemplate(self.task.completion)
 
     def fixed(self) -> dict[str, Any]:
-        """Give what must be equal on resume, flat: all but where to listen and when a round is full."""
+        """Return the settings that must be equal on resume, by flat key."""
         return {
             key: value
             for key, value in flat(msgspec.to_builtins(self)).items()
@@ -75,14 +75,21 @@ def read_settings(path: str | Path) -> RunSettings:
     """Read and check RUN.toml.
 
     Raises:
-        UsageProblem: the file is missing or not TOML, has an unknown key (names the nearest), lacks one, or has a value
-            out of range or beside another that it does not go with; a file that it names is not there.
+        UsageProblem: the file is missing or not TOML; a key is unknown (names the nearest) or missing; a value is out of
+            range or does not go with another; a file that it names does not exist.
     """
     return settings_of(read_toml(Path(path)), Path(path))
 
 
 def settings_of(raw: TOML, path: Path) -> RunSettings:
-    """Check these tables as `read_settings` does. path: the file that they are from."""
+    """Check these tables as `read_settings` does.
+
+    Args:
+        path: the file that they are from.
+
+    Raises:
+        UsageProblem: as in `read_settings`.
+    """
     settings = _checked(raw, str(path.resolve()), path.name)
     for template in (settings.task.prompt, settings.task.completion):
         TextTemplate(template)
@@ -92,12 +99,18 @@ def settings_of(raw: TOML, path: Path) -> RunSettings:
         ("[task] eval_data", settings.eval_data),
     ):
         if file is not None and not file.is_file():
-            raise UsageProblem(f"{label}: {file} is not there; the path is relative to {path.name}")
+            raise UsageProblem(
+                f"{label}: there is no file {file}; correct the path, which is relative to the directory of {path.name}"
+            )
     return settings
 
 
 def settings_for_plan(model: str, **tables: TOML) -> RunSettings:
-    """Make the settings of a run that is only planned, checked like those of a file."""
+    """Make the settings of a run that is only planned, and check them like those of a file.
+
+    Raises:
+        UsageProblem: as in `read_settings`.
+    """
     raw = {"name": "plan", "model": model, "public": {"text": ""}, **tables}
     return _checked(raw, "the options", "the options")
 
@@ -108,7 +121,7 @@ def _checked(raw: TOML, path: str, file: str) -> RunSettings:
 
 
 def effective(settings: RunSettings) -> dict[str, dict[str, Any]]:
-    """List {key: {value, source}} of all of RUN.toml; the source is the file's name or "default"."""
+    """Map every key of RUN.toml to {value, source}; the source is the file's name or "default"."""
     path = Path(settings.path)
     given = flat(read_toml(path))
     return {
@@ -119,9 +132,12 @@ def effective(settings: RunSettings) -> dict[str, dict[str, Any]]:
 
 
 def differences(recorded: dict[str, Any], settings: RunSettings) -> list[str]:
-    """List what a resumed run's RUN.toml changed that it may not, each with both values.
+    """List the changes of a resumed run's RUN.toml that are not allowed, each with both values.
 
     A run that began before a key existed began with its default.
+
+    Args:
+        recorded: what `RunSettings.fixed` gave when the run began.
     """
     then, now = RunSettings(name="", model="", public=Public(text="")).fixed() | recorded, settings.fixed()
     changed = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
