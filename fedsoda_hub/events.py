@@ -1,6 +1,6 @@
-"""All that a hub tells people while it works, one tagged struct each: what `--jsonl` prints, a line each.
+"""Define what a hub says to people while it works, one tagged struct an event: what `--jsonl` prints, a line each.
 
-Names and keys are kept for whoever reads them (tests/schemas/fedsoda-hub.json). How people see them is `cli/display.py`'s.
+Tags and keys are promises to those who parse them (tests/schemas/fedsoda-hub.json). Showing events is `cli/display.py`'s.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ Cosine = Annotated[float, Meta(ge=-1, le=1)]
 
 
 class HubEvent(msgspec.Struct, frozen=True, tag_field="event", kw_only=True, forbid_unknown_fields=True):
-    """The root of all that is told."""
+    """The root of all events of a hub."""
 
 
 HubSay = Callable[[HubEvent], None]
 
 
 def line_of(event: HubEvent) -> str:
-    """Return the event as `--jsonl` prints it.
+    """Encode the event as `--jsonl` prints it.
 
     Raises:
         ValueError: a number in it is not finite.
@@ -42,7 +42,11 @@ def line_of(event: HubEvent) -> str:
 
 
 def as_json(event: HubEvent) -> dict[str, Any]:
-    """Return the event as whoever parses its line sees it."""
+    """Convert the event to what a program gets that parses its line.
+
+    Raises:
+        ValueError: a number in it is not finite.
+    """
     values: dict[str, Any] = json.loads(line_of(event))
     return values
 
@@ -51,7 +55,7 @@ def as_json(event: HubEvent) -> dict[str, Any]:
 
 
 class SettingInForce(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A key's value. source: the file's name, or default."""
+    """The value of a key in force. source: the file's name, or "default"."""
 
     value: str | float | bool | list[Any] | None
     source: Annotated[str, Meta(min_length=1)]
@@ -64,32 +68,34 @@ class SettingsInForce(HubEvent, frozen=True, tag="settings"):
 
 
 class Listening(HubEvent, frozen=True, tag="listening"):
-    """Edges may join from now on."""
+    """The hub serves: edges may join from now on."""
 
     url: Annotated[str, Meta(pattern="^http://")]
     run: str
 
 
 class EdgeConnected(HubEvent, frozen=True, tag="edge_connected"):
+    """An edge connected. software: what its Hello says that it runs."""
+
     edge: EdgeId
     software: str
 
 
 class EdgeGone(HubEvent, frozen=True, tag="edge_gone"):
-    """The connection ended; the edge may come back."""
+    """An edge's connection ended; the edge may come back."""
 
     edge: EdgeId
 
 
 class EdgeLeft(HubEvent, frozen=True, tag="edge_left"):
-    """The edge left for good."""
+    """An edge left the run for good, for the reason in its own words."""
 
     edge: EdgeId
     reason: str
 
 
 class EdgeProgress(HubEvent, frozen=True, tag="edge_progress"):
-    """Where an edge's local round is, in its own numbers."""
+    """The progress of an edge's local round, as the edge reports it. loss: nats a completion id."""
 
     edge: EdgeId
     round: int
@@ -100,7 +106,7 @@ class EdgeProgress(HubEvent, frozen=True, tag="edge_progress"):
 
 
 class Declined(HubEvent, frozen=True, tag="declined"):
-    """An edge will send no update this round, in its own words."""
+    """An edge will send no update this round, for the reason in its own words."""
 
     edge: EdgeId
     round: int
@@ -108,17 +114,19 @@ class Declined(HubEvent, frozen=True, tag="declined"):
 
 
 class Waiting(HubEvent, frozen=True, tag="waiting"):
-    """Nothing can be done now, and why."""
+    """The hub can do nothing now, and why."""
 
     why: str
 
 
 class OutOfDisk(HubEvent, frozen=True, tag="disk_full"):
+    """Something could not be written for lack of space; the hub tries again."""
+
     message: str
 
 
 class ComputeFailed(HubEvent, frozen=True, tag="compute_failed"):
-    """The process with torch ended in the middle of a job; details: its traceback or last words."""
+    """The process that owns torch ended during a job. details: its traceback or last words."""
 
     job: str
     message: str
@@ -135,7 +143,10 @@ class StoppedBySignal(HubEvent, frozen=True, tag="stopped"):
 
 
 class StageProgress(HubEvent, frozen=True, tag="progress", omit_defaults=True):
-    """How far a stage of a job is. kl: public KL, nats, of the alignment's last step; detail: what is compared now."""
+    """The progress of a stage of a job.
+
+    kl: public KL, nats, of the alignment's last step. detail: what a comparison works on now.
+    """
 
     job: str
     stage: str
@@ -146,7 +157,7 @@ class StageProgress(HubEvent, frozen=True, tag="progress", omit_defaults=True):
 
 
 class DiskProgress(HubEvent, frozen=True, tag="progress"):
-    """Bytes that the cached targets of the teacher need, and how many are free."""
+    """The bytes that the cached targets of the teacher need, and how many are free."""
 
     job: str
     stage: str
@@ -155,7 +166,7 @@ class DiskProgress(HubEvent, frozen=True, tag="progress"):
 
 
 class BorderMapProgress(HubEvent, frozen=True, tag="progress"):
-    """Relative squared error of border states on prompts left out: without a map, with one of whole width, with this."""
+    """The relative squared error of border states on held-out prompts: without a map, with one of full rank, with this."""
 
     job: str
     stage: str
@@ -165,7 +176,7 @@ class BorderMapProgress(HubEvent, frozen=True, tag="progress"):
 
 
 class NoBorderMapProgress(HubEvent, frozen=True, tag="progress"):
-    """Why no border map is fitted."""
+    """The reason why no border map is fitted."""
 
     job: str
     stage: str
@@ -173,7 +184,7 @@ class NoBorderMapProgress(HubEvent, frozen=True, tag="progress"):
 
 
 class ShapeProgress(HubEvent, frozen=True, tag="progress"):
-    """One shape of the sub-LLM that `groups = "auto"` looked at."""
+    """One shape of the sub-LLM that `groups = "auto"` looked at: public KL, nats, and cosine of adapter gradients."""
 
     job: str
     stage: str
@@ -187,7 +198,11 @@ ProgressEvent = StageProgress | DiskProgress | BorderMapProgress | NoBorderMapPr
 
 
 def event_of_progress(job: str, progress: jobs.JobProgress) -> ProgressEvent:
-    """Return the event that tells how far a job is."""
+    """Make the event of a job's progress.
+
+    Args:
+        job: the job's name, as people read it.
+    """
     match progress:
         case jobs.Stage(stage=stage, done=done, total=total, kl=kl):
             return StageProgress(job=job, stage=stage, done=done, total=total, kl=kl)
@@ -207,13 +222,13 @@ def event_of_progress(job: str, progress: jobs.JobProgress) -> ProgressEvent:
 
 
 class Fact(HubEvent, frozen=True):
-    """The root of what was written down. rounds: how many the run has."""
+    """The root of events that are records of the ledger. rounds: [rounds] count."""
 
     rounds: Positive
 
 
 class RunPrepared(Fact, frozen=True, tag="prepared"):
-    """Digests of what the run starts from. master None: the adapter's view is all of it."""
+    """The run is prepared: digests of what it starts from. master None: the adapter's view is all of it."""
 
     manifest: Digest
     adapter_view: Digest
@@ -224,6 +239,8 @@ class RunPrepared(Fact, frozen=True, tag="prepared"):
 
 
 class RoundOpened(Fact, frozen=True, tag="round_opened"):
+    """A round opened. deadline_at: seconds since 1970."""
+
     round: Positive
     cohort: Annotated[tuple[EdgeId, ...], Meta(min_length=1)]
     view: Digest
@@ -232,12 +249,16 @@ class RoundOpened(Fact, frozen=True, tag="round_opened"):
 
 
 class CohortExtended(Fact, frozen=True, tag="cohort_extended"):
+    """Edges were invited to the open round besides. deadline_at: seconds since 1970."""
+
     round: Positive
     invited: Annotated[tuple[EdgeId, ...], Meta(min_length=1)]
     deadline_at: float
 
 
 class UpdateAccepted(Fact, frozen=True, tag="update_accepted"):
+    """An update was accepted. loss: nats a completion id."""
+
     round: Positive
     edge: EdgeId
     digest: Digest
@@ -247,17 +268,24 @@ class UpdateAccepted(Fact, frozen=True, tag="update_accepted"):
 
 
 class EdgeAnswered(Fact, frozen=True, tag="edge_answered"):
+    """An invited edge will send no update this round."""
+
     round: Positive
     edge: EdgeId
     how: Literal["refused", "declined", "paused", "left"]
 
 
 class DeadlinePassed(Fact, frozen=True, tag="deadline_passed"):
+    """The open round's deadline passed."""
+
     round: Positive
 
 
 class RoundClosed(Fact, frozen=True, tag="round_closed"):
-    """loss: mean over the round's examples. bytes_up, bytes_down: of all edges since the run began."""
+    """A round closed.
+
+    loss: nats, the mean over the round's examples. bytes_up, bytes_down: those of all edges since the run began.
+    """
 
     round: Positive
     master: Digest
@@ -273,6 +301,8 @@ class RoundClosed(Fact, frozen=True, tag="round_closed"):
 
 
 class Realigned(Fact, frozen=True, tag="realigned"):
+    """The emulator LoRA was aligned again. kl_before, kl_after: public KL, nats."""
+
     round: Positive
     version: Positive
     view: Digest
@@ -283,6 +313,8 @@ class Realigned(Fact, frozen=True, tag="realigned"):
 
 
 class Repruned(Fact, frozen=True, tag="repruned"):
+    """Other layers were drawn for each size class."""
+
     round: Annotated[int, Meta(ge=2)]
     master: Digest
     manifest: Digest
@@ -291,17 +323,23 @@ class Repruned(Fact, frozen=True, tag="repruned"):
 
 
 class Probed(Fact, frozen=True, tag="probed"):
+    """The drift was measured: public KL, nats, and cosine of adapter gradients."""
+
     round: Positive
     kl: float
     cosine: Cosine
 
 
 class Evaluated(Fact, frozen=True, tag="evaluated"):
+    """The run was judged after a round."""
+
     round: Positive
     result: rec.Figures
 
 
 class RunEnded(Fact, frozen=True, tag="run_ended"):
+    """The run is over, and its status at the end."""
+
     summary: LiveStatus
 
 
@@ -312,10 +350,11 @@ def event_of_record(
     traffic: Callable[[], list[RoundTraffic]],
     summary: Callable[[], LiveStatus],
 ) -> Fact | None:
-    """Return the event of a record that `state` has folded in; None where people are told nothing.
+    """Make the event of a record that `state` has folded in; None: the record is not said to people.
 
     Args:
-        rounds: [rounds] count. traffic, summary: ask for what travelled and how the run stands.
+        rounds: [rounds] count.
+        traffic, summary: called for the bytes of all edges and rounds, and for the run's status.
     """
     values = structs.asdict(record)
     match record:
@@ -361,7 +400,7 @@ def event_of_record(
 
 
 class CellDone(HubEvent, frozen=True, tag="cell"):
-    """A run of a comparison is over and judged."""
+    """A federated run of a comparison is over and judged. accuracy: that of the plug-in."""
 
     cell: str
     accuracy: Share
@@ -372,16 +411,16 @@ class CellDone(HubEvent, frozen=True, tag="cell"):
 
 
 def kinds() -> list[type[HubEvent]]:
-    """Return every struct that can be told; those of progress share a tag."""
+    """List the structs of all events; those of progress share a tag."""
     found = [*HubEvent.__subclasses__(), *Fact.__subclasses__()]
     return [kind for kind in found if kind is not Fact]
 
 
 def read(line: str | bytes) -> HubEvent | None:
-    """Return the event of one line that a hub of this release printed; None for the terminal one.
+    """Decode one line that a hub of this release printed; None: it is the terminal line.
 
     Raises:
-        ValueError: no hub of this release prints this.
+        ValueError: a hub of this release does not print this line.
     """
     values = json.loads(line)
     if "terminal" in values:
@@ -392,4 +431,4 @@ def read(line: str | bytes) -> HubEvent | None:
                 return msgspec.convert(values, kind, strict=False)
             except msgspec.ValidationError:
                 continue
-    raise ValueError(f"no event of a hub: {line!r}")
+    raise ValueError(f"a hub of this release does not print {line!r}; read it with the release that wrote it")

@@ -1,4 +1,7 @@
-"""Show what a hub does: a live line on a terminal, plain lines when piped, JSON lines when asked."""
+"""Show what a hub does: a live line on a terminal, plain lines when piped, JSON lines when asked.
+
+What there is to show is `events.py`'s.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from fedsoda_hub.report.history import kl_sentence
 
 
 class HubDisplay:
-    """Everything but JSON goes to stderr. is_detailed: settings that have their defaults are shown too."""
+    """The hub's display; everything but JSON goes to stderr. is_detailed: settings with default values are shown too."""
 
     def __init__(self, jsonl: bool, *, is_detailed: bool = False) -> None:
         self._jsonl = jsonl
@@ -54,7 +57,7 @@ class HubDisplay:
             )
 
     def begins(self, state: LedgerState, rounds: int) -> None:
-        """Say what happens next, where a hub begins to serve."""
+        """Show what happens next, when a hub begins to serve."""
         if not self._jsonl:
             self._line.say(next_step(state, rounds))
 
@@ -85,7 +88,7 @@ class HubDisplay:
 
 @dataclass
 class _OpenRound:
-    """What the bar of an open round shows. local: of each invited edge, local steps done and in all."""
+    """The open round as the live line shows it. local: by invited edge, local steps done and in all."""
 
     number: int = 0
     local: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -94,32 +97,36 @@ class _OpenRound:
 
     @property
     def steps(self) -> tuple[int, int | None]:
-        """Local steps done and in all, of all invited edges as if each had the most; None before the first step."""
+        """The local steps done and in all, as if all invited edges had as many as the longest; None: none has begun."""
         most = max((steps for _, steps in self.local.values()), default=0)
         done = sum(most if edge in self.answered else step for edge, (step, _) in self.local.items())
-        # Whole only when the round closes: the last upload and the merge take their time.
+        # One step more: the bar is full only when the round closes, since the last upload and the merge take time.
         return (done, most * len(self.local) + 1) if most else (0, None)
 
     def detail(self, num_connected: int, now: float) -> str:
-        """Say who answered, who is in and when the round is due."""
+        """Say how many edges answered, how many are connected and when the round is due."""
         return (
-            f"{len(self.answered)} of {len(self.local)} answered, {counted(num_connected, 'edge')} in, "
+            f"{len(self.answered)} of {len(self.local)} answered, {counted(num_connected, 'edge')} connected, "
             f"due in {human_seconds(max(0.0, self.due_at - now))}"
         )
 
 
 def next_step(state: LedgerState, rounds: int) -> str:
-    """Say what a hub does first with a run that stands like this."""
+    """Say what a hub does first with a run in this state.
+
+    Args:
+        rounds: [rounds] count.
+    """
     match state.phase:
         case "preparing":
             return "next: prepare the bundle from the full model, which takes a while; then edges may join"
         case "idle":
-            return f"next: round {state.round + 1} of {rounds}, as soon as enough edges are here"
+            return f"next: round {state.round + 1} of {rounds}, as soon as enough edges are connected"
         case "collecting":
-            due = f"{len(state.accepted)} of {counted(len(state.cohort), 'update')} came before"
-            return f"next: continue round {state.round} of {rounds}, {due}"
+            updates = f"which has {len(state.accepted)} of {counted(len(state.cohort), 'update')}"
+            return f"next: continue round {state.round} of {rounds}, {updates}"
         case "ended":
-            return f"next: nothing, the run is over after {counted(state.round, 'round')}; edges that come are told so"
+            return f"next: nothing, the run is over after {counted(state.round, 'round')}; edges that join learn that"
 
 
 def _sentence(event: events.HubEvent) -> str:
@@ -128,31 +135,31 @@ def _sentence(event: events.HubEvent) -> str:
             return f"serving {event.run} at {event.url}"
         case events.DiskProgress():
             needed, free = human_bytes(event.needed_bytes), human_bytes(event.free_bytes)
-            return f"{event.stage}: {needed} of disk, {free} free"
+            return f"{event.stage}: needs {needed} of disk, {free} are free"
         case events.BorderMapProgress():
             return (
-                f"{event.stage}: on prompts left out, border states are {event.error_before:.1%} away from the full "
-                f"emulator's without it, {event.error:.1%} with it"
+                f"{event.stage}: on held-out prompts, border states differ from the full emulator's by "
+                f"{event.error_before:.1%} without it, by {event.error:.1%} with it"
             )
         case events.ShapeProgress():
             return (
-                f"choosing groups: with {event.groups} x {event.layers_per_group} layers gone public KL is "
-                f"{event.kl:.3f}, the adapter's gradient {event.cosine:.1%} like the full LLM's"
+                f"choosing groups: with {event.groups} x {event.layers_per_group} layers removed, public KL is "
+                f"{event.kl:.3f} and the cosine of the adapter's gradients {event.cosine:.3f}"
             )
         case events.NoBorderMapProgress():
             return f"no border map: {event.why}"
         case events.RunPrepared():
             return f"prepared: {kl_sentence(event.public_kl)}"
         case events.EdgeConnected():
-            return f"{event.edge} is here"
+            return f"{event.edge} connected"
         case events.EdgeGone():
-            return f"{event.edge} is gone"
+            return f"{event.edge} disconnected"
         case events.EdgeLeft():
             return f"{event.edge} left: {event.reason}"
         case events.RoundOpened():
             return f"round {event.round} of {event.rounds}: {', '.join(event.cohort)}"
         case events.CohortExtended():
-            return f"round {event.round}: asking {', '.join(event.invited)} too"
+            return f"round {event.round}: {', '.join(event.invited)} invited too"
         case events.UpdateAccepted():
             examples = counted(event.num_examples, "example")
             return f"round {event.round}: {event.edge}, {examples}, loss {event.loss:.3f}"
@@ -165,7 +172,7 @@ def _sentence(event: events.HubEvent) -> str:
         case events.Probed():
             return f"before round {event.round}: public KL {event.kl:.3f}, cosine of gradients {event.cosine:.3f}"
         case events.Repruned():
-            return f"chose other layers for every sub-LLM before round {event.round}"
+            return f"drew other layers for every sub-LLM before round {event.round}"
         case events.Realigned():
             return f"realigned before round {event.round}: public KL {event.kl_before:.3f} to {event.kl_after:.3f}"
         case events.Evaluated():

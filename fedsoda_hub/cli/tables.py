@@ -1,4 +1,4 @@
-"""Tables for people on stderr: what a run would cost, as `fedsoda-hub plan` tells it."""
+"""Print what a run would cost as tables on stderr, for `fedsoda-hub plan`. Computing it is `plan.py`'s."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fedsoda_edge.units import human_bytes, human_seconds
 
 
 def plan_table(report: dict[str, Any]) -> None:
-    """Print the report of `fedsoda-hub plan` for people."""
+    """Print the report of `fedsoda-hub plan` as tables."""
     from rich.console import Console
     from rich.table import Table
 
@@ -40,7 +40,7 @@ def plan_table(report: dict[str, Any]) -> None:
             ("GFLOP a token: sub-LLM, first time", f"{flop['sub_llm']:.3g}", ""),
             ("GFLOP a token: border cached", f"{flop['cached']:.3g}", ""),
         ]
-    else:  # all of it is trained through: nothing stays the same that could be cached
+    else:  # gradients go through all layers: no states stay the same that could be cached
         rows.append(("GFLOP a token: sub-LLM, every time", f"{flop['sub_llm']:.3g}", ""))
     rows += [
         (

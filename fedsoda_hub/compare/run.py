@@ -1,8 +1,8 @@
 """Run the cells of a comparison, judge them, and continue where a call was stopped.
 
-Everything lies below one directory: `prepared/` (full LLM to bundle, once for all cells that share it), `memory/` or
-`network/` with a directory per cell, `judged/` for what is not federated. A result is kept with the fingerprint of its
-settings and data. Who holds which rows is `dealt.py`'s, what results mean together `summary.py`'s.
+All files lie in one directory: `prepared/` (full LLM to bundle, once for all cells that share it), `memory/` or
+`network/` with a directory per cell, `judged/` for baselines that are not federated. A result is kept with the fingerprint
+of its settings and data. Who holds which rows is `dealt.py`'s, what results mean together is `summary.py`'s.
 """
 
 from __future__ import annotations
@@ -48,19 +48,22 @@ from fedsoda_hub.settings.toml import write_toml
 
 T = TypeVar("T")
 K = TypeVar("K", CellResult, BaselineResult)
-MAX_LOSS = 1e4  # nats; of a model that says no number
+MAX_LOSS = 1e4  # nats; the loss of a model whose loss is larger or not a number
 
 
 class Interrupted(Exception):
-    """A signal came; what was done is kept."""
+    """The signal to stop came; results that were finished are kept."""
 
 
 def run_comparison(comparison: Comparison, out: Path, transport: str, say: HubSay) -> WrittenReport:
-    """Do what is not done, and write the report of `compare --json` to `out`, with its pages and pictures.
+    """Run the cells that are not done, and write the report of `compare --json` to `out`, with its pages and pictures.
+
+    Args:
+        transport: "memory" or "network".
 
     Raises:
-        KeyboardInterrupt, Terminated: SIGINT or SIGTERM came; what was done is kept.
-        UsageProblem, DataProblem: rows and splits do not fit.
+        KeyboardInterrupt, Terminated: SIGINT or SIGTERM came; results that were finished are kept.
+        UsageProblem, DataProblem: the rows do not suit a split or the template.
     """
     threads = os.environ.get("FEDSODA_THREADS")
     if threads:
@@ -79,7 +82,7 @@ def run_comparison(comparison: Comparison, out: Path, transport: str, say: HubSa
 
 
 class _Run:
-    """One call of `run_comparison`: what it has done so far, and who judges."""
+    """One call of `run_comparison`: its progress and its judges."""
 
     def __init__(self, comparison: Comparison, out: Path, transport: str, say: HubSay) -> None:
         self.comparison, self.transport, self.out, self._say = comparison, transport, out.resolve(), say
@@ -94,7 +97,7 @@ class _Run:
     # --- all of it -------------------------------------------------------------------------------------------
 
     async def results(self) -> Results:
-        """Give the results of all cells, and of what is not federated."""
+        """Run all cells and baselines that are not done, and return all results."""
         loop = asyncio.get_running_loop()
         self._stop = loop.create_future()
 
@@ -132,7 +135,7 @@ class _Run:
         return results
 
     def plans(self) -> dict[str, LayerPlan]:
-        """Collect the plans of variants that prune, for the first seed; one of those that were pruned alike."""
+        """Collect the layer plans of variants that prune, for the first seed; of equal plans only one."""
         found: dict[str, LayerPlan] = {}
         for cell in list(self.comparison.cells())[: len(self.comparison.settings)]:
             plan = Bundle.open(RunDirectory(self._settings_of(cell, 1).run_dir).bundle).plan
@@ -141,7 +144,7 @@ class _Run:
         return found
 
     def _units(self, cell: Cell) -> int:
-        """Count the units of progress of a cell: its rounds, and judging it."""
+        """Count the units of progress of a cell: its rounds, and one for judging it."""
         return self.comparison.settings[cell.variant].rounds.count + 1
 
     def _advance(self, units: int = 1) -> None:
@@ -153,11 +156,11 @@ class _Run:
         )
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
-        """Compute in a thread; the loop stays free and hears signals, which `_alive` looks for."""
+        """Compute in a thread, so that the loop stays free for signals, which `_alive` looks for."""
         return await asyncio.to_thread(work)
 
     def _alive(self, *_: object) -> None:
-        """Raise Interrupted where a signal came: called wherever work in a thread says how far it is."""
+        """Raise Interrupted if a signal came; called wherever work in a thread reports progress."""
         if self._stop.done():
             raise Interrupted
 
@@ -175,7 +178,7 @@ class _Run:
         result = _kept(done, fingerprint, CellResult)
         if result is None:
             started = time.monotonic()
-            # A run knows its model by its place: what was begun with another copy of the same model begins again.
+            # A run knows its model by its path: a cell that was begun with another copy of the model begins again.
             mark, begun = directory / "fingerprint", f"{fingerprint} {settings.model}"
             if not mark.exists() or mark.read_text() != begun:
                 shutil.rmtree(directory, ignore_errors=True)
@@ -195,7 +198,10 @@ class _Run:
         return result
 
     def _settings_of(self, cell: Cell, num_edges: int) -> RunSettings:
-        """Make the settings of the cell's own run.toml. The hub does not judge: questions are read once for all cells."""
+        """Make the settings of the cell's own run.toml.
+
+        They have no evaluation data, since the hub does not judge: questions are read once for all cells.
+        """
         variant, replace = self.comparison.settings[cell.variant], msgspec.structs.replace
         return replace(
             variant,
@@ -207,7 +213,7 @@ class _Run:
         )
 
     def _fingerprint(self, settings: RunSettings, names: Mapping[str, Sequence[int]]) -> str:
-        """Digest everything that a result depends on."""
+        """Compute the digest of everything that a result depends on."""
         if settings.model not in self._revisions:
             self._revisions[settings.model] = open_full_llm(settings).revision
         values = msgspec.to_builtins(msgspec.structs.replace(settings, path="", model=""))
@@ -218,19 +224,19 @@ class _Run:
         return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
     def _prepared(self, settings: RunSettings) -> RunSettings:
-        """Name the run that is only prepared, the same for all whose bundles are."""
+        """Return the settings of the run that is only prepared, the same for all cells with the same bundle."""
         shared = [settings.seed, settings.model, settings.device, settings.dtype]
         key = hashlib.sha256(json.dumps([shared, made_of(settings), settings.task.prompt]).encode()).hexdigest()[:16]
         return msgspec.structs.replace(settings, path=str(self.out / "prepared" / key / "run.toml"))
 
     def _prepare(self, prepared: RunSettings) -> None:
-        """Take a run from full LLM to bundle; once for a call, since text and weights would be read again for nothing."""
+        """Prepare a run, once in a call, since each time reads text and weights again."""
         if prepared.run_dir not in self._prepared_here:
             RunPreparation(prepared).run(self._alive)
             self._prepared_here.add(prepared.run_dir)
 
     def _prepare_cell(self, settings: RunSettings) -> None:
-        """Copy the prepared run for the cell: a realignment needs what preparation left."""
+        """Copy the prepared run for the cell, since a realignment needs the files of preparation."""
         prepared = self._prepared(settings)
         self._prepare(prepared)
         if settings.run_dir.exists():
@@ -313,7 +319,7 @@ class _Run:
         )
 
     def _judge(self, settings: RunSettings) -> RunJudge:
-        """Share questions and the full model's border states among all cells that ask alike."""
+        """Return the judge of a cell, which shares questions and the full model's border states with all cells like it."""
         seed = settings.seed if settings.task.shots else 0
         about = [settings.model, settings.dtype, settings.device, msgspec.to_builtins(settings.task), seed]
         key = json.dumps(about)
@@ -322,7 +328,7 @@ class _Run:
         return self._judges[key].of(settings.run_dir)
 
     def _answered(self, judge: RunJudge, model: evaluator.JudgedModel) -> KeptAnswers:
-        """Let a model answer the questions."""
+        """Let a model answer the questions, and keep its answers."""
         answers = judge.evaluator.answers(model, self._alive)
         losses = answers.losses.nan_to_num(MAX_LOSS).clamp(max=MAX_LOSS)  # JSON has no NaN
         return KeptAnswers(
@@ -344,7 +350,7 @@ class _Run:
         return await self._once("untouched", self._fingerprint(settings, {}), judged)
 
     async def _central(self, split: str, seed: int, rates: Sequence[float]) -> BaselineResult:
-        """Judge central training with each rate; the best by these very answers: a ceiling, not a rival."""
+        """Judge central training with each rate, and take the best by the same answers: it is a ceiling, not a rival."""
         parts = self._data.parts[split, seed]
         settings = self._settings_of(Cell(self.comparison.baseline_of, split, seed), len(parts))
         rows = sorted(row for part in parts for row in part)
@@ -387,7 +393,7 @@ def _keep(path: Path, fingerprint: str, result: CellResult | BaselineResult) -> 
 
 
 def _kept(path: Path, fingerprint: str, kind: type[K]) -> K | None:
-    """Find a result that is there and of these settings and data."""
+    """Read a kept result; None: it is missing, or of other settings or data."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -396,7 +402,7 @@ def _kept(path: Path, fingerprint: str, kind: type[K]) -> K | None:
 
 
 def _link(source: str, target: str) -> None:
-    """Give a file, which nobody changes in place, a second name; copy it where the disk has no links."""
+    """Link a file, which nobody changes in place, or copy it where the disk has no links."""
     try:
         os.link(source, target)
     except OSError:

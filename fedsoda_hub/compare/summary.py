@@ -1,4 +1,4 @@
-"""Say what the results of a comparison say together: one report, and its Markdown. Nothing is run or drawn here."""
+"""Combine the results of a comparison into one report and its Markdown. Running and drawing are other files'."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 def summarise(comparison: Comparison, results: Results, transport: str) -> CompareReport:
-    """Make the report of `compare --json`, except for where files lie."""
+    """Make the report of `compare --json`, without the paths of files."""
     compare = comparison.compare
     splits = {split: _of_split(comparison, results, split) for split in compare.splits}
     return CompareReport(
@@ -52,7 +52,7 @@ def summarise(comparison: Comparison, results: Results, transport: str) -> Compa
 
 
 def _orderings(split: str, found: NamedDifference) -> list[str]:
-    """Say what a difference shows: one line by accuracy, one by loss, or none."""
+    """Write what a difference shows: a line by accuracy and a line by loss, each only if it is shown."""
     lines = []
     if found.is_shown:
         better, worse = (found.one, found.other) if found.points > 0 else (found.other, found.one)
@@ -110,7 +110,7 @@ def _of_split(comparison: Comparison, results: Results, split: str) -> Split:
 
 
 def _baselines(comparison: Comparison, results: Results, split: str) -> dict[str, list[KeptAnswers]]:
-    """Collect the answers of each seed, by baseline."""
+    """Collect the answers of the untouched and the central model, a set a seed, by baseline."""
     compare, found = comparison.compare, {}
     if results.untouched is not None:
         found["untouched"] = [results.untouched] * len(compare.seeds)
@@ -120,7 +120,7 @@ def _baselines(comparison: Comparison, results: Results, split: str) -> dict[str
 
 
 def _alone(comparison: Comparison, results: Results, split: str) -> list[list[KeptAnswers]]:
-    """Collect the answers of each edge trained alone, by seed."""
+    """Collect the answers of each edge trained alone: a list of edges a seed."""
     if "alone" not in comparison.compare.baselines:
         return []
     return [
@@ -145,10 +145,10 @@ def _mean_loss(answered: AnswersBySeed) -> Spread:
 
 
 def _of_variant(cells: Sequence[CellResult], cohort: int, level: float) -> Variant:
-    """Take means over seeds.
+    """Compute the means of a variant over seeds.
 
     Args:
-        level: an accuracy, to say when the variant reaches it.
+        level: the accuracy that the variant is timed to.
     """
     plug_in, sub_llm = (_of_seeds([cell.answered[which] for cell in cells]) for which in ("plug_in", "sub_llm"))
     by_round: list[RoundPoint] = []
@@ -200,14 +200,14 @@ LABELS = {
 
 
 def markdown(report: CompareReport) -> str:
-    """Write tables with the columns of the paper's 2, 3, 4 and 9, what is measured beside what the paper counts."""
+    """Write the tables of a report, with the columns of the paper's Tables 2, 3, 4 and 9."""
     splits = report.splits
     any_split = next(iter(splits.values()))
     names = list(any_split.variants)
     parts = [
         "# Comparison\n",
         f"{report.eval_rows:,} questions, seeds {', '.join(map(str, report.compare.seeds))}, "
-        f"{report.transport} transport. Accuracy is of the full model with the adapter LoRA plugged in, in %, mean "
+        f"{report.transport} transport. Accuracy is that of the full model with the adapter LoRA plugged in, in %, mean "
         "± standard deviation over seeds.\n",
         "## Accuracy (Tables 2 to 4)\n",
         _table(
@@ -239,8 +239,8 @@ def markdown(report: CompareReport) -> str:
         rows = of.variants
         parts += [
             f"## What the edges train on, {split}\n",
-            "The sub-LLM with its adapter LoRA on the same questions, what is lost where the LoRA goes into the full model, and "
-            "how far the sub-LLM is from the full model on public text before round 1 (KL, nats an id).\n",
+            "The sub-LLM with its adapter LoRA on the same questions, what is lost when the LoRA is plugged into the full "
+            "model, and how far the sub-LLM is from the full model on public text before round 1 (KL, nats an id).\n",
             _table(
                 ["", "sub-LLM, %", "plug-in less that, points", "loss of the sub-LLM", "KL pruned", "in NF4", "aligned"],
                 [[name, *_trained_on(rows[name])] for name in names],
@@ -264,7 +264,7 @@ def markdown(report: CompareReport) -> str:
     shown = "\n".join(f"- {line}" for line in report.orderings) or "None."
     parts += [
         "## Orderings\n",
-        "Only where the paired 95 % interval (bootstrap over seeds and questions) excludes 0. No other is claimed.\n",
+        "Only those whose paired 95 % interval (bootstrap over seeds and questions) excludes 0. No other is claimed.\n",
         shown + "\n",
     ]
     return "\n".join(parts)

@@ -1,7 +1,7 @@
-"""The demo: the whole job on this machine, offline, with the real commands as real processes.
+"""Run the demo: the whole job on this machine, offline, with the real commands as processes.
 
-It starts `fedsoda-hub serve` and three `fedsoda-edge join`, follows their events, exports, and judges also each
-edge trained alone. Data and model are those of this folder; the rounds are the daemon's.
+It starts `fedsoda-hub serve` and three `fedsoda-edge join`, follows their events, exports, and also judges each
+edge trained alone. The data is `task.py`'s; the rounds are the daemon's.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from fedsoda_hub.local.processes import EdgeSay, federate
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.settings.run import read_settings
 
-DemoReport = dict[str, Any]  # of `demo --json`: docs/guide.md (g6-json)
+DemoReport = dict[str, Any]  # the report of `demo --json`: docs/guide.md (g6-json)
 HERE = Path(__file__).resolve().parent
 MODEL = HERE / "model"
 STEPS, BATCH, LEARNING_RATE, MAX_LENGTH = 40, 8, 2e-3, 96
@@ -44,19 +44,25 @@ MARK = ".fedsoda-demo"
 
 
 def write_run(directory: Path, rounds: int, seed: int) -> Path:
-    """Write RUN.toml, the edges' private data and the evaluation rows; a directory that no demo made is not touched.
+    """Write RUN.toml, the edges' private data and the evaluation rows, and return the path of RUN.toml.
+
+    An earlier demo in the directory is replaced; a directory that a demo did not make is never touched.
 
     Raises:
-        UsageProblem: the directory is another's, or cannot be made.
+        UsageProblem: the directory holds something else, or cannot be made.
     """
     try:
         if directory.is_dir() and any(directory.iterdir()) and not (directory / MARK).exists():
-            raise UsageProblem(f"{directory} is not empty and was not made by a demo; name another with --dir")
+            raise UsageProblem(
+                f"{directory} is not empty and was not made by a demo; name another directory with --dir"
+            )
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
         (directory / MARK).touch()
     except OSError as error:
-        raise UsageProblem(f"--dir {directory} cannot be made ({error.strerror}); name another") from error
+        raise UsageProblem(
+            f"--dir {directory} cannot be made ({error.strerror}); name a directory that you may write to"
+        ) from error
     for number, office in enumerate(task.OFFICES):
         write_rows(directory / f"{office.name}.jsonl", task.training(number, seed))
     prompt, completion = TextTemplate(task.PROMPT), TextTemplate(task.COMPLETION)
@@ -83,7 +89,7 @@ sequences = {SEQUENCES}
 length = {LENGTH}
 
 [align]
-border_map = "none"         # its prompts would have to be written first
+border_map = "none"         # for one, the full LLM would have to write prompts first
 steps = 40
 realign_steps = 12
 learning_rate = 3e-3
@@ -119,12 +125,17 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 async def run_demo(directory: Path, *, rounds: int, seed: int, say: HubSay) -> DemoReport:
-    """Do the whole job, and return the report of demo --json: docs/guide.md (g6-json)."""
+    """Do the whole job, and return the report of `demo --json`: docs/guide.md (g6-json).
+
+    Raises:
+        UsageProblem: the directory holds something else, or cannot be made.
+        WorkerFailed: the hub or an edge ended with a status other than 0.
+    """
     started = time.monotonic()
     directory = directory.resolve()
     run_file = write_run(directory, rounds, seed)
     note(
-        f"hub, {len(task.OFFICES)} edges and {counted(rounds, 'round')} on this machine; all of it lies in {directory}"
+        f"a hub, {len(task.OFFICES)} edges and {counted(rounds, 'round')} on this machine; all files are in {directory}"
     )
     prepared, ended, peaks = await _federate(directory, run_file, say)
     say(_progress("training each edge alone", 0, len(task.OFFICES)))
@@ -147,7 +158,7 @@ async def run_demo(directory: Path, *, rounds: int, seed: int, say: HubSay) -> D
 
 
 async def _federate(directory: Path, run_file: Path, say: HubSay) -> tuple[float, float, dict[str, int]]:
-    """Run hub and edges to the end; return when it was prepared, when it ended, and peak memory of the edges."""
+    """Run hub and edges to the end; return when the hub was prepared, when the run ended, and peak memory of the edges."""
     times: dict[type[events.HubEvent], float] = {}
     last: dict[str, dict[str, Any]] = {}
 
@@ -175,7 +186,7 @@ async def _federate(directory: Path, run_file: Path, say: HubSay) -> tuple[float
 
 
 async def _train_alone(directory: Path, rounds: int, seed: int, say: HubSay) -> dict[str, Path]:
-    """Train each edge alone for as many rounds and steps, by the same worker; give its adapter LoRA as a file."""
+    """Train each edge alone for as many rounds and steps, with the same worker; return the files of their adapter LoRA."""
     done = 0
 
     async def one(office: str) -> Path:
@@ -211,7 +222,7 @@ async def _alone(directory: Path, office: str, rounds: int, seed: int) -> Path:
         )
         longest = SampleSizes(BATCH, opened.longest_ids, opened.longest_labels, opened.num_examples)
         shape = shape_of(parse_manifest(manifest.read_bytes()))
-        memory = next(plans(shape, "cpu", longest))  # the quickest: the model is small
+        memory = next(plans(shape, "cpu", longest))  # the fastest plan, since the model is small
         cache = cmd.BorderCache(directory=str(work / "border"), key=os.urandom(32).hex(), dtype="bf16", max_bytes=None)
         await worker.call(cmd.Sweep(emulator=None, cache=cache, memory=memory, room=sys.maxsize))
         view: Path | None = None
@@ -251,7 +262,7 @@ def _progress(stage: str, done: int, total: int) -> events.StageProgress:
 
 
 def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Path], say: HubSay) -> DemoReport:
-    """Export the run, and judge what only torch can; this process holds no socket."""
+    """Export the run, and judge what needs torch; this process holds no socket."""
     from fedsoda_edge.data.samples import SampleTokenizer
     from fedsoda_edge.model import delta
     from fedsoda_edge.model.bundle import Bundle
@@ -315,7 +326,7 @@ def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Pa
 
 
 def print_summary(report: DemoReport) -> None:
-    """Print what the demo came to as a table."""
+    """Print the results of the demo as a table on stderr."""
     from rich.console import Console
     from rich.table import Table
 
