@@ -1,8 +1,8 @@
 """Compute from shapes alone what a run of this model costs: bytes, memory, arithmetic; the paper's figures beside ours.
 
 It needs a config.json and no weights. What the paper counts, and its slips: docs/methods.md (m13-counts, m15-readings).
-For FedSODA both emulators are shown, so that one sees what pruning saves an edge. Seconds are sizes divided by the rates that `Rates`
-assumes. Measuring an edge is left to its own `fedsoda-edge plan`.
+For FedSODA both emulators are shown, so that one sees what pruning saves an edge. Seconds are sizes divided by the rates
+that `Rates` assumes. Comparing needs with a real device is left to `fedsoda-edge plan`.
 """
 
 from __future__ import annotations

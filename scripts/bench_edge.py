@@ -1,23 +1,24 @@
-"""Bench one edge: speed and memory of local training beside the recipes that people use, on the same sub-LLM and data.
+"""Measure one edge: speed and memory of local training beside the recipes that people use, on the same sub-LLM and data.
 
 Arms, each in a child process of its own, interleaved ABBA:
 
     first        ours: sweep and first epoch, everything dense
     cached       ours: an epoch on cached border states, everything dense
-    packed       the same as a memory plan has it where memory is short: adapter in NF4, head as it is stored
-    recomputed   the same with activations made again as well, which needs least
+    packed       ours: as where memory is short, adapter in NF4, head as it is stored
+    recomputed   ours: packed, with activations computed again in the backward pass, which needs least
     plain        HF + PEFT, LoRA on the adapter only, dense, no checkpointing, the model's own loss
     recipe_sub   PEFT's QLoRA recipe (LoRA everywhere, gradient checkpointing, HF Trainer) on the sub-LLM
     recipe_full  the recipe on the full model
 
 Figures are ratios of tokens a second, medians over the repeats with a 95 % bootstrap interval; memory is a child's
-high-water mark less that after its imports. What ran is kept under --out, so that a second call goes on there; delete
-it to begin anew. Exit status 1 when a target is missed; `--planted-defect` makes ours
-compute the border anew for every sample and must make it fail.
+high-water mark less that after its imports. What ran is kept in --out, so that a second call continues there; delete
+it to begin again. Exit status 1 when a target is missed; `--planted-defect` makes our arms
+compute the border again for every sample and must make it fail.
 
 `--geometry llama3-8b`, `qwen2-7b` and `mistral-7b` are models of that shape with random weights and need a GPU: all in
 bf16, everything in the bundle quantized, and memory is what torch had allocated there at most, from the first byte for
-ours, from the first step for the recipes. `--quick` shrinks a geometry to a stand-in that also runs without a GPU.
+ours, from the first step for the recipes. `--quick` makes a geometry small, so that it runs without a GPU too. Accuracy is
+left to `bench_federation.py`.
 """
 
 from __future__ import annotations
@@ -76,10 +77,11 @@ MEMORY = {"recipe_sub": 0.30, "recipe_full": 0.15}  # of theirs
 
 @dataclass(frozen=True)
 class Geometry:
-    """samples: of ours in a child; steps: of a recipe in a child, after one that is not counted.
+    """A model's shape, and how much of it is measured.
 
-    device: of all arms. everything_quantized: embedding and head are in NF4 too. own_targets: by claim, where they
-    are not those of all. most_bytes: that packed training may take.
+    samples: those that our arms train on in a child. steps: those of a recipe in a child, after one that is not counted.
+    device: that of all arms. everything_quantized: embedding and head are in NF4 too. own_targets: targets by claim that
+    differ from those of all geometries. most_bytes: the bytes that packed training may take.
     """
 
     shape: random_bundle.Shape
@@ -94,10 +96,12 @@ class Geometry:
 
     @property
     def length(self) -> int:
+        """The ids of a sample."""
         return self.shape.length
 
     @property
     def plan(self) -> LayerPlan:
+        """The layer plan of the sub-LLM."""
         return likely_plan(
             self.shape.layers,
             Method(adapter_layers=ADAPTER_LAYERS, layers_per_group=LAYERS_PER_GROUP, groups=self.groups),
@@ -105,11 +109,12 @@ class Geometry:
 
     @property
     def compute_dtype(self) -> torch.dtype:
+        """The dtype that all arms compute in."""
         return torch.float32 if self.device == "cpu" else torch.bfloat16
 
     @property
     def small(self) -> Geometry:
-        """A stand-in of the same kind, on a GPU only where there is one."""
+        """A small geometry of the same family, on a GPU only if there is one."""
         shape, width, heads = self.shape, 256, 4
         small = replace(
             shape,
@@ -126,7 +131,7 @@ class Geometry:
 
 
 def on_gpu(model_type: str, width: int, mlp: int, layers: int, vocab: int, key_heads: int, **targets: Any) -> Geometry:
-    """A sample of 512 ids at a time, heads of 128, 4 groups of 3 removed (paper, 6.1.2)."""
+    """Make the geometry of an 8B or 7B model: samples of 512 ids, heads of 128, 4 groups of 3 removed (paper, 6.1.2)."""
     shape = random_bundle.Shape(width, layers, vocab, 512, model_type, mlp, 128, key_heads)
     return Geometry(shape, 4, 128, 16, 5, "cuda", everything_quantized=True, **targets)
 
@@ -143,7 +148,7 @@ GEOMETRIES = {
 
 
 def make(directory: Path, geometry: Geometry) -> None:
-    """A random full model, its bundle and the bundle as a plain checkpoint."""
+    """Make a full model of random weights, its bundle, and the bundle as a plain checkpoint."""
     random_bundle.make(
         directory / "model",
         geometry.shape,
@@ -168,6 +173,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def samples(geometry: Geometry) -> list[Sample]:
+    """Draw the random samples that all arms train on."""
     chance = random.Random(0)
     start = round(geometry.length * (1 - SUPERVISED))
     return [
@@ -182,7 +188,7 @@ Arm = Callable[[Path, Geometry, bool], tuple[int, float, float]]
 
 
 def way(bundle: Bundle, geometry: Geometry, *, packed: bool = False, recompute: bool = False) -> MemoryPlan:
-    """Of training one sample at a time."""
+    """Find the memory plan of this kind that trains one sample at a time."""
     labels = geometry.length - round(geometry.length * (1 - SUPERVISED))
     found = plans(shape_of(bundle.manifest), geometry.device, SampleSizes(1, geometry.length, labels))
     return next(plan for plan in found if (plan.packed, plan.recompute) == (packed, recompute))
@@ -191,6 +197,7 @@ def way(bundle: Bundle, geometry: Geometry, *, packed: bool = False, recompute: 
 def states_of(
     bundle: Bundle, geometry: Geometry, at: Path, plan: MemoryPlan, max_bytes: int | None = None
 ) -> CachedStates:
+    """Open the border states of all samples, cached in the directory `at`."""
     return CachedStates(
         bundle,
         [sample.ids for sample in samples(geometry)],
@@ -203,7 +210,7 @@ def states_of(
 
 
 def wake(geometry: Geometry) -> None:
-    """A GPU's first product takes a second, of whichever arm it is."""
+    """Multiply once on the GPU: its first product takes a second, which no arm should be charged for."""
     if geometry.device != "cpu":
         one = torch.ones(64, 64, device=geometry.device, dtype=geometry.compute_dtype)
         torch.mm(one, one)
@@ -217,7 +224,11 @@ def train_ours(
     plan: MemoryPlan,
     checkpoint: RoundCheckpoint | None = None,
 ) -> Callable[[], Trained]:
-    """The adapter built and one step run, as recipes are not timed in their first either; call it to train one epoch."""
+    """Build the adapter and run one step, as the first step of a recipe is not timed either.
+
+    Returns:
+        a function that trains one epoch.
+    """
     spec, view = bundle.manifest.lora, bundle.adapter_lora()
     sub_llm = build(
         bundle,
@@ -255,6 +266,7 @@ def train_ours(
 
 
 def first(directory: Path, geometry: Geometry, is_broken: bool) -> tuple[int, float, float]:
+    """Run the arm "first"."""
     bundle = Bundle.open(directory / "model" / "bundle")
     shutil.rmtree(directory / "fresh", ignore_errors=True)
     plan = way(bundle, geometry)
@@ -272,11 +284,12 @@ def first(directory: Path, geometry: Geometry, is_broken: bool) -> tuple[int, fl
 def cached(
     directory: Path, geometry: Geometry, is_broken: bool, *, packed: bool = False, recompute: bool = False
 ) -> tuple[int, float, float]:
+    """Run the arm "cached", or its variant for less memory."""
     bundle = Bundle.open(directory / "model" / "bundle")
     plan = way(bundle, geometry, packed=packed, recompute=recompute)
     if plan.frugal:
         return_memory_at_once()
-    # What is read was swept dense: the arms differ in training alone.
+    # All arms read states of a dense sweep, so that they differ in training alone.
     where = directory / ("none" if is_broken else "cache")
     states = states_of(bundle, geometry, where, way(bundle, geometry), 0 if is_broken else None)
     train = train_ours(bundle, geometry, states, plan)
@@ -286,10 +299,12 @@ def cached(
 
 
 def packed(directory: Path, geometry: Geometry, is_broken: bool) -> tuple[int, float, float]:
+    """Run the arm "packed"."""
     return cached(directory, geometry, is_broken, packed=True)
 
 
 def recomputed(directory: Path, geometry: Geometry, is_broken: bool) -> tuple[int, float, float]:
+    """Run the arm "recomputed"."""
     return cached(directory, geometry, is_broken, packed=True, recompute=True)
 
 
@@ -304,7 +319,7 @@ def _rows(geometry: Geometry) -> list[dict[str, Any]]:
 
 
 class _Clock(TrainerCallback):
-    """From the end of the first step, which is not counted, to the end of the last."""
+    """A clock from the end of the first step, which is not counted, to the end of the last."""
 
     def __init__(self, geometry: Geometry) -> None:
         self._geometry = geometry
@@ -314,24 +329,25 @@ class _Clock(TrainerCallback):
     def on_step_end(self, *_: Any, **__: Any) -> None:
         if self._step in (0, self._geometry.steps):
             if self._geometry.device != "cpu":
-                torch.cuda.synchronize()  # what it was told may not be done yet
+                torch.cuda.synchronize()  # kernels that were started may not have ended yet
             self._marks.append((time.perf_counter(), time.process_time()))
         self._step += 1
 
     @property
     def spent(self) -> tuple[int, float, float]:
+        """The tokens, seconds and CPU seconds between the two marks."""
         (began, cpu), (ended, cpu_ended) = self._marks
         return self._geometry.steps * self._geometry.length, ended - began, cpu_ended - cpu
 
 
 def _recipe(model: Any, directory: Path, geometry: Geometry) -> tuple[int, float, float]:
-    """PEFT's documented QLoRA recipe, as it stands in its guides."""
+    """Train by the QLoRA recipe that PEFT's guides document."""
     model = prepare_model_for_kbit_training(model)
     model = get_peft_model(
         model, LoraConfig(r=random_bundle.RANK, lora_alpha=16, target_modules=list(TARGETS), task_type="CAUSAL_LM")
     )
     if geometry.device != "cpu":
-        torch.cuda.reset_peak_memory_stats()  # what loading took is not held against it
+        torch.cuda.reset_peak_memory_stats()  # memory that loading took is not counted against it
     clock = _Clock(geometry)
     arguments = TrainingArguments(
         output_dir=str(directory / "trainer"),
@@ -352,9 +368,11 @@ def _recipe(model: Any, directory: Path, geometry: Geometry) -> tuple[int, float
 
 
 def _assert_trained(model: Any) -> None:
-    """Stock Linear4bit can lose its gradient without a word (docs/decisions.md (d5-nf4-layer)): such an arm would be quick and wrong."""
-    moved = [float(p.detach().norm()) for name, p in model.named_parameters() if "lora_B" in name]
-    assert any(moved), "no LoRA tensor moved: the baseline trains nothing"
+    """Check that LoRA trained: stock Linear4bit can lose its gradient in silence (docs/decisions.md (d5-nf4-layer)), and
+    such an arm would be fast and wrong.
+    """
+    norms = [float(p.detach().norm()) for name, p in model.named_parameters() if "lora_B" in name]
+    assert any(norms), "every lora_B is still 0: the baseline trains nothing"
 
 
 def _load(directory: Path, geometry: Geometry, **options: Any) -> Any:
@@ -362,10 +380,12 @@ def _load(directory: Path, geometry: Geometry, **options: Any) -> Any:
 
 
 def recipe_sub(directory: Path, geometry: Geometry, _: bool) -> tuple[int, float, float]:
+    """Run the arm "recipe_sub"."""
     return _recipe(_load(directory / "model" / "plain", geometry), directory, geometry)
 
 
 def recipe_full(directory: Path, geometry: Geometry, _: bool) -> tuple[int, float, float]:
+    """Run the arm "recipe_full"."""
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -376,6 +396,7 @@ def recipe_full(directory: Path, geometry: Geometry, _: bool) -> tuple[int, floa
 
 
 def plain(directory: Path, geometry: Geometry, _: bool) -> tuple[int, float, float]:
+    """Run the arm "plain"."""
     # Dense, and on a CPU in fp32: below the adapter nothing has a gradient, and there bitsandbytes takes a kernel that is
     # five times as slow on CPUs without AVX512; bf16 is slower still. Its memory is not compared.
     dtype = geometry.compute_dtype
@@ -418,10 +439,11 @@ ARMS: dict[str, Arm] = {
 
 
 def run_arm(name: str, options: argparse.Namespace) -> dict[str, float]:
+    """Run an arm in a child process, and return its figures."""
     command = [sys.executable, __file__, "--geometry", options.geometry, "--out", options.out, "--arm", name]
     command += ["--quick"] if options.quick else []
     command += ["--planted-defect"] if options.planted_defect else []
-    # Threads that spin at barriers starve each other on a machine that does anything else; so for every arm.
+    # Threads that spin at barriers starve each other on a machine that does anything else; this holds for every arm.
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
     ended = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if ended.returncode:
@@ -431,7 +453,7 @@ def run_arm(name: str, options: argparse.Namespace) -> dict[str, float]:
 
 
 def ratio(ours: list[float], theirs: list[float]) -> dict[str, Any]:
-    """Median of the repeats' ratios, with a 95 % bootstrap interval."""
+    """Compute the median of the repeats' ratios, with a 95 % bootstrap interval."""
     each = [a / b for a, b in zip(ours, theirs, strict=True)]
     chance = random.Random(0)
     drawn = sorted(statistics.median(chance.choices(each, k=len(each))) for _ in range(2000))
@@ -439,7 +461,7 @@ def ratio(ours: list[float], theirs: list[float]) -> dict[str, Any]:
 
 
 def is_bit_identical(directory: Path, geometry: Geometry) -> bool:
-    """The delta of cached states against that of states computed anew for every batch."""
+    """Tell whether cached states give the same delta as states that are computed again for every batch."""
     bundle = Bundle.open(directory / "model" / "bundle")
     deltas = []
     plan = way(bundle, geometry)
@@ -450,7 +472,7 @@ def is_bit_identical(directory: Path, geometry: Geometry) -> bool:
 
 
 def checkpoint_share(directory: Path, geometry: Geometry) -> float:
-    """Of a step's time that a save takes where every step is saved; longer rounds save every fiftieth part."""
+    """Measure the share of a step's time that saving it takes; long rounds save only every fiftieth part."""
     bundle = Bundle.open(directory / "model" / "bundle")
     plan = way(bundle, geometry)
     spent = 0.0
@@ -473,7 +495,7 @@ def checkpoint_share(directory: Path, geometry: Geometry) -> float:
 
 
 def bits_per_parameter(geometry: Geometry) -> float:
-    """Of the shards of the sub-LLM, embedding and head in NF4 too; from shapes alone."""
+    """Compute the bits a parameter of the sub-LLM's shards, with embedding and head in NF4 too, from shapes alone."""
     shape, plan = geometry.shape, geometry.plan
     family = family_of(shape.model_type)
     fields = allowed_fields(family, shape.config)
@@ -485,6 +507,7 @@ def bits_per_parameter(geometry: Geometry) -> float:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Run all arms in turn, and return the figures and checks."""
     geometry, directory = geometry_of(options), Path(options.out)
     make(directory, geometry)
     for name in ("cache", "none"):
@@ -502,7 +525,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             done.write_text("\n".join(kept) + "\n")
             print(f"{number + 1} of {len(order)}: {kept[-1]}", file=sys.stderr, flush=True)
         run = json.loads(kept[number])
-        assert run["arm"] == name, f"{done} is of another bench; delete it"
+        assert run["arm"] == name, f"{done} is from a bench with other arms; delete it"
         found[name].append(run)
     speed = {name: [run["tokens"] / run["seconds"] for run in runs] for name, runs in found.items()}
     work = {name: [run["tokens"] / run["cpu_seconds"] for run in runs] for name, runs in found.items()}
@@ -552,25 +575,27 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def geometry_of(options: argparse.Namespace) -> Geometry:
+    """Find the geometry that the options name."""
     geometry = GEOMETRIES[options.geometry]
     return geometry.small if options.quick else geometry
 
 
 def main() -> None:
+    """Measure, print the result, and exit with 1 where a target is missed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--geometry", choices=sorted(GEOMETRIES), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="a small stand-in for the geometry, on a GPU or without")
-    parser.add_argument("--out", help="where models and caches lie; else bench-out/edge-GEOMETRY[-quick]")
-    parser.add_argument("--repeats", type=int, default=0, help="of every arm; 0: as many as the geometry asks for")
-    parser.add_argument("--planted-defect", action="store_true", help="ours keeps no border states: it must fail")
+    parser.add_argument("--quick", action="store_true", help="make the geometry small, for a GPU or without one")
+    parser.add_argument("--out", help="directory of models and caches; not given: bench-out/edge-GEOMETRY[-quick]")
+    parser.add_argument("--repeats", type=int, default=0, help="repeats of every arm; 0: those of the geometry")
+    parser.add_argument("--planted-defect", action="store_true", help="keep no border states: the bench must fail")
     parser.add_argument("--arm", choices=sorted(ARMS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     geometry = geometry_of(options)
     if geometry.device != "cpu" and not torch.cuda.is_available():
         parser.exit(
             2,
-            f"--geometry {options.geometry} needs a GPU and torch {torch.__version__} sees none here; "
-            "--geometry cpu runs without one, and --quick a small stand-in for this one\n",
+            f"--geometry {options.geometry} needs a GPU, and torch {torch.__version__} sees none here; "
+            "use --geometry cpu, or --quick for a small model of this family\n",
         )
     options.out = options.out or str(ROOT / "bench-out" / f"edge-{options.geometry}{'-quick' * options.quick}")
     if options.arm:

@@ -190,7 +190,7 @@ def _variant(base: TOML, name: str, values: TOML, path: Path) -> RunSettings:
     merged["rounds"] = {**merged.get("rounds", {}), "quorum": 1.0, "deadline_seconds": NO_DEADLINE}
     checked = settings_of({**merged, "name": "cell", "listen": {"port": 0}}, path)
     if checked.eval_data is None:
-        raise UsageProblem(f"{path.name} lacks [task] eval_data; write eval_data = ... below [task]")
+        raise UsageProblem(f"{path.name} has no [task] eval_data; write eval_data = ... below [task]")
     model = checked.directory / checked.model
     return msgspec.structs.replace(
         checked,
@@ -228,6 +228,6 @@ def _check(comparison: Comparison, file: str) -> None:
     for name in c.data:
         if not (comparison.path.parent / name).exists():
             raise UsageProblem(
-                f"[compare] data: there is no file {comparison.path.parent / name}; correct the path, which is relative "
-                f"to the directory of {file}"
+                f"[compare] data: {comparison.path.parent / name} is not there; correct the path, which is relative to "
+                f"the directory of {file}"
             )

@@ -268,7 +268,7 @@ def _evaluate_export(
     about = json.loads((directory / "fedsoda.json").read_text(encoding="utf-8"))
     if about["merged"]:
         raise UsageProblem(
-            f"{directory} is a merged checkpoint, in which the adapter cannot be told apart; evaluate the RUN.toml, or "
+            f"{directory} is a merged checkpoint, which no longer has the adapter by itself; evaluate the RUN.toml, or "
             "export without --merge and evaluate that"
         )
     run_file = (directory / about["run_file"]).resolve()

@@ -100,7 +100,7 @@ def settings_of(raw: TOML, path: Path) -> RunSettings:
     ):
         if file is not None and not file.is_file():
             raise UsageProblem(
-                f"{label}: there is no file {file}; correct the path, which is relative to the directory of {path.name}"
+                f"{label}: {file} is not there; correct the path, which is relative to the directory of {path.name}"
             )
     return settings
 

@@ -36,7 +36,7 @@ def read_toml(path: Path, example: str = "a RUN.toml (README, A run of your own)
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UsageProblem(f"there is no file {path}; write {example}") from None
+        raise UsageProblem(f"{path} is not there; write {example}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageProblem(f"{path} cannot be read ({error}); name a file of UTF-8 text that you may read") from error
     except tomllib.TOMLDecodeError as error:
@@ -91,7 +91,7 @@ def _check_keys(raw: TOML, section: type[msgspec.Struct], file: str, table: str)
         if name not in keys:
             near = difflib.get_close_matches(name, keys, 1, cutoff=0.0)
             raise UsageProblem(
-                f"{file} has {where}{name}, which is not a key; the nearest key is {where}{near[0]}: correct or delete it"
+                f"{file} has no key {where}{name}; the nearest is {where}{near[0]}: correct or delete it"
             )
         if keys[name].section is not None:
             _check_is_table(value, name, file)
@@ -101,12 +101,12 @@ def _check_keys(raw: TOML, section: type[msgspec.Struct], file: str, table: str)
                 _check_keys(raw.get(name, {}), key.section, file, name)
         elif key.is_required and name not in raw:
             below = f" below [{table}]" if table else ""
-            raise UsageProblem(f"{file} lacks {key}; write {name} = ...{below}")
+            raise UsageProblem(f"{file} has no {key}; write {name} = ...{below}")
 
 
 def _check_is_table(value: Any, name: str, file: str) -> None:
     if not isinstance(value, dict):
-        raise UsageProblem(f"{name} = {value!r} in {file}; {name} is a table: write [{name}] and its keys below")
+        raise UsageProblem(f"{file}: {name} is {value!r}, but it is a table: write [{name}] and its keys below")
 
 
 def _check_values(raw: TOML, section: type[msgspec.Struct], file: str, table: str) -> None:

@@ -116,7 +116,7 @@ def test_a_line_that_a_hub_printed_is_read_back(event: events.HubEvent) -> None:
 
 def test_the_terminal_event_is_the_commands_and_an_unknown_one_is_no_hubs() -> None:
     assert events.read('{"schema": 1, "event": "end", "terminal": true, "status": "ok"}') is None
-    with pytest.raises(ValueError, match="no event of a hub"):
+    with pytest.raises(ValueError, match="a hub of this release does not print"):
         events.read('{"event": "yawn"}')
 
 

@@ -53,10 +53,10 @@ def weighted_mean(updates: Sequence[CodedUpdate], codec: str, max_weight: float)
         fp32 CPU tensors. A tensor that no update holds is missing: what nobody trained keeps its value.
 
     Raises:
-        ValueError: there is no update.
+        ValueError: `updates` is empty.
     """
     if not updates:
-        raise ValueError("there is no update to average")
+        raise ValueError("there are no updates to average")
     weights: dict[str, list[float]] = defaultdict(list)
     ordered = weighed(updates, max_weight)
     for update, weight in ordered:

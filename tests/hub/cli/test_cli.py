@@ -108,7 +108,11 @@ def test_token_create_prints_the_token_alone_and_list_and_revoke_follow_it(run_f
     assert (as_json["status"], as_json["edge"]) == ("ok", "clinic-8")
     assert ledger.tokens.find(as_json["token"]) is not None
 
-    assert_refused(hub(run_file, "token", "revoke", "RUN", "clinic-9"), "'clinic-9'", "there are: clinic-7, clinic-8")
+    assert_refused(
+        hub(run_file, "token", "revoke", "RUN", "clinic-9"),
+        "'clinic-9'",
+        "name one of those that have: clinic-7, clinic-8",
+    )
     assert hub(run_file, "token", "revoke", "RUN", "clinic-7").returncode == 0
     revoked = ledger.tokens.find(token)
     assert revoked is not None
@@ -320,7 +324,7 @@ def test_serve_refuses_settings_that_cannot_be_before_it_leaves_anything(run_fil
 def test_serve_and_prepare_refuse_a_run_that_another_hub_has(run_file: Path) -> None:
     lock = RunDirectory(run_file.parent / "small.run").lock()
     for command in ("serve", "prepare"):
-        assert_refused(hub(run_file, command, "RUN"), f"in use by a running hub (pid {os.getpid()}); stop that first")
+        assert_refused(hub(run_file, command, "RUN"), f"in use by another hub (pid {os.getpid()}); stop that one first")
     lock.release()
 
 
@@ -330,7 +334,7 @@ def test_a_changed_setting_of_the_method_ends_serve_with_both_values(run_file: P
     ledger.append(rec.RunStarted(run_id="1234", fixed=fixed))
     ledger.close()
     write_run(run_file.parent)
-    assert_refused(hub(run_file, "serve", "RUN"), "run.toml changed", "[lora] rank: 8 when the run began, 2 now")
+    assert_refused(hub(run_file, "serve", "RUN"), "run.toml has changed", "[lora] rank: 8 when the run began, 2 now")
 
 
 def test_export_before_any_round_closed_is_refused_before_torch_loads(run_file: Path) -> None:
@@ -353,7 +357,7 @@ def test_a_demo_of_no_rounds_or_in_no_directory_is_wrong_usage(run_file: Path) -
     assert not (run_file.parent / "demo").exists()
     for there, why in ((run_file, "File exists"), (run_file / "below", "Not a directory")):
         ended = hub(run_file, "demo", "--dir", there)
-        assert_refused(ended, f"--dir {there} cannot be made ({why}); name another")
+        assert_refused(ended, f"--dir {there} cannot be made ({why}); name a directory that you may write to")
     assert run_file.is_file()
 
 

@@ -66,14 +66,14 @@ def test_the_bar_of_a_round_counts_local_steps_and_says_who_answered_and_when_it
         shown.say(events.EdgeConnected(edge=edge, software="1"))
     assert shown.bars == []
     shown.say(OPENED)
-    assert shown.bars[-1] == ["round 2", 0, None, "0 of 2 answered, 3 edges in, due in 60 s"]
+    assert shown.bars[-1] == ["round 2", 0, None, "0 of 2 answered, 3 edges connected, due in 60 s"]
     shown.say(steps(A, 10, 40))
     assert shown.bars[-1][:3] == ["round 2", 10, 81]
     shown.say(steps(C, 10, 40))  # was not asked
     assert shown.bars[-1][:3] == ["round 2", 10, 81]
     shown.say(ACCEPTED)
     shown.say(events.EdgeGone(edge=C))
-    assert shown.bars[-1] == ["round 2", 40, 81, "1 of 2 answered, 2 edges in, due in 60 s"]
+    assert shown.bars[-1] == ["round 2", 40, 81, "1 of 2 answered, 2 edges connected, due in 60 s"]
 
 
 def test_an_extended_cohort_is_counted_with_its_new_due_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +81,7 @@ def test_an_extended_cohort_is_counted_with_its_new_due_time(monkeypatch: pytest
     shown.say(OPENED)
     shown.say(events.EdgeAnswered(rounds=9, round=2, edge=B, how="declined"))
     shown.say(events.CohortExtended(rounds=9, round=2, invited=(B, C), deadline_at=1300.0))
-    assert shown.bars[-1][3] == "0 of 3 answered, 0 edges in, due in 5 min"
+    assert shown.bars[-1][3] == "0 of 3 answered, 0 edges connected, due in 5 min"
 
 
 def test_a_round_that_closed_has_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,15 +113,17 @@ def test_one_is_no_plural_and_sizes_are_written_as_everywhere(capsys: pytest.Cap
     summary = live_status(run_status("t", 1, Ledger(None), state), [])
     shown.say(events.RunEnded(rounds=1, summary=summary))
     assert capsys.readouterr().err.splitlines() == [
-        "caching teacher targets: 668 MiB of disk, 18.6 GiB free",
-        "fitting the border map: on prompts left out, border states are 33.3% away from the full emulator's without it, 8.9% with it",
+        "caching teacher targets: needs 668 MiB of disk, 18.6 GiB are free",
+        "fitting the border map: on held-out prompts, border states differ from the full emulator's by 33.3% without it, by 8.9% with it",
         "choosing groups: with 4 x 3 layers gone public KL is 0.251, the adapter's gradient 81.3% like the full LLM's",
         "round 1: a, 1 example, loss 0.500",
         "round 1 closed: 1 update, loss 0.500; 10 B up, 20 B down so far",
         "round 1 closed: 2 updates, loss 0.500; 10 B up, 20 B down so far",
         "the run is over after 1 round",
     ]
-    assert _OpenRound(local={"a": (0, 0)}, due_at=60.0).detail(1, 0.0) == "0 of 1 answered, 1 edge in, due in 60 s"
+    assert (
+        _OpenRound(local={"a": (0, 0)}, due_at=60.0).detail(1, 0.0) == "0 of 1 answered, 1 edge connected, due in 60 s"
+    )
 
 
 SETTINGS = {
@@ -146,14 +148,14 @@ def test_of_the_settings_a_person_sees_what_was_given_a_line_each_and_the_rest_w
     ("state", "said"),
     [
         (LedgerState(), "next: prepare the bundle from the full model, which takes a while; then edges may join"),
-        (LedgerState(phase="idle", round=2), "next: round 3 of 9, as soon as enough edges are here"),
+        (LedgerState(phase="idle", round=2), "next: round 3 of 9, as soon as enough edges are connected"),
         (
             LedgerState(phase="collecting", round=3, cohort=[A, B]),
-            "next: continue round 3 of 9, 0 of 2 updates came before",
+            "next: continue round 3 of 9, which has 0 of 2 updates",
         ),
         (
             LedgerState(phase="ended", round=9),
-            "next: nothing, the run is over after 9 rounds; edges that come are told so",
+            "next: nothing, the run is over after 9 rounds; edges that join learn that",
         ),
     ],
 )

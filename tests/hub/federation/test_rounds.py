@@ -406,7 +406,7 @@ def test_a_timer_that_the_round_has_outlived_changes_nothing(collecting: Run) ->
     collecting.reach_deadline()
     stale = ev.DeadlineReached(first.round, first.at)
     [ignored] = collecting.machine.handle(stale)
-    assert ignored == ev.Ignore("round 1 does not wait for its deadline any more")
+    assert ignored == ev.Ignore("round 1 does not wait for this deadline any more")
 
 
 def test_a_deadline_that_passed_while_the_hub_was_down_gets_one_more_stall_window(collecting: Run) -> None:
@@ -428,11 +428,11 @@ def test_with_every_edge_gone_the_hub_waits_and_says_so_each_time(collecting: Ru
         collecting.do(ev.EdgeGone(edge("b")))
         collecting.do(ev.EdgeGone(edge("b")))
         collecting.ready("a")
-    assert collecting.waiting[-2:] == ["round 1 waits for a, b: none is connected"] * 2
+    assert collecting.waiting[-2:] == ["round 1 waits for a, b, and none of them is connected"] * 2
     collecting.do(ev.EdgeGone(edge("a")))
     collecting.reach_deadline()
     assert collecting.waiting[-1] == (
-        "round 1 has 0 of 2 updates at its deadline and no edge is connected that could replace the rest"
+        "round 1 has 0 of 2 updates at its deadline, and no edge that could send another is connected"
     )
     collecting.ready("a")
     assert collecting.offers[-1] == "a"
@@ -472,26 +472,32 @@ def test_sending_an_update_again_returns_the_first_receipt_also_after_the_round(
 def test_another_update_of_the_same_edge_is_refused_and_the_first_stays(collecting: Run) -> None:
     collecting.send_update("a")
     [refusal] = collecting.send_update("a", digest=digest("another"))
-    assert refusal == Refusal(round=1, reason="round 1 already has another update of a")
+    assert refusal == Refusal(round=1, reason="round 1 already has another update of a; wait for the next offer")
     assert collecting.state.accepted[edge("a")].digest != digest("another")
 
 
-MEND = "it must be 0 to 1e+06: lower [local] learning_rate or check this edge's data"
+REMEDY = "and must be 0 to 1e+06; lower [local] learning_rate, or check this edge's data"
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"num_examples": 0}, "num_examples is 0; it must be 1 to 2147483648"),
-        ({"num_examples": -3}, "num_examples is -3; it must be 1 to 2147483648"),
-        ({"num_examples": MAX_EXAMPLES + 1}, "num_examples is 2147483649; it must be 1 to 2147483648"),
-        ({"loss": None}, f"the loss is not a number; {MEND}"),
-        ({"loss": math.nan}, f"the loss is not a number; {MEND}"),
-        ({"loss": math.inf}, f"the loss is inf; {MEND}"),
-        ({"loss": 1e308}, f"the loss is 1e+308; {MEND}"),  # the mean of two such is infinite
-        ({"loss": -0.5}, f"the loss is -0.5; {MEND}"),
-        ({"alignment": 3}, "the update used alignment 3, round 1 has 0"),
-        ({"base": Digest("f" * 64)}, f"the update starts from view {'f' * 12}, round 1 from {digest('adapter')[:12]}"),
+        ({"num_examples": 0}, "num_examples is 0, and must be 1 to 2147483648; check this edge's data"),
+        ({"num_examples": -3}, "num_examples is -3, and must be 1 to 2147483648; check this edge's data"),
+        (
+            {"num_examples": MAX_EXAMPLES + 1},
+            "num_examples is 2147483649, and must be 1 to 2147483648; check this edge's data",
+        ),
+        ({"loss": None}, f"the loss is not a number, {REMEDY}"),
+        ({"loss": math.nan}, f"the loss is not a number, {REMEDY}"),
+        ({"loss": math.inf}, f"the loss is inf, {REMEDY}"),
+        ({"loss": 1e308}, f"the loss is 1e+308, {REMEDY}"),  # the mean of two such is infinite
+        ({"loss": -0.5}, f"the loss is -0.5, {REMEDY}"),
+        ({"alignment": 3}, "the update used alignment 3, but round 1 has 0; wait for the next offer"),
+        (
+            {"base": Digest("f" * 64)},
+            f"the update starts from view {'f' * 12}, but round 1 from {digest('adapter')[:12]}; wait for the next offer",
+        ),
         ({"problem": "x has values that are not finite"}, "x has values that are not finite"),
     ],
 )
@@ -1037,7 +1043,7 @@ def test_a_class_with_lora_of_its_own_has_its_view_and_its_updates_start_from_it
     [refusal] = run.send_update("b", size_class=1)
     assert isinstance(refusal, Refusal)
     assert refusal.reason == (
-        f"the update starts from view {digest('adapter')[:12]}, round 1 from {digest('a', 1)[:12]}"
+        f"the update starts from view {digest('adapter')[:12]}, but round 1 from {digest('a', 1)[:12]}; wait for the next offer"
     )
     run.send_update("b", size_class=1, base=digest("a", 1))
     run.send_update("a")

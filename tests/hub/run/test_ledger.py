@@ -201,7 +201,7 @@ def test_a_token_is_bound_to_the_first_device_that_says_hello(reopen: Callable[[
 def test_a_name_in_use_is_refused_until_its_token_is_revoked(reopen: Callable[[], Ledger]) -> None:
     old = reopen().tokens.create("alice")
     reopen().tokens.bind(ALICE, "laptop")
-    with pytest.raises(UsageProblem, match="there is a token for 'alice' already; revoke it first"):
+    with pytest.raises(UsageProblem, match="'alice' has a token already; revoke it first"):
         reopen().tokens.create("alice")
     reopen().tokens.revoke("alice")
     revoked = reopen().tokens.find(old)
@@ -222,7 +222,7 @@ def test_a_name_that_could_not_stand_in_a_file_name_is_refused(reopen: Callable[
 
 def test_revoking_an_unknown_name_says_which_there_are(reopen: Callable[[], Ledger]) -> None:
     reopen().tokens.create("alice")
-    with pytest.raises(UsageProblem, match="there is no token for 'alcie'; there are: alice"):
+    with pytest.raises(UsageProblem, match="'alcie' has no token; name one of those that have: alice"):
         reopen().tokens.revoke("alcie")
 
 

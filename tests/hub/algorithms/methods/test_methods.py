@@ -124,7 +124,7 @@ def test_layers_of_the_papers_llama() -> None:
         ("fedbiot", {"adapter_layers": 9}, "adapter_layers = 9, the model has 8 layers; write at most 7"),
         ("fedbiot", {"adapter_layers": 7}, 'leaves 1 layers .*; lower it, or write name = "exact"'),
         ("fedbiot", {}, "drop_layers = 12, the emulator has 5 layers .*; write at most 3"),
-        ("fedot", {"drop_layers": 4}, "drop_layers = 4, the emulator has 5 layers .*; write at most 3"),
+        ("fedot", {"drop_layers": 4}, "drop_layers = 4, but the emulator has 5 layers .*; write at most 3"),
         ("fedot", {"bottom_layers": 5}, "bottom_layers = 5 and adapter_layers = 2, the model has 8 layers; .* lower them"),
         ("fedpruner", {"drop_layers": 7}, "drop_layers = 7, the model has 8 layers and .*; write at most 6"),
         ("fedpruner+", {"drop_layers": 7}, "drop_layers = 7, the model has 8 layers and .*; write at most 6"),
