@@ -1,1 +1,1 @@
-"""The daemon and the paper's algorithms."""
+"""Serve federated runs: the daemon and the methods. What happens on devices is `fedsoda_edge`'s."""

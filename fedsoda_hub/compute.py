@@ -1,6 +1,7 @@
-"""The hub's child process that owns torch: it does the round machine's jobs. No sockets, no decisions.
+"""Do the round machine's jobs in the hub's child process that owns torch. No sockets, no decisions.
 
-Tensors are blobs by digest in the run directory.
+Tensors are blobs by digest in the run directory. The algorithms are those of `algorithms/`, `preparation/` and
+`evaluation/`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fedsoda_hub.algorithms.aggregation.products import CrossTerm, cross_term, p
 from fedsoda_hub.algorithms.aggregation.weighted_mean import CodedUpdate, weighted_mean
 from fedsoda_hub.evaluation.judge import RunJudge, check_evaluation
 from fedsoda_hub.federation import jobs
-from fedsoda_hub.preparation.prepare import Preparation
+from fedsoda_hub.preparation.prepare import RunPreparation
 from fedsoda_hub.preparation.realign import PreparedRun
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.settings.open_run import OpenRun, RunOpened
@@ -32,13 +33,17 @@ from fedsoda_hub.settings.run import RunSettings
 
 
 class Compute:
-    """One run's torch work. Every job can be done again: it only adds blobs."""
+    """The torch work of one run. Every job can be done again: it only adds blobs."""
 
     def __init__(self) -> None:
         self._settings: RunSettings | None = None
 
     def answer(self, call: OpenRun | jobs.Job, report: Report) -> RunOpened | jobs.JobResult:
-        """Do one call; report takes its progress."""
+        """Do one call.
+
+        Args:
+            report: takes its progress.
+        """
         match call:
             case OpenRun():
                 return self.open(call)
@@ -65,16 +70,16 @@ class Compute:
 
     @property
     def directory(self) -> RunDirectory:
-        """Where the run's files lie."""
+        """The run's directory."""
         return RunDirectory(self.settings.run_dir)
 
     @property
     def blobs(self) -> BlobStore:
-        """Views, coded steps and updates, by digest."""
+        """The run's store of views, coded steps and updates, by digest."""
         return self.directory.blobs
 
     def open(self, call: OpenRun) -> RunOpened:
-        """Take the run's settings.
+        """Take the run's settings, and check what can be checked before any round.
 
         Raises:
             DataProblem: the evaluation data cannot be judged.
@@ -84,13 +89,14 @@ class Compute:
         return RunOpened(torch.get_num_threads())
 
     def prepare(self, report: Report) -> jobs.PrepareResult:
-        """Prune, quantize and align, or find that again."""
+        """Prune, quantize and align, or find the results of before."""
         return self._preparation.run(report)
 
     def aggregate(self, job: jobs.Aggregate) -> jobs.AggregateResult:
-        """Merge the decoded updates into the next master, as [aggregation] says; c = Q(w - v); v += decode(c) (delta.py).
+        """Merge the decoded updates into the next master, as [aggregation] says; c = Q(w - v), v += decode(c).
 
-        Every size class with LoRA of its own has its own v and c: of the tensors of w that it holds.
+        Every size class with LoRA of its own has its own v and c, of the tensors of w that it holds
+        (docs/protocol.md (p4-views)).
         """
         how, codec, max_weight = self.settings.aggregation, self.settings.wire.codec, self.settings.rounds.max_weight
         blobs = self.blobs
@@ -109,11 +115,10 @@ class Compute:
         ]
         products = partial(pairs_by_module, updates, codec, max_weight)
         moments, crossed, lost = None, CrossTerm(), None
-        has_ranks = (
-            len(set(self.settings.lora.ranks)) > 1
-        )  # factors of different ranks have no mean to lose anything by
+        # Factors of different ranks cannot be averaged, so nothing can be lost by averaging them.
+        has_ranks = len(set(self.settings.lora.ranks)) > 1
         if how.rule == "flexlora":
-            # What edges hold of a module, where any hold it at the master's rank.
+            # The views of edges that hold a module at the master's rank; where there are none, the master itself.
             held_whole = (
                 {name: tensor for name, tensor in view.items() if tensor.shape == master[name].shape}
                 for view in views.values()
@@ -142,7 +147,7 @@ class Compute:
         )
 
     def evaluate(self, job: jobs.Evaluate, report: Report) -> jobs.EvaluateResult:
-        """Judge full LLM, sub-LLM and plug-in."""
+        """Judge full LLM, sub-LLM and plug-in after a round."""
 
         def evaluating(done: int, total: int) -> None:
             report(jobs.Stage(stage="evaluating", done=done, total=total))
@@ -153,9 +158,9 @@ class Compute:
         return Digest(self.blobs.put(delta.to_bytes(tensors)))
 
     @cached_property
-    def _preparation(self) -> Preparation:
-        """The run's full LLM and public text, read once for the life of this process."""
-        return Preparation(self.settings)
+    def _preparation(self) -> RunPreparation:
+        """The run's preparation, which reads full LLM and public text once for the life of this process."""
+        return RunPreparation(self.settings)
 
     @cached_property
     def _prepared(self) -> PreparedRun:
@@ -169,7 +174,7 @@ class Compute:
 
 
 def main() -> None:
-    """Answer calls on stdin."""
+    """Answer calls that come on stdin, until it closes."""
     threads = os.environ.get("FEDSODA_THREADS")
     if threads:
         torch.set_num_threads(int(threads))

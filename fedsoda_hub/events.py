@@ -1,6 +1,6 @@
-"""All that a hub tells people while it works, one tagged struct each: what `--jsonl` prints, a line each.
+"""Define what a hub says to people while it works, one tagged struct an event: what `--jsonl` prints, a line each.
 
-Names and keys are kept for whoever reads them (tests/schemas/fedsoda-hub.json). How people see them is `cli/display.py`'s.
+Tags and keys are promises to those who parse them (tests/schemas/fedsoda-hub.json). Showing events is `cli/display.py`'s.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from msgspec import Meta, structs
 from fedsoda_edge.protocol.messages import Digest, EdgeId
 from fedsoda_hub.federation import jobs
 from fedsoda_hub.federation import records as rec
-from fedsoda_hub.federation.state import RunState
-from fedsoda_hub.run.ledger import Traffic
+from fedsoda_hub.federation.state import LedgerState
+from fedsoda_hub.run.ledger import RoundTraffic
 from fedsoda_hub.run.status import LiveStatus
 
 Count = Annotated[int, Meta(ge=0)]
@@ -25,15 +25,15 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 Cosine = Annotated[float, Meta(ge=-1, le=1)]
 
 
-class Told(msgspec.Struct, frozen=True, tag_field="event", kw_only=True, forbid_unknown_fields=True):
-    """The root of all that is told."""
+class HubEvent(msgspec.Struct, frozen=True, tag_field="event", kw_only=True, forbid_unknown_fields=True):
+    """The root of all events of a hub."""
 
 
-Say = Callable[[Told], None]
+HubSay = Callable[[HubEvent], None]
 
 
-def line_of(event: Told) -> str:
-    """Return the event as `--jsonl` prints it.
+def line_of(event: HubEvent) -> str:
+    """Encode the event as `--jsonl` prints it.
 
     Raises:
         ValueError: a number in it is not finite.
@@ -41,7 +41,7 @@ def line_of(event: Told) -> str:
     return json.dumps(msgspec.to_builtins(event, str_keys=True), allow_nan=False)
 
 
-def as_json(event: Told) -> dict[str, object]:
+def as_json(event: HubEvent) -> dict[str, object]:
     """Return the event as whoever parses its line sees it."""
     values: dict[str, object] = json.loads(line_of(event))
     return values
@@ -50,46 +50,48 @@ def as_json(event: Told) -> dict[str, object]:
 # --- the hub and its edges -------------------------------------------------------------------------------------------
 
 
-class Setting(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A key's value. source: the file's name, or default."""
+class SettingInForce(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The value of a key in force. source: the file's name, or "default"."""
 
     value: str | int | float | bool | list[Any] | None
     source: Annotated[str, Meta(min_length=1)]
 
 
-class Settings(Told, frozen=True, tag="settings"):
+class SettingsInForce(HubEvent, frozen=True, tag="settings"):
     """The settings in force, by the keys that people write in RUN.toml."""
 
-    values: Annotated[dict[str, Setting], Meta(min_length=1)]
+    values: Annotated[dict[str, SettingInForce], Meta(min_length=1)]
 
 
-class Listening(Told, frozen=True, tag="listening"):
-    """Edges may join from now on."""
+class Listening(HubEvent, frozen=True, tag="listening"):
+    """The hub serves: edges may join from now on."""
 
     url: Annotated[str, Meta(pattern="^http://")]
     run: str
 
 
-class EdgeConnected(Told, frozen=True, tag="edge_connected"):
+class EdgeConnected(HubEvent, frozen=True, tag="edge_connected"):
+    """An edge connected. software: what its Hello says that it runs."""
+
     edge: EdgeId
     software: str
 
 
-class EdgeGone(Told, frozen=True, tag="edge_gone"):
-    """The connection ended; the edge may come back."""
+class EdgeGone(HubEvent, frozen=True, tag="edge_gone"):
+    """An edge's connection ended; the edge may come back."""
 
     edge: EdgeId
 
 
-class EdgeLeft(Told, frozen=True, tag="edge_left"):
-    """The edge left for good."""
+class EdgeLeft(HubEvent, frozen=True, tag="edge_left"):
+    """An edge left the run for good, for the reason in its own words."""
 
     edge: EdgeId
     reason: str
 
 
-class EdgeProgress(Told, frozen=True, tag="edge_progress"):
-    """Where an edge's local round is, in its own numbers."""
+class EdgeProgress(HubEvent, frozen=True, tag="edge_progress"):
+    """The progress of an edge's local round, as the edge reports it. loss: nats a completion id."""
 
     edge: EdgeId
     round: int
@@ -99,33 +101,35 @@ class EdgeProgress(Told, frozen=True, tag="edge_progress"):
     tokens_per_second: float | None
 
 
-class Declined(Told, frozen=True, tag="declined"):
-    """An edge will send no update this round, in its own words."""
+class Declined(HubEvent, frozen=True, tag="declined"):
+    """An edge will send no update this round, for the reason in its own words."""
 
     edge: EdgeId
     round: int
     reason: str
 
 
-class Waiting(Told, frozen=True, tag="waiting"):
-    """Nothing can be done now, and why."""
+class Waiting(HubEvent, frozen=True, tag="waiting"):
+    """The hub can do nothing now, and why."""
 
     why: str
 
 
-class DiskFull(Told, frozen=True, tag="disk_full"):
+class OutOfDisk(HubEvent, frozen=True, tag="disk_full"):
+    """Something could not be written for lack of space; the hub tries again."""
+
     message: str
 
 
-class ComputeFailed(Told, frozen=True, tag="compute_failed"):
-    """The process with torch ended in the middle of a job; details: its traceback or last words."""
+class ComputeFailed(HubEvent, frozen=True, tag="compute_failed"):
+    """The process that owns torch ended during a job. details: its traceback or last words."""
 
     job: str
     message: str
     details: str
 
 
-class Stopped(Told, frozen=True, tag="stopped"):
+class StoppedBySignal(HubEvent, frozen=True, tag="stopped"):
     """A signal ends the hub."""
 
     signal: str
@@ -134,8 +138,11 @@ class Stopped(Told, frozen=True, tag="stopped"):
 # --- progress of a job -----------------------------------------------------------------------------------------------
 
 
-class StageProgress(Told, frozen=True, tag="progress", omit_defaults=True):
-    """How far a stage of a job is. kl: public KL, nats, of the alignment's last step; detail: what is compared now."""
+class StageProgress(HubEvent, frozen=True, tag="progress", omit_defaults=True):
+    """The progress of a stage of a job.
+
+    kl: public KL, nats, of the alignment's last step. detail: what a comparison works on now.
+    """
 
     job: str
     stage: str
@@ -145,8 +152,8 @@ class StageProgress(Told, frozen=True, tag="progress", omit_defaults=True):
     detail: str | None = None
 
 
-class DiskNeeded(Told, frozen=True, tag="progress"):
-    """Bytes that the cached targets of the teacher need, and how many are free."""
+class DiskProgress(HubEvent, frozen=True, tag="progress"):
+    """The bytes that the cached targets of the teacher need, and how many are free."""
 
     job: str
     stage: str
@@ -154,8 +161,8 @@ class DiskNeeded(Told, frozen=True, tag="progress"):
     free_bytes: Count
 
 
-class BorderMapFitted(Told, frozen=True, tag="progress"):
-    """Relative squared error of border states on prompts left out: without a map, with one of whole width, with this."""
+class BorderMapProgress(HubEvent, frozen=True, tag="progress"):
+    """The relative squared error of border states on held-out prompts: without a map, with one of full rank, with this."""
 
     job: str
     stage: str
@@ -164,16 +171,16 @@ class BorderMapFitted(Told, frozen=True, tag="progress"):
     error: float
 
 
-class NoBorderMap(Told, frozen=True, tag="progress"):
-    """Why no border map is fitted."""
+class NoBorderMapProgress(HubEvent, frozen=True, tag="progress"):
+    """The reason why no border map is fitted."""
 
     job: str
     stage: str
     why: str
 
 
-class ShapeMeasured(Told, frozen=True, tag="progress"):
-    """One shape of the sub-LLM that `groups = "auto"` looked at."""
+class ShapeProgress(HubEvent, frozen=True, tag="progress"):
+    """One shape of the sub-LLM that `groups = "auto"` looked at: public KL, nats, and cosine of adapter gradients."""
 
     job: str
     stage: str
@@ -183,22 +190,26 @@ class ShapeMeasured(Told, frozen=True, tag="progress"):
     cosine: Cosine
 
 
-JobProgress = StageProgress | DiskNeeded | BorderMapFitted | NoBorderMap | ShapeMeasured
+ProgressEvent = StageProgress | DiskProgress | BorderMapProgress | NoBorderMapProgress | ShapeProgress
 
 
-def progress_told(job: str, progress: jobs.Progress) -> JobProgress:
-    """Return the event that tells how far a job is."""
+def event_of_progress(job: str, progress: jobs.JobProgress) -> ProgressEvent:
+    """Make the event of a job's progress.
+
+    Args:
+        job: the job's name, as people read it.
+    """
     match progress:
         case jobs.Stage(stage=stage, done=done, total=total, kl=kl):
             return StageProgress(job=job, stage=stage, done=done, total=total, kl=kl)
         case jobs.DiskNeeded(stage=stage, needed_bytes=needed, free_bytes=free):
-            return DiskNeeded(job=job, stage=stage, needed_bytes=needed, free_bytes=free)
+            return DiskProgress(job=job, stage=stage, needed_bytes=needed, free_bytes=free)
         case jobs.BorderMapFitted():
-            return BorderMapFitted(job=job, **structs.asdict(progress))
+            return BorderMapProgress(job=job, **structs.asdict(progress))
         case jobs.NoBorderMap(stage=stage, why=why):
-            return NoBorderMap(job=job, stage=stage, why=why)
+            return NoBorderMapProgress(job=job, stage=stage, why=why)
         case jobs.ShapeMeasured():
-            return ShapeMeasured(job=job, **structs.asdict(progress))
+            return ShapeProgress(job=job, **structs.asdict(progress))
         case _:
             assert_never(progress)
 
@@ -206,14 +217,14 @@ def progress_told(job: str, progress: jobs.Progress) -> JobProgress:
 # --- what became a fact: a record of the ledger, and [rounds] count --------------------------------------------------
 
 
-class Fact(Told, frozen=True):
-    """The root of what was written down. rounds: how many the run has."""
+class Fact(HubEvent, frozen=True):
+    """The root of events that are records of the ledger. rounds: [rounds] count."""
 
     rounds: Positive
 
 
-class Prepared(Fact, frozen=True, tag="prepared"):
-    """Digests of what the run starts from. master None: the adapter's view is all of it."""
+class RunPrepared(Fact, frozen=True, tag="prepared"):
+    """The run is prepared: digests of what it starts from. master None: the adapter's view is all of it."""
 
     manifest: Digest
     adapter_view: Digest
@@ -224,6 +235,8 @@ class Prepared(Fact, frozen=True, tag="prepared"):
 
 
 class RoundOpened(Fact, frozen=True, tag="round_opened"):
+    """A round opened. deadline_at: seconds since 1970."""
+
     round: Positive
     cohort: Annotated[tuple[EdgeId, ...], Meta(min_length=1)]
     view: Digest
@@ -232,12 +245,16 @@ class RoundOpened(Fact, frozen=True, tag="round_opened"):
 
 
 class CohortExtended(Fact, frozen=True, tag="cohort_extended"):
+    """Edges were invited to the open round besides. deadline_at: seconds since 1970."""
+
     round: Positive
     invited: Annotated[tuple[EdgeId, ...], Meta(min_length=1)]
     deadline_at: float
 
 
 class UpdateAccepted(Fact, frozen=True, tag="update_accepted"):
+    """An update was accepted. loss: nats a completion id."""
+
     round: Positive
     edge: EdgeId
     digest: Digest
@@ -247,17 +264,24 @@ class UpdateAccepted(Fact, frozen=True, tag="update_accepted"):
 
 
 class EdgeAnswered(Fact, frozen=True, tag="edge_answered"):
+    """An invited edge will send no update this round."""
+
     round: Positive
     edge: EdgeId
     how: Literal["refused", "declined", "paused", "left"]
 
 
 class DeadlinePassed(Fact, frozen=True, tag="deadline_passed"):
+    """The open round's deadline passed."""
+
     round: Positive
 
 
 class RoundClosed(Fact, frozen=True, tag="round_closed"):
-    """loss: mean over the round's examples. bytes_up, bytes_down: of all edges since the run began."""
+    """A round closed.
+
+    loss: nats, the mean over the round's examples. bytes_up, bytes_down: those of all edges since the run began.
+    """
 
     round: Positive
     master: Digest
@@ -273,6 +297,8 @@ class RoundClosed(Fact, frozen=True, tag="round_closed"):
 
 
 class Realigned(Fact, frozen=True, tag="realigned"):
+    """The emulator LoRA was aligned again. kl_before, kl_after: public KL, nats."""
+
     round: Positive
     version: Positive
     view: Digest
@@ -283,6 +309,8 @@ class Realigned(Fact, frozen=True, tag="realigned"):
 
 
 class Repruned(Fact, frozen=True, tag="repruned"):
+    """Other layers were drawn for each size class."""
+
     round: Annotated[int, Meta(ge=2)]
     master: Digest
     manifest: Digest
@@ -291,38 +319,45 @@ class Repruned(Fact, frozen=True, tag="repruned"):
 
 
 class Probed(Fact, frozen=True, tag="probed"):
+    """The drift was measured: public KL, nats, and cosine of adapter gradients."""
+
     round: Positive
     kl: float
     cosine: Cosine
 
 
 class Evaluated(Fact, frozen=True, tag="evaluated"):
+    """The run was judged after a round."""
+
     round: Positive
     result: jobs.EvaluateResult
 
 
 class RunEnded(Fact, frozen=True, tag="run_ended"):
+    """The run is over, and its status at the end."""
+
     summary: LiveStatus
 
 
-def fact_told(
+def event_of_record(
     record: rec.AnyRecord,
     rounds: int,
-    state: RunState,
-    traffic: Callable[[], list[Traffic]],
+    state: LedgerState,
+    traffic: Callable[[], list[RoundTraffic]],
     summary: Callable[[], LiveStatus],
 ) -> Fact | None:
-    """Return the event of a record that `state` has folded in; None where people are told nothing.
+    """Make the event of a record that `state` has folded in; None: the record is not said to people.
 
     Args:
-        rounds: [rounds] count. traffic, summary: ask for what travelled and how the run stands.
+        rounds: [rounds] count.
+        traffic, summary: called for the bytes of all edges and rounds, and for the run's status.
     """
     values = structs.asdict(record)
     match record:
         case rec.RunStarted() | rec.SettingsChanged():
             return None
-        case rec.Prepared():
-            return Prepared(rounds=rounds, **values)
+        case rec.RunPrepared():
+            return RunPrepared(rounds=rounds, **values)
         case rec.RoundOpened():
             return RoundOpened(rounds=rounds, **values)
         case rec.CohortExtended():
@@ -360,8 +395,8 @@ def fact_told(
 # --- a comparison ----------------------------------------------------------------------------------------------------
 
 
-class CellDone(Told, frozen=True, tag="cell"):
-    """A run of a comparison is over and judged."""
+class CellDone(HubEvent, frozen=True, tag="cell"):
+    """A federated run of a comparison is over and judged. accuracy: that of the plug-in."""
 
     cell: str
     accuracy: Share
@@ -371,17 +406,17 @@ class CellDone(Told, frozen=True, tag="cell"):
 # --- reading them back -----------------------------------------------------------------------------------------------
 
 
-def kinds() -> list[type[Told]]:
-    """Return every struct that can be told; those of progress share a tag."""
-    found = [*Told.__subclasses__(), *Fact.__subclasses__()]
+def kinds() -> list[type[HubEvent]]:
+    """List the structs of all events; those of progress share a tag."""
+    found = [*HubEvent.__subclasses__(), *Fact.__subclasses__()]
     return [kind for kind in found if kind is not Fact]
 
 
-def read(line: str | bytes) -> Told | None:
-    """Return the event of one line that a hub of this release printed; None for the terminal one.
+def read(line: str | bytes) -> HubEvent | None:
+    """Decode one line that a hub of this release printed; None: it is the terminal line.
 
     Raises:
-        ValueError: no hub of this release prints this.
+        ValueError: a hub of this release does not print this line.
     """
     values = json.loads(line)
     if "terminal" in values:
@@ -392,4 +427,4 @@ def read(line: str | bytes) -> Told | None:
                 return msgspec.convert(values, kind, str_keys=True)
             except msgspec.ValidationError:
                 continue
-    raise ValueError(f"no event of a hub: {line!r}")
+    raise ValueError(f"a hub of this release does not print {line!r}; read it with the release that wrote it")

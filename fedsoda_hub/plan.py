@@ -1,13 +1,8 @@
-"""Say from shapes alone what a run of this model costs: bytes, memory, arithmetic; the paper's figures beside ours.
+"""Compute from shapes alone what a run of this model costs: bytes, memory, arithmetic; the paper's figures beside ours.
 
-Needs a config.json, no weights. What the paper counts (docs/methods.md (m13-counts)), for each method: LoRA on the adapter and on
-the aligned layers; a round's traffic is the adapter LoRA up and down and the emulator LoRA down once in `realign_every` rounds,
-at 4 bits a parameter without block constants; sizes in GiB at 16 bits. Its own slips: sub-LLMs are printed at 6 bits
-a parameter, which no layout of NF4 gives; FedPETuning on Qwen2 and FedBiOT count 32 and 17 layers where there are 28
-and 13; 15.2 M for FedPETuning on LLaMA3 and Mistral is 14.2 M.
-
-For FedSODA both emulators stand side by side: what pruning saves an edge, and so what it costs to leave every layer in.
-Seconds are sizes divided by the rates that `Rates` says are assumed; nothing is measured here.
+It needs a config.json and no weights. What the paper counts, and its slips: docs/methods.md (m13-counts, m15-readings).
+For FedSODA both emulators are shown, so that one sees what pruning saves an edge. Seconds are sizes divided by the rates
+that `Rates` assumes. Comparing needs with a real device is left to `fedsoda-edge plan`.
 """
 
 from __future__ import annotations
@@ -38,7 +33,7 @@ from fedsoda_hub.settings.tables import LoRA, Method
 
 
 class PaperFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """What the paper counts: LoRA parameters, and sizes at 4 bits a parameter in a round, at 16 bits of the models."""
+    """The paper's counts: LoRA parameters, what travels in a round at 4 bits a parameter, and models at 16 bits."""
 
     trainable_parameters: int
     parameters_per_round: float
@@ -48,7 +43,7 @@ class PaperFigures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Arithmetic(msgspec.Struct, frozen=True, kw_only=True):
-    """GFLOP a token: LoRA on the full model; the sub-LLM, the first time; its sweep alone; with the border cached."""
+    """The GFLOP a token: LoRA on the full model; the sub-LLM, the first time; its sweep alone; with the border cached."""
 
     full_lora: float
     sub_llm: float
@@ -57,7 +52,7 @@ class Arithmetic(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class OurFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """What an edge holds, sends and computes here."""
+    """This program's counts: what an edge holds, sends and computes."""
 
     bundle_bytes: int
     bits_per_parameter: float
@@ -70,7 +65,7 @@ class OurFigures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Prediction(msgspec.Struct, frozen=True, kw_only=True):
-    """What a sub-LLM costs the edges of one size class."""
+    """The costs of a sub-LLM for the edges of its size class."""
 
     family: str
     num_layers: int
@@ -82,7 +77,7 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EmulatorCosts(msgspec.Struct, frozen=True, kw_only=True):
-    """What an edge pays for what lies below the adapter, before its first step and, if realigned, again."""
+    """The costs of an emulator for an edge, before its first step and again after each realignment."""
 
     kept_layers: int
     bundle_bytes: int
@@ -96,7 +91,7 @@ class EmulatorCosts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Emulators(msgspec.Struct, frozen=True, kw_only=True):
-    """FedSODA's two emulators beside each other."""
+    """The costs of FedSODA's two emulators, and the rates that were assumed."""
 
     sub: EmulatorCosts
     full: EmulatorCosts
@@ -104,7 +99,7 @@ class Emulators(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SmallerClass(msgspec.Struct, frozen=True, kw_only=True):
-    """A smaller size class. groups: None where the method has none."""
+    """The costs of a smaller size class. groups None: the method has none."""
 
     groups: int | None
     kept_layers: int
@@ -117,7 +112,7 @@ class SmallerClass(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Planned(msgspec.Struct, frozen=True, kw_only=True):
-    """The settings that a plan is of."""
+    """The settings that were planned with."""
 
     method: Method
     lora: LoRA
@@ -125,7 +120,7 @@ class Planned(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PlanReport(Prediction, frozen=True, kw_only=True):
-    """What `plan --json` says. emulators: None where the method has only one."""
+    """The report of `plan --json`. emulators None: the method has only one."""
 
     model: str
     settings: Planned
@@ -134,10 +129,12 @@ class PlanReport(Prediction, frozen=True, kw_only=True):
 
 
 def read_config(model: str | Path) -> tuple[Family, dict[str, Any], str, Path | None]:
-    """Read (family, allowed fields, dtype, the directory or None) from a model directory or a bare config.json.
+    """Read (family, allowed fields, dtype, directory) from a model directory or a bare config.json.
+
+    The directory is None for a bare config.json.
 
     Raises:
-        UsageProblem: it is neither, or of a family that is not supported.
+        UsageProblem: `model` is neither, or of a family that is not supported.
     """
     path = Path(model)
     file = path / "config.json" if path.is_dir() else path
@@ -147,7 +144,8 @@ def read_config(model: str | Path) -> tuple[Family, dict[str, Any], str, Path | 
             raise ValueError(f"it holds a {type(raw).__name__}")
     except (OSError, ValueError) as error:
         raise UsageProblem(
-            f"{model} is neither a model directory nor a config.json ({error}); download the model's config.json"
+            f"{model} is neither a model directory nor a config.json ({error}); download the model's config.json and "
+            "name that"
         ) from error
     family = family_of(str(raw.get("model_type")))
     fields = allowed_fields(family, family.config_class.from_dict(raw))
@@ -157,12 +155,12 @@ def read_config(model: str | Path) -> tuple[Family, dict[str, Any], str, Path | 
 
 @dataclass(frozen=True)
 class Unmeasured:
-    """A full LLM of which nothing but the size is known, as methods ask about it (`algorithms/methods/interface.py`)."""
+    """A full LLM of which only the size is known, as a `methods.interface.FullLLM`."""
 
     num_layers: int
 
     def distances(self, num_layers: int) -> list[list[float]]:
-        """Take all layers for alike."""
+        """Answer that all layers are alike."""
         return [[0.0] * (num_layers - 1 - layer) for layer in range(num_layers)]
 
     def representatives(self, count: int, grouping: str, drawn_by: int | None = None) -> list[int]:
@@ -170,39 +168,43 @@ class Unmeasured:
         return evenly(self.num_layers, count)
 
     def fits(self, plan: LayerPlan) -> bool:
-        """Take every sub-LLM for small enough."""
+        """Answer that every sub-LLM is small enough."""
         return True
 
     def nearest(self, plans: Sequence[LayerPlan]) -> LayerPlan:
-        """Take the first."""
+        """Choose the first plan."""
         return plans[0]
 
     def components(self, count: int, grouping: str) -> tuple[list[int], list[int]]:
-        """Take whole layers, which have the bytes that there is room for; measuring may divide them otherwise."""
+        """Choose whole layers, which have the bytes that there is room for; measuring may divide them otherwise."""
         layers = evenly(self.num_layers, count)
         return layers, layers
 
 
 def likely_plan(num_layers: int, settings: Method, seed: int = 0) -> LayerPlan:
-    """Make the largest of `likely_plans`: the only one where the run has no size classes."""
+    """Make the plan of the largest sub-LLM, which is the only one where the run has no size classes.
+
+    Raises:
+        UsageProblem: it does not fit; names what fits.
+    """
     return likely_plans(num_layers, settings, seed)[0]
 
 
 def likely_plans(num_layers: int, settings: Method, seed: int = 0) -> list[LayerPlan]:
     """Make a plan of this shape for each size class, the largest first.
 
-    Which layers a measuring method removes is known only after it; sizes depend on it by the digits of their numbers in
-    the headers of two LoRA shards, and FedPruner+'s LoRA on how it divides the bytes.
+    Which layers a method removes is known only after it has measured them. Sizes hardly depend on it: by the digits of
+    layer numbers in the headers of two LoRA shards, and FedPruner+'s LoRA by how the bytes are divided.
 
     Raises:
-        UsageProblem: it does not fit; names what does.
+        UsageProblem: it does not fit; names what fits.
     """
     plans = method_of(settings).plans(Unmeasured(num_layers), settings, seed)
     return [msgspec.structs.replace(one, distances=()) for one in plans]
 
 
 def rounds_between(method: Method) -> int:
-    """Count the rounds from one realignment to the next, at the least; 0: there is none."""
+    """Return the least number of rounds from one realignment to the next; 0: the method never realigns."""
     return AUTO_ROUNDS if method.realign_every == "auto" else method.realign_every
 
 
@@ -215,7 +217,13 @@ def predict(
     tokenizer_bytes: int = 0,
     size_class: int = 0,
 ) -> Prediction:
-    """Predict what the edges of one size class need: the report of `plan --json` (docs/guide.md (g6-json))."""
+    """Predict what the edges of one size class need: the report of `plan --json` (docs/guide.md (g6-json)).
+
+    Args:
+        fields: the model's numeric config.
+        dtype: that of the checkpoint.
+        tokenizer_bytes: the size of the tokenizer's files.
+    """
     method, targets, rank = settings.method, settings.lora.targets, settings.lora.rank
     spec = lora_spec(settings, family, fields, plan, size_class)
     on_all = lora.specs(family, fields, range(plan.num_layers), targets, rank)
@@ -282,8 +290,9 @@ def predict(
 
 
 def _gflop(*, forward: int, backward: int, lora: int) -> float:
-    """Count 2 per weight and token in each direction (frozen weights get no gradient), 6 per LoRA weight; without the
-    attention scores, which grow with the length.
+    """Count GFLOP a token: 2 for a weight in each direction (frozen weights get no gradient), 6 for a LoRA weight.
+
+    Attention scores, which grow with the length, are not counted.
     """
     return (2 * forward + 2 * backward + 6 * lora) / 1e9
 
@@ -293,7 +302,7 @@ def _parameters(module: Any) -> int:
 
 
 def _ends(family: Family, fields: dict[str, Any]) -> tuple[int, int]:
-    """Count the parameters outside the layers, each once, and those of the head's product."""
+    """Count the parameters outside the layers, each once, and those that the product with the head uses."""
     model = skeleton(family, build_config(family, fields, (0,)))
     head = model.get_submodule(family.head).weight.numel()
     norm = _parameters(model.get_submodule(family.norm))
@@ -306,10 +315,10 @@ def _count(specs: Iterable[TensorSpec]) -> int:
 
 
 def plan_report(model: str, settings: RunSettings, rates: Rates = Rates()) -> PlanReport:
-    """Report what `fedsoda-hub plan MODEL` says with these settings; both emulators of FedSODA beside each other.
+    """Make the report of `fedsoda-hub plan MODEL` with these settings.
 
     Raises:
-        UsageProblem: `model` is neither a model directory nor a config.json, or the plan does not fit it.
+        UsageProblem: `model` is neither a model directory nor a config.json, or the settings do not fit it.
     """
     family, fields, dtype, directory = read_config(model)
     tokenizer = [directory / name for name in TOKENIZER_FILES] if directory is not None else []

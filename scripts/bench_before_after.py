@@ -13,8 +13,8 @@ and a machine that does nothing else. Figures that repeat exactly, such as sizes
 driven, with PYTHONPATH at the checkout.
 
 Exit status 1 when a ratio is above 1.03, decided or not, or a bit differs. `--planted-defect` gives this checkout a
-learning rate that differs in its fourth digit, a round more in the demo, and border states that are computed for every
-sample; each of the three must make it fail.
+learning rate that differs in its fourth digit, one more round in the demo, and border states that are computed for every
+sample; each of the three must make it fail. What the figures should be in themselves is the other benches' matter.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from typing import Any
 from tests.commands import Commands, small_disk
 
 ROOT = Path(__file__).resolve().parent.parent
-MODEL = ROOT / "fedsoda_hub" / "demo" / "model"  # for both
+MODEL = ROOT / "fedsoda_hub" / "demo" / "model"  # of both checkouts
 LIMIT = 1.03
-LEAST_PAIRS = 5  # fewer decide nothing: all of them come out on one side by chance too often
-EDGE_TIMES = 4  # as many pairs as of the demo: an arm of bench_edge --quick trains for a quarter of a second
+LEAST_PAIRS = 5  # fewer decide nothing: too often all of them are on one side by chance
+EDGE_TIMES = 4  # times as many pairs as of the demo, since an arm of bench_edge --quick trains for 0.25 s
 DEMO_ROUNDS = 2
 SHOWN_DIFFERENCES = 20
 
@@ -124,19 +124,19 @@ WORDS = [
 VOLATILE = ("run_id", "fixed", "values", "deadline_at")  # of records: chance, paths, clock
 KEPT_ON_EDGES = ("adapter.safetensors", "emulator.safetensors", "residual")
 
-# Figures of `demo --json` that are looked at.
+# The figures of `demo --json` that are compared.
 DEMO = (
     *("seconds prepare", "seconds rounds", "seconds total", "edge_peak_rss_bytes", "agent_peak_rss_bytes"),
     *("bytes bundle", "bytes up_per_edge_round", "bytes down_per_edge_round", "bits_per_parameter"),
     *("public_kl aligned", "accuracy full", "accuracy sub_llm", "accuracy plug_in", "accuracy local_only"),
 )
 WAYS = ("first", "cached", "packed", "recomputed")  # arms of bench_edge that are ours
-MORE_IS_BETTER = ("tokens_per", "accuracy")  # what such a figure's name begins with
+MORE_IS_BETTER = ("tokens_per", "accuracy")  # beginnings of the names of such figures
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One checkout, and where its runs lie."""
+    """A checkout, with the directory of its runs."""
 
     name: str
     checkout: Path
@@ -145,12 +145,17 @@ class Arm:
 
     @property
     def environment(self) -> dict[str, str]:
-        """As this process has it, without options of the commands."""
+        """The environment of this process with the checkout's packages, without options of the commands."""
         ours = {name: value for name, value in os.environ.items() if not name.startswith("FEDSODA_")}
         return {**ours, "PYTHONPATH": str(self.checkout), "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
     def run(self, *command: str | Path, threads: int = 0, may_fail: bool = False) -> str:
-        """Run Python with this checkout's packages; return what it prints."""
+        """Run Python with this checkout's packages, and return what it prints.
+
+        Args:
+            threads: how many torch computes with; 0: as it likes.
+            may_fail: accept exit status 1 with output.
+        """
         environment = self.environment | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
         self.work.mkdir(parents=True, exist_ok=True)
         ended = subprocess.run(
@@ -168,7 +173,7 @@ class Arm:
         return ended.stdout
 
     def be_ready(self) -> None:
-        """Compile once, so that nobody is timed doing it, and see that no installed package stands before the checkout."""
+        """Compile once, so that compiling is never timed, and check that no installed package hides the checkout."""
         self.run("-m", "compileall", "-q", self.checkout / "fedsoda_edge", self.checkout / "fedsoda_hub")
         for package in ("fedsoda_edge", "fedsoda_hub"):
             found = self.run("-c", f"import {package}; print({package}.__file__)").strip()
@@ -179,7 +184,7 @@ class Arm:
 
 
 def write_inputs(directory: Path) -> None:
-    """Write text and rows that are the same wherever and whenever they are written."""
+    """Write text and rows that are the same every time."""
     directory.mkdir(parents=True)
     chance = random.Random(0)
     (directory / "public.txt").write_text(" ".join(chance.choices(WORDS, k=1500)))
@@ -203,7 +208,7 @@ def toml(top: dict[str, Any], *changes: Tables, prefix: str = "") -> str:
 
 
 def federate(arm: Arm) -> Path:
-    """Run two edges of different size classes as real processes over loopback; return where all of it lies."""
+    """Run two edges of different size classes as processes over loopback, and return the directory of all files."""
     directory = arm.work / "federation"
     write_inputs(directory)
     top = {"name": "fixed", "model": str(MODEL), "device": "cpu"}
@@ -230,7 +235,7 @@ def federate(arm: Arm) -> Path:
 
 
 def compare_methods(arm: Arm) -> Path:
-    """Run every method and way to aggregate in one process; return where all of it lies."""
+    """Run every method and way to aggregate in one process, and return the directory of all files."""
     directory = arm.work / "methods"
     write_inputs(directory)
     top = {"model": str(MODEL), "device": "cpu"}
@@ -245,7 +250,10 @@ def compare_methods(arm: Arm) -> Path:
 
 
 def facts(directory: Path) -> dict[str, Any]:
-    """Read all ledgers below, by run, kind, round and edge, and digest what edges hold; a blob must be what its name says."""
+    """Read all ledgers in a directory, by run, kind, round and edge, and digest what edges hold.
+
+    Every blob must have the digest that is its name.
+    """
     found: dict[str, Any] = {}
     for path in sorted(directory.rglob("ledger.sqlite")):
         run = path.parent.relative_to(directory)
@@ -257,7 +265,7 @@ def facts(directory: Path) -> dict[str, Any]:
             found |= {f"{run}: {key} {name}": value for name, value in leaves(values)}
         for digest in {value for _, value in leaves(records) if is_digest(value)}:
             data = (path.parent / "blobs" / digest).read_bytes()
-            assert hashlib.sha256(data).hexdigest() == digest, f"{path.parent}: the blob {digest} is not what it says"
+            assert hashlib.sha256(data).hexdigest() == digest, f"{path.parent}: blob {digest} has another digest"
     for name in KEPT_ON_EDGES:
         for path in sorted(directory.glob(f"home-*/runs/*/{name}")):
             home = path.relative_to(directory).parts[0]
@@ -274,7 +282,7 @@ def digests(found: dict[str, Any]) -> dict[str, str]:
 
 
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (path, value) of all that is neither a table nor a list."""
+    """Yield (path, value) of every value that is neither a table nor a list."""
     if isinstance(value, dict | list):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             yield from leaves(inner, f"{name} {key}".strip())
@@ -283,11 +291,12 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def is_digest(value: object) -> bool:
+    """Tell whether a value is a sha256 in hexadecimal."""
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def deltas(base: Arm, after: Arm) -> dict[str, Any]:
-    """Compare the bits that both checkouts make of the same inputs."""
+    """Compare what both checkouts make of the same inputs, bit for bit."""
     result: dict[str, Any] = {"identical": True, "facts": {}, "differences": [], "digests": {}}
     for name, run in (("federation", federate), ("methods", compare_methods)):
         before, now = (facts(run(arm)) for arm in (base, after))
@@ -307,7 +316,7 @@ def deltas(base: Arm, after: Arm) -> dict[str, Any]:
 
 
 def demo(arm: Arm) -> dict[str, float]:
-    """Measure one demo."""
+    """Run one demo, and return its figures."""
     rounds = DEMO_ROUNDS + arm.has_defect
     spent = getrusage(RUSAGE_CHILDREN)
     said = arm.run(
@@ -318,13 +327,13 @@ def demo(arm: Arm) -> dict[str, float]:
     return {"cpu_seconds": now.ru_utime + now.ru_stime - spent.ru_utime - spent.ru_stime, **found}
 
 
-def made_ready(arm: Arm) -> None:
-    """Run bench_edge once, so that its model, bundle and border states are there."""
+def make_ready(arm: Arm) -> None:
+    """Run bench_edge once, so that its model, bundle and border states exist."""
     bench_edge(arm, "--repeats", "1")
 
 
 def edge(way: str, arm: Arm) -> dict[str, float]:
-    """Measure one way to train, once."""
+    """Run one arm of bench_edge once, and return its figures."""
     run = json.loads(bench_edge(arm, "--arm", way))
     per = {"second": run["seconds"], "cpu_second": run["cpu_seconds"]}
     found = {f"tokens_per_{unit} {way}": run["tokens"] / seconds for unit, seconds in per.items()}
@@ -332,16 +341,17 @@ def edge(way: str, arm: Arm) -> dict[str, float]:
 
 
 def bench_edge(arm: Arm, *options: str) -> str:
+    """Run bench_edge with these options, and return what it prints."""
     defect = ["--planted-defect"] if arm.has_defect else []
     script = arm.checkout / "scripts" / "bench_edge.py"
-    # It may fail: its own targets are those of larger models.
+    # It may fail, since its own targets are for larger models.
     return arm.run(script, "--quick", "--out", arm.work / "edge", *options, *defect, may_fail=True)
 
 
 def side_by_side(
     base: Arm, after: Arm, measure: Callable[[Arm], dict[str, float]], pairs: int, name: str
 ) -> list[dict[str, Any]]:
-    """Measure both in turn and judge each figure."""
+    """Measure both checkouts in turn, and judge each figure."""
     found: dict[str, list[dict[str, float]]] = {base.name: [], after.name: []}
     for pair in range(pairs):
         for arm in (base, after) if pair % 2 == 0 else (after, base):
@@ -354,7 +364,7 @@ def side_by_side(
 
 
 def judged(figure: str, base: list[float], after: list[float]) -> dict[str, Any]:
-    """Judge the median of the pairs' ratios, above 1 where `after` is worse, by the limit and a 95 % bootstrap interval."""
+    """Judge a figure by the median of the pairs' ratios, above 1 where `after` is worse, and its 95 % interval."""
     worse, better = (base, after) if figure.startswith(MORE_IS_BETTER) else (after, base)
     each = [a / b if b else (1.0 if a == b else math.inf) for a, b in zip(worse, better, strict=True)]
     chance, median = random.Random(0), statistics.median(each)
@@ -371,25 +381,28 @@ def judged(figure: str, base: list[float], after: list[float]) -> dict[str, Any]
 
 
 def say(text: str) -> None:
+    """Print a line on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def git(*arguments: str) -> str:
+    """Run git in this checkout, and return what it prints."""
     return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def default_base() -> str:
-    """Find where this branch left main; on main, the commit before."""
+    """Find the commit at which this branch left main; on main, the commit before."""
     left = git("merge-base", "HEAD", "main")
     return git("rev-parse", "HEAD^") if left == git("rev-parse", "HEAD") else left
 
 
 def main() -> None:
+    """Measure both checkouts, print the result, and exit with 1 where a figure is worse."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--base", help="a commit; else where this branch left main, or on main the commit before")
-    parser.add_argument("--only", choices=("deltas", "demo", "edge"), help="else all three")
-    parser.add_argument("--pairs", type=int, default=5, help=f"of demos; of edges {EDGE_TIMES} times as many")
-    parser.add_argument("--planted-defect", action="store_true", help="in this checkout's arm: it must fail")
+    parser.add_argument("--base", help="a commit; not given: where this branch left main, or on main the commit before")
+    parser.add_argument("--only", choices=("deltas", "demo", "edge"), help="not given: all three")
+    parser.add_argument("--pairs", type=int, default=5, help=f"pairs of demos; {EDGE_TIMES} times as many of edges")
+    parser.add_argument("--planted-defect", action="store_true", help="worsen this checkout: the bench must fail")
     options = parser.parse_args()
     base = git("rev-parse", options.base or default_base())
     changed = " and what is not committed" if git("status", "--porcelain", "--untracked-files=no") else ""
@@ -410,7 +423,7 @@ def main() -> None:
             result["demo"] = side_by_side(*arms, demo, options.pairs, "demo")
         if options.only in (None, "edge"):
             for arm in arms:
-                made_ready(arm)
+                make_ready(arm)
             ways = (side_by_side(*arms, partial(edge, way), EDGE_TIMES * options.pairs, way) for way in WAYS)
             result["edge"] = [check for checks in ways for check in checks]
     finally:

@@ -1,9 +1,9 @@
-"""Compare what a run can be, on real input: SST-2, Dolly and BoolQ with the demo's 24-layer model, by `fedsoda-hub compare`.
+"""Compare settings of a run on real input: SST-2, Dolly and BoolQ with the demo's 24-layer model.
 
-A set is some of VARIANTS on a task's splits, written as COMPARE.toml below --out and run there; a second call goes on
+A set is some of VARIANTS on a task's splits, written as COMPARE.toml in --out and run there; a second call continues
 where the first stopped, and sets share the cells they have in common.
-`--planted-defect` trains with learning rate 0: the set must then show no ordering among its variants, and every one must
-be the untouched model; the script fails (exit 1) where the harness still sees a difference.
+`--planted-defect` trains with learning rate 0: then all variants of the set must equal the untouched model, and the script
+fails (exit 1) where the harness still sees a difference. Running and judging are left to `fedsoda-hub compare`.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from fedsoda_hub.compare.settings import read_comparison
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "fedsoda_hub" / "demo" / "model"
-LIKE_TASK_ROWS = 500  # unlabelled, of rows that no edge is dealt
+LIKE_TASK_ROWS = 500  # unlabelled rows, which no edge is dealt
 DOLLY_EVAL_ROWS = 400
 GRADIENT_SAMPLES = 256
 DOLLY_USERS = 4
 DOLLY_LENGTH = 200  # characters; longer instructions are left out
 BOOLQ_LENGTH = 400  # characters; longer passages are left out
 BOOLQ_EVAL_ROWS, BOOLQ_LIKE_TASK_ROWS = 300, 150
-BOOLQ_IDS = 192  # a row
+BOOLQ_IDS = 192  # longest row
 
 BASE: dict[str, dict[str, Any]] = {
     "compare": {
@@ -73,11 +73,11 @@ TASKS: dict[str, dict[str, Any]] = {
 OF_TASK: dict[str, dict[str, Any]] = {
     "sst2": {},
     "dolly": {"local": {"max_steps": 25}},  # it is learned in half the steps
-    "boolq": {"compare": {"rows": 0}, "local": {"max_steps": 4, "max_length": BOOLQ_IDS}},  # more learns it by heart
+    "boolq": {"compare": {"rows": 0}, "local": {"max_steps": 4, "max_length": BOOLQ_IDS}},  # more steps overfit
 }
 LIKE_TASK = "like_task.jsonl"
 NEVER = {"method": {"realign_every": 0}}
-# What is compared, as COMPARE.toml has it. "aligned" is FedSODA as the paper has it.
+# What is compared, by what differs in COMPARE.toml. "aligned" is FedSODA as in the paper.
 VARIANTS: dict[str, dict[str, Any]] = {
     "aligned": {},
     "neither": {**NEVER, "align": {"steps": 0}},
@@ -126,7 +126,7 @@ SETS: dict[str, tuple[str, ...]] = {
 
 
 def as_toml(tables: dict[str, Any]) -> str:
-    """Values at the top first, then tables; JSON's scalars and lists are TOML's."""
+    """Write TOML: values at the top first, then tables. JSON's scalars and lists are TOML's too."""
     plain = [f"{key} = {json.dumps(value)}" for key, value in tables.items() if not isinstance(value, dict)]
     for name, table in tables.items():
         if isinstance(table, dict):
@@ -135,10 +135,14 @@ def as_toml(tables: dict[str, Any]) -> str:
 
 
 def write_sst2(directory: Path, data: Path, like_task: int = LIKE_TASK_ROWS) -> tuple[list[str], str]:
-    """Write rows in an order of their own: the last are dealt, the first give what is like the task.
+    """Write the rows of SST-2, shuffled: the first ones are like the task, the others are dealt.
+
+    Args:
+        data: the directory with sst2.
+        like_task: how many rows are like the task.
 
     Returns:
-        ([compare] data, eval_data)
+        ([compare] data, eval_data).
     """
     rows = (data / "sst2" / "train.jsonl").read_text(encoding="utf-8").splitlines()
     random.Random(0).shuffle(rows)
@@ -150,7 +154,10 @@ def write_sst2(directory: Path, data: Path, like_task: int = LIKE_TASK_ROWS) -> 
 def write_dolly(
     directory: Path, data: Path, judged: int = DOLLY_EVAL_ROWS, like_task: int = LIKE_TASK_ROWS
 ) -> tuple[list[str], str]:
-    """Write users, each with a few of eight categories; what is judged is drawn from all of them. As `write_sst2`."""
+    """Write the rows of Dolly by user, each with a few of eight categories, as `write_sst2` does.
+
+    Questions to judge on are drawn from all users.
+    """
     users = [data / "dolly_federated" / f"local_training_{user}.json" for user in range(DOLLY_USERS)]
     found = {
         row["instruction"]: {"user": user.stem, "instruction": row["instruction"], "category": row["category"]}
@@ -171,7 +178,10 @@ def write_dolly(
 def write_boolq(
     directory: Path, data: Path, judged: int = BOOLQ_EVAL_ROWS, like_task: int = BOOLQ_LIKE_TASK_ROWS
 ) -> tuple[list[str], str]:
-    """Write rows with short passages, of both files; with so few rows it is the loss that is compared. As `write_sst2`."""
+    """Write the rows of BoolQ with short passages, as `write_sst2` does.
+
+    Both of its files are used. They are few rows, so that mostly losses can be compared.
+    """
     files = [data / "boolq" / name for name in ("train.jsonl", "dev.jsonl")]
     rows = [json.loads(row) for file in files for row in file.read_text(encoding="utf-8").splitlines()]
     rows = [row for row in rows if len(row["passage"]) <= BOOLQ_LENGTH]
@@ -184,18 +194,19 @@ def write_boolq(
 
 
 def write_like_task(directory: Path, task: str, rows: Iterable[dict[str, str]]) -> None:
-    """Unlabelled rows, and the task's prompts with them as public text."""
+    """Write unlabelled rows, and the task's prompts with them as public text."""
     rows = list(rows)
     write_rows(directory / LIKE_TASK, rows)
     write_lines(directory / "like_task.txt", (TASKS[task]["prompt"].format(**row) for row in rows))
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
+    """Write rows as JSON Lines."""
     write_lines(path, map(json.dumps, rows))
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Whole at once: another call may be reading the file of before, which is the same."""
+    """Write a file as a whole, since another call may be reading the same one."""
     write_durably(path, "".join(f"{line}\n" for line in lines).encode())
 
 
@@ -207,7 +218,7 @@ WRITERS: dict[str, Callable[[Path, Path], tuple[list[str], str]]] = {
 
 
 def write(directory: Path, options: argparse.Namespace) -> Path:
-    """COMPARE.toml of a set and the rows that it names."""
+    """Write the COMPARE.toml of a set and the rows that it names, and return its path."""
     directory.mkdir(parents=True, exist_ok=True)
     data = Path(options.shared).resolve() / "data"
     dealt, judged = WRITERS[options.task](directory, data)
@@ -224,7 +235,7 @@ def write(directory: Path, options: argparse.Namespace) -> Path:
         tables["local"]["learning_rate"] = 0.0
     names = options.variants or SETS[options.set]
     if unknown := set(names) - set(VARIANTS):
-        raise SystemExit(f"there is no variant {sorted(unknown)[0]}; there are {', '.join(VARIANTS)}")
+        raise SystemExit(f"--variants {sorted(unknown)[0]} is unknown; choose from {', '.join(VARIANTS)}")
     text = as_toml({"model": str(MODEL), **tables})
     for name in names:
         header = f"variants.{json.dumps(name)}"  # TOML has no + in a bare name
@@ -236,8 +247,11 @@ def write(directory: Path, options: argparse.Namespace) -> Path:
 
 
 def gradient_agreement(path: Path) -> dict[str, list[float]]:
-    """Of each variant, by split and seed, before round 1: the cosine between what edges compute on rows of the task as the
-    adapter's gradient and what they would compute on the full LLM's border states."""
+    """Measure, before round 1, how near the adapter's gradient on edges is to that on the full LLM's border states.
+
+    Returns:
+        the cosine of the two on rows of the task, by variant, for each split and seed.
+    """
     comparison = read_comparison(path)
     source = Checkpoint.open(str(MODEL), relative_to=ROOT)
     found: dict[str, list[float]] = {}
@@ -247,7 +261,7 @@ def gradient_agreement(path: Path) -> dict[str, list[float]]:
         tokenizer = SampleTokenizer(MODEL / "tokenizer.json", source.fields.get("eos_token_id"))
         samples = [
             sample
-            for name in comparison.compare.data  # of dolly's users each has a few categories
+            for name in comparison.compare.data  # each of Dolly's users has a few categories
             for sample in read_samples(
                 LocalData(path.parent / name),
                 settings.prompt,
@@ -269,7 +283,7 @@ def adapter_gradient(
     bundle: Bundle,
     samples: Sequence[Sample],
 ) -> Tensor:
-    """(P,): of the completion loss by the adapter's LoRA as the bundle has it, above these layers of `source`."""
+    """Compute the gradient of the completion loss by the bundle's adapter LoRA above these layers of `source`: (P,)."""
     spec = bundle.manifest.lora
     swept = SweptSamples.sweep(source, layers, samples, emulator=emulator_lora, lora_scale=spec.scale)
     tail = build(source, bundle.plan.adapter)
@@ -280,16 +294,17 @@ def adapter_gradient(
 
 
 def main() -> None:
+    """Run a set, print its report, and exit with 1 where a planted defect is not seen."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0],
-        epilog="Two to six minutes of one core a cell; methods without a border cache take several times as long.",
+        epilog="A cell takes two to six minutes of one core; methods without a border cache take several times as long.",
     )
     parser.add_argument("--set", choices=SETS, default="methods")
     parser.add_argument("--task", choices=TASKS, default="sst2")
     parser.add_argument("--quick", action="store_true", help="one seed, fewer rows and steps: 10 minutes")
     parser.add_argument("--seeds", type=int, nargs="*", default=[])
     parser.add_argument("--splits", nargs="*", default=[])
-    parser.add_argument("--variants", nargs="*", default=[], help="instead of the set's")
+    parser.add_argument("--variants", nargs="*", default=[], help="variants instead of the set's")
     parser.add_argument(
         "--shared",
         default=str(ROOT.parent / "shared"),
@@ -299,7 +314,7 @@ def main() -> None:
     parser.add_argument("--planted-defect", action="store_true", help="learning rate 0: no variant may differ")
     options = parser.parse_args()
     if not (Path(options.shared) / "data" / "sst2").is_dir():
-        raise SystemExit(f"{options.shared}/data/sst2 is not there; name the data with --shared")
+        raise SystemExit(f"{options.shared}/data/sst2 does not exist; name the directory of the data with --shared")
     kind = options.task + ("-quick" if options.quick else "") + ("-defect" if options.planted_defect else "")
     path = write(Path(options.out).resolve() / kind, options)
     command = [sys.executable, "-m", "fedsoda_hub", "compare", str(path), "--out", str(path.parent / "cells"), "--json"]
@@ -313,7 +328,7 @@ def main() -> None:
     path.with_suffix(".json").write_text(json.dumps(report), encoding="utf-8")
     found = [one for split in report["splits"].values() for one in split["differences"]]
     if options.planted_defect and any(one["points"] != 0 or one["loss"]["nats"] != 0 for one in found):
-        raise SystemExit("learning rate 0 and yet variants differ from the untouched model: the harness is wrong")
+        raise SystemExit("with learning rate 0 variants differ from the untouched model: the harness is wrong")
 
 
 if __name__ == "__main__":

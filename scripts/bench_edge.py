@@ -1,23 +1,24 @@
-"""Bench one edge: speed and memory of local training beside the recipes that people use, on the same sub-LLM and data.
+"""Measure one edge: speed and memory of local training beside the recipes that people use, on the same sub-LLM and data.
 
 Arms, each in a child process of its own, interleaved ABBA:
 
     first        ours: sweep and first epoch, everything dense
     cached       ours: an epoch on cached border states, everything dense
-    packed       the same as a memory plan has it where memory is short: adapter in NF4, head as it is stored
-    recomputed   the same with activations made again as well, which needs least
+    packed       ours: as where memory is short, adapter in NF4, head as it is stored
+    recomputed   ours: packed, with activations computed again in the backward pass, which needs least
     plain        HF + PEFT, LoRA on the adapter only, dense, no checkpointing, the model's own loss
     recipe_sub   PEFT's QLoRA recipe (LoRA everywhere, gradient checkpointing, HF Trainer) on the sub-LLM
     recipe_full  the recipe on the full model
 
 Figures are ratios of tokens a second, medians over the repeats with a 95 % bootstrap interval; memory is a child's
-high-water mark less that after its imports. What ran is kept under --out, so that a second call goes on there; delete
-it to begin anew. Exit status 1 when a target is missed; `--planted-defect` makes ours
-compute the border anew for every sample and must make it fail.
+high-water mark less that after its imports. What ran is kept in --out, so that a second call continues there; delete
+it to begin again. Exit status 1 when a target is missed; `--planted-defect` makes our arms
+compute the border again for every sample and must make it fail.
 
 `--geometry llama3-8b`, `qwen2-7b` and `mistral-7b` are models of that shape with random weights and need a GPU: all in
 bf16, everything in the bundle quantized, and memory is what torch had allocated there at most, from the first byte for
-ours, from the first step for the recipes. `--quick` shrinks a geometry to a stand-in that also runs without a GPU.
+ours, from the first step for the recipes. `--quick` makes a geometry small, so that it runs without a GPU too. Accuracy is
+left to `bench_federation.py`.
 """
 
 from __future__ import annotations
@@ -69,10 +70,11 @@ ARMS: dict[str, Arm] = {
 
 
 def run_arm(name: str, options: argparse.Namespace) -> dict[str, float]:
+    """Run an arm in a child process, and return its figures."""
     command = [sys.executable, __file__, "--geometry", options.geometry, "--out", options.out, "--arm", name]
     command += ["--quick"] if options.quick else []
     command += ["--planted-defect"] if options.planted_defect else []
-    # Threads that spin at barriers starve each other on a machine that does anything else; so for every arm.
+    # Threads that spin at barriers starve each other on a machine that does anything else; this holds for every arm.
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
     ended = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if ended.returncode:
@@ -82,7 +84,7 @@ def run_arm(name: str, options: argparse.Namespace) -> dict[str, float]:
 
 
 def ratio(ours: list[float], theirs: list[float]) -> dict[str, Any]:
-    """Median of the repeats' ratios, with a 95 % bootstrap interval."""
+    """Compute the median of the repeats' ratios, with a 95 % bootstrap interval."""
     each = [a / b for a, b in zip(ours, theirs, strict=True)]
     chance = random.Random(0)
     drawn = sorted(statistics.median(chance.choices(each, k=len(each))) for _ in range(2000))
@@ -90,7 +92,7 @@ def ratio(ours: list[float], theirs: list[float]) -> dict[str, Any]:
 
 
 def is_bit_identical(directory: Path, geometry: Geometry) -> bool:
-    """The delta of cached states against that of states computed anew for every batch."""
+    """Tell whether cached states give the same delta as states that are computed again for every batch."""
     bundle = Bundle.open(directory / "model" / "bundle")
     deltas = []
     plan = way(bundle, geometry)
@@ -101,7 +103,7 @@ def is_bit_identical(directory: Path, geometry: Geometry) -> bool:
 
 
 def checkpoint_share(directory: Path, geometry: Geometry) -> float:
-    """Of a step's time that a save takes where every step is saved; longer rounds save every fiftieth part."""
+    """Measure the share of a step's time that saving it takes; long rounds save only every fiftieth part."""
     bundle = Bundle.open(directory / "model" / "bundle")
     plan = way(bundle, geometry)
     spent = 0.0
@@ -124,7 +126,7 @@ def checkpoint_share(directory: Path, geometry: Geometry) -> float:
 
 
 def bits_per_parameter(geometry: Geometry) -> float:
-    """Of the shards of the sub-LLM, embedding and head in NF4 too; from shapes alone."""
+    """Compute the bits a parameter of the sub-LLM's shards, with embedding and head in NF4 too, from shapes alone."""
     shape, plan = geometry.shape, geometry.plan
     family = family_of(shape.model_type)
     fields = allowed_fields(family, shape.config)
@@ -136,6 +138,7 @@ def bits_per_parameter(geometry: Geometry) -> float:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Run all arms in turn, and return the figures and checks."""
     geometry, directory = geometry_of(options), Path(options.out)
     make(directory, geometry)
     for name in ("cache", "none"):
@@ -153,7 +156,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             done.write_text("\n".join(kept) + "\n")
             print(f"{number + 1} of {len(order)}: {kept[-1]}", file=sys.stderr, flush=True)
         run = json.loads(kept[number])
-        assert run["arm"] == name, f"{done} is of another bench; delete it"
+        assert run["arm"] == name, f"{done} is from a bench with other arms; delete it"
         found[name].append(run)
     speed = {name: [run["tokens"] / run["seconds"] for run in runs] for name, runs in found.items()}
     work = {name: [run["tokens"] / run["cpu_seconds"] for run in runs] for name, runs in found.items()}
@@ -203,25 +206,27 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def geometry_of(options: argparse.Namespace) -> Geometry:
+    """Find the geometry that the options name."""
     geometry = GEOMETRIES[options.geometry]
     return geometry.small if options.quick else geometry
 
 
 def main() -> None:
+    """Measure, print the result, and exit with 1 where a target is missed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--geometry", choices=sorted(GEOMETRIES), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="a small stand-in for the geometry, on a GPU or without")
-    parser.add_argument("--out", help="where models and caches lie; else bench-out/edge-GEOMETRY[-quick]")
-    parser.add_argument("--repeats", type=int, default=0, help="of every arm; 0: as many as the geometry asks for")
-    parser.add_argument("--planted-defect", action="store_true", help="ours keeps no border states: it must fail")
+    parser.add_argument("--quick", action="store_true", help="make the geometry small, for a GPU or without one")
+    parser.add_argument("--out", help="directory of models and caches; not given: bench-out/edge-GEOMETRY[-quick]")
+    parser.add_argument("--repeats", type=int, default=0, help="repeats of every arm; 0: those of the geometry")
+    parser.add_argument("--planted-defect", action="store_true", help="keep no border states: the bench must fail")
     parser.add_argument("--arm", choices=sorted(ARMS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     geometry = geometry_of(options)
     if geometry.device != "cpu" and not torch.cuda.is_available():
         parser.exit(
             2,
-            f"--geometry {options.geometry} needs a GPU and torch {torch.__version__} sees none here; "
-            "--geometry cpu runs without one, and --quick a small stand-in for this one\n",
+            f"--geometry {options.geometry} needs a GPU, and torch {torch.__version__} sees none here; "
+            "use --geometry cpu, or --quick for a small model of this family\n",
         )
     options.out = options.out or str(ROOT / "bench-out" / f"edge-{options.geometry}{'-quick' * options.quick}")
     if options.arm:

@@ -1,15 +1,15 @@
-"""Bench a federation on real input: SST-2 with the demo's 24-layer model, real hub and edge processes.
+"""Measure a federation on real input: SST-2 with the demo's 24-layer model, real hub and edge processes.
 
-Every cell (split, seed, codec, adapter base, emulator) is one federated run. Its scores on the dev rows are kept under
---out, so that a second call goes on where the first stopped. All of it takes about 2 hours on 2 cores. Arms of each cell:
+Every cell (split, seed, codec, adapter base, emulator) is one federated run. Its scores on the dev rows are kept in
+--out, so that a second call continues where the first stopped. All cells take about 2 hours on 2 cores. Arms of each:
 
     untouched   the full model                      sub_llm     the sub-LLM with its trained LoRA
     plug_in     the full model with the adapter LoRA local_only  each edge alone, as many steps, plugged in
     ceiling     the same LoRA trained centrally on the full 16-bit model, as many examples in sum,
                 best of three learning rates (no split, codec or adapter base: one per seed)
 
-The harness fails (exit 1) when a claim it makes does not hold; `--planted-defect` trains with learning rate 0
-and must make it fail.
+The script fails (exit 1) when a claim it makes does not hold; `--planted-defect` trains with learning rate 0
+and must make it fail. Other tasks and methods are left to `bench_compare.py`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from fedsoda_edge.protocol.messages import LocalSettings
 from fedsoda_edge.protocol.template import TextTemplate
 from fedsoda_edge.worker.batches import SweptSamples
 from fedsoda_edge.worker.training import fine_tune
-from fedsoda_hub.evaluation.evaluator import Evaluator, Judged, auc
+from fedsoda_hub.evaluation.evaluator import Evaluator, JudgedModel, auc
 from fedsoda_hub.evaluation.judge import judged_models
 from fedsoda_hub.evaluation.questions import read_questions
 from fedsoda_hub.run.ledger import read_outcome
@@ -62,19 +62,19 @@ SHARES = {
 
 
 class Variant(NamedTuple):
-    """What a cell is run with."""
+    """The settings in which cells of a split and seed differ."""
 
     codec: str
     base: str
     emulator: str = "sub"
 
     def __str__(self) -> str:
-        return "/".join(self[: 2 if self.emulator == "sub" else 3])  # the names that cells always had
+        return "/".join(self[: 2 if self.emulator == "sub" else 3])  # the names of cells in published results
 
 
 MAIN = Variant("int8", "nf4")
 FULL_EMULATOR = Variant("int8", "nf4", "full")
-# The cells of each split: the main one and its full emulator on both, and each other change of it on IID.
+# The cells of each split: on both the main one and its full emulator, and on IID each other change of the main one.
 VARIANTS = {
     "iid": (MAIN, FULL_EMULATOR, Variant("nf4", "nf4"), Variant("bf16", "nf4"), Variant("int8", "bf16")),
     "dirichlet-0.5": (MAIN, FULL_EMULATOR),
@@ -92,7 +92,7 @@ LOCAL = LocalSettings(
 
 
 def split_rows(rows: list[dict[str, str]], split: str, seed: int) -> list[list[dict[str, str]]]:
-    """Rows of each edge: the same rows for every split of a seed, dealt by label shares."""
+    """Deal rows to edges by label shares; every split of a seed has the same rows."""
     chance = random.Random(seed)
     chosen = chance.sample(rows, min(ROWS, len(rows)))
     parts: list[list[dict[str, str]]] = [[] for _ in range(EDGES)]
@@ -108,10 +108,12 @@ def split_rows(rows: list[dict[str, str]], split: str, seed: int) -> list[list[d
 
 
 def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    """Write rows as JSON Lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def run_toml(directory: Path, data: Path, *, seed: int, variant: Variant, rounds: int, rate: float) -> Path:
+    """Write the RUN.toml of a cell, and return its path."""
     path = directory / "run.toml"
     align = (
         ""
@@ -154,11 +156,12 @@ port = 0
 
 
 def command(name: str, *arguments: str | Path) -> list[str]:
+    """Make the command line of fedsoda-hub or fedsoda-edge."""
     return [sys.executable, "-m", f"fedsoda_{name}", *map(str, arguments)]
 
 
 def prepared(out: Path, data: Path, seed: int, variant: Variant, log: Any) -> Path:
-    """The run directory after prepare, made once per (seed, adapter base, emulator)."""
+    """Prepare a run, once for each (seed, adapter base, emulator), and return its directory."""
     directory = out / "prepared" / f"s{seed}-{variant.base}{'-full' if variant.emulator == 'full' else ''}"
     directory.mkdir(parents=True, exist_ok=True)
     file = run_toml(
@@ -169,7 +172,7 @@ def prepared(out: Path, data: Path, seed: int, variant: Variant, log: Any) -> Pa
 
 
 def federate(cell: Path, prepared_run: Path, toml: Path, parts: list[list[dict[str, str]]], log: Any) -> None:
-    """One federated run through the real processes: `serve` and four `join`s over loopback."""
+    """Run one federation of real processes, `serve` and four `join`s over loopback."""
     run_dir = cell / "bench.run"
     if not run_dir.exists():
         run_dir.mkdir()
@@ -211,7 +214,7 @@ def federate(cell: Path, prepared_run: Path, toml: Path, parts: list[list[dict[s
 def train_alone(
     swept: SweptSamples, source: Any, adapter: Any, spec: LoRASpec, seed: int, edge: str, rounds: int, rate: float
 ) -> dict[str, torch.Tensor]:
-    """The adapter LoRA after `rounds` rounds of one learner, by the same code that edges run."""
+    """Train one learner for `rounds` rounds with the code that edges run, and return its adapter LoRA."""
     import msgspec
 
     settings = msgspec.structs.replace(LOCAL, learning_rate=rate)
@@ -224,14 +227,16 @@ def train_alone(
     return view
 
 
-def judge(evaluator: Evaluator, model: Judged) -> dict[str, torch.Tensor]:
-    """What bootstrap and tables need: (questions, choices) scores."""
+def judge(evaluator: Evaluator, model: JudgedModel) -> dict[str, torch.Tensor]:
+    """Let a model answer, and return what bootstrap and tables need: (questions, choices) scores."""
     answers = evaluator.answers(model)
     assert answers.scores is not None
     return {"scores": answers.scores}
 
 
 class Bench:
+    """One run of this script: its cells, arms and figures."""
+
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.out = Path(options.out).resolve()
@@ -246,23 +251,30 @@ class Bench:
         self.questions = read_questions(self.out / "dev.jsonl", PROMPT, COMPLETION)
         self.train = [json.loads(line) for line in (self.data / "sst2" / "train.jsonl").open()]
         self.evaluator = Evaluator(self.questions, self.tokenizer)
-        self.none: dict[str, torch.Tensor] = {}  # one object, so that all share the full emulator's border
+        self.none: dict[
+            str, torch.Tensor
+        ] = {}  # one object, so that all models share the full emulator's border states
 
     def note(self, text: str) -> None:
+        """Print a line with the time on stderr."""
         print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
     def samples(self, rows: list[dict[str, str]]) -> Any:
+        """Read rows as samples, as an edge would."""
         with tempfile.TemporaryDirectory() as directory:
             write_rows(Path(directory) / "rows.jsonl", rows)
             data = LocalData(Path(directory) / "rows.jsonl")
             return read_samples(data, PROMPT, COMPLETION, self.tokenizer, LOCAL.max_length).samples
 
-    def plugged(self, spec: LoRASpec, bundle: Bundle, adapter: dict[str, torch.Tensor]) -> Judged:
+    def plugged(self, spec: LoRASpec, bundle: Bundle, adapter: dict[str, torch.Tensor]) -> JudgedModel:
+        """Make the full model with this adapter LoRA plugged in."""
         plan = bundle.plan
-        return Judged(self.source, range(plan.border), range(plan.border, plan.num_layers), spec, self.none, adapter)
+        return JudgedModel(
+            self.source, range(plan.border), range(plan.border, plan.num_layers), spec, self.none, adapter
+        )
 
     def cell(self, split: str, seed: int, variant: Variant) -> dict[str, dict[str, torch.Tensor]]:
-        """Scores of one federated run's arms."""
+        """Run one cell unless it is done, and return the scores of its arms."""
         cell = self.out / "cells" / f"{split}-s{seed}-{variant}".replace("/", "-")
         done = cell / "scores.safetensors"
         if not done.exists():
@@ -290,7 +302,7 @@ class Bench:
         return {name: {"scores": value} for name, value in load_file(done).items()}
 
     def local_only(self, split: str, seed: int) -> list[torch.Tensor]:
-        """Scores of each edge trained alone for as many steps, plugged into the full model."""
+        """Train each edge alone for as many steps, plug it into the full model, and return its scores."""
         done = self.out / "alone" / f"{split}-s{seed}.safetensors"
         if not done.exists():
             self.note(f"local-only {done.stem}")
@@ -310,7 +322,7 @@ class Bench:
         return [value for _, value in sorted(load_file(done).items())]
 
     def ceiling(self, seed: int) -> dict[str, torch.Tensor]:
-        """Scores of central training on the full model for each learning rate, and of the untouched model."""
+        """Train centrally on the full model with each learning rate; return the scores, and those of the untouched model."""
         done = self.out / "ceiling" / f"s{seed}.safetensors"
         if not done.exists():
             self.note(f"ceiling, seed {seed}")
@@ -332,11 +344,12 @@ class Bench:
     # --- figures -------------------------------------------------------------------------------------------
 
     def right(self, scores: torch.Tensor) -> torch.Tensor:
+        """Tell for each question whether it is answered right: 1 or 0, float64 (questions,)."""
         gold = torch.tensor([self.evaluator.choices.index(q.completion) for q in self.questions])
         return (scores.argmax(dim=1) == gold).double()
 
     def figures(self, runs: list[torch.Tensor]) -> dict[str, Any]:
-        """Mean over seeds of accuracy, AUC and completion NLL."""
+        """Compute the means over seeds of accuracy, AUC and completion NLL."""
         gold = torch.tensor([self.evaluator.choices.index(q.completion) for q in self.questions])
         supervised = sum(self.evaluator.supervised_ids())
         positive = gold == 1
@@ -349,7 +362,7 @@ class Bench:
         }
 
     def difference(self, one: list[torch.Tensor], other: list[torch.Tensor], draws: int = 2000) -> dict[str, Any]:
-        """Accuracy of one minus the other, in points: paired bootstrap over dev rows, mean over seeds."""
+        """Subtract accuracies, in points, with a paired bootstrap over dev rows; mean over seeds."""
         gap = torch.stack([self.right(a) - self.right(b) for a, b in zip(one, other, strict=True)]).mean(dim=0)
         index = torch.randint(len(gap), (draws, len(gap)), generator=torch.Generator().manual_seed(0))
         spread = gap[index].mean(dim=1).sort().values
@@ -357,6 +370,7 @@ class Bench:
         return {"points": 100 * float(gap.mean()), "interval_95": [100 * low, 100 * high]}
 
     def report(self) -> dict[str, Any]:
+        """Run everything that is not done, and return all figures and checks."""
         seeds = list(range(self.options.seeds))
         labels = [q.completion for q in self.questions]
         majority = max(labels.count(choice) for choice in set(labels)) / len(labels)
@@ -374,7 +388,7 @@ class Bench:
             "checks": [],
         }
         variants = {split: found[: 2 if self.options.main_only else None] for split, found in VARIANTS.items()}
-        for split in SHARES:  # the federated runs first: they are what the rest is held against
+        for split in SHARES:  # the federated runs come first: everything else is compared with them
             for variant in variants[split]:
                 for seed in seeds:
                     self.cell(split, seed, variant)
@@ -394,7 +408,7 @@ class Bench:
                 plug_in = [cell["plug_in"]["scores"] for cell in cells]
                 main = main or plug_in
                 of_codecs = variant.base == "nf4" and variant.emulator == "sub"
-                if of_codecs and len({each.codec for each in variants[split]}) == 3:  # compared on the same rows
+                if of_codecs and len({each.codec for each in variants[split]}) == 3:  # codecs compare on the same rows
                     codecs.setdefault(variant.codec, []).extend(plug_in)
                 figures = {
                     "plug_in": self.figures(plug_in),
@@ -424,14 +438,16 @@ class Bench:
 
 
 def mean(values: list[float]) -> float:
+    """Compute the mean."""
     return sum(values) / len(values)
 
 
 def main() -> None:
+    """Run the bench, print its report, and exit with 1 where a claim does not hold."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0],
-        epilog="About 2 hours on 2 cores; it may be stopped and goes on from --out. --main-only, --seeds 1 and fewer "
-        "--rounds or --eval-rows take less.",
+        epilog="It takes about 2 hours on 2 cores; it may be stopped and continues from --out. --main-only, --seeds 1 and "
+        "fewer --rounds or --eval-rows take less.",
     )
     parser.add_argument(
         "--shared", default=str(ROOT.parent / "shared"), help="directory with data/sst2 and data/wikitext2"
@@ -440,11 +456,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--eval-rows", type=int, default=2000, help="dev rows, a fixed sample; 6735 for all")
-    parser.add_argument("--main-only", action="store_true", help="int8 codec and NF4 adapter base only, both emulators")
-    parser.add_argument("--planted-defect", action="store_true", help="learning rate 0: the harness must fail")
+    parser.add_argument("--main-only", action="store_true", help="only int8 codec and NF4 adapter base, both emulators")
+    parser.add_argument("--planted-defect", action="store_true", help="learning rate 0: the bench must fail")
     options = parser.parse_args()
     if not (Path(options.shared) / "data" / "sst2").is_dir():
-        raise SystemExit(f"{options.shared}/data/sst2 is not there; name the data with --shared")
+        raise SystemExit(f"{options.shared}/data/sst2 does not exist; name the directory of the data with --shared")
     torch.set_num_threads(int(os.environ.get("FEDSODA_THREADS", "2")))
     result = Bench(options).report()
     print(json.dumps(result, indent=1))

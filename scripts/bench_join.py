@@ -1,16 +1,17 @@
-"""Bench a first join behind a slow link: download and compute overlap, so together they take hardly more than the longer.
+"""Measure a first join over a slow link: download and compute overlap, so together they take hardly more than the longer.
 
-The hub's own listener serves a random model's bundle through a proxy that lets so many bytes through a second, and a
-real `fedsoda-edge join --max-rounds 1` trains one round. Arms, interleaved:
+The hub's own listener serves a random model's bundle through a proxy that limits the bytes a second, and a real
+`fedsoda-edge join --max-rounds 1` trains one round. Arms, interleaved:
 
     download   every file of the bundle through the proxy, nothing else
-    compute    a join whose store is filled already: imports, sweep, training
+    compute    a join whose store is full already: imports, sweep, training
     together   a join with an empty store
 
-Without `--mbit` the link is as slow as makes download and compute equally long, where overlapping matters most. Training
+Without `--mbit` the link's speed makes download and compute equally long, where overlapping matters most. Training
 cannot begin before the sub-emulator is swept, so it comes after the download: this bench is about joins whose compute
 is mostly sweep. Exit status 1 when together is more than 1.15 x the longer + 3 s; with `--planted-defect` the hub does
-not say which alignment is in force, so that the edge sweeps when the download is over, and it must fail.
+not say which alignment is in force, so that the edge sweeps after the download, and it must fail. The speed of training is
+left to `bench_edge.py`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.manifest import BundleManifest, Group, parse_manifest
 from fedsoda_edge.protocol.session import Upload
 from fedsoda_hub.algorithms.pruning.layer_plan import make_plan
-from fedsoda_hub.federation.state import RunState
+from fedsoda_hub.federation.state import LedgerState
 from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.run.status import LiveStatus, live_status, run_status
 from fedsoda_hub.run.tokens import Token
@@ -55,7 +56,7 @@ ADAPTER_LAYERS, VOCAB = 3, 2000
 
 @dataclass(frozen=True)
 class Geometry:
-    """rows of `words` words: what there is to sweep."""
+    """A model's size, and the data to sweep: `rows` rows of `words` words."""
 
     width: int
     layers: int
@@ -71,7 +72,7 @@ GEOMETRIES = {
 
 
 def make(directory: Path, geometry: Geometry) -> None:
-    """A random model's bundle and data."""
+    """Make a random model's bundle and data."""
     plan = make_plan(geometry.layers, ADAPTER_LAYERS, [Group(start=2, removed=(3, 4), distance=0.1)])
     shape = Shape(geometry.width, geometry.layers, VOCAB, length=256)
     random_bundle.make(directory / "model", shape, plan, ("q_proj", "v_proj"), quantize_embedding=True, device="cpu")
@@ -86,7 +87,7 @@ def make(directory: Path, geometry: Geometry) -> None:
 
 
 class OneRoundHub:
-    """What the listener asks of a daemon: one round for whoever comes, from the bundle's own views."""
+    """A hub of one round for every edge that comes, from the bundle's own views: all three sides that a `Hub` has."""
 
     stall_seconds = 60.0
     max_update_bytes = 1 << 26
@@ -118,7 +119,7 @@ class OneRoundHub:
         return None
 
     def status(self) -> LiveStatus:
-        return live_status(run_status("bench", 1, Ledger(None), RunState()), [])
+        return live_status(run_status("bench", 1, Ledger(None), LedgerState()), [])
 
     def metrics(self) -> str:
         return ""
@@ -173,7 +174,7 @@ class OneRoundHub:
 
 
 class Link:
-    """A proxy for one port. bytes_per_second: what all its connections together get from the hub; 0: no bound."""
+    """A proxy for one port. bytes_per_second: the limit for all its connections together from the hub; 0: no limit."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -182,6 +183,7 @@ class Link:
         self._pumps: set[asyncio.Task[None]] = set()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Pass one connection through, until the hub ends it."""
         hub_reader, hub_writer = await asyncio.open_connection("127.0.0.1", self._port)
         up = asyncio.create_task(self._pump(reader, hub_writer, is_bound=False))
         self._pumps.add(up)
@@ -203,11 +205,13 @@ class Link:
 
 
 def broke(defect: Exception) -> None:
+    """Raise a defect of the hub's code where it happened."""
     raise defect
 
 
 @contextlib.asynccontextmanager
 async def behind_a_link(hub: OneRoundHub) -> AsyncIterator[tuple[Link, str]]:
+    """Serve a hub behind a link; yield the link and the URL of its near end."""
     taken = bind("127.0.0.1", 0)
     server = Server(Hub(hub, hub, hub), broke)
     serving = asyncio.create_task(server.serve(sockets=[taken]))
@@ -224,7 +228,7 @@ async def behind_a_link(hub: OneRoundHub) -> AsyncIterator[tuple[Link, str]]:
 
 
 async def download(url: str, manifest: BundleManifest, store: Path) -> float:
-    """Seconds for every file."""
+    """Download every file, and return the seconds that it takes."""
     transport, files = HubTransport(url, "t"), FileStore(store)
     began = time.monotonic()
     for file in manifest.files:
@@ -235,7 +239,11 @@ async def download(url: str, manifest: BundleManifest, store: Path) -> float:
 
 
 async def join(url: str, data: Path, home: Path) -> tuple[float, dict[str, float]]:
-    """Seconds from the command to the end of the first local round, and when what was said first and last."""
+    """Join for one round.
+
+    Returns:
+        the seconds from the command to the end of the first local round, and the times of the first and last events.
+    """
     began, said = time.monotonic(), dict[str, float]()
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "fedsoda_edge", "join", url, "--data", data, "--max-rounds", "1", "--jsonl",
@@ -256,6 +264,7 @@ async def join(url: str, data: Path, home: Path) -> tuple[float, dict[str, float
 
 
 async def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Run all arms in turn, and return the figures and the check."""
     directory, geometry = Path(options.out), GEOMETRIES[options.geometry]
     make(directory, geometry)
     manifest = parse_manifest((directory / "model" / "bundle" / "manifest.json").read_bytes())
@@ -298,12 +307,17 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Measure, print the result, and exit with 1 where the claim does not hold."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--geometry", choices=sorted(GEOMETRIES), default="cpu")
-    parser.add_argument("--out", help="where the bundle and homes lie; else bench-out/join-GEOMETRY")
-    parser.add_argument("--repeats", type=int, default=3, help="of every arm")
-    parser.add_argument("--mbit", type=float, default=0.0, help="of the link; 0: download takes as long as compute")
-    parser.add_argument("--planted-defect", action="store_true", help="the sweep waits for the download: it must fail")
+    parser.add_argument("--out", help="directory of bundle and homes; not given: bench-out/join-GEOMETRY")
+    parser.add_argument("--repeats", type=int, default=3, help="repeats of every arm")
+    parser.add_argument(
+        "--mbit", type=float, default=0.0, help="Mbit/s of the link; 0: so that download takes as long as compute"
+    )
+    parser.add_argument(
+        "--planted-defect", action="store_true", help="the sweep waits for the download: the bench must fail"
+    )
     options = parser.parse_args()
     options.out = options.out or str(ROOT / "bench-out" / f"join-{options.geometry}")
     result = asyncio.run(measure(options))

@@ -1,8 +1,9 @@
-"""Bench the memory plan: predicted against measured peak of a worker's process, over shapes and ways to train.
+"""Measure the memory plan: predicted against measured peak of a worker's process, over shapes and ways to train.
 
-Each cell is a child process with a bundle of random weights: it sweeps its samples and trains one round the planned
-way. What is compared is the high-water mark of the whole process. Exit status 1 when a prediction is off by more
-than 15 % where 512 MiB or more are measured; `--planted-defect` predicts without activations and must fail.
+Each cell is a child process with a bundle of random weights: it sweeps its samples and trains one round in the planned
+way. The high-water mark of the whole process is compared. Exit status 1 when a prediction is off by more than 15 % where
+512 MiB or more are measured; `--planted-defect` predicts without activations and must fail. Speed is left to
+`bench_edge.py`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ Cell = tuple[Geometry, int]
 
 
 def ways(bundle: Bundle, cell: Cell, process_bytes: int) -> dict[str, MemoryPlan]:
-    """A plan of each kind for this shape."""
+    """Find a memory plan of each kind for this shape."""
     geometry, batch_size = cell
     labels = geometry.length - round(geometry.length * (1 - SUPERVISED))
     samples = SampleSizes(batch_size, geometry.length, labels, geometry.samples)
@@ -53,7 +54,7 @@ def ways(bundle: Bundle, cell: Cell, process_bytes: int) -> dict[str, MemoryPlan
 
 
 def child(directory: Path, cell: Cell, way: str) -> dict[str, Any]:
-    """Sweep and train one epoch this way, in this process."""
+    """Sweep and train one epoch this way in this process, and return predicted and measured bytes."""
     process_bytes = psutil.Process().memory_info().rss
     geometry, _ = cell
     bundle = Bundle.open(directory / "model" / "bundle")
@@ -73,6 +74,7 @@ def child(directory: Path, cell: Cell, way: str) -> dict[str, Any]:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Run every cell in a child process, and return the figures."""
     cells = []
     for name, cell in CELLS.items():
         directory = Path(options.out) / name
@@ -104,9 +106,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Measure, print the result, and exit with 1 where a prediction is off."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", default=str(ROOT / "bench-out" / "memory"), help="where models and caches lie")
-    parser.add_argument("--planted-defect", action="store_true", help="predict without activations: it must fail")
+    parser.add_argument("--out", default=str(ROOT / "bench-out" / "memory"), help="directory of models and caches")
+    parser.add_argument(
+        "--planted-defect", action="store_true", help="predict without activations: the bench must fail"
+    )
     parser.add_argument("--cell", choices=sorted(CELLS), help=argparse.SUPPRESS)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()

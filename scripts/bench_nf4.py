@@ -1,14 +1,14 @@
-"""Bench NF4 on the CPU: forward and backward (gradient of the input) of NF4Linear and of bitsandbytes' Linear4bit.
+"""Measure NF4 on the CPU: forward and backward (gradient of the input) of NF4Linear and of bitsandbytes' Linear4bit.
 
 Per shape and dtype, in one process and in the order A B B A: `ratio` is stock / ours, the median over the repeats
-with a 95 % bootstrap interval, from wall and from CPU seconds. `dense` multiplies with a matrix that is there
-already, so stock / dense is what no NF4 layer that multiplies in the same dtype gets past. `transient_bytes` is what
-VmHWM grows over what the process held, output and gradient included; each arm in a process of its own.
+with a 95 % bootstrap interval, from wall and from CPU seconds. `dense` multiplies with a matrix that exists
+already, so stock / dense is the bound of any NF4 layer that multiplies in the same dtype. `transient_bytes` is the growth
+of VmHWM over what the process held, output and gradient included; each arm in a process of its own.
 
 Exit 1 when a check fails. The checks are the transient of both dtypes and, in bf16 with 64 rows or more, the ratio
-MIN_RATIO; in fp32 and of few rows the ratio is a figure and no check: in fp32 tiles buy memory, not speed
-(README, Decisions).
-`--planted-defect` lets our arm dequantize the whole matrix, twice: that must fail.
+MIN_RATIO; in fp32 and with few rows the ratio is not checked: in fp32 tiles save memory, not time
+(docs/decisions.md (d17-tiles)).
+`--planted-defect` lets our arm dequantize the whole matrix, twice: that must fail. Whole models are left to `bench_edge.py`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Step = Callable[[], None]
 
 
 class Defective(nf4.NF4Linear):
-    """Makes the whole matrix, and makes it twice."""
+    """An NF4 layer that dequantizes the whole matrix, twice."""
 
     def forward(self, input: Tensor) -> Tensor:
         made: Tensor = _Twice.apply(input, self)
@@ -64,6 +64,7 @@ class _Twice(torch.autograd.Function):
 
 
 def layers(rows: int, cols: int, dtype: torch.dtype, arms: list[str], is_defective: bool) -> dict[str, Any]:
+    """Make the layer of each arm, with the same weights."""
     weight = torch.randn(rows, cols, generator=torch.Generator().manual_seed(0)) * 0.02
     made: dict[str, Any] = {}
     for arm in arms:
@@ -82,6 +83,8 @@ def layers(rows: int, cols: int, dtype: torch.dtype, arms: list[str], is_defecti
 
 
 def step_of(layer: Any, x: Tensor, grad: Tensor) -> Step:
+    """Make a function that runs a layer forward and backward."""
+
     def step() -> None:
         x.grad = None
         y = layer(x)
@@ -93,19 +96,21 @@ def step_of(layer: Any, x: Tensor, grad: Tensor) -> Step:
 
 
 def timed(step: Step) -> tuple[float, float]:
+    """Run a step, and return its wall and CPU seconds."""
     wall, cpu = time.perf_counter(), time.process_time()
     step()
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def interval(values: list[float]) -> list[float]:
-    """95 % of the medians of 2000 resamples."""
+    """Compute the 95 % interval of the median from 2000 resamples."""
     chance = random.Random(0)
     medians = sorted(statistics.median(chance.choices(values, k=len(values))) for _ in range(2000))
     return [round(medians[50], 3), round(medians[1949], 3)]
 
 
 def compare(shape: tuple[int, int, int, int], dtype_name: str, is_defective: bool) -> dict[str, Any]:
+    """Time all arms on one shape in one dtype."""
     num_rows, rows, cols, repeats = shape
     dtype = DTYPES[dtype_name]
     x = torch.randn(num_rows, cols).to(dtype).requires_grad_()
@@ -133,15 +138,16 @@ def compare(shape: tuple[int, int, int, int], dtype_name: str, is_defective: boo
 
 
 def peak() -> int:
+    """Read the high-water mark of this process, in bytes."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 def transient(arm: str, dtype_name: str, is_defective: bool) -> int:
-    """Bytes that a step adds to what the process held before; in a process of its own.
+    """Measure the bytes that a step adds to what the process held before; call it in a process of its own.
 
-    A step on a small layer comes first, so that code and tables are there. Counted are the output, the gradient
-    (131 KB each in fp32) and what MKL takes to pack operands, too.
+    A step on a small layer comes first, so that code and tables are loaded. The output, the gradient (131 KB each in
+    fp32) and what MKL takes to pack operands are counted too.
     """
     num_rows, rows, cols = TRANSIENT_SHAPE
     dtype = DTYPES[dtype_name]
@@ -155,6 +161,7 @@ def transient(arm: str, dtype_name: str, is_defective: bool) -> int:
 
 
 def transient_of(arm: str, dtype_name: str, is_defective: bool) -> int:
+    """Measure the transient bytes of an arm in a child process."""
     call = [sys.executable, "-W", "ignore", __file__, "--transient", arm, dtype_name]
     call += ["--planted-defect"] if is_defective else []
     # One arena, trimmed at once: freed memory of the set-up must not hide what the step takes.
@@ -163,12 +170,15 @@ def transient_of(arm: str, dtype_name: str, is_defective: bool) -> int:
 
 
 def main() -> int:
+    """Measure, print the report, and return 1 where a check fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="small shapes only")
-    parser.add_argument("--planted-defect", action="store_true", help="our arm makes the whole matrix twice: must fail")
+    parser.add_argument(
+        "--planted-defect", action="store_true", help="our arm dequantizes the whole matrix twice: the bench must fail"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--dtype", choices=DTYPES, action="append", help="of both")
-    parser.add_argument("--max-size", type=int, default=0, help="leave out matrices of more weights")
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="may be repeated; not given: both")
+    parser.add_argument("--max-size", type=int, default=0, help="leave out matrices with more weights; 0: none")
     parser.add_argument("--transient", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -1,6 +1,7 @@
 """Make a checkpoint of random weights, layer by layer, and its bundle: what the benches beside this file run on.
 
-The same weights each time on one kind of device; never more of them in memory than one layer or one end.
+The weights are the same every time on one kind of device; at most one layer, or embedding or head, is in memory. What is
+measured with them is the benches' matter.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ RANK, ALPHA = 8, 16.0
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a model; heads are of `head` channels. mlp: None: 11/4 of the width. key_heads: None: as many as heads."""
+    """The sizes of a model. head: channels of a head. mlp None: 11/4 of the width. key_heads None: as many as heads."""
 
     width: int
     layers: int
@@ -41,6 +42,7 @@ class Shape:
 
     @property
     def config(self) -> Any:
+        """The Transformers config of a model of these sizes."""
         return family_of(self.model_type).config_class(
             vocab_size=self.vocab,
             hidden_size=self.width,
@@ -58,12 +60,12 @@ class Shape:
 def make(
     directory: Path, shape: Shape, plan: LayerPlan, targets: Sequence[str], *, quantize_embedding: bool, device: str
 ) -> None:
-    """`directory/full`, a checkpoint, and `directory/bundle`; nothing where they are already.
+    """Make the checkpoint `directory/full` and its bundle `directory/bundle`, unless they exist.
 
     Args:
         device: where random numbers are drawn.
     """
-    if (directory / "bundle").exists():  # the last that is written, and as a whole
+    if (directory / "bundle").exists():  # it is written last, and as a whole
         return
     shutil.rmtree(directory, ignore_errors=True)
     write_checkpoint(directory / "full", shape, device)
@@ -83,6 +85,7 @@ def make(
 
 
 def lora_spec(shape: Shape, plan: LayerPlan, targets: Sequence[str]) -> LoRASpec:
+    """Lay out the LoRA of adapter and retained layers."""
     family = family_of(shape.model_type)
     fields = allowed_fields(family, shape.config)
     adapter, emulator = (lora.specs(family, fields, on, targets, RANK) for on in (plan.adapter, plan.retained))
@@ -90,7 +93,7 @@ def lora_spec(shape: Shape, plan: LayerPlan, targets: Sequence[str]) -> LoRASpec
 
 
 def write_checkpoint(directory: Path, shape: Shape, device: str) -> None:
-    """bf16, a file for each layer and end, with a tokenizer of the words w0, w1, ..."""
+    """Write a checkpoint in bf16, a file for each layer, embedding, norm and head, with a tokenizer of words w0, w1, ..."""
     family, config = family_of(shape.model_type), shape.config
     fields = allowed_fields(family, config)
     ends = skeleton(family, build_config(family, fields, (0,)))
@@ -113,7 +116,7 @@ def write_checkpoint(directory: Path, shape: Shape, device: str) -> None:
 
 
 def _random(name: str, like: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
-    """As Transformers initialises: matrices from N(0, 0.02), norms 1, biases 0."""
+    """Draw a weight as Transformers initialises it: matrices from N(0, 0.02), norms 1, biases 0."""
     if like.ndim == 1:
         return torch.full(like.shape, float(not name.endswith("bias")), dtype=torch.bfloat16)
     return torch.empty(like.shape, dtype=torch.bfloat16, device=draw.device).normal_(0.0, 0.02, generator=draw).cpu()

@@ -6,6 +6,8 @@ The ledgers hold what that run lacks: probes, views of each class, layers drawn 
 left and came back. tests/golden/run/README.md says when to record again; run it as a module, from the checkout:
 
     python -m scripts.record_golden_run --to DIRECTORY
+
+What must still work with the recorded run is `tests/test_golden_run.py`'s.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ STOPPED: Tables = {
     "task": {"prompt": "Say {word}:", "completion": "{answer}", "eval_data": "eval.jsonl"},
     "listen": {"port": 0},
 }
-# Changes of it; None leaves a key out.
+# Changes of STOPPED; None leaves a key out.
 PROBED: Tables = {
     "method": {"realign_every": "auto"},
     "lora": {"ranks": [2, 1]},
@@ -60,13 +62,13 @@ PRUNED: Tables = {
 }
 WORDS = ["cow", "hen", "bus", "car", "rice", "soup"]
 MANIFESTS = ("manifest.json", "manifest.1.json")  # by size class
-# Logs, locks, and what is computed again where it is missing: hidden states of public text.
+# Logs, locks, and hidden states of public text, which are computed again if they are missing.
 NOT_NEEDED = ("*.log", "lock", "small_disk", "teacher.*", "student.*")
 OF_A_LEDGER = ("run.toml", "public.txt", "prompts.jsonl", "eval.jsonl", "golden.run/ledger.sqlite")
 
 
 def write_run(directory: Path, changes: Tables) -> None:
-    """Write RUN.toml, model, texts and rows; weights lie on a coarse grid, so that the file shrinks."""
+    """Write RUN.toml, model, texts and rows; weights are rounded to a coarse grid, so that their file compresses."""
     make_tiny_llama(directory / "model", layers=6, intermediate=64, kv_heads=1, vocab=266, tie=True)
     weights = directory / "model" / "model.safetensors"
     coarse = {name: torch.round(tensor * 32) / 32 for name, tensor in load_file(weights).items()}
@@ -87,11 +89,12 @@ def write_run(directory: Path, changes: Tables) -> None:
 
 
 def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    """Write rows as JSON Lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def begin(commands: Commands) -> tuple[str, Processes]:
-    """Start the hub and both edges; b has no disk for the largest sub-LLM."""
+    """Start the hub and both edges; b has too little disk for the largest sub-LLM. Return the hub's URL and all processes."""
     directory = commands.directory
     for edge in "ab":
         commands.ask("fedsoda_hub", "token", "create", "run.toml", "--name", edge, "--out", f"{edge}.token")
@@ -104,18 +107,20 @@ def begin(commands: Commands) -> tuple[str, Processes]:
 
 
 def join(commands: Commands, edge: str, url: str, environment: dict[str, str]) -> subprocess.Popen[str]:
+    """Start the join of an edge."""
     arguments = ["--device", "cpu", "--cache-key", "keep", "--token-file", f"{edge}.token", "--data", f"{edge}.jsonl"]
     home = {"FEDSODA_HOME": str(commands.directory / f"home-{edge}")}
     return commands.start(edge, "fedsoda_edge", "join", url, *arguments, environment={**home, **environment})
 
 
 def worker_of(agent: subprocess.Popen[str]) -> psutil.Process:
+    """Find the worker of a join."""
     [worker] = psutil.Process(agent.pid).children()
     return worker
 
 
 def stop_in_round_3(directory: Path) -> dict[str, Any]:
-    """Let the run come to where it is resumed; return what the commands say of it there."""
+    """Let the run reach the point at which it is resumed, and return what the commands say of it there."""
     with Commands(directory) as commands:
         _, running = begin(commands)
         commands.wait_for("a", event="training", round=3)
@@ -131,7 +136,7 @@ def stop_in_round_3(directory: Path) -> dict[str, Any]:
         status = commands.ask("fedsoda_hub", "status", "run.toml")
         assert (status["phase"], status["accepted"]) == ("collecting", ["b"])
         prepared = commands.ask("fedsoda_hub", "prepare", "run.toml")
-        del prepared["bundle"]  # where it lay
+        del prepared["bundle"]  # a path of this machine
         environment = {"FEDSODA_HOME": str(directory / "home-a")}
         return {
             "status": status,
@@ -142,7 +147,7 @@ def stop_in_round_3(directory: Path) -> dict[str, Any]:
 
 
 def run_to_the_end(directory: Path) -> dict[str, Any]:
-    """Let all rounds run; return what the hub says of them."""
+    """Let all rounds run, and return what the hub says of them."""
     with Commands(directory) as commands:
         _, running = begin(commands)
         commands.finish(*running.values())
@@ -150,7 +155,10 @@ def run_to_the_end(directory: Path) -> dict[str, Any]:
 
 
 def run_with_interruptions(directory: Path) -> dict[str, Any]:
-    """As `run_to_the_end`; in round 2 a leaves and comes back, and b, which holds still, misses the deadline."""
+    """Let all rounds run, and return what the hub says of them.
+
+    In round 2 edge a leaves and comes back, and edge b, which is suspended, misses the deadline.
+    """
     with Commands(directory) as commands:
         url, running = begin(commands)
         commands.wait_for("b", event="training", round=2)
@@ -176,6 +184,8 @@ def strip(directory: Path) -> None:
 
 
 def pack(archive: tarfile.TarFile, source: Path, name: str) -> None:
+    """Add files to an archive without owners and times."""
+
     def anonymous(entry: tarfile.TarInfo) -> tarfile.TarInfo:
         entry.uid = entry.gid = entry.mtime = 0
         entry.uname = entry.gname = ""
@@ -185,6 +195,7 @@ def pack(archive: tarfile.TarFile, source: Path, name: str) -> None:
 
 
 def main() -> None:
+    """Record the three runs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--to", type=Path, required=True, help="a new directory for run.tar.xz and expected.json")
     options = parser.parse_args()

@@ -1,7 +1,7 @@
 """Measure how the house is built: import circles, largest class, file and object, `dict[str, Any]` left, README bytes.
 
 `scripts/check` runs it; it prints a table and exits with 1 where a figure is over its bound. Each file is parsed once and
-walked once; `tests/test_architecture.py` reads the packages with the same functions. Who may import whom is its matter.
+walked once; `tests/test_architecture.py` reads the packages with the same functions, and decides who may import whom.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from pathlib import Path
 PACKAGES = ("fedsoda_edge", "fedsoda_hub")
 MEASURED = (*PACKAGES, "scripts")  # tests are as long as what they specify
 MAX_CIRCLES, MAX_CLASS_LINES, MAX_FILE_LINES, MAX_ATTRIBUTES, MAX_DICTS, MAX_README_BYTES = 0, 320, 500, 16, 30, 9000
-SHOWN = 8  # places of a figure that is over its bound
+SHOWN = 8  # places that are printed of a figure that is over its bound
 
 
 @dataclass(frozen=True)
 class Source:
-    """A parsed file. path: from the root, with slashes. nodes: every one of its tree, from one walk."""
+    """A parsed file. path: from the root, with slashes. nodes: all nodes of its tree, from one walk."""
 
     path: str
     num_lines: int
@@ -30,14 +30,14 @@ class Source:
 
     @property
     def module(self) -> str:
-        """Its dotted name; of an `__init__` file its package's."""
+        """The file's dotted name; for an `__init__` file, that of its package."""
         return ".".join(Path(self.path).with_suffix("").parts).removesuffix(".__init__")
 
     @property
     def imports(self) -> Iterator[tuple[str, int]]:
-        """(absolute dotted name, line) of everything it may import, at any depth, for types alone too.
+        """The (absolute dotted name, line) of everything that the file may import, at any depth, for types alone too.
 
-        `from a import b` gives a.b, whether b is a module or a name in one: `nearest` tells.
+        `from a import b` gives a.b, whether b is a module or a name in one, which `nearest` finds out.
         """
         package = Path(self.path).with_suffix("").parts[:-1]
         for node in self.nodes:
@@ -55,19 +55,19 @@ def parse(path: str, text: str) -> Source:
 
 
 def read(root: Path, folders: Iterable[str] = PACKAGES) -> list[Source]:
-    """Parse every Python file below these folders, in the order of their names; those that are not there have none."""
+    """Parse every Python file in these folders, in the order of their names; a folder may be missing."""
     files = [path for folder in folders for path in sorted((root / folder).rglob("*.py"))]
     return [parse(path.relative_to(root).as_posix(), path.read_text(encoding="utf-8")) for path in files]
 
 
 def nearest(name: str, among: Container[str]) -> str | None:
-    """Find the longest of these dotted names that is `name` or stands above it."""
+    """Find the longest of these dotted names that is `name` or contains it."""
     parts = name.split(".")
     return next((above for i in range(len(parts), 0, -1) if (above := ".".join(parts[:i])) in among), None)
 
 
 def import_graph(sources: Sequence[Source]) -> dict[str, set[str]]:
-    """Map each module to those of ours that it names. Packages above a named module run too, and are not counted."""
+    """Map each module to those of ours that it names. Packages that contain a named module run too, but do not count."""
     modules = {source.module for source in sources}
     graph: dict[str, set[str]] = {}
     for source in sources:
@@ -77,7 +77,7 @@ def import_graph(sources: Sequence[Source]) -> dict[str, set[str]]:
 
 
 def circles(graph: Mapping[str, Iterable[str]]) -> list[list[str]]:
-    """Find the groups of nodes that all reach each other, each sorted; nothing is left of a graph without circles."""
+    """Find the groups of nodes that all reach each other, each sorted; a graph without circles has none."""
     reached: dict[str, set[str]] = {}
     for start in graph:
         found, queue = set[str](), list(graph[start])
@@ -100,7 +100,7 @@ def circles(graph: Mapping[str, Iterable[str]]) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured thing. where: its places, the worst first."""
+    """A measured figure with its bound. where: its places, the worst first."""
 
     name: str
     found: int
@@ -109,12 +109,12 @@ class Figure:
 
     @property
     def is_over(self) -> bool:
-        """Whether the bound is broken."""
+        """Whether the figure is over its bound."""
         return self.found > self.most
 
 
 def attributes(node: ast.ClassDef) -> set[str]:
-    """Name what a class's own methods assign to `self`; fields that a dataclass or struct declares are its type."""
+    """List the names that a class's own methods assign to `self`; declared fields of dataclasses and structs do not count."""
     found: set[str] = set()
     for method in node.body:
         if not isinstance(method, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -182,7 +182,7 @@ def count_untyped_dicts(sources: Sequence[Source]) -> Counter[str]:
 
 
 def measure(root: Path) -> list[Figure]:
-    """Measure a checkout."""
+    """Measure all figures of a checkout."""
     sources = read(root, MEASURED)
     packages = [source for source in sources if source.path.startswith(PACKAGES)]
     found = circles(import_graph(packages))
@@ -213,14 +213,14 @@ def measure(root: Path) -> list[Figure]:
 
 
 def _largest(name: str, sizes: list[tuple[int, str]], most: int) -> Figure:
-    """The first place is the largest; where the bound is broken, all that break it follow."""
+    """Make a figure of the largest size; its places are all that are over the bound, or else the largest one."""
     ordered = sorted(sizes, key=lambda size: (-size[0], size[1]))
     shown = [size for size in ordered if size[0] > most] or ordered[:1]
     return Figure(name, ordered[0][0] if ordered else 0, most, [f"{size:4} {where}" for size, where in shown])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; 1 where a bound is broken."""
+    """Print the table, and return 1 if a figure is over its bound."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("root", nargs="?", type=Path, default=Path(__file__).resolve().parent.parent)
     figures = measure(parser.parse_args(arguments).root)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from fedsoda_edge.ports.disk import sha256_file
 from fedsoda_hub.compute import Compute
-from fedsoda_hub.events import Listening, Told, as_json
+from fedsoda_hub.events import HubEvent, Listening, as_json
 from fedsoda_hub.federation.records import RoundOpened, UpdateAccepted
 from fedsoda_hub.local.in_process import TorchThread
 from fedsoda_hub.run.directory import RunDirectory
@@ -255,7 +255,7 @@ def test_the_agent_stays_small_and_learns_that_the_run_is_over(
     federation = Federation(run_file, "a")
     federations.append(federation)
 
-    def say(event: Told) -> None:
+    def say(event: HubEvent) -> None:
         HUB.check_event(as_json(event))
         if isinstance(event, Listening):
             federation.edge("a")

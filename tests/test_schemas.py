@@ -44,8 +44,8 @@ from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.coded import CODECS
 from fedsoda_edge.protocol.session import Upload
 from fedsoda_edge.testing import ScriptedHub
-from fedsoda_hub import events as told_by_hub
-from fedsoda_hub.cli.display import Display
+from fedsoda_hub import events as hub_events
+from fedsoda_hub.cli.display import HubDisplay
 from fedsoda_hub.demo.report import DemoReport
 from fedsoda_hub.federation import jobs
 from fedsoda_hub.federation import records as rec
@@ -91,7 +91,7 @@ EDGE_EVENTS: dict[str, type[edge_events.Event]] = {
 
 def events_of(program: str) -> set[str]:
     """Name every event that the program can say: its structs' tags, and the terminal event."""
-    kinds = EDGE_EVENTS if program == "fedsoda-edge" else {kind.__struct_config__.tag for kind in told_by_hub.kinds()}
+    kinds = EDGE_EVENTS if program == "fedsoda-edge" else {kind.__struct_config__.tag for kind in hub_events.kinds()}
     return {*map(str, kinds), "end"}
 
 
@@ -555,13 +555,13 @@ def told(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Told:
     """Prepared and evaluated by the real commands; the round between them is written down by hand."""
     settings = make_run(tmp_path_factory.mktemp("told"), tiny_llama, align={"steps": 2})
     progress: list[dict[str, Any]] = []
-    with mock.patch.object(Display, "say", lambda _, event: progress.append(told_by_hub.as_json(event))):
+    with mock.patch.object(HubDisplay, "say", lambda _, event: progress.append(hub_events.as_json(event))):
         found = hub("prepare", settings.path)
         views = {name: found[name] for name in ("manifest", "adapter_view", "emulator_view", "public_kl")}
         a, b, view = ms.EdgeId("a"), ms.EdgeId("b"), ms.Digest(views["adapter_view"])
         records: list[rec.AnyRecord] = [
             rec.RunStarted(run_id="0123456789abcdef", fixed=settings.fixed()),
-            rec.Prepared(**views),
+            rec.RunPrepared(**views),
             rec.RoundOpened(round=1, cohort=(a, b), view=view, alignment=0, deadline_at=1e9),
             rec.UpdateAccepted(round=1, edge=a, digest=view, num_examples=8, loss=0.25),
             rec.EdgeAnswered(round=1, edge=b, how="declined"),

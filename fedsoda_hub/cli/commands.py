@@ -1,4 +1,4 @@
-"""fedsoda-hub: parse, call, print. It decides nothing."""
+"""Parse the command line of fedsoda-hub, call, print. Deciding is left to the rooms below."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ token_app = typer.Typer(help="What an edge needs to join.", no_args_is_help=True
 app.add_typer(token_app, name="token")
 
 
-class Transport(StrEnum):
-    """How edges of a comparison reach their hub."""
+class CompareTransport(StrEnum):
+    """The ways in which edges of a comparison reach their hub."""
 
     memory = "memory"
     network = "network"
@@ -39,15 +39,15 @@ class Transport(StrEnum):
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.toml", help="the run's settings")]
 OUTPUT = "Output"
-Json = Annotated[
+JsonOption = Annotated[
     bool,
     typer.Option("--json", envvar="FEDSODA_JSON", help="one JSON object on stdout", rich_help_panel=OUTPUT),
 ]
-JsonLines = Annotated[
+JsonLinesOption = Annotated[
     bool,
     typer.Option("--jsonl", envvar="FEDSODA_JSONL", help="one JSON event a line on stdout", rich_help_panel=OUTPUT),
 ]
-Debug = Annotated[
+DebugOption = Annotated[
     bool,
     typer.Option("--debug", envvar="FEDSODA_DEBUG", help="add the traceback to an error", rich_help_panel=OUTPUT),
 ]
@@ -56,20 +56,23 @@ Debug = Annotated[
 @app.command(epilog="Example: fedsoda-hub demo --rounds 4\n\n" + EXIT_HELP)
 def demo(
     directory: Annotated[
-        Path, typer.Option("--dir", envvar="FEDSODA_DEMO_DIR", help="where the run lies; a demo's own is replaced")
+        Path,
+        typer.Option(
+            "--dir", envvar="FEDSODA_DEMO_DIR", help="directory of the demo; an earlier demo there is replaced"
+        ),
     ] = Path("fedsoda-demo"),
     rounds: Annotated[int, setting("[rounds] count", envvar="FEDSODA_DEMO_ROUNDS", show_default=True)] = 6,
-    seed: Annotated[int, typer.Option(envvar="FEDSODA_DEMO_SEED", help="of data and training")] = 0,
-    as_json: Json = False,
-    debug: Debug = False,
+    seed: Annotated[int, typer.Option(envvar="FEDSODA_DEMO_SEED", help="seed of data and training")] = 0,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
 ) -> None:
-    """The whole job on this machine, offline: hub, three edges, all rounds, export, evaluation."""
+    """Do the whole job on this machine, offline: hub, three edges, all rounds, export, evaluation."""
     with reporting(as_json, False, debug):
-        from fedsoda_hub.cli.display import Display
+        from fedsoda_hub.cli.display import HubDisplay
         from fedsoda_hub.demo.report import print_summary
         from fedsoda_hub.demo.run import run_demo
 
-        with Display(jsonl=False) as display:
+        with HubDisplay(jsonl=False) as display:
             report = asyncio.run(run_demo(directory, rounds=rounds, seed=seed, say=display.say))
         print_summary(report)
         finish({"status": "ok", **msgspec.to_builtins(report)}, as_json, False)
@@ -87,21 +90,21 @@ def plan(
     bottom_layers: Annotated[int | None, setting("[method] bottom_layers")] = None,
     rank: Annotated[int | None, setting("[lora] rank")] = None,
     realign_every: Annotated[int | None, setting("[method] realign_every")] = None,
-    targets: Annotated[str | None, setting("[lora] targets", more="with commas between them")] = None,
+    targets: Annotated[str | None, setting("[lora] targets", more="separated by commas")] = None,
     codec: Annotated[str | None, setting("[wire] codec")] = None,
     adapter_base: Annotated[str | None, setting("[method] adapter_base")] = None,
     emulator_base: Annotated[str | None, setting("[method] emulator_base")] = None,
     quantize_embedding: Annotated[bool | None, setting("[method] quantize_embedding", "--quantize-embedding")] = None,
     mbit: Annotated[
-        float, typer.Option("--mbit", min=0.001, envvar="FEDSODA_MBIT", help="Mbit/s of an edge's line, assumed")
+        float, typer.Option("--mbit", min=0.001, envvar="FEDSODA_MBIT", help="assumed Mbit/s of an edge's line")
     ] = Rates.mbit_per_second,
     tflops: Annotated[
-        float, typer.Option("--tflops", min=0.001, envvar="FEDSODA_TFLOPS", help="TFLOP/s of an edge, assumed")
+        float, typer.Option("--tflops", min=0.001, envvar="FEDSODA_TFLOPS", help="assumed TFLOP/s of an edge")
     ] = Rates.tflop_per_second,
-    as_json: Json = False,
-    debug: Debug = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
 ) -> None:
-    """What a run of this model would cost an edge, and the paper's arithmetic; needs no weights."""
+    """Predict what a run of this model costs an edge, beside the paper's arithmetic; needs no weights."""
     with reporting(as_json, False, debug):
         from fedsoda_hub.cli.tables import plan_table
         from fedsoda_hub.plan import plan_report
@@ -137,10 +140,10 @@ def plan(
 
 
 @app.command(epilog="Example: fedsoda-hub prepare triage.toml")
-def prepare(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
-    """SGP, NF4 and alignment into a bundle, as the run's method has them; goes on where it stopped."""
+def prepare(run: RunFile, as_json: JsonOption = False, debug: DebugOption = False) -> None:
+    """Prune, quantize and align the model into a bundle, as the run's method does; continues where it stopped."""
     with reporting(as_json, False, debug):
-        from fedsoda_hub.cli.display import Display
+        from fedsoda_hub.cli.display import HubDisplay
         from fedsoda_hub.report.history import kl_sentence
         from fedsoda_hub.run.directory import RunDirectory
         from fedsoda_hub.settings.run import read_settings
@@ -150,12 +153,14 @@ def prepare(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
         lock = directory.lock()
         try:
             from fedsoda_hub.evaluation.judge import check_evaluation
-            from fedsoda_hub.events import progress_told
-            from fedsoda_hub.preparation.prepare import Preparation
+            from fedsoda_hub.events import event_of_progress
+            from fedsoda_hub.preparation.prepare import RunPreparation
 
             check_evaluation(settings)
-            with Display(jsonl=False) as display:
-                result = Preparation(settings).run(lambda progress: display.say(progress_told("prepare", progress)))
+            with HubDisplay(jsonl=False) as display:
+                result = RunPreparation(settings).run(
+                    lambda progress: display.say(event_of_progress("prepare", progress))
+                )
         finally:
             lock.release()
         note(f"bundle: {directory.bundle}; {kl_sentence(result.sub_llms[0].public_kl)}")
@@ -179,22 +184,24 @@ def serve(
     exit_when_done: Annotated[
         bool, typer.Option("--exit-when-done", envvar="FEDSODA_EXIT_WHEN_DONE", help="end when the run is over")
     ] = False,
-    as_json: Json = False,
-    jsonl: JsonLines = False,
-    debug: Debug = False,
+    as_json: JsonOption = False,
+    jsonl: JsonLinesOption = False,
+    debug: DebugOption = False,
 ) -> None:
-    """Prepare if needed, then accept edges and run the rounds; survives restarts."""
+    """Prepare the run if needed, then accept edges and run the rounds; survives restarts."""
     with reporting(as_json, jsonl, debug):
-        from fedsoda_hub.cli.display import Display
-        from fedsoda_hub.events import Setting, Settings
+        from fedsoda_hub.cli.display import HubDisplay
+        from fedsoda_hub.events import SettingInForce, SettingsInForce
         from fedsoda_hub.serving.daemon import Daemon
         from fedsoda_hub.settings.run import effective, read_settings
 
         settings = read_settings(run)
-        with Display(jsonl, is_detailed=debug) as display:
+        with HubDisplay(jsonl, is_detailed=debug) as display:
             daemon = Daemon.open(settings, display.say)
-            values = {key: Setting(value=one.value, source=one.source) for key, one in effective(settings).items()}
-            display.say(Settings(values=values))
+            values = {
+                key: SettingInForce(value=one.value, source=one.source) for key, one in effective(settings).items()
+            }
+            display.say(SettingsInForce(values=values))
             display.begins(daemon.machine.state, settings.rounds.count)
             asyncio.run(daemon.run(exit_when_done=exit_when_done))
         finish({"status": "ok", "run": settings.name, "phase": daemon.machine.state.phase}, as_json, jsonl)
@@ -207,10 +214,10 @@ def token_create(
     out: Annotated[
         Path | None, typer.Option("--out", envvar="FEDSODA_TOKEN_OUT", help="write the token there, mode 0600")
     ] = None,
-    as_json: Json = False,
-    debug: Debug = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
 ) -> None:
-    """Print a new token; it is kept nowhere else."""
+    """Make a token and print it; it is stored nowhere else."""
     with reporting(as_json, False, debug):
         from fedsoda_hub.run.tokens import write_secret
 
@@ -220,7 +227,7 @@ def token_create(
                 try:
                     write_secret(out, token + "\n")
                 except BaseException:
-                    ledger.tokens.revoke(name)  # nobody has it, and the name is to be had again
+                    ledger.tokens.revoke(name)  # nobody has the token, and the name becomes free again
                     raise
         if out is not None:
             note(f"wrote the token of {name} to {out}")
@@ -231,8 +238,8 @@ def token_create(
 
 
 @token_app.command("list", epilog="Example: fedsoda-hub token list triage.toml")
-def token_list(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
-    """Edges that may join, and whether a device has."""
+def token_list(run: RunFile, as_json: JsonOption = False, debug: DebugOption = False) -> None:
+    """List the edges that may join, and whether a device has joined as them."""
     with reporting(as_json, False, debug):
         with contextlib.closing(_ledger(run)) as ledger:
             tokens = ledger.tokens.all()
@@ -245,9 +252,9 @@ def token_list(run: RunFile, as_json: Json = False, debug: Debug = False) -> Non
 
 @token_app.command("revoke", epilog="Example: fedsoda-hub token revoke triage.toml clinic-7")
 def token_revoke(
-    run: RunFile, name: Annotated[str, typer.Argument()], as_json: Json = False, debug: Debug = False
+    run: RunFile, name: Annotated[str, typer.Argument()], as_json: JsonOption = False, debug: DebugOption = False
 ) -> None:
-    """The edge is refused from its next connection on."""
+    """Revoke an edge's token: it is refused from its next connection on."""
     with reporting(as_json, False, debug):
         with contextlib.closing(_ledger(run)) as ledger:
             ledger.tokens.revoke(name)
@@ -264,7 +271,11 @@ def _ledger(run: Path) -> Ledger:
 
 
 def _status(run: Path) -> tuple[bool, LiveStatus]:
-    """Ask the running hub, else its ledger; whether a hub runs, and how the run stands."""
+    """Return whether a hub runs, and the run's status, from the hub or else from its ledger.
+
+    Raises:
+        UsageProblem: the run has not been started.
+    """
     from fedsoda_hub.run.directory import RunDirectory
     from fedsoda_hub.run.ledger import not_started, opened
     from fedsoda_hub.run.status import KnownEdge, live_status, run_status
@@ -277,18 +288,18 @@ def _status(run: Path) -> tuple[bool, LiveStatus]:
         raise not_started(settings.path)
     with opened(directory) as ledger:
         state = ledger.replay()
-        if not state.run_id:  # there are tokens, and no more
+        if not state.run_id:  # the ledger holds tokens only
             raise not_started(settings.path)
         live = ask_running_hub(directory)
-        if live is not None and live.run_id == state.run_id:  # not another run's hub at an old address
+        if live is not None and live.run_id == state.run_id:  # an old address may be another run's by now
             return True, live
         known = [KnownEdge(edge=token.edge, revoked=token.revoked) for token in ledger.tokens.all()]
         return False, live_status(run_status(settings.name, settings.rounds.count, ledger, state), known)
 
 
 @app.command(epilog="Example: fedsoda-hub status triage.toml --json")
-def status(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
-    """Rounds, losses, bytes, accuracy; of the running hub, else of what it left."""
+def status(run: RunFile, as_json: JsonOption = False, debug: DebugOption = False) -> None:
+    """Show rounds, losses, bytes and accuracy, whether the hub runs or not."""
     with reporting(as_json, False, debug):
         import msgspec
 
@@ -301,10 +312,10 @@ def status(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
             note("losses: " + " ".join(f"{loss:.3f}" for loss in found.losses))
         if found.cross_terms:
             shares = " ".join(f"{share:.2%}" for share in found.cross_terms.values())
-            note(f"of the mean product, averaging A and B apart loses: {shares}")
-        if found.rounds_closed:  # until then greetings travelled
+            note(f"lost of the mean product by averaging A and B apart: {shares}")
+        if found.rounds_closed:  # before that, only greetings have travelled
             up, down = human_bytes(found.bytes.up_per_edge_round), human_bytes(found.bytes.down_per_edge_round)
-            note(f"an edge and round: {up} up, {down} down")
+            note(f"bytes an edge and round: {up} up, {down} down")
         if found.evaluation:
             note("accuracy: " + ", ".join(f"{name} {value:.1%}" for name, value in found.evaluation.accuracy.items()))
         values = msgspec.to_builtins(found, str_keys=True)
@@ -312,8 +323,8 @@ def status(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
 
 
 @app.command(epilog="Example: fedsoda-hub edges triage.toml")
-def edges(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
-    """Who may join, who is in."""
+def edges(run: RunFile, as_json: JsonOption = False, debug: DebugOption = False) -> None:
+    """List the edges that may join, and which are connected."""
     with reporting(as_json, False, debug):
         import msgspec
 
@@ -331,18 +342,19 @@ def export(
     run: RunFile,
     to: Annotated[Path, typer.Option("--to", envvar="FEDSODA_EXPORT_TO", help="a new directory")],
     merge: Annotated[
-        bool, typer.Option("--merge", envvar="FEDSODA_MERGE", help="a merged Transformers checkpoint instead")
+        bool,
+        typer.Option("--merge", envvar="FEDSODA_MERGE", help="write a merged Transformers checkpoint instead"),
     ] = False,
-    as_json: Json = False,
-    debug: Debug = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
 ) -> None:
-    """The PEFT adapter for the full model."""
+    """Write the PEFT adapter for the full model."""
     with reporting(as_json, False, debug):
         from fedsoda_hub.run.ledger import read_outcome
         from fedsoda_hub.settings.run import read_settings
 
         settings = read_settings(run)
-        read_outcome(settings.run_dir, settings.path)  # refuses in no time; loading torch takes seconds
+        read_outcome(settings.run_dir, settings.path)  # refuses at once; loading torch takes seconds
         from fedsoda_hub.evaluation.export import export as write_export
 
         result = write_export(settings, to, merge=merge)
@@ -361,21 +373,24 @@ def evaluate(
     ],
     model: Annotated[
         str | None,
-        typer.Option("--model", envvar="FEDSODA_MODEL", help="the full model of an export that left its run"),
+        typer.Option(
+            "--model", envvar="FEDSODA_MODEL", help="the full model of an export whose run is not on this machine"
+        ),
     ] = None,
     samples: Annotated[
-        int, typer.Option("--samples", min=0, envvar="FEDSODA_SAMPLES", help="show so many questions with the answers")
+        int,
+        typer.Option("--samples", min=0, envvar="FEDSODA_SAMPLES", help="number of questions to show with the answers"),
     ] = 0,
-    as_json: Json = False,
-    debug: Debug = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
 ) -> None:
-    """Accuracy and loss: full model untouched, sub-LLM, plug-in."""
+    """Measure accuracy and loss: full model untouched, sub-LLM, plug-in."""
     with reporting(as_json, False, debug):
-        from fedsoda_hub.cli.display import Display
+        from fedsoda_hub.cli.display import HubDisplay
         from fedsoda_hub.evaluation.judge import evaluate_path
         from fedsoda_hub.events import StageProgress
 
-        with Display(jsonl=False) as display:
+        with HubDisplay(jsonl=False) as display:
             result = evaluate_path(
                 run_or_export,
                 data,
@@ -395,7 +410,7 @@ def evaluate(
             note("---")
         for name, value in result.accuracy.items():
             if value is None:
-                note(f"{name:<8} not judged: the run directory is not beside this export")
+                note(f"{name:<8} not judged: the run that this export is from is not on this machine")
                 continue
             loss = result.loss[name]
             note(f"{name:<8} accuracy {value:6.1%}  loss " + ("not a number" if loss is None else f"{loss:.3f}"))
@@ -407,12 +422,14 @@ def report(
     run: RunFile,
     to: Annotated[
         Path | None,
-        typer.Option("--to", envvar="FEDSODA_REPORT_TO", help="a directory; else `report` in the run's own"),
+        typer.Option(
+            "--to", envvar="FEDSODA_REPORT_TO", help="a directory; not given: `report` in the run's directory"
+        ),
     ] = None,
-    as_json: Json = False,
-    debug: Debug = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
 ) -> None:
-    """One HTML file and PNGs: loss, accuracy, layers, alignment, bytes, contributions; of a live run too."""
+    """Write one HTML file and PNGs of loss, accuracy, layers, alignment, bytes and contributions; at any time."""
     with reporting(as_json, False, debug):
         from fedsoda_hub.settings.run import read_settings
 
@@ -431,8 +448,7 @@ def compare(
         Path,
         typer.Argument(
             metavar="COMPARE.toml",
-            help=r"methods, seeds and splits on one task: the tables of a RUN.toml, \[compare], and \[variants.NAME] with "
-            "what differs",
+            help=r"the tables of a RUN.toml, \[compare] with seeds and splits, and \[variants.NAME] with what differs",
             rich_help_panel="What to compare",
         ),
     ],
@@ -441,31 +457,31 @@ def compare(
         typer.Option(
             "--out",
             envvar="FEDSODA_COMPARE_OUT",
-            help="a directory; else beside the file, named after it",
+            help="a directory; not given: beside the file, named after it",
             rich_help_panel=OUTPUT,
         ),
     ] = None,
     transport: Annotated[
-        Transport,
+        CompareTransport,
         typer.Option(
             "--transport",
             envvar="FEDSODA_TRANSPORT",
-            help="memory: hub and edges in one process; network: in processes of their own",
+            help="memory: hub and edges in one process; network: each in a process of its own",
         ),
-    ] = Transport.memory,
-    as_json: Json = False,
-    jsonl: JsonLines = False,
-    debug: Debug = False,
+    ] = CompareTransport.memory,
+    as_json: JsonOption = False,
+    jsonl: JsonLinesOption = False,
+    debug: DebugOption = False,
 ) -> None:
-    """Methods x seeds x splits on one task, with the daemon's own machine and codecs; continues where it stopped."""
+    """Compare methods x seeds x splits on one task, with the daemon's own rounds and codecs; continues where it stopped."""
     with reporting(as_json, jsonl, debug):
-        from fedsoda_hub.cli.display import Display
+        from fedsoda_hub.cli.display import HubDisplay
         from fedsoda_hub.compare.settings import read_comparison
 
-        comparison = read_comparison(file)  # refuses in no time; loading torch takes seconds
+        comparison = read_comparison(file)  # refuses at once; loading torch takes seconds
         from fedsoda_hub.compare.run import run_comparison
 
-        with Display(jsonl) as display:
+        with HubDisplay(jsonl) as display:
             report = run_comparison(comparison, out or file.with_suffix(".compare"), transport.value, display.say)
         note(Path(report.markdown).read_text(encoding="utf-8"))
         note(f"wrote {report.report} and {len(report.pictures)} pictures beside it")
@@ -473,7 +489,7 @@ def compare(
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     # Threads that spin while they wait make torch several times slower once another process wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     run_command(app)

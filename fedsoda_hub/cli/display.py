@@ -1,4 +1,7 @@
-"""Show what a hub does: a live line on a terminal, plain lines when piped, JSON lines when asked."""
+"""Show what a hub does: a live line on a terminal, plain lines when piped, JSON lines when asked.
+
+What there is to show is `events.py`'s.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,13 @@ from types import TracebackType
 
 from fedsoda_edge.ports.console import ProgressLine, settings_lines
 from fedsoda_edge.units import counted, human_bytes, human_seconds
-from fedsoda_hub import events as told
-from fedsoda_hub.federation.state import RunState
+from fedsoda_hub import events
+from fedsoda_hub.federation.state import LedgerState
 from fedsoda_hub.report.history import kl_sentence
 
 
-class Display:
-    """Everything but JSON goes to stderr. is_detailed: settings that have their defaults are shown too."""
+class HubDisplay:
+    """The hub's display; everything but JSON goes to stderr. is_detailed: settings with default values are shown too."""
 
     def __init__(self, jsonl: bool, *, is_detailed: bool = False) -> None:
         self._jsonl = jsonl
@@ -24,7 +27,7 @@ class Display:
         self._round = _OpenRound()
         self._edges: set[str] = set()  # connected
 
-    def __enter__(self) -> Display:
+    def __enter__(self) -> HubDisplay:
         return self
 
     def __exit__(
@@ -32,17 +35,17 @@ class Display:
     ) -> None:
         self._line.end()
 
-    def say(self, event: told.Told) -> None:
+    def say(self, event: events.HubEvent) -> None:
         """Show one event of the hub or of a job."""
         if self._jsonl:
-            print(told.line_of(event), flush=True)
+            print(events.line_of(event), flush=True)
             return
-        if isinstance(event, told.StageProgress):
+        if isinstance(event, events.StageProgress):
             detail = event.detail if event.detail is not None else f"{event.done} of {event.total}"
             self._line.show(event.stage, event.done, event.total, detail)
             return
         self._fold(event)
-        text = self._settings(event) if isinstance(event, told.Settings) else _sentence(event)
+        text = self._settings(event) if isinstance(event, events.SettingsInForce) else _sentence(event)
         if text and self._round.number == 0:
             self._line.end()
         if text:
@@ -53,39 +56,39 @@ class Display:
                 f"round {self._round.number}", done, total, self._round.detail(len(self._edges), time.time())
             )
 
-    def begins(self, state: RunState, rounds: int) -> None:
-        """Say what happens next, where a hub begins to serve."""
+    def begins(self, state: LedgerState, rounds: int) -> None:
+        """Show what happens next, when a hub begins to serve."""
         if not self._jsonl:
             self._line.say(next_step(state, rounds))
 
-    def _settings(self, event: told.Settings) -> str:
+    def _settings(self, event: events.SettingsInForce) -> str:
         values = {name: (setting.value, setting.source) for name, setting in event.values.items()}
         return settings_lines(values, is_detailed=self._is_detailed)
 
-    def _fold(self, event: told.Told) -> None:
+    def _fold(self, event: events.HubEvent) -> None:
         now = self._round
         match event:
-            case told.EdgeConnected():
+            case events.EdgeConnected():
                 self._edges.add(event.edge)
-            case told.EdgeGone():
+            case events.EdgeGone():
                 self._edges.discard(event.edge)
-            case told.RoundOpened():
+            case events.RoundOpened():
                 self._round = _OpenRound(event.round, dict.fromkeys(event.cohort, (0, 0)), event.deadline_at)
-            case told.CohortExtended():
+            case events.CohortExtended():
                 now.local |= dict.fromkeys(event.invited, (0, 0))
                 now.due_at = event.deadline_at
                 now.answered -= set(event.invited)
-            case told.EdgeProgress() if event.edge in now.local:
+            case events.EdgeProgress() if event.edge in now.local:
                 now.local[event.edge] = event.step, event.steps
-            case told.UpdateAccepted() | told.EdgeAnswered():
+            case events.UpdateAccepted() | events.EdgeAnswered():
                 now.answered.add(event.edge)
-            case told.RoundClosed() | told.RunEnded() | told.Stopped():
+            case events.RoundClosed() | events.RunEnded() | events.StoppedBySignal():
                 self._round = _OpenRound()
 
 
 @dataclass
 class _OpenRound:
-    """What the bar of an open round shows. local: of each invited edge, local steps done and in all."""
+    """The open round as the live line shows it. local: by invited edge, local steps done and in all."""
 
     number: int = 0
     local: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -94,90 +97,94 @@ class _OpenRound:
 
     @property
     def steps(self) -> tuple[int, int | None]:
-        """Local steps done and in all, of all invited edges as if each had the most; None before the first step."""
+        """The local steps done and in all, as if all invited edges had as many as the longest; None: none has begun."""
         most = max((steps for _, steps in self.local.values()), default=0)
         done = sum(most if edge in self.answered else step for edge, (step, _) in self.local.items())
-        # Whole only when the round closes: the last upload and the merge take their time.
+        # One step more: the bar is full only when the round closes, since the last upload and the merge take time.
         return (done, most * len(self.local) + 1) if most else (0, None)
 
     def detail(self, num_connected: int, now: float) -> str:
-        """Say who answered, who is in and when the round is due."""
+        """Say how many edges answered, how many are connected and when the round is due."""
         return (
-            f"{len(self.answered)} of {len(self.local)} answered, {counted(num_connected, 'edge')} in, "
+            f"{len(self.answered)} of {len(self.local)} answered, {counted(num_connected, 'edge')} connected, "
             f"due in {human_seconds(max(0.0, self.due_at - now))}"
         )
 
 
-def next_step(state: RunState, rounds: int) -> str:
-    """Say what a hub does first with a run that stands like this."""
+def next_step(state: LedgerState, rounds: int) -> str:
+    """Say what a hub does first with a run in this state.
+
+    Args:
+        rounds: [rounds] count.
+    """
     match state.phase:
         case "preparing":
             return "next: prepare the bundle from the full model, which takes a while; then edges may join"
         case "idle":
-            return f"next: round {state.round + 1} of {rounds}, as soon as enough edges are here"
+            return f"next: round {state.round + 1} of {rounds}, as soon as enough edges are connected"
         case "collecting":
-            due = f"{len(state.accepted)} of {counted(len(state.cohort), 'update')} came before"
-            return f"next: continue round {state.round} of {rounds}, {due}"
+            updates = f"which has {len(state.accepted)} of {counted(len(state.cohort), 'update')}"
+            return f"next: continue round {state.round} of {rounds}, {updates}"
         case "ended":
-            return f"next: nothing, the run is over after {counted(state.round, 'round')}; edges that come are told so"
+            return f"next: nothing, the run is over after {counted(state.round, 'round')}; edges that join learn that"
 
 
-def _sentence(event: told.Told) -> str:
+def _sentence(event: events.HubEvent) -> str:
     match event:
-        case told.Listening():
+        case events.Listening():
             return f"serving {event.run} at {event.url}"
-        case told.DiskNeeded():
+        case events.DiskProgress():
             needed, free = human_bytes(event.needed_bytes), human_bytes(event.free_bytes)
-            return f"{event.stage}: {needed} of disk, {free} free"
-        case told.BorderMapFitted():
+            return f"{event.stage}: needs {needed} of disk, {free} are free"
+        case events.BorderMapProgress():
             return (
-                f"{event.stage}: on prompts left out, border states are {event.error_before:.1%} away from the full "
-                f"emulator's without it, {event.error:.1%} with it"
+                f"{event.stage}: on held-out prompts, border states differ from the full emulator's by "
+                f"{event.error_before:.1%} without it, by {event.error:.1%} with it"
             )
-        case told.ShapeMeasured():
+        case events.ShapeProgress():
             return (
-                f"choosing groups: with {event.groups} x {event.layers_per_group} layers gone public KL is "
-                f"{event.kl:.3f}, the adapter's gradient {event.cosine:.1%} like the full LLM's"
+                f"choosing groups: with {event.groups} x {event.layers_per_group} layers removed, public KL is "
+                f"{event.kl:.3f} and the cosine of the adapter's gradients {event.cosine:.3f}"
             )
-        case told.NoBorderMap():
+        case events.NoBorderMapProgress():
             return f"no border map: {event.why}"
-        case told.Prepared():
+        case events.RunPrepared():
             return f"prepared: {kl_sentence(event.public_kl)}"
-        case told.EdgeConnected():
-            return f"{event.edge} is here"
-        case told.EdgeGone():
-            return f"{event.edge} is gone"
-        case told.EdgeLeft():
+        case events.EdgeConnected():
+            return f"{event.edge} connected"
+        case events.EdgeGone():
+            return f"{event.edge} disconnected"
+        case events.EdgeLeft():
             return f"{event.edge} left: {event.reason}"
-        case told.RoundOpened():
+        case events.RoundOpened():
             return f"round {event.round} of {event.rounds}: {', '.join(event.cohort)}"
-        case told.CohortExtended():
-            return f"round {event.round}: asking {', '.join(event.invited)} too"
-        case told.UpdateAccepted():
+        case events.CohortExtended():
+            return f"round {event.round}: {', '.join(event.invited)} invited too"
+        case events.UpdateAccepted():
             examples = counted(event.num_examples, "example")
             return f"round {event.round}: {event.edge}, {examples}, loss {event.loss:.3f}"
-        case told.EdgeAnswered():
+        case events.EdgeAnswered():
             return f"round {event.round}: no update from {event.edge} ({event.how})"
-        case told.RoundClosed():
+        case events.RoundClosed():
             sizes = f"{human_bytes(event.bytes_up)} up, {human_bytes(event.bytes_down)} down so far"
             updates = counted(event.updates, "update")
             return f"round {event.round} closed: {updates}, loss {event.loss:.3f}; {sizes}"
-        case told.Probed():
+        case events.Probed():
             return f"before round {event.round}: public KL {event.kl:.3f}, cosine of gradients {event.cosine:.3f}"
-        case told.Repruned():
-            return f"chose other layers for every sub-LLM before round {event.round}"
-        case told.Realigned():
+        case events.Repruned():
+            return f"drew other layers for every sub-LLM before round {event.round}"
+        case events.Realigned():
             return f"realigned before round {event.round}: public KL {event.kl_before:.3f} to {event.kl_after:.3f}"
-        case told.Evaluated():
+        case events.Evaluated():
             return "accuracy: " + ", ".join(f"{k} {v:.1%}" for k, v in event.result.accuracy.items())
-        case told.CellDone():
+        case events.CellDone():
             return f"{event.cell}: {event.accuracy:.1%} in {human_seconds(event.seconds)}"
-        case told.Waiting():
+        case events.Waiting():
             return f"waiting: {event.why}"
-        case told.DiskFull() | told.ComputeFailed():
+        case events.OutOfDisk() | events.ComputeFailed():
             return event.message
-        case told.RunEnded():
+        case events.RunEnded():
             return f"the run is over after {counted(event.rounds, 'round')}"
-        case told.Stopped():
+        case events.StoppedBySignal():
             return f"stopping on {event.signal}"
     return ""

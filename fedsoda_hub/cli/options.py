@@ -1,4 +1,4 @@
-"""Options that are settings, and keys of a file in `--help`: their words, ranges and defaults come from the tables."""
+"""Make options and help texts from settings: their words, ranges and defaults come from the tables of `settings/`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedsoda_hub.settings.tables import Tables
 
 
 def setting(name: str, *options: str, more: str = "", **others: Any) -> Any:
-    """Make the option of a key of RUN.toml: its help, range and default are those of its table.
+    """Make the option of a key of RUN.toml, with its help, range and default.
 
     Args:
         name: as in messages: "[lora] rank".
@@ -33,7 +33,7 @@ def setting(name: str, *options: str, more: str = "", **others: Any) -> Any:
 
 
 class CompareCommand(TyperCommand):
-    """`fedsoda-hub compare`, whose `--help` ends with the keys of [compare]."""
+    """The command `fedsoda-hub compare`, whose `--help` ends with the keys of [compare]."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write typer's panels, then those of the keys."""
@@ -44,7 +44,7 @@ class CompareCommand(TyperCommand):
 
 
 def show_keys(section: type[msgspec.Struct], table: str) -> None:
-    """Print the keys of a table in their panels, those first that have to be written."""
+    """Print the keys of a table in panels, those with keys that are required first."""
     from rich.console import Console
     from rich.panel import Panel
     from rich.table import Table
@@ -57,20 +57,20 @@ def show_keys(section: type[msgspec.Struct], table: str) -> None:
     for title, keys in sorted(panels.items(), key=lambda panel: not any(key.is_required for key in panel[1])):
         rows = Table.grid(padding=(0, 2))
         for key in keys:
-            needed = "has to be written" if key.is_required else _default(key)
+            needed = "required" if key.is_required else _default(key)
             said = _joined(key.description, _allowed(key), needed)
             rows.add_row(Text(key.name, style="bold cyan", no_wrap=True), Text(said))
         console.print(Panel(rows, title=Text(f"In COMPARE.toml, [{table}]: {title}"), title_align="left", expand=True))
 
 
 def _allowed(key: Key) -> str:
-    """Say which values a key takes, where that is not what one would think."""
+    """Say which values a key takes, unless it is what people would expect."""
     is_plain = key.values.allowed == "at least 0" or key.values.sort == "a list"
     return "" if is_plain else key.values.allowed
 
 
 def _default(key: Key) -> str:
-    """Say the default of a key, where it is something."""
+    """Say the default of a key, unless it is none."""
     is_nothing = key.default is None or key.default is False or key.default == []
     return "" if is_nothing else f"default: {default_in_words(key)}"
 

@@ -1,4 +1,4 @@
-"""Tables for people on stderr: what a run would cost, as `fedsoda-hub plan` tells it."""
+"""Print what a run would cost as tables on stderr, for `fedsoda-hub plan`. Computing it is `plan.py`'s."""
 
 from __future__ import annotations
 

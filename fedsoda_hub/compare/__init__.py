@@ -1,1 +1,1 @@
-"""`fedsoda-hub compare`: methods x seeds x splits on one task, through the machine and codecs that daemons use."""
+"""Compare methods x seeds x splits on one task, with the rounds and codecs of the daemon, which are other rooms'."""

@@ -1,4 +1,7 @@
-"""The ceiling: the same LoRA trained on the full 16-bit model with all rows in one place. No federation, no wire."""
+"""Train the ceiling of a comparison: the same LoRA on the full 16-bit model, with all rows in one place.
+
+Judging it is `run.py`'s.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +27,19 @@ from fedsoda_hub.settings.run import RunSettings
 def train_central(
     settings: RunSettings, data: Path, edge_rows: Sequence[int], rates: Sequence[float], said: Callable[[], None]
 ) -> dict[float, dict[str, Tensor]]:
-    """Train the adapter LoRA with each learning rate, for as many rounds and as many examples in each as the cohort has.
+    """Train the adapter LoRA with each learning rate, with as many rounds and examples a round as the cohort has.
 
     Args:
-        settings: of a prepared run. data: all rows. edge_rows: how many of them each edge holds.
+        settings: those of a prepared run.
+        data: the file of all rows.
+        edge_rows: how many of them each edge holds.
         said: called after each round.
 
     Returns:
-        the tensors by learning rate.
+        the adapter LoRA, fp32, by learning rate.
+
+    Raises:
+        DataProblem: the rows lack a column of the template.
     """
     source, bundle = open_full_llm(settings), Bundle.open(RunDirectory(settings.run_dir).bundle)
     spec, plan, local = bundle.manifest.lora, bundle.plan, settings.local

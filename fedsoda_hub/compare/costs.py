@@ -1,4 +1,7 @@
-"""What an edge of a run pays: of the bundle, by the formulas of `plan`, and as its own events told it."""
+"""Collect what an edge of a run pays: from the bundle, by the formulas of `plan`, and from its own events.
+
+Means over runs are `summary.py`'s.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from fedsoda_hub.settings.run import RunSettings
 
 
 def costs_of(settings: RunSettings) -> Costs:
-    """Collect the costs of a run that is over, whose edges' events lie in `events/` beside it."""
+    """Collect the costs of a run that is over; its edges' events lie in `events/` beside its RUN.toml."""
     bundle, source = Bundle.open(RunDirectory(settings.run_dir).bundle), open_full_llm(settings)
     dtype = str(source.dtype).removeprefix("torch.")
     plan = predict(source.family, source.fields, dtype, bundle.plan, settings)

@@ -1,4 +1,7 @@
-"""The data of a comparison: rows to train on, dealt to edges by split and seed, and rows that all answers are judged by."""
+"""Deal the rows of a comparison to edges by split and seed, and choose the questions that all models answer.
+
+The ways to deal are `splits.py`'s.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,12 @@ MAX_LABELS = 20  # that are counted one by one
 
 
 class DealtData:
-    """Rows, dealt: read when this is made, which writes the questions to `eval_file`.
+    """The dealt rows of a comparison. Making it reads all rows and writes the questions to `eval_file`.
 
-    parts: by split and seed, the places of each edge's rows. questions: the sha256 of `eval_file`.
+    parts: by split and seed, the indices of each edge's rows. questions: the sha256 of `eval_file`.
 
     Raises:
-        UsageProblem, DataProblem: rows and splits do not fit.
+        UsageProblem, DataProblem: the rows do not suit a split or the template.
     """
 
     def __init__(self, comparison: Comparison, out: Path) -> None:
@@ -36,11 +39,11 @@ class DealtData:
         self._files: list[str] = []
         for name in c.data:
             data = LocalData(comparison.path.parent / name)
-            with remedy_for_columns("rename one in the file, or use another in [task] prompt and completion"):
+            with remedy_for_columns("rename a column in the file, or use another in [task] prompt and completion"):
                 data.check(first.prompt, first.completion)
             self._rows += [row for _, row in data.rows()]
             self._files += [name] * (len(self._rows) - len(self._files))
-        assert first.eval_data is not None, "settings.py refuses a comparison without"
+        assert first.eval_data is not None, "settings.py refuses a comparison without evaluation data"
         asked = [row for _, row in LocalData(first.eval_data).rows()]
         chosen = sorted(choose(len(asked), c.eval_rows, 0))
         out.mkdir(parents=True, exist_ok=True)
@@ -54,7 +57,7 @@ class DealtData:
         return deal(split, chosen, self._values(split), edges=c.edges, least=c.least_rows, seed=seed)
 
     def _values(self, split: str) -> list[str]:
-        """Give for each row what the split deals by."""
+        """List for each row the value that the split deals by."""
         if split == "files":
             return self._files
         column = split.removeprefix("users:") if split.startswith("users:") else self._comparison.compare.label
@@ -63,22 +66,22 @@ class DealtData:
         missing = next((at for at, row in enumerate(self._rows) if column not in row), None)
         if missing is not None:
             raise DataProblem(
-                f"split {split} asks for the column {column!r}; row {missing + 1} of [compare] data has "
-                f"{', '.join(sorted(self._rows[missing]))}"
+                f"split {split} needs the column {column!r}, but row {missing + 1} of [compare] data has "
+                f"{', '.join(sorted(self._rows[missing]))}; name a column that all rows have"
             )
         return [str(row[column]) for row in self._rows]
 
     def rows(self, part: Sequence[int]) -> list[Row]:
-        """Look up the rows at these places."""
+        """Look up the rows with these indices."""
         return [self._rows[row] for row in part]
 
     def named(self, split: str, seed: int) -> dict[str, list[int]]:
-        """Name the edges of a split: edge-0, edge-1, ..., all of one width."""
+        """Map the names of a split's edges, edge-0, edge-1, ..., all of one width, to the indices of their rows."""
         parts = self.parts[split, seed]
         return {f"edge-{number:0{len(str(len(parts) - 1))}d}": part for number, part in enumerate(parts)}
 
     def described(self, split: str, seed: int) -> dict[str, EdgeRows]:
-        """Count each edge's rows, and its rows of each label where there are few labels."""
+        """Count each edge's rows, and its rows of each label if there are at most MAX_LABELS."""
         label = self._comparison.compare.label
         found = {}
         for name, part in self.named(split, seed).items():
@@ -89,7 +92,11 @@ class DealtData:
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> str:
-    """Write JSON Lines, and give their sha256."""
+    """Write rows as JSON Lines, and return the file's sha256.
+
+    Raises:
+        DiskFull: the disk has no space left.
+    """
     data = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows).encode()
     write_durably(path, data)
     return hashlib.sha256(data).hexdigest()

@@ -1,4 +1,4 @@
-"""Draw a comparison, and write one HTML page that needs nothing beside it. Everything shown is in the report."""
+"""Draw a comparison, and write one HTML page that needs nothing beside it. Making the report is `summary.py`'s."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ COLORS = (BLUE, ORANGE, GREEN, RED, "#CC79A7", "#56B4E9", "#000000", "#F0E442") 
 
 
 def write_pages(report: CompareReport, plans: Mapping[str, LayerPlan], to: Path) -> Pages:
-    """Write compare.md, compare.html and a PNG for each picture into the directory `to`; give their paths.
+    """Write compare.md, compare.html and a PNG for each picture into the directory `to`, and return their paths.
 
     Args:
-        plans: of each variant that prunes, with the distances that its groups were chosen by.
+        plans: the layer plan of each variant that prunes, with the distances that its groups were chosen by.
 
     Raises:
         UsageProblem: `to` cannot be written.
-        DiskFull: nothing half-written stays.
+        DiskFull: the disk has no space left; no file is half written.
     """
     pictures = draw(report, plans)
     text = markdown(report)
@@ -55,7 +55,7 @@ def _file_name(name: str) -> str:
 
 
 def draw(report: CompareReport, plans: Mapping[str, LayerPlan]) -> list[Picture]:
-    """Draw each split's accuracy and rows, then the layers of each plan; no two pictures have one title."""
+    """Draw each split's accuracy and rows, then the layers of each plan; all pictures have different titles."""
     found: list[Picture] = []
     for split, of in report.splits.items():
         seed = report.compare.seeds[0]
@@ -64,8 +64,8 @@ def draw(report: CompareReport, plans: Mapping[str, LayerPlan]) -> list[Picture]
         found += [
             Picture(
                 f"Accuracy, {split}",
-                "Accuracy of the plug-in, mean over seeds, by round and by the bytes that all edges sent and received until "
-                "then (the bundle not). Dashed: the full model untouched; dotted: central training.",
+                "Accuracy of the plug-in, mean over seeds, by round and by the bytes that all edges sent and received up "
+                "to then (without the bundle). Dashed: the full model untouched; dotted: central training.",
                 draw_accuracy(of),
             ),
             Picture(f"Split {split}", f"Rows of each edge{by_label}, seed {seed}.", draw_split(dealt)),
@@ -106,7 +106,7 @@ def draw_accuracy(of: Split) -> Figure:
 
 
 def draw_split(dealt: Mapping[str, EdgeRows]) -> Figure:
-    """Draw a bar for each edge; its labels stacked, where there are few."""
+    """Draw a bar of rows for each edge, divided by label if there are few labels."""
     figure = Figure(figsize=(9.5, 3.2), layout="constrained")
     axes: Axes = figure.add_subplot()
     places, labels = range(len(dealt)), _labels(dealt)
@@ -129,7 +129,7 @@ def _labels(dealt: Mapping[str, EdgeRows]) -> list[str]:
 
 
 def _html(text: str) -> str:
-    """Turn the Markdown that `summary.markdown` writes into HTML: headings, tables, lists and paragraphs."""
+    """Convert the Markdown that `summary.markdown` writes to HTML: headings, tables, lists and paragraphs."""
     made: list[str] = []
     for block in text.strip().split("\n\n"):
         lines = block.strip().splitlines()

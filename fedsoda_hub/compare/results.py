@@ -1,4 +1,7 @@
-"""What a comparison finds, as types: what it keeps of each cell, and the report of `compare --json`."""
+"""Define what a comparison finds: what it keeps of each cell, and the report of `compare --json`.
+
+Filling them is `run.py`'s and `summary.py`'s.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +15,20 @@ from fedsoda_hub.settings.keys import TOML
 # --- kept --------------------------------------------------------------------------------------------------
 
 
-class Answers(msgspec.Struct, frozen=True):
-    """A model's answers. right: a 1 or 0 for each question. losses: as `evaluator.Answers` has them."""
+class KeptAnswers(msgspec.Struct, frozen=True):
+    """A model's answers as a file keeps them. right: a 1 or 0 for each question. losses: as in `evaluator.Answers`."""
 
     right: str
     losses: list[float]
 
     @property
     def share(self) -> float:
-        """The share of questions that are answered rightly."""
+        """The share of questions that were answered right."""
         return self.right.count("1") / len(self.right)
 
 
-class RoundResult(msgspec.Struct, frozen=True, kw_only=True):
-    """A closed round. accuracy: of the plug-in; None where it was not judged. Bytes are those of all edges in it."""
+class CellRound(msgspec.Struct, frozen=True, kw_only=True):
+    """A closed round of a cell. accuracy: that of the plug-in; None: it was not judged. Bytes are those of all edges."""
 
     round: int
     master: str
@@ -35,7 +38,7 @@ class RoundResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Costs(msgspec.Struct, frozen=True, kw_only=True):
-    """What an edge of a run pays. edge_peak_rss_bytes: None where edges have no process of their own."""
+    """The costs of a run for an edge. edge_peak_rss_bytes None: edges have no process of their own."""
 
     trainable: float
     parameters_per_round: float
@@ -47,25 +50,25 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CellResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A federated run that is over and judged. What an edge trained alone is not asked for is None."""
+    """A federated run that is over and judged. public_kl, costs None: the run is that of one edge alone."""
 
     cell: str
     edges: int
-    rounds: list[RoundResult]
-    answered: dict[str, Answers]
+    rounds: list[CellRound]
+    answered: dict[str, KeptAnswers]
     public_kl: dict[str, float] | None = None
     costs: Costs | None = None
 
 
-class Judged(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What is not federated, judged. learning_rate: the one that central training did best with."""
+class BaselineResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A baseline that is not federated, judged. learning_rate: the best one of central training."""
 
-    answered: Answers
+    answered: KeptAnswers
     learning_rate: float | None = None
 
 
 class EdgeRows(msgspec.Struct, frozen=True, kw_only=True):
-    """How many rows an edge holds, and how many of each label where there are few labels."""
+    """The rows that an edge holds. labels: how many rows of each label, if there are few labels."""
 
     rows: int
     labels: dict[str, int]
@@ -73,11 +76,11 @@ class EdgeRows(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass
 class Results:
-    """All that a comparison has found; central and dealt by split and seed."""
+    """All that a comparison has found. central, dealt: by split and seed."""
 
     cells: dict[Cell, CellResult] = field(default_factory=dict)
-    central: dict[tuple[str, int], Answers] = field(default_factory=dict)
-    untouched: Answers | None = None
+    central: dict[tuple[str, int], KeptAnswers] = field(default_factory=dict)
+    untouched: KeptAnswers | None = None
     dealt: dict[tuple[str, int], dict[str, EdgeRows]] = field(default_factory=dict)
 
 
@@ -85,7 +88,7 @@ class Results:
 
 
 class Spread(msgspec.Struct, frozen=True, kw_only=True):
-    """A mean over seeds. spread: the sample's standard deviation; None for a single seed."""
+    """A mean over seeds. spread: the sample standard deviation; None: there is one seed."""
 
     mean: float
     spread: float | None
@@ -93,7 +96,7 @@ class Spread(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LossDifference(msgspec.Struct, frozen=True, kw_only=True):
-    """nats: a completion id."""
+    """A difference of losses in nats a completion id, with its paired 95 % interval. is_shown: that excludes 0."""
 
     nats: float
     interval_95: tuple[float, float]
@@ -101,7 +104,7 @@ class LossDifference(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Difference(msgspec.Struct, frozen=True, kw_only=True):
-    """One less the other, accuracy in points, with the paired 95 % interval. is_shown: whether that excludes 0."""
+    """A difference of accuracies in points, with its paired 95 % interval. is_shown: that excludes 0."""
 
     points: float
     interval_95: tuple[float, float]
@@ -110,14 +113,14 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NamedDifference(Difference, frozen=True, kw_only=True):
-    """A difference between two variants or baselines."""
+    """A difference, `one` less `other`, between two variants or baselines."""
 
     one: str
     other: str
 
 
 class RoundPoint(msgspec.Struct, frozen=True, kw_only=True):
-    """A point of a curve: accuracy after a round, and the bytes of all edges until then."""
+    """A point of a curve: accuracy after a round, and the bytes of all edges up to then."""
 
     round: int
     accuracy: float | None
@@ -126,14 +129,14 @@ class RoundPoint(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EdgeRoundBytes(msgspec.Struct, frozen=True, kw_only=True):
-    """The bytes of an invited edge in a round."""
+    """The mean bytes of an invited edge in a round."""
 
     up_per_edge_round: float
     down_per_edge_round: float
 
 
-class Reached(msgspec.Struct, frozen=True, kw_only=True):
-    """When a variant has a level of accuracy: rounds, and bytes of all edges; None where it never has."""
+class LevelReached(msgspec.Struct, frozen=True, kw_only=True):
+    """The rounds and the bytes of all edges until a variant reaches a level of accuracy; None: it never does."""
 
     level: float
     rounds: int | None
@@ -141,7 +144,7 @@ class Reached(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Variant(Costs, frozen=True, kw_only=True):
-    """A variant on one split, means over seeds."""
+    """A variant on one split: means over seeds."""
 
     plug_in: Spread
     sub_llm: Spread
@@ -149,18 +152,18 @@ class Variant(Costs, frozen=True, kw_only=True):
     by_round: list[RoundPoint]
     bytes: EdgeRoundBytes
     public_kl: dict[str, float]
-    to_level: Reached
+    to_level: LevelReached
 
 
 class Alone(msgspec.Struct, frozen=True, kw_only=True):
-    """Edges trained alone: the best by its very answers, and all of them."""
+    """Edges trained alone: the best of them, by the same answers, and the mean of all."""
 
     best: Spread
     mean: Spread
 
 
 class Baselines(msgspec.Struct, frozen=True, kw_only=True):
-    """What is not federated, on one split; None where it was not asked for."""
+    """The baselines that are not federated, on one split; None: not asked for."""
 
     untouched: Spread | None
     alone: Alone | None
@@ -169,13 +172,15 @@ class Baselines(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Split(msgspec.Struct, frozen=True, kw_only=True):
+    """All results on one split, and the differences between any two of them."""
+
     variants: dict[str, Variant]
     baselines: Baselines
     differences: list[NamedDifference]
 
 
 class CompareReport(msgspec.Struct, frozen=True, kw_only=True):
-    """The report of a comparison. variants: what each changes, as it was written. dealt: by split, seed and edge."""
+    """The report of a comparison. variants: the keys that each changes. dealt: by split, seed and edge."""
 
     transport: str
     eval_rows: int
@@ -189,7 +194,7 @@ class CompareReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Pages(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the pages of a report lie."""
+    """The paths of a report's pages."""
 
     report: str
     markdown: str
@@ -197,7 +202,7 @@ class Pages(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WrittenReport(CompareReport, frozen=True, kw_only=True):
-    """A report, and where it and its pages lie."""
+    """A report, with the paths of its pages and of its own file."""
 
     report: str
     markdown: str

@@ -1,8 +1,8 @@
 """Run the cells of a comparison, judge them, and continue where a call was stopped.
 
-Everything lies below one directory: `prepared/` (full LLM to bundle, once for all cells that share it), `memory/` or
-`network/` with a directory per cell, `judged/` for what is not federated. A result is kept with the fingerprint of its
-settings and data. Who holds which rows is `dealt.py`'s, what results mean together `summary.py`'s.
+All files lie in one directory: `prepared/` (full LLM to bundle, once for all cells that share it), `memory/` or
+`network/` with a directory per cell, `judged/` for baselines that are not federated. A result is kept with the fingerprint
+of its settings and data. Who holds which rows is `dealt.py`'s, what results mean together is `summary.py`'s.
 """
 
 from __future__ import annotations
@@ -27,41 +27,44 @@ from fedsoda_edge.ports.console import Terminated
 from fedsoda_edge.ports.disk import sha256_file, write_durably, write_durably_json
 from fedsoda_edge.ports.system import on_signal_in
 from fedsoda_edge.protocol.manifest import LayerPlan
-from fedsoda_hub import events as told
+from fedsoda_hub import events
 from fedsoda_hub.compare.central import train_central
 from fedsoda_hub.compare.costs import costs_of
 from fedsoda_hub.compare.dealt import DealtData, write_rows
 from fedsoda_hub.compare.pictures import write_pages
-from fedsoda_hub.compare.results import Answers, CellResult, Judged, Results, RoundResult, WrittenReport
+from fedsoda_hub.compare.results import BaselineResult, CellResult, CellRound, KeptAnswers, Results, WrittenReport
 from fedsoda_hub.compare.settings import Cell, Comparison
 from fedsoda_hub.compare.summary import summarise
 from fedsoda_hub.evaluation import evaluator
 from fedsoda_hub.evaluation.judge import RunJudge
-from fedsoda_hub.events import Say
-from fedsoda_hub.federation.records import Prepared, RoundClosed
+from fedsoda_hub.events import HubSay
+from fedsoda_hub.federation import records as rec
 from fedsoda_hub.local import in_process, processes
 from fedsoda_hub.preparation.full_llm import open_full_llm
-from fedsoda_hub.preparation.prepare import Preparation, made_of
+from fedsoda_hub.preparation.prepare import RunPreparation, made_of
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.run.ledger import opened
 from fedsoda_hub.settings.run import RunSettings
 from fedsoda_hub.settings.toml import write_toml
 
 T = TypeVar("T")
-K = TypeVar("K", CellResult, Judged)
-MAX_LOSS = 1e4  # nats; of a model that says no number
+K = TypeVar("K", CellResult, BaselineResult)
+MAX_LOSS = 1e4  # nats; the loss of a model whose loss is larger or not a number
 
 
-class Stopped(Exception):
-    """A signal came; what was done is kept."""
+class Interrupted(Exception):
+    """The signal to stop came; results that were finished are kept."""
 
 
-def run_comparison(comparison: Comparison, out: Path, transport: str, say: Say) -> WrittenReport:
-    """Do what is not done, and write the report of `compare --json` to `out`, with its pages and pictures.
+def run_comparison(comparison: Comparison, out: Path, transport: str, say: HubSay) -> WrittenReport:
+    """Run the cells that are not done, and write the report of `compare --json` to `out`, with its pages and pictures.
+
+    Args:
+        transport: "memory" or "network".
 
     Raises:
-        KeyboardInterrupt, Terminated: SIGINT or SIGTERM came; what was done is kept.
-        UsageProblem, DataProblem: rows and splits do not fit.
+        KeyboardInterrupt, Terminated: SIGINT or SIGTERM came; results that were finished are kept.
+        UsageProblem, DataProblem: the rows do not suit a split or the template.
     """
     threads = os.environ.get("FEDSODA_THREADS")
     if threads:
@@ -69,7 +72,7 @@ def run_comparison(comparison: Comparison, out: Path, transport: str, say: Say) 
     run = _Run(comparison, out, transport, say)
     try:
         results = asyncio.run(run.results())
-    except Stopped:
+    except Interrupted:
         raise KeyboardInterrupt if run.signal == "SIGINT" else Terminated from None
     report = summarise(comparison, results, transport)
     pages = write_pages(report, run.plans(), run.out)
@@ -80,9 +83,9 @@ def run_comparison(comparison: Comparison, out: Path, transport: str, say: Say) 
 
 
 class _Run:
-    """One call of `run_comparison`: what it has done so far, and who judges."""
+    """One call of `run_comparison`: its progress and its judges."""
 
-    def __init__(self, comparison: Comparison, out: Path, transport: str, say: Say) -> None:
+    def __init__(self, comparison: Comparison, out: Path, transport: str, say: HubSay) -> None:
         self.comparison, self.transport, self.out, self._say = comparison, transport, out.resolve(), say
         self._stop: asyncio.Future[str]
         self._judges: dict[str, RunJudge] = {}
@@ -95,7 +98,7 @@ class _Run:
     # --- all of it -------------------------------------------------------------------------------------------
 
     async def results(self) -> Results:
-        """Give the results of all cells, and of what is not federated."""
+        """Run all cells and baselines that are not done, and return all results."""
         loop = asyncio.get_running_loop()
         self._stop = loop.create_future()
 
@@ -133,7 +136,7 @@ class _Run:
         return results
 
     def plans(self) -> dict[str, LayerPlan]:
-        """Collect the plans of variants that prune, for the first seed; one of those that were pruned alike."""
+        """Collect the layer plans of variants that prune, for the first seed; of equal plans only one."""
         found: dict[str, LayerPlan] = {}
         for cell in list(self.comparison.cells())[: len(self.comparison.settings)]:
             plan = Bundle.open(RunDirectory(self._settings_of(cell, 1).run_dir).bundle).plan
@@ -142,23 +145,25 @@ class _Run:
         return found
 
     def _units(self, cell: Cell) -> int:
-        """Count the units of progress of a cell: its rounds, and judging it."""
+        """Count the units of progress of a cell: its rounds, and one for judging it."""
         return self.comparison.settings[cell.variant].rounds.count + 1
 
     def _advance(self, units: int = 1) -> None:
         self._done += units
         self._say(
-            told.StageProgress(job="compare", stage="comparing", detail=self._what, done=self._done, total=self._total)
+            events.StageProgress(
+                job="compare", stage="comparing", detail=self._what, done=self._done, total=self._total
+            )
         )
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
-        """Compute in a thread; the loop stays free and hears signals, which `_alive` looks for."""
+        """Compute in a thread, so that the loop stays free for signals, which `_alive` looks for."""
         return await asyncio.to_thread(work)
 
     def _alive(self, *_: object) -> None:
-        """Raise Stopped where a signal came: called wherever work in a thread says how far it is."""
+        """Raise Interrupted if a signal came; called wherever work in a thread reports progress."""
         if self._stop.done():
-            raise Stopped
+            raise Interrupted
 
     # --- a cell ------------------------------------------------------------------------------------------------
 
@@ -174,7 +179,7 @@ class _Run:
         result = _kept(done, fingerprint, CellResult)
         if result is None:
             started = time.monotonic()
-            # A run knows its model by its place: what was begun with another copy of the same model begins again.
+            # A run knows its model by its path: a cell that was begun with another copy of the model begins again.
             mark, begun = directory / "fingerprint", f"{fingerprint} {settings.model}"
             if not mark.exists() or mark.read_text() != begun:
                 shutil.rmtree(directory, ignore_errors=True)
@@ -184,17 +189,20 @@ class _Run:
             write_durably(mark, begun.encode())
             await self._federate(settings, names)
             if self._stop.done():
-                raise Stopped
+                raise Interrupted
             result = await self._in_thread(lambda: self._result(cell, settings))
             _keep(done, fingerprint, result)
             shutil.rmtree(directory / "homes", ignore_errors=True)  # a bundle and border states of each edge
             seconds = time.monotonic() - started
-            self._say(told.CellDone(cell=str(cell), accuracy=result.answered["plug_in"].share, seconds=seconds))
+            self._say(events.CellDone(cell=str(cell), accuracy=result.answered["plug_in"].share, seconds=seconds))
         self._advance(before + self._units(cell) - self._done)
         return result
 
     def _settings_of(self, cell: Cell, num_edges: int) -> RunSettings:
-        """Make the settings of the cell's own run.toml. The hub does not judge: questions are read once for all cells."""
+        """Make the settings of the cell's own run.toml.
+
+        They have no evaluation data, since the hub does not judge: questions are read once for all cells.
+        """
         variant, replace = self.comparison.settings[cell.variant], msgspec.structs.replace
         return replace(
             variant,
@@ -206,7 +214,7 @@ class _Run:
         )
 
     def _fingerprint(self, settings: RunSettings, names: Mapping[str, Sequence[int]]) -> str:
-        """Digest everything that a result depends on."""
+        """Compute the digest of everything that a result depends on."""
         if settings.model not in self._revisions:
             self._revisions[settings.model] = open_full_llm(settings).revision
         values = msgspec.to_builtins(msgspec.structs.replace(settings, path="", model=""))
@@ -217,19 +225,19 @@ class _Run:
         return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
     def _prepared(self, settings: RunSettings) -> RunSettings:
-        """Name the run that is only prepared, the same for all whose bundles are."""
+        """Return the settings of the run that is only prepared, the same for all cells with the same bundle."""
         shared = [settings.seed, settings.model, settings.device, settings.dtype]
         key = hashlib.sha256(json.dumps([shared, made_of(settings), settings.task.prompt]).encode()).hexdigest()[:16]
         return msgspec.structs.replace(settings, path=str(self.out / "prepared" / key / "run.toml"))
 
     def _prepare(self, prepared: RunSettings) -> None:
-        """Take a run from full LLM to bundle; once for a call, since text and weights would be read again for nothing."""
+        """Prepare a run, once in a call, since each time reads text and weights again."""
         if prepared.run_dir not in self._prepared_here:
-            Preparation(prepared).run(self._alive)
+            RunPreparation(prepared).run(self._alive)
             self._prepared_here.add(prepared.run_dir)
 
     def _prepare_cell(self, settings: RunSettings) -> None:
-        """Copy the prepared run for the cell: a realignment needs what preparation left."""
+        """Copy the prepared run for the cell, since a realignment needs the files of preparation."""
         prepared = self._prepared(settings)
         self._prepare(prepared)
         if settings.run_dir.exists():
@@ -248,8 +256,8 @@ class _Run:
         edges = {name: settings.directory / "data" / f"{name}.jsonl" for name in names}
         homes = settings.directory / "homes"
 
-        def heard(event: told.Told) -> None:
-            if isinstance(event, told.RoundClosed):
+        def heard(event: events.HubEvent) -> None:
+            if isinstance(event, events.RoundClosed):
                 self._advance()
 
         with contextlib.ExitStack() as files:
@@ -274,10 +282,10 @@ class _Run:
         with opened(RunDirectory(settings.run_dir)) as ledger:
             records, traffic, state = ledger.records(), ledger.traffic(), ledger.replay()
         largest = state.largest
-        closed = [record for record in records if isinstance(record, RoundClosed)]
+        closed = [record for record in records if isinstance(record, rec.RoundClosed)]
         judge, every = self._judge(settings), self.comparison.compare.eval_every
-        rounds: list[RoundResult] = []
-        answered: dict[str, Answers] = {}
+        rounds: list[CellRound] = []
+        answered: dict[str, KeptAnswers] = {}
         for record in closed:
             is_last = record.round == settings.rounds.count
             accuracy = None
@@ -288,7 +296,7 @@ class _Run:
                 accuracy = answered["plug_in"].share
             sizes = [(up, down) for _, number, up, down in traffic if number == record.round]
             rounds.append(
-                RoundResult(
+                CellRound(
                     round=record.round,
                     master=record.master,
                     accuracy=accuracy,
@@ -299,7 +307,7 @@ class _Run:
         public_kl, costs = None, None
         if cell.alone is None:
             answered["sub_llm"] = self._answered(judge, models["sub_llm"])
-            public_kl = next(record.public_kl for record in records if isinstance(record, Prepared))
+            public_kl = next(record.public_kl for record in records if isinstance(record, rec.RunPrepared))
             costs = costs_of(settings)
         judge.forget(models)
         return CellResult(
@@ -312,7 +320,7 @@ class _Run:
         )
 
     def _judge(self, settings: RunSettings) -> RunJudge:
-        """Share questions and the full model's border states among all cells that ask alike."""
+        """Return the judge of a cell, which shares questions and the full model's border states with all cells like it."""
         seed = settings.seed if settings.task.shots else 0
         about = [settings.model, settings.dtype, settings.device, msgspec.to_builtins(settings.task), seed]
         key = json.dumps(about)
@@ -320,30 +328,30 @@ class _Run:
             self._judges[key] = RunJudge(settings, self._data.eval_file)
         return self._judges[key].of(settings.run_dir)
 
-    def _answered(self, judge: RunJudge, model: evaluator.Judged) -> Answers:
-        """Let a model answer the questions."""
+    def _answered(self, judge: RunJudge, model: evaluator.JudgedModel) -> KeptAnswers:
+        """Let a model answer the questions, and keep its answers."""
         answers = judge.evaluator.answers(model, self._alive)
         losses = answers.losses.nan_to_num(MAX_LOSS).clamp(max=MAX_LOSS)  # JSON has no NaN
-        return Answers(
+        return KeptAnswers(
             right="".join("01"[right] for right in judge.evaluator.right(answers)),
             losses=[round(loss, 6) for loss in losses.tolist()],
         )
 
     # --- what is not federated -------------------------------------------------------------------------------------
 
-    async def _untouched(self) -> Judged:
+    async def _untouched(self) -> BaselineResult:
         first = Cell(self.comparison.baseline_of, self.comparison.compare.splits[0], self.comparison.compare.seeds[0])
         settings = self._prepared(self._settings_of(first, 1))
 
-        def judged() -> Judged:
+        def judged() -> BaselineResult:
             self._prepare(settings)
             judge = self._judge(settings)
-            return Judged(answered=self._answered(judge, judge.judged({}, {})["full"]))
+            return BaselineResult(answered=self._answered(judge, judge.judged({}, {})["full"]))
 
         return await self._once("untouched", self._fingerprint(settings, {}), judged)
 
-    async def _central(self, split: str, seed: int, rates: Sequence[float]) -> Judged:
-        """Judge central training with each rate; the best by these very answers: a ceiling, not a rival."""
+    async def _central(self, split: str, seed: int, rates: Sequence[float]) -> BaselineResult:
+        """Judge central training with each rate, and take the best by the same answers: it is a ceiling, not a rival."""
         parts = self._data.parts[split, seed]
         settings = self._settings_of(Cell(self.comparison.baseline_of, split, seed), len(parts))
         rows = sorted(row for part in parts for row in part)
@@ -353,7 +361,7 @@ class _Run:
             self._alive()
             self._advance()
 
-        def judged() -> Judged:
+        def judged() -> BaselineResult:
             self._prepare(prepared)
             data = self.out / "judged" / "central.jsonl"
             write_rows(data, self._data.rows(rows))
@@ -363,7 +371,7 @@ class _Run:
                 rate: self._answered(judge, judge.judged(adapter, {})["plug_in"]) for rate, adapter in trained.items()
             }
             best = max(rates, key=lambda rate: answered[rate].share)
-            return Judged(answered=answered[best], learning_rate=best)
+            return BaselineResult(answered=answered[best], learning_rate=best)
 
         about = json.dumps([list(rates), sorted(map(len, parts))])
         fingerprint = self._fingerprint(settings, {about: rows})
@@ -371,9 +379,9 @@ class _Run:
         self._advance(before + len(rates) * settings.rounds.count - self._done)
         return result
 
-    async def _once(self, name: str, fingerprint: str, work: Callable[[], Judged]) -> Judged:
+    async def _once(self, name: str, fingerprint: str, work: Callable[[], BaselineResult]) -> BaselineResult:
         path = self.out / "judged" / f"{name}.json"
-        result = _kept(path, fingerprint, Judged)
+        result = _kept(path, fingerprint, BaselineResult)
         if result is None:
             self._alive()
             result = await self._in_thread(work)
@@ -381,12 +389,12 @@ class _Run:
         return result
 
 
-def _keep(path: Path, fingerprint: str, result: CellResult | Judged) -> None:
+def _keep(path: Path, fingerprint: str, result: CellResult | BaselineResult) -> None:
     write_durably_json(path, {"fingerprint": fingerprint, **msgspec.to_builtins(result)})
 
 
 def _kept(path: Path, fingerprint: str, kind: type[K]) -> K | None:
-    """Find a result that is there and of these settings and data."""
+    """Read a kept result; None: it is missing, or of other settings or data."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -395,7 +403,7 @@ def _kept(path: Path, fingerprint: str, kind: type[K]) -> K | None:
 
 
 def _link(source: str, target: str) -> None:
-    """Give a file, which nobody changes in place, a second name; copy it where the disk has no links."""
+    """Link a file, which nobody changes in place, or copy it where the disk has no links."""
     try:
         os.link(source, target)
     except OSError:

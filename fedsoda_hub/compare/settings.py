@@ -1,6 +1,6 @@
-"""COMPARE.toml: the tables of a RUN.toml, what to compare in [compare], and overrides in [variants.NAME].
+"""Read and check COMPARE.toml: the tables of a RUN.toml, what to compare in [compare], overrides in [variants.NAME].
 
-All of it is checked before any work. What a variant's settings do is each room's own business.
+All of it is checked before any work. What a variant's settings do is each room's own matter.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fedsoda_hub.settings.tables import MAX_SEED, SELF_GENERATED, Section
 from fedsoda_hub.settings.toml import as_table, read_toml, table_of
 
 Baseline = Literal["untouched", "alone", "central"]
-# What a comparison decides, so that cells differ in their variant alone: every edge is there, and no clock has a say.
+# What a comparison sets itself, so that cells differ in their variant alone: every edge takes part, and no deadline passes.
 ITS_OWN: dict[str, tuple[str, ...] | None] = {
     "name": None,
     "seed": None,
@@ -49,16 +49,18 @@ class Compare(Section, frozen=True):
     splits: Annotated[list[str], Meta(min_length=1, description=f"ways to deal the rows: {SPLITS}", extra=WHAT)] = (
         msgspec.field(default_factory=lambda: ["iid"])
     )
-    edges: Annotated[int, Meta(ge=1, description="edges to deal to; of users, at most so many", extra=LIMITS)] = 10
-    rows: Annotated[int, Meta(ge=0, description="rows to deal in all; 0: all that there are", extra=LIMITS)] = 0
-    least_rows: Annotated[int, Meta(ge=1, description="rows that every edge gets at least", extra=LIMITS)] = 10
+    edges: Annotated[
+        int, Meta(ge=1, description="edges to deal to; with users or files, at most this many", extra=LIMITS)
+    ] = 10
+    rows: Annotated[int, Meta(ge=0, description="rows to deal in all; 0: all rows", extra=LIMITS)] = 0
+    least_rows: Annotated[int, Meta(ge=1, description="least number of rows of an edge", extra=LIMITS)] = 10
     label: Annotated[
         str | None,
         Meta(description="the column that dirichlet splits deal by; not given: the completion", extra=DATA),
     ] = None
-    eval_rows: Annotated[int, Meta(ge=0, description="questions to judge on; 0: all that there are", extra=LIMITS)] = 0
+    eval_rows: Annotated[int, Meta(ge=0, description="questions to judge on; 0: all questions", extra=LIMITS)] = 0
     eval_every: Annotated[
-        int, Meta(ge=0, description="rounds between evaluations; 0: after the last round alone", extra=LIMITS)
+        int, Meta(ge=0, description="rounds between evaluations; 0: only after the last round", extra=LIMITS)
     ] = 1
     baselines: Annotated[
         list[Baseline],
@@ -75,14 +77,15 @@ class Compare(Section, frozen=True):
     level_of: Annotated[
         str | None,
         Meta(
-            description="the variant whose final accuracy the others are timed to; not given: fedot, or the first",
+            description="the variant whose final accuracy is the level that others are timed to; not given: fedot, or "
+            "the first",
             extra=WHAT,
         ),
     ] = None
     central_learning_rates: Annotated[
         list[Annotated[float, Meta(ge=0, lt=1)]],
         Meta(
-            description="learning rates of central training, of which the best counts; none: that of [local]",
+            description="learning rates of central training, of which the best counts; empty: that of [local]",
             extra=WHAT,
         ),
     ] = msgspec.field(default_factory=list)
@@ -90,7 +93,7 @@ class Compare(Section, frozen=True):
 
 @dataclass(frozen=True)
 class Cell:
-    """One federated run. alone: the one edge that takes part, for a baseline; None: all edges do."""
+    """One federated run of a comparison. alone: the only edge that takes part, for a baseline; None: all edges do."""
 
     variant: str
     split: str
@@ -103,14 +106,17 @@ class Cell:
 
     @property
     def directory(self) -> Path:
-        """Its path below the directory of all cells."""
+        """The cell's path, relative to the directory of all cells."""
         alone = "all" if self.alone is None else f"alone-{self.alone}"
         return Path(self.variant, self.split.replace(":", "-"), f"seed-{self.seed}", alone)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All of COMPARE.toml. settings: of each variant, checked, with absolute paths. overrides: as they were written."""
+    """All of COMPARE.toml.
+
+    settings: by variant, checked and with absolute paths. overrides: by variant, as they were written.
+    """
 
     path: Path
     compare: Compare
@@ -128,7 +134,7 @@ class Comparison:
         return self.compare.level_of or ("fedot" if "fedot" in self.settings else next(iter(self.settings)))
 
     def cells(self) -> Iterator[Cell]:
-        """Give the federated runs of all variants: every variant of a seed and split before the next ones."""
+        """Yield the federated runs of all variants: every variant of a seed and split before the next split and seed."""
         for seed in self.compare.seeds:
             for split in self.compare.splits:
                 for variant in self.settings:
@@ -139,13 +145,15 @@ def read_comparison(path: Path) -> Comparison:
     """Read and check COMPARE.toml.
 
     Raises:
-        UsageProblem: as `settings.run.read_settings`; a variant's problem names the variant.
+        UsageProblem: as in `settings.run.read_settings`; the problem of a variant names the variant.
     """
     raw = read_toml(path, "a COMPARE.toml (docs/guide.md, Comparing methods)")
     file = path.name
     for name in ("compare", "task"):
         if name not in raw:
-            raise UsageProblem(f"{file} has no [{name}]; a comparison needs one (docs/guide.md, Comparing methods)")
+            raise UsageProblem(
+                f"{file} has no [{name}], which a comparison needs; write it (docs/guide.md, Comparing methods)"
+            )
     compare = table_of(raw.pop("compare"), Compare, "compare", file)
     given = raw.pop("variants", {name: {"method": {"name": name}} for name in METHODS})
     if not isinstance(given, dict) or not all(isinstance(values, dict) for values in given.values()):
@@ -164,8 +172,8 @@ def read_comparison(path: Path) -> Comparison:
 
 
 def _variant(base: TOML, name: str, values: TOML, path: Path) -> RunSettings:
-    """Check the base with these values, table by table."""
-    is_name = bool(re.fullmatch(r"[\w+-]+", name))  # a method's, say, and a directory's
+    """Override the base with a variant's values, table by table, and check the result."""
+    is_name = bool(re.fullmatch(r"[\w+-]+", name))  # such as a method's; it is the name of a directory
     refuse_unless(is_name, "the name", name, "letters, digits, -, _ and +", path.name)
     _refuse_its_own(values, path.name)
     if "eval_data" in _table_in(values, "task", path.name):
@@ -206,11 +214,11 @@ def _refuse_its_own(raw: TOML, file: str) -> None:
             table if keys is None and table in raw else next((f"[{table}] {k}" for k in keys or () if k in given), "")
         )
         if found:
-            raise UsageProblem(f"{file} has {found}, which a comparison sets itself; delete it (see [compare])")
+            raise UsageProblem(f"{file} has {found}, which a comparison sets itself; delete it, and see [compare]")
 
 
 def _check(comparison: Comparison, file: str) -> None:
-    """Check what goes together in [compare]; each value by itself was checked when it was read."""
+    """Check what goes together in [compare]; each value by itself is checked when it is read."""
     c, known = comparison.compare, f"one of {', '.join(comparison.settings)}"
     refuse_unless(len(set(c.seeds)) == len(c.seeds), "[compare] seeds", c.seeds, "different numbers", file)
     refuse_unless(len(set(c.splits)) == len(c.splits), "[compare] splits", c.splits, "different splits", file)
@@ -222,5 +230,6 @@ def _check(comparison: Comparison, file: str) -> None:
     for name in c.data:
         if not (comparison.path.parent / name).exists():
             raise UsageProblem(
-                f"[compare] data: {comparison.path.parent / name} is not there; paths are relative to {file}"
+                f"[compare] data: {comparison.path.parent / name} is not there; correct the path, which is relative to "
+                f"the directory of {file}"
             )

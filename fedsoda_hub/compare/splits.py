@@ -1,7 +1,7 @@
 """Deal rows to edges: evenly, by Dirichlet shares of each label, by a column that names users, or a file each.
 
-The same seed chooses the same rows for every split, so splits differ in who holds a row and in nothing else. Where rows
-come from is the caller's business.
+The same seed chooses the same rows for every split, so splits differ only in who holds a row. Reading rows is
+`dealt.py`'s.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy as np
 
 from fedsoda_edge.errors import UsageProblem
 
-MAX_LABELS = 100  # a column with more values is not a label
-DRAWS = 1000  # of Dirichlet shares, until every edge has enough rows
+MAX_LABELS = 100  # values of a column up to which it counts as a label
+DRAWS = 1000  # most drawings of Dirichlet shares, until every edge has enough rows
 SPLITS = "iid, dirichlet-ALPHA, users:COLUMN or files"
 
 
@@ -23,7 +23,7 @@ def check_split(split: str) -> None:
     """Check the name of a split.
 
     Raises:
-        UsageProblem: it names none.
+        UsageProblem: it is not the name of a split.
     """
     if split not in ("iid", "files") and not re.fullmatch(r"users:\w+", split):
         _alpha(split)
@@ -37,7 +37,7 @@ def _alpha(split: str) -> float:
 
 
 def choose(num_rows: int, wanted: int, seed: int) -> list[int]:
-    """Draw the indices of `wanted` rows in an order of the seed; 0: of all."""
+    """Draw the indices of `wanted` rows, in an order that the seed decides; 0: of all rows."""
     order = np.random.default_rng([seed, 0]).permutation(num_rows).tolist()
     return order[:wanted] if wanted else order
 
@@ -45,14 +45,17 @@ def choose(num_rows: int, wanted: int, seed: int) -> list[int]:
 def deal(
     split: str, chosen: Sequence[int], values: Sequence[str], *, edges: int, least: int, seed: int
 ) -> list[list[int]]:
-    """Deal rows to edges, all of `chosen` except users beyond the `edges` largest.
+    """Deal all rows of `chosen` to edges; only rows of users or files beyond the `edges` largest are left out.
 
     Args:
-        values: for each row of the data what this split asks for: its label, its user or its file; "iid" asks for none.
-        least: rows that an edge must have.
+        values: for each row of the data the value that the split deals by: its label, user or file; "iid" reads none.
+        least: how many rows an edge must have.
+
+    Returns:
+        the indices of each edge's rows.
 
     Raises:
-        UsageProblem: the rows do not give every edge `least`.
+        UsageProblem: an edge would have fewer than `least` rows, or there are too many labels.
     """
     if split == "iid":
         parts = [list(chosen[edge::edges]) for edge in range(edges)]
@@ -63,14 +66,14 @@ def deal(
     fewest = min(map(len, parts))
     if fewest < least:
         raise UsageProblem(
-            f"split {split} gives one of {len(parts)} edges {fewest} rows, [compare] least_rows = {least}; "
-            "lower it, take fewer edges or more rows"
+            f"split {split} gives one of {len(parts)} edges {fewest} rows, but [compare] least_rows = {least}; lower "
+            "least_rows, or take fewer edges or more rows"
         )
     return parts
 
 
 def _by_value(chosen: Sequence[int], values: Sequence[str], edges: int) -> list[list[int]]:
-    """Take the `edges` values with most rows, in the order of their names."""
+    """Deal the rows of each of the `edges` values with most rows to an edge, in the order of the values."""
     most = Counter(values[row] for row in chosen)
     kept = sorted(sorted(most, key=lambda value: (-most[value], value))[:edges])
     parts: dict[str, list[int]] = {value: [] for value in kept}
@@ -85,15 +88,15 @@ def _dirichlet(
 ) -> list[list[int]]:
     """Deal each label's rows by shares drawn from Dirichlet(alpha, ..., alpha) (Hsu et al. 2019, arXiv 1909.06335).
 
-    Shares are drawn again until every edge has `least` rows (Li et al. 2022, arXiv 2102.02079). numpy draws them:
-    flwr-datasets is bound to datasets < 2.20, fedlab brings torchvision, fedartml Jupyter.
+    Shares are drawn again until every edge has `least` rows (Li et al. 2022, arXiv 2102.02079). numpy draws them, because
+    flwr-datasets needs datasets < 2.20, fedlab brings torchvision and fedartml Jupyter.
     """
     of_label: defaultdict[str, list[int]] = defaultdict(list)
     for row in chosen:
         of_label[labels[row]].append(row)
     if len(of_label) > MAX_LABELS:
         raise UsageProblem(
-            f"split dirichlet-{alpha:g} asks for labels, and the rows have {len(of_label):,} different ones; name a "
+            f"split dirichlet-{alpha:g} deals by label, but the rows have {len(of_label):,} different labels; name a "
             f"column with at most {MAX_LABELS} values: [compare] label = ..."
         )
     chance = np.random.default_rng([seed, 1])

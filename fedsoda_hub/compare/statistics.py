@@ -1,4 +1,7 @@
-"""Say what may be said of two accuracies: paired bootstrap intervals, and when a curve reaches a level. Plain arrays."""
+"""Compute what may be claimed of two accuracies: paired bootstrap intervals, and when a curve reaches a level.
+
+It works on plain arrays; what is compared with what is `summary.py`'s.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +13,23 @@ from numpy.typing import NDArray
 
 from fedsoda_hub.compare.results import Difference, LossDifference, Spread
 
-DRAWS = 2000
+DRAWS = 2000  # of the bootstrap
 Array = NDArray[np.float64]  # (seeds, questions)
 
 
 @dataclass(frozen=True)
-class Answered:
-    """Answers by seed and question: right is 1 where answered rightly, losses as `evaluator.Answers` has them."""
+class AnswersBySeed:
+    """The answers of a model by seed and question. right: 1 or 0. losses: as in `evaluator.Answers`."""
 
     right: Array
     losses: Array
 
 
-def difference(one: Answered, other: Answered) -> Difference:
-    """Subtract the other from the one: accuracy in points and loss in nats a completion id, each with its paired 95 %
-    interval and whether that excludes 0.
+def difference(one: AnswersBySeed, other: AnswersBySeed) -> Difference:
+    """Subtract the answers of the other from those of the one.
+
+    Returns:
+        accuracy in points and loss in nats a completion id, each with its paired 95 % interval.
     """
     points, nats = _interval(100 * (one.right - other.right)), _interval(one.losses - other.losses)
     return Difference(
@@ -37,7 +42,7 @@ def difference(one: Answered, other: Answered) -> Difference:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and the ends of its 95 % interval."""
+    """A mean with the ends of its 95 % interval."""
 
     mean: float
     low: float
@@ -50,9 +55,9 @@ class Interval:
 
 
 def _interval(gap: Array) -> Interval:
-    """Find the 95 % interval of the mean: percentile bootstrap over seeds and questions (Efron and Tibshirani 1993, chapter 13).
+    """Compute the 95 % interval of the mean by the percentile bootstrap over seeds and questions.
 
-    One seed cannot be drawn otherwise: the interval is then over the questions alone.
+    Efron and Tibshirani 1993, chapter 13. With one seed the interval is over the questions alone.
     """
     seeds, questions = gap.shape
     chance = np.random.default_rng(0)
@@ -65,11 +70,11 @@ def _interval(gap: Array) -> Interval:
 
 
 def mean_and_spread(values: Sequence[float]) -> Spread:
-    """Compute mean and spread, the sample's standard deviation over seeds; None for a single one."""
+    """Compute the mean and the sample standard deviation over seeds, which is None for a single seed."""
     spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return Spread(mean=float(np.mean(values)), spread=spread, per_seed=list(values))
 
 
 def first_at(level: float, curve: Sequence[tuple[int, float]]) -> int | None:
-    """Find the first round of (round, accuracy) at which the level is reached; None where it never is."""
+    """Find the first round of a curve of (round, accuracy) at which the level is reached; None: it never is."""
     return next((number for number, accuracy in curve if accuracy >= level - 1e-12), None)

@@ -1,4 +1,4 @@
-"""Say what the results of a comparison say together: one report, and its Markdown. Nothing is run or drawn here."""
+"""Combine the results of a comparison into one report and its Markdown. Running and drawing are other files'."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import numpy as np
 from fedsoda_edge.units import human_bytes
 from fedsoda_hub.compare.results import (
     Alone,
-    Answers,
     Baselines,
     CellResult,
     CompareReport,
     Costs,
     EdgeRoundBytes,
+    KeptAnswers,
+    LevelReached,
     NamedDifference,
-    Reached,
     Results,
     RoundPoint,
     Split,
@@ -27,13 +27,13 @@ from fedsoda_hub.compare.results import (
     Variant,
 )
 from fedsoda_hub.compare.settings import Cell, Comparison
-from fedsoda_hub.compare.statistics import Answered, difference, first_at, mean_and_spread
+from fedsoda_hub.compare.statistics import AnswersBySeed, difference, first_at, mean_and_spread
 
 T = TypeVar("T")
 
 
 def summarise(comparison: Comparison, results: Results, transport: str) -> CompareReport:
-    """Make the report of `compare --json`, except for where files lie."""
+    """Make the report of `compare --json`, without the paths of files."""
     compare = comparison.compare
     splits = {split: _of_split(comparison, results, split) for split in compare.splits}
     return CompareReport(
@@ -52,7 +52,7 @@ def summarise(comparison: Comparison, results: Results, transport: str) -> Compa
 
 
 def _orderings(split: str, found: NamedDifference) -> list[str]:
-    """Say what a difference shows: one line by accuracy, one by loss, or none."""
+    """Write what a difference shows: a line by accuracy and a line by loss, each only if it is shown."""
     lines = []
     if found.is_shown:
         better, worse = (found.one, found.other) if found.points > 0 else (found.other, found.one)
@@ -64,8 +64,8 @@ def _orderings(split: str, found: NamedDifference) -> list[str]:
     return lines
 
 
-def _of_seeds(answered: Sequence[Answers]) -> Answered:
-    return Answered(
+def _of_seeds(answered: Sequence[KeptAnswers]) -> AnswersBySeed:
+    return AnswersBySeed(
         np.array([[float(right) for right in seed.right] for seed in answered]),
         np.array([seed.losses for seed in answered]),
     )
@@ -109,8 +109,8 @@ def _of_split(comparison: Comparison, results: Results, split: str) -> Split:
     )
 
 
-def _baselines(comparison: Comparison, results: Results, split: str) -> dict[str, list[Answers]]:
-    """Collect the answers of each seed, by baseline."""
+def _baselines(comparison: Comparison, results: Results, split: str) -> dict[str, list[KeptAnswers]]:
+    """Collect the answers of the untouched and the central model, a set a seed, by baseline."""
     compare, found = comparison.compare, {}
     if results.untouched is not None:
         found["untouched"] = [results.untouched] * len(compare.seeds)
@@ -119,8 +119,8 @@ def _baselines(comparison: Comparison, results: Results, split: str) -> dict[str
     return found
 
 
-def _alone(comparison: Comparison, results: Results, split: str) -> list[list[Answers]]:
-    """Collect the answers of each edge trained alone, by seed."""
+def _alone(comparison: Comparison, results: Results, split: str) -> list[list[KeptAnswers]]:
+    """Collect the answers of each edge trained alone: a list of edges a seed."""
     if "alone" not in comparison.compare.baselines:
         return []
     return [
@@ -132,23 +132,23 @@ def _alone(comparison: Comparison, results: Results, split: str) -> list[list[An
     ]
 
 
-def _accuracies(answers: Mapping[str, Answered], name: str) -> Spread | None:
+def _accuracies(answers: Mapping[str, AnswersBySeed], name: str) -> Spread | None:
     return _mean_accuracy(answers[name]) if name in answers else None
 
 
-def _mean_accuracy(answered: Answered) -> Spread:
+def _mean_accuracy(answered: AnswersBySeed) -> Spread:
     return mean_and_spread(answered.right.mean(axis=1).tolist())
 
 
-def _mean_loss(answered: Answered) -> Spread:
+def _mean_loss(answered: AnswersBySeed) -> Spread:
     return mean_and_spread(answered.losses.mean(axis=1).tolist())
 
 
 def _of_variant(cells: Sequence[CellResult], cohort: int, level: float) -> Variant:
-    """Take means over seeds.
+    """Compute the means of a variant over seeds.
 
     Args:
-        level: an accuracy, to say when the variant reaches it.
+        level: the accuracy that the variant is timed to.
     """
     plug_in, sub_llm = (_of_seeds([cell.answered[which] for cell in cells]) for which in ("plug_in", "sub_llm"))
     by_round: list[RoundPoint] = []
@@ -183,10 +183,10 @@ def _mean_kl(kls: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {stage: float(np.mean([kl[stage] for kl in kls])) for stage in kls[0]}
 
 
-def _reached(level: float, by_round: Sequence[RoundPoint]) -> Reached:
+def _reached(level: float, by_round: Sequence[RoundPoint]) -> LevelReached:
     number = first_at(level, [(one.round, one.accuracy) for one in by_round if one.accuracy is not None])
     at = next((one for one in by_round if one.round == number), None)
-    return Reached(level=level, rounds=number, bytes=None if at is None else at.bytes_up + at.bytes_down)
+    return LevelReached(level=level, rounds=number, bytes=None if at is None else at.bytes_up + at.bytes_down)
 
 
 # --- Markdown ----------------------------------------------------------------------------------------------
@@ -200,14 +200,14 @@ LABELS = {
 
 
 def markdown(report: CompareReport) -> str:
-    """Write tables with the columns of the paper's 2, 3, 4 and 9, what is measured beside what the paper counts."""
+    """Write the tables of a report, with the columns of the paper's Tables 2, 3, 4 and 9."""
     splits = report.splits
     any_split = next(iter(splits.values()))
     names = list(any_split.variants)
     parts = [
         "# Comparison\n",
         f"{report.eval_rows:,} questions, seeds {', '.join(map(str, report.compare.seeds))}, "
-        f"{report.transport} transport. Accuracy is of the full model with the adapter LoRA plugged in, in %, mean "
+        f"{report.transport} transport. Accuracy is that of the full model with the adapter LoRA plugged in, in %, mean "
         "± standard deviation over seeds.\n",
         "## Accuracy (Tables 2 to 4)\n",
         _table(
@@ -239,8 +239,8 @@ def markdown(report: CompareReport) -> str:
         rows = of.variants
         parts += [
             f"## What the edges train on, {split}\n",
-            "The sub-LLM with its adapter LoRA on the same questions, what is lost where the LoRA goes into the full model, and "
-            "how far the sub-LLM is from the full model on public text before round 1 (KL, nats an id).\n",
+            "The sub-LLM with its adapter LoRA on the same questions, what is lost when the LoRA is plugged into the full "
+            "model, and how far the sub-LLM is from the full model on public text before round 1 (KL, nats an id).\n",
             _table(
                 ["", "sub-LLM, %", "plug-in less that, points", "loss of the sub-LLM", "KL pruned", "in NF4", "aligned"],
                 [[name, *_trained_on(rows[name])] for name in names],
@@ -264,7 +264,7 @@ def markdown(report: CompareReport) -> str:
     shown = "\n".join(f"- {line}" for line in report.orderings) or "None."
     parts += [
         "## Orderings\n",
-        "Only where the paired 95 % interval (bootstrap over seeds and questions) excludes 0. No other is claimed.\n",
+        "Only those whose paired 95 % interval (bootstrap over seeds and questions) excludes 0. No other is claimed.\n",
         shown + "\n",
     ]
     return "\n".join(parts)

@@ -1,1 +1,4 @@
-"""The embedded default: a small pretrained model, its public text, generated task data, and one command that runs it all."""
+"""Run the whole job on this machine with a small embedded model, its public text and generated data.
+
+Serving, training and judging are other rooms'.
+"""

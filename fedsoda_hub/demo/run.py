@@ -1,7 +1,7 @@
-"""The demo: the whole job on this machine, offline, with the real commands as real processes.
+"""Run the demo: the whole job on this machine, offline, with the real commands as processes.
 
-It starts `fedsoda-hub serve` and three `fedsoda-edge join`, follows their events, exports, and judges also each
-edge trained alone. Data and model are those of this folder; the rounds are the daemon's.
+It starts `fedsoda-hub serve` and three `fedsoda-edge join`, follows their events, exports, and also judges each
+edge trained alone. The data is `task.py`'s; the rounds are the daemon's.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from fedsoda_edge.protocol.messages import Digest
 from fedsoda_edge.protocol.needs import SampleSizes, plans, shape_of
 from fedsoda_edge.protocol.template import TextTemplate
 from fedsoda_edge.units import counted
-from fedsoda_hub import events as told
+from fedsoda_hub import events
 from fedsoda_hub.demo import task
 from fedsoda_hub.demo.report import DemoBytes, DemoReport, DemoSeconds, EdgeData, JudgedDemo, LoRAParameters, PublicText
-from fedsoda_hub.events import Say
+from fedsoda_hub.events import HubSay
 from fedsoda_hub.local.processes import federate
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.settings.run import read_settings
@@ -46,19 +46,25 @@ MARK = ".fedsoda-demo"
 
 
 def write_run(directory: Path, rounds: int, seed: int) -> Path:
-    """Write RUN.toml, the edges' private data and the evaluation rows; a directory that no demo made is not touched.
+    """Write RUN.toml, the edges' private data and the evaluation rows, and return the path of RUN.toml.
+
+    An earlier demo in the directory is replaced; a directory that a demo did not make is never touched.
 
     Raises:
-        UsageProblem: the directory is another's, or cannot be made.
+        UsageProblem: the directory holds something else, or cannot be made.
     """
     try:
         if directory.is_dir() and any(directory.iterdir()) and not (directory / MARK).exists():
-            raise UsageProblem(f"{directory} is not empty and was not made by a demo; name another with --dir")
+            raise UsageProblem(
+                f"{directory} is not empty and was not made by a demo; name another directory with --dir"
+            )
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
         (directory / MARK).touch()
     except OSError as error:
-        raise UsageProblem(f"--dir {directory} cannot be made ({error.strerror}); name another") from error
+        raise UsageProblem(
+            f"--dir {directory} cannot be made ({error.strerror}); name a directory that you may write to"
+        ) from error
     for number, office in enumerate(task.OFFICES):
         write_rows(directory / f"{office.name}.jsonl", task.training(number, seed))
     prompt, completion = TextTemplate(task.PROMPT), TextTemplate(task.COMPLETION)
@@ -85,7 +91,7 @@ sequences = {SEQUENCES}
 length = {LENGTH}
 
 [align]
-border_map = "none"         # its prompts would have to be written first
+border_map = "none"         # for one, the full LLM would have to write prompts first
 steps = 40
 realign_steps = 12
 learning_rate = 3e-3
@@ -120,13 +126,13 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-async def run_demo(directory: Path, *, rounds: int, seed: int, say: Say) -> DemoReport:
+async def run_demo(directory: Path, *, rounds: int, seed: int, say: HubSay) -> DemoReport:
     """Do the whole job, and return what it came to."""
     started = time.monotonic()
     directory = directory.resolve()
     run_file = write_run(directory, rounds, seed)
     note(
-        f"hub, {len(task.OFFICES)} edges and {counted(rounds, 'round')} on this machine; all of it lies in {directory}"
+        f"a hub, {len(task.OFFICES)} edges and {counted(rounds, 'round')} on this machine; all files are in {directory}"
     )
     federated = await _federate(directory, run_file, say)
     say(_progress("training each edge alone", 0, len(task.OFFICES)))
@@ -157,12 +163,12 @@ class _Federated:
     reports: Sequence[edge_events.JoinEnded]
 
 
-async def _federate(directory: Path, run_file: Path, say: Say) -> _Federated:
+async def _federate(directory: Path, run_file: Path, say: HubSay) -> _Federated:
     """Run hub and edges to the end."""
-    times: dict[type[told.Told], float] = {}
+    times: dict[type[events.HubEvent], float] = {}
     reports: list[edge_events.JoinEnded] = []
 
-    def heard(event: told.Told) -> None:
+    def heard(event: events.HubEvent) -> None:
         times[type(event)] = time.monotonic()
         say(event)
 
@@ -179,11 +185,11 @@ async def _federate(directory: Path, run_file: Path, say: Say) -> _Federated:
         lambda _: keep_report,
         {"FEDSODA_THREADS": "1"},
     )
-    return _Federated(times[told.Listening], times[told.RunEnded], reports)
+    return _Federated(times[events.Listening], times[events.RunEnded], reports)
 
 
-async def _train_alone(directory: Path, rounds: int, seed: int, say: Say) -> dict[str, Path]:
-    """Train each edge alone for as many rounds and steps, by the same worker; give its adapter LoRA as a file."""
+async def _train_alone(directory: Path, rounds: int, seed: int, say: HubSay) -> dict[str, Path]:
+    """Train each edge alone for as many rounds and steps, with the same worker; return the files of their adapter LoRA."""
     done = 0
 
     async def one(office: str) -> Path:
@@ -219,7 +225,7 @@ async def train_alone_at(directory: Path, office: str, rounds: int, seed: int) -
         )
         longest = SampleSizes(BATCH, opened.longest_ids, opened.longest_labels, opened.num_examples)
         shape = shape_of(parse_manifest(manifest.read_bytes()))
-        memory = next(plans(shape, "cpu", longest))  # the quickest: the model is small
+        memory = next(plans(shape, "cpu", longest))  # the fastest plan, since the model is small
         cache = cmd.BorderCache(directory=str(work / "border"), key=os.urandom(32).hex(), dtype="bf16", max_bytes=None)
         await worker.call(cmd.Sweep(emulator=None, cache=cache, memory=memory, room=sys.maxsize))
         view: Path | None = None
@@ -254,11 +260,11 @@ async def train_alone_at(directory: Path, office: str, rounds: int, seed: int) -
         await worker.close()
 
 
-def _progress(stage: str, done: int, total: int) -> told.StageProgress:
-    return told.StageProgress(job="demo", stage=stage, done=done, total=total)
+def _progress(stage: str, done: int, total: int) -> events.StageProgress:
+    return events.StageProgress(job="demo", stage=stage, done=done, total=total)
 
 
-def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Path], say: Say) -> JudgedDemo:
+def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Path], say: HubSay) -> JudgedDemo:
     """Export the run, and judge what only torch can; this process holds no socket."""
     from fedsoda_edge.data.samples import SampleTokenizer
     from fedsoda_edge.model import delta
@@ -288,7 +294,7 @@ def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Pa
         say(_progress("evaluating", done, total))
 
     # One object for all: what it says below the border is computed once.
-    full = judging.Judged(source, range(plan.border), range(plan.border, plan.num_layers), spec, {}, {})
+    full = judging.JudgedModel(source, range(plan.border), range(plan.border, plan.num_layers), spec, {}, {})
     accuracies = {}
     for office, path in alone.items():
         trained = delta.from_bytes(path.read_bytes(), spec.adapter)

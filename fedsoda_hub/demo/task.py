@@ -1,8 +1,8 @@
 """Generate the demo's private data: short messages to a town's help line, and the desk each belongs to.
 
-Three offices hold messages of their own kind: none sees all four desks in fair shares and each lacks one
+Three offices hold messages of their own kind: none sees all four desks in equal shares and each lacks one
 entirely, so that no edge alone can learn the whole task. The evaluation is balanced, shares no message with any
-training set, and half of it names things that no training message names. Training is the edges' business.
+training set, and half of it names things that no training message names. Training is the edges' matter.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ PROMPT = "Message: {message}\nDesk:"
 COMPLETION = "{desk}"
 DESKS = ("farm", "food", "health", "road")
 
-Row = dict[str, str]
+DemoRow = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ EVALUATION_ROWS = 320
 
 @dataclass(frozen=True)
 class Topic:
-    """What a desk hears: things, those that only the evaluation names, and what is said of a thing."""
+    """The messages of a desk: things, things that only the evaluation names, and what is said of a thing."""
 
     things: tuple[str, ...]
     unseen: tuple[str, ...]
@@ -117,8 +117,8 @@ FRAMES = (
 )
 
 
-def training(edge: int, seed: int) -> list[Row]:
-    """Generate the messages of office `edge` (0, 1, 2), shuffled: rows {"message", "desk"}."""
+def training(edge: int, seed: int) -> list[DemoRow]:
+    """Generate the messages of office `edge` (0, 1, 2), shuffled, as rows {"message", "desk"}."""
     draw = random.Random(f"{seed}/training/{edge}")
     rows = [
         {"message": message, "desk": desk}
@@ -129,8 +129,8 @@ def training(edge: int, seed: int) -> list[Row]:
     return rows
 
 
-def evaluation(seed: int) -> list[Row]:
-    """Generate 320 balanced rows {"message", "desk"}; every second message of a desk names an unseen thing."""
+def evaluation(seed: int) -> list[DemoRow]:
+    """Generate EVALUATION_ROWS balanced rows {"message", "desk"}; half of a desk's messages name an unseen thing."""
     draw = random.Random(f"{seed}/evaluation")
     rows = []
     share = EVALUATION_ROWS // len(DESKS)
@@ -148,7 +148,7 @@ def evaluation(seed: int) -> list[Row]:
 def _messages(
     draw: random.Random, desk: str, things: Sequence[str], count: int, seed: int, *, held_out: bool
 ) -> list[str]:
-    """Draw `count` different messages; a message belongs either to training or to the evaluation, whoever draws it."""
+    """Draw `count` different messages; a message belongs either to training or to evaluation, for all offices alike."""
     found: dict[str, None] = {}
     while len(found) < count:
         saying = draw.choice(TOPICS[desk].sayings).format(thing=draw.choice(things))

@@ -1,6 +1,6 @@
 """Answer questions with models, and judge the answers: accuracy, loss, AUC (docs/methods.md (m12-accuracy)).
 
-Nothing trains below the border, so models that share what lies there share its states: one sweep serves the
+Nothing trains below the border, so models with the same layers there share border states: one sweep serves the
 untouched model, the plug-in and any other adapter LoRA. Which models to judge is `judge.py`'s.
 """
 
@@ -28,21 +28,18 @@ from fedsoda_edge.protocol.manifest import LoRASpec
 from fedsoda_hub.evaluation.questions import Question, choices_of, is_right, until_stop
 
 MAX_NEW_TOKENS = 64
-GENERATION_IDS = 16_384  # of one batch, answers included: a step for many costs little more than for one
+GENERATION_IDS = 16_384  # in one batch, answers included: a step for many questions costs little more than for one
 
-
-Report = Callable[[int, int], None]  # (done, total)
+QuestionsDone = Callable[[int, int], None]  # (done, total)
 
 
 @dataclass(frozen=True)
 class Answers:
     """One model's answers.
 
-    Args:
-        chosen: its completion per question.
-        losses: (questions,) nats of each question's own completion, eos included, divided by the data's mean number of
-            completion ids.
-        scores: (questions, choices) total log-likelihood with eos; None without choices.
+    chosen: the model's completion of each question. losses: (questions,) nats of each question's own completion, eos
+    included, divided by the data's mean number of completion ids. scores: (questions, choices) total log-likelihood with
+    eos; None without choices.
     """
 
     chosen: list[str]
@@ -51,26 +48,29 @@ class Answers:
 
     @property
     def nll(self) -> float:
-        """The mean over all of the data, nats a completion id."""
+        """The mean loss over all questions, nats a completion id."""
         return float(self.losses.mean())
 
 
 @dataclass(frozen=True)
-class Row:
-    """Samples that run together, as they share a beginning: ids (T,), and where in them each sample lies."""
+class JoinedSamples:
+    """Samples that run as one row, since they share a beginning.
+
+    ids: (T,). branches: where in the ids each sample lies.
+    """
 
     samples: Sequence[Sample]
     ids: Tensor
     branches: Branches
 
     @classmethod
-    def of(cls, samples: Sequence[Sample]) -> Row:
+    def of(cls, samples: Sequence[Sample]) -> JoinedSamples:
         """Join samples into one row."""
         ids, branches = joined([sample.ids for sample in samples])
         return cls(samples, torch.tensor(ids), branches)
 
     def asked(self) -> list[tuple[int, int, int]]:
-        """List the completion ids that something stands before: sample, the column that says the id, and the id."""
+        """List the completion ids that have an id before them: (sample, column whose state predicts the id, id)."""
         return [
             (number, self.branches.column(number, at - 1), sample.ids[at])
             for number, sample in enumerate(self.samples)
@@ -79,10 +79,10 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedModel:
     """A model to judge: layers of `source`, those `below` the border and those `above`, with emulator and adapter LoRA.
 
-    No adapter LoRA lies below the border; emulator LoRA may lie on both sides.
+    Adapter LoRA is only above the border; emulator LoRA may be on both sides.
     """
 
     source: LayerSource
@@ -95,10 +95,10 @@ class Judged:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a model's answers are worth.
+    """A model's answers, judged.
 
-    chosen: its completion per question. accuracy: the share that is right. loss: nats a completion id; None: not finite.
-    auc: None unless there are two choices.
+    chosen: the model's completion of each question. accuracy: the share that is right. loss: nats a completion id; None:
+    it is not finite. auc: None unless there are two choices.
     """
 
     chosen: list[str]
@@ -108,7 +108,14 @@ class Verdict:
 
 
 class Evaluator:
-    """Judges models on one set of questions, sharing border states between models with the same emulator."""
+    """A judge of models on one set of questions, which shares border states between models with the same emulator.
+
+    Args:
+        choices: "auto" or "none", as [task] choices has it.
+
+    Raises:
+        DataProblem: a completion has no ids.
+    """
 
     def __init__(
         self,
@@ -124,23 +131,31 @@ class Evaluator:
         self._tokenizer = tokenizer
         self._compute_dtype = compute_dtype
         self._device = device
-        self._candidates: list[list[Sample]] = []  # of each question
+        self._candidates: list[list[Sample]] = []  # by question
         self._gold: list[int] = []  # which of them is its own completion
         for question in questions:
             completions = self.choices or [question.completion]
             self._gold.append(completions.index(question.completion))
             self._candidates.append([self._sample(question, completion) for completion in completions])
         # The model is kept beside its states: the id of a freed object could be given to another one.
-        self._borders: dict[_BorderKey, tuple[Judged, list[Row], list[Tensor]]] = {}
+        self._borders: dict[_BorderKey, tuple[JudgedModel, list[JoinedSamples], list[Tensor]]] = {}
 
     def _sample(self, question: Question, completion: str) -> Sample:
         sample = self._tokenizer.sample(question.prompt, completion)
         if sample is None:
-            raise DataProblem(f"the completion {completion!r} has no ids after {question.prompt[-40:]!r}")
+            raise DataProblem(
+                f"the completion {completion!r} has no ids after a prompt that ends in {question.prompt[-40:]!r}; "
+                "write a completion that is not empty"
+            )
         return sample
 
-    def border(self, model: Judged, report: Report | None = None) -> tuple[list[Row], list[Tensor]]:
-        """Compute rows and their states at the border, once for each (source, layers, emulator LoRA).
+    def border(
+        self, model: JudgedModel, report: QuestionsDone | None = None
+    ) -> tuple[list[JoinedSamples], list[Tensor]]:
+        """Compute all rows and their states at the border, once for each (source, layers, emulator LoRA).
+
+        Returns:
+            rows, and for each its states (T, C).
 
         Raises:
             DataProblem: a question with its answer is longer than the model's positions.
@@ -164,48 +179,53 @@ class Evaluator:
         _, rows, states = self._borders[key]
         return rows, states
 
-    def _rows(self, model: Judged) -> list[Row]:
-        """Lay a question's candidates in one row, which runs their prompt once; each alone where one row would be longer
-        than a sliding window, which counts columns, not positions. A batch has one mask, so it is the same for all questions.
+    def _rows(self, model: JudgedModel) -> list[JoinedSamples]:
+        """Join each question's candidates in one row, which runs their prompt once.
+
+        Where a row would be longer than a sliding window, which counts columns and not positions, each candidate is a row
+        of its own; for all questions alike, since a batch has one mask.
         """
         window = getattr(build_config(model.source.family, model.source.fields), "sliding_window", None)
-        rows = [Row.of(samples) for samples in self._candidates]
+        rows = [JoinedSamples.of(samples) for samples in self._candidates]
         if window is None or all(row.branches.length <= window for row in rows):
             return rows
-        return [Row.of([sample]) for samples in self._candidates for sample in samples]
+        return [JoinedSamples.of([sample]) for samples in self._candidates for sample in samples]
 
     def check_lengths(self, positions: int) -> None:
-        """Check that all questions fit: beyond its positions a model still computes, and what it says means nothing.
+        """Check that all questions fit: beyond its positions a model still computes, but its answers mean nothing.
 
         Raises:
-            DataProblem: a question does not fit.
+            DataProblem: a question with its answer is longer than `positions` ids.
         """
         longest = torch.tensor([max(len(sample.ids) for sample in samples) for samples in self._candidates])
         if too_long := int((longest > positions).sum()):
             raise DataProblem(
-                f"{too_long} of {len(longest)} questions are longer than the model's {positions} positions, question "
-                f"{int(longest.argmax()) + 1} the longest with {int(longest.max())} ids, its answer included; "
-                "lower [task] shots, or shorten them"
+                f"{too_long} of {len(longest)} questions are longer than the model's {positions} positions; the longest "
+                f"is question {int(longest.argmax()) + 1} with {int(longest.max())} ids, its answer included: lower "
+                "[task] shots, or shorten the questions"
             )
 
-    def forget(self, model: Judged) -> None:
+    def forget(self, model: JudgedModel) -> None:
         """Free the border states of a model's emulator."""
         self._borders.pop(_border_key(model), None)
 
     @property
     def border_bytes(self) -> int:
-        """The size of all border states that are kept."""
+        """The size of all border states in memory."""
         return sum(state.nbytes for _, _, states in self._borders.values() for state in states)
 
     def supervised_ids(self) -> list[int]:
-        """Count the ids of each question's own completion, eos included."""
+        """Count the ids of each question's own completion, eos included, in the order of the questions."""
         return [samples[gold].num_supervised for samples, gold in zip(self._candidates, self._gold, strict=True)]
 
-    def answers(self, model: Judged, report: Report | None = None) -> Answers:
-        """Let a model answer: by likelihood among choices, else by greedy generation.
+    def answers(self, model: JudgedModel, report: QuestionsDone | None = None) -> Answers:
+        """Let a model answer all questions: by likelihood among choices, else by greedy generation.
 
         Args:
-            report: called with the layers that were swept, or the questions that were answered, and how many there are.
+            report: called as report(done, total), for layers that were swept or questions that were answered.
+
+        Raises:
+            DataProblem: a question with its answer is longer than the model's positions.
         """
         rows, states = self.border(model, report)
         tail = build(model.source, model.above, compute_dtype=self._compute_dtype, device=self._device)
@@ -215,10 +235,10 @@ class Evaluator:
         losses = -own * (len(self.questions) / sum(self.supervised_ids()))
         if not self.choices:
             return Answers(self._generate(model, report), losses, None)
-        # argmax takes the first of equals, and choices are sorted: ties go to the first in sorted order.
+        # argmax takes the first of equals, and choices are sorted, so ties go to the first in sorted order.
         return Answers([self.choices[int(i)] for i in table.argmax(dim=1)], losses, table)
 
-    def _generate(self, model: Judged, report: Report | None) -> list[str]:
+    def _generate(self, model: JudgedModel, report: QuestionsDone | None) -> list[str]:
         whole = build(
             model.source,
             [*model.below, *model.above],
@@ -236,7 +256,7 @@ class Evaluator:
         done = 0
         for batch in _generation_batches([len(prompt) + longest_answer for prompt in prompts], positions):
             width = max(len(prompts[i]) for i in batch)
-            pad = min(ends, default=0)  # any id would do: it is masked on the left and cut off on the right
+            pad = min(ends, default=0)  # any id serves: it is masked on the left and cut off on the right
             ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in batch])
             mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
             with torch.no_grad():
@@ -258,7 +278,7 @@ class Evaluator:
         return made
 
     def _is_answered(self, batch: Sequence[int], width: int) -> Callable[..., Tensor]:
-        """Make a criterion for `generate`: bool (B,), which questions of the batch have come to one of their stops."""
+        """Make a criterion for `generate`: bool (B,), which questions of the batch have reached one of their stops."""
         stops = [self.questions[i].stops for i in batch]
 
         def criterion(ids: Tensor, _: object, **__: object) -> Tensor:
@@ -271,13 +291,13 @@ class Evaluator:
     def accuracy(self, answers: Answers) -> float:
         """Compute the share of questions answered as the data says; a generated number counts by its value.
 
-        Among choices only the very one is right: "grade 1" and "level 1" may both be choices.
+        Among choices only the identical text is right: "grade 1" and "level 1" may both be choices.
         """
         right = self.right(answers)
         return sum(right) / len(right)
 
     def right(self, answers: Answers) -> list[bool]:
-        """Say for each question whether it was answered as the data says."""
+        """Tell for each question whether it was answered as the data says."""
         same = is_right if answers.scores is None else str.__eq__
         return [same(made, q.completion) for made, q in zip(answers.chosen, self.questions, strict=True)]
 
@@ -288,8 +308,12 @@ class Evaluator:
         positive = torch.tensor([q.completion == self.choices[1] for q in self.questions])
         return auc(answers.scores[:, 1] - answers.scores[:, 0], positive)
 
-    def verdict(self, model: Judged, report: Report | None = None) -> Verdict:
-        """Let a model answer, and judge what it says."""
+    def verdict(self, model: JudgedModel, report: QuestionsDone | None = None) -> Verdict:
+        """Let a model answer all questions, and judge its answers.
+
+        Raises:
+            DataProblem: a question with its answer is longer than the model's positions.
+        """
         answers = self.answers(model, report)
         loss = answers.nll if math.isfinite(answers.nll) else None  # JSON has no NaN
         return Verdict(answers.chosen, self.accuracy(answers), loss, self.auc(answers))
@@ -298,17 +322,18 @@ class Evaluator:
 _BorderKey = tuple[int, tuple[int, ...], int]
 
 
-def _border_key(model: Judged) -> _BorderKey:
+def _border_key(model: JudgedModel) -> _BorderKey:
     return id(model.source), tuple(model.below), id(model.emulator_lora)
 
 
-def _positions(model: Judged) -> int:
+def _positions(model: JudgedModel) -> int:
     return int(model.source.fields["max_position_embeddings"])
 
 
 def _generation_batches(lengths: Sequence[int], positions: int) -> list[list[int]]:
-    """Group indices into batches of at most GENERATION_IDS, shorter first. What must end early goes alone, so that nothing
-    else must.
+    """Group indices into batches of at most GENERATION_IDS, shorter ones first.
+
+    A question whose answer has to be cut at the last position is a batch of its own, so that no other is cut with it.
     """
     batches: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
@@ -318,8 +343,15 @@ def _generation_batches(lengths: Sequence[int], positions: int) -> list[list[int
     return batches
 
 
-def log_likelihoods(sub_llm: SubLLM, rows: Sequence[Row], states: Sequence[Tensor]) -> Tensor:
-    """Sum the log-likelihood of each sample's completion ids, eos included: float64 (samples,), row after row."""
+def log_likelihoods(sub_llm: SubLLM, rows: Sequence[JoinedSamples], states: Sequence[Tensor]) -> Tensor:
+    """Sum the log-likelihood of each sample's completion ids, eos included.
+
+    Args:
+        states: (T, C) of each row below the model's first layer.
+
+    Returns:
+        nats, float64 (samples,), row after row.
+    """
     first = [0, *accumulate(len(row.samples) for row in rows)]
     totals = torch.zeros(first.pop(), dtype=torch.float64)
     order = sorted(range(len(rows)), key=lambda i: (rows[i].branches.length, i))
@@ -347,7 +379,14 @@ def log_likelihoods(sub_llm: SubLLM, rows: Sequence[Row], states: Sequence[Tenso
 
 
 def auc(scores: Tensor, positive: Tensor) -> float | None:
-    """Compute P(score of a positive > score of a negative), ties half (Mann-Whitney); None without both kinds."""
+    """Compute P(score of a positive > score of a negative), ties counted half (Mann-Whitney).
+
+    Args:
+        scores: (N,). positive: bool (N,).
+
+    Returns:
+        0 to 1; None unless there are both positives and negatives.
+    """
     high, low = scores[positive].double(), scores[~positive].double()
     if not len(high) or not len(low):
         return None

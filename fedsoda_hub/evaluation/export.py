@@ -1,6 +1,7 @@
-"""Write what a run trained for the full LLM: as a PEFT adapter, or merged into a checkpoint.
+"""Export what a run trained for the full LLM: as a PEFT adapter, or merged into a checkpoint.
 
-It runs in a process without sockets. The hub may be running: only finished blobs are read.
+It runs in a process without sockets. The hub may be running: only finished blobs are read. Judging an export is
+`judge.py`'s.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fedsoda_hub.settings.run import RunSettings
 
 
 class Exported(msgspec.Struct, frozen=True):
-    """What `export --json` says: the directory, how many rounds it is of, and whether it is merged."""
+    """The report of `export --json`: the directory, the rounds that it holds, and whether it is merged."""
 
     export: str
     rounds: int
@@ -36,13 +37,14 @@ def export(settings: RunSettings, directory: Path, *, merge: bool = False) -> Ex
 
     Raises:
         UsageProblem: no round has closed yet, or `directory` holds something that is not an export.
+        DiskFull: the disk has no space left; `directory` is as it was.
     """
     outcome = read_outcome(settings.run_dir, settings.path)
     bundle = bundle_of(settings.run_dir, outcome.manifest)
     spec, family, manifest = bundle.manifest.lora, bundle.family, bundle.manifest
     tensors = load(RunDirectory(settings.run_dir).blobs.get(outcome.master))
     if directory.exists() and any(directory.iterdir()) and not (directory / "fedsoda.json").exists():
-        raise UsageProblem(f"{directory} is not empty and not an export of ours; name a new directory with --to")
+        raise UsageProblem(f"{directory} is not empty and is not an export; name a new directory with --to")
     temporary = directory.with_name(f"{directory.name}.{os.getpid()}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

@@ -1,7 +1,7 @@
 """Judge a run or an export: the full model untouched, the sub-LLM, and the full model with the adapter plugged in.
 
-Here the adapter meets the full model. It runs in a process without sockets; the hub may be running: only finished blobs
-are read. How a model answers is `evaluator.py`'s.
+Here the adapter meets the full model. It runs in a process without sockets; the hub may be running, since only finished
+blobs are read. How a model answers is `evaluator.py`'s.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.source import Checkpoint
 from fedsoda_edge.protocol.manifest import LayerPlan, LoRASpec
 from fedsoda_edge.protocol.template import TextTemplate
-from fedsoda_hub.evaluation.evaluator import Evaluator, Judged, Report, Verdict
+from fedsoda_hub.evaluation.evaluator import Evaluator, JudgedModel, QuestionsDone, Verdict
 from fedsoda_hub.evaluation.questions import Question, read_questions
 from fedsoda_hub.federation.jobs import EvaluateResult
 from fedsoda_hub.preparation.full_llm import open_full_llm
@@ -36,8 +36,8 @@ from fedsoda_hub.run.ledger import read_outcome
 from fedsoda_hub.settings.run import RunSettings, read_settings
 from fedsoda_hub.settings.tables import Task
 
-KEPT_BORDER_BYTES = 256 << 20  # of evaluation data, between two evaluations of a run
-SMALL = 10**9  # parameters
+KEPT_BORDER_BYTES = 256 << 20  # border states that stay in memory between two evaluations of a run
+SMALL = 10**9  # parameters, below which a model is judged in fp32
 
 
 # --- models ------------------------------------------------------------------------------------------------
@@ -49,31 +49,32 @@ def judged_models(
     adapter: dict[str, Tensor],
     emulator: dict[str, Tensor],
     none: dict[str, Tensor] | None = None,
-) -> dict[str, Judged]:
-    """Put together the models to judge: full, untouched; sub_llm, with the trained LoRA of its layers; plug_in, the full
-    model with all of it.
+) -> dict[str, JudgedModel]:
+    """Make the models to judge: full, untouched; sub_llm, with the trained LoRA of its layers; plug_in, the full model
+    with all of that LoRA.
 
     Args:
-        adapter: of every layer that any sub-LLM of the run trained.
-        none: the empty emulator LoRA of the full model; the same object again finds its border states again.
+        adapter: LoRA of every layer that any sub-LLM of the run trained.
+        emulator: LoRA of the sub-LLM's emulator.
+        none: the empty emulator LoRA of the full model; calls with the same object share its border states.
     """
     plan, spec = bundle.plan, bundle.manifest.lora
     full = _full_models(source, plan, spec, adapter, {} if none is None else none)
     return {
         "full": full["full"],
-        "sub_llm": Judged(bundle, plan.swept, plan.resident, spec, emulator, lora.on(plan.adapter, adapter)),
+        "sub_llm": JudgedModel(bundle, plan.swept, plan.resident, spec, emulator, lora.on(plan.adapter, adapter)),
         "plug_in": full["plug_in"],
     }
 
 
 def _full_models(
     source: Checkpoint, plan: LayerPlan, spec: LoRASpec, adapter: dict[str, Tensor], none: dict[str, Tensor]
-) -> dict[str, Judged]:
-    """Make both with the same object `none`, so that they share the border's states."""
+) -> dict[str, JudgedModel]:
+    """Make full and plug_in with the same object `none`, so that they share border states."""
     below, above = range(plan.border), range(plan.border, plan.num_layers)
     return {
-        "full": Judged(source, below, above, spec, none, {}),
-        "plug_in": Judged(source, below, above, spec, none, adapter),
+        "full": JudgedModel(source, below, above, spec, none, {}),
+        "plug_in": JudgedModel(source, below, above, spec, none, adapter),
     }
 
 
@@ -82,7 +83,7 @@ def _full_models(
 
 @dataclass(frozen=True)
 class Judgement:
-    """The verdict on each model, by name, and the questions that they answered."""
+    """The verdict on each model, by its name, and the questions that they answered."""
 
     verdicts: Mapping[str, Verdict]
     questions: Sequence[Question]
@@ -98,7 +99,7 @@ class Judgement:
         )
 
     def samples(self, count: int) -> tuple[dict[str, str], ...]:
-        """Show the first `count` questions with each model's answer; few-shot examples are left out."""
+        """List the first `count` questions with each model's answer; few-shot examples are left out."""
         return tuple(
             {
                 "prompt": question.prompt.removeprefix(question.examples),
@@ -110,7 +111,7 @@ class Judgement:
 
 
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What `evaluate --json` says: as EvaluateResult; None for a model that could not be judged."""
+    """The report of `evaluate --json`, by model; None for a model that could not be judged."""
 
     accuracy: dict[str, float | None]
     loss: dict[str, float | None]
@@ -119,8 +120,12 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     samples: tuple[dict[str, str], ...] = ()
 
 
-def judge(evaluator: Evaluator, models: Mapping[str, Judged], report: Report | None = None) -> Judgement:
-    """Let each model answer, and judge what it says."""
+def judge(evaluator: Evaluator, models: Mapping[str, JudgedModel], report: QuestionsDone | None = None) -> Judgement:
+    """Let each model answer, and judge its answers.
+
+    Raises:
+        DataProblem: a question with its answer is longer than a model's positions.
+    """
     return Judgement({name: evaluator.verdict(model, report) for name, model in models.items()}, evaluator.questions)
 
 
@@ -139,7 +144,7 @@ def _evaluation(judgement: Judgement, samples: int, unjudged: Sequence[str] = ()
 
 
 class Reached(Protocol):
-    """How far a run has come, by the digests of its blobs: an `Outcome`, or the job that asks for an evaluation."""
+    """The point that a run has reached, by digests of its blobs: an `Outcome`, or the job that asks for an evaluation."""
 
     @property
     def master(self) -> str: ...
@@ -150,23 +155,29 @@ class Reached(Protocol):
 
 
 class RunJudge:
-    """Judges a run on its data, again after later rounds: what the full model says below the adapter stays the same."""
+    """A judge of a run on its data, which may be asked again after later rounds.
+
+    The full model's border states stay the same and are computed once.
+
+    Raises:
+        DataProblem: the rows cannot be judged.
+    """
 
     def __init__(self, settings: RunSettings, data: Path) -> None:
         self._run_dir = settings.run_dir
-        self._bundles: dict[str, Bundle] = {}  # by manifest: their files are verified once
+        self._bundles: dict[str, Bundle] = {}  # by manifest, so that their files are verified once
         self._source = open_full_llm(settings)
         self._none: dict[str, Tensor] = {}
         self.evaluator = _evaluator(self._source, data, settings.task, settings.seed, settings.device, settings.dtype)
 
     def of(self, run_dir: Path) -> RunJudge:
-        """Ask the same questions to another run of the same full LLM; what that says below the adapter is kept for all."""
+        """Make a judge with the same questions for another run of the same full LLM, whose border states all share."""
         other = copy.copy(self)
         other._run_dir, other._bundles = run_dir, {}
         return other
 
-    def models(self, master: str, emulator_view: str, manifest: str) -> dict[str, Judged]:
-        """Put together full, sub_llm and plug_in with these blobs of the run."""
+    def models(self, master: str, emulator_view: str, manifest: str) -> dict[str, JudgedModel]:
+        """Make full, sub_llm and plug_in from these blobs of the run."""
         blobs = RunDirectory(self._run_dir).blobs
         if manifest not in self._bundles:
             self._bundles[manifest] = bundle_of(self._run_dir, manifest)
@@ -174,30 +185,31 @@ class RunJudge:
         emulator = delta.from_bytes(blobs.get(emulator_view), bundle.manifest.lora.emulator)
         return judged_models(bundle, self._source, load(blobs.get(master)), emulator, self._none)
 
-    def judged(self, adapter: dict[str, Tensor], emulator: dict[str, Tensor]) -> dict[str, Judged]:
-        """Put together full, sub_llm and plug_in with these tensors, and the layers that the run began with."""
+    def judged(self, adapter: dict[str, Tensor], emulator: dict[str, Tensor]) -> dict[str, JudgedModel]:
+        """Make full, sub_llm and plug_in from these tensors and the layers that the run began with."""
         bundle = Bundle.open(RunDirectory(self._run_dir).bundle)
         return judged_models(bundle, self._source, adapter, emulator, self._none)
 
-    def judge(self, reached: Reached, report: Report | None = None) -> Judgement:
+    def judge(self, reached: Reached, report: QuestionsDone | None = None) -> Judgement:
         """Judge the three models after the rounds of `reached`."""
         models = self.models(reached.master, reached.emulator_view, reached.manifest)
         judgement = judge(self.evaluator, models, report)
         self.forget(models)
         return judgement
 
-    def forget(self, models: dict[str, Judged]) -> None:
-        """Free the border states of the sub-LLM; those of the full model too where they are many."""
+    def forget(self, models: dict[str, JudgedModel]) -> None:
+        """Free the border states of the sub-LLM, and those of the full model where they take much memory."""
         self.evaluator.forget(models["sub_llm"])
         if self.evaluator.border_bytes > KEPT_BORDER_BYTES:
             self.evaluator.forget(models["full"])
 
 
 def check_evaluation(settings: RunSettings) -> None:
-    """Check that the run's evaluation data can be judged: known at the start, not after the rounds.
+    """Check that the run's evaluation data can be judged, so that this is known before the rounds.
 
     Raises:
-        DataProblem: rows without the template's columns, an empty file, a question longer than the model's positions.
+        DataProblem: rows lack the template's columns, the file is empty, or a question is longer than the model's
+            positions.
     """
     if settings.eval_data is not None:
         source, task = open_full_llm(settings), settings.task
@@ -217,7 +229,7 @@ def _evaluator(source: Checkpoint, data: Path, task: Task, seed: int, device: st
 
 
 def _is_small(source: Checkpoint) -> bool:
-    """Say whether accuracy is taken in fp32: below SMALL parameters (docs/methods.md (m12-accuracy))."""
+    """Tell whether the model is judged in fp32: below SMALL parameters (docs/methods.md (m12-accuracy))."""
     layer = sum(tensor.numel() for tensor in source.layer(0).values())
     return layer * source.num_layers + 2 * source.embedding().numel() < SMALL
 
@@ -226,33 +238,39 @@ def _is_small(source: Checkpoint) -> bool:
 
 
 def evaluate_path(
-    run_or_export: Path, data: Path, report: Report | None = None, model: str | None = None, samples: int = 0
+    run_or_export: Path, data: Path, report: QuestionsDone | None = None, model: str | None = None, samples: int = 0
 ) -> Evaluation:
     """Judge a RUN.toml's run, or the export in a directory.
 
     Args:
         model: the full LLM of an export; None: as the export says.
-        samples: how many questions are shown with each model's answer.
+        samples: how many questions the report lists with each model's answer.
 
     Raises:
-        UsageProblem: there is no such run or export, or the full LLM is not to be found.
+        UsageProblem: the run or export does not exist, or its full LLM is not found.
+        DataProblem: the rows cannot be judged.
     """
     if run_or_export.is_file():
         settings = read_settings(run_or_export)
-        # It says what is missing, where a bundle would only say that it is.
+        # Its error says what to do where the run has not got so far; that of a missing bundle would not.
         outcome = read_outcome(settings.run_dir, settings.path)
         return _evaluation(RunJudge(settings, data).judge(outcome, report), samples)
     return _evaluate_export(run_or_export, data, report, model, samples)
 
 
-def _evaluate_export(directory: Path, data: Path, report: Report | None, model: str | None, samples: int) -> Evaluation:
-    """Judge an export wherever it lies; the sub-LLM too where the run it came from is still beside it."""
+def _evaluate_export(
+    directory: Path, data: Path, report: QuestionsDone | None, model: str | None, samples: int
+) -> Evaluation:
+    """Judge an export wherever it lies, and the sub-LLM too if the export's run is still there."""
     if not (directory / "fedsoda.json").exists():
-        what = "has no fedsoda.json, so it is not an export" if directory.is_dir() else "is not there"
+        what = "has no fedsoda.json, so it is not an export" if directory.is_dir() else "does not exist"
         raise UsageProblem(f"{directory} {what}; name a RUN.toml or a directory that `fedsoda-hub export` wrote")
     about = json.loads((directory / "fedsoda.json").read_text(encoding="utf-8"))
     if about["merged"]:
-        raise UsageProblem(f"{directory} is a merged checkpoint; evaluate the run or the unmerged export")
+        raise UsageProblem(
+            f"{directory} is a merged checkpoint, which no longer has the adapter by itself; evaluate the RUN.toml, or "
+            "export without --merge and evaluate that"
+        )
     run_file = (directory / about["run_file"]).resolve()
     settings = read_settings(run_file) if run_file.is_file() else None
     if model is not None:
@@ -263,12 +281,15 @@ def _evaluate_export(directory: Path, data: Path, report: Report | None, model: 
         source = Checkpoint.open(about["model"], revision=about["model_revision"])
     else:
         raise UsageProblem(
-            f"{directory} belongs to the full model {about['model']!r}, and its run file {run_file} is not there "
-            "to say where that lies; name it with --model DIRECTORY"
+            f"{directory} belongs to the full model {about['model']!r}, and the run file {run_file}, which says where "
+            "that model lies, does not exist; name the model with --model DIRECTORY"
         )
     plan = msgspec.convert(about["plan"], LayerPlan)
     if source.num_layers != plan.num_layers:
-        raise UsageProblem(f"{source.name} has {source.num_layers} layers, the export is for {plan.num_layers}")
+        raise UsageProblem(
+            f"{source.name} has {source.num_layers} layers, but the export is for a model of {plan.num_layers}; name "
+            "that model with --model DIRECTORY"
+        )
     config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
     prefix = f"base_model.model.{source.family.layers}."
     adapter = {

@@ -1,6 +1,6 @@
-"""The questions of evaluation data, and which answers to them are right (docs/methods.md (m12-accuracy)).
+"""Read the questions of evaluation data, and decide which answers are right (docs/methods.md (m12-accuracy)).
 
-Plain text and pure. How models answer is `evaluator.py`'s.
+Plain text. How models answer is `evaluator.py`'s.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from fedsoda_edge.errors import DataProblem
 from fedsoda_edge.protocol.template import DEFAULT_COMPLETION, DEFAULT_PROMPT, TextTemplate
 
 MAX_CHOICES = 20
-# Commas only between thousands, and no minus after what may be subtracted from: 16-3 holds 16 and 3.
+# Commas only between thousands, and a minus only where nothing is before it to subtract from: 16-3 holds 16 and 3.
 _NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
 _LAST_WORD_IS_NUMBER = re.compile(rf"(?:^|[\s#$€£=:])({_NUMBER.pattern})[.%]?$")
 
 
 @dataclass(frozen=True)
 class Question:
-    """One row as text.
+    """One row of evaluation data as text.
 
-    prompt: all that a model reads. examples: its beginning that holds other rows with their answers, if any.
-    stops: what begins another row; what a model generates from there on is not part of its answer.
+    prompt: all that a model reads. examples: the beginning of the prompt with other rows and their answers, if any.
+    stops: texts that begin another row; what a model generates from there on is not part of its answer.
     """
 
     prompt: str
@@ -43,13 +43,14 @@ def read_questions(
     """Read rows by the template, or by their own `prompt` and `completion` columns where the template's are missing.
 
     Args:
-        shots: how many other rows of the file stand answered before each question, drawn by (seed, row).
+        shots: how many other rows of the file precede each question with their answers, drawn by (seed, row).
 
     Raises:
-        DataProblem: a row has neither, or there are too few rows to draw from.
+        DataProblem: a row has neither columns, or there are too few rows to draw from.
     """
     data = LocalData(path)
-    head = prompt.render(dict.fromkeys(prompt.columns, "\0")).partition("\0")[0].rstrip()  # "Question:", say
+    # The words before the first column, such as "Question:".
+    head = prompt.render(dict.fromkeys(prompt.columns, "\0")).partition("\0")[0].rstrip()
     _, first = next(iter(data.rows()))
     columns = {*prompt.columns, *completion.columns}
     if not columns <= set(first) and {"prompt", "completion"} <= set(first):
@@ -61,7 +62,9 @@ def read_questions(
         data.check(prompt, completion)
     rows = [(prompt.render(row), completion.render(row)) for _, row in data.rows()]
     if shots >= len(rows):
-        raise DataProblem(f"[task] shots = {shots}, and {path} has {len(rows)} rows; {shots + 1} are needed")
+        raise DataProblem(
+            f"[task] shots = {shots} needs {shots + 1} rows, but {path} has {len(rows)}; lower shots or add rows"
+        )
     stops = _stops(rows, head, shots)
     examples = [_examples(rows, at, shots, seed) for at in range(len(rows))]
     return [Question(shown + row[0], row[1], shown, stops) for shown, row in zip(examples, rows, strict=True)]
@@ -76,11 +79,11 @@ def _examples(rows: Sequence[tuple[str, str]], at: int, shots: int, seed: int) -
 
 
 def _stops(rows: Sequence[tuple[str, str]], head: str, shots: int) -> tuple[str, ...]:
-    """Find what begins another row: a blank line after examples, the words that begin every prompt on a new line; not what
-    answers themselves hold.
+    """Find the texts that begin another row: a blank line after examples, and the words that begin every prompt, on a new
+    line. A text that is part of an answer is left out.
 
     A model that was not trained to write eos continues with the next row, whose last number is not its answer.
-    lm-evaluation-harness ends GSM8K at "Question:", many others at a blank line.
+    lm-evaluation-harness ends GSM8K at "Question:", many other tasks at a blank line.
     """
     found = ["\n\n"] if shots else []
     if head and all(prompt.startswith(head) for prompt, _ in rows):
@@ -89,21 +92,21 @@ def _stops(rows: Sequence[tuple[str, str]], head: str, shots: int) -> tuple[str,
 
 
 def choices_of(questions: Sequence[Question], wanted: str = "auto") -> list[str]:
-    """List the distinct completions, sorted, if there are at most MAX_CHOICES; else none."""
+    """List the distinct completions, sorted; none where there are more than MAX_CHOICES or choices are not wanted."""
     distinct = sorted({question.completion for question in questions})
     return distinct if wanted == "auto" and len(distinct) <= MAX_CHOICES else []
 
 
 def until_stop(text: str, stops: Sequence[str]) -> str:
-    """Cut a generated text where another row begins."""
+    """Cut a generated text where the first stop begins."""
     for stop in stops:
         text = text.partition(stop)[0]
     return text
 
 
 def is_right(made: str, wanted: str) -> bool:
-    """Compare a generated answer: equal text; where the wanted answer's last word is a number, its value against that of
-    the last number made.
+    """Tell whether a generated answer is right: it is the same text or, where the wanted answer ends in a number, its last
+    number has the same value.
     """
     if made.strip() == wanted.strip():
         return True

@@ -1,1 +1,1 @@
-"""Decide federated rounds: events in, effects out. No torch, sockets, clock or disk."""
+"""Decide federated rounds: events in, effects out. Torch, sockets, clock and disk are other rooms'."""

@@ -1,4 +1,7 @@
-"""Decide an open round: whose answer is awaited, which update is accepted, when the round closes or asks others too."""
+"""Decide an open round: whose answer is awaited, which update is accepted, whom to invite besides.
+
+When a round opens and what is owed next is `rounds.py`'s.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,13 @@ from fedsoda_hub.federation import jobs
 from fedsoda_hub.federation import records as rec
 from fedsoda_hub.federation.events import Append, Effect, Send
 from fedsoda_hub.federation.schedule import Rules, trained_factor
-from fedsoda_hub.federation.state import RunState
+from fedsoda_hub.federation.state import LedgerState
 
 MAX_EXAMPLES = 2**31
 MAX_LOSS = 1e6  # nats; a larger one would make the round's mean, and what is shown of it, infinite
 
 
-def is_awaited(state: RunState, edge: EdgeId) -> bool:
+def is_awaited(state: LedgerState, edge: EdgeId) -> bool:
     """Tell whether the open round waits for this edge's answer."""
     return (
         state.phase == "collecting"
@@ -26,13 +29,19 @@ def is_awaited(state: RunState, edge: EdgeId) -> bool:
     )
 
 
-def quorum(rules: Rules, state: RunState) -> int:
+def quorum(rules: Rules, state: LedgerState) -> int:
     """Return how many accepted updates the open round needs."""
     return math.ceil(rules.quorum * state.invited)
 
 
-def judge(state: RunState, update: ev.UpdateArrived, *, is_merging: bool) -> list[Effect]:
-    """Accept an update once, or say why not. is_merging: the round's updates are being merged already."""
+def judge(state: LedgerState, update: ev.UpdateArrived, *, is_merging: bool) -> list[Effect]:
+    """Accept an update once, or refuse it and say why.
+
+    An edge that sends an accepted update again gets the same receipt.
+
+    Args:
+        is_merging: the round's updates are being merged already.
+    """
     edge = update.edge
     last = state.receipts.get(edge)
     if last is not None and (last.round, last.digest) == (update.round, update.digest):
@@ -42,7 +51,7 @@ def judge(state: RunState, update: ev.UpdateArrived, *, is_merging: bool) -> lis
     if edge not in state.cohort:
         return [_refusal(update, f"{edge} is not invited to round {update.round}; wait for the next offer")]
     if edge in state.accepted:
-        return [_refusal(update, f"round {update.round} already has another update of {edge}")]
+        return [_refusal(update, f"round {update.round} already has another update of {edge}; wait for the next offer")]
     problem = _problem(state, update)
     if problem:
         answered: list[Effect] = (
@@ -61,20 +70,24 @@ def judge(state: RunState, update: ev.UpdateArrived, *, is_merging: bool) -> lis
     return [Append(accepted), Send(edge, Receipt(round=update.round, digest=update.digest))]
 
 
-def _problem(state: RunState, update: ev.UpdateArrived) -> str | None:
-    """Return why the update cannot be used; None: it can."""
+def _problem(state: LedgerState, update: ev.UpdateArrived) -> str | None:
+    """Return why the update cannot be used; None: it can be used."""
     view = state.sub_llms[update.size_class].adapter.digest
     if update.base != view:
-        return f"the update starts from view {update.base[:12]}, round {state.round} from {view[:12]}"
+        return (
+            f"the update starts from view {update.base[:12]}, but round {state.round} from {view[:12]}; wait for the "
+            "next offer"
+        )
     if update.alignment != state.alignment:
-        return f"the update used alignment {update.alignment}, round {state.round} has {state.alignment}"
+        return (
+            f"the update used alignment {update.alignment}, but round {state.round} has {state.alignment}; wait for "
+            "the next offer"
+        )
     if not 1 <= update.num_examples <= MAX_EXAMPLES:
-        return f"num_examples is {update.num_examples}; it must be 1 to {MAX_EXAMPLES}"
+        return f"num_examples is {update.num_examples}, and must be 1 to {MAX_EXAMPLES}; check this edge's data"
     if update.loss is None or not 0 <= update.loss <= MAX_LOSS:
         found = "not a number" if update.loss is None or math.isnan(update.loss) else f"{update.loss:g}"
-        return (
-            f"the loss is {found}; it must be 0 to {MAX_LOSS:g}: lower [local] learning_rate or check this edge's data"
-        )
+        return f"the loss is {found}, and must be 0 to {MAX_LOSS:g}; lower [local] learning_rate, or check this edge's data"
     return update.problem
 
 
@@ -82,8 +95,8 @@ def _refusal(update: ev.UpdateArrived, reason: str) -> Send:
     return Send(update.edge, Refusal(round=update.round, reason=reason))
 
 
-def merge(rules: Rules, state: RunState) -> jobs.Aggregate:
-    """Return the job that closes the round: its accepted updates in ascending edge id."""
+def merge(rules: Rules, state: LedgerState) -> jobs.Aggregate:
+    """Make the job that closes the round, with its accepted updates in ascending edge id."""
     return jobs.Aggregate(
         trains=trained_factor(rules.aggregation, state.round),
         master=state.master,
@@ -101,16 +114,16 @@ def merge(rules: Rules, state: RunState) -> jobs.Aggregate:
     )
 
 
-def extended(rules: Rules, state: RunState, edges: list[EdgeId], now: float) -> Append:
-    """Ask these edges (again) for the open round, whose deadline moves on."""
+def extended(rules: Rules, state: LedgerState, edges: list[EdgeId], now: float) -> Append:
+    """Invite these edges, perhaps again, to the open round, whose deadline is set again from now."""
     return Append(rec.CohortExtended(round=state.round, invited=tuple(edges), deadline_at=now + rules.deadline_seconds))
 
 
-def replacements(state: RunState, eligible: set[EdgeId]) -> list[EdgeId]:
-    """Choose whom to ask below quorum at the deadline, in the place of who has not answered.
+def replacements(state: LedgerState, eligible: set[EdgeId]) -> list[EdgeId]:
+    """Choose whom to invite at the deadline below quorum, instead of edges that have not answered.
 
-    Edges that were not asked come first, then those that had answered without an update. Who is still at work stays
-    awaited and needs no second invitation.
+    Edges that were not invited come first, then those that answered without an update. An edge that is still at work is
+    awaited as before and needs no second invitation.
     """
     candidates = [*sorted(eligible - set(state.cohort)), *sorted(eligible.intersection(state.answered))]
     return candidates[: max(1, state.invited - len(state.accepted))]

@@ -1,4 +1,4 @@
-"""What the round machine is told and what it answers: events in, effects out.
+"""Define what the round machine hears and what it answers: events in, effects out.
 
 Facts that outlive the process are in `records.py`; everything here is volatile. The rules are in `rounds.py`.
 """
@@ -17,7 +17,7 @@ from fedsoda_hub.federation.records import AnyRecord
 
 @dataclass(frozen=True)
 class EdgeReady:
-    """The edge holds the bundle of its size class and may be invited. Also after every reconnect."""
+    """The edge holds the bundle of its size class and may be invited. It says so after every connect."""
 
     edge: EdgeId
     size_class: int = 0
@@ -39,15 +39,15 @@ class EdgeGone:
 
 @dataclass(frozen=True)
 class EdgeAway:
-    """The edge said that it will not answer."""
+    """The edge said that it pauses or leaves, so it will not answer."""
 
     edge: EdgeId
     how: Literal["paused", "left"]
 
 
 @dataclass(frozen=True)
-class Declined:
-    """The edge will not answer this round with an update."""
+class EdgeDeclined:
+    """The edge declined to send an update of this round."""
 
     edge: EdgeId
     round: int
@@ -64,16 +64,16 @@ class UploadStarted:
 
 @dataclass(frozen=True)
 class UploadStalled:
-    """The announced update is not coming."""
+    """The announced update will not arrive."""
 
     edge: EdgeId
 
 
 @dataclass(frozen=True)
 class UpdateArrived:
-    """A whole upload whose blob is durable.
+    """The edge's upload is complete and its blob durable.
 
-    problem: what the structural check found, if anything. size_class: whose layout it was checked against.
+    problem: what the structural check found; None: nothing. size_class: that of the layout it was checked against.
     """
 
     edge: EdgeId
@@ -89,7 +89,7 @@ class UpdateArrived:
 
 @dataclass(frozen=True)
 class DeadlineReached:
-    """The timer of SetDeadline(round, at) fired; one that the round has outlived is ignored."""
+    """The timer of SetDeadline(round, at) fired. A timer of an earlier round or deadline is ignored."""
 
     round: int
     at: float
@@ -103,12 +103,12 @@ class JobDone:
     result: JobResult
 
 
-Event = (
+RoundEvent = (
     EdgeReady
     | EdgeResumed
     | EdgeGone
     | EdgeAway
-    | Declined
+    | EdgeDeclined
     | UploadStarted
     | UploadStalled
     | UpdateArrived
@@ -122,24 +122,25 @@ Event = (
 
 @dataclass(frozen=True)
 class Append:
-    """Write the record durably, then `apply` it. Effects after it happen only if that worked."""
+    """Write the record durably, then `apply` it. Effects after it are performed only if that worked."""
 
     record: AnyRecord
 
 
 @dataclass(frozen=True)
 class Send:
-    """Say this to the edge, if it is connected."""
+    """Send this message to the edge, if it is connected."""
 
     edge: EdgeId
     message: HubMessage
 
 
 @dataclass(frozen=True)
-class Offer:
+class SendOffer:
     """Send the edge the open round's offer; sizes of blobs and seconds left are filled in outside.
 
-    trains: the factor that this round's updates hold. moved: the one that the step to the round's view holds.
+    trains: the factor that this round's updates hold. moved: the factor that the step to the round's view holds, by the
+    name that it has on the wire.
     """
 
     edge: EdgeId
@@ -150,36 +151,36 @@ class Offer:
 
 @dataclass(frozen=True)
 class SetDeadline:
-    """Report DeadlineReached at this time; an earlier timer is void."""
+    """Report DeadlineReached at this time, and cancel the timer before."""
 
     round: int
     at: float
 
 
 @dataclass(frozen=True)
-class Compute:
+class StartJob:
     """Start torch work; its result comes back as JobDone. The same job gives the same blobs."""
 
     job: Job
 
 
 @dataclass(frozen=True)
-class Waiting:
-    """Nothing can be done now, and why: for people."""
+class Wait:
+    """Tell people why nothing can be done now."""
 
     why: str
 
 
 @dataclass(frozen=True)
-class Ignored:
-    """The event changes nothing, and why."""
+class Ignore:
+    """Do nothing: the event changes nothing, and why."""
 
     because: str
 
 
 @dataclass(frozen=True)
 class Finish:
-    """The run is over and every connected edge was told."""
+    """End the run: it is over, and every connected edge has got its Farewell."""
 
 
-Effect = Append | Send | Offer | SetDeadline | Compute | Waiting | Ignored | Finish
+Effect = Append | Send | SendOffer | SetDeadline | StartJob | Wait | Ignore | Finish

@@ -1,6 +1,6 @@
-"""Torch work that the round machine asks for, each job with its result. The same job gives the same blobs.
+"""Define the torch work that the round machine asks for: each job with its result. The same job gives the same blobs.
 
-Sub-LLM classes are tuples, the largest first. Who runs a job is `serving/torch_jobs.py`'s, how is `compute.py`'s.
+Sub-LLMs are tuples by size class, the largest first. Starting a job is `serving/torch_jobs.py`'s, doing it `compute.py`'s.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fedsoda_edge.protocol.messages import Digest, EdgeId, Factor
 
 
 class Stage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind", tag="stage"):
-    """How far a stage of a job is: done of total. kl: public KL, nats, of the alignment's last step."""
+    """The progress of a stage of a job: done of total. kl: public KL, nats, of the alignment's last step."""
 
     stage: str
     done: int
@@ -23,7 +23,7 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_f
 
 
 class DiskNeeded(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="disk_needed"):
-    """Bytes that the cached targets of the teacher need, and how many are free."""
+    """The bytes that the cached targets of the teacher need, and how many are free."""
 
     stage: str
     needed_bytes: int
@@ -31,7 +31,7 @@ class DiskNeeded(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", ta
 
 
 class BorderMapFitted(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="border_map_fitted"):
-    """Relative squared error of border states on prompts left out: without a map, with one of whole width, with this."""
+    """The relative squared error of border states on held-out prompts: without a map, with one of full rank, with this."""
 
     stage: str
     error_before: float
@@ -40,7 +40,7 @@ class BorderMapFitted(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind
 
 
 class NoBorderMap(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="no_border_map"):
-    """Why no border map is fitted."""
+    """The reason why no border map is fitted."""
 
     stage: str
     why: str
@@ -56,14 +56,14 @@ class ShapeMeasured(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind",
     cosine: float
 
 
-Progress = Stage | DiskNeeded | BorderMapFitted | NoBorderMap | ShapeMeasured
+JobProgress = Stage | DiskNeeded | BorderMapFitted | NoBorderMap | ShapeMeasured
 
 
 # --- results ---------------------------------------------------------------------------------------------------------
 
 
 class PreparedSubLLM(msgspec.Struct, frozen=True, kw_only=True):
-    """A sub-LLM as it leaves preparation: manifest, first views of adapter and emulator LoRA, public KL in nats."""
+    """A sub-LLM as preparation leaves it: manifest, first views of adapter and emulator LoRA, public KL in nats."""
 
     manifest: Digest
     adapter_view: Digest
@@ -72,7 +72,7 @@ class PreparedSubLLM(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PrepareResult(msgspec.Struct, frozen=True, kw_only=True):
-    """master: w, the LoRA of all layers that any of the sub-LLMs trains."""
+    """The prepared sub-LLMs. master: w, the LoRA of all layers that any of them trains."""
 
     sub_llms: tuple[PreparedSubLLM, ...]
     master: Digest
@@ -86,8 +86,10 @@ class ViewStep(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AggregateResult(msgspec.Struct, frozen=True, kw_only=True):
-    """steps: one for each view of the job. cross_term: ||M_res|| / ||M||, what averaging A and B apart loses of the mean
-    product; None: factors of different ranks, which have no mean.
+    """The master after a round, and the steps to it.
+
+    steps: one for each view of the job. cross_term: ||M_res|| / ||M||, what averaging A and B apart loses of the mean
+    product; None: the factors have different ranks and cannot be averaged.
     """
 
     master: Digest
@@ -97,7 +99,7 @@ class AggregateResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ProbeResult(msgspec.Struct, frozen=True, kw_only=True):
-    """KL(full LLM || sub-LLM), nats, and the cosine between the adapter LoRA's gradients in both."""
+    """The drift that a probe found: KL(full LLM || sub-LLM), nats, and the cosine of the adapter LoRA's two gradients."""
 
     kl: float
     cosine: float
@@ -113,6 +115,8 @@ class RealignedSubLLM(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RealignResult(msgspec.Struct, frozen=True):
+    """The sub-LLMs after an alignment, the largest first."""
+
     sub_llms: tuple[RealignedSubLLM, ...]
 
 
@@ -124,14 +128,14 @@ class RepruneSubLLM(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RepruneResult(msgspec.Struct, frozen=True, kw_only=True):
-    """master: w, with the LoRA of layers that nobody had before."""
+    """The sub-LLMs with other layers. master: w, with the LoRA of layers that no sub-LLM had before."""
 
     master: Digest
     sub_llms: tuple[RepruneSubLLM, ...]
 
 
 class EvaluateResult(msgspec.Struct, frozen=True, kw_only=True):
-    """By model (full, sub_llm, plug_in): accuracy, mean completion loss in nats, AUC where there are two choices.
+    """The figures by model (full, sub_llm, plug_in): accuracy, mean completion loss in nats, AUC.
 
     None: not finite, or there are not two choices. Ledgers keep it as it is; the oldest have no AUC.
     """
@@ -145,8 +149,8 @@ class EvaluateResult(msgspec.Struct, frozen=True, kw_only=True):
 # --- jobs ------------------------------------------------------------------------------------------------------------
 
 
-class Prepare(Call[PrepareResult, Progress], frozen=True, tag="prepare"):
-    """Prune, quantize and align; what is done already is found again."""
+class Prepare(Call[PrepareResult, JobProgress], frozen=True, tag="prepare"):
+    """The job to prune, quantize and align; what is done already is found again."""
 
 
 class AcceptedUpdate(msgspec.Struct, frozen=True, kw_only=True):
@@ -158,8 +162,8 @@ class AcceptedUpdate(msgspec.Struct, frozen=True, kw_only=True):
     view: Digest
 
 
-class Aggregate(Call[AggregateResult, Progress], frozen=True, tag="aggregate"):
-    """Close a round: the next master of the decoded updates; for each view v += decode(Q(w - v)).
+class Aggregate(Call[AggregateResult, JobProgress], frozen=True, tag="aggregate"):
+    """The job that closes a round: merge the decoded updates into the next master; for each view v += decode(Q(w - v)).
 
     trains: the factor that this round's updates hold. views: the adapter views in force, the largest sub-LLM's first.
     """
@@ -171,30 +175,30 @@ class Aggregate(Call[AggregateResult, Progress], frozen=True, tag="aggregate"):
     updates: tuple[AcceptedUpdate, ...]
 
 
-class Probe(Call[ProbeResult, Progress], frozen=True, tag="probe"):
-    """Measure how far the largest sub-LLM has drifted from the full LLM."""
+class Probe(Call[ProbeResult, JobProgress], frozen=True, tag="probe"):
+    """The job to measure how far the largest sub-LLM has drifted from the full LLM."""
 
     master: Digest
     emulator_view: Digest
 
 
-class Realign(Call[RealignResult, Progress], frozen=True, tag="realign"):
-    """Align every sub-LLM with the current adapter LoRA. version: of the alignment that this makes."""
+class Realign(Call[RealignResult, JobProgress], frozen=True, tag="realign"):
+    """The job to align every sub-LLM with the current adapter LoRA. version: that of the new alignment."""
 
     version: int
     master: Digest
     emulator_views: tuple[Digest, ...]
 
 
-class Reprune(Call[RepruneResult, Progress], frozen=True, tag="reprune"):
-    """Draw other layers for each sub-LLM, for the training of `round`."""
+class Reprune(Call[RepruneResult, JobProgress], frozen=True, tag="reprune"):
+    """The job to draw other layers for each sub-LLM, for the training of `round`."""
 
     round: int
     master: Digest
 
 
-class Evaluate(Call[EvaluateResult, Progress], frozen=True, tag="evaluate"):
-    """Judge full LLM, sub-LLM and plug-in on the run's evaluation data after `round`."""
+class Evaluate(Call[EvaluateResult, JobProgress], frozen=True, tag="evaluate"):
+    """The job to judge full LLM, sub-LLM and plug-in on the run's evaluation data after `round`."""
 
     round: int
     master: Digest

@@ -1,7 +1,7 @@
-"""The ledger's records: what was decided, complete. Their bytes are kept for good, so that old ledgers replay.
+"""Define the ledger's records: all that was decided. Their form never changes, so that old ledgers replay.
 
 A record names the largest sub-LLM's values first and the others' in `smaller`; `state.py` has one tuple of all. What a
-record means there is `state.py`'s, when one is written is `rounds.py`'s.
+record means is `state.py`'s, when one is written is `rounds.py`'s.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ class Record(msgspec.Struct, frozen=True, tag_field="record", kw_only=True, forb
 
 
 class RunStarted(Record, frozen=True, tag="run_started"):
-    """run_id is made once; fixed are the settings that must equal on resume."""
+    """The run began. run_id: drawn once. fixed: the settings that must be equal on resume."""
 
     run_id: str
     fixed: Keys
 
 
 class SettingsChanged(Record, frozen=True, tag="settings_changed"):
-    """Keys that may change between starts (count, quorum, deadline), as they are now."""
+    """The keys that may change between starts (count, quorum, deadline), with their values from now on."""
 
     values: Keys
 
 
 class PreparedClass(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One of the smaller sub-LLMs. adapter_view: None where its LoRA has the layout of the largest's, whose view it shares."""
+    """One of the smaller sub-LLMs. adapter_view None: its LoRA has the layout of the largest's, whose view it shares."""
 
     manifest: Digest
     emulator_view: Digest
@@ -40,8 +40,8 @@ class PreparedClass(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     adapter_view: Digest | None = None
 
 
-class Prepared(Record, frozen=True, tag="prepared"):
-    """What the run starts from: the largest sub-LLM's; smaller: by size class, from class 1 on.
+class RunPrepared(Record, frozen=True, tag="prepared"):
+    """The run is prepared: what it starts from, for the largest sub-LLM. smaller: by size class, from class 1 on.
 
     master: w, the LoRA of all layers that any of them trains; None: the largest's first view is all of it.
     """
@@ -55,6 +55,8 @@ class Prepared(Record, frozen=True, tag="prepared"):
 
 
 class RoundOpened(Record, frozen=True, tag="round_opened"):
+    """A round opened. view: that of the largest sub-LLM's adapter. deadline_at: seconds since 1970."""
+
     round: int
     cohort: tuple[EdgeId, ...]
     view: Digest
@@ -63,7 +65,7 @@ class RoundOpened(Record, frozen=True, tag="round_opened"):
 
 
 class CohortExtended(Record, frozen=True, tag="cohort_extended"):
-    """`invited` are asked (again): below quorum at the deadline, which moves on, or back from a pause before it."""
+    """Edges were invited besides: below quorum at the deadline, which is set again, or back from a pause before it."""
 
     round: int
     invited: tuple[EdgeId, ...]
@@ -71,7 +73,7 @@ class CohortExtended(Record, frozen=True, tag="cohort_extended"):
 
 
 class UpdateAccepted(Record, frozen=True, tag="update_accepted"):
-    """size_class: whose view it starts from, and whose layout it has."""
+    """An update was accepted. size_class: whose view it starts from, and whose layout it has."""
 
     round: int
     edge: EdgeId
@@ -90,20 +92,24 @@ class EdgeAnswered(Record, frozen=True, tag="edge_answered"):
 
 
 class DeadlinePassed(Record, frozen=True, tag="deadline_passed"):
+    """The open round's deadline passed."""
+
     round: int
 
 
 class ClosedClass(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The new view of a smaller sub-LLM and the coded step to it."""
+
     view: Digest
     delta: Digest
 
 
 class RoundClosed(Record, frozen=True, tag="round_closed"):
-    """w, v of the largest sub-LLM and the coded step between views, as digests; smaller: of the classes that have a view of
-    their own, in order.
+    """A round closed: digests of w, of the largest sub-LLM's view v and of the coded step to it.
 
-    moments: of the hub's optimiser, where it has any. cross_term: ||M_res|| / ||M||, what averaging A and B apart loses
-    of the mean product (algorithms/products.py); None: closed by a hub that did not measure it.
+    smaller: the same for the size classes that have a view of their own, in order. moments: those of the hub's optimizer;
+    None: it has none. cross_term: ||M_res|| / ||M||, what averaging A and B apart loses of the mean product
+    (docs/methods.md (m10-cross-term)); None: it was not measured.
     """
 
     round: int
@@ -116,15 +122,17 @@ class RoundClosed(Record, frozen=True, tag="round_closed"):
 
 
 class ReprunedClass(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The manifest and the first view of a smaller sub-LLM with other layers."""
+
     manifest: Digest
     view: Digest
 
 
 class Repruned(Record, frozen=True, tag="repruned"):
-    """Before local training of `round`: other layers for each size class; smaller: from class 1 on.
+    """Other layers were drawn for each size class, before the training of `round`. smaller: from class 1 on.
 
     A view is cut from w and is the LoRA that the bundle of its manifest begins with. master: w, with the LoRA of layers
-    that nobody had yet.
+    that no sub-LLM had before.
     """
 
     round: int
@@ -135,6 +143,8 @@ class Repruned(Record, frozen=True, tag="repruned"):
 
 
 class RealignedClass(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The new emulator view of a smaller sub-LLM, the coded step to it, and public KL, nats."""
+
     view: Digest
     delta: Digest
     kl_before: float
@@ -142,9 +152,10 @@ class RealignedClass(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Realigned(Record, frozen=True, tag="realigned"):
-    """Before local training of `round`: a new version of the emulator LoRA; smaller: by size class, from class 1 on.
+    """The emulator LoRA has a new version, before the training of `round`. smaller: by size class, from class 1 on.
 
-    All classes are realigned at once, so that a version means the same to every edge.
+    All classes are realigned at once, so that a version means the same to every edge. kl_before, kl_after: public KL,
+    nats.
     """
 
     round: int
@@ -157,8 +168,10 @@ class Realigned(Record, frozen=True, tag="realigned"):
 
 
 class Probed(Record, frozen=True, tag="probed"):
-    """Before local training of `round`, where drift decides: KL(full LLM || sub-LLM) on held-out public blocks, and the
-    cosine of the adapter LoRA's gradients in both; with the current adapter LoRA."""
+    """The drift was measured, before the training of `round`, with the current adapter LoRA.
+
+    kl: KL(full LLM || sub-LLM) on held-out public blocks, nats. cosine: that of the adapter LoRA's gradients in both.
+    """
 
     round: int
     kl: float
@@ -166,18 +179,22 @@ class Probed(Record, frozen=True, tag="probed"):
 
 
 class Evaluated(Record, frozen=True, tag="evaluated"):
+    """The run was judged after `round`."""
+
     round: int
     result: EvaluateResult
 
 
 class RunEnded(Record, frozen=True, tag="run_ended"):
+    """The run is over. rounds: how many were closed."""
+
     rounds: int
 
 
 AnyRecord = (
     RunStarted
     | SettingsChanged
-    | Prepared
+    | RunPrepared
     | RoundOpened
     | CohortExtended
     | UpdateAccepted

@@ -1,32 +1,34 @@
 """Decide federated rounds: events in, effects out. No sockets, tensors, clock or disk.
 
-The rules: docs/protocol.md (p3-rounds). `RunState` folds the ledger's records; `RoundMachine` adds what is volatile: who
-is connected, who uploads, which job runs. `owed` is what the state still owes, and so also all that a restart does after
-replay.
+The rules: docs/protocol.md (p3-rounds). `LedgerState` folds the ledger's records; `RoundMachine` adds what is volatile:
+who is connected, who uploads, which job runs. `owed` is what the state still owes, and so also all that a restart does
+after replay. What is decided within an open round is `collecting.py`'s, between rounds `schedule.py`'s.
 """
 
 from __future__ import annotations
 
 from typing import assert_never
 
-from fedsoda_edge.protocol.messages import EdgeId, Farewell
-from fedsoda_edge.protocol.messages import RoundClosed as RoundClosedMessage
+from fedsoda_edge.protocol import messages as ms
+from fedsoda_edge.protocol.messages import EdgeId
 from fedsoda_hub.federation import collecting, jobs
 from fedsoda_hub.federation import events as ev
 from fedsoda_hub.federation import records as rec
 from fedsoda_hub.federation.collecting import is_awaited
-from fedsoda_hub.federation.events import Append, Compute, Effect, Event, Ignored, Send
+from fedsoda_hub.federation.events import Append, Effect, Ignore, RoundEvent, Send, StartJob
 from fedsoda_hub.federation.schedule import Rules, choose_cohort, job_before_next_round, trained_factor
-from fedsoda_hub.federation.state import RunState
+from fedsoda_hub.federation.state import LedgerState
 
-# The record that a job's result becomes: written down, the job is over.
-_RESULTS = (rec.Prepared, rec.RoundClosed, rec.Realigned, rec.Repruned, rec.Probed, rec.Evaluated)
+# The records that results of jobs become; with its record written, a job is over.
+_RESULTS = (rec.RunPrepared, rec.RoundClosed, rec.Realigned, rec.Repruned, rec.Probed, rec.Evaluated)
 
 
 class RoundMachine:
-    """`handle` answers an event; the caller performs effects in order and calls `apply` for each Append."""
+    """The decisions of a run: `handle` answers an event; the caller performs the effects in order and calls `apply` for
+    each Append.
+    """
 
-    def __init__(self, rules: Rules, state: RunState) -> None:
+    def __init__(self, rules: Rules, state: LedgerState) -> None:
         self.rules = rules
         self.state = state
         self.eligible: set[EdgeId] = set()
@@ -34,14 +36,14 @@ class RoundMachine:
         self._connected: set[EdgeId] = set()  # eligible or paused: whom a Farewell reaches
         self._offered: dict[EdgeId, tuple[int, int]] = {}
         self._uploading: set[EdgeId] = set()
-        self._told: set[EdgeId] = set()
+        self._farewelled: set[EdgeId] = set()
         self._running: jobs.Job | None = None
         self._timer: tuple[int, float] | None = None
         self._extensions = 0
         self._waiting = ""
 
     def apply(self, record: rec.AnyRecord) -> None:
-        """Fold a record in that is durable now."""
+        """Fold in a record that is durable now."""
         self.state.apply(record)
         if isinstance(record, rec.CohortExtended):
             self._extensions += 1
@@ -57,17 +59,17 @@ class RoundMachine:
 
     @property
     def quorum(self) -> int:
-        """Accepted updates that the open round needs."""
+        """The number of accepted updates that the open round needs."""
         return collecting.quorum(self.rules, self.state)
 
     def awaits_upload(self, edge: EdgeId) -> bool:
-        """Tell whether an upload of this edge is on its way, which a deadline would wait for."""
+        """Tell whether an upload of this edge is under way, which a deadline would wait for."""
         return edge in self._uploading
 
     # --- events ------------------------------------------------------------------------------------------
 
-    def handle(self, event: Event) -> list[Effect]:
-        """Return the answer to an event in the present phase: effects, or why there are none."""
+    def handle(self, event: RoundEvent) -> list[Effect]:
+        """Return the effects of an event in the present phase; where it changes nothing, an Ignore with the reason."""
         state = self.state
         match event:
             case ev.EdgeReady():
@@ -86,15 +88,15 @@ class RoundMachine:
                 if is_awaited(state, event.edge):
                     return [Append(rec.EdgeAnswered(round=state.round, edge=event.edge, how=event.how))]
                 return []
-            case ev.Declined():
+            case ev.EdgeDeclined():
                 if event.round == state.round and is_awaited(state, event.edge):
                     return [Append(rec.EdgeAnswered(round=state.round, edge=event.edge, how="declined"))]
-                return [Ignored(f"{event.edge} is not awaited in round {event.round}")]
+                return [Ignore(f"{event.edge} is not awaited in round {event.round}")]
             case ev.UploadStarted():
                 if event.round == state.round and is_awaited(state, event.edge):
                     self._uploading.add(event.edge)
                     return []
-                return [Ignored(f"the upload of {event.edge} is judged when it is whole")]
+                return [Ignore(f"the upload of {event.edge} is judged when it is complete")]
             case ev.UploadStalled():
                 self._uploading.discard(event.edge)
                 return []
@@ -106,18 +108,18 @@ class RoundMachine:
                 if state.phase == "collecting" and is_due and not state.deadline_passed:
                     self._timer = None  # where the record cannot be written, `owed` sets another
                     return [Append(rec.DeadlinePassed(round=event.round))]
-                return [Ignored(f"round {event.round} does not wait for its deadline any more")]
+                return [Ignore(f"round {event.round} does not wait for this deadline any more")]
             case ev.JobDone():
                 if event.job != self._running:
-                    return [Ignored(f"no such {jobs.name_of(event.job)} is running")]
+                    return [Ignore(f"no such {jobs.name_of(event.job)} is running")]
                 return self._done(event.result)
 
     def _is_back(self, edge: EdgeId) -> list[Effect]:
-        """Count the edge in; where its round is open and it had paused or left, await it again until the same time."""
+        """Make the edge eligible; if it had paused or left in the open round, await it again until the same deadline."""
         state = self.state
         self.eligible.add(edge)
         self._connected.add(edge)
-        self._told.discard(edge)
+        self._farewelled.discard(edge)
         self._uploading.discard(edge)  # an upload ends with the connection it came by
         self._offered.pop(edge, None)  # a new connection has no offer yet
         if state.phase == "collecting" and state.answered.get(edge) in ("paused", "left"):
@@ -130,17 +132,17 @@ class RoundMachine:
         self._offered.pop(edge, None)
 
     def _done(self, result: jobs.JobResult) -> list[Effect]:
-        """Write down what a job came to."""
+        """Record a job's result, and send the edges what follows from it."""
         state, upcoming = self.state, self.state.round + 1
         match result:
             case jobs.PrepareResult():
                 return [Append(_prepared(result))]
             case jobs.AggregateResult():
-                told = [
-                    Send(edge, RoundClosedMessage(round=state.round, num_updates=len(state.accepted)))
+                notices = [
+                    Send(edge, ms.RoundClosed(round=state.round, num_updates=len(state.accepted)))
                     for edge in sorted(self.eligible)
                 ]
-                return [Append(_closed(state.round, result)), *told]
+                return [Append(_closed(state.round, result)), *notices]
             case jobs.RealignResult():
                 return [Append(_realigned(upcoming, state.alignment + 1, result))]
             case jobs.RepruneResult():
@@ -155,10 +157,14 @@ class RoundMachine:
     # --- what is owed ------------------------------------------------------------------------------------
 
     def owed(self, now: float) -> list[Effect]:
-        """Return what the state still owes. After an Append among them the caller asks again."""
+        """Return the effects that the state still owes. After an Append among them the caller asks again.
+
+        Args:
+            now: wall time, seconds since 1970.
+        """
         state = self.state
         if self._running is not None:
-            return []  # no job runs while a round collects, but the one that closes it
+            return []  # while a round collects, the only job that runs is the one that closes it
         match state.phase:
             case "preparing":
                 return self._start(jobs.Prepare())
@@ -168,15 +174,15 @@ class RoundMachine:
                 return self._owed_idle(now)
             case "ended":
                 goodbye: list[Effect] = []
-                for edge in sorted(self._connected - self._told):
-                    self._told.add(edge)
-                    goodbye.append(Send(edge, Farewell(rounds=state.round, reason="the run is over")))
+                for edge in sorted(self._connected - self._farewelled):
+                    self._farewelled.add(edge)
+                    goodbye.append(Send(edge, ms.Farewell(rounds=state.round, reason="the run is over")))
                 return [*goodbye, ev.Finish()]
 
     def _start(self, job: jobs.Job) -> list[Effect]:
         self._running = job
         self._waiting = ""
-        return [Compute(job)]
+        return [StartJob(job)]
 
     def _offers(self) -> list[Effect]:
         state, rule = self.state, self.rules.aggregation
@@ -185,7 +191,7 @@ class RoundMachine:
             if is_awaited(state, edge) and self._offered.get(edge) != (state.round, self._extensions):
                 self._offered[edge] = (state.round, self._extensions)
                 made.append(
-                    ev.Offer(
+                    ev.SendOffer(
                         edge,
                         self.size_classes.get(edge, 0),
                         trains=trained_factor(rule, state.round),
@@ -205,7 +211,7 @@ class RoundMachine:
             return self._extend(now)
         effects = self._offers()
         if self._timer is None and not state.deadline_passed:
-            # The deadline passed while the hub was down: one more stall window.
+            # Where the deadline passed while the hub was down, edges get one more stall window.
             is_late = now > state.deadline_at
             at = max(state.deadline_at, now + rules.stall_seconds) if is_late else state.deadline_at
             self._timer = (state.round, at)
@@ -218,17 +224,17 @@ class RoundMachine:
             self._waiting = ""
         else:
             effects += self._wait(
-                f"round {state.round} waits for {', '.join(awaited) or 'any edge'}: none is connected"
+                f"round {state.round} waits for {', '.join(awaited) or 'any edge'}, and none of them is connected"
             )
         return effects
 
     def _extend(self, now: float) -> list[Effect]:
-        """Stay open below quorum at the deadline: number and accepted updates stay, replacements are invited."""
+        """Extend the round below quorum at its deadline: it keeps its number and updates, and replacements are invited."""
         state = self.state
         if not self.eligible - set(state.accepted):
             return self._wait(
-                f"round {state.round} has {len(state.accepted)} of {self.quorum} updates at its deadline and no edge "
-                "is connected that could replace the rest"
+                f"round {state.round} has {len(state.accepted)} of {self.quorum} updates at its deadline, and no edge "
+                "that could send another is connected"
             )
         return [collecting.extended(self.rules, state, collecting.replacements(state, self.eligible), now)]
 
@@ -255,19 +261,19 @@ class RoundMachine:
         return [Append(opened)]
 
     def _wait(self, why: str) -> list[Effect]:
-        """Say it once, not at every event."""
+        """Tell people why the run waits, once for each reason and not at every event."""
         if why == self._waiting:
             return []
         self._waiting = why
-        return [ev.Waiting(why)]
+        return [ev.Wait(why)]
 
 
-# --- results as records: the largest sub-LLM's values stand apart from the others' --------------------------
+# --- results as records: the largest sub-LLM's values are separate from the others' ---------------------------
 
 
-def _prepared(result: jobs.PrepareResult) -> rec.Prepared:
+def _prepared(result: jobs.PrepareResult) -> rec.RunPrepared:
     largest, *smaller = result.sub_llms
-    return rec.Prepared(
+    return rec.RunPrepared(
         manifest=largest.manifest,
         adapter_view=largest.adapter_view,
         emulator_view=largest.emulator_view,

@@ -1,6 +1,6 @@
-"""The ledger, folded: what is known of a run. Replay folds records in order; it never samples, reads a clock or trains.
+"""Fold the ledger's records into what is known of a run. Replay never samples, reads a clock or trains.
 
-What is owed from here on is `rounds.py`'s.
+What the run still owes is `rounds.py`'s.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Phase = Literal["preparing", "idle", "collecting", "ended"]  # idle: between two
 
 
 class Collected(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """An accepted update."""
+    """An accepted update. loss: nats a completion id, the mean over its examples."""
 
     round: int
     digest: Digest
@@ -34,7 +34,7 @@ class HeldView(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     delta: Digest | None = None
 
 
-class SubLLM(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class ServedSubLLM(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A sub-LLM of the run. shares_adapter: its adapter LoRA has the layout of the largest's, whose view it shares."""
 
     manifest: Digest
@@ -52,24 +52,25 @@ class Realignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kl_after: float
 
 
-class Probe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How far the largest sub-LLM was from the full LLM before the training of `round`: KL, nats, and cosine."""
+class MeasuredDrift(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a probe found before the training of `round`: KL of the largest sub-LLM, nats, and cosine of gradients."""
 
     round: int
     kl: float
     cosine: float
 
 
-class RunState(msgspec.Struct, forbid_unknown_fields=True):
-    """All that the records say. Sub-LLMs stand by size class, the largest first.
+class LedgerState(msgspec.Struct, forbid_unknown_fields=True):
+    """All that the records say. sub_llms: by size class, the largest first.
 
-    Unknown fields are an error, so that a snapshot of another form is never half read: replay begins at the first record.
+    Unknown fields are an error, so that a snapshot of another form is never half read: then replay begins at the first
+    record.
     """
 
     run_id: str = ""
     fixed: rec.Keys = {}
     phase: Phase = "preparing"
-    sub_llms: tuple[SubLLM, ...] = ()  # none before the run is prepared
+    sub_llms: tuple[ServedSubLLM, ...] = ()  # none before the run is prepared
     round: int = 0  # the last opened; never reused, so a stale timer cannot hit a later one
     cohort: list[EdgeId] = []
     invited: int = 0  # how many the quorum counts
@@ -86,11 +87,11 @@ class RunState(msgspec.Struct, forbid_unknown_fields=True):
     losses: list[float] = []  # weighted mean of each closed round
     cross_terms: dict[int, float] = {}  # by round
     realignments: list[Realignment] = []
-    probes: list[Probe] = []
+    probes: list[MeasuredDrift] = []
 
     @property
-    def largest(self) -> SubLLM:
-        """The largest sub-LLM, of size class 0; there is none before the run is prepared."""
+    def largest(self) -> ServedSubLLM:
+        """The largest sub-LLM, of size class 0; only of a run that is prepared."""
         return self.sub_llms[0]
 
     @property
@@ -105,32 +106,32 @@ class RunState(msgspec.Struct, forbid_unknown_fields=True):
 
     @property
     def evaluated_round(self) -> int:
-        """The round after which the run was last judged; 0: none."""
+        """The round after which the run was last judged; 0: it was never judged."""
         return 0 if self.evaluated is None else self.evaluated.round
 
     @property
     def realigned_for(self) -> int:
-        """The round before whose training the emulators were last aligned; 0: they are as prepared."""
+        """The round before whose training the emulators were last realigned; 0: they are as prepared."""
         return self.realignments[-1].round if self.realignments else 0
 
     @property
     def aligned_kl(self) -> float:
-        """Public KL after the last alignment, which a probe is held against."""
+        """The public KL after the last alignment, nats, which a probe is compared with."""
         return self.realignments[-1].kl_after if self.realignments else self.public_kl["aligned"]
 
     @property
-    def first_probe(self) -> Probe:
-        """The first probe since the last alignment; there is one."""
+    def first_probe(self) -> MeasuredDrift:
+        """The first probe since the last alignment; only after one was made."""
         return next(probe for probe in self.probes if probe.round > self.realigned_for)
 
     @property
-    def with_own_view(self) -> tuple[SubLLM, ...]:
-        """Sub-LLMs with an adapter view of their own: the largest, and those whose adapter has another layout."""
+    def with_own_view(self) -> tuple[ServedSubLLM, ...]:
+        """The sub-LLMs with an adapter view of their own: the largest, and those whose adapter has another layout."""
         return tuple(one for one in self.sub_llms if not one.shares_adapter)
 
     @property
     def views(self) -> set[Digest]:
-        """All views in force and the coded steps to them, of adapters and emulators."""
+        """The digests of all views in force and of the coded steps to them, of adapters and emulators."""
         held = (view for one in self.sub_llms for view in (one.adapter, one.emulator))
         return {digest for view in held for digest in (view.digest, view.delta) if digest is not None}
 
@@ -142,7 +143,7 @@ class RunState(msgspec.Struct, forbid_unknown_fields=True):
             case rec.SettingsChanged():
                 if self.phase == "ended":
                     self.phase = "idle"  # a larger count continues where the run ended
-            case rec.Prepared():
+            case rec.RunPrepared():
                 self.master = record.master or record.adapter_view
                 self.sub_llms = _prepared(record)
                 self.phase = "idle"
@@ -191,22 +192,22 @@ class RunState(msgspec.Struct, forbid_unknown_fields=True):
                     for one, new in zip(self.sub_llms, drawn, strict=True)
                 )
             case rec.Probed():
-                self.probes.append(Probe(record.round, record.kl, record.cosine))
+                self.probes.append(MeasuredDrift(record.round, record.kl, record.cosine))
             case rec.Evaluated():
                 self.evaluated = record
             case rec.RunEnded():
                 self.phase = "ended"
 
     def _hold_adapters(self, views: list[HeldView]) -> None:
-        """Give each sub-LLM with an adapter view of its own its new one, and the others the largest's."""
+        """Give each sub-LLM with an adapter view of its own the new one, and each other sub-LLM the largest's."""
         new = dict(zip((at for at, one in enumerate(self.sub_llms) if not one.shares_adapter), views, strict=True))
         self.sub_llms = tuple(replace(one, adapter=new.get(at, new[0])) for at, one in enumerate(self.sub_llms))
 
 
-def _prepared(record: rec.Prepared) -> tuple[SubLLM, ...]:
-    made: list[rec.Prepared | rec.PreparedClass] = [record, *record.smaller]
+def _prepared(record: rec.RunPrepared) -> tuple[ServedSubLLM, ...]:
+    made: list[rec.RunPrepared | rec.PreparedClass] = [record, *record.smaller]
     return tuple(
-        SubLLM(
+        ServedSubLLM(
             manifest=one.manifest,
             public_kl=one.public_kl,
             adapter=HeldView(one.adapter_view or record.adapter_view),

@@ -1,8 +1,8 @@
-"""A whole federation in this process: the real daemon, agents, workers and codecs. Only the ports differ.
+"""Run a whole federation in this process: the real daemon, agents, workers and codecs. Only the ports differ.
 
 Frames cross queues instead of sockets, and all torch work runs in one thread, one command after the other, on adapters
-that the edges share. So an edge more costs its border states and its LoRA, and the bits are those of processes with as
-many threads. No clock decides anything here.
+that the edges share. So another edge costs its border states and its LoRA, and the results equal those of processes with
+as many threads bit for bit. No clock decides anything here. Processes of their own are `processes.py`'s.
 """
 
 from __future__ import annotations
@@ -35,14 +35,13 @@ from fedsoda_edge.protocol.codec import wire_bytes
 from fedsoda_edge.protocol.messages import EdgeId
 from fedsoda_edge.worker.worker import Worker
 from fedsoda_hub.compute import Compute
-from fedsoda_hub.events import Say
+from fedsoda_hub.events import HubSay
 from fedsoda_hub.run.tokens import Token
 from fedsoda_hub.serving.connection import Connection, Hub
 from fedsoda_hub.serving.daemon import Daemon
 from fedsoda_hub.settings.run import RunSettings
 
-Answer = Callable[[Any, Report], msgspec.Struct]  # does one call of a union
-EdgeSay = Callable[[events.AnyEvent], None]
+Answerer = Callable[[Any, Report], msgspec.Struct]  # does one call of a union
 T = TypeVar("T")
 PIECE_BYTES = 1 << 20
 CLOSE_SECONDS = 5.0  # that edges may take to end after their Farewell
@@ -53,23 +52,30 @@ async def federate(
     edges: Mapping[str, Path],
     homes: Path,
     stop: asyncio.Future[str],
-    say: Say,
-    say_of: Callable[[str], EdgeSay],
+    say: HubSay,
+    say_of: Callable[[str], events.Say],
 ) -> None:
     """Run one federation to its end, or until `stop`; a second call continues it.
 
     Args:
-        edges: the data file of each. homes: where they keep their state. say_of: what takes an edge's events.
+        edges: the data file of each edge, by its id.
+        homes: the directory in which edges keep their state.
+        stop: holds the name of a signal that ends the federation.
+        say: takes the hub's events.
+        say_of: returns what takes an edge's events.
+
+    Raises:
+        FedSODAError: what the hub or an edge raised first.
     """
     door = MemoryDoor()
-    shared: WeakValueDictionary[bytes, SubLLM] = WeakValueDictionary()  # what no edge trains any more goes
+    shared: WeakValueDictionary[bytes, SubLLM] = WeakValueDictionary()  # an adapter that no edge trains is freed
     with TorchThread() as thread:
         daemon = Daemon.open(settings, say, door=door, torch=thread.port(lambda: Compute().answer))
         tokens = daemon.disk.ledger.tokens
         known = {token.edge for token in tokens.all()}
         for name in edges:
             if name not in known:
-                tokens.create(name)  # that it may join; nobody has to show it here
+                tokens.create(name)  # the edge must be known, although nobody shows a token here
         serving = asyncio.create_task(daemon.serve(stop, exit_when_done=True))
         agents = [
             Agent(
@@ -84,11 +90,14 @@ async def federate(
         ]
         joining = [asyncio.create_task(_take_part(agent, door)) for agent in agents]
         try:
-            # The first that fails ends it all, and so does a hub that ends.
+            # The first failure ends everything, and so does the end of the hub.
             pending: set[asyncio.Task[None]] = {serving, *joining}
             while serving in pending:
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                for task in (serving, *joining):  # what an edge loses by a hub that failed is not the reason
+                for task in (
+                    serving,
+                    *joining,
+                ):  # the hub first: where it failed, an edge's error is only a consequence
                     if task in done:
                         task.result()
             if not stop.done():
@@ -100,7 +109,7 @@ async def federate(
 
 
 async def _take_part(agent: Agent, door: MemoryDoor) -> None:
-    """Do what `fedsoda-edge join` does."""
+    """Take part in all rounds, as `fedsoda-edge join` does."""
     await door.is_open.wait()
     try:
         await agent.start()
@@ -116,7 +125,7 @@ async def _take_part(agent: Agent, door: MemoryDoor) -> None:
 
 
 class TorchThread:
-    """The one thread with torch: kernels have all cores to themselves, and no two workers use a model at a time."""
+    """The one thread with torch: kernels have all cores to themselves, and only one worker uses a model at a time."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, "torch")
@@ -127,13 +136,17 @@ class TorchThread:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def port(self, make: Callable[[], Answer]) -> InThread:
-        """Return a port whose calls run in the thread. make: a new answerer, which nothing was asked of yet."""
+    def port(self, make: Callable[[], Answerer]) -> InThread:
+        """Return a port whose calls run in the thread.
+
+        Args:
+            make: makes a new answerer.
+        """
         return InThread(self._pool, make)
 
 
-class Ended(Exception):
-    """Raised within a call whose port was closed, where it says how far it is."""
+class PortClosed(Exception):
+    """The signal that ends a call whose port was closed; raised where the call reports progress."""
 
 
 class InThread:
@@ -141,16 +154,16 @@ class InThread:
 
     _numbers = itertools.count(1)
 
-    def __init__(self, pool: Executor, make: Callable[[], Answer]) -> None:
-        self.pid: int | None = None  # below 0: no process has it
+    def __init__(self, pool: Executor, make: Callable[[], Answerer]) -> None:
+        self.pid: int | None = None  # below 0, which no process has
         self._pool = pool
         self._make = make
-        self._answer: Answer | None = None
+        self._answer: Answerer | None = None
         self._lock = asyncio.Lock()
 
     @property
     def rss_bytes(self) -> int:
-        """This process's, at its peak: a plan that counts it in and what is free never asks for more than there is."""
+        """The peak of this process, so that a plan which adds it to what is free never asks for more than exists."""
         return peak_rss_bytes()
 
     peak_rss_bytes = rss_bytes
@@ -163,30 +176,31 @@ class InThread:
     async def call(
         self, call: Call[ResultT, ProgressT], on_progress: Callable[[ProgressT], None] | None = None
     ) -> ResultT:
-        """Run one call in the thread; it and what it answers cross as JSON, as they would cross a pipe.
+        """Run one call in the thread; call, progress and result cross as JSON, as they would cross a pipe.
 
         Raises:
-            FedSODAError: what the call raised; WorkerFailed where it raised something else.
+            FedSODAError: what the call raised.
+            WorkerFailed: the call raised something else.
         """
         async with self._lock:
             if self.pid is None:
                 await self.start()
             loop, pid, answer = asyncio.get_running_loop(), self.pid, self._answer
             assert answer is not None
-            told, failed = progress_type(call), loop.create_future()
+            kind, failed = progress_type(call), loop.create_future()
 
             def take(progress: ProgressT) -> None:
                 try:
                     if on_progress is not None:
                         on_progress(progress)
-                except Exception as defect:  # of whoever listens, not of the call
+                except Exception as defect:  # a defect of the listener, not of the call
                     if not failed.done():
                         failed.set_exception(defect)
 
             def report(progress: msgspec.Struct) -> None:
                 if self.pid != pid:
-                    raise Ended
-                loop.call_soon_threadsafe(take, _crossed(progress, told))
+                    raise PortClosed
+                loop.call_soon_threadsafe(take, _crossed(progress, kind))
 
             def work() -> ResultT:
                 return _crossed(answer(_crossed(call, type(call)), report), result_type(call))
@@ -208,7 +222,7 @@ class InThread:
                 failed.cancel()
 
     async def close(self) -> None:
-        """End what runs when it next says how far it is; whatever comes after it in the thread waits for that."""
+        """End a running call when it next reports progress; later calls in the thread wait for that."""
         self.pid, self._answer = None, None
 
 
@@ -236,23 +250,23 @@ class MemoryDoor:
         self.is_open.set()
 
     async def talk(self, connection: Connection) -> None:
-        """Run a connection; what the hub's own code raises in it ends the hub."""
+        """Run a connection; an exception of the hub's own code ends the hub."""
         try:
             await connection.run()
         except Exception as defect:
             self._defects.put_nowait(defect)
 
     async def broken(self) -> None:
-        """Wait for a defect of the hub; raise it."""
+        """Wait for a defect of the hub's code, and raise it."""
         raise await self._defects.get()
 
     async def close(self) -> None:
-        """Let nobody in any more."""
+        """Refuse everyone from now on."""
         self.hub = None
 
 
 class _Line:
-    """Both ways of one connection; None ends a way. This is the hub's end, a `Channel`."""
+    """Both directions of one connection; None ends a direction. This is the hub's end, a `Channel`."""
 
     def __init__(self) -> None:
         self.up: asyncio.Queue[bytes | None] = asyncio.Queue()
@@ -275,7 +289,7 @@ class _Line:
 
 
 class MemoryTransport:
-    """A `Transport` to a hub of this process. up and down count what a websocket would carry, in bytes."""
+    """A `Transport` to a hub of this process. up, down: the bytes that a websocket would have carried."""
 
     url = "this process"
 
@@ -318,7 +332,7 @@ class MemoryTransport:
     async def fetch(self, digest: str, offset: int) -> AsyncIterator[bytes]:
         path = self._hub.shelf.bundle_file(digest)
         if path is None:
-            raise RefusedByHub("no such file in this run's bundle")
+            raise RefusedByHub("this run's bundle has no such file")
         with path.open("rb") as file:
             file.seek(offset)
             while piece := file.read(PIECE_BYTES):

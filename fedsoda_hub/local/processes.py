@@ -1,4 +1,7 @@
-"""A federation of the real commands as real processes on this machine, over loopback: the demo's and a comparison's."""
+"""Run a federation of the real commands as processes on this machine, over loopback, for the demo and for comparisons.
+
+What an edge or hub does is its command's own matter; a federation in one process is `in_process.py`'s.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from fedsoda_edge import events as edge_events
 from fedsoda_edge.errors import WorkerFailed
 from fedsoda_edge.ports.system import group_of_its_own, stop_signal
 from fedsoda_hub import events
-from fedsoda_hub.events import Say
+from fedsoda_hub.events import HubSay
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.run.ledger import opened
 from fedsoda_hub.run.tokens import write_secret
@@ -29,7 +32,7 @@ async def federate(
     edges: Mapping[str, Path],
     homes: Path,
     stop: asyncio.Future[str],
-    say: Say,
+    say: HubSay,
     say_of: Callable[[str], EdgeSay],
     environment: Mapping[str, str],
     of_hub: Mapping[str, str] = MappingProxyType({}),
@@ -37,11 +40,16 @@ async def federate(
     """Run `serve` and a `join` for each edge, to the end of the run or until `stop`; a second call continues it.
 
     Args:
-        edges: the data file of each. homes: where they keep their state and their tokens. say_of: what takes an edge's
-        events. environment: of edges, beside FEDSODA_HOME; of_hub: the hub's.
+        edges: the data file of each edge, by its id.
+        homes: the directory in which edges keep their state and their tokens.
+        stop: done when the federation shall end early.
+        say: takes the hub's events.
+        say_of: returns what takes an edge's events.
+        environment: variables of the edges, beside FEDSODA_HOME.
+        of_hub: variables of the hub.
 
     Raises:
-        WorkerFailed: one of them did not end well.
+        WorkerFailed: a process ended with a status other than 0.
     """
     listening: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
@@ -61,7 +69,7 @@ async def federate(
         await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
         if following[0].done():
             following[0].result()
-            raise WorkerFailed("the hub ended before it listened", "")
+            raise WorkerFailed("the hub ended before any edge could join", "")
         for name, data in edges.items() if listening.done() else ():
             join = ["join", listening.result(), "--token-file", str(_token(settings, name, homes)), "--data", str(data)]
             home = {"FEDSODA_HOME": str(homes / name)}
@@ -73,7 +81,7 @@ async def federate(
             done, _ = await asyncio.wait({*pending, stop}, return_when=asyncio.FIRST_COMPLETED)
             pending -= done
             for task in done:
-                task.result()  # the first that fails ends it all
+                task.result()  # the first failure ends everything
     finally:
         for process in processes:
             await process.stop()
@@ -90,12 +98,12 @@ def _read(say: EdgeSay) -> Callable[[bytes], None]:
 
 
 def _token(settings: RunSettings, name: str, homes: Path) -> Path:
-    """Return the file with the edge's token, made at its first start."""
+    """Return the file with the edge's token; it is made at the first start."""
     path = homes / f"{name}.token"
     if not path.exists():
         with opened(RunDirectory(settings.run_dir)) as ledger:
             if name in {token.edge for token in ledger.tokens.all() if not token.revoked}:
-                ledger.tokens.revoke(name)  # of a start that was killed in between: nobody has it
+                ledger.tokens.revoke(name)  # a start was killed before it wrote the file, so nobody has this token
             secret = ledger.tokens.create(name)
         homes.mkdir(parents=True, exist_ok=True)
         write_secret(path, secret)
@@ -103,16 +111,17 @@ def _token(settings: RunSettings, name: str, homes: Path) -> Path:
 
 
 class Process:
-    """One of the real commands, in its own group, with its events."""
+    """One of the real commands as a process in its own group."""
 
     def __init__(self, module: str, arguments: list[str], environment: Mapping[str, str]) -> None:
         self._command = [sys.executable, "-m", module, *arguments]
-        # What is set for this command (FEDSODA_JSON, say) is not meant for those it starts.
+        # Variables that are set for this command, such as FEDSODA_JSON, are not meant for those that it starts.
         ours = {name: value for name, value in os.environ.items() if not name.startswith("FEDSODA_")}
         self._environment = {**ours, **environment}
         self._process: asyncio.subprocess.Process | None = None
 
     async def start(self) -> None:
+        """Start the process."""
         self._process = await asyncio.create_subprocess_exec(
             *self._command,
             stdout=asyncio.subprocess.PIPE,
@@ -123,10 +132,10 @@ class Process:
         )
 
     async def follow(self, hear: Callable[[bytes], None]) -> None:
-        """Pass each line that it prints on until the process ends.
+        """Pass on each line that the process prints, until it ends.
 
         Raises:
-            WorkerFailed: it did not end well.
+            WorkerFailed: it ended with a status other than 0.
         """
         assert self._process is not None
         assert self._process.stdout is not None
@@ -140,7 +149,7 @@ class Process:
             raise WorkerFailed(f"{' '.join(self._command[2:4])} ended with status {status}: {said[-400:]}", said)
 
     async def stop(self) -> None:
-        """End it and everything it started."""
+        """End the process and everything that it started."""
         if self._process is None or self._process.returncode is not None:
             return
         with contextlib.suppress(ProcessLookupError):

@@ -1,7 +1,7 @@
 """Align the sub-LLMs of a run: solve for the emulator LoRA, train it, fit the border map, before round 1 and again.
 
-The mathematics is `algorithms/alignment`'s; here its inputs are found or made: the teacher's targets, the student and
-its hidden states below the first layer that trains.
+Here the inputs of an alignment are found or made: the teacher's targets, the student and its hidden states below the
+first layer that trains. The mathematics is that of `algorithms/alignment/`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fedsoda_hub.preparation.teacher import TeacherCache
 
 
 def check_closed_form(llm: StreamedLLM) -> None:
-    """Check that this family's emulator LoRA can be solved for.
+    """Check that the emulator LoRA of this model can be solved for in closed form.
 
     Raises:
         UsageProblem: it cannot; says why, and what to write.
@@ -41,7 +41,7 @@ def check_closed_form(llm: StreamedLLM) -> None:
 
 
 class Aligner:
-    """Aligns sub-LLMs with the full LLM. What it leaves below the run's preparation is found again."""
+    """The alignment of a run's sub-LLMs with its full LLM. Files that it leaves in the preparation are found again."""
 
     def __init__(self, llm: StreamedLLM, teacher: TeacherCache) -> None:
         self._llm = llm
@@ -51,10 +51,13 @@ class Aligner:
     def first(
         self, bundle: Bundle, size_class: int, plans: Sequence[LayerPlan]
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Align before round 1, once for a run: the aligned emulator LoRA, and public KL, nats, after each stage.
+        """Align a size class before round 1, once for a run.
 
         Args:
-            plans: of all sub-LLMs, the largest first, so that one pass makes the targets of all.
+            plans: those of all sub-LLMs, the largest first, so that one pass makes the targets of all.
+
+        Returns:
+            the aligned emulator LoRA with its border map, and public KL, nats, after each stage.
         """
         done = self._work / f"emulator_lora.{size_class}.safetensors"
         kl_done = self._work / f"first_kl.{size_class}.json"
@@ -82,15 +85,16 @@ class Aligner:
     def solve(
         self, source: LayerSource, plan: LayerPlan, states: Tensor, emulator: dict[str, Tensor], scale: float
     ) -> dict[str, Tensor]:
-        """Solve for the emulator LoRA in closed form, begun at `emulator`.
+        """Solve for the emulator LoRA in closed form.
 
         Args:
-            source: of the sub-LLM's layers.
+            source: the sub-LLM's layers.
             states: (N, T, C) of the used blocks below its first layer with LoRA.
+            emulator: the LoRA to start from.
             scale: alpha / rank.
 
         Raises:
-            UsageProblem: of this family nothing can be solved for.
+            UsageProblem: closed-form alignment is not possible with this family or these targets.
         """
         return closed_form.align(
             source,
@@ -109,13 +113,14 @@ class Aligner:
         """Train the student's emulator LoRA in place, and return it.
 
         Args:
-            states: (N, T, C) of all public blocks below the student. final: (N, T, C) of the teacher on them.
-            version: of the alignment; with the run's seed, the order of the blocks.
+            states: (N, T, C) of all public blocks below the student.
+            final: (N, T, C), the teacher's final hidden states on them.
+            version: that of the alignment, which decides the order of the blocks together with the run's seed.
         """
         align, count = self._llm.settings.align, len(self._llm.text.used)
         border = self._teacher.target(plan.emulator[-1])[:count]
 
-        def told(done: int, total: int, kl: float) -> None:
+        def report(done: int, total: int, kl: float) -> None:
             self._llm.running.report(Stage(stage="aligning", done=done, total=total, kl=kl))
 
         oda.align(
@@ -127,12 +132,12 @@ class Aligner:
                 steps, align.batch_size, align.learning_rate, align.representation_weight, align.kl_weight
             ),
             seed=self._llm.settings.seed * 1000 + version,
-            progress=told,
+            progress=report,
         )
         return lora.on(plan.emulator, lora.snapshot(student))
 
     def fit_border_map(self, bundle: Bundle, emulator: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Fit the map's tensors for the sub-emulator with this LoRA; none where the bundle has no map."""
+        """Fit the border map of the sub-emulator with this LoRA; no tensors where the bundle has no map."""
         if not any(item.name.startswith(border_map.PREFIX) for item in bundle.manifest.lora.emulator):
             return {}
         llm, path, prompts = self._llm, self._work / "teacher.prompts.safetensors", self._llm.text.prompts
@@ -161,12 +166,14 @@ class Aligner:
         return fit.tensors
 
     def student(self, bundle: Bundle, emulator: dict[str, Tensor], adapter: dict[str, Tensor]) -> tuple[SubLLM, Tensor]:
-        """Build the student from its first aligned layer on; with the states of all public blocks below it, (N, T, C),
-        which never change.
+        """Build the student from its first aligned layer on, with the states of all public blocks below it.
 
-        Without the border map: it was fitted for text like the task's, and elsewhere it is far off. An alignment that saw
-        it on public text would bend the emulator LoRA to undo it.
-        Adapter layers may lie below the student in a method that aligns before round 1 alone: their LoRA is zero then.
+        It has no border map, which was fitted for text like the task's and is far off elsewhere: an alignment that saw it
+        on public text would bend the emulator LoRA to undo it. Adapter layers may lie below the student only in a method
+        that aligns before round 1 alone, when their LoRA is zero.
+
+        Returns:
+            the student, and (N, T, C) states, which never change.
         """
         spec, kept, llm = bundle.manifest.lora, bundle.plan.kept, self._llm
         first = min(spec.aligned, default=bundle.plan.border)
@@ -181,5 +188,5 @@ class Aligner:
         return student, load_file(path)["hidden"].to(llm.running.device)
 
     def below(self, first: int) -> Path:
-        """Name the file of all public blocks' states, (N, T, C), below this layer of a student."""
+        """Name the file of the states of all public blocks, (N, T, C), below this layer of a student."""
         return self._work / f"student.below.{first}.safetensors"

@@ -1,7 +1,7 @@
-"""The full LLM of a run, one layer resident at a time, and what a sub-LLM of it carries.
+"""Hold the full LLM of a run, one layer resident at a time, and lay out what a sub-LLM of it carries.
 
-It lives as long as its process works on the run: weights are opened, and public text is read, once. What is asked of it
-before any of its layers goes is in `measured.py`, what its sub-LLMs are held against in `teacher.py`.
+It lives as long as its process works on the run: weights are opened, and public text is read, once. What is measured of
+it before any layer is removed is `measured.py`'s, what its sub-LLMs are compared with is `teacher.py`'s.
 """
 
 from __future__ import annotations
@@ -23,13 +23,17 @@ from fedsoda_edge.ports.disk import write_durably_json
 from fedsoda_edge.protocol.manifest import LayerPlan, LoRASpec
 from fedsoda_hub.algorithms.methods.by_name import method_of
 from fedsoda_hub.preparation.run_text import RunText
-from fedsoda_hub.preparation.running import Running
+from fedsoda_hub.preparation.running import RunningLayers
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.settings.run import RunSettings
 
 
 def open_full_llm(settings: RunSettings) -> Checkpoint:
-    """Open the run's full LLM; a model hub's id at the commit that the run first saw, however long it lasts."""
+    """Open the run's full LLM; a model of a model hub always at the commit that the run first saw.
+
+    Raises:
+        UsageProblem: the model is not found, or of a family that is not supported.
+    """
     pin = RunDirectory(settings.run_dir).model_revision
     held = json.loads(pin.read_text()) if pin.exists() else {}
     revision = held.get("revision") if held.get("model") == settings.model else None
@@ -49,10 +53,10 @@ def lora_spec(
     *,
     is_mapped: bool = True,
 ) -> LoRASpec:
-    """Lay out a size class's two LoRAs, and its border map beside the emulator's where something is aligned.
+    """Lay out a size class's adapter LoRA and emulator LoRA, with its border map where something is aligned.
 
     Args:
-        is_mapped: whether there are prompts to fit the map on that the settings ask for.
+        is_mapped: whether there are prompts to fit a border map on.
     """
     rank, targets = settings.lora.of_class(size_class), settings.lora.targets
     aligned = method_of(settings.method).aligned(plan)
@@ -65,13 +69,17 @@ def lora_spec(
 
 
 class StreamedLLM:
-    """The run's full LLM, its public text and its run's directory, as all of preparation uses them."""
+    """The run's full LLM with its public text and directory, as all of preparation uses them.
+
+    Raises:
+        UsageProblem: the model or the device is not available.
+    """
 
     def __init__(self, settings: RunSettings) -> None:
         self.settings = settings
         self.directory = RunDirectory(settings.run_dir)
         self.method = method_of(settings.method)
-        self.running = Running(settings)
+        self.running = RunningLayers(settings)
         self.source = open_full_llm(settings)
         self.text = RunText(settings, self.source, self.directory.preparation, self.running)
 
@@ -90,24 +98,24 @@ class StreamedLLM:
         return build(source, layers, compute_dtype=self.running.compute_dtype, device=self.running.device)
 
     def held_out_after(self, source: LayerSource, layers: Sequence[int], stage: str) -> Tensor:
-        """Run the held-out blocks through these layers, one resident at a time: (N, T, C)."""
+        """Run the held-out blocks through these layers, one resident at a time; return their states (N, T, C)."""
         states = stream(source, layers, self.text.held_out, **self.running.how(stage))
         return torch.stack(states).to(self.running.device)
 
     def lora_spec(self, plan: LayerPlan, size_class: int = 0) -> LoRASpec:
-        """Lay out the LoRA of a sub-LLM of this plan; its border map where there are prompts to fit it on."""
+        """Lay out the LoRA of a sub-LLM of this plan, with a border map where there are prompts to fit it on."""
         is_mapped = bool(self.method.aligned(plan) and self.text.prompts)
         return lora_spec(self.settings, self.source.family, self.source.fields, plan, size_class, is_mapped=is_mapped)
 
     def bundle_settings(self, plan: LayerPlan) -> BundleSettings:
-        """Say how the layers of this plan are stored."""
+        """Collect how the layers of this plan are stored."""
         method = self.settings.method
         return BundleSettings(
             self.lora_spec(plan), method.adapter_base, method.quantize_embedding, method.emulator_base
         )
 
     def first_master(self, plans: Iterable[LayerPlan]) -> dict[str, Tensor]:
-        """Make w before anything is trained, of all layers that train in one of these plans, at the run's rank."""
+        """Make w before any training: LoRA of all layers that train in one of these plans, at the run's rank."""
         layers = sorted({layer for plan in plans for layer in plan.adapter})
         s, source = self.settings, self.source
         return lora.initial(lora.specs(source.family, source.fields, layers, s.lora.targets, s.lora.rank), s.seed)

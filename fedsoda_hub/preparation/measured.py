@@ -1,5 +1,6 @@
-"""What a method asks of the full LLM before any of its layers goes (`algorithms/methods/interface.py`), measured on
-the run's public text, once for a run. What is chosen by it is the method's.
+"""Measure what a method asks of the full LLM before any layer is removed (`algorithms/methods/interface.py`).
+
+It is measured on the run's public text, once for a run. What is chosen by it is the method's.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from fedsoda_hub.algorithms.pruning.representatives import Components, Measured,
 from fedsoda_hub.federation.jobs import ProbeResult, ShapeMeasured
 from fedsoda_hub.preparation.align import Aligner
 from fedsoda_hub.preparation.full_llm import StreamedLLM
-from fedsoda_hub.preparation.teacher import Answer, TeacherCache
+from fedsoda_hub.preparation.teacher import TeacherCache, TeacherOutput
 
-KL_TIE = 1.05
+KL_TIE = 1.05  # times the least public KL, up to which shapes count as equal
 MEASURING = "measuring layer similarity"
 
 
 class MeasuredLLM:
-    """A `methods.interface.FullLLM`."""
+    """The run's full LLM as a `methods.interface.FullLLM`."""
 
     def __init__(self, llm: StreamedLLM, teacher: TeacherCache, aligner: Aligner) -> None:
         self._llm = llm
@@ -43,18 +44,18 @@ class MeasuredLLM:
         return self._llm.num_layers
 
     def distances(self, num_layers: int) -> list[list[float]]:
-        """Measure the angular distances between the outputs of the first `num_layers` layers."""
+        """Measure the angular distances between the outputs of the first `num_layers` layers, in units of pi."""
         return sgp.measure(self._llm.source, self._llm.text.used, num_layers, **self._llm.running.how(MEASURING))
 
     def representatives(self, count: int, grouping: str, drawn_by: int | None = None) -> tuple[int, ...]:
-        """Choose `count` layers that stand for all, ascending; drawn by chance where there is a seed for it."""
+        """Choose `count` layers that represent all, ascending; by chance where `drawn_by` gives a seed."""
         generator = None if drawn_by is None else torch.Generator().manual_seed(drawn_by)
         partition = self._partition(grouping)
         return representatives.select_layers(self._measured, count, partition, keep_ends=True, generator=generator)
 
     @cached_property
     def _measured(self) -> Measured:
-        """Similarity and importance of all layers, measured once for a run."""
+        """The similarity and importance of all layers, measured once for a run."""
         llm = self._llm
         path = llm.directory.preparation / "layers.safetensors"
         if not path.exists():
@@ -67,7 +68,11 @@ class MeasuredLLM:
         return Measured(held["similarity"], tuple(held["importance"].tolist()))
 
     def components(self, count: int, grouping: str) -> Components:
-        """Choose layers that keep their attention and layers that keep their MLP, in the bytes of `count` layers."""
+        """Choose layers that keep their attention and layers that keep their MLP, in the bytes of `count` layers.
+
+        Raises:
+            UsageProblem: the blocks of the first and the last layer do not fit.
+        """
         llm = self._llm
         attention, mlp = representatives.measure_components(
             llm.source, llm.text.used, seed=llm.settings.seed, **llm.running.how(MEASURING)
@@ -91,31 +96,32 @@ class MeasuredLLM:
         return representatives.contiguous
 
     def fits(self, plan: LayerPlan) -> bool:
-        """Say whether all files of this sub-LLM are within [method] bundle_bytes."""
+        """Tell whether all files of this sub-LLM are within [method] bundle_bytes."""
         llm = self._llm
         sizes = shard_sizes(llm.source.family, llm.source.fields, plan, llm.bundle_settings(plan), llm.dtype)
         tokenizer = sum(file.stat().st_size for file in llm.source.tokenizer_files)
         return sum(sizes.values()) + tokenizer <= llm.settings.method.bundle_bytes
 
     def nearest(self, plans: Sequence[LayerPlan]) -> LayerPlan:
-        """Choose by public KL after closed-form alignment, on held-out blocks; of those within KL_TIE of the least, by the
-        cosine between the adapter's gradients in sub-LLM and full LLM (docs/methods.md (m3-auto)). Neither is quantized:
-        that is alike for all.
+        """Choose the plan by public KL after closed-form alignment, on held-out blocks.
+
+        Of plans within KL_TIE of the least KL, the one with the greatest cosine between the adapter's gradients in sub-LLM
+        and full LLM is taken (docs/methods.md (m3-auto)). No plan is quantized for this, which would change all alike.
         """
         groups = [group for plan in plans for group in plan.groups]
         made = self._teacher.held_against(plans) | {group.start - 1 for group in groups if group.start}
         self._teacher.make(made)
         # The adapter of all of them is the same.
         adapter = lora.initial(self._llm.lora_spec(plans[0]).adapter, self._llm.settings.seed)
-        answer = self._teacher.answer(plans[0], adapter)
-        found = [self._try(plan, adapter, answer) for plan in plans]
+        output = self._teacher.output(plans[0], adapter)
+        found = [self._try(plan, adapter, output) for plan in plans]
         least = min(one.kl for one in found)
         good = [(one.cosine, plan) for one, plan in zip(found, plans, strict=True) if one.kl <= KL_TIE * least]
         chosen = max(good, key=lambda one: one[0])[1]
         self._teacher.forget(made - self._teacher.held_against([chosen]))
         return chosen
 
-    def _try(self, plan: LayerPlan, adapter: dict[str, Tensor], answer: Answer) -> ProbeResult:
+    def _try(self, plan: LayerPlan, adapter: dict[str, Tensor], output: TeacherOutput) -> ProbeResult:
         """Measure how far this plan's sub-LLM is from the full LLM, before anything is trained."""
         llm, text = self._llm, self._llm.text
         spec, count, first = llm.lora_spec(plan), len(text.used), min(plan.retained)
@@ -124,12 +130,12 @@ class MeasuredLLM:
             below = self._teacher.target(first - 1)
         else:
             below = torch.stack(stream(llm.source, (), text.blocks)).to(llm.running.device)
-        with contextlib.suppress(UsageProblem):  # of this family nothing can be solved for: unaligned, then
+        with contextlib.suppress(UsageProblem):  # a family that cannot be aligned in closed form is judged unaligned
             emulator = self._aligner.solve(llm.source, plan, below[:count], emulator, spec.scale)
         trained = tuple(layer for layer in plan.kept if layer >= first)
         student = llm.build(llm.source, trained)
         lora.attach(student, spec, lora.on(trained, {**emulator, **adapter}))
-        found = self._teacher.drift_of(student, plan.adapter, below[count:], answer)
+        found = self._teacher.drift_of(student, plan.adapter, below[count:], output)
         llm.running.report(
             ShapeMeasured(
                 stage="choosing groups",

@@ -1,9 +1,8 @@
 """Prepare a run: full LLM -> SGP -> NF4 -> LoRA -> ODA -> bundle. Resumable; one layer of the full LLM resident at a time.
 
-The run's method says which layers go and what is aligned; where nothing is, it is full LLM -> NF4 -> bundle.
-
-Each stage leaves its result below the run's preparation with the fingerprint of what it was made from; a stage whose
-result is there is skipped. What is done again between rounds is in `realign.py`; when, is the round machine's.
+The run's method says which layers are removed and what is aligned; where nothing is aligned, it is full LLM -> NF4 ->
+bundle. Each stage leaves its result in the run's preparation with the fingerprint of what it was made from; a stage whose
+result exists is skipped. Work between rounds is `realign.py`'s, when it is due is the round machine's.
 """
 
 from __future__ import annotations
@@ -34,24 +33,24 @@ from fedsoda_hub.federation.jobs import DiskNeeded, PreparedSubLLM, PrepareResul
 from fedsoda_hub.preparation.align import Aligner, check_closed_form
 from fedsoda_hub.preparation.full_llm import StreamedLLM
 from fedsoda_hub.preparation.measured import MeasuredLLM
-from fedsoda_hub.preparation.running import Report, to_nobody
+from fedsoda_hub.preparation.running import ReportProgress, to_nobody
 from fedsoda_hub.preparation.teacher import TeacherCache
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.settings.run import RunSettings
 
 
 def made_of(settings: RunSettings) -> Any:
-    """Collect the tables that a bundle is made of: not when and how long it is aligned again."""
+    """Collect the settings that a bundle is made from; when and how long it is realigned is not among them."""
     method = msgspec.structs.replace(settings.method, realign_every=0)
     align = msgspec.structs.replace(settings.align, realign_steps=0)
     return msgspec.to_builtins([method, settings.lora, settings.public, align])
 
 
-class Preparation:
-    """The preparation of a run. It keeps the open full LLM and the public text as long as it lives itself.
+class RunPreparation:
+    """The preparation of a run. It keeps the full LLM open and the public text in memory as long as it lives.
 
     Raises:
-        UsageProblem: text, lengths or family do not serve; nothing was computed yet.
+        UsageProblem: text, lengths or model family do not suit the settings; nothing was computed yet.
     """
 
     def __init__(self, settings: RunSettings) -> None:
@@ -65,13 +64,15 @@ class Preparation:
             ("[local] max_length", settings.local.max_length),
         ):
             if length > limit:
-                raise UsageProblem(f"{key} = {length}, but {self.llm.source.name} has {limit} positions; lower it")
+                raise UsageProblem(
+                    f"{key} = {length}, but {self.llm.source.name} has {limit} positions; write at most {limit}"
+                )
         if settings.align.closed_form:
             check_closed_form(self.llm)
 
     @cached_property
     def fingerprint(self) -> str:
-        """The digest of everything that the stages are made from; weights and texts are read for it once."""
+        """The digest of everything that the stages are made from; weights and texts are read once for it."""
         settings = self.settings
         parts = [
             self.llm.source.revision,
@@ -82,12 +83,12 @@ class Preparation:
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def run(self, report: Report = to_nobody) -> PrepareResult:
-        """Do what is not done; give the digests of what a run starts from, and the public KL.
+    def run(self, report: ReportProgress = to_nobody) -> PrepareResult:
+        """Do the stages that are not done yet; return the digests that a run starts from, and public KL.
 
         Raises:
             DiskFull: the cached targets of the teacher need more than is free.
-            UsageProblem: the model has too few layers for the method, or text cannot be written by it.
+            UsageProblem: the model has too few layers for the method, or cannot write the text that it should.
         """
         self.llm.running.report = report
         _Stages(self.llm).finish(self.fingerprint)
@@ -112,7 +113,7 @@ class Preparation:
 
 
 class _Stages:
-    """The stages from full LLM to bundle, one call of `Preparation.run`."""
+    """The stages from full LLM to bundle, in one call of `RunPreparation.run`."""
 
     def __init__(self, llm: StreamedLLM) -> None:
         self._llm = llm
@@ -123,7 +124,7 @@ class _Stages:
         self._aligner = Aligner(llm, self._teacher)
 
     def finish(self, fingerprint: str) -> None:
-        """Leave a whole bundle in the run's directory; what was made from anything else goes."""
+        """Leave a complete bundle in the run's directory, and delete what was made from anything else."""
         self._work.mkdir(parents=True, exist_ok=True)
         self._forget_other_runs(fingerprint)
         if self._directory.manifest.exists():
@@ -170,12 +171,12 @@ class _Stages:
         llm.running.report(DiskNeeded(stage="caching teacher targets", needed_bytes=needed, free_bytes=free))
         if needed > free:
             raise DiskFull(
-                f"cached teacher targets need {needed / 1e9:.1f} GB, {self._work} has {free / 1e9:.1f} GB free; "
-                "free space, or lower [public] sequences or length"
+                f"the cached teacher targets need {needed / 1e9:.1f} GB, but {self._work} has {free / 1e9:.1f} GB free; "
+                "free some space, or lower [public] sequences or length"
             )
 
     def _write_unaligned(self, directory: Path, plans: Sequence[LayerPlan]) -> None:
-        """Write the bundle, with the shards of all layers that a smaller sub-LLM keeps, or one of a later round may."""
+        """Write the bundle with the shards of all layers that any sub-LLM keeps, or that one may keep in a later round."""
         s, llm, plan = self._settings, self._llm, plans[0]
         spec = llm.lora_spec(plan)
         kept = range(plan.num_layers) if s.method.reprune_every else chain(*(one.kept for one in plans))
@@ -194,7 +195,7 @@ class _Stages:
         )
 
     def _finish_class(self, directory: Path, size_class: int, plans: Sequence[LayerPlan]) -> None:
-        """Align one size class of the bundle, or measure it where the method does not align."""
+        """Align one size class of the bundle, or only measure it where the method does not align."""
         plan = plans[size_class]
         if not (directory / file_of("manifest.json", size_class)).exists():
             spec = self._llm.lora_spec(plan, size_class)
@@ -209,14 +210,14 @@ class _Stages:
             write_durably_json(kl_file, self._unaligned_kl(bundle))
 
     def _unaligned_kl(self, bundle: Bundle) -> dict[str, float]:
-        """Measure the three public KLs where nothing is aligned; one layer resident at a time, whatever trains."""
+        """Measure the three public KLs where nothing is aligned, with one layer resident at a time."""
         plan, llm = bundle.plan, self._llm
 
         def kl(source: LayerSource, name: str) -> float:
             states = llm.held_out_after(source, plan.kept, f"running the {name} on public text")
             return oda.public_kl(llm.build(source, ()), states, self._teacher.final)
 
-        pruned = 0.0  # exactly, where all layers are kept whole
+        pruned = 0.0  # exactly, if all layers are kept whole
         if len(plan.kept) < plan.num_layers or plan.lacking:
             pruned = kl(llm.source.without(plan.lacking), "pruned LLM")
         quantized = kl(bundle, "sub-LLM")
@@ -232,7 +233,7 @@ def _sha256(file: Path | None) -> str | None:
 
 
 def bundle_of(run_dir: Path, manifest: str) -> Bundle:
-    """Open a sub-LLM of a prepared run by its manifest's digest. Shards are prepare's; manifest and LoRA are blobs."""
+    """Open a sub-LLM of a prepared run by its manifest's digest. Its manifest and LoRA are blobs, its shards files."""
     directory = RunDirectory(run_dir)
     blobs: BlobStore = directory.blobs
 

@@ -1,7 +1,7 @@
 """Read public text in blocks (docs/methods.md (m11-blocks)), and public prompts like the task's.
 
-SGP, ODA and the border map see only these, or what the full LLM writes in their place (`self_generated.py`); they never
-see an edge's data.
+SGP, ODA and the border map see only these, or what the full LLM writes instead; they never see an edge's data. Writing is
+`self_generated.py`'s.
 """
 
 from __future__ import annotations
@@ -24,18 +24,23 @@ MIN_PROMPTS, MAX_PROMPTS, MAX_PROMPT_IDS = 50, 1000, 1 << 16  # MAX_PROMPTS: how
 def read_blocks(
     text: Path, tokenizer_json: Path, bos_id: int | None, sequences: int, length: int
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Cut a text into (used, held out): blocks of `length` ids, each bos (if there is one) and the next ids of the text.
+    """Cut a text into blocks of `length` ids, each bos (if there is one) and the next ids of the text.
 
     The text is tokenized in one call without special tokens; the first `sequences` blocks are used, the
     next min(32, rest) are held out.
 
+    Returns:
+        (used, held out), (length,) ids each.
+
     Raises:
-        UsageProblem: the text gives no held-out block beyond `sequences`; says how many ids are needed.
+        UsageProblem: the file cannot be read, or is too short for a held-out block; says how many ids are needed.
     """
     try:
         words = text.read_text(encoding="utf-8")
     except OSError as error:
-        raise UsageProblem(f"[public] text: {text} cannot be read ({error.strerror}); name a UTF-8 file") from error
+        raise UsageProblem(
+            f"[public] text: {text} cannot be read ({error.strerror}); name a file of UTF-8 text that you may read"
+        ) from error
     ids = Tokenizer.from_file(str(tokenizer_json)).encode(words, add_special_tokens=False).ids
     step = length - (bos_id is not None)
     head = [] if bos_id is None else [bos_id]
@@ -44,17 +49,20 @@ def read_blocks(
     ]
     if len(blocks) <= sequences:
         raise UsageProblem(
-            f"[public] text {text} has {len(ids)} ids; sequences = {sequences} of length = {length} and one block "
-            f"held out need {(sequences + 1) * step}; give a longer text or lower sequences or length"
+            f"[public] text: {text} has {len(ids)} ids, but sequences = {sequences} of length = {length} and one "
+            f"held-out block need {(sequences + 1) * step}; give a longer text, or lower sequences or length"
         )
     return blocks[:sequences], blocks[sequences:]
 
 
 def read_prompts(rows: Path, prompt: TextTemplate, tokenizer: SampleTokenizer, max_length: int) -> list[Tensor]:
-    """Render the run's prompts with these rows, as ids, until there are `MAX_PROMPT_IDS`. No completion is read.
+    """Render the run's prompts with these rows until there are `MAX_PROMPT_IDS` ids. Completions are not read.
 
     Args:
         max_length: ids that are kept of a prompt.
+
+    Returns:
+        (T_i,) ids each.
 
     Raises:
         UsageProblem: the rows lack a column of the prompt, or are too few to fit a border map.
@@ -66,8 +74,8 @@ def read_prompts(rows: Path, prompt: TextTemplate, tokenizer: SampleTokenizer, m
         for line, row in data.rows():
             if lacking := [name for name in prompt.columns if name not in row]:
                 raise DataProblem(
-                    f"{rows}:{line}: no column {lacking[0]!r}; there are {', '.join(sorted(row))}; name rows with the "
-                    "columns of [task] prompt"
+                    f"{rows}:{line} has the columns {', '.join(sorted(row))}, but not {lacking[0]!r}; name a file of "
+                    "rows with all columns of [task] prompt"
                 )
             ids = tokenizer.encode(prompt.render(row))[:max_length]
             left -= len(ids)
@@ -78,6 +86,7 @@ def read_prompts(rows: Path, prompt: TextTemplate, tokenizer: SampleTokenizer, m
         raise UsageProblem(f"[public] like_task: {error}") from error
     if len(found) < MIN_PROMPTS:
         raise UsageProblem(
-            f"[public] like_task {rows} gives {len(found)} prompts; a border map needs {MIN_PROMPTS}: name a file with more rows"
+            f"[public] like_task: {rows} gives {len(found)} prompts, but a border map needs {MIN_PROMPTS}; name a file "
+            "with more rows"
         )
     return found

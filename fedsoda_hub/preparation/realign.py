@@ -1,6 +1,6 @@
-"""Return to a prepared run between its rounds: probe how far it has drifted, align it again, draw other layers.
+"""Work on a prepared run between its rounds: probe how far it has drifted, align it again, draw other layers.
 
-When that is due is `federation/rounds.py`'s.
+When that is due is `federation/schedule.py`'s.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from fedsoda_hub.federation.jobs import (
 from fedsoda_hub.preparation.align import Aligner
 from fedsoda_hub.preparation.full_llm import StreamedLLM
 from fedsoda_hub.preparation.measured import MeasuredLLM
-from fedsoda_hub.preparation.running import Report, to_nobody
+from fedsoda_hub.preparation.running import ReportProgress, to_nobody
 from fedsoda_hub.preparation.teacher import TeacherCache
 
 
 class PreparedRun:
-    """A run that is prepared. The files of its bundles are verified once, however often it is asked.
+    """A prepared run. The files of its bundles are verified once.
 
     Args:
-        llm: `Preparation.llm`, so that text and weights are those that are open already.
+        llm: `RunPreparation.llm`, whose text and weights are open already.
     """
 
     def __init__(self, llm: StreamedLLM) -> None:
@@ -53,20 +53,20 @@ class PreparedRun:
         classes = range(1 + len(self._llm.settings.method.classes))
         return [Bundle.open(self._llm.directory.bundle, size_class) for size_class in classes]
 
-    def probe(self, job: Probe, report: Report = to_nobody) -> ProbeResult:
-        """Measure how far the largest sub-LLM and the full LLM are apart with this adapter LoRA, on held-out blocks."""
+    def probe(self, job: Probe, report: ReportProgress = to_nobody) -> ProbeResult:
+        """Measure how far the largest sub-LLM is from the full LLM with the job's adapter LoRA, on held-out blocks."""
         self._llm.running.report = report
         bundle, spec = self._bundles[0], self._bundles[0].manifest.lora
         blobs = self._llm.directory.blobs
         adapter = delta.from_bytes(blobs.get(job.master), spec.adapter)
         emulator = delta.from_bytes(blobs.get(job.emulator_view), spec.emulator)
         self._make_targets()
-        answer = self._teacher.answer(bundle.plan, adapter)
+        output = self._teacher.output(bundle.plan, adapter)
         student, states = self._aligner.student(bundle, emulator, adapter)
         held_out = states[len(self._llm.text.used) :]
-        return self._teacher.drift_of(student, bundle.plan.adapter, held_out, answer)
+        return self._teacher.drift_of(student, bundle.plan.adapter, held_out, output)
 
-    def realign(self, job: Realign, report: Report = to_nobody) -> RealignResult:
+    def realign(self, job: Realign, report: ReportProgress = to_nobody) -> RealignResult:
         """Align every sub-LLM, one after the other, with the current adapter LoRA in teacher and student."""
         self._llm.running.report = report
         blobs = self._llm.directory.blobs
@@ -101,13 +101,14 @@ class PreparedRun:
         )
 
     def _make_targets(self) -> None:
-        """Make the teacher's targets that are not there: somebody may have deleted them."""
+        """Make the teacher's targets that are missing: a person may have deleted them."""
         self._teacher.make(self._teacher.held_against([bundle.plan for bundle in self._bundles]))
 
-    def reprune(self, job: Reprune, report: Report = to_nobody) -> RepruneResult:
-        """Draw other layers for each size class: manifests, and their first views, which are cut from the master.
+    def reprune(self, job: Reprune, report: ReportProgress = to_nobody) -> RepruneResult:
+        """Draw other layers for each size class, with manifests and first views, which are cut from the master.
 
-        Drawn by what was measured when the run was prepared: similarity and importance are the base's, which is frozen.
+        Layers are drawn by what was measured when the run was prepared: similarity and importance are properties of the
+        base, which is frozen.
         """
         llm, settings, blobs = self._llm, self._llm.settings, self._llm.directory.blobs
         llm.running.report = report

@@ -1,4 +1,7 @@
-"""The public text and the prompts of a run: read from its files, or written by its full LLM, once for a process."""
+"""Provide the public text and the prompts of a run: read from its files, or written by its full LLM, once for a process.
+
+Reading is `public_text.py`'s, writing `self_generated.py`'s.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +21,19 @@ from fedsoda_edge.model.source import Checkpoint
 from fedsoda_edge.ports.disk import write_durably
 from fedsoda_hub.federation.jobs import NoBorderMap
 from fedsoda_hub.preparation.public_text import read_blocks, read_prompts
-from fedsoda_hub.preparation.running import Running
+from fedsoda_hub.preparation.running import RunningLayers
 from fedsoda_hub.preparation.self_generated import generate_blocks, generate_prompts
 from fedsoda_hub.settings.run import RunSettings
 
 
 class RunText:
-    """What SGP, ODA and the border map see. All of it is kept: a few MB of ids.
+    """The text that SGP, ODA and the border map see. All of it stays in memory: a few MB of ids.
 
     Args:
-        work: what the full LLM wrote lies there and is found again.
+        work: the directory in which text that the full LLM wrote is found again.
     """
 
-    def __init__(self, settings: RunSettings, source: Checkpoint, work: Path, running: Running) -> None:
+    def __init__(self, settings: RunSettings, source: Checkpoint, work: Path, running: RunningLayers) -> None:
         self._settings = settings
         self._source = source
         self._work = work
@@ -63,10 +66,10 @@ class RunText:
 
     @cached_property
     def prompts(self) -> list[Tensor]:
-        """What the border map is fitted on, (T_i,) ids each; nothing where the run has none.
+        """The prompts that the border map is fitted on, (T_i,) ids each; none where the run has no border map.
 
         Raises:
-            UsageProblem: there is nothing to fit the map on that the settings insist on.
+            UsageProblem: the settings ask for a border map, and there are no prompts to fit it on.
         """
         s = self._settings
         if s.align.border_map == "none":
@@ -88,14 +91,18 @@ class RunText:
             return []
 
     def read(self) -> None:
-        """Read now what is read from files, so that a file that does not serve is refused before any work."""
+        """Read now what is read from files, so that a file that does not suit is refused before any work.
+
+        Raises:
+            UsageProblem: a file is missing, too short or without the columns that are needed.
+        """
         if self._settings.public_text is not None:
             _ = self.blocks
         if self._settings.like_task is not None:
             _ = self.prompts
 
     def _written(self, name: str, write: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """Find the ids that the full LLM has written for this run, text by text; else let it write them."""
+        """Load the ids that the full LLM has written for this run, text by text, or let it write them."""
         path = self._work / f"{name}.safetensors"
         if not path.exists():
             texts = write()

@@ -1,4 +1,7 @@
-"""How a run's layers are run: on which device, in which dtype, and who hears how far the work is."""
+"""Decide how a run's layers are run: on which device, in which dtype, and who hears of the progress.
+
+Which layers are run on what is the caller's matter.
+"""
 
 from __future__ import annotations
 
@@ -8,50 +11,55 @@ from typing import TypedDict
 import torch
 
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_hub.federation.jobs import Progress, Stage
+from fedsoda_hub.federation.jobs import JobProgress, Stage
 from fedsoda_hub.settings.run import RunSettings
 
-Report = Callable[[Progress], None]
+ReportProgress = Callable[[JobProgress], None]
 
 
-def to_nobody(_: Progress) -> None:
-    """Take a progress that nobody asked for."""
+def to_nobody(_: JobProgress) -> None:
+    """Drop the progress of a job that nobody follows."""
 
 
 def pick_device(wanted: str, dtype: str) -> tuple[str, torch.dtype]:
     """Return (device, compute dtype): `dtype` on CUDA; fp32 on a CPU, where 16-bit products are several times slower.
 
     Args:
-        wanted: a device as torch names it, or "auto": CUDA where torch sees one.
+        wanted: a device as torch names it, or "auto": CUDA if torch sees a device.
+        dtype: the name of a torch dtype.
 
     Raises:
-        UsageProblem: CUDA is wanted, and torch sees none.
+        UsageProblem: CUDA is wanted, and torch sees no device.
     """
     device = ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageProblem(f"device = {wanted!r}, but torch sees no CUDA device here; use device = 'cpu'")
+        raise UsageProblem(f'device = "{wanted}", but torch sees no CUDA device here; write device = "cpu"')
     return device, torch.float32 if device == "cpu" else getattr(torch, dtype)
 
 
 class How(TypedDict):
-    """What everything that runs layers takes beside its input. progress: called as progress(done, total)."""
+    """The arguments that everything which runs layers takes. progress: called as progress(done, total)."""
 
     compute_dtype: torch.dtype
     device: str
     progress: Callable[[int, int], None]
 
 
-class Running:
-    """Where the layers of a run are computed. report: who hears of the job in hand; each job sets its own."""
+class RunningLayers:
+    """The place where the layers of a run are computed. report: takes the progress of the current job, which sets it.
+
+    Raises:
+        UsageProblem: the device is not available.
+    """
 
     def __init__(self, settings: RunSettings) -> None:
         self.device, self.compute_dtype = pick_device(settings.device, settings.dtype)
-        self.report: Report = to_nobody
+        self.report: ReportProgress = to_nobody
 
     def how(self, stage: str) -> How:
-        """Give the arguments of whatever runs layers; its progress is reported as `stage`."""
+        """Return the arguments for running layers; progress is reported as `stage`."""
         return {"compute_dtype": self.compute_dtype, "device": self.device, "progress": self.progress(stage)}
 
     def progress(self, stage: str) -> Callable[[int, int], None]:
-        """Make a listener that reports (done, total) as `stage`."""
+        """Return a function that reports (done, total) as `stage`."""
         return lambda done, total: self.report(Stage(stage=stage, done=done, total=total))

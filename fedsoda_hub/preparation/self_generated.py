@@ -2,9 +2,8 @@
 (m11-self)).
 
 The idea is LLM-QAT's (arXiv 2305.17888): distil on what the model writes itself. Text begins with bos and the model
-continues, its first ids drawn from the whole vocabulary for breadth, later ones from the TOP_K likeliest. What is
-generated is cut into blocks, or kept as prompts, as what is read is (`public_text.py`); SGP, ODA and the border map do
-not see a difference.
+continues, its first ids drawn from the whole vocabulary for breadth, later ones from the TOP_K likeliest. The result has
+the form of text that is read, so that SGP, ODA and the border map see no difference; reading is `public_text.py`'s.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ from fedsoda_edge.model.sub_llm import SubLLM, build
 from fedsoda_edge.protocol.template import TextTemplate
 from fedsoda_hub.preparation.public_text import MAX_HELD_OUT, MAX_PROMPT_IDS, MAX_PROMPTS, MIN_PROMPTS
 
-BROAD_IDS = 4  # of a text's beginning come from the whole vocabulary
+BROAD_IDS = 4  # ids at a text's beginning that are drawn from the whole vocabulary
 TOP_K = 50
-COLUMN_IDS = 64  # of one column of a template, at most
+COLUMN_IDS = 64  # largest length of one column of a template
 BATCH_SIZE = 32
 
 
@@ -43,13 +42,15 @@ def generate_blocks(
     device: str | torch.device = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Write blocks, (used, held out), as `public_text.read_blocks` cuts them: `length` ids each, bos in front where the model
-    has one.
+    """Write blocks as `public_text.read_blocks` cuts them: `length` ids each, with bos first where the model has one.
 
-    The whole full LLM is held while it generates. On a CPU the same seed gives the same blocks.
+    The whole full LLM is in memory while it generates. On a CPU the same seed gives the same blocks.
 
     Args:
         progress: called as progress(ids made, ids needed).
+
+    Returns:
+        (used, held out), (length,) ids each.
 
     Raises:
         UsageProblem: the full LLM does not fit into memory, or ends its texts before it has written anything.
@@ -66,7 +67,7 @@ def generate_blocks(
             if not any(texts):
                 raise UsageProblem(
                     f"{source.name} ends all of {BATCH_SIZE} texts before it has written anything; "
-                    "give a file as [public] text"
+                    "name a file as [public] text"
                 )
             made += [token for text in texts for token in text]
             if progress is not None:
@@ -85,24 +86,27 @@ def generate_prompts(
     device: str | torch.device = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Tensor]:
-    """Write prompts, as `public_text.read_prompts` reads them: the full LLM writes the columns, no two are the same, each is
-    whole.
+    """Write prompts as `public_text.read_prompts` reads them: the full LLM writes the columns; all prompts differ.
 
-    As many as MAX_PROMPTS and MAX_PROMPT_IDS allow; fewer where the model has nothing new to write. The whole full LLM
-    is held while it generates. On a CPU the same seed gives the same prompts.
+    There are as many as MAX_PROMPTS and MAX_PROMPT_IDS allow, or fewer if the model has nothing new to write. The whole
+    full LLM is in memory while it generates. On a CPU the same seed gives the same prompts.
 
     Args:
-        max_length: of a prompt in ids; longer ones are left out, since their end is what the task is known by.
+        max_length: the longest prompt in ids; longer ones are left out, since the end of a prompt shows the task.
+        progress: called as progress(prompts made, prompts wanted).
+
+    Returns:
+        (T_i,) ids each.
 
     Raises:
-        UsageProblem: the template has no column or no text of its own, the full LLM does not fit into memory, or too few
-            prompts come out; says what to do.
+        UsageProblem: the template has no column or no text of its own, the full LLM does not fit into memory, or it
+            writes too few prompts; says what to do.
     """
-    beside = 'give a file as [public] like_task, or write [align] border_map = "none"'
+    remedy = 'name a file as [public] like_task, or write [align] border_map = "none"'
     if not template.columns or not any(text.strip() for text, *_ in string.Formatter().parse(template.text)):
         raise UsageProblem(
-            f"[task] prompt = {template.text!r} does not tell the full LLM what the task's prompts are like: it needs a "
-            f"column and text around it; {beside}"
+            f"[task] prompt = {template.text!r} does not show the full LLM what the task's prompts are like, for which it "
+            f"needs a column and text around it; {remedy}"
         )
     writer, tokenizer = _Writer.of(source, compute_dtype, device), SampleTokenizer(source.path / "tokenizer.json", None)
     found: dict[str, Tensor] = {}
@@ -120,29 +124,30 @@ def generate_prompts(
                 progress(len(found), MAX_PROMPTS)
     if len(found) < MIN_PROMPTS:
         raise UsageProblem(
-            f"{source.name} has written {len(found)} different prompts of at most {max_length} ids; a border map needs "
-            f"{MIN_PROMPTS}: {beside}"
+            f"{source.name} has written {len(found)} different prompts of at most {max_length} ids, but a border map "
+            f"needs {MIN_PROMPTS}; {remedy}"
         )
     return list(found.values())
 
 
 class _Writer:
-    """A model that writes BATCH_SIZE texts at a time. bos: what a text begins with, if anything."""
+    """A model that writes BATCH_SIZE texts at a time. bos: the id that a text begins with; None: the model has none."""
 
     @classmethod
     def of(cls, source: Checkpoint, compute_dtype: torch.dtype, device: str | torch.device) -> _Writer:
         """Load the whole full LLM.
 
         Raises:
-            UsageProblem: it does not fit into what is free; nothing was loaded.
+            UsageProblem: it does not fit into the free memory; nothing was loaded.
         """
         is_cuda = torch.device(device).type == "cuda"
         free = torch.cuda.mem_get_info(device)[0] if is_cuda else psutil.virtual_memory().available
         needed = source.bytes * compute_dtype.itemsize // source.dtype.itemsize
         if needed > free:
             raise UsageProblem(
-                f"to write text {source.name} needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; free "
-                'some, or give files as [public] text and like_task (or write [align] border_map = "none")'
+                f"{source.name} needs {needed / 1e9:.1f} GB of memory to write text, but {free / 1e9:.1f} GB are free; "
+                "free some memory, or name files as [public] text and like_task (or write [align] border_map = "
+                '"none")'
             )
         model = build(source, range(source.num_layers), compute_dtype=compute_dtype, device=device, embedding=True)
         return cls(model, Tokenizer.from_file(str(source.path / "tokenizer.json")), source.fields)
@@ -163,7 +168,7 @@ class _Writer:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def plain(self, num_ids: int) -> list[list[int]]:
-        """Write texts of at most `num_ids` ids; a line break where the model ends one earlier."""
+        """Write texts of at most `num_ids` ids; a text that the model ends earlier gets a line break."""
         if self.bos is None:
             first = torch.randint(self._vocab, (BATCH_SIZE, 1)).tolist()
             texts = [a + b for a, b in zip(first, self._continued(first, num_ids - 1, BROAD_IDS), strict=True)]
@@ -172,10 +177,10 @@ class _Writer:
         return [text + self._break if 0 < len(text) < num_ids else text for text in texts]
 
     def rows(self, template: TextTemplate) -> list[str]:
-        """Write rows of a template; nothing of a row in which a column stays empty.
+        """Write rows of a template; a row in which a column stays empty is "".
 
         A column is what the model writes after the text before it, up to a line break, the template's next fixed text
-        or its own end.
+        or the model's own end.
         """
         begin = self._break if self.bos is None else [self.bos]
         parts = [(literal, name) for literal, name, _, _ in string.Formatter().parse(template.text)]
@@ -186,7 +191,7 @@ class _Writer:
             if name is None:
                 continue
             if name not in values:
-                # Left to the model, a space comes as part of its first word, which is how vocabularies have it.
+                # The model writes the space itself, as part of its first word, which is how vocabularies have it.
                 starts = [begin + self._encode(text.rstrip(" ")) for text in texts]
                 values[name] = self._column(starts, following.strip(), 0 if values else BROAD_IDS)
             texts = [text + value for text, value in zip(texts, values[name], strict=True)]
@@ -194,7 +199,7 @@ class _Writer:
         return [text if is_whole else "" for text, is_whole in zip(texts, whole, strict=True)]
 
     def _column(self, starts: list[list[int]], following: str, broad: int) -> list[str]:
-        """Write a column after each start, up to a line break or the text that follows the column."""
+        """Write a column after each start, up to a line break or the text that follows the column in the template."""
 
         def text(ids: Sequence[int]) -> tuple[str, bool]:
             written = self._tokenizer.decode(list(ids)).lstrip()
@@ -211,18 +216,19 @@ class _Writer:
         broad: int,
         is_over: Callable[[list[int]], bool] | None = None,
     ) -> list[list[int]]:
-        """Write at most `num_ids` more ids after each start, without the end of text; the first `broad` of the whole vocabulary.
+        """Write at most `num_ids` more ids after each start, without the end of text.
 
         Args:
-            is_over: whether these new ids are enough; they may be followed by others nevertheless.
+            broad: how many of the new ids, from the first on, are drawn from the whole vocabulary.
+            is_over: tells whether these new ids are enough; others may follow them nevertheless.
         """
         width = max(map(len, starts))
         if width >= self._positions:
             raise UsageProblem(
-                f"a row of the template has {width} ids before its last column, the model has {self._positions} "
-                "positions; shorten the template"
+                f"a row of [task] prompt has {width} ids before its last column, but the model has {self._positions} "
+                "positions; shorten the prompt"
             )
-        pad = min(self._ends, default=0)  # any id would do: it is masked on the left and cut off on the right
+        pad = min(self._ends, default=0)  # any id serves: it is masked on the left and cut off on the right
 
         def top_k(ids: Tensor, scores: Tensor) -> Tensor:
             if ids.shape[1] < width + broad:

@@ -1,7 +1,7 @@
-"""What a run's sub-LLMs are held against on public text: the full LLM's targets, final hidden states and gradients.
+"""Make what a run's sub-LLMs are compared with on public text: the full LLM's targets, final states and gradients.
 
-Outputs of the emulator's layers never change during a run, so they are cached on disk. What trains against them is in
-`align.py`.
+Outputs of the emulator's layers never change during a run, so they are cached on disk. Training against them is
+`align.py`'s.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from fedsoda_hub.preparation.full_llm import StreamedLLM
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What the full LLM makes of the held-out blocks with an adapter LoRA: final hidden (N, T, C), gradient (P,)."""
+class TeacherOutput:
+    """The full LLM's output on the held-out blocks with an adapter LoRA: final hidden states (N, T, C), gradient (P,)."""
 
     final: Tensor
     gradient: Tensor
 
 
 class TeacherCache:
-    """The teacher of a run's sub-LLMs, with its targets as files below the run's preparation."""
+    """The teacher of a run's sub-LLMs, with its targets as files in the run's preparation."""
 
     def __init__(self, llm: StreamedLLM) -> None:
         self._llm = llm
@@ -43,23 +43,27 @@ class TeacherCache:
     # --- targets --------------------------------------------------------------------------------------------
 
     def held_against(self, plans: Sequence[LayerPlan]) -> set[int]:
-        """Collect the layers whose outputs sub-LLMs of these plans are held against: the method's, the emulator's last."""
+        """Collect the layers whose outputs sub-LLMs of these plans are compared with: the method's, the emulator's last."""
         of_method = {layer for plan in plans for layer in self._llm.method.held_against(plan).values()}
         return of_method | {plans[0].emulator[-1]}
 
     def target(self, layer: int) -> Tensor:
-        """Load the output of an emulator layer on all public blocks, (N, T, C), of which `make` left a file."""
+        """Load the output of an emulator layer on all public blocks, (N, T, C); `make` has written it before."""
         return load_file(self._file_of(layer))["hidden"].to(self._llm.running.device)
 
     def _file_of(self, layer: int) -> Path:
         return self._llm.directory.preparation / f"teacher.{layer}.safetensors"
 
     def missing(self, layers: Collection[int]) -> set[int]:
-        """Say which of these layers have no target yet."""
+        """Find the layers among these that have no target yet."""
         return {layer for layer in layers if not self._file_of(layer).exists()}
 
     def make(self, layers: Collection[int]) -> None:
-        """Write the targets that are not there, in one pass over the full LLM."""
+        """Write the targets that are missing, in one pass over the full LLM.
+
+        Raises:
+            DiskFull: the disk has no space left.
+        """
         missing = self.missing(layers)
         if not missing:
             return
@@ -83,7 +87,7 @@ class TeacherCache:
             self._file_of(layer).unlink()
 
     def retained(self, plan: LayerPlan) -> dict[int, Tensor]:
-        """Load what each kept layer is held against, (used blocks, T, C), by that layer of the student."""
+        """Load the targets of the student's kept layers, (used blocks, T, C) each, by layer of the student."""
         count = len(self._llm.text.used)
         return {layer: self.target(other)[:count] for layer, other in self._llm.method.held_against(plan).items()}
 
@@ -97,28 +101,34 @@ class TeacherCache:
         return _final(llm.build(llm.source, ()), states)
 
     def final_with(self, plan: LayerPlan, adapter: Mapping[str, Tensor]) -> Tensor:
-        """Compute the final hidden on all public blocks with this adapter LoRA, from the emulator's target: (N, T, C)."""
+        """Compute the final hidden states on all public blocks with this adapter LoRA, from the emulator's target.
+
+        Returns:
+            (N, T, C).
+        """
         return _final(self._above(plan, adapter), self.target(plan.emulator[-1]))
 
-    def answer(self, plan: LayerPlan, adapter: Mapping[str, Tensor]) -> Answer:
-        """Compute what the full LLM makes of the held-out blocks with this adapter LoRA."""
+    def output(self, plan: LayerPlan, adapter: Mapping[str, Tensor]) -> TeacherOutput:
+        """Compute the full LLM's output on the held-out blocks with this adapter LoRA."""
         teacher, text = self._above(plan, adapter), self._llm.text
         border = self.target(plan.emulator[-1])[len(text.used) :]
         gradient = drift.adapter_gradient(teacher, plan.adapter, border, torch.stack(text.held_out))
-        return Answer(_final(teacher, border), gradient)
+        return TeacherOutput(_final(teacher, border), gradient)
 
-    def drift_of(self, student: SubLLM, adapter: Sequence[int], states: Tensor, answer: Answer) -> ProbeResult:
+    def drift_of(self, student: SubLLM, adapter: Sequence[int], states: Tensor, output: TeacherOutput) -> ProbeResult:
         """Measure public KL, and the cosine between the adapter's gradients in teacher and student.
 
         Args:
+            adapter: the layers of the adapter.
             states: (N, T, C) of the held-out blocks below the student.
+            output: the teacher's, with the same adapter LoRA.
         """
         made = drift.adapter_gradient(student, adapter, states, torch.stack(self._llm.text.held_out))
-        kl = oda.public_kl(student, states, answer.final)
-        return ProbeResult(kl=kl, cosine=drift.cosine(answer.gradient, made))
+        kl = oda.public_kl(student, states, output.final)
+        return ProbeResult(kl=kl, cosine=drift.cosine(output.gradient, made))
 
     def _above(self, plan: LayerPlan, adapter: Mapping[str, Tensor]) -> SubLLM:
-        """Build the layers above the emulator, with this adapter LoRA."""
+        """Build the full LLM's layers above the emulator, with this adapter LoRA."""
         source, s = self._llm.source, self._llm.settings.lora
         above = range(plan.emulator[-1] + 1, plan.num_layers)
         teacher = self._llm.build(source, above)

@@ -1,4 +1,7 @@
-"""Fold a run's records into what a report shows. Everything shown was recorded: nothing is trained or judged here."""
+"""Fold a run's records into what a report shows. Everything shown was recorded; nothing is trained or judged here.
+
+Pictures of it are `pictures.py`'s, the page is `page.py`'s.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from fedsoda_hub.federation import records as facts
+from fedsoda_hub.federation import records as rec
 from fedsoda_hub.run.ledger import Ledger
 
-STAGES = ("pruned", "quantized", "closed_form", "aligned")  # of public KL, as preparation goes through them
+STAGES = ("pruned", "quantized", "closed_form", "aligned")  # of public KL, in the order of preparation
 
 
 @dataclass
@@ -24,7 +27,7 @@ class Contribution:
 
 @dataclass
 class Round:
-    """One round as the ledger has it. answered: by edge, when and why an invited edge sent no update."""
+    """One round as the ledger has it. answered: by invited edge without an update, the time and the reason."""
 
     number: int
     opened_at: float
@@ -44,10 +47,10 @@ class Round:
 
 @dataclass
 class History:
-    """A run, told by its records.
+    """The course of a run.
 
-    cross_terms: by round, what averaging A and B apart lost. repruned: rounds before which other layers were drawn.
-    traffic: by (edge, round), bytes up and down, with realignments and without the bundle.
+    began_at: seconds since 1970. cross_terms: by round, what averaging A and B apart lost. repruned: rounds before which
+    other layers were drawn. traffic: by (edge, round), bytes up and down, with realignments and without the bundle.
     """
 
     began_at: float
@@ -55,9 +58,9 @@ class History:
     public_kl: dict[str, float] = field(default_factory=dict)
     rounds: list[Round] = field(default_factory=list)
     cross_terms: dict[int, float] = field(default_factory=dict)
-    realigned: list[facts.Realigned] = field(default_factory=list)
+    realigned: list[rec.Realigned] = field(default_factory=list)
     repruned: list[int] = field(default_factory=list)
-    evaluated: list[facts.Evaluated] = field(default_factory=list)
+    evaluated: list[rec.Evaluated] = field(default_factory=list)
     traffic: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
 
     @property
@@ -67,12 +70,12 @@ class History:
 
     @property
     def last_at(self) -> float:
-        """The time at which the last round opened or closed; the run must have one."""
+        """The time at which a round last opened or closed; only of a run with a round."""
         return max(one.closed_at or one.opened_at for one in self.rounds)
 
     @property
     def edges(self) -> list[str]:
-        """All edges that were ever invited or sent anything; clinic-2 before clinic-10."""
+        """The edges that were ever invited or sent anything; clinic-2 comes before clinic-10."""
         invited = {edge for one in self.rounds for edge in one.cohort}
         return sorted(invited | {edge for edge, _ in self.traffic}, key=_natural)
 
@@ -89,35 +92,35 @@ def _natural(name: str) -> list[str]:
 
 def read_history(ledger: Ledger) -> History:
     """Fold the records of a run that was started."""
-    told = ledger.history()
-    history = History(told[0][0])
-    for at, record in told:
+    recorded = ledger.history()
+    history = History(recorded[0][0])
+    for at, record in recorded:
         now = history.rounds[-1] if history.rounds else None
         match record:
-            case facts.Prepared():
+            case rec.RunPrepared():
                 history.public_kl = record.public_kl
-            case facts.RoundOpened():
+            case rec.RoundOpened():
                 history.rounds.append(Round(record.round, at, list(record.cohort)))
-            case facts.CohortExtended() if now:
+            case rec.CohortExtended() if now:
                 now.cohort += [edge for edge in record.invited if edge not in now.cohort]
                 for edge in record.invited:
                     now.answered.pop(edge, None)
-            case facts.UpdateAccepted() if now:
+            case rec.UpdateAccepted() if now:
                 now.updates[record.edge] = Contribution(at, record.num_examples, record.loss)
                 now.answered.pop(record.edge, None)
-            case facts.EdgeAnswered() if now:
+            case rec.EdgeAnswered() if now:
                 now.answered[record.edge] = at, record.how
-            case facts.RoundClosed() if now:
+            case rec.RoundClosed() if now:
                 now.closed_at = at
                 if record.cross_term is not None:
                     history.cross_terms[record.round] = record.cross_term
-            case facts.Realigned():
+            case rec.Realigned():
                 history.realigned.append(record)
-            case facts.Repruned():
+            case rec.Repruned():
                 history.repruned.append(record.round)
-            case facts.Evaluated():
+            case rec.Evaluated():
                 history.evaluated.append(record)
-        history.is_over = isinstance(record, facts.RunEnded)
+        history.is_over = isinstance(record, rec.RunEnded)
     history.traffic = {(edge, number): (up, down) for edge, number, up, down in ledger.traffic()}
     return history
 
@@ -128,8 +131,8 @@ def date(at: float) -> str:
 
 
 def kl_sentence(kl: Mapping[str, float]) -> str:
-    """Say what pruning and then storing the sub-LLM took, and what alignment gave back."""
-    if not kl["pruned"]:  # a full emulator's, exactly
+    """Say what pruning and storing cost the sub-LLM, and what alignment gave back, as public KL in nats."""
+    if not kl["pruned"]:  # exactly 0 with a full emulator
         return f"public KL {kl['quantized']:.3f} as stored, all layers kept"
     solved = f"{kl['closed_form']:.3f} in closed form, " if "closed_form" in kl else ""
     aligned = f"{kl['aligned']:.3f} aligned" if kl["aligned"] != kl["quantized"] else "not aligned"

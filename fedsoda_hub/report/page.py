@@ -1,7 +1,7 @@
-"""`fedsoda-hub report`: what a run did, as pictures and one HTML file that needs nothing beside it.
+"""Write what a run did as pictures and one HTML file that needs nothing beside it: `fedsoda-hub report`.
 
-Read from the ledger and the bundle's manifest, of a live run too. Edge ids and reasons come from others, so they are
-escaped.
+It is read from the ledger and the bundle's manifest, while a hub serves the run too. Edge ids and reasons come from
+others, so they are escaped. Folding the records is `history.py`'s, drawing `pictures.py`'s.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; }
 
 
 class Written(msgspec.Struct, frozen=True):
-    """What `report --json` says: the paths of the page and of its pictures, and how many rounds have closed."""
+    """The report of `report --json`: the paths of the page and its pictures, and how many rounds have closed."""
 
     report: str
     pictures: tuple[str, ...]
@@ -52,14 +52,14 @@ def write_report(settings: RunSettings, to: Path) -> Written:
     """Write report.html and its pictures into the directory `to`.
 
     Raises:
-        UsageProblem: the run was not started, or `to` cannot be written.
-        DiskFull: nothing half-written stays.
+        UsageProblem: the run has not been started, or `to` cannot be written.
+        DiskFull: the disk has no space left; no file is half written.
     """
     directory = RunDirectory(settings.run_dir)
     if not directory.ledger.exists():
         raise not_started(settings.path)
     with contextlib.closing(Ledger(directory.ledger)) as ledger:
-        if not ledger.replay().run_id:  # there are tokens, and no more
+        if not ledger.replay().run_id:  # the ledger holds tokens only
             raise not_started(settings.path)
         history = read_history(ledger)
     plan = parse_manifest(directory.manifest.read_bytes()).plan if directory.manifest.exists() else None
@@ -81,7 +81,7 @@ def write_report(settings: RunSettings, to: Path) -> Written:
 
 
 def render(settings: RunSettings, history: History, plan: LayerPlan | None, pictures: Mapping[str, Picture]) -> str:
-    """Make the page: pictures inside it, no script, nothing fetched from anywhere."""
+    """Write the page with its pictures inside, without scripts, and without anything that a browser would fetch."""
     parts = [
         f"<h1>{_text(settings.name)}</h1><p class=lead>{_text(_lead(settings, history))}</p>",
         _facts(settings, history, plan),
@@ -100,11 +100,11 @@ def render(settings: RunSettings, history: History, plan: LayerPlan | None, pict
 
 
 def page(title: str, parts: Iterable[str]) -> str:
-    """Put a whole HTML page around these parts."""
+    """Wrap these parts in a complete HTML page."""
     head = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        # Whatever a name may hold, the page fetches and runs nothing.
+        # Whatever a name contains, the page fetches and runs nothing.
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
         f"<title>{_text(title)}</title><style>{_STYLE}</style></head><body>"
     )
@@ -112,7 +112,7 @@ def page(title: str, parts: Iterable[str]) -> str:
 
 
 def picture_of(name: str, title: str, data: bytes, caption: str) -> str:
-    """Write a heading and the PNG below it, inside the page."""
+    """Write a heading with the PNG and its caption below it."""
     source = base64.b64encode(data).decode()
     return (
         f'<h2 id="{_text(name)}">{_text(title)}</h2><figure><img alt="{_text(title)}" src="data:image/png;base64,{source}">'
@@ -152,7 +152,7 @@ def _facts(settings: RunSettings, history: History, plan: LayerPlan | None) -> s
     if examples:
         updates = counted(sum(len(one.updates) for one in history.closed), "update")
         facts.append(("examples trained on", f"{examples:,} in {updates}"))
-    if history.traffic and history.closed:  # until then greetings travelled
+    if history.traffic and history.closed:  # before that, only greetings have travelled
         up, down = (sum(sizes[i] for sizes in history.traffic.values()) for i in (0, 1))
         pairs = len(history.traffic)
         facts.append(
@@ -215,7 +215,7 @@ def _groups_table(plan: LayerPlan) -> str:
 
 
 def _model_name(settings: RunSettings) -> str:
-    """Name the model by its hub's id or its directory's name: a report is shown to others, the hub's paths are its own."""
+    """Name the model by its model hub's id or its directory's name, since a report must not show the hub's paths."""
     is_here = (settings.directory / settings.model).is_dir()
     return Path(settings.model).resolve().name if is_here else settings.model
 

@@ -1,4 +1,7 @@
-"""Draw a run's history: loss, accuracy, alignment, layers, bytes, contributions. What is drawn was recorded."""
+"""Draw a run's history: loss, accuracy, alignment, layers, bytes, contributions. What is drawn was recorded.
+
+Putting pictures on a page is `page.py`'s.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from fedsoda_edge.protocol.manifest import LayerPlan
 from fedsoda_hub.report.history import STAGES, History, date
 
-# Okabe and Ito's colours, which people who see fewer colours can tell apart.
+# The colours of Okabe and Ito, which colour-blind people can tell apart.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
 MODELS = {"full": ("full model untouched", GREY), "sub_llm": ("sub-LLM", ORANGE), "plug_in": ("plug-in", BLUE)}
 DOTS_PER_INCH = 144
@@ -23,7 +26,7 @@ DOTS_PER_INCH = 144
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure with its words."""
+    """A figure with its title and caption."""
 
     title: str
     caption: str
@@ -38,13 +41,13 @@ class Picture:
 
 
 def draw(history: History, plan: LayerPlan | None) -> dict[str, Picture]:
-    """Draw all that has data, by name."""
+    """Draw every picture that there is data for, by name."""
     found: dict[str, Picture] = {}
     if history.closed:
         found["loss"] = Picture(
             "Loss",
-            "Training loss as the edges report it: the mean of a round weighted by examples, and each edge's own "
-            "(dots). Bytes are those of all edges in both directions, the bundle not.",
+            "Training loss as the edges report it: the mean of a round weighted by examples, and that of each edge "
+            "(dots). Bytes are those of all edges in both directions, without the bundle.",
             draw_loss(history),
         )
     if history.evaluated:
@@ -58,28 +61,29 @@ def draw(history: History, plan: LayerPlan | None) -> dict[str, Picture]:
         found["cross_term"] = Picture(
             "What averaging A and B apart loses",
             "What averaging A and B apart loses of the mean of the edges' products B A: the norm of the difference over "
-            "that of the mean. FFA-LoRA and RoLoRA lose nothing; FlexLoRA does not average so.",
+            "that of the mean. FFA-LoRA and RoLoRA lose nothing; FlexLoRA does not average A and B.",
             draw_cross_terms(history),
         )
-    if history.public_kl and history.public_kl["pruned"]:  # 0 exactly: a full emulator's, which is not aligned
+    if history.public_kl and history.public_kl["pruned"]:  # exactly 0 with a full emulator, which is not aligned
         found["alignment"] = Picture(
             "Alignment",
             "Public KL, full model to sub-LLM, in nats on held-out public blocks: after pruning, as stored, "
-            "after a start in closed form where the run has one, after alignment; then before and after each realignment.",
+            "after a closed-form start if the run has one, after alignment; then before and after each realignment.",
             draw_alignment(history),
         )
     if plan is not None and plan.distances:
         found["layers"] = Picture(
             "Layers",
-            "Angular distance between the outputs of two layers, in units of pi. Each box is a chosen group: the layer "
-            "below it stays, the removed ones lie between. The strip below shows what every layer became.",
+            "Angular distance between the outputs of two layers, in units of pi. Each box is a chosen group, from the "
+            "layer that is kept (across) to the last one that is removed (up). The strip shows what became of every "
+            "layer.",
             draw_layers(plan),
         )
-    if history.traffic and history.closed:  # until then greetings travelled
+    if history.traffic and history.closed:  # before that, only greetings have travelled
         found["bytes"] = Picture(
             "Bytes by edge and round",
-            "What each edge sent and received in each round (websocket payload and framing). An empty field: the edge "
-            "was not there.",
+            "What each edge sent and received in each round (websocket payload and framing). In an empty field the edge "
+            "was not connected.",
             draw_bytes(history),
         )
     if history.rounds:
@@ -140,10 +144,10 @@ def draw_cross_terms(history: History) -> Figure:
 def _over_rounds_and_bytes(
     history: History, numbers: Sequence[int], curves: Callable[[Axes, Sequence[float]], None], what: str
 ) -> tuple[Figure, Axes]:
-    """Draw curves over the rounds `numbers`, and beside them over what all edges sent and received until then.
+    """Draw curves over the rounds `numbers`, and beside them over the bytes of all edges up to each round.
 
     Returns:
-        the figure and its left axes.
+        the figure, and its axes of rounds.
     """
     figure = Figure(figsize=(9.5, 3.4), layout="constrained")
     by_round, by_bytes = figure.subplots(1, 2, sharey=True)
@@ -304,24 +308,24 @@ def draw_contributions(history: History) -> Figure:
 
 
 def plain(axes: Axes) -> None:
-    """Leave out the frame's top and right."""
+    """Hide the top and right of the frame."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
 
 
 def _height(edges: Sequence[str]) -> float:
-    """Choose inches that give each edge a row, and hundreds of them a page's height."""
+    """Choose inches that give each edge a row, up to the height of a page."""
     return min(max(2.4, 0.3 * len(edges) + 1.4), 9.0)
 
 
 def _some_names(edges: Sequence[str]) -> tuple[list[int], list[str]]:
-    """Choose the rows that get a name: all, up to 30; then every k-th."""
+    """Choose the rows that get a name: all of up to 30, otherwise every k-th."""
     every = -(-len(edges) // 30) or 1
     return list(range(0, len(edges), every)), [_short(edge) for edge in edges[::every]]
 
 
 def _short(name: str) -> str:
-    # A dollar sign starts a formula in matplotlib; ids have none, but ids are others' words.
+    # A dollar sign starts a formula in matplotlib; ids should have none, but they come from others.
     return (name if len(name) <= 24 else name[:23] + "…").replace("$", "\\$")
 
 

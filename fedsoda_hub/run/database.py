@@ -1,4 +1,7 @@
-"""The run's one SQLite file: statements from any thread, one at a time, durable when they return."""
+"""Run statements on the run's one SQLite file, from any thread, one at a time, durable when they return.
+
+What the rows mean is `ledger.py`'s and `tokens.py`'s.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ CREATE TABLE IF NOT EXISTS traffic (
 
 
 class Database:
-    """One connection. `path` None: in memory, for tests."""
+    """One connection to the file. path None: in memory, for tests."""
 
     def __init__(self, path: Path | None) -> None:
         if path is not None:
@@ -37,25 +40,25 @@ class Database:
         self._db.executescript(_SCHEMA)
 
     def close(self) -> None:
-        """Close the file once no statement runs."""
+        """Close the file as soon as no statement runs."""
         with self._lock:  # a thread may be in the middle of an append
             self._db.close()
 
     def write(self, statement: str, values: Sequence[Any] = ()) -> None:
-        """Run one statement that is durable when this returns.
+        """Run one statement; it is durable when this returns.
 
         Raises:
-            DiskFull: nothing was written.
+            DiskFull: the disk has no space left; nothing was written.
         """
         with self._lock:
             try:
                 self._db.execute(statement, values)
             except sqlite3.OperationalError as error:
                 if "full" in str(error):
-                    raise DiskFull(f"the ledger's disk is full ({error}); free space there, then retry") from error
+                    raise DiskFull(f"the ledger's disk is full ({error}); free some space there") from error
                 raise
 
     def read(self, statement: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        """Return all rows of one query."""
+        """Return all rows of a query."""
         with self._lock:
             return self._db.execute(statement, values).fetchall()

@@ -1,4 +1,4 @@
-"""The append-only log of a run and what travelled in it, in one SQLite file beside the blobs.
+"""Keep the append-only log of a run and its traffic, in one SQLite file beside the blobs.
 
 Append durably, then act, then acknowledge. What records mean is `federation/state.py`'s, who may join is `tokens.py`'s.
 """
@@ -17,17 +17,17 @@ from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.protocol.messages import Digest, EdgeId
 from fedsoda_hub.federation.jobs import EvaluateResult
 from fedsoda_hub.federation.records import AnyRecord
-from fedsoda_hub.federation.state import RunState
+from fedsoda_hub.federation.state import LedgerState
 from fedsoda_hub.run.database import Database
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.run.tokens import Tokens
 
 _RECORD = msgspec.json.Decoder(AnyRecord)
-_STATE = msgspec.json.Decoder(RunState)
+_STATE = msgspec.json.Decoder(LedgerState)
 
 
-class Traffic(NamedTuple):
-    """Bytes of one edge in one round, websocket payload and framing."""
+class RoundTraffic(NamedTuple):
+    """The bytes of one edge in one round, websocket payload and framing."""
 
     edge: str
     round: int
@@ -36,7 +36,7 @@ class Traffic(NamedTuple):
 
 
 class Ledger:
-    """Records, snapshots, tokens and traffic of a run, from any thread. `path` None: in memory, for tests."""
+    """The records, snapshots, tokens and traffic of a run, for any thread. path None: in memory, for tests."""
 
     def __init__(self, path: Path | None) -> None:
         self.database = Database(path)
@@ -47,18 +47,18 @@ class Ledger:
         self.database.close()
 
     def append(self, record: AnyRecord) -> None:
-        """Add one record durably.
+        """Append one record durably.
 
         Raises:
-            DiskFull: nothing was written.
+            DiskFull: the disk has no space left; nothing was written.
         """
         self.database.write("INSERT INTO log (record) VALUES (?)", (msgspec.json.encode(record),))
 
-    def snapshot(self, state: RunState) -> None:
-        """Remember the state after the last record, to bound replay.
+    def snapshot(self, state: LedgerState) -> None:
+        """Save the state after the last record, to bound replay.
 
         Raises:
-            DiskFull: nothing was written.
+            DiskFull: the disk has no space left; nothing was written.
         """
         self.database.write(
             "INSERT OR REPLACE INTO snapshot (seq, state) SELECT COALESCE(MAX(seq), 0), ? FROM log",
@@ -66,7 +66,7 @@ class Ledger:
         )
 
     def history(self) -> list[tuple[float, AnyRecord]]:
-        """Return every record and when it was written, in seconds since 1970; for people, replay does not read it."""
+        """Return every record with the time of its writing, seconds since 1970; times are for people, not for replay."""
         rows = self.database.read("SELECT at, record FROM log ORDER BY seq")
         return [(at, _RECORD.decode(record)) for at, record in rows]
 
@@ -74,9 +74,9 @@ class Ledger:
         """Return every record, in order."""
         return [record for _, record in self.history()]
 
-    def replay(self) -> RunState:
-        """Fold the last snapshot and the records after it; all records where the snapshot is of another release."""
-        seq, state = 0, RunState()
+    def replay(self) -> LedgerState:
+        """Fold the records after the last snapshot into it; all records where the snapshot is of another release."""
+        seq, state = 0, LedgerState()
         for number, data in self.database.read("SELECT seq, state FROM snapshot ORDER BY seq DESC LIMIT 1"):
             with contextlib.suppress(msgspec.ValidationError):  # the log alone says as much
                 seq, state = number, _STATE.decode(data)
@@ -84,13 +84,13 @@ class Ledger:
             state.apply(_RECORD.decode(data))
         return state
 
-    # --- traffic: telemetry, no part of replay -------------------------------------------------------------
+    # --- traffic: telemetry, not part of replay ------------------------------------------------------------
 
     def add_traffic(self, edge: EdgeId, round_number: int, up: int, down: int) -> None:
-        """Add bytes of websocket payload and framing.
+        """Add bytes of websocket payload and framing to an edge's count in a round.
 
         Raises:
-            DiskFull: nothing was written.
+            DiskFull: the disk has no space left; nothing was written.
         """
         self.database.write(
             "INSERT INTO traffic VALUES (?, ?, ?, ?) ON CONFLICT (edge, round) "
@@ -98,24 +98,25 @@ class Ledger:
             (edge, round_number, up, down),
         )
 
-    def traffic(self) -> list[Traffic]:
-        """Return what travelled, ascending by edge and round."""
+    def traffic(self) -> list[RoundTraffic]:
+        """Return the bytes of each edge and round, ascending by edge and round."""
         rows = self.database.read("SELECT edge, round, up, down FROM traffic ORDER BY edge, round")
-        return [Traffic(*row) for row in rows]
+        return [RoundTraffic(*row) for row in rows]
 
 
 @contextlib.contextmanager
 def opened(directory: RunDirectory) -> Iterator[Ledger]:
-    """Open the ledger of a run, live or not, and close it after the block."""
+    """Open the ledger of a run, whether a hub serves it or not, and close it after the block."""
     with contextlib.closing(Ledger(directory.ledger)) as ledger:
         yield ledger
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run has reached.
+    """The point that a run has reached.
 
-    Digests of w, of the largest sub-LLM's emulator view and of its manifest in force; closed rounds; the last evaluation.
+    master: digest of w. emulator_view, manifest: digests of those in force of the largest sub-LLM. rounds: how many have
+    closed. evaluation: the last figures.
     """
 
     master: Digest
@@ -126,18 +127,18 @@ class Outcome:
 
 
 def not_started(run_file: str | Path) -> UsageProblem:
-    """Return what every command says that needs a run where there is none yet."""
+    """Make the error of every command that needs a run which has not been started yet."""
     return UsageProblem(f"{Path(run_file).name} has not been started; run `fedsoda-hub serve {run_file}`")
 
 
 def read_outcome(run_dir: Path, run_file: str | Path = "RUN.toml") -> Outcome:
-    """Read what a run has reached from its ledger, live or not.
+    """Read what a run has reached from its ledger, whether a hub serves it or not.
 
     Args:
-        run_file: the run's settings, as they are named where there is no run.
+        run_file: the run's settings, as the error names them.
 
     Raises:
-        UsageProblem: there is no run, or no round has closed yet.
+        UsageProblem: the run has not been started, or none of its rounds has closed yet.
     """
     directory = RunDirectory(run_dir)
     if not directory.ledger.exists():
@@ -147,6 +148,8 @@ def read_outcome(run_dir: Path, run_file: str | Path = "RUN.toml") -> Outcome:
     if state.losses:
         largest = state.largest
         return Outcome(state.master, largest.emulator.digest, largest.manifest, len(state.losses), state.evaluation)
-    if not state.run_id:  # there are tokens, and no more
+    if not state.run_id:  # the ledger holds tokens only
         raise not_started(run_file)
-    raise UsageProblem(f"no round of {run_dir.name} has closed yet (phase: {state.phase}); wait for the first")
+    raise UsageProblem(
+        f"no round of {run_dir.name} has closed yet (phase: {state.phase}); wait until the first one closes"
+    )

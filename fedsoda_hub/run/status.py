@@ -1,4 +1,7 @@
-"""How a run stands, as `status`, /v1/status and the report of a run's end tell it."""
+"""Report the status of a run, as `status`, /v1/status and the event of a run's end show it.
+
+What only a running hub knows is `serving/monitoring.py`'s.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,19 @@ import msgspec
 
 from fedsoda_edge.protocol.messages import EdgeId
 from fedsoda_hub.federation.jobs import EvaluateResult
-from fedsoda_hub.federation.state import Phase, Probe, Realignment, RunState
+from fedsoda_hub.federation.state import LedgerState, MeasuredDrift, Phase, Realignment
 from fedsoda_hub.run.ledger import Ledger
 
 
 class BytesPerRound(msgspec.Struct, frozen=True, kw_only=True):
-    """Mean bytes of an edge in a round."""
+    """The mean bytes of an edge in a round."""
 
     up_per_edge_round: float
     down_per_edge_round: float
 
 
 class Travelled(msgspec.Struct, frozen=True, kw_only=True):
-    """Bytes of one edge in one round."""
+    """The bytes of one edge in one round, as reports write them."""
 
     edge: str
     round: int
@@ -27,7 +30,7 @@ class Travelled(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """What the ledger alone knows of a run, live or not."""
+    """The status of a run as far as the ledger alone knows it."""
 
     run: str
     run_id: str
@@ -42,14 +45,14 @@ class RunStatus(msgspec.Struct, frozen=True, kw_only=True):
     cross_terms: dict[int, float]
     public_kl: dict[str, float]
     realignments: list[Realignment]
-    probes: list[Probe]
+    probes: list[MeasuredDrift]
     evaluation: EvaluateResult | None
     bytes: BytesPerRound
     traffic: list[Travelled]
 
 
 class KnownEdge(msgspec.Struct, frozen=True, kw_only=True):
-    """An edge that has a token. None: it is not at work, or no hub runs."""
+    """An edge that has a token. size_class, step, steps None: the edge is not at work, or no hub runs."""
 
     edge: EdgeId
     connected: bool = False
@@ -61,15 +64,19 @@ class KnownEdge(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LiveStatus(RunStatus, frozen=True, kw_only=True):
-    """A run's status with what its hub knows too. url, due_seconds None: no hub runs, no round is open."""
+    """A run's status with what its hub knows too. url None: no hub runs. due_seconds None: no round is open."""
 
     url: str | None
     edges: list[KnownEdge]
     due_seconds: float | None
 
 
-def run_status(name: str, rounds: int, ledger: Ledger, state: RunState) -> RunStatus:
-    """Tell what the ledger knows. name, rounds: the run's name and its [rounds] count."""
+def run_status(name: str, rounds: int, ledger: Ledger, state: LedgerState) -> RunStatus:
+    """Report what the ledger knows of a run.
+
+    Args:
+        name, rounds: the run's name and its [rounds] count.
+    """
     rows = ledger.traffic()
     pairs = len({(row.edge, row.round) for row in rows}) or 1
     return RunStatus(
@@ -99,5 +106,5 @@ def run_status(name: str, rounds: int, ledger: Ledger, state: RunState) -> RunSt
 def live_status(
     status: RunStatus, edges: list[KnownEdge], *, url: str | None = None, due_seconds: float | None = None
 ) -> LiveStatus:
-    """Add what a hub knows, or that none runs."""
+    """Add what a hub knows to a run's status; without url and due_seconds, that none runs."""
     return LiveStatus(**msgspec.structs.asdict(status), edges=edges, url=url, due_seconds=due_seconds)

@@ -1,4 +1,7 @@
-"""Who may join a run: a token is one edge, bound to the device that used it first. Only its sha256 is kept."""
+"""Decide who may join a run: a token is one edge, bound to the device that uses it first. Only its sha256 is kept.
+
+When a token is checked is `serving/listener.py`'s.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from fedsoda_hub.run.database import Database
 
 @dataclass(frozen=True)
 class Token:
-    """One token is one edge. device: the device id it is bound to, made at its first Hello."""
+    """A token without its secret. device: the id of the device that it is bound to; None: no device has used it."""
 
     edge: EdgeId
     device: str | None
@@ -30,15 +33,16 @@ class Tokens:
         self._database = database
 
     def create(self, edge: str) -> str:
-        """Make a token for this edge id and return it.
+        """Make a token for this edge id and return its secret.
 
         Raises:
-            UsageProblem: the name is in use, or cannot stand in a file name.
+            UsageProblem: the name is in use, or cannot be part of a file name.
+            DiskFull: no token was made.
         """
         if not edge or not all(c.isalnum() or c in "-_." for c in edge) or len(edge) > 64:
-            raise UsageProblem(f"--name {edge!r} cannot be an edge's id; use up to 64 letters, digits, - _ .")
+            raise UsageProblem(f"--name {edge!r} cannot be an edge's id; use 1 to 64 letters, digits, - _ .")
         if edge in {token.edge for token in self.all() if not token.revoked}:
-            raise UsageProblem(f"there is a token for {edge!r} already; revoke it first, or choose another name")
+            raise UsageProblem(f"{edge!r} has a token already; revoke it first, or choose another --name")
         token = f"fs1-{secrets.token_urlsafe(32)}"
         self._database.write("INSERT OR REPLACE INTO tokens (edge, sha256) VALUES (?, ?)", (edge, _hash(token)))
         return token
@@ -54,18 +58,19 @@ class Tokens:
         return Token(EdgeId(rows[0][0]), rows[0][1], bool(rows[0][2])) if rows else None
 
     def revoke(self, edge: str) -> None:
-        """Take the token's right to join away; the name may be given again after that.
+        """Revoke the edge's token, so that it cannot join; after that the name can get a new one.
 
         Raises:
-            UsageProblem: there is no token of this edge.
+            UsageProblem: the edge never had a token.
+            DiskFull: the token is as it was.
         """
         if edge not in {token.edge for token in self.all()}:
             known = ", ".join(token.edge for token in self.all()) or "none"
-            raise UsageProblem(f"there is no token for {edge!r}; there are: {known}")
+            raise UsageProblem(f"{edge!r} has no token; name one of those that have: {known}")
         self._database.write("UPDATE tokens SET revoked = 1 WHERE edge = ?", (edge,))
 
     def bind(self, edge: EdgeId, device: str) -> bool:
-        """Bind an unbound token to the device; tell whether the token belongs to that device.
+        """Bind an unbound token to the device, and tell whether the token belongs to that device.
 
         Raises:
             DiskFull: the token is as it was.
@@ -79,10 +84,11 @@ def _hash(token: str) -> str:
 
 
 def write_secret(path: Path, secret: str) -> None:
-    """Write a file of mode 0600 from the first byte on; one that was there is replaced, since others may have it open.
+    """Write a file of mode 0600 from the first byte on. A file of that name is replaced, since others may have it open.
 
     Raises:
-        UsageProblem: no file can be made there. DiskFull.
+        UsageProblem: a file cannot be made there.
+        DiskFull: the disk has no space left.
     """
     try:
         if path.exists() and not path.is_file():
@@ -90,5 +96,5 @@ def write_secret(path: Path, secret: str) -> None:
         write_durably(path, secret.encode(), 0o600)
     except OSError as error:
         raise UsageProblem(
-            f"{path} cannot be written ({error.strerror}); name a file where there is space for one"
+            f"{path} cannot be written ({error.strerror}); name a file in a directory that you may write to"
         ) from error

@@ -1,7 +1,7 @@
-"""One edge's conversation: frames in, messages to the roster; frames out through a queue.
+"""Lead one edge's conversation: frames in, messages to the roster; frames out through a queue.
 
-Only the two calls of the channel may fail softly: the other side may be gone at any time. Whatever else is raised is a
-defect of the hub, and leaves `run` as it is.
+Only calls of the channel may fail without being a defect: the other side may be gone at any time. `run` raises whatever
+else is raised. What messages mean is `roster.py`'s.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _log = logging.getLogger("fedsoda_hub.serving")
 
 
 class Guests(Protocol):
-    """Who may come in, and what is said to them (`roster.Roster`)."""
+    """The hub's side that admits edges and hears their messages (`roster.Roster`)."""
 
     @property
     def stall_seconds(self) -> float: ...
     def token(self, secret: str) -> Token | None: ...
     def greet(self, connection: Connection, hello: ms.Hello) -> ms.Welcome | ms.Refusal | None:
-        """Answer a Hello; None: there is no place to note the device, and it may come again."""
+        """Answer a Hello; None: the disk is full, so the device cannot be noted; it may come again."""
         ...
 
     async def said(self, connection: Connection, message: ms.EdgeMessage | Upload) -> None: ...
@@ -38,7 +38,7 @@ class Guests(Protocol):
 
 
 class Lent(Protocol):
-    """Which bytes they may have (`shelf.Shelf`)."""
+    """The hub's side that lends bytes (`shelf.Shelf`)."""
 
     @property
     def max_update_bytes(self) -> int: ...
@@ -47,7 +47,7 @@ class Lent(Protocol):
 
 
 class Asked(Protocol):
-    """How the run stands (`standing.Standing`)."""
+    """The hub's side that reports the run's status (`monitoring.Monitoring`)."""
 
     def is_admin(self, secret: str) -> bool: ...
     def status(self) -> LiveStatus: ...
@@ -56,15 +56,15 @@ class Asked(Protocol):
 
 @dataclass(frozen=True)
 class Hub:
-    """What a door needs of the hub."""
+    """The sides of the hub that a door needs."""
 
     guests: Guests
     shelf: Lent
-    standing: Asked
+    monitoring: Asked
 
 
 class Channel(Protocol):
-    """Where one edge's frames come and go: a websocket, or queues where hub and edge share a process.
+    """A way for one edge's frames: a websocket, or queues where hub and edge share a process.
 
     All three raise ConnectionError when the other side is gone.
     """
@@ -78,12 +78,12 @@ class Channel(Protocol):
 
 
 class Door(Protocol):
-    """Where edges come in. port: of its address, as far as it has one."""
+    """An entrance for edges. port: that of its address; 0: it has none."""
 
     @property
     def port(self) -> int: ...
     async def open(self, hub: Hub) -> None:
-        """Let edges in from now on. Raises UsageProblem where something else took the place by now."""
+        """Let edges in from now on. Raises UsageProblem where another program has taken the address by now."""
         ...
 
     async def broken(self) -> None:
@@ -94,9 +94,9 @@ class Door(Protocol):
 
 
 class Connection:
-    """One edge's conversation. Frames leave through a queue, so that a slow edge never holds up the hub.
+    """The hub's side of one edge's conversation. Frames leave through a queue, so that a slow edge never delays the hub.
 
-    up, down: bytes of payload and framing that were not counted yet. size_class: as the edge said when it was ready.
+    up, down: bytes of payload and framing that are not counted yet. size_class: the one that the edge's Ready named.
     """
 
     def __init__(self, hub: Hub, token: Token, channel: Channel) -> None:
@@ -118,12 +118,12 @@ class Connection:
                 self._trace(">", message)
 
     def close(self) -> None:
-        """End the conversation after what is queued has left."""
+        """End the conversation when everything that is queued has left."""
         self.session.state = "over"
         self._out.put_nowait(None)
 
     async def run(self) -> None:
-        """Talk until either side ends it.
+        """Talk until either side ends the conversation.
 
         Raises:
             ExceptionGroup: what the hub's own code raised.
@@ -148,15 +148,15 @@ class Connection:
                 self.down += wire_bytes(frame, masked=False)
             await self._channel.close()
         except ConnectionError:
-            pass  # whoever reads hears it too
+            pass  # the reading task gets this error too
         finally:
             self.flushed.set()
 
     async def _frame(self) -> bytes | None:
-        """Wait for a frame; None: either side ended the conversation, or an upload stalls."""
+        """Wait for a frame; None: either side ended the conversation, or an upload has stalled."""
         if self.session.state == "over":
             return None
-        # The one timeout: an upload that moves never fails by wall clock: docs/protocol.md (p3-deadlines).
+        # The only timeout. An upload that makes progress never fails by wall clock: docs/protocol.md (p3-deadlines).
         stall = self._hub.guests.stall_seconds if self.session.upload_progress is not None else None
         try:
             async with asyncio.timeout(stall):

@@ -1,4 +1,7 @@
-"""Serve a run: hold it, let its parts work side by side, and end them all when one fails or a signal comes."""
+"""Serve a run: hold it, let its parts work concurrently, and end them all when one fails or a signal comes.
+
+What each part does is in the files beside this one; which decisions are made is `federation/rounds.py`'s.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,16 @@ from fedsoda_edge.ports import Clock, SystemClock, TorchPort
 from fedsoda_edge.ports.child import Child
 from fedsoda_edge.ports.disk import write_durably
 from fedsoda_edge.ports.system import on_signal_in
-from fedsoda_hub import events as told
+from fedsoda_hub import events
 from fedsoda_hub.federation.rounds import RoundMachine
 from fedsoda_hub.serving.connection import Door, Hub
 from fedsoda_hub.serving.decisions import Decisions, Inbox
 from fedsoda_hub.serving.first_of import first_of
 from fedsoda_hub.serving.listener import Listener
+from fedsoda_hub.serving.monitoring import Monitoring
 from fedsoda_hub.serving.resume import ServedRun, resume, rules_of
 from fedsoda_hub.serving.roster import Roster
 from fedsoda_hub.serving.shelf import Shelf
-from fedsoda_hub.serving.standing import Standing
 from fedsoda_hub.serving.torch_jobs import TorchJobs
 from fedsoda_hub.serving.uploads import Uploads
 from fedsoda_hub.settings.run import RunSettings
@@ -26,10 +29,16 @@ LINGER_SECONDS = 30.0
 
 
 class Daemon:
-    """A run that serves; `Daemon.open` makes one."""
+    """A run that is served; `Daemon.open` makes one."""
 
     def __init__(
-        self, settings: RunSettings, run: ServedRun, say: told.Say, clock: Clock, door: Door | None, torch: TorchPort
+        self,
+        settings: RunSettings,
+        run: ServedRun,
+        say: events.HubSay,
+        clock: Clock,
+        door: Door | None,
+        torch: TorchPort,
     ) -> None:
         self.settings = settings
         self.disk = run
@@ -47,7 +56,7 @@ class Daemon:
             self.inbox.put_nowait,
             say,
         )
-        self.standing = Standing(settings, self.machine, run.ledger, clock, self.roster, run.admin_secret)
+        self.monitoring = Monitoring(settings, self.machine, run.ledger, clock, self.roster, run.admin_secret)
         self.jobs = TorchJobs(settings, torch, self.inbox.put_nowait, say)
         self.decisions = Decisions(
             settings,
@@ -59,7 +68,7 @@ class Daemon:
             self.uploads,
             self.roster,
             self.jobs,
-            self.standing,
+            self.monitoring,
             say,
         )
         self._say = say
@@ -70,38 +79,42 @@ class Daemon:
     def open(
         cls,
         settings: RunSettings,
-        say: told.Say,
+        say: events.HubSay,
         clock: Clock | None = None,
         *,
         door: Door | None = None,
         torch: TorchPort | None = None,
     ) -> Daemon:
-        """Lock the run, replay its ledger, and make ready to serve it.
+        """Lock the run, replay its ledger, and get ready to serve it.
 
         Args:
-            say: takes what people are told. door: where edges come in; None: the port of [listen].
+            say: takes the events for people.
+            door: where edges come in; None: the port of [listen].
             torch: what computes; None: a child process.
 
         Raises:
             UsageProblem: another hub has the run, or it was begun with other settings.
+            DiskFull: the disk has no space left.
         """
         run = resume(settings)
         return cls(settings, run, say, clock or SystemClock(), door, torch or Child("fedsoda_hub.compute"))
 
     @property
     def url(self) -> str:
-        """Where the hub serves; empty before that."""
-        return self.standing.url
+        """The URL at which the hub serves; empty before it does."""
+        return self.monitoring.url
 
     def close(self) -> None:
-        """Let go of a run that is not served."""
+        """Release a run that was opened and is not served."""
         self.disk.close()
 
     async def run(self, *, exit_when_done: bool) -> None:
         """Serve until the run is over (with `exit_when_done`) or a signal comes.
 
         Raises:
-            UsageProblem: the port is in use. WorkerFailed: torch work failed again and again. KeyboardInterrupt.
+            UsageProblem: the port is in use.
+            WorkerFailed: the process that owns torch ended three times in one job.
+            KeyboardInterrupt: SIGINT came.
         """
         loop = asyncio.get_running_loop()
         stop: asyncio.Future[str] = loop.create_future()
@@ -114,11 +127,15 @@ class Daemon:
         await self.serve(stop, exit_when_done=exit_when_done)
 
     async def serve(self, stop: asyncio.Future[str], *, exit_when_done: bool) -> None:
-        """Serve as `run` does, until `stop` holds the name of a signal."""
+        """Serve as `run` does, until `stop` holds the name of a signal.
+
+        Raises:
+            UsageProblem, WorkerFailed, KeyboardInterrupt: as in `run`.
+        """
         listen = self.settings.listen
         try:
             door = self._door or Listener(listen.host, listen.port)
-            self.standing.url = f"http://{f'[{listen.host}]' if ':' in listen.host else listen.host}:{door.port}"
+            self.monitoring.url = f"http://{f'[{listen.host}]' if ':' in listen.host else listen.host}:{door.port}"
             self.shelf.follow(self.disk.ledger.records())
             try:
                 await self._until_over(door, stop, exit_when_done)
@@ -134,7 +151,7 @@ class Daemon:
             raise KeyboardInterrupt
 
     async def _until_over(self, door: Door, stop: asyncio.Future[str], exit_when_done: bool) -> None:
-        """Let all parts work until the end. What one of them raises ends the others, and is raised."""
+        """Let all parts work until the end. An error of one part ends the others and is raised."""
         try:
             async with asyncio.TaskGroup() as group:
                 parts = [
@@ -142,23 +159,23 @@ class Daemon:
                 ]
                 await self._end(stop, exit_when_done)
                 if stop.done():
-                    self._say(told.Stopped(signal=stop.result()))
+                    self._say(events.StoppedBySignal(signal=stop.result()))
                 for part in parts:
                     part.cancel()
         except BaseExceptionGroup as failures:
             raise _first(failures) from None
 
     async def _let_in(self, door: Door) -> None:
-        """Open the door once the run is prepared, and watch it."""
+        """Open the door as soon as the run is prepared, and raise what breaks it."""
         await self.jobs.opened.wait()
         await self.shelf.stocked.wait()
-        await door.open(Hub(self.roster, self.shelf, self.standing))
+        await door.open(Hub(self.roster, self.shelf, self.monitoring))
         write_durably(self.disk.directory.address, self.url.encode())
-        self._say(told.Listening(url=self.url, run=self.settings.name))
+        self._say(events.Listening(url=self.url, run=self.settings.name))
         await door.broken()
 
     async def _end(self, stop: asyncio.Future[str], exit_when_done: bool) -> None:
-        """Return when a signal came, or the run is over and its edges were told or waited for."""
+        """Return when a signal came, or when the run is over and its edges know it or were waited for."""
         if not exit_when_done:
             await asyncio.wait({stop})
             return
@@ -167,7 +184,7 @@ class Daemon:
 
 
 def _first(failures: BaseExceptionGroup[BaseException]) -> BaseException:
-    """Return the first failure of a group; those that it caused came after it."""
+    """Return the first failure of a group; the failures that it caused follow it."""
     failure: BaseException = failures
     while isinstance(failure, BaseExceptionGroup):
         failure = failure.exceptions[0]

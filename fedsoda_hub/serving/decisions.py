@@ -1,4 +1,7 @@
-"""The loop of decisions: one event after the other is handled, its effects are performed, then all that is owed."""
+"""Run the loop of decisions: handle one event after the other, perform its effects, then all that is owed.
+
+What is decided is `federation/rounds.py`'s.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,15 @@ from fedsoda_edge.errors import DiskFull
 from fedsoda_edge.ports import Clock
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.trace import changed
-from fedsoda_hub import events as told
+from fedsoda_hub import events
 from fedsoda_hub.federation import events as ev
 from fedsoda_hub.federation import records as rec
 from fedsoda_hub.federation.jobs import Job
 from fedsoda_hub.federation.rounds import RoundMachine
 from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.serving import offers
+from fedsoda_hub.serving.monitoring import Monitoring
 from fedsoda_hub.serving.shelf import Shelf
-from fedsoda_hub.serving.standing import Standing
 from fedsoda_hub.serving.uploads import Uploads
 from fedsoda_hub.settings.run import RunSettings
 
@@ -29,14 +32,14 @@ _log = logging.getLogger("fedsoda_hub.serving")
 
 
 class Post(Protocol):
-    """What reaches edges (`roster.Roster`)."""
+    """The way to edges (`roster.Roster`)."""
 
     def send(self, edge: ms.EdgeId, message: ms.HubMessage) -> None: ...
     def flush_traffic(self) -> None: ...
 
 
 class Jobs(Protocol):
-    """Who does torch work (`torch_jobs.TorchJobs`). opened: it may begin."""
+    """The port for torch work (`torch_jobs.TorchJobs`). opened: set when jobs can start."""
 
     @property
     def opened(self) -> asyncio.Event: ...
@@ -45,14 +48,14 @@ class Jobs(Protocol):
 
 @dataclass(frozen=True)
 class Settle:
-    """Nothing happened, but what is owed may be possible by now."""
+    """A reminder that what is owed may be possible by now, although nothing happened."""
 
 
-Inbox = asyncio.Queue[ev.Event | Settle]
+Inbox = asyncio.Queue[ev.RoundEvent | Settle]
 
 
 class Decisions:
-    """The machine and its timers. `is_over` is set once the run is over and every connected edge was told."""
+    """The machine and its timers. is_over: set when the run is over and every connected edge has its Farewell."""
 
     def __init__(
         self,
@@ -65,8 +68,8 @@ class Decisions:
         uploads: Uploads,
         post: Post,
         jobs: Jobs,
-        standing: Standing,
-        say: told.Say,
+        monitoring: Monitoring,
+        say: events.HubSay,
     ) -> None:
         self.is_over = asyncio.Event()
         self._settings = settings
@@ -78,13 +81,13 @@ class Decisions:
         self._uploads = uploads
         self._post = post
         self._jobs = jobs
-        self._standing = standing
+        self._monitoring = monitoring
         self._say = say
         self._timers: asyncio.TaskGroup | None = None
         self._deadline: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
-        """Decide until cancelled; first what a restart owes."""
+        """Decide until cancelled, beginning with what a restart owes."""
         async with asyncio.TaskGroup() as self._timers:
             await self._jobs.opened.wait()
             await self._settle()
@@ -102,10 +105,10 @@ class Decisions:
         if not self._machine.is_computing:
             self._uploads.forget_refused(self._machine.state)
 
-    async def _perform(self, effects: list[ev.Effect], cause: ev.Event | Settle) -> bool:
-        """Perform effects in order; tell whether a record was appended.
+    async def _perform(self, effects: list[ev.Effect], cause: ev.RoundEvent | Settle) -> bool:
+        """Perform effects in order, and tell whether a record was appended.
 
-        A record that cannot be written stops what follows it.
+        After a record that cannot be written, the effects that follow are not performed.
         """
         appended = False
         for effect in effects:
@@ -120,35 +123,35 @@ class Decisions:
                     self._recorded(record)
                 case ev.Send(edge, message):
                     self._post.send(edge, message)
-                case ev.Offer():
+                case ev.SendOffer():
                     self._offer(effect)
                 case ev.SetDeadline(number, at):
                     self._set_deadline(number, at)
-                case ev.Compute(job):
+                case ev.StartJob(job):
                     self._jobs.start(job)
-                case ev.Waiting(why):
+                case ev.Wait(why):
                     _log.debug("= waiting")
-                    self._say(told.Waiting(why=why))
+                    self._say(events.Waiting(why=why))
                 case ev.Finish():
                     self.is_over.set()
-                case ev.Ignored():
+                case ev.Ignore():
                     _log.debug("= %s is ignored", type(cause).__name__)
         return appended
 
-    def _offer(self, asked: ev.Offer) -> None:
+    def _offer(self, asked: ev.SendOffer) -> None:
         state = self._machine.state
-        made = offers.offer(asked, state, self._settings, self._shelf.ref, self._standing.due_seconds())
+        made = offers.offer(asked, state, self._settings, self._shelf.ref, self._monitoring.due_seconds())
         self._post.send(asked.edge, made)
 
-    def _say_disk_full(self, error: DiskFull, cause: ev.Event | Settle) -> None:
-        self._say(told.DiskFull(message=str(error)))
+    def _say_disk_full(self, error: DiskFull, cause: ev.RoundEvent | Settle) -> None:
+        self._say(events.OutOfDisk(message=str(error)))
         if isinstance(cause, ev.UpdateArrived):
             self._post.send(cause.edge, ms.Refusal(round=cause.round, reason=str(error), retry=True))
-        # Torch work that is done comes again as it was; anything else `owed` finds.
+        # A job's result is reported again as it was; `owed` finds everything else again.
         self._report_after(DISK_RETRY_SECONDS, cause if isinstance(cause, ev.JobDone) else Settle())
 
     def _recorded(self, record: rec.AnyRecord) -> None:
-        """Fold in what became a fact, act on it, and tell it."""
+        """Fold in a record that is durable now, act on it, and say it."""
         state = self._machine.state
         before = state.phase
         self._machine.apply(record)
@@ -160,12 +163,12 @@ class Decisions:
             self._post.flush_traffic()
             with contextlib.suppress(DiskFull):  # it only bounds replay
                 self._ledger.snapshot(state)
-        fact = told.fact_told(
+        fact = events.event_of_record(
             record,
             self._settings.rounds.count,
             state,
             traffic=self._ledger.traffic,
-            summary=self._standing.status,
+            summary=self._monitoring.status,
         )
         if fact is not None:
             self._say(fact)
@@ -178,10 +181,10 @@ class Decisions:
         delay = max(0.0, at - self._clock.wall())
         self._deadline = self._report_after(delay, ev.DeadlineReached(number, at))
 
-    def _report_after(self, seconds: float, event: ev.Event | Settle) -> asyncio.Task[None]:
+    def _report_after(self, seconds: float, event: ev.RoundEvent | Settle) -> asyncio.Task[None]:
         async def report() -> None:
             await self._clock.sleep(seconds)
             self._inbox.put_nowait(event)
 
-        assert self._timers is not None, "decisions are made while `run` does"
+        assert self._timers is not None, "timers are set only while `run` runs"
         return self._timers.create_task(report())

@@ -1,4 +1,4 @@
-"""Wait for the first of several things, and let go of the others."""
+"""Wait for the first of several things, and cancel the others. What is waited for is the caller's matter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 async def first_of(*waits: Coroutine[Any, Any, Any]) -> None:
-    """Return when the first of these has returned, or raise what it raised; the others are cancelled."""
+    """Return when the first of these has returned, or raise what it raised, and cancel the others."""
     tasks = [asyncio.create_task(wait) for wait in waits]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -1,7 +1,7 @@
-"""One port: /v1/session (websocket), /v1/blobs/{digest} (HTTP ranges), /healthz, /metrics, /v1/status.
+"""Listen on one port: /v1/session (websocket), /v1/blobs/{digest} (HTTP ranges), /healthz, /metrics, /v1/status.
 
-The only hub file that touches the network. A token is checked before the upgrade; what is said is judged by
-`protocol/session.py`, what it means by the roster.
+This is the only file of the hub that touches the network. A token is checked before the upgrade. Which message may come
+when is `protocol/session.py`'s, what it means is `roster.py`'s.
 """
 
 from __future__ import annotations
@@ -31,29 +31,30 @@ Broke = Callable[[Exception], None]  # takes a defect of the hub's own code
 
 
 class _WebSocket:
-    """A websocket as a `Channel`. Starlette raises RuntimeError where a websocket was closed under our hands."""
+    """A websocket as a `Channel`. Starlette raises RuntimeError if a websocket was closed in the meantime."""
 
     def __init__(self, websocket: WebSocket) -> None:
         self._websocket = websocket
 
     async def send_bytes(self, data: bytes) -> None:
-        with _gone_is_told():
+        with _gone_as_connection_error():
             await self._websocket.send_bytes(data)
 
     async def receive_bytes(self) -> bytes:
-        with _gone_is_told():
+        with _gone_as_connection_error():
             try:
                 return await self._websocket.receive_bytes()
             except KeyError:  # starlette's answer to a text frame
                 raise ProtocolViolation("the edge sent text, but frames are binary") from None
 
     async def close(self) -> None:
-        with _gone_is_told():
+        with _gone_as_connection_error():
             await self._websocket.close()
 
 
 @contextlib.contextmanager
-def _gone_is_told() -> Iterator[None]:
+def _gone_as_connection_error() -> Iterator[None]:
+    """Raise ConnectionResetError for every way in which the other side can be gone."""
     try:
         yield
     except (WebSocketDisconnect, RuntimeError, OSError) as gone:
@@ -66,20 +67,24 @@ def _bearer(request: HTTPConnection) -> str:
 
 
 def _refused(hub: Hub, request: HTTPConnection) -> tuple[Token | None, str]:
-    """Return (token, "") or (None, why)."""
+    """Return (token, "") if the request's token may join, else (None, why not)."""
     secret = _bearer(request)
     if not secret:
-        return None, "no token was sent; join with --token-file"
+        return None, "the request has no token; join with --token-file"
     token = hub.guests.token(secret)
     if token is None:
         return None, "the hub does not know this token; ask its owner for a new one"
     if token.revoked:
-        return None, f"the token of {token.edge} was revoked; ask the hub's owner"
+        return None, f"the token of {token.edge} was revoked; ask the hub's owner for a new one"
     return token, ""
 
 
 def make_app(hub: Hub, broke: Broke) -> Starlette:
-    """Build the application of the one port. broke: takes what the hub's own code raised, which ends the hub."""
+    """Build the application of the one port.
+
+    Args:
+        broke: takes an exception of the hub's own code, which ends the hub.
+    """
 
     async def session(websocket: WebSocket) -> None:
         try:
@@ -95,7 +100,7 @@ def make_app(hub: Hub, broke: Broke) -> Starlette:
                 return
             await websocket.accept()
         except (WebSocketDisconnect, RuntimeError, OSError):
-            return  # it is gone already
+            return  # the other side is gone already
         try:
             await connection.run()
         except Exception as defect:
@@ -107,7 +112,9 @@ def make_app(hub: Hub, broke: Broke) -> Starlette:
                 return answer(request)
             except Exception as defect:
                 broke(defect)
-                return JSONResponse({"reason": "the hub failed; its owner sees why"}, status_code=500)
+                return JSONResponse(
+                    {"reason": "the hub failed and ends; its owner sees the error where it ran"}, status_code=500
+                )
 
         return endpoint
 
@@ -117,7 +124,7 @@ def make_app(hub: Hub, broke: Broke) -> Starlette:
             return JSONResponse({"reason": why}, status_code=401)
         path = hub.shelf.bundle_file(request.path_params["digest"])
         if path is None:
-            return JSONResponse({"reason": "no such file in this run's bundle"}, status_code=404)
+            return JSONResponse({"reason": "this run's bundle has no such file"}, status_code=404)
         return FileResponse(path, media_type="application/octet-stream")
 
     def health(_: Request) -> Response:
@@ -128,17 +135,23 @@ def make_app(hub: Hub, broke: Broke) -> Starlette:
         is_local = False
         with contextlib.suppress(ValueError):
             is_local = ipaddress.ip_address(host).is_loopback
-        return is_local or hub.standing.is_admin(_bearer(request))
+        return is_local or hub.monitoring.is_admin(_bearer(request))
 
     def status(request: Request) -> Response:
         if not may_ask(request):
-            return JSONResponse({"reason": "status is for loopback or the admin token"}, status_code=401)
-        return JSONResponse(msgspec.to_builtins(hub.standing.status(), str_keys=True))
+            return JSONResponse(
+                {"reason": "the status is for loopback; from elsewhere, send the token in the run's admin.token"},
+                status_code=401,
+            )
+        return JSONResponse(msgspec.to_builtins(hub.monitoring.status(), str_keys=True))
 
     def metrics(request: Request) -> Response:
         if not may_ask(request):
-            return JSONResponse({"reason": "metrics are for loopback or the admin token"}, status_code=401)
-        return PlainTextResponse(hub.standing.metrics())
+            return JSONResponse(
+                {"reason": "metrics are for loopback; from elsewhere, send the token in the run's admin.token"},
+                status_code=401,
+            )
+        return PlainTextResponse(hub.monitoring.metrics())
 
     return Starlette(
         routes=[
@@ -152,10 +165,10 @@ def make_app(hub: Hub, broke: Broke) -> Starlette:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Take the port at once, so that one in use is known before any preparation.
+    """Bind the port now, so that a port in use is known before any preparation.
 
     Raises:
-        UsageProblem: it is in use or may not be taken.
+        UsageProblem: the port is in use, or this user may not bind it.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     taken = socket.socket(family, socket.SOCK_STREAM)
@@ -169,10 +182,10 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def listen(taken: socket.socket) -> None:
-    """Let edges connect. Several programs may bind one port as long as none listens: only one gets further.
+    """Let edges connect. Several programs can bind one port as long as none listens: only the first one succeeds here.
 
     Raises:
-        UsageProblem: another listens there by now.
+        UsageProblem: another program listens there by now.
     """
     try:
         taken.listen()
@@ -183,12 +196,12 @@ def listen(taken: socket.socket) -> None:
 
 def _cannot_be_taken(host: str, port: int, error: OSError) -> UsageProblem:
     return UsageProblem(
-        f"[listen] {host}:{port} cannot be taken ({error.strerror}); stop what uses it or choose another port"
+        f"[listen] {host}:{port} cannot be used ({error.strerror}); stop the program that uses it, or choose another port"
     )
 
 
 def ask_running_hub(directory: RunDirectory) -> LiveStatus | None:
-    """Ask the hub that serves this run on this machine for its status; None when none does."""
+    """Ask the hub that serves this run on this machine for its status; None: none does."""
     import httpx
 
     if not directory.address.exists():
@@ -205,10 +218,10 @@ def ask_running_hub(directory: RunDirectory) -> LiveStatus | None:
 
 
 class Listener:
-    """A `Door` to the network. The port is taken at once, so that one in use is known before any preparation.
+    """A `Door` to the network. The port is bound now, so that a port in use is known before any preparation.
 
     Raises:
-        UsageProblem: it is in use or may not be taken.
+        UsageProblem: the port is in use, or this user may not bind it.
     """
 
     def __init__(self, host: str, port: int) -> None:
@@ -222,7 +235,7 @@ class Listener:
         """Let edges in.
 
         Raises:
-            UsageProblem: another listens there by now.
+            UsageProblem: another program listens there by now.
         """
         listen(self._taken)
         self._server = Server(hub, self._defects.put_nowait)
@@ -240,12 +253,12 @@ class Listener:
             if defect.done():
                 raise defect.result()
             self._serving.result()
-            raise RuntimeError("the HTTP server ended although nobody stopped it")
+            raise RuntimeError("uvicorn ended although the hub did not stop it")
         finally:
             defect.cancel()
 
     async def close(self) -> None:
-        """Hang up on everyone and give the port back."""
+        """End all connections and release the port."""
         if self._server is not None and self._serving is not None:
             self._server.should_exit = True
             await asyncio.wait({self._serving})
@@ -253,7 +266,7 @@ class Listener:
 
 
 class Server(uvicorn.Server):
-    """uvicorn without signal handlers: signals are the daemon's."""
+    """A uvicorn without signal handlers: signals are the daemon's."""
 
     def __init__(self, hub: Hub, broke: Broke) -> None:
         super().__init__(

@@ -1,19 +1,21 @@
-"""What the hub says to edges of the run as it stands: the Welcome and a round's offer. Pure."""
+"""Write what the hub says to edges of the run's present state: the Welcome and a round's offer. Pure; sending is
+`roster.py`'s.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from fedsoda_edge.protocol import messages as ms
-from fedsoda_hub.federation.events import Offer
-from fedsoda_hub.federation.state import HeldView, RunState
+from fedsoda_hub.federation.events import SendOffer
+from fedsoda_hub.federation.state import HeldView, LedgerState
 from fedsoda_hub.settings.run import RunSettings
 
-Sizes = Callable[[ms.Digest], ms.BlobRef]  # a blob of the run with its size
+Sizes = Callable[[ms.Digest], ms.BlobRef]  # names a blob of the run with its size
 
 
-def welcome(edge: ms.EdgeId, state: RunState, settings: RunSettings, sizes: Sizes) -> ms.Welcome:
-    """Tell an edge what the run is and which sub-LLMs it has, from larger to smaller."""
+def welcome(edge: ms.EdgeId, state: LedgerState, settings: RunSettings, sizes: Sizes) -> ms.Welcome:
+    """Make the answer to a Hello: what the run is and which sub-LLMs it has, from larger to smaller."""
     task, largest = settings.task, state.largest
     return ms.Welcome(
         protocol=ms.PROTOCOL_VERSION,
@@ -37,8 +39,14 @@ def welcome(edge: ms.EdgeId, state: RunState, settings: RunSettings, sizes: Size
     )
 
 
-def offer(asked: Offer, state: RunState, settings: RunSettings, sizes: Sizes, due_seconds: float) -> ms.RoundOffer:
-    """Ask an edge for an update of the open round. due_seconds: from now to the deadline."""
+def offer(
+    asked: SendOffer, state: LedgerState, settings: RunSettings, sizes: Sizes, due_seconds: float
+) -> ms.RoundOffer:
+    """Make the offer of the open round to an edge.
+
+    Args:
+        due_seconds: time from now to the deadline.
+    """
     sub_llm = state.sub_llms[asked.size_class]
     return ms.RoundOffer(
         round=state.round,

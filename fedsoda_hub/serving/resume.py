@@ -1,4 +1,7 @@
-"""Open a run on disk for the one hub that serves it: lock it, replay its ledger, refuse settings that changed."""
+"""Open a run on disk for the one hub that serves it: lock it, replay its ledger, refuse settings that changed.
+
+Which settings may change is `settings/run.py`'s.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.ports.system import Lock
 from fedsoda_hub.federation import records as rec
 from fedsoda_hub.federation.schedule import Rules
-from fedsoda_hub.federation.state import RunState
+from fedsoda_hub.federation.state import LedgerState
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.run.tokens import write_secret
@@ -19,25 +22,29 @@ from fedsoda_hub.settings.run import RunSettings, differences
 
 @dataclass(frozen=True)
 class ServedRun:
-    """A run that this process holds. state: its ledger, folded. admin_secret: of whoever may ask for its status."""
+    """A run that this process has locked.
+
+    state: its folded ledger. admin_secret: the secret of whoever may ask for its status.
+    """
 
     directory: RunDirectory
     ledger: Ledger
-    state: RunState
+    state: LedgerState
     admin_secret: str
     lock: Lock
 
     def close(self) -> None:
-        """Let go of the run: another hub may serve it."""
+        """Release the run, so that another hub can serve it."""
         self.ledger.close()
         self.lock.release()
 
 
 def resume(settings: RunSettings) -> ServedRun:
-    """Open the run of these settings, begun or not.
+    """Open the run of these settings, whether it has begun or not.
 
     Raises:
         UsageProblem: another hub has it, or it was begun with other settings.
+        DiskFull: the disk has no space left.
     """
     directory = RunDirectory(settings.run_dir)
     lock = directory.lock()
@@ -55,16 +62,20 @@ def resume(settings: RunSettings) -> ServedRun:
         raise
 
 
-def _replayed(ledger: Ledger, settings: RunSettings) -> RunState:
-    """Replay; write down that the run began, and which keys changed that may."""
+def _replayed(ledger: Ledger, settings: RunSettings) -> LedgerState:
+    """Replay the ledger, and record that the run began and which of the keys that may change did.
+
+    Raises:
+        UsageProblem: a key changed that may not.
+    """
     state = ledger.replay()
     if not state.run_id:
         _add(ledger, state, rec.RunStarted(run_id=secrets.token_hex(8), fixed=settings.fixed()))
     changed = differences(state.fixed, settings)
     if changed:
         raise UsageProblem(
-            f"{Path(settings.path).name} changed since this run began: {'; '.join(changed)}. "
-            "Put it back, or give the run another name"
+            f"{Path(settings.path).name} has changed since this run began: {'; '.join(changed)}; "
+            "restore the old values, or give the run another name"
         )
     rounds = settings.rounds
     values = {
@@ -80,7 +91,7 @@ def _replayed(ledger: Ledger, settings: RunSettings) -> RunState:
     return state
 
 
-def _add(ledger: Ledger, state: RunState, record: rec.AnyRecord) -> None:
+def _add(ledger: Ledger, state: LedgerState, record: rec.AnyRecord) -> None:
     ledger.append(record)
     state.apply(record)
 
@@ -92,7 +103,7 @@ def _admin_secret(directory: RunDirectory) -> str:
 
 
 def rules_of(settings: RunSettings) -> Rules:
-    """Return what decides rounds."""
+    """Collect the settings that decide rounds."""
     rounds = settings.rounds
     return Rules(
         count=rounds.count,

@@ -1,4 +1,7 @@
-"""Who is connected: greet, turn messages into events, send what is decided, count what travels."""
+"""Keep the connected edges: greet them, turn messages into events, send what is decided, count what travels.
+
+What events lead to is `decisions.py`'s.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,10 @@ from fedsoda_edge.errors import DiskFull
 from fedsoda_edge.ports import Clock
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.session import Upload
-from fedsoda_hub import events as told
+from fedsoda_hub import events
 from fedsoda_hub.federation import events as ev
 from fedsoda_hub.federation.schedule import Rules, trained_factor
-from fedsoda_hub.federation.state import RunState
+from fedsoda_hub.federation.state import LedgerState
 from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.run.tokens import Token
 from fedsoda_hub.serving import offers
@@ -31,18 +34,18 @@ _log = logging.getLogger("fedsoda_hub.serving")
 
 
 class Roster:
-    """Connected edges. report: takes what they said as events of the machine."""
+    """The connected edges. report: takes what they said, as events of the round machine."""
 
     def __init__(
         self,
         settings: RunSettings,
         rules: Rules,
-        state: RunState,
+        state: LedgerState,
         ledger: Ledger,
         shelf: Shelf,
         uploads: Uploads,
-        report: Callable[[ev.Event], None],
-        say: told.Say,
+        report: Callable[[ev.RoundEvent], None],
+        say: events.HubSay,
     ) -> None:
         self.progress: dict[ms.EdgeId, ms.Progress] = {}
         self._settings = settings
@@ -59,14 +62,14 @@ class Roster:
 
     @property
     def connected(self) -> set[ms.EdgeId]:
-        """Ids of the connected edges."""
+        """The ids of the connected edges."""
         return set(self._connections)
 
     # --- what connections ask ------------------------------------------------------------------------------
 
     @property
     def stall_seconds(self) -> float:
-        """How long an upload may stand still."""
+        """The time after which an upload without progress is given up."""
         return self._settings.wire.stall_seconds
 
     def token(self, secret: str) -> Token | None:
@@ -74,7 +77,7 @@ class Roster:
         return self._ledger.tokens.find(secret)
 
     def greet(self, connection: Connection, hello: ms.Hello) -> ms.Welcome | ms.Refusal | None:
-        """Answer a Hello; None: there is no place to note the device, and it may come again."""
+        """Answer a Hello; None: the disk is full, so the device cannot be noted; it may come again."""
         edge = connection.edge
         if hello.protocol != ms.PROTOCOL_VERSION:
             return ms.Refusal(
@@ -85,7 +88,7 @@ class Roster:
         try:
             is_its_device = self._ledger.tokens.bind(edge, hello.device_id)
         except DiskFull as error:
-            self._say(told.DiskFull(message=str(error)))
+            self._say(events.OutOfDisk(message=str(error)))
             return None  # a Refusal would send the edge away for good
         if not is_its_device:
             return ms.Refusal(
@@ -93,19 +96,19 @@ class Roster:
             )
         old = self._connections.get(edge)
         self._connections[edge] = connection
-        if old is not None:  # the same device came back before its old connection was missed
+        if old is not None:  # the device reconnected before the hub noticed that its old connection had ended
             old.close()
             self._report(ev.EdgeGone(edge))  # until its Ready it is not invited
-        self._say(told.EdgeConnected(edge=edge, software=hello.software))
+        self._say(events.EdgeConnected(edge=edge, software=hello.software))
         return offers.welcome(edge, self._state, self._settings, self._shelf.ref)
 
     async def said(self, connection: Connection, message: ms.EdgeMessage | Upload) -> None:
-        """Report what an edge said."""
+        """Report what an edge said as an event of the round machine."""
         edge = connection.edge
         match message:
             case ms.Ready() if not 0 <= message.size_class < len(self._state.sub_llms):
                 last = len(self._state.sub_llms) - 1
-                reason = f"there is no size class {message.size_class}; this run has 0 to {last}: join again"
+                reason = f"this run has size classes 0 to {last}, and the edge took {message.size_class}; join again"
                 self.send(edge, ms.Refusal(reason=reason, fatal=True))
             case ms.Ready():
                 connection.size_class = message.size_class
@@ -117,26 +120,26 @@ class Roster:
             case ms.Leave():
                 self._report(ev.EdgeAway(edge, "left"))
                 self._note_farewell(edge)
-                self._say(told.EdgeLeft(edge=edge, reason=message.reason))
+                self._say(events.EdgeLeft(edge=edge, reason=message.reason))
             case ms.Decline():
-                self._say(told.Declined(edge=edge, round=message.round, reason=message.reason))
-                self._report(ev.Declined(edge, message.round, message.reason))
+                self._say(events.Declined(edge=edge, round=message.round, reason=message.reason))
+                self._report(ev.EdgeDeclined(edge, message.round, message.reason))
             case ms.UpdateStart():
                 self._report(ev.UploadStarted(edge, message.round))
             case ms.Progress():
                 self.progress[edge] = message
-                self._say(told.EdgeProgress(edge=edge, **msgspec.structs.asdict(message)))
+                self._say(events.EdgeProgress(edge=edge, **msgspec.structs.asdict(message)))
             case Upload():
                 await self._uploaded(connection, message)
 
     async def _uploaded(self, connection: Connection, upload: Upload) -> None:
-        """Check and store an update, then let the machine judge."""
+        """Check and store an update, then let the round machine judge it."""
         edge, start, size_class = connection.edge, upload.start, connection.size_class
         layout = self._shelf.layout(size_class, trained_factor(self._rules.aggregation, start.round))
         try:
             problem = await self._uploads.take(upload, layout)
         except DiskFull as error:
-            self._say(told.DiskFull(message=str(error)))
+            self._say(events.OutOfDisk(message=str(error)))
             self.send(edge, ms.Refusal(round=start.round, reason=str(error), retry=True))
             self._report(ev.UploadStalled(edge))
             return
@@ -162,7 +165,7 @@ class Roster:
             del self._connections[edge]
             self.progress.pop(edge, None)
             self._report(ev.EdgeGone(edge))
-            self._say(told.EdgeGone(edge=edge))
+            self._say(events.EdgeGone(edge=edge))
 
     # --- what is decided -----------------------------------------------------------------------------------
 
@@ -179,14 +182,14 @@ class Roster:
         self._has_farewelled.set()
 
     async def all_told(self) -> None:
-        """Return once every edge of this run was told that it is over, or left."""
+        """Return when every edge of this run has its Farewell or has left."""
         known = {token.edge for token in self._ledger.tokens.all() if token.device and not token.revoked}
         while not known <= self._farewelled:
             self._has_farewelled.clear()
             await self._has_farewelled.wait()
 
     async def close(self, clock: Clock) -> None:
-        """End all conversations once what is queued has left; who does not read is not waited for."""
+        """End all conversations when everything that is queued has left; edges that do not read are not waited for."""
         connections = list(self._connections.values())
         for connection in connections:
             connection.close()
@@ -208,6 +211,6 @@ class Roster:
         connection.down -= down
 
     def flush_traffic(self) -> None:
-        """Write down what travelled so far."""
+        """Add the traffic up to now to the ledger."""
         for connection in self._connections.values():
             self._count_traffic(connection)

@@ -1,4 +1,7 @@
-"""Which bytes of the run an edge may ask for now, and where they lie: manifests, bundle files, views in force."""
+"""Decide which bytes of the run an edge may ask for now, and where they lie: manifests, bundle files, views in force.
+
+Sending them is `listener.py`'s and `connection.py`'s.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,14 @@ from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.coded import coded_bytes, of_factor
 from fedsoda_edge.protocol.manifest import ADAPTER_LORA, EMULATOR_LORA, BundleManifest, TensorSpec
 from fedsoda_hub.federation import records as rec
-from fedsoda_hub.federation.state import RunState
+from fedsoda_hub.federation.state import LedgerState
 from fedsoda_hub.run.directory import RunDirectory
 
 
 class Shelf:
-    """The bundles and views of one run. `stocked` is set once the run is prepared."""
+    """The bundles and views of one run. stocked: set when the run is prepared."""
 
-    def __init__(self, directory: RunDirectory, state: RunState) -> None:
+    def __init__(self, directory: RunDirectory, state: LedgerState) -> None:
         self.stocked = asyncio.Event()
         self.max_update_bytes = 1
         self._bundle = directory.bundle
@@ -29,9 +32,10 @@ class Shelf:
         self._files: dict[str, Path] = {}
 
     def follow(self, records: Iterable[rec.AnyRecord]) -> None:
-        """Offer the files of all bundles that the records name: an edge may still fetch one that was in force before.
+        """Offer the files of all bundles that the records name; an edge may still fetch one that was in force before.
 
-        The state has folded these records in.
+        Args:
+            records: those that the state has just folded in.
         """
         named = [digest for record in records for digest in _manifests_of(record)]
         if not named:
@@ -53,23 +57,23 @@ class Shelf:
         return msgspec.json.decode(self._blobs.get(digest), type=BundleManifest)
 
     def layout(self, size_class: int, factor: ms.Factor) -> tuple[TensorSpec, ...]:
-        """Return the tensors that an update of this size class has, where edges train this factor."""
+        """Return the layout of an update of this size class in a round that trains this factor."""
         return of_factor(self._manifests[size_class].lora.adapter, factor)
 
     def ref(self, digest: ms.Digest) -> ms.BlobRef:
-        """Return a blob of the run with its size."""
+        """Name a blob of the run with its size."""
         return ms.BlobRef(digest=digest, bytes=self._blobs.path(digest).stat().st_size)
 
     def bundle_file(self, digest: str) -> Path | None:
-        """Return where a file of a bundle lies; None: no bundle of this run has it."""
+        """Find a file of a bundle; None: no bundle of this run has it."""
         return self._files.get(digest)
 
     def run_blob(self, digest: str) -> bytes | None:
-        """Return a view of the open round, or of the one before the next, or the coded step to it; None: any other."""
+        """Read a view in force or the coded step to it; None: the blob is neither."""
         return self._blobs.get(digest) if digest in self._state.views else None
 
 
 def _manifests_of(record: rec.AnyRecord) -> tuple[ms.Digest, ...]:
-    if isinstance(record, rec.Prepared | rec.Repruned):
+    if isinstance(record, rec.RunPrepared | rec.Repruned):
         return record.manifest, *(one.manifest for one in record.smaller)
     return ()

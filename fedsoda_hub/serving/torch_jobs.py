@@ -1,4 +1,7 @@
-"""Run the machine's jobs in the process that owns torch: job to child to result event, three tries."""
+"""Run the round machine's jobs in the process that owns torch, with three tries, and report their results as events.
+
+What the jobs do is `compute.py`'s.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ from fedsoda_edge.errors import WorkerFailed
 from fedsoda_edge.ports import TorchPort
 from fedsoda_edge.protocol.calls import Call
 from fedsoda_edge.protocol.trace import changed, went_wrong
-from fedsoda_hub import events as told
+from fedsoda_hub import events
 from fedsoda_hub.federation import events as ev
-from fedsoda_hub.federation.jobs import Job, JobResult, Progress, name_of
+from fedsoda_hub.federation.jobs import Job, JobProgress, JobResult, name_of
 from fedsoda_hub.settings.open_run import OpenRun
 from fedsoda_hub.settings.run import RunSettings
 
@@ -22,10 +25,13 @@ _log = logging.getLogger("fedsoda_hub.serving")
 
 
 class TorchJobs:
-    """One job after the other. `opened` is set once the process has the run's settings; report takes what is done."""
+    """The queue of jobs, done one after the other.
+
+    opened: set when the process has the run's settings. report: takes the results.
+    """
 
     def __init__(
-        self, settings: RunSettings, port: TorchPort, report: Callable[[ev.Event], None], say: told.Say
+        self, settings: RunSettings, port: TorchPort, report: Callable[[ev.RoundEvent], None], say: events.HubSay
     ) -> None:
         self.opened = asyncio.Event()
         self._settings = settings
@@ -35,14 +41,15 @@ class TorchJobs:
         self._waiting: asyncio.Queue[Job] = asyncio.Queue()
 
     def start(self, job: Job) -> None:
-        """Do this job after those that wait; its result comes as JobDone."""
+        """Queue this job; its result is reported as JobDone."""
         self._waiting.put_nowait(job)
 
     async def run(self) -> None:
         """Do jobs until cancelled.
 
         Raises:
-            FedSODAError: trying again cannot help. WorkerFailed: the process ended three times in one job.
+            FedSODAError: a job failed in a way that another try cannot help.
+            WorkerFailed: the process ended three times in one job.
         """
         await self._open()
         self.opened.set()
@@ -57,18 +64,18 @@ class TorchJobs:
         await self._port.call(OpenRun(settings=self._settings))
 
     async def _done(self, job: Job) -> JobResult:
-        """Do one job. A process that ends (out of memory, say) is started again, and the job is done again."""
-        name, call = name_of(job), cast("Call[JobResult, Progress]", job)
+        """Do one job. A process that ends (out of memory, for example) is started again, and the job with it."""
+        name, call = name_of(job), cast("Call[JobResult, JobProgress]", job)
         tries = 0
         while True:
             try:
                 if self._port.pid is None:
                     await self._open()
-                return await self._port.call(call, lambda done: self._say(told.progress_told(name, done)))
+                return await self._port.call(call, lambda done: self._say(events.event_of_progress(name, done)))
             except WorkerFailed as error:
                 tries += 1
                 _log.debug(went_wrong(error))
-                self._say(told.ComputeFailed(job=name, message=str(error), details=error.details))
+                self._say(events.ComputeFailed(job=name, message=str(error), details=error.details))
                 if tries == TRIES:
                     raise
 

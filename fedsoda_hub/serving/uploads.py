@@ -1,4 +1,7 @@
-"""Updates between their last chunk and the machine's answer: check, store, and forget what was not accepted."""
+"""Check and store updates between their last chunk and the machine's answer, and delete those that were not accepted.
+
+Which update is accepted is `federation/collecting.py`'s.
+"""
 
 from __future__ import annotations
 
@@ -12,33 +15,38 @@ from fedsoda_edge.protocol.coded import check
 from fedsoda_edge.protocol.manifest import TensorSpec
 from fedsoda_edge.protocol.messages import Digest
 from fedsoda_edge.protocol.session import Upload
-from fedsoda_hub.federation.state import RunState
+from fedsoda_hub.federation.state import LedgerState
 
 
 class Uploads:
-    """What arrived and is not judged yet."""
+    """The updates that arrived and are not judged yet."""
 
     def __init__(self, blobs: BlobStore, codec: str) -> None:
         self._blobs = blobs
         self._codec = codec
-        self._arriving: Counter[Digest] = Counter()  # uploads whose blob is written, until they are judged
-        self._unkept: set[Digest] = set()  # blobs that an upload brought, until it is known that they stay
+        self._arriving: Counter[Digest] = Counter()  # uploads by blob, from its writing until they are judged
+        self._unkept: set[Digest] = set()  # blobs that an upload brought, until it is known that they are needed
 
     @property
     def num_unjudged(self) -> int:
-        """Uploads that were stored and not judged yet."""
+        """The number of uploads that are stored and not judged yet."""
         return self._arriving.total()
 
     async def take(self, upload: Upload, layout: tuple[TensorSpec, ...]) -> str | None:
-        """Check an upload's structure and store its bytes durably; return what is wrong with it, None: nothing.
+        """Check an upload's structure and store its bytes durably.
+
+        Returns:
+            what is wrong with its structure, and then it is not stored; None: nothing.
 
         Raises:
-            DiskFull: it is not stored.
+            DiskFull: the disk has no space left; it is not stored.
         """
         start = upload.start
         try:
             if start.codec != self._codec:
-                raise ProtocolViolation(f"the update is coded as {start.codec}, the run as {self._codec}")
+                raise ProtocolViolation(
+                    f"the update is coded as {start.codec}, but this run codes as {self._codec}; join again"
+                )
             await asyncio.to_thread(check, upload.data, layout, self._codec)
         except ProtocolViolation as error:
             return str(error)
@@ -53,13 +61,13 @@ class Uploads:
         return None
 
     def judged(self, digest: Digest) -> None:
-        """Note that an upload with these bytes was accepted or refused."""
+        """Note that an upload of this blob was accepted or refused."""
         self._arriving[digest] -= 1
 
-    def forget_refused(self, state: RunState) -> None:
-        """Delete blobs that came with updates none of which was accepted. One that was there before is never touched.
+    def forget_refused(self, state: LedgerState) -> None:
+        """Delete the blobs of updates that were refused. A blob that existed before is never deleted.
 
-        Only while no job runs: its result may have the same bytes, and until it is written down nobody knows.
+        Call it only while no job runs: a result may have the same bytes, which is not known until it is recorded.
         """
         kept = {update.digest for update in (*state.accepted.values(), *state.receipts.values())}
         kept |= {state.master, *state.views} | ({state.moments} if state.moments is not None else set())
@@ -67,5 +75,5 @@ class Uploads:
             self._unkept.discard(digest)
             del self._arriving[digest]
             if digest not in kept:
-                with contextlib.suppress(OSError):  # it only takes space
+                with contextlib.suppress(OSError):  # a blob that stays only takes space
                     self._blobs.path(digest).unlink()

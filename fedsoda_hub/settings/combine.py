@@ -1,6 +1,6 @@
-"""Say which settings go together: what a method does not read, what is chosen by itself, what aggregation allows.
+"""Decide which settings go together: what a method does not read, what is chosen by itself, what aggregation allows.
 
-A refusal names both values and the ways out. Every value by itself was checked before (`toml.check`).
+A refusal names both values and the ways out. Each value by itself is checked before, by `toml.check`.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ T = TypeVar("T", bound=Tables)
 
 
 def settled(tables: T, given: Mapping[str, object], file: str) -> T:
-    """Check what goes together, and give the tables as their method has them: with its defaults, and without what it
-    does not read.
+    """Check what goes together, and return the tables with the method's defaults and without what it does not read.
 
     Args:
         given: what was written, by flat key (`keys.flat`).
+        file: the file's name, as messages say it.
 
     Raises:
         UsageProblem: a value does not go with another, or the method does not read a key that was given.
@@ -57,13 +57,13 @@ def settled(tables: T, given: Mapping[str, object], file: str) -> T:
 
 
 def with_full_emulator(tables: T) -> T:
-    """Give the same run of FedSODA with every layer left in: whoever reads it neither prunes nor aligns."""
+    """Return the same run of FedSODA with every layer kept, so that nothing is pruned or aligned."""
     method = msgspec.structs.replace(tables.method, emulator="full")
     return _with(tables, keys_of_method(method).unread | {"[method] emulator": "full"})
 
 
 def without_unused(tables: TOML, method: MethodKeys) -> TOML:
-    """Leave out what this method does not read."""
+    """Return the tables without the keys that this method does not read."""
     return {
         table: {key: value for key, value in values.items() if f"[{table}] {key}" not in method.unread}
         if isinstance(values, dict)
@@ -73,7 +73,7 @@ def without_unused(tables: TOML, method: MethodKeys) -> TOML:
 
 
 def _with(tables: T, values: Mapping[str, object]) -> T:
-    """Put these values, by flat key, in the place of those that are there."""
+    """Replace these values, given by flat key."""
     changes: dict[str, dict[str, object]] = {}
     for key, value in values.items():
         table, _, name = key.removeprefix("[").partition("] ")
@@ -89,38 +89,38 @@ def _no_use(key: str, value: object, method: Method, file: str) -> str:
         beside, why = '[method] emulator = "full"', "a full emulator is neither pruned nor aligned"
         others = 'emulator = "sub"'
     else:
-        beside, why = f'[method] name = "{method.name}"', f"{method.name} has no use for it"
+        beside, why = f'[method] name = "{method.name}"', f"{method.name} does not read it"
         others = "name = " + " or ".join(f'"{other}"' for other in readers_of(key))
     return f"{key} = {value!r} beside {beside} in {file}: {why}; delete {key}, or write {others}"
 
 
 def _check_layer_choice(method: Method, file: str) -> None:
-    """FedPruner+ chooses attention and MLP blocks each by what was measured, and by nothing else."""
+    """Check that FedPruner+ chooses its blocks by what was measured: it knows no other choice."""
     goes = method.layer_choice in GROUPINGS or method.name != "fedpruner+"
     allowed = f'{" or ".join(GROUPINGS)} where name = "fedpruner+"'
     refuse_unless(goes, "[method] layer_choice", method.layer_choice, allowed, file)
 
 
 def _check_adapter(method: Method, file: str) -> None:
-    """A method with an adapter needs a layer in it; 0 is what `adapter_layers` has where there is none."""
+    """Check that a method with an adapter has a layer in it; 0 is the value where a method has no adapter."""
     key = "[method] adapter_layers"
     goes = method.adapter_layers >= 1 or key in keys_of_method(method).unread
     refuse_unless(goes, key, method.adapter_layers, "at least 1", file)
 
 
 def _check_groups(method: Method, given: Mapping[str, object], file: str) -> None:
-    """What is chosen by itself is not written too, and what it is chosen by is."""
+    """Check that a number of groups that is chosen by itself is not written too, and that its bound is."""
     if method.groups != "auto":
         if method.bundle_bytes:
             raise UsageProblem(
                 f"[method] bundle_bytes = {method.bundle_bytes} beside groups = {method.groups} in {file}: the number of "
-                f'groups says how large the sub-LLM is; delete bundle_bytes, or write groups = "auto"'
+                'groups decides how large the sub-LLM is; delete bundle_bytes, or write groups = "auto"'
             )
         return
     if not method.bundle_bytes:
         raise UsageProblem(
-            f'[method] groups = "auto" in {file} without bundle_bytes; write how many bytes the files of the sub-LLM may '
-            "take on an edge, such as bundle_bytes = 2_000_000_000"
+            f'[method] groups = "auto" in {file} without bundle_bytes: the hub cannot know how large a sub-LLM may be; '
+            "write the bytes that its files may take on an edge, such as bundle_bytes = 2_000_000_000"
         )
     for key in ("[method] layers_per_group", "[method] classes"):
         if given.get(key):
@@ -131,7 +131,7 @@ def _check_groups(method: Method, given: Mapping[str, object], file: str) -> Non
 
 
 def _check_sizes(method: Method, lora: LoRA, aggregation: Aggregation, file: str) -> None:
-    """Size classes become smaller, their ranks go with [aggregation]; layers are drawn again by a choice that draws."""
+    """Check that size classes become smaller, that ranks go with [aggregation], and that a choice which is redrawn draws."""
     largest = "drop_layers" if method.name == "fedpruner" else "groups"
     ascends = all(a < b for a, b in pairwise([getattr(method, largest), *method.classes]))
     allowed = f"at most {MAX_CLASSES} numbers, ascending, each above [method] {largest} = {getattr(method, largest)}"
@@ -139,8 +139,8 @@ def _check_sizes(method: Method, lora: LoRA, aggregation: Aggregation, file: str
     rank, ranks, rule = lora.rank, lora.ranks, aggregation.rule
     if ranks and rule != "flexlora":
         raise UsageProblem(
-            f'[lora] ranks = {ranks} beside [aggregation] rule = "{rule}" in {file}: factors of different ranks have no mean; '
-            'write rule = "flexlora" and [wire] codec = "bf16", or delete ranks'
+            f'[lora] ranks = {ranks} beside [aggregation] rule = "{rule}" in {file}: factors of different ranks cannot be '
+            'averaged; write rule = "flexlora" and [wire] codec = "bf16", or delete ranks'
         )
     is_one_each = not ranks or (
         len(ranks) == 1 + len(method.classes) and ranks[0] == rank and 1 <= min(ranks) <= max(ranks) <= rank
@@ -158,13 +158,13 @@ def _check_sizes(method: Method, lora: LoRA, aggregation: Aggregation, file: str
 
 
 def _check_aggregation(aggregation: Aggregation, wire: Wire, file: str) -> None:
-    """Rule, optimizer and codec go together, and what is set is read."""
+    """Check that rule, optimizer and codec go together, and that the optimizer reads what is set."""
     rule, optimizer, codec = aggregation.rule, aggregation.optimizer, wire.codec
     choices = 'rule = "fedavg", "ffa" or "rolora"'
     if rule == "flexlora" and codec != "bf16":
         raise UsageProblem(
             f'[aggregation] rule = "flexlora" beside [wire] codec = {codec!r} in {file}: the SVD turns the gauge every '
-            f'round, so what coding left over would be added to other directions; write codec = "bf16", or {choices}'
+            f'round, so a coding error would be added to other directions; write codec = "bf16", or {choices}'
         )
     if rule == "flexlora" and optimizer != "none":
         raise UsageProblem(
@@ -180,6 +180,6 @@ def _check_aggregation(aggregation: Aggregation, wire: Wire, file: str) -> None:
         if getattr(aggregation, key) != getattr(Aggregation(), key) and key not in OPTIMIZERS[optimizer]:
             readers = ", ".join(name for name, keys in OPTIMIZERS.items() if key in keys)
             raise UsageProblem(
-                f"[aggregation] {key} beside optimizer = {optimizer!r} in {file} would not be read; delete it, or "
-                f"choose an optimizer that reads it: {readers}"
+                f"[aggregation] {key} = {getattr(aggregation, key)!r} beside optimizer = {optimizer!r} in {file} would "
+                f"not be read; delete {key}, or choose an optimizer that reads it: {readers}"
             )

@@ -1,6 +1,7 @@
-"""What a key of a settings file accepts and means, read from its field in `tables.py` and said in words.
+"""Say in words what a key of a settings file accepts and means, from its field in `tables.py`.
 
-Errors, `--help` and the guide take their words from here, so that a range is declared once.
+Errors, `--help` and the guide take their words from here, so that a range is declared once. Reading a file is
+`toml.py`'s.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ SettingValue: TypeAlias = str | int | float | bool | list[Any] | None  # of a ke
 
 @dataclass(frozen=True)
 class Values:
-    """Which values something takes, in words. sort: "a whole number". allowed: "at least 1"; "": all of that sort."""
+    """The values that something takes, in words. sort: "a whole number". allowed: "at least 1"; "": all of that sort."""
 
     sort: str
     allowed: str
@@ -40,7 +41,7 @@ class Key:
     default: object = None
 
     def __str__(self) -> str:
-        """Say the key as people write it in messages: "seed", "[lora] rank"."""
+        """Write the key as messages do: "seed", "[lora] rank"."""
         return f"[{self.table}] {self.name}" if self.table else self.name
 
     @property
@@ -57,23 +58,23 @@ class Key:
 
     @property
     def number(self) -> Key:
-        """The key where only a number may stand in its place, not a word too; another key is as it is."""
+        """The key restricted to numbers where it takes a word such as "auto" too; any other key unchanged."""
         members = _members(self.type)
         return dataclasses.replace(self, type=members[0]) if len(members) > 1 else self
 
     @property
     def panel(self) -> str:
-        """Where the key stands in a help that has several panels."""
+        """The panel of `--help` that shows the key; "": that help has one panel."""
         return str((_parts(self.type)[1].extra or {}).get("panel", ""))
 
     @property
     def values(self) -> Values:
-        """What the key takes."""
+        """The values that the key takes."""
         return _values(self.type)
 
     @property
     def items(self) -> Values:
-        """What a list takes."""
+        """The values that an item of the list takes."""
         return _values(*get_args(_parts(self.type)[0]))
 
     @property
@@ -87,7 +88,7 @@ class Key:
 
 @functools.cache
 def fields_of(section: type[msgspec.Struct], table: str = "") -> dict[str, Key]:
-    """List the keys of one table by name; those that are tables too."""
+    """List the keys of one table by name, tables within it included."""
     found = {}
     for field in msgspec.structs.fields(section):
         has_factory = field.default_factory is not msgspec.NODEFAULT
@@ -106,7 +107,7 @@ def keys_of(section: type[msgspec.Struct], table: str = "") -> dict[str, Key]:
 
 
 def flat(tables: TOML) -> dict[str, object]:
-    """Give the values of nested tables by key as people write it: {"seed": 0, "[lora] rank": 8}."""
+    """Flatten nested tables to values by key, as people write keys: {"seed": 0, "[lora] rank": 8}."""
     found: dict[str, object] = {}
     for key, value in tables.items():
         if isinstance(value, dict):
@@ -126,7 +127,7 @@ def refuse_unless(holds: bool, key: object, value: object, allowed: str, file: s
 
 
 def _parts(annotation: Any) -> tuple[Any, Meta]:
-    """Take an annotation apart: the type, and what `Meta` says of it."""
+    """Split an annotation into the type and its `Meta`."""
     if get_origin(annotation) is Annotated:
         kind, meta = get_args(annotation)
         return kind, meta
@@ -134,7 +135,7 @@ def _parts(annotation: Any) -> tuple[Any, Meta]:
 
 
 def _members(annotation: Any) -> list[Any]:
-    """List what a union holds beside None; of another type, itself."""
+    """List the members of a union without None; any other type is its only member."""
     kind, _ = _parts(annotation)
     if not isinstance(kind, UnionType) and get_origin(kind) is not Union:
         return [annotation]

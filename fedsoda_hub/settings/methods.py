@@ -1,4 +1,4 @@
-"""What each method reads of the keys that not every method has a use for, and its own defaults: one table for all.
+"""Declare which keys each method reads, of those that not every method reads, and its own defaults: one table for all.
 
 What the methods do is in `algorithms/methods/`, a file each.
 """
@@ -34,7 +34,7 @@ UNREAD: dict[str, object] = {
 
 @dataclass(frozen=True)
 class MethodKeys:
-    """What a method reads of the keys in UNREAD, and its defaults where they are not those of `tables.py`."""
+    """The keys of UNREAD that a method reads, and its defaults where they differ from those of `tables.py`."""
 
     reads: tuple[str, ...]
     defaults: Mapping[str, object]
@@ -69,7 +69,7 @@ METHODS: dict[MethodName, MethodKeys] = {
             "[method] emulator_base": "bf16",
             "[align] steps": 500,  # initial_update_rounds x local_update_steps, then local_update_steps
             "[align] realign_steps": 10,
-            "[align] border_map": "none",  # the paper has none
+            "[align] border_map": "none",  # as in the paper
         },
     ),
     "fedot": MethodKeys(
@@ -109,7 +109,7 @@ def keys_of_method(settings: Method) -> MethodKeys:
 
 
 def readers_of(key: str) -> list[MethodName]:
-    """Name the methods that read this key."""
+    """List the methods that read this key."""
     return [name for name, keys in METHODS.items() if key not in UNREAD or key in keys.reads]
 
 

@@ -1,4 +1,4 @@
-"""Open a run in the process that owns torch: the first call, with all settings."""
+"""Define the first call to the process that owns torch: open a run, with all its settings. Answering is `compute.py`'s."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fedsoda_hub.settings.run import RunSettings
 
 
 class RunOpened(msgspec.Struct, frozen=True):
-    """threads: that torch computes with."""
+    """The answer that a run is open. threads: how many torch computes with."""
 
     threads: int
 

@@ -1,4 +1,4 @@
-"""What `fedsoda-hub plan` assumes of an edge. Nothing of it is measured, and RUN.toml has none of it."""
+"""Declare what `fedsoda-hub plan` assumes of an edge. None of it is measured or in RUN.toml; costs are `plan.py`'s."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Rates:
-    """What an edge is taken to reach and to hold: its line, its sustained arithmetic, its samples and their ids."""
+    """An assumed edge: its line, its sustained arithmetic, its samples and their ids."""
 
     mbit_per_second: float = 100.0
     tflop_per_second: float = 1.0

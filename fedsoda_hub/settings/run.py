@@ -1,6 +1,6 @@
-"""The settings of one run: its RUN.toml, read and checked, and what of it may change when the run is resumed.
+"""Read and check the settings of one run, and decide which of them may change when the run is resumed.
 
-Every key is declared in `tables.py`. What the settings do is each room's own business.
+Every key is declared in `tables.py`. What the settings do is each room's own matter.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from fedsoda_hub.settings.methods import METHODS, UNREAD
 from fedsoda_hub.settings.tables import SELF_GENERATED, Public, Tables
 from fedsoda_hub.settings.toml import check, read_toml
 
-# What a resumed run may change beside [listen] and [task] eval_*: where it computes, and when a round is full.
+# What may change when a run is resumed, beside [listen] and [task] eval_*: where it computes, and when a round closes.
 _FREE = ("path", "device", "[rounds] count", "[rounds] quorum", "[rounds] deadline_seconds")
 
 
 class RunSettings(Tables, frozen=True):
-    """All of RUN.toml. `path` is where it was read from; relative paths in it are relative to that file."""
+    """All settings of a RUN.toml. path: the file that they are from, which relative paths in it are relative to."""
 
     path: str = ""
 
     @property
     def directory(self) -> Path:
-        """Where the file lies."""
+        """The directory of the file."""
         return Path(self.path).parent
 
     @property
     def run_dir(self) -> Path:
-        """Where all that the run leaves lies."""
+        """The directory of everything that the run writes."""
         return self.directory / f"{self.name}.run"
 
     @property
@@ -76,14 +76,21 @@ def read_settings(path: str | Path) -> RunSettings:
     """Read and check RUN.toml.
 
     Raises:
-        UsageProblem: the file is missing or not TOML, has an unknown key (names the nearest), lacks one, or has a value
-            out of range or beside another that it does not go with; a file that it names is not there.
+        UsageProblem: the file is missing or not TOML; a key is unknown (names the nearest) or missing; a value is out of
+            range or does not go with another; a file that it names does not exist.
     """
     return settings_of(read_toml(Path(path)), Path(path))
 
 
 def settings_of(raw: TOML, path: Path) -> RunSettings:
-    """Check these tables as `read_settings` does. path: the file that they are from."""
+    """Check these tables as `read_settings` does.
+
+    Args:
+        path: the file that they are from.
+
+    Raises:
+        UsageProblem: as in `read_settings`.
+    """
     settings = _checked(raw, str(path.resolve()), path.name)
     for template in (settings.task.prompt, settings.task.completion):
         TextTemplate(template)
@@ -93,7 +100,9 @@ def settings_of(raw: TOML, path: Path) -> RunSettings:
         ("[task] eval_data", settings.eval_data),
     ):
         if file is not None and not file.is_file():
-            raise UsageProblem(f"{label}: {file} is not there; the path is relative to {path.name}")
+            raise UsageProblem(
+                f"{label}: {file} is not there; correct the path, which is relative to the directory of {path.name}"
+            )
     return settings
 
 
@@ -132,6 +141,9 @@ def differences(recorded: Mapping[str, object], settings: RunSettings) -> list[s
     """List what a resumed run's RUN.toml changed that it may not, each with both values.
 
     A run that began before a key existed began with its default.
+
+    Args:
+        recorded: what `RunSettings.fixed` gave when the run began.
     """
     then, now = RunSettings(name="", model="", public=Public(text="")).fixed() | dict(recorded), settings.fixed()
     changed = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]

@@ -1,7 +1,7 @@
-"""The tables of RUN.toml: each key with its type, range, default and meaning. Data alone, which knows no algorithm.
+"""Declare the tables of RUN.toml: each key with its type, range, default and meaning. Data alone, which knows no algorithm.
 
-What `Meta` allows is said in errors, what it describes in `--help` and in the guide (`keys.py`). A default is the same
-for all methods unless `methods.py` has another one; which keys go together is `combine.py`'s.
+Errors say what `Meta` allows, `--help` and the guide what it describes (`keys.py`). A default is the same for all methods
+unless `methods.py` has another one; which keys go together is `combine.py`'s.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Rule = Literal["fedavg", "ffa", "rolora", "flexlora"]
 Optimizer = Literal["none", "fedavgm", "fedadam", "fedyogi"]
 
 MAX_SEED = 2**63 - 1  # what torch's generators take
-SELF_GENERATED = "self-generated"  # in the place of a file of [public]
+SELF_GENERATED = "self-generated"  # instead of a file of [public]
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -40,10 +40,10 @@ class Method(Section, frozen=True):
         int, Meta(ge=0, description="last layers of the full LLM, which train; 1 or more where there is an adapter")
     ] = 3
     bottom_layers: Annotated[int, Meta(ge=0, description="first layers of the full LLM, which train too")] = 0
-    layers_per_group: Annotated[int, Meta(ge=0, description="layers that each pruned group loses")] = 3
+    layers_per_group: Annotated[int, Meta(ge=0, description="layers that are removed from each pruned group")] = 3
     groups: Annotated[
         Annotated[int, Meta(ge=0, description="groups of similar layers that are pruned")] | Literal["auto"],
-        Meta(description="auto: number and size keep the sub-LLM nearest to the full LLM within bundle_bytes"),
+        Meta(description="auto: the number and size that keep the sub-LLM nearest to the full LLM within bundle_bytes"),
     ] = 4
     bundle_bytes: Annotated[
         int, Meta(ge=0, description='bytes that all files of the sub-LLM may take on an edge, with groups = "auto"')
@@ -51,22 +51,22 @@ class Method(Section, frozen=True):
     classes: Annotated[
         list[int],
         Meta(
-            description="further, smaller sub-LLMs, ascending: numbers of groups, for fedpruner of dropped layers; an "
-            "edge takes the largest that it has room for"
+            description="further, smaller sub-LLMs: ascending numbers of groups, for fedpruner of dropped layers; an "
+            "edge takes the largest sub-LLM that it has room for"
         ),
     ] = msgspec.field(default_factory=list)
     drop_layers: Annotated[int, Meta(ge=0, description="layers that are dropped in all")] = 0
     layer_choice: Annotated[
         LayerChoice,
         Meta(
-            description="which layers stay: the most important one of each contiguous or spectral group; to compare "
-            "with, uniform, random, or all but the top ones"
+            description="which layers are kept: the most important one of each contiguous or spectral group; to "
+            "compare with, uniform, random, or all but the top ones"
         ),
     ] = "contiguous"
-    reprune_every: Annotated[int, Meta(ge=0, description="rounds after which other layers are drawn; 0: never")] = 0
+    reprune_every: Annotated[int, Meta(ge=0, description="rounds between drawings of other layers; 0: never")] = 0
     realign_every: Annotated[
-        Annotated[int, Meta(ge=0, description="rounds between alignments; 0: the first alone")] | Literal["auto"],
-        Meta(description="auto: when the sub-LLM is measured to have drifted"),
+        Annotated[int, Meta(ge=0, description="rounds between alignments; 0: only the first")] | Literal["auto"],
+        Meta(description="auto: whenever the sub-LLM is measured to have drifted"),
     ] = 5
     adapter_base: Annotated[
         Base, Meta(description="how the layers of the adapter are stored; bf16: in the checkpoint's own dtype")
@@ -88,7 +88,7 @@ class LoRA(Section, frozen=True):
     ] = msgspec.field(default_factory=list)
 
     def of_class(self, size_class: int) -> int:
-        """Give the rank of a size class, 0 the largest."""
+        """Return the rank of a size class, 0 the largest."""
         return self.ranks[size_class] if self.ranks else self.rank
 
 
@@ -113,15 +113,16 @@ class Align(Section, frozen=True):
     border_map: Annotated[
         Literal["auto", "ridge", "none"],
         Meta(
-            description="the linear map from sub-emulator to adapter: ridge, fitted after every alignment; auto, the "
-            "same where there are prompts to fit it on"
+            description="the linear map from sub-emulator to adapter: ridge, fitted after every alignment; auto, "
+            "fitted only where there are prompts to fit it on"
         ),
     ] = "auto"
     border_rank: Annotated[
-        int, Meta(ge=1, description="rank of the border map at most; the model's width makes it whole")
+        int, Meta(ge=1, description="largest rank of the border map; from the model's width on the map is not reduced")
     ] = 256
     closed_form: Annotated[
-        bool, Meta(description="solve for the emulator's LoRA before the first step; with steps = 0 that is all")
+        bool,
+        Meta(description="solve for the emulator's LoRA before the first step; with steps = 0 nothing else aligns"),
     ] = False
     steps: Annotated[int, Meta(ge=0, description="steps of the alignment before round 1")] = 200
     realign_steps: Annotated[int, Meta(ge=0, description="steps of each later alignment")] = 30
@@ -131,7 +132,7 @@ class Align(Section, frozen=True):
     kl_weight: Annotated[float, Meta(ge=0, description="weight of the KL loss on answers")] = 1.0
 
 
-class Rounds(Section, frozen=True):
+class RoundSettings(Section, frozen=True):
     """[rounds]: who takes part in a round, and when it closes."""
 
     count: Annotated[int, Meta(ge=1, description="rounds to run")] = 20
@@ -162,8 +163,8 @@ class Aggregation(Section, frozen=True):
     learning_rate: Annotated[
         Annotated[float, Meta(gt=0)] | None,
         Meta(
-            description="of the hub's optimizer; not given: 1 for fedavgm, 0.001 for fedadam and fedyogi, whose step "
-            "is about this long whatever the deltas"
+            description="learning rate of the hub's optimizer; not given: 1 for fedavgm, 0.001 for fedadam and fedyogi, "
+            "whose step is about this long whatever the deltas"
         ),
     ] = None
     beta1: Annotated[float, Meta(ge=0, lt=1, description="decay of the first moment; the momentum of fedavgm")] = 0.9
@@ -181,9 +182,9 @@ class Aggregation(Section, frozen=True):
 class Wire(Section, frozen=True):
     """[wire]: how updates travel."""
 
-    codec: Annotated[Codec, Meta(description="how deltas are coded; nf4-weight codes whole weights, as the paper")] = (
-        "nf4"
-    )
+    codec: Annotated[
+        Codec, Meta(description="how deltas are coded; nf4-weight codes whole weights, as in the paper")
+    ] = "nf4"
     stall_seconds: Annotated[float, Meta(gt=0, description="seconds without a byte after which an upload is ended")] = (
         60.0
     )
@@ -200,18 +201,18 @@ class Task(Section, frozen=True):
     ] = "auto"
     shots: Annotated[int, Meta(ge=0, le=64, description="answered rows before each question")] = 0
     eval_data: Annotated[str | None, Meta(description="a file of rows to judge on")] = None
-    eval_every: Annotated[int, Meta(ge=0, description="rounds between evaluations; 0: after the last round alone")] = 0
+    eval_every: Annotated[int, Meta(ge=0, description="rounds between evaluations; 0: only after the last round")] = 0
 
 
 class Listen(Section, frozen=True):
     """[listen]: where the hub is reached."""
 
-    host: Annotated[str, Meta(description="address to listen on; 0.0.0.0: every one of this machine")] = "127.0.0.1"
+    host: Annotated[str, Meta(description="address to listen on; 0.0.0.0: all of this machine's")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0: any that is free")] = 8470
 
 
 class Tables(Section, frozen=True):
-    """All of RUN.toml."""
+    """All tables of RUN.toml."""
 
     name: Annotated[
         str,
@@ -223,7 +224,7 @@ class Tables(Section, frozen=True):
     ]
     model: Annotated[str, Meta(description="a model directory, or the id of a model on the Hugging Face Hub")]
     public: Public
-    seed: Annotated[int, Meta(ge=0, le=MAX_SEED, description="what everything that is drawn is drawn by")] = 0
+    seed: Annotated[int, Meta(ge=0, le=MAX_SEED, description="seed of everything that is drawn by chance")] = 0
     device: Annotated[
         str,
         Meta(
@@ -239,7 +240,7 @@ class Tables(Section, frozen=True):
     method: Method = msgspec.field(default_factory=Method)
     lora: LoRA = msgspec.field(default_factory=LoRA)
     align: Align = Align()
-    rounds: Rounds = Rounds()
+    rounds: RoundSettings = RoundSettings()
     aggregation: Aggregation = Aggregation()
     local: LocalSettings = LocalSettings()
     wire: Wire = Wire()

@@ -1,6 +1,6 @@
-"""Read and write files of our tables: unknown keys name the nearest, and what msgspec refuses is said in words.
+"""Read, check and write files of our tables: an unknown key is answered with the nearest, a refused value in words.
 
-What a file that was read means is the business of `run.py` and of `compare/settings.py`.
+What the tables of a file mean together is for `run.py` and `compare/settings.py` to say.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def read_toml(path: Path, example: str = "a RUN.toml (README, A run of your own)
     """Read the tables of a file.
 
     Args:
-        example: what to write where there is no such file.
+        example: what to write if the file does not exist.
 
     Raises:
         UsageProblem: the file is missing or not TOML.
@@ -41,16 +41,19 @@ def read_toml(path: Path, example: str = "a RUN.toml (README, A run of your own)
         raise UsageProblem(f"{path} cannot be read ({error}); name a file of UTF-8 text that you may read") from error
     except tomllib.TOMLDecodeError as error:
         raise UsageProblem(
-            f"{path} is not TOML: {error}; correct it there: text stands in quotes, a table's name in [ ]"
+            f"{path} is not TOML: {error}; correct that place: text is written in quotes, a table's name in [ ]"
         ) from error
 
 
 def check(raw: TOML, section: type[msgspec.Struct], file: str, table: str = "") -> None:
-    """Check every key and value of these tables by itself; what goes together is `combine.settled`'s.
+    """Check every key and value of these tables by itself; what goes together is checked by `combine.settled`.
+
+    Args:
+        table: the name of the table that `raw` is; "": it is the whole file.
 
     Raises:
-        UsageProblem: a key is unknown (names the nearest), one without a default is missing, or a value is not of the
-            key's sort or out of its range (names both).
+        UsageProblem: a key is unknown (names the nearest), a key without a default is missing, or a value is not of the
+            key's sort or out of its range (names the value and what is allowed).
     """
     _check_keys(raw, section, file, table)
     _check_values(raw, section, file, table)
@@ -75,8 +78,8 @@ def as_table(value: object, name: str, file: str) -> TOML:
 
 
 def write_toml(tables: Tables) -> str:
-    """Write a RUN.toml with all settings that the method reads. JSON's scalars and lists are TOML's too."""
-    lines: list[str] = []
+    """Write the text of a RUN.toml with all settings that the method reads."""
+    lines: list[str] = []  # JSON's scalars and lists are TOML's too
     written = without_unused(msgspec.to_builtins(tables), keys_of_method(tables.method))
     by_name = {key: written[key] for key in fields_of(Tables)}
     for key, value in sorted(by_name.items(), key=lambda item: isinstance(item[1], dict)):
@@ -94,7 +97,9 @@ def _check_keys(raw: TOML, section: type[msgspec.Struct], file: str, table: str)
     for name, value in raw.items():
         if name not in keys:
             near = difflib.get_close_matches(name, keys, 1, cutoff=0.0)
-            raise UsageProblem(f"{file} has no key {where}{name}; the nearest is {where}{near[0]}")
+            raise UsageProblem(
+                f"{file} has no key {where}{name}; the nearest is {where}{near[0]}: correct or delete it"
+            )
         if keys[name].section is not None:
             as_table(value, name, file)
     for name, key in keys.items():
@@ -129,7 +134,7 @@ def _check_value(key: Key, value: Any, file: str) -> None:
 
 
 def _missed(values: Values, problem: str) -> str:
-    """Say what a value is not, from msgspec's `Expected `int`, got `str``, `Expected `int` >= 1`, ..."""
+    """Say what a value must be, from msgspec's `Expected `int`, got `str``, `Expected `int` >= 1`, ..."""
     if problem.startswith("Number out of range"):
         return "a smaller number"
     if re.match(r"Expected `[^`]+`, got ", problem):

@@ -17,8 +17,8 @@ from torch import Tensor
 from fedsoda_edge.model import delta
 from fedsoda_edge.protocol.messages import Digest
 from fedsoda_hub.federation.jobs import PrepareResult
-from fedsoda_hub.federation.state import HeldView, SubLLM
-from fedsoda_hub.preparation.prepare import Preparation
+from fedsoda_hub.federation.state import HeldView, ServedSubLLM
+from fedsoda_hub.preparation.prepare import RunPreparation
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.run.ledger import opened
 from fedsoda_hub.settings.run import RunSettings, read_settings
@@ -61,7 +61,7 @@ def finish(settings: RunSettings, master: str, emulator_view: str) -> None:
     directory = RunDirectory(settings.run_dir)
     manifest = Digest(directory.blobs.put(directory.manifest.read_bytes()))
     view = HeldView(Digest(master))
-    largest = SubLLM(manifest=manifest, public_kl={}, adapter=view, emulator=HeldView(Digest(emulator_view)))
+    largest = ServedSubLLM(manifest=manifest, public_kl={}, adapter=view, emulator=HeldView(Digest(emulator_view)))
     with opened(directory) as ledger:
         state = ledger.replay()
         state.master, state.sub_llms, state.losses = Digest(master), (largest,), [1.0]
@@ -90,7 +90,7 @@ def killed_after(writes: int) -> Iterator[None]:
 
 
 def prepare(settings: RunSettings) -> PrepareResult:
-    return Preparation(settings).run()
+    return RunPreparation(settings).run()
 
 
 def public_kl(settings: RunSettings) -> dict[str, float]:

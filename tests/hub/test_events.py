@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from fedsoda_edge.protocol.messages import Digest, EdgeId
-from fedsoda_hub import events as told
+from fedsoda_hub import events
 from fedsoda_hub.federation import jobs
 from tests import schema_of
 from tests.schema import HUB
@@ -32,15 +32,15 @@ def merged(schema: Any) -> Any:
 
 
 PARTS = merged(HUB.parts)
-PROGRESS = [kind for kind in told.kinds() if kind.__struct_config__.tag == "progress"]
+PROGRESS = [kind for kind in events.kinds() if kind.__struct_config__.tag == "progress"]
 
 
-def tag_of(kind: type[told.Told]) -> str:
+def tag_of(kind: type[events.HubEvent]) -> str:
     return str(kind.__struct_config__.tag)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in told.kinds() if kind not in PROGRESS], ids=tag_of)
-def test_an_event_has_the_keys_and_types_that_were_recorded(kind: type[told.Told]) -> None:
+@pytest.mark.parametrize("kind", [kind for kind in events.kinds() if kind not in PROGRESS], ids=tag_of)
+def test_an_event_has_the_keys_and_types_that_were_recorded(kind: type[events.HubEvent]) -> None:
     """What was recorded may say more of a value, such as its pattern, and never less."""
     assert is_recorded_as(made_of(kind), schema_of.normal(PARTS[tag_of(kind)], PARTS))
 
@@ -52,11 +52,11 @@ def test_every_recorded_form_of_progress_is_one_struct_and_every_struct_was_reco
     assert {kind for [kind] in fits for kind in [kind]} == set(PROGRESS)
 
 
-def made_of(kind: type[told.Told]) -> Any:
+def made_of(kind: type[events.HubEvent]) -> Any:
     return schema_of.normal(*_schema_and_parts(kind))
 
 
-def _schema_and_parts(kind: type[told.Told]) -> tuple[Any, dict[str, Any]]:
+def _schema_and_parts(kind: type[events.HubEvent]) -> tuple[Any, dict[str, Any]]:
     [schema], parts = msgspec.json.schema_components([kind], ref_template="#/$defs/{name}")
     return merged(schema), {name: merged(part) for name, part in parts.items()}
 
@@ -93,31 +93,31 @@ def required(made: Any) -> set[str]:
 
 def test_a_struct_that_is_not_as_was_recorded_is_found() -> None:
     promised = schema_of.normal(PARTS["edge_left"], PARTS)
-    assert is_recorded_as(made_of(told.EdgeLeft), promised)
-    for other in (told.EdgeGone, told.Declined, told.EdgeConnected):
+    assert is_recorded_as(made_of(events.EdgeLeft), promised)
+    for other in (events.EdgeGone, events.Declined, events.EdgeConnected):
         assert not is_recorded_as(made_of(other), promised)
 
 
-EVENTS: list[told.Told] = [
-    told.Listening(url="http://127.0.0.1:8470", run="triage"),
-    told.StageProgress(job="prepare", stage="quantizing", done=1, total=2),
-    told.StageProgress(job="realign", stage="aligning", done=1, total=2, kl=0.25),
-    told.DiskNeeded(job="prepare", stage="caching teacher targets", needed_bytes=1, free_bytes=2),
-    told.NoBorderMap(job="prepare", stage="no border map", why="no prompts"),
-    told.RoundOpened(rounds=2, round=1, cohort=(EdgeId("a"),), view=Digest("d" * 64), alignment=0, deadline_at=1.5),
+EVENTS: list[events.HubEvent] = [
+    events.Listening(url="http://127.0.0.1:8470", run="triage"),
+    events.StageProgress(job="prepare", stage="quantizing", done=1, total=2),
+    events.StageProgress(job="realign", stage="aligning", done=1, total=2, kl=0.25),
+    events.DiskProgress(job="prepare", stage="caching teacher targets", needed_bytes=1, free_bytes=2),
+    events.NoBorderMapProgress(job="prepare", stage="no border map", why="no prompts"),
+    events.RoundOpened(rounds=2, round=1, cohort=(EdgeId("a"),), view=Digest("d" * 64), alignment=0, deadline_at=1.5),
 ]
 
 
 @pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
-def test_a_line_that_a_hub_printed_is_read_back(event: told.Told) -> None:
-    HUB.check_event(told.as_json(event))
-    assert told.read(json.dumps(told.as_json(event))) == event
+def test_a_line_that_a_hub_printed_is_read_back(event: events.HubEvent) -> None:
+    HUB.check_event(events.as_json(event))
+    assert events.read(json.dumps(events.as_json(event))) == event
 
 
 def test_the_terminal_event_is_the_commands_and_an_unknown_one_is_no_hubs() -> None:
-    assert told.read('{"schema": 1, "event": "end", "terminal": true, "status": "ok"}') is None
-    with pytest.raises(ValueError, match="no event of a hub"):
-        told.read('{"event": "yawn"}')
+    assert events.read('{"schema": 1, "event": "end", "terminal": true, "status": "ok"}') is None
+    with pytest.raises(ValueError, match="a hub of this release does not print"):
+        events.read('{"event": "yawn"}')
 
 
 @pytest.mark.parametrize(
@@ -131,16 +131,18 @@ def test_the_terminal_event_is_the_commands_and_an_unknown_one_is_no_hubs() -> N
     ],
     ids=lambda progress: type(progress).__name__,
 )
-def test_how_far_a_job_is_becomes_an_event(progress: jobs.Progress) -> None:
-    HUB.check_event(told.as_json(told.progress_told("prepare", progress)))
+def test_how_far_a_job_is_becomes_an_event(progress: jobs.JobProgress) -> None:
+    HUB.check_event(events.as_json(events.event_of_progress("prepare", progress)))
 
 
 def test_a_setting_is_read_back_as_it_was_written() -> None:
     """Not 3 as 3.0, nor "3" as 3: a demo shows the settings of a hub that runs in another process."""
     values: dict[str, Any] = {"count": 3, "rate": 3.0, "name": "3", "is_on": True, "targets": ["q_proj"], "text": None}
-    told_settings = told.Settings(values={key: told.Setting(value=value, source="x") for key, value in values.items()})
-    found = told.read(msgspec.json.encode(told_settings))
-    assert isinstance(found, told.Settings)
+    printed = events.SettingsInForce(
+        values={key: events.SettingInForce(value=value, source="x") for key, value in values.items()}
+    )
+    found = events.read(msgspec.json.encode(printed))
+    assert isinstance(found, events.SettingsInForce)
     back = {key: setting.value for key, setting in found.values.items()}
     assert [(key, type(value), value) for key, value in back.items()] == [
         (key, type(value), value) for key, value in values.items()

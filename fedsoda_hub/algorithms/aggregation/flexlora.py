@@ -3,7 +3,7 @@
 
 The SVD is that of a small core between two QR factors (FLoRIST, arXiv 2506.09199). It turns the gauge of B and A, so
 error feedback and moments of the round before mean nothing after it. The rank may collapse towards the smallest
-edge's (arXiv 2602.13486).
+edge's (arXiv 2602.13486). The pairs come from `products.py`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,14 @@ from fedsoda_hub.algorithms.aggregation.products import Pair, stacked
 
 
 def merge(modules: Iterable[tuple[str, Sequence[Pair]]], view: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Merge a round's pairs into the next master, fp32.
+    """Merge a round's pairs into the next master.
 
     Args:
+        modules: each module with its pairs, as `products.pairs_by_module` yields them.
         view: what the edges started from.
+
+    Returns:
+        fp32 lora_B (out, rank) and lora_A (rank, in) of each module, at the view's rank.
     """
     merged: dict[str, Tensor] = {}
     for module, pairs in modules:
@@ -34,7 +38,10 @@ def merge(modules: Iterable[tuple[str, Sequence[Pair]]], view: Mapping[str, Tens
 def cut(master: Mapping[str, Tensor], view: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Cut from the master what a size class is to hold: the modules of its view, each at the view's rank.
 
-    At the master's own rank that is the master's pair; at a lower one its largest singular values.
+    At the master's own rank that is the master's pair; at a lower rank its largest singular values.
+
+    Returns:
+        lora_B (out, rank) and lora_A (rank, in) with the names and shapes of the view.
     """
     held: dict[str, Tensor] = {}
     for module in sorted({name.rpartition(".lora_")[0] for name in view}):
@@ -48,15 +55,18 @@ def cut(master: Mapping[str, Tensor], view: Mapping[str, Tensor]) -> dict[str, T
 
 
 def truncated(pairs: Sequence[Pair], previous_b: Tensor, previous_a: Tensor) -> tuple[Tensor, Tensor]:
-    """Find (b, a) of the previous pair's rank with (alpha / rank) b a nearest to sum_k p_k (alpha / r_k) B_k A_k.
+    """Find (b, a) of the previous pair's rank with (alpha / rank) b a nearest to M = sum_k p_k (alpha / r_k) B_k A_k.
 
-    a's rows are orthogonal and as long as the previous ones' root mean square, so that no direction of a is lost where
-    M has none. Of all such pairs it is the one nearest to the previous (orthogonal Procrustes): the proximal term and
-    the coded step downwards see what was learnt, not a turned gauge.
+    a's rows are orthogonal and as long as the previous rows' root mean square, so that no direction of a is lost where
+    M has none. Of all such pairs it is the one nearest to the previous pair (orthogonal Procrustes): the proximal term
+    and the coded step to the edges see what was learned, not a turned gauge.
 
     Args:
-        pairs: of one module; ranks may differ.
-        previous_b, previous_a: (out, rank) and (rank, in).
+        pairs: those of one module; their ranks r_k may differ.
+        previous_b, previous_a: (out, rank) and (rank, in), float64.
+
+    Returns:
+        float64 (out, rank) and (rank, in).
     """
     rank = len(previous_a)
     scaled = [Pair(pair.share * rank / len(pair.a), pair.b, pair.a) for pair in pairs]  # alpha / r_k over alpha / rank

@@ -1,6 +1,6 @@
-"""Take the products B @ A of a round's edges, module by module: what averaging A and B apart loses of their mean.
+"""Take the products B @ A of a round's edges, module by module, and measure what averaging A and B apart loses.
 
-A dense product is never formed: two stacks of factors stand for it.
+A dense product is never formed: two stacks of factors represent it. What is made of the products is `flexlora.py`'s.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ from torch import Tensor
 from fedsoda_edge.model.delta import decode, moved
 from fedsoda_hub.algorithms.aggregation.weighted_mean import CodedUpdate, weighed
 
-HELD_BYTES = 512 << 20  # of pairs, while a round closes
+HELD_BYTES = 512 << 20  # that the pairs may take while a round closes
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One edge's LoRA of one module after its training: its share among those that hold it, b (out, rank), a (rank, in)."""
+    """One edge's LoRA of one module after its training: b (out, rank), a (rank, in).
+
+    share: the edge's weight over the weights of all edges that hold the module.
+    """
 
     share: float
     b: Tensor
@@ -29,10 +32,13 @@ class Pair:
 
 
 def pairs_by_module(updates: Sequence[CodedUpdate], codec: str, max_weight: float) -> Iterator[tuple[str, list[Pair]]]:
-    """Decode each module's pairs in ascending edge id, fp64: W_k = view_k + decode(u_k).
+    """Decode each module's pairs in ascending edge id, float64: W_k = view_k + decode(u_k).
 
-    In memory are one update, and all edges' pairs of as many modules as HELD_BYTES has room for, one at least; each
-    update is read once for all of these. A factor that an update does not hold is its view's.
+    In memory are one update, and all edges' pairs of as many modules as HELD_BYTES has room for, at least one; each
+    update is read once for all of these. Where an update lacks a factor, the factor of its view is taken.
+
+    Args:
+        max_weight: as `weighted_mean.weighed` takes it.
     """
     ordered = weighed(updates, max_weight)
     for modules in _together(updates):
@@ -54,7 +60,9 @@ def pairs_by_module(updates: Sequence[CodedUpdate], codec: str, max_weight: floa
 
 
 def _together(updates: Sequence[CodedUpdate]) -> Iterator[list[str]]:
-    """Divide all modules, ascending, into groups whose pairs are within HELD_BYTES; one module may be more by itself."""
+    """Divide all modules, ascending, into groups whose pairs take at most HELD_BYTES; a module that takes more by itself
+    is a group of its own.
+    """
     sizes: defaultdict[str, int] = defaultdict(int)
     for update in updates:
         for name, tensor in update.view.items():
@@ -80,17 +88,17 @@ def stacked(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
 
 
 class CrossTerm:
-    """||M_res||_F / ||M||_F over all modules that it has seen: M = sum_k p_k B_k A_k, M_res = M - Bbar Abar.
+    """The cross term ||M_res||_F / ||M||_F over all modules seen: M = sum_k p_k B_k A_k, M_res = M - Bbar Abar.
 
-    M_res = sum_k p_k (B_k - Bbar)(A_k - Abar), so it is 0 exactly where all edges have the same A, or the same B. Where
-    M is 0 there is nothing to lose, and the ratio is 0 too (docs/methods.md (m10-cross-term)).
+    M_res = sum_k p_k (B_k - Bbar)(A_k - Abar), so it is exactly 0 where all edges have the same A, or the same B. Where
+    M is 0 nothing can be lost, and the ratio is 0 too (docs/methods.md (m10-cross-term)).
     """
 
     def __init__(self) -> None:
         self._lost = self._whole = 0.0
 
     def watching(self, modules: Iterable[tuple[str, Sequence[Pair]]]) -> Iterator[tuple[str, Sequence[Pair]]]:
-        """Pass modules on as they come, each counted: whoever merges them needs no second pass."""
+        """Yield the modules unchanged and count each, so that whoever merges them needs no second pass."""
         for module, pairs in modules:
             self._lost += _square(*stacked(_spread(pairs)))
             self._whole += _square(*stacked(pairs))
@@ -103,7 +111,7 @@ class CrossTerm:
 
 
 def cross_term(modules: Iterable[tuple[str, Sequence[Pair]]]) -> float:
-    """Compute the cross term of all modules."""
+    """Compute the cross term of all modules: ||M_res||_F / ||M||_F, 0 where the mean product M is 0."""
     seen = CrossTerm()
     for _ in seen.watching(modules):
         pass
@@ -111,8 +119,9 @@ def cross_term(modules: Iterable[tuple[str, Sequence[Pair]]]) -> float:
 
 
 def _spread(pairs: Sequence[Pair]) -> list[Pair]:
-    """Subtract the means: B_k - Bbar, A_k - Abar. The first edge's factors go before, so that equal ones leave zeros and no
-    rounding.
+    """Subtract the means: B_k - Bbar, A_k - Abar.
+
+    The first edge's factors are subtracted before that, so that equal factors leave exact zeros.
     """
     first = pairs[0]
     moves = [Pair(pair.share, pair.b - first.b, pair.a - first.a) for pair in pairs]
@@ -122,5 +131,5 @@ def _spread(pairs: Sequence[Pair]) -> list[Pair]:
 
 
 def _square(left: Tensor, right: Tensor) -> float:
-    """Compute ||left @ right||_F^2 by the two Gram matrices of the rank."""
+    """Compute ||left @ right||_F^2 from two Gram matrices of the size of the rank."""
     return max(0.0, float(((left.T @ left) * (right @ right.T)).sum()))

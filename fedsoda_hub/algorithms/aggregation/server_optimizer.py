@@ -1,6 +1,7 @@
-"""Step with the hub's own optimiser: the mean of the edges' deltas is its gradient, reversed.
+"""Step with the hub's own optimizer: the mean of the edges' deltas is its gradient, reversed.
 
 FedAvgM (Hsu et al. 2019, arXiv 1909.06335), FedAdam and FedYogi (Reddi et al. 2021, arXiv 2003.00295, Algorithm 2).
+The mean is `weighted_mean.py`'s.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from fedsoda_hub.settings.tables import Aggregation
 def step(
     weights: Mapping[str, Tensor], mean: Mapping[str, Tensor], moments: Mapping[str, Tensor], settings: Aggregation
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Compute (weights, moments) after a round; what `mean` does not hold stays as it is.
+    """Compute (weights, moments) after a round; tensors that `mean` lacks keep their values.
 
     Args:
-        mean: of the deltas: Algorithm 2's Delta_t.
-        moments: of the last round, `{name}#m` and `{name}#v`; where there are none, m = 0 and v = tau^2.
+        mean: the mean delta, Algorithm 2's Delta_t.
+        moments: those of the last round, `{name}#m` and `{name}#v`; a missing m counts as 0, a missing v as tau^2.
+
+    Returns:
+        weights with the names and shapes of the input, moments with those of every tensor that ever stepped.
     """
     stepped, after = dict(weights), dict(moments)
     rate, beta1, beta2, tau = settings.step_size, settings.beta1, settings.beta2, settings.tau

@@ -1,8 +1,8 @@
 """Average coded LoRA deltas, weighted by the number of training examples.
 
 FedAvg (McMahan et al. 2017, arXiv 1602.05629, Algorithm 1), A and B apart, so the result is not the mean of
-the products B @ A (arXiv 2410.09432). Edges may keep different layers: each tensor is averaged over those that hold it
-(FedRA, arXiv 2311.11227). Which updates belong to a round the ledger says.
+the products B @ A (arXiv 2410.09432). Edges may keep different layers: each tensor is averaged over the edges that hold
+it (FedRA, arXiv 2311.11227). Which updates belong to a round is the round machine's to say.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from fedsoda_edge.protocol.manifest import TensorSpec
 
 @dataclass(frozen=True)
 class CodedUpdate:
-    """An update as it came.
+    """An update as it arrived.
 
-    read: gives the coded bytes; a pass over them reads them once. view: what the edge trained from. layout: of the bytes; a factor of the view that it lacks did not train.
+    read: returns the coded bytes, once for each pass. view: the LoRA that the edge started from. layout: the tensors in
+    the bytes; a factor of the view that is not among them did not train.
     """
 
     edge: str
@@ -36,7 +37,7 @@ class CodedUpdate:
 def weighed(updates: Sequence[CodedUpdate], max_weight: float) -> list[tuple[CodedUpdate, float]]:
     """Order updates by edge id, each with its weight: num_examples, at most max_weight times the round's median.
 
-    num_examples is what an edge says of itself (docs/methods.md (m10-fedavg)).
+    The cap is there because num_examples is the edge's own claim (docs/methods.md (m10-fedavg)).
     """
     cap = max_weight * statistics.median([update.num_examples for update in updates])
     ordered = sorted(updates, key=lambda update: update.edge)
@@ -44,17 +45,18 @@ def weighed(updates: Sequence[CodedUpdate], max_weight: float) -> list[tuple[Cod
 
 
 def weighted_mean(updates: Sequence[CodedUpdate], codec: str, max_weight: float) -> dict[str, Tensor]:
-    """Average each tensor, sum_k (weight_k / sum weight) * decode(u_k), over the updates that hold it, one in memory at a
-    time.
+    """Average each tensor over the updates that hold it: sum_k (weight_k / sum weight) * decode(u_k).
+
+    One update is in memory at a time.
 
     Returns:
-        fp32. What no update holds is not in it: what nobody trained keeps its value.
+        fp32 CPU tensors. A tensor that no update holds is missing: what nobody trained keeps its value.
 
     Raises:
-        ValueError: there is no update.
+        ValueError: `updates` is empty.
     """
     if not updates:
-        raise ValueError("there is no update to average")
+        raise ValueError("there are no updates to average")
     weights: dict[str, list[float]] = defaultdict(list)
     ordered = weighed(updates, max_weight)
     for update, weight in ordered:

@@ -1,8 +1,8 @@
 """Pre-align the emulator LoRA without gradients: reduced-rank ridge regression on the retained layers' down_proj.
 
-ReplaceMe's linear map in the place of removed layers (arXiv 2505.02819) at the rank of the LoRA, read as in
-docs/methods.md (m7-closed-form): a start for `oda.align`, or alone. Teacher targets are given; making and caching them is
-`preparation/teacher.py`'s.
+ReplaceMe's linear map in the place of removed layers (arXiv 2505.02819), at the rank of the LoRA, read as in
+docs/methods.md (m7-closed-form). It is a start for `oda.align`, or the whole alignment. Teacher targets are given; making
+and caching them is `preparation/teacher.py`'s.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ def solve(
     eigenvectors V of C G C^T (Izenman 1975). B = V / scale, A = V^T C W_down.
 
     Args:
-        gram: M^T M (C, C). cross: M^T R (C, C). down: W_down (C, F). damping: lambda, as a share of trace(gram) / C.
+        gram: M^T M (C, C).
+        cross: M^T R (C, C).
+        down: W_down (C, F).
+        damping: lambda, as a share of trace(gram) / C.
 
     Returns:
         fp32 (rank, F) and (C, rank).
@@ -60,19 +63,25 @@ def align(
     device: str | torch.device = "cpu",
     progress: LayersDone | None = None,
 ) -> LoRATensors:
-    """Solve for the emulator LoRA's down_proj factors, layer by layer from below; others stay as they are.
+    """Solve for the emulator LoRA's down_proj factors, layer by layer from below; all other factors keep their values.
 
-    One forward of the sub-emulator, one layer of it resident. A group is solved on states that the groups below it
-    have corrected already, against what the full LLM has after the group, position 0 left out: its massive activations
-    (arXiv 2402.17762) would be all that least squares sees.
+    This is one forward pass of the sub-emulator with one layer resident. A group is solved on states that the groups
+    below it have corrected already, against the full LLM's states after the group. Position 0 is left out: its massive
+    activations (arXiv 2402.17762) would be all that least squares sees.
 
     Args:
-        source: the sub-LLM, quantized. blocks: (T,) ids. start: (T, C) of each block below the first aligned layer.
+        source: the sub-LLM, quantized.
+        blocks: (T,) ids each.
+        start: (T, C) of each block below the first aligned layer.
         retained: by group start t_i the full LLM's output of layer t_i + n (blocks, T, C), as `oda.Teacher` has it.
-        emulator_lora: what to start from, with down_proj factors. scale: alpha / rank.
+        emulator_lora: what to start from, with down_proj factors.
+        scale: alpha / rank.
+
+    Returns:
+        `emulator_lora` with the factors that were solved for, fp32.
 
     Raises:
-        UsageProblem: a retained layer has no down_proj that ends its MLP, or no LoRA sits there.
+        UsageProblem: a retained layer has no down_proj that ends its MLP, or no LoRA on it.
     """
     check(source, plan.retained, emulator_lora)
     solved = dict(emulator_lora)
@@ -92,8 +101,8 @@ def align(
         begin = layer
         a, b = (f"layers.{layer}.{MODULE}.lora_{side}" for side in "AB")
         rank = len(solved.pop(a))
-        solved.pop(b)  # what it has learned so far is learned again
-        fit = _Fit(retained[layer], buckets([len(block) for block in blocks], BATCH_TOKENS))
+        solved.pop(b)  # the layer is solved for without what its LoRA learned before
+        fit = _LayerSums(retained[layer], buckets([len(block) for block in blocks], BATCH_TOKENS))
         stream(
             source,
             (layer,),
@@ -113,30 +122,30 @@ def align(
 
 
 def check(source: LayerSource, layers: Iterable[int], names: Container[str]) -> None:
-    """Check that each of these layers could be solved for, with LoRA tensors of these names.
+    """Check that each of these layers can be solved for, with LoRA tensors of these names.
 
     Raises:
-        UsageProblem: one could not; says which, and what to write.
+        UsageProblem: one cannot; says which, and what to write.
     """
     for layer in layers:
         module = layer_on_meta(source.family, source.fields, layer)
         # gemma3 and olmo2 have a norm behind the MLP, qwen3_moe many down_proj.
         if MODULE not in linear_modules(module) or hasattr(module, "post_feedforward_layernorm"):
             raise UsageProblem(
-                f"layer {layer} of this {source.family.model_type} model adds to its stream what is not the output of "
-                "one down_proj; closed-form alignment needs that: write [align] closed_form = false"
+                f"closed-form alignment needs an MLP that ends in one down_proj, and layer {layer} of this "
+                f"{source.family.model_type} model has none; write [align] closed_form = false"
             )
         if f"layers.{layer}.{MODULE}.lora_A" not in names:
             raise UsageProblem(
-                f"no LoRA sits on down_proj of layer {layer}; closed-form alignment needs it: add 'down_proj' to "
+                f"closed-form alignment needs LoRA on down_proj, and layer {layer} has none there; add 'down_proj' to "
                 "[lora] targets, or write [align] closed_form = false"
             )
 
 
-class _Fit:
+class _LayerSums:
     """Sums over one retained layer's tokens, while `stream` runs it: gram = M^T M, cross = M^T R (C, C), float64.
 
-    M: output of down_proj without bias. R: target less output of the layer. down: W_down (C, F).
+    M is the output of down_proj without bias, R the target less the output of the layer. down: W_down (C, F).
     """
 
     def __init__(self, target: Tensor, batches: list[list[int]]) -> None:

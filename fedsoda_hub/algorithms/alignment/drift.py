@@ -1,7 +1,7 @@
 """Measure how far a sub-LLM has drifted from its full LLM while the adapter trained (docs/methods.md (m5-drift)).
 
-What edges follow is the gradient of the adapter's LoRA in the sub-LLM; what the plug-in needs is the one in the full
-LLM. When to align again is decided in `federation/rounds.py`.
+Edges follow the gradient of the adapter's LoRA in the sub-LLM; the plug-in needs the gradient in the full LLM. When to
+align again is decided in `federation/schedule.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def adapter_gradient(model: SubLLM, layers: Container[int], start: Tensor, ids: 
     """Compute the gradient of the mean next-token loss by the LoRA on these layers, in the order of names.
 
     Args:
-        start: (N, T, C), hidden states below the model's first layer. ids: (N, T).
+        start: (N, T, C), hidden states below the model's first layer.
+        ids: (N, T).
 
     Returns:
         (P,), fp32 on the CPU.

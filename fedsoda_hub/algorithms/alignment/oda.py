@@ -1,6 +1,6 @@
 """Orchestrated distillation alignment: train the emulator LoRA so that the sub-LLM follows the full LLM.
 
-FedSODA (arXiv 2508.12727) eqs. 6-8, read as in docs/methods.md (m5-losses). What cannot change is given as tensors: the
+FedSODA (arXiv 2508.12727) eqs. 6-8, read as in docs/methods.md (m5-losses). What never changes is given as tensors: the
 teacher's hidden states, and the student's own below the first layer that trains. Making and caching them is
 `preparation/teacher.py`'s.
 """
@@ -20,7 +20,7 @@ from fedsoda_edge.model.sub_llm import SubLLM
 from fedsoda_edge.protocol.manifest import LayerPlan
 
 WARM_UP = 0.05  # share of the steps
-FINAL_RATE = 0.05  # of the learning rate, reached by a cosine
+FINAL_RATE = 0.05  # share of the learning rate that is left at the end of the cosine
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class AlignSettings:
 
 @dataclass(frozen=True)
 class Teacher:
-    """The full LLM on the public blocks; none of it depends on what trains.
+    """The full LLM's states on the public blocks; none of them depends on the LoRA that trains.
 
-    retained: by layer of the student, the output it is held against (N, T, C): in FedSODA by group start t_i that of
-    layer t_i + n. border: the output of the emulator's last layer (N, T, C). final: with the current adapter LoRA and
-    after the final norm (N, T, C).
+    retained: (N, T, C) for each layer of the student that is compared; in FedSODA the output of layer t_i + n for group
+    start t_i. border: the output of the emulator's last layer (N, T, C). final: the states after the final norm, with the
+    current adapter LoRA (N, T, C).
     """
 
     retained: Mapping[int, Tensor]
@@ -51,15 +51,18 @@ class Teacher:
 def representation_loss(teacher: Tensor, student: Tensor) -> Tensor:
     """Compute mean(((T - S) / rms(T))^2) in fp32, without position 0.
 
-    A raw squared norm grows with T * C and is ruled by the massive activations of the first token
+    A raw squared norm grows with T * C, and the massive activations of the first token dominate it
     (docs/methods.md (m5-losses), arXiv 2402.17762).
+
+    Args:
+        teacher, student: (N, T, C) each.
     """
     wanted, made = teacher[:, 1:].float(), student[:, 1:].float()
     return (wanted - made).square().mean() / wanted.square().mean()
 
 
 def forward(student: SubLLM, layers: Iterable[int], start: Tensor) -> tuple[dict[int, Tensor], Tensor]:
-    """Run the student for its own outputs (not teacher-forced) of these layers, and its final hidden.
+    """Run the student for its own outputs (not teacher-forced) of these layers, and its final hidden states.
 
     Args:
         start: (B, T, C), hidden states below the student's first layer.
@@ -86,7 +89,14 @@ def forward(student: SubLLM, layers: Iterable[int], start: Tensor) -> tuple[dict
 def objective(
     student: SubLLM, plan: LayerPlan, start: Tensor, teacher: Teacher, settings: AlignSettings
 ) -> tuple[Tensor, Tensor]:
-    """Compute (alpha * (L_inter + L_final) + beta * L_KL, L_KL) of a batch; L_inter is the mean over `teacher.retained`."""
+    """Compute (alpha * (L_inter + L_final) + beta * L_KL, L_KL) of a batch (paper, eq. 8).
+
+    L_inter is the mean over `teacher.retained`, L_final the loss at the border.
+
+    Args:
+        start: (B, T, C), hidden states below the student's first layer.
+        teacher: the states on the same B blocks.
+    """
     last = plan.sub_emulator[-1]
     outputs, final = forward(student, [*teacher.retained, last], start)
     rep = representation_loss(teacher.border, outputs[last])
@@ -107,11 +117,12 @@ def align(
     seed: int,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> None:
-    """Train the student's emulator LoRA in place; everything else stays as it is.
+    """Train the student's emulator LoRA in place; nothing else of it changes.
 
     Args:
         start: (N, T, C) for all blocks, constant because nothing below the first aligned layer trains.
-        seed: order of the blocks; each pass over them is a new permutation.
+        seed: decides the order of the blocks; each pass over them is a new permutation.
+        progress: called as progress(steps done, steps in all, KL in nats).
     """
     trained = list(lora.on(plan.emulator, lora.parameters(student)).values())
     if not trained or settings.steps == 0:
@@ -139,7 +150,7 @@ def align(
 
 
 def rate(step: int, steps: int) -> float:
-    """Compute the share of the learning rate: a linear warm-up, then a cosine down to FINAL_RATE."""
+    """Compute the share of the learning rate at a step: a linear warm-up, then a cosine down to FINAL_RATE."""
     warm = max(1, round(WARM_UP * steps))
     if step < warm:
         return (step + 1) / warm
@@ -155,10 +166,11 @@ def _rows(teacher: Teacher, rows: Sequence[int]) -> Teacher:
 
 
 def public_kl(student: SubLLM, start: Tensor, teacher_final: Tensor, batch_size: int = 4) -> float:
-    """Measure KL(teacher || student) in nats, mean over all positions of the blocks (docs/methods.md (m11-kl)).
+    """Measure KL(teacher || student) in nats, the mean over all positions of the blocks (docs/methods.md (m11-kl)).
 
     Args:
-        start: (N, T, C) below the student's first layer. teacher_final: (N, T, C) after the final norm.
+        start: (N, T, C) below the student's first layer.
+        teacher_final: (N, T, C) after the final norm.
     """
     total = 0.0
     with torch.no_grad():

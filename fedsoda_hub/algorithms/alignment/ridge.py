@@ -3,11 +3,11 @@
     minimise  sum_t |h*_t + h*_t D + b - h_t|^2  +  w |D|^2        over public positions t, the first ones left out
 
 h* (C,) is the sub-emulator's state and h the full emulator's. b is not penalised. The weight w is the one of
-`WEIGHTS` with the least error on samples that the fit did not see; the map returned is fitted on all of them. With
+`WEIGHTS` with the least error on samples that the fit did not see; the map returned is fitted on all samples. With
 rank K < C it is the best of that rank (reduced-rank regression, Izenman 1975): D_K = D V V^T with V the first K
 eigenvectors of D^T G D, where G is the Gram matrix with the weight on its diagonal.
 
-What the map is and where it stands: `fedsoda_edge/model/border.py`.
+What the map is and where a model applies it is `fedsoda_edge/model/border.py`'s.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ HELD_OUT = 5  # every fifth sample
 
 
 @dataclass(frozen=True)
-class Fit:
+class FittedMap:
     """A border map, fp32, with its errors.
 
-    weight: the w that was chosen. Errors are mean |difference|^2 / mean |h|^2 on held-out samples: before any map, with D
-    whole, and with D of the rank that is kept.
+    weight: the w that was chosen. Errors are mean |difference|^2 / mean |h|^2 on held-out samples: without a map, with D
+    of full rank, and with D of the rank that is kept.
     """
 
     tensors: dict[str, Tensor]
@@ -39,8 +39,8 @@ class Fit:
     error: float
 
 
-class Moments:
-    """Sums over positions in float64: enough for any fit and any error, whatever the number of positions."""
+class PositionSums:
+    """Sums over positions in float64, from which any fit and any error follows."""
 
     def __init__(self, width: int) -> None:
         self.count = 0
@@ -49,7 +49,7 @@ class Moments:
         self.residual = self.wanted = 0.0
 
     def add(self, student: Tensor, teacher: Tensor) -> None:
-        """Count one sample in, (T, C) each; position 0 is left out."""
+        """Add the states of one sample, (T, C) each; position 0 is left out."""
         x, wanted = student[1:].double(), teacher[1:].double()
         r = wanted - x
         self.count += len(x)
@@ -60,14 +60,14 @@ class Moments:
         self.residual += float(r.square().sum())
         self.wanted += float(wanted.square().sum())
 
-    def __add__(self, other: Moments) -> Moments:
-        both = Moments(len(self.x))
+    def __add__(self, other: PositionSums) -> PositionSums:
+        both = PositionSums(len(self.x))
         for name, value in vars(self).items():
             setattr(both, name, value + getattr(other, name))
         return both
 
     def solve(self, weight: float, rank: int) -> tuple[Tensor, Tensor]:
-        """Solve for D as (left (C, K), right (K, C)), K = min(rank, C); right is the identity where D is whole."""
+        """Solve for D as (left (C, K), right (K, C)), K = min(rank, C); at full rank right is the identity."""
         gram = self.gram - torch.outer(self.x, self.x) / self.count
         gram.diagonal().add_(weight * gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny))
         d = torch.linalg.solve(gram, self.cross - torch.outer(self.x, self.r) / self.count)
@@ -77,28 +77,32 @@ class Moments:
         return d @ right.T, right
 
     def shift(self, d: Tensor) -> Tensor:
-        """Find the best b (C,) beside D."""
+        """Compute the best b (C,) for this D (C, C)."""
         return (self.r - self.x @ d) / self.count
 
     def error(self, d: Tensor, b: Tensor) -> float:
-        """Compute the error of these positions with the map (D, b)."""
+        """Compute the relative squared error of these positions with the map D (C, C), b (C,)."""
         # |x D + b - r|^2, multiplied out
         total = (d * (self.gram @ d)).sum() - 2 * (d * self.cross).sum() + self.residual
         total += 2 * b @ (self.x @ d - self.r) + self.count * b @ b
         return float(total.clamp(min=0)) / self.wanted
 
 
-def fit(pairs: Iterable[tuple[Tensor, Tensor]], width: int, rank: int) -> Fit:
-    """Fit the map of at most this rank to (student, teacher) states (T, C) of samples.
+def fit(pairs: Iterable[tuple[Tensor, Tensor]], width: int, rank: int) -> FittedMap:
+    """Fit a map of at most this rank.
+
+    Args:
+        pairs: states (T, C) of student and teacher, sample by sample.
+        width: C.
 
     Raises:
         ValueError: there are fewer samples than a fit and its check need.
     """
-    seen, unseen = Moments(width), Moments(width)
+    seen, unseen = PositionSums(width), PositionSums(width)
     for number, (student, teacher) in enumerate(pairs):
         (unseen if number % HELD_OUT == HELD_OUT - 1 else seen).add(student, teacher)
     if not unseen.count:
-        raise ValueError(f"a border map needs {HELD_OUT} samples of at least 2 ids")
+        raise ValueError(f"there are fewer than {HELD_OUT} samples; a border map needs as many, of at least 2 ids each")
     none = torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
 
     def error(weight: float, rank: int) -> float:
@@ -114,4 +118,4 @@ def fit(pairs: Iterable[tuple[Tensor, Tensor]], width: int, rank: int) -> Fit:
         if rank >= width
         else {LEFT: left.float().contiguous(), RIGHT: right.float().contiguous()}
     )
-    return Fit(tensors, weight, unseen.error(*none), error_whole, error(weight, rank))
+    return FittedMap(tensors, weight, unseen.error(*none), error_whole, error(weight, rank))

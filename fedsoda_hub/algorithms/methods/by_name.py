@@ -1,7 +1,7 @@
 """Find a federated method by the name that RUN.toml gives it.
 
-Each is one file, which says what trains, which layers go and what is aligned. Preparation, edges, rounds and export are
-the same for all.
+Each method is one file, which says what trains, which layers are removed and what is aligned. Preparation, edges, rounds
+and export are the same for all.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from fedsoda_hub.settings.tables import Method
 
 
 def method_of(settings: Method) -> FederatedMethod:
-    """Find the run's method; FedSODA with a full emulator is exact."""
+    """Find the run's method. FedSODA with a full emulator is the method exact."""
     match settings.name:
         case "fedsoda" if settings.emulator == "full":
             return exact

@@ -1,7 +1,7 @@
-"""Exact: adapter on top of the whole emulator, swept layer by layer: docs/methods.md (m2-exact).
+"""Exact: train the adapter on top of the whole emulator, which is swept layer by layer: docs/methods.md (m2-exact).
 
-Not a method of a paper but their oracle: LoRA on the last layers of the full LLM, where nothing is lost but what storing
-the emulator in NF4 loses.
+This is not a method of a paper but the oracle of them all: LoRA on the last layers of the full LLM, which loses only what
+storing the emulator in NF4 loses. Pruning and alignment are other methods' matter.
 """
 
 from __future__ import annotations

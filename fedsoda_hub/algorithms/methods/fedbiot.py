@@ -1,10 +1,10 @@
-"""FedBiOT (arXiv 2406.17706): adapter on top, layers dropped uniformly below it, LoRA on all that are left of the
-emulator, aligned before every round; everything in 16 bits.
+"""FedBiOT (arXiv 2406.17706): adapter on top, layers dropped uniformly below it, LoRA on all emulator layers that are
+left, aligned before every round; everything in 16 bits.
 
-Which layers: those of the reference code (`pruning/uniform.py`). Otherwise than there: the proximal term of that code's
-clients has no gradient, docs/methods.md (m2-fedbiot); `[local] proximal_mu` is the paper's. Only LoRA is aligned, never
-whole layers. The paper's and the code's loss is one on the emulator's output and KL, whose weight in the code's files is
-0 to 0.9: `[align] kl_weight`.
+The layers are those of the reference code (`pruning/uniform.py`). Two things differ from it. The proximal term of that
+code's edges has no gradient (docs/methods.md (m2-fedbiot)); `[local] proximal_mu` is the paper's. And only LoRA is
+aligned, never whole layers. The loss of paper and code is one on the emulator's output and KL, whose weight in the code's
+files is 0 to 0.9: `[align] kl_weight`. Its keys and defaults are in `settings/methods.py`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """FedOT: offsite-tuning (arXiv 2302.04870) run federated (FederatedScope-LLM, arXiv 2309.00363). Adapter at both ends,
 layers dropped uniformly between them, one distillation before round 1, no realignment; everything in 16 bits.
 
-Which layers: those of mit-han-lab/offsite-tuning (`pruning/uniform.py`). As FedSODA compares it: 1 layer below, 2 above,
+The layers are those of mit-han-lab/offsite-tuning (`pruning/uniform.py`). As FedSODA compares it: 1 layer below, 2 above,
 12 dropped, and LoRA where the papers train whole layers, in the distillation too. The lowest layer trains, so an edge
-holds the whole emulator and sends gradients through it: there is nothing to sweep.
+holds the whole emulator and sends gradients through it: there is nothing to sweep. Its keys and defaults are in
+`settings/methods.py`.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ def plans(full_llm: FullLLM, settings: Method, seed: int) -> tuple[LayerPlan, ..
     emulator = num_layers - bottom - top
     if bottom == 0 or emulator < 2:
         raise UsageProblem(
-            f"[method] bottom_layers = {bottom} and adapter_layers = {top}, the model has {num_layers} layers; fedot "
-            f"trains some at both ends and leaves two or more between them: lower them, or write bottom_layers = 1"
+            f"[method] bottom_layers = {bottom} and adapter_layers = {top}, but the model has {num_layers} layers; "
+            "fedot trains layers at both ends and needs at least two between them: lower the larger one, or write "
+            "bottom_layers = 1"
         )
     count = num_kept(emulator, settings.drop_layers)
     kept = [bottom + place for place in evenly(emulator, count)]

@@ -1,9 +1,9 @@
 """FedPETuning (arXiv 2212.10025): LoRA on every layer of the full LLM, which every edge holds; the upper bound of what
 adapters alone can reach.
 
-Not as in the paper's code: updates are averaged by their number of examples (that code averages the sampled clients
-evenly), and there is no classifier head to train. FedSODA's comparison is in 16 bits; `[method] adapter_base = "nf4"`
-lets smaller devices take part.
+Two things differ from the paper's code: updates are averaged by their number of examples (that code averages the sampled
+edges evenly), and no classifier head is trained. FedSODA's comparison is in 16 bits; `[method] adapter_base = "nf4"` lets
+smaller devices take part. Its keys and defaults are in `settings/methods.py`.
 """
 
 from __future__ import annotations

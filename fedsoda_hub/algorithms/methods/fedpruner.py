@@ -1,12 +1,13 @@
-"""FedPruner (arXiv 2508.17209): a sub-LLM of the layers that stand for the others, LoRA on all that it keeps.
+"""FedPruner (arXiv 2508.17209): a sub-LLM of the layers that represent the others, LoRA on all that it keeps.
 
-Each size class keeps as many layers as its devices have room for, and the hub draws others every few rounds, so that
-all layers come to be trained. In the paper every device does that each round for itself, for which it would need the
+Each size class keeps as many layers as its devices have room for, and the hub draws other layers every few rounds, so
+that in time all layers are trained. In the paper every device draws each round for itself, for which it would need the
 full LLM: docs/methods.md (m9-fedpruner). Here the hub measures once, on public text, since what it measures does not
-change: the base is frozen. Nothing is aligned. What to compare the choice with at equal memory, since the sub-LLM has as
-many layers: "uniform", "random", and "top", which drops the topmost layers.
+change: the base is frozen. Nothing is aligned. To compare the choice at equal memory, with as many layers, there are
+"uniform", "random", and "top", which drops the topmost layers.
 
-All but "top" keep the first and the last layer, which no other layer stands for.
+All but "top" keep the first and the last layer, which no other layer can represent. Measuring and grouping are
+`pruning/representatives.py`'s.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from fedsoda_hub.settings.tables import Method
 
 
 def plans(full_llm: FullLLM, settings: Method, seed: int) -> tuple[LayerPlan, ...]:
-    """Choose for round 1: where importance decides, the most important layer of each group."""
+    """Choose the layers for round 1; where importance decides, the most important layer of each group."""
     return tuple(
         _plan(full_llm, settings, dropped, seed, None) for dropped in (settings.drop_layers, *settings.classes)
     )
 
 
 def redrawn(full_llm: FullLLM, settings: Method, seed: int, round_number: int) -> tuple[LayerPlan, ...]:
-    """Choose for a later round: each size class is drawn by the softmax of importance within each group."""
+    """Choose the layers for a later round; each size class is drawn by the softmax of importance within each group."""
     return tuple(
         _plan(full_llm, settings, dropped, seed, _seed_of(seed, size_class, round_number))
         for size_class, dropped in enumerate((settings.drop_layers, *settings.classes))
@@ -48,8 +49,8 @@ def _plan(full_llm: FullLLM, settings: Method, dropped: int, seed: int, drawn_by
     if count < 2:
         key = "drop_layers" if dropped == settings.drop_layers else "classes"
         raise UsageProblem(
-            f"[method] {key} = {getattr(settings, key)}, the model has {num_layers} layers and fedpruner keeps two "
-            f"at least, the first and the last; write at most {num_layers - 2}"
+            f"[method] {key} = {getattr(settings, key)}, but the model has {num_layers} layers and fedpruner keeps at "
+            f"least two, the first and the last; write at most {num_layers - 2}"
         )
     if choice == "uniform":
         kept = evenly(num_layers, count)

@@ -1,8 +1,9 @@
-"""FedPruner+ (arXiv 2508.17209): as FedPruner, but attention and MLP blocks stay or go each by itself.
+"""FedPruner+ (arXiv 2508.17209): FedPruner for attention and MLP blocks, each kept or removed by itself.
 
 A kept layer may lack one half: h = x + f(norm(x)) is h = x there. The budget is the bytes of as many whole layers as
 `drop_layers` leaves, so that it compares with FedPruner at equal memory; attention, which is often the more redundant
-half (FinerCut, arXiv 2405.18218), is the smaller one too. LoRA on all that stays, nothing is aligned.
+half (FinerCut, arXiv 2405.18218), is the smaller one too. LoRA is on all blocks that are kept, and nothing is aligned.
+Measuring and choosing are `pruning/representatives.py`'s.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ def plans(full_llm: FullLLM, settings: Method, seed: int) -> tuple[LayerPlan, ..
     count = num_layers - settings.drop_layers
     if count < 2:
         raise UsageProblem(
-            f"[method] drop_layers = {settings.drop_layers}, the model has {num_layers} layers and fedpruner+ has room "
-            f"for two at least, since the first and the last stay whole; write at most {num_layers - 2}"
+            f"[method] drop_layers = {settings.drop_layers}, but the model has {num_layers} layers and fedpruner+ keeps "
+            f"at least two whole, the first and the last; write at most {num_layers - 2}"
         )
     attention, mlp = full_llm.components(count, settings.layer_choice)
     layers = sorted({*attention, *mlp})

@@ -1,7 +1,8 @@
 """FedSODA (arXiv 2508.12727): adapter on top, similarity group pruning below it, LoRA on the retained layers aligned
 before round 1 and again every few rounds.
 
-What is read otherwise than printed, and why: docs/methods.md (m2-fedsoda, m15-readings). Beyond the paper, edges keep the border's states on disk.
+Where this differs from what is printed, and why: docs/methods.md (m2-fedsoda, m15-readings). Beyond the paper, edges keep
+the border's states on disk. Distances and groups are `pruning/sgp.py`'s.
 """
 
 from __future__ import annotations
@@ -13,22 +14,22 @@ from fedsoda_hub.algorithms.pruning.layer_plan import check_adapter, make_plan
 from fedsoda_hub.algorithms.pruning.sgp import choose_groups
 from fedsoda_hub.settings.tables import Method
 
-SHORTLIST = 5  # of shapes that are measured where [method] groups = "auto"
+SHORTLIST = 5  # shapes that are measured where [method] groups = "auto"
 
 
 def plans(full_llm: FullLLM, settings: Method, seed: int) -> tuple[LayerPlan, ...]:
     """Choose by SGP: the groups with the least sum of distances, exactly.
 
-    A smaller sub-LLM removes all that the one before it does, and more: docs/methods.md (m3-classes). So they share their
-    shards; all have the same adapter.
+    A smaller sub-LLM removes all layers that the one before it removes, and more: docs/methods.md (m3-classes). So they
+    share their shards; all have the same adapter.
 
     Raises:
-        UsageProblem: also: the further groups do not fit around the others.
+        UsageProblem: the groups do not fit below the adapter, or those of a smaller sub-LLM not beside the others.
     """
     num_layers, adapter = full_llm.num_layers, settings.adapter_layers
     check_adapter(num_layers, adapter)
     emulator = num_layers - adapter
-    # An infeasible (n, p) is refused before any work: distances do not matter for that.
+    # An infeasible (n, p) is refused before any work: no distance is needed to know that it does not fit.
     unmeasured = [[0.0] * (emulator - 1 - layer) for layer in range(emulator)]
     if isinstance(settings.groups, str):
         shapes = _shapes(full_llm, unmeasured, adapter)
@@ -55,7 +56,7 @@ def _shapes(full_llm: FullLLM, unmeasured: list[list[float]], adapter: int) -> l
     """Find for each group size n the least number of groups p whose sub-LLM is small enough: docs/methods.md (m3-auto).
 
     Raises:
-        UsageProblem: no (n, p) that leaves room for its groups is.
+        UsageProblem: none that fits below the adapter is small enough.
     """
     num_layers, emulator = full_llm.num_layers, len(unmeasured)
 
@@ -71,8 +72,9 @@ def _shapes(full_llm: FullLLM, unmeasured: list[list[float]], adapter: int) -> l
     shapes = [(n, p) for n, p in least if p]
     if not shapes:
         raise UsageProblem(
-            f"no sub-LLM of this model is within [method] bundle_bytes: one of {num_layers - emulator + 1} layers "
-            'is larger; raise it, write quantize_embedding = true or adapter_base = "nf4", or lower adapter_layers'
+            "no sub-LLM of this model is within [method] bundle_bytes: even one of "
+            f"{num_layers - emulator + 1} layers is larger; raise bundle_bytes, write quantize_embedding = true or "
+            'adapter_base = "nf4", or lower adapter_layers'
         )
     return shapes
 

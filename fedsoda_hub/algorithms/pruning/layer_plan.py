@@ -1,6 +1,6 @@
-"""Make layer plans: what stays, what goes, which layers train. Pure Python.
+"""Make layer plans: which layers are kept, which are removed, which train. Pure Python.
 
-Which groups go is `sgp.py`'s, `representatives.py`'s and `uniform.py`'s; building the model is `model/sub_llm.py`'s.
+Choosing them is `sgp.py`'s, `representatives.py`'s and `uniform.py`'s; building the model is `model/sub_llm.py`'s.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ def check_adapter(num_layers: int, adapter_layers: int) -> None:
     """Raise UsageProblem unless something lies below an adapter of the last `adapter_layers` layers."""
     if adapter_layers >= num_layers:
         raise UsageProblem(
-            f"[method] adapter_layers = {adapter_layers}, the model has {num_layers} layers; "
-            f"write at most {num_layers - 1}"
+            f"[method] adapter_layers = {adapter_layers}, but the model has {num_layers} layers and one at least lies "
+            f"below the adapter; write at most {num_layers - 1}"
         )
 
 
@@ -32,10 +32,10 @@ def make_plan(
 
 
 def drop_layers(num_layers: int, adapter: Sequence[int], kept_emulator: Sequence[int]) -> LayerPlan:
-    """Make the plan of a sub-LLM that was chosen without distances: what is removed goes to the kept layer below it.
+    """Make the plan of a sub-LLM that was chosen without distances: removed layers join the group of the kept one below.
 
     Args:
-        adapter, kept_emulator: layer 0 is in one of them.
+        adapter, kept_emulator: full-LLM layers; layer 0 is in one of them.
     """
     kept = sorted({*adapter, *kept_emulator})
     groups = [

@@ -1,9 +1,9 @@
-"""FedPruner: group layers that do the same, keep the one of each group that does most, as many as a device affords.
+"""Group layers that do similar things, and keep the most important one of each group.
 
-FedPruner's choice (arXiv 2508.17209), read as in docs/methods.md (m9-fedpruner), since its text leaves open how.
+FedPruner's choice (arXiv 2508.17209), read as in docs/methods.md (m9-fedpruner), since its text leaves the how open.
 FedPruner+ keeps attention and MLP blocks each by themselves. Measuring is one streamed pass over the hub's blocks;
-choosing is pure and cheap, so every device gets its own choice from one measurement. Building and training what is kept
-is the business of others; the methods are `methods/fedpruner.py` and `methods/fedpruner_plus.py`.
+choosing is pure and cheap, so every size class gets its own choice from one measurement. What is made of the choice is
+`methods/fedpruner.py`'s and `methods/fedpruner_plus.py`'s.
 """
 
 from __future__ import annotations
@@ -30,19 +30,22 @@ RESTARTS = 10  # of k-means
 MAX_ITERATIONS = 100
 
 Groups = list[tuple[int, ...]]  # full-LLM layers, each in one group, ascending
-Partition = Callable[[Tensor, int], Groups]  # (L, L) CKA and a number of groups -> so many groups
+Partition = Callable[[Tensor, int], Groups]  # ((L, L) CKA, a number of groups) -> that many groups
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Layers, or all components of one kind. similarity: (L, L) CKA, float64. importance: by layer."""
+    """What was measured of all layers, or of all blocks of one kind.
+
+    similarity: (L, L) CKA, float64. importance: by layer.
+    """
 
     similarity: Tensor
     importance: tuple[float, ...]
 
 
 class Components(NamedTuple):
-    """Layers that keep their attention block, and layers that keep their MLP block; ascending."""
+    """The layers that keep their attention block, and those that keep their MLP block, ascending."""
 
     attention: tuple[int, ...]
     mlp: tuple[int, ...]
@@ -52,9 +55,9 @@ class Components(NamedTuple):
 
 
 def linear_cka(outputs: Sequence[Tensor]) -> Tensor:
-    """||Z_i^T Z_j||_F^2 / (||Z_i^T Z_i||_F ||Z_j^T Z_j||_F) of every two outputs, columns centred.
+    """Compute linear CKA of every two outputs: ||Z_i^T Z_j||_F^2 / (||Z_i^T Z_i||_F ||Z_j^T Z_j||_F), columns centred.
 
-    Kornblith et al. (arXiv 1905.00414) eq. 5; below N = C through the Gram matrices Z Z^T, which give the same.
+    Kornblith et al. (arXiv 1905.00414) eq. 5; where N < C through the Gram matrices Z Z^T, which give the same values.
 
     Args:
         outputs: (N, C) of each layer at the same N tokens.
@@ -77,7 +80,11 @@ def linear_cka(outputs: Sequence[Tensor]) -> Tensor:
 
 
 def block_influence(before: Tensor, after: Tensor) -> float:
-    """1 - mean cos(h_in, h_out) over tokens (N, C): how much a block turns its stream (ShortGPT, arXiv 2403.03853)."""
+    """Compute 1 - mean cos(h_in, h_out): how much a block turns its stream (ShortGPT, arXiv 2403.03853).
+
+    Args:
+        before, after: (N, C) states at the same N tokens.
+    """
     return float(1 - cosine_similarity(before.double(), after.double(), dim=-1).mean())
 
 
@@ -90,13 +97,14 @@ def measure_layers(
     device: str | torch.device = "cpu",
     progress: LayersDone | None = None,
 ) -> Measured:
-    """CKA of all layers' outputs and their Block Influence, from one streamed pass over the blocks.
+    """Measure CKA of all layers' outputs and their Block Influence in one streamed pass over the blocks.
 
-    Both at the same tokens, at most SAMPLED_TOKENS of all blocks; never a block's first, whose massive activations
-    (arXiv 2402.17762) would be all that CKA sees.
+    Both are taken at the same tokens, at most SAMPLED_TOKENS of all blocks; never at a block's first token, whose massive
+    activations (arXiv 2402.17762) would be all that CKA sees.
 
     Args:
-        blocks: (T_i,) ids each. seed: which tokens.
+        blocks: (T_i,) ids each.
+        seed: decides which tokens are sampled.
     """
     tokens = _sampled(blocks, seed)
     streams = [_at(tokens, stream(source, (), blocks))]
@@ -122,9 +130,12 @@ def measure_components(
     device: str | torch.device = "cpu",
     progress: LayersDone | None = None,
 ) -> tuple[Measured, Measured]:
-    """(attention blocks, MLP blocks), from one streamed pass over the blocks, at the tokens of `measure_layers`.
+    """Measure attention and MLP blocks in one streamed pass, at the tokens of `measure_layers`.
 
-    CKA of what a component adds to the stream; Block Influence of the stream before and after it adds that.
+    CKA is that of what a block adds to the stream; Block Influence is that of the stream before and after it.
+
+    Returns:
+        (attention blocks, MLP blocks).
     """
     tokens = _sampled(blocks, seed)
     batches = buckets([len(block) for block in blocks], BATCH_TOKENS)
@@ -168,12 +179,12 @@ def measure_components(
 
 
 def branch_ends(layer: Any) -> tuple[Any, Any]:
-    """The modules of a decoder layer whose outputs are added to the stream: the attention's and the MLP's."""
+    """Return the modules of a decoder layer whose outputs are added to the stream: the attention's and the MLP's."""
     return getattr(layer, branch(layer, "attention")[-1]), getattr(layer, branch(layer, "mlp")[-1])
 
 
 def _sampled(blocks: Sequence[Tensor], seed: int) -> list[Tensor]:
-    """Of each block the positions to look at, ascending: at most SAMPLED_TOKENS of all, no block's first."""
+    """Sample the positions of each block to look at, ascending: at most SAMPLED_TOKENS in all, no block's first."""
     lengths = [len(block) - 1 for block in blocks]
     order = torch.randperm(sum(lengths), generator=torch.Generator().manual_seed(seed))
     chosen = torch.zeros(sum(lengths), dtype=torch.bool)
@@ -182,7 +193,7 @@ def _sampled(blocks: Sequence[Tensor], seed: int) -> list[Tensor]:
 
 
 def _at(tokens: Sequence[Tensor], hidden: Sequence[Tensor]) -> Tensor:
-    """(N, C), fp32: the states at these positions of each block."""
+    """Collect the states at these positions of each block: (N, C), fp32."""
     return torch.cat([states[places].float() for places, states in zip(tokens, hidden, strict=True)])
 
 
@@ -190,16 +201,19 @@ def _at(tokens: Sequence[Tensor], hidden: Sequence[Tensor]) -> Tensor:
 
 
 def _affinity(similarity: Tensor) -> Tensor:
-    """CKA at least 0; no layer has affinity to itself, or being alone would look like the best group."""
+    """Raise CKA to at least 0; no layer has affinity to itself, or a layer alone would look like the best group."""
     return similarity.double().clamp_min(0.0).fill_diagonal_(0.0)
 
 
 def contiguous(similarity: Tensor, count: int) -> Groups:
-    """The `count` runs of neighbouring layers with the greatest sum of the groups' mean affinities.
+    """Divide the layers into `count` runs of adjacent layers with the greatest sum of the groups' mean affinities.
 
     Exact, by dynamic programming over the cuts: O(count * L^2). A group's mean is over all s^2 entries of its block,
-    so that (s - 1) / s of it is the mean CKA of its pairs. Ties go to the larger last group: deeper layers are the
-    more alike (Gromov et al., arXiv 2403.17887).
+    so that it is (s - 1) / s of the mean CKA of its pairs. Ties go to the larger last group: deeper layers are more
+    alike (Gromov et al., arXiv 2403.17887).
+
+    Args:
+        similarity: (L, L) CKA.
     """
     layers = len(similarity)
     _check_count(count, layers)
@@ -224,12 +238,16 @@ def contiguous(similarity: Tensor, count: int) -> Groups:
 
 
 def spectral(similarity: Tensor, count: int, *, seed: int) -> Groups:
-    """Groups of layers wherever they lie: normalised Laplacian, its `count` lowest eigenvectors, k-means.
+    """Divide the layers into `count` groups of any layers: normalised Laplacian, its lowest eigenvectors, k-means.
 
     Ng, Jordan, Weiss (NIPS 2001), which is how docs/methods.md (m9-groups) reads "graph partitioning".
 
+    Args:
+        similarity: (L, L) CKA.
+        seed: decides where k-means begins.
+
     Returns:
-        Groups by their first layer.
+        Groups in the order of their first layers.
     """
     _check_count(count, len(similarity))
     affinity = _affinity(similarity)
@@ -241,7 +259,7 @@ def spectral(similarity: Tensor, count: int, *, seed: int) -> Groups:
 
 
 def _k_means(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """(N,) cluster of each point, none empty: the best of RESTARTS runs of Lloyd's algorithm."""
+    """Assign each point to a cluster, none empty: (N,) of the best of RESTARTS runs of Lloyd's algorithm."""
     best, least = torch.arange(len(points)), math.inf
     for _ in range(RESTARTS):
         centres, labels = _spread(points, count, generator), torch.full((len(points),), -1)
@@ -249,7 +267,7 @@ def _k_means(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
             distances = torch.cdist(points, centres).square()
             nearest = distances.argmin(dim=1)
             for empty in set(range(count)) - set(nearest.tolist()):
-                # Takes the worst placed point of a cluster that has others.
+                # It takes the worst placed point of a cluster that has more than one.
                 shared = nearest.bincount(minlength=count)[nearest] > 1
                 worst = distances.gather(1, nearest[:, None])[:, 0].where(shared, torch.tensor(-1.0)).argmax()
                 nearest[worst] = empty
@@ -264,7 +282,7 @@ def _k_means(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 
 def _spread(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Points to begin with, each drawn by its squared distance from those before it (k-means++)."""
+    """Draw the points to begin with, each by its squared distance from those before it (k-means++)."""
     chosen = [int(torch.randint(len(points), (1,), generator=generator))]
     while len(chosen) < count:
         weights = torch.cdist(points, points[chosen]).square().amin(dim=1) + 1e-12  # equal points: any of them
@@ -275,7 +293,7 @@ def _spread(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 def _check_count(count: int, layers: int) -> None:
     if not 1 <= count <= layers:
-        raise ValueError(f"{count} groups of {layers} layers; between 1 and {layers} can be")
+        raise ValueError(f"{count} groups of {layers} layers are wanted; there can be 1 to {layers}")
 
 
 # -- choosing -------------------------------------------------------------------------------------------
@@ -289,12 +307,12 @@ def select_layers(
     keep_ends: bool = False,
     generator: torch.Generator | None = None,
 ) -> tuple[int, ...]:
-    """The kept layers, ascending: one of each of `count` groups.
+    """Choose the layers to keep, ascending: one of each of `count` groups.
 
     Args:
         keep_ends: the first and the last layer are groups of their own.
-        generator: draw by softmax(importance / TEMPERATURE) within a group, so that all layers come to be trained
-            over the rounds; None: the most important, the lowest of equals.
+        generator: draws by softmax(importance / TEMPERATURE) within a group, so that all layers are trained in the
+            course of the rounds; None: the most important layer, the lowest of equals.
     """
     layers = len(measured.importance)
     _check_count(count, layers)
@@ -320,14 +338,15 @@ def select_components(
     budget_bytes: int,
     partition: Partition = contiguous,
 ) -> Components:
-    """FedPruner+: attention and MLP blocks chosen apart, for the greatest sum of importance within the budget.
+    """Choose attention and MLP blocks apart, for the greatest sum of importance within the budget (FedPruner+).
 
     Each kind is grouped by itself and keeps the most important block of each group, and those of the first and the
     last layer, as `select_layers` does with `keep_ends`; all pairs of numbers of blocks that fit are compared, so the
-    division of the bytes is exact. Equals go to fewer bytes.
+    division of the bytes is exact. Of equals, the pair with fewer bytes is taken.
 
     Args:
         attention_bytes, mlp_bytes: what each layer's block of the kind takes.
+        budget_bytes: what all kept blocks may take.
 
     Raises:
         UsageProblem: the blocks of the first and the last layer do not fit.
@@ -347,7 +366,7 @@ def select_components(
     fitting = [kept for kept in pairs if size(kept) <= budget_bytes]
     if not fitting:
         raise UsageProblem(
-            f"the first and the last layer, which stay, take {size(pairs[0]) / 1e6:.1f} MB, and the layers that "
-            f"[method] drop_layers leaves {budget_bytes / 1e6:.1f} MB; lower it"
+            f"the first and the last layer, which are always kept, take {size(pairs[0]) / 1e6:.1f} MB, but [method] "
+            f"drop_layers leaves room for {budget_bytes / 1e6:.1f} MB; lower drop_layers"
         )
     return max(fitting, key=lambda kept: (worth(kept), -size(kept)))

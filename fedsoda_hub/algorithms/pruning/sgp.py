@@ -19,7 +19,7 @@ from fedsoda_edge.protocol.manifest import Group
 
 
 def angular_distances(last_tokens: Tensor) -> list[list[float]]:
-    """Give all d(l, l+m) = mean over samples of arccos(cos(x_l, x_(l+m))) / pi, products in float64.
+    """Compute all d(l, l+m) = mean over samples of arccos(cos(x_l, x_(l+m))) / pi, products in float64 (paper, eq. 5).
 
     Args:
         last_tokens: (L, N, C), the output of each layer at the last token of each sample.
@@ -49,8 +49,12 @@ def measure(
 
     Hidden states are rounded to the checkpoint's dtype from layer to layer: docs/methods.md (m3-distance).
 
+    Args:
+        blocks: (T_i,) ids each.
+        num_emulator_layers: the layers below the adapter.
+
     Returns:
-        distances as in `angular_distances`, over the layers below the adapter.
+        distances as in `angular_distances`, over these layers.
     """
     last: list[Tensor] = []
 
@@ -85,7 +89,8 @@ def choose_groups(
 
     Args:
         distances: distances[l][m-1] = d between the outputs of layers l and l+m, in units of pi.
-        beside: groups of n that go in any case; the p are chosen around them, so that the removals are nested.
+        n, p: layers that a group removes, and the number of groups.
+        beside: groups of n that are removed in any case; the p are chosen around them, so that removals are nested.
 
     Raises:
         UsageProblem: p groups of n+1 layers do not fit; names the nearest (n, p) that do.
@@ -97,7 +102,7 @@ def choose_groups(
     if p * (n + 1) > emulator:
         near = ", ".join(f"({a}, {b})" for a, b in _nearest(emulator, n, p))
         raise UsageProblem(
-            f"layers_per_group = {n} and groups = {p} need {p * (n + 1)} layers below the adapter, "
+            f"layers_per_group = {n} and groups = {p} need {p * (n + 1)} layers below the adapter, but "
             f"the model has {emulator} ({num_layers} less {adapter_layers}); nearest that fit: {near}"
         )
     starts = emulator - n  # t in [0, L_E - n - 1]
@@ -124,6 +129,6 @@ def choose_groups(
 
 
 def _nearest(emulator: int, n: int, p: int, count: int = 3) -> list[tuple[int, int]]:
-    """List the feasible (n, p) nearest to the wanted one; of equally near ones first those that remove most layers."""
+    """List the feasible (n, p) nearest to what is wanted; of equally near ones, those first that remove most layers."""
     fits = [(a, b) for a in range(1, emulator) for b in range(1, emulator // (a + 1) + 1)]
     return sorted(fits, key=lambda ab: (abs(ab[0] - n) + abs(ab[1] - p), -ab[0] * ab[1], ab))[:count]

@@ -21,7 +21,7 @@ from fedsoda_edge.ports.store import FileStore
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.codec import decode, encode, wire_bytes
 from fedsoda_edge.protocol.session import Upload
-from fedsoda_hub.federation.state import RunState
+from fedsoda_hub.federation.state import LedgerState
 from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.run.status import LiveStatus, live_status, run_status
 from fedsoda_hub.run.tokens import Token
@@ -75,7 +75,7 @@ class SmallHub:
         return None
 
     def status(self) -> LiveStatus:
-        return live_status(run_status("triage", 1, Ledger(None), RunState()), [])
+        return live_status(run_status("triage", 1, Ledger(None), LedgerState()), [])
 
     def metrics(self) -> str:
         return ""

@@ -22,20 +22,20 @@ from typer.testing import CliRunner
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.protocol.messages import Digest, EdgeId
 from fedsoda_hub.cli.commands import app
-from fedsoda_hub.federation import records as ev
+from fedsoda_hub.federation import records as rec
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.run.tokens import write_secret
 from tests.hub.serving.test_daemon import serving, write_run
 
 A = Digest("a" * 64)
-ENDED: list[ev.AnyRecord] = [
-    ev.RunStarted(run_id="1234", fixed={}),
-    ev.Prepared(manifest=A, adapter_view=A, emulator_view=A, public_kl={"pruned": 0.1}),
-    ev.RoundOpened(round=1, cohort=(EdgeId("alice"),), view=A, alignment=0, deadline_at=1e9),
-    ev.UpdateAccepted(round=1, edge=EdgeId("alice"), digest=A, num_examples=8, loss=0.25),
-    ev.RoundClosed(round=1, master=A, view=A, delta=A),
-    ev.RunEnded(rounds=1),
+ENDED: list[rec.AnyRecord] = [
+    rec.RunStarted(run_id="1234", fixed={}),
+    rec.RunPrepared(manifest=A, adapter_view=A, emulator_view=A, public_kl={"pruned": 0.1}),
+    rec.RoundOpened(round=1, cohort=(EdgeId("alice"),), view=A, alignment=0, deadline_at=1e9),
+    rec.UpdateAccepted(round=1, edge=EdgeId("alice"), digest=A, num_examples=8, loss=0.25),
+    rec.RoundClosed(round=1, master=A, view=A, delta=A),
+    rec.RunEnded(rounds=1),
 ]
 
 
@@ -108,7 +108,11 @@ def test_token_create_prints_the_token_alone_and_list_and_revoke_follow_it(run_f
     assert (as_json["status"], as_json["edge"]) == ("ok", "clinic-8")
     assert ledger.tokens.find(as_json["token"]) is not None
 
-    assert_refused(hub(run_file, "token", "revoke", "RUN", "clinic-9"), "'clinic-9'", "there are: clinic-7, clinic-8")
+    assert_refused(
+        hub(run_file, "token", "revoke", "RUN", "clinic-9"),
+        "'clinic-9'",
+        "name one of those that have: clinic-7, clinic-8",
+    )
     assert hub(run_file, "token", "revoke", "RUN", "clinic-7").returncode == 0
     revoked = ledger.tokens.find(token)
     assert revoked is not None
@@ -320,17 +324,17 @@ def test_serve_refuses_settings_that_cannot_be_before_it_leaves_anything(run_fil
 def test_serve_and_prepare_refuse_a_run_that_another_hub_has(run_file: Path) -> None:
     lock = RunDirectory(run_file.parent / "small.run").lock()
     for command in ("serve", "prepare"):
-        assert_refused(hub(run_file, command, "RUN"), f"in use by a running hub (pid {os.getpid()}); stop that first")
+        assert_refused(hub(run_file, command, "RUN"), f"in use by another hub (pid {os.getpid()}); stop that one first")
     lock.release()
 
 
 def test_a_changed_setting_of_the_method_ends_serve_with_both_values(run_file: Path) -> None:
     ledger = Ledger(run_file.parent / "small.run" / "ledger.sqlite")
     fixed = write_run(run_file.parent, lora={"rank": 8}).fixed()
-    ledger.append(ev.RunStarted(run_id="1234", fixed=fixed))
+    ledger.append(rec.RunStarted(run_id="1234", fixed=fixed))
     ledger.close()
     write_run(run_file.parent)
-    assert_refused(hub(run_file, "serve", "RUN"), "run.toml changed", "[lora] rank: 8 when the run began, 2 now")
+    assert_refused(hub(run_file, "serve", "RUN"), "run.toml has changed", "[lora] rank: 8 when the run began, 2 now")
 
 
 def test_export_before_any_round_closed_is_refused_before_torch_loads(run_file: Path) -> None:
@@ -353,7 +357,7 @@ def test_a_demo_of_no_rounds_or_in_no_directory_is_wrong_usage(run_file: Path) -
     assert not (run_file.parent / "demo").exists()
     for there, why in ((run_file, "File exists"), (run_file / "below", "Not a directory")):
         ended = hub(run_file, "demo", "--dir", there)
-        assert_refused(ended, f"--dir {there} cannot be made ({why}); name another")
+        assert_refused(ended, f"--dir {there} cannot be made ({why}); name a directory that you may write to")
     assert run_file.is_file()
 
 

@@ -9,20 +9,20 @@ import pytest
 
 from fedsoda_edge.protocol.messages import Digest, EdgeId
 from fedsoda_edge.units import counted
-from fedsoda_hub import events as told
-from fedsoda_hub.cli.display import Display, _OpenRound, next_step
-from fedsoda_hub.federation.state import RunState
+from fedsoda_hub import events
+from fedsoda_hub.cli.display import HubDisplay, _OpenRound, next_step
+from fedsoda_hub.federation.state import LedgerState
 from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.run.status import live_status, run_status
 
 D = Digest("d" * 64)
 A, B, C = EdgeId("a"), EdgeId("b"), EdgeId("c")
-OPENED = told.RoundOpened(rounds=9, round=2, cohort=(A, B), view=D, alignment=0, deadline_at=1060.0)
-ACCEPTED = told.UpdateAccepted(rounds=9, round=2, edge=A, digest=D, num_examples=8, loss=0.5, size_class=0)
+OPENED = events.RoundOpened(rounds=9, round=2, cohort=(A, B), view=D, alignment=0, deadline_at=1060.0)
+ACCEPTED = events.UpdateAccepted(rounds=9, round=2, edge=A, digest=D, num_examples=8, loss=0.5, size_class=0)
 
 
-def closed(number: int, updates: int) -> told.RoundClosed:
-    return told.RoundClosed(
+def closed(number: int, updates: int) -> events.RoundClosed:
+    return events.RoundClosed(
         rounds=9,
         round=number,
         master=D,
@@ -38,7 +38,7 @@ def closed(number: int, updates: int) -> told.RoundClosed:
     )
 
 
-class Shown(Display):
+class Shown(HubDisplay):
     """Keeps what would be shown."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,8 +54,8 @@ class Shown(Display):
         self.ended += 1
 
 
-def steps(edge: EdgeId, step: int, of: int) -> told.EdgeProgress:
-    return told.EdgeProgress(edge=edge, round=2, step=step, steps=of, loss=None, tokens_per_second=None)
+def steps(edge: EdgeId, step: int, of: int) -> events.EdgeProgress:
+    return events.EdgeProgress(edge=edge, round=2, step=step, steps=of, loss=None, tokens_per_second=None)
 
 
 def test_the_bar_of_a_round_counts_local_steps_and_says_who_answered_and_when_it_is_due(
@@ -63,25 +63,25 @@ def test_the_bar_of_a_round_counts_local_steps_and_says_who_answered_and_when_it
 ) -> None:
     shown = Shown(monkeypatch)
     for edge in (A, B, C):
-        shown.say(told.EdgeConnected(edge=edge, software="1"))
+        shown.say(events.EdgeConnected(edge=edge, software="1"))
     assert shown.bars == []
     shown.say(OPENED)
-    assert shown.bars[-1] == ["round 2", 0, None, "0 of 2 answered, 3 edges in, due in 60 s"]
+    assert shown.bars[-1] == ["round 2", 0, None, "0 of 2 answered, 3 edges connected, due in 60 s"]
     shown.say(steps(A, 10, 40))
     assert shown.bars[-1][:3] == ["round 2", 10, 81]
     shown.say(steps(C, 10, 40))  # was not asked
     assert shown.bars[-1][:3] == ["round 2", 10, 81]
     shown.say(ACCEPTED)
-    shown.say(told.EdgeGone(edge=C))
-    assert shown.bars[-1] == ["round 2", 40, 81, "1 of 2 answered, 2 edges in, due in 60 s"]
+    shown.say(events.EdgeGone(edge=C))
+    assert shown.bars[-1] == ["round 2", 40, 81, "1 of 2 answered, 2 edges connected, due in 60 s"]
 
 
 def test_an_extended_cohort_is_counted_with_its_new_due_time(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = Shown(monkeypatch)
     shown.say(OPENED)
-    shown.say(told.EdgeAnswered(rounds=9, round=2, edge=B, how="declined"))
-    shown.say(told.CohortExtended(rounds=9, round=2, invited=(B, C), deadline_at=1300.0))
-    assert shown.bars[-1][3] == "0 of 3 answered, 0 edges in, due in 5 min"
+    shown.say(events.EdgeAnswered(rounds=9, round=2, edge=B, how="declined"))
+    shown.say(events.CohortExtended(rounds=9, round=2, invited=(B, C), deadline_at=1300.0))
+    assert shown.bars[-1][3] == "0 of 3 answered, 0 edges connected, due in 5 min"
 
 
 def test_a_round_that_closed_has_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,42 +93,44 @@ def test_a_round_that_closed_has_no_bar(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_one_is_no_plural_and_sizes_are_written_as_everywhere(capsys: pytest.CaptureFixture[str]) -> None:
-    shown = Display(jsonl=False)
+    shown = HubDisplay(jsonl=False)
     shown.say(
-        told.DiskNeeded(
+        events.DiskProgress(
             job="prepare", stage="caching teacher targets", needed_bytes=700_000_000, free_bytes=20_000_000_000
         )
     )
     errors = {"error_before": 0.333, "error_whole": 0.08, "error": 0.089}
-    shown.say(told.BorderMapFitted(job="prepare", stage="fitting the border map", **errors))
+    shown.say(events.BorderMapProgress(job="prepare", stage="fitting the border map", **errors))
     shown.say(
-        told.ShapeMeasured(
+        events.ShapeProgress(
             job="prepare", stage="choosing groups", layers_per_group=3, groups=4, kl=0.2512, cosine=0.8128
         )
     )
     shown.say(msgspec.structs.replace(ACCEPTED, round=1, num_examples=1))
     shown.say(closed(1, updates=1))
     shown.say(closed(1, updates=2))
-    state = RunState(run_id="1", phase="ended", round=1)
+    state = LedgerState(run_id="1", phase="ended", round=1)
     summary = live_status(run_status("t", 1, Ledger(None), state), [])
-    shown.say(told.RunEnded(rounds=1, summary=summary))
+    shown.say(events.RunEnded(rounds=1, summary=summary))
     assert capsys.readouterr().err.splitlines() == [
-        "caching teacher targets: 668 MiB of disk, 18.6 GiB free",
-        "fitting the border map: on prompts left out, border states are 33.3% away from the full emulator's without it, 8.9% with it",
+        "caching teacher targets: needs 668 MiB of disk, 18.6 GiB are free",
+        "fitting the border map: on held-out prompts, border states differ from the full emulator's by 33.3% without it, by 8.9% with it",
         "choosing groups: with 4 x 3 layers gone public KL is 0.251, the adapter's gradient 81.3% like the full LLM's",
         "round 1: a, 1 example, loss 0.500",
         "round 1 closed: 1 update, loss 0.500; 10 B up, 20 B down so far",
         "round 1 closed: 2 updates, loss 0.500; 10 B up, 20 B down so far",
         "the run is over after 1 round",
     ]
-    assert _OpenRound(local={"a": (0, 0)}, due_at=60.0).detail(1, 0.0) == "0 of 1 answered, 1 edge in, due in 60 s"
+    assert (
+        _OpenRound(local={"a": (0, 0)}, due_at=60.0).detail(1, 0.0) == "0 of 1 answered, 1 edge connected, due in 60 s"
+    )
 
 
 SETTINGS = {
-    "name": told.Setting(value="x", source="run.toml"),
-    "[task] prompt": told.Setting(value="Review: {text}\nLabel:", source="run.toml"),
-    "[lora] rank": told.Setting(value=8, source="default"),
-    "[public] text": told.Setting(value=None, source="default"),
+    "name": events.SettingInForce(value="x", source="run.toml"),
+    "[task] prompt": events.SettingInForce(value="Review: {text}\nLabel:", source="run.toml"),
+    "[lora] rank": events.SettingInForce(value=8, source="default"),
+    "[public] text": events.SettingInForce(value=None, source="default"),
 }
 
 
@@ -136,28 +138,28 @@ def test_of_the_settings_a_person_sees_what_was_given_a_line_each_and_the_rest_w
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     given = ["settings from run.toml:", '  name = "x"', '  [task] prompt = "Review: {text}\\nLabel:"']
-    Display(jsonl=False).say(told.Settings(values=SETTINGS))
+    HubDisplay(jsonl=False).say(events.SettingsInForce(values=SETTINGS))
     assert capsys.readouterr().err.splitlines() == [*given, "1 other setting at the default; --debug shows them"]
-    Display(jsonl=False, is_detailed=True).say(told.Settings(values=SETTINGS))
+    HubDisplay(jsonl=False, is_detailed=True).say(events.SettingsInForce(values=SETTINGS))
     assert capsys.readouterr().err.splitlines() == [*given, "defaults:", "  [lora] rank = 8"]
 
 
 @pytest.mark.parametrize(
     ("state", "said"),
     [
-        (RunState(), "next: prepare the bundle from the full model, which takes a while; then edges may join"),
-        (RunState(phase="idle", round=2), "next: round 3 of 9, as soon as enough edges are here"),
+        (LedgerState(), "next: prepare the bundle from the full model, which takes a while; then edges may join"),
+        (LedgerState(phase="idle", round=2), "next: round 3 of 9, as soon as enough edges are connected"),
         (
-            RunState(phase="collecting", round=3, cohort=[A, B]),
-            "next: continue round 3 of 9, 0 of 2 updates came before",
+            LedgerState(phase="collecting", round=3, cohort=[A, B]),
+            "next: continue round 3 of 9, which has 0 of 2 updates",
         ),
         (
-            RunState(phase="ended", round=9),
-            "next: nothing, the run is over after 9 rounds; edges that come are told so",
+            LedgerState(phase="ended", round=9),
+            "next: nothing, the run is over after 9 rounds; edges that join learn that",
         ),
     ],
 )
-def test_what_happens_next_is_said_at_the_start(state: RunState, said: str) -> None:
+def test_what_happens_next_is_said_at_the_start(state: LedgerState, said: str) -> None:
     assert next_step(state, 9) == said
 
 

@@ -77,5 +77,5 @@ def test_compare_says_what_may_stand_in_its_file() -> None:
     assert [said.count(panel) for panel in panels] == [1] * len(panels)
     for key in keys_of(Compare, "compare").values():
         assert f" {key.name} {key.description}" in said
-    assert "data files of rows to deal to edges, relative to this one; has to be written" in said
+    assert "data files of rows to deal to edges, relative to this one; required" in said
     assert "edges edges to deal to; of users, at most so many; at least 1; default: 10" in said

@@ -15,7 +15,7 @@ from fedsoda_hub.compare.results import CompareReport
 from fedsoda_hub.compare.run import run_comparison
 from fedsoda_hub.compare.settings import read_comparison
 from fedsoda_hub.compare.summary import markdown
-from fedsoda_hub.events import CellDone, StageProgress, Told, as_json
+from fedsoda_hub.events import CellDone, HubEvent, StageProgress, as_json
 from fedsoda_hub.local import in_process
 from tests.hub.compare.files import write_comparison
 from tests.schema import HUB
@@ -24,8 +24,8 @@ VARIANTS = {"aligned": {"align": {"steps": 2}}, "none": {"align": {"steps": 0}, 
 MEASURED = ("seconds_per_edge_round", "bytes", "by_round", "to_level", "edge_memory_bytes")
 
 
-def compared(path: Path, out: Path, events: list[Told] | None = None) -> dict[str, Any]:
-    def say(event: Told) -> None:
+def compared(path: Path, out: Path, events: list[HubEvent] | None = None) -> dict[str, Any]:
+    def say(event: HubEvent) -> None:
         HUB.check_event(as_json(event))
         if events is not None:
             events.append(event)
@@ -140,14 +140,14 @@ def test_a_comparison_that_was_stopped_continues_to_the_same_report(
     class Killed(Exception):
         pass
 
-    def kill(event: Told) -> None:
+    def kill(event: HubEvent) -> None:
         if isinstance(event, StageProgress) and event.detail == "none, iid, seed 0":
             raise Killed
 
     with pytest.raises(Killed):
         run_comparison(read_comparison(path), tmp_path / "out", "memory", kill)
     assert not (tmp_path / "out" / "compare.json").exists()
-    events: list[Told] = []
+    events: list[HubEvent] = []
     report = compared(path, tmp_path / "out", events)
     assert [event.cell for event in events if isinstance(event, CellDone)] == ["none, iid, seed 0"]
     for variant in VARIANTS:

@@ -75,7 +75,7 @@ def test_the_settings_of_a_variant_are_a_run_file(tmp_path: Path) -> None:
         (
             {},
             {"a": {"task": {"eval_data": "x"}}},
-            "variant a: [task] eval_data; all variants answer the same questions",
+            "variant a: [task] eval_data is given here, but all variants answer the same questions",
         ),
         ({}, {"a b": {"align": {"steps": 1}}}, "letters, digits, -, _ and +"),
     ],

@@ -36,7 +36,7 @@ def test_iid_parts_are_of_one_size_and_a_small_alpha_makes_edges_of_one_label() 
 
 def test_dirichlet_shares_are_drawn_again_until_every_edge_has_enough() -> None:
     assert min(len(part) for part in dealt("dirichlet-0.1", least=20)) >= 20
-    with pytest.raises(UsageProblem, match=r"gives one of 4 edges .* rows, \[compare\] least_rows = 101"):
+    with pytest.raises(UsageProblem, match=r"gives one of 4 edges .* rows, but \[compare\] least_rows = 101"):
         dealt("dirichlet-0.1", least=101)
 
 
@@ -48,7 +48,7 @@ def test_users_are_edges_and_of_too_many_those_with_most_rows() -> None:
 
 
 def test_a_column_of_many_values_is_no_label() -> None:
-    with pytest.raises(UsageProblem, match="400 different ones; name a column with at most 100"):
+    with pytest.raises(UsageProblem, match="400 different labels; name a column with at most 100"):
         dealt("dirichlet-0.5", [str(row) for row in range(400)])
 
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from fedsoda_hub.compare.results import Difference, Spread
-from fedsoda_hub.compare.statistics import Answered, difference, first_at, mean_and_spread
+from fedsoda_hub.compare.statistics import AnswersBySeed, difference, first_at, mean_and_spread
 
 
 def told(one: np.ndarray, other: np.ndarray) -> Difference:
     """Of right answers; the losses are these too."""
-    return difference(Answered(one, one), Answered(other, other))
+    return difference(AnswersBySeed(one, one), AnswersBySeed(other, other))
 
 
 def test_a_clear_difference_is_shown_and_its_interval_is_that_of_the_formula() -> None:

@@ -15,7 +15,7 @@ SEEDS = (0, 1, 2)
 EDGES = range(3)
 
 
-def labels(rows: list[task.Row]) -> Counter[str]:
+def labels(rows: list[task.DemoRow]) -> Counter[str]:
     return Counter(row["desk"] for row in rows)
 
 

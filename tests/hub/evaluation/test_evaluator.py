@@ -19,7 +19,7 @@ from fedsoda_edge.errors import DataProblem
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.source import Checkpoint, LayerSource
 from fedsoda_edge.protocol.manifest import LoRASpec
-from fedsoda_hub.evaluation.evaluator import Answers, Evaluator, Judged, auc
+from fedsoda_hub.evaluation.evaluator import Answers, Evaluator, JudgedModel, auc
 from fedsoda_hub.evaluation.judge import judge, judged_models
 from fedsoda_hub.evaluation.questions import Question
 from fedsoda_hub.settings.run import RunSettings
@@ -41,7 +41,7 @@ def tensors(bundle: Bundle) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def models(prepared: RunSettings, bundle: Bundle, tensors: dict[str, Tensor]) -> Mapping[str, Judged]:
+def models(prepared: RunSettings, bundle: Bundle, tensors: dict[str, Tensor]) -> Mapping[str, JudgedModel]:
     spec = bundle.manifest.lora
     adapter = {item.name: tensors[item.name] for item in spec.adapter}
     emulator = {item.name: tensors[item.name] for item in spec.emulator}
@@ -62,7 +62,7 @@ def score_by_hand(model: Any, tokenizer: Any, prompt: str, completion: str) -> t
 
 
 def test_scores_loss_and_answers_are_those_of_whole_models_by_hand(
-    tiny_llama: Path, bundle: Bundle, tensors: dict[str, Tensor], models: Mapping[str, Judged]
+    tiny_llama: Path, bundle: Bundle, tensors: dict[str, Tensor], models: Mapping[str, JudgedModel]
 ) -> None:
     spec, plan = bundle.manifest.lora, bundle.plan
     adapter = {item.name: tensors[item.name] for item in spec.adapter}
@@ -95,7 +95,7 @@ def test_scores_loss_and_answers_are_those_of_whole_models_by_hand(
 
 
 def test_models_with_the_same_emulator_share_one_sweep(
-    tiny_llama: Path, models: Mapping[str, Judged], monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path, models: Mapping[str, JudgedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     swept = []
     for kind in (Checkpoint, Bundle):
@@ -114,7 +114,7 @@ def test_models_with_the_same_emulator_share_one_sweep(
     json.dumps(msgspec.to_builtins(found), allow_nan=False)
 
 
-def test_the_choices_of_a_question_share_its_prompt(tiny_llama: Path, models: Mapping[str, Judged]) -> None:
+def test_the_choices_of_a_question_share_its_prompt(tiny_llama: Path, models: Mapping[str, JudgedModel]) -> None:
     rows, _ = evaluator(tiny_llama).border(models["full"])
     swept = [len(row.ids) for row in rows]
     tokenizer = SampleTokenizer(tiny_llama / "tokenizer.json", 2)
@@ -138,7 +138,7 @@ def test_scores_are_those_of_whole_models_whatever_their_attention(family: str, 
         (directory / "config.json").write_text(json.dumps(config | {"sliding_window": window}))
     source = Checkpoint.open(str(directory))
     asked, tokenizer = evaluator(directory, questions), AutoTokenizer.from_pretrained(directory)
-    untouched = Judged(source, range(5), range(5, source.num_layers), LoRASpec(4, 8, (), (), ()), {}, {})
+    untouched = JudgedModel(source, range(5), range(5, source.num_layers), LoRASpec(4, 8, (), (), ()), {}, {})
     by_hand = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     scores = asked.answers(untouched).scores
     assert scores is not None
@@ -150,13 +150,13 @@ def test_scores_are_those_of_whole_models_whatever_their_attention(family: str, 
 
 
 def test_a_freed_emulator_lora_never_lends_its_states_to_the_next(
-    tiny_llama: Path, models: Mapping[str, Judged]
+    tiny_llama: Path, models: Mapping[str, JudgedModel]
 ) -> None:
     asked, model = evaluator(tiny_llama), models["sub_llm"]
     losses = []
     for size in (0.0, 1.0, 2.0, 3.0):  # each dict is freed before the next is made, so ids may repeat
         scaled = {name: size * tensor for name, tensor in model.emulator_lora.items()}
-        losses.append(asked.answers(Judged(model.source, model.below, model.above, model.spec, scaled, {})).nll)
+        losses.append(asked.answers(JudgedModel(model.source, model.below, model.above, model.spec, scaled, {})).nll)
         del scaled
     assert len(set(losses)) == 4
 
@@ -170,7 +170,7 @@ def test_auc_is_the_share_of_pairs_in_order_ties_half() -> None:
 
 
 def test_ties_go_to_the_first_choice_in_sorted_order(
-    tiny_llama: Path, models: Mapping[str, Judged], monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path, models: Mapping[str, JudgedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         evaluation_module,
@@ -188,7 +188,7 @@ def test_among_choices_only_the_very_one_is_right(tiny_llama: Path) -> None:
 
 @pytest.mark.parametrize("gold", ["yes", "a right answer longer than the usual room"])
 def test_without_choices_the_greedy_generation_is_the_answer(
-    tiny_llama: Path, models: Mapping[str, Judged], gold: str, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path, models: Mapping[str, JudgedModel], gold: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evaluation_module, "MAX_NEW_TOKENS", 8)
     asked = evaluator(tiny_llama, [Question(q.prompt, gold) for q in QUESTIONS[:2]], "none")
@@ -227,14 +227,14 @@ def test_questions_are_answered_together_as_alone(family: str, tmp_path: Path, m
     plain: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     questions = [Question("Say " + "the rain " * length + ":", "yes") for length in (1, 9, 4)]
-    model = Judged(Checkpoint.open(str(directory)), range(6), (6, 7), LoRASpec(4, 8, (), (), ()), {}, {})
+    model = JudgedModel(Checkpoint.open(str(directory)), range(6), (6, 7), LoRASpec(4, 8, (), (), ()), {}, {})
     assert evaluator(directory, questions, "none").answers(model).chosen == [
         greedily(plain, tokenizer, question.prompt, 12).strip() for question in questions
     ]
 
 
 def test_a_generation_ends_at_a_stop_and_at_the_models_last_position(
-    tiny_llama: Path, models: Mapping[str, Judged], monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path, models: Mapping[str, JudgedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, generate = [], GenerationMixin.generate
 
@@ -259,7 +259,7 @@ def test_a_generation_ends_at_a_stop_and_at_the_models_last_position(
 
 
 def test_a_question_longer_than_the_model_is_refused_before_anything_runs(
-    tiny_llama: Path, models: Mapping[str, Judged]
+    tiny_llama: Path, models: Mapping[str, JudgedModel]
 ) -> None:
     questions = [*QUESTIONS, *(Question("Say " + "rain " * n, "yes") for n in (65, 70))]
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)

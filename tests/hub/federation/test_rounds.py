@@ -25,7 +25,7 @@ from fedsoda_hub.federation import records as rec
 from fedsoda_hub.federation.collecting import MAX_EXAMPLES
 from fedsoda_hub.federation.rounds import RoundMachine
 from fedsoda_hub.federation.schedule import Rules, choose_cohort
-from fedsoda_hub.federation.state import HeldView, RunState
+from fedsoda_hub.federation.state import HeldView, LedgerState
 from fedsoda_hub.run.ledger import Ledger
 
 RULES = Rules(
@@ -78,7 +78,7 @@ class Run:
         self.machine = RoundMachine(self.rules, self.ledger.replay())
         self.sent: list[tuple[str, Message]] = []
         self.offers: list[str] = []
-        self.asked: list[ev.Offer] = []
+        self.asked: list[ev.SendOffer] = []
         self.waiting: list[str] = []
         self.deadline: ev.SetDeadline | None = None
         self.jobs: list[jobs.Job] = []
@@ -86,10 +86,10 @@ class Run:
         self._settle()
 
     @property
-    def state(self) -> RunState:
+    def state(self) -> LedgerState:
         return self.machine.state
 
-    def do(self, event: ev.Event) -> list[Message]:
+    def do(self, event: ev.RoundEvent) -> list[Message]:
         """Handle it and all that is owed; what was sent."""
         before = len(self.sent)
         self._perform(self.machine.handle(event))
@@ -131,14 +131,14 @@ class Run:
                     appended = True
                 case ev.Send(to, message):
                     self.sent.append((to, message))
-                case ev.Offer(to):
+                case ev.SendOffer(to):
                     self.offers.append(to)
                     self.asked.append(effect)
                 case ev.SetDeadline():
                     self.deadline = effect
-                case ev.Compute(job):
+                case ev.StartJob(job):
                     self.jobs.append(job)
-                case ev.Waiting(why):
+                case ev.Wait(why):
                     self.waiting.append(why)
                 case ev.Finish():
                     self.finished = True
@@ -298,10 +298,10 @@ def test_the_round_closes_when_every_invited_edge_has_answered_and_not_before(co
     [
         ev.EdgeAway(edge("b"), "paused"),
         ev.EdgeAway(edge("b"), "left"),
-        ev.Declined(edge("b"), 1, "too hot"),
+        ev.EdgeDeclined(edge("b"), 1, "too hot"),
     ],
 )
-def test_paused_left_and_declined_are_answers(collecting: Run, answer: ev.Event) -> None:
+def test_paused_left_and_declined_are_answers(collecting: Run, answer: ev.RoundEvent) -> None:
     collecting.send_update("a")
     collecting.do(answer)
     assert len(collecting.state.losses) == 1
@@ -360,8 +360,8 @@ def test_an_edge_that_still_works_at_the_deadline_takes_no_replacements_place(co
 
 
 def test_with_no_one_new_the_edges_that_had_declined_are_asked_again(collecting: Run) -> None:
-    collecting.do(ev.Declined(edge("a"), 1, "busy"))
-    collecting.do(ev.Declined(edge("b"), 1, "busy"))
+    collecting.do(ev.EdgeDeclined(edge("a"), 1, "busy"))
+    collecting.do(ev.EdgeDeclined(edge("b"), 1, "busy"))
     collecting.reach_deadline()
     assert collecting.state.answered == {}
     assert collecting.offers[-2:] == ["a", "b"]
@@ -370,8 +370,8 @@ def test_with_no_one_new_the_edges_that_had_declined_are_asked_again(collecting:
 def test_when_all_answer_without_an_update_others_are_asked_at_once_but_no_more_than_the_cohort() -> None:
     run = collecting_run(replace(RULES, cohort=2))
     run.ready("c", "d", "e")
-    run.do(ev.Declined(edge("a"), 1, "busy"))
-    run.do(ev.Declined(edge("b"), 1, "busy"))
+    run.do(ev.EdgeDeclined(edge("a"), 1, "busy"))
+    run.do(ev.EdgeDeclined(edge("b"), 1, "busy"))
     assert run.state.cohort == ["a", "b", "c", "d"]
 
 
@@ -406,7 +406,7 @@ def test_a_timer_that_the_round_has_outlived_changes_nothing(collecting: Run) ->
     collecting.reach_deadline()
     stale = ev.DeadlineReached(first.round, first.at)
     [ignored] = collecting.machine.handle(stale)
-    assert ignored == ev.Ignored("round 1 does not wait for its deadline any more")
+    assert ignored == ev.Ignore("round 1 does not wait for this deadline any more")
 
 
 def test_a_deadline_that_passed_while_the_hub_was_down_gets_one_more_stall_window(collecting: Run) -> None:
@@ -428,11 +428,11 @@ def test_with_every_edge_gone_the_hub_waits_and_says_so_each_time(collecting: Ru
         collecting.do(ev.EdgeGone(edge("b")))
         collecting.do(ev.EdgeGone(edge("b")))
         collecting.ready("a")
-    assert collecting.waiting[-2:] == ["round 1 waits for a, b: none is connected"] * 2
+    assert collecting.waiting[-2:] == ["round 1 waits for a, b, and none of them is connected"] * 2
     collecting.do(ev.EdgeGone(edge("a")))
     collecting.reach_deadline()
     assert collecting.waiting[-1] == (
-        "round 1 has 0 of 2 updates at its deadline and no edge is connected that could replace the rest"
+        "round 1 has 0 of 2 updates at its deadline, and no edge that could send another is connected"
     )
     collecting.ready("a")
     assert collecting.offers[-1] == "a"
@@ -444,7 +444,7 @@ def test_with_every_edge_gone_the_hub_waits_and_says_so_each_time(collecting: Ru
 def test_a_late_update_is_refused_and_told_what_to_do(collecting: Run) -> None:
     late = collecting.update("b")
     collecting.send_update("a")
-    collecting.do(ev.Declined(edge("b"), 1, "busy"))
+    collecting.do(ev.EdgeDeclined(edge("b"), 1, "busy"))
     [refusal] = collecting.do(late)
     assert refusal == Refusal(round=1, reason="round 1 is closed; wait for the next offer")
 
@@ -453,7 +453,7 @@ def test_an_update_that_comes_while_the_round_is_merged_is_late(collecting: Run)
     late = collecting.update("b")
     collecting.holds_jobs = True
     collecting.send_update("a")
-    collecting.do(ev.Declined(edge("b"), 1, "busy"))
+    collecting.do(ev.EdgeDeclined(edge("b"), 1, "busy"))
     [refusal] = collecting.do(late)
     assert refusal == Refusal(round=1, reason="round 1 is closed; wait for the next offer")
 
@@ -472,26 +472,32 @@ def test_sending_an_update_again_returns_the_first_receipt_also_after_the_round(
 def test_another_update_of_the_same_edge_is_refused_and_the_first_stays(collecting: Run) -> None:
     collecting.send_update("a")
     [refusal] = collecting.send_update("a", digest=digest("another"))
-    assert refusal == Refusal(round=1, reason="round 1 already has another update of a")
+    assert refusal == Refusal(round=1, reason="round 1 already has another update of a; wait for the next offer")
     assert collecting.state.accepted[edge("a")].digest != digest("another")
 
 
-MEND = "it must be 0 to 1e+06: lower [local] learning_rate or check this edge's data"
+REMEDY = "and must be 0 to 1e+06; lower [local] learning_rate, or check this edge's data"
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"num_examples": 0}, "num_examples is 0; it must be 1 to 2147483648"),
-        ({"num_examples": -3}, "num_examples is -3; it must be 1 to 2147483648"),
-        ({"num_examples": MAX_EXAMPLES + 1}, "num_examples is 2147483649; it must be 1 to 2147483648"),
-        ({"loss": None}, f"the loss is not a number; {MEND}"),
-        ({"loss": math.nan}, f"the loss is not a number; {MEND}"),
-        ({"loss": math.inf}, f"the loss is inf; {MEND}"),
-        ({"loss": 1e308}, f"the loss is 1e+308; {MEND}"),  # the mean of two such is infinite
-        ({"loss": -0.5}, f"the loss is -0.5; {MEND}"),
-        ({"alignment": 3}, "the update used alignment 3, round 1 has 0"),
-        ({"base": Digest("f" * 64)}, f"the update starts from view {'f' * 12}, round 1 from {digest('adapter')[:12]}"),
+        ({"num_examples": 0}, "num_examples is 0, and must be 1 to 2147483648; check this edge's data"),
+        ({"num_examples": -3}, "num_examples is -3, and must be 1 to 2147483648; check this edge's data"),
+        (
+            {"num_examples": MAX_EXAMPLES + 1},
+            "num_examples is 2147483649, and must be 1 to 2147483648; check this edge's data",
+        ),
+        ({"loss": None}, f"the loss is not a number, {REMEDY}"),
+        ({"loss": math.nan}, f"the loss is not a number, {REMEDY}"),
+        ({"loss": math.inf}, f"the loss is inf, {REMEDY}"),
+        ({"loss": 1e308}, f"the loss is 1e+308, {REMEDY}"),  # the mean of two such is infinite
+        ({"loss": -0.5}, f"the loss is -0.5, {REMEDY}"),
+        ({"alignment": 3}, "the update used alignment 3, but round 1 has 0; wait for the next offer"),
+        (
+            {"base": Digest("f" * 64)},
+            f"the update starts from view {'f' * 12}, but round 1 from {digest('adapter')[:12]}; wait for the next offer",
+        ),
         ({"problem": "x has values that are not finite"}, "x has values that are not finite"),
     ],
 )
@@ -724,12 +730,12 @@ def in_phase(name: str) -> Run:
     return finish(run) if name == "ended" else run
 
 
-EVENTS: list[ev.Event] = [
+EVENTS: list[ev.RoundEvent] = [
     ev.EdgeReady(edge("a")),
     ev.EdgeResumed(edge("a")),
     ev.EdgeGone(edge("a")),
     ev.EdgeAway(edge("a"), "paused"),
-    ev.Declined(edge("a"), 1, "busy"),
+    ev.EdgeDeclined(edge("a"), 1, "busy"),
     ev.UploadStarted(edge("a"), 1),
     ev.UploadStalled(edge("a")),
     ev.UpdateArrived(edge("a"), 1, digest("adapter"), 0, digest("new"), 1, 1.0),
@@ -740,10 +746,10 @@ EVENTS: list[ev.Event] = [
 
 @pytest.mark.parametrize("phase", ["preparing", "idle", "collecting", "merging", "ended"])
 @pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
-def test_every_event_has_its_answer_in_every_phase(phase: str, event: ev.Event) -> None:
+def test_every_event_has_its_answer_in_every_phase(phase: str, event: ev.RoundEvent) -> None:
     """A volatile fact may be taken in silence; a claim on the round gets a record, a message or a reason."""
     machine = in_phase(phase).machine
-    assert {type(known) for known in EVENTS} == set(ev.Event.__args__)
+    assert {type(known) for known in EVENTS} == set(ev.RoundEvent.__args__)
     effects = machine.handle(event)
     volatile = (ev.EdgeReady, ev.EdgeResumed, ev.EdgeGone, ev.EdgeAway, ev.UploadStarted, ev.UploadStalled)
     assert effects or isinstance(event, volatile)
@@ -829,7 +835,7 @@ def test_a_refused_update_leaves_the_others_bytes() -> None:
         while run.state.phase == "collecting":
             number = run.state.round
             if third == "declines":
-                run.do(ev.Declined(edge("c"), number, "busy"))
+                run.do(ev.EdgeDeclined(edge("c"), number, "busy"))
             else:
                 run.send_update("c", loss=None)
             run.send_update("a")
@@ -940,13 +946,13 @@ def test_any_order_of_events_agrees_with_the_model(
         number = run.state.round
         match what:
             case "ready":
-                event: ev.Event = ev.EdgeReady(edge(who))
+                event: ev.RoundEvent = ev.EdgeReady(edge(who))
             case "gone":
                 event = ev.EdgeGone(edge(who))
             case "paused":
                 event = ev.EdgeAway(edge(who), "paused")
             case "declined":
-                event = ev.Declined(edge(who), number, "busy")
+                event = ev.EdgeDeclined(edge(who), number, "busy")
             case "upload":
                 event = ev.UploadStarted(edge(who), number)
             case "stalled":
@@ -1001,7 +1007,7 @@ def test_any_order_of_events_agrees_with_the_model(
 # --- size classes -----------------------------------------------------------------------------------------------
 
 
-def held(state: RunState) -> tuple[list[HeldView], list[HeldView]]:
+def held(state: LedgerState) -> tuple[list[HeldView], list[HeldView]]:
     """The views of adapters and emulators, by size class."""
     return [one.adapter for one in state.sub_llms], [one.emulator for one in state.sub_llms]
 
@@ -1037,7 +1043,7 @@ def test_a_class_with_lora_of_its_own_has_its_view_and_its_updates_start_from_it
     [refusal] = run.send_update("b", size_class=1)
     assert isinstance(refusal, Refusal)
     assert refusal.reason == (
-        f"the update starts from view {digest('adapter')[:12]}, round 1 from {digest('a', 1)[:12]}"
+        f"the update starts from view {digest('adapter')[:12]}, but round 1 from {digest('a', 1)[:12]}; wait for the next offer"
     )
     run.send_update("b", size_class=1, base=digest("a", 1))
     run.send_update("a")
@@ -1091,13 +1097,13 @@ def test_an_edge_keeps_its_size_class_through_a_pause_and_an_offer_says_what_tra
     run.do(ev.EdgeReady(edge("a"), 1))
     run.do(ev.EdgeAway(edge("a"), "paused"))
     run.do(ev.EdgeResumed(edge("a")))
-    assert run.asked == [ev.Offer(edge("a"), 1, trains="B", moved="A")] * 2
+    assert run.asked == [ev.SendOffer(edge("a"), 1, trains="B", moved="A")] * 2
     run.send_update("a", size_class=1)
     [job] = run.jobs
     assert isinstance(job, jobs.Aggregate)
     assert job.trains == "B"
     run.finish_job()
-    assert run.asked[-1] == ev.Offer(edge("a"), 1, trains="A", moved="B")
+    assert run.asked[-1] == ev.SendOffer(edge("a"), 1, trains="A", moved="B")
 
 
 # --- ledgers of earlier releases ----------------------------------------------------------------------------------
@@ -1106,8 +1112,8 @@ def test_an_edge_keeps_its_size_class_through_a_pause_and_an_offer_says_what_tra
 def test_a_ledger_of_a_run_without_classes_replays() -> None:
     """Recorded before there were any."""
     old = b'{"record":"prepared","manifest":"m","adapter_view":"a","emulator_view":"e","public_kl":{"pruned":0.5}}'
-    state = RunState()
-    state.apply(msgspec.json.decode(old, type=rec.Prepared))
+    state = LedgerState()
+    state.apply(msgspec.json.decode(old, type=rec.RunPrepared))
     old = b'{"record":"realigned","round":2,"version":1,"view":"v","delta":"d","kl_before":1.0,"kl_after":0.5}'
     state.apply(msgspec.json.decode(old, type=rec.Realigned))
     [largest] = state.sub_llms

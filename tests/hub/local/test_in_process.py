@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from fedsoda_edge import events as edge_events
 from fedsoda_edge.errors import DataProblem
-from fedsoda_hub.events import Say, Told, UpdateAccepted
+from fedsoda_hub.events import HubEvent, HubSay, UpdateAccepted
 from fedsoda_hub.federation.records import Realigned, RoundClosed
 from fedsoda_hub.local import in_process, processes
 from fedsoda_hub.run.ledger import Ledger
@@ -48,7 +48,7 @@ def make(directory: Path, model: Path) -> tuple[RunSettings, dict[str, Path]]:
 
 
 def in_one_process(
-    settings: RunSettings, data: dict[str, Path], say: Say, say_of: Callable[[str], in_process.EdgeSay]
+    settings: RunSettings, data: dict[str, Path], say: HubSay, say_of: Callable[[str], edge_events.Say]
 ) -> None:
     async def run() -> None:
         stop = asyncio.get_running_loop().create_future()
@@ -117,7 +117,7 @@ def test_what_was_stopped_goes_on_to_the_same_bits(calm: Ran, tmp_path: Path, ti
     """The hub fails when it hears of the first update of round 2, with the second one in training."""
     rough, data = make(tmp_path, tiny_llama)
 
-    def fail(event: Told) -> None:
+    def fail(event: HubEvent) -> None:
         if isinstance(event, UpdateAccepted) and event.round == 2:
             raise KeyError("the hub is gone")
 

@@ -26,9 +26,9 @@ from fedsoda_hub.algorithms.alignment import ridge
 from fedsoda_hub.evaluation.evaluator import Evaluator
 from fedsoda_hub.evaluation.judge import judged_models
 from fedsoda_hub.evaluation.questions import Question
-from fedsoda_hub.federation.jobs import BorderMapFitted, NoBorderMap, Progress, Realign
+from fedsoda_hub.federation.jobs import BorderMapFitted, JobProgress, NoBorderMap, Realign
 from fedsoda_hub.preparation.full_llm import StreamedLLM
-from fedsoda_hub.preparation.prepare import Preparation
+from fedsoda_hub.preparation.prepare import RunPreparation
 from fedsoda_hub.preparation.realign import PreparedRun
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.settings.run import RunSettings
@@ -142,7 +142,7 @@ def test_alignment_and_public_kl_do_not_see_it(run: RunSettings, tmp_path: Path,
 
 
 def test_a_realignment_fits_it_again_and_sends_it_like_the_lora(run: RunSettings) -> None:
-    said: list[Progress] = []
+    said: list[JobProgress] = []
     run = msgspec.structs.replace(run, wire=msgspec.structs.replace(run.wire, codec="nf4"))
     bundle, blobs = Bundle.open(run.run_dir / "bundle"), RunDirectory(run.run_dir).blobs
     before = bundle.emulator_lora()
@@ -239,14 +239,14 @@ def test_too_few_prompts_are_refused(tmp_path: Path, tiny_llama: Path, rows: int
     (tmp_path / "few.jsonl").write_text('{"word": "cat"}\n' * rows)
     settings = make_run(tmp_path, tiny_llama, public={"like_task": "few.jsonl"}, align={"border_map": "ridge"})
     with pytest.raises(UsageProblem, match=message):
-        Preparation(settings)
+        RunPreparation(settings)
 
 
 def test_prompts_without_the_column_are_refused(tmp_path: Path, tiny_llama: Path) -> None:
     (tmp_path / "other.jsonl").write_text('{"text": "cat"}\n' * 60)
     settings = make_run(tmp_path, tiny_llama, public={"like_task": "other.jsonl"}, align={"border_map": "ridge"})
     with pytest.raises(UsageProblem) as problem:
-        Preparation(settings)
+        RunPreparation(settings)
     assert str(problem.value) == (
         f"[public] like_task: {tmp_path / 'other.jsonl'}:1: no column 'word'; there are text; "
         "name rows with the columns of [task] prompt"
@@ -266,8 +266,8 @@ def test_without_a_word_about_it_the_map_is_fitted_on_prompts_that_the_full_llm_
     tmp_path: Path, tiny_llama: Path
 ) -> None:
     settings = make_run(tmp_path / "first", tiny_llama, **BY_DEFAULT)
-    said: list[Progress] = []
-    first = Preparation(settings).run(said.append)
+    said: list[JobProgress] = []
+    first = RunPreparation(settings).run(said.append)
     [fit] = [progress for progress in said if isinstance(progress, BorderMapFitted)]
     assert fit.error < 0.7 * fit.error_before
     again = make_run(tmp_path / "again", tiny_llama, **BY_DEFAULT)
@@ -285,9 +285,9 @@ def test_where_the_full_llm_cannot_write_prompts_a_run_continues_without_a_map_u
 ) -> None:
     bare = {"prompt": "{word}"}
     without = prepare(make_run(tmp_path / "none", tiny_llama, align={"steps": 0}, task=bare))
-    said: list[Progress] = []
+    said: list[JobProgress] = []
     settings = make_run(tmp_path / "auto", tiny_llama, **BY_DEFAULT, task=bare)
-    made = Preparation(settings)
+    made = RunPreparation(settings)
     prepared = made.run(said.append)
     assert prepared == without
     [why] = [progress.why for progress in said if isinstance(progress, NoBorderMap)]

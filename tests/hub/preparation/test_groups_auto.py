@@ -14,9 +14,9 @@ from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.protocol.manifest import LayerPlan
 from fedsoda_hub.algorithms.methods import fedsoda
-from fedsoda_hub.federation.jobs import Probe, Progress, ShapeMeasured
+from fedsoda_hub.federation.jobs import JobProgress, Probe, ShapeMeasured
 from fedsoda_hub.preparation.measured import KL_TIE
-from fedsoda_hub.preparation.prepare import Preparation
+from fedsoda_hub.preparation.prepare import RunPreparation
 from fedsoda_hub.preparation.realign import PreparedRun
 from fedsoda_hub.settings.run import RunSettings
 from fedsoda_hub.settings.tables import Method
@@ -94,8 +94,8 @@ def chosen(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> tuple[
     """A prepared run and what it said of each shape that it tried."""
     auto = {"groups": "auto", "bundle_bytes": BUDGET, "layers_per_group": None}
     settings = make_run(tmp_path_factory.mktemp("auto"), tiny_llama, **TABLES, method=auto)
-    said: list[Progress] = []
-    Preparation(settings).run(said.append)
+    said: list[JobProgress] = []
+    RunPreparation(settings).run(said.append)
     return settings, [one for one in said if isinstance(one, ShapeMeasured)]
 
 
@@ -135,7 +135,7 @@ def test_a_shape_is_measured_as_a_run_of_it_that_is_aligned_in_closed_form(
     shape = {"layers_per_group": one.layers_per_group, "groups": one.groups}
     align = {**TABLES["align"], "closed_form": True}
     settings = make_run(tmp_path, tiny_llama, align=align, method={**shape, **unquantized})
-    preparation = Preparation(settings)
+    preparation = RunPreparation(settings)
     prepared = preparation.run()
     [sub_llm] = prepared.sub_llms
     assert sub_llm.public_kl["closed_form"] == pytest.approx(one.kl, rel=1e-4)

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from fedsoda_edge.errors import DiskFull, UsageProblem
 from fedsoda_edge.model.bundle import Bundle
-from fedsoda_hub.federation.jobs import DiskNeeded, Progress
+from fedsoda_hub.federation.jobs import DiskNeeded, JobProgress
 from fedsoda_hub.preparation.full_llm import open_full_llm
-from fedsoda_hub.preparation.prepare import Preparation
+from fedsoda_hub.preparation.prepare import RunPreparation
 from fedsoda_hub.settings.run import RunSettings
 from tests.edge.model.test_bundle import pruned_by_hand
 from tests.hub.runs import killed_after, make_run, prepare, public_kl
@@ -24,7 +24,7 @@ from tests.tiny import make_tiny_llama
 
 def test_public_kl_is_that_of_models_pruned_by_hand(prepared: RunSettings, tiny_llama: Path) -> None:
     found = public_kl(prepared)
-    ids = torch.stack(Preparation(prepared).llm.text.held_out)
+    ids = torch.stack(RunPreparation(prepared).llm.text.held_out)
     plan = Bundle.open(prepared.run_dir / "bundle").plan
     full: Any = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     with torch.no_grad():
@@ -39,8 +39,8 @@ def test_public_kl_is_that_of_models_pruned_by_hand(prepared: RunSettings, tiny_
 def test_a_second_prepare_does_nothing_again(prepared: RunSettings) -> None:
     first = prepare(prepared)
     written = {path: path.stat().st_mtime_ns for path in prepared.run_dir.rglob("*")}
-    said: list[Progress] = []
-    assert Preparation(prepared).run(said.append) == first
+    said: list[JobProgress] = []
+    assert RunPreparation(prepared).run(said.append) == first
     assert said == []
     assert {path: path.stat().st_mtime_ns for path in prepared.run_dir.rglob("*")} == written
 
@@ -63,14 +63,14 @@ def test_public_text_of_the_full_llm_itself_is_written_once_and_the_same_after_a
     settings = make_run(tmp_path / "a", tiny_llama, **own)
     (tmp_path / "a" / "public.txt").unlink()
     first = prepare(settings)
-    text = Preparation(settings).llm.text
+    text = RunPreparation(settings).llm.text
     assert {len(ids) for ids in text.blocks} == {24}
     assert (len(text.used), len(text.held_out)) == (4, 32)
     again = make_run(tmp_path / "b", tiny_llama, **own)
     with killed_after(2):
         prepare(again)
-    said: list[Progress] = []
-    assert Preparation(again).run(said.append) == first
+    said: list[JobProgress] = []
+    assert RunPreparation(again).run(said.append) == first
     assert "writing public text" not in {progress.stage for progress in said}
     assert public_kl(msgspec.structs.replace(again, seed=1))["pruned"] != first.sub_llms[0].public_kl["pruned"]
 
@@ -84,11 +84,11 @@ def test_when_and_how_long_it_is_aligned_again_is_nothing_that_a_bundle_is_made_
         make_run(tmp_path, tiny_llama, method={"realign_every": "auto"}),
         make_run(tmp_path, tiny_llama, align={"steps": 3}),
     ]
-    said: list[Progress] = []
-    made = [Preparation(run).run(said.append) for run in runs[:1]]
+    said: list[JobProgress] = []
+    made = [RunPreparation(run).run(said.append) for run in runs[:1]]
     assert said
     said.clear()
-    made += [Preparation(run).run(said.append) for run in runs[1:3]]
+    made += [RunPreparation(run).run(said.append) for run in runs[1:3]]
     assert not said
     made.append(prepare(runs[3]))
     assert made[0] == made[1] == made[2] != made[3]
@@ -139,10 +139,10 @@ def test_too_small_a_disk_for_the_teacher_targets_is_said_before_the_work(
 
 def test_a_resumed_prepare_needs_no_disk_for_what_is_there(tmp_path: Path, tiny_llama: Path) -> None:
     settings = make_run(tmp_path, tiny_llama)
-    said: list[Progress] = []
+    said: list[JobProgress] = []
     with killed_after(22):  # all targets are there by then, the bundle is not
-        Preparation(settings).run(said.append)
-    made = Preparation(settings)
+        RunPreparation(settings).run(said.append)
+    made = RunPreparation(settings)
     made.run(said.append)
     first, last = (progress.needed_bytes for progress in said if isinstance(progress, DiskNeeded))
     blocks = len(made.llm.text.blocks)

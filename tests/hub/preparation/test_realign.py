@@ -15,9 +15,9 @@ from torch import Tensor
 from fedsoda_edge.model import delta
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.source import Checkpoint
-from fedsoda_hub.federation.jobs import Probe, Progress, Realign
+from fedsoda_hub.federation.jobs import JobProgress, Probe, Realign
 from fedsoda_hub.preparation.full_llm import StreamedLLM
-from fedsoda_hub.preparation.prepare import Preparation
+from fedsoda_hub.preparation.prepare import RunPreparation
 from fedsoda_hub.preparation.realign import PreparedRun
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.settings.run import RunSettings
@@ -77,7 +77,7 @@ def test_text_and_weights_are_read_once_however_often_it_is_probed_and_aligned(
         return real(self, *args, **more)
 
     monkeypatch.setattr(Path, "read_text", read_text)
-    preparation = Preparation(settings)
+    preparation = RunPreparation(settings)
     started = preparation.run()
     assert preparation.run() == started
     hashed_before = hashed.copy()
@@ -96,7 +96,7 @@ def test_text_and_weights_are_read_once_however_often_it_is_probed_and_aligned(
 def test_each_job_reports_to_whoever_asked_for_it(prepared: RunSettings) -> None:
     bundle, made = Bundle.open(prepared.run_dir / "bundle"), PreparedRun(StreamedLLM(prepared))
     master, view = put(prepared, bundle.adapter_lora()), put(prepared, bundle.emulator_lora())
-    said: list[list[Progress]] = [[], []]
+    said: list[list[JobProgress]] = [[], []]
     for version, heard in enumerate(said, start=1):
         made.realign(Realign(version=version, master=master, emulator_views=(view,)), heard.append)
     assert [[one.stage for one in heard] for heard in said] == [["aligning"] * 4] * 2

@@ -37,13 +37,13 @@ from fedsoda_edge.protocol.needs import MemoryPlan, SampleSizes, Shape, plans, s
 from fedsoda_hub.algorithms.methods.fedpruner import redrawn
 from fedsoda_hub.algorithms.pruning.representatives import contiguous, measure_layers, select_layers
 from fedsoda_hub.evaluation.export import export
-from fedsoda_hub.events import Repruned, RoundClosed, RoundOpened, Say, Told, UpdateAccepted, as_json
-from fedsoda_hub.federation import records as facts
-from fedsoda_hub.federation.jobs import Progress, Reprune
+from fedsoda_hub.events import HubEvent, HubSay, Repruned, RoundClosed, RoundOpened, UpdateAccepted, as_json
+from fedsoda_hub.federation import records as rec
+from fedsoda_hub.federation.jobs import JobProgress, Reprune
 from fedsoda_hub.federation.schedule import trained_factor
 from fedsoda_hub.local import in_process
 from fedsoda_hub.plan import likely_plans
-from fedsoda_hub.preparation.prepare import Preparation, bundle_of
+from fedsoda_hub.preparation.prepare import RunPreparation, bundle_of
 from fedsoda_hub.preparation.realign import PreparedRun
 from fedsoda_hub.report.history import read_history
 from fedsoda_hub.run.ledger import Ledger, read_outcome
@@ -109,7 +109,7 @@ def little_memory(settings: RunSettings) -> Iterator[None]:
 
 
 def federate(
-    settings: RunSettings, edges: str = "ab", say: Say = lambda _: None
+    settings: RunSettings, edges: str = "ab", say: HubSay = lambda _: None
 ) -> dict[str, list[edge_events.AnyEvent]]:
     """The run, or the rest of it; what its edges said."""
     data = {name: rows_of(settings.directory, name) for name in edges}
@@ -126,27 +126,27 @@ def federate(
     return said
 
 
-def recorded(settings: RunSettings) -> list[facts.AnyRecord]:
+def recorded(settings: RunSettings) -> list[rec.AnyRecord]:
     with contextlib.closing(Ledger(settings.run_dir / "ledger.sqlite")) as ledger:
         return ledger.records()
 
 
-def history(settings: RunSettings) -> list[facts.AnyRecord]:
+def history(settings: RunSettings) -> list[rec.AnyRecord]:
     """What must be equal in a run that was disturbed."""
-    return [record for record in recorded(settings) if isinstance(record, facts.RoundClosed | facts.Repruned)]
+    return [record for record in recorded(settings) if isinstance(record, rec.RoundClosed | rec.Repruned)]
 
 
 @dataclass
 class Ran:
     settings: RunSettings
     said: dict[str, list[edge_events.AnyEvent]]
-    heard: list[Told]
+    heard: list[HubEvent]
 
 
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Ran:
     settings = make(tmp_path_factory.mktemp("calm"), tiny_llama)
-    heard: list[Told] = []
+    heard: list[HubEvent] = []
     return Ran(settings, federate(settings, say=heard.append), heard)
 
 
@@ -154,7 +154,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Ran:
 
 
 def test_each_class_is_the_bundle_of_its_own_choice_from_one_measurement(calm: Ran, tmp_path: Path) -> None:
-    made = Preparation(calm.settings)
+    made = RunPreparation(calm.settings)
     measured = measure_layers(made.llm.source, made.llm.text.used, seed=0)
     for number, count in enumerate((5, 3)):
         bundle = Bundle.open(calm.settings.run_dir / "bundle", number)
@@ -175,7 +175,7 @@ def test_each_class_is_the_bundle_of_its_own_choice_from_one_measurement(calm: R
         needs = (msgspec.structs.astuple(manifest.needs) for manifest in (bundle.manifest, alone))
         assert next(needs) == pytest.approx(next(needs), rel=0.01)
         assert bundle.manifest.bits_per_parameter == pytest.approx(alone.bits_per_parameter)
-    said: list[Progress] = []
+    said: list[JobProgress] = []
     result = PreparedRun(made.llm).reprune(Reprune(round=9, master=prepare(calm.settings).master), said.append)
     assert len(result.sub_llms) == 2
     assert said == []  # nothing is measured again
@@ -194,9 +194,9 @@ def test_a_run_of_one_choice_has_the_files_that_it_had_before_there_were_more(tm
 
 
 def test_layers_are_drawn_before_rounds_3_and_5_by_seed_class_and_round(calm: Ran) -> None:
-    made = Preparation(calm.settings)
+    made = RunPreparation(calm.settings)
     measured = measure_layers(made.llm.source, made.llm.text.used, seed=0)
-    repruned = [record for record in recorded(calm.settings) if isinstance(record, facts.Repruned)]
+    repruned = [record for record in recorded(calm.settings) if isinstance(record, rec.Repruned)]
     assert [record.round for record in repruned] == [3, 5]
     seen = set()
     for record in repruned:
@@ -214,19 +214,19 @@ def test_master_and_views_are_what_the_rules_say_of_the_updates(calm: Ran) -> No
     """By hand, from the accepted blobs: w over the holders, v of each class, both again after a draw."""
     settings, codec = calm.settings, calm.settings.wire.codec
     blobs = BlobStore(settings.run_dir / "blobs")
-    prepared = next(record for record in recorded(settings) if isinstance(record, facts.Prepared))
+    prepared = next(record for record in recorded(settings) if isinstance(record, rec.RunPrepared))
     assert prepared.master is not None
     master = load(blobs.get(prepared.master))
     digests = [prepared.adapter_view, prepared.smaller[0].adapter_view or ""]
     views = [load(blobs.get(digest)) for digest in digests]
     assert master.keys() == views[0].keys() | views[1].keys()
-    accepted: list[facts.UpdateAccepted] = []
+    accepted: list[rec.UpdateAccepted] = []
     for record in recorded(settings):
         match record:
-            case facts.UpdateAccepted():
+            case rec.UpdateAccepted():
                 assert record.size_class == (record.edge == SMALL_EDGE)
                 accepted.append(record)
-            case facts.RoundClosed():
+            case rec.RoundClosed():
                 assert sorted(one.edge for one in accepted) == ["a", "b"]
                 steps: dict[str, list[tuple[int, Tensor]]] = {}
                 for one in accepted:
@@ -247,7 +247,7 @@ def test_master_and_views_are_what_the_rules_say_of_the_updates(calm: Ran) -> No
                     views[number] = delta.advance(views[number], blobs.get(step), delta.layout_of(lacking), codec)
                     assert delta.digest(views[number]) == digest
                 accepted = []
-            case facts.Repruned():
+            case rec.Repruned():
                 drawn = load(blobs.get(record.master))
                 assert all(torch.equal(drawn[name], tensor) for name, tensor in master.items())
                 assert not any(drawn[name].any() for name in drawn.keys() - master.keys() if name.endswith("B"))
@@ -268,9 +268,9 @@ def test_the_report_says_when_layers_were_drawn(calm: Ran) -> None:
 def test_what_nobody_trained_keeps_its_bits(calm: Ran) -> None:
     """Between two draws the layers of the last choice lie still."""
     blobs = BlobStore(calm.settings.run_dir / "blobs")
-    closed = {record.round: record for record in recorded(calm.settings) if isinstance(record, facts.RoundClosed)}
+    closed = {record.round: record for record in recorded(calm.settings) if isinstance(record, rec.RoundClosed)}
     second, third = (load(blobs.get(closed[number].master)) for number in (2, 3))
-    repruned = next(record for record in recorded(calm.settings) if isinstance(record, facts.Repruned))
+    repruned = next(record for record in recorded(calm.settings) if isinstance(record, rec.Repruned))
     held = {
         spec.name
         for digest in (repruned.manifest, repruned.smaller[0].manifest)
@@ -297,7 +297,7 @@ def test_edges_follow_and_fetch_only_what_they_do_not_hold(calm: Ran) -> None:
         choices = [
             bundle_of(settings.run_dir, (record.manifest, record.smaller[0].manifest)[number]).plan.kept
             for record in recorded(settings)
-            if isinstance(record, facts.Repruned)
+            if isinstance(record, rec.Repruned)
         ]
         assert [message.rpartition("trains ")[2] for message in told] == [", ".join(map(str, kept)) for kept in choices]
         kept = {*Bundle.open(settings.run_dir / "bundle", number).plan.kept, *choices[0], *choices[1]}
@@ -340,8 +340,8 @@ def test_the_full_llm_gets_all_layers_that_anybody_trained(calm: Ran, tmp_path: 
 # --- a run that is disturbed -------------------------------------------------------------------------------
 
 
-def fails_at(event: type[Repruned | UpdateAccepted | RoundOpened], number: int) -> Say:
-    def say(said: Told) -> None:
+def fails_at(event: type[Repruned | UpdateAccepted | RoundOpened], number: int) -> HubSay:
+    def say(said: HubEvent) -> None:
         if isinstance(said, event) and said.round == number:
             raise KeyError("the hub is gone")
 
@@ -368,10 +368,10 @@ def test_who_joins_after_a_draw_begins_with_the_layers_in_force(tmp_path: Path, 
     accepted = [event.round for event in late if isinstance(event, edge_events.Accepted)]
     assert accepted[-1] == 5
     assert not [event for event in late if isinstance(event, edge_events.Refused)]
-    choices = [record for record in recorded(settings) if isinstance(record, facts.Repruned)]
+    choices = [record for record in recorded(settings) if isinstance(record, rec.Repruned)]
     store = {path.name for path in (settings.directory / "homes" / "c" / "store").iterdir()}
     assert {record.manifest for record in choices} <= store
-    first = next(record for record in recorded(settings) if isinstance(record, facts.Prepared))
+    first = next(record for record in recorded(settings) if isinstance(record, rec.RunPrepared))
     assert first.manifest not in store
 
 
@@ -380,7 +380,7 @@ def test_the_models_of_a_choice_that_is_over_are_given_back(tmp_path: Path, tiny
     settings = make(tmp_path, tiny_llama, method={"classes": [], "reprune_every": 1})
     held: list[int] = []
 
-    def look(event: Told) -> None:
+    def look(event: HubEvent) -> None:
         if isinstance(event, RoundClosed):
             held.append(len(shared))
 
@@ -426,10 +426,10 @@ def test_every_rule_goes_with_classes_and_draws(
 ) -> None:
     settings = make(tmp_path, tiny_llama, aggregation=how, wire={"codec": codec})
     federate(settings)
-    closed = [record for record in recorded(settings) if isinstance(record, facts.RoundClosed)]
+    closed = [record for record in recorded(settings) if isinstance(record, rec.RoundClosed)]
     blobs = BlobStore(settings.run_dir / "blobs")
     assert len(closed) == ROUNDS
-    assert len([record for record in recorded(settings) if isinstance(record, facts.UpdateAccepted)]) == 2 * ROUNDS
+    assert len([record for record in recorded(settings) if isinstance(record, rec.UpdateAccepted)]) == 2 * ROUNDS
     for record in closed:
         factor = trained_factor(settings.aggregation.rule, record.round)
         for view, step in ((record.view, record.delta), (record.smaller[0].view, record.smaller[0].delta)):

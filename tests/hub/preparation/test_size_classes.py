@@ -14,7 +14,7 @@ from fedsoda_edge.model import delta, lora
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.bundle_writer import BundleSettings, write_bundle
 from fedsoda_hub.federation.jobs import Realign
-from fedsoda_hub.preparation.prepare import Preparation
+from fedsoda_hub.preparation.prepare import RunPreparation
 from fedsoda_hub.preparation.realign import PreparedRun
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.settings.run import RunSettings
@@ -48,7 +48,7 @@ def test_a_smaller_class_is_the_bundle_of_its_plan_made_of_the_same_shards(tmp_p
     assert set(small.plan.kept) < set(large.plan.kept)
     assert small.plan.adapter == large.plan.adapter
     assert set(large.plan.groups) < set(small.plan.groups)
-    made = Preparation(run)
+    made = RunPreparation(run)
     whole = write_bundle(
         tmp_path / "whole",
         made.llm.source,
@@ -79,7 +79,7 @@ def test_each_class_is_aligned_by_itself(tiny_llama: Path, run: RunSettings) -> 
     kl, spec = smaller.public_kl, small.manifest.lora
     assert spec.aligned == small.plan.retained
     assert kl["aligned"] < kl["quantized"]
-    ids = torch.stack(Preparation(run).llm.text.held_out)
+    ids = torch.stack(RunPreparation(run).llm.text.held_out)
     full: Any = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     whole = with_peft(
         pruned_by_hand(tiny_llama, small.plan, quantized=True),
@@ -94,7 +94,7 @@ def test_each_class_is_aligned_by_itself(tiny_llama: Path, run: RunSettings) -> 
 
 
 def test_a_realignment_gives_each_class_its_step(run: RunSettings) -> None:
-    preparation, blobs = Preparation(run), RunDirectory(run.run_dir).blobs
+    preparation, blobs = RunPreparation(run), RunDirectory(run.run_dir).blobs
     started = preparation.run()
     views = tuple(sub_llm.emulator_view for sub_llm in started.sub_llms)
     result = PreparedRun(preparation.llm).realign(Realign(version=1, master=started.master, emulator_views=views))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from fedsoda_edge.protocol.messages import EdgeId
-from fedsoda_hub.federation import records as facts
+from fedsoda_hub.federation import records as rec
 from fedsoda_hub.report.history import kl_sentence, read_history
 from fedsoda_hub.run.ledger import Ledger
-from tests.hub.report.told import ANN, BOB, TOLD, opened
+from tests.hub.report.recorded import ANN, BOB, RECORDED, opened
 
 
 def test_the_history_is_what_the_ledger_says() -> None:
     ledger = Ledger(None)
-    for record in TOLD:
+    for record in RECORDED:
         ledger.append(record)
     ledger.add_traffic(ANN, 1, 1000, 2000)
     ledger.add_traffic(BOB, 2, 30, 40)
@@ -24,7 +24,7 @@ def test_the_history_is_what_the_ledger_says() -> None:
     assert history.began_at <= first.opened_at <= first.updates[ANN].at <= first.closed_at <= second.opened_at
     assert [history.bytes_until(number) for number in (0, 1, 2)] == [0, 3000, 3070]
     assert not history.is_over
-    ledger.append(facts.RunEnded(rounds=2))
+    ledger.append(rec.RunEnded(rounds=2))
     assert read_history(ledger).is_over
 
 

@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_hub.federation import records as facts
+from fedsoda_hub.federation import records as rec
 from fedsoda_hub.report.history import read_history
 from fedsoda_hub.report.page import write_report
 from fedsoda_hub.report.pictures import draw
 from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.settings.run import RunSettings
-from tests.hub.report.told import ANN, BOB, TOLD, A
+from tests.hub.report.recorded import ANN, BOB, RECORDED, A
 from tests.hub.runs import FULL, make_run
 
 
@@ -30,7 +30,7 @@ def run(tmp_path: Path, tiny_llama: Path) -> RunSettings:
     """A run of two edges in its second round."""
     settings = make_run(tmp_path, tiny_llama)
     ledger = Ledger(settings.run_dir / "ledger.sqlite")
-    for record in TOLD:
+    for record in RECORDED:
         ledger.append(record)
     ledger.add_traffic(ANN, 1, 1000, 2000)
     ledger.add_traffic(BOB, 1, 3000, 4000)
@@ -53,11 +53,11 @@ def test_a_run_that_was_not_begun_has_no_report(tmp_path: Path, tiny_llama: Path
 def test_of_greetings_alone_no_bytes_of_an_edge_and_round_are_shown(tmp_path: Path, tiny_llama: Path) -> None:
     settings = make_run(tmp_path, tiny_llama)
     ledger = Ledger(settings.run_dir / "ledger.sqlite")
-    for record in TOLD[:2]:
+    for record in RECORDED[:2]:
         ledger.append(record)
     ledger.add_traffic(ANN, 1, 1100, 300)
     assert "an edge and round" not in Path(write_report(settings, tmp_path / "report").report).read_text()
-    for record in TOLD[2:8]:
+    for record in RECORDED[2:8]:
         ledger.append(record)
     ledger.close()
     page = Path(write_report(settings, tmp_path / "report").report).read_text()
@@ -68,8 +68,8 @@ def test_of_a_full_emulator_no_alignment_is_shown_but_what_nf4_took(tmp_path: Pa
     settings = make_run(tmp_path, tiny_llama, **FULL)
     ledger = Ledger(settings.run_dir / "ledger.sqlite")
     kl = {"pruned": 0.0, "quantized": 0.012, "aligned": 0.012}
-    ledger.append(TOLD[0])
-    ledger.append(facts.Prepared(manifest=A, adapter_view=A, emulator_view=A, public_kl=kl))
+    ledger.append(RECORDED[0])
+    ledger.append(rec.RunPrepared(manifest=A, adapter_view=A, emulator_view=A, public_kl=kl))
     assert list(draw(read_history(ledger), None)) == []
     ledger.close()
     written = write_report(settings, tmp_path / "report")

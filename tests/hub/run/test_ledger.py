@@ -20,7 +20,7 @@ from fedsoda_edge.errors import DiskFull, UsageProblem
 from fedsoda_edge.protocol.messages import Digest, EdgeId
 from fedsoda_hub.federation import records as rec
 from fedsoda_hub.federation.jobs import EvaluateResult
-from fedsoda_hub.federation.state import HeldView, RunState
+from fedsoda_hub.federation.state import HeldView, LedgerState
 from fedsoda_hub.run.ledger import Ledger, Outcome, read_outcome
 
 A, B, C, D = (Digest(letter * 64) for letter in "abcd")
@@ -29,7 +29,7 @@ ALICE = EdgeId("alice")
 ROUND_1: list[rec.AnyRecord] = [
     rec.RunStarted(run_id="1234", fixed={"seed": 0, "[lora] rank": 8, "[align] learning_rate": 1e-4}),
     rec.SettingsChanged(values={"count": 2}),
-    rec.Prepared(manifest=A, adapter_view=B, emulator_view=C, public_kl={"pruned": 0.1}),
+    rec.RunPrepared(manifest=A, adapter_view=B, emulator_view=C, public_kl={"pruned": 0.1}),
     rec.RoundOpened(round=1, cohort=(ALICE, EdgeId("bob")), view=B, alignment=0, deadline_at=1e9 + 0.25),
     rec.DeadlinePassed(round=1),
     rec.CohortExtended(round=1, invited=(EdgeId("carol"),), deadline_at=2e9),
@@ -69,7 +69,7 @@ def test_records_come_back_as_they_were_in_order(reopen: Callable[[], Ledger]) -
 
 
 def test_an_empty_ledger_is_a_run_that_has_not_begun(reopen: Callable[[], Ledger]) -> None:
-    assert reopen().replay() == RunState()
+    assert reopen().replay() == LedgerState()
 
 
 def test_replay_folds_the_records(reopen: Callable[[], Ledger]) -> None:
@@ -84,7 +84,7 @@ def test_replay_folds_the_records(reopen: Callable[[], Ledger]) -> None:
 
 
 def test_replay_from_a_snapshot_equals_replay_of_everything(reopen: Callable[[], Ledger]) -> None:
-    plain = RunState()
+    plain = LedgerState()
     for record in ROUND_1 + AFTER:
         reopen().append(record)
         plain.apply(record)
@@ -97,7 +97,7 @@ def test_a_snapshot_bounds_replay(reopen: Callable[[], Ledger]) -> None:
     ledger = reopen()
     for record in ROUND_1:
         ledger.append(record)
-    other = RunState(run_id="from the snapshot", phase="idle")
+    other = LedgerState(run_id="from the snapshot", phase="idle")
     ledger.snapshot(other)
     assert ledger.replay() == other
 
@@ -134,7 +134,7 @@ def test_a_ledger_of_an_earlier_release_replays_with_and_without_its_snapshot(na
 
 
 def test_every_prefix_of_the_log_can_be_replayed(reopen: Callable[[], Ledger]) -> None:
-    plain = RunState()
+    plain = LedgerState()
     for record in ROUND_1 + AFTER:
         plain.apply(record)
         reopen().append(record)
@@ -206,7 +206,7 @@ def test_a_token_is_bound_to_the_first_device_that_says_hello(reopen: Callable[[
 def test_a_name_in_use_is_refused_until_its_token_is_revoked(reopen: Callable[[], Ledger]) -> None:
     old = reopen().tokens.create("alice")
     reopen().tokens.bind(ALICE, "laptop")
-    with pytest.raises(UsageProblem, match="there is a token for 'alice' already; revoke it first"):
+    with pytest.raises(UsageProblem, match="'alice' has a token already; revoke it first"):
         reopen().tokens.create("alice")
     reopen().tokens.revoke("alice")
     revoked = reopen().tokens.find(old)
@@ -227,7 +227,7 @@ def test_a_name_that_could_not_stand_in_a_file_name_is_refused(reopen: Callable[
 
 def test_revoking_an_unknown_name_says_which_there_are(reopen: Callable[[], Ledger]) -> None:
     reopen().tokens.create("alice")
-    with pytest.raises(UsageProblem, match="there is no token for 'alcie'; there are: alice"):
+    with pytest.raises(UsageProblem, match="'alcie' has no token; name one of those that have: alice"):
         reopen().tokens.revoke("alcie")
 
 
@@ -249,7 +249,7 @@ def test_traffic_adds_up_per_edge_and_round_and_is_no_part_of_replay(reopen: Cal
     reopen().add_traffic(ALICE, 1, 3, 4)
     reopen().add_traffic(ALICE, 1, 30, 40)
     assert reopen().traffic() == [("alice", 1, 33, 44), ("alice", 2, 10, 20), ("bob", 1, 1, 2)]
-    assert reopen().replay() == RunState()
+    assert reopen().replay() == LedgerState()
 
 
 def test_the_outcome_of_a_run_is_its_master_and_the_emulators_view(tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_a_snapshot_gives_back_the_same_values_and_types() -> None:
     ledger = Ledger(None)
     records: list[rec.AnyRecord] = [
         rec.RunStarted(run_id="1", fixed={"seed": 0}),
-        rec.Prepared(manifest=A, adapter_view=B, emulator_view=C, public_kl={"pruned": 0.1}),
+        rec.RunPrepared(manifest=A, adapter_view=B, emulator_view=C, public_kl={"pruned": 0.1}),
         rec.Realigned(round=2, version=1, view=Digest("a"), delta=Digest("b"), kl_before=1.0, kl_after=0.5),
     ]
     for record in records:

@@ -30,8 +30,8 @@ from fedsoda_edge.protocol.coded import check, of_factor
 from fedsoda_edge.protocol.manifest import TensorSpec
 from fedsoda_hub.algorithms.aggregation.weighted_mean import CodedUpdate, weighted_mean
 from fedsoda_hub.compute import Compute
-from fedsoda_hub.events import Listening, RoundClosed, Told, as_json
-from fedsoda_hub.federation import records as ev
+from fedsoda_hub.events import HubEvent, Listening, RoundClosed, as_json
+from fedsoda_hub.federation import records as rec
 from fedsoda_hub.federation.schedule import trained_factor
 from fedsoda_hub.local.in_process import TorchThread
 from fedsoda_hub.run.ledger import Ledger
@@ -85,10 +85,10 @@ def take_part(url: str, directory: Path, name: str, token: str, max_rounds: int)
 
 def federate(settings: RunSettings, max_rounds: int = 0) -> list[int]:
     """Serve until the run is over, or until every edge has left after so many rounds; bytes of their last updates."""
-    said: list[Told] = []
+    said: list[HubEvent] = []
     is_listening, has_closed = asyncio.Event(), asyncio.Event()  # the latter: as many rounds as edges take part in
 
-    def say(event: Told) -> None:
+    def say(event: HubEvent) -> None:
         said.append(event)
         if isinstance(event, Listening):
             is_listening.set()
@@ -132,8 +132,8 @@ def federate(settings: RunSettings, max_rounds: int = 0) -> list[int]:
     return sizes
 
 
-def closed(settings: RunSettings) -> list[ev.RoundClosed]:
-    found: list[ev.RoundClosed] = records(settings, ev.RoundClosed)
+def closed(settings: RunSettings) -> list[rec.RoundClosed]:
+    found: list[rec.RoundClosed] = records(settings, rec.RoundClosed)
     return found
 
 
@@ -184,12 +184,12 @@ def test_a_run_by_each_rule(make: Any, codec: str, how: dict[str, Any], left_ove
     assert seen == [set(factors) for factors in left_over for _ in NAMES]
     rounds, blobs, layout = closed(settings), BlobStore(settings.run_dir / "blobs"), layout_of(settings)
     assert len(rounds) == ROUNDS
-    assert len(records(settings, ev.UpdateAccepted)) == 2 * ROUNDS  # none was refused
-    assert not records(settings, ev.EdgeAnswered)
+    assert len(records(settings, rec.UpdateAccepted)) == 2 * ROUNDS  # none was refused
+    assert not records(settings, rec.EdgeAnswered)
     factors = [trained_factor(how["rule"], number) for number in range(1, ROUNDS + 1)]
-    for record in records(settings, ev.UpdateAccepted):
+    for record in records(settings, rec.UpdateAccepted):
         check(blobs.get(record.digest), of_factor(layout, factors[record.round - 1]), codec)
-    [prepared] = records(settings, ev.Prepared)
+    [prepared] = records(settings, rec.RunPrepared)
     views = [prepared.adapter_view, *(record.view for record in rounds)]
     for record, factor, before, after in zip(rounds, factors, views, views[1:], strict=False):
         assert moved(settings, before, after) == ({"A", "B"} if factor == "both" else {factor})
@@ -220,7 +220,7 @@ def test_a_hub_that_stops_in_the_middle_has_the_moments_of_the_one_that_was_not(
     for record in closed(calm):  # Algorithm 2, line 10, of arXiv 2003.00295
         updates = [
             CodedUpdate(one.edge, one.num_examples, partial(blobs.get, one.digest), {}, layout)
-            for one in records(calm, ev.UpdateAccepted)
+            for one in records(calm, rec.UpdateAccepted)
             if one.round == record.round
         ]
         assert record.moments is not None

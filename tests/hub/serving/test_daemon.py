@@ -28,7 +28,7 @@ from fedsoda_edge.ports.disk import BlobStore, sha256
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.manifest import BundleManifest, EdgeNeeds, File, LayerPlan, LoRASpec, TensorSpec
 from fedsoda_edge.protocol.session import Blob, EdgeSession, chunks
-from fedsoda_hub.events import Listening, Prepared, Say, Told, as_json
+from fedsoda_hub.events import HubEvent, HubSay, Listening, RunPrepared, as_json
 from fedsoda_hub.federation import events as ev
 from fedsoda_hub.federation import jobs
 from fedsoda_hub.federation import records as rec
@@ -177,7 +177,7 @@ class Torch:
         return [call for call in self.calls if isinstance(call, kind)]
 
 
-def opened(settings: RunSettings, say: Say, torch: Torch, clock: Clock | None = None) -> Daemon:
+def opened(settings: RunSettings, say: HubSay, torch: Torch, clock: Clock | None = None) -> Daemon:
     return Daemon.open(settings, say, clock, torch=cast(TorchPort, torch))
 
 
@@ -350,7 +350,7 @@ def settings(tmp_path: Path) -> RunSettings:
 def test_a_second_hub_on_the_same_run_directory_is_refused_with_the_pid_of_the_first(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "small.run")
     first = run.lock()
-    with pytest.raises(UsageProblem, match=rf"small.run is in use by a running hub \(pid {os.getpid()}\)") as refused:
+    with pytest.raises(UsageProblem, match=rf"small.run is in use by another hub \(pid {os.getpid()}\)") as refused:
         run.lock()
     assert refused.value.exit_status == 2
     first.release()
@@ -458,7 +458,7 @@ def test_a_class_that_the_run_has_not_is_refused(tmp_path: Path) -> None:
             refusal = await edge.hear(ms.Refusal)
             assert (refusal.fatal, refusal.reason) == (
                 True,
-                "there is no size class 2; this run has 0 to 1: join again",
+                "this run has size classes 0 to 1, and the edge took 2; join again",
             )
 
     asyncio.run(talk())
@@ -484,8 +484,8 @@ def test_a_key_of_the_method_that_changed_is_refused_with_both_values_until_it_i
         Daemon.open(changed, lambda _: None)
     assert refused.value.exit_status == 2
     assert str(refused.value) == (
-        "run.toml changed since this run began: [local] epochs: 1 when the run began, 7 now; "
-        "[lora] rank: 2 when the run began, 4 now. Put it back, or give the run another name"
+        "run.toml has changed since this run began: [local] epochs: 1 when the run began, 7 now; "
+        "[lora] rank: 2 when the run began, 4 now; restore the old values, or give the run another name"
     )
     with started(write_run(tmp_path)) as daemon:  # the refused one holds neither lock nor ledger
         assert daemon.machine.state.run_id == run_id
@@ -518,7 +518,7 @@ def test_a_port_in_use_ends_serve_with_status_2_before_any_work_and_lets_go_of_t
 
         async def talk() -> None:
             async with serving(settings) as hub:
-                with pytest.raises(UsageProblem, match=f"127.0.0.1:{port} cannot be taken") as refused:
+                with pytest.raises(UsageProblem, match=f"127.0.0.1:{port} cannot be used") as refused:
                     await hub.running
                 assert refused.value.exit_status == 2
                 assert hub.torch.calls == []
@@ -535,14 +535,14 @@ def test_a_port_that_was_taken_during_preparation_ends_serve_with_status_2(tmp_p
         with bind("127.0.0.1", 0) as sooner:
             settings = write_run(tmp_path, listen={"port": sooner.getsockname()[1]})
             daemon_task = asyncio.create_task(start(settings, sooner.listen))
-            with pytest.raises(UsageProblem, match=r"cannot be taken .* choose another port") as refused:
+            with pytest.raises(UsageProblem, match=r"cannot be used .* choose another port") as refused:
                 await asyncio.wait_for(daemon_task, 10)
             assert refused.value.exit_status == 2
         assert not (settings.run_dir / "address").exists()
 
     async def start(settings: RunSettings, before_it_listens: Callable[[], None]) -> None:
-        def say(event: Told) -> None:
-            if isinstance(event, Prepared):
+        def say(event: HubEvent) -> None:
+            if isinstance(event, RunPrepared):
                 before_it_listens()
 
         daemon = opened(settings, say, Torch(settings.run_dir))
@@ -639,7 +639,7 @@ def test_edges_reach_the_bundle_and_the_open_views_and_nothing_else_of_the_run(s
                 assert list(found.values()) == [SHARD, manifest(), 404, 404, 404]
                 await a.say(ms.BlobRequest(digest=receipt.digest))  # the update of another edge
                 refusal = await a.hear(ms.Refusal)
-                assert refusal.reason.startswith(f"there is no blob {receipt.digest[:12]}")
+                assert refusal.reason.startswith(f"this round has no blob {receipt.digest[:12]}")
 
     asyncio.run(talk())
 
@@ -656,10 +656,10 @@ def test_edges_reach_the_bundle_and_the_open_views_and_nothing_else_of_the_run(s
         (update(0.5, (LAYOUT[1], LAYOUT[0])), {}, "in the update, the run needs 32 bytes at 0"),
         (update(0.5, LAYOUT[:1]), {}, "the update has 1 tensors, the run 2"),
         (b"no safetensors at all", {}, "it is damaged"),
-        (update(0.5), {"codec": "int8"}, "the update is coded as int8, the run as bf16"),
-        (update(0.5), {"base": ms.Digest("f" * 64)}, f"the update starts from view {'f' * 12}, round 1 from "),
-        (update(0.5), {"alignment": 1}, "the update used alignment 1, round 1 has 0"),
-        (update(0.5), {"num_examples": 0}, "num_examples is 0; it must be 1 to 2147483648"),
+        (update(0.5), {"codec": "int8"}, "the update is coded as int8, but this run codes as bf16"),
+        (update(0.5), {"base": ms.Digest("f" * 64)}, f"the update starts from view {'f' * 12}, but round 1 from "),
+        (update(0.5), {"alignment": 1}, "the update used alignment 1, but round 1 has 0"),
+        (update(0.5), {"num_examples": 0}, "num_examples is 0, and must be 1 to 2147483648"),
         (update(0.5), {"num_examples": 2**31 + 1}, "num_examples is 2147483649"),
         (update(0.5), {"loss": None}, "the loss is not a number"),
         (update(0.5), {"round": 7}, "round 7 is closed; wait for the next offer"),
@@ -872,7 +872,7 @@ def test_an_update_that_finds_the_disk_full_gets_no_receipt_but_a_refusal_to_ret
     assert [record.edge for record in records(settings, rec.UpdateAccepted)] == ["a", "b"]
 
 
-@pytest.mark.parametrize("record", [rec.RoundOpened, rec.RoundClosed, rec.Prepared])
+@pytest.mark.parametrize("record", [rec.RoundOpened, rec.RoundClosed, rec.RunPrepared])
 def test_any_other_record_that_finds_the_disk_full_is_written_later_and_torch_works_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: type[rec.Record]
 ) -> None:
@@ -1064,7 +1064,7 @@ def test_torch_work_that_a_signal_broke_off_is_done_again(tmp_path: Path) -> Non
 
 
 def test_ctrl_c_ends_the_hub_as_an_interrupt_and_lets_go_of_the_run(settings: RunSettings) -> None:
-    def interrupt(event: Told) -> None:
+    def interrupt(event: HubEvent) -> None:
         if isinstance(event, Listening):
             os.kill(os.getpid(), signal.SIGINT)
 

@@ -114,7 +114,7 @@ def test_a_server_that_ends_by_itself_ends_the_hub(tmp_path: Path, monkeypatch: 
             await a.hear(ms.RoundOffer)
             over.set()
             async with asyncio.timeout(10):
-                with pytest.raises(RuntimeError, match="the HTTP server ended although nobody stopped it"):
+                with pytest.raises(RuntimeError, match="uvicorn ended although the hub did not stop it"):
                     await hub.running
             assert await a.is_hung_up_on()
 

@@ -23,7 +23,7 @@ from fedsoda_edge.network.hub_transport import HubTransport
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.codec import MAX_CHUNK_BYTES, MAX_FRAME_BYTES, decode, encode
 from fedsoda_edge.protocol.session import Blob, EdgeSession, Upload, chunks
-from fedsoda_hub.federation.state import RunState
+from fedsoda_hub.federation.state import LedgerState
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.run.status import LiveStatus, live_status, run_status
@@ -45,7 +45,7 @@ HELLO = ms.Hello(
 )
 
 
-STATUS: LiveStatus = live_status(run_status("triage", 1, Ledger(None), RunState()), [], url="http://here")
+STATUS: LiveStatus = live_status(run_status("triage", 1, Ledger(None), LedgerState()), [], url="http://here")
 
 
 class MemoryHub:
@@ -181,11 +181,11 @@ async def assert_hub_ends_it(socket: ClientConnection) -> None:
 @pytest.mark.parametrize(
     ("headers", "why"),
     [
-        ({}, "no token was sent; join with --token-file"),
-        ({"Authorization": "Bearer"}, "no token was sent; join with --token-file"),
-        ({"Authorization": "Basic alice"}, "no token was sent; join with --token-file"),
+        ({}, "the request has no token; join with --token-file"),
+        ({"Authorization": "Bearer"}, "the request has no token; join with --token-file"),
+        ({"Authorization": "Basic alice"}, "the request has no token; join with --token-file"),
         ({"Authorization": "Bearer guess"}, "the hub does not know this token; ask its owner for a new one"),
-        ({"Authorization": "Bearer mallory"}, "the token of mallory was revoked; ask the hub's owner"),
+        ({"Authorization": "Bearer mallory"}, "the token of mallory was revoked; ask the hub's owner for a new one"),
     ],
     ids=["none", "empty", "not a bearer", "unknown", "revoked"],
 )
@@ -208,7 +208,9 @@ def test_without_a_good_token_there_is_no_upgrade_and_no_blob(
 def test_an_edge_reads_a_refused_token_as_exit_status_5_with_the_hubs_reason(hub: MemoryHub) -> None:
     async def talk(address: str) -> None:
         edge = HubTransport(f"http://{address}", "mallory")
-        with pytest.raises(RefusedByHub, match=r"the token of mallory was revoked; ask the hub's owner") as refused:
+        with pytest.raises(
+            RefusedByHub, match=r"the token of mallory was revoked; ask the hub's owner for a new one"
+        ) as refused:
             await edge.connect()
         assert refused.value.exit_status == 5
         with pytest.raises(RefusedByHub, match="revoked"):
@@ -367,10 +369,13 @@ def test_what_may_not_be_said_before_hello_is_refused_and_ends_the_connection(
     [
         (HELLO, "the edge sent Hello in state open"),
         (ms.UpdateChunk(digest=UPDATE_DIGEST, offset=0), "a chunk of an update it had not announced"),
-        (ms.BlobRequest(digest=UPDATE_DIGEST), f"there is no blob {UPDATE_DIGEST[:12]} at 0 in this round"),
-        (ms.BlobRequest(digest=ms.Digest("../admin.token")), "there is no blob ../admin.tok at 0 in this round"),
-        (ms.BlobRequest(digest=VIEW_DIGEST, offset=len(VIEW)), f"there is no blob {VIEW_DIGEST[:12]} at {len(VIEW)}"),
-        (ms.BlobRequest(digest=VIEW_DIGEST, offset=-1), f"there is no blob {VIEW_DIGEST[:12]} at -1"),
+        (ms.BlobRequest(digest=UPDATE_DIGEST), f"this round has no blob {UPDATE_DIGEST[:12]} with a byte 0"),
+        (ms.BlobRequest(digest=ms.Digest("../admin.token")), "this round has no blob ../admin.tok with a byte 0"),
+        (
+            ms.BlobRequest(digest=VIEW_DIGEST, offset=len(VIEW)),
+            f"this round has no blob {VIEW_DIGEST[:12]} with a byte {len(VIEW)}",
+        ),
+        (ms.BlobRequest(digest=VIEW_DIGEST, offset=-1), f"this round has no blob {VIEW_DIGEST[:12]} with a byte -1"),
     ],
     ids=["Hello again", "unannounced chunk", "unknown blob", "a path", "past the end", "before the start"],
 )
@@ -610,10 +615,10 @@ def test_a_port_in_use_is_known_before_anything_is_prepared() -> None:
     with bind("127.0.0.1", 0) as taken:
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(UsageProblem, match=rf"\[listen\] 127.0.0.1:{port} cannot be taken .*in use") as refused:
+        with pytest.raises(UsageProblem, match=rf"\[listen\] 127.0.0.1:{port} cannot be used .*in use") as refused:
             bind("127.0.0.1", port)
     assert refused.value.exit_status == 2
-    assert str(refused.value).endswith("stop what uses it or choose another port")
+    assert str(refused.value).endswith("stop the program that uses it, or choose another port")
 
 
 def test_a_port_is_free_again_at_once_after_a_hub_that_had_connections(hub: MemoryHub) -> None:

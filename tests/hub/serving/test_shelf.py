@@ -9,7 +9,7 @@ import pytest
 from fedsoda_edge.ports.disk import sha256
 from fedsoda_edge.protocol.messages import BlobRef, Digest
 from fedsoda_hub.federation import records as rec
-from fedsoda_hub.federation.state import HeldView, RunState, SubLLM
+from fedsoda_hub.federation.state import HeldView, LedgerState, ServedSubLLM
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.serving.shelf import Shelf
 from tests.hub.serving.test_daemon import LAYOUT, OTHER, SHARD, manifest
@@ -27,14 +27,16 @@ def stored(directory: RunDirectory, data: bytes) -> Digest:
     return Digest(directory.blobs.put(data))
 
 
-def prepared(manifest: Digest, view: Digest) -> rec.Prepared:
-    return rec.Prepared(manifest=manifest, public_kl={}, adapter_view=view, emulator_view=view)
+def prepared(manifest: Digest, view: Digest) -> rec.RunPrepared:
+    return rec.RunPrepared(manifest=manifest, public_kl={}, adapter_view=view, emulator_view=view)
 
 
-def stocked(directory: RunDirectory) -> tuple[Shelf, RunState, Digest]:
+def stocked(directory: RunDirectory) -> tuple[Shelf, LedgerState, Digest]:
     """A shelf of a run whose largest sub-LLM has `manifest()`."""
     first, view = stored(directory, manifest()), stored(directory, b"a view")
-    state = RunState(sub_llms=(SubLLM(manifest=first, public_kl={}, adapter=HeldView(view), emulator=HeldView(view)),))
+    state = LedgerState(
+        sub_llms=(ServedSubLLM(manifest=first, public_kl={}, adapter=HeldView(view), emulator=HeldView(view)),)
+    )
     shelf = Shelf(directory, state)
     assert not shelf.stocked.is_set()
     shelf.follow([prepared(first, view)])
@@ -67,7 +69,7 @@ def test_a_bundle_that_was_in_force_before_can_still_be_fetched(directory: RunDi
     shelf, state, view = stocked(directory)
     before, drawn = state.largest.manifest, stored(directory, manifest(OTHER))
     held = HeldView(view)
-    state.sub_llms = (SubLLM(manifest=drawn, public_kl={}, adapter=held, emulator=held),)
+    state.sub_llms = (ServedSubLLM(manifest=drawn, public_kl={}, adapter=held, emulator=held),)
     shelf.follow([rec.Repruned(round=2, manifest=drawn, master=view, view=view)])
     assert shelf.layout(0, "both") == OTHER
     assert {shelf.bundle_file(digest) for digest in (before, drawn)} == {
@@ -76,6 +78,6 @@ def test_a_bundle_that_was_in_force_before_can_still_be_fetched(directory: RunDi
 
 
 def test_records_that_name_no_bundle_change_nothing(directory: RunDirectory) -> None:
-    shelf = Shelf(directory, RunState())
+    shelf = Shelf(directory, LedgerState())
     shelf.follow([rec.DeadlinePassed(round=1)])
     assert not shelf.stocked.is_set()

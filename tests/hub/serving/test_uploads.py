@@ -12,7 +12,7 @@ from fedsoda_edge.errors import DiskFull
 from fedsoda_edge.ports.disk import BlobStore, sha256
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.session import Upload
-from fedsoda_hub.federation.state import Collected, HeldView, RunState, SubLLM
+from fedsoda_hub.federation.state import Collected, HeldView, LedgerState, ServedSubLLM
 from fedsoda_hub.serving.uploads import Uploads
 from tests.full_disk import full_disk_for
 from tests.hub.serving.test_daemon import LAYOUT, OTHER, update
@@ -74,29 +74,31 @@ def test_an_upload_is_kept_until_it_is_judged_and_no_longer_where_it_was_refused
     uploads: Uploads, blobs: BlobStore
 ) -> None:
     assert taken(uploads, upload()) is None
-    uploads.forget_refused(RunState())
+    uploads.forget_refused(LedgerState())
     assert (uploads.num_unjudged, blobs.get(DIGEST)) == (1, DATA)
     uploads.judged(DIGEST)
-    uploads.forget_refused(RunState())
+    uploads.forget_refused(LedgerState())
     assert (uploads.num_unjudged, blobs.has(DIGEST)) == (0, False)
 
 
-def sub_llm(view: ms.Digest) -> SubLLM:
-    return SubLLM(manifest=ms.Digest("m"), public_kl={}, adapter=HeldView(view), emulator=HeldView(ms.Digest("e")))
+def sub_llm(view: ms.Digest) -> ServedSubLLM:
+    return ServedSubLLM(
+        manifest=ms.Digest("m"), public_kl={}, adapter=HeldView(view), emulator=HeldView(ms.Digest("e"))
+    )
 
 
 @pytest.mark.parametrize(
     "state",
     [
-        RunState(accepted={EDGE: UPDATE}),
-        RunState(receipts={EDGE: UPDATE}),
-        RunState(master=DIGEST),
-        RunState(moments=DIGEST),
-        RunState(phase="idle", round=1, sub_llms=(sub_llm(DIGEST),)),
+        LedgerState(accepted={EDGE: UPDATE}),
+        LedgerState(receipts={EDGE: UPDATE}),
+        LedgerState(master=DIGEST),
+        LedgerState(moments=DIGEST),
+        LedgerState(phase="idle", round=1, sub_llms=(sub_llm(DIGEST),)),
     ],
     ids=["accepted", "receipt", "master", "moments", "view"],
 )
-def test_bytes_that_the_run_needs_stay(uploads: Uploads, blobs: BlobStore, state: RunState) -> None:
+def test_bytes_that_the_run_needs_stay(uploads: Uploads, blobs: BlobStore, state: LedgerState) -> None:
     assert taken(uploads, upload()) is None
     uploads.judged(DIGEST)
     uploads.forget_refused(state)
@@ -107,7 +109,7 @@ def test_a_blob_that_was_there_before_is_never_deleted(uploads: Uploads, blobs: 
     blobs.put(DATA)
     assert taken(uploads, upload()) is None
     uploads.judged(DIGEST)
-    uploads.forget_refused(RunState())
+    uploads.forget_refused(LedgerState())
     assert blobs.has(DIGEST)
 
 
@@ -115,10 +117,10 @@ def test_the_same_bytes_of_two_edges_stay_until_both_are_judged(uploads: Uploads
     for _ in range(2):
         assert taken(uploads, upload()) is None
     uploads.judged(DIGEST)
-    uploads.forget_refused(RunState())
+    uploads.forget_refused(LedgerState())
     assert (uploads.num_unjudged, blobs.has(DIGEST)) == (1, True)
     uploads.judged(DIGEST)
-    uploads.forget_refused(RunState())
+    uploads.forget_refused(LedgerState())
     assert not blobs.has(DIGEST)
 
 
@@ -126,6 +128,6 @@ def test_a_full_disk_leaves_nothing_that_waits_for_a_judgement(uploads: Uploads,
     with full_disk_for(DIGEST), pytest.raises(DiskFull):
         taken(uploads, upload())
     assert (uploads.num_unjudged, blobs.has(DIGEST)) == (0, False)
-    uploads.forget_refused(RunState())
+    uploads.forget_refused(LedgerState())
     assert taken(uploads, upload()) is None
     assert blobs.has(DIGEST)

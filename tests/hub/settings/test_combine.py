@@ -31,7 +31,7 @@ from tests.hub.settings.files import FULL, SHORT, read
         (
             "optimizer = 'fedavgm'\ntau = 0.1",
             "nf4",
-            r"tau beside optimizer = 'fedavgm' .* delete it, or .*: fedadam, fedyogi$",
+            r"tau = 0.1 beside optimizer = 'fedavgm' .* delete tau, or .*: fedadam, fedyogi$",
         ),
     ],
 )
@@ -82,13 +82,13 @@ def test_alignment_steps_for_a_full_emulator_are_refused(folder: Path) -> None:
         ("adapter_layers = 0", "[method] adapter_layers = 0 in run.toml; it must be at least 1"),
         (
             "bundle_bytes = 9",
-            "[method] bundle_bytes = 9 beside groups = 4 in run.toml: the number of groups says how large the sub-LLM is; "
+            "[method] bundle_bytes = 9 beside groups = 4 in run.toml: the number of groups decides how large the sub-LLM is; "
             'delete bundle_bytes, or write groups = "auto"',
         ),
         (
             'groups = "auto"',
-            '[method] groups = "auto" in run.toml without bundle_bytes; write how many bytes the files of the sub-LLM may '
-            "take on an edge, such as bundle_bytes = 2_000_000_000",
+            '[method] groups = "auto" in run.toml without bundle_bytes: the hub cannot know how large a sub-LLM may be; '
+            "write the bytes that its files may take on an edge, such as bundle_bytes = 2_000_000_000",
         ),
         (
             'groups = "auto"\nbundle_bytes = 9\nclasses = [1]',

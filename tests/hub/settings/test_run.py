@@ -91,7 +91,7 @@ def test_settings_cross_to_the_compute_child_as_json(folder: Path) -> None:
         (SHORT + "[listen]\nport = 70000\n", "[listen] port = 70000 in run.toml; it must be 0 to 65535"),
         (SHORT.replace("public.txt", "gone.txt"), "[public] text: "),
         (SHORT + "[task]\neval_data = 'gone.jsonl'\n", "[task] eval_data: "),
-        ("name = ", "run.toml is not TOML: Invalid value (at end of document); correct it there: text stands in quotes"),
+        ("name = ", "run.toml is not TOML: Invalid value (at end of document); correct that place: text is written in quotes"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named_with_its_value(folder: Path, text: str, sentence: str) -> None:

@@ -17,7 +17,7 @@ from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model import delta
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.ports.disk import BlobStore
-from fedsoda_hub.federation import records as ev
+from fedsoda_hub.federation import records as rec
 from fedsoda_hub.plan import plan_report
 from fedsoda_hub.run.ledger import read_outcome
 from fedsoda_hub.settings.run import RunSettings, settings_for_plan
@@ -87,21 +87,21 @@ def test_each_class_has_lora_of_its_rank(ran: Ran) -> None:
 
 def test_a_round_is_the_svd_of_the_dense_mean_at_each_classs_rank(ran: Ran) -> None:
     blobs = BlobStore(ran.settings.run_dir / "blobs")
-    accepted: list[ev.UpdateAccepted] = []
+    accepted: list[rec.UpdateAccepted] = []
     views: list[dict[str, Tensor]] = []
     closed = 0
     for record in recorded(ran.settings):
         match record:
-            case ev.Prepared():
+            case rec.RunPrepared():
                 views = [
                     load(blobs.get(digest)) for digest in (record.adapter_view, record.smaller[0].adapter_view or "")
                 ]
-            case ev.Repruned():
+            case rec.Repruned():
                 views = [load(blobs.get(digest)) for digest in (record.view, record.smaller[0].view)]
-            case ev.UpdateAccepted():
+            case rec.UpdateAccepted():
                 assert record.size_class == (record.edge == SMALL_EDGE)
                 accepted.append(record)
-            case ev.RoundClosed():
+            case rec.RoundClosed():
                 closed += 1
                 master = load(blobs.get(record.master))
                 trained = [
@@ -137,13 +137,13 @@ def test_every_update_of_both_ranks_counts(ran: Ran) -> None:
     outcome = read_outcome(ran.settings.run_dir)
     assert outcome.evaluation is not None
     assert all(value is not None for value in outcome.evaluation.loss.values())
-    realigned = [record for record in recorded(ran.settings) if isinstance(record, ev.Realigned)]
+    realigned = [record for record in recorded(ran.settings) if isinstance(record, rec.Realigned)]
     assert [len(record.smaller) for record in realigned] == ([1] if ran.settings.method.realign_every else [])
 
 
 def test_the_plan_says_what_each_class_sends(ran: Ran, tiny_llama: Path) -> None:
     report = plan_report(str(tiny_llama), ran.settings)
-    accepted = {one.size_class: one.digest for one in recorded(ran.settings) if isinstance(one, ev.UpdateAccepted)}
+    accepted = {one.size_class: one.digest for one in recorded(ran.settings) if isinstance(one, rec.UpdateAccepted)}
     blobs = BlobStore(ran.settings.run_dir / "blobs")
     foretold = [report.ours.up_bytes_per_edge_round, report.smaller[0].up_bytes_per_edge_round]
     assert foretold == [pytest.approx(len(blobs.get(accepted[number])), rel=0.01) for number in (0, 1)]

@@ -17,9 +17,9 @@ from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.worker.border_cache import CachedStates, CacheSettings
 from fedsoda_hub.evaluation.export import export
 from fedsoda_hub.evaluation.questions import read_questions
-from fedsoda_hub.federation.jobs import Progress
+from fedsoda_hub.federation.jobs import JobProgress
 from fedsoda_hub.federation.records import Realigned, RoundClosed
-from fedsoda_hub.preparation.prepare import Preparation
+from fedsoda_hub.preparation.prepare import RunPreparation
 from fedsoda_hub.report.page import write_report
 from fedsoda_hub.run.ledger import Ledger, read_outcome
 from fedsoda_hub.settings.run import RunSettings, read_settings
@@ -61,7 +61,7 @@ def test_an_edge_needs_more_disk_and_no_more_memory(full_run: RunSettings, prepa
 
 def test_public_kl_is_what_nf4_loses(full_run: RunSettings, tiny_llama: Path) -> None:
     found = public_kl(full_run)
-    ids = torch.stack(Preparation(full_run).llm.text.held_out)
+    ids = torch.stack(RunPreparation(full_run).llm.text.held_out)
     untouched: Any = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     with torch.no_grad():
         teacher = untouched(ids).logits.double().log_softmax(-1)
@@ -81,9 +81,9 @@ def test_nothing_is_measured_aligned_or_cached(
         "fedsoda_hub.algorithms.pruning.sgp.measure", lambda *_, **__: pytest.fail("similarity is measured")
     )
     monkeypatch.setattr("fedsoda_hub.algorithms.alignment.oda.align", lambda *_, **__: pytest.fail("it aligns"))
-    said: list[Progress] = []
+    said: list[JobProgress] = []
     settings = make_run(tmp_path, tiny_llama, **FULL)
-    Preparation(settings).run(said.append)
+    RunPreparation(settings).run(said.append)
     assert {progress.stage for progress in said} == {
         *("quantizing", "running the full LLM on public text", "running the sub-LLM on public text")
     }

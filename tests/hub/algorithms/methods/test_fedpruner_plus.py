@@ -24,7 +24,7 @@ from fedsoda_hub.evaluation.export import export
 from fedsoda_hub.evaluation.judge import RunJudge
 from fedsoda_hub.federation.records import RoundClosed, UpdateAccepted
 from fedsoda_hub.plan import plan_report, predict
-from fedsoda_hub.preparation.prepare import Preparation
+from fedsoda_hub.preparation.prepare import RunPreparation
 from fedsoda_hub.report.page import write_report
 from fedsoda_hub.run.ledger import Ledger, read_outcome
 from fedsoda_hub.settings.run import RunSettings, settings_for_plan
@@ -63,7 +63,7 @@ def test_it_keeps_what_its_functions_choose_of_the_public_text(tmp_path: Path, t
     budget = 5 * (sizes[0][0] + sizes[1][0])
     chosen = set()
     for choice, partition in (("contiguous", contiguous), ("spectral", partial(spectral, seed=0))):
-        made = Preparation(run_of(tmp_path / choice, tiny_llama, layer_choice=choice))
+        made = RunPreparation(run_of(tmp_path / choice, tiny_llama, layer_choice=choice))
         attention, mlp = measure_components(made.llm.source, made.llm.text.used, seed=0)
         kept = select_components(attention, mlp, *sizes, budget, partition)
         made.run()

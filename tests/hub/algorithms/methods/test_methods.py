@@ -38,7 +38,7 @@ from fedsoda_hub.evaluation.export import export
 from fedsoda_hub.evaluation.judge import judged_models
 from fedsoda_hub.federation.records import Realigned, RoundClosed
 from fedsoda_hub.plan import likely_plan, plan_report
-from fedsoda_hub.preparation.prepare import Preparation
+from fedsoda_hub.preparation.prepare import RunPreparation
 from fedsoda_hub.run.ledger import Ledger, read_outcome
 from fedsoda_hub.settings.methods import METHODS, readers_of
 from fedsoda_hub.settings.run import RunSettings, read_settings, settings_for_plan
@@ -124,7 +124,7 @@ def test_layers_of_the_papers_llama() -> None:
         ("fedbiot", {"adapter_layers": 9}, "adapter_layers = 9, the model has 8 layers; write at most 7"),
         ("fedbiot", {"adapter_layers": 7}, 'leaves 1 layers .*; lower it, or write name = "exact"'),
         ("fedbiot", {}, "drop_layers = 12, the emulator has 5 layers .*; write at most 3"),
-        ("fedot", {"drop_layers": 4}, "drop_layers = 4, the emulator has 5 layers .*; write at most 3"),
+        ("fedot", {"drop_layers": 4}, "drop_layers = 4, but the emulator has 5 layers .*; write at most 3"),
         ("fedot", {"bottom_layers": 5}, "bottom_layers = 5 and adapter_layers = 2, the model has 8 layers; .* lower them"),
         ("fedpruner", {"drop_layers": 7}, "drop_layers = 7, the model has 8 layers and .*; write at most 6"),
         ("fedpruner+", {"drop_layers": 7}, "drop_layers = 7, the model has 8 layers and .*; write at most 6"),
@@ -140,7 +140,7 @@ def test_fedpruner_keeps_what_its_functions_choose_of_the_public_text(tmp_path: 
     chosen = set()
     for choice, partition in (("contiguous", contiguous), ("spectral", partial(spectral, seed=0))):
         keys = {"layer_choice": choice, "drop_layers": 1}
-        made = Preparation(run_of(tmp_path / choice, tiny_llama, "fedpruner", keys))
+        made = RunPreparation(run_of(tmp_path / choice, tiny_llama, "fedpruner", keys))
         measured = measure_layers(made.llm.source, made.llm.text.used, seed=0)
         made.run()
         plan = Bundle.open(made.directory.bundle).plan
@@ -466,7 +466,7 @@ def test_a_preparation_stores_what_the_method_asks_for(tmp_path: Path, tiny_llam
         theirs = Checkpoint.open(str(tiny_llama)).layer(number)
         assert all(torch.equal(tensor, theirs[key]) for key, tensor in bundle.stored_layer(number).items())
     assert manifest.lora.aligned == plan.sub_emulator
-    ids = torch.stack(Preparation(settings).llm.text.held_out)
+    ids = torch.stack(RunPreparation(settings).llm.text.held_out)
     full: Any = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     with torch.no_grad():
         teacher = full(ids).logits.double().log_softmax(-1)

@@ -200,7 +200,7 @@ def test_spectral_groups_are_never_empty(similarity: Tensor, count: int) -> None
 @pytest.mark.parametrize("partition", [contiguous, partial(spectral, seed=0)])
 def test_more_groups_than_layers_are_refused(partition: Any) -> None:
     for count in (0, 5):
-        with pytest.raises(ValueError, match=f"{count} groups of 4 layers; between 1 and 4 can be"):
+        with pytest.raises(ValueError, match=f"{count} groups of 4 layers are wanted; there can be 1 to 4"):
             partition(torch.eye(4), count)
 
 
@@ -249,6 +249,7 @@ def test_components_of_no_importance_are_not_paid_for() -> None:
     idle = Measured(torch.full((8, 8), 0.5), (0.5, *[0.0] * 7))
     assert select_components(ALIKE, idle, [1] * 8, [4] * 8, 1000) == Components((0, 1, 2, 3, 4, 5, 6, 7), (0, 7))
     with pytest.raises(
-        UsageProblem, match=r"the first and the last layer, which stay, take 10.0 MB, .* leaves 9.0 MB; lower it"
+        UsageProblem,
+        match=r"the first and the last layer, which are always kept, take 10.0 MB, .* leaves room for 9.0 MB; lower drop_layers",
     ):
         select_components(ALIKE, idle, [10**6] * 8, [4 * 10**6] * 8, 9 * 10**6)

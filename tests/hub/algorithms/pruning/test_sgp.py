@@ -63,7 +63,7 @@ def test_public_text_is_cut_into_blocks_that_begin_with_bos(tiny_llama: Path, tm
     assert [len(block) for block in used + held_out] == [16] * (len(used) + len(held_out))
     assert all(int(block[0]) == 1 for block in used + held_out)
     assert len(used) == 4
-    with pytest.raises(UsageProblem, match=r"sequences = 400 of length = 16 and one block held out need 6015"):
+    with pytest.raises(UsageProblem, match=r"sequences = 400 of length = 16 and one held-out block need 6015"):
         read_blocks(text, tiny_llama / "tokenizer.json", 1, sequences=400, length=16)
 
 
@@ -137,5 +137,5 @@ def test_groups_beside_others_are_the_best_of_those_around_them() -> None:
 
 
 def test_what_does_not_fit_is_refused_with_what_would() -> None:
-    with pytest.raises(UsageProblem, match=r"need 16 layers below the adapter, the model has 13 .*\(3, 3\)"):
+    with pytest.raises(UsageProblem, match=r"need 16 layers below the adapter, but the model has 13 .*\(3, 3\)"):
         choose_groups([[0.0] * 13] * 13, 16, 3, n=3, p=4)

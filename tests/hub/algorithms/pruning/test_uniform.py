@@ -36,7 +36,7 @@ def test_both_ends_stay() -> None:
 
 def test_an_emulator_keeps_two_layers_at_least() -> None:
     assert num_kept(5, 3) == 2
-    with pytest.raises(UsageProblem, match=r"drop_layers = 4, the emulator has 5 layers .*; write at most 3$"):
+    with pytest.raises(UsageProblem, match=r"drop_layers = 4, but the emulator has 5 layers .*; write at most 3$"):
         num_kept(5, 4)
-    with pytest.raises(UsageProblem, match=r'leaves 1 layers .*; lower it, or write name = "exact"$'):
+    with pytest.raises(UsageProblem, match=r'leaves 1 layers .*; lower adapter_layers, or write name = "exact"$'):
         num_kept(1, 0)

@@ -1,4 +1,7 @@
-"""How the run stands now, for whoever may ask: /v1/status, /metrics and the report at a run's end."""
+"""Report the run's status now, for whoever may ask: /v1/status, /metrics and the event of a run's end.
+
+What the ledger alone knows is `run/status.py`'s, the port is `listener.py`'s.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from fedsoda_hub.settings.run import RunSettings
 
 
 class Present(Protocol):
-    """Who is connected, and where each edge's local round is."""
+    """The roster as far as a status needs it: who is connected, and where each edge's local round is."""
 
     @property
     def connected(self) -> set[EdgeId]: ...
@@ -23,8 +26,8 @@ class Present(Protocol):
     def progress(self) -> Mapping[EdgeId, Progress]: ...
 
 
-class Standing:
-    """What the hub knows of the run. url: where it serves, once it does."""
+class Monitoring:
+    """The hub's knowledge of the run. url: where it serves; empty before it does."""
 
     def __init__(
         self,
@@ -44,15 +47,15 @@ class Standing:
         self._admin_secret = admin_secret
 
     def is_admin(self, secret: str) -> bool:
-        """Compare with the secret of the run's owner, in constant time."""
+        """Compare a secret with that of the run's owner, in constant time."""
         return hmac.compare_digest(secret.encode(), self._admin_secret.encode())
 
     def due_seconds(self) -> float:
-        """Return how long the open round has until its deadline."""
+        """Return the seconds from now to the open round's deadline; 0: it has passed."""
         return max(0.0, self._machine.state.deadline_at - self._clock.wall())
 
     def status(self) -> LiveStatus:
-        """Return what is, in words and numbers."""
+        """Report the run's status with what only the hub knows."""
         machine, settings = self._machine, self._settings
         progress, connected = self._present.progress, self._present.connected
         edges = [
@@ -76,7 +79,7 @@ class Standing:
         )
 
     def metrics(self) -> str:
-        """Return Prometheus text."""
+        """Write the metrics as Prometheus text."""
         machine, state = self._machine, self._machine.state
         values = {
             "fedsoda_round": state.round,
