@@ -190,7 +190,7 @@ class Connection:
     def _send_blob(self, request: ms.BlobRequest) -> None:
         data = self._hub.shelf.run_blob(request.digest)
         if data is None or not 0 <= request.offset < len(data):
-            raise ProtocolViolation(f"there is no blob {request.digest[:12]} at {request.offset} in this round")
+            raise ProtocolViolation(f"this round has no blob {request.digest[:12]} with a byte {request.offset}")
         self._trace(">", ms.BlobChunk(digest=request.digest, offset=request.offset, total=len(data)))
         for offset, piece in chunks(data, request.offset):
             self.send(ms.BlobChunk(digest=request.digest, offset=offset, total=len(data)), piece)

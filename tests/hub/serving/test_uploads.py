@@ -54,7 +54,7 @@ def taken(uploads: Uploads, it: Upload, layout: Any = LAYOUT) -> str | None:
 @pytest.mark.parametrize(
     ("it", "layout", "problem"),
     [
-        (upload(codec="int8"), LAYOUT, "the update is coded as int8, the run as bf16"),
+        (upload(codec="int8"), LAYOUT, "the update is coded as int8, but this run codes as bf16"),
         (upload(DATA[:-1]), LAYOUT, ""),
         (upload(), OTHER, "layers.0.self_attn.q_proj.lora_A"),
     ],
