@@ -19,7 +19,7 @@ from fedsoda_hub.compare.results import EdgeRows
 from fedsoda_hub.compare.settings import Comparison
 from fedsoda_hub.compare.splits import choose, deal
 
-DataRow = Mapping[str, Any]
+DealtRow = Mapping[str, Any]
 MAX_LABELS = 20  # labels up to which rows are counted by label
 
 
@@ -72,7 +72,7 @@ class DealtData:
             )
         return [str(row[column]) for row in self._rows]
 
-    def rows(self, part: Sequence[int]) -> list[DataRow]:
+    def rows(self, part: Sequence[int]) -> list[DealtRow]:
         """Look up the rows with these indices."""
         return [self._rows[row] for row in part]
 
@@ -92,7 +92,7 @@ class DealtData:
         return found
 
 
-def write_rows(path: Path, rows: Sequence[DataRow]) -> str:
+def write_rows(path: Path, rows: Sequence[DealtRow]) -> str:
     """Write rows as JSON Lines, and return the file's sha256.
 
     Raises:
