@@ -1,4 +1,4 @@
-"""A run that an older version recorded opens, goes on where it stopped and ends: tests/golden/run, by the commands alone.
+"""A run that an older version recorded opens, continues where it stopped and ends: tests/golden/run, by the commands alone.
 
 What is compared is what no CPU computes: records, blobs that are there, what was counted. The bits of later rounds differ
 between kinds of CPU; scripts/bench_before_after compares them on one.

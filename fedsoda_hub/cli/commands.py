@@ -39,17 +39,22 @@ class CompareTransport(StrEnum):
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.toml", help="the run's settings")]
 OUTPUT = "Output"
-JsonOption = Annotated[
+Json = Annotated[
     bool,
     typer.Option("--json", envvar="FEDSODA_JSON", help="one JSON object on stdout", rich_help_panel=OUTPUT),
 ]
-JsonLinesOption = Annotated[
+JsonLines = Annotated[
     bool,
     typer.Option("--jsonl", envvar="FEDSODA_JSONL", help="one JSON event a line on stdout", rich_help_panel=OUTPUT),
 ]
-DebugOption = Annotated[
+Debug = Annotated[
     bool,
-    typer.Option("--debug", envvar="FEDSODA_DEBUG", help="add the traceback to an error", rich_help_panel=OUTPUT),
+    typer.Option(
+        "--debug",
+        envvar="FEDSODA_DEBUG",
+        help="log what happens on stderr, and add the traceback to an error",
+        rich_help_panel=OUTPUT,
+    ),
 ]
 
 
@@ -63,8 +68,8 @@ def demo(
     ] = Path("fedsoda-demo"),
     rounds: Annotated[int, setting("[rounds] count", envvar="FEDSODA_DEMO_ROUNDS", show_default=True)] = 6,
     seed: Annotated[int, typer.Option(envvar="FEDSODA_DEMO_SEED", help="seed of data and training")] = 0,
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Do the whole job on this machine, offline: hub, three edges, all rounds, export, evaluation."""
     with reporting(as_json, False, debug):
@@ -101,8 +106,8 @@ def plan(
     tflops: Annotated[
         float, typer.Option("--tflops", min=0.001, envvar="FEDSODA_TFLOPS", help="assumed TFLOP/s of an edge")
     ] = Rates.tflop_per_second,
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Predict what a run of this model costs an edge, beside the paper's arithmetic; needs no weights."""
     with reporting(as_json, False, debug):
@@ -140,7 +145,7 @@ def plan(
 
 
 @app.command(epilog="Example: fedsoda-hub prepare triage.toml")
-def prepare(run: RunFile, as_json: JsonOption = False, debug: DebugOption = False) -> None:
+def prepare(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
     """Prune, quantize and align the model into a bundle, as the run's method does; continues where it stopped."""
     with reporting(as_json, False, debug):
         from fedsoda_hub.cli.display import HubDisplay
@@ -184,9 +189,9 @@ def serve(
     exit_when_done: Annotated[
         bool, typer.Option("--exit-when-done", envvar="FEDSODA_EXIT_WHEN_DONE", help="end when the run is over")
     ] = False,
-    as_json: JsonOption = False,
-    jsonl: JsonLinesOption = False,
-    debug: DebugOption = False,
+    as_json: Json = False,
+    jsonl: JsonLines = False,
+    debug: Debug = False,
 ) -> None:
     """Prepare the run if needed, then accept edges and run the rounds; survives restarts."""
     with reporting(as_json, jsonl, debug):
@@ -214,8 +219,8 @@ def token_create(
     out: Annotated[
         Path | None, typer.Option("--out", envvar="FEDSODA_TOKEN_OUT", help="write the token there, mode 0600")
     ] = None,
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Make a token and print it; it is stored nowhere else."""
     with reporting(as_json, False, debug):
@@ -238,7 +243,7 @@ def token_create(
 
 
 @token_app.command("list", epilog="Example: fedsoda-hub token list triage.toml")
-def token_list(run: RunFile, as_json: JsonOption = False, debug: DebugOption = False) -> None:
+def token_list(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
     """List the edges that may join, and whether a device has joined as them."""
     with reporting(as_json, False, debug):
         with contextlib.closing(_ledger(run)) as ledger:
@@ -252,7 +257,7 @@ def token_list(run: RunFile, as_json: JsonOption = False, debug: DebugOption = F
 
 @token_app.command("revoke", epilog="Example: fedsoda-hub token revoke triage.toml clinic-7")
 def token_revoke(
-    run: RunFile, name: Annotated[str, typer.Argument()], as_json: JsonOption = False, debug: DebugOption = False
+    run: RunFile, name: Annotated[str, typer.Argument()], as_json: Json = False, debug: Debug = False
 ) -> None:
     """Revoke an edge's token: it is refused from its next connection on."""
     with reporting(as_json, False, debug):
@@ -298,7 +303,7 @@ def _status(run: Path) -> tuple[bool, LiveStatus]:
 
 
 @app.command(epilog="Example: fedsoda-hub status triage.toml --json")
-def status(run: RunFile, as_json: JsonOption = False, debug: DebugOption = False) -> None:
+def status(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
     """Show rounds, losses, bytes and accuracy, whether the hub runs or not."""
     with reporting(as_json, False, debug):
         import msgspec
@@ -323,7 +328,7 @@ def status(run: RunFile, as_json: JsonOption = False, debug: DebugOption = False
 
 
 @app.command(epilog="Example: fedsoda-hub edges triage.toml")
-def edges(run: RunFile, as_json: JsonOption = False, debug: DebugOption = False) -> None:
+def edges(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
     """List the edges that may join, and which are connected."""
     with reporting(as_json, False, debug):
         import msgspec
@@ -345,8 +350,8 @@ def export(
         bool,
         typer.Option("--merge", envvar="FEDSODA_MERGE", help="write a merged Transformers checkpoint instead"),
     ] = False,
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Write the PEFT adapter for the full model."""
     with reporting(as_json, False, debug):
@@ -381,8 +386,8 @@ def evaluate(
         int,
         typer.Option("--samples", min=0, envvar="FEDSODA_SAMPLES", help="number of questions to show with the answers"),
     ] = 0,
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Measure accuracy and loss: full model untouched, sub-LLM, plug-in."""
     with reporting(as_json, False, debug):
@@ -426,8 +431,8 @@ def report(
             "--to", envvar="FEDSODA_REPORT_TO", help="a directory; not given: `report` in the run's directory"
         ),
     ] = None,
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Write one HTML file and PNGs of loss, accuracy, layers, alignment, bytes and contributions; at any time."""
     with reporting(as_json, False, debug):
@@ -469,9 +474,9 @@ def compare(
             help="memory: hub and edges in one process; network: each in a process of its own",
         ),
     ] = CompareTransport.memory,
-    as_json: JsonOption = False,
-    jsonl: JsonLinesOption = False,
-    debug: DebugOption = False,
+    as_json: Json = False,
+    jsonl: JsonLines = False,
+    debug: Debug = False,
 ) -> None:
     """Compare methods x seeds x splits on one task, with the daemon's own rounds and codecs; continues where it stopped."""
     with reporting(as_json, jsonl, debug):

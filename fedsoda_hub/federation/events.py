@@ -122,14 +122,14 @@ RoundEvent = (
 
 @dataclass(frozen=True)
 class Append:
-    """Write the record durably, then `apply` it. Effects after it are performed only if that worked."""
+    """The effect to write the record durably, then `apply` it. Effects after it are performed only if that worked."""
 
     record: AnyRecord
 
 
 @dataclass(frozen=True)
 class Send:
-    """Send this message to the edge, if it is connected."""
+    """The effect to send this message to the edge, if it is connected."""
 
     edge: EdgeId
     message: HubMessage
@@ -137,7 +137,7 @@ class Send:
 
 @dataclass(frozen=True)
 class SendOffer:
-    """Send the edge the open round's offer; sizes of blobs and seconds left are filled in outside.
+    """The effect to send the edge the open round's offer; sizes of blobs and seconds left are filled in outside.
 
     trains: the factor that this round's updates hold. moved: the factor that the step to the round's view holds, by the
     name that it has on the wire.
@@ -151,7 +151,7 @@ class SendOffer:
 
 @dataclass(frozen=True)
 class SetDeadline:
-    """Report DeadlineReached at this time, and cancel the timer before."""
+    """The effect to report DeadlineReached at this time, and to cancel the timer before."""
 
     round: int
     at: float
@@ -159,28 +159,28 @@ class SetDeadline:
 
 @dataclass(frozen=True)
 class StartJob:
-    """Start torch work; its result comes back as JobDone. The same job gives the same blobs."""
+    """The effect to start torch work; its result comes back as JobDone. The same job gives the same blobs."""
 
     job: Job
 
 
 @dataclass(frozen=True)
 class Wait:
-    """Tell people why nothing can be done now."""
+    """The effect to tell people why nothing can be done now."""
 
     why: str
 
 
 @dataclass(frozen=True)
 class Ignore:
-    """Do nothing: the event changes nothing, and why."""
+    """The answer to an event that changes nothing, and why."""
 
     because: str
 
 
 @dataclass(frozen=True)
 class Finish:
-    """End the run: it is over, and every connected edge has got its Farewell."""
+    """The effect to end the run: it is over, and every connected edge has got its Farewell."""
 
 
 Effect = Append | Send | SendOffer | SetDeadline | StartJob | Wait | Ignore | Finish

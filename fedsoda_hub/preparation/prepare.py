@@ -33,7 +33,7 @@ from fedsoda_hub.federation.jobs import DiskNeeded, PreparedSubLLM, PrepareResul
 from fedsoda_hub.preparation.align import Aligner, check_closed_form
 from fedsoda_hub.preparation.full_llm import StreamedLLM
 from fedsoda_hub.preparation.measured import MeasuredLLM
-from fedsoda_hub.preparation.running import ReportProgress, to_nobody
+from fedsoda_hub.preparation.running import TakeProgress, to_nobody
 from fedsoda_hub.preparation.teacher import TeacherCache
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.settings.run import RunSettings
@@ -83,7 +83,7 @@ class RunPreparation:
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def run(self, report: ReportProgress = to_nobody) -> PrepareResult:
+    def run(self, report: TakeProgress = to_nobody) -> PrepareResult:
         """Do the stages that are not done yet; return the digests that a run starts from, and public KL.
 
         Raises:

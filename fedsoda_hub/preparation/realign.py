@@ -31,7 +31,7 @@ from fedsoda_hub.federation.jobs import (
 from fedsoda_hub.preparation.align import Aligner
 from fedsoda_hub.preparation.full_llm import StreamedLLM
 from fedsoda_hub.preparation.measured import MeasuredLLM
-from fedsoda_hub.preparation.running import ReportProgress, to_nobody
+from fedsoda_hub.preparation.running import TakeProgress, to_nobody
 from fedsoda_hub.preparation.teacher import TeacherCache
 
 
@@ -53,7 +53,7 @@ class PreparedRun:
         classes = range(1 + len(self._llm.settings.method.classes))
         return [Bundle.open(self._llm.directory.bundle, size_class) for size_class in classes]
 
-    def probe(self, job: Probe, report: ReportProgress = to_nobody) -> ProbeResult:
+    def probe(self, job: Probe, report: TakeProgress = to_nobody) -> ProbeResult:
         """Measure how far the largest sub-LLM is from the full LLM with the job's adapter LoRA, on held-out blocks."""
         self._llm.running.report = report
         bundle, spec = self._bundles[0], self._bundles[0].manifest.lora
@@ -66,7 +66,7 @@ class PreparedRun:
         held_out = states[len(self._llm.text.used) :]
         return self._teacher.drift_of(student, bundle.plan.adapter, held_out, output)
 
-    def realign(self, job: Realign, report: ReportProgress = to_nobody) -> RealignResult:
+    def realign(self, job: Realign, report: TakeProgress = to_nobody) -> RealignResult:
         """Align every sub-LLM, one after the other, with the current adapter LoRA in teacher and student."""
         self._llm.running.report = report
         blobs = self._llm.directory.blobs
@@ -104,7 +104,7 @@ class PreparedRun:
         """Make the teacher's targets that are missing: a person may have deleted them."""
         self._teacher.make(self._teacher.held_against([bundle.plan for bundle in self._bundles]))
 
-    def reprune(self, job: Reprune, report: ReportProgress = to_nobody) -> RepruneResult:
+    def reprune(self, job: Reprune, report: TakeProgress = to_nobody) -> RepruneResult:
         """Draw other layers for each size class, with manifests and first views, which are cut from the master.
 
         Layers are drawn by what was measured when the run was prepared: similarity and importance are properties of the

@@ -14,7 +14,7 @@ from fedsoda_edge.errors import UsageProblem
 from fedsoda_hub.federation.jobs import JobProgress, Stage
 from fedsoda_hub.settings.run import RunSettings
 
-ReportProgress = Callable[[JobProgress], None]
+TakeProgress = Callable[[JobProgress], None]
 
 
 def to_nobody(_: JobProgress) -> None:
@@ -54,7 +54,7 @@ class RunningLayers:
 
     def __init__(self, settings: RunSettings) -> None:
         self.device, self.compute_dtype = pick_device(settings.device, settings.dtype)
-        self.report: ReportProgress = to_nobody
+        self.report: TakeProgress = to_nobody
 
     def how(self, stage: str) -> How:
         """Return the arguments for running layers; progress is reported as `stage`."""

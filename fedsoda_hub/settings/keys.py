@@ -52,7 +52,7 @@ class Key:
 
     @property
     def description(self) -> str:
-        """What the key means."""
+        """The meaning of the key."""
         annotations = [*_members(self.type), self.type] if len(_members(self.type)) > 1 else [self.type]
         return "; ".join(said for each in annotations if (said := _parts(each)[1].description))
 

@@ -15,6 +15,6 @@ class RunOpened(msgspec.Struct, frozen=True):
 
 
 class OpenRun(Call[RunOpened, NoProgress], frozen=True, tag="open_run"):
-    """Take these settings from now on, and check that the evaluation data can be judged."""
+    """The call to take these settings from now on, and to check that the evaluation data can be judged."""
 
     settings: RunSettings

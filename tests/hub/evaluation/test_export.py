@@ -128,7 +128,7 @@ def test_exporting_again_replaces_an_export_but_nothing_else(finished: RunSettin
     other = finished.directory / "photos"
     other.mkdir()
     (other / "cat.jpg").write_bytes(b"cat")
-    with pytest.raises(UsageProblem, match="not empty and not an export of ours"):
+    with pytest.raises(UsageProblem, match="not empty and is not an export"):
         export(finished, other)
     assert [path.name for path in other.iterdir()] == ["cat.jpg"]
 
@@ -138,7 +138,7 @@ def test_an_export_that_left_its_run_is_judged_with_the_full_model_alone(
 ) -> None:
     data = finished.directory / "eval.jsonl"
     moved = Path(shutil.copytree(exported, tmp_path / "elsewhere" / "adapter"))
-    with pytest.raises(UsageProblem, match=r"'tiny'.*name it with --model"):
+    with pytest.raises(UsageProblem, match=r"'tiny'.*name the model with --model"):
         evaluate_path(moved, data)
     there, here = evaluate_path(exported, data), evaluate_path(moved, data, model=str(tiny_llama))
     for alone, beside in zip(
@@ -157,6 +157,6 @@ def test_before_the_first_round_there_is_nothing_to_export(tmp_path: Path, tiny_
         evaluate_path(Path(settings.path), tmp_path / "eval.jsonl")
     with pytest.raises(UsageProblem, match=r"has no fedsoda\.json, so it is not an export; name a RUN"):
         evaluate_path(tmp_path, tmp_path / "eval.jsonl")
-    with pytest.raises(UsageProblem, match="gone is not there; name a RUN"):
+    with pytest.raises(UsageProblem, match="gone does not exist; name a RUN"):
         evaluate_path(tmp_path / "gone", tmp_path / "eval.jsonl")
     assert not (tmp_path / "out").exists()

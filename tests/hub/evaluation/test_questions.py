@@ -88,5 +88,5 @@ def test_shots_are_other_rows_with_their_answers_drawn_by_seed_and_row(tmp_path:
         )
     assert read_questions(file, *templates, shots=4, seed=1) == asked
     assert read_questions(file, *templates, shots=4, seed=2) != asked
-    with pytest.raises(DataProblem, match=r"shots = 9, and .* has 9 rows; 10 are needed"):
+    with pytest.raises(DataProblem, match=r"shots = 9 needs 10 rows, but .* has 9"):
         read_questions(file, *templates, shots=9)

@@ -554,7 +554,7 @@ def test_without_space_a_finished_merge_is_not_lost_and_not_done_again(collectin
     assert len(collecting.state.losses) == 1
 
 
-def test_without_space_a_deadline_is_set_anew(collecting: Run) -> None:
+def test_without_space_a_deadline_is_set_again(collecting: Run) -> None:
     collecting.disk_full = True
     collecting.now += 200
     collecting.reach_deadline()

@@ -234,7 +234,7 @@ def test_a_map_that_cannot_be_is_refused_before_any_work(
         make_run(tmp_path, tiny_llama, **tables)
 
 
-@pytest.mark.parametrize(("rows", "message"), [(3, "gives 3 prompts; a border map needs 50"), (0, "like_task")])
+@pytest.mark.parametrize(("rows", "message"), [(3, "gives 3 prompts, but a border map needs 50"), (0, "like_task")])
 def test_too_few_prompts_are_refused(tmp_path: Path, tiny_llama: Path, rows: int, message: str) -> None:
     (tmp_path / "few.jsonl").write_text('{"word": "cat"}\n' * rows)
     settings = make_run(tmp_path, tiny_llama, public={"like_task": "few.jsonl"}, align={"border_map": "ridge"})

@@ -132,7 +132,7 @@ def test_too_small_a_disk_for_the_teacher_targets_is_said_before_the_work(
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage())
     settings = make_run(tmp_path, tiny_llama)
-    with pytest.raises(DiskFull, match=r"cached teacher targets need .* GB, .* has 0\.0 GB free"):
+    with pytest.raises(DiskFull, match=r"the cached teacher targets need .* GB, but .* has 0\.0 GB free"):
         prepare(settings)
     assert not (settings.run_dir / "bundle").exists()
 
@@ -154,7 +154,7 @@ def test_a_resumed_prepare_needs_no_disk_for_what_is_there(tmp_path: Path, tiny_
     ("change", "sentence"),
     [
         ({"method": {"groups": 4}}, "layers_per_group"),
-        ({"method": {"adapter_layers": 8}}, "adapter_layers = 8, the model has 8 layers"),
+        ({"method": {"adapter_layers": 8}}, "adapter_layers = 8, but the model has 8 layers"),
         ({"public": {"length": 300}}, "ids"),
         ({"local": {"max_length": 300}}, r"\[local\] max_length = 300, but tiny has 256 positions"),
     ],

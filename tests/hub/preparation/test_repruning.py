@@ -448,7 +448,9 @@ def test_classes_count_dropped_layers_and_ascend_from_the_largest() -> None:
     for classes in ([2], [4, 3], [3, 4, 5, 6]):
         with pytest.raises(UsageProblem, match=r"ascending, each above \[method\] drop_layers = 2"):
             settings_for_plan("m", method={"name": "fedpruner", "drop_layers": 2, "classes": classes})
-    with pytest.raises(UsageProblem, match=r"\[method\] classes = \[7\], the model has 8 layers .*; write at most 6"):
+    with pytest.raises(
+        UsageProblem, match=r"\[method\] classes = \[7\], but the model has 8 layers .*; write at most 6"
+    ):
         likely_plans(8, settings_for_plan("m", method={"name": "fedpruner", "drop_layers": 2, "classes": [7]}).method)
 
 
@@ -465,7 +467,7 @@ def test_a_choice_that_is_the_same_every_time_is_not_drawn_again() -> None:
         settings_for_plan("m", method={"reprune_every": 3})
 
 
-def test_random_layers_are_drawn_anew_for_each_class_and_round(tmp_path: Path, tiny_llama: Path) -> None:
+def test_random_layers_are_drawn_again_for_each_class_and_round(tmp_path: Path, tiny_llama: Path) -> None:
     method = settings_for_plan(
         "m", method={"name": "fedpruner", "layer_choice": "random", "drop_layers": 8, "classes": [12]}
     ).method

@@ -116,11 +116,11 @@ def test_prompts_are_few_enough_and_whole(tiny_llama: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("template", "max_length", "changes", "message"),
     [
-        ("{word}", 64, {}, r"does not tell the full LLM what .* are like.*give a file as \[public\] like_task"),
-        ("Go on:", 64, {}, "does not tell the full LLM"),
+        ("{word}", 64, {}, r"does not show the full LLM what .* are like.*name a file as \[public\] like_task"),
+        ("Go on:", 64, {}, "does not show the full LLM"),
         ("Say {word}:", 2, {}, r'has written 0 different prompts of at most 2 ids; .* \[align\] border_map = "none"'),
         ("Say {word}:", 64, {"eos_token_id": list(range(320))}, "has written 0 different prompts"),
-        ("z" * 300 + "{word}", 64, {}, r"has 3\d\d ids before its last column, the model has 256 positions"),
+        ("z" * 300 + "{word}", 64, {}, r"has 3\d\d ids before its last column, but the model has 256 positions"),
     ],
 )
 def test_prompts_that_cannot_be_are_refused(

@@ -152,7 +152,7 @@ def test_the_plan_says_what_each_class_sends(ran: Ran, tiny_llama: Path) -> None
 @pytest.mark.parametrize(
     ("tables", "sentence"),
     [
-        ({"lora": {"ranks": [8, 4]}}, r'rule = "fedavg" .* have no mean; write rule = "flexlora" and \[wire\] codec = "bf16"'),
+        ({"lora": {"ranks": [8, 4]}}, r'rule = "fedavg" .* cannot be averaged; write rule = "flexlora" and \[wire\] codec = "bf16"'),
         ({"lora": {"ranks": [8]}, "aggregation": {"rule": "flexlora"}}, r"it must be 2 numbers, one for each size class"),
         ({"lora": {"ranks": [4, 4]}, "aggregation": {"rule": "flexlora"}}, r"the first \[lora\] rank = 8 and none above"),
         ({"lora": {"ranks": [8, 16]}, "aggregation": {"rule": "flexlora"}}, r"ranks = \[8, 16\] .* none above it"),

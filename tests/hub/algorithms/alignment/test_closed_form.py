@@ -131,7 +131,7 @@ def test_each_group_is_solved_on_states_that_those_below_have_corrected(
         assert slope.norm() < 1e-3 * size
 
 
-def test_factors_that_are_trained_already_are_solved_for_anew(bundle: Bundle, retained: dict[int, Tensor]) -> None:
+def test_factors_that_are_trained_already_are_solved_for_again(bundle: Bundle, retained: dict[int, Tensor]) -> None:
     fresh = bundle.emulator_lora()
     old = random_lora(bundle.manifest.lora, 3)
     started = {name: old[name] if "down_proj" in name else tensor for name, tensor in fresh.items()}
@@ -185,7 +185,7 @@ def test_a_run_that_could_not_be_solved_for_is_refused_before_any_work(tmp_path:
         prepare(make_run(tmp_path / "llama", tiny_llama, align=asked, lora={"targets": ["q_proj"]}))
     gemma = make_tiny(tmp_path / "gemma", "gemma3_text")
     settings = make_run(tmp_path / "run", gemma, align=asked)
-    with pytest.raises(UsageProblem, match=r"needs that: write \[align\] closed_form = false"):
+    with pytest.raises(UsageProblem, match=r"ends in one down_proj, .*; write \[align\] closed_form = false"):
         prepare(settings)
     assert not (settings.run_dir / "prepare").exists()
     with pytest.raises(UsageProblem, match=r'closed_form = True beside \[method\] name = "fedot"'):

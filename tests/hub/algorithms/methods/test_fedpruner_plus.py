@@ -121,7 +121,9 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         settings_for_plan("m", method={"name": "fedpruner+", "layer_choice": "top"})
     model = make_tiny(tmp_path / "m", "qwen3_moe")  # its layers 1 and 6 are small: the ends are more than a fourth
     settings = run_of(tmp_path / "run", model, drop_layers=6)
-    with pytest.raises(UsageProblem, match=r"the first and the last layer, which stay, take .* \[method\] drop_layers"):
+    with pytest.raises(
+        UsageProblem, match=r"the first and the last layer, which are always kept, take .* \[method\] drop_layers"
+    ):
         prepare(replace(settings, lora=replace(settings.lora, targets=["q_proj"])))
 
 

@@ -120,14 +120,14 @@ def test_layers_of_the_papers_llama() -> None:
 @pytest.mark.parametrize(
     ("name", "keys", "sentence"),
     [
-        ("exact", {"adapter_layers": 8}, "adapter_layers = 8, the model has 8 layers; write at most 7"),
-        ("fedbiot", {"adapter_layers": 9}, "adapter_layers = 9, the model has 8 layers; write at most 7"),
-        ("fedbiot", {"adapter_layers": 7}, 'leaves 1 layers .*; lower it, or write name = "exact"'),
-        ("fedbiot", {}, "drop_layers = 12, the emulator has 5 layers .*; write at most 3"),
+        ("exact", {"adapter_layers": 8}, "adapter_layers = 8, but the model has 8 layers .*; write at most 7"),
+        ("fedbiot", {"adapter_layers": 9}, "adapter_layers = 9, but the model has 8 layers .*; write at most 7"),
+        ("fedbiot", {"adapter_layers": 7}, 'leaves 1 layers .*; lower adapter_layers, or write name = "exact"'),
+        ("fedbiot", {}, "drop_layers = 12, but the emulator has 5 layers .*; write at most 3"),
         ("fedot", {"drop_layers": 4}, "drop_layers = 4, but the emulator has 5 layers .*; write at most 3"),
-        ("fedot", {"bottom_layers": 5}, "bottom_layers = 5 and adapter_layers = 2, the model has 8 layers; .* lower them"),
-        ("fedpruner", {"drop_layers": 7}, "drop_layers = 7, the model has 8 layers and .*; write at most 6"),
-        ("fedpruner+", {"drop_layers": 7}, "drop_layers = 7, the model has 8 layers and .*; write at most 6"),
+        ("fedot", {"bottom_layers": 5}, "bottom_layers = 5 and adapter_layers = 2, but the model has 8 layers; .* lower the larger"),
+        ("fedpruner", {"drop_layers": 7}, "drop_layers = 7, but the model has 8 layers and .*; write at most 6"),
+        ("fedpruner+", {"drop_layers": 7}, "drop_layers = 7, but the model has 8 layers and .*; write at most 6"),
         ("fedot", {"bottom_layers": 0}, "bottom_layers = 0 and .* at both ends .* write bottom_layers = 1"),
     ],
 )  # fmt: skip
@@ -211,7 +211,7 @@ def test_what_a_method_cannot_use_is_refused_with_the_methods_that_can(
     with pytest.raises(UsageProblem) as caught:
         settings_for_plan("m", **(table | {"method": {"name": name, **table.get("method", {})}}))
     assert str(caught.value) == (
-        f'[{section}] {key} = {value!r} beside [method] name = "{name}" in the options: {name} has no use for it; '
+        f'[{section}] {key} = {value!r} beside [method] name = "{name}" in the options: {name} does not read it; '
         f"delete [{section}] {key}, or write {way}"
     )
 
