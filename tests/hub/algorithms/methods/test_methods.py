@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fedsoda_edge.data.local_data import LocalData
+from fedsoda_edge.data.samples import SampleTokenizer, read_samples
 from fedsoda_edge.errors import BlobCorrupt, UsageProblem
 from fedsoda_edge.model import delta, lora
 from fedsoda_edge.model.bundle import Bundle, read_manifest
@@ -28,6 +30,7 @@ from fedsoda_edge.protocol import commands as cmd
 from fedsoda_edge.protocol.manifest import LoRASpec, encode_manifest
 from fedsoda_edge.protocol.messages import Digest
 from fedsoda_edge.protocol.needs import SampleSizes, plans, shape_of
+from fedsoda_edge.protocol.template import TextTemplate
 from fedsoda_edge.worker.batches import SweptSamples
 from fedsoda_edge.worker.border_cache import CachedStates, CacheSettings
 from fedsoda_edge.worker.training import completion_loss, fine_tune
@@ -387,7 +390,11 @@ def test_a_worker_trains_through_the_emulator_lora_of_the_last_alignment(tmp_pat
         ),
         lambda _: None,
     )
-    samples, view = worker._samples.samples, bundle.adapter_lora()
+    tokenizer = SampleTokenizer(tmp_path / "bundle" / "tokenizer.json", bundle.manifest.config.get("eos_token_id"))
+    read = read_samples(
+        LocalData(tmp_path / "rows.jsonl"), TextTemplate("{prompt}"), TextTemplate("{completion}"), tokenizer, 64
+    )
+    samples, view = read.samples, bundle.adapter_lora()
     settings = msgspec.structs.replace(SETTINGS, max_steps=3)
 
     def by_worker(emulator: Path | None) -> dict[str, Tensor]:
