@@ -38,7 +38,7 @@ class Uploads:
         start = upload.start
         try:
             if start.codec != self._codec:
-                raise ProtocolViolation(f"the update is coded as {start.codec}, the run as {self._codec}")
+                raise ProtocolViolation(f"the update is coded as {start.codec:.40}, the run as {self._codec}")
             await asyncio.to_thread(check, upload.data, layout, self._codec)
         except ProtocolViolation as error:
             return str(error)
