@@ -39,7 +39,8 @@ def decode(frame: bytes) -> tuple[AnyMessage, bytes]:
     try:
         message = _DECODER.decode(frame[4 : 4 + size])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ProtocolViolation(f"a frame holds no message of this protocol: {error}") from error
+        # The sentence goes back as a message, and messages are small: what is wrong may be as long as a header.
+        raise ProtocolViolation(f"a frame holds no message of this protocol: {error!s:.200}") from error
     payload = frame[4 + size :]
     if len(payload) > MAX_CHUNK_BYTES:
         raise ProtocolViolation(f"a chunk has {len(payload)} bytes, at most {MAX_CHUNK_BYTES} are allowed")

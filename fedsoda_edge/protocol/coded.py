@@ -67,7 +67,7 @@ def check(data: bytes | memoryview, layout: Sequence[TensorSpec], codec: str) ->
     """Check that `data` is exactly a coded update of this layout with finite values.
 
     Raises:
-        ProtocolViolation: it is not; says what differs, with both values.
+        ProtocolViolation: it is not; says shortly what differs, with both values.
     """
     view = memoryview(data)
     if codec not in CODECS:
@@ -80,13 +80,15 @@ def check(data: bytes | memoryview, layout: Sequence[TensorSpec], codec: str) ->
         metadata = header.pop("__metadata__")
         entries = {name: (entry["dtype"], entry["shape"], entry["data_offsets"]) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ProtocolViolation(f"the update's header is not one that safetensors writes: {error}") from error
+        raise ProtocolViolation(f"the update's header is not one that safetensors writes: {error!s:.200}") from error
     if metadata != {"codec": codec}:
-        raise ProtocolViolation(f"the update says {metadata}, the run's codec is {codec!r}")
+        raise ProtocolViolation(f"the update says {metadata!r:.80}, the run's codec is {codec!r}")
     wanted = {spec.name for spec in layout}
     if set(entries) != wanted:
         odd = sorted(set(entries) ^ wanted)
-        raise ProtocolViolation(f"the update has {len(entries)} tensors, the run {len(wanted)}; first other: {odd[0]}")
+        raise ProtocolViolation(
+            f"the update has {len(entries)} tensors, the run {len(wanted)}; first other: {odd[0]!r:.200}"
+        )
     end = 0
     body = view[8 + length :]
     total = sum(coded_bytes(spec.shape, codec) for spec in layout)
@@ -96,7 +98,7 @@ def check(data: bytes | memoryview, layout: Sequence[TensorSpec], codec: str) ->
         size = coded_bytes(spec.shape, codec)
         if entries[spec.name] != ("U8", [size], [end, end + size]):
             raise ProtocolViolation(
-                f"{spec.name} is {entries[spec.name]} in the update, the run needs {size} bytes at {end}"
+                f"{spec.name} is {entries[spec.name]!r:.200} in the update, the run needs {size} bytes at {end}"
             )
         numbers = 2 * math.ceil(spec.shape[0] * spec.shape[1] / BLOCK) if codec != "bf16" else size
         _check_finite(spec.name, body[end + size - numbers : end + size])

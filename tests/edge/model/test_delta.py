@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 
 from fedsoda_edge.errors import ProtocolViolation
 from fedsoda_edge.model import delta
-from fedsoda_edge.protocol.coded import CODECS, check, of_factor
+from fedsoda_edge.protocol.coded import CODECS, check, coded_bytes, of_factor
 from fedsoda_edge.protocol.manifest import TensorSpec
 from fedsoda_hub.algorithms.aggregation.weighted_mean import CodedUpdate, weighted_mean
 
@@ -92,6 +94,27 @@ def test_a_step_of_one_factor_leaves_the_bits_of_the_other_and_is_no_step_of_bot
     for layout in (LAYOUT, of_factor(LAYOUT, "A")):
         with pytest.raises(ProtocolViolation, match="first other"):
             check(coded, layout, codec)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"__metadata__": {"codec": "x" * 100_000}},
+        {"__metadata__": {"codec": "int8"}, "x" * 100_000: {"dtype": "U8", "shape": [], "data_offsets": []}},
+        {
+            "__metadata__": {"codec": "int8"},
+            **{spec.name: {"dtype": "U8", "shape": [1] * 100_000, "data_offsets": []} for spec in LAYOUT},
+        },
+    ],
+    ids=["codec", "name", "shape"],
+)
+def test_what_is_wrong_with_an_update_is_said_shortly_however_long_it_is(header: dict[str, Any]) -> None:
+    """The sentence goes to the edge as a message, and messages are small."""
+    text = json.dumps(header).encode()
+    body = bytes(sum(coded_bytes(spec.shape, "int8") for spec in LAYOUT))
+    with pytest.raises(ProtocolViolation) as refused:
+        check(len(text).to_bytes(8, "little") + text + body, LAYOUT, "int8")
+    assert len(str(refused.value)) < 500
 
 
 def test_whole_weights_in_nf4_lose_a_step_that_deltas_in_nf4_deliver() -> None:

@@ -21,7 +21,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from fedsoda_edge.errors import RefusedByHub, UsageProblem
 from fedsoda_edge.network.hub_transport import HubTransport
 from fedsoda_edge.protocol import messages as ms
-from fedsoda_edge.protocol.codec import MAX_CHUNK_BYTES, MAX_FRAME_BYTES, decode, encode
+from fedsoda_edge.protocol.codec import MAX_CHUNK_BYTES, MAX_FRAME_BYTES, MAX_HEADER_BYTES, decode, encode
 from fedsoda_edge.protocol.session import Blob, EdgeSession, Upload, chunks
 from fedsoda_hub.federation.state import LedgerState
 from fedsoda_hub.run.directory import RunDirectory
@@ -334,18 +334,24 @@ def test_who_comes_through_a_proxy_on_this_machine_is_not_on_loopback(hub: Memor
 # --- the conversation --------------------------------------------------------------------------------------------------
 
 
+def headed(header: bytes) -> bytes:
+    """A frame with this header, whatever it holds."""
+    return len(header).to_bytes(4, "big") + header
+
+
 @pytest.mark.parametrize(
     ("frame", "why"),
     [
         (b"", "a frame of 0 bytes announces a header of 0; it is damaged"),
         (b"GET / HTTP/1.1", "it is damaged"),
         (b"\x00\x00\x00\x02{}", "a frame holds no message of this protocol"),
+        (headed(b'{"type":"' + b"x" * (MAX_HEADER_BYTES - 11) + b'"}'), "a frame holds no message of this protocol"),
         ("text", "the edge sent text, but frames are binary"),
         (encode(ms.Ready(num_examples=3)), "the edge sent Ready in state new"),
         (encode(ms.BlobRequest(digest=VIEW_DIGEST)), "the edge sent BlobRequest in state new"),
         (encode(ms.Farewell(rounds=1, reason="")), "the edge sent Farewell, which only hubs say"),
     ],
-    ids=["empty", "garbage", "no message", "text", "Ready", "BlobRequest", "a hub's message"],
+    ids=["empty", "garbage", "no message", "a long message", "text", "Ready", "BlobRequest", "a hub's message"],
 )
 def test_what_may_not_be_said_before_hello_is_refused_and_ends_the_connection(
     hub: MemoryHub, frame: bytes | str, why: str, caplog: pytest.LogCaptureFixture
