@@ -218,7 +218,7 @@ class Participation:
 def take_part(
     edge: Edge,
     data: LocalData,
-    say: ev.Say,
+    say: ev.EventSink,
     *,
     unattended: bool = False,
     max_rounds: int = 0,

@@ -13,18 +13,15 @@ import msgspec
 from msgspec import Meta
 
 from fedsoda_edge.protocol.needs import MemoryPlan
+from fedsoda_edge.protocol.ranges import Count, Positive, Seconds, Words
 
 T = TypeVar("T")
 
-Count = Annotated[int, Meta(ge=0)]
-Positive = Annotated[int, Meta(ge=1)]
-Seconds = Annotated[float, Meta(ge=0)]
-Words = Annotated[str, Meta(min_length=1)]
-Device = Annotated[str, Meta(pattern=r"^(cpu|cuda(:[0-9]+)?)$")]
+DeviceName = Annotated[str, Meta(pattern=r"^(cpu|cuda(:[0-9]+)?)$")]
 Source = Annotated[str, Meta(pattern=r"^(option|argument|default|config\.toml|FEDSODA_[A-Z_]+)$")]
 
 
-class Event(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="event"):
+class JoinEvent(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="event"):
     """The root of all events."""
 
 
@@ -38,7 +35,7 @@ class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bytes: Count
 
 
-class Setting(msgspec.Struct, Generic[T], frozen=True, kw_only=True, forbid_unknown_fields=True):
+class GivenSetting(msgspec.Struct, Generic[T], frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The value of an option, and whether a person, the environment or a file gave it."""
 
     value: T
@@ -48,27 +45,27 @@ class Setting(msgspec.Struct, Generic[T], frozen=True, kw_only=True, forbid_unkn
 class JoinSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The options of `fedsoda-edge join` as they are in force, by their names on the command line."""
 
-    url: Setting[str]
-    data: Setting[str]
-    token_file: Setting[str | None]
-    device: Setting[str]
-    column: Setting[str | None]
-    max_rounds: Setting[Count]
-    threads: Setting[Count]
-    max_disk: Setting[str | None]
-    cache: Setting[Literal["bf16", "int8"]]
-    cache_key: Setting[Literal["keep", "forget"]]
-    pause_on: Setting[str | None]
-    max_ram: Setting[str | None]
-    max_vram: Setting[str | None]
-    unattended: Setting[bool]
+    url: GivenSetting[str]
+    data: GivenSetting[str]
+    token_file: GivenSetting[str | None]
+    device: GivenSetting[str]
+    column: GivenSetting[str | None]
+    max_rounds: GivenSetting[Count]
+    threads: GivenSetting[Count]
+    max_disk: GivenSetting[str | None]
+    cache: GivenSetting[Literal["bf16", "int8"]]
+    cache_key: GivenSetting[Literal["keep", "forget"]]
+    pause_on: GivenSetting[str | None]
+    max_ram: GivenSetting[str | None]
+    max_vram: GivenSetting[str | None]
+    unattended: GivenSetting[bool]
 
 
 class MemoryReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A way to train as a sentence, as a `MemoryPlan`'s fields and as a table."""
 
     message: Words
-    device: Device
+    device: DeviceName
     packed: bool
     recompute: bool
     frugal: bool
@@ -85,7 +82,7 @@ class MemoryReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     parts: Annotated[list[Part], Meta(min_length=1)]
 
 
-class RoundResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class RoundOutcome(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A round whose update the hub answered. loss: mean over completion ids, nats; None: it was not finite."""
 
     round: Positive
@@ -93,21 +90,21 @@ class RoundResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     accepted: bool
 
 
-class Traffic(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ConversationBytes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Bytes of the conversation with the hub; files of the bundle are not in it."""
 
     up: Count
     down: Count
 
 
-class Report(msgspec.Struct, frozen=True, kw_only=True):
+class JoinReport(msgspec.Struct, frozen=True, kw_only=True):
     """What a join did so far. run, edge: None before the hub's first answer."""
 
     run: str | None
     edge: str | None
-    rounds: list[RoundResult]
+    rounds: list[RoundOutcome]
     num_examples: Count
-    bytes: Traffic
+    bytes: ConversationBytes
     agent_peak_rss_bytes: Positive
     worker_peak_rss_bytes: Count
 
@@ -115,13 +112,13 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 # --- getting ready ---------------------------------------------------------------------------------------------------
 
 
-class Settings(Event, frozen=True, tag="settings"):
+class SettingsGiven(JoinEvent, frozen=True, tag="settings"):
     """The command line as it was understood. Said by the command, before the join."""
 
     values: JoinSettings
 
 
-class Joined(Event, frozen=True, tag="joined"):
+class Joined(JoinEvent, frozen=True, tag="joined"):
     """The hub knows this edge. rounds: of the run."""
 
     run: str
@@ -129,10 +126,10 @@ class Joined(Event, frozen=True, tag="joined"):
     rounds: Positive
 
 
-class DeviceFits(Event, frozen=True, tag="device"):
+class DeviceFits(JoinEvent, frozen=True, tag="device"):
     """The sub-LLM that this device takes: the run's largest (size_class 0) or a smaller one. Sizes in bytes."""
 
-    device: Device
+    device: DeviceName
     ram_needed: Count
     ram_free: Count
     disk_needed: Count
@@ -140,18 +137,18 @@ class DeviceFits(Event, frozen=True, tag="device"):
     size_class: Count
 
 
-class Downloading(Event, frozen=True, tag="download"):
+class Downloading(JoinEvent, frozen=True, tag="download"):
     """Bytes of the bundle that are here, of all."""
 
     done: Count
     total: Count
 
 
-class Memory(Event, MemoryReport, frozen=True, tag="memory"):
+class Memory(JoinEvent, MemoryReport, frozen=True, tag="memory"):
     """The way to train from now on."""
 
 
-class DataRead(Event, frozen=True, tag="data"):
+class DataRead(JoinEvent, frozen=True, tag="data"):
     """The data as samples. num_skipped: rows of whose completion nothing is left. threads: of the worker."""
 
     rows: Positive
@@ -160,7 +157,7 @@ class DataRead(Event, frozen=True, tag="data"):
     threads: Positive
 
 
-class Sweeping(Event, frozen=True, kw_only=True, tag="sweep"):
+class Sweeping(JoinEvent, frozen=True, kw_only=True, tag="sweep"):
     """Steps of the sweep through the sub-emulator that are done, of all."""
 
     stage: Literal["sweep"] = "sweep"
@@ -168,7 +165,7 @@ class Sweeping(Event, frozen=True, kw_only=True, tag="sweep"):
     total: Positive
 
 
-class Swept(Event, frozen=True, tag="swept"):
+class SweepDone(JoinEvent, frozen=True, tag="swept"):
     """Border states of num_kept of num_examples samples are on the disk. num_damaged: records computed again."""
 
     num_examples: Positive
@@ -180,14 +177,14 @@ class Swept(Event, frozen=True, tag="swept"):
 # --- rounds ----------------------------------------------------------------------------------------------------------
 
 
-class Offered(Event, frozen=True, tag="offer"):
+class RoundOffered(JoinEvent, frozen=True, tag="offer"):
     """The hub invites this edge to a round, which is due in due_seconds."""
 
     round: Positive
     due_seconds: Seconds
 
 
-class Training(Event, frozen=True, kw_only=True, tag="training"):
+class Training(JoinEvent, frozen=True, kw_only=True, tag="training"):
     """Steps of the round that are done, of all. loss: of the step, nats; None: not finite."""
 
     round: Positive
@@ -198,7 +195,7 @@ class Training(Event, frozen=True, kw_only=True, tag="training"):
     tokens_per_second: Seconds
 
 
-class Trained(Event, frozen=True, tag="trained"):
+class RoundTrained(JoinEvent, frozen=True, tag="trained"):
     """A round was trained. loss: mean over completion ids, nats; None: not finite, and the update holds zeros."""
 
     round: Positive
@@ -211,7 +208,7 @@ class Trained(Event, frozen=True, tag="trained"):
     loss: float | None
 
 
-class Accepted(Event, frozen=True, tag="accepted"):
+class Accepted(JoinEvent, frozen=True, tag="accepted"):
     """The hub has the update. bytes: of the coded delta."""
 
     round: Positive
@@ -220,7 +217,7 @@ class Accepted(Event, frozen=True, tag="accepted"):
     bytes: Positive
 
 
-class Refused(Event, frozen=True, tag="refused"):
+class Refused(JoinEvent, frozen=True, tag="refused"):
     """The hub does not take the update, and why."""
 
     round: Positive
@@ -230,14 +227,14 @@ class Refused(Event, frozen=True, tag="refused"):
     bytes: Positive
 
 
-class Retrying(Event, frozen=True, tag="retrying"):
+class Retrying(JoinEvent, frozen=True, tag="retrying"):
     """The hub cannot take the update now; it is sent again soon."""
 
     round: Positive
     reason: str
 
 
-class RoundClosed(Event, frozen=True, tag="round_closed"):
+class RoundOver(JoinEvent, frozen=True, tag="round_closed"):
     """A round is over. updates: how many the hub averaged."""
 
     round: Positive
@@ -247,34 +244,34 @@ class RoundClosed(Event, frozen=True, tag="round_closed"):
 # --- what may happen at any time -------------------------------------------------------------------------------------
 
 
-class Notice(Event, frozen=True, tag="notice"):
+class Notice(JoinEvent, frozen=True, tag="notice"):
     """A sentence for people."""
 
     message: str
 
 
-class Reconnecting(Event, frozen=True, tag="reconnecting"):
+class Reconnecting(JoinEvent, frozen=True, tag="reconnecting"):
     """The hub cannot be reached, and what failed; the join tries until it can."""
 
     message: str
 
 
-class Reconnected(Event, frozen=True, tag="reconnected"):
+class Reconnected(JoinEvent, frozen=True, tag="reconnected"):
     """The hub knows this edge again."""
 
 
-class Paused(Event, frozen=True, tag="paused"):
+class JoinPaused(JoinEvent, frozen=True, tag="paused"):
     """The device is its owner's alone. seconds: how long, where that is known."""
 
     reason: Words
     seconds: Annotated[float, Meta(gt=0)] | None
 
 
-class Resumed(Event, frozen=True, tag="resumed"):
+class JoinResumed(JoinEvent, frozen=True, tag="resumed"):
     """A pause ended."""
 
 
-class Farewell(Event, frozen=True, tag="farewell"):
+class RunFinished(JoinEvent, frozen=True, tag="farewell"):
     """The run is over. rounds: how many were closed."""
 
     rounds: Count
@@ -282,30 +279,30 @@ class Farewell(Event, frozen=True, tag="farewell"):
 
 
 AnyEvent = (
-    Settings
+    SettingsGiven
     | Joined
     | DeviceFits
     | Downloading
     | Memory
     | DataRead
     | Sweeping
-    | Swept
-    | Offered
+    | SweepDone
+    | RoundOffered
     | Training
-    | Trained
+    | RoundTrained
     | Accepted
     | Refused
     | Retrying
-    | RoundClosed
+    | RoundOver
     | Notice
     | Reconnecting
     | Reconnected
-    | Paused
-    | Resumed
-    | Farewell
+    | JoinPaused
+    | JoinResumed
+    | RunFinished
 )
 
-Say = Callable[[AnyEvent], None]
+EventSink = Callable[[AnyEvent], None]
 
 
 def as_json(event: AnyEvent) -> dict[str, Any]:

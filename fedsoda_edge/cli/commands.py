@@ -19,7 +19,7 @@ from fedsoda_edge.units import parse_bytes
 
 if TYPE_CHECKING:
     from fedsoda_edge.cli.config_file import Options
-    from fedsoda_edge.join.control import Action, Answer
+    from fedsoda_edge.join.control import Action, RequestAnswer
 
 app = typer.Typer(
     epilog="Options may also stand in config.toml in FEDSODA_HOME: at its top for every command that has them, or in a "
@@ -73,30 +73,30 @@ def _columns(pairs: list[str]) -> dict[str, str]:
 )
 def join(
     context: typer.Context,
-    url: opt.Url,
-    data: opt.Data,
-    token_file: opt.TokenFile = None,
-    column: opt.Columns = None,
-    device: opt.Device = "auto",
-    unattended: opt.Unattended = False,
-    max_disk: opt.MaxDisk = None,
-    cache: opt.Cache = "bf16",
-    cache_key: opt.CacheKey = "forget",
-    max_rounds: opt.MaxRounds = 0,
-    threads: opt.Threads = 0,
-    max_ram: opt.MaxRam = None,
-    max_vram: opt.MaxVram = None,
-    pause_on: opt.PauseOn = None,
-    as_json: opt.Json = False,
-    jsonl: opt.JsonLines = False,
-    debug: opt.Debug = False,
+    url: opt.UrlArgument,
+    data: opt.DataOption,
+    token_file: opt.TokenFileOption = None,
+    column: opt.ColumnsOption = None,
+    device: opt.DeviceOption = "auto",
+    unattended: opt.UnattendedOption = False,
+    max_disk: opt.MaxDiskOption = None,
+    cache: opt.CacheOption = "bf16",
+    cache_key: opt.CacheKeyOption = "forget",
+    max_rounds: opt.MaxRoundsOption = 0,
+    threads: opt.ThreadsOption = 0,
+    max_ram: opt.MaxRamOption = None,
+    max_vram: opt.MaxVramOption = None,
+    pause_on: opt.PauseOnOption = None,
+    as_json: opt.JsonOption = False,
+    jsonl: opt.JsonLinesOption = False,
+    debug: opt.DebugOption = False,
 ) -> None:
     """Take part until the run ends or Ctrl+C; joining again continues where it stopped."""
     with reporting(as_json, jsonl, debug):
         import msgspec
 
         from fedsoda_edge import events as ev
-        from fedsoda_edge.cli.display import Display
+        from fedsoda_edge.cli.display import JoinDisplay
         from fedsoda_edge.data.local_data import LocalData, remedy_for_columns
         from fedsoda_edge.device.pause_rules import parse_pause_rules
         from fedsoda_edge.edge import Edge, take_part
@@ -119,8 +119,8 @@ def join(
         )
         for _ in local.rows() if local.is_text else ():
             pass
-        with remedy_for_columns(COLUMN_REMEDY), Display(jsonl, is_detailed=debug) as display:
-            display.say(ev.Settings(msgspec.convert(effective_settings(context), ev.JoinSettings)))
+        with remedy_for_columns(COLUMN_REMEDY), JoinDisplay(jsonl, is_detailed=debug) as display:
+            display.say(ev.SettingsGiven(msgspec.convert(effective_settings(context), ev.JoinSettings)))
             with take_part(
                 edge, local, display.say, unattended=unattended, max_rounds=max_rounds, pause_on=pause_on or ""
             ) as participation:
@@ -134,13 +134,13 @@ def join(
 
 @app.command(epilog="Example: fedsoda-edge plan https://hub.example.org --token-file me.token")
 def plan(
-    url: opt.Url,
-    token_file: opt.TokenFile = None,
-    device: opt.Device = "auto",
-    max_ram: opt.MaxRam = None,
-    max_vram: opt.MaxVram = None,
-    as_json: opt.Json = False,
-    debug: opt.Debug = False,
+    url: opt.UrlArgument,
+    token_file: opt.TokenFileOption = None,
+    device: opt.DeviceOption = "auto",
+    max_ram: opt.MaxRamOption = None,
+    max_vram: opt.MaxVramOption = None,
+    as_json: opt.JsonOption = False,
+    debug: opt.DebugOption = False,
 ) -> None:
     """Show what would be downloaded and trained here, and what it needs; exit 4 if this device cannot."""
     with reporting(as_json, False, debug):
@@ -173,19 +173,19 @@ def plan(
 @app.command(epilog="Example: fedsoda-edge doctor https://hub.example.org --token-file me.token\n\n" + EXIT_HELP)
 def doctor(
     url: Annotated[str | None, typer.Argument(help="the hub; without it, only this device is checked")] = None,
-    token_file: opt.TokenFile = None,
-    as_json: opt.Json = False,
-    debug: opt.Debug = False,
+    token_file: opt.TokenFileOption = None,
+    as_json: opt.JsonOption = False,
+    debug: opt.DebugOption = False,
 ) -> None:
     """Check this device and the way to the hub, step by step: PASS, or what to do. Exits with the first failure's status."""
     with reporting(as_json, False, debug):
         import asyncio
 
         from fedsoda_edge.cli.display import show_check
-        from fedsoda_edge.join.doctor import Check, examine
+        from fedsoda_edge.join.doctor import DoctorStep, examine
         from fedsoda_edge.join.home import Home
 
-        checks: list[Check] = []
+        checks: list[DoctorStep] = []
 
         async def look() -> None:
             async for check in examine(url, token_file, Home()):
@@ -209,7 +209,12 @@ def doctor(
 
 
 @app.command(epilog="Example: fedsoda-edge leave https://hub.example.org --token-file me.token")
-def leave(url: opt.Url, token_file: opt.TokenFile = None, as_json: opt.Json = False, debug: opt.Debug = False) -> None:
+def leave(
+    url: opt.UrlArgument,
+    token_file: opt.TokenFileOption = None,
+    as_json: opt.JsonOption = False,
+    debug: opt.DebugOption = False,
+) -> None:
     """Tell the hub that this device does not come back."""
     with reporting(as_json, False, debug):
         import asyncio
@@ -228,7 +233,7 @@ def leave(url: opt.Url, token_file: opt.TokenFile = None, as_json: opt.Json = Fa
 
 
 @app.command(epilog="Example: fedsoda-edge status --json")
-def status(as_json: opt.Json = False, debug: opt.Debug = False) -> None:
+def status(as_json: opt.JsonOption = False, debug: opt.DebugOption = False) -> None:
     """Show what the join of this FEDSODA_HOME does: state, round, step, due time, memory, last error."""
     with reporting(as_json, False, debug):
         import time
@@ -258,7 +263,7 @@ def status(as_json: opt.Json = False, debug: opt.Debug = False) -> None:
         )
 
 
-def _request(do: Action, seconds: float | None = None) -> Answer:
+def _request(do: Action, seconds: float | None = None) -> RequestAnswer:
     """Ask the running join and wait for its answer; state "noted" where it is still starting."""
     import time
 
@@ -281,10 +286,10 @@ def _request(do: Action, seconds: float | None = None) -> Answer:
     if not is_running:
         raise UsageProblem(f"the join of {home.directory} ended just now; there is nothing left to {do}")
     note(f"the join is still starting; the request to {do} is noted and done then")
-    return control.Answer(state="noted")
+    return control.RequestAnswer(state="noted")
 
 
-def _finish(answer: Answer, as_json: bool) -> None:
+def _finish(answer: RequestAnswer, as_json: bool) -> None:
 
     finish({"status": "ok", **msgspec.to_builtins(answer)}, as_json, False)
 
@@ -295,8 +300,8 @@ def pause(
         str | None,
         typer.Option("--for", envvar="FEDSODA_FOR", help="pause for 90s, 30m or 1h; else until resume"),
     ] = None,
-    as_json: opt.Json = False,
-    debug: opt.Debug = False,
+    as_json: opt.JsonOption = False,
+    debug: opt.DebugOption = False,
 ) -> None:
     """Pause the join of this FEDSODA_HOME: its memory is free again, and the round continues after resume."""
     with reporting(as_json, False, debug):
@@ -314,7 +319,7 @@ def pause(
 
 
 @app.command(epilog="Example: fedsoda-edge resume")
-def resume(as_json: opt.Json = False, debug: opt.Debug = False) -> None:
+def resume(as_json: opt.JsonOption = False, debug: opt.DebugOption = False) -> None:
     """End a pause, also one that --pause-on began; the round continues where it stopped."""
     with reporting(as_json, False, debug):
         done = _request("resume")
@@ -324,7 +329,7 @@ def resume(as_json: opt.Json = False, debug: opt.Debug = False) -> None:
 
 
 @app.command("finish", epilog="Example: fedsoda-edge finish")
-def finish_round(as_json: opt.Json = False, debug: opt.Debug = False) -> None:
+def finish_round(as_json: opt.JsonOption = False, debug: opt.DebugOption = False) -> None:
     """Let the join hand in its round, then leave and exit 0; without a round, at once. Ends a pause."""
     with reporting(as_json, False, debug):
         done = _request("finish")
@@ -355,9 +360,9 @@ def data_check(
         int | None,
         typer.Option(envvar="FEDSODA_MAX_LENGTH", min=1, help="ids a sample may have; else the run's, or 512"),
     ] = None,
-    column: opt.Columns = None,
-    as_json: opt.Json = False,
-    debug: opt.Debug = False,
+    column: opt.ColumnsOption = None,
+    as_json: opt.JsonOption = False,
+    debug: opt.DebugOption = False,
 ) -> None:
     """Show columns, samples as they are trained on, lengths, what is cut, duplicates. Nothing leaves this device."""
     with reporting(as_json, False, debug):
@@ -404,7 +409,7 @@ def data_check(
 
 
 @cache_app.command("list", epilog="Example: fedsoda-edge cache list --json")
-def cache_list(as_json: opt.Json = False, debug: opt.Debug = False) -> None:
+def cache_list(as_json: opt.JsonOption = False, debug: opt.DebugOption = False) -> None:
     """Show what takes space."""
     with reporting(as_json, False, debug):
         from fedsoda_edge.join.home import Home
@@ -420,7 +425,7 @@ def cache_list(as_json: opt.Json = False, debug: opt.Debug = False) -> None:
 
 
 @cache_app.command("prune", epilog="Example: fedsoda-edge cache prune")
-def cache_prune(as_json: opt.Json = False, debug: opt.Debug = False) -> None:
+def cache_prune(as_json: opt.JsonOption = False, debug: opt.DebugOption = False) -> None:
     """Delete fetched bundles and border states; a join fetches and computes them again. State of runs stays."""
     with reporting(as_json, False, debug):
         from fedsoda_edge.join.home import Home

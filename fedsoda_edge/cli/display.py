@@ -12,7 +12,7 @@ import msgspec
 
 from fedsoda_edge import events as ev
 from fedsoda_edge.data.inspection import Inspection
-from fedsoda_edge.join.doctor import Check
+from fedsoda_edge.join.doctor import DoctorStep
 from fedsoda_edge.join.status import pause_sentence
 from fedsoda_edge.ports.console import ProgressLine, note, settings_lines
 from fedsoda_edge.units import counted, human_bytes, human_seconds
@@ -21,7 +21,7 @@ from fedsoda_edge.units import counted, human_bytes, human_seconds
 _BESIDE = ev.Notice | ev.Reconnecting | ev.Reconnected | ev.Retrying
 
 
-class Display:
+class JoinDisplay:
     """What a join says while it runs. Everything but JSON goes to stderr."""
 
     def __init__(self, jsonl: bool, *, is_detailed: bool = False) -> None:
@@ -32,7 +32,7 @@ class Display:
         self._download: ev.Downloading | None = None  # while it runs
         self._swept = ""  # beside it
 
-    def __enter__(self) -> Display:
+    def __enter__(self) -> JoinDisplay:
         return self
 
     def __exit__(
@@ -69,11 +69,11 @@ class Display:
                 loss = "nan" if event.loss is None else f"{event.loss:.3f}"
                 detail = f"step {event.step} of {event.steps}, loss {loss}, {event.tokens_per_second:.0f} tokens/s"
                 self._line.show(f"round {event.round}", event.step, event.steps, detail)
-            case ev.Settings():
+            case ev.SettingsGiven():
                 self._line.say(_beginning(event.values, self._is_detailed))
             case _:
                 text = sentence(event)
-                is_swept = isinstance(event, ev.Swept) and self._download is None
+                is_swept = isinstance(event, ev.SweepDone) and self._download is None
                 if (text and not isinstance(event, _BESIDE)) or is_swept:
                     self._line.end()
                 if text:
@@ -106,15 +106,15 @@ def sentence(event: ev.AnyEvent) -> str:
         case ev.DataRead():
             skipped = f", {event.num_skipped} skipped (completion cut away)" if event.num_skipped else ""
             return f"{counted(event.num_examples, 'sample')}{skipped}; waiting for a round"
-        case ev.Swept() if event.num_kept < event.num_examples:
+        case ev.SweepDone() if event.num_kept < event.num_examples:
             return (
                 f"the disk keeps the border states of {event.num_kept} of {event.num_examples} samples "
                 f"({human_bytes(event.kept_bytes)}); the rest is computed again in each round; a larger --max-disk or more free space "
                 "avoids that"
             )
-        case ev.Offered():
+        case ev.RoundOffered():
             return f"round {event.round}: due in {human_seconds(event.due_seconds)}"
-        case ev.Trained():
+        case ev.RoundTrained():
             loss = "not a number" if event.loss is None else f"{event.loss:.3f}"
             return f"round {event.round}: trained {event.num_steps} steps in {event.seconds:.1f} s, loss {loss}"
         case ev.Accepted():
@@ -127,17 +127,17 @@ def sentence(event: ev.AnyEvent) -> str:
             return f"connection lost: {event.message}; retrying until it is back"
         case ev.Reconnected():
             return "reconnected"
-        case ev.Paused():
+        case ev.JoinPaused():
             return pause_sentence(event.reason, event.seconds)
-        case ev.Resumed():
+        case ev.JoinResumed():
             return "resumed after the pause"
-        case ev.Farewell():
+        case ev.RunFinished():
             return f"done: {event.reason} after {counted(event.rounds, 'round')}"
-        case ev.Settings() | ev.Swept() | ev.RoundClosed() | ev.Downloading() | ev.Sweeping() | ev.Training():
+        case ev.SettingsGiven() | ev.SweepDone() | ev.RoundOver() | ev.Downloading() | ev.Sweeping() | ev.Training():
             return ""
 
 
-def show_check(check: Check) -> None:
+def show_check(check: DoctorStep) -> None:
     """Show a step of `doctor` in a line."""
     note(
         f"{'PASS' if check.passed else 'FAIL'}  {check.name:<14} {check.detail}"

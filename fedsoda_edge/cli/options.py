@@ -10,32 +10,32 @@ import typer
 # Panels of `--help`. What most joins need stands above them, in the panel that has no name of its own.
 WHAT, DATA, LIMITS, PAUSES, OUTPUT = "What to join", "Data", "Limits", "Pauses", "Output"
 
-Url = Annotated[
+UrlArgument = Annotated[
     str,
     typer.Argument(help="the hub, such as https://hub.example.org or http://10.0.0.5:8470", rich_help_panel=WHAT),
 ]
-TokenFile = Annotated[
+TokenFileOption = Annotated[
     str | None,
     typer.Option("--token-file", envvar="FEDSODA_TOKEN_FILE", help="file with the token; - reads it from stdin"),
 ]
-Json = Annotated[
+JsonOption = Annotated[
     bool,
     typer.Option("--json", envvar="FEDSODA_JSON", help="print one JSON object on stdout", rich_help_panel=OUTPUT),
 ]
-JsonLines = Annotated[
+JsonLinesOption = Annotated[
     bool,
     typer.Option(
         "--jsonl", envvar="FEDSODA_JSONL", help="print one JSON event a line on stdout", rich_help_panel=OUTPUT
     ),
 ]
-Columns = Annotated[
+ColumnsOption = Annotated[
     list[str] | None,
     typer.Option(
         "--column", envvar="FEDSODA_COLUMN", help="NAME=COLUMN: a name in the run's template, and your column for it"
     ),
 ]
-Device = Annotated[str, typer.Option(envvar="FEDSODA_DEVICE", help="where to train: auto, cpu, cuda or cuda:N")]
-MaxRam = Annotated[
+DeviceOption = Annotated[str, typer.Option(envvar="FEDSODA_DEVICE", help="where to train: auto, cpu, cuda or cuda:N")]
+MaxRamOption = Annotated[
     str | None,
     typer.Option(
         envvar="FEDSODA_MAX_RAM",
@@ -43,11 +43,11 @@ MaxRam = Annotated[
         rich_help_panel=LIMITS,
     ),
 ]
-MaxVram = Annotated[
+MaxVramOption = Annotated[
     str | None,
     typer.Option(envvar="FEDSODA_MAX_VRAM", help="GPU memory that training may take", rich_help_panel=LIMITS),
 ]
-Debug = Annotated[
+DebugOption = Annotated[
     bool,
     typer.Option(
         "--debug",
@@ -59,14 +59,14 @@ Debug = Annotated[
 
 # --- of join alone -------------------------------------------------------------------------------------------
 
-Data = Annotated[
+DataOption = Annotated[
     Path,
     typer.Option("--data", envvar="FEDSODA_DATA", help="JSON Lines, JSON, Parquet or a saved dataset's directory"),
 ]
-Unattended = Annotated[
+UnattendedOption = Annotated[
     bool, typer.Option(envvar="FEDSODA_UNATTENDED", help="keep trying until the hub answers, also at the start")
 ]
-MaxDisk = Annotated[
+MaxDiskOption = Annotated[
     str | None,
     typer.Option(
         envvar="FEDSODA_MAX_DISK",
@@ -74,13 +74,13 @@ MaxDisk = Annotated[
         rich_help_panel=DATA,
     ),
 ]
-Cache = Annotated[
+CacheOption = Annotated[
     str,
     typer.Option(
         envvar="FEDSODA_CACHE", help="how border states are kept: bf16, or int8 in half the space", rich_help_panel=DATA
     ),
 ]
-CacheKey = Annotated[
+CacheKeyOption = Annotated[
     str,
     typer.Option(
         envvar="FEDSODA_CACHE_KEY",
@@ -88,7 +88,7 @@ CacheKey = Annotated[
         rich_help_panel=DATA,
     ),
 ]
-MaxRounds = Annotated[
+MaxRoundsOption = Annotated[
     int,
     typer.Option(
         envvar="FEDSODA_MAX_ROUNDS",
@@ -97,13 +97,13 @@ MaxRounds = Annotated[
         rich_help_panel=LIMITS,
     ),
 ]
-Threads = Annotated[
+ThreadsOption = Annotated[
     int,
     typer.Option(
         envvar="FEDSODA_THREADS", min=0, help="CPU threads for training; 0: torch's choice", rich_help_panel=LIMITS
     ),
 ]
-PauseOn = Annotated[
+PauseOnOption = Annotated[
     str | None,
     typer.Option(
         envvar="FEDSODA_PAUSE_ON",

@@ -23,7 +23,7 @@ from fedsoda_edge.errors import DataProblem, UsageProblem
 
 MAX_CHARACTERS = 64 << 10
 RENDER_SECONDS = 2.0
-Message = Mapping[str, str]
+ChatMessage = Mapping[str, str]
 
 
 class _TooSlow(Exception):
@@ -89,7 +89,7 @@ class ChatTemplate:
                 tokens[name] = token
         return cls(source, tokens)
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    def render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool) -> str:
         """Write the text that the model was trained to read.
 
         Raises:

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from fedsoda_edge.errors import DataProblem, UsageProblem
 
-Row = dict[str, Any]  # foreign JSON: columns and types are the file's
+DataRow = dict[str, Any]  # foreign JSON: columns and types are the file's
 
 
 def is_text(path: Path) -> bool:
@@ -21,7 +21,7 @@ def is_text(path: Path) -> bool:
     return path.suffix != ".parquet" and not path.is_dir()
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
+def read_rows(path: Path) -> Iterator[tuple[int, DataRow]]:
     """Yield (line, row) in file order; in JSON lists and binary formats the line is the row's number from 1.
 
     Raises:
@@ -31,7 +31,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
     return _text_rows(path) if is_text(path) else _table_rows(path)
 
 
-def _text_rows(path: Path) -> Iterator[tuple[int, Row]]:
+def _text_rows(path: Path) -> Iterator[tuple[int, DataRow]]:
     try:
         with path.open(encoding="utf-8") as file:
             yield from _list_rows(path, file) if path.suffix == ".json" else _line_rows(path, file)
@@ -41,7 +41,7 @@ def _text_rows(path: Path) -> Iterator[tuple[int, Row]]:
         raise DataProblem(f"the data {path} is not UTF-8 ({error.reason}); save it as UTF-8") from error
 
 
-def _list_rows(path: Path, file: IO[str]) -> Iterator[tuple[int, Row]]:
+def _list_rows(path: Path, file: IO[str]) -> Iterator[tuple[int, DataRow]]:
     try:
         found = json.load(file)
     except json.JSONDecodeError as error:
@@ -53,7 +53,7 @@ def _list_rows(path: Path, file: IO[str]) -> Iterator[tuple[int, Row]]:
     yield from enumerate(found, start=1)
 
 
-def _line_rows(path: Path, file: IO[str]) -> Iterator[tuple[int, Row]]:
+def _line_rows(path: Path, file: IO[str]) -> Iterator[tuple[int, DataRow]]:
     for line, text in enumerate(file, start=1):
         if not text.strip():
             continue
@@ -68,7 +68,7 @@ def _line_rows(path: Path, file: IO[str]) -> Iterator[tuple[int, Row]]:
         yield line, row
 
 
-def _table_rows(path: Path) -> Iterator[tuple[int, Row]]:
+def _table_rows(path: Path) -> Iterator[tuple[int, DataRow]]:
     try:
         import datasets
         import pyarrow
@@ -83,7 +83,7 @@ def _table_rows(path: Path) -> Iterator[tuple[int, Row]]:
             if isinstance(table, dict):
                 one = next(iter(table))
                 raise DataProblem(f"{path} holds the splits {', '.join(table)}; name one: {path / one}")
-            rows: Iterator[Row] = iter(table)
+            rows: Iterator[DataRow] = iter(table)
         else:
             # Not through `datasets`, which would leave a copy of private rows in its cache.
             batches = pyarrow.parquet.ParquetFile(path).iter_batches(1024)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fedsoda_edge.data.formats import Row
+from fedsoda_edge.data.formats import DataRow
 from fedsoda_edge.data.local_data import LocalData
 from fedsoda_edge.data.samples import Renderer, SampleTokenizer, nothing_left
 from fedsoda_edge.protocol.template import TextTemplate
@@ -106,7 +106,7 @@ def inspect(
     return Inspection(rows, columns, shown, rows - len(seen), _lengths(ordered), skipped, truncated)
 
 
-def _texts(renderer: Renderer, row: Row) -> tuple[str, str]:
+def _texts(renderer: Renderer, row: DataRow) -> tuple[str, str]:
     if renderer.is_chat(row) and renderer.chat is None:
         *before, last = (message["content"] for message in row["messages"])
         return "\n".join(before[-1:]), last

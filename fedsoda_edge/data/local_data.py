@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedsoda_edge.data.formats import Row, is_text, read_rows
+from fedsoda_edge.data.formats import DataRow, is_text, read_rows
 from fedsoda_edge.errors import DataProblem
 from fedsoda_edge.protocol.template import TextTemplate
 
@@ -48,7 +48,7 @@ class LocalData:
         """Whether any process reads it; other formats need libraries that the agent does not load."""
         return is_text(self.path)
 
-    def rows(self) -> Iterator[tuple[int, Row]]:
+    def rows(self) -> Iterator[tuple[int, DataRow]]:
         """Yield (line, row) in file order, columns renamed; in binary formats the line is the row's number from 1.
 
         Raises:
@@ -103,7 +103,7 @@ def remedy_for_columns(remedy: str) -> Iterator[None]:
         raise
 
 
-def is_chat(row: Row, wanted: Sequence[str]) -> bool:
+def is_chat(row: DataRow, wanted: Sequence[str]) -> bool:
     """Tell a conversation under the default template, which asks for `prompt` and `completion` and finds neither."""
     return "messages" in row and set(wanted) == {"prompt", "completion"} and not set(wanted) & set(row)
 

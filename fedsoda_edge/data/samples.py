@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedsoda_edge.data.formats import Row
+from fedsoda_edge.data.formats import DataRow
 from fedsoda_edge.data.local_data import LocalData, is_chat
 from fedsoda_edge.errors import DataProblem
 from fedsoda_edge.protocol.template import TextTemplate
@@ -104,7 +104,7 @@ class Renderer:
     completion: TextTemplate
     chat: ChatTemplate | None = None
 
-    def texts(self, row: Row) -> tuple[str, str]:
+    def texts(self, row: DataRow) -> tuple[str, str]:
         """Write (prompt, completion); of a conversation (what the assistant answers to, the whole).
 
         Raises:
@@ -122,7 +122,7 @@ class Renderer:
             self.chat.render(messages, add_generation_prompt=False),
         )
 
-    def is_chat(self, row: Row) -> bool:
+    def is_chat(self, row: DataRow) -> bool:
         """Tell whether the row is a conversation."""
         return is_chat(row, (*self.prompt.columns, *self.completion.columns))
 

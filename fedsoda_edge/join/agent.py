@@ -21,10 +21,10 @@ from fedsoda_edge.join.conversation import Connected, Conversation, RunOver
 from fedsoda_edge.join.home import Home
 from fedsoda_edge.join.inspect import hello
 from fedsoda_edge.join.offered import Offered
-from fedsoda_edge.join.pause import Begun, Ended, Lasting, Look, Pauses
-from fedsoda_edge.join.preparation import Equipment, Preparation
+from fedsoda_edge.join.pause import Look, PauseBegins, PauseEnds, PauseLasts, Pauses
+from fedsoda_edge.join.preparation import Equipment, JoinPreparation
 from fedsoda_edge.join.presence import Presence
-from fedsoda_edge.join.rounds import Rounds
+from fedsoda_edge.join.rounds import RoundRunner
 from fedsoda_edge.join.run_state import RunState
 from fedsoda_edge.join.settings import AgentSettings
 from fedsoda_edge.join.status import Status
@@ -49,7 +49,7 @@ class Greeted:
 
     welcome: ms.Welcome
     state: RunState
-    rounds: Rounds
+    rounds: RoundRunner
     life: asyncio.Task[None]  # of all parts; it ends with the run, or with what ended the join
 
 
@@ -64,7 +64,13 @@ class Agent:
     """A join as it runs. Its owner calls it from the loop that it lives on."""
 
     def __init__(
-        self, transport: Transport, worker: TorchPort, home: Home, settings: AgentSettings, say: ev.Say, clock: Clock
+        self,
+        transport: Transport,
+        worker: TorchPort,
+        home: Home,
+        settings: AgentSettings,
+        say: ev.EventSink,
+        clock: Clock,
     ) -> None:
         self.transport = transport
         self.worker = worker
@@ -130,7 +136,7 @@ class Agent:
         if not self._pauses.is_paused:
             await self.worker.start()  # its imports take seconds; nothing below needs it yet
         state = RunState(self.home.run(welcome.run_id), welcome.codec)
-        rounds = Rounds(welcome, state, self._offered, self._conversation, self.say, self._clock)
+        rounds = RoundRunner(welcome, state, self._offered, self._conversation, self.say, self._clock)
         self._run = Greeted(welcome, state, rounds, asyncio.create_task(self._live()))
         with contextlib.suppress(RunOver):
             await self._within(self._prepared())
@@ -202,15 +208,15 @@ class Agent:
             closing.push_async_callback(self.worker.close)
             closing.push_async_callback(self._conversation.close)
 
-    def report(self) -> ev.Report:
+    def report(self) -> ev.JoinReport:
         """Return what this join did so far."""
         welcome = self._run.welcome if isinstance(self._run, Greeted) else None
-        return ev.Report(
+        return ev.JoinReport(
             run=None if welcome is None else welcome.run_name,
             edge=None if welcome is None else welcome.edge,
             rounds=list(self._offered.rounds),
             num_examples=self._presence.num_examples,
-            bytes=ev.Traffic(up=self.transport.up, down=self.transport.down),
+            bytes=ev.ConversationBytes(up=self.transport.up, down=self.transport.down),
             agent_peak_rss_bytes=peak_rss_bytes(),
             worker_peak_rss_bytes=self.worker.peak_rss_bytes,
         )
@@ -247,12 +253,12 @@ class Agent:
                             self.say(ev.Reconnected())
                     case ms.RoundOffer():
                         self._offered.offered(message)
-                        self.say(ev.Offered(round=message.round, due_seconds=message.due_seconds))
+                        self.say(ev.RoundOffered(round=message.round, due_seconds=message.due_seconds))
                         self._ring()
                     case ms.RoundClosed():
-                        self.say(ev.RoundClosed(round=message.round, updates=message.num_updates))
+                        self.say(ev.RoundOver(round=message.round, updates=message.num_updates))
                     case ms.Farewell():
-                        self.say(ev.Farewell(rounds=message.rounds, reason=message.reason))
+                        self.say(ev.RunFinished(rounds=message.rounds, reason=message.reason))
 
     async def _watch(self) -> None:
         """Look twice a second what the owner of the device asks for and what the rules say."""
@@ -264,7 +270,7 @@ class Agent:
     async def _prepare(self, parts: asyncio.TaskGroup) -> None:
         """Get ready for the run, and tell the hub."""
         run = self._greeted
-        preparation = Preparation(
+        preparation = JoinPreparation(
             run.welcome, run.state, self.home, self._settings, self.transport, self.worker, self._pauses, self.say
         )
         rows = await preparation.check_data()
@@ -281,18 +287,18 @@ class Agent:
         """Do what a pause asks for that begins or ends: the worker ends, which keeps all on the disk; the hub hears."""
         freed = 0
         match look.change:
-            case Begun(reason, seconds):
+            case PauseBegins(reason, seconds):
                 freed = self.worker.rss_bytes or 0
                 await self.worker.close()
                 self._presence.paused(reason)
-                self.say(ev.Paused(reason=reason, seconds=seconds))
+                self.say(ev.JoinPaused(reason=reason, seconds=seconds))
                 await self._tell()
-            case Ended():
+            case PauseEnds():
                 self._presence.resumed()
                 await self._tell()
-                self.say(ev.Resumed())
+                self.say(ev.JoinResumed())
                 self._pauses.let_work()
-            case Lasting(seconds):
+            case PauseLasts(seconds):
                 assert self._status is not None
                 self._status.still_paused(seconds)
         self._pauses.answer(look, freed, self.in_hand)

@@ -30,7 +30,7 @@ class _Asked(msgspec.Struct, frozen=True):
     seconds: float | None
 
 
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
+class RequestAnswer(msgspec.Struct, frozen=True, kw_only=True):
     """What the join did.
 
     state: "noted" where it is still starting and could not answer yet.
@@ -62,11 +62,11 @@ def ask(directory: Path, do: Action, seconds: float | None = None) -> Path:
     return path
 
 
-def answer_to(request: Path) -> Answer | None:
+def answer_to(request: Path) -> RequestAnswer | None:
     """Take the join's answer, once; None while there is none."""
     path = request.with_suffix(".answer")
     try:
-        found = msgspec.json.decode(path.read_bytes(), type=Answer)
+        found = msgspec.json.decode(path.read_bytes(), type=RequestAnswer)
     except (OSError, msgspec.MsgspecError):
         return None
     path.unlink(missing_ok=True)
@@ -86,7 +86,7 @@ def requests(directory: Path) -> list[Request]:
     return found
 
 
-def answer(request: Request, done: Answer) -> None:
+def answer(request: Request, done: RequestAnswer) -> None:
     """Say what was done. Where the disk is full, nobody hears it; it is done all the same."""
     with contextlib.suppress(OSError):
         part = request.path.with_suffix(".part")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fedsoda_edge.errors import HubUnreachable, ProtocolMismatch, RefusedByHub
-from fedsoda_edge.events import Reconnecting, Say
+from fedsoda_edge.events import EventSink, Reconnecting
 from fedsoda_edge.join.download import backoff_seconds
 from fedsoda_edge.ports import Clock, Transport
 from fedsoda_edge.protocol import messages as ms
@@ -46,7 +46,7 @@ class AnswerDue:
 
 
 @dataclass(frozen=True)
-class Idle:
+class NothingDue:
     """Nothing was asked on this connection, or it was answered."""
 
 
@@ -61,7 +61,7 @@ class Connected:
     def __init__(self, session: EdgeSession) -> None:
         self.session = session
         self.is_ready = False  # Ready was said: the hub takes updates
-        self.due: BlobDue | AnswerDue | Idle = Idle()
+        self.due: BlobDue | AnswerDue | NothingDue = NothingDue()
         self.request: asyncio.Task[Any] | None = None  # who asks; it may outlive those who wait for it
 
     def blob(self, blob: Blob) -> None:
@@ -96,7 +96,7 @@ class Conversation:
         hello: makes the first message of a connection.
     """
 
-    def __init__(self, transport: Transport, hello: Callable[[], ms.Hello], say: Say, clock: Clock) -> None:
+    def __init__(self, transport: Transport, hello: Callable[[], ms.Hello], say: EventSink, clock: Clock) -> None:
         self._transport = transport
         self._hello = hello
         self._say = say
@@ -221,7 +221,7 @@ class Conversation:
     # --- what this edge says -----------------------------------------------------------------------------------------
 
     async def send(self, message: ms.EdgeMessage) -> None:
-        """Say something on the present connection.
+        """EventSink something on the present connection.
 
         Raises:
             HubUnreachable: there is none, or it is lost by now.

@@ -32,7 +32,7 @@ PROBE_BYTES = 4 << 20  # of the bundle are fetched to measure the way
 
 
 @dataclass(frozen=True)
-class Check:
+class DoctorStep:
     """A step and what came of it. fix: what to do; exit_status: of the command when this is the first that fails.
 
     parts: of the memory that the detail speaks of.
@@ -46,12 +46,12 @@ class Check:
     parts: Sequence[Part] = ()
 
 
-def _failed(name: str, error: FedSODAError) -> Check:
+def _failed(name: str, error: FedSODAError) -> DoctorStep:
     what, mark, fix = str(error).rpartition("; ")
-    return Check(name, False, what if mark else fix, fix if mark else "", error.exit_status)
+    return DoctorStep(name, False, what if mark else fix, fix if mark else "", error.exit_status)
 
 
-async def examine(url: str | None, token_file: str | Path | None, home: Home) -> AsyncIterator[Check]:
+async def examine(url: str | None, token_file: str | Path | None, home: Home) -> AsyncIterator[DoctorStep]:
     """Go through all steps in order. What hangs on a step that failed is left out."""
     async for check in _device(home):
         yield check
@@ -60,8 +60,8 @@ async def examine(url: str | None, token_file: str | Path | None, home: Home) ->
             yield check
 
 
-async def _device(home: Home) -> AsyncIterator[Check]:
-    yield Check("Python", True, platform.python_version())
+async def _device(home: Home) -> AsyncIterator[DoctorStep]:
+    yield DoctorStep("Python", True, platform.python_version())
     worker = Child(WORKER_MODULE, worker_environment())
     try:
         found = await worker.call(Examine())
@@ -70,14 +70,14 @@ async def _device(home: Home) -> AsyncIterator[Check]:
         return
     finally:
         await worker.close()
-    yield Check("torch", True, f"{found.torch}, {found.threads} threads")
-    yield Check(
+    yield DoctorStep("torch", True, f"{found.torch}, {found.threads} threads")
+    yield DoctorStep(
         "GPU",
         True,
         found.accelerator or "none that torch sees: training runs on the CPU",
     )
     problem = found.nf4_problem
-    yield Check(
+    yield DoctorStep(
         "NF4",
         not problem,
         problem or f"forward and backward as they should be on {found.device}",
@@ -86,43 +86,45 @@ async def _device(home: Home) -> AsyncIterator[Check]:
     )
     facts = read_device(home.directory)
     hint = memory_limit_hint()
-    yield Check("memory", True, f"{human_bytes(facts.ram_bytes)} free" + (f" ({hint})" if hint else ""))
+    yield DoctorStep("memory", True, f"{human_bytes(facts.ram_bytes)} free" + (f" ({hint})" if hint else ""))
     if facts.accelerator:
-        yield Check("GPU memory", True, f"{human_bytes(facts.vram_bytes)} free on {facts.accelerator}")
-    yield Check("disk", True, f"{human_bytes(facts.disk_bytes)} free for {home.directory}")
+        yield DoctorStep("GPU memory", True, f"{human_bytes(facts.vram_bytes)} free on {facts.accelerator}")
+    yield DoctorStep("disk", True, f"{human_bytes(facts.disk_bytes)} free for {home.directory}")
 
 
-async def _way_to(url: str, token_file: str | Path | None, home: Home) -> AsyncIterator[Check]:
+async def _way_to(url: str, token_file: str | Path | None, home: Home) -> AsyncIterator[DoctorStep]:
     from fedsoda_edge.network.hub_transport import HubTransport
 
     step = "address"
     try:
         transport = HubTransport(url, "doctor")
         step = "DNS"
-        yield Check(step, True, await transport.check_dns())
-        yield Check("proxy", True, transport.proxy or "none set for this hub")
+        yield DoctorStep(step, True, await transport.check_dns())
+        yield DoctorStep("proxy", True, transport.proxy or "none set for this hub")
         step = "TCP"
-        yield Check(step, True, f"answers in {1000 * await transport.check_tcp():.0f} ms")
+        yield DoctorStep(step, True, f"answers in {1000 * await transport.check_tcp():.0f} ms")
         step = "TLS"
         certificate = await transport.check_tls()
-        yield Check(step, True, f"certificate until {certificate['notAfter']}" if certificate else "not used: http://")
+        yield DoctorStep(
+            step, True, f"certificate until {certificate['notAfter']}" if certificate else "not used: http://"
+        )
         step = "HTTP"
         clock = await transport.check_http()
-        yield Check(step, True, "a hub answers")
+        yield DoctorStep(step, True, "a hub answers")
         if clock is not None:
             skew = (datetime.now(UTC) - clock).total_seconds()
             way = "ahead of" if skew > 0 else "behind"
             is_near = abs(skew) < MAX_SKEW_SECONDS
             fix = "" if is_near else "set this device's clock, certificates and due times depend on it"
-            yield Check("clock", is_near, f"{abs(skew):.0f} s {way} the hub's", fix, 1)
+            yield DoctorStep("clock", is_near, f"{abs(skew):.0f} s {way} the hub's", fix, 1)
         step = "token"
         transport = HubTransport(url, read_token(token_file))
         await transport.connect()
         await transport.close()
-        yield Check("token", True, "accepted, and the websocket opens")
+        yield DoctorStep("token", True, "accepted, and the websocket opens")
         step = "fits"
         found = await look_at(HubTransport(url, read_token(token_file)), home, "auto", Limits())
-        yield Check(
+        yield DoctorStep(
             step,
             True,
             f"{found.source}: {found.memory.message}; download {human_bytes(found.disk_needed)}",
@@ -133,7 +135,7 @@ async def _way_to(url: str, token_file: str | Path | None, home: Home) -> AsyncI
             size, seconds = await _bandwidth(transport, found.largest_file)
         finally:
             await transport.close()
-        yield Check(step, True, f"{human_bytes(size / seconds)}/s")
+        yield DoctorStep(step, True, f"{human_bytes(size / seconds)}/s")
     except FedSODAError as error:
         yield _failed("memory" if isinstance(error, DeviceTooSmall) else step, error)
 

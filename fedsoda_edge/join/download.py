@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsoda_edge.errors import BlobCorrupt, DiskFull, HubUnreachable, ProtocolViolation
-from fedsoda_edge.events import Downloading, Reconnecting, Say
+from fedsoda_edge.events import Downloading, EventSink, Reconnecting
 from fedsoda_edge.ports import Transport
 from fedsoda_edge.ports.disk import sha256_file
 from fedsoda_edge.ports.store import FileStore
@@ -49,7 +49,7 @@ class Download:
         store: FileStore,
         *,
         run: Run,
-        say: Say,
+        say: EventSink,
         keep_trying: bool,
     ) -> None:
         self._transport = transport

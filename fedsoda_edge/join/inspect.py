@@ -10,7 +10,7 @@ import msgspec
 from fedsoda_edge import events as ev
 from fedsoda_edge.device.facts import read_device
 from fedsoda_edge.device.fit import Limits, plan_sentence, table
-from fedsoda_edge.events import Count, Device, Positive
+from fedsoda_edge.events import DeviceName
 from fedsoda_edge.join import size_class
 from fedsoda_edge.join.conversation import Conversation
 from fedsoda_edge.join.download import fetch_file
@@ -19,6 +19,7 @@ from fedsoda_edge.ports import SystemClock, Transport
 from fedsoda_edge.ports.store import FileStore
 from fedsoda_edge.protocol.messages import PROTOCOL_VERSION, Hello
 from fedsoda_edge.protocol.needs import SampleSizes
+from fedsoda_edge.protocol.ranges import Count, Positive
 
 
 class Found(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,7 +44,7 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
     ram_free: Count
     vram_needed: Count
     vram_free: Count
-    device: Device
+    device: DeviceName
     memory: ev.MemoryReport
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedsoda_edge.errors import ProtocolViolation, UsageProblem
-from fedsoda_edge.events import RoundResult
+from fedsoda_edge.events import RoundOutcome
 from fedsoda_edge.protocol.messages import RoundOffer, UpdateStart
 
 
 @dataclass(frozen=True)
-class Idle:
+class NothingInHand:
     """No round is in hand."""
 
 
@@ -36,16 +36,16 @@ class Offered:
     """What the hub offered to this edge and what became of it."""
 
     def __init__(self) -> None:
-        self.rounds: list[RoundResult] = []
+        self.rounds: list[RoundOutcome] = []
         self._latest: RoundOffer | None = None
         self._untaken: RoundOffer | None = None
-        self._hand: Idle | InTraining | HandingIn = Idle()
+        self._hand: NothingInHand | InTraining | HandingIn = NothingInHand()
         self._answers: dict[str, bool] = {}  # digest of an update: whether the hub accepted it
 
     @property
     def in_hand(self) -> int | None:
         """The number of the round that is trained or handed in."""
-        return None if isinstance(self._hand, Idle) else self._hand.round
+        return None if isinstance(self._hand, NothingInHand) else self._hand.round
 
     @property
     def num_accepted(self) -> int:
@@ -100,12 +100,12 @@ class Offered:
 
     def settled(self, start: UpdateStart, accepted: bool) -> None:
         """Note the hub's answer to an update."""
-        self.rounds.append(RoundResult(round=start.round, loss=start.loss, accepted=accepted))
+        self.rounds.append(RoundOutcome(round=start.round, loss=start.loss, accepted=accepted))
         self._answers[start.digest] = accepted
 
     def let_go(self) -> None:
         """Note that no round is in hand any more, however it ended."""
-        self._hand = Idle()
+        self._hand = NothingInHand()
 
     def answer_to(self, digest: str) -> bool | None:
         """Return whether the hub accepted this update; None: it was not handed in."""

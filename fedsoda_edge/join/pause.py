@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Begun:
+class PauseBegins:
     """A pause began, or another reason or end came to hold for the one that is on. seconds: how long, if known."""
 
     reason: str
@@ -32,19 +32,19 @@ class Begun:
 
 
 @dataclass(frozen=True)
-class Lasting:
+class PauseLasts:
     """The pause that is on lasts so long still."""
 
     seconds: float
 
 
 @dataclass(frozen=True)
-class Ended:
+class PauseEnds:
     """The pause that was on is over; work continues once `let_work` is called."""
 
 
 @dataclass(frozen=True)
-class Unchanged:
+class NoChange:
     """What was so before is so still."""
 
 
@@ -53,7 +53,7 @@ class Look:
     """What one look found. at: monotonic seconds. requests: to be answered when what they ask for is done."""
 
     at: float
-    change: Begun | Lasting | Ended | Unchanged
+    change: PauseBegins | PauseLasts | PauseEnds | NoChange
     requests: Sequence[control.Request]
     was_paused: bool
 
@@ -129,19 +129,19 @@ class Pauses:
                 self._decider.finish()
                 self.is_finishing = True
 
-    async def _change(self, before: Pause | None, now: float) -> Begun | Lasting | Ended | Unchanged:
+    async def _change(self, before: Pause | None, now: float) -> PauseBegins | PauseLasts | PauseEnds | NoChange:
         pause = self._pause
         if pause is None:
-            return Unchanged() if before is None else Ended()
+            return NoChange() if before is None else PauseEnds()
         seconds = None if pause.until is None else pause.until - now
         if before is None or (before.by, before.until) != (pause.by, pause.until):
             self._refreshed_at = now
             await self._break_off()
-            return Begun(pause.reason, seconds)
+            return PauseBegins(pause.reason, seconds)
         if seconds is not None and now - self._refreshed_at >= REFRESH_SECONDS:
             self._refreshed_at = now
-            return Lasting(seconds)
-        return Unchanged()
+            return PauseLasts(seconds)
+        return NoChange()
 
     async def _break_off(self) -> None:
         self._may_work.clear()
@@ -162,7 +162,7 @@ class Pauses:
             freed_bytes: that the worker held which the pause ended. in_hand: the round.
         """
         pause = self._pause
-        said = control.Answer(
+        said = control.RequestAnswer(
             state="paused" if pause else "finishing" if self.is_finishing else "running",
             was_paused=look.was_paused,
             reason=pause.reason if pause else None,

@@ -34,7 +34,7 @@ class Equipment:
     size_class: int
 
 
-class Preparation:
+class JoinPreparation:
     """How one join gets ready for its run."""
 
     def __init__(
@@ -46,7 +46,7 @@ class Preparation:
         transport: Transport,
         worker: TorchPort,
         pauses: Pauses,
-        say: ev.Say,
+        say: ev.EventSink,
     ) -> None:
         self._welcome = welcome
         self._state = state

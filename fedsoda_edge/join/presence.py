@@ -11,12 +11,12 @@ from fedsoda_edge.protocol.messages import Paused, Ready, Resumed
 
 
 @dataclass(frozen=True)
-class Preparing:
+class NotReady:
     """Bundle or data are not here yet: this edge cannot train."""
 
 
 @dataclass(frozen=True)
-class Prepared:
+class ReadyToTrain:
     """This edge can train. num_examples: its samples; size_class: of the sub-LLM that it took, 0 the largest."""
 
     num_examples: int
@@ -24,7 +24,7 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class Running:
+class Working:
     """No pause is on."""
 
 
@@ -39,19 +39,19 @@ class Presence:
     """How this edge is, and how the hub believes it to be. `next` says what to say; who asks says it."""
 
     def __init__(self) -> None:
-        self._preparation: Preparing | Prepared = Preparing()
-        self._now: Running | Pausing = Running()
-        self._told: Running | Pausing | None = None  # on this connection; None: neither of them yet
+        self._preparation: NotReady | ReadyToTrain = NotReady()
+        self._now: Working | Pausing = Working()
+        self._told: Working | Pausing | None = None  # on this connection; None: neither of them yet
         self._has_said_ready = False  # on this connection
 
     @property
     def is_prepared(self) -> bool:
-        return isinstance(self._preparation, Prepared)
+        return isinstance(self._preparation, ReadyToTrain)
 
     @property
     def num_examples(self) -> int:
         """Samples that this edge trains; 0 before it is prepared."""
-        return self._preparation.num_examples if isinstance(self._preparation, Prepared) else 0
+        return self._preparation.num_examples if isinstance(self._preparation, ReadyToTrain) else 0
 
     def connected(self) -> None:
         """Begin a connection: its hub knows nothing of this edge but its name."""
@@ -59,7 +59,7 @@ class Presence:
 
     def prepared(self, num_examples: int, size_class: int) -> None:
         """Note that this edge can train."""
-        self._preparation = Prepared(num_examples, size_class)
+        self._preparation = ReadyToTrain(num_examples, size_class)
 
     def paused(self, reason: str) -> None:
         """Note that a pause is on."""
@@ -67,7 +67,7 @@ class Presence:
 
     def resumed(self) -> None:
         """Note that no pause is on any more."""
-        self._now = Running()
+        self._now = Working()
 
     def next(self) -> Ready | Paused | Resumed | None:
         """Return what the hub has to hear now, and take it for said; None: it knows all.
@@ -78,7 +78,7 @@ class Presence:
             case Pausing(reason) if not isinstance(self._told, Pausing):
                 self._told = self._now
                 return Paused(reason=reason)
-            case Running() if not isinstance(self._told, Running) and isinstance(self._preparation, Prepared):
+            case Working() if not isinstance(self._told, Working) and isinstance(self._preparation, ReadyToTrain):
                 self._told = self._now
                 if self._has_said_ready:
                     return Resumed()

@@ -31,7 +31,7 @@ WHAT_LEAVES = (
 )
 
 
-class Rounds:
+class RoundRunner:
     """What this device does of the rounds that the hub offers to it."""
 
     def __init__(
@@ -40,7 +40,7 @@ class Rounds:
         state: RunState,
         offered: Offered,
         conversation: Conversation,
-        say: ev.Say,
+        say: ev.EventSink,
         clock: Clock,
     ) -> None:
         self._welcome = welcome
@@ -89,7 +89,7 @@ class Rounds:
             raise
         self._offered.trained()
         self._say(
-            ev.Trained(
+            ev.RoundTrained(
                 round=offer.round,
                 edge=self._welcome.edge,
                 num_examples=trained.num_examples,

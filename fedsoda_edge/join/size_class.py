@@ -12,7 +12,7 @@ from pathlib import Path
 from fedsoda_edge.device.facts import read_device
 from fedsoda_edge.device.fit import Limits, check_disk, fit
 from fedsoda_edge.errors import DeviceTooSmall
-from fedsoda_edge.events import Notice, Say
+from fedsoda_edge.events import EventSink, Notice
 from fedsoda_edge.ports.store import FileStore
 from fedsoda_edge.protocol.manifest import BundleManifest, parse_manifest
 from fedsoda_edge.protocol.messages import BlobRef, DeviceFacts, SizeClass, Welcome
@@ -40,7 +40,7 @@ async def take(
     device: str,
     samples: SampleSizes,
     limits: Limits,
-    say: Say,
+    say: EventSink,
 ) -> Taken:
     """Return the largest sub-LLM whose files and training have room.
 

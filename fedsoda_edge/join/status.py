@@ -20,18 +20,18 @@ from fedsoda_edge.units import human_bytes, human_seconds
 WRITE_SECONDS = 1.0  # between two writes at least, but for a change of state
 
 RUN_IS_OVER = "the run is over"
-WORK: dict[type[ev.Event], str] = {  # what a join works at, from this event on
+WORK: dict[type[ev.JoinEvent], str] = {  # what a join works at, from this event on
     ev.Joined: "joining",
     ev.Downloading: "downloading",
     ev.DataRead: "waiting for a round",
     ev.Sweeping: "sweeping the data through the sub-emulator",
-    ev.Swept: "waiting for a round",
+    ev.SweepDone: "waiting for a round",
     ev.Training: "training",
-    ev.Trained: "sending the update",
+    ev.RoundTrained: "sending the update",
     ev.Retrying: "waiting to send the update again",
     ev.Accepted: "waiting for a round",
     ev.Refused: "waiting for a round",
-    ev.Farewell: RUN_IS_OVER,
+    ev.RunFinished: RUN_IS_OVER,
 }
 
 
@@ -81,7 +81,7 @@ class Status:
         self._note_state(event)
         self._note_values(event)
         is_due = self._clock.monotonic() - self._written_at >= WRITE_SECONDS
-        if self.now.state != before or isinstance(event, ev.Paused) or is_due:
+        if self.now.state != before or isinstance(event, ev.JoinPaused) or is_due:
             self._written_at = self._clock.monotonic()
             self.write()
 
@@ -90,7 +90,7 @@ class Status:
         if isinstance(event, ev.Downloading):
             self._is_downloading = event.done < event.total
         # A sweep is done beside the download, which lasts longer; all but a farewell may outlive the run.
-        is_beside = isinstance(event, ev.Sweeping | ev.Swept) and self._is_downloading
+        is_beside = isinstance(event, ev.Sweeping | ev.SweepDone) and self._is_downloading
         if type(event) in WORK and not is_beside and self._work != RUN_IS_OVER:
             self._work = now.state = WORK[type(event)]
         match event:
@@ -98,10 +98,10 @@ class Status:
                 now.state = "reconnecting"
             case ev.Reconnected():
                 now.state = self._work
-            case ev.Paused(reason=reason, seconds=seconds):
+            case ev.JoinPaused(reason=reason, seconds=seconds):
                 now.state, now.paused = "paused", reason
                 self._until(seconds)
-            case ev.Resumed() | ev.Farewell():
+            case ev.JoinResumed() | ev.RunFinished():
                 now.state, now.paused, now.paused_until = self._work, None, None
         if now.paused is not None:
             now.state = "paused"  # whatever comes or goes meanwhile
@@ -114,9 +114,9 @@ class Status:
         match event:
             case ev.Training():
                 now.step, now.steps = event.step, event.steps
-            case ev.Offered():
+            case ev.RoundOffered():
                 now.due_at, now.step, now.steps = self._clock.wall() + event.due_seconds, None, None
-            case ev.Accepted() | ev.Refused() | ev.Farewell():
+            case ev.Accepted() | ev.Refused() | ev.RunFinished():
                 now.due_at = now.step = now.steps = None
         match event:
             case ev.Reconnecting(message=problem) | ev.Retrying(reason=problem) | ev.Refused(reason=problem):

@@ -56,12 +56,12 @@ class Means:
 
 
 @dataclass(frozen=True)
-class Closed:
+class WorkerClosed:
     """No worker has read bundle and data yet."""
 
 
 @dataclass(frozen=True)
-class Opened:
+class WorkerOpened:
     """A worker has read them. pid: its own, of a process that may have ended since. swept: the emulator's digest."""
 
     pid: int | None
@@ -96,7 +96,7 @@ class Trainer:
         welcome: Welcome,
         state: RunState,
         pauses: Pauses,
-        say: ev.Say,
+        say: ev.EventSink,
         opening: cmd.Open,
         shape: Shape,
     ) -> None:
@@ -108,7 +108,7 @@ class Trainer:
         self._say = say
         self._opening = opening
         self._shape = shape
-        self._work: Closed | Opened = Closed()
+        self._work: WorkerClosed | WorkerOpened = WorkerClosed()
         self._plan: MemoryPlan | None = None  # from the moment the data is read
         self._early: NoSweep | EarlySweep = NoSweep()
         self._working = asyncio.Lock()
@@ -120,7 +120,7 @@ class Trainer:
 
     @property
     def _answer(self) -> cmd.Opened:
-        assert isinstance(self._work, Opened), "the worker reads bundle and data first"
+        assert isinstance(self._work, WorkerOpened), "the worker reads bundle and data first"
         return self._work.answer
 
     # --- pieces of work ----------------------------------------------------------------------------------------------
@@ -155,9 +155,9 @@ class Trainer:
     async def open(self) -> cmd.Opened:
         """Let the worker read bundle and data, unless it has."""
         held = self._work
-        if not isinstance(held, Opened) or held.pid is None or held.pid != self._worker.pid:
+        if not isinstance(held, WorkerOpened) or held.pid is None or held.pid != self._worker.pid:
             answer = await self._worker.call(self._opening)
-            self._work = Opened(self._worker.pid, answer)
+            self._work = WorkerOpened(self._worker.pid, answer)
             if self._plan is None:
                 self._plan_memory()
         return self._answer
@@ -168,7 +168,7 @@ class Trainer:
         Args:
             emulator: file of the view; None: the bundle's own. digest: the view's.
         """
-        assert isinstance(self._work, Opened)
+        assert isinstance(self._work, WorkerOpened)
         assert self._plan is not None
         if self._work.swept == digest:
             return
@@ -178,7 +178,7 @@ class Trainer:
         self._say_damaged(swept.num_damaged)
         self._work = replace(self._work, swept=digest)
         self._say(
-            ev.Swept(
+            ev.SweepDone(
                 num_examples=self._answer.num_examples,
                 num_kept=swept.num_kept,
                 kept_bytes=swept.kept_bytes,

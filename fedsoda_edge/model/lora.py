@@ -17,12 +17,12 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
 from fedsoda_edge.model.border import PREFIX, BorderMap, map_tensors
+from fedsoda_edge.model.delta import LoRATensors
 from fedsoda_edge.model.families import Family, lora_modules
 from fedsoda_edge.model.sub_llm import SubLLM
 from fedsoda_edge.protocol.manifest import Half, LoRASpec, TensorSpec
 
-LoRATensors = dict[str, Tensor]
-Held = TypeVar("Held", bound=Tensor)
+TensorT = TypeVar("TensorT", bound=Tensor)
 
 
 def specs(
@@ -66,7 +66,7 @@ def initial(layout: Sequence[TensorSpec], seed: int) -> LoRATensors:
     return tensors
 
 
-def on(layers: Container[int], tensors: Mapping[str, Held]) -> dict[str, Held]:
+def on(layers: Container[int], tensors: Mapping[str, TensorT]) -> dict[str, TensorT]:
     """Select the tensors that lie on these full-LLM layers; a border map lies on none."""
     lying = {name: tensor for name, tensor in tensors.items() if not name.startswith(PREFIX)}
     return {name: tensor for name, tensor in lying.items() if int(name.split(".")[1]) in layers}

@@ -24,26 +24,26 @@ from fedsoda_edge.errors import FedSODAError, WorkerFailed, by_name
 from fedsoda_edge.ports.system import group_of_its_own, peak_rss_bytes, was_killed
 from fedsoda_edge.protocol.calls import Call, ProgressT, ResultT, progress_type, result_type
 
-Report = Callable[[msgspec.Struct], None]
+ReportProgress = Callable[[msgspec.Struct], None]
 
 MAX_FRAME_BYTES = 64 << 20
 END_SECONDS = 5.0  # after its stdin closed; then it is killed
 
 
-class Progressed(msgspec.Struct, frozen=True, tag_field="reply", tag="progress"):
+class ProgressReply(msgspec.Struct, frozen=True, tag_field="reply", tag="progress"):
     """How far the running call is: one of the call's progress types."""
 
     progress: msgspec.Raw
 
 
-class Answered(msgspec.Struct, frozen=True, tag_field="reply", tag="result"):
+class ResultReply(msgspec.Struct, frozen=True, tag_field="reply", tag="result"):
     """The result of a call, as its result type, and the most memory that the process has held so far."""
 
     result: msgspec.Raw
     peak_rss_bytes: int
 
 
-class Raised(msgspec.Struct, frozen=True, tag_field="reply", tag="error"):
+class ErrorReply(msgspec.Struct, frozen=True, tag_field="reply", tag="error"):
     """An error of our tree by its name, with its fields; name "": a defect, with its traceback in details."""
 
     name: str
@@ -52,7 +52,7 @@ class Raised(msgspec.Struct, frozen=True, tag_field="reply", tag="error"):
     details: str = ""
 
 
-_Reply = Progressed | Answered | Raised
+_Reply = ProgressReply | ResultReply | ErrorReply
 _reply = msgspec.json.Decoder(_Reply)
 
 
@@ -134,7 +134,7 @@ class Child:
                     size = int.from_bytes(await self._process.stdout.readexactly(4), "big")
                     reply = _reply.decode(await self._process.stdout.readexactly(size))
                     self._has_answered = True
-                    if not isinstance(reply, Progressed):
+                    if not isinstance(reply, ProgressReply):
                         break
                     if on_progress is not None:
                         on_progress(msgspec.json.decode(reply.progress, type=progress))
@@ -148,7 +148,7 @@ class Child:
                     "\n".join(self._last_words),
                     was_killed(status),
                 ) from error
-            if isinstance(reply, Raised):
+            if isinstance(reply, ErrorReply):
                 raise _rebuilt(reply)
             self.peak_rss_bytes = max(self.peak_rss_bytes, reply.peak_rss_bytes)
             try:
@@ -181,7 +181,7 @@ class Child:
         self._process._transport.close()  # type: ignore[attr-defined]
 
 
-def _rebuilt(raised: Raised) -> FedSODAError:
+def _rebuilt(raised: ErrorReply) -> FedSODAError:
     kind = by_name(raised.name)
     if kind is None:
         return WorkerFailed(raised.text, raised.details)
@@ -191,7 +191,7 @@ def _rebuilt(raised: Raised) -> FedSODAError:
 # --- the child's side ----------------------------------------------------------------------------------
 
 
-def serve(calls: Any, answer: Callable[[Any, Report], msgspec.Struct]) -> None:
+def serve(calls: Any, answer: Callable[[Any, ReportProgress], msgspec.Struct]) -> None:
     """Answer calls on stdin until it closes. What the program prints goes to stderr.
 
     Args:
@@ -205,12 +205,12 @@ def serve(calls: Any, answer: Callable[[Any, Report], msgspec.Struct]) -> None:
     while True:
         reply: _Reply
         try:
-            result = answer(decode(waiting.get()), lambda progress: _write(out, Progressed(_raw(progress))))
-            reply = Answered(_raw(result), peak_rss_bytes())
+            result = answer(decode(waiting.get()), lambda progress: _write(out, ProgressReply(_raw(progress))))
+            reply = ResultReply(_raw(result), peak_rss_bytes())
         except FedSODAError as error:
-            reply = Raised(type(error).__name__, error.fields())
+            reply = ErrorReply(type(error).__name__, error.fields())
         except Exception as error:
-            reply = Raised("", text=f"{type(error).__name__}: {error}", details=traceback.format_exc())
+            reply = ErrorReply("", text=f"{type(error).__name__}: {error}", details=traceback.format_exc())
         _write(out, reply)
 
 

@@ -32,7 +32,7 @@ NO_MEMORY = ("you tried to allocate", "CUDA error: out of memory", "CUBLAS_STATU
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedDelta:
     """What a local round made.
 
     delta: trained adapter LoRA minus the view, fp32. loss: mean over steps, NaN when training broke down.
@@ -162,7 +162,7 @@ def fine_tune(
     micro_batch: int | None = None,
     progress: StepDone | None = None,
     checkpoint: RoundCheckpoint | None = None,
-) -> Trained:
+) -> TrainedDelta:
     """Train the adapter LoRA, the attached tensors that `view` names, from `view` and return the delta.
 
     Minimises F_k(w) + mu/2 ||w - view||^2 (paper eq. 9; the sign in its eq. 10 is reversed,
@@ -226,7 +226,7 @@ def fine_tune(
     for parameter in parameters:
         parameter.requires_grad_(False)
     trained = lora.snapshot(sub_llm)
-    return Trained(
+    return TrainedDelta(
         delta={name: trained[name] - view[name] for name in named},
         num_examples=len(set(order[: len(losses) * size])),
         loss=torch.stack(losses).mean().item(),

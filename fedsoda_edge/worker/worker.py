@@ -24,7 +24,7 @@ from fedsoda_edge.model import delta, lora
 from fedsoda_edge.model.bundle import Bundle, read_manifest
 from fedsoda_edge.model.nf4 import NF4Linear, dequantize, quantize
 from fedsoda_edge.model.sub_llm import SubLLM, build
-from fedsoda_edge.ports.child import Report, serve
+from fedsoda_edge.ports.child import ReportProgress, serve
 from fedsoda_edge.ports.disk import sha256_file, write_durably
 from fedsoda_edge.ports.store import FileStore, when_here
 from fedsoda_edge.ports.system import lower_priority, peak_rss_bytes, return_memory_at_once
@@ -72,7 +72,7 @@ class Worker:
         assert self._bundle is not None, "the agent opens the bundle first"
         return self._bundle
 
-    def answer(self, command: cmd.Command, report: Report) -> msgspec.Struct:
+    def answer(self, command: cmd.Command, report: ReportProgress) -> msgspec.Struct:
         """Do one command of the agent."""
         match command:
             case cmd.Check():
@@ -133,7 +133,7 @@ class Worker:
         data = LocalData(Path(rows.path), rows.columns)
         return cmd.Checked(data.check(TextTemplate(rows.prompt), TextTemplate(rows.completion)))
 
-    def sweep(self, command: cmd.Sweep, report: Report) -> cmd.Swept:
+    def sweep(self, command: cmd.Sweep, report: ReportProgress) -> cmd.Swept:
         """Run all samples through the sub-emulator with this alignment; what is on the disk already is not run."""
         bundle, spec = self.bundle, self.bundle.manifest.lora
         path, cache = command.emulator, command.cache
@@ -176,7 +176,7 @@ class Worker:
             num_damaged=self._states.num_damaged,
         )
 
-    def train(self, command: cmd.Train, report: Report) -> cmd.Trained:
+    def train(self, command: cmd.Train, report: ReportProgress) -> cmd.Trained:
         """Train one local round; leave the coded delta and the new residual as files."""
         spec = self.bundle.manifest.lora
         assert self._border is not None, "the agent asks for the border first"

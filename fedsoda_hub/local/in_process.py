@@ -28,7 +28,7 @@ from fedsoda_edge.join.home import Home
 from fedsoda_edge.join.settings import AgentSettings
 from fedsoda_edge.model.sub_llm import SubLLM
 from fedsoda_edge.ports import SystemClock
-from fedsoda_edge.ports.child import Report
+from fedsoda_edge.ports.child import ReportProgress
 from fedsoda_edge.ports.system import peak_rss_bytes
 from fedsoda_edge.protocol.calls import Call, ProgressT, ResultT, progress_type, result_type
 from fedsoda_edge.protocol.codec import wire_bytes
@@ -41,7 +41,7 @@ from fedsoda_hub.serving.connection import Connection, Hub
 from fedsoda_hub.serving.daemon import Daemon
 from fedsoda_hub.settings.run import RunSettings
 
-Answer = Callable[[Any, Report], msgspec.Struct]  # does one call of a union
+Answer = Callable[[Any, ReportProgress], msgspec.Struct]  # does one call of a union
 EdgeSay = Callable[[dict[str, Any]], None]
 T = TypeVar("T")
 PIECE_BYTES = 1 << 20
@@ -99,7 +99,7 @@ async def federate(
             await asyncio.wait({*joining, serving})
 
 
-def _as_dicts(say: EdgeSay) -> events.Say:
+def _as_dicts(say: EdgeSay) -> events.EventSink:
     """Let events arrive as a process would have printed them."""
     return lambda event: say(events.as_json(event))
 

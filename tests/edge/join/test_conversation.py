@@ -98,7 +98,7 @@ class Talk:
 
     def __init__(self) -> None:
         self.wire = Wire()
-        self.events: list[ev.Event] = []
+        self.events: list[ev.JoinEvent] = []
         self.heard: list[str] = []
         self.conversation = Conversation(self.wire, lambda: HELLO, self.events.append, SystemClock())
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fedsoda_edge.join import doctor
-from fedsoda_edge.join.doctor import Check, examine
+from fedsoda_edge.join.doctor import DoctorStep, examine
 from fedsoda_edge.join.home import Home
 from fedsoda_edge.network import hub_transport as transport
 from fedsoda_edge.network.hub_transport import HubTransport
@@ -36,11 +36,11 @@ def _quick_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "Child", lambda *_: SimpleNamespace(call=call, close=close))
 
 
-async def all_of(checks: AsyncIterator[Check]) -> list[Check]:
+async def all_of(checks: AsyncIterator[DoctorStep]) -> list[DoctorStep]:
     return [check async for check in checks if not (check.passed and check.name in ("proxy", "GPU memory"))]
 
 
-def walked(tmp_path: Path, url: str | None, token: str = "good") -> list[Check]:
+def walked(tmp_path: Path, url: str | None, token: str = "good") -> list[DoctorStep]:
     (tmp_path / "token").write_text(token)
     return asyncio.run(all_of(examine(url, tmp_path / "token", Home(tmp_path / "home"))))
 
@@ -71,7 +71,7 @@ def test_it_stops_at_the_step_that_fails(
 
 
 def test_a_token_that_the_hub_does_not_know_is_the_step_that_fails(tmp_path: Path) -> None:
-    async def knock() -> list[Check]:
+    async def knock() -> list[DoctorStep]:
         (tmp_path / "token").write_text("unknown")
         async with listening(SmallHub(tmp_path)) as url:
             return await all_of(examine(url, tmp_path / "token", Home(tmp_path / "home")))
@@ -85,7 +85,7 @@ def test_a_token_that_the_hub_does_not_know_is_the_step_that_fails(tmp_path: Pat
 def test_a_clock_that_is_wrong_fails_though_the_way_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "MAX_SKEW_SECONDS", -1.0)
 
-    async def knock() -> list[Check]:
+    async def knock() -> list[DoctorStep]:
         (tmp_path / "token").write_text("good")
         async with listening(SmallHub(tmp_path, RUN_IS_OVER)) as url:
             return await all_of(examine(url, tmp_path / "token", Home(tmp_path / "home")))
@@ -97,7 +97,7 @@ def test_a_clock_that_is_wrong_fails_though_the_way_goes_on(tmp_path: Path, monk
 
 
 def test_a_hub_that_refuses_the_greeting_is_quoted(tmp_path: Path) -> None:
-    async def knock() -> list[Check]:
+    async def knock() -> list[DoctorStep]:
         (tmp_path / "token").write_text("good")
         refusal = ms.Refusal(round=0, reason="another device holds this token; ask for one of your own", fatal=True)
         async with listening(SmallHub(tmp_path, refusal)) as url:
@@ -125,7 +125,7 @@ def test_the_bandwidth_is_measured_and_no_connection_is_left(
         memory = SimpleNamespace(message="fits", parts=[])
         return SimpleNamespace(source="m", memory=memory, disk_needed=0, largest_file=largest)
 
-    async def knock() -> list[Check]:
+    async def knock() -> list[DoctorStep]:
         (tmp_path / "token").write_text("good")
         async with listening(SmallHub(tmp_path)) as url:
             return await all_of(examine(url, tmp_path / "token", Home(tmp_path / "home")))

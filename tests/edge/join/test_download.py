@@ -337,10 +337,10 @@ async def at_once(work: Callable[[], Any]) -> Any:
     return await work()
 
 
-def fetched(directory: Path, cuts: list[int], *, keep_trying: bool = False) -> tuple[Proxy, list[ev.Event]]:
+def fetched(directory: Path, cuts: list[int], *, keep_trying: bool = False) -> tuple[Proxy, list[ev.JoinEvent]]:
     """The file of `test_transport` through a proxy, by the product's own download; and what was said."""
     (directory / DIGEST).write_bytes(DATA)
-    said: list[ev.Event] = []
+    said: list[ev.JoinEvent] = []
 
     async def fetch() -> Proxy:
         async with listening(SmallHub(directory)) as url:

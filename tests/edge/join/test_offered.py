@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fedsoda_edge.errors import ProtocolViolation, UsageProblem
-from fedsoda_edge.events import RoundResult
+from fedsoda_edge.events import RoundOutcome
 from fedsoda_edge.join.offered import Offered
 from fedsoda_edge.protocol.messages import Digest, RoundOffer, UpdateStart, ViewRef
 from fedsoda_edge.testing import LOCAL
@@ -69,7 +69,7 @@ def test_a_round_is_offered_again_until_the_hub_has_its_update(accepted: bool, a
     offered.offered(offer(1))  # it is trained, and not handed in yet
     handed_in(offered, 1, accepted=accepted)
     assert offered.next() == again
-    assert offered.rounds == [RoundResult(round=1, loss=0.5, accepted=accepted)]
+    assert offered.rounds == [RoundOutcome(round=1, loss=0.5, accepted=accepted)]
     assert (offered.num_accepted, offered.in_hand) == (int(accepted), None)
 
 

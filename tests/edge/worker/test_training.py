@@ -21,7 +21,7 @@ from fedsoda_edge.worker.batches import Batch, SweptSamples
 from fedsoda_edge.worker.checkpoint import RoundCheckpoint
 from fedsoda_edge.worker.training import (
     StepDone,
-    Trained,
+    TrainedDelta,
     accumulate,
     completion_loss,
     data_order,
@@ -247,7 +247,7 @@ def trained(
     micro_batch: int | None,
     progress: StepDone | None = None,
     checkpoint: RoundCheckpoint | None = None,
-) -> Trained:
+) -> TrainedDelta:
     """Six steps of four samples from a random view."""
     tail = with_random_lora(bundle)
     settings = msgspec.structs.replace(SETTINGS, epochs=3, max_steps=6, proximal_mu=0.1)
