@@ -1,7 +1,8 @@
-"""All that a join tells people, one struct each: what `--jsonl` prints, what the SDK's `on_event` gets as a dict.
+"""Define all events of a join, one struct each: what `--jsonl` prints and the SDK's `on_event` gets as a dict.
 
-Names, keys, types and ranges are promises to those who parse them (tests/schemas/fedsoda-edge.json). Nothing here says
-anything; how it is shown is `cli/display.py`'s.
+The tags ("offer", "trained", ...), keys, types and ranges are promises to programs that read them
+(tests/schemas/fedsoda-edge.json); class names are not. When an event happens is decided in `join`, how it is shown in
+`cli/display.py`.
 """
 
 from __future__ import annotations
@@ -36,33 +37,33 @@ class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class GivenSetting(msgspec.Struct, Generic[T], frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The value of an option, and whether a person, the environment or a file gave it."""
+    """The value of an option, and where it comes from: the command line, a variable, config.toml or the default."""
 
     value: T
     source: Source
 
 
 class JoinSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The options of `fedsoda-edge join` as they are in force, by their names on the command line."""
+    """The options of `fedsoda-edge join`, in the order in which `cli/commands.py` declares them."""
 
     url: GivenSetting[str]
     data: GivenSetting[str]
     token_file: GivenSetting[str | None]
-    device: GivenSetting[str]
     column: GivenSetting[str | None]
-    max_rounds: GivenSetting[Count]
-    threads: GivenSetting[Count]
+    device: GivenSetting[str]
+    unattended: GivenSetting[bool]
     max_disk: GivenSetting[str | None]
     cache: GivenSetting[Literal["bf16", "int8"]]
     cache_key: GivenSetting[Literal["keep", "forget"]]
-    pause_on: GivenSetting[str | None]
+    max_rounds: GivenSetting[Count]
+    threads: GivenSetting[Count]
     max_ram: GivenSetting[str | None]
     max_vram: GivenSetting[str | None]
-    unattended: GivenSetting[bool]
+    pause_on: GivenSetting[str | None]
 
 
 class MemoryReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A way to train as a sentence, as a `MemoryPlan`'s fields and as a table."""
+    """A memory plan as a sentence, as its fields (`needs.MemoryPlan`) and as a table."""
 
     message: Words
     device: DeviceName
@@ -83,7 +84,7 @@ class MemoryReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class RoundOutcome(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A round whose update the hub answered. loss: mean over completion ids, nats; None: it was not finite."""
+    """A round whose update the hub answered. loss: mean over completion ids, in nats; None: it was not finite."""
 
     round: Positive
     loss: float | None
@@ -91,14 +92,14 @@ class RoundOutcome(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class ConversationBytes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Bytes of the conversation with the hub; files of the bundle are not in it."""
+    """Bytes of the conversation with the hub, to it and from it; files of the bundle are not counted."""
 
     up: Count
     down: Count
 
 
 class JoinReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What a join did so far. run, edge: None before the hub's first answer."""
+    """The result of a join so far. run, edge: None before the hub's first answer."""
 
     run: str | None
     edge: str | None
@@ -113,13 +114,13 @@ class JoinReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SettingsGiven(JoinEvent, frozen=True, tag="settings"):
-    """The command line as it was understood. Said by the command, before the join."""
+    """The command line as it was understood. The command says it, before the join begins."""
 
     values: JoinSettings
 
 
 class Joined(JoinEvent, frozen=True, tag="joined"):
-    """The hub knows this edge. rounds: of the run."""
+    """The hub knows this edge. rounds: how many the run has."""
 
     run: str
     edge: str
@@ -138,18 +139,18 @@ class DeviceFits(JoinEvent, frozen=True, tag="device"):
 
 
 class Downloading(JoinEvent, frozen=True, tag="download"):
-    """Bytes of the bundle that are here, of all."""
+    """Bytes of the bundle that are here (done), of all its bytes (total)."""
 
     done: Count
     total: Count
 
 
 class Memory(JoinEvent, MemoryReport, frozen=True, tag="memory"):
-    """The way to train from now on."""
+    """The memory plan by which this device trains from now on."""
 
 
 class DataRead(JoinEvent, frozen=True, tag="data"):
-    """The data as samples. num_skipped: rows of whose completion nothing is left. threads: of the worker."""
+    """The data, read as samples. num_skipped: rows without a completion id left. threads: how many the worker uses."""
 
     rows: Positive
     num_examples: Positive
@@ -158,7 +159,7 @@ class DataRead(JoinEvent, frozen=True, tag="data"):
 
 
 class Sweeping(JoinEvent, frozen=True, kw_only=True, tag="sweep"):
-    """Steps of the sweep through the sub-emulator that are done, of all."""
+    """Steps of the sweep through the sub-emulator that are done, of all its steps (total)."""
 
     stage: Literal["sweep"] = "sweep"
     done: Positive
@@ -166,7 +167,7 @@ class Sweeping(JoinEvent, frozen=True, kw_only=True, tag="sweep"):
 
 
 class SweepDone(JoinEvent, frozen=True, tag="swept"):
-    """Border states of num_kept of num_examples samples are on the disk. num_damaged: records computed again."""
+    """Border states of num_kept of num_examples samples are on disk. num_damaged: records that were computed again."""
 
     num_examples: Positive
     num_kept: Count
@@ -185,7 +186,7 @@ class RoundOffered(JoinEvent, frozen=True, tag="offer"):
 
 
 class Training(JoinEvent, frozen=True, kw_only=True, tag="training"):
-    """Steps of the round that are done, of all. loss: of the step, nats; None: not finite."""
+    """Steps of the round that are done, of all its steps. loss: the step's, in nats; None: it was not finite."""
 
     round: Positive
     stage: Literal["train"] = "train"
@@ -196,7 +197,7 @@ class Training(JoinEvent, frozen=True, kw_only=True, tag="training"):
 
 
 class RoundTrained(JoinEvent, frozen=True, tag="trained"):
-    """A round was trained. loss: mean over completion ids, nats; None: not finite, and the update holds zeros."""
+    """A round was trained. loss: mean over completion ids, in nats; None: not finite, and the update holds zeros."""
 
     round: Positive
     edge: str
@@ -209,7 +210,7 @@ class RoundTrained(JoinEvent, frozen=True, tag="trained"):
 
 
 class Accepted(JoinEvent, frozen=True, tag="accepted"):
-    """The hub has the update. bytes: of the coded delta."""
+    """The hub has the update. bytes: the size of the coded delta."""
 
     round: Positive
     num_examples: Positive
@@ -218,7 +219,7 @@ class Accepted(JoinEvent, frozen=True, tag="accepted"):
 
 
 class Refused(JoinEvent, frozen=True, tag="refused"):
-    """The hub does not take the update, and why."""
+    """The hub refuses the update, with its reason. bytes: the size of the coded delta."""
 
     round: Positive
     reason: str
@@ -228,14 +229,14 @@ class Refused(JoinEvent, frozen=True, tag="refused"):
 
 
 class Retrying(JoinEvent, frozen=True, tag="retrying"):
-    """The hub cannot take the update now; it is sent again soon."""
+    """The hub cannot take the update now, with its reason; it is sent again soon."""
 
     round: Positive
     reason: str
 
 
 class RoundOver(JoinEvent, frozen=True, tag="round_closed"):
-    """A round is over. updates: how many the hub averaged."""
+    """A round is over. updates: how many the hub averaged in it."""
 
     round: Positive
     updates: Positive
@@ -251,7 +252,7 @@ class Notice(JoinEvent, frozen=True, tag="notice"):
 
 
 class Reconnecting(JoinEvent, frozen=True, tag="reconnecting"):
-    """The hub cannot be reached, and what failed; the join tries until it can."""
+    """The hub cannot be reached, and what failed. The join tries until it is reached."""
 
     message: str
 
@@ -261,18 +262,18 @@ class Reconnected(JoinEvent, frozen=True, tag="reconnected"):
 
 
 class JoinPaused(JoinEvent, frozen=True, tag="paused"):
-    """The device is its owner's alone. seconds: how long, where that is known."""
+    """The join pauses, with the reason. seconds: how long the pause will be; None: not known."""
 
     reason: Words
     seconds: Annotated[float, Meta(gt=0)] | None
 
 
 class JoinResumed(JoinEvent, frozen=True, tag="resumed"):
-    """A pause ended."""
+    """The pause is over."""
 
 
 class RunFinished(JoinEvent, frozen=True, tag="farewell"):
-    """The run is over. rounds: how many were closed."""
+    """The run is over, with the reason. rounds: how many were closed."""
 
     rounds: Count
     reason: str
@@ -312,10 +313,14 @@ def as_json(event: AnyEvent) -> dict[str, Any]:
 
 
 def memory_report(message: str, plan: MemoryPlan, parts: list[dict[str, Any]]) -> MemoryReport:
-    """Return a plan as `plan --json` has it; `message` and `parts` say the same for people."""
+    """Return a memory plan as `plan --json` prints it.
+
+    Args:
+        message, parts: the plan as a sentence and as a table (`device.fit.plan_sentence`, `device.fit.table`).
+    """
     return msgspec.convert({"message": message, **msgspec.to_builtins(plan), "parts": parts}, MemoryReport)
 
 
 def memory(message: str, plan: MemoryPlan, parts: list[dict[str, Any]]) -> Memory:
-    """Return a plan as an event."""
+    """Return a memory plan as an event; the arguments are those of `memory_report`."""
     return msgspec.convert(msgspec.to_builtins(memory_report(message, plan, parts)), Memory)
