@@ -1,8 +1,8 @@
-"""A child process on pipes: length-prefixed JSON both ways, tensors as files. It owns torch, its parent does not.
+"""Call a child process over pipes: length-prefixed JSON both ways, tensors as files. It owns torch, its parent does not.
 
 The child runs in its own process group and ends when its stdin closes, even in the middle of work: after a
 kill -9 of the parent nothing stays on the GPU. Calls, results and errors cross as typed data, never as pickles. What a
-call means is the worker's (`fedsoda_edge.worker`) or the hub's (`fedsoda_hub.compute`) business.
+call means is left to the edge's worker (`fedsoda_edge.worker`) and the hub's (`fedsoda_hub.compute`).
 """
 
 from __future__ import annotations
@@ -27,24 +27,27 @@ from fedsoda_edge.protocol.calls import Call, ProgressT, ResultT, progress_type,
 ReportProgress = Callable[[msgspec.Struct], None]
 
 MAX_FRAME_BYTES = 64 << 20
-END_SECONDS = 5.0  # after its stdin closed; then it is killed
+END_SECONDS = 5.0  # that a process may take to end after its stdin closed, before it is killed
 
 
 class ProgressReply(msgspec.Struct, frozen=True, tag_field="reply", tag="progress"):
-    """How far the running call is: one of the call's progress types."""
+    """The progress of the running call, as its progress type."""
 
     progress: msgspec.Raw
 
 
 class ResultReply(msgspec.Struct, frozen=True, tag_field="reply", tag="result"):
-    """The result of a call, as its result type, and the most memory that the process has held so far."""
+    """The result of a call, as its result type. peak_rss_bytes: the most memory that the process has held so far."""
 
     result: msgspec.Raw
     peak_rss_bytes: int
 
 
 class ErrorReply(msgspec.Struct, frozen=True, tag_field="reply", tag="error"):
-    """An error of our tree by its name, with its fields; name "": a defect, with its traceback in details."""
+    """The error that a call raised: a class of `errors.py` by its name, with its fields.
+
+    name: "" for a defect, whose sentence is `text` and whose traceback is `details`.
+    """
 
     name: str
     fields: dict[str, Any] = {}
@@ -65,7 +68,12 @@ def _frame(message: msgspec.Struct) -> bytes:
 
 
 class Child:
-    """One child process. Calls run one after the other; progress comes back while they run."""
+    """One child process, started again where it has ended. Calls run one after the other and report progress.
+
+    Args:
+        module: what the process runs, as `python -m` does.
+        environment: variables beside those of this process.
+    """
 
     def __init__(self, module: str, environment: Mapping[str, str] | None = None) -> None:
         self.module = module
@@ -79,6 +87,7 @@ class Child:
         self.peak_rss_bytes = 0
 
     async def start(self) -> None:
+        """Start the process."""
         self._has_answered = False
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
@@ -99,11 +108,12 @@ class Child:
 
     @property
     def pid(self) -> int | None:
+        """The process's number; None while no process runs."""
         return self._process.pid if self._process and self._process.returncode is None else None
 
     @property
     def rss_bytes(self) -> int | None:
-        """What the process holds now; None where there is none."""
+        """Bytes of memory that the process holds now; None while no process runs."""
         import psutil
 
         try:
@@ -118,7 +128,7 @@ class Child:
 
         Raises:
             FedSODAError: what the call raised.
-            WorkerFailed: the child ended, or raised something that is not ours.
+            WorkerFailed: the child ended, or has a defect.
         """
         result, progress = result_type(call), progress_type(call)
         async with self._lock:
@@ -144,7 +154,7 @@ class Child:
                     await self._drain
                 raise WorkerFailed(
                     f"the process {self.module} ended with status {status} during {type(call).__name__}"
-                    + (" (killed, most likely out of memory)" if was_killed(status) else ""),
+                    + (" (it was killed, most likely because memory ran out)" if was_killed(status) else ""),
                     "\n".join(self._last_words),
                     was_killed(status),
                 ) from error
@@ -155,13 +165,14 @@ class Child:
                 return msgspec.json.decode(reply.result, type=result)
             except msgspec.ValidationError as error:  # as NaN, which JSON does not have
                 raise WorkerFailed(
-                    f"the process {self.module} answered {type(call).__name__} with what is not a {result.__name__}: {error}"
+                    f"the process {self.module} answered {type(call).__name__} with something other than a "
+                    f"{result.__name__}: {error}"
                 ) from error
 
     async def close(self) -> None:
-        """End it and wait. A child whose stdin closes ends at once, in the middle of work too.
+        """End the process and wait for that. A child whose stdin closes ends at once, in the middle of work too.
 
-        One that has not answered yet may still be importing, and one that is stopped reads nothing: both are killed.
+        A child that has not answered yet may still be importing, and one that is stopped reads nothing: both are killed.
         """
         if self._process is None:
             return
@@ -195,7 +206,8 @@ def serve(calls: Any, answer: Callable[[Any, ReportProgress], msgspec.Struct]) -
     """Answer calls on stdin until it closes. What the program prints goes to stderr.
 
     Args:
-        calls: the union of the call types. answer: does one call, and may report progress while it does.
+        calls: the union of the call types.
+        answer: does one call and returns its result; it may report progress meanwhile.
     """
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
