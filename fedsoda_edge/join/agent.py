@@ -1,7 +1,7 @@
-"""A join: the parts of one device's taking part, wired together. It holds the socket, never torch.
+"""Run a join: wire its parts together, and pass on to each what another one finds out. Sockets, never torch.
 
-Each part decides or does one thing; what one of them finds out, the agent tells the others. The parts live in one task
-group: the first that fails ends all of them, and whatever the join's owner waits for.
+The parts run in one task group: the first that fails ends all of them, and whatever the join's owner waits for. What
+each part decides or does is left to the file that bears its name.
 """
 
 from __future__ import annotations
@@ -40,28 +40,35 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ungreeted:
-    """The hub has not answered yet."""
+    """The state before the hub's first answer."""
 
 
 @dataclass(frozen=True)
 class Greeted:
-    """The hub knows this edge; no sub-LLM is taken yet."""
+    """The state once the hub knows this edge, before a sub-LLM is taken.
+
+    life: the task in which all parts run; it ends with the run, or with what ended the join.
+    """
 
     welcome: ms.Welcome
     state: RunState
     rounds: RoundRunner
-    life: asyncio.Task[None]  # of all parts; it ends with the run, or with what ended the join
+    life: asyncio.Task[None]
 
 
 @dataclass(frozen=True)
 class Equipped(Greeted):
-    """A sub-LLM is taken; once the data is read, too, this edge can train."""
+    """The state once a sub-LLM is taken; when the data is read too, this edge can train."""
 
     equipment: Equipment
 
 
 class Agent:
-    """A join as it runs. Its owner calls it from the loop that it lives on."""
+    """A join. Its owner calls it from the event loop on which it runs.
+
+    Args:
+        say: gets each event of the join.
+    """
 
     def __init__(
         self,
@@ -78,27 +85,27 @@ class Agent:
         self._settings = settings
         self._show = say
         self._clock = clock
-        self._status: Status | None = None  # from the moment the home is this join's
+        self._status: Status | None = None  # from when this join has locked the home
         self._conversation = Conversation(transport, lambda: hello(home), self.say, clock)
         self._presence = Presence()
         self._pauses = Pauses(home.control, settings.rules, clock)
         self._offered = Offered()
         self._run: Ungreeted | Greeted | Equipped = Ungreeted()
-        self._news = asyncio.Event()  # an offer, Ready or finish; another one after each
+        self._news = asyncio.Event()  # an offer, Ready or finish; replaced after each
 
     @property
     def is_finishing(self) -> bool:
-        """Whether its owner wants the round in hand to be the last."""
+        """Whether its owner has asked to finish: the round in hand is the last."""
         return self._pauses.is_finishing
 
     @property
     def submitted(self) -> int:
-        """How many updates the hub accepted."""
+        """The number of updates that the hub accepted."""
         return self._offered.num_accepted
 
     @property
     def in_hand(self) -> int | None:
-        """The round that is trained or handed in."""
+        """The round that is trained or handed in; None: none is."""
         return self._offered.in_hand
 
     @property
@@ -122,12 +129,15 @@ class Agent:
     async def start(self) -> None:
         """Connect, check the device, fetch the bundle, read the data, say Ready; hand in what an earlier join left.
 
-        Returns early where the run is over, or its owner wants to finish: then there is no next offer.
+        Returns early when the run is over or its owner has asked to finish: then there is no next offer.
+
+        Raises:
+            FedSODAError: what ended the join: HomeInUse, HubUnreachable, RefusedByHub, DeviceTooSmall, DataProblem, ...
         """
         self.home.lock()
         control.forget(self.home.control)
         if not self._settings.cache.keep_key:
-            self.home.forget_borders()  # of a join that was killed: nobody has its key
+            self.home.forget_borders()  # a join that was killed left them, and nobody has its key
         self._status = Status(self.home.status, self.transport.url, self._clock, lambda: self.worker.rss_bytes)
         welcome = await self._conversation.greet(keep_trying=self._settings.unattended)
         self.say(ev.Joined(run=welcome.run_name, edge=welcome.edge, rounds=welcome.rounds))
@@ -141,13 +151,14 @@ class Agent:
         with contextlib.suppress(RunOver):
             await self._within(self._prepared())
             if self._presence.is_prepared and (left := await rounds.left_over()) is not None:
-                # An update without an answer from before a crash goes first: the hub knows whether it has it.
+                # An update that had no answer before a crash goes first: the hub knows whether it has it.
                 await self._hand_in(left)
 
     async def next_offer(self) -> ms.RoundOffer | None:
-        """Return the next round worth taking, when there is one; None when no more will come.
+        """Wait for the next offer worth taking; None when no more will come.
 
-        Raises what ended the join.
+        Raises:
+            FedSODAError: what ended the join.
         """
         try:
             return await self._within(self._next_offer())
@@ -157,42 +168,45 @@ class Agent:
     async def train(self, round_number: int) -> ms.UpdateStart:
         """Train the round in the worker; return what is to be announced of its update.
 
-        Where the hub goes on to a later round during a pause, the update is of that round.
+        When the hub begins a later round during a pause, the update belongs to that round.
 
         Raises:
-            RunOver: the run was over before that. ProtocolViolation: the hub offers another round by now. What ended
-                the join.
+            RunOver: the run was over before that.
+            ProtocolViolation: the hub offers another round by now.
+            FedSODAError: what ended the join.
         """
         run = self._run
         assert isinstance(run, Equipped), "an offer comes after the preparation"
         return await self._within(run.rounds.train(round_number, run.equipment))
 
     async def submit(self, round_number: int, digest: str, path: Path | None = None) -> bool:
-        """Hand an update in; whether the hub accepted it. A second time, the first answer is given again.
+        """Hand an update in; return whether the hub accepted it. A second call returns the first answer again.
 
         Args:
-            digest: of the update, as `train` returned it. path: its file, where that was in others' hands.
+            digest: the update's, as `train` returned it.
+            path: its file, where the caller has had it; None: the file that `train` wrote.
 
         Raises:
-            UsageProblem: it is not the update that was trained last, or not as it was trained.
-            RunOver: the run was over before the hub's answer. What ended the join.
+            UsageProblem: it is not the update that was trained last, or its file was changed.
+            RunOver: the run was over before the hub's answer.
+            FedSODAError: what ended the join.
         """
         if (answered := self._offered.answer_to(digest)) is not None:
             return answered
         return await self._hand_in(await self._greeted.rounds.check(round_number, digest, path or self.update_path))
 
     async def leave(self, reason: str) -> None:
-        """Tell the hub, where it can be reached, and people: the last sentence of a join that ends early."""
+        """Tell people, and the hub where it can be reached, that this edge leaves: the last sentence of a join."""
         if isinstance(self._run, Equipped):
             await self._run.equipment.trainer.end_early()  # nothing is said after the last sentence
         await self._conversation.leave(reason)
         self.say(ev.Notice(f"left the run: {reason}"))
 
     async def close(self, error: BaseException | None = None) -> None:
-        """End all parts, hang up and free the home.
+        """End all parts, close the connection and unlock the home.
 
         Args:
-            error: why the join ends, where that is not the run's end.
+            error: why the join ends before the run does; None: it does not.
         """
         if self._status is not None:
             self._status.end(error)
@@ -200,16 +214,16 @@ class Agent:
             self._run.life.cancel()
             await asyncio.wait({self._run.life})
             if not self._run.life.cancelled():
-                self._run.life.exception()  # known already to who waited for something, if anybody did
-        async with contextlib.AsyncExitStack() as closing:  # from the last to the first, whatever one of them raises
+                self._run.life.exception()  # whoever waited for something has had it already
+        async with contextlib.AsyncExitStack() as closing:  # runs all, the last first, even if one of them raises
             closing.callback(self.home.unlock)
             if isinstance(self._run, Equipped) and not self._settings.cache.keep_key:
-                closing.callback(self.home.forget_borders)  # without the key they are of no use
+                closing.callback(self.home.forget_borders)  # nobody can read them without the key
             closing.push_async_callback(self.worker.close)
             closing.push_async_callback(self._conversation.close)
 
     def report(self) -> ev.JoinReport:
-        """Return what this join did so far."""
+        """Report what this join did so far."""
         welcome = self._run.welcome if isinstance(self._run, Greeted) else None
         return ev.JoinReport(
             run=None if welcome is None else welcome.run_name,
@@ -224,7 +238,11 @@ class Agent:
     # --- the parts ---------------------------------------------------------------------------------------------------
 
     async def _live(self) -> None:
-        """Run all parts until the run is over. Raises what the first that fails raises."""
+        """Run all parts until the run is over.
+
+        Raises:
+            FedSODAError: what the first part that fails raises.
+        """
         try:
             async with asyncio.TaskGroup() as both:
                 beside = both.create_task(self._beside())
@@ -284,7 +302,7 @@ class Agent:
     # --- between the parts -------------------------------------------------------------------------------------------
 
     async def _heed(self, look: Look) -> None:
-        """Do what a pause asks for that begins or ends: the worker ends, which keeps all on the disk; the hub hears."""
+        """Do what the begin or the end of a pause asks for: the worker ends, with all it made on disk; the hub hears."""
         freed = 0
         match look.change:
             case PauseBegins(reason, seconds):
@@ -306,12 +324,12 @@ class Agent:
             self._ring()
 
     async def _tell(self) -> None:
-        """Tell the hub how this edge is, but after an update that is on its way: who hears of a pause closes the round."""
+        """Tell the hub whether this edge can train, but not before an update on its way: on a pause it closes the round."""
         if not (isinstance(self._run, Greeted) and self._run.rounds.is_handing_in):
             await self._tell_all()
 
     async def _tell_all(self) -> bool:
-        """Tell the hub how this edge is; whether that could be said. If not, the next connection begins with it."""
+        """Tell the hub whether this edge can train; return False when it cannot be reached: the next connection says it."""
         try:
             while (message := self._presence.next()) is not None:
                 await self._conversation.send(message)
@@ -342,10 +360,14 @@ class Agent:
         news.set()
 
     async def _within(self, work: Coroutine[Any, Any, T], *, outlives_run: bool = False) -> T:
-        """Do something as long as the join lives. Raises what ended the join where that comes first.
+        """Do a piece of work while the join lives.
 
         Args:
-            outlives_run: whether it ends by itself when the run is over; else it is broken off then, with RunOver.
+            outlives_run: whether the work ends by itself when the run is over; otherwise it is broken off then.
+
+        Raises:
+            RunOver: the run was over first.
+            FedSODAError: what ended the join first.
         """
         life, task = self._greeted.life, asyncio.create_task(work)
         try:
@@ -363,6 +385,6 @@ class Agent:
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """Return the error that came first: the others are what it broke."""
+    """Return the error that came first: the others follow from it."""
     error = group.exceptions[0]
     return _first(error) if isinstance(error, BaseExceptionGroup) else error

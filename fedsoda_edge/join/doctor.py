@@ -1,7 +1,6 @@
-"""Look at this device and the way to the hub, one step after the other; each passes or says what to do.
+"""Check this device and the way to the hub, one step after the other; each passes, or says what to do.
 
-The steps of the network are the transport's, torch and the GPU are looked at in a worker process. Showing is the
-command's business.
+The steps of the network are left to the transport, torch and the GPU to a worker process, and showing to the command.
 """
 
 from __future__ import annotations
@@ -28,14 +27,15 @@ from fedsoda_edge.protocol.commands import Examine
 from fedsoda_edge.units import human_bytes
 
 MAX_SKEW_SECONDS = 120.0
-PROBE_BYTES = 4 << 20  # of the bundle are fetched to measure the way
+PROBE_BYTES = 4 << 20  # fetched of the bundle, to measure the bandwidth
 
 
 @dataclass(frozen=True)
 class DoctorStep:
-    """A step and what came of it. fix: what to do; exit_status: of the command when this is the first that fails.
+    """A step and its result.
 
-    parts: of the memory that the detail speaks of.
+    fix: what to do; "" where the step passed. exit_status: the command's when this is the first step that fails. parts:
+    what the memory in the detail consists of.
     """
 
     name: str
@@ -52,7 +52,11 @@ def _failed(name: str, error: FedSODAError) -> DoctorStep:
 
 
 async def examine(url: str | None, token_file: str | Path | None, home: Home) -> AsyncIterator[DoctorStep]:
-    """Go through all steps in order. What hangs on a step that failed is left out."""
+    """Yield all steps in order. Steps that depend on one that failed are left out.
+
+    Args:
+        url: the hub's; None: only this device is checked.
+    """
     async for check in _device(home):
         yield check
     if url is not None:
@@ -80,8 +84,8 @@ async def _device(home: Home) -> AsyncIterator[DoctorStep]:
     yield DoctorStep(
         "NF4",
         not problem,
-        problem or f"forward and backward as they should be on {found.device}",
-        "reinstall bitsandbytes for this CUDA, or join with --device cpu" if problem else "",
+        problem or f"forward and backward are right on {found.device}",
+        "install bitsandbytes for this CUDA again, or train with device='cpu'" if problem else "",
         1,
     )
     facts = read_device(home.directory)
@@ -115,7 +119,7 @@ async def _way_to(url: str, token_file: str | Path | None, home: Home) -> AsyncI
             skew = (datetime.now(UTC) - clock).total_seconds()
             way = "ahead of" if skew > 0 else "behind"
             is_near = abs(skew) < MAX_SKEW_SECONDS
-            fix = "" if is_near else "set this device's clock, certificates and due times depend on it"
+            fix = "" if is_near else "set this device's clock: certificates and due times depend on it"
             yield DoctorStep("clock", is_near, f"{abs(skew):.0f} s {way} the hub's", fix, 1)
         step = "token"
         transport = HubTransport(url, read_token(token_file))
@@ -141,7 +145,7 @@ async def _way_to(url: str, token_file: str | Path | None, home: Home) -> AsyncI
 
 
 async def _bandwidth(transport: Transport, digest: str) -> tuple[int, float]:
-    """Fetch the first PROBE_BYTES of a file; return (bytes, seconds)."""
+    """Fetch the first PROBE_BYTES of a file, or all of it; return (bytes, seconds)."""
     started, size = time.perf_counter(), 0
     stream = transport.fetch(digest, 0)
     async for piece in stream:

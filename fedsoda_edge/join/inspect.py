@@ -1,5 +1,7 @@
-"""Greet a hub without joining its run: look at what it would ask of this device, or say that this device does not come
-back. Both leave no trace in the run's state."""
+"""Greet a hub without joining its run: see what it would ask of this device, or say that this device does not come back.
+
+Neither changes the run's state on this device; joining is left to `agent.py`.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,9 @@ from fedsoda_edge.protocol.ranges import Count, Positive
 
 
 class Found(msgspec.Struct, frozen=True, kw_only=True):
-    """What a run needs and what this device has free, in bytes where a name does not say else.
+    """The needs of a run and what this device has free; sizes and names with _bytes, _needed and _free in bytes.
 
-    largest_file: the digest of the bundle's largest file. size_class: 0 the run's largest sub-LLM, else a smaller one.
+    largest_file: the digest of the bundle's largest file. size_class: 0 for the run's largest sub-LLM, then 1, 2, ...
     """
 
     run: str
@@ -59,7 +61,7 @@ def hello(home: Home) -> Hello:
 
 
 def _in_silence(_: ev.AnyEvent) -> None:
-    """Say nothing: what is found says enough."""
+    """Say nothing: what is found is returned."""
 
 
 def _conversation(transport: Transport, home: Home) -> Conversation:
@@ -70,7 +72,8 @@ async def look_at(transport: Transport, home: Home, device: str, limits: Limits)
     """Greet the hub, read its manifest and compare it with this device.
 
     Raises:
-        DeviceTooSmall: there is no room for the smallest sub-LLM of the run. HubUnreachable, RefusedByHub.
+        DeviceTooSmall: there is no room for the smallest sub-LLM of the run.
+        HubUnreachable, RefusedByHub: the hub does not answer, or refuses this device.
     """
     conversation, store = _conversation(transport, home), FileStore(home.store)
     try:
@@ -81,7 +84,7 @@ async def look_at(transport: Transport, home: Home, device: str, limits: Limits)
             store,
             home.directory,
             device,
-            # The edge's rows are not looked at: as long as the run allows, and all of them completion.
+            # Rows are not read here, so the longest that the run allows is planned for, all of it completion.
             SampleSizes(welcome.batch_size, welcome.max_length, welcome.max_length),
             limits,
             _in_silence,
@@ -113,12 +116,16 @@ async def look_at(transport: Transport, home: Home, device: str, limits: Limits)
 
 
 async def say_goodbye(transport: Transport, home: Home) -> str:
-    """Tell the hub that this edge does not come back; return the run's name."""
+    """Tell the hub that this edge does not come back by itself; return the run's name.
+
+    Raises:
+        HubUnreachable, RefusedByHub: the hub did not hear it.
+    """
     conversation = _conversation(transport, home)
     try:
         welcome = await conversation.greet()
         await conversation.leave("the owner of the device left")
-        if not home.is_in_use():  # a join that runs here deletes them itself
+        if not home.is_in_use():  # else the join that runs here deletes them
             home.forget_borders()
         return welcome.run_name
     finally:

@@ -1,6 +1,6 @@
-"""From the hub's Welcome to a worker that can train: data checked, sub-LLM taken, bundle fetched, rows read.
+"""Prepare a join, from the hub's Welcome to a worker that can train: check data, take a sub-LLM, fetch it, read rows.
 
-The early sweep begins here and continues beside the preparation; what is said to the hub then is the agent's.
+The early sweep begins here and continues afterwards; what the hub hears then is left to the agent.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fedsoda_edge import events as ev
 from fedsoda_edge.join import size_class
 from fedsoda_edge.join.download import Download
-from fedsoda_edge.join.home import Home
+from fedsoda_edge.join.home import Home, JoinedRun
 from fedsoda_edge.join.pause import Pauses
 from fedsoda_edge.join.run_state import RunState
 from fedsoda_edge.join.settings import AgentSettings
@@ -27,7 +27,7 @@ from fedsoda_edge.protocol.template import DEFAULT_COMPLETION, DEFAULT_PROMPT, T
 
 @dataclass(frozen=True)
 class Equipment:
-    """What a run is trained with on this device, from the moment the sub-LLM is taken."""
+    """The means by which this device trains a run, from when the sub-LLM is taken."""
 
     trainer: Trainer
     download: Download
@@ -35,7 +35,7 @@ class Equipment:
 
 
 class JoinPreparation:
-    """How one join gets ready for its run."""
+    """The preparation of one join for its run, in the order of its public methods."""
 
     def __init__(
         self,
@@ -59,21 +59,29 @@ class JoinPreparation:
         self._download = Download(transport, self._store, run=pauses.run, say=say, keep_trying=settings.unattended)
 
     async def check_data(self) -> int:
-        """Read every row before anything is fetched; return how many there are. Raises DataProblem."""
+        """Read every row before anything is fetched; return how many there are.
+
+        Raises:
+            DataProblem: a row lacks a column or is damaged.
+        """
         if self._settings.data.is_text:
             return self._settings.data.check(*self._templates())
         checked = await self._pauses.run(lambda: self._worker.call(cmd.Check(rows=self._rows())))
         return checked.rows
 
     async def take(self) -> tuple[Equipment, size_class.Taken]:
-        """Take the largest of the run's sub-LLMs that this device has room for. Raises DeviceTooSmall."""
+        """Take the largest of the run's sub-LLMs for which this device has room.
+
+        Raises:
+            DeviceTooSmall: there is no room for the smallest either.
+        """
         taken = await size_class.take(
             self._welcome,
             lambda manifest: self._download.file(manifest.digest, manifest.bytes),
             self._store,
             self._home.directory,
             self._settings.device,
-            SHORTEST,  # rows are not read yet: a device is refused now that could train on none
+            SHORTEST,  # rows are not read yet: only a device that could train on no row is refused now
             self._settings.limits,
             self._say,
         )
@@ -105,10 +113,11 @@ class JoinPreparation:
         return Equipment(trainer, self._download, taken.number), taken
 
     async def open(self, trainer: Trainer, taken: size_class.Taken, rows: int, parts: asyncio.TaskGroup) -> int:
-        """Fetch the bundle; let the data be read and swept while it comes. Return the number of samples.
+        """Fetch the bundle, and have the data read and swept meanwhile; return the number of samples.
 
         Args:
-            rows: of the data. parts: the join's, of which the early sweep becomes one.
+            rows: how many the data has.
+            parts: the tasks of the join, which the early sweep joins.
         """
         async with (
             self._download.bundle(taken.manifest, taken.size_class.manifest.digest) as fetch,
@@ -152,12 +161,12 @@ class JoinPreparation:
         """Keep what `data check` needs of this run."""
         prompt, completion = self._templates()
         files = [file for file in manifest.files if file.name in TOKENIZER_FILES]
-        about = {
-            "run": self._welcome.run_name,
-            "prompt": prompt.text,
-            "completion": completion.text,
-            "max_length": self._welcome.max_length,
-            "tokenizer": {file.name: str(self._store.path(file.sha256)) for file in files},
-            "eos": manifest.config.get("eos_token_id"),
-        }
-        self._home.remember_run(self._welcome.run_id, about)
+        joined = JoinedRun(
+            run=self._welcome.run_name,
+            prompt=prompt.text,
+            completion=completion.text,
+            max_length=self._welcome.max_length,
+            tokenizer={file.name: str(self._store.path(file.sha256)) for file in files},
+            eos=manifest.config.get("eos_token_id"),
+        )
+        self._home.remember_run(self._welcome.run_id, joined)

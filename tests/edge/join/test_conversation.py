@@ -289,7 +289,7 @@ def farewell(wire: Wire) -> None:
         (garbage, ProtocolViolation, "the hub sent Welcome in state open"),
         (revoked, RefusedByHub, "the hub refused: this token was revoked"),
         (refused_at_the_next_hello, RefusedByHub, "the hub refused: this token was revoked"),
-        (another_run, RefusedByHub, "the hub now serves run q, this join began with r; join again"),
+        (another_run, RefusedByHub, "the hub now serves the run q, this join began with r; join again"),
         (farewell, RunOver, "all rounds are done"),
     ],
 )

@@ -54,9 +54,9 @@ def test_without_a_hub_the_device_alone_is_looked_at(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("url", "steps", "sentence", "status"),
     [
-        ("http://h:99999", ["address"], "is no hub address", 2),
-        ("http://hub.invalid", ["DNS"], "check the spelling", 3),
-        ("http://127.0.0.1:9", ["DNS", "TCP"], "is the hub running, is the port open?", 3),
+        ("http://h:99999", ["address"], "is not the address of a hub", 2),
+        ("http://hub.invalid", ["DNS"], "check its spelling", 3),
+        ("http://127.0.0.1:9", ["DNS", "TCP"], "check that the hub runs and that the port is open", 3),
     ],
 )
 def test_it_stops_at_the_step_that_fails(
@@ -82,7 +82,7 @@ def test_a_token_that_the_hub_does_not_know_is_the_step_that_fails(tmp_path: Pat
     assert (found[-1].fix, found[-1].exit_status) == ("ask its owner for a new one", 5)
 
 
-def test_a_clock_that_is_wrong_fails_though_the_way_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_that_is_wrong_fails_though_the_steps_continue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "MAX_SKEW_SECONDS", -1.0)
 
     async def knock() -> list[DoctorStep]:

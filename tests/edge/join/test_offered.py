@@ -77,7 +77,7 @@ def test_a_round_that_the_hub_left_behind_is_not_trained() -> None:
     offered = Offered()
     offered.offered(offer(1))
     offered.offered(offer(2))
-    with pytest.raises(ProtocolViolation, match="round 1 is over, the hub offers 2; take the next offer"):
+    with pytest.raises(ProtocolViolation, match="round 1 is over, the hub now offers round 2; take the next offer"):
         offered.take(1)
     assert offered.in_hand is None
 
@@ -98,7 +98,7 @@ def test_an_update_that_is_not_the_one_trained_last_is_refused() -> None:
         offered.check(update(2), 1, "1" * 64)
     with pytest.raises(UsageProblem, match=r"round 2 \(222222222222\) is not the one .* of round 2 \(111111111111\)"):
         offered.check(update(2), 2, "2" * 64)
-    with pytest.raises(UsageProblem, match="no trained round waits"):
+    with pytest.raises(UsageProblem, match="no trained update waits"):
         offered.check(None, 2, "1" * 64)
 
 

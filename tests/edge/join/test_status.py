@@ -152,7 +152,7 @@ def test_how_a_join_ended_stays_to_be_read(tmp_path: Path) -> None:
     assert ended(error=ValueError("the disk is full"))[::3] == ["stopped", "last error: the disk is full"]
     assert ended(error=KeyboardInterrupt())[-1] == "last error: KeyboardInterrupt"
     killed = Status(tmp_path / "status.json", "http://h", Clocks(), lambda: None)
-    assert sentences(killed.now, is_running=False, now=0.0)[0] == "ended without a word"
+    assert sentences(killed.now, is_running=False, now=0.0)[0] == "ended unexpectedly"
 
 
 def test_it_is_written_once_a_second_and_at_every_change_of_state(tmp_path: Path) -> None:
