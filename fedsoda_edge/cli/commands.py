@@ -1,4 +1,4 @@
-"""The command fedsoda-edge: parse, call the SDK, print. It decides nothing."""
+"""Run the command fedsoda-edge: parse its options, call the SDK, print. All decisions are left to the SDK and its rooms."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fedsoda_edge.join.control import Action, RequestAnswer
 
 app = typer.Typer(
-    epilog="Options may also stand in config.toml in FEDSODA_HOME: at its top for every command that has them, or in a "
+    epilog="Options can also be set in config.toml in FEDSODA_HOME: at its top for every command that has them, or in a "
     "table with the command's name. An option overrides its environment variable, and that overrides the file.\n\n"
     + EXIT_HELP,
     no_args_is_help=True,
@@ -33,7 +33,7 @@ cache_app = typer.Typer(help="Show or free the disk space of this device's FEDSO
 app.add_typer(data_app, name="data")
 app.add_typer(cache_app, name="cache")
 
-COLUMN_REMEDY = "rename one, or let fedsoda-edge map it: --column {}=COLUMN"
+COLUMN_REMEDY = "rename one, or name its column: --column {}=COLUMN"
 
 
 @app.callback()
@@ -62,7 +62,7 @@ def _columns(pairs: list[str]) -> dict[str, str]:
     for pair in pairs:
         name, mark, column = pair.partition("=")
         if not mark or not name or not column:
-            raise UsageProblem(f"--column {pair!r} is not NAME=COLUMN, as in --column passage=text")
+            raise UsageProblem(f"--column {pair!r} is not NAME=COLUMN; write it as --column passage=text")
         columns[name] = column
     return columns
 
@@ -92,7 +92,7 @@ def join(
     debug: opt.DebugOption = False,
 ) -> None:
     """Take part until the run ends or Ctrl+C; joining again continues where it stopped."""
-    with reporting(as_json, jsonl, debug):
+    with reporting(as_json, jsonl, debug), opt.named_as_options():
         import msgspec
 
         from fedsoda_edge import events as ev
@@ -101,10 +101,10 @@ def join(
         from fedsoda_edge.device.pause_rules import parse_pause_rules
         from fedsoda_edge.edge import Edge, take_part
 
-        # Wrong options are known before data is read, which may take minutes; bad data before the hub is asked.
+        # Wrong options are reported before data is read, which may take minutes; bad data before the hub is asked.
         parse_pause_rules(pause_on or "")
         if cache_key not in ("keep", "forget"):
-            raise UsageProblem(f"--cache-key {cache_key!r} is neither keep nor forget")
+            raise UsageProblem(f"--cache-key {cache_key!r} is not known; choose keep or forget")
         local = LocalData.from_jsonl(data, columns=_columns(column or []))
         edge = Edge(
             url,
@@ -142,8 +142,8 @@ def plan(
     as_json: opt.JsonOption = False,
     debug: opt.DebugOption = False,
 ) -> None:
-    """Show what would be downloaded and trained here, and what it needs; exit 4 if this device cannot."""
-    with reporting(as_json, False, debug):
+    """Show what would be downloaded and trained here, and what it needs; exit 4 if this device has no room for it."""
+    with reporting(as_json, False, debug), opt.named_as_options():
         import asyncio
 
         import msgspec
@@ -164,7 +164,7 @@ def plan(
             f"run {found.run}: {found.source}, {found.layers_kept} of {found.layers} layers, "
             f"LoRA rank {found.rank} in {counted(found.adapter_layers, 'layer')}\n"
             f"download {human_bytes(found.disk_needed)} (free {human_bytes(found.disk_free)}); border states on disk: "
-            f"{human_bytes(found.border_bytes_per_row)} a row at most, or half with --cache int8"
+            f"at most {human_bytes(found.border_bytes_per_row)} a row, or half of it with --cache int8"
         )
         show_memory(found.memory)
         finish({"status": "ok", **msgspec.to_builtins(found)}, as_json, False)
@@ -172,12 +172,12 @@ def plan(
 
 @app.command(epilog="Example: fedsoda-edge doctor https://hub.example.org --token-file me.token\n\n" + EXIT_HELP)
 def doctor(
-    url: Annotated[str | None, typer.Argument(help="the hub; without it, only this device is checked")] = None,
+    url: Annotated[str | None, typer.Argument(help="the hub; without it only this device is checked")] = None,
     token_file: opt.TokenFileOption = None,
     as_json: opt.JsonOption = False,
     debug: opt.DebugOption = False,
 ) -> None:
-    """Check this device and the way to the hub, step by step: PASS, or what to do. Exits with the first failure's status."""
+    """Check this device and the way to the hub, step by step: PASS, or what to do. Exit with the first failure's status."""
     with reporting(as_json, False, debug):
         import asyncio
 
@@ -188,7 +188,8 @@ def doctor(
         checks: list[DoctorStep] = []
 
         async def look() -> None:
-            async for check in examine(url, token_file, Home()):
+            async for found in examine(url, token_file, Home()):
+                check = dataclasses.replace(found, detail=opt.as_options(found.detail), fix=opt.as_options(found.fix))
                 checks.append(check)
                 show_check(check)
 
@@ -216,16 +217,16 @@ def leave(
     debug: opt.DebugOption = False,
 ) -> None:
     """Tell the hub that this device does not come back."""
-    with reporting(as_json, False, debug):
+    with reporting(as_json, False, debug), opt.named_as_options():
         import asyncio
 
         from fedsoda_edge.edge import Edge, say_goodbye
         from fedsoda_edge.join.home import Home
 
         home = Home()
-        if home.is_in_use():  # it would connect again at once, and be in again
+        if home.is_in_use():  # it would connect again at once, and take part again
             raise UsageProblem(
-                f"a join runs in {home.directory}; fedsoda-edge finish lets it hand in its round and leave"
+                f"a join runs in {home.directory}; run fedsoda-edge finish, so that it hands in its round and leaves"
             )
         run = asyncio.run(say_goodbye(Edge(url, token_file=token_file)))
         note(f"left run {run}")
@@ -273,7 +274,7 @@ def _request(do: Action, seconds: float | None = None) -> RequestAnswer:
     home = Home()
     if not home.is_in_use():
         raise UsageProblem(
-            f"no join runs in {home.directory}: start fedsoda-edge join, or set FEDSODA_HOME to that of the join"
+            f"no join runs in {home.directory}; start one with fedsoda-edge join, or set FEDSODA_HOME to that of the join"
         )
     request = control.ask(home.control, do, seconds)
     until = time.monotonic() + control.ANSWER_SECONDS
@@ -281,16 +282,17 @@ def _request(do: Action, seconds: float | None = None) -> RequestAnswer:
     while is_running and time.monotonic() < until:
         time.sleep(0.1)
         is_running = home.is_in_use()
-        if (answer := control.answer_to(request)) is not None:  # also the last word of one that ended since
+        if (answer := control.answer_to(request)) is not None:  # also the last answer of a join that ended meanwhile
             return answer
     if not is_running:
-        raise UsageProblem(f"the join of {home.directory} ended just now; there is nothing left to {do}")
-    note(f"the join is still starting; the request to {do} is noted and done then")
+        raise UsageProblem(
+            f"the join of {home.directory} has just ended, so there is nothing to {do}; join again first"
+        )
+    note(f"the join is still starting; it will {do} once it has started")
     return control.RequestAnswer(state="noted")
 
 
 def _finish(answer: RequestAnswer, as_json: bool) -> None:
-
     finish({"status": "ok", **msgspec.to_builtins(answer)}, as_json, False)
 
 
@@ -298,12 +300,12 @@ def _finish(answer: RequestAnswer, as_json: bool) -> None:
 def pause(
     duration: Annotated[
         str | None,
-        typer.Option("--for", envvar="FEDSODA_FOR", help="pause for 90s, 30m or 1h; else until resume"),
+        typer.Option("--for", envvar="FEDSODA_FOR", help="how long: 90s, 30m or 1h; without it, until resume"),
     ] = None,
     as_json: opt.JsonOption = False,
     debug: opt.DebugOption = False,
 ) -> None:
-    """Pause the join of this FEDSODA_HOME: its memory is free again, and the round continues after resume."""
+    """Pause the join of this FEDSODA_HOME: its memory is freed, and the round continues after resume."""
     with reporting(as_json, False, debug):
         from fedsoda_edge.join.status import pause_sentence
         from fedsoda_edge.units import human_bytes, parse_seconds
@@ -311,33 +313,33 @@ def pause(
         done = _request("pause", None if duration is None else parse_seconds(duration, "--for"))
         if done.state == "paused":
             said = pause_sentence(done.reason or "", done.seconds)
-            freed = f"the worker ended, {human_bytes(done.freed_bytes)} are free again"
+            freed = f"the worker ended and freed {human_bytes(done.freed_bytes)}"
             note(f"{said}: {freed if done.freed_bytes else 'no worker was running'}")
         elif done.state == "finishing":
-            note("not paused: this device is about to finish")
+            note("not paused: this device finishes its round and leaves")
         _finish(done, as_json)
 
 
 @app.command(epilog="Example: fedsoda-edge resume")
 def resume(as_json: opt.JsonOption = False, debug: opt.DebugOption = False) -> None:
-    """End a pause, also one that --pause-on began; the round continues where it stopped."""
+    """End a pause, whether it was requested or began by --pause-on; the round continues where it stopped."""
     with reporting(as_json, False, debug):
         done = _request("resume")
         if done.state != "noted":
-            note("resumed after the pause" if done.was_paused else "there was no pause; the join is running")
+            note("resumed after the pause" if done.was_paused else "there was no pause; the join runs")
         _finish(done, as_json)
 
 
 @app.command("finish", epilog="Example: fedsoda-edge finish")
 def finish_round(as_json: opt.JsonOption = False, debug: opt.DebugOption = False) -> None:
-    """Let the join hand in its round, then leave and exit 0; without a round, at once. Ends a pause."""
+    """Let the join hand in its round, then leave and exit 0; without a round, at once. A pause ends."""
     with reporting(as_json, False, debug):
         done = _request("finish")
         if done.state == "finishing":
             note(
-                "no round is in hand: this device leaves now"
+                "no round is in hand, so this device leaves now"
                 if done.round is None
-                else f"round {done.round} is finished and handed in first, then this device leaves"
+                else f"this device finishes round {done.round}, hands it in, and then leaves"
             )
         _finish(done, as_json)
 
@@ -347,18 +349,25 @@ def data_check(
     file: Annotated[Path, typer.Argument(help="JSON Lines, JSON, Parquet or a saved dataset's directory")],
     tokenizer: Annotated[
         Path | None,
-        typer.Option(envvar="FEDSODA_TOKENIZER", help="directory with tokenizer.json; else the last joined run's"),
+        typer.Option(
+            envvar="FEDSODA_TOKENIZER", help="directory with tokenizer.json; without it, the last joined run's"
+        ),
     ] = None,
     prompt: Annotated[
         str | None,
-        typer.Option(envvar="FEDSODA_PROMPT", help="template with {column} places; else the last joined run's"),
+        typer.Option(envvar="FEDSODA_PROMPT", help="template with {column} places; without it, the last joined run's"),
     ] = None,
     completion: Annotated[
-        str | None, typer.Option(envvar="FEDSODA_COMPLETION", help="template; else the last joined run's")
+        str | None,
+        typer.Option(
+            envvar="FEDSODA_COMPLETION", help="template with {column} places; without it, the last joined run's"
+        ),
     ] = None,
     max_length: Annotated[
         int | None,
-        typer.Option(envvar="FEDSODA_MAX_LENGTH", min=1, help="ids a sample may have; else the run's, or 512"),
+        typer.Option(
+            envvar="FEDSODA_MAX_LENGTH", min=1, help="ids of a sample at most; without it, the last joined run's or 512"
+        ),
     ] = None,
     column: opt.ColumnsOption = None,
     as_json: opt.JsonOption = False,
@@ -368,24 +377,28 @@ def data_check(
     with reporting(as_json, False, debug):
         from fedsoda_edge.cli.display import show_data
         from fedsoda_edge.data.chat import ChatTemplate
-        from fedsoda_edge.data.inspection import inspect
+        from fedsoda_edge.data.inspection import DEFAULT_MAX_LENGTH, inspect
         from fedsoda_edge.data.local_data import LocalData, remedy_for_columns
         from fedsoda_edge.data.samples import SampleTokenizer
         from fedsoda_edge.join.home import Home
         from fedsoda_edge.protocol.manifest import TOKENIZER_FILES
         from fedsoda_edge.protocol.template import DEFAULT_COMPLETION, DEFAULT_PROMPT, TextTemplate
 
-        joined = Home().last_joined() or {}
+        joined = Home().last_joined()
         eos: Any = None
         if tokenizer is not None:
             files = {name: tokenizer / name for name in TOKENIZER_FILES if (tokenizer / name).exists()}
             if (tokenizer / "config.json").exists():
                 eos = json.loads((tokenizer / "config.json").read_text(encoding="utf-8")).get("eos_token_id")
+        elif joined is not None:
+            files = {name: Path(path) for name, path in joined.tokenizer.items()}
+            eos = joined.eos
+            note(f"with the tokenizer and the template of the run {joined.run!r}")
         else:
-            files = {name: Path(path) for name, path in joined.get("tokenizer", {}).items()}
-            eos = joined.get("eos")
-            if files:
-                note(f"with the tokenizer and template of the run {joined['run']!r}")
+            files = {}
+        prompt = prompt if prompt is not None else joined.prompt if joined else DEFAULT_PROMPT
+        completion = completion if completion is not None else joined.completion if joined else DEFAULT_COMPLETION
+        max_length = max_length or (joined.max_length if joined else DEFAULT_MAX_LENGTH)
         encoder = None
         if files or tokenizer is not None:
             path = files["tokenizer.json"] if tokenizer is None else tokenizer / "tokenizer.json"
@@ -393,24 +406,24 @@ def data_check(
                 encoder = SampleTokenizer(path, eos)
             except Exception as error:  # the tokenizers library raises nothing narrower
                 raise UsageProblem(
-                    f"{path} cannot be read as a tokenizer ({error}); name a model's directory with --tokenizer"
+                    f"{path} cannot be read as a tokenizer ({error}); name a model's directory: --tokenizer DIRECTORY"
                 ) from error
         with remedy_for_columns(COLUMN_REMEDY):
             found = inspect(
                 LocalData(file, _columns(column or [])),
-                TextTemplate(prompt if prompt is not None else joined.get("prompt", DEFAULT_PROMPT)),
-                TextTemplate(completion if completion is not None else joined.get("completion", DEFAULT_COMPLETION)),
+                TextTemplate(prompt),
+                TextTemplate(completion),
                 tokenizer=encoder,
-                max_length=max_length or joined.get("max_length", 512),
+                max_length=max_length,
                 chat=ChatTemplate.read(files),
             )
-        show_data(found, max_length or joined.get("max_length", 512))
+        show_data(found, max_length)
         finish({"status": "ok", **dataclasses.asdict(found)}, as_json, False)
 
 
 @cache_app.command("list", epilog="Example: fedsoda-edge cache list --json")
 def cache_list(as_json: opt.JsonOption = False, debug: opt.DebugOption = False) -> None:
-    """Show what takes space."""
+    """Show how much space bundles and runs take."""
     with reporting(as_json, False, debug):
         from fedsoda_edge.join.home import Home
         from fedsoda_edge.units import human_bytes
@@ -426,7 +439,7 @@ def cache_list(as_json: opt.JsonOption = False, debug: opt.DebugOption = False) 
 
 @cache_app.command("prune", epilog="Example: fedsoda-edge cache prune")
 def cache_prune(as_json: opt.JsonOption = False, debug: opt.DebugOption = False) -> None:
-    """Delete fetched bundles and border states; a join fetches and computes them again. State of runs stays."""
+    """Delete fetched bundles and border states; a join fetches and computes them again. The state of runs stays."""
     with reporting(as_json, False, debug):
         from fedsoda_edge.join.home import Home
         from fedsoda_edge.units import human_bytes
@@ -441,7 +454,7 @@ def cache_prune(as_json: opt.JsonOption = False, debug: opt.DebugOption = False)
 
 
 def main() -> None:
-    """Run the command."""
+    """Run fedsoda-edge and exit with its status."""
     run_command(app)
 
 
