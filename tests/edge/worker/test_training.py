@@ -383,7 +383,7 @@ def test_memory_for_less_than_one_sample_is_a_device_too_small(
         trained(bundle, scarce, None)
     assert scarce.refused == 3  # 4, 2 and 1 at once
     assert failure.value.exit_status == 4
-    assert str(failure.value).startswith("memory ran out on cpu with one sample of up to ")
+    assert str(failure.value).startswith("memory ran out on cpu with a single sample of up to ")
 
 
 def test_an_error_that_is_not_of_memory_is_not_taken_for_one(bundle: Bundle, uneven: SweptSamples) -> None:
