@@ -1,8 +1,9 @@
-"""Put LoRA on a model through PEFT, named by full-LLM layers: `layers.29.self_attn.q_proj.lora_A` (rank, in), `lora_B`
-(out, rank).
+"""Put LoRA on a model through PEFT, with tensors that are named by full-LLM layers.
+
+    layers.29.self_attn.q_proj.lora_A (rank, in), layers.29.self_attn.q_proj.lora_B (out, rank)
 
 Two sets of tensors share one mechanism: the emulator LoRA, which alignment trains, and the adapter LoRA, which edges
-train. Training them is `oda.py`'s and `training.py`'s business.
+train. Training them is left to `oda.py` and `training.py`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def specs(
     rank: int,
     lacking: Mapping[int, Half] = MappingProxyType({}),
 ) -> tuple[TensorSpec, ...]:
-    """Give names and shapes of the LoRA tensors on these full-LLM layers, ascending by name.
+    """List names and shapes of the LoRA tensors on these full-LLM layers, ascending by name.
 
     Args:
         lacking: layers of which one half is pruned (`LayerPlan.lacking`).
@@ -53,7 +54,7 @@ def initial(layout: Sequence[TensorSpec], seed: int) -> LoRATensors:
     """Draw A ~ N(0, 1 / rank^2) and set B = 0 (paper eq. 3; sigma as PEFT's "gaussian"), fp32.
 
     A border map in the layout is zero and changes nothing. Each tensor has a generator of its own, seeded by
-    (seed, name), so that a tensor does not depend on which other ones there are.
+    (seed, name), so that a tensor does not depend on the others.
     """
     tensors = {}
     for spec in layout:
@@ -73,9 +74,9 @@ def on(layers: Container[int], tensors: Mapping[str, TensorT]) -> dict[str, Tens
 
 
 def attach(sub_llm: SubLLM, spec: LoRASpec, tensors: LoRATensors) -> None:
-    """Put LoRA on exactly the modules that `tensors` names, with these values, unmerged and not trainable.
+    """Put LoRA on exactly the modules that `tensors` names, with these values, unmerged and frozen.
 
-    A border map in `tensors` goes before the adapter's first layer.
+    A border map in `tensors` is put before the adapter's first layer.
     """
     modules = sorted({name.rpartition(".lora_")[0] for name in tensors if not name.startswith(PREFIX)})
     if map_tensors(tensors):
