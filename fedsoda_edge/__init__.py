@@ -20,7 +20,7 @@ __all__ = ["Edge", "FedSODAError", "LocalData", "Offer", "Participation", "Updat
 
 
 def __getattr__(name: str) -> Any:
-    """Load the SDK on first use: `fedsoda-edge --help` needs none of it."""
+    """Load a class of the SDK on first use: `fedsoda-edge --help` needs none of them."""
     if name == "LocalData":
         from fedsoda_edge.data.local_data import LocalData
 

@@ -1,6 +1,7 @@
-"""Edge and Participation: join a hub, take offers, train, submit.
+"""Join a hub from Python: Edge, Participation, Offer and Update, the public SDK.
 
-The agent's asyncio loop runs in a daemon thread; user code may block as long as it likes.
+The agent's asyncio loop runs in a daemon thread; the caller's code may block for as long as it likes. What a join does
+is left to `join/agent.py`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Update:
-    """A trained round: the coded delta as a file, never a tensor."""
+    """A trained round: the coded delta as a file, never a tensor.
+
+    digest: the file's sha256. num_examples: distinct samples trained on. loss: mean over completion ids, in nats; NaN
+    where it was not finite.
+    """
 
     round_number: int
     path: Path
@@ -49,7 +54,10 @@ class Update:
 
 @dataclass(frozen=True)
 class Offer:
-    """One round the hub invites this edge to."""
+    """An invitation of the hub to a round.
+
+    rounds: how many the run has. due_seconds: the time until the hub closes the round.
+    """
 
     round_number: int
     rounds: int
@@ -57,10 +65,13 @@ class Offer:
     _participation: Participation
 
     def train(self) -> Update:
-        """Train the round in the worker; blocks until it is done, during a pause too. Raises FedSODAError.
+        """Train the round in the worker and return its update; blocks until that is done, during a pause too.
 
-        Where the hub has gone on to a later round during a pause, the update is of that round. Where the run ends
-        meanwhile, so does the `with` block of the participation, without an error.
+        When the hub has begun a later round during a pause, the update belongs to that round. When the run ends
+        meanwhile, the `with` block of the participation ends too, without an error.
+
+        Raises:
+            FedSODAError: what ended the join, such as DeviceTooSmall, WorkerFailed or RefusedByHub.
         """
         agent = self._participation._agent
         start = self._participation._call(agent.train(self.round_number))
@@ -68,9 +79,11 @@ class Offer:
         return Update(start.round, agent.update_path, start.digest, start.num_examples, loss)
 
     def submit(self, update: Update) -> bool:
-        """Send the update until the hub's receipt; False when the hub refused it (its reason is said).
+        """Send the update until the hub answers; return True for a receipt, False for a refusal, whose reason is an event.
 
-        Raises UsageProblem where it is not the update that `train` returned last, or its file was changed since.
+        Raises:
+            UsageProblem: it is not the update that `train` returned last, or its file was changed since.
+            FedSODAError: what ended the join.
         """
         agent = self._participation._agent
         return self._participation._call(agent.submit(update.round_number, update.digest, update.path))
@@ -81,13 +94,18 @@ class Edge:
 
     Args:
         hub: its URL, or a Transport such as `testing.ScriptedHub`.
-        token_file: file with the token ("-": stdin); None: FEDSODA_TOKEN.
-        home: where state is kept; None: FEDSODA_HOME or the platform's user directory.
-        device: "auto", "cpu" or "cuda[:n]".
-        threads: of the worker; 0 leaves it to torch.
-        max_disk: bytes that border states may take; None: what is free.
-        cache: "bf16" or "int8", how they are kept. keep_cache_key: whether a later join can read them.
-        max_ram, max_vram: bytes that training may take; a sub-LLM that needs more is DeviceTooSmall. None: what is free.
+        token_file: the file with the token ("-": stdin); None: the token is in FEDSODA_TOKEN.
+        home: the directory where state is kept; None: FEDSODA_HOME or the platform's user directory.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        threads: CPU threads of the worker; 0 leaves their number to torch.
+        max_disk: bytes that border states may take on disk; None: what is free.
+        cache: "bf16" or "int8", the form in which border states are kept.
+        keep_cache_key: whether a later join can read the border states of this one.
+        max_ram, max_vram: bytes that training may take; None: what is free. A join whose sub-LLMs all need more raises
+            DeviceTooSmall.
+
+    Raises:
+        UsageProblem: cache or device has another value, or the hub's URL is not one.
     """
 
     def __init__(
@@ -105,7 +123,7 @@ class Edge:
         max_vram: int | None = None,
     ) -> None:
         if cache not in CACHE_DTYPES:
-            raise UsageProblem(f"--cache {cache!r} is none of {', '.join(CACHE_DTYPES)}")
+            raise UsageProblem(f"cache={cache!r} is not known; choose {' or '.join(CACHE_DTYPES)}")
         check_device_name(device)
         self._hub = hub
         self._token_file = token_file
@@ -116,7 +134,11 @@ class Edge:
         self._limits = Limits(max_ram, max_vram)
 
     def transport(self) -> Transport:
-        """Make a conversation with the hub that has not begun."""
+        """Make the transport to the hub, which is not connected yet.
+
+        Raises:
+            UsageProblem: the URL is not one of a hub, or there is no token.
+        """
         if isinstance(self._hub, str):
             return HubTransport(self._hub, read_token(self._token_file))
         return self._hub
@@ -130,13 +152,16 @@ class Edge:
         max_rounds: int = 0,
         pause_on: str = "",
     ) -> Participation:
-        """Take part with this data: a context manager that yields offers.
+        """Take part with this data: return a context manager that yields offers.
 
         Args:
-            on_event: called from another thread with one dict per event, for progress displays.
-            unattended: try to reach the hub until it answers, also at first.
-            max_rounds: leave after that many submitted updates; 0: stay to the end.
-            pause_on: what pauses by itself, such as "battery,gpu-busy,hours=9-17".
+            on_event: called from another thread with one dict per event (`events.py`), for progress displays.
+            unattended: whether to try until the hub answers, also at the start.
+            max_rounds: updates to submit before this edge leaves; 0: all until the run ends.
+            pause_on: what pauses the join without a request, such as "battery,gpu-busy,hours=9-17".
+
+        Raises:
+            UsageProblem: pause_on has a rule that is not known, or the hub's URL or token is missing or wrong.
         """
         return take_part(
             self,
@@ -149,9 +174,10 @@ class Edge:
 
 
 class Participation:
-    """Iterate to take part; ends with the run. Errors of the other thread are raised here.
+    """A join as a context manager and an iterator over offers, which ends with the run.
 
-    A run that ends while a round is trained or handed in ends the `with` block there, without an error.
+    Errors of the agent's thread are raised in the caller's. A run that ends while a round is trained or handed in ends
+    the `with` block there, without an error.
     """
 
     def __init__(self, agent: Agent, max_rounds: int) -> None:
@@ -195,7 +221,7 @@ class Participation:
         return found
 
     def leave(self, reason: str) -> None:
-        """Tell the hub that this edge goes for good; there are no more offers then."""
+        """Tell the hub that this edge leaves and does not come back by itself; there are no more offers then."""
         self._call(self._agent.leave(reason))
 
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
@@ -223,7 +249,7 @@ class Participation:
 def take_part(
     edge: Edge,
     data: LocalData,
-    say: ev.Say,
+    say: ev.EventSink,
     *,
     unattended: bool = False,
     max_rounds: int = 0,
@@ -236,7 +262,7 @@ def take_part(
 def agent_of(
     edge: Edge,
     data: LocalData,
-    say: ev.Say,
+    say: ev.EventSink,
     *,
     unattended: bool = False,
     pause_on: str = "",
@@ -254,10 +280,18 @@ def agent_of(
 
 
 async def look_at(edge: Edge) -> inspect.Found:
-    """Greet the hub, read its manifest, compare with this device; nothing is joined. Raises DeviceTooSmall."""
+    """Greet the hub, read its manifest and compare it with this device, without joining the run.
+
+    Raises:
+        DeviceTooSmall: there is no room for the smallest sub-LLM of the run. HubUnreachable, RefusedByHub.
+    """
     return await inspect.look_at(edge.transport(), Home(edge._home), edge._device, edge._limits)
 
 
 async def say_goodbye(edge: Edge) -> str:
-    """Tell the hub that this edge does not come back; return the run's name."""
+    """Tell the hub that this edge does not come back by itself; return the run's name.
+
+    Raises:
+        HubUnreachable, RefusedByHub: the hub did not hear it.
+    """
     return await inspect.say_goodbye(edge.transport(), Home(edge._home))

@@ -15,7 +15,8 @@
         ├── ProtocolViolation        1  the other side broke the rules of the conversation
         └── BlobCorrupt              1  a file does not have its digest
 
-Fields live on the exception and the sentence is built from them, so that errors cross a pipe as data.
+Fields live on the exception and the sentence is built from them, so that errors cross a pipe as data. A sentence names
+settings as the SDK does; how a command shows it, and with which status it exits, is left to `ports/console.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Field = str | int | bool  # of an error, as it crosses a pipe
 
 @dataclass
 class FedSODAError(Exception):
-    """The root: every error has an exit status, docs/operations.md (o2-exit), and one sentence."""
+    """The root of all errors: each has an exit status, docs/operations.md (o2-exit), and one sentence."""
 
     exit_status: ClassVar[int] = 1
 
@@ -43,7 +44,7 @@ class FedSODAError(Exception):
 
 @dataclass
 class LocalError(FedSODAError):
-    """You did something wrong, or this machine cannot do it."""
+    """A mistake of the caller, or something that this machine cannot do."""
 
     message: str
 
@@ -53,14 +54,17 @@ class LocalError(FedSODAError):
 
 @dataclass
 class UsageProblem(LocalError):
+    """A wrong option or setting."""
+
     exit_status: ClassVar[int] = 2
 
 
 @dataclass
 class DataProblem(LocalError):
-    """missing: the template's name for a column that the rows do not have, where that is the problem.
+    """Data that cannot be used.
 
-    remedy: what the caller can do about that column; without one, what stands in the caller's Python.
+    missing: the template's name for a column that the rows lack; "" where the problem is another one.
+    remedy: what the caller can do about that column; "": what a caller of the SDK can do.
     """
 
     exit_status: ClassVar[int] = 2
@@ -77,24 +81,31 @@ class DataProblem(LocalError):
 
 @dataclass
 class HomeInUse(LocalError):
+    """A FEDSODA_HOME in which another join runs."""
+
     exit_status: ClassVar[int] = 2
 
 
 @dataclass
 class DeviceTooSmall(LocalError):
+    """A device without room for the model."""
+
     exit_status: ClassVar[int] = 4
 
 
 @dataclass
 class DiskFull(LocalError):
+    """A disk without space. Trying again is sensible once there is some."""
+
     exit_status: ClassVar[int] = 3
 
 
 @dataclass
 class WorkerFailed(LocalError):
-    """The worker ended or raised something that is not ours; `details` is its traceback or last words.
+    """The end of the child process that owns torch, or a defect in it.
 
-    was_killed: from outside, as by kill -9 or where memory ran out.
+    details: its traceback, or the last lines that it wrote. was_killed: whether it was killed from outside, by kill -9
+    or because memory ran out.
     """
 
     details: str = ""
@@ -103,7 +114,7 @@ class WorkerFailed(LocalError):
 
 @dataclass
 class RemoteError(FedSODAError):
-    """The other side did something wrong, or cannot be reached."""
+    """A mistake of the other side, or no way to reach it."""
 
     message: str
 
@@ -113,7 +124,7 @@ class RemoteError(FedSODAError):
 
 @dataclass
 class HubUnreachable(RemoteError):
-    """`step` is one of DNS, TCP, TLS, HTTP, auth: the first that failed."""
+    """A hub that cannot be reached. step: the first that failed of DNS, TCP, TLS, HTTP and auth."""
 
     exit_status: ClassVar[int] = 3
 
@@ -122,11 +133,15 @@ class HubUnreachable(RemoteError):
 
 @dataclass
 class RefusedByHub(RemoteError):
+    """A refusal that trying again does not change: the token, the version, a revoked device."""
+
     exit_status: ClassVar[int] = 5
 
 
 @dataclass
 class ProtocolMismatch(FedSODAError):
+    """Two sides that speak different versions of the protocol."""
+
     exit_status: ClassVar[int] = 5
 
     edge: int
@@ -140,15 +155,15 @@ class ProtocolMismatch(FedSODAError):
 
 @dataclass
 class ProtocolViolation(RemoteError):
-    pass
+    """A message of the other side that breaks the rules of the conversation."""
 
 
 @dataclass
 class BlobCorrupt(RemoteError):
-    pass
+    """A file that does not have its digest, or is not what its name says."""
 
 
 def by_name(name: str) -> type[FedSODAError] | None:
-    """Find the class of this module with that name: errors cross pipes as {name, fields}, never as pickles."""
+    """Find the error class of that name, None where there is none: errors cross pipes as {name, fields}, never as pickles."""
     found = globals().get(name)
     return found if isinstance(found, type) and issubclass(found, FedSODAError) else None

@@ -1,7 +1,8 @@
-"""All that a join tells people, one struct each: what `--jsonl` prints, what the SDK's `on_event` gets as a dict.
+"""Define all events of a join, one struct each: what `--jsonl` prints and the SDK's `on_event` gets as a dict.
 
-Names, keys, types and ranges are promises to those who parse them (tests/schemas/fedsoda-edge.json). Nothing here says
-anything; how it is shown is `cli/display.py`'s.
+The tags ("offer", "trained", ...), keys, types and ranges are promises to programs that read them
+(tests/schemas/fedsoda-edge.json); class names are not. When an event happens is decided in `join`, how it is shown in
+`cli/display.py`.
 """
 
 from __future__ import annotations
@@ -14,55 +15,52 @@ import msgspec
 from msgspec import Meta, structs
 
 from fedsoda_edge.protocol.needs import MemoryPlan, Part
+from fedsoda_edge.protocol.ranges import Count, Positive, Seconds, Words
 
 T = TypeVar("T")
 
-Count = Annotated[int, Meta(ge=0)]
-Positive = Annotated[int, Meta(ge=1)]
-Seconds = Annotated[float, Meta(ge=0)]
-Words = Annotated[str, Meta(min_length=1)]
-Device = Annotated[str, Meta(pattern=r"^(cpu|cuda(:[0-9]+)?)$")]
+DeviceName = Annotated[str, Meta(pattern=r"^(cpu|cuda(:[0-9]+)?)$")]
 Source = Annotated[str, Meta(pattern=r"^(option|argument|default|config\.toml|FEDSODA_[A-Z_]+)$")]
 
 
-class Event(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="event"):
+class JoinEvent(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="event"):
     """The root of all events."""
 
 
 # --- values inside events --------------------------------------------------------------------------------------------
 
 
-class Setting(msgspec.Struct, Generic[T], frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The value of an option, and whether a person, the environment or a file gave it."""
+class GivenSetting(msgspec.Struct, Generic[T], frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The value of an option, and where it comes from: the command line, a variable, config.toml or the default."""
 
     value: T
     source: Source
 
 
 class JoinSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The options of `fedsoda-edge join` as they are in force, by their names on the command line."""
+    """The options of `fedsoda-edge join`, in the order in which `cli/commands.py` declares them."""
 
-    url: Setting[str]
-    data: Setting[str]
-    token_file: Setting[str | None]
-    device: Setting[str]
-    column: Setting[str | None]
-    max_rounds: Setting[Count]
-    threads: Setting[Count]
-    max_disk: Setting[str | None]
-    cache: Setting[Literal["bf16", "int8"]]
-    cache_key: Setting[Literal["keep", "forget"]]
-    pause_on: Setting[str | None]
-    max_ram: Setting[str | None]
-    max_vram: Setting[str | None]
-    unattended: Setting[bool]
+    url: GivenSetting[str]
+    data: GivenSetting[str]
+    token_file: GivenSetting[str | None]
+    column: GivenSetting[str | None]
+    device: GivenSetting[str]
+    unattended: GivenSetting[bool]
+    max_disk: GivenSetting[str | None]
+    cache: GivenSetting[Literal["bf16", "int8"]]
+    cache_key: GivenSetting[Literal["keep", "forget"]]
+    max_rounds: GivenSetting[Count]
+    threads: GivenSetting[Count]
+    max_ram: GivenSetting[str | None]
+    max_vram: GivenSetting[str | None]
+    pause_on: GivenSetting[str | None]
 
 
 class MemoryReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A way to train as a sentence, as a `MemoryPlan`'s fields and as a table."""
+    """A memory plan as a sentence, as its fields (`needs.MemoryPlan`) and as a table."""
 
     message: Words
-    device: Device
+    device: DeviceName
     packed: bool
     recompute: bool
     frugal: bool
@@ -79,29 +77,29 @@ class MemoryReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     parts: Annotated[list[Part], Meta(min_length=1)]
 
 
-class RoundResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A round whose update the hub answered. loss: mean over completion ids, nats; None: it was not finite."""
+class RoundOutcome(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A round whose update the hub answered. loss: mean over completion ids, in nats; None: it was not finite."""
 
     round: Positive
     loss: float | None
     accepted: bool
 
 
-class Traffic(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Bytes of the conversation with the hub; files of the bundle are not in it."""
+class ConversationBytes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Bytes of the conversation with the hub, to it and from it; files of the bundle are not counted."""
 
     up: Count
     down: Count
 
 
-class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """What a join did so far. run, edge: None before the hub's first answer."""
+class JoinReport(msgspec.Struct, frozen=True, kw_only=True):
+    """The result of a join so far. run, edge: None before the hub's first answer."""
 
     run: str | None
     edge: str | None
-    rounds: list[RoundResult]
+    rounds: list[RoundOutcome]
     num_examples: Count
-    bytes: Traffic
+    bytes: ConversationBytes
     agent_peak_rss_bytes: Positive
     worker_peak_rss_bytes: Count
 
@@ -109,24 +107,24 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 # --- getting ready ---------------------------------------------------------------------------------------------------
 
 
-class Settings(Event, frozen=True, tag="settings"):
-    """The command line as it was understood. Said by the command, before the join."""
+class SettingsGiven(JoinEvent, frozen=True, tag="settings"):
+    """The command line as it was understood. The command says it, before the join begins."""
 
     values: JoinSettings
 
 
-class Joined(Event, frozen=True, tag="joined"):
-    """The hub knows this edge. rounds: of the run."""
+class Joined(JoinEvent, frozen=True, tag="joined"):
+    """The hub knows this edge. rounds: how many the run has."""
 
     run: str
     edge: str
     rounds: Positive
 
 
-class DeviceFits(Event, frozen=True, tag="device"):
+class DeviceFits(JoinEvent, frozen=True, tag="device"):
     """The sub-LLM that this device takes: the run's largest (size_class 0) or a smaller one. Sizes in bytes."""
 
-    device: Device
+    device: DeviceName
     ram_needed: Count
     ram_free: Count
     disk_needed: Count
@@ -134,19 +132,19 @@ class DeviceFits(Event, frozen=True, tag="device"):
     size_class: Count
 
 
-class Downloading(Event, frozen=True, tag="download"):
-    """Bytes of the bundle that are here, of all."""
+class Downloading(JoinEvent, frozen=True, tag="download"):
+    """Bytes of the bundle that are here (done), of all its bytes (total)."""
 
     done: Count
     total: Count
 
 
-class Memory(Event, MemoryReport, frozen=True, tag="memory"):
-    """The way to train from now on."""
+class Memory(JoinEvent, MemoryReport, frozen=True, tag="memory"):
+    """The memory plan by which this device trains from now on."""
 
 
-class DataRead(Event, frozen=True, tag="data"):
-    """The data as samples. num_skipped: rows of whose completion nothing is left. threads: of the worker."""
+class DataRead(JoinEvent, frozen=True, tag="data"):
+    """The data, read as samples. num_skipped: rows without a completion id left. threads: how many the worker uses."""
 
     rows: Positive
     num_examples: Positive
@@ -154,16 +152,16 @@ class DataRead(Event, frozen=True, tag="data"):
     threads: Positive
 
 
-class Sweeping(Event, frozen=True, kw_only=True, tag="sweep"):
-    """Steps of the sweep through the sub-emulator that are done, of all."""
+class Sweeping(JoinEvent, frozen=True, kw_only=True, tag="sweep"):
+    """Steps of the sweep through the sub-emulator that are done, of all its steps (total)."""
 
     stage: Literal["sweep"] = "sweep"
     done: Positive
     total: Positive
 
 
-class Swept(Event, frozen=True, tag="swept"):
-    """Border states of num_kept of num_examples samples are on the disk. num_damaged: records computed again."""
+class SweepDone(JoinEvent, frozen=True, tag="swept"):
+    """Border states of num_kept of num_examples samples are on disk. num_damaged: records that were computed again."""
 
     num_examples: Positive
     num_kept: Count
@@ -174,15 +172,15 @@ class Swept(Event, frozen=True, tag="swept"):
 # --- rounds ----------------------------------------------------------------------------------------------------------
 
 
-class Offered(Event, frozen=True, tag="offer"):
+class RoundOffered(JoinEvent, frozen=True, tag="offer"):
     """The hub invites this edge to a round, which is due in due_seconds."""
 
     round: Positive
     due_seconds: Seconds
 
 
-class Training(Event, frozen=True, kw_only=True, tag="training"):
-    """Steps of the round that are done, of all. loss: of the step, nats; None: not finite."""
+class Training(JoinEvent, frozen=True, kw_only=True, tag="training"):
+    """Steps of the round that are done, of all its steps. loss: the step's, in nats; None: it was not finite."""
 
     round: Positive
     stage: Literal["train"] = "train"
@@ -192,8 +190,8 @@ class Training(Event, frozen=True, kw_only=True, tag="training"):
     tokens_per_second: Seconds
 
 
-class Trained(Event, frozen=True, tag="trained"):
-    """A round was trained. loss: mean over completion ids, nats; None: not finite, and the update holds zeros."""
+class RoundTrained(JoinEvent, frozen=True, tag="trained"):
+    """A round was trained. loss: mean over completion ids, in nats; None: not finite, and the update holds zeros."""
 
     round: Positive
     edge: str
@@ -205,8 +203,8 @@ class Trained(Event, frozen=True, tag="trained"):
     loss: float | None
 
 
-class Accepted(Event, frozen=True, tag="accepted"):
-    """The hub has the update. bytes: of the coded delta."""
+class Accepted(JoinEvent, frozen=True, tag="accepted"):
+    """The hub has the update. bytes: the size of the coded delta."""
 
     round: Positive
     num_examples: Positive
@@ -214,8 +212,8 @@ class Accepted(Event, frozen=True, tag="accepted"):
     bytes: Positive
 
 
-class Refused(Event, frozen=True, tag="refused"):
-    """The hub does not take the update, and why."""
+class Refused(JoinEvent, frozen=True, tag="refused"):
+    """The hub refuses the update, with its reason. bytes: the size of the coded delta."""
 
     round: Positive
     reason: str
@@ -224,15 +222,15 @@ class Refused(Event, frozen=True, tag="refused"):
     bytes: Positive
 
 
-class Retrying(Event, frozen=True, tag="retrying"):
-    """The hub cannot take the update now; it is sent again soon."""
+class Retrying(JoinEvent, frozen=True, tag="retrying"):
+    """The hub cannot take the update now, with its reason; it is sent again soon."""
 
     round: Positive
     reason: str
 
 
-class RoundClosed(Event, frozen=True, tag="round_closed"):
-    """A round is over. updates: how many the hub averaged."""
+class RoundOver(JoinEvent, frozen=True, tag="round_closed"):
+    """A round is over. updates: how many the hub averaged in it."""
 
     round: Positive
     updates: Positive
@@ -241,68 +239,68 @@ class RoundClosed(Event, frozen=True, tag="round_closed"):
 # --- what may happen at any time -------------------------------------------------------------------------------------
 
 
-class Notice(Event, frozen=True, tag="notice"):
+class Notice(JoinEvent, frozen=True, tag="notice"):
     """A sentence for people."""
 
     message: str
 
 
-class Reconnecting(Event, frozen=True, tag="reconnecting"):
-    """The hub cannot be reached, and what failed; the join tries until it can."""
+class Reconnecting(JoinEvent, frozen=True, tag="reconnecting"):
+    """The hub cannot be reached, and what failed. The join tries until it is reached."""
 
     message: str
 
 
-class Reconnected(Event, frozen=True, tag="reconnected"):
+class Reconnected(JoinEvent, frozen=True, tag="reconnected"):
     """The hub knows this edge again."""
 
 
-class Paused(Event, frozen=True, tag="paused"):
-    """The device is its owner's alone. seconds: how long, where that is known."""
+class JoinPaused(JoinEvent, frozen=True, tag="paused"):
+    """The join pauses, with the reason. seconds: how long the pause will be; None: not known."""
 
     reason: Words
     seconds: Annotated[float, Meta(gt=0)] | None
 
 
-class Resumed(Event, frozen=True, tag="resumed"):
-    """A pause ended."""
+class JoinResumed(JoinEvent, frozen=True, tag="resumed"):
+    """The pause is over."""
 
 
-class Farewell(Event, frozen=True, tag="farewell"):
-    """The run is over. rounds: how many were closed."""
+class RunFinished(JoinEvent, frozen=True, tag="farewell"):
+    """The run is over, with the reason. rounds: how many were closed."""
 
     rounds: Count
     reason: str
 
 
 AnyEvent = (
-    Settings
+    SettingsGiven
     | Joined
     | DeviceFits
     | Downloading
     | Memory
     | DataRead
     | Sweeping
-    | Swept
-    | Offered
+    | SweepDone
+    | RoundOffered
     | Training
-    | Trained
+    | RoundTrained
     | Accepted
     | Refused
     | Retrying
-    | RoundClosed
+    | RoundOver
     | Notice
     | Reconnecting
     | Reconnected
-    | Paused
-    | Resumed
-    | Farewell
+    | JoinPaused
+    | JoinResumed
+    | RunFinished
 )
 
-Say = Callable[[AnyEvent], None]
+EventSink = Callable[[AnyEvent], None]
 
 
-class JoinEnded(Report, frozen=True, kw_only=True, tag_field="event", tag="end"):
+class JoinEnded(JoinReport, frozen=True, kw_only=True, tag_field="event", tag="end"):
     """The last line of a join that ended well: its report, in the envelope of every terminal line."""
 
     schema: Literal[1] = 1

@@ -1,7 +1,7 @@
-"""ScriptedHub: plays a hub's messages from memory, so that users can test their scripts without one.
+"""Play a hub's messages from memory (ScriptedHub), so that users can test their scripts without a hub.
 
 The model is a random llama of 4 layers that a child process makes (no torch here); the edge, its worker and
-the messages are the real ones. The script does not aggregate: every round starts from the same view.
+the messages are the real ones. Averaging updates is left to real hubs: every round starts from the same view.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class ScriptedHub:
     """A Transport for `Edge(ScriptedHub(rounds=2))`.
 
     Args:
-        rounds: how many rounds are offered before the Farewell.
+        rounds: rounds that are offered before the Farewell.
         prompt, completion: the run's template.
         bundle: directory of the model's bundle, which is made there where it is missing; None: a temporary one.
         local: how a round is trained.
 
-    `updates` holds what was accepted, in order.
+    updates: what was accepted, in order.
     """
 
     url = "a script"
@@ -68,7 +68,7 @@ class ScriptedHub:
         self._session = HubSession(1 << 24)
 
     async def connect(self) -> None:
-        """Make the model where there is none, and begin a connection."""
+        """Make the model, the first time, and begin a connection."""
         if not self._bundle.exists():
             command = [sys.executable, "-m", "fedsoda_edge.testing", str(self._bundle)]
             await asyncio.to_thread(subprocess.run, command, check=True, capture_output=True)
@@ -76,7 +76,11 @@ class ScriptedHub:
         self._session = HubSession(1 << 24)
 
     async def send(self, frame: bytes) -> None:
-        """Take what the edge says, and answer as the script has it."""
+        """Take a message of the edge and queue the script's answer.
+
+        Raises:
+            ProtocolViolation: the edge asks for a blob, or breaks the rules of a session.
+        """
         said = self._session.receive(frame)
         match said:
             case ms.Hello():
@@ -138,10 +142,12 @@ class ScriptedHub:
         )
 
     async def frames(self) -> AsyncIterator[bytes]:
+        """Yield the script's messages until the connection ends."""
         while (frame := await self._out.get()) is not None:
             yield frame
 
     async def close(self) -> None:
+        """End the connection."""
         self._out.put_nowait(None)
 
     async def fetch(self, digest: str, offset: int) -> AsyncIterator[bytes]:
@@ -153,7 +159,7 @@ class ScriptedHub:
 
 
 def make_bundle(directory: Path, vocab_size: int = 259) -> None:
-    """Write a 4-layer random llama with a byte-level tokenizer as a bundle (this needs torch; run as a process)."""
+    """Write a 4-layer random llama with a byte-level tokenizer as a bundle. This needs torch, so it runs as a process."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -1,4 +1,4 @@
-"""Write bytes, seconds and counts as people do, and read them back."""
+"""Write bytes, seconds and counts as people do, and read them back. Which option a text comes from is the caller's."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 def parse_seconds(text: str, option: str) -> float:
     """Read a time such as "90s", "30m" or "1.5h", in seconds.
 
+    Args:
+        option: the name by which the caller knows the text, for the error.
+
     Raises:
-        UsageProblem: it is not a time; names the option.
+        UsageProblem: the text is not a time above 0.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh])\s*", text.lower())
     if match is None or not float(match[1]):
@@ -21,9 +24,13 @@ def parse_seconds(text: str, option: str) -> float:
     return float(match[1]) * _UNITS[match[2]]
 
 
-def counted(number: int, noun: str) -> str:
-    """Write a number with its noun: "1 edge", "1,200 edges"."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Write a number with its noun: "1 edge", "1,200 edges".
+
+    Args:
+        plural: "": the noun with an s.
+    """
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def human_bytes(size: float) -> str:
@@ -40,8 +47,11 @@ def human_bytes(size: float) -> str:
 def parse_bytes(text: str, option: str) -> int:
     """Read a size such as "8GB", "500 MiB" or "1.5T", in bytes; KB is 1000, KiB and K are 1024.
 
+    Args:
+        option: the name by which the caller knows the text, for the error.
+
     Raises:
-        UsageProblem: it is not a size; names the option.
+        UsageProblem: the text is not a size.
     """
     match = re.fullmatch(r"\s*(\d{1,12}(?:\.\d+)?)\s*(?:([kmgt])(i?b)?|b)?\s*", text.lower())
     if match is None:

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load
 
 from fedsoda_edge.model import delta
-from fedsoda_edge.model.lora import LoRATensors
-from fedsoda_edge.ports.child import Report, serve
+from fedsoda_edge.model.delta import LoRATensors
+from fedsoda_edge.ports.child import ReportProgress, serve
 from fedsoda_edge.ports.disk import BlobStore
 from fedsoda_edge.protocol.coded import of_factor
 from fedsoda_edge.protocol.messages import Digest
@@ -38,7 +38,7 @@ class Compute:
     def __init__(self) -> None:
         self._settings: RunSettings | None = None
 
-    def answer(self, call: OpenRun | jobs.Job, report: Report) -> RunOpened | jobs.JobResult:
+    def answer(self, call: OpenRun | jobs.Job, report: ReportProgress) -> RunOpened | jobs.JobResult:
         """Do one call.
 
         Args:
@@ -88,7 +88,7 @@ class Compute:
         check_evaluation(self._settings)
         return RunOpened(torch.get_num_threads())
 
-    def prepare(self, report: Report) -> jobs.PrepareResult:
+    def prepare(self, report: ReportProgress) -> jobs.PrepareResult:
         """Prune, quantize and align, or find the results of before."""
         return self._preparation.run(report)
 
@@ -146,7 +146,7 @@ class Compute:
             cross_term=lost,
         )
 
-    def evaluate(self, job: jobs.Evaluate, report: Report) -> jobs.EvaluateResult:
+    def evaluate(self, job: jobs.Evaluate, report: ReportProgress) -> jobs.EvaluateResult:
         """Judge full LLM, sub-LLM and plug-in after a round."""
 
         def evaluating(done: int, total: int) -> None:

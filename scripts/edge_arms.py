@@ -22,7 +22,7 @@ from fedsoda_edge.protocol.needs import MemoryPlan, SampleSizes, plans, shape_of
 from fedsoda_edge.worker.batches import SweptSamples
 from fedsoda_edge.worker.border_cache import CachedStates, CacheSettings
 from fedsoda_edge.worker.checkpoint import RoundCheckpoint
-from fedsoda_edge.worker.training import Trained, fine_tune, probe
+from fedsoda_edge.worker.training import TrainedDelta, fine_tune, probe
 
 KEY = bytes(32)  # the data is random: nothing to hide
 
@@ -62,7 +62,7 @@ def train_ours(
     states: CachedStates,
     plan: MemoryPlan,
     checkpoint: RoundCheckpoint | None = None,
-) -> Callable[[], Trained]:
+) -> Callable[[], TrainedDelta]:
     """The adapter built and one step run, as recipes are not timed in their first either; call it to train one epoch."""
     spec, view = bundle.manifest.lora, bundle.adapter_lora()
     sub_llm = build(

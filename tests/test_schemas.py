@@ -42,6 +42,7 @@ from fedsoda_edge.ports import console
 from fedsoda_edge.ports.disk import BlobStore
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.coded import CODECS
+from fedsoda_edge.protocol.ranges import Positive
 from fedsoda_edge.protocol.session import Upload
 from fedsoda_edge.testing import ScriptedHub
 from fedsoda_hub import events as hub_events
@@ -84,7 +85,7 @@ def commands(app: typer.Typer, option: str) -> set[str]:
     return {name for name, command in found if any(option in parameter.opts for parameter in command.params)}
 
 
-EDGE_EVENTS: dict[str, type[edge_events.Event]] = {
+EDGE_EVENTS: dict[str, type[edge_events.JoinEvent]] = {
     kind.__struct_config__.tag: kind for kind in get_args(edge_events.AnyEvent)
 }
 
@@ -152,8 +153,8 @@ def test_an_event_of_an_edge_is_the_struct_that_its_code_says(name: str) -> None
 
 @pytest.mark.parametrize(
     ("entry", "kind", "envelope"),
-    [("Join", edge_events.Report, {"schema", "status"}), ("plan", Found, {"schema", "status"}),
-     ("Asked", control.Answer, {"schema", "status"}), ("JoinStatus", JoinStatus, set())],
+    [("Join", edge_events.JoinReport, {"schema", "status"}), ("plan", Found, {"schema", "status"}),
+     ("Asked", control.RequestAnswer, {"schema", "status"}), ("JoinStatus", JoinStatus, set())],
 )  # fmt: skip
 def test_a_report_of_an_edge_has_the_keys_of_its_struct(entry: str, kind: Any, envelope: set[str]) -> None:
     """Their values are checked where the commands run."""
@@ -161,12 +162,12 @@ def test_a_report_of_an_edge_has_the_keys_of_its_struct(entry: str, kind: Any, e
 
 
 def test_a_struct_that_is_not_as_promised_is_found() -> None:
-    class Planted(edge_events.Event, frozen=True, tag="offer"):
-        round: edge_events.Positive
+    class Planted(edge_events.JoinEvent, frozen=True, tag="offer"):
+        round: Positive
         due_seconds: float
 
     promised = schema_of.normal(EDGE.parts["offer"], EDGE.parts)
-    assert schema_of.of_struct(edge_events.Offered) == promised
+    assert schema_of.of_struct(edge_events.RoundOffered) == promised
     assert schema_of.of_struct(Planted) != promised  # seconds below 0
     assert schema_of.of_struct(edge_events.Retrying) != promised
 
@@ -437,9 +438,9 @@ def test_what_a_join_does_of_a_request_is_told() -> None:
     home, asked = Home(), []
 
     def answer() -> None:
-        paused = control.Answer(state="paused", reason="by its owner", seconds=1.5, freed_bytes=9, round=3)
-        running = control.Answer(state="running", was_paused=True, round=3)
-        for done in (paused, running, control.Answer(state="finishing", was_paused=True, round=3)):
+        paused = control.RequestAnswer(state="paused", reason="by its owner", seconds=1.5, freed_bytes=9, round=3)
+        running = control.RequestAnswer(state="running", was_paused=True, round=3)
+        for done in (paused, running, control.RequestAnswer(state="finishing", was_paused=True, round=3)):
             until = time.monotonic() + 30
             while not (requests := control.requests(home.control)):
                 assert time.monotonic() < until

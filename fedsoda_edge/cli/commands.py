@@ -1,4 +1,4 @@
-"""The command fedsoda-edge: parse, call the SDK, print. It decides nothing."""
+"""Run the command fedsoda-edge: parse its options, call the SDK, print. All decisions are left to the SDK and its rooms."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from fedsoda_edge.units import parse_bytes
 
 if TYPE_CHECKING:
     from fedsoda_edge.cli.config_file import Options
-    from fedsoda_edge.join.control import Action, Answer
+    from fedsoda_edge.join.control import Action, RequestAnswer
 
 app = typer.Typer(
-    epilog="Options may also stand in config.toml in FEDSODA_HOME: at its top for every command that has them, or in a "
+    epilog="Options can also be set in config.toml in FEDSODA_HOME: at its top for every command that has them, or in a "
     "table with the command's name. An option overrides its environment variable, and that overrides the file.\n\n"
     + EXIT_HELP,
     no_args_is_help=True,
@@ -34,7 +34,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(cache_app, name="cache")
 
 DEFAULT_MAX_LENGTH = 512  # ids of a sample, where no run says it
-COLUMN_REMEDY = "rename one, or let fedsoda-edge map it: --column {}=COLUMN"
+COLUMN_REMEDY = "rename one, or name its column: --column {}=COLUMN"
 
 
 @app.callback()
@@ -63,7 +63,7 @@ def _columns(pairs: list[str]) -> dict[str, str]:
     for pair in pairs:
         name, mark, column = pair.partition("=")
         if not mark or not name or not column:
-            raise UsageProblem(f"--column {pair!r} is not NAME=COLUMN, as in --column passage=text")
+            raise UsageProblem(f"--column {pair!r} is not NAME=COLUMN; write it as --column passage=text")
         columns[name] = column
     return columns
 
@@ -74,38 +74,38 @@ def _columns(pairs: list[str]) -> dict[str, str]:
 )
 def join(
     context: typer.Context,
-    url: opt.Url,
-    data: opt.Data,
-    token_file: opt.TokenFile = None,
-    column: opt.Columns = None,
-    device: opt.Device = "auto",
-    unattended: opt.Unattended = False,
-    max_disk: opt.MaxDisk = None,
-    cache: opt.Cache = "bf16",
-    cache_key: opt.CacheKey = "forget",
-    max_rounds: opt.MaxRounds = 0,
-    threads: opt.Threads = 0,
-    max_ram: opt.MaxRam = None,
-    max_vram: opt.MaxVram = None,
-    pause_on: opt.PauseOn = None,
-    as_json: opt.Json = False,
-    jsonl: opt.JsonLines = False,
-    debug: opt.Debug = False,
+    url: opt.UrlArgument,
+    data: opt.DataOption,
+    token_file: opt.TokenFileOption = None,
+    column: opt.ColumnsOption = None,
+    device: opt.DeviceOption = "auto",
+    unattended: opt.UnattendedOption = False,
+    max_disk: opt.MaxDiskOption = None,
+    cache: opt.CacheOption = "bf16",
+    cache_key: opt.CacheKeyOption = "forget",
+    max_rounds: opt.MaxRoundsOption = 0,
+    threads: opt.ThreadsOption = 0,
+    max_ram: opt.MaxRamOption = None,
+    max_vram: opt.MaxVramOption = None,
+    pause_on: opt.PauseOnOption = None,
+    as_json: opt.JsonOption = False,
+    jsonl: opt.JsonLinesOption = False,
+    debug: opt.DebugOption = False,
 ) -> None:
     """Take part until the run ends or Ctrl+C; joining again continues where it stopped."""
-    with reporting(as_json, jsonl, debug):
+    with reporting(as_json, jsonl, debug), opt.named_as_options():
         import msgspec
 
         from fedsoda_edge import events as ev
-        from fedsoda_edge.cli.display import Display
+        from fedsoda_edge.cli.display import JoinDisplay
         from fedsoda_edge.data.local_data import LocalData, remedy_for_columns
         from fedsoda_edge.device.pause_rules import parse_pause_rules
         from fedsoda_edge.edge import Edge, take_part
 
-        # Wrong options are known before data is read, which may take minutes; bad data before the hub is asked.
+        # Wrong options are reported before data is read, which may take minutes; bad data before the hub is asked.
         parse_pause_rules(pause_on or "")
         if cache_key not in ("keep", "forget"):
-            raise UsageProblem(f"--cache-key {cache_key!r} is neither keep nor forget")
+            raise UsageProblem(f"--cache-key {cache_key!r} is not known; choose keep or forget")
         local = LocalData.from_jsonl(data, columns=_columns(column or []))
         edge = Edge(
             url,
@@ -120,9 +120,9 @@ def join(
         )
         for _ in local.rows() if local.is_text else ():
             pass
-        with remedy_for_columns(COLUMN_REMEDY), Display(jsonl, is_detailed=debug) as display:
+        with remedy_for_columns(COLUMN_REMEDY), JoinDisplay(jsonl, is_detailed=debug) as display:
             display.say(
-                ev.Settings(msgspec.convert(effective_settings(context), ev.JoinSettings, from_attributes=True))
+                ev.SettingsGiven(msgspec.convert(effective_settings(context), ev.JoinSettings, from_attributes=True))
             )
             with take_part(
                 edge, local, display.say, unattended=unattended, max_rounds=max_rounds, pause_on=pause_on or ""
@@ -137,16 +137,16 @@ def join(
 
 @app.command(epilog="Example: fedsoda-edge plan https://hub.example.org --token-file me.token")
 def plan(
-    url: opt.Url,
-    token_file: opt.TokenFile = None,
-    device: opt.Device = "auto",
-    max_ram: opt.MaxRam = None,
-    max_vram: opt.MaxVram = None,
-    as_json: opt.Json = False,
-    debug: opt.Debug = False,
+    url: opt.UrlArgument,
+    token_file: opt.TokenFileOption = None,
+    device: opt.DeviceOption = "auto",
+    max_ram: opt.MaxRamOption = None,
+    max_vram: opt.MaxVramOption = None,
+    as_json: opt.JsonOption = False,
+    debug: opt.DebugOption = False,
 ) -> None:
-    """Show what would be downloaded and trained here, and what it needs; exit 4 if this device cannot."""
-    with reporting(as_json, False, debug):
+    """Show what would be downloaded and trained here, and what it needs; exit 4 if this device has no room for it."""
+    with reporting(as_json, False, debug), opt.named_as_options():
         import asyncio
 
         import msgspec
@@ -167,7 +167,7 @@ def plan(
             f"run {found.run}: {found.source}, {found.layers_kept} of {found.layers} layers, "
             f"LoRA rank {found.rank} in {counted(found.adapter_layers, 'layer')}\n"
             f"download {human_bytes(found.disk_needed)} (free {human_bytes(found.disk_free)}); border states on disk: "
-            f"{human_bytes(found.border_bytes_per_row)} a row at most, or half with --cache int8"
+            f"at most {human_bytes(found.border_bytes_per_row)} a row, or half of it with --cache int8"
         )
         show_memory(found.memory)
         finish({"status": "ok", **msgspec.to_builtins(found)}, as_json, False)
@@ -175,23 +175,24 @@ def plan(
 
 @app.command(epilog="Example: fedsoda-edge doctor https://hub.example.org --token-file me.token\n\n" + EXIT_HELP)
 def doctor(
-    url: Annotated[str | None, typer.Argument(help="the hub; without it, only this device is checked")] = None,
-    token_file: opt.TokenFile = None,
-    as_json: opt.Json = False,
-    debug: opt.Debug = False,
+    url: Annotated[str | None, typer.Argument(help="the hub; without it only this device is checked")] = None,
+    token_file: opt.TokenFileOption = None,
+    as_json: opt.JsonOption = False,
+    debug: opt.DebugOption = False,
 ) -> None:
-    """Check this device and the way to the hub, step by step: PASS, or what to do. Exits with the first failure's status."""
+    """Check this device and the way to the hub, step by step: PASS, or what to do. Exit with the first failure's status."""
     with reporting(as_json, False, debug):
         import asyncio
 
         from fedsoda_edge.cli.display import show_check
-        from fedsoda_edge.join.doctor import Check, examine
+        from fedsoda_edge.join.doctor import DoctorStep, examine
         from fedsoda_edge.join.home import Home
 
-        checks: list[Check] = []
+        checks: list[DoctorStep] = []
 
         async def look() -> None:
-            async for check in examine(url, token_file, Home()):
+            async for found in examine(url, token_file, Home()):
+                check = dataclasses.replace(found, detail=opt.as_options(found.detail), fix=opt.as_options(found.fix))
                 checks.append(check)
                 show_check(check)
 
@@ -212,18 +213,23 @@ def doctor(
 
 
 @app.command(epilog="Example: fedsoda-edge leave https://hub.example.org --token-file me.token")
-def leave(url: opt.Url, token_file: opt.TokenFile = None, as_json: opt.Json = False, debug: opt.Debug = False) -> None:
+def leave(
+    url: opt.UrlArgument,
+    token_file: opt.TokenFileOption = None,
+    as_json: opt.JsonOption = False,
+    debug: opt.DebugOption = False,
+) -> None:
     """Tell the hub that this device does not come back."""
-    with reporting(as_json, False, debug):
+    with reporting(as_json, False, debug), opt.named_as_options():
         import asyncio
 
         from fedsoda_edge.edge import Edge, say_goodbye
         from fedsoda_edge.join.home import Home
 
         home = Home()
-        if home.is_in_use():  # it would connect again at once, and be in again
+        if home.is_in_use():  # it would connect again at once, and take part again
             raise UsageProblem(
-                f"a join runs in {home.directory}; fedsoda-edge finish lets it hand in its round and leave"
+                f"a join runs in {home.directory}; run fedsoda-edge finish, so that it hands in its round and leaves"
             )
         run = asyncio.run(say_goodbye(Edge(url, token_file=token_file)))
         note(f"left run {run}")
@@ -231,7 +237,7 @@ def leave(url: opt.Url, token_file: opt.TokenFile = None, as_json: opt.Json = Fa
 
 
 @app.command(epilog="Example: fedsoda-edge status --json")
-def status(as_json: opt.Json = False, debug: opt.Debug = False) -> None:
+def status(as_json: opt.JsonOption = False, debug: opt.DebugOption = False) -> None:
     """Show what the join of this FEDSODA_HOME does: state, round, step, due time, memory, last error."""
     with reporting(as_json, False, debug):
         import time
@@ -260,7 +266,7 @@ def status(as_json: opt.Json = False, debug: opt.Debug = False) -> None:
         )
 
 
-def _request(do: Action, seconds: float | None = None) -> Answer:
+def _request(do: Action, seconds: float | None = None) -> RequestAnswer:
     """Ask the running join and wait for its answer; state "noted" where it is still starting."""
     import time
 
@@ -270,7 +276,7 @@ def _request(do: Action, seconds: float | None = None) -> Answer:
     home = Home()
     if not home.is_in_use():
         raise UsageProblem(
-            f"no join runs in {home.directory}: start fedsoda-edge join, or set FEDSODA_HOME to that of the join"
+            f"no join runs in {home.directory}; start one with fedsoda-edge join, or set FEDSODA_HOME to that of the join"
         )
     request = control.ask(home.control, do, seconds)
     until = time.monotonic() + control.ANSWER_SECONDS
@@ -278,16 +284,17 @@ def _request(do: Action, seconds: float | None = None) -> Answer:
     while is_running and time.monotonic() < until:
         time.sleep(0.1)
         is_running = home.is_in_use()
-        if (answer := control.answer_to(request)) is not None:  # also the last word of one that ended since
+        if (answer := control.answer_to(request)) is not None:  # also the last answer of a join that ended meanwhile
             return answer
     if not is_running:
-        raise UsageProblem(f"the join of {home.directory} ended just now; there is nothing left to {do}")
-    note(f"the join is still starting; the request to {do} is noted and done then")
-    return control.Answer(state="noted")
+        raise UsageProblem(
+            f"the join of {home.directory} has just ended, so there is nothing to {do}; join again first"
+        )
+    note(f"the join is still starting; it will {do} once it has started")
+    return control.RequestAnswer(state="noted")
 
 
-def _finish(answer: Answer, as_json: bool) -> None:
-
+def _finish(answer: RequestAnswer, as_json: bool) -> None:
     finish({"status": "ok", **msgspec.to_builtins(answer)}, as_json, False)
 
 
@@ -295,12 +302,12 @@ def _finish(answer: Answer, as_json: bool) -> None:
 def pause(
     duration: Annotated[
         str | None,
-        typer.Option("--for", envvar="FEDSODA_FOR", help="pause for 90s, 30m or 1h; else until resume"),
+        typer.Option("--for", envvar="FEDSODA_FOR", help="how long: 90s, 30m or 1h; without it, until resume"),
     ] = None,
-    as_json: opt.Json = False,
-    debug: opt.Debug = False,
+    as_json: opt.JsonOption = False,
+    debug: opt.DebugOption = False,
 ) -> None:
-    """Pause the join of this FEDSODA_HOME: its memory is free again, and the round continues after resume."""
+    """Pause the join of this FEDSODA_HOME: its memory is freed, and the round continues after resume."""
     with reporting(as_json, False, debug):
         from fedsoda_edge.join.status import pause_sentence
         from fedsoda_edge.units import human_bytes, parse_seconds
@@ -308,33 +315,33 @@ def pause(
         done = _request("pause", None if duration is None else parse_seconds(duration, "--for"))
         if done.state == "paused":
             said = pause_sentence(done.reason or "", done.seconds)
-            freed = f"the worker ended, {human_bytes(done.freed_bytes)} are free again"
+            freed = f"the worker ended and freed {human_bytes(done.freed_bytes)}"
             note(f"{said}: {freed if done.freed_bytes else 'no worker was running'}")
         elif done.state == "finishing":
-            note("not paused: this device is about to finish")
+            note("not paused: this device finishes its round and leaves")
         _finish(done, as_json)
 
 
 @app.command(epilog="Example: fedsoda-edge resume")
-def resume(as_json: opt.Json = False, debug: opt.Debug = False) -> None:
-    """End a pause, also one that --pause-on began; the round continues where it stopped."""
+def resume(as_json: opt.JsonOption = False, debug: opt.DebugOption = False) -> None:
+    """End a pause, whether it was requested or began by --pause-on; the round continues where it stopped."""
     with reporting(as_json, False, debug):
         done = _request("resume")
         if done.state != "noted":
-            note("resumed after the pause" if done.was_paused else "there was no pause; the join is running")
+            note("resumed after the pause" if done.was_paused else "there was no pause; the join runs")
         _finish(done, as_json)
 
 
 @app.command("finish", epilog="Example: fedsoda-edge finish")
-def finish_round(as_json: opt.Json = False, debug: opt.Debug = False) -> None:
-    """Let the join hand in its round, then leave and exit 0; without a round, at once. Ends a pause."""
+def finish_round(as_json: opt.JsonOption = False, debug: opt.DebugOption = False) -> None:
+    """Let the join hand in its round, then leave and exit 0; without a round, at once. A pause ends."""
     with reporting(as_json, False, debug):
         done = _request("finish")
         if done.state == "finishing":
             note(
-                "no round is in hand: this device leaves now"
+                "no round is in hand, so this device leaves now"
                 if done.round is None
-                else f"round {done.round} is finished and handed in first, then this device leaves"
+                else f"this device finishes round {done.round}, hands it in, and then leaves"
             )
         _finish(done, as_json)
 
@@ -344,28 +351,35 @@ def data_check(
     file: Annotated[Path, typer.Argument(help="JSON Lines, JSON, Parquet or a saved dataset's directory")],
     tokenizer: Annotated[
         Path | None,
-        typer.Option(envvar="FEDSODA_TOKENIZER", help="directory with tokenizer.json; else the last joined run's"),
+        typer.Option(
+            envvar="FEDSODA_TOKENIZER", help="directory with tokenizer.json; without it, the last joined run's"
+        ),
     ] = None,
     prompt: Annotated[
         str | None,
-        typer.Option(envvar="FEDSODA_PROMPT", help="template with {column} places; else the last joined run's"),
+        typer.Option(envvar="FEDSODA_PROMPT", help="template with {column} places; without it, the last joined run's"),
     ] = None,
     completion: Annotated[
-        str | None, typer.Option(envvar="FEDSODA_COMPLETION", help="template; else the last joined run's")
+        str | None,
+        typer.Option(
+            envvar="FEDSODA_COMPLETION", help="template with {column} places; without it, the last joined run's"
+        ),
     ] = None,
     max_length: Annotated[
         int | None,
-        typer.Option(envvar="FEDSODA_MAX_LENGTH", min=1, help="ids a sample may have; else the run's, or 512"),
+        typer.Option(
+            envvar="FEDSODA_MAX_LENGTH", min=1, help="ids of a sample at most; without it, the last joined run's or 512"
+        ),
     ] = None,
-    column: opt.Columns = None,
-    as_json: opt.Json = False,
-    debug: opt.Debug = False,
+    column: opt.ColumnsOption = None,
+    as_json: opt.JsonOption = False,
+    debug: opt.DebugOption = False,
 ) -> None:
     """Show columns, samples as they are trained on, lengths, what is cut, duplicates. Nothing leaves this device."""
     with reporting(as_json, False, debug):
         from fedsoda_edge.cli.display import show_data
         from fedsoda_edge.data.chat import ChatTemplate
-        from fedsoda_edge.data.inspection import inspect
+        from fedsoda_edge.data.inspection import DEFAULT_MAX_LENGTH, inspect
         from fedsoda_edge.data.local_data import LocalData, remedy_for_columns
         from fedsoda_edge.data.samples import SampleTokenizer
         from fedsoda_edge.join.home import Home
@@ -381,7 +395,7 @@ def data_check(
         elif joined is not None:
             files = {name: Path(path) for name, path in joined.tokenizer.items()}
             eos = joined.eos
-            note(f"with the tokenizer and template of the run {joined.run!r}")
+            note(f"with the tokenizer and the template of the run {joined.run!r}")
         else:
             files = {}
         encoder = None
@@ -391,7 +405,7 @@ def data_check(
                 encoder = SampleTokenizer(path, eos)
             except Exception as error:  # the tokenizers library raises nothing narrower
                 raise UsageProblem(
-                    f"{path} cannot be read as a tokenizer ({error}); name a model's directory with --tokenizer"
+                    f"{path} cannot be read as a tokenizer ({error}); name a model's directory: --tokenizer DIRECTORY"
                 ) from error
         if prompt is None:
             prompt = DEFAULT_PROMPT if joined is None else joined.prompt
@@ -413,8 +427,8 @@ def data_check(
 
 
 @cache_app.command("list", epilog="Example: fedsoda-edge cache list --json")
-def cache_list(as_json: opt.Json = False, debug: opt.Debug = False) -> None:
-    """Show what takes space."""
+def cache_list(as_json: opt.JsonOption = False, debug: opt.DebugOption = False) -> None:
+    """Show how much space bundles and runs take."""
     with reporting(as_json, False, debug):
         from fedsoda_edge.join.home import Home
         from fedsoda_edge.units import human_bytes
@@ -429,8 +443,8 @@ def cache_list(as_json: opt.Json = False, debug: opt.Debug = False) -> None:
 
 
 @cache_app.command("prune", epilog="Example: fedsoda-edge cache prune")
-def cache_prune(as_json: opt.Json = False, debug: opt.Debug = False) -> None:
-    """Delete fetched bundles and border states; a join fetches and computes them again. State of runs stays."""
+def cache_prune(as_json: opt.JsonOption = False, debug: opt.DebugOption = False) -> None:
+    """Delete fetched bundles and border states; a join fetches and computes them again. The state of runs stays."""
     with reporting(as_json, False, debug):
         from fedsoda_edge.join.home import Home
         from fedsoda_edge.units import human_bytes
@@ -445,7 +459,7 @@ def cache_prune(as_json: opt.Json = False, debug: opt.Debug = False) -> None:
 
 
 def main() -> None:
-    """Run the command."""
+    """Run fedsoda-edge and exit with its status."""
     run_command(app)
 
 

@@ -1,4 +1,7 @@
-"""Read config.toml of a FEDSODA_HOME: options that need not be given each time, refused where no command knows them."""
+"""Read config.toml of a FEDSODA_HOME: options that need not be given each time; refuse those that no command knows.
+
+Whether a value is allowed is left to the command.
+"""
 
 from __future__ import annotations
 
@@ -15,23 +18,24 @@ Defaults: TypeAlias = dict[str, object]  # option: value, and command: its own
 
 
 def option_defaults(path: Path, options: Options) -> Defaults:
-    """Read what config.toml gives for the options of each command, as Click's default_map.
+    """Read the options that config.toml gives to each command, as Click's default_map.
 
-    Keys at the top are for every command that has such an option; those in a table, `[join]` or `[data.check]`, are
-    for that command alone and go before.
+    Keys at the top are for every command that has such an option; keys in a table, `[join]` or `[data.check]`, are for
+    that command alone and override those at the top.
 
     Args:
         options: {command: set of its options, or {subcommand: ...}}.
 
     Raises:
-        UsageProblem: it is not TOML, no command has such an option (names the nearest), or a command is not a table.
+        UsageProblem: the file is not TOML, no command has such an option (names the nearest), or a command's name has a
+            value that is not a table.
     """
     try:
         given = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageProblem(f"{path} cannot be read as TOML: {error}") from error
+        raise UsageProblem(f"{path} cannot be read as TOML: {error}; correct the file, or delete it") from error
     known = _leaves(options)
     everywhere = {
         key: value
@@ -44,7 +48,7 @@ def option_defaults(path: Path, options: Options) -> Defaults:
         if not isinstance(table, dict):
             name = where.rstrip(".")
             raise UsageProblem(
-                f"{path} has {name} = {table!r}, and {name} is a command; write its options below [{name}]"
+                f"{path} has {name} = {table!r}, but {name} is a command; write its options below [{name}]"
             )
         if not isinstance(names, set):
             _refuse_unknown(path, where, table, set(names))

@@ -1,4 +1,7 @@
-"""Show what a join does: a live line on a terminal, plain lines when piped, JSON lines when asked."""
+"""Show what a join does: a live line on a terminal, plain lines in a log, JSON lines with --jsonl.
+
+What happens, and when, is left to the events of the join.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +13,25 @@ from types import TracebackType
 import msgspec
 
 from fedsoda_edge import events as ev
+from fedsoda_edge.cli.options import as_options
 from fedsoda_edge.data.inspection import Inspection
-from fedsoda_edge.join.doctor import Check
+from fedsoda_edge.join.doctor import DoctorStep
 from fedsoda_edge.join.status import pause_sentence
 from fedsoda_edge.ports.console import ProgressLine, note, settings_lines
 from fedsoda_edge.protocol.needs import Part
 from fedsoda_edge.units import counted, human_bytes, human_seconds
 
-# Events that are said beside the work of the bar, which continues.
+# Events that leave the bar as it is, since its work continues.
 _BESIDE = ev.Notice | ev.Reconnecting | ev.Reconnected | ev.Retrying
 
 
-class Display:
-    """What a join says while it runs. Everything but JSON goes to stderr."""
+class JoinDisplay:
+    """The display of one join. All but JSON goes to stderr.
+
+    Args:
+        jsonl: whether to print events as JSON lines on stdout instead. is_detailed: whether to show settings that are
+            at their defaults too.
+    """
 
     def __init__(self, jsonl: bool, *, is_detailed: bool = False) -> None:
         self._jsonl = jsonl
@@ -30,9 +39,9 @@ class Display:
         self._lock = threading.Lock()
         self._line = ProgressLine(is_live=sys.stderr.isatty() and not jsonl)
         self._download: ev.Downloading | None = None  # while it runs
-        self._swept = ""  # beside it
+        self._swept = ""  # how far the sweep beside it is
 
-    def __enter__(self) -> Display:
+    def __enter__(self) -> JoinDisplay:
         return self
 
     def __exit__(
@@ -69,11 +78,11 @@ class Display:
                 loss = "nan" if event.loss is None else f"{event.loss:.3f}"
                 detail = f"step {event.step} of {event.steps}, loss {loss}, {event.tokens_per_second:.0f} tokens/s"
                 self._line.show(f"round {event.round}", event.step, event.steps, detail)
-            case ev.Settings():
+            case ev.SettingsGiven():
                 self._line.say(_beginning(event.values, self._is_detailed))
             case _:
                 text = sentence(event)
-                is_swept = isinstance(event, ev.Swept) and self._download is None
+                is_swept = isinstance(event, ev.SweepDone) and self._download is None
                 if (text and not isinstance(event, _BESIDE)) or is_swept:
                     self._line.end()
                 if text:
@@ -82,19 +91,19 @@ class Display:
                     self._line.show("starting the training process", 0, None)
 
     def _show_download(self, event: ev.Downloading) -> None:
-        """Draw one bar for both: what is swept while it comes stands beside it."""
+        """Draw one bar for download and sweep: how far the sweep is stands beside it."""
         self._line.show("downloading", event.done, event.total, self._swept, is_bytes=True)
 
 
 def _beginning(settings: ev.JoinSettings, is_detailed: bool) -> str:
-    """Say what was given, and what happens next."""
+    """List the settings that were given, and say what happens next."""
     values = {name: (one.value, one.source) for name, one in msgspec.structs.asdict(settings).items()}
     lines = settings_lines(values, is_detailed=is_detailed)
-    return f"{lines}\nnext: connect to {settings.url.value}, see whether the sub-LLM fits this device, and fetch it"
+    return f"{lines}\nnext: connect to {settings.url.value}, check which sub-LLM fits this device, and fetch it"
 
 
 def sentence(event: ev.AnyEvent) -> str:
-    """Return what a person reads of an event; "" where a bar shows it, or nothing does."""
+    """Write an event as a sentence for people; "" where a bar shows it, or nothing does."""
     match event:
         case ev.Joined():
             return f"joined run {event.run} as {event.edge} ({counted(event.rounds, 'round')})"
@@ -102,19 +111,19 @@ def sentence(event: ev.AnyEvent) -> str:
             needed, free = human_bytes(event.disk_needed), human_bytes(event.disk_free)
             return f"training on {event.device}; disk {needed} needed, {free} free"
         case ev.Memory() | ev.Notice():
-            return event.message
+            return as_options(event.message)
         case ev.DataRead():
-            skipped = f", {event.num_skipped} skipped (completion cut away)" if event.num_skipped else ""
+            skipped = f", {event.num_skipped} skipped (no completion left)" if event.num_skipped else ""
             return f"{counted(event.num_examples, 'sample')}{skipped}; waiting for a round"
-        case ev.Swept() if event.num_kept < event.num_examples:
+        case ev.SweepDone() if event.num_kept < event.num_examples:
             return (
                 f"the disk keeps the border states of {event.num_kept} of {event.num_examples} samples "
-                f"({human_bytes(event.kept_bytes)}); the rest is computed again in each round; a larger --max-disk or more free space "
-                "avoids that"
+                f"({human_bytes(event.kept_bytes)}) and the rest is computed again in each round; free space, or allow "
+                "more with --max-disk, to avoid that"
             )
-        case ev.Offered():
+        case ev.RoundOffered():
             return f"round {event.round}: due in {human_seconds(event.due_seconds)}"
-        case ev.Trained():
+        case ev.RoundTrained():
             loss = "not a number" if event.loss is None else f"{event.loss:.3f}"
             return f"round {event.round}: trained {event.num_steps} steps in {event.seconds:.1f} s, loss {loss}"
         case ev.Accepted():
@@ -124,21 +133,21 @@ def sentence(event: ev.AnyEvent) -> str:
         case ev.Retrying():
             return f"round {event.round}: the hub cannot take the update now ({event.reason}); trying again"
         case ev.Reconnecting():
-            return f"connection lost: {event.message}; retrying until it is back"
+            return f"connection lost: {event.message}; trying until it is back"
         case ev.Reconnected():
             return "reconnected"
-        case ev.Paused():
+        case ev.JoinPaused():
             return pause_sentence(event.reason, event.seconds)
-        case ev.Resumed():
+        case ev.JoinResumed():
             return "resumed after the pause"
-        case ev.Farewell():
+        case ev.RunFinished():
             return f"done: {event.reason} after {counted(event.rounds, 'round')}"
-        case ev.Settings() | ev.Swept() | ev.RoundClosed() | ev.Downloading() | ev.Sweeping() | ev.Training():
+        case ev.SettingsGiven() | ev.SweepDone() | ev.RoundOver() | ev.Downloading() | ev.Sweeping() | ev.Training():
             return ""
 
 
-def show_check(check: Check) -> None:
-    """Show a step of `doctor` in a line."""
+def show_check(check: DoctorStep) -> None:
+    """Show a step of `doctor` as a line, with its table of memory if it has one."""
     note(
         f"{'PASS' if check.passed else 'FAIL'}  {check.name:<14} {check.detail}"
         + (f"; {check.fix}" if check.fix else "")
@@ -158,23 +167,23 @@ def _show_parts(parts: Iterable[Part]) -> None:
 
 
 def show_data(found: Inspection, max_length: int) -> None:
-    """Show `data check` to people."""
+    """Show the result of `data check`."""
     note(f"{found.rows} rows; columns: " + ", ".join(f"{name} ({kind})" for name, kind in found.columns.items()))
     for number, sample in enumerate(found.samples, start=1):
         note(f"--- sample {number}\n{sample.prompt} >>> {sample.completion}")
     if found.samples:
         note("---")
     if found.duplicates:
-        note(f"{found.duplicates} rows are copies of earlier ones")
+        note(f"{counted(found.duplicates, 'copy', 'copies')} of earlier rows")
     lengths = found.lengths
     if lengths is None:
-        note("no lengths: name a model's directory with --tokenizer, or join a run first")
+        note("no lengths without a tokenizer: name a model's directory with --tokenizer, or join a run first")
         return
     note(f"ids a sample: {lengths.min} to {lengths.max}, median {lengths.median}, 90 % have at most {lengths.p90}")
     most = max(bar.rows for bar in lengths.histogram)
     for bar in lengths.histogram:
         note(f"{bar.up_to:>8} {'#' * round(40 * bar.rows / most):<40} {bar.rows}")
     note(
-        f"at max_length {max_length}: {found.truncated} samples are cut, {found.skipped} are skipped since "
-        "nothing of their completion is left"
+        f"at max_length {max_length}: {counted(found.truncated or 0, 'sample')} cut, {found.skipped} skipped since "
+        "nothing of the completion is left"
     )

@@ -1,109 +1,137 @@
-"""The options of fedsoda-edge, in the panels of `--help`. Defaults stand with the commands that have them."""
+"""Declare the options of fedsoda-edge, in the panels of `--help`. Defaults are left to the commands that have them."""
 
 from __future__ import annotations
 
+import contextlib
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fedsoda_edge.errors import LocalError
+
+# The SDK's names of settings in sentences: name='value', or the name alone where no other word is written like it.
+_GIVEN = re.compile(r"\b(cache|device|pause_on|token_file)='([^']*)'")
+_NAMED = re.compile(r"(?<![\w/.-])(max_disk|max_ram|max_vram|pause_on|token_file)(?![\w/.])")
+
+
+def as_options(sentence: str) -> str:
+    """Rewrite the SDK's names of settings as options: device='cpu' as --device cpu, max_ram as --max-ram."""
+    given = _GIVEN.sub(lambda match: f"--{match[1].replace('_', '-')} {match[2]}", sentence)
+    return _NAMED.sub(lambda match: f"--{match[1].replace('_', '-')}", given)
+
+
+@contextlib.contextmanager
+def named_as_options() -> Iterator[None]:
+    """Let errors of the SDK name settings as options (`as_options`)."""
+    try:
+        yield
+    except LocalError as error:
+        error.message = as_options(error.message)
+        raise
+
+
 # Panels of `--help`. What most joins need stands above them, in the panel that has no name of its own.
 WHAT, DATA, LIMITS, PAUSES, OUTPUT = "What to join", "Data", "Limits", "Pauses", "Output"
 
-Url = Annotated[
+UrlArgument = Annotated[
     str,
-    typer.Argument(help="the hub, such as https://hub.example.org or http://10.0.0.5:8470", rich_help_panel=WHAT),
+    typer.Argument(help="address of the hub: https://hub.example.org or http://10.0.0.5:8470", rich_help_panel=WHAT),
 ]
-TokenFile = Annotated[
+TokenFileOption = Annotated[
     str | None,
     typer.Option("--token-file", envvar="FEDSODA_TOKEN_FILE", help="file with the token; - reads it from stdin"),
 ]
-Json = Annotated[
+JsonOption = Annotated[
     bool,
     typer.Option("--json", envvar="FEDSODA_JSON", help="print one JSON object on stdout", rich_help_panel=OUTPUT),
 ]
-JsonLines = Annotated[
+JsonLinesOption = Annotated[
     bool,
     typer.Option(
         "--jsonl", envvar="FEDSODA_JSONL", help="print one JSON event a line on stdout", rich_help_panel=OUTPUT
     ),
 ]
-Columns = Annotated[
+ColumnsOption = Annotated[
     list[str] | None,
     typer.Option(
         "--column", envvar="FEDSODA_COLUMN", help="NAME=COLUMN: a name in the run's template, and your column for it"
     ),
 ]
-Device = Annotated[str, typer.Option(envvar="FEDSODA_DEVICE", help="where to train: auto, cpu, cuda or cuda:N")]
-MaxRam = Annotated[
+DeviceOption = Annotated[str, typer.Option(envvar="FEDSODA_DEVICE", help="where to train: auto, cpu, cuda or cuda:N")]
+MaxRamOption = Annotated[
     str | None,
     typer.Option(
         envvar="FEDSODA_MAX_RAM",
-        help="memory that training may take, such as 6GB; exit 4 where it needs more",
+        help="memory that training may take, such as 6GB; exit 4 if it needs more",
         rich_help_panel=LIMITS,
     ),
 ]
-MaxVram = Annotated[
+MaxVramOption = Annotated[
     str | None,
-    typer.Option(envvar="FEDSODA_MAX_VRAM", help="GPU memory that training may take", rich_help_panel=LIMITS),
+    typer.Option(
+        envvar="FEDSODA_MAX_VRAM", help="GPU memory that training may take, such as 6GB", rich_help_panel=LIMITS
+    ),
 ]
-Debug = Annotated[
+DebugOption = Annotated[
     bool,
     typer.Option(
         "--debug",
         envvar="FEDSODA_DEBUG",
-        help="log what happens on stderr, and add the traceback to an error",
+        help="log what happens on stderr, and show the traceback of an error",
         rich_help_panel=OUTPUT,
     ),
 ]
 
-# --- of join alone -------------------------------------------------------------------------------------------
+# --- options that only join has ------------------------------------------------------------------------------
 
-Data = Annotated[
+DataOption = Annotated[
     Path,
     typer.Option("--data", envvar="FEDSODA_DATA", help="JSON Lines, JSON, Parquet or a saved dataset's directory"),
 ]
-Unattended = Annotated[
+UnattendedOption = Annotated[
     bool, typer.Option(envvar="FEDSODA_UNATTENDED", help="keep trying until the hub answers, also at the start")
 ]
-MaxDisk = Annotated[
+MaxDiskOption = Annotated[
     str | None,
     typer.Option(
         envvar="FEDSODA_MAX_DISK",
-        help="disk for cached border states, such as 8GB; else what is free",
+        help="disk for cached border states, such as 8GB; without it, what is free",
         rich_help_panel=DATA,
     ),
 ]
-Cache = Annotated[
+CacheOption = Annotated[
     str,
     typer.Option(
         envvar="FEDSODA_CACHE", help="how border states are kept: bf16, or int8 in half the space", rich_help_panel=DATA
     ),
 ]
-CacheKey = Annotated[
+CacheKeyOption = Annotated[
     str,
     typer.Option(
         envvar="FEDSODA_CACHE_KEY",
-        help="keep: the next join can read the cache; forget: nobody can",
+        help="keep: later joins can read cached border states; forget: nobody can",
         rich_help_panel=DATA,
     ),
 ]
-MaxRounds = Annotated[
+MaxRoundsOption = Annotated[
     int,
     typer.Option(
         envvar="FEDSODA_MAX_ROUNDS",
         min=0,
-        help="leave after this number of rounds; 0: stay to the end",
+        help="leave after this number of rounds; 0: stay until the run ends",
         rich_help_panel=LIMITS,
     ),
 ]
-Threads = Annotated[
+ThreadsOption = Annotated[
     int,
     typer.Option(
         envvar="FEDSODA_THREADS", min=0, help="CPU threads for training; 0: torch's choice", rich_help_panel=LIMITS
     ),
 ]
-PauseOn = Annotated[
+PauseOnOption = Annotated[
     str | None,
     typer.Option(
         envvar="FEDSODA_PAUSE_ON",

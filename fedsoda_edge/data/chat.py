@@ -1,8 +1,8 @@
 """Render `messages` with a model's own chat template, which comes from the hub: sandboxed, bounded, no files.
 
 Jinja templates are programs. They run in Jinja's immutable sandbox, in the worker, with at most MAX_CHARACTERS of
-output and RENDER_SECONDS of time each; there is no clock in them, so that a run can be repeated. What becomes of the
-text: `samples.py`.
+output and RENDER_SECONDS of time each; they get no clock, so that a run can be repeated. Turning the text into samples
+is left to `samples.py`.
 """
 
 from __future__ import annotations
@@ -23,32 +23,35 @@ from fedsoda_edge.errors import DataProblem, UsageProblem
 
 MAX_CHARACTERS = 64 << 10
 RENDER_SECONDS = 2.0
-Message = Mapping[str, str]
+ChatMessage = Mapping[str, str]
 
 
 class _TooSlow(Exception):
-    """Raised in the rendering thread by the timer."""
+    """The end of a rendering that takes too long, raised in its thread by the timer."""
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """Jinja as Transformers sets it up, without products that make memory out of nothing."""
+    """Jinja as Transformers sets it up, without products that use up memory ("x" * 10**9)."""
 
     intercepted_binops = frozenset({"*", "**"})
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Compute a product of numbers; refuse powers and repeated texts and lists."""
         if operator == "**" or isinstance(left, str | list | tuple) or isinstance(right, str | list | tuple):
             raise TemplateError(f"{operator} is not allowed on these values")
         return super().call_binop(context, operator, left, right)
 
 
 class ChatTemplate:
-    """A compiled chat template and the special tokens it may name.
+    """A compiled chat template and the special tokens that it may name.
 
     Args:
+        source: the template.
+        tokens: the text of each special token by its name ("eos_token", ...).
         render_seconds: the time that one conversation may take.
 
     Raises:
-        UsageProblem: on construction, when the template cannot be read as one.
+        UsageProblem: on construction, when the source is not a template.
     """
 
     def __init__(self, source: str, tokens: Mapping[str, str], render_seconds: float = RENDER_SECONDS) -> None:
@@ -63,14 +66,14 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except TemplateError as error:
             raise UsageProblem(
-                f"the model's chat template cannot be read as one ({error}); ask the hub's owner"
+                f"the model's chat template cannot be read ({error}); ask the hub's owner to correct it"
             ) from error
         self._tokens = dict(tokens)
         self._render_seconds = render_seconds
 
     @classmethod
     def read(cls, files: Mapping[str, Path]) -> ChatTemplate | None:
-        """Find it in a model's tokenizer files, by name; None where the model has no chat template."""
+        """Read the chat template from a model's tokenizer files, by name; None where the model has none."""
         config: dict[str, Any] = {}
         if "tokenizer_config.json" in files:
             config = json.loads(files["tokenizer_config.json"].read_text(encoding="utf-8"))
@@ -89,8 +92,11 @@ class ChatTemplate:
                 tokens[name] = token
         return cls(source, tokens)
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        """Write the text that the model was trained to read.
+    def render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool) -> str:
+        """Write a conversation as the text that the model was trained to read.
+
+        Args:
+            add_generation_prompt: whether to add what comes before the assistant's answer.
 
         Raises:
             DataProblem: the template refuses these messages, writes too much or takes too long.
@@ -111,10 +117,13 @@ class ChatTemplate:
                         )
         except _TooSlow:
             raise DataProblem(
-                f"the chat template took more than {self._render_seconds:g} s for one row; shorten it, or ask the hub's owner"
+                f"the chat template took more than {self._render_seconds:g} s for one row; shorten the row, or ask the "
+                "hub's owner"
             ) from None
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-            raise DataProblem(f"the chat template refuses these messages: {error}") from error
+            raise DataProblem(
+                f"the chat template refuses these messages ({error}); write them as the model expects them"
+            ) from error
         return "".join(pieces)
 
 

@@ -1,6 +1,6 @@
 """Look at data before a run does: schema, samples as they are trained on, lengths, what truncation cuts, duplicates.
 
-`fedsoda-edge data check` shows it; nothing of it leaves the device.
+Nothing of it leaves the device. Showing it is left to `fedsoda-edge data check`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fedsoda_edge.data.formats import Row
+from fedsoda_edge.data.formats import DataRow
 from fedsoda_edge.data.local_data import LocalData
 from fedsoda_edge.data.samples import Renderer, SampleTokenizer, nothing_left
 from fedsoda_edge.protocol.template import TextTemplate
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fedsoda_edge.data.chat import ChatTemplate
 
 SHOWN = 3  # samples
+DEFAULT_MAX_LENGTH = 512  # ids, where no run says it
 BINS = 10  # bars of the histogram
 
 
@@ -33,7 +34,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Bar:
-    """How many rows have at most `up_to` ids, and more than the bar before."""
+    """A bar of the histogram: the number of rows with at most `up_to` ids, and more than the bar before."""
 
     up_to: int
     rows: int
@@ -41,7 +42,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Ids of a sample before it is cut."""
+    """The lengths of samples before they are cut, in ids."""
 
     min: int
     median: int
@@ -52,10 +53,10 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What the data is. Fields with None need a tokenizer.
+    """The findings about the data. Fields with None need a tokenizer.
 
-    columns: name -> Python type of its first value. duplicates: rows that repeat an earlier one's text.
-    skipped: rows without a completion id within max_length; truncated: rows that are cut, of the others.
+    columns: the Python type of each column's first value, by name. duplicates: rows that repeat the text of an earlier
+    one. skipped: rows without a completion id within max_length. truncated: rows that are cut, among the others.
     """
 
     rows: int
@@ -73,13 +74,18 @@ def inspect(
     completion: TextTemplate,
     *,
     tokenizer: SampleTokenizer | None = None,
-    max_length: int = 512,
+    max_length: int = DEFAULT_MAX_LENGTH,
     chat: ChatTemplate | None = None,
 ) -> Inspection:
-    """Read all rows as a run would. A conversation is shown through `chat`, else as its last two messages.
+    """Read all rows as a run would.
+
+    Args:
+        tokenizer: None: lengths are not measured.
+        max_length: ids of a sample at most.
+        chat: the model's chat template; None: a conversation is shown as its last two messages.
 
     Raises:
-        DataProblem: as `LocalData.check`; or no row has a completion id within max_length.
+        DataProblem: a row cannot be used (`LocalData.check`), or no row has a completion id within max_length.
     """
     rows = data.check(prompt, completion)
     renderer = Renderer(prompt, completion, chat)
@@ -106,7 +112,7 @@ def inspect(
     return Inspection(rows, columns, shown, rows - len(seen), _lengths(ordered), skipped, truncated)
 
 
-def _texts(renderer: Renderer, row: Row) -> tuple[str, str]:
+def _texts(renderer: Renderer, row: DataRow) -> tuple[str, str]:
     if renderer.is_chat(row) and renderer.chat is None:
         messages: Any = row["messages"]  # `LocalData.check` has seen what they are
         *before, last = (message["content"] for message in messages)

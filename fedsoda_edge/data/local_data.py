@@ -1,7 +1,7 @@
-"""LocalData: a description of private data, and whether its rows have what a run's template asks for.
+"""Describe private data (LocalData), and check that its rows have what a run's template asks for.
 
-The agent holds the description and checks the rows; token ids exist only in the worker (`samples.py`). Nothing here
-knows the network, and the room that does cannot import this one.
+The agent holds the description and checks the rows. Nothing here knows the network, and the room that does cannot import
+this one. Token ids are left to the worker (`samples.py`).
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedsoda_edge.data.formats import Row, is_text, read_rows
+from fedsoda_edge.data.formats import DataRow, is_text, read_rows
 from fedsoda_edge.errors import DataProblem
 from fedsoda_edge.protocol.template import TextTemplate
 
 
 @dataclass(frozen=True)
 class LocalData:
-    """Where rows are and how columns map; no row is held.
+    """The place of private rows, and the columns that a template's names stand for; no row is held.
 
     path: JSON Lines, JSON, Parquet (`.parquet`) or the directory of a saved Hugging Face dataset.
-    columns: template name -> column in the file.
+    columns: the column in the file by the template's name for it.
     """
 
     path: Path
@@ -30,25 +30,29 @@ class LocalData:
 
     @classmethod
     def from_jsonl(cls, path: str | Path, *, columns: Mapping[str, str] | None = None) -> LocalData:
-        """Describe JSON Lines, one object a line, or a JSON file that holds a list of objects."""
+        """Describe a file of JSON Lines, one object a line, or a JSON file that holds a list of objects.
+
+        Args:
+            columns: the column in the file by the template's name for it; names that are equal need no entry.
+        """
         return cls(Path(path), dict(columns or {}))
 
     @classmethod
     def from_parquet(cls, path: str | Path, *, columns: Mapping[str, str] | None = None) -> LocalData:
-        """Describe a Parquet file."""
+        """Describe a Parquet file; `columns` as in `from_jsonl`."""
         return cls(Path(path), dict(columns or {}))
 
     @classmethod
     def from_dataset(cls, path: str | Path, *, columns: Mapping[str, str] | None = None) -> LocalData:
-        """Describe a directory that `datasets.Dataset.save_to_disk` wrote."""
+        """Describe a directory that `datasets.Dataset.save_to_disk` wrote; `columns` as in `from_jsonl`."""
         return cls(Path(path), dict(columns or {}))
 
     @property
     def is_text(self) -> bool:
-        """Whether any process reads it; other formats need libraries that the agent does not load."""
+        """Whether the file is JSON, which any process can read; other formats need libraries that the agent lacks."""
         return is_text(self.path)
 
-    def rows(self) -> Iterator[tuple[int, Row]]:
+    def rows(self) -> Iterator[tuple[int, DataRow]]:
         """Yield (line, row) in file order, columns renamed; in binary formats the line is the row's number from 1.
 
         Raises:
@@ -59,13 +63,14 @@ class LocalData:
             count += 1
             yield line, row | {name: row[column] for name, column in self.columns.items() if column in row}
         if not count:
-            raise DataProblem(f"the data {self.path} has no rows; it needs at least one")
+            raise DataProblem(f"the data {self.path} has no rows; write at least one")
 
     def check(self, prompt: TextTemplate, completion: TextTemplate) -> int:
-        """Read every row and count them.
+        """Check every row and count them.
 
         Raises:
-            DataProblem: a column is missing (lists those there are) or a completion is not a string.
+            DataProblem: a column is missing (lists those there are), a completion is not a string, or a conversation is
+                not a list of messages that ends with the assistant's.
         """
         count = 0
         wanted = (*prompt.columns, *completion.columns)
@@ -82,18 +87,19 @@ class LocalData:
             for name in completion.columns:
                 if not isinstance(row[name], str):
                     raise DataProblem(
-                        f"{self.path}:{line}: {name!r} is {row[name]!r}, not a string; completions are text, so write "
-                        "it in quotes"
+                        f"{self.path}:{line}: {name!r} is {row[name]!r}, not a string; completions are text, so write it "
+                        "in quotes"
                     )
         return count
 
 
 @contextlib.contextmanager
 def remedy_for_columns(remedy: str) -> Iterator[None]:
-    """Let a problem with a missing column say what can be done about it here, which is not the same in every program.
+    """Let an error about a missing column say what the caller can do about it, which differs between SDK and command.
 
     Args:
-        remedy: such as "rename one, or give --column {}=COLUMN"; {} becomes the template's name for the column.
+        remedy: the sentence, such as "rename one, or name its column: --column {}=COLUMN"; {} becomes the template's
+            name for the column.
     """
     try:
         yield
@@ -103,8 +109,12 @@ def remedy_for_columns(remedy: str) -> Iterator[None]:
         raise
 
 
-def is_chat(row: Row, wanted: Sequence[str]) -> bool:
-    """Tell a conversation under the default template, which asks for `prompt` and `completion` and finds neither."""
+def is_chat(row: DataRow, wanted: Sequence[str]) -> bool:
+    """Tell whether a row is a conversation: it has `messages`, and neither of the default template's two columns.
+
+    Args:
+        wanted: the columns that the run's template asks for.
+    """
     return "messages" in row and set(wanted) == {"prompt", "completion"} and not set(wanted) & set(row)
 
 
@@ -116,5 +126,6 @@ def _check_messages(where: str, messages: Any) -> None:
         raise DataProblem(f'{where}: messages must be a list of {{"role": "...", "content": "..."}}')
     if messages[-1]["role"] != "assistant":
         raise DataProblem(
-            f"{where}: the last message is of {messages[-1]['role']!r}; it must be the assistant's, which is trained on"
+            f"{where}: the last message has the role {messages[-1]['role']!r}; it must be the assistant's, which is "
+            "trained on"
         )

@@ -1,6 +1,7 @@
 """Turn rows into samples: token ids with the place where the completion begins, as docs/methods.md (m8-sample) says.
 
-Token ids exist in the process that trains, and nowhere else. What a column is and whether it is there: `local_data.py`.
+Token ids exist in the process that trains, and nowhere else. Columns, and whether they are there, are left to
+`local_data.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedsoda_edge.data.formats import Row
+from fedsoda_edge.data.formats import DataRow
 from fedsoda_edge.data.local_data import LocalData, is_chat
 from fedsoda_edge.errors import DataProblem
 from fedsoda_edge.protocol.template import TextTemplate
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sample:
-    """ids: prompt, completion and eos. start: index of the first completion id."""
+    """A sample. ids: prompt, completion and eos. start: the index of the first completion id."""
 
     ids: tuple[int, ...]
     start: int
@@ -36,7 +37,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class SampleSet:
-    """What a file gave: samples in file order; rows without a completion id left are counted."""
+    """The samples of a file, in its order. num_skipped: rows without a completion id left."""
 
     samples: tuple[Sample, ...]
     num_skipped: int
@@ -48,13 +49,17 @@ class SampleSet:
 
 
 def join_text(prompt: str, completion: str) -> str:
-    """Put one space between them, unless either side has white space of its own there, or is empty."""
+    """Join a prompt and its completion, with a space if neither has white space there and neither is empty."""
     bare = prompt and completion and not prompt[-1].isspace() and not completion[0].isspace()
     return prompt + (" " if bare else "") + completion
 
 
 class SampleTokenizer:
-    """A model's own tokenizer.json, which makes samples of text."""
+    """A model's own tokenizer.json, which makes samples of text.
+
+    Args:
+        eos_id: the model's end-of-sequence ids, of which a sample ends with the first; None: it has none.
+    """
 
     def __init__(self, tokenizer_json: Path, eos_id: int | Sequence[int] | None) -> None:
         from tokenizers import Tokenizer
@@ -74,13 +79,21 @@ class SampleTokenizer:
         return str(self._tokenizer.decode(list(ids)))
 
     def sample(self, prompt: str, completion: str, max_length: int | None = None) -> Sample | None:
-        """Make a sample, cut on the right; None when no completion id is left within max_length."""
+        """Make a sample, cut on the right; None where no completion id is left within max_length.
+
+        Args:
+            max_length: ids of a sample at most; None: it is not cut.
+        """
         return _sample(self.encode(prompt), self.encode(join_text(prompt, completion)) + self._eos, max_length)
 
     def chat_sample(self, prompt: str, whole: str, max_length: int | None = None) -> Sample | None:
-        """Make a sample of a conversation without and with its last message, as a chat template wrote both.
+        """Make a sample of a conversation, as a chat template wrote it; None where no completion id is left.
 
         Templates write special tokens themselves, so none are added; eos only where the template writes none.
+
+        Args:
+            prompt, whole: the conversation without and with its last message.
+            max_length: ids of a sample at most; None: it is not cut.
         """
         alone, ids = (list(self._tokenizer.encode(text, add_special_tokens=False).ids) for text in (prompt, whole))
         is_ended = bool(self._eos) and self._eos[0] in ids[len(alone) :]
@@ -88,7 +101,7 @@ class SampleTokenizer:
 
 
 def _sample(alone: Sequence[int], whole: Sequence[int], max_length: int | None) -> Sample | None:
-    """Begin the completion at the first id that differs from those of the prompt alone."""
+    """Make a sample whose completion begins at the first id that differs from those of the prompt alone."""
     start = 0
     while start < min(len(alone), len(whole)) and alone[start] == whole[start]:
         start += 1
@@ -98,23 +111,23 @@ def _sample(alone: Sequence[int], whole: Sequence[int], max_length: int | None) 
 
 @dataclass(frozen=True)
 class Renderer:
-    """How a row becomes text and a sample: by the templates, a conversation by the model's own chat template."""
+    """The way from a row to text and sample: by the templates, for a conversation by the model's own chat template."""
 
     prompt: TextTemplate
     completion: TextTemplate
     chat: ChatTemplate | None = None
 
-    def texts(self, row: Row) -> tuple[str, str]:
-        """Write (prompt, completion); of a conversation (what the assistant answers to, the whole).
+    def texts(self, row: DataRow) -> tuple[str, str]:
+        """Write (prompt, completion) of a row; for a conversation (what the assistant answers to, the whole).
 
         Raises:
-            DataProblem: a conversation, and the model has no chat template or it refuses.
+            DataProblem: the row is a conversation, and the model has no chat template, or one that refuses it.
         """
         if not self.is_chat(row):
             return self.prompt.render(row), self.completion.render(row)
         if self.chat is None:
             raise DataProblem(
-                "a conversation, and this model has no chat template; write rows with prompt and completion"
+                "the row is a conversation, and this model has no chat template; write rows with prompt and completion"
             )
         messages: Any = row["messages"]  # `LocalData.check` has seen what they are
         return (
@@ -122,12 +135,16 @@ class Renderer:
             self.chat.render(messages, add_generation_prompt=False),
         )
 
-    def is_chat(self, row: Row) -> bool:
+    def is_chat(self, row: DataRow) -> bool:
         """Tell whether the row is a conversation."""
         return is_chat(row, (*self.prompt.columns, *self.completion.columns))
 
     def samples(self, data: LocalData, tokenizer: SampleTokenizer) -> Iterator[Sample | None]:
-        """Yield each row's sample, uncut; None where its completion is empty. Errors name the line."""
+        """Yield each row's sample, uncut; None where its completion is empty.
+
+        Raises:
+            DataProblem: a row cannot be rendered; names its line.
+        """
         for line, row in data.rows():
             try:
                 texts = self.texts(row)
@@ -144,10 +161,15 @@ def read_samples(
     max_length: int,
     chat: ChatTemplate | None = None,
 ) -> SampleSet:
-    """Read all rows as samples; conversations through `chat`, the model's own template.
+    """Read all rows as samples.
+
+    Args:
+        max_length: ids of a sample at most; a longer one is cut on the right.
+        chat: the model's chat template, for conversations; None: it has none.
 
     Raises:
-        DataProblem: no sample has a completion id left; names the max_length that keeps 90 % of them.
+        DataProblem: no row has a completion id left (names the max_length that keeps 90 % of them), or a row cannot be
+            rendered.
     """
     samples: list[Sample] = []
     needed: list[int] = []
@@ -164,15 +186,15 @@ def read_samples(
 
 
 def nothing_left(path: Path, needed: Sequence[int], max_length: int) -> DataProblem:
-    """Say that every completion is cut away, and which max_length keeps most of them.
+    """Make the error that no completion is left, with the max_length that keeps most of them.
 
     Args:
-        needed: ids up to the first completion id of each row; 0 where its completion is empty.
+        needed: for each row, ids up to its first completion id; 0 where its completion is empty.
     """
     enough = sorted(n for n in needed if n)
     advice = (
-        f"max_length = {enough[(9 * len(enough) - 1) // 10]} keeps 90 % of them"
+        f"max_length = {enough[(9 * len(enough) - 1) // 10]} keeps 90 % of them, so shorten prompts or ask the hub's owner"
         if enough
-        else "every completion is empty"
+        else "every completion is empty, so write some"
     )
     return DataProblem(f"none of the {len(needed)} rows of {path} has a completion within {max_length} ids; {advice}")

@@ -1,4 +1,4 @@
-"""Read what this device has free now: memory, disk, GPU. What fits into it is decided in `fit.py`."""
+"""Read what this device has free now: memory, disk, GPU. What fits is left to `fit.py`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fedsoda_edge.protocol.messages import DeviceFacts
 
 
 def read_device(home: Path) -> DeviceFacts:
-    """Read what is free: RAM and disk through psutil, VRAM through NVML, so that no CUDA context is made in the agent.
+    """Read what is free: RAM and disk through psutil, VRAM through NVML, so that the agent makes no CUDA context.
 
     Args:
-        home: the FEDSODA_HOME that bundle and border states go to; it need not exist yet.
+        home: the FEDSODA_HOME where bundle and border states are kept; it need not exist yet.
     """
     name, vram = _free_vram()
     existing = home

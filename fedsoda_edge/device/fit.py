@@ -1,6 +1,6 @@
-"""Decide how training fits a device: the quickest way that has room, the next one that needs less, and the sentences.
+"""Decide how training fits a device: the quickest plan that has room, the next one that needs less, and the sentences.
 
-Pure: what is free comes in as DeviceFacts (`facts.py` reads them), what training takes from `protocol/needs.py`.
+Pure. Reading what is free is left to `facts.py`, counting what training takes to `protocol/needs.py`.
 """
 
 from __future__ import annotations
@@ -13,37 +13,37 @@ from fedsoda_edge.protocol.messages import DeviceFacts
 from fedsoda_edge.protocol.needs import PROCESS_BYTES, SHORTEST, MemoryPlan, Part, SampleSizes, Shape, plans
 from fedsoda_edge.units import human_bytes
 
-EASY_SHARE = 0.9  # of what is free may be taken lightly: other programs grow too
+EASY_SHARE = 0.9  # a plan that takes more of what is free is used only if none takes less: other programs grow too
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Bytes that training may take. None: everything that is free."""
+    """The bytes that training may take. None: all that are free."""
 
     max_ram: int | None = None
     max_vram: int | None = None
 
 
 def check_device_name(wanted: str) -> None:
-    """Refuse a device that no one has.
+    """Refuse a name that no device has.
 
     Raises:
-        UsageProblem: `wanted` is none of "auto", "cpu", "cuda" and "cuda:N".
+        UsageProblem: `wanted` is not "auto", "cpu", "cuda" or "cuda:N".
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", wanted):
-        raise UsageProblem(f"--device {wanted!r} is none of auto, cpu, cuda, cuda:N")
+        raise UsageProblem(f"device={wanted!r} is not known; choose auto, cpu, cuda or cuda:N")
 
 
 def check_disk(needed: int, facts: DeviceFacts) -> None:
     """Refuse a disk without room for what is still to be fetched.
 
     Raises:
-        DeviceTooSmall: says how many bytes are free and how many are needed.
+        DeviceTooSmall: fewer bytes are free than needed; says both numbers.
     """
     if facts.disk_bytes < needed:
         raise DeviceTooSmall(
             f"this device has {human_bytes(facts.disk_bytes)} of disk free, the bundle needs {human_bytes(needed)}; "
-            "free space or point FEDSODA_HOME to another disk"
+            "free space, or set FEDSODA_HOME to a directory on another disk"
         )
 
 
@@ -56,14 +56,14 @@ def fit(
     *,
     process_bytes: int = PROCESS_BYTES,
 ) -> MemoryPlan:
-    """Choose the quickest way to train this sub-LLM that has room.
+    """Choose the quickest plan to train this sub-LLM that has room.
 
     Args:
-        wanted: "auto", "cpu" or "cuda[:n]"; auto takes a GPU that has room, else the CPU.
-        process_bytes: what a worker holds before it has read anything.
+        wanted: "auto", "cpu", "cuda" or "cuda:N"; auto takes a GPU that has room, otherwise the CPU.
+        process_bytes: bytes that a worker holds before it has read anything.
 
     Raises:
-        DeviceTooSmall: not even the way that needs least has room on the devices that may be used; says both numbers.
+        DeviceTooSmall: even the plan that needs least has no room on a device that may be used; says both numbers.
     """
     devices = {"auto": ["cuda", "cpu"] if facts.accelerator else ["cpu"]}.get(wanted, [wanted])
     refusals = []
@@ -79,7 +79,7 @@ def fit(
 
 
 def plan_sentence(plan: MemoryPlan, facts: DeviceFacts) -> str:
-    """Tell people where training runs, what it takes of what is free, and how."""
+    """Write, for people, where training runs, how much it takes of what is free, and in which way."""
     on_gpu = plan.device.startswith("cuda")
     free = facts.vram_bytes if on_gpu else facts.ram_bytes
     where = f"on the GPU {facts.accelerator}" if on_gpu else "on the CPU"
@@ -89,12 +89,12 @@ def plan_sentence(plan: MemoryPlan, facts: DeviceFacts) -> str:
     else:
         ways.append(f"{plan.micro_batch} of {plan.batch_size} samples at once")
     if plan.recompute:
-        ways.append("activations made twice")
+        ways.append("activations computed twice")
     return f"training {where} takes {human_bytes(plan.peak)} of {human_bytes(free)} free: {', '.join(ways)}"
 
 
 def table(plan: MemoryPlan) -> list[Part]:
-    """List the plan's parts in words."""
+    """List what the plan's memory consists of."""
     form = "as stored" if plan.packed else "dense"
     context = "CUDA context" if plan.device.startswith("cuda") else "the process, with its libraries"
     sizes = {
@@ -104,30 +104,30 @@ def table(plan: MemoryPlan) -> list[Part]:
         "LoRA and optimiser": plan.lora,
         f"activations of {plan.micro_batch} samples": plan.activations,
         "logits of a chunk": plan.logits,
-        "or instead of these five, the sweep": plan.sweep,
+        "or, instead of these five, the sweep": plan.sweep,
         "peak": plan.peak,
     }
     return [Part(name, size) for name, size in sizes.items()]
 
 
 def same_way(plan: MemoryPlan, shape: Shape, samples: SampleSizes, process_bytes: int) -> MemoryPlan | None:
-    """Find the way of a plan made before, with what it needs now; None where the hub asks for other batches now.
+    """Find the plan that trains as an earlier one, with what it needs now; None where the hub asks for other batches now.
 
-    Each worker process is of another size, and rows may have been added.
+    Each worker process has another size, and rows may have been added meanwhile.
     """
     wanted = _way(plan)
     return next((way for way in plans(shape, plan.device, samples, process_bytes) if _way(way) == wanted), None)
 
 
 def leaner(plan: MemoryPlan, shape: Shape, samples: SampleSizes, process_bytes: int) -> MemoryPlan | None:
-    """Find the next slower way to train, which needs less; None after the last."""
+    """Find the next slower plan, which needs less; None after the last."""
     ways = list(plans(shape, plan.device, samples, process_bytes))
     place = [_way(way) for way in ways].index(_way(plan))
     return next((way for way in ways[place + 1 :] if way.peak < ways[place].peak), None)
 
 
 def _way(plan: MemoryPlan) -> tuple[bool, bool, int, int]:
-    """Return what tells two plans of one device apart."""
+    """Return what distinguishes two plans of one device."""
     return plan.packed, plan.recompute, plan.micro_batch, plan.batch_size
 
 
@@ -146,10 +146,13 @@ def _refusal(device: str, needed: int, samples: SampleSizes, facts: DeviceFacts,
     least = f"the sub-LLM needs at least {human_bytes(needed)}{row}, {human_bytes(needed - room)} more"
     smaller = "ask the hub's owner for a smaller sub-LLM"
     if on_gpu and not facts.accelerator:
-        return "no NVIDIA GPU is seen here; install its driver, or --device cpu"
+        return "this device shows no NVIDIA GPU; install its driver, or train with device='cpu'"
     if most is not None and most == room:
-        option = "--max-vram" if on_gpu else "--max-ram"
-        return f"{option} allows {human_bytes(most)}, {least}; allow more, or {smaller}"
+        limit = "max_vram" if on_gpu else "max_ram"
+        return f"{limit} allows {human_bytes(most)}, {least}; allow more, or {smaller}"
     if on_gpu:
-        return f"the GPU {facts.accelerator} has {human_bytes(free)} free, {least}; close what uses it, or --device cpu"
+        return (
+            f"the GPU {facts.accelerator} has {human_bytes(free)} free, {least}; close programs that use it, or train "
+            "with device='cpu'"
+        )
     return f"this device has {human_bytes(free)} of memory free, {least}; close other programs, or {smaller}"

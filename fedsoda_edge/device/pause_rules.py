@@ -1,6 +1,6 @@
 """Decide when a join pauses: the owner's requests and sensors' readings in, a pause with its reason out. No clock.
 
-Battery and GPUs are read in `sensors.py`. How requests come and what a pause does to a join is the join's matter.
+Reading battery and GPUs is left to `sensors.py`; how requests come, and what a pause does, to the room `join`.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from dataclasses import dataclass
 
 from fedsoda_edge.errors import UsageProblem
 
-BUSY_PERCENT = 20  # of a GPU, by other processes
-BUSY_SECONDS = 30.0  # a GPU is busy for that long before it is a reason
-CALM_SECONDS = 60.0  # a pause ends when its reason is gone for that long, so that it does not flap
+BUSY_PERCENT = 20  # of a GPU; above it other processes keep the GPU busy
+BUSY_SECONDS = 30.0  # for which a GPU is busy before a join pauses
+CALM_SECONDS = 60.0  # for which a pause's reason is gone before the pause ends, so that pauses do not come and go
 _NOT_BEFORE = {"gpu-busy": BUSY_SECONDS}
 
 
 @dataclass(frozen=True)
 class PauseRules:
-    """What pauses a join without a request.
+    """The rules that pause a join without a request.
 
-    hours: (from, to) of the local day; to may lie before from, which goes over midnight.
+    hours: (from, to) of the local day; when `to` is the smaller, the hours continue after midnight.
     """
 
     battery: bool = False
@@ -30,9 +30,9 @@ class PauseRules:
 
 @dataclass(frozen=True)
 class Readings:
-    """What the sensors read; None where there is nothing to read.
+    """The readings of the sensors; None where there is nothing to read.
 
-    hour: of the local day, 0 to 23. others_percent: what other processes use of the busiest GPU.
+    hour: the hour of the local day, 0 to 23. others_percent: the share of the busiest GPU that other processes use.
     """
 
     hour: int = 0
@@ -42,7 +42,10 @@ class Readings:
 
 @dataclass(frozen=True)
 class Pause:
-    """A pause. by: "owner" or the rule's name. until: monotonic seconds; None: until resume, or until the rule is calm."""
+    """A pause.
+
+    by: "owner" or the rule's name. until: monotonic seconds; None: until resume, or until the rule's reason is gone.
+    """
 
     by: str
     reason: str
@@ -53,7 +56,7 @@ def parse_pause_rules(text: str) -> PauseRules:
     """Read rules as people write them, such as "battery,hours=22-6".
 
     Raises:
-        UsageProblem: names the choices.
+        UsageProblem: a rule is not known; names the choices.
     """
     battery = gpu_busy = False
     hours = None
@@ -67,15 +70,17 @@ def parse_pause_rules(text: str) -> PauseRules:
             hours = (int(match[1]), int(match[2]))
         else:
             raise UsageProblem(
-                f"--pause-on {word!r} is none of battery, gpu-busy, hours=FROM-TO (0 to 24, as hours=9-17 or hours=22-6)"
+                f"pause_on={word!r} is not known; choose battery, gpu-busy or hours=FROM-TO (0 to 24, as in hours=9-17 or "
+                "hours=22-6)"
             )
     return PauseRules(battery, gpu_busy, hours)
 
 
 class PauseDecider:
-    """Whether to pause now. The owner's requests go before the rules.
+    """The decider whether to pause. The owner's requests override the rules.
 
-    A resume also overrules the rules that pause at that moment, each until it was calm once. Times are monotonic seconds.
+    A resume also overrides the rules that pause at that moment, each until its reason was gone once. Times are monotonic
+    seconds.
     """
 
     def __init__(self, rules: PauseRules) -> None:
@@ -88,7 +93,7 @@ class PauseDecider:
         self._overruled: set[str] = set()
 
     def pause(self, now: float, seconds: float | None) -> None:
-        """Take the owner's request to pause; seconds None: until resume."""
+        """Take the owner's request to pause, for some seconds or (None) until resume."""
         self._owner = Pause("owner", "by its owner", None if seconds is None else now + seconds)
 
     def resume(self) -> None:
@@ -98,11 +103,11 @@ class PauseDecider:
         self._pausing.clear()
 
     def finish(self) -> None:
-        """Take the owner's request to finish: from now on nothing pauses, so that the round in hand ends."""
+        """Take the owner's request to finish: from now on nothing pauses, so that the round in hand can end."""
         self._is_finishing = True
 
     def decide(self, now: float, readings: Readings) -> Pause | None:
-        """Return the pause to be in now, if any. To be asked every few seconds."""
+        """Return the pause that is to be on now; None where none is. To be asked every few seconds."""
         self._judge(now, self._reasons(readings))
         if self._owner is not None and self._owner.until is not None and now >= self._owner.until:
             self._owner = None

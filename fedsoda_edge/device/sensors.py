@@ -1,4 +1,4 @@
-"""Read battery and GPUs for the rules that pause a join. When they are a reason to pause is decided in `pause_rules.py`."""
+"""Read battery and GPUs for the rules that pause a join. When a reading is a reason is left to `pause_rules.py`."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ SENSE_SECONDS = 5.0  # between two readings
 
 
 class Sensors:
-    """Battery and GPUs, as far as the rules ask for them."""
+    """The battery and the GPUs, as far as the rules ask for them."""
 
     def __init__(self, rules: PauseRules) -> None:
         self._rules = rules
 
     def missing(self) -> list[str]:
-        """Name what a rule asks for and this device does not have; such a rule never pauses."""
+        """List, as sentences, what a rule asks for and this device does not have; such a rule never pauses."""
         found = []
         if self._rules.battery and _on_battery() is None:
-            found.append("--pause-on battery: no battery is seen here, so it never pauses")
+            found.append("pause_on='battery' never pauses here: this device shows no battery")
         if self._rules.gpu_busy and _others_percent(None) is None:
-            found.append("--pause-on gpu-busy: no NVIDIA driver (NVML) is seen here, so it never pauses")
+            found.append("pause_on='gpu-busy' never pauses here: this device shows no NVIDIA driver (NVML)")
         return found
 
     def read(self, hour: int, worker_on_gpu: int | None) -> Readings:
         """Read what the rules ask for.
 
         Args:
-            hour: of the local day.
-            worker_on_gpu: pid of our worker if it trains on a GPU.
+            hour: the hour of the local day.
+            worker_on_gpu: the pid of our worker if it trains on a GPU; None: it does not.
         """
         return Readings(
             hour,
@@ -50,9 +50,9 @@ def _on_battery() -> bool | None:
 
 
 def _others_percent(ours: int | None) -> int | None:
-    """Read what other processes use of the busiest GPU, in percent; None where it cannot be told from ours.
+    """Read how many percent of the busiest GPU other processes use; None where their use and ours cannot be separated.
 
-    A container may show NVML other pids than our own: then our use would look like another's, and there is no reading.
+    In a container NVML may show other pids than our own: then our use would look like that of others.
     """
     import pynvml
 

@@ -1,7 +1,7 @@
-"""A join: the parts of one device's taking part, wired together. It holds the socket, never torch.
+"""Run a join: wire its parts together, and pass on to each what another one finds out. Sockets, never torch.
 
-Each part decides or does one thing; what one of them finds out, the agent tells the others. The parts live in one task
-group: the first that fails ends all of them, and whatever the join's owner waits for.
+The parts run in one task group: the first that fails ends all of them, and whatever the join's owner waits for. What
+each part decides or does is left to the file that bears its name.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from fedsoda_edge.join.conversation import Connected, Conversation, RunOver
 from fedsoda_edge.join.home import Home
 from fedsoda_edge.join.inspect import hello
 from fedsoda_edge.join.offered import Offered
-from fedsoda_edge.join.pause import Begun, Ended, Lasting, Look, Pauses
-from fedsoda_edge.join.preparation import Equipment, Preparation
+from fedsoda_edge.join.pause import Look, PauseBegins, PauseEnds, PauseLasts, Pauses
+from fedsoda_edge.join.preparation import Equipment, JoinPreparation
 from fedsoda_edge.join.presence import Presence
-from fedsoda_edge.join.rounds import Rounds
+from fedsoda_edge.join.rounds import RoundRunner
 from fedsoda_edge.join.run_state import RunState
 from fedsoda_edge.join.settings import AgentSettings
 from fedsoda_edge.join.status import Status
@@ -40,31 +40,44 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ungreeted:
-    """The hub has not answered yet."""
+    """The state before the hub's first answer."""
 
 
 @dataclass(frozen=True)
 class Greeted:
-    """The hub knows this edge; no sub-LLM is taken yet."""
+    """The state once the hub knows this edge, before a sub-LLM is taken.
+
+    life: the task in which all parts run; it ends with the run, or with what ended the join.
+    """
 
     welcome: ms.Welcome
     state: RunState
-    rounds: Rounds
-    life: asyncio.Task[None]  # of all parts; it ends with the run, or with what ended the join
+    rounds: RoundRunner
+    life: asyncio.Task[None]
 
 
 @dataclass(frozen=True)
 class Equipped(Greeted):
-    """A sub-LLM is taken; once the data is read, too, this edge can train."""
+    """The state once a sub-LLM is taken; when the data is read too, this edge can train."""
 
     equipment: Equipment
 
 
 class Agent:
-    """A join as it runs. Its owner calls it from the loop that it lives on."""
+    """A join. Its owner calls it from the event loop on which it runs.
+
+    Args:
+        say: gets each event of the join.
+    """
 
     def __init__(
-        self, transport: Transport, worker: TorchPort, home: Home, settings: AgentSettings, say: ev.Say, clock: Clock
+        self,
+        transport: Transport,
+        worker: TorchPort,
+        home: Home,
+        settings: AgentSettings,
+        say: ev.EventSink,
+        clock: Clock,
     ) -> None:
         self.transport = transport
         self.worker = worker
@@ -72,17 +85,17 @@ class Agent:
         self._settings = settings
         self._show = say
         self._clock = clock
-        self._status: Status | None = None  # from the moment the home is this join's
+        self._status: Status | None = None  # from when this join has locked the home
         self._conversation = Conversation(transport, lambda: hello(home), self.say, clock)
         self._presence = Presence()
         self._pauses = Pauses(home.control, settings.rules, clock)
         self._offered = Offered()
         self._run: Ungreeted | Greeted | Equipped = Ungreeted()
-        self._news = asyncio.Event()  # an offer, Ready or finish; another one after each
+        self._news = asyncio.Event()  # an offer, Ready or finish; replaced after each
 
     @property
     def is_finishing(self) -> bool:
-        """Whether its owner wants the round in hand to be the last."""
+        """Whether its owner has asked to finish: the round in hand is the last."""
         return self._pauses.is_finishing
 
     @property
@@ -92,12 +105,12 @@ class Agent:
 
     @property
     def submitted(self) -> int:
-        """How many updates the hub accepted."""
+        """The number of updates that the hub accepted."""
         return self._offered.num_accepted
 
     @property
     def in_hand(self) -> int | None:
-        """The round that is trained or handed in."""
+        """The round that is trained or handed in; None: none is."""
         return self._offered.in_hand
 
     @property
@@ -121,12 +134,15 @@ class Agent:
     async def start(self) -> None:
         """Connect, check the device, fetch the bundle, read the data, say Ready; hand in what an earlier join left.
 
-        Returns early where the run is over, or its owner wants to finish: then there is no next offer.
+        Returns early when the run is over or its owner has asked to finish: then there is no next offer.
+
+        Raises:
+            FedSODAError: what ended the join: HomeInUse, HubUnreachable, RefusedByHub, DeviceTooSmall, DataProblem, ...
         """
         self.home.lock()
         control.forget(self.home.control)
         if not self._settings.cache.keep_key:
-            self.home.forget_borders()  # of a join that was killed: nobody has its key
+            self.home.forget_borders()  # a join that was killed left them, and nobody has its key
         self._status = Status(self.home.status, self.transport.url, self._clock, lambda: self.worker.rss_bytes)
         welcome = await self._conversation.greet(keep_trying=self._settings.unattended)
         self.say(ev.Joined(run=welcome.run_name, edge=welcome.edge, rounds=welcome.rounds))
@@ -135,18 +151,19 @@ class Agent:
         if not self._pauses.is_paused:
             await self.worker.start()  # its imports take seconds; nothing below needs it yet
         state = RunState(self.home.run(welcome.run_id), welcome.codec)
-        rounds = Rounds(welcome, state, self._offered, self._conversation, self.say, self._clock)
+        rounds = RoundRunner(welcome, state, self._offered, self._conversation, self.say, self._clock)
         self._run = Greeted(welcome, state, rounds, asyncio.create_task(self._live()))
         with contextlib.suppress(RunOver):
             await self._within(self._prepared())
             if self._presence.is_prepared and (left := await rounds.left_over()) is not None:
-                # An update without an answer from before a crash goes first: the hub knows whether it has it.
+                # An update that had no answer before a crash goes first: the hub knows whether it has it.
                 await self._hand_in(left)
 
     async def next_offer(self) -> ms.RoundOffer | None:
-        """Return the next round worth taking, when there is one; None when no more will come.
+        """Wait for the next offer worth taking; None when no more will come.
 
-        Raises what ended the join.
+        Raises:
+            FedSODAError: what ended the join.
         """
         try:
             return await self._within(self._next_offer())
@@ -156,32 +173,35 @@ class Agent:
     async def train(self, round_number: int) -> ms.UpdateStart:
         """Train the round in the worker; return what is to be announced of its update.
 
-        Where the hub goes on to a later round during a pause, the update is of that round.
+        When the hub begins a later round during a pause, the update belongs to that round.
 
         Raises:
-            RunOver: the run was over before that. ProtocolViolation: the hub offers another round by now. What ended
-                the join.
+            RunOver: the run was over before that.
+            ProtocolViolation: the hub offers another round by now.
+            FedSODAError: what ended the join.
         """
         run = self._run
         assert isinstance(run, Equipped), "an offer comes after the preparation"
         return await self._within(run.rounds.train(round_number, run.equipment))
 
     async def submit(self, round_number: int, digest: str, path: Path | None = None) -> bool:
-        """Hand an update in; whether the hub accepted it. A second time, the first answer is given again.
+        """Hand an update in; return whether the hub accepted it. A second call returns the first answer again.
 
         Args:
-            digest: of the update, as `train` returned it. path: its file, where that was in others' hands.
+            digest: the update's, as `train` returned it.
+            path: its file, where the caller has had it; None: the file that `train` wrote.
 
         Raises:
-            UsageProblem: it is not the update that was trained last, or not as it was trained.
-            RunOver: the run was over before the hub's answer. What ended the join.
+            UsageProblem: it is not the update that was trained last, or its file was changed.
+            RunOver: the run was over before the hub's answer.
+            FedSODAError: what ended the join.
         """
         if (answered := self._offered.answer_to(round_number, digest)) is not None:
             return answered
         return await self._hand_in(await self._greeted.rounds.check(round_number, digest, path or self.update_path))
 
     async def leave(self, reason: str) -> None:
-        """Tell the hub, where it can be reached, and people: the last sentence of a join that ends early."""
+        """Tell people, and the hub where it can be reached, that this edge leaves: the last sentence of a join."""
         await self._conversation.leave(reason)
         if isinstance(self._run, Greeted):
             self._run.life.cancel()  # it may be waiting for a hub that is away
@@ -189,10 +209,10 @@ class Agent:
         self.say(ev.Notice(f"left the run: {reason}"))
 
     async def close(self, error: BaseException | None = None) -> None:
-        """End all parts, hang up and free the home.
+        """End all parts, close the connection and unlock the home.
 
         Args:
-            error: why the join ends, where that is not the run's end.
+            error: why the join ends before the run does; None: it does not.
         """
         if self._status is not None:
             self._status.end(error)
@@ -200,23 +220,23 @@ class Agent:
             self._run.life.cancel()
             await asyncio.wait({self._run.life})
             if not self._run.life.cancelled():
-                self._run.life.exception()  # known already to who waited for something, if anybody did
-        async with contextlib.AsyncExitStack() as closing:  # from the last to the first, whatever one of them raises
+                self._run.life.exception()  # whoever waited for something has had it already
+        async with contextlib.AsyncExitStack() as closing:  # runs all, the last first, even if one of them raises
             closing.callback(self.home.unlock)
             if isinstance(self._run, Equipped) and not self._settings.cache.keep_key:
-                closing.callback(self.home.forget_borders)  # without the key they are of no use
+                closing.callback(self.home.forget_borders)  # nobody can read them without the key
             closing.push_async_callback(self.worker.close)
             closing.push_async_callback(self._conversation.close)
 
-    def report(self) -> ev.Report:
-        """Return what this join did so far."""
+    def report(self) -> ev.JoinReport:
+        """Report what this join did so far."""
         welcome = self._run.welcome if isinstance(self._run, Greeted) else None
-        return ev.Report(
+        return ev.JoinReport(
             run=None if welcome is None else welcome.run_name,
             edge=None if welcome is None else welcome.edge,
             rounds=list(self._offered.rounds),
             num_examples=self._presence.num_examples,
-            bytes=ev.Traffic(up=self.transport.up, down=self.transport.down),
+            bytes=ev.ConversationBytes(up=self.transport.up, down=self.transport.down),
             agent_peak_rss_bytes=peak_rss_bytes(),
             worker_peak_rss_bytes=self.worker.peak_rss_bytes,
         )
@@ -224,7 +244,11 @@ class Agent:
     # --- the parts ---------------------------------------------------------------------------------------------------
 
     async def _live(self) -> None:
-        """Run all parts until the run is over. Raises what the first that fails raises."""
+        """Run all parts until the run is over.
+
+        Raises:
+            FedSODAError: what the first part that fails raises.
+        """
         try:
             async with asyncio.TaskGroup() as both:
                 beside = both.create_task(self._beside())
@@ -253,12 +277,12 @@ class Agent:
                             self.say(ev.Reconnected())
                     case ms.RoundOffer():
                         self._offered.offered(message)
-                        self.say(ev.Offered(round=message.round, due_seconds=message.due_seconds))
+                        self.say(ev.RoundOffered(round=message.round, due_seconds=message.due_seconds))
                         self._ring()
                     case ms.RoundClosed():
-                        self.say(ev.RoundClosed(round=message.round, updates=message.num_updates))
+                        self.say(ev.RoundOver(round=message.round, updates=message.num_updates))
                     case ms.Farewell():
-                        self.say(ev.Farewell(rounds=message.rounds, reason=message.reason))
+                        self.say(ev.RunFinished(rounds=message.rounds, reason=message.reason))
 
     async def _watch(self) -> None:
         """Look twice a second what the owner of the device asks for and what the rules say."""
@@ -270,7 +294,7 @@ class Agent:
     async def _prepare(self, parts: asyncio.TaskGroup) -> None:
         """Get ready for the run, and tell the hub."""
         run = self._greeted
-        preparation = Preparation(
+        preparation = JoinPreparation(
             run.welcome,
             run.state,
             self.home,
@@ -292,21 +316,21 @@ class Agent:
     # --- between the parts -------------------------------------------------------------------------------------------
 
     async def _heed(self, look: Look) -> None:
-        """Do what a pause asks for that begins or ends: the worker ends, which keeps all on the disk; the hub hears."""
+        """Do what the begin or the end of a pause asks for: the worker ends, with all it made on disk; the hub hears."""
         freed = 0
         match look.change:
-            case Begun(reason, seconds):
+            case PauseBegins(reason, seconds):
                 freed = self.worker.rss_bytes or 0
                 await self.worker.close()
                 self._presence.paused(reason)
-                self.say(ev.Paused(reason=reason, seconds=seconds))
+                self.say(ev.JoinPaused(reason=reason, seconds=seconds))
                 await self._tell()
-            case Ended():
+            case PauseEnds():
                 self._presence.resumed()
                 await self._tell()
-                self.say(ev.Resumed())
+                self.say(ev.JoinResumed())
                 self._pauses.let_work()
-            case Lasting(seconds):
+            case PauseLasts(seconds):
                 assert self._status is not None, "the owner is heard from `start` on"
                 self._status.still_paused(seconds)
         self._pauses.answer(look, freed, self.in_hand)
@@ -314,12 +338,12 @@ class Agent:
             self._ring()
 
     async def _tell(self) -> None:
-        """Tell the hub how this edge is, but after an update that is on its way: who hears of a pause closes the round."""
+        """Tell the hub whether this edge can train, but not before an update on its way: on a pause it closes the round."""
         if not (isinstance(self._run, Greeted) and self._run.rounds.is_handing_in):
             await self._tell_all()
 
     async def _tell_all(self) -> bool:
-        """Tell the hub how this edge is; whether that could be said. If not, the next connection begins with it."""
+        """Tell the hub whether this edge can train; return False when it cannot be reached: the next connection says it."""
         try:
             while (message := self._presence.next()) is not None:
                 await self._conversation.send(message)
@@ -350,10 +374,14 @@ class Agent:
         news.set()
 
     async def _within(self, work: Coroutine[Any, Any, T], *, outlives_run: bool = False) -> T:
-        """Do something as long as the join lives. Raises what ended the join where that comes first.
+        """Do a piece of work while the join lives.
 
         Args:
-            outlives_run: whether it ends by itself when the run is over; else it is broken off then, with RunOver.
+            outlives_run: whether the work ends by itself when the run is over; otherwise it is broken off then.
+
+        Raises:
+            RunOver: the run was over first.
+            FedSODAError: what ended the join first.
         """
         life, task = self._greeted.life, asyncio.create_task(work)
         try:
@@ -371,6 +399,6 @@ class Agent:
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """Return the error that came first: the others are what it broke."""
+    """Return the error that came first: the others follow from it."""
     error = group.exceptions[0]
     return _first(error) if isinstance(error, BaseExceptionGroup) else error

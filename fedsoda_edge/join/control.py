@@ -1,4 +1,4 @@
-"""How `pause`, `resume` and `finish` reach the running join of a home: small files, no signals, no sockets.
+"""Bring `pause`, `resume` and `finish` to the running join of a home: by small files, no signals, no sockets.
 
 A request is one file, written whole; the join looks about twice a second, does it, and answers in another file. What a
 request does is decided in `device/pause_rules.py` and done in `pause.py`.
@@ -24,18 +24,18 @@ Action = Literal["pause", "resume", "finish"]
 
 
 class _Asked(msgspec.Struct, frozen=True):
-    """A request's file."""
+    """The content of a request's file."""
 
     do: Action
     seconds: float | None
 
 
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """What the join did.
+class RequestAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """The join's answer to a request.
 
-    state: "noted" where it is still starting and could not answer yet.
-    reason, seconds: of the pause it is in now; seconds None: until resume. freed_bytes: by ending the worker.
-    round: the one in hand.
+    state: what the join does now; "noted": it is still starting and has not answered yet. reason, seconds: why it
+    pauses, and for how long; seconds None: until resume. freed_bytes: memory of the worker that ended. round: the one
+    in hand.
     """
 
     state: Literal["running", "paused", "finishing", "noted"]
@@ -48,7 +48,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class Request:
-    """What the owner asks of the join. seconds: of a pause; None: until resume."""
+    """A request of the owner. seconds: how long to pause; None: until resume."""
 
     path: Path
     do: Action
@@ -56,17 +56,17 @@ class Request:
 
 
 def ask(directory: Path, do: Action, seconds: float | None = None) -> Path:
-    """Leave a request for the running join; returns the path to ask `answer_to` with."""
+    """Leave a request for the running join; return its path, with which `answer_to` finds the answer."""
     path = directory / f"{time.time_ns():020d}-{secrets.token_hex(4)}.request"
     write_durably(path, msgspec.json.encode(_Asked(do, seconds)))
     return path
 
 
-def answer_to(request: Path) -> Answer | None:
+def answer_to(request: Path) -> RequestAnswer | None:
     """Take the join's answer, once; None while there is none."""
     path = request.with_suffix(".answer")
     try:
-        found = msgspec.json.decode(path.read_bytes(), type=Answer)
+        found = msgspec.json.decode(path.read_bytes(), type=RequestAnswer)
     except (OSError, msgspec.MsgspecError):
         return None
     path.unlink(missing_ok=True)
@@ -86,8 +86,8 @@ def requests(directory: Path) -> list[Request]:
     return found
 
 
-def answer(request: Request, done: Answer) -> None:
-    """Say what was done. Where the disk is full, nobody hears it; it is done all the same."""
+def answer(request: Request, done: RequestAnswer) -> None:
+    """Answer a request. On a full disk there is no answer, though the request was done."""
     with contextlib.suppress(OSError):
         part = request.path.with_suffix(".part")
         part.write_bytes(msgspec.json.encode(done))
@@ -97,7 +97,7 @@ def answer(request: Request, done: Answer) -> None:
 
 
 def forget(directory: Path) -> None:
-    """Delete what is left of the join before: requests are for the join that runs, not for the next."""
+    """Delete what an earlier join left: requests are for the join that runs, not for the next."""
     for path in directory.glob("*"):
         with contextlib.suppress(OSError):
             path.unlink()

@@ -1,6 +1,6 @@
-"""The conversation with the hub over as many connections as it takes: one at a time, and one request on it at a time.
+"""Hold the conversation with the hub over as many connections as it takes: one at a time, each with one request at a time.
 
-What may be said when is `protocol/session.py`'s, how frames travel the transport's, what to say the agent's.
+What may be said when is left to `protocol/session.py`, how frames travel to the transport, what to say to the agent.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fedsoda_edge.errors import HubUnreachable, ProtocolMismatch, RefusedByHub
-from fedsoda_edge.events import Reconnecting, Say
+from fedsoda_edge.events import EventSink, Reconnecting
 from fedsoda_edge.join.download import backoff_seconds
 from fedsoda_edge.ports import Clock, Transport
 from fedsoda_edge.protocol import messages as ms
@@ -24,14 +24,16 @@ log = logging.getLogger("fedsoda_edge.join")
 
 T = TypeVar("T")
 
+ENDED = "the connection to the hub ended"
+
 
 class RunOver(Exception):
-    """The run is over, or this device left it: what waits for the hub waits in vain. It is not a failure."""
+    """The end of the run, or of this device's part in it, for all that still waits for the hub. It is not a failure."""
 
 
 @dataclass(frozen=True)
 class BlobDue:
-    """A blob was asked for and has not come yet."""
+    """The state while a requested blob has not arrived."""
 
     digest: ms.Digest
     blob: asyncio.Future[bytes]
@@ -39,82 +41,85 @@ class BlobDue:
 
 @dataclass(frozen=True)
 class AnswerDue:
-    """An update was announced and is not answered yet."""
+    """The state while an announced update has no answer."""
 
     round: int
     answer: asyncio.Future[ms.Receipt | ms.Refusal]
 
 
 @dataclass(frozen=True)
-class Idle:
-    """Nothing was asked on this connection, or it was answered."""
+class NothingDue:
+    """The state while nothing is requested on a connection."""
 
 
 @dataclass(frozen=True)
 class Lost:
-    """There is no connection; one is made."""
+    """The state without a connection, while one is made."""
 
 
 class Connected:
-    """A connection that the hub welcomed this edge on."""
+    """The state of a connection on which the hub welcomed this edge."""
 
     def __init__(self, session: EdgeSession) -> None:
         self.session = session
         self.is_ready = False  # Ready was said: the hub takes updates
-        self.due: BlobDue | AnswerDue | Idle = Idle()
-        self.request: asyncio.Task[Any] | None = None  # who asks; it may outlive those who wait for it
+        self.due: BlobDue | AnswerDue | NothingDue = NothingDue()
+        self.request: asyncio.Task[Any] | None = None  # the one that runs; it may outlive those who wait for it
 
     def blob(self, blob: Blob) -> None:
-        """Give a blob to who asked for it."""
+        """Give a blob to the request that waits for it."""
         if isinstance(self.due, BlobDue) and self.due.digest == blob.digest and not self.due.blob.done():
             self.due.blob.set_result(blob.data)
 
     def answer(self, answer: ms.Receipt | ms.Refusal) -> None:
-        """Give the answer to an update to who sent it."""
+        """Give the hub's answer to the request that sent the update."""
         if isinstance(self.due, AnswerDue) and self.due.round == answer.round and not self.due.answer.done():
             self.due.answer.set_result(answer)
 
     def lose(self) -> None:
-        """Let who waits for an answer know that none will come on this connection."""
+        """Tell the waiting request that no answer will come on this connection."""
         match self.due:
             case BlobDue(blob=waiting) | AnswerDue(answer=waiting) if not waiting.done():
-                waiting.set_exception(HubUnreachable("the connection ended", "TCP"))
+                waiting.set_exception(HubUnreachable(ENDED, "TCP"))
                 waiting.exception()  # nobody may wait for it any more
 
 
 @dataclass(frozen=True)
 class Over:
-    """Nothing will be said any more, and why."""
+    """The state after the conversation, with the reason of its end."""
 
     reason: Exception
 
 
 class Conversation:
-    """What this edge and its hub say to each other, from the first Hello to Farewell or Leave.
+    """The conversation of this edge with its hub, from the first Hello to Farewell or Leave.
 
     Args:
         hello: makes the first message of a connection.
+        say: gets the events about lost connections.
     """
 
-    def __init__(self, transport: Transport, hello: Callable[[], ms.Hello], say: Say, clock: Clock) -> None:
+    def __init__(self, transport: Transport, hello: Callable[[], ms.Hello], say: EventSink, clock: Clock) -> None:
         self._transport = transport
         self._hello = hello
         self._say = say
         self._clock = clock
         self._state: Lost | Connected | Over = Lost()
-        self._changed = asyncio.Event()  # of the present state; another one after each change
+        self._changed = asyncio.Event()  # set when the state changes, and replaced
         self._welcome: ms.Welcome | None = None
 
     # --- connections -------------------------------------------------------------------------------------------------
 
     async def greet(self, *, keep_trying: bool = False) -> ms.Welcome:
-        """Connect and shake hands.
+        """Connect, say Hello and return the hub's Welcome.
 
         Args:
-            keep_trying: until it succeeds, with longer and longer breaks.
+            keep_trying: whether to try until it succeeds, with longer and longer breaks.
 
         Raises:
-            HubUnreachable: names the step that failed. RefusedByHub, ProtocolMismatch.
+            HubUnreachable: names the step that failed.
+            RefusedByHub: the hub refused, or now serves another run.
+            ProtocolMismatch: the hub speaks another version.
         """
         attempt = 0
         while True:
@@ -144,17 +149,17 @@ class Conversation:
                 raise ProtocolMismatch(ms.PROTOCOL_VERSION, answer.protocol)
             if self._welcome is not None and answer.run_id != self._welcome.run_id:
                 raise RefusedByHub(
-                    f"the hub now serves run {answer.run_id}, this join began with {self._welcome.run_id}; join again"
+                    f"the hub now serves the run {answer.run_id}, this join began with {self._welcome.run_id}; join again"
                 )
             self._welcome = answer
             self._become(Connected(session))
             return answer
-        raise HubUnreachable("the hub closed the connection before it answered Hello", "HTTP")
+        raise HubUnreachable("the hub closed the connection before it answered Hello; try again later", "HTTP")
 
     def _become(self, state: Lost | Connected | Over) -> None:
         before = self._state
         if isinstance(before, Over):
-            return  # whatever comes or goes meanwhile
+            return  # a connection that comes or goes meanwhile changes nothing
         log.debug(trace.changed("connection", type(before).__name__, type(state).__name__))
         self._state = state
         if isinstance(before, Connected):
@@ -168,13 +173,13 @@ class Conversation:
     # --- what the hub says -------------------------------------------------------------------------------------------
 
     async def messages(self) -> AsyncGenerator[Connected | ms.RoundOffer | ms.RoundClosed | ms.Farewell]:
-        """Read what concerns rounds, until Farewell or Leave; make a connection again whenever one is lost.
+        """Yield what concerns rounds, until Farewell or Leave; connect again whenever a connection is lost.
 
-        Yields Connected after each reconnect: the hub knows nothing of this edge then but its name. Whoever waits for
-        the hub ends with this iterator, with its reason.
+        Yields Connected after each reconnect: the hub then knows only the name of this edge. All that waits for the hub
+        ends with this iterator, for the same reason.
 
         Raises:
-            RefusedByHub, ProtocolMismatch, ProtocolViolation: what trying again does not change.
+            RefusedByHub, ProtocolMismatch, ProtocolViolation: trying again would not help.
         """
         try:
             while not isinstance(self._state, Over):
@@ -185,7 +190,7 @@ class Conversation:
                     continue
                 async for frame in self._transport.frames():
                     if isinstance(self._state, Over):
-                        return  # this device left: what was on its way is not for it any more
+                        return  # this device left, and what was on its way does not concern it
                     message = self._received(self._state, frame)
                     if isinstance(message, ms.Farewell):
                         self._become(Over(RunOver(message.reason)))
@@ -202,7 +207,7 @@ class Conversation:
     def _received(self, connection: Connected, frame: bytes) -> ms.RoundOffer | ms.RoundClosed | ms.Farewell | None:
         message = connection.session.receive(frame)
         match message:
-            case None:  # a chunk on the way
+            case None:  # a chunk before the last
                 pass
             case Blob():
                 whole = ms.BlobChunk(digest=message.digest, offset=0, total=len(message.data))
@@ -222,18 +227,18 @@ class Conversation:
     # --- what this edge says -----------------------------------------------------------------------------------------
 
     async def send(self, message: ms.EdgeMessage) -> None:
-        """Say something on the present connection.
+        """Send a message on the present connection.
 
         Raises:
-            HubUnreachable: there is none, or it is lost by now.
+            HubUnreachable: there is no connection, or it is lost by now.
         """
         if not isinstance(self._state, Connected):
-            raise HubUnreachable("the connection ended", "TCP")
+            raise HubUnreachable(ENDED, "TCP")
         await self._send(self._state, message)
 
     async def _send(self, connection: Connected, message: ms.EdgeMessage, payload: memoryview | None = None) -> None:
-        if self._state is not connection:  # lost since: its successor is still shaking hands, or another conversation
-            raise HubUnreachable("the connection ended", "TCP")
+        if self._state is not connection:  # lost meanwhile; on the next one everything begins again
+            raise HubUnreachable(ENDED, "TCP")
         if payload is None:
             log.debug(trace.line(">", message))
         await self._transport.send(connection.session.send(message, payload or b""))
@@ -242,7 +247,7 @@ class Conversation:
             self._ring()
 
     async def leave(self, reason: str) -> None:
-        """Tell the hub, where it can be reached, that this edge goes for good."""
+        """Tell the hub, where it can be reached, that this edge leaves and does not come back by itself."""
         connection = self._state
         self._become(Over(RunOver(reason)))
         if isinstance(connection, Connected):
@@ -252,7 +257,7 @@ class Conversation:
                 await self._transport.send(connection.session.send(leave))
 
     async def close(self) -> None:
-        """Hang up. Whoever still waits for the hub ends with RunOver."""
+        """Close the connection. All that still waits for the hub ends with RunOver."""
         connection = self._state
         self._become(Over(RunOver("this join was closed")))
         if isinstance(connection, Connected) and connection.request is not None:
@@ -263,10 +268,11 @@ class Conversation:
     # --- requests ----------------------------------------------------------------------------------------------------
 
     async def fetch(self, blob: ms.BlobRef) -> bytes:
-        """Return a blob of the run, over as many connections as it takes.
+        """Fetch a blob of the run, over as many connections as it takes.
 
         Raises:
-            RunOver, or what else ended `messages`.
+            RunOver: the run ended first, or this device left.
+            FedSODAError: what ended `messages`.
         """
 
         async def transfer(connection: Connected) -> bytes:
@@ -279,12 +285,13 @@ class Conversation:
         return await self._ask(transfer, needs_ready=False)
 
     async def hand_in(self, start: ms.UpdateStart, data: bytes) -> ms.Receipt | ms.Refusal:
-        """Send an update, from its beginning on each connection that it takes, and return the hub's answer.
+        """Send an update, on each further connection from its beginning, and return the hub's answer.
 
         Waits until Ready was said, which a pause may delay.
 
         Raises:
-            RunOver, or what else ended `messages`.
+            RunOver: the run ended first, or this device left.
+            FedSODAError: what ended `messages`.
         """
 
         async def upload(connection: Connected) -> ms.Receipt | ms.Refusal:
@@ -302,7 +309,7 @@ class Conversation:
     async def _ask(self, request: Callable[[Connected], Coroutine[Any, Any, T]], *, needs_ready: bool) -> T:
         while True:
             connection = await self._free(needs_ready=needs_ready)
-            # A pause breaks off who waits, not what was asked: chunks of a blob come all the same.
+            # A pause breaks off whoever waits, not the request: the hub sends the chunks of a blob in any case.
             task = connection.request = asyncio.create_task(request(connection))
             task.add_done_callback(_take_note)
             try:
@@ -312,7 +319,7 @@ class Conversation:
                     await self._changed.wait()
 
     async def _free(self, *, needs_ready: bool) -> Connected:
-        """Wait for a connection on which nothing else is asked."""
+        """Wait for a connection on which no other request runs."""
         while True:
             match self._state:
                 case Over(reason):
@@ -326,6 +333,6 @@ class Conversation:
 
 
 def _take_note(task: asyncio.Task[Any]) -> None:
-    """Keep asyncio from complaining of an error that nobody waited for."""
+    """Keep asyncio from warning about an error that nobody waited for."""
     if not task.cancelled():
         task.exception()

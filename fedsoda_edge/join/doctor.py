@@ -1,7 +1,6 @@
-"""Look at this device and the way to the hub, one step after the other; each passes or says what to do.
+"""Check this device and the way to the hub, one step after the other; each passes, or says what to do.
 
-The steps of the network are the transport's, torch and the GPU are looked at in a worker process. Showing is the
-command's business.
+The steps of the network are left to the transport, torch and the GPU to a worker process, and showing to the command.
 """
 
 from __future__ import annotations
@@ -27,14 +26,15 @@ from fedsoda_edge.protocol.needs import Part
 from fedsoda_edge.units import human_bytes
 
 MAX_SKEW_SECONDS = 120.0
-PROBE_BYTES = 4 << 20  # of the bundle are fetched to measure the way
+PROBE_BYTES = 4 << 20  # fetched of the bundle, to measure the bandwidth
 
 
 @dataclass(frozen=True)
-class Check:
-    """A step and what came of it. fix: what to do; exit_status: of the command when this is the first that fails.
+class DoctorStep:
+    """A step and its result.
 
-    parts: of the memory that the detail speaks of.
+    fix: what to do; "" where the step passed. exit_status: the command's when this is the first step that fails. parts:
+    what the memory in the detail consists of.
     """
 
     name: str
@@ -45,9 +45,9 @@ class Check:
     parts: Sequence[Part] = ()
 
 
-def _failed(name: str, error: FedSODAError) -> Check:
+def _failed(name: str, error: FedSODAError) -> DoctorStep:
     what, mark, fix = str(error).rpartition("; ")
-    return Check(name, False, what if mark else fix, fix if mark else "", error.exit_status)
+    return DoctorStep(name, False, what if mark else fix, fix if mark else "", error.exit_status)
 
 
 async def examine(
@@ -57,11 +57,12 @@ async def examine(
     *,
     worker: TorchPort | None = None,
     clock: Clock | None = None,
-) -> AsyncIterator[Check]:
-    """Go through all steps in order. What hangs on a step that failed is left out.
+) -> AsyncIterator[DoctorStep]:
+    """Yield all steps in order. Steps that depend on one that failed are left out.
 
     Args:
-        worker: what looks at torch; None: a child process. clock: None: the system's.
+        url: the hub's; None: only this device is checked. worker: what looks at torch; None: a child process.
+        clock: None: the system's.
     """
     async for check in _device(home, worker or Child(WORKER_MODULE, worker_environment())):
         yield check
@@ -70,8 +71,8 @@ async def examine(
             yield check
 
 
-async def _device(home: Home, worker: TorchPort) -> AsyncIterator[Check]:
-    yield Check("Python", True, platform.python_version())
+async def _device(home: Home, worker: TorchPort) -> AsyncIterator[DoctorStep]:
+    yield DoctorStep("Python", True, platform.python_version())
     try:
         found = await worker.call(Examine())
     except FedSODAError as error:
@@ -79,59 +80,60 @@ async def _device(home: Home, worker: TorchPort) -> AsyncIterator[Check]:
         return
     finally:
         await worker.close()
-    yield Check("torch", True, f"{found.torch}, {found.threads} threads")
-    yield Check(
+    yield DoctorStep("torch", True, f"{found.torch}, {found.threads} threads")
+    yield DoctorStep(
         "GPU",
         True,
         found.accelerator or "none that torch sees: training runs on the CPU",
     )
     problem = found.nf4_problem
-    yield Check(
+    yield DoctorStep(
         "NF4",
         not problem,
-        problem or f"forward and backward as they should be on {found.device}",
-        "reinstall bitsandbytes for this CUDA, or join with --device cpu" if problem else "",
+        problem or f"forward and backward are right on {found.device}",
+        "install bitsandbytes for this CUDA again, or train with device='cpu'" if problem else "",
         1,
     )
     facts = read_device(home.directory)
     hint = memory_limit_hint()
-    yield Check("memory", True, f"{human_bytes(facts.ram_bytes)} free" + (f" ({hint})" if hint else ""))
+    yield DoctorStep("memory", True, f"{human_bytes(facts.ram_bytes)} free" + (f" ({hint})" if hint else ""))
     if facts.accelerator:
-        yield Check("GPU memory", True, f"{human_bytes(facts.vram_bytes)} free on {facts.accelerator}")
-    yield Check("disk", True, f"{human_bytes(facts.disk_bytes)} free for {home.directory}")
+        yield DoctorStep("GPU memory", True, f"{human_bytes(facts.vram_bytes)} free on {facts.accelerator}")
+    yield DoctorStep("disk", True, f"{human_bytes(facts.disk_bytes)} free for {home.directory}")
 
 
-async def _way_to(url: str, token_file: str | Path | None, home: Home, clock: Clock) -> AsyncIterator[Check]:
+async def _way_to(url: str, token_file: str | Path | None, home: Home, clock: Clock) -> AsyncIterator[DoctorStep]:
     from fedsoda_edge.network.hub_transport import HubTransport
 
     step = "address"
     try:
         transport = HubTransport(url, "doctor")
         step = "DNS"
-        yield Check(step, True, await transport.check_dns())
-        yield Check("proxy", True, transport.proxy or "none set for this hub")
+        yield DoctorStep(step, True, await transport.check_dns())
+        yield DoctorStep("proxy", True, transport.proxy or "none set for this hub")
         step = "TCP"
-        yield Check(step, True, f"answers in {1000 * await transport.check_tcp():.0f} ms")
+        yield DoctorStep(step, True, f"answers in {1000 * await transport.check_tcp():.0f} ms")
         step = "TLS"
         certificate = await transport.check_tls()
-        yield Check(step, True, f"certificate until {certificate.valid_until}" if certificate else "not used: http://")
+        until = f"certificate until {certificate.valid_until}" if certificate else "not used: http://"
+        yield DoctorStep(step, True, until)
         step = "HTTP"
         theirs = await transport.check_http()
-        yield Check(step, True, "a hub answers")
+        yield DoctorStep(step, True, "a hub answers")
         if theirs is not None:
             skew = clock.wall() - theirs.timestamp()
             way = "ahead of" if skew > 0 else "behind"
             is_near = abs(skew) < MAX_SKEW_SECONDS
-            fix = "" if is_near else "set this device's clock, certificates and due times depend on it"
-            yield Check("clock", is_near, f"{abs(skew):.0f} s {way} the hub's", fix, 1)
+            fix = "" if is_near else "set this device's clock: certificates and due times depend on it"
+            yield DoctorStep("clock", is_near, f"{abs(skew):.0f} s {way} the hub's", fix, 1)
         step = "token"
         transport = HubTransport(url, read_token(token_file))
         await transport.connect()
         await transport.close()
-        yield Check("token", True, "accepted, and the websocket opens")
+        yield DoctorStep("token", True, "accepted, and the websocket opens")
         step = "fits"
         found = await look_at(HubTransport(url, read_token(token_file)), home, "auto", Limits())
-        yield Check(
+        yield DoctorStep(
             step,
             True,
             f"{found.source}: {found.memory.message}; download {human_bytes(found.disk_needed)}",
@@ -142,13 +144,13 @@ async def _way_to(url: str, token_file: str | Path | None, home: Home, clock: Cl
             size, seconds = await _bandwidth(transport, found.largest_file)
         finally:
             await transport.close()
-        yield Check(step, True, f"{human_bytes(size / seconds)}/s")
+        yield DoctorStep(step, True, f"{human_bytes(size / seconds)}/s")
     except FedSODAError as error:
         yield _failed("memory" if isinstance(error, DeviceTooSmall) else step, error)
 
 
 async def _bandwidth(transport: Transport, digest: str) -> tuple[int, float]:
-    """Fetch the first PROBE_BYTES of a file; return (bytes, seconds)."""
+    """Fetch the first PROBE_BYTES of a file, or all of it; return (bytes, seconds)."""
     started, size = time.perf_counter(), 0
     stream = transport.fetch(digest, 0)
     async for piece in stream:

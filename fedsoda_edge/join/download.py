@@ -1,6 +1,6 @@
-"""A bundle comes in the order in which a join needs it, over breaks and pauses; each file is used as soon as it is whole.
+"""Fetch a bundle in the order in which a join needs its files, over breaks and pauses; each is used as soon as it is whole.
 
-Where files lie, and how a reader waits for one, is `ports/store.py`'s; what is read when is the worker's.
+Where files lie and how a reader waits for one is left to `ports/store.py`; when a file is read, to the worker.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from fedsoda_edge.errors import BlobCorrupt, DiskFull, HubUnreachable, ProtocolViolation
-from fedsoda_edge.events import Downloading, Reconnecting, Say
+from fedsoda_edge.events import Downloading, EventSink, Reconnecting
 from fedsoda_edge.ports import Clock, Transport
 from fedsoda_edge.ports.disk import sha256_file
 from fedsoda_edge.ports.store import FileStore
 from fedsoda_edge.protocol.manifest import TOKENIZER_FILES, BundleManifest, File
 
 MAX_BACKOFF_SECONDS = 30.0
-SAY_SECONDS = 0.25  # between two events at least, but for the end of a file
+SAY_SECONDS = 0.25  # at least between two events, except at the end of a file
 
 Run = Callable[[Callable[[], Coroutine[Any, Any, Any]]], Awaitable[Any]]
 
@@ -39,8 +39,8 @@ class Download:
     """The downloads of one join.
 
     Args:
-        run: does a piece of work, and again where a pause broke it off.
-        keep_trying: also while nothing comes; else a transfer that has moved since the last try is tried again.
+        run: does a piece of work, again after each pause that breaks it off.
+        keep_trying: whether to try until all is here; otherwise only while each try brings some bytes.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Download:
         store: FileStore,
         *,
         run: Run,
-        say: Say,
+        say: EventSink,
         keep_trying: bool,
         clock: Clock,
     ) -> None:
@@ -66,7 +66,7 @@ class Download:
     async def bundle(
         self, manifest: BundleManifest, digest: str
     ) -> AsyncIterator[Callable[[], Coroutine[Any, Any, None]]]:
-        """Give the coroutine that fetches what is missing. Until the end each file is whole, or coming, or not to be had.
+        """Give the coroutine that fetches what is missing. Within the block, readers wait for files that are not here yet.
 
         Args:
             digest: the manifest's.
@@ -88,10 +88,11 @@ class Download:
             self._say_done(0)
 
     async def file(self, digest: str, size: int) -> Path:
-        """Fetch one file, over breaks.
+        """Fetch one file, over breaks; return its path.
 
         Raises:
-            HubUnreachable: it broke off, and did not move at the next try. And what `fetch_file` raises.
+            HubUnreachable: the transfer broke off, and the next try brought nothing.
+            BlobCorrupt, DiskFull, ProtocolViolation: as `fetch_file`.
         """
         attempt = 0
         while True:
@@ -100,11 +101,11 @@ class Download:
                 path: Path = await self._run(lambda: self._once(digest, size))
                 return path
             except HubUnreachable as error:
-                has_moved = self._store.held_bytes([(digest, size)]) > held
-                if not (has_moved or self._keep_trying):
+                has_grown = self._store.held_bytes([(digest, size)]) > held
+                if not (has_grown or self._keep_trying):
                     raise
-                attempt = 0 if has_moved else attempt + 1
-                if attempt < 2:  # not at every try in vain
+                attempt = 0 if has_grown else attempt + 1
+                if attempt < 2:  # not at every try that brings nothing
                     self._say(Reconnecting(str(error)))
                 await self._clock.sleep(backoff_seconds(attempt))
 
@@ -126,28 +127,29 @@ class Download:
 
 
 def backoff_seconds(attempt: int) -> float:
-    """Return how long to wait before a try: longer each time, and not the same for all edges."""
+    """Draw how long to wait before a try: longer each time, at most MAX_BACKOFF_SECONDS, not the same for all edges."""
     return min(MAX_BACKOFF_SECONDS, 0.5 * 2.0 ** min(attempt, 10)) * random.uniform(0.5, 1.0)
 
 
 async def fetch_file(
     store: FileStore, transport: Transport, digest: str, size: int, progress: Callable[[int], None] = lambda _: None
 ) -> Path:
-    """Return the verified file. A cut download continues where it stopped; a corrupt one is fetched once more.
+    """Fetch a file and return its path once it is verified. A cut download continues; a corrupt one begins again, once.
 
     Args:
         progress: called with the number of bytes that came.
 
     Raises:
         BlobCorrupt: two downloads in a row do not have the digest.
-        DiskFull: no space; what came so far stays and is used next time.
+        DiskFull: there is no space; what came so far stays, and the next join continues from it.
+        HubUnreachable: the transfer broke off; what came stays too.
         ProtocolViolation: the hub named something that is not a digest.
     """
     try:
         part = store.part(digest)
     except ValueError as error:
         raise ProtocolViolation(
-            f"the hub names a file {digest[:80]!r}, which is not a sha256; upgrade the hub"
+            f"the hub names a file {digest[:80]!r}, which is not a sha256 digest; ask the hub's owner to upgrade it"
         ) from error
     if await asyncio.to_thread(store.verified, [digest]):
         progress(size)
@@ -191,5 +193,7 @@ async def _fetch_part(
             os.fsync(file.fileno())
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull(f"the disk is full at {have} of {size} bytes; free space, then join again") from error
+            raise DiskFull(
+                f"the disk is full after {have} of {size} bytes of a file; free space, then join again"
+            ) from error
         raise

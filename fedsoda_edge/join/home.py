@@ -1,4 +1,7 @@
-"""Where this device keeps its state, and who may use it at a time."""
+"""Keep this device's state in one directory, which one join uses at a time.
+
+The files of a run are left to `run_state.py`, files of bundles to `ports/store.py`.
+"""
 
 from __future__ import annotations
 
@@ -19,19 +22,20 @@ from fedsoda_edge.ports.disk import write_durably
 from fedsoda_edge.ports.system import Held, Lock
 
 KEY_BYTES = 32  # AES-256
-CACHE_DTYPES = ("bf16", "int8")  # border states are kept in
+CACHE_DTYPES = ("bf16", "int8")  # the forms in which border states are kept
 
 
 def default_home() -> Path:
-    """FEDSODA_HOME, else the platform's user directory."""
+    """Return FEDSODA_HOME, or the platform's user directory where it is not set."""
     wanted = os.environ.get("FEDSODA_HOME")
     return Path(wanted).expanduser() if wanted else user_data_path("fedsoda", appauthor=False)
 
 
 class JoinedRun(msgspec.Struct, frozen=True, kw_only=True):
-    """What `data check` needs of a run: its name, template and lengths, and its tokenizer's files by name.
+    """The part of a joined run that `data check` needs: name, template, lengths, tokenizer files.
 
-    eos: as the model's config has it, which may list every id that may end a generation.
+    max_length: ids of a sample at most. tokenizer: the path of each file by its name in a bundle. eos: as the model's
+    config has it, which may list every id that ends a generation; None: it has none.
     """
 
     run: str
@@ -43,7 +47,11 @@ class JoinedRun(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Home:
-    """FEDSODA_HOME: device id, bundle files by digest, one directory per run."""
+    """A FEDSODA_HOME: device id, files of bundles by digest, one directory for each run.
+
+    Args:
+        directory: None: FEDSODA_HOME, or the platform's user directory.
+    """
 
     def __init__(self, directory: Path | None = None) -> None:
         self.directory = (directory or default_home()).absolute()
@@ -51,21 +59,22 @@ class Home:
 
     @property
     def store(self) -> Path:
+        """The directory of the files of bundles, by digest (`ports/store.py`)."""
         return self.directory / "store"
 
     @property
     def config(self) -> Path:
-        """Options as people wrote them down (`cli/config_file.py`)."""
+        """The file of options that need not be given each time (`cli/config_file.py`)."""
         return self.directory / "config.toml"
 
     @property
     def status(self) -> Path:
-        """What the join says of itself (`status.py`)."""
+        """The file of what the join does now (`status.py`)."""
         return self.directory / "status.json"
 
     @property
     def control(self) -> Path:
-        """Requests to the running join (`control.py`)."""
+        """The directory of requests to the running join (`control.py`)."""
         return self.directory / "control"
 
     def run(self, run_id: str) -> Path:
@@ -76,34 +85,39 @@ class Home:
         """
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", run_id):
             raise ProtocolViolation(
-                f"the hub names its run {run_id[:80]!r}, which is no directory's name; join only hubs you trust"
+                f"the hub names its run {run_id[:80]!r}, which is not a safe name for a directory; join only hubs you trust"
             )
         path = self.directory / "runs" / run_id
         with self._usable():
             path.mkdir(parents=True, exist_ok=True)
         return path
 
-    def remember_run(self, run_id: str, about: JoinedRun) -> None:
-        """Keep what `data check` needs of the run that was joined last."""
-        write_durably(self.run(run_id) / "joined.json", msgspec.json.encode(about))
+    def remember_run(self, run_id: str, joined: JoinedRun) -> None:
+        """Keep what `data check` needs of a run that is joined.
+
+        Raises:
+            ProtocolViolation: the hub chose a run_id that would lead out of here.
+            DiskFull: nothing half-written stays.
+        """
+        write_durably(self.run(run_id) / "joined.json", msgspec.json.encode(joined))
 
     def last_joined(self) -> JoinedRun | None:
-        """Return what is kept of the run joined last; None where there is none, or its tokenizer was deleted."""
+        """Return what was kept of the run joined last; None where there is none, or its tokenizer was deleted."""
         found = sorted((self.directory / "runs").glob("*/joined.json"), key=lambda path: path.stat().st_mtime)
         if not found:
             return None
-        about = msgspec.json.decode(found[-1].read_bytes(), type=JoinedRun)
-        return about if all(Path(path).exists() for path in about.tokenizer.values()) else None
+        joined = msgspec.json.decode(found[-1].read_bytes(), type=JoinedRun)
+        return joined if all(Path(path).exists() for path in joined.tokenizer.values()) else None
 
     @contextlib.contextmanager
     def _usable(self) -> Iterator[None]:
-        """Raise errors of the disk as sentences."""
+        """Turn errors of the disk into sentences that name the directory and what to do."""
         try:
             yield
         except OSError as error:
             wrong = f"FEDSODA_HOME {self.directory} cannot be used: {error.strerror}; "
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise DiskFull(wrong + "free space there, then retry") from error
+                raise DiskFull(wrong + "free space there, then try again") from error
             raise UsageProblem(wrong + "set FEDSODA_HOME to a directory you may write to") from error
 
     def border(self, run_id: str) -> Path:
@@ -111,7 +125,15 @@ class Home:
         return self.run(run_id) / "border"
 
     def cache_key(self, *, keep: bool) -> bytes:
-        """Return 32 bytes: new ones for each join, so that nobody reads an ended join's border states; or kept, mode 0600."""
+        """Return the key of the border states, 32 bytes.
+
+        Args:
+            keep: whether to keep the key, mode 0600, for later joins; otherwise it is new for each join, so that nobody
+                reads the border states of a join that ended.
+
+        Raises:
+            UsageProblem: the key's file is damaged, or the directory cannot be used.
+        """
         path = self.directory / "cache.key"
         with self._usable():
             if not keep:
@@ -121,7 +143,9 @@ class Home:
                 write_durably(path, secrets.token_bytes(KEY_BYTES), 0o600)
             key = path.read_bytes()
         if len(key) != KEY_BYTES:
-            raise UsageProblem(f"{path} has {len(key)} bytes, a key has {KEY_BYTES}; delete it, a new one will be made")
+            raise UsageProblem(
+                f"{path} has {len(key)} bytes, a key has {KEY_BYTES}; delete the file, so that a new key is made"
+            )
         return key
 
     def forget_borders(self) -> int:
@@ -133,7 +157,7 @@ class Home:
         return freed
 
     def device_id(self) -> str:
-        """Return the id that a token is bound to, made once."""
+        """Return the id of this device, to which a token is bound; it is made once."""
         path = self.directory / "device_id"
         with self._usable():
             if not path.exists():
@@ -144,19 +168,19 @@ class Home:
         """Keep other joins out of this home; the lock ends with the process, however that ends.
 
         Raises:
-            HomeInUse: another process has it.
+            HomeInUse: another process has the lock.
         """
         with self._usable():
             try:
                 self._lock = Lock(self.directory / "lock")
             except Held as held:
                 raise HomeInUse(
-                    f"{self.directory} is used by another join (pid {held.pid}); stop that one, or set FEDSODA_HOME to "
-                    "another directory"
+                    f"{self.directory} is used by another join (pid {held.pid}); stop that join, or set FEDSODA_HOME "
+                    "to another directory"
                 ) from None
 
     def is_in_use(self) -> bool:
-        """Tell whether a join runs here. Takes the lock for a moment: nothing else tells a dead join from a live one."""
+        """Tell whether a join runs here. Takes the lock for a moment: only the lock shows whether a join is alive."""
         if not self.directory.exists():
             return False
         try:
@@ -167,6 +191,7 @@ class Home:
         return False
 
     def unlock(self) -> None:
+        """Let other joins use this home; without a lock nothing happens."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None

@@ -1,5 +1,7 @@
-"""Greet a hub without joining its run: look at what it would ask of this device, or say that this device does not come
-back. Both leave no trace in the run's state."""
+"""Greet a hub without joining its run: see what it would ask of this device, or say that this device does not come back.
+
+Neither changes the run's state on this device; joining is left to `agent.py`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ import msgspec
 from fedsoda_edge import events as ev
 from fedsoda_edge.device.facts import read_device
 from fedsoda_edge.device.fit import Limits, plan_sentence, table
-from fedsoda_edge.events import Count, Device, Positive
+from fedsoda_edge.events import DeviceName
 from fedsoda_edge.join import size_class
 from fedsoda_edge.join.conversation import Conversation
 from fedsoda_edge.join.download import fetch_file
@@ -19,12 +21,13 @@ from fedsoda_edge.ports import SystemClock, Transport
 from fedsoda_edge.ports.store import FileStore
 from fedsoda_edge.protocol.messages import PROTOCOL_VERSION, Hello
 from fedsoda_edge.protocol.needs import SampleSizes
+from fedsoda_edge.protocol.ranges import Count, Positive
 
 
 class Found(msgspec.Struct, frozen=True, kw_only=True):
-    """What a run needs and what this device has free, in bytes where a name does not say else.
+    """The needs of a run and what this device has free; sizes and names with _bytes, _needed and _free in bytes.
 
-    largest_file: the digest of the bundle's largest file. size_class: 0 the run's largest sub-LLM, else a smaller one.
+    largest_file: the digest of the bundle's largest file. size_class: 0 for the run's largest sub-LLM, then 1, 2, ...
     """
 
     run: str
@@ -43,7 +46,7 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
     ram_free: Count
     vram_needed: Count
     vram_free: Count
-    device: Device
+    device: DeviceName
     memory: ev.MemoryReport
 
 
@@ -58,7 +61,7 @@ def hello(home: Home) -> Hello:
 
 
 def _in_silence(_: ev.AnyEvent) -> None:
-    """Say nothing: what is found says enough."""
+    """Say nothing: what is found is returned."""
 
 
 def _conversation(transport: Transport, home: Home) -> Conversation:
@@ -69,7 +72,8 @@ async def look_at(transport: Transport, home: Home, device: str, limits: Limits)
     """Greet the hub, read its manifest and compare it with this device.
 
     Raises:
-        DeviceTooSmall: there is no room for the smallest sub-LLM of the run. HubUnreachable, RefusedByHub.
+        DeviceTooSmall: there is no room for the smallest sub-LLM of the run.
+        HubUnreachable, RefusedByHub: the hub does not answer, or refuses this device.
     """
     conversation, store = _conversation(transport, home), FileStore(home.store)
     try:
@@ -80,7 +84,7 @@ async def look_at(transport: Transport, home: Home, device: str, limits: Limits)
             store,
             home.directory,
             device,
-            # The edge's rows are not looked at: as long as the run allows, and all of them completion.
+            # Rows are not read here, so the longest that the run allows is planned for, all of it completion.
             SampleSizes(welcome.batch_size, welcome.max_length, welcome.max_length),
             limits,
             _in_silence,
@@ -112,12 +116,16 @@ async def look_at(transport: Transport, home: Home, device: str, limits: Limits)
 
 
 async def say_goodbye(transport: Transport, home: Home) -> str:
-    """Tell the hub that this edge does not come back; return the run's name."""
+    """Tell the hub that this edge does not come back by itself; return the run's name.
+
+    Raises:
+        HubUnreachable, RefusedByHub: the hub did not hear it.
+    """
     conversation = _conversation(transport, home)
     try:
         welcome = await conversation.greet()
         await conversation.leave("the owner of the device left")
-        if not home.is_in_use():  # a join that runs here deletes them itself
+        if not home.is_in_use():  # else the join that runs here deletes them
             home.forget_borders()
         return welcome.run_name
     finally:

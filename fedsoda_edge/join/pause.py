@@ -1,7 +1,7 @@
-"""A join makes room for the device's owner: requests and sensors are read, work is broken off and begun again.
+"""Pause a join for the device's owner: read requests and sensors, break work off, and begin it again afterwards.
 
-When to pause is `device/pause_rules.py`'s, how requests come `control.py`'s; what else a pause does, to the worker and
-to the hub, is the agent's, who looks here twice a second.
+When to pause is left to `device/pause_rules.py`, how requests come to `control.py`; what else a pause does, to the worker
+and to the hub, to the agent, who looks here twice a second.
 """
 
 from __future__ import annotations
@@ -18,42 +18,42 @@ from fedsoda_edge.device.sensors import SENSE_SECONDS, Sensors
 from fedsoda_edge.join import control
 from fedsoda_edge.ports import Clock
 
-REFRESH_SECONDS = 30.0  # between two times that `status` learns how long a pause still is
+REFRESH_SECONDS = 30.0  # between two reports of how long a pause still lasts
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Begun:
-    """A pause began, or another reason or end came to hold for the one that is on. seconds: how long, if known."""
+class PauseBegins:
+    """The begin of a pause, or a new reason or end of the one that is on. seconds: how long it will be; None: not known."""
 
     reason: str
     seconds: float | None
 
 
 @dataclass(frozen=True)
-class Lasting:
-    """The pause that is on lasts so long still."""
+class PauseLasts:
+    """The pause that is on, once every REFRESH_SECONDS. seconds: how long it still lasts."""
 
     seconds: float
 
 
 @dataclass(frozen=True)
-class Ended:
-    """The pause that was on is over; work continues once `let_work` is called."""
+class PauseEnds:
+    """The end of the pause; work continues once `let_work` is called."""
 
 
 @dataclass(frozen=True)
-class Unchanged:
-    """What was so before is so still."""
+class NoChange:
+    """No news since the last look."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """What one look found. at: monotonic seconds. requests: to be answered when what they ask for is done."""
+    """The result of one look. at: monotonic seconds. requests: to be answered once they are done."""
 
     at: float
-    change: Begun | Lasting | Ended | Unchanged
+    change: PauseBegins | PauseLasts | PauseEnds | NoChange
     requests: Sequence[control.Request]
     was_paused: bool
 
@@ -62,11 +62,11 @@ class Pauses:
     """The pauses of one join, and the work that they break off.
 
     Args:
-        requests: directory of `control.py`'s files.
+        requests: the directory of the files of `control.py`.
     """
 
     def __init__(self, requests: Path, rules: PauseRules, clock: Clock) -> None:
-        self.is_finishing = False  # the owner wants no round after the one in hand
+        self.is_finishing = False  # the owner has asked for no round after the one in hand
         self._requests = requests
         self._rules = rules
         self._clock = clock
@@ -81,14 +81,15 @@ class Pauses:
 
     @property
     def is_paused(self) -> bool:
+        """Whether a pause is on."""
         return self._pause is not None
 
     def missing(self) -> list[str]:
-        """Return what a rule asks for and this device does not have, as sentences."""
+        """List, as sentences, what a rule asks for and this device does not have."""
         return self._sensors.missing()
 
     async def run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Do the work while there is no pause; what one breaks off is begun again after it."""
+        """Do the work while no pause is on; begin it again after each pause that breaks it off."""
         while True:
             await self._may_work.wait()
             task = asyncio.create_task(work())
@@ -103,10 +104,10 @@ class Pauses:
                 self._work.discard(task)
 
     async def look(self, worker_on_gpu: int | None) -> Look:
-        """Read requests and sensors; break work off where a pause begins.
+        """Read requests and sensors; break work off when a pause begins.
 
         Args:
-            worker_on_gpu: pid of our worker where it computes on a GPU.
+            worker_on_gpu: the worker's pid where it computes on a GPU; None: it does not.
         """
         now, before = self._clock.monotonic(), self._pause
         found = control.requests(self._requests)
@@ -129,19 +130,19 @@ class Pauses:
                 self._decider.finish()
                 self.is_finishing = True
 
-    async def _change(self, before: Pause | None, now: float) -> Begun | Lasting | Ended | Unchanged:
+    async def _change(self, before: Pause | None, now: float) -> PauseBegins | PauseLasts | PauseEnds | NoChange:
         pause = self._pause
         if pause is None:
-            return Unchanged() if before is None else Ended()
+            return NoChange() if before is None else PauseEnds()
         seconds = None if pause.until is None else pause.until - now
         if before is None or (before.by, before.until) != (pause.by, pause.until):
             self._refreshed_at = now
             await self._break_off()
-            return Begun(pause.reason, seconds)
+            return PauseBegins(pause.reason, seconds)
         if seconds is not None and now - self._refreshed_at >= REFRESH_SECONDS:
             self._refreshed_at = now
-            return Lasting(seconds)
-        return Unchanged()
+            return PauseLasts(seconds)
+        return NoChange()
 
     async def _break_off(self) -> None:
         self._may_work.clear()
@@ -151,18 +152,19 @@ class Pauses:
             await asyncio.wait(self._work)
 
     def let_work(self) -> None:
-        """Let the work continue that a pause broke off."""
+        """Let the work that a pause broke off begin again."""
         if self._pause is None:
             self._may_work.set()
 
     def answer(self, look: Look, freed_bytes: int, in_hand: int | None) -> None:
-        """Say to those who asked what was done.
+        """Answer the requests of a look.
 
         Args:
-            freed_bytes: that the worker held which the pause ended. in_hand: the round.
+            freed_bytes: memory of the worker that the pause ended.
+            in_hand: the round that is trained or handed in; None: none is.
         """
         pause = self._pause
-        said = control.Answer(
+        said = control.RequestAnswer(
             state="paused" if pause else "finishing" if self.is_finishing else "running",
             was_paused=look.was_paused,
             reason=pause.reason if pause else None,

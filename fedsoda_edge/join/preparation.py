@@ -1,6 +1,6 @@
-"""From the hub's Welcome to a worker that can train: data checked, sub-LLM taken, bundle fetched, rows read.
+"""Prepare a join, from the hub's Welcome to a worker that can train: check data, take a sub-LLM, fetch it, read rows.
 
-The early sweep begins here and continues beside the preparation; what is said to the hub then is the agent's.
+The early sweep begins here and continues afterwards; what the hub hears then is left to the agent.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from fedsoda_edge.protocol.template import DEFAULT_COMPLETION, DEFAULT_PROMPT, T
 
 @dataclass(frozen=True)
 class Equipment:
-    """What a run is trained with on this device, from the moment the sub-LLM is taken."""
+    """The means by which this device trains a run, from when the sub-LLM is taken."""
 
     trainer: Trainer
     download: Download
     size_class: int
 
 
-class Preparation:
-    """How one join gets ready for its run."""
+class JoinPreparation:
+    """The preparation of one join for its run, in the order of its public methods."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class Preparation:
         transport: Transport,
         worker: TorchPort,
         pauses: Pauses,
-        say: ev.Say,
+        say: ev.EventSink,
         clock: Clock,
     ) -> None:
         self._welcome = welcome
@@ -62,21 +62,29 @@ class Preparation:
         )
 
     async def check_data(self) -> int:
-        """Read every row before anything is fetched; return how many there are. Raises DataProblem."""
+        """Read every row before anything is fetched; return how many there are.
+
+        Raises:
+            DataProblem: a row lacks a column or is damaged.
+        """
         if self._settings.data.is_text:
             return self._settings.data.check(*self._templates())
         checked = await self._pauses.run(lambda: self._worker.call(cmd.Check(rows=self._rows())))
         return checked.rows
 
     async def take(self) -> tuple[Equipment, size_class.Taken]:
-        """Take the largest of the run's sub-LLMs that this device has room for. Raises DeviceTooSmall."""
+        """Take the largest of the run's sub-LLMs for which this device has room.
+
+        Raises:
+            DeviceTooSmall: there is no room for the smallest either.
+        """
         taken = await size_class.take(
             self._welcome,
             lambda manifest: self._download.file(manifest.digest, manifest.bytes),
             self._store,
             self._home.directory,
             self._settings.device,
-            SHORTEST,  # rows are not read yet: a device is refused now that could train on none
+            SHORTEST,  # rows are not read yet: only a device that could train on no row is refused now
             self._settings.limits,
             self._say,
         )
@@ -108,10 +116,11 @@ class Preparation:
         return Equipment(trainer, self._download, taken.number), taken
 
     async def open(self, trainer: Trainer, taken: size_class.Taken, rows: int, parts: asyncio.TaskGroup) -> int:
-        """Fetch the bundle; let the data be read and swept while it comes. Return the number of samples.
+        """Fetch the bundle, and have the data read and swept meanwhile; return the number of samples.
 
         Args:
-            rows: of the data. parts: the join's, of which the early sweep becomes one.
+            rows: how many the data has.
+            parts: the tasks of the join, which the early sweep joins.
         """
         async with (
             self._download.bundle(taken.manifest, taken.size_class.manifest.digest) as fetch,
@@ -155,7 +164,7 @@ class Preparation:
         """Keep what `data check` needs of this run."""
         prompt, completion = self._templates()
         files = [file for file in manifest.files if file.name in TOKENIZER_FILES]
-        about = JoinedRun(
+        joined = JoinedRun(
             run=self._welcome.run_name,
             prompt=prompt.text,
             completion=completion.text,
@@ -163,4 +172,4 @@ class Preparation:
             tokenizer={file.name: str(self._store.path(file.sha256)) for file in files},
             eos=manifest.config.get("eos_token_id"),
         )
-        self._home.remember_run(self._welcome.run_id, about)
+        self._home.remember_run(self._welcome.run_id, joined)

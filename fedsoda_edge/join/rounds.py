@@ -1,6 +1,6 @@
-"""One round after the other: trained when the owner takes its offer, handed in until the hub answers.
+"""Do one round after the other: train it when the owner takes its offer, hand its update in until the hub answers.
 
-Which offers are worth taking is `offered.py`'s, what is written when `run_state.py`'s, the worker `trainer.py`'s.
+Which offers are worth taking is left to `offered.py`, what is written when to `run_state.py`, the worker to `trainer.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.manifest import parse_manifest
 
 PROGRESS_SECONDS = 0.5  # between two reports of training, to people and to the hub
-RETRY_SECONDS = 5.0  # until an update is sent again that the hub could not take
+RETRY_SECONDS = 5.0  # before an update that the hub could not take is sent again
 
 WHAT_LEAVES = (
     "What leaves this device: coded LoRA deltas, the number of examples, the mean loss, the device's sizes. Never text, "
@@ -31,8 +31,8 @@ WHAT_LEAVES = (
 )
 
 
-class Rounds:
-    """What this device does of the rounds that the hub offers to it."""
+class RoundRunner:
+    """The rounds of one join on this device."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class Rounds:
         state: RunState,
         offered: Offered,
         conversation: Conversation,
-        say: ev.Say,
+        say: ev.EventSink,
         clock: Clock,
     ) -> None:
         self._welcome = welcome
@@ -61,7 +61,7 @@ class Rounds:
     # --- training ----------------------------------------------------------------------------------------------------
 
     async def train(self, round_number: int, equipment: Equipment) -> ms.UpdateStart:
-        """Bring views up to date, sweep the border if the alignment changed, train; return what is to be announced.
+        """Bring the views up to date, sweep if the alignment changed, train; return what is to be announced.
 
         Raises:
             ProtocolViolation: the hub offers another round by now.
@@ -89,7 +89,7 @@ class Rounds:
             raise
         self._offered.trained()
         self._say(
-            ev.Trained(
+            ev.RoundTrained(
                 round=offer.round,
                 edge=self._welcome.edge,
                 num_examples=trained.num_examples,
@@ -103,12 +103,12 @@ class Rounds:
         return start
 
     async def _train_once(self, equipment: Equipment) -> tuple[ms.RoundOffer, cmd.Trained]:
-        """Train the round that is offered now: during a pause the hub may have gone on to another."""
+        """Train the round that is offered now, which after a pause may be a later one."""
         state, trainer, fetch = self._state, equipment.trainer, self._conversation.fetch
         await trainer.open()
         before, offer = self._offered.in_hand, self._offered.follow()
         if offer.round != before:
-            self._say(ev.Notice(f"round {before} is over, going on with round {offer.round}"))
+            self._say(ev.Notice(f"round {before} is over; training round {offer.round} instead"))
         if offer.manifest is not None and not trainer.is_open_with(offer.manifest.digest):
             await self._follow(equipment, offer.manifest)
         emulator = await state.bring_up("emulator", offer.emulator, offer.alignment, fetch, trainer.advance)
@@ -117,7 +117,7 @@ class Rounds:
         return offer, await trainer.train(offer, view, self._on_step(offer.round))
 
     async def _follow(self, equipment: Equipment, wanted: ms.BlobRef) -> None:
-        """Fetch what is missing of the bundle that the hub chose since the last round, and begin with it."""
+        """Fetch what is missing of the bundle that the hub has chosen since the last round, and change to it."""
         download = equipment.download
         manifest = parse_manifest((await download.file(wanted.digest, wanted.bytes)).read_bytes())
         async with download.bundle(manifest, wanted.digest) as fetch:
@@ -127,7 +127,7 @@ class Rounds:
         self._say(ev.Notice(f"the hub has chosen other layers; this device now trains {layers}"))
 
     def _on_step(self, round_number: int) -> Callable[[cmd.TrainingStep], None]:
-        """Return what tells people and the hub how far training is, twice a second at most."""
+        """Make the callback that tells people and the hub how far training is, at most twice a second."""
         said_at = -PROGRESS_SECONDS
 
         def report(taken: cmd.TrainingStep) -> None:
@@ -157,7 +157,7 @@ class Rounds:
         return report
 
     async def pass_progress_on(self) -> None:
-        """Tell the hub how far training is, as long as the join lives; what it cannot hear now is not said later."""
+        """Tell the hub how far training is, while the join lives; what it does not hear at once is dropped."""
         while True:
             progress = await self._progress.get()
             with contextlib.suppress(HubUnreachable):
@@ -169,14 +169,14 @@ class Rounds:
         """Return what is to be announced of an update that its owner submits.
 
         Raises:
-            UsageProblem: it is not the update that was trained last, or not as it was trained.
+            UsageProblem: it is not the update that was trained last, or its file was changed.
         """
         start = self._offered.check(self._state.pending(), round_number, digest)
         found = await asyncio.to_thread(_digest, path)
         if found != digest:
             raise UsageProblem(
                 f"the update of round {round_number} has digest {found[:12] or '(no file)'}, it was trained as "
-                f"{digest[:12]}: its file was changed; submit it as Offer.train returned it"
+                f"{digest[:12]}, so its file was changed; submit it as Offer.train returned it"
             )
         if not self._has_said_what_leaves:
             self._has_said_what_leaves = True
@@ -184,18 +184,20 @@ class Rounds:
         return start
 
     async def left_over(self) -> ms.UpdateStart | None:
-        """Return what is to be announced of an update that an earlier join left without an answer."""
+        """Return what is to be announced of an update that an earlier join left without an answer; None: it left none."""
         start = self._state.pending()
         if start is not None and await asyncio.to_thread(_digest, self._state.update) != start.digest:
             self._say(
-                ev.Notice(f"the update of round {start.round} that an earlier join left is damaged; it is not sent")
+                ev.Notice(
+                    f"the update of round {start.round} from an earlier join is damaged on disk, so it is not sent"
+                )
             )
             self._state.forget_pending()
             return None
         return start
 
     async def hand_in(self, start: ms.UpdateStart) -> bool:
-        """Announce the update, send it in chunks, wait for the hub's answer; whether that is a receipt.
+        """Announce the update, send it in chunks and wait for the hub's answer; return whether that is a receipt.
 
         Raises:
             RunOver: the run was over before that.
@@ -208,7 +210,7 @@ class Rounds:
                 self._state.settle(start, is_accepted)
                 self._offered.settled(start, is_accepted)
             except RunOver:
-                self._say(ev.Notice(f"the run ended before the hub had the update of round {start.round}"))
+                self._say(ev.Notice(f"the run ended before the hub answered the update of round {start.round}"))
                 raise
             finally:
                 self._offered.let_go()
@@ -238,7 +240,7 @@ class Rounds:
 
 
 def _digest(path: Path) -> str:
-    """Return the digest of a file, "" where there is none."""
+    """Compute the digest of a file; "" where there is no file."""
     try:
         return sha256_file(path)
     except FileNotFoundError:

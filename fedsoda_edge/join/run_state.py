@@ -1,5 +1,4 @@
-"""Every file of one run on this device, and the order in which they are written. A crash between two writes costs work
-that is done again, never a bit of an update.
+"""Keep every file of one run on this device, and the order of their writes: a crash costs work, never a bit of an update.
 
     adapter.safetensors, emulator.safetensors   the views that this device holds, beside the number of each
     views.manifest                              the bundle that the views are of
@@ -7,9 +6,10 @@ that is done again, never a bit of an update.
     pending/update, pending/residual            a trained round: the coded delta, the feedback that follows from it
     pending/meta.json                           there: the update waits for the hub's answer
     checkpoint/                                 a round in its middle (`worker/checkpoint.py`)
-    memory.json                                 the way to train that was taken last
+    memory.json                                 the memory plan that was used last
 
-What a view is: docs/protocol.md (p4-views). The numbers are the worker's, the bytes come by the conversation.
+What a view is: docs/protocol.md (p4-views). Computing views is left to the worker, fetching their bytes to the
+conversation.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class RunState:
     """The files of one run in its directory.
 
     Args:
-        codec: of the run's deltas.
+        codec: the form of the run's deltas (`protocol.coded.CODECS`).
     """
 
     def __init__(self, directory: Path, codec: str) -> None:
@@ -51,16 +51,18 @@ class RunState:
         mark = self._directory / "views.manifest"
         if mark.exists() and mark.read_text() != manifest:
             for which in ("adapter", "emulator"):
-                # The number first: a kill in between leaves a view that is too old for its delta, so a snapshot comes.
+                # The number first: a kill in between leaves a view without a number, which gets a snapshot.
                 for kind in ("number", "safetensors"):
                     (self._directory / f"{which}.{kind}").unlink(missing_ok=True)
         write_durably(mark, manifest.encode())
 
     async def bring_up(self, which: View, wanted: ViewRef, number: int, fetch: Fetch, advance: Step) -> str | None:
-        """Return the file of a view, None for the bundle's own: by delta from the one before, else by snapshot.
+        """Bring a view up to date, by delta from the previous one or by snapshot; return its file, None: the bundle's own.
 
         Args:
-            number: the round's or the alignment's. fetch: asks the hub for a blob. advance: lets the worker add a delta.
+            number: the number of the round or of the alignment.
+            fetch: asks the hub for a blob.
+            advance: has the worker add a delta.
 
         Raises:
             BlobCorrupt: the hub's snapshot has another digest than the view.
@@ -90,7 +92,7 @@ class RunState:
             )
             coded.unlink()
             if answer.digest == wanted.digest:
-                # The view before its number: a kill in between leaves a view of which only its digest is believed.
+                # The view before its number: a kill in between leaves an old number, and the view's digest decides.
                 os.replace(moved, path)
                 write_durably(mark, str(number).encode())
                 return str(path)
@@ -105,7 +107,7 @@ class RunState:
         return str(path)
 
     async def held(self, which: View, digest: Digest) -> str | None:
-        """Return the file of a view that is here already."""
+        """Return the file of the view with this digest; None where it is not here."""
         path = self._view(which)
         is_here = path.exists() and await asyncio.to_thread(sha256_file, path) == digest
         return str(path) if is_here else None
@@ -124,12 +126,12 @@ class RunState:
 
     @property
     def update(self) -> Path:
-        """The coded delta of the round that was trained last, until its answer."""
+        """The file of the coded delta of the round that was trained last, until its answer."""
         return self._directory / "pending" / "update"
 
     @property
     def new_residual(self) -> Path:
-        """The error feedback that counts once the update is accepted."""
+        """The file of the error feedback that counts once the update is accepted."""
         return self._directory / "pending" / "residual"
 
     @property
@@ -143,7 +145,7 @@ class RunState:
         return any(self.checkpoint.glob("round.*"))
 
     def residual(self, round_number: int) -> str | None:
-        """Return the file of the last receipt's error feedback; None: there is none, or it is too old."""
+        """Return the file of the error feedback of the last accepted update; None where there is none, or it is too old."""
         path, mark = self._directory / "residual", self._directory / "residual.round"
         if not path.exists():
             return None
@@ -152,31 +154,31 @@ class RunState:
         return None if is_old else str(path)
 
     def pending(self) -> UpdateStart | None:
-        """Return what is to be announced to the hub; None: no update waits."""
+        """Return what is to be announced to the hub; None where no update waits."""
         try:
             return msgspec.json.decode(self._meta.read_bytes(), type=UpdateStart)
         except FileNotFoundError:
             return None
 
     def begin_round(self) -> None:
-        """Give up an update that waits: another round is trained."""
+        """Give up an update that waits, since another round is trained."""
         self._meta.parent.mkdir(exist_ok=True)
         self._meta.unlink(missing_ok=True)
 
     def commit(self, start: UpdateStart) -> None:
-        """Let the trained update wait for the hub's answer, over crashes too."""
+        """Keep the trained update until the hub's answer, over crashes too."""
         write_durably(self._meta, msgspec.json.encode(start))
 
     def settle(self, start: UpdateStart, accepted: bool) -> None:
-        """Take the hub's answer: the residual counts from a receipt on, and the update waits no longer."""
+        """Note the hub's answer: with a receipt the new residual counts, and no update waits any more."""
         if accepted:
-            if self.new_residual.exists():  # gone where a crash came between this line and the next
+            if self.new_residual.exists():  # a crash between this line and the next has moved it already
                 os.replace(self.new_residual, self._directory / "residual")
             write_durably(self._directory / "residual.round", str(start.round).encode())
         self.forget_pending()
 
     def forget_pending(self) -> None:
-        """Let no update wait."""
+        """Note that no update waits."""
         self._meta.unlink(missing_ok=True)
 
     @property
@@ -186,12 +188,12 @@ class RunState:
     # --- how to train ------------------------------------------------------------------------------------------------
 
     def memory_plan(self) -> MemoryPlan | None:
-        """Return the way to train that was taken last; None: there is none that this version reads."""
+        """Return the memory plan that was used last; None where there is none that this version can read."""
         try:
             return msgspec.json.decode((self._directory / "memory.json").read_bytes(), type=MemoryPlan)
         except (FileNotFoundError, msgspec.MsgspecError):
             return None
 
     def keep_memory_plan(self, plan: MemoryPlan) -> None:
-        """Note the way to train, for a round that the next join finds in its middle."""
+        """Keep the memory plan for the next join, which may find a round in its middle."""
         write_durably(self._directory / "memory.json", msgspec.json.encode(plan))

@@ -1,4 +1,4 @@
-"""What one join is asked to do, as its owner said it. Which values are allowed is checked where they are read."""
+"""Hold what the owner asks of one join. Which values are allowed is checked where they are read, in `edge.py` and `cli`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from fedsoda_edge.device.pause_rules import PauseRules
 
 @dataclass(frozen=True)
 class Cache:
-    """How border states are kept. max_bytes: None: what is free on the disk."""
+    """The way in which border states are kept.
+
+    max_bytes: the most that they may take on disk; None: what is free. dtype: "bf16" or "int8". keep_key: whether a
+    later join can read them.
+    """
 
     max_bytes: int | None = None
     dtype: str = "bf16"
@@ -21,8 +25,10 @@ class Cache:
 
 @dataclass(frozen=True)
 class AgentSettings:
-    """A join's settings. device: "auto", "cpu" or "cuda[:n]". unattended: try to reach the hub until it answers, also
-    at first.
+    """The settings of one join.
+
+    device: "auto", "cpu", "cuda" or "cuda:N". unattended: whether to try until the hub answers, also at the start.
+    rules: what pauses the join without a request.
     """
 
     device: str

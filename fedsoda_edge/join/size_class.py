@@ -1,6 +1,7 @@
-"""Take the largest of a run's sub-LLMs that this device has room for. Only manifests are fetched for that.
+"""Take the largest of a run's sub-LLMs for which this device has room. Only manifests are fetched for that.
 
-The hub averages each LoRA tensor over the edges that hold it, so which layers an edge keeps is nobody else's business.
+The hub averages each LoRA tensor over the edges that hold it, so no other edge depends on the choice. What fits is left
+to `device/fit.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 from fedsoda_edge.device.facts import read_device
 from fedsoda_edge.device.fit import Limits, check_disk, fit
 from fedsoda_edge.errors import DeviceTooSmall
-from fedsoda_edge.events import Notice, Say
+from fedsoda_edge.events import EventSink, Notice
 from fedsoda_edge.ports.store import FileStore
 from fedsoda_edge.protocol.manifest import BundleManifest, parse_manifest
 from fedsoda_edge.protocol.messages import BlobRef, DeviceFacts, SizeClass, Welcome
@@ -21,8 +22,11 @@ from fedsoda_edge.protocol.needs import MemoryPlan, SampleSizes, shape_of
 
 @dataclass(frozen=True)
 class Taken:
-    """The sub-LLM that is taken. number: 0 the largest, 1 the next, ...; disk_needed: bytes that are still to be fetched,
-    with what comes beside them."""
+    """The sub-LLM that is taken.
+
+    number: its size class, 0 for the largest, then 1, 2, ... memory: how it is trained here. disk_needed: bytes that
+    bundle and views still need on disk.
+    """
 
     number: int
     size_class: SizeClass
@@ -40,12 +44,14 @@ async def take(
     device: str,
     samples: SampleSizes,
     limits: Limits,
-    say: Say,
+    say: EventSink,
 ) -> Taken:
-    """Return the largest sub-LLM whose files and training have room.
+    """Take the largest sub-LLM whose files and training have room.
 
     Args:
-        device, samples, limits: as `device.fit` has them.
+        fetch: fetches a manifest and returns its file.
+        home: the FEDSODA_HOME whose disk is measured.
+        device, samples, limits: as in `device.fit.fit`.
 
     Raises:
         DeviceTooSmall: there is no room for the smallest either.
@@ -62,7 +68,7 @@ async def take(
         except DeviceTooSmall as error:
             if number == len(classes) - 1:
                 raise
-            say(Notice(f"{error}; looking at the run's next smaller sub-LLM"))
+            say(Notice(f"{error}; trying the run's next smaller sub-LLM"))
         else:
             return Taken(number, one, manifest, memory, facts, needed)
     raise AssertionError("a Welcome has a manifest")

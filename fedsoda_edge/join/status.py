@@ -1,6 +1,6 @@
-"""What the join of a home does right now, as one small file that `fedsoda-edge status` reads.
+"""Write what the join of a home does now to one small file, from its events; read it for `fedsoda-edge status`.
 
-Folded from the same events that a display shows. Times in it are wall clock, for people.
+Times in it are wall clock, for people. Which events there are is left to the join's parts.
 """
 
 from __future__ import annotations
@@ -16,28 +16,29 @@ from fedsoda_edge import events as ev
 from fedsoda_edge.ports import Clock
 from fedsoda_edge.units import human_bytes, human_seconds
 
-WRITE_SECONDS = 1.0  # between two writes at least, but for a change of state
+WRITE_SECONDS = 1.0  # at least between two writes, except when the state changes
 
 RUN_IS_OVER = "the run is over"
-WORK: dict[type[ev.Event], str] = {  # what a join works at, from this event on
+WORK: dict[type[ev.JoinEvent], str] = {  # what a join does from this event on
     ev.Joined: "joining",
     ev.Downloading: "downloading",
     ev.DataRead: "waiting for a round",
     ev.Sweeping: "sweeping the data through the sub-emulator",
-    ev.Swept: "waiting for a round",
+    ev.SweepDone: "waiting for a round",
     ev.Training: "training",
-    ev.Trained: "sending the update",
+    ev.RoundTrained: "sending the update",
     ev.Retrying: "waiting to send the update again",
     ev.Accepted: "waiting for a round",
     ev.Refused: "waiting for a round",
-    ev.Farewell: RUN_IS_OVER,
+    ev.RunFinished: RUN_IS_OVER,
 }
 
 
 class JoinStatus(msgspec.Struct, kw_only=True):
-    """The file. loss: of the last step, nats. due_at, paused_until, updated_at: seconds since 1970.
+    """The content of the file.
 
-    What an older release left out is None.
+    loss: the last step's, in nats. due_at, paused_until, updated_at: seconds since 1970. paused: the reason; None: no
+    pause is on. A field that an older release did not write is None.
     """
 
     state: str = "connecting"
@@ -59,10 +60,10 @@ class JoinStatus(msgspec.Struct, kw_only=True):
 
 
 class Status:
-    """The fold of a join's events into its file.
+    """The writer of the file, from the events of one join.
 
     Args:
-        memory: gives the worker's bytes, None where there is no worker.
+        memory: returns the bytes that the worker holds; None while no worker runs.
     """
 
     def __init__(self, path: Path, hub: str, clock: Clock, memory: Callable[[], int | None]) -> None:
@@ -70,17 +71,17 @@ class Status:
         self._written_at = -WRITE_SECONDS
         self._is_downloading = self._has_ended = False
         self.now = JoinStatus(pid=os.getpid(), hub=hub)
-        self._work = self.now.state  # also while the connection is lost or a pause is on
+        self._work = self.now.state  # kept while the connection is lost or a pause is on
 
     def note(self, event: ev.AnyEvent) -> None:
-        """Take one event of the join in."""
+        """Note one event of the join."""
         if self._has_ended:
-            return  # of a worker that is still being stopped
+            return  # a worker that is still being stopped said it
         before = self.now.state
         self._note_state(event)
         self._note_values(event)
         is_due = self._clock.monotonic() - self._written_at >= WRITE_SECONDS
-        if self.now.state != before or isinstance(event, ev.Paused) or is_due:
+        if self.now.state != before or isinstance(event, ev.JoinPaused) or is_due:
             self._written_at = self._clock.monotonic()
             self.write()
 
@@ -88,8 +89,8 @@ class Status:
         now = self.now
         if isinstance(event, ev.Downloading):
             self._is_downloading = event.done < event.total
-        # A sweep is done beside the download, which lasts longer; all but a farewell may outlive the run.
-        is_beside = isinstance(event, ev.Sweeping | ev.Swept) and self._is_downloading
+        # A sweep runs beside the download, which lasts longer; every event but the last may come after the run's end.
+        is_beside = isinstance(event, ev.Sweeping | ev.SweepDone) and self._is_downloading
         if type(event) in WORK and not is_beside and self._work != RUN_IS_OVER:
             self._work = now.state = WORK[type(event)]
         match event:
@@ -97,13 +98,13 @@ class Status:
                 now.state = "reconnecting"
             case ev.Reconnected():
                 now.state = self._work
-            case ev.Paused(reason=reason, seconds=seconds):
+            case ev.JoinPaused(reason=reason, seconds=seconds):
                 now.state, now.paused = "paused", reason
                 self._until(seconds)
-            case ev.Resumed() | ev.Farewell():
+            case ev.JoinResumed() | ev.RunFinished():
                 now.state, now.paused, now.paused_until = self._work, None, None
         if now.paused is not None:
-            now.state = "paused"  # whatever comes or goes meanwhile
+            now.state = "paused"  # whatever else happens meanwhile
 
     def _note_values(self, event: ev.AnyEvent) -> None:
         now = self.now
@@ -113,9 +114,9 @@ class Status:
         match event:
             case ev.Training():
                 now.step, now.steps = event.step, event.steps
-            case ev.Offered():
+            case ev.RoundOffered():
                 now.due_at, now.step, now.steps = self._clock.wall() + event.due_seconds, None, None
-            case ev.Accepted() | ev.Refused() | ev.Farewell():
+            case ev.Accepted() | ev.Refused() | ev.RunFinished():
                 now.due_at = now.step = now.steps = None
         match event:
             case ev.Reconnecting(message=problem) | ev.Retrying(reason=problem) | ev.Refused(reason=problem):
@@ -124,7 +125,7 @@ class Status:
                 now.last_error = None
 
     def still_paused(self, seconds: float) -> None:
-        """Note how much of the pause is left: the wall clock may have been set since."""
+        """Note how long the pause still lasts: the wall clock may have been set meanwhile."""
         self._until(seconds)
         self.write()
 
@@ -132,7 +133,7 @@ class Status:
         self.now.paused_until = None if seconds is None else self._clock.wall() + seconds
 
     def end(self, error: BaseException | None) -> None:
-        """Note why the join ended, where that was not the end of its run. Nothing is noted after it."""
+        """Note that the join ended, and why if its run had not. Later events are ignored."""
         self._has_ended = True
         if error is not None:
             self.now.state, self.now.last_error = "stopped", str(error) or type(error).__name__
@@ -142,7 +143,7 @@ class Status:
         self.write()
 
     def write(self) -> None:
-        """Replace the file by what is so now."""
+        """Write the present state to the file."""
         self.now.worker_bytes, self.now.updated_at = self._memory(), self._clock.wall()
         part = self._path.with_suffix(".part")
         with contextlib.suppress(OSError):  # a full disk must not stop a round; the next write may succeed
@@ -151,7 +152,7 @@ class Status:
 
 
 def read_status(path: Path) -> JoinStatus | None:
-    """Return what the last join wrote; None before the first."""
+    """Read what the last join wrote; None where no join has run."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=JoinStatus)
     except (OSError, msgspec.MsgspecError):
@@ -159,14 +160,14 @@ def read_status(path: Path) -> JoinStatus | None:
 
 
 def pause_sentence(reason: str, seconds: float | None) -> str:
-    """Say "paused by its owner, for another 42 min" or "paused: on battery"."""
+    """Write "paused by its owner, for another 42 min" or "paused: on battery"."""
     said = f"paused {reason}" if reason.startswith("by ") else f"paused: {reason}"
     return said if seconds is None else f"{said}, for another {human_seconds(seconds)}"
 
 
 def sentences(found: JoinStatus, *, is_running: bool, now: float) -> list[str]:
-    """Say a status to people: state, hub, round, step, due time, memory, last error with its fix."""
-    state = found.state if is_running or found.state in ("stopped", RUN_IS_OVER) else "ended without a word"
+    """Write a status for people, a line each: state, hub, round, step, due time, memory, last error with its remedy."""
+    state = found.state if is_running or found.state in ("stopped", RUN_IS_OVER) else "ended unexpectedly"
     if is_running and found.paused:
         state = pause_sentence(found.paused, found.paused_until and max(0.0, found.paused_until - now))
     lines = [f"{state}" + (f" (pid {found.pid})" if is_running else "")]

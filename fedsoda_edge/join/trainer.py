@@ -1,7 +1,7 @@
-"""The worker of one join: what it was opened with, how it trains on this device, and the sweep before the first offer.
+"""Direct the worker of one join: open it with bundle and data, choose how it trains here, sweep before the first offer.
 
-A worker that dies, or that a pause ended, is started again; where memory runs out it trains in a leaner way. Which ways
-there are is `device/fit.py`'s, the files it reads and writes are `run_state.py`'s, the numbers the worker's own.
+A worker that dies, or that a pause ended, is started again; where memory runs out it trains by a leaner plan. Which plans
+there are is left to `device/fit.py`, files to `run_state.py`, all computing to the worker.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from fedsoda_edge.protocol.needs import MemoryPlan, SampleSizes, Shape, shape_of
 T = TypeVar("T")
 
 WORKER_MODULE = "fedsoda_edge.worker"
-WORKER_TRIES = 3  # a round may take; the second begins at the first one's checkpoint
+WORKER_TRIES = 3  # for a round; each begins at the checkpoint of the one before
 
 
 def worker_environment(threads: int = 0) -> dict[str, str]:
-    """Return what a worker's process has in its environment beside ours: nothing of it asks a network.
+    """Return the variables of a worker's process beside ours: with them no library asks a network.
 
     Args:
-        threads: of torch; 0 leaves it to torch.
+        threads: CPU threads of torch; 0 leaves their number to torch.
     """
     environment = {"HF_HUB_OFFLINE": "1", "USE_HUB_KERNELS": "0", "TOKENIZERS_PARALLELISM": "false"}
     if threads:
@@ -47,7 +47,10 @@ def worker_environment(threads: int = 0) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Means:
-    """What this device gives to training. device: "auto", "cpu" or "cuda[:n]"; home: where its disk is measured."""
+    """The means that this device gives to training.
+
+    device: "auto", "cpu", "cuda" or "cuda:N". home: the FEDSODA_HOME whose disk is measured.
+    """
 
     device: str
     limits: Limits
@@ -56,15 +59,16 @@ class Means:
 
 
 @dataclass(frozen=True)
-class Closed:
-    """No worker has read bundle and data yet."""
+class WorkerClosed:
+    """The state before a worker has read bundle and data."""
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A worker has read them. pid: its own, of a process that may have ended since. swept: the emulator's digest.
+class WorkerOpened:
+    """The state once a worker has read bundle and data.
 
-    plan: how it trains, also once another worker has read them.
+    pid: the worker's; its process may have ended meanwhile. plan: how it trains, also once another worker has read
+    them. swept: the digest of the emulator's view with which it has swept; "": it has not.
     """
 
     pid: int | None
@@ -75,22 +79,23 @@ class Opened:
 
 @dataclass(frozen=True)
 class NoSweep:
-    """Nothing is swept before the first offer, or what was is used."""
+    """The state without an early sweep."""
 
 
 @dataclass(frozen=True)
 class EarlySweep:
-    """The sweep that began before the first offer, with the emulator LoRA that was in force then."""
+    """The sweep that began before the first offer. emulator: the digest of the view with which it sweeps."""
 
     emulator: Digest
     task: asyncio.Task[None]
 
 
 class Trainer:
-    """What the agent has its worker do, one piece after the other.
+    """The director of one join's worker, which does one piece of work after the other.
 
     Args:
-        opening: what a worker is opened with. shape: of the sub-LLM in it.
+        opening: the call that opens a worker with bundle and data.
+        shape: the sizes of the bundle's sub-LLM.
     """
 
     def __init__(
@@ -100,7 +105,7 @@ class Trainer:
         welcome: Welcome,
         state: RunState,
         pauses: Pauses,
-        say: ev.Say,
+        say: ev.EventSink,
         opening: cmd.Open,
         shape: Shape,
     ) -> None:
@@ -112,27 +117,34 @@ class Trainer:
         self._say = say
         self._opening = opening
         self._shape = shape
-        self._work: Closed | Opened = Closed()
+        self._work: WorkerClosed | WorkerOpened = WorkerClosed()
         self._early: NoSweep | EarlySweep = NoSweep()
         self._working = asyncio.Lock()
 
     @property
     def pid_on_gpu(self) -> int | None:
-        """The worker's pid where it computes on a GPU."""
-        return self._worker.pid if isinstance(self._work, Opened) and self._work.plan.device != "cpu" else None
+        """The worker's pid where it computes on a GPU; None: it does not."""
+        return self._worker.pid if isinstance(self._work, WorkerOpened) and self._work.plan.device != "cpu" else None
 
     @property
-    def _opened(self) -> Opened:
-        assert isinstance(self._work, Opened), "the worker reads bundle and data first"
+    def _opened(self) -> WorkerOpened:
+        assert isinstance(self._work, WorkerOpened), "the worker reads bundle and data first"
         return self._work
 
     # --- pieces of work ----------------------------------------------------------------------------------------------
 
     async def at_work(self, work: Callable[[], Coroutine[Any, Any, T]], tries: int = WORKER_TRIES) -> T:
-        """Do a piece of work, alone with the worker. One that dies, or that a pause ended, is started again.
+        """Do a piece of work, alone with the worker. A worker that dies, or that a pause ended, is started again.
 
-        Where memory runs out the work begins again in a leaner way, if there is one; a kill from outside counts as
-        that when it comes a second time.
+        Where memory runs out, the work begins again by a leaner plan, if there is one; a second kill from outside is
+        taken as a lack of memory too.
+
+        Args:
+            tries: how often the worker may die before the work is given up.
+
+        Raises:
+            DeviceTooSmall: memory runs out with the leanest plan.
+            WorkerFailed: the worker died that many times.
         """
         async with self._working:
             num_failures = 0
@@ -152,23 +164,24 @@ class Trainer:
                     elif num_failures >= tries:
                         raise
                     else:
-                        self._say(ev.Notice(f"{error}; starting it again"))
+                        self._say(ev.Notice(f"{error}; it is started again"))
                 await self._worker.close()
 
     async def open(self) -> cmd.Opened:
-        """Let the worker read bundle and data, unless it has."""
+        """Have the worker read bundle and data, unless it has."""
         held = self._work
-        if not isinstance(held, Opened) or held.pid is None or held.pid != self._worker.pid:
+        if not isinstance(held, WorkerOpened) or held.pid is None or held.pid != self._worker.pid:
             answer = await self._worker.call(self._opening)
-            plan = held.plan if isinstance(held, Opened) else self._plan_memory(answer)
-            self._work = Opened(self._worker.pid, answer, plan)
+            plan = held.plan if isinstance(held, WorkerOpened) else self._plan_memory(answer)
+            self._work = WorkerOpened(self._worker.pid, answer, plan)
         return self._opened.answer
 
     async def sweep(self, emulator: str | None, digest: Digest) -> None:
-        """Let the border states of all samples be computed with this emulator LoRA, unless this worker has them.
+        """Have the worker compute the border states of all samples with this emulator's view, unless it has.
 
         Args:
-            emulator: file of the view; None: the bundle's own. digest: the view's.
+            emulator: the view's file; None: the bundle's own.
+            digest: the view's digest.
         """
         opened = self._opened
         if opened.swept == digest:
@@ -179,7 +192,7 @@ class Trainer:
         self._say_damaged(swept.num_damaged)
         self._work = replace(opened, swept=digest)
         self._say(
-            ev.Swept(
+            ev.SweepDone(
                 num_examples=opened.answer.num_examples,
                 num_kept=swept.num_kept,
                 kept_bytes=swept.kept_bytes,
@@ -188,16 +201,17 @@ class Trainer:
         )
 
     async def advance(self, step: cmd.Advance) -> cmd.Advanced:
-        """Let the worker add a delta to a view."""
+        """Have the worker add a delta to a view."""
         return await self._worker.call(step)
 
     async def train(
         self, offer: RoundOffer, view: str | None, on_step: Callable[[cmd.TrainingStep], None]
     ) -> cmd.Trained:
-        """Train a round from this view; update and new residual are in the run's state then.
+        """Have the worker train a round from this view; update and new residual are then files of the run's state.
 
         Args:
-            view: file of the adapter LoRA; None: the bundle's own.
+            view: the file of the adapter LoRA; None: the bundle's own.
+            on_step: called after each step.
         """
         call = cmd.Train(
             view=view,
@@ -217,7 +231,7 @@ class Trainer:
         return trained
 
     async def follow(self, manifest: BundleManifest, digest: Digest) -> None:
-        """Begin with another bundle, which is here: other layers are in force."""
+        """Open the worker with another bundle, whose files are here: the hub has chosen other layers."""
         self._shape = shape_of(manifest)
         self._opening = msgspec.structs.replace(self._opening, manifest=digest)
         self._state.begin_bundle(digest)
@@ -230,26 +244,24 @@ class Trainer:
 
     def _say_damaged(self, count: int) -> None:
         if count:
-            self._say(
-                ev.Notice(f"{count} records of the border cache were not as they were written; they are computed again")
-            )
+            self._say(ev.Notice(f"{count} records of the border cache were damaged; they are computed again"))
 
     # --- before the first offer --------------------------------------------------------------------------------------
 
     def begin_early(self, parts: asyncio.TaskGroup, emulator: ViewRef) -> None:
-        """Sweep before the first offer, layer by layer as the bundle comes, as one of the join's parts."""
+        """Begin to sweep before the first offer, layer by layer as the bundle comes, as one of the join's parts."""
         task = parts.create_task(self.at_work(lambda: self._sweep_early(emulator)))
         self._early = EarlySweep(emulator.digest, task)
 
     async def _sweep_early(self, emulator: ViewRef) -> None:
-        # Only an emulator LoRA that is here: the hub may align again any time, and has this one's blobs no more then.
+        # Only with an emulator's view that is here: the hub may align again at any time and then drops this one's blobs.
         await self.open()
         held = await self._state.held("emulator", emulator.digest)
         if emulator.snapshot is None or held is not None:
             await self.sweep(None if emulator.snapshot is None else held, emulator.digest)
 
     async def use_early(self, emulator: Digest) -> None:
-        """Let the early sweep end, where a round asks for this emulator LoRA; break it off where it does not."""
+        """Wait for the early sweep if it sweeps with this emulator's view; break it off if it does not."""
         early = self._early
         if not isinstance(early, EarlySweep):
             return
@@ -261,7 +273,7 @@ class Trainer:
             early.task.result()
 
     async def end_early(self) -> None:
-        """Break the early sweep off: nothing more is said by it."""
+        """Break the early sweep off, so that it says nothing more."""
         if isinstance(self._early, EarlySweep) and not self._early.task.done():
             self._early.task.cancel()
             await asyncio.wait({self._early.task})
@@ -272,9 +284,9 @@ class Trainer:
         return SampleSizes(self._welcome.batch_size, opened.longest_ids, opened.longest_labels, opened.num_examples)
 
     def _facts(self, opened: cmd.Opened) -> DeviceFacts:
-        """Measure what is free, and count in what the worker holds already, since a plan does.
+        """Measure what is free, and add what the worker holds already, since a plan counts that too.
 
-        A GPU that the worker's torch cannot use is left out, unless it was asked for: then the worker says what to
+        A GPU that the worker's torch cannot use is left out, unless the owner named it: then the worker says what to
         install.
         """
         facts = read_device(self._means.home)
@@ -283,7 +295,7 @@ class Trainer:
         return msgspec.structs.replace(facts, ram_bytes=facts.ram_bytes + (self._worker.rss_bytes or 0))
 
     def _plan_memory(self, opened: cmd.Opened) -> MemoryPlan:
-        """Take the quickest way that has room; a round in its middle keeps the way it began in, to end in its bits."""
+        """Choose the quickest plan that has room; a round in its middle keeps its plan, so that it ends with the same bits."""
         facts, limits, process = self._facts(opened), self._means.limits, opened.process_bytes
         samples = self._samples(opened)
         plan = fit(self._means.device, self._shape, samples, facts, limits, process_bytes=process)
@@ -299,19 +311,19 @@ class Trainer:
         self._say(ev.memory(plan_sentence(plan, facts), plan, table(plan)))
 
     def _leaner(self) -> MemoryPlan | None:
-        """Return the next way that needs less; after a GPU's last one, under auto, the CPU's first that has room."""
-        if not isinstance(self._work, Opened):
+        """Find the next plan that needs less; after the last one of a GPU, under auto, the CPU's first that has room."""
+        if not isinstance(self._work, WorkerOpened):
             return None
         opened, before = self._work.answer, self._work.plan
         samples, process = self._samples(opened), opened.process_bytes
         plan = leaner(before, self._shape, samples, process)
         if plan is None and self._means.device == "auto" and before.device != "cpu":
             facts = self._facts(opened)
-            with contextlib.suppress(DeviceTooSmall):  # no room there either: what the GPU said is told
+            with contextlib.suppress(DeviceTooSmall):  # no room there either: the GPU's error is raised
                 plan = fit("cpu", self._shape, samples, facts, self._means.limits, process_bytes=process)
         return plan
 
     def _go_leaner(self, error: Exception, plan: MemoryPlan) -> None:
-        self._say(ev.Notice(f"{error}; going on in a way that needs less"))
+        self._say(ev.Notice(f"{error}; training continues in a way that needs less memory"))
         self._work = replace(self._opened, plan=plan)
         self._note_plan(plan, self._facts(self._work.answer))

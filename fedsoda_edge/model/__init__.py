@@ -1,4 +1,4 @@
-"""The model that both sides must build alike. No sockets."""
+"""Build the model, which both sides must build alike. No sockets."""
 
 import logging
 import sys

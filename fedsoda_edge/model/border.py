@@ -1,19 +1,19 @@
-"""Give hidden states at the border: run samples through the layers below it, then apply the border map.
+"""Compute hidden states at the border: run samples through the layers below it, then apply the border map.
 
 The border is the place below the first layer that trains (`LayerPlan.border`). What lies below is frozen between
 alignments, so a sample's hidden states there are a constant, its border states: docs/methods.md (m6-border, m6-map).
 
 The border map is H' = H + H D + b at every position except the first. The sub-emulator's states are not distributed
-as the full emulator's are, and an adapter that learned on the former is plugged in above the latter. The hub fits D
-and b, which bring them near each other. They are tensors of the emulator's view, beside its LoRA, so they travel and
+as the full emulator's are, and an adapter that was trained on the former is plugged in above the latter. The hub fits D
+and b so that the two come near each other. They are tensors of the emulator's view, beside its LoRA, so they travel and
 change with each alignment:
 
     border.D (C, C)                                   where the model is narrow
     border.D.left (C, K), border.D.right (K, C)       D as a product of rank K
     border.b (1, C)
 
-Position 0 holds massive activations (arXiv 2402.17762) and stays as it is. Fitting the map is the hub's business
-(`ridge.py`); keeping border states on disk is `border_cache.py`'s.
+Position 0 holds massive activations (arXiv 2402.17762) and stays as it is. Fitting the map is left to the hub
+(`ridge.py`), keeping border states on disk to `border_cache.py`.
 """
 
 from __future__ import annotations
@@ -81,7 +81,12 @@ def border_states(
 
 
 def map_specs(width: int, rank: int) -> tuple[TensorSpec, ...]:
-    """Give names and shapes of a border map of that rank, ascending by name; none for rank 0, D whole from `width` on."""
+    """List names and shapes of a border map of this rank, ascending by name.
+
+    Args:
+        width: C, features of a hidden state.
+        rank: 0: there is no map; `width` or more: D is one whole matrix.
+    """
     if not rank:
         return ()
     if rank >= width:
@@ -90,18 +95,18 @@ def map_specs(width: int, rank: int) -> tuple[TensorSpec, ...]:
 
 
 def map_specs_like(layout: Sequence[TensorSpec], width: int) -> tuple[TensorSpec, ...]:
-    """Give the specs of the border map that a view of this layout has, with the rank that the layout names."""
+    """List names and shapes of the border map in a view of this layout, with the rank that the layout shows."""
     shapes = {spec.name: spec.shape for spec in layout}
     return map_specs(width, width if FULL in shapes else shapes.get(LEFT, (width, 0))[1])
 
 
 def map_tensors(view: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Select the border map's tensors from an emulator's view; none where it has no map."""
+    """Select the border map's tensors from an emulator's view; {} where it has no map."""
     return {name: tensor for name, tensor in view.items() if name.startswith(PREFIX)}
 
 
 def apply_map(states: Tensor, view: Mapping[str, Tensor], positions: Tensor | None = None) -> Tensor:
-    """Apply the view's border map to hidden states (..., T, C) and keep their dtype; without a map they stay as they are.
+    """Apply the view's border map to hidden states (..., T, C), whose dtype stays; without a map nothing changes.
 
     Args:
         positions: (..., T), each id's position in its sample; None: every sample begins at index 0.

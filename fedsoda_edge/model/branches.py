@@ -2,9 +2,9 @@
 
     trunk, branch of the first, branch of the second, ...
 
-The answers by which a question is judged share its prompt, which is most of their ids. Positions continue from the trunk
+The choices by which a question is judged share its prompt, which is most of their ids. Positions continue from the trunk
 in every branch, and a mask separates the branches ("tree attention", SpecInfer, arXiv 2305.09781): a causal model then
-gives the hidden states that the sequences have when each runs alone.
+gives the hidden states that the sequences have when each runs alone. Running the rows is left to `streaming.py`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Branches:
-    """Where sequences lie in one row.
+    """The places of sequences in one row.
 
-    forks: where each branch begins, ascending; the trunk ends at the first. length: of the row.
+    forks: where each branch begins, ascending; the trunk ends at the first. length: the row's.
     """
 
     forks: tuple[int, ...]
@@ -64,7 +64,7 @@ def attention(rows: Sequence[Branches], device: torch.device | str) -> tuple[Ten
     for at, row in enumerate(rows):
         positions[at, : row.length] = row.positions()
         for fork in row.forks:
-            branch[at, fork:] += 1  # a pad is in the last one: a softmax over nothing would be NaN
+            branch[at, fork:] += 1  # pads are in the last branch: a softmax over nothing would be NaN
     seen = (branch[:, :, None] == branch[:, None, :]) | (branch[:, None, :] == 0)
     causal = torch.ones(width, width, dtype=torch.bool).tril()
     return positions.to(device), (seen & causal)[:, None].to(device)

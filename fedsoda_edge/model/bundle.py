@@ -1,7 +1,7 @@
 """Read the sub-LLM as verified, content-addressed files: one safetensors shard per layer, and manifest.json.
 
 The hub writes a bundle once (`bundle_writer.py`); an edge reads the same files from its store by digest. Fetching them
-is the join's business.
+is left to the room `join`.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def read_manifest(data: bytes) -> BundleManifest:
-    """Parse and check a manifest, which may come from the network, before anything of its sizes is allocated.
+    """Parse and check a manifest, which may come from the network, before memory for its sizes is allocated.
 
     Raises:
-        BlobCorrupt: it is not a manifest, or it has a newer format, or it says what no bundle can say.
+        BlobCorrupt: the data is not a manifest, has another format, or describes what no bundle can be.
     """
     manifest = parse_manifest(data)
     plan, spec = manifest.plan, manifest.lora
@@ -89,8 +89,8 @@ class Bundle:
     """A bundle's files as a `LayerSource`. Each file is verified against its digest when it is first used.
 
     Args:
-        manifest: checked (`read_manifest`).
-        path_of: where a file lies; it may wait until the file has arrived.
+        manifest: one that `read_manifest` has checked.
+        path_of: returns where a file lies; it may wait until the file has arrived.
     """
 
     def __init__(self, manifest: BundleManifest, path_of: Callable[[File], Path]) -> None:
@@ -110,7 +110,7 @@ class Bundle:
         """Open a bundle in a directory, as prepare writes it.
 
         Args:
-            size_class: which sub-LLM of the directory: 0 the largest, then 1, 2, ...
+            size_class: which sub-LLM of the directory: 0 for the largest, then 1, 2, ...
 
         Raises:
             UsageProblem: the directory holds no such bundle.
@@ -121,7 +121,8 @@ class Bundle:
             manifest = read_manifest((directory / name).read_bytes())
         except FileNotFoundError:
             raise UsageProblem(
-                f"{directory} has no {name}, so it holds no such bundle; run `fedsoda-hub prepare`, or name its directory"
+                f"{directory} has no {name}, so it does not hold this bundle; run `fedsoda-hub prepare`, or name the "
+                "bundle's directory"
             ) from None
 
         def path_of(file: File) -> Path:
@@ -131,7 +132,7 @@ class Bundle:
         return cls(manifest, path_of)
 
     def path(self, name: str) -> Path:
-        """Give the place of a file of the bundle, verified once.
+        """Return where a file of the bundle lies; it is verified once.
 
         Raises:
             KeyError: the bundle has no file of that name.
@@ -143,7 +144,8 @@ class Bundle:
             actual = sha256_file(path)
             if actual != file.sha256:
                 raise BlobCorrupt(
-                    f"{path} has digest {actual[:12]}, the manifest says {file.sha256[:12]}; delete it to fetch it again"
+                    f"{path} has digest {actual[:12]}, the manifest says {file.sha256[:12]}; delete the file, so that it is "
+                    "fetched again"
                 )
             self._verified.add(name)
         return path
@@ -248,10 +250,10 @@ class Bundle:
     def materialize(self, directory: Path) -> None:
         """Write a checkpoint that plain Transformers with bitsandbytes loads, with the same logits.
 
-        Layers have local positions there, as in any Transformers checkpoint; LoRA lies beside it as a PEFT
-        adapter in `lora/`. A quantized embedding and stacks of experts are written dense in fp32: bitsandbytes has
-        no 4-bit form for them. The half that a layer lacks is written as zeros, which add nothing. A border map has
-        no place in such a checkpoint and is left out.
+        Layers have local positions there, as in any Transformers checkpoint; LoRA is written as a PEFT adapter to `lora/`.
+        A quantized embedding and stacks of experts are written dense in fp32: bitsandbytes has no 4-bit form for them.
+        The half that a layer lacks is written as zeros, which add nothing. A border map has no place in such a
+        checkpoint and is left out.
         """
         directory.mkdir(parents=True, exist_ok=True)
         family = self.family
@@ -318,13 +320,13 @@ class Bundle:
 def _no_shard(path: Path) -> Iterator[None]:
     """Turn what safetensors and torch raise into BlobCorrupt: a file may have its digest and still not be a shard.
 
-    Then whoever prepared the bundle wrote it so.
+    Then the hub prepared it like this.
     """
     try:
         yield
     except (SafetensorError, KeyError, ValueError) as error:
         raise BlobCorrupt(
-            f"{path} has its digest but is not a shard of this bundle ({error}); ask the hub's owner to prepare it again"
+            f"{path} has its digest, but is not a shard of this bundle ({error}); ask the hub's owner to prepare it again"
         ) from error
 
 
@@ -344,8 +346,9 @@ def _check_shapes(found: Mapping[str, Tensor | NF4Tensor], wanted: Mapping[str, 
 
 
 def peft_config(spec: LoRASpec, modules: Sequence[str], base: str | None) -> dict[str, Any]:
-    """Give PEFT's adapter_config.json with full dotted target modules: they match exactly these modules, as
-    docs/methods.md (m4-lora) says.
+    """Make PEFT's adapter_config.json, whose full dotted target modules match exactly these modules.
+
+    docs/methods.md (m4-lora) says why.
 
     Args:
         modules: dotted names in the base model.
@@ -365,7 +368,7 @@ def peft_config(spec: LoRASpec, modules: Sequence[str], base: str | None) -> dic
 
 
 def _as_bitsandbytes(name: str, tensor: NF4Tensor) -> dict[str, Tensor]:
-    """Give a matrix in the form that bitsandbytes' `Linear4bit` saves and loads."""
+    """Make the tensors of a matrix as bitsandbytes' `Linear4bit` saves and loads it."""
     state = {
         "quant_type": "nf4",
         "blocksize": 64,

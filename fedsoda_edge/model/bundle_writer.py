@@ -1,6 +1,6 @@
 """Write a bundle: its shards one at a time, its manifest last, and what changes in it before an edge has seen it.
 
-Also how large a bundle would be, from sizes alone. Which layers are kept is the plan's business; files are read in
+Count, too, how large a bundle would be, from sizes alone. Which layers are kept is left to the plan, reading files to
 `bundle.py`.
 """
 
@@ -54,7 +54,7 @@ SHARDS = "shards.json"  # lists all layers in a bundle's directory, where the ma
 
 @dataclass(frozen=True)
 class BundleSettings:
-    """What prepare decides beside the plan. A base is "nf4" or "bf16" (dense, in the checkpoint's own dtype)."""
+    """The settings of a bundle beside its plan. A base is "nf4" or "bf16" (dense, in the checkpoint's own dtype)."""
 
     lora: LoRASpec
     adapter_base: str
@@ -97,15 +97,15 @@ def write_bundle(
     spare: Sequence[int] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> BundleManifest:
-    """Write shards one at a time and the manifest last, then move the whole into place.
+    """Write shards one at a time and the manifest last, then give the directory its name.
 
     The same input gives the same bytes. A half-written bundle never has the name `directory`.
 
     Args:
-        directory: becomes the bundle; one that was there before is replaced.
-        name, revision: of the full LLM, as the manifest names them.
+        directory: becomes the bundle; a bundle that was there before is replaced.
+        name, revision: the full LLM's, as the manifest names them.
         adapter_lora, emulator_lora: the first views, fp32, with the names and shapes of `settings.lora`.
-        spare: layers beside the plan's, which train in other sub-LLMs of the same shards (`sub_manifest`).
+        spare: layers that the plan does not keep, but other sub-LLMs of the same shards train (`sub_manifest`).
         progress: called as progress(layers written, layers in all).
 
     Raises:
@@ -244,7 +244,7 @@ def _whole_or_not_at_all(directory: Path) -> Iterator[Path]:
 
 
 def replace_emulator_lora(directory: Path, tensors: dict[str, Tensor], size_class: int = 0) -> BundleManifest:
-    """Give a bundle that nobody has seen yet its aligned emulator LoRA: one shard and the manifest change.
+    """Put the aligned emulator LoRA into a bundle that nobody has seen yet: one shard and the manifest change.
 
     Raises:
         DiskFull: nothing half-written stays.
@@ -267,7 +267,7 @@ def write_size_class(
     """Add a smaller sub-LLM of the shards in a bundle's directory: its manifest and its LoRA.
 
     Args:
-        size_class: 1, 2, ...; the bundle's own is 0.
+        size_class: 1, 2, ...; 0 is the bundle's largest sub-LLM.
 
     Raises:
         UsageProblem: the plan breaks a rule of layer plans.
@@ -334,7 +334,7 @@ def _file(name: str, data: bytes) -> File:
 
 
 def _with(files: Sequence[File], changed: Mapping[str, bytes]) -> tuple[File, ...]:
-    """Give the same files, some of them with other bytes."""
+    """Return the same files, with the size and digest of those that have other bytes."""
     return tuple(_file(file.name, changed[file.name]) if file.name in changed else file for file in files)
 
 
@@ -344,9 +344,9 @@ def _write_manifest(directory: Path, size_class: int, manifest: BundleManifest) 
 
 
 def _quantizable(layer: Any) -> set[str]:
-    """Name the weights that NF4 may hold: those of linear modules, and stacks of experts.
+    """Name the weights that may be stored in NF4: those of linear modules, and stacks of experts.
 
-    A router's matrix is left dense: it decides too much for its size.
+    A router's matrix stays dense: it decides too much for its size.
     """
     stacks = {name for name, parameter in layer.named_parameters() if parameter.ndim == 3}
     return {f"{name}.weight" for name in linear_modules(layer)} | stacks

@@ -3,11 +3,12 @@
     down  c = Q(w - v), v += decode(c)          w - v is the whole downlink error feedback
     up    u = Q(delta + e), e' = delta + e - decode(u)
 
-decode is one fp32 multiplication per value on the CPU, so both sides get the same bits. When each step happens is the
-round's business. A layout may hold one factor only, where the other one stays (FFA-LoRA, RoLoRA).
+decode is one fp32 multiplication per value on the CPU, so both sides get the same bits. A layout may hold one factor
+only, where the other one stays (FFA-LoRA, RoLoRA).
 
 The codec "nf4-weight" is the paper's literal one, for comparison: whole weights in NF4 in both directions, without
-feedback. A round's step is mostly smaller than half a code of the weight to which it belongs, and is lost.
+feedback. A round's step is mostly smaller than half a code of the weight to which it belongs, and is lost. When each
+step happens is left to the rounds.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def encode(tensors: Mapping[str, Tensor], codec: str) -> bytes:
 
 
 def decode(data: bytes, layout: Sequence[TensorSpec], codec: str, only: Collection[str] | None = None) -> LoRATensors:
-    """Decode to the fp32 tensors for which `encode`'s bytes stand.
+    """Decode what `encode` wrote to fp32 tensors, by name.
 
     Args:
         only: names of the tensors to decode; None: all of the layout.
@@ -114,7 +115,7 @@ def encode_with_feedback(
 
     Args:
         delta: trained adapter LoRA minus the view, fp32.
-        residual: e, what coding left over before; None: nothing.
+        residual: e, what coding left over before; None: zero.
         view: the weights from which the delta starts; only the codec "nf4-weight" reads it.
 
     Returns:
@@ -182,9 +183,9 @@ def layout_of(tensors: Mapping[str, Tensor]) -> tuple[TensorSpec, ...]:
 
 
 def feedback_of(data: bytes, layout: Sequence[TensorSpec]) -> LoRATensors:
-    """Read what coding left over, from its `to_bytes`, for the tensors of this layout.
+    """Read error feedback that `to_bytes` wrote, for the tensors of this layout.
 
-    It may come from a sub-LLM with other layers: tensors that are gone are dropped, new ones begin at zero.
+    It may come from a sub-LLM with other layers: tensors outside the layout are dropped, missing ones are zero.
     """
     held = load(data)
     return {

@@ -1,6 +1,6 @@
-"""Know, in one place, where each Transformers family keeps its decoder layers and modules; the list of allowed families.
+"""List the allowed Transformers families, and in one place where each keeps its decoder layers and modules.
 
-Weights, layer plans and LoRA tensors are the business of the files beside this one.
+Weights, layer plans and LoRA tensors are left to the files beside this one.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ _NONE_MEANS_OFF = ("sliding_window",)  # where it is left out, the config class 
 
 @dataclass(frozen=True)
 class Family:
-    """Where a family keeps things: dotted paths from the CausalLM, module names within a decoder layer.
+    """A model family: its classes, and where it keeps things, as dotted paths from the CausalLM.
 
     config_name, model_name: classes of Transformers. extra_fields: config fields beside those of every family.
-    fused: LoRA target names that people know from llama, and the module that holds them here.
+    fused: for LoRA targets that people know from llama, the module that holds them in this family.
     """
 
     model_type: str
@@ -71,27 +71,27 @@ class Family:
 
     @property
     def config_class(self) -> Any:
-        """Transformers' config class."""
+        """The config class of Transformers."""
         return getattr(transformers, self.config_name)
 
     @property
     def model_class(self) -> Any:
-        """Transformers' CausalLM class."""
+        """The CausalLM class of Transformers."""
         return getattr(transformers, self.model_name)
 
     @property
     def ends(self) -> dict[str, str]:
-        """Dotted paths of the modules around the layers, by their role in a bundle."""
+        """The dotted paths of the modules around the layers, by their role in a bundle."""
         return {"embedding": self.embedding, "norm": self.norm, "head": self.head}
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Config fields that a manifest may carry."""
+        """The config fields that a manifest may carry."""
         return (*_COMMON, *self.extra_fields)
 
     @property
     def sizes(self) -> tuple[str, ...]:
-        """Config fields that are sizes of tensors."""
+        """The config fields that are sizes of tensors."""
         return tuple(name for name in _SIZES if name in self.fields)
 
 
@@ -156,7 +156,7 @@ FAMILIES = {
     )
 }
 
-# What is not computed here: a head is a matrix, attention looks back only and runs through SDPA, which caps nothing.
+# Not computed here: a head is a matrix, attention looks back only and runs through SDPA, which caps nothing.
 _REFUSED = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
 
 
@@ -170,7 +170,7 @@ def family_of(model_type: str) -> Family:
         return FAMILIES[model_type]
     except KeyError:
         raise UsageProblem(
-            f"the model family {model_type!r} is not supported; these are: {', '.join(sorted(FAMILIES))}"
+            f"the model family {model_type!r} is not supported; choose a model of {', '.join(sorted(FAMILIES))}"
         ) from None
 
 
@@ -203,7 +203,7 @@ def build_config(family: Family, fields: dict[str, Any], layers: Sequence[int] |
     unknown = sorted(set(fields) - set(family.fields))
     if unknown:
         raise UsageProblem(
-            f"config field {unknown[0]!r} is not allowed for {family.model_type}; allowed: {family.fields}"
+            f"the config field {unknown[0]!r} is not allowed for {family.model_type}; these are: {', '.join(family.fields)}"
         )
     chosen = dict(fields)
     if layers is not None:
@@ -250,16 +250,18 @@ def branch(layer: Any, half: Half) -> tuple[str, ...]:
 
 
 class _NoAttention(torch.nn.Module):
-    """Stands in the place of a pruned attention: adds 0 to the stream and has no weights."""
+    """A module in the place of a pruned attention, which adds 0 to the stream and has no weights."""
 
     def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+        """Return 0, in the form in which attention returns its output."""
         return hidden_states.new_zeros(()), None
 
 
 class _NoMLP(torch.nn.Module):
-    """Stands in the place of a pruned MLP: adds 0 to the stream and has no weights."""
+    """A module in the place of a pruned MLP, which adds 0 to the stream and has no weights."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        """Return 0."""
         return hidden_states.new_zeros(())
 
 
@@ -321,8 +323,8 @@ def lora_modules(
         names = [name for name in modules if name == wanted or name.endswith(f".{wanted}")]
         if not names:
             raise UsageProblem(
-                f"[lora] targets names {target!r}, which matches nothing in layer {number} of this "
-                f"{family.model_type} model; it has: {', '.join(name.rpartition('.')[2] for name in modules)}"
+                f"[lora] targets names {target!r}, which matches no module in layer {number} of this "
+                f"{family.model_type} model; choose from {', '.join(name.rpartition('.')[2] for name in modules)}"
             )
         found |= {name: (modules[name].out_features, modules[name].in_features) for name in names if name in kept}
     return found

@@ -1,8 +1,9 @@
-"""Put LoRA on a model through PEFT, named by full-LLM layers: `layers.29.self_attn.q_proj.lora_A` (rank, in), `lora_B`
-(out, rank).
+"""Put LoRA on a model through PEFT, with tensors that are named by full-LLM layers.
+
+    layers.29.self_attn.q_proj.lora_A (rank, in), layers.29.self_attn.q_proj.lora_B (out, rank)
 
 Two sets of tensors share one mechanism: the emulator LoRA, which alignment trains, and the adapter LoRA, which edges
-train. Training them is `oda.py`'s and `training.py`'s business.
+train. Training them is left to `oda.py` and `training.py`.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
 from fedsoda_edge.model.border import PREFIX, BorderMap, map_tensors
+from fedsoda_edge.model.delta import LoRATensors
 from fedsoda_edge.model.families import Family, lora_modules
 from fedsoda_edge.model.sub_llm import SubLLM
 from fedsoda_edge.protocol.manifest import Half, LoRASpec, TensorSpec
 
-LoRATensors = dict[str, Tensor]
-Held = TypeVar("Held", bound=Tensor)
+TensorT = TypeVar("TensorT", bound=Tensor)
 
 
 def specs(
@@ -33,7 +34,7 @@ def specs(
     rank: int,
     lacking: Mapping[int, Half] = MappingProxyType({}),
 ) -> tuple[TensorSpec, ...]:
-    """Give names and shapes of the LoRA tensors on these full-LLM layers, ascending by name.
+    """List names and shapes of the LoRA tensors on these full-LLM layers, ascending by name.
 
     Args:
         lacking: layers of which one half is pruned (`LayerPlan.lacking`).
@@ -53,7 +54,7 @@ def initial(layout: Sequence[TensorSpec], seed: int) -> LoRATensors:
     """Draw A ~ N(0, 1 / rank^2) and set B = 0 (paper eq. 3; sigma as PEFT's "gaussian"), fp32.
 
     A border map in the layout is zero and changes nothing. Each tensor has a generator of its own, seeded by
-    (seed, name), so that a tensor does not depend on which other ones there are.
+    (seed, name), so that a tensor does not depend on the others.
     """
     tensors = {}
     for spec in layout:
@@ -66,16 +67,16 @@ def initial(layout: Sequence[TensorSpec], seed: int) -> LoRATensors:
     return tensors
 
 
-def on(layers: Container[int], tensors: Mapping[str, Held]) -> dict[str, Held]:
+def on(layers: Container[int], tensors: Mapping[str, TensorT]) -> dict[str, TensorT]:
     """Select the tensors that lie on these full-LLM layers; a border map lies on none."""
     lying = {name: tensor for name, tensor in tensors.items() if not name.startswith(PREFIX)}
     return {name: tensor for name, tensor in lying.items() if int(name.split(".")[1]) in layers}
 
 
 def attach(sub_llm: SubLLM, spec: LoRASpec, tensors: LoRATensors) -> None:
-    """Put LoRA on exactly the modules that `tensors` names, with these values, unmerged and not trainable.
+    """Put LoRA on exactly the modules that `tensors` names, with these values, unmerged and frozen.
 
-    A border map in `tensors` goes before the adapter's first layer.
+    A border map in `tensors` is put before the adapter's first layer.
     """
     modules = sorted({name.rpartition(".lora_")[0] for name in tensors if not name.startswith(PREFIX)})
     if map_tensors(tensors):

@@ -1,7 +1,7 @@
 """Compute cross-entropy and KL over a large vocabulary in chunks of rows: B x T x V never exists at once.
 
 Only the hidden states get a gradient: the head is frozen, docs/methods.md (m8-loss). Where the head is not held in the
-dtype of the hidden states, one tile of the vocabulary is dense at a time. Which rows count is the caller's business.
+dtype of the hidden states, one tile of the vocabulary is dense at a time. Which rows count is left to the caller.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from fedsoda_edge.protocol.needs import chunk_rows
 
 Head: TypeAlias = Tensor | NF4Linear  # (V, C), frozen
 
-TILE_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 24}  # of a head that is held in fewer bits
+TILE_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 24}  # weights in a tile of a head that is held in fewer bits
 
 
 def _tiles(head: Head, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Cut the head into tiles: (which ids, their dense rows in `dtype`), ascending. The next tile may overwrite it."""
+    """Cut the head into tiles: (which ids, their dense rows in `dtype`), ascending. The next tile may overwrite one."""
     if isinstance(head, Tensor) and head.dtype == dtype:
         yield slice(0, len(head)), head
         return
@@ -61,6 +61,8 @@ def _times_head(grad: Tensor, head: Head, dtype: torch.dtype) -> Tensor:
 
 
 class _CrossEntropy(torch.autograd.Function):
+    """The mean cross-entropy over rows; the gradient of the hidden states is computed in the forward pass."""
+
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -111,6 +113,8 @@ def log_likelihoods(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
 
 
 class _KL(torch.autograd.Function):
+    """The mean KL divergence over rows; the gradient of the student's states is computed in the forward pass."""
+
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, head: Head) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=student.device)

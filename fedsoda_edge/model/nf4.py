@@ -1,8 +1,8 @@
 """Hold matrices in NF4 with double quantization, on disk and in RAM, and train through them in a linear layer.
 
-The numbers are bitsandbytes' own (QLoRA, arXiv 2305.14314), so that CUDA kernels and plain Transformers read
+The numbers are those of bitsandbytes (QLoRA, arXiv 2305.14314), so that CUDA kernels and plain Transformers read
 our files. A weight's value is codebook[q] * absmax in fp32; a device rounds it to the dtype in which it computes.
-Which layers are quantized is `bundle.py`'s business.
+Which layers are quantized is left to `bundle_writer.py`.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class NF4Tensor:
     shape: tuple[int, int]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """Give the parts for safetensors: `name` with a suffix for each."""
+        """Return the parts for safetensors, each named `name` with a suffix."""
         return {
             f"{name}.codes": self.codes,
             f"{name}.absmax": self.absmax,
@@ -119,7 +119,7 @@ class NF4Tensor:
 
 
 def nf4_entries(size: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """List what `NF4Tensor.tensors` holds for a matrix of `size` weights: safetensors dtype and shape of each part."""
+    """List the parts that `NF4Tensor.tensors` returns for `size` weights: safetensors dtype and shape of each."""
     blocks = math.ceil(size / BLOCK)
     return {
         "codes": ("U8", (math.ceil(size / 2),)),
@@ -131,7 +131,7 @@ def nf4_entries(size: int) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def quantize(weight: Tensor) -> NF4Tensor:
-    """Quantize a matrix; blocks run over the flattened matrix, as in bitsandbytes."""
+    """Quantize a matrix (rows, cols); blocks run over the flattened matrix, as in bitsandbytes."""
     flat = weight.detach().float().flatten()
     index, absmax = _coded(flat, BLOCK, codebook())
     # An odd last weight shares its byte with the code of 0.0, as in bitsandbytes: blocks are filled up with zeros.
@@ -197,7 +197,7 @@ def _values_bitsandbytes(codes: Tensor, absmax: Tensor, shape: tuple[int, int], 
 
 
 def dequantize(tensor: NF4Tensor, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Tensor:
-    """Make the dense matrix on the device; values are fp32 products, rounded to `dtype`."""
+    """Make the dense matrix (rows, cols) on the device; values are fp32 products, rounded to `dtype`."""
     codes, absmax = tensor.codes.to(device), tensor.absmax_values().to(device)
     values = _values_bitsandbytes if codes.is_cuda else _values
     return values(codes, absmax, tensor.shape, dtype)
@@ -207,8 +207,8 @@ def dequantize_rows(codes: Tensor, absmax: Tensor, rows: Tensor, nested_absmax: 
     """Dequantize some rows of a matrix whose rows are whole blocks: (M, C), fp32.
 
     Args:
-        codes: (M, C / 2) of these rows. absmax: (M, C / 64) of these rows. rows: (M,), their places in the matrix.
-        nested_absmax, offset: of the whole matrix.
+        codes: (M, C / 2), absmax: (M, C / 64), only of these rows. rows: (M,), their places in the matrix.
+        nested_absmax, offset: those of the whole matrix.
     """
     per_row = absmax.shape[1]
     blocks = rows[:, None] * per_row + torch.arange(per_row)
@@ -217,12 +217,13 @@ def dequantize_rows(codes: Tensor, absmax: Tensor, rows: Tensor, nested_absmax: 
 
 
 class _Scratch(threading.local):
-    """Flat tensors that a thread fills repeatedly: fresh pages would cost more than the arithmetic."""
+    """The flat tensors that a thread fills repeatedly: fresh pages would cost more than the arithmetic."""
 
     def __init__(self) -> None:
         self.kept: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def take(self, use: str, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return `size` numbers of scratch memory for this use; its values are arbitrary."""
         kept = self.kept.get((use, dtype))
         if kept is None or kept.numel() < size:
             with torch.inference_mode(False):  # a tensor made in inference mode could not be written to after it
@@ -242,7 +243,7 @@ def has_instructions_for(dtype: torch.dtype) -> bool:
 
 
 def _multiply(x: Tensor, layer: NF4Linear, is_forward: bool) -> Tensor:
-    """Multiply x W^T, or x W for the gradient, on the CPU; W is dequantized in tiles that stay in the cache.
+    """Compute x W^T, or x W for the gradient, on the CPU; W is dequantized in tiles that stay in the cache.
 
     A dtype without instructions is multiplied and summed in fp32 from the same rounded weights, and rounded once.
     """
@@ -288,7 +289,7 @@ def _multiply(x: Tensor, layer: NF4Linear, is_forward: bool) -> Tensor:
 
 
 class _NF4Matmul(torch.autograd.Function):
-    """y = x W^T with W dequantized in forward and in backward; W is frozen and has no gradient."""
+    """The product y = x W^T, with W dequantized in forward and in backward; W is frozen and has no gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: NF4Linear) -> Tensor:
@@ -321,7 +322,7 @@ class NF4Linear(nn.Linear):
             self.bias = nn.Parameter(bias.to(device), requires_grad=False)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """Make the matrix in `dtype`."""
+        """Make the dense matrix (rows, cols) in `dtype`."""
         values = _values_bitsandbytes if self.weight.is_cuda else _values
         return values(self.weight, self.absmax, self.shape, dtype)
 

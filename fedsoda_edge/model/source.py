@@ -1,6 +1,6 @@
-"""Say what layers come from: the seam `LayerSource`, and the hub's 16-bit checkpoint behind it.
+"""Define where layers come from (`LayerSource`), and read them from the hub's 16-bit checkpoint.
 
-The bundle, from which edges read layers, is `bundle.py`'s business; running the layers is `streaming.py`'s.
+Reading them from a bundle, as edges do, is left to `bundle.py`, running them to `streaming.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fedsoda_edge.protocol.manifest import TOKENIZER_FILES, Half
 
 
 class LayerSource(Protocol):
-    """Where layers come from: a 16-bit checkpoint on the hub, an NF4 bundle on an edge."""
+    """A source of layers: a 16-bit checkpoint on the hub, an NF4 bundle on an edge."""
 
     family: Family
     fields: dict[str, Any]
@@ -63,16 +63,22 @@ class LayerSource(Protocol):
 
 
 class Checkpoint:
-    """A safetensors checkpoint of a supported family, read tensor by tensor.
+    """A safetensors checkpoint of a supported family, read tensor by tensor: a `LayerSource`.
 
-    name: the model hub's id or the directory's name, never a local path. revision: the model hub's commit; None: a
-    directory, which has only its weights to be known by.
+    Args:
+        name: the model hub's id or the directory's name, never a local path.
+        revision: the model hub's commit; None: a directory, which only its weights identify.
+
+    Raises:
+        UsageProblem: on construction, when the directory does not hold a model that can be pruned.
     """
 
     def __init__(self, directory: Path, name: str, revision: str | None) -> None:
         config_file = directory / "config.json"
         if not config_file.exists():
-            raise UsageProblem(f"{directory} has no config.json; a model directory holds config.json and *.safetensors")
+            raise UsageProblem(
+                f"{directory} has no config.json; name a model's directory, with config.json and *.safetensors"
+            )
         raw = json.loads(config_file.read_text(encoding="utf-8"))
         self.path = directory
         self.name = name
@@ -80,7 +86,8 @@ class Checkpoint:
         if "quantization_config" in raw:
             method = raw["quantization_config"].get("quant_method", "unknown")
             raise UsageProblem(
-                f"{name} is already quantized ({method}); SGP and ODA need the 16-bit checkpoint it was made from"
+                f"{name} is already quantized ({method}); name the 16-bit checkpoint from which it was made, which SGP and "
+                "ODA need"
             )
         config = self.family.config_class.from_dict(raw)
         self.fields = allowed_fields(self.family, config)
@@ -95,7 +102,7 @@ class Checkpoint:
 
     @cached_property
     def revision(self) -> str:
-        """The model hub's commit; of a directory the sha256 over its config and weights, all of which the first use reads.
+        """The model hub's commit; for a directory the sha256 over its config and weights, all read at the first use.
 
         A model that was trained further under its old name is another model.
         """
@@ -105,14 +112,14 @@ class Checkpoint:
         return hashlib.sha256(json.dumps([files, self.fields], sort_keys=True).encode()).hexdigest()
 
     def without(self, lacking: Mapping[int, Half]) -> Checkpoint:
-        """Give the same checkpoint with these halves of layers pruned: nobody reads or runs them."""
+        """Return the same checkpoint with these halves of layers pruned: they are not read and not run."""
         pruned = copy.copy(self)
         pruned.lacking = lacking
         return pruned
 
     @property
     def bytes(self) -> int:
-        """Bytes of the weights on disk."""
+        """The bytes of the weights on disk."""
         return sum(path.stat().st_size for path in set(self._files.values()))
 
     @classmethod
@@ -125,7 +132,7 @@ class Checkpoint:
             revision: the commit of a model hub's id; None: the newest. A directory has only its own.
 
         Raises:
-            UsageProblem: there is no such model, or it is none that can be pruned; says what to do.
+            UsageProblem: there is no such model, or it cannot be pruned.
         """
         path = Path(model).expanduser()
         if relative_to is not None and not path.is_absolute():
@@ -133,7 +140,9 @@ class Checkpoint:
         if path.is_dir():
             return cls(path, path.resolve().name, None)
         if model.startswith((".", "/", "~")) or model.count("/") > 1:
-            raise UsageProblem(f"the model directory {path} is not there; name a directory or a hub id like org/model")
+            raise UsageProblem(
+                f"the model's directory {path} does not exist; name a directory, or a model hub's id such as org/model"
+            )
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -141,7 +150,7 @@ class Checkpoint:
             local = snapshot_download(model, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.jinja"])
         except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, OSError) as error:
             raise UsageProblem(
-                f"{model!r} is neither a directory here nor could it be fetched from the model hub ({error}); "
+                f"{model!r} is not a directory here and could not be fetched from the model hub ({error}); "
                 "check the name, HF_TOKEN for gated models, and the network"
             ) from error
         return cls(Path(local), model, Path(local).name)
@@ -182,7 +191,7 @@ class Checkpoint:
         """Read the tensors of a module, by name within it, except those of its modules `pruned`."""
         names = [name.removeprefix(prefix) for name in self._files if name.startswith(prefix)]
         if not names:
-            raise UsageProblem(f"{self.name} has no tensor below {prefix!r}, so it is incomplete; fetch it again")
+            raise UsageProblem(f"{self.name} has no tensors below {prefix!r}, so it is incomplete; fetch it again")
         return {name: self._read(prefix + name) for name in names if name.partition(".")[0] not in pruned}
 
 
@@ -192,7 +201,7 @@ def read_rows(table: Any, ids: Tensor) -> Tensor:
 
 
 def _tensor_table(directory: Path, name: str) -> dict[str, Path]:
-    """List which file holds which tensor."""
+    """Map each tensor's name to its file."""
     index = directory / "model.safetensors.index.json"
     if index.exists():
         table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -212,6 +221,6 @@ def _tensor_table(directory: Path, name: str) -> dict[str, Path]:
             "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT)"
         )
     raise UsageProblem(
-        f"{name} has no model.safetensors; found {[p.name for p in directory.iterdir()][:8]}; "
+        f"{name} has no model.safetensors, only {', '.join([p.name for p in directory.iterdir()][:8])}; "
         "name the directory that save_pretrained wrote"
     )

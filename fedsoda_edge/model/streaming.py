@@ -2,7 +2,7 @@
 
 Layers are the outer loop, samples the inner one, so each weight is read once for all samples:
 docs/methods.md (m6-streaming). The next layer is read, as it is stored, while this one computes. What the hidden states
-are for is the caller's business.
+are used for is left to the caller.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fedsoda_edge.model.families import build_config, prune_half, skeleton
 from fedsoda_edge.model.nf4 import NF4Linear, NF4Tensor, dequantize
 from fedsoda_edge.model.source import LayerSource
 
-KEPT_CALL_BYTES = 64 << 20  # of masks and rotary tables that the layers of a sweep are called with
+KEPT_CALL_BYTES = 64 << 20  # of masks and rotary tables, with which the layers of a sweep are called
 
 Enter = Callable[[int, Any], None]
 Visit = Callable[[int, list[Tensor]], None]
@@ -46,7 +46,7 @@ def stream(
     visit: Visit | None = None,
     progress: LayersDone | None = None,
 ) -> list[Tensor]:
-    """Run samples through `layers` and give the hidden states of each after the last one, without padding.
+    """Run samples through `layers` and return the hidden states of each after the last one, without padding.
 
     This knows no border map: states at the border come from `border.border_states`.
 
@@ -56,16 +56,16 @@ def stream(
         ids: one (T_i,) int64 tensor per sample. Samples are bucketed by length and padded on the right:
             under causal attention no real position sees a pad, so no mask is needed.
         start: hidden states (T_i, C) to begin with instead of the embeddings of `ids`.
-        compute_dtype: what weights and hidden states have while a layer runs.
-        store_dtype: what hidden states are rounded to between layers; None: compute_dtype.
+        compute_dtype: the dtype of weights and hidden states while a layer runs.
+        store_dtype: the dtype to which hidden states are rounded between layers; None: compute_dtype.
         batch_tokens: padded positions of a batch, at most; a longer sample is a batch of its own.
-        batches: samples that run together instead, by their places in `ids`. The last bits of a sample's states
-            depend on which samples run with it.
+        batches: which samples run together, by their places in `ids`; None: by batch_tokens. The last bits of a
+            sample's states depend on which samples run with it.
         branches: one per sample, for samples that hold several sequences with one beginning. Then no sample may be
             longer than a sliding window of the model.
         lora: tensors by full-LLM name; applied unmerged, as PEFT does: y + scale * (x A^T) B^T.
-        dense: NF4 weights are dequantized once for all samples; otherwise for each batch again, tile by tile.
-        enter: called as enter(layer, its module) before the layer runs; hooks that it adds go with the module.
+        dense: whether NF4 weights are dequantized once for all samples; otherwise for each batch again, tile by tile.
+        enter: called as enter(layer, its module) before the layer runs; hooks that it adds end with the module.
         visit: called as visit(layer, hidden states of all samples) after each layer.
         progress: called as progress(layers done, layers in all).
 
@@ -89,7 +89,7 @@ def stream(
         base = model.get_submodule(family.layers.rpartition(".")[0])
         calls = _Calls(base)
         if branches is not None and all(len(row.forks) == 1 for row in branches):
-            branches = None  # their shape says all, so that batches of one shape share what is kept of them
+            branches = None  # the batch's shape says all, so that batches of one shape share masks and tables
         base.rotary_emb.to(device)  # the only real tensors of the skeleton
         for done, number in enumerate(layers):
             assert coming is not None
@@ -120,7 +120,7 @@ def stream(
 
 
 def _embedded(module: Any, source: LayerSource, ids: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Pass the ids' rows through the family's own embedding module, which may scale them (Gemma); other rows stay out."""
+    """Run the ids through the family's own embedding module, which may scale (Gemma); only the rows in use are read."""
     used, places = torch.unique(torch.cat(list(ids)), return_inverse=True)
     module.weight = nn.Parameter(source.embedding_rows(used).to(dtype), requires_grad=False)
     module.padding_idx = None  # an id of the whole table; without gradients it has no meaning
@@ -130,7 +130,7 @@ def _embedded(module: Any, source: LayerSource, ids: Sequence[Tensor], dtype: to
 
 
 class _Recorder(torch.nn.Module):
-    """Stands in a layer's place while the family's own base model runs, and notes how it is called."""
+    """A module in a layer's place, which notes how the family's own base model calls it."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
@@ -145,13 +145,14 @@ class _Recorder(torch.nn.Module):
         return self.__dict__.pop("layer")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Note the arguments, and return the hidden states as they are."""
         hidden = args[0] if args else kwargs.pop("hidden_states")
         self.__dict__["call"] = args[1:], kwargs
         return hidden
 
 
 class _Calls:
-    """Learns how a family's base model calls its layers for a batch: masks, rotary tables and other arguments."""
+    """The arguments with which a family's base model calls its layers for a batch: masks, rotary tables and others."""
 
     def __init__(self, base: Any) -> None:
         self._base = base
@@ -168,7 +169,7 @@ class _Calls:
     def arguments(
         self, number: int, hidden: Tensor, branches: tuple[Branches, ...]
     ) -> tuple[tuple[Any, ...], dict[str, object]]:
-        """Give a layer's arguments for these hidden states, as the family's own forward would pass them."""
+        """Return a layer's arguments for these hidden states, as the family's own forward would pass them."""
         key = hidden.shape, branches
         if key not in self._kept:
             positions, mask = attention(branches, hidden.device)
@@ -185,7 +186,7 @@ class _Calls:
 
 
 def _tensors(call: Any) -> Iterator[Tensor]:
-    """List the tensors in a layer's arguments, however they are nested."""
+    """Yield the tensors in a layer's arguments, however they are nested."""
     if isinstance(call, Tensor):
         yield call
     elif isinstance(call, dict | tuple | list):
@@ -204,8 +205,8 @@ def fill(
     """Replace a module's meta tensors by real ones.
 
     Args:
-        weights: by name within the module.
-        dense: NF4 matrices are dequantized, to the same values; otherwise they become NF4Linear.
+        weights: tensors by name within the module.
+        dense: whether NF4 matrices are dequantized, to the same values; otherwise they become NF4Linear.
     """
     missing = {name for name, _ in module.named_parameters()} - set(weights)
     assert not missing, f"{module} lacks {sorted(missing)}"
@@ -218,7 +219,7 @@ def fill(
             linear = NF4Linear(value, bias, device)
             parent, _, child = path.rpartition(".")
             setattr(module.get_submodule(parent) if parent else module, child, linear)
-        elif not isinstance(owner, NF4Linear):  # whose bias it has already
+        elif not isinstance(owner, NF4Linear):  # which has its bias already
             if isinstance(value, NF4Tensor):
                 shape = getattr(owner, leaf).shape  # a stack of experts is one tall matrix in NF4
                 value = dequantize(value, dtype, device).reshape(shape)
@@ -234,7 +235,7 @@ def _lora_hooks(
     device: str | torch.device,
     dtype: torch.dtype,
 ) -> Iterator[None]:
-    """Add LoRA to the linear modules of one layer for a while, unmerged."""
+    """Add LoRA to the linear modules of one layer within the block, unmerged."""
     handles = []
     for name in [n for n in lora if n.startswith(prefix) and n.endswith(".lora_A")]:
         module = name.removeprefix(prefix).removesuffix(".lora_A")

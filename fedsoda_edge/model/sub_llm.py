@@ -1,7 +1,7 @@
-"""Build the model that holds some full-LLM layers; the only file that knows local layer positions.
+"""Build the model that holds some full-LLM layers; no other file knows local layer positions.
 
 The whole sub-LLM, its adapter alone (fed with border states) and the part that an alignment trains are all the
-same thing: a Transformers CausalLM of the family with the chosen layers. `lora.py` puts LoRA on it.
+same thing: a Transformers CausalLM of the family with the chosen layers. Putting LoRA on it is left to `lora.py`.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from fedsoda_edge.model.streaming import fill
 class SubLLM:
     """A model of some full-LLM layers.
 
-    model: a CausalLM with the layers `numbers` (full-LLM) in local positions 0, 1, ... dtype: in which it computes.
-    recompute: a backward pass makes the activations of all layers but the last again. border_map: the one that
-    `lora.attach` put before the adapter's first layer; None: the view has none.
+    model: a CausalLM with the layers `numbers` (full-LLM) in local positions 0, 1, ... dtype: the one in which it
+    computes. recompute: whether a backward pass computes the activations of all layers but the last again. border_map:
+    the one that `lora.attach` put before the adapter's first layer; None: the view has none.
     """
 
     model: Any
@@ -57,7 +57,7 @@ class SubLLM:
     ) -> Tensor:
         """Run the model up to the final norm: (B, T, C).
 
-        Pads go to the right: causal attention keeps real positions from seeing them, so there is no mask.
+        Pads are on the right: causal attention keeps real positions from seeing them, so there is no mask.
 
         Args:
             ids: (B, T), where the model has its embedding.
@@ -81,7 +81,7 @@ class SubLLM:
         positions: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """Run the model as `hidden` does, and give only the positions (rows, columns), (M,) each: (M, C).
+        """Run the model as `hidden` does, and return only the positions (rows, columns), (M,) each: (M, C).
 
         Nothing else of the last layer is needed: its queries, its output projection, its MLP and the final norm run
         on these M rows alone; keys and values on all. Only the order of sums differs.
@@ -146,7 +146,7 @@ def _last_layer_at(layer: Any, rows: Tensor, columns: Tensor) -> Iterator[None]:
         return out.new_zeros(shape).index_put((rows, columns), out)  # other positions ask nothing
 
     hooks = [layer.register_forward_pre_hook(enter_layer, with_kwargs=True)]
-    if hasattr(attention, "o_proj"):  # otherwise it is pruned, and no position needs another one
+    if hasattr(attention, "o_proj"):  # otherwise it is pruned, and no position depends on another
         hooks += [
             attention.register_forward_pre_hook(enter_attention, with_kwargs=True),
             attention.register_forward_hook(leave_attention),
@@ -167,8 +167,8 @@ def _last_layer_at(layer: Any, rows: Tensor, columns: Tensor) -> Iterator[None]:
 def _number_attention(model: Any, source: LayerSource, numbers: Sequence[int]) -> None:
     """Give a place in the cache of keys and values only to the layers that have attention.
 
-    Transformers takes the length of what a cache holds from its first layer, and what kind of cache each layer has
-    from the config of the CausalLM; the base model below goes through all layers by its own.
+    Transformers takes the length of a cache's content from its first layer, and the kind of cache of each layer from
+    the config of the CausalLM; the base model below it goes through all layers by its own config.
     """
     attending = [position for position, number in enumerate(numbers) if source.lacking.get(number) != "attention"]
     if len(attending) < len(numbers):
@@ -198,10 +198,10 @@ def build(
 
     Args:
         layers: full-LLM numbers, ascending; none: final norm and head alone.
-        dense: NF4 weights are dequantized once (the same values, quicker, more memory); otherwise
-            they stay NF4 and are dequantized in every forward and backward.
-        dense_head: the head is held in compute_dtype; otherwise as it is stored, and widened tile by tile.
-        recompute: layers make their activations again in the backward pass, except the last, which keeps few.
+        dense: whether NF4 weights are dequantized once (the same values, quicker, more memory); otherwise they stay NF4
+            and are dequantized in every forward and backward pass.
+        dense_head: whether the head is held in compute_dtype; otherwise as it is stored, and widened tile by tile.
+        recompute: whether layers compute their activations again in the backward pass, except the last, which keeps few.
         embedding: whether the model is fed with ids; without it the embedding is not loaded.
 
     Raises:

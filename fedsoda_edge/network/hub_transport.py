@@ -1,7 +1,7 @@
-"""Bytes over websockets (control, updates) and httpx (bundles); the only edge file that touches the network.
+"""Carry bytes to a hub and back: websockets (control, updates) and httpx (bundles). No other edge file uses the network.
 
-It cannot name the file that reads private text (tests/test_architecture.py). Proxies of the environment are
-honoured by both libraries.
+It cannot import the room that reads private text (tests/test_architecture.py). Both libraries honour the proxies of the
+environment. What the bytes mean is left to `protocol`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from fedsoda_edge.errors import HubUnreachable, RefusedByHub, UsageProblem
 from fedsoda_edge.protocol.codec import MAX_FRAME_BYTES, wire_bytes
 
 OPEN_SECONDS = 20.0
-PIECE_BYTES = 64 << 10  # what came of a piece that a cut connection leaves behind is fetched again
-IDLE_SECONDS = 2.0  # a kept connection is used again; servers close theirs after five and more
+PIECE_BYTES = 64 << 10  # of a download; a piece that a cut connection leaves unfinished is fetched again
+IDLE_SECONDS = 2.0  # for which a connection is kept to be used again; servers close theirs after five or more
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,20 @@ class Certificate:
 
 
 class HubTransport:
-    """One hub at one URL. up and down count websocket payload and framing, in bytes."""
+    """The way to one hub at one URL. up, down: bytes of websocket payload and framing.
+
+    Raises:
+        UsageProblem: on construction, when the URL is not one of a hub.
+    """
 
     def __init__(self, url: str, token: str) -> None:
         try:
             parts = urlsplit(url if "://" in url else f"http://{url}")
             is_address = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        except ValueError:  # a port that is no number below 65536, a bracket left open
+        except ValueError:  # a port above 65535 or without digits, an open bracket
             is_address = False
         if not is_address:
-            raise UsageProblem(f"{url!r} is no hub address; write http://host:port or https://host")
+            raise UsageProblem(f"{url!r} is not the address of a hub; write http://host:port or https://host")
         self.url = f"{parts.scheme}://{parts.netloc}"
         self._parts = parts
         self._headers = {"Authorization": f"Bearer {token}"}
@@ -58,7 +62,7 @@ class HubTransport:
 
         Raises:
             HubUnreachable: names the first step that failed: DNS, TCP, TLS, HTTP.
-            RefusedByHub: the hub does not take the token.
+            RefusedByHub: the hub does not accept the token.
         """
         from websockets.asyncio.client import connect
         from websockets.exceptions import InvalidStatus, WebSocketException
@@ -85,23 +89,24 @@ class HubTransport:
             reason = str(json.loads(body)["reason"])
         if status in (401, 403):
             return RefusedByHub(f"the hub {self.url} refused: {reason or 'the token was not accepted'}")
-        if reason:  # so speaks a hub
+        if reason:  # a hub's answer has one
             return HubUnreachable(
-                f"{self.url} answers HTTP {status}: {reason}; ask the hub's owner, or join again later", "HTTP"
+                f"{self.url} answers HTTP {status}: {reason}; try again later, or ask the hub's owner", "HTTP"
             )
         return HubUnreachable(
-            f"{self.url} answers HTTP {status}, which a hub does not; check the address and the proxy before it", "HTTP"
+            f"{self.url} answers HTTP {status}, which no hub does; check the address, and the proxy if there is one",
+            "HTTP",
         )
 
     async def _diagnosis(self, cause: Exception) -> HubUnreachable:
-        """One pass over DNS, TCP, TLS, HTTP: the first that fails is what the user must mend."""
+        """Go through DNS, TCP, TLS and HTTP once, and return the error of the first step that fails."""
         for check in (self.check_dns, self.check_tcp, self.check_tls):
             try:
                 await check()
             except HubUnreachable as error:
                 return error
         return HubUnreachable(
-            f"HTTP: {self.url} answers, but not as a hub does ({cause}); check the address and the port", "HTTP"
+            f"HTTP: {self.url} answers, but not as a hub does ({cause}); check address and port", "HTTP"
         )
 
     @property
@@ -110,23 +115,31 @@ class HubTransport:
 
     @property
     def proxy(self) -> str | None:
-        """The environment's proxy for this hub; both libraries use it."""
+        """The environment's proxy for this hub, which both libraries use; None: there is none."""
         scheme, host = self._parts.scheme, self._address[0]
         return None if urllib.request.proxy_bypass(host) else urllib.request.getproxies().get(scheme)
 
     async def check_dns(self) -> str:
-        """The host's addresses. Raises HubUnreachable, as do the checks below."""
+        """Return the host's addresses, separated by commas.
+
+        Raises:
+            HubUnreachable: the name has no address.
+        """
         host, port = self._address
         try:
             found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as error:  # UnicodeError: no name could be spelt so
+        except (OSError, UnicodeError) as error:  # UnicodeError: no name can be spelt like this
             raise HubUnreachable(
-                f"DNS: the name {host!r} has no address ({error}); check the spelling", "DNS"
+                f"DNS: the name {host!r} has no address ({error}); check its spelling and the network", "DNS"
             ) from error
         return ", ".join(dict.fromkeys(str(entry[4][0]) for entry in found))
 
     async def check_tcp(self) -> float:
-        """Seconds until the port answers."""
+        """Measure the seconds until the port answers.
+
+        Raises:
+            HubUnreachable: nothing answers at the port.
+        """
         host, port = self._address
         loop = asyncio.get_running_loop()
         started = loop.time()
@@ -135,14 +148,19 @@ class HubTransport:
                 _, writer = await asyncio.open_connection(host, port)
         except (OSError, TimeoutError) as error:
             raise HubUnreachable(
-                f"TCP: nothing answers at {host}:{port} ({str(error) or 'timeout'}); is the hub running, is the port open?",
+                f"TCP: nothing answers at {host}:{port} ({str(error) or 'timeout'}); check that the hub runs and that the "
+                "port is open",
                 "TCP",
             ) from error
         writer.close()
         return loop.time() - started
 
     async def check_tls(self) -> Certificate | None:
-        """The hub's certificate; None without TLS."""
+        """Return the hub's certificate; None for http://, which has no TLS.
+
+        Raises:
+            HubUnreachable: the port has no valid certificate.
+        """
         if self._parts.scheme != "https":
             return None
         host, port = self._address
@@ -152,7 +170,7 @@ class HubTransport:
         except (OSError, TimeoutError) as error:
             raise HubUnreachable(
                 f"TLS: {host}:{port} answers, but not with a valid certificate ({str(error) or 'timeout'}); "
-                "check the port and the certificate, or write http:// where the hub has no TLS",
+                "check port and certificate, or write http:// if the hub has no TLS",
                 "TLS",
             ) from error
         found = writer.get_extra_info("peercert")  # verified, so it is there
@@ -160,7 +178,11 @@ class HubTransport:
         return Certificate(str(found["notAfter"]))
 
     async def check_http(self) -> datetime | None:
-        """The hub's clock, as its answer to /healthz says it; None where it says none."""
+        """Return the time of the hub's clock, from its answer to /healthz; None where the answer has no date.
+
+        Raises:
+            HubUnreachable: there is no answer, or it is not that of a hub.
+        """
         import httpx
 
         try:
@@ -168,7 +190,7 @@ class HubTransport:
                 answer = await client.get(f"{self.url}/healthz")
         except httpx.HTTPError as error:
             raise HubUnreachable(
-                f"HTTP: {self.url} does not answer ({error!r}); check the proxy before it", "HTTP"
+                f"HTTP: {self.url} does not answer ({error!r}); check the proxy if there is one", "HTTP"
             ) from error
         if answer.status_code != 200:
             raise self._bad_status(answer.status_code, answer.content[:4096])
@@ -177,11 +199,15 @@ class HubTransport:
         return None
 
     async def send(self, frame: bytes) -> None:
-        """Raises HubUnreachable when the connection is gone."""
+        """Send a frame.
+
+        Raises:
+            HubUnreachable: the connection ended, or was never made.
+        """
         from websockets.exceptions import ConnectionClosed
 
         if self._socket is None:
-            raise HubUnreachable(f"not connected to {self.url}", "TCP")
+            raise HubUnreachable(f"there is no connection to {self.url}; join again", "TCP")
         try:
             await self._socket.send(frame)
         except ConnectionClosed as error:
@@ -189,6 +215,7 @@ class HubTransport:
         self.up += wire_bytes(frame, masked=True)
 
     async def frames(self) -> AsyncIterator[bytes]:
+        """Yield frames until the connection ends, orderly or not."""
         from websockets.exceptions import ConnectionClosed
 
         with contextlib.suppress(ConnectionClosed):
@@ -198,26 +225,28 @@ class HubTransport:
                 yield data
 
     async def close(self) -> None:
+        """End the connection, and downloads that run."""
         await self._hang_up()
         if self._http is not None:
             await self._http.aclose()
             self._http = None
 
     async def _hang_up(self) -> None:
-        """The websocket; a download goes on."""
+        """Close the websocket; a download continues."""
         if self._socket is not None:
             await self._socket.close()
             self._socket = None
 
     async def fetch(self, digest: str, offset: int) -> AsyncIterator[bytes]:
-        """A file of the bundle by HTTP range.
+        """Yield the bytes of a bundle's file from `offset` on, by HTTP range.
 
         Raises:
-            HubUnreachable: the transfer broke off; what came was yielded. RefusedByHub.
+            HubUnreachable: the transfer broke off; what came was yielded.
+            RefusedByHub: the hub does not accept the token.
         """
         import httpx
 
-        headers = {**self._headers, "Accept-Encoding": "identity"}  # a digest is of the bytes as they are
+        headers = {**self._headers, "Accept-Encoding": "identity"}  # the digest is that of the bytes as they are
         if offset:
             headers["Range"] = f"bytes={offset}-"
         if self._http is None:
@@ -236,5 +265,5 @@ class HubTransport:
                         yield piece
         except httpx.HTTPError as error:
             raise HubUnreachable(
-                f"the download from {self.url} broke off ({error!r}); join again goes on there", "HTTP"
+                f"the download from {self.url} broke off ({error!r}); join again, which continues it", "HTTP"
             ) from error

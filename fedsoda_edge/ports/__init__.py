@@ -1,4 +1,7 @@
-"""The seams to the outer world as small Protocols: Clock, Disk, Transport, TorchPort. The real ones stand beside."""
+"""Define the seams to the outer world as small Protocols: Clock, Disk, Transport, TorchPort.
+
+What stands behind them is left to the files beside this one and, for the network, to `network/hub_transport.py`.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +14,24 @@ from fedsoda_edge.protocol.calls import Call, ProgressT, ResultT
 
 
 class Clock(Protocol):
-    """Two clocks: durations come from `monotonic`, which no one can set back."""
+    """A clock. Durations come from `monotonic`, which nobody can set back."""
 
     def monotonic(self) -> float:
-        """Seconds since some fixed point."""
+        """Return seconds since some fixed point."""
         ...
 
     def wall(self) -> float:
-        """Seconds since 1970, for people and for deadlines that outlive a process."""
+        """Return seconds since 1970, for people and for deadlines that outlive a process."""
         ...
 
     async def sleep(self, seconds: float) -> None:
-        """Return when that many seconds of `monotonic` have passed."""
+        """Return after that many seconds of `monotonic`."""
         ...
 
 
 class SystemClock:
+    """The clock of this machine."""
+
     def monotonic(self) -> float:
         return time.monotonic()
 
@@ -38,25 +43,36 @@ class SystemClock:
 
 
 class Disk(Protocol):
-    """Durable blobs by digest (`disk.BlobStore` on a real disk, a dict in tests)."""
+    """A store of durable blobs by digest (`disk.BlobStore` on a real disk, a dict in tests)."""
 
     def put(self, data: bytes) -> str:
-        """Store durably, return the sha256. Raises DiskFull; then nothing half-written stays."""
+        """Store a blob durably; return its sha256.
+
+        Raises:
+            DiskFull: nothing half-written stays.
+        """
         ...
 
     def get(self, digest: str) -> bytes:
-        """Raises BlobCorrupt when the bytes do not have that digest, KeyError when there are none."""
+        """Read a blob.
+
+        Raises:
+            BlobCorrupt: the bytes do not have that digest.
+            KeyError: there is no blob of that digest.
+        """
         ...
 
-    def has(self, digest: str) -> bool: ...
+    def has(self, digest: str) -> bool:
+        """Tell whether there is a blob of that digest."""
+        ...
 
 
 class Transport(Protocol):
-    """One conversation with a hub in whole frames (`protocol.codec`), and its blobs over HTTP."""
+    """A way to one hub: a conversation in whole frames (`protocol.codec`), and files over HTTP."""
 
     @property
     def url(self) -> str:
-        """Which hub it is, for people."""
+        """The hub's address, for people."""
         ...
 
     @property
@@ -66,28 +82,45 @@ class Transport(Protocol):
 
     @property
     def down(self) -> int:
-        """Bytes of the conversation that came."""
+        """Bytes of the conversation that were received."""
         ...
 
     async def connect(self) -> None:
-        """Raises HubUnreachable (with the step), RefusedByHub."""
+        """Begin a connection; one that was open before ends.
+
+        Raises:
+            HubUnreachable: names the first step that failed.
+            RefusedByHub: the hub does not accept the token.
+        """
         ...
 
-    async def send(self, frame: bytes) -> None: ...
+    async def send(self, frame: bytes) -> None:
+        """Send a frame.
+
+        Raises:
+            HubUnreachable: the connection ended.
+        """
+        ...
 
     def frames(self) -> AsyncIterator[bytes]:
         """Yield frames until the connection ends, orderly or not."""
         ...
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """End the connection, and downloads that run."""
+        ...
 
     def fetch(self, digest: str, offset: int) -> AsyncIterator[bytes]:
-        """Yield the bytes of a bundle file from `offset` on."""
+        """Yield the bytes of a bundle's file from `offset` on.
+
+        Raises:
+            HubUnreachable: the transfer broke off; what came was yielded. RefusedByHub.
+        """
         ...
 
 
 class TorchPort(Protocol):
-    """Calls to a process that owns torch: `child.Child` starts one for them."""
+    """A process that owns torch and answers calls (`child.Child` starts one)."""
 
     @property
     def pid(self) -> int | None:
@@ -96,15 +129,17 @@ class TorchPort(Protocol):
 
     @property
     def rss_bytes(self) -> int | None:
-        """Bytes that the process holds now; None where nothing runs."""
+        """Bytes of memory that the process holds now; None while no process runs."""
         ...
 
     @property
     def peak_rss_bytes(self) -> int:
-        """Bytes that any of its processes held at most, as far as they have answered."""
+        """The most bytes of memory that one of its processes held, as far as they have answered."""
         ...
 
-    async def start(self) -> None: ...
+    async def start(self) -> None:
+        """Start the process. `call` does it too; this one saves the time of its imports."""
+        ...
 
     async def call(
         self, call: Call[ResultT, ProgressT], on_progress: Callable[[ProgressT], None] | None = None
@@ -112,10 +147,10 @@ class TorchPort(Protocol):
         """Run one call and return its result.
 
         Raises:
-            FedSODAError: what the call raised; WorkerFailed where the process ended, or raised something else.
+            FedSODAError: what the call raised; WorkerFailed where the process ended or has a defect.
         """
         ...
 
     async def close(self) -> None:
-        """End the process, by force where it does not end by itself in a few seconds."""
+        """End the process, by force if it has not ended after a few seconds."""
         ...

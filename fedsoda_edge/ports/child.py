@@ -1,8 +1,8 @@
-"""A child process on pipes: length-prefixed JSON both ways, tensors as files. It owns torch, its parent does not.
+"""Call a child process over pipes: length-prefixed JSON both ways, tensors as files. It owns torch, its parent does not.
 
 The child runs in its own process group and ends when its stdin closes, even in the middle of work: after a
 kill -9 of the parent nothing stays on the GPU. Calls, results and errors cross as typed data, never as pickles. What a
-call means is the worker's (`fedsoda_edge.worker`) or the hub's (`fedsoda_hub.compute`) business.
+call means is left to the edge's worker (`fedsoda_edge.worker`) and the hub's (`fedsoda_hub.compute`).
 """
 
 from __future__ import annotations
@@ -24,27 +24,30 @@ from fedsoda_edge.errors import FedSODAError, Field, WorkerFailed, by_name
 from fedsoda_edge.ports.system import group_of_its_own, peak_rss_bytes, was_killed
 from fedsoda_edge.protocol.calls import Call, ProgressT, ResultT, progress_type, result_type
 
-Report = Callable[[msgspec.Struct], None]
+ReportProgress = Callable[[msgspec.Struct], None]
 
 MAX_FRAME_BYTES = 64 << 20
-END_SECONDS = 5.0  # after its stdin closed; then it is killed
+END_SECONDS = 5.0  # that a process may take to end after its stdin closed, before it is killed
 
 
-class Progressed(msgspec.Struct, frozen=True, tag_field="reply", tag="progress"):
-    """How far the running call is: one of the call's progress types."""
+class ProgressReply(msgspec.Struct, frozen=True, tag_field="reply", tag="progress"):
+    """The progress of the running call, as its progress type."""
 
     progress: msgspec.Raw
 
 
-class Answered(msgspec.Struct, frozen=True, tag_field="reply", tag="result"):
-    """The result of a call, as its result type, and the most memory that the process has held so far."""
+class ResultReply(msgspec.Struct, frozen=True, tag_field="reply", tag="result"):
+    """The result of a call, as its result type. peak_rss_bytes: the most memory that the process has held so far."""
 
     result: msgspec.Raw
     peak_rss_bytes: int
 
 
-class Raised(msgspec.Struct, frozen=True, tag_field="reply", tag="error"):
-    """An error of our tree by its name, with its fields; name "": a defect, with its traceback in details."""
+class ErrorReply(msgspec.Struct, frozen=True, tag_field="reply", tag="error"):
+    """The error that a call raised: a class of `errors.py` by its name, with its fields.
+
+    name: "" for a defect, whose sentence is `text` and whose traceback is `details`.
+    """
 
     name: str
     fields: dict[str, Field] = {}
@@ -52,7 +55,7 @@ class Raised(msgspec.Struct, frozen=True, tag_field="reply", tag="error"):
     details: str = ""
 
 
-_Reply = Progressed | Answered | Raised
+_Reply = ProgressReply | ResultReply | ErrorReply
 _reply = msgspec.json.Decoder(_Reply)
 
 
@@ -65,7 +68,12 @@ def _frame(message: msgspec.Struct) -> bytes:
 
 
 class Child:
-    """One child process. Calls run one after the other; progress comes back while they run."""
+    """One child process, started again where it has ended. Calls run one after the other and report progress.
+
+    Args:
+        module: what the process runs, as `python -m` does.
+        environment: variables beside those of this process.
+    """
 
     def __init__(self, module: str, environment: Mapping[str, str] | None = None) -> None:
         self.module = module
@@ -80,6 +88,7 @@ class Child:
         self.peak_rss_bytes = 0
 
     async def start(self) -> None:
+        """Start the process."""
         if self._is_given_up:
             await self.close()
         self._has_answered = self._is_given_up = False
@@ -102,6 +111,7 @@ class Child:
 
     @property
     def pid(self) -> int | None:
+        """The process's number; None while no process runs that takes the next call."""
         return None if self._is_given_up else self._running_pid
 
     @property
@@ -110,7 +120,7 @@ class Child:
 
     @property
     def rss_bytes(self) -> int | None:
-        """What the process holds now; None where there is none."""
+        """Bytes of memory that the process holds now; None while no process runs."""
         import psutil
 
         pid = self._running_pid
@@ -126,7 +136,7 @@ class Child:
 
         Raises:
             FedSODAError: what the call raised.
-            WorkerFailed: the child ended, or raised something that is not ours.
+            WorkerFailed: the child ended, or has a defect.
         """
         result, progress = result_type(call), progress_type(call)
         async with self._lock:
@@ -142,7 +152,7 @@ class Child:
                     size = int.from_bytes(await self._process.stdout.readexactly(4), "big")
                     reply = _reply.decode(await self._process.stdout.readexactly(size))
                     self._has_answered = True
-                    if not isinstance(reply, Progressed):
+                    if not isinstance(reply, ProgressReply):
                         break
                     if on_progress is not None:
                         on_progress(msgspec.json.decode(reply.progress, type=progress))
@@ -152,27 +162,28 @@ class Child:
                     await self._drain
                 raise WorkerFailed(
                     f"the process {self.module} ended with status {status} during {type(call).__name__}"
-                    + (" (killed, most likely out of memory)" if was_killed(status) else ""),
+                    + (" (it was killed, most likely because memory ran out)" if was_killed(status) else ""),
                     "\n".join(self._last_words),
                     was_killed(status),
                 ) from error
             except BaseException:
                 self._is_given_up = True
                 raise
-            if isinstance(reply, Raised):
+            if isinstance(reply, ErrorReply):
                 raise _rebuilt(reply)
             self.peak_rss_bytes = max(self.peak_rss_bytes, reply.peak_rss_bytes)
             try:
                 return msgspec.json.decode(reply.result, type=result)
             except msgspec.ValidationError as error:  # as NaN, which JSON does not have
                 raise WorkerFailed(
-                    f"the process {self.module} answered {type(call).__name__} with what is not a {result.__name__}: {error}"
+                    f"the process {self.module} answered {type(call).__name__} with something other than a "
+                    f"{result.__name__}: {error}"
                 ) from error
 
     async def close(self) -> None:
-        """End it and wait. A child whose stdin closes ends at once, in the middle of work too.
+        """End the process and wait for that. A child whose stdin closes ends at once, in the middle of work too.
 
-        One that has not answered yet may still be importing, and one that is stopped reads nothing: both are killed.
+        A child that has not answered yet may still be importing, and one that is stopped reads nothing: both are killed.
         """
         if self._process is None:
             return
@@ -192,7 +203,7 @@ class Child:
         self._process._transport.close()  # type: ignore[attr-defined]
 
 
-def _rebuilt(raised: Raised) -> FedSODAError:
+def _rebuilt(raised: ErrorReply) -> FedSODAError:
     kind = by_name(raised.name)
     if kind is None:
         return WorkerFailed(raised.text, raised.details)
@@ -202,11 +213,12 @@ def _rebuilt(raised: Raised) -> FedSODAError:
 # --- the child's side ----------------------------------------------------------------------------------
 
 
-def serve(calls: Any, answer: Callable[[Any, Report], msgspec.Struct]) -> None:
+def serve(calls: Any, answer: Callable[[Any, ReportProgress], msgspec.Struct]) -> None:
     """Answer calls on stdin until it closes. What the program prints goes to stderr.
 
     Args:
-        calls: the union of the call types. answer: does one call, and may report progress while it does.
+        calls: the union of the call types.
+        answer: does one call and returns its result; it may report progress meanwhile.
     """
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
@@ -216,12 +228,12 @@ def serve(calls: Any, answer: Callable[[Any, Report], msgspec.Struct]) -> None:
     while True:
         reply: _Reply
         try:
-            result = answer(decode(waiting.get()), lambda progress: _write(out, Progressed(_raw(progress))))
-            reply = Answered(_raw(result), peak_rss_bytes())
+            result = answer(decode(waiting.get()), lambda progress: _write(out, ProgressReply(_raw(progress))))
+            reply = ResultReply(_raw(result), peak_rss_bytes())
         except FedSODAError as error:
-            reply = Raised(type(error).__name__, error.fields())
+            reply = ErrorReply(type(error).__name__, error.fields())
         except Exception as error:
-            reply = Raised("", text=f"{type(error).__name__}: {error}", details=traceback.format_exc())
+            reply = ErrorReply("", text=f"{type(error).__name__}: {error}", details=traceback.format_exc())
         _write(out, reply)
 
 

@@ -1,4 +1,7 @@
-"""The seam to terminals and scripts, the same for both commands: JSON envelope, sentences, exit statuses."""
+"""Speak to terminals and scripts, in the same way from both commands: JSON envelope, sentences, exit statuses.
+
+What a command does, and which events it shows, is left to the two `cli` rooms.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +30,17 @@ EXIT_HELP = (
 
 
 class Terminated(BaseException):
-    """SIGTERM: save state and exit 0."""
+    """The request of SIGTERM to save state and exit 0."""
 
 
 @contextlib.contextmanager
 def reporting(as_json: bool, jsonl: bool, debug: bool) -> Iterator[None]:
-    """Tell errors as one sentence, and exit with the status of their class."""
+    """Show an error as one sentence, and exit with the status of its class.
+
+    Args:
+        as_json, jsonl: whether stdout gets one JSON object, or one event a line.
+        debug: whether to show logs and tracebacks on stderr.
+    """
 
     def terminate(_: int, __: Any) -> None:
         raise Terminated
@@ -40,7 +48,7 @@ def reporting(as_json: bool, jsonl: bool, debug: bool) -> Iterator[None]:
     on_stop(terminate)
     try:
         if as_json and jsonl:
-            raise UsageProblem("--json prints one object and --jsonl one event a line; give one of them")
+            raise UsageProblem("--json prints one object and --jsonl one event a line; give only one of them")
         with logs_shown(is_debug=debug):
             yield
     except FedSODAError as error:
@@ -63,9 +71,11 @@ def _fail(error: Exception, status: int, as_json: bool, jsonl: bool, debug: bool
     if isinstance(error, FedSODAError):
         note(f"error: {error}")
     elif isinstance(error, OSError):
-        note(f"error: {error}; correct that on this machine, then try again")
+        note(f"error: {error}; correct this on this machine, then try again")
     else:
-        note(f"error: {type(error).__name__}: {error}; this is a defect of fedsoda: report it with what --debug adds")
+        note(
+            f"error: {type(error).__name__}: {error}; this is a defect of fedsoda: please report it, with what --debug shows"
+        )
     if debug:
         note(details or traceback.format_exc())
     fields = {"status": "error", "error": type(error).__name__, "message": str(error), "exit_status": status}
@@ -74,7 +84,7 @@ def _fail(error: Exception, status: int, as_json: bool, jsonl: bool, debug: bool
 
 
 def run(app: typer.Typer) -> None:
-    """Run the command and exit with its status. Wrong usage is a sentence too, and an object with --json."""
+    """Run the command and exit with its status. Wrong usage is shown as one sentence too, with --json as an object."""
     try:
         status = app(standalone_mode=False)
     except Exception as error:
@@ -83,7 +93,7 @@ def run(app: typer.Typer) -> None:
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()  # type: ignore[attr-defined]
         else:
-            note(f"error: {error.format_message().rstrip('.')}{_where(error)}; --help shows how it is used")
+            note(f"error: {error.format_message().rstrip('.')}{_where(error)}; --help shows how to use it")
         fields = {"status": "error", "error": "Usage", "message": error.format_message(), "exit_status": 2}
         finish(fields, is_asked("--json"), is_asked("--jsonl"))
         status = 2
@@ -91,20 +101,20 @@ def run(app: typer.Typer) -> None:
 
 
 def _where(error: Any) -> str:
-    """Name the wrong value and where it stands, where that is not the command line."""
+    """Name the wrong value and where it comes from, unless that is the command line."""
     context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
     if context is None or parameter is None:
         return ""
     source = getattr(context.get_parameter_source(parameter.name), "name", "")
     if source == "ENVIRONMENT":
-        return f" (it is {os.environ.get(str(parameter.envvar), '')!r} there)"
+        return f" ({parameter.envvar} is {os.environ.get(str(parameter.envvar), '')!r})"
     if source == "DEFAULT_MAP":
-        return f" ({parameter.name} = {context.lookup_default(parameter.name)!r} in config.toml)"
+        return f" (config.toml has {parameter.name} = {context.lookup_default(parameter.name)!r})"
     return ""
 
 
 def is_asked(option: str) -> bool:
-    """Tell whether the command line, which may be wrong elsewhere, or the environment asks for this option."""
+    """Tell whether the command line, which may have mistakes elsewhere, or the environment asks for this option."""
     return option in sys.argv or os.environ.get(f"FEDSODA_{option[2:].upper()}", "").lower() in (
         "1",
         "true",
@@ -114,7 +124,7 @@ def is_asked(option: str) -> bool:
 
 
 def finish(values: Mapping[str, object], as_json: bool, jsonl: bool) -> None:
-    """Print the one object of --json, or the terminal event of --jsonl."""
+    """Print the object of --json, or the last event of --jsonl."""
     if as_json:
         print(json.dumps({"schema": 1, **values}, allow_nan=False))
     elif jsonl:
@@ -132,7 +142,9 @@ class EffectiveOption:
 def effective_settings(context: typer.Context) -> dict[str, EffectiveOption]:
     """Collect the options of the running command by name.
 
-    The source is "option", "argument", the environment variable's name, "config.toml" or "default".
+    Returns:
+        For each option its value and its source: "option", "argument", the environment variable's name, "config.toml"
+        or "default".
     """
     found = {}
     for parameter in context.command.params:
@@ -151,14 +163,15 @@ def effective_settings(context: typer.Context) -> dict[str, EffectiveOption]:
     return found
 
 
-ON_COMMAND_LINE = ("option", "argument")  # sources of `effective_settings` that a person has just typed
+ON_COMMAND_LINE = ("option", "argument")  # the sources of `effective_settings` that stand on the command line
 
 
 def settings_lines(settings: Mapping[str, tuple[Any, str]], *, is_detailed: bool) -> str:
-    """Tell people which settings were given and where, a line each; the defaults too where details are asked for.
+    """List the settings that were given, a line each, by where they come from.
 
     Args:
-        settings: {name: (value, source)}; what is None is left out.
+        settings: {name: (value, source)}; a value of None is left out.
+        is_detailed: whether to list the defaults too.
     """
     by_source: dict[str, list[str]] = {}
     for name, (value, source) in settings.items():
@@ -176,7 +189,7 @@ def settings_lines(settings: Mapping[str, tuple[Any, str]], *, is_detailed: bool
 
 
 def note(text: str) -> None:
-    """Write a line for people, on stderr."""
+    """Write a line for people on stderr."""
     print(printable(text), file=sys.stderr, flush=True)
 
 
@@ -184,7 +197,11 @@ PLAIN_SECONDS = 30.0  # between two lines of a long job in a log
 
 
 class ProgressLine:
-    """Progress of one job at a time on stderr: a live bar with ETA on a terminal, a plain line now and then in a log."""
+    """The progress of one job at a time on stderr: a live bar on a terminal, a plain line now and then in a log.
+
+    Args:
+        is_live: whether stderr is a terminal. now: monotonic seconds.
+    """
 
     def __init__(self, *, is_live: bool, now: Callable[[], float] = time.monotonic) -> None:
         self._is_live = is_live
@@ -196,11 +213,12 @@ class ProgressLine:
         self._first = 0
 
     def show(self, name: str, done: int, total: int | None, detail: str = "", *, is_bytes: bool = False) -> None:
-        """Show where the job stands.
+        """Show how far the job is.
 
         Args:
-            total: None where it is not known yet.
-            is_bytes: done and total are bytes, and a rate is shown.
+            total: how much there is to do; None: not known yet.
+            detail: words beside the figures.
+            is_bytes: whether done and total are bytes, of which a rate is shown.
         """
         if name != self._name:
             self.end()
@@ -246,14 +264,14 @@ class ProgressLine:
             note(f"{name}: {', '.join(figures)}")
 
     def say(self, text: str) -> None:
-        """Say a sentence; a bar that is shown stays below it."""
+        """Show a sentence; a bar stays below it."""
         if self._bar is None:
             note(text)
         else:
             self._bar.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def end(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
         self._bar, self._name = None, ""

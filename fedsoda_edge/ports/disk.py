@@ -1,4 +1,4 @@
-"""Write so that a power cut leaves the old bytes or the new ones. What the bytes mean is others' business."""
+"""Write files so that a power cut leaves the old bytes or the new ones. What the bytes mean is left to the caller."""
 
 from __future__ import annotations
 
@@ -19,22 +19,25 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def sha256(data: bytes | memoryview) -> str:
+    """Compute the digest by which a blob is named: 64 hex digits."""
     return hashlib.sha256(data).hexdigest()
 
 
 def sha256_file(path: Path) -> str:
+    """Compute a file's digest, without holding the file in memory."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_durably(path: Path, data: bytes | memoryview, mode: int = 0o666) -> None:
-    """Temp file, fsync, rename, fsync of the directory (docs/protocol.md (p7-durable)).
+    """Write a file by temporary file, fsync, rename and fsync of the directory, docs/protocol.md (p7-durable).
 
     Args:
-        mode: of the file from its first byte on, less the umask; 0o600 for secrets.
+        mode: the file's mode from its first byte on, less the umask; 0o600 for secrets.
 
     Raises:
         DiskFull: nothing half-written stays.
+        OSError: the directory cannot be written to.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -50,7 +53,7 @@ def write_durably(path: Path, data: bytes | memoryview, mode: int = 0o666) -> No
             temporary.unlink()
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFull(
-                f"the disk is full: {len(data)} bytes for {path} did not fit; free space there, then retry"
+                f"the disk is full: {len(data)} bytes for {path} did not fit; free space there, then try again"
             ) from error
         raise
 
@@ -74,18 +77,27 @@ def write_at(file: FileIO, offset: int, *parts: bytes) -> None:
 
 
 class BlobStore:
-    """Blobs in one directory, each named by its sha256. No other name ever reaches the file system."""
+    """A directory of blobs, each named by its sha256. No other name ever reaches the file system."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
     def path(self, digest: str) -> Path:
-        """Where the blob is or would be. ValueError when `digest` is not 64 hex digits."""
+        """Return where the blob is or would be.
+
+        Raises:
+            ValueError: `digest` is not 64 hex digits.
+        """
         if not _DIGEST.fullmatch(digest):
             raise ValueError(f"not a sha256 digest: {digest[:80]!r}")
         return self.directory / digest
 
     def put(self, data: bytes) -> str:
+        """Store a blob durably; return its sha256.
+
+        Raises:
+            DiskFull: nothing half-written stays.
+        """
         digest = sha256(data)
         path = self.path(digest)
         if not path.exists():
@@ -93,16 +105,23 @@ class BlobStore:
         return digest
 
     def get(self, digest: str) -> bytes:
+        """Read a blob.
+
+        Raises:
+            BlobCorrupt: the bytes do not have that digest.
+            KeyError: there is no blob of that digest.
+        """
         try:
             data = self.path(digest).read_bytes()
         except FileNotFoundError:
             raise KeyError(digest) from None
         if sha256(data) != digest:
             raise BlobCorrupt(
-                f"{self.path(digest)} has digest {sha256(data)[:12]}, its name says {digest[:12]}; "
-                "the disk or another program changed it: delete it, it will be made or fetched again"
+                f"{self.path(digest)} has digest {sha256(data)[:12]}, its name says {digest[:12]}: the disk or another "
+                "program changed it; delete the file, so that it is made or fetched again"
             )
         return data
 
     def has(self, digest: str) -> bool:
+        """Tell whether there is a blob of that digest."""
         return self.path(digest).exists()

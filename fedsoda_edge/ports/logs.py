@@ -1,7 +1,7 @@
 """Send our loggers to stderr where a developer asks for it: `--debug`, or FEDSODA_LOG=debug.
 
-One logger a room, named after its package: `logging.getLogger("fedsoda_edge.join")`. Whoever uses the SDK sets them up
-as any other logger. What a line of a conversation looks like: `protocol/trace.py`.
+Each room has one logger, named after its package: `logging.getLogger("fedsoda_edge.join")`. Users of the SDK set them
+up as any other logger. How a line of a conversation is written is left to `protocol/trace.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def printable(text: str) -> str:
 
 
 class _Stderr(logging.Handler):
-    """A plain line on what stderr is at that moment."""
+    """A handler that writes plain lines to what stderr is at that moment."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,17 +42,17 @@ class _Stderr(logging.Handler):
 
 @contextlib.contextmanager
 def logs_shown(*, is_debug: bool) -> Iterator[None]:
-    """Show our loggers from debug on; those of libraries stay as they are, which is quiet.
+    """Show what our loggers say, from the level debug on; loggers of libraries stay as they are.
 
     Args:
-        is_debug: whether the command line asks; FEDSODA_LOG=debug asks too.
+        is_debug: whether the command line asks for it; FEDSODA_LOG=debug asks too.
 
     Raises:
-        UsageProblem: FEDSODA_LOG has another word.
+        UsageProblem: FEDSODA_LOG has another value.
     """
     wanted = os.environ.get("FEDSODA_LOG", "")
     if wanted and wanted.lower() != "debug":
-        raise UsageProblem(f"FEDSODA_LOG {wanted!r} is not debug; set it to debug, or unset it")
+        raise UsageProblem(f"FEDSODA_LOG is {wanted!r}, and only debug is known; set it to debug, or unset it")
     if not (is_debug or wanted):
         yield
         return

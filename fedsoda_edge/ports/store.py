@@ -1,4 +1,4 @@
-"""Bundle files by digest on disk, whole or in part. How they are fetched is `join/download.py`'s."""
+"""Keep files of bundles on disk by digest, whole or in part. How they are fetched is left to `join/download.py`."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ ARRIVAL_SECONDS = 0.02  # between two looks of a reader, in another process, whe
 
 
 def when_here(path: Path, coming: Path) -> Path:
-    """Wait for a file of a store as long as the file `coming` says that a download is under way."""
+    """Wait for a file of a store while the file `coming` shows that a download is under way; return its path.
+
+    The file may still be missing then: the download ended without it.
+    """
     while not path.exists() and coming.exists():
         time.sleep(ARRIVAL_SECONDS)
     return path
 
 
 class FileStore(BlobStore):
-    """A BlobStore of files that come in parts. A file gets its name when it is whole and verified, not before."""
+    """A BlobStore of files that come in parts. A file gets its name when it is whole and verified."""
 
     def held_bytes(self, files: list[tuple[str, int]]) -> int:
-        """Return how many bytes of these (digest, size) files are here already, parts of downloads included."""
+        """Count the bytes of these (digest, size) files that are here already, parts of downloads included."""
         total = 0
         for digest, size in files:
             for path in (self.path(digest), self.part(digest)):
@@ -33,7 +36,7 @@ class FileStore(BlobStore):
         return total
 
     def verified(self, digests: Sequence[str]) -> set[str]:
-        """Return which of these are here and whole. What the disk or another program changed is deleted."""
+        """Select the files that are here and whole. A file that the disk or another program changed is deleted."""
         found = set()
         for digest in digests:
             path = self.path(digest)
@@ -45,15 +48,23 @@ class FileStore(BlobStore):
         return found
 
     def coming(self, digest: str) -> Path:
-        """Return the file that is there while the bundle of this manifest is fetched, for `when_here`."""
+        """Return the file that exists while the bundle of this manifest is fetched, for `when_here`.
+
+        Raises:
+            ValueError: `digest` is not 64 hex digits.
+        """
         return self.path(digest).with_suffix(".coming")
 
     def part(self, digest: str) -> Path:
-        """Return the file of what has come so far. ValueError when `digest` is not 64 hex digits."""
+        """Return the file that holds what has come so far.
+
+        Raises:
+            ValueError: `digest` is not 64 hex digits.
+        """
         return self.path(digest).with_suffix(".part")
 
     def keep(self, digest: str) -> Path:
-        """Give a part that is whole and verified its name."""
+        """Give a part that is whole and verified its name; return its path."""
         path = self.path(digest)
         os.replace(self.part(digest), path)
         sync_directory(self.directory)

@@ -1,7 +1,7 @@
-"""What differs between Linux, macOS and Windows, all of it here: locks, signals, process groups, memory readings.
+"""Do what differs between Linux, macOS and Windows: locks, signals, process groups, memory readings.
 
-Linux is tested. The branches for `win32` and `darwin` follow those systems' documentation and were not run; WSL2
-takes the Linux ones.
+Linux is tested. The branches for `win32` and `darwin` follow the documentation of those systems and were not run; WSL2
+takes those of Linux. All other files are the same everywhere.
 """
 
 from __future__ import annotations
@@ -24,10 +24,14 @@ _LOCKED_BYTE = 1 << 30  # Windows' locks keep others from reading too: the pid b
 
 
 class Lock:
-    """An exclusive lock on a file, which names its holder. It goes with the process, however that ends."""
+    """An exclusive lock on a file, which names its holder. It ends with the process, however that ends.
+
+    Raises:
+        Held: on construction, when another process has the lock.
+        OSError: on construction, when no file can be made there.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Raises Held, or OSError when no file can be made there."""
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")
         try:
@@ -43,11 +47,12 @@ class Lock:
         self._file = file
 
     def release(self) -> None:
+        """Let another process take the lock."""
         self._file.close()
 
 
 class Held(Exception):
-    """Another process has the lock. pid: its own, as it wrote it."""
+    """The refusal of a lock that another process has. pid: that process's number, as it wrote it."""
 
     def __init__(self, pid: str) -> None:
         super().__init__(pid)
@@ -75,7 +80,7 @@ class ProcessGroup(TypedDict, total=False):
 
 
 def group_of_its_own() -> ProcessGroup:
-    """Arguments of subprocess for a child that the terminal's Ctrl+C does not reach."""
+    """Return the arguments of subprocess for a child that the terminal's Ctrl+C does not reach."""
     if sys.platform == "win32":
         group = ProcessGroup(creationflags=subprocess.CREATE_NEW_PROCESS_GROUP)
     else:
@@ -84,7 +89,7 @@ def group_of_its_own() -> ProcessGroup:
 
 
 def stop_signal() -> signal.Signals:
-    """What asks a process made with `group_of_its_own` to save its state and end."""
+    """Return the signal that asks a process made with `group_of_its_own` to save its state and end."""
     return STOP_SIGNALS[-1]
 
 
@@ -95,7 +100,11 @@ def on_stop(handler: Callable[[int, FrameType | None], Any]) -> None:
 
 
 def on_signal_in(loop: asyncio.AbstractEventLoop, handler: Callable[[str], None]) -> None:
-    """Call `handler` with the signal's name in this loop, which runs in the main thread, on Ctrl+C or `on_stop`'s."""
+    """Call `handler` with the signal's name on Ctrl+C and on the signals of `on_stop`.
+
+    Args:
+        loop: runs in the main thread; the handler is called in it.
+    """
     for number in (signal.SIGINT, *STOP_SIGNALS):
         name = number.name
         if sys.platform == "win32":  # its loops have no add_signal_handler
@@ -105,12 +114,12 @@ def on_signal_in(loop: asyncio.AbstractEventLoop, handler: Callable[[str], None]
 
 
 def was_killed(status: int) -> bool:
-    """Whether an exit status is that of kill -9, as the out-of-memory killer sends it. Windows has no such thing."""
+    """Tell whether an exit status is that of kill -9, as the out-of-memory killer sends it. Windows has no such status."""
     return status == -9
 
 
 def lower_priority() -> None:
-    """Let the owner's programs go before this process. FEDSODA_NICE=0 leaves it as it is, for tests and measurements."""
+    """Give the owner's programs priority over this process, unless FEDSODA_NICE=0 (tests and measurements)."""
     if os.environ.get("FEDSODA_NICE") == "0":
         return
     if sys.platform == "win32":
@@ -122,7 +131,7 @@ def lower_priority() -> None:
 
 
 def peak_rss_bytes() -> int:
-    """This process's own high-water mark."""
+    """Read the most memory that this process has held, in bytes."""
     if sys.platform == "linux":  # not ru_maxrss: there a child inherits it
         status = Path("/proc/self/status").read_text(encoding="ascii")
         peak = 1024 * int(status.partition("VmHWM:")[2].split()[0])
@@ -150,7 +159,7 @@ def sync_directory(directory: Path) -> None:
 def return_memory_at_once() -> None:
     """Let malloc map every large block and give it back when it is freed, instead of keeping holes for later.
 
-    What a process holds is then what it uses; page faults cost some time. Only glibc can be told so.
+    What a process holds is then what it uses; page faults cost some time. Only glibc has such a setting.
     """
     if sys.platform == "linux":
         import ctypes
@@ -163,7 +172,7 @@ def return_memory_at_once() -> None:
 
 
 def memory_limit_hint() -> str:
-    """Where this system keeps memory from its programs, in words; "" where it does not."""
+    """Return a sentence on memory that this system keeps from its programs; "" where it keeps none."""
     if "microsoft" in platform.release().lower():
         return "WSL2 sees part of the machine's memory; [wsl2] memory= in %UserProfile%\\.wslconfig gives it more"
     return ""

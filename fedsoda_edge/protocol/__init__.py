@@ -1,1 +1,1 @@
-"""Pure: messages, codec and session rules of the wire. No torch, sockets, clock or disk."""
+"""Define what both sides, and agent and worker, may say to each other. Pure: no torch, sockets, clock or disk."""

@@ -1,7 +1,7 @@
-"""One request to a process that owns torch, and what it answers, as types: a struct a call, matched by type.
+"""Define what a call to a process that owns torch is: a struct that names the types of its result and its progress.
 
-A call names its result and its progress in its base: `class Train(Call[Trained, TrainingStep], ...)`. Which calls there
-are is `commands.py`'s (an edge's worker) and the hub's `federation/jobs.py`; how they travel is `ports/child.py`'s.
+The types stand in its base: `class Train(Call[Trained, TrainingStep], ...)`. Which calls there are is left to
+`commands.py` (an edge's worker) and the hub's `federation/jobs.py`, how they travel to `ports/child.py`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Turn messages into frames and back: a frame is a 4-byte header length, a JSON header, and for chunks the payload.
 
-Sizes are checked before anything is parsed. Which message may come when is `session.py`'s business.
+Sizes are checked before anything is parsed. Which message may come when is left to `session.py`.
 """
 
 from __future__ import annotations
@@ -31,21 +31,25 @@ def decode(frame: bytes) -> tuple[AnyMessage, bytes]:
     """Read a frame: (message, payload).
 
     Raises:
-        ProtocolViolation: the bytes are no frame of this protocol.
+        ProtocolViolation: the bytes are not a frame of this protocol.
     """
     size = int.from_bytes(frame[:4], "big")
     if len(frame) > MAX_FRAME_BYTES or len(frame) < 4 or size > min(MAX_HEADER_BYTES, len(frame) - 4):
-        raise ProtocolViolation(f"a frame of {len(frame)} bytes announces a header of {size}; it is damaged")
+        raise ProtocolViolation(
+            f"a frame of {len(frame)} bytes announces a header of {size} bytes, so it is damaged; connect again"
+        )
     try:
         message = _DECODER.decode(frame[4 : 4 + size])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         # The sentence goes back as a message, and messages are small: what is wrong may be as long as a header.
-        raise ProtocolViolation(f"a frame holds no message of this protocol: {error!s:.200}") from error
+        raise ProtocolViolation(
+            f"a frame holds no message of this protocol ({error!s:.200}); upgrade the older side"
+        ) from error
     payload = frame[4 + size :]
     if len(payload) > MAX_CHUNK_BYTES:
-        raise ProtocolViolation(f"a chunk has {len(payload)} bytes, at most {MAX_CHUNK_BYTES} are allowed")
+        raise ProtocolViolation(f"a chunk has {len(payload)} bytes, and at most {MAX_CHUNK_BYTES} are allowed")
     if payload and not isinstance(message, UpdateChunk | BlobChunk):
-        raise ProtocolViolation(f"a {type(message).__name__} carries {len(payload)} bytes; only chunks do")
+        raise ProtocolViolation(f"a {type(message).__name__} carries {len(payload)} bytes, and only chunks may do so")
     return message, payload
 
 

@@ -1,6 +1,6 @@
 """Check a coded update before anyone decodes it: names, sizes, finite scales. Standard library only.
 
-The listener runs this in a process without torch; `model/delta.py` makes and reads the values.
+The listener runs this in a process without torch; coding and decoding values is left to `model/delta.py`.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _TOO_LARGE = (111 + 127) >> 1  # upper seven bits of the exponent of 2^111: no v
 
 
 def is_of(factor: Factor, name: str) -> bool:
-    """Tell whether this LoRA tensor moves where only this factor does."""
+    """Tell whether this LoRA tensor trains where only this factor does."""
     return factor == "both" or name.endswith(f".lora_{factor}")
 
 
 def of_factor(layout: Sequence[TensorSpec], factor: Factor) -> tuple[TensorSpec, ...]:
-    """Select the tensors that travel where only this factor moves."""
+    """Select the tensors that travel where only this factor trains."""
     return tuple(spec for spec in layout if is_of(factor, spec.name))
 
 
@@ -67,27 +67,31 @@ def check(data: bytes | memoryview, layout: Sequence[TensorSpec], codec: str) ->
     """Check that `data` is exactly a coded update of this layout with finite values.
 
     Raises:
-        ProtocolViolation: it is not; says shortly what differs, with both values.
+        ProtocolViolation: `data` is anything else; says shortly what differs, with both values.
     """
     view = memoryview(data)
     if codec not in CODECS:
-        raise ProtocolViolation(f"codec {codec!r} is not known; known: {', '.join(CODECS)}")
+        raise ProtocolViolation(f"the codec {codec!r} is not known; these are: {', '.join(CODECS)}")
     length = int.from_bytes(view[:8], "little")
     if len(view) < 8 or length > min(MAX_HEADER_BYTES, len(view) - 8):
-        raise ProtocolViolation(f"an update of {len(view)} bytes announces a header of {length}; it is damaged")
+        raise ProtocolViolation(
+            f"an update of {len(view)} bytes announces a header of {length} bytes, so it is damaged; send it again"
+        )
     try:
         header = json.loads(bytes(view[8 : 8 + length]))
         metadata = header.pop("__metadata__")
         entries = {name: (entry["dtype"], entry["shape"], entry["data_offsets"]) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ProtocolViolation(f"the update's header is not one that safetensors writes: {error!s:.200}") from error
+        raise ProtocolViolation(
+            f"the update's header is not one that safetensors writes ({error!s:.200}); send it again"
+        ) from error
     if metadata != {"codec": codec}:
-        raise ProtocolViolation(f"the update says {metadata!r:.80}, the run's codec is {codec!r}")
+        raise ProtocolViolation(f"the update says {metadata!r:.80}, the run's codec is {codec!r}; join again")
     wanted = {spec.name for spec in layout}
     if set(entries) != wanted:
         odd = sorted(set(entries) ^ wanted)
         raise ProtocolViolation(
-            f"the update has {len(entries)} tensors, the run {len(wanted)}; first other: {odd[0]!r:.200}"
+            f"the update has {len(entries)} tensors, the run has {len(wanted)}; the first that differs is {odd[0]!s:.200}"
         )
     end = 0
     body = view[8 + length :]
@@ -105,7 +109,9 @@ def check(data: bytes | memoryview, layout: Sequence[TensorSpec], codec: str) ->
         end += size
     # json.loads also reads UTF-16, 5.0 for 5 and repeated keys, on which safetensors' own parser fails later.
     if bytes(view[8 : 8 + length]).rstrip(b" ") != _canonical_header(layout, codec):
-        raise ProtocolViolation("the update's header is not written as safetensors writes it; send it again")
+        raise ProtocolViolation(
+            "the update's header is not written exactly as safetensors writes it; upgrade: pip install -U fedsoda"
+        )
 
 
 def _canonical_header(layout: Sequence[TensorSpec], codec: str) -> bytes:
@@ -120,7 +126,9 @@ def _canonical_header(layout: Sequence[TensorSpec], codec: str) -> bytes:
 
 
 def _check_finite(name: str, bf16: memoryview) -> None:
-    """Refuse NaN, infinity and all values from 2^111 on: 127 times a large int8 scale is infinite, and so may a sum be."""
+    """Refuse NaN, infinity and values of 2^111 or more: 127 times a large int8 scale is infinite, and a sum may be too."""
     high = bytes(bf16)[1::2].translate(_WITHOUT_SIGN)  # sign and seven of eight exponent bits; no loop in Python
     if high and max(high) >= _TOO_LARGE:
-        raise ProtocolViolation(f"{name} has values that are not finite; lower [local] learning_rate or check the data")
+        raise ProtocolViolation(
+            f"{name} has values that are not finite; lower [local] learning_rate, or check the data"
+        )

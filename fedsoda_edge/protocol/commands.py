@@ -1,6 +1,7 @@
-"""What the agent may ask of its worker, and what the worker answers: Check, Open, Sweep, Train, Advance, Examine.
+"""Define what the agent may ask of its worker, and what it answers: Check, Open, Sweep, Train, Advance, Examine.
 
-Paths cross as text and tensors as files; ids, text and hidden states never cross. How calls travel is `ports/child.py`'s.
+Paths cross as text and tensors as files; ids, text and hidden states never cross. How calls travel is left to
+`ports/child.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ class Rows(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BorderCache(msgspec.Struct, frozen=True, kw_only=True):
-    """Where and how border states are kept on disk. key: 32 bytes as hex; max_bytes None: what is free on the disk."""
+    """The place and the form of border states on disk.
+
+    key: 32 bytes as hex. dtype: "bf16" or "int8". max_bytes: the most that they may take; None: what is free.
+    """
 
     directory: str
     key: str
@@ -38,11 +42,18 @@ class BorderCache(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Checked(msgspec.Struct, frozen=True):
+    """The number of rows, all of which can be used."""
+
     rows: int
 
 
 class Opened(msgspec.Struct, frozen=True, kw_only=True):
-    """process_bytes: memory of the worker before it has read anything. longest_ids, longest_labels: of one sample."""
+    """The samples of the data.
+
+    num_skipped: rows without a completion id left. threads: CPU threads of torch. process_bytes: memory of the worker
+    before it has read anything. has_cuda: whether torch can use a GPU. longest_ids, longest_labels: the most ids and
+    completion ids that a sample has.
+    """
 
     num_examples: int
     num_skipped: int
@@ -54,7 +65,10 @@ class Opened(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Swept(msgspec.Struct, frozen=True, kw_only=True):
-    """num_kept: samples whose states are on disk, in kept_bytes; num_damaged: records that had to be computed again."""
+    """The border states of all samples.
+
+    num_kept: samples whose states are on disk, in kept_bytes. num_damaged: records that had to be computed again.
+    """
 
     num_kept: int
     kept_bytes: int
@@ -62,14 +76,19 @@ class Swept(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SweepProgress(msgspec.Struct, frozen=True):
-    """Steps of the sweep that are done, of all."""
+    """Steps of the sweep that are done, of all its steps (total)."""
 
     done: int
     total: int
 
 
 class Trained(msgspec.Struct, frozen=True, kw_only=True):
-    """One local round. loss: mean over completion ids, nats; None: not finite, and the update holds zeros."""
+    """The result of a local round.
+
+    num_examples: distinct samples trained on. num_tokens: ids of all samples of all steps. micro_batch: samples that
+    went through at once in the end. loss: mean over completion ids, in nats; None: not finite, and the update holds
+    zeros. num_damaged: records of the border cache that had to be computed again.
+    """
 
     num_examples: int
     num_steps: int
@@ -81,7 +100,7 @@ class Trained(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TrainingStep(msgspec.Struct, frozen=True, kw_only=True):
-    """An optimiser step that was taken. loss: of the step, nats; None: not finite."""
+    """An optimiser step that was taken. loss: the step's, in nats; None: it was not finite."""
 
     step: int
     steps: int
@@ -90,13 +109,13 @@ class TrainingStep(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Advanced(msgspec.Struct, frozen=True):
-    """The digest of the new view, which tells whether it is the hub's."""
+    """The new view. digest: equal to the one that the hub announced, if the two views are the same."""
 
     digest: Digest
 
 
 class Examined(msgspec.Struct, frozen=True, kw_only=True):
-    """What torch sees on this machine. accelerator: "" where there is none; nf4_problem: "" where NF4 works."""
+    """The state of torch on this machine. accelerator: "" where there is none; nf4_problem: "" where NF4 works."""
 
     torch: str
     threads: int
@@ -109,15 +128,15 @@ class Examined(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Check(Call[Checked, NoProgress], frozen=True, tag="check"):
-    """Read every row of data whose format the agent does not read."""
+    """The call to read every row of data whose format the agent does not read."""
 
     rows: Rows
 
 
 class Open(Call[Opened, NoProgress], frozen=True, tag="open"):
-    """Read bundle and data, as soon as the tokenizer is there. store: directory of files by digest.
+    """The call to read bundle and data, as soon as the tokenizer is there.
 
-    max_length: ids of a sample at most.
+    store: the directory of files by digest. manifest: the bundle's. max_length: ids of a sample at most.
     """
 
     store: str
@@ -127,9 +146,9 @@ class Open(Call[Opened, NoProgress], frozen=True, tag="open"):
 
 
 class Sweep(Call[Swept, SweepProgress], frozen=True, tag="sweep"):
-    """Compute the border states of all samples with this emulator LoRA, and train by this memory plan from now on.
+    """The call to compute the border states of all samples, and to train by this memory plan from now on.
 
-    emulator: file of the emulator LoRA's view; None: the bundle's own. room: bytes that the worker may take.
+    emulator: the file of the emulator's view; None: the bundle's own. room: bytes that the worker may take.
     """
 
     emulator: str | None
@@ -139,10 +158,10 @@ class Sweep(Call[Swept, SweepProgress], frozen=True, tag="sweep"):
 
 
 class Train(Call[Trained, TrainingStep], frozen=True, tag="train"):
-    """Train one local round; leave the coded delta at `update` and the new error feedback at `new_residual`.
+    """The call to train one local round, and to write the coded delta to `update`, the new error feedback to `new_residual`.
 
-    view: file of the adapter LoRA that the round starts from; None: the bundle's own. residual: file of the error
-    feedback to add; None: none. checkpoint: directory of the round's checkpoints.
+    view: the file of the adapter LoRA from which the round starts; None: the bundle's own. residual: the file of the
+    error feedback to add; None: there is none. checkpoint: the directory of the round's checkpoints.
     """
 
     view: str | None
@@ -159,7 +178,11 @@ class Train(Call[Trained, TrainingStep], frozen=True, tag="train"):
 
 
 class Advance(Call[Advanced, NoProgress], frozen=True, tag="advance"):
-    """Write v + decode(delta) to `out`. view: file of v; None: the bundle's own. moved: the factor that the delta has."""
+    """The call to write v + decode(delta) to `out`.
+
+    which: whether v is the adapter's or the emulator's view. view: the file of v; None: the bundle's own. moved: the
+    factor that the delta holds.
+    """
 
     which: View
     view: str | None
@@ -170,7 +193,7 @@ class Advance(Call[Advanced, NoProgress], frozen=True, tag="advance"):
 
 
 class Examine(Call[Examined, NoProgress], frozen=True, tag="examine"):
-    """Look at torch, the accelerator and NF4 on this machine."""
+    """The call to look at torch, the accelerator and NF4 on this machine."""
 
 
 Command = Check | Open | Sweep | Train | Advance | Examine

@@ -1,6 +1,6 @@
-"""Say what a bundle is: manifest.json and the layer plan in it, as data that both sides check.
+"""Define what a bundle is: manifest.json and the layer plan in it, as data that both sides check.
 
-The agent and the listener read it without torch. Files are read in `model/bundle.py` and made in
+The agent and the listener read it without torch. Reading files is left to `model/bundle.py`, writing them to
 `model/bundle_writer.py`.
 """
 
@@ -40,7 +40,7 @@ class Group(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class LayerPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Which full-LLM layers the sub-LLM keeps. Every number is a full-LLM layer number, except s in `mapping`.
+    """The choice of full-LLM layers that the sub-LLM keeps. Every number is a full-LLM layer number, except s in `mapping`.
 
     adapter: the layers that train, ascending: the last ones in FedSODA, any in other methods.
     kept: all layers of the sub-LLM, ascending, the adapter included.
@@ -97,10 +97,10 @@ class LayerPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
 
 
 def check_plan(plan: LayerPlan) -> None:
-    """Check that a method can make this plan, which may come over the network.
+    """Check that a method can make this plan, which may come from the network.
 
     Raises:
-        UsageProblem: it breaks a rule of layer plans; names the rule.
+        UsageProblem: the plan breaks a rule of layer plans; names the rule.
     """
     removed = [layer for group in plan.groups for layer in group.removed]
     halves = (*plan.without_attention, *plan.without_mlp)
@@ -127,7 +127,7 @@ def check_plan(plan: LayerPlan) -> None:
     }
     for rule, holds in checks.items():
         if not holds:
-            raise UsageProblem(f"the layer plan, which keeps the layers {plan.kept}, breaks a rule: {rule}")
+            raise UsageProblem(f"the layer plan, which keeps the layers {plan.kept}, breaks the rule that {rule}")
 
 
 class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -151,7 +151,11 @@ class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class LoRASpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What LoRA a sub-LLM has. adapter, emulator: the tensors of each, ascending by name; the emulator's border map first."""
+    """The LoRA of a sub-LLM.
+
+    targets: the names of the modules that have LoRA. adapter, emulator: the tensors of each, ascending by name; the
+    emulator's border map comes first.
+    """
 
     rank: int
     alpha: float
@@ -176,7 +180,7 @@ class LoRASpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class EdgeNeeds(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What an edge must have free, in bytes: `needs.py` has the formulas."""
+    """The bytes that an edge must have free; `needs.py` has the formulas."""
 
     disk_bytes: int
     ram_bytes: int
@@ -184,7 +188,7 @@ class EdgeNeeds(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class BundleManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """manifest.json: written once, by prepare.
+    """The content of manifest.json, which prepare writes once.
 
     config: the allow-listed, numeric part of the model's config; no class names, no code.
     dtype: the checkpoint's dtype ("bfloat16", ...), that of all tensors that are not quantized.
@@ -220,7 +224,12 @@ class BundleManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
 
 
 def file_of(name: str, size_class: int) -> str:
-    """Name a size class's file in a bundle's directory: it has its own manifest, and its own LoRA unless it shares it."""
+    """Name a file of a size class in a bundle's directory: its manifest and its LoRA carry its number.
+
+    Args:
+        name: the file's name in the manifest.
+        size_class: 0 for the bundle's largest sub-LLM, then 1, 2, ...
+    """
     stem, _, kind = name.partition(".")
     own = ("manifest.json", ADAPTER_LORA, EMULATOR_LORA)
     return f"{stem}.{size_class}.{kind}" if size_class and name in own else name
@@ -239,11 +248,11 @@ def parse_manifest(data: bytes) -> BundleManifest:
     `model/bundle.read_manifest` also checks what only the model's family knows.
 
     Raises:
-        BlobCorrupt: it is not a manifest, or it has a newer format, or it says what no bundle can say.
+        BlobCorrupt: the data is not a manifest, has another format, or describes what no bundle can be.
     """
     if len(data) > MAX_MANIFEST_BYTES:
         raise BlobCorrupt(
-            f"the manifest has {len(data)} bytes, at most {MAX_MANIFEST_BYTES} are read; ask the hub's owner"
+            f"the manifest has {len(data)} bytes, and at most {MAX_MANIFEST_BYTES} are read; ask the hub's owner"
         )
     try:
         version = msgspec.json.decode(data).get("format_version")
@@ -272,7 +281,7 @@ def parse_manifest(data: bytes) -> BundleManifest:
         "no shard for a layer, an end or a LoRA that it needs": not required <= set(names),
         "no tokenizer.json": "tokenizer.json" not in names,
         "a digest that is not one": not all(re.fullmatch(r"[0-9a-f]{64}", file.sha256) for file in manifest.files),
-        "a size that cannot be": not all(0 < file.bytes < MAX_FILE_BYTES for file in manifest.files),
+        "a size that is not possible": not all(0 < file.bytes < MAX_FILE_BYTES for file in manifest.files),
         "a number of layers that no model has": not 0 < manifest.plan.num_layers <= MAX_LAYERS
         or not 0 < len(manifest.plan.adapter) <= len(manifest.plan.kept) <= manifest.plan.num_layers,
         "another number of layers than its plan": manifest.config.get("num_hidden_layers") != manifest.plan.num_layers,
@@ -281,10 +290,10 @@ def parse_manifest(data: bytes) -> BundleManifest:
             f"a model whose {name} is {str(size)[:20]}": not _is_size(size) and (name in SIZES or size is not None)
             for name, size in sizes.items()
         },
-        "a LoRA that cannot be": not (0 < lora.rank <= MAX_SIZE and math.isfinite(lora.alpha) and lora.alpha > 0)
+        "a LoRA that is not possible": not (0 < lora.rank <= MAX_SIZE and math.isfinite(lora.alpha) and lora.alpha > 0)
         or not all(0 < size <= MAX_SIZE for size in shapes),
         "a base that is not known": not {manifest.adapter_base, manifest.emulator_base} <= set(BASES),
-        "needs below nothing": min(msgspec.structs.astuple(manifest.needs)) < 0,
+        "needs below 0": min(msgspec.structs.astuple(manifest.needs)) < 0,
     }
     for problem, found in problems.items():
         if found:

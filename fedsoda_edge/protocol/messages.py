@@ -1,7 +1,7 @@
-"""Say what an edge and a hub may tell each other. Field names carry the unit.
+"""Define what an edge and a hub may say to each other. Field names carry the unit.
 
-A message is one of the tagged structs below; `codec.py` turns it into bytes. Sizes and order of messages
-are `session.py`'s business. Nothing here knows sockets, tensors, clock or disk.
+A message is one of the tagged structs below. Turning it into bytes is left to `codec.py`, sizes and order of messages
+to `session.py`. Nothing here knows sockets, tensors, clock or disk.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=False, tag_fiel
 
 
 class DeviceFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What the device has free, measured in the agent.
+    """The free resources of a device, measured in the agent.
 
     vram_bytes: 0 where there is no usable GPU. accelerator: the GPU's name; "" where there is none.
     """
@@ -46,14 +46,14 @@ class Template(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BlobRef(msgspec.Struct, frozen=True, kw_only=True):
-    """A blob by its digest, and how large it is."""
+    """The digest of a blob, and its size."""
 
     digest: Digest
     bytes: int
 
 
 class LocalSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """How one local round trains: the table [local] of RUN.toml as it travels in an offer."""
+    """The settings of local rounds: the table [local] of RUN.toml as it travels in an offer."""
 
     epochs: Annotated[int, Meta(ge=1, description="passes over an edge's samples in a round")] = 1
     max_steps: Annotated[int, Meta(ge=0, description="steps of a round at most; 0: all of its epochs")] = 0
@@ -84,7 +84,7 @@ class ViewRef(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class SizeClass(msgspec.Struct, frozen=True, kw_only=True):
-    """A sub-LLM of the run. emulator: the view of the current alignment; None: from an older hub."""
+    """A sub-LLM of the run. emulator: the view of the current alignment; None: the hub is an older release."""
 
     manifest: BlobRef
     emulator: ViewRef | None
@@ -94,7 +94,7 @@ class SizeClass(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Hello(Message, frozen=True, tag="hello"):
-    """Greet the hub: the first message.
+    """The first message of a connection, with which an edge greets the hub.
 
     device_id: made once in FEDSODA_HOME; a token is bound to one device.
     """
@@ -106,9 +106,9 @@ class Hello(Message, frozen=True, tag="hello"):
 
 
 class Ready(Message, frozen=True, tag="ready", omit_defaults=True):
-    """Report that the bundle is verified and the data is read: this edge may be invited.
+    """The report that bundle and data are read: this edge may be invited.
 
-    size_class: which sub-LLM it took: 0 the Welcome's own, 1 the first of `smaller`, ...
+    size_class: which sub-LLM it took: 0 for the Welcome's own, 1 for the first of `smaller`, ...
     """
 
     num_examples: int
@@ -116,14 +116,14 @@ class Ready(Message, frozen=True, tag="ready", omit_defaults=True):
 
 
 class BlobRequest(Message, frozen=True, tag="blob_request"):
-    """Ask for a blob of the run (delta, snapshot, alignment) from `offset` on."""
+    """The request for a blob of the run (delta, snapshot, alignment) from `offset` on."""
 
     digest: Digest
     offset: int = 0
 
 
 class UpdateStart(Message, frozen=True, tag="update_start"):
-    """Announce an update: that many bytes of coded delta follow in UpdateChunks.
+    """The announcement of an update, whose coded delta of `bytes` bytes follows in UpdateChunks.
 
     base: digest of the view from which the delta starts. alignment: number of the alignment with which the edge trained.
     loss: None where it was not finite.
@@ -140,21 +140,21 @@ class UpdateStart(Message, frozen=True, tag="update_start"):
 
 
 class UpdateChunk(Message, frozen=True, tag="update_chunk"):
-    """Send a piece of the announced update; its bytes travel behind the header (codec.py)."""
+    """A piece of the announced update; its bytes travel behind the header (codec.py)."""
 
     digest: Digest
     offset: int
 
 
 class Decline(Message, frozen=True, tag="decline"):
-    """Say that this edge will not answer the round with an update."""
+    """The refusal to answer the round with an update."""
 
     round: int
     reason: str
 
 
 class Progress(Message, frozen=True, tag="progress"):
-    """Report where the local round is; volatile, so it never enters the ledger."""
+    """The state of the local round; volatile, so it never enters the ledger."""
 
     round: int
     step: int
@@ -164,17 +164,17 @@ class Progress(Message, frozen=True, tag="progress"):
 
 
 class Paused(Message, frozen=True, tag="paused"):
-    """Say that this edge pauses, and why."""
+    """The report that this edge pauses, with the reason."""
 
     reason: str
 
 
 class Resumed(Message, frozen=True, tag="resumed"):
-    """Say that this edge's pause is over."""
+    """The report that this edge's pause is over."""
 
 
 class Leave(Message, frozen=True, tag="leave"):
-    """Say that this edge leaves and does not come back by itself (Ctrl+C, --max-rounds, `leave`)."""
+    """The report that this edge leaves and does not come back by itself (Ctrl+C, --max-rounds, `leave`)."""
 
     reason: str
 
@@ -183,12 +183,12 @@ class Leave(Message, frozen=True, tag="leave"):
 
 
 class Welcome(Message, frozen=True, tag="welcome", omit_defaults=True):
-    """Answer Hello with what an edge needs to prepare.
+    """The answer to Hello, with what an edge needs to prepare.
 
-    manifest: fetched by HTTP as a blob.
+    manifest: the manifest of the largest sub-LLM, which is fetched by HTTP.
     batch_size: samples of a step, with which an edge plans its memory.
-    emulator: the view of the current alignment, so that an edge can sweep before its first offer; None: from an older
-        hub.
+    emulator: the view of the current alignment, so that an edge can sweep before its first offer; None: the hub is an
+        older release.
     smaller: sub-LLMs to take instead, from larger to smaller, where the device has no room for that of `manifest`.
     """
 
@@ -210,7 +210,7 @@ class Welcome(Message, frozen=True, tag="welcome", omit_defaults=True):
 
 
 class RoundOffer(Message, frozen=True, tag="round_offer", omit_defaults=True):
-    """Ask for an update: train from `view` and send back the delta within `due_seconds`.
+    """The request for an update: to train from `view` and send back the delta within `due_seconds`.
 
     alignment, emulator: the current alignment's number and the emulator's view.
     trains: the factor that is trained and sent; the other one stays as in the view.
@@ -231,7 +231,7 @@ class RoundOffer(Message, frozen=True, tag="round_offer", omit_defaults=True):
 
 
 class BlobChunk(Message, frozen=True, tag="blob_chunk"):
-    """Send a piece of a requested blob; its bytes travel behind the header (codec.py)."""
+    """A piece of a requested blob; its bytes travel behind the header (codec.py)."""
 
     digest: Digest
     offset: int
@@ -239,16 +239,16 @@ class BlobChunk(Message, frozen=True, tag="blob_chunk"):
 
 
 class Receipt(Message, frozen=True, tag="receipt"):
-    """Confirm that the update is durable. Sending it again returns the same receipt."""
+    """The confirmation that the update is durable. Sending it again returns the same receipt."""
 
     round: int
     digest: Digest
 
 
 class Refusal(Message, frozen=True, tag="refusal"):
-    """Say that something was refused and why.
+    """The refusal of what an edge sent, with the reason.
 
-    retry: the same thing may be sent again later (the disk is full). fatal: the hub ends the conversation.
+    retry: whether it may be sent again later (the disk is full). fatal: whether the hub ends the conversation.
     """
 
     reason: str
@@ -258,14 +258,14 @@ class Refusal(Message, frozen=True, tag="refusal"):
 
 
 class RoundClosed(Message, frozen=True, tag="round_closed"):
-    """Say that a round takes no more updates."""
+    """The report that a round takes no more updates. num_updates: how many the hub averaged in it."""
 
     round: int
     num_updates: int
 
 
 class Farewell(Message, frozen=True, tag="farewell"):
-    """Say that the run is over."""
+    """The report that the run is over, with the reason."""
 
     rounds: int
     reason: str

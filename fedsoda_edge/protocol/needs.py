@@ -15,8 +15,8 @@ was used, which is more than the activations (KEPT_HEAP); all others return it a
 
 Activations are what autograd keeps for a decoder layer with LoRA, in the last layer's MLP only at supervised positions
 (sub_llm.py). One formula serves nine families; llama keeps a tenth to a fifth less, gemma3 as much more:
-docs/methods.md (m8-memory). What the process takes and what malloc adds are measured. What a device has free is the
-device room's business; border states are on disk, on top of the bundle.
+docs/methods.md (m8-memory). What the process takes and what malloc adds are measured; border states are on disk, on top
+of the bundle. What a device has free, and which plan it takes, is left to the room `device`.
 """
 
 from __future__ import annotations
@@ -34,9 +34,7 @@ from fedsoda_edge.protocol.manifest import BundleManifest, EdgeNeeds, File, Laye
 PROCESS_BYTES = 440 << 20  # measured: worker with torch 2.13 (CPU), transformers 5.23, peft 0.21 imported
 KERNEL_BYTES = 48 << 20  # measured: what libraries of kernels load and hold once a first step has run
 CUDA_CONTEXT_BYTES = 450 << 20  # reported by others for torch on consumer cards; not measured here
-KEPT_HEAP = (
-    1.7  # measured (scripts/bench_memory): bytes that malloc holds for a byte of activations that comes and goes
-)
+KEPT_HEAP = 1.7  # measured (scripts/bench_memory): bytes that malloc holds for a byte of activations
 
 NORMS_HEADS = ("qwen3", "gemma3_text")  # families whose norms of queries and keys count; others keep less elsewhere
 
@@ -54,13 +52,13 @@ def chunk_rows(vocab: int) -> int:
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of what an edge trains.
+    """The sizes of a sub-LLM that an edge trains.
 
     hidden, mlp, queries, keys, vocab: features. num_layers: layers from the border on, through which gradients go.
     num_attention, num_mlp: how many of these have that half; the last layer counts as whole and is left out.
-    layer_parameters: of the largest kept layer. frozen_parameters, frozen_lora_parameters: of layers from the border on
-    that do not train. width: bytes of a weight that is not stored in NF4. is_swept: whether there are layers below the
-    border. norms_heads: whether norms of queries and keys keep what goes into them.
+    layer_parameters: parameters of the largest kept layer. frozen_parameters, frozen_lora_parameters: parameters in
+    layers from the border on that do not train. width: bytes of a weight that is not stored in NF4. is_swept: whether
+    there are layers below the border. norms_heads: whether norms of queries and keys keep what goes into them.
     """
 
     hidden: int
@@ -85,7 +83,7 @@ class Shape:
 
 
 def shape_of(manifest: BundleManifest) -> Shape:
-    """Read the sizes off a manifest: no file of the bundle needs to be here."""
+    """Take the sizes from a manifest: no other file of the bundle needs to be here."""
     plan, dtype = manifest.plan, manifest.dtype
     stored, of_emulator = (stored_bytes(base, dtype) for base in (manifest.adapter_base, manifest.emulator_base))
     parameters = {
@@ -166,7 +164,7 @@ def _count(specs: Iterable[TensorSpec]) -> int:
 
 @dataclass(frozen=True)
 class SampleSizes:
-    """How large the samples of a step are.
+    """The sizes of an edge's samples.
 
     batch_size: samples of a step. ids, labels: ids and completion ids of the longest sample. count: samples that the
     edge has; None: not known yet.
@@ -178,7 +176,7 @@ class SampleSizes:
     count: int | None = None
 
 
-SHORTEST = SampleSizes(1, 2, 1)  # no sample is shorter: what every edge needs, whatever its rows
+SHORTEST = SampleSizes(1, 2, 1)  # no sample is shorter, so an edge needs at least what this takes
 
 
 class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -191,10 +189,10 @@ class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     """One way to train and what its memory holds, in bytes.
 
-    device: "cpu" or "cuda[:n]". packed: adapter and head stay as they are stored. recompute: a layer's activations are
-    made again in the backward pass. frugal: malloc returns memory at once (`ports.system.return_memory_at_once`).
-    micro_batch: samples that go through at once, of the batch_size of a step. slice_bytes: of hidden states that one
-    pass of the sweep takes along. process, ..., sweep: what each part takes.
+    device: "cpu", "cuda" or "cuda:N". packed: whether adapter and head stay as they are stored. recompute: whether a
+    layer's activations are computed again in the backward pass. frugal: whether malloc returns memory at once
+    (`ports.system.return_memory_at_once`). micro_batch: samples that go through at once, of the batch_size samples of a
+    step. slice_bytes: hidden states that one pass of the sweep takes along. process, ..., sweep: what each part takes.
     """
 
     device: str

@@ -11,7 +11,7 @@
     UpdateChunk ...  ->
                      <-       Receipt | Refusal
 
-Sockets are the business of `hub_transport.py` and of the hub's `listener.py`; what to answer is decided elsewhere.
+Sockets are left to `hub_transport.py` and the hub's `listener.py`, what to answer to `join` and the hub's `serving`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Upload:
 
 
 class _Assembly:
-    """Chunks of one blob, in order, up to a size that was announced."""
+    """The chunks of one blob so far, in order, up to the size that was announced."""
 
     def __init__(self, digest: ms.Digest, total: int) -> None:
         self.digest = digest
@@ -62,10 +62,12 @@ class _Assembly:
         """
         if digest != self.digest or offset != len(self._data):
             raise ProtocolViolation(
-                f"a chunk of {digest[:12]} at {offset} came, {self.digest[:12]} at {len(self._data)} was due"
+                f"a chunk of {digest[:12]} at {offset} came, but {self.digest[:12]} at {len(self._data)} was due"
             )
         if len(self._data) + len(payload) > self.total or not payload:
-            raise ProtocolViolation(f"chunks of {digest[:12]} run past the announced {self.total} bytes")
+            raise ProtocolViolation(
+                f"chunks of {digest[:12]} have {len(self._data) + len(payload)} bytes, {self.total} were announced"
+            )
         self._data += payload
         if len(self._data) < self.total:
             return None
@@ -83,7 +85,7 @@ def chunks(data: bytes, offset: int = 0) -> Iterator[tuple[int, memoryview]]:
 
 
 class EdgeSession:
-    """The edge's side of one connection. state: new, greeted (Hello sent), open, over."""
+    """The edge's side of one connection. state: new, greeted (Hello was sent), open, over."""
 
     def __init__(self) -> None:
         self.state = "new"
@@ -101,7 +103,7 @@ class EdgeSession:
         return encode(message, payload)
 
     def request(self, blob: ms.BlobRef) -> bytes:
-        """Make the frame that asks for a blob, whose chunks are gathered until it is whole."""
+        """Make the frame that requests a blob, whose chunks are gathered until it is whole."""
         assert self._blob is None, "one blob at a time"
         self._blob = _Assembly(blob.digest, blob.bytes)
         return self.send(ms.BlobRequest(digest=blob.digest))
@@ -133,7 +135,7 @@ class EdgeSession:
 
 
 class HubSession:
-    """The hub's side of one connection. state: new, greeted (Hello came), open (welcomed), ready, over."""
+    """The hub's side of one connection. state: new, greeted (Hello came), open (Welcome was sent), ready, over."""
 
     def __init__(self, max_update_bytes: int) -> None:
         self.state = "new"
@@ -184,7 +186,7 @@ class HubSession:
                     raise ProtocolViolation("the edge sent an update before it was ready")
                 if not 0 < message.bytes <= self._max_update_bytes:
                     raise ProtocolViolation(
-                        f"an update of {message.bytes} bytes was announced, the run's have up to {self._max_update_bytes}"
+                        f"an update of {message.bytes} bytes was announced, and {self._max_update_bytes} are allowed at most"
                     )
                 self._start, self._upload = message, _Assembly(message.digest, message.bytes)
             case ms.UpdateChunk():

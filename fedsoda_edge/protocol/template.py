@@ -1,4 +1,7 @@
-"""Render a run's text template: literal text with `{column}` places, as it travels in the Welcome."""
+"""Render a run's text template: literal text with `{column}` places, as it travels in the Welcome.
+
+Whether a row has the columns is left to `data/local_data.py`.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ DEFAULT_PROMPT, DEFAULT_COMPLETION = "{prompt}", "{completion}"
 
 @dataclass(frozen=True)
 class TextTemplate:
-    """Text with `{column}` places: no format specs, attributes or indexing, since it comes from the hub.
+    """A text with `{column}` places: no format specs, attributes or indexing, since it comes from the hub.
 
     Raises:
-        UsageProblem: on construction, when the template has anything else in braces.
+        UsageProblem: on construction, when the text has anything else in braces.
     """
 
     text: str
@@ -27,12 +30,12 @@ class TextTemplate:
             parts = list(string.Formatter().parse(self.text))
         except ValueError as error:
             raise UsageProblem(
-                f"the template {self.text!r} has unmatched braces ({error}); write {{{{ for a brace"
+                f"the template {self.text!r} has unmatched braces ({error}); write {{{{ or }}}} for a brace itself"
             ) from error
         for _, name, spec, conversion in parts:
             if name is not None and (spec or conversion or not re.fullmatch(r"\w+", name)):
                 raise UsageProblem(
-                    f"the template {self.text!r} has a place {{{name}}} that is more than a column; write {{column}}"
+                    f"the template {self.text!r} has a place {{{name}}} that is not just a column; write {{column}}"
                 )
 
     @property

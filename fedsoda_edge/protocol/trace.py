@@ -6,8 +6,8 @@
     % ping seconds=0.02                                       keepalive
     ! HubUnreachable step=TCP                                 went wrong
 
-A string is shown where it is a digest, shortened, or one of a few words that its type allows; every other string is left
-out, whoever wrote it. Which logger gets the line, and when, is decided by the caller.
+A string is shown if it is a digest, shortened, or one of the few words that its type allows; every other string is left
+out, whoever wrote it. Which logger gets the line, and when, is left to the caller.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ def line(mark: Mark, message: msgspec.Struct, note: str = "") -> str:
     """Write the line of a message: "<" came, ">" was sent, "!" was refused.
 
     Args:
-        note: what the caller knows beside it, such as "payload=262144" or whose message it is. Not for text of others:
-            signs that no such note needs become "?", and it ends after 80.
+        note: what the caller adds, such as "payload=262144" or whose message it is, and never text of others: unusual
+            characters become "?", and it is cut after 80.
     """
     words = [mark, type(message).__name__, *_fields(message, "")]
     return " ".join([*words, _ODD.sub("?", note)[:80]] if note else words)
 
 
 def changed(what: str, before: str, after: str) -> str:
-    """Write the line of a state that changed. All three are words of ours, not of the other side."""
+    """Write the line of a state that changed. All three arguments are words of ours, not of the other side."""
     assert all(_WORD.fullmatch(word) for word in (what, before, after)), "states are words of ours"
     return f"= {what} {before} -> {after}"
 
@@ -55,7 +55,7 @@ def kept_alive(what: str, seconds: float) -> str:
 
 
 def went_wrong(problem: BaseException | msgspec.Struct) -> str:
-    """Write the line of an error or a refusal. Its sentence is for people and may hold rows of data: it is left out."""
+    """Write the line of an error or a refusal, without its sentence, which is for people and may hold rows of data."""
     if isinstance(problem, msgspec.Struct):
         return line("!", problem)
     fields = problem.fields() if isinstance(problem, FedSODAError) else {}

@@ -2,7 +2,7 @@
 
 The layers below the border are frozen between alignments, so their output for a sample is a constant,
 docs/methods.md (m6-cache): the sub-emulator's where the adapter is on top of it, the embedding's where the lowest layer
-trains. States come from memory or, on an edge, from disk (`border_cache.py`). Training is `training.py`'s business.
+trains. States come from memory or, on an edge, from disk (`border_cache.py`). Training is left to `training.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fedsoda_edge.model.streaming import LayersDone
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of a micro-batch, several to a row.
+    """The samples of a micro-batch, several to a row (R rows).
 
     states: (R, T, C), zero where padded on the right. positions: (R, T); they begin at 0 with each sample, and
     attention stays within a sample. rows, columns, labels: (M,), which positions predict which completion ids.
@@ -42,16 +42,16 @@ class States(Protocol):
     """Border states that are not all in memory (`border_cache.CachedStates`)."""
 
     def __getitem__(self, index: int, /) -> Tensor:
-        """Give a sample's border states: (T, C) on the CPU."""
+        """Return a sample's border states: (T, C) on the CPU."""
         ...
 
     def expect(self, order: Sequence[int], /) -> None:
-        """Note the samples that will be asked for, in order."""
+        """Note the samples that will be read, in order."""
         ...
 
 
 class SweptSamples:
-    """Samples with their border states (T, C)."""
+    """The samples of an edge with their border states (T, C)."""
 
     def __init__(self, samples: Sequence[Sample], states: list[Tensor] | States) -> None:
         self.samples = samples
@@ -70,10 +70,12 @@ class SweptSamples:
         device: str | torch.device = "cpu",
         progress: LayersDone | None = None,
     ) -> SweptSamples:
-        """Run all samples through `layers`, which lie below the border, with one layer resident; hold their states.
+        """Run all samples through `layers`, with one layer resident, and hold their border states.
 
         Args:
+            layers: full-LLM numbers of the layers below the border, in order.
             emulator: the emulator's view: its LoRA, and its border map if it has one.
+            progress: called as progress(layers done, layers in all).
         """
         states = border_states(
             source,
@@ -88,17 +90,17 @@ class SweptSamples:
         return cls(samples, states)
 
     def expect(self, order: Sequence[int]) -> None:
-        """Say which samples batches will ask for, in order; states that are not kept are computed with that in mind."""
+        """Note the samples that batches will need, in order, so that states that are not kept are computed together."""
         if not isinstance(self.states, list):
             self.states.expect(order)
 
     def num_labels(self, index: int) -> int:
-        """Count a sample's completion ids that are predicted: nothing comes before its first id, so nothing predicts it."""
+        """Count the completion ids of a sample that are predicted. A sample's first id is not: nothing comes before it."""
         sample = self.samples[index]
         return len(sample.ids) - max(sample.start, 1)
 
     def batch(self, indices: Sequence[int], device: str | torch.device = "cpu") -> Batch:
-        """Pack the samples of these indices into rows: padding each to the longest would waste half of the work."""
+        """Pack these samples into rows, on the device: padding each to the longest would waste half of the work."""
         lengths = [len(self.samples[i].ids) for i in indices]
         packed = pack(lengths)
         width = max(sum(lengths[at] for at in row) for row in packed)

@@ -5,7 +5,7 @@ memory. There are two files: `border`, which every alignment makes void, and `be
 with LoRA, which no alignment touches, so that after a realignment only the layers from there on run again. What does
 not fit the disk is computed again, slice by slice.
 
-Samples are named by HMAC: the files alone tell only their number and lengths. The records are `record_file.py`'s.
+Samples are named by HMAC: the files alone show only their number and lengths. Records are left to `record_file.py`.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ from fedsoda_edge.protocol.needs import GROUP_POSITIONS
 from fedsoda_edge.worker.record_file import RecordFile, from_record, row_bytes, to_record
 
 _HEAD_BYTES = 128  # more than a record takes besides its rows
-_KEEP_FREE_BYTES = 256 << 20  # of the disk: others need it too
+_KEEP_FREE_BYTES = 256 << 20  # of the disk, for other programs
 
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """Where border states are kept and how.
+    """The place and the form of border states, and how they are computed.
 
-    key: 32 bytes. dtype: "bf16" or "int8", in which border states are kept. max_bytes: of disk, all files together;
-    None: what is free. slice_bytes: of memory for the samples that one pass over the layers takes along. dense: whether
-    a layer's weights are dequantized once for all of them. group_positions: padded positions that run together.
+    key: 32 bytes. dtype: "bf16" or "int8", the form in which border states are kept. max_bytes: the most that all files
+    may take on disk; None: what is free. slice_bytes: memory for the samples that one pass over the layers takes along.
+    dense: whether a layer's weights are dequantized once for all samples. group_positions: padded positions that run
+    together.
     """
 
     directory: Path
@@ -51,9 +52,9 @@ class CacheSettings:
 
 
 class BorderPasses:
-    """Passes of samples over the layers below the border, in two parts: under the first layer with LoRA, and from it on.
+    """The passes of samples over the layers below the border, in two parts: under the first layer with LoRA, and from it.
 
-    bottom, top: the full-LLM layers of each part; either may be empty.
+    bottom, top: the full-LLM layers of each part; either may be empty. width: C, features of a hidden state.
     """
 
     def __init__(
@@ -78,19 +79,19 @@ class BorderPasses:
 
     @property
     def num_layers(self) -> int:
-        """Layers of both parts."""
+        """The number of layers in both parts."""
         return len(self.bottom) + len(self.top)
 
     def memory(self, ids: int) -> int:
-        """Count the bytes of a sample of that many ids in a pass: one layer's input and output."""
+        """Count the bytes that a sample of this number of ids takes in a pass: one layer's input and output."""
         return 2 * ids * self.width * self._compute_dtype.itemsize
 
     def made_of(self, emulator_name: str, dtype: str) -> tuple[list[str], list[str]]:
-        """Name what states under the first layer with LoRA depend on, and what border states depend on.
+        """List what states under the first layer with LoRA depend on, and what border states depend on.
 
         Args:
-            emulator_name: of the emulator's view.
-            dtype: in which border states are kept.
+            emulator_name: changes with the emulator's view.
+            dtype: the form in which border states are kept.
         """
         manifest = self._bundle.manifest
 
@@ -106,7 +107,7 @@ class BorderPasses:
     def below(
         self, ids: Sequence[Tensor], batches: Sequence[Sequence[int]], progress: LayersDone | None
     ) -> list[Tensor]:
-        """Run samples through the bottom layers, whose states no alignment changes."""
+        """Run samples through the bottom layers, whose states no alignment changes: (T_i, C) for each sample."""
         return stream(
             self._bundle,
             self.bottom,
@@ -125,7 +126,11 @@ class BorderPasses:
         start: Sequence[Tensor] | None,
         progress: LayersDone | None,
     ) -> list[Tensor]:
-        """Run samples to the border: from `start` through the top layers, without it through all."""
+        """Run samples to the border: (T_i, C) for each sample.
+
+        Args:
+            start: states after the bottom layers, from which only the top layers run; None: all layers run.
+        """
         return border_states(
             self._bundle,
             (*self.bottom, *self.top) if start is None else self.top,
@@ -142,13 +147,13 @@ class BorderPasses:
 
 
 class CachedStates:
-    """Border states of all samples of an edge, as a sequence; `SweptSamples` reads them.
+    """The border states of all samples of an edge, as a sequence; `SweptSamples` reads them.
 
-    Every state has been through a record, also one that was not kept: so on a CPU the trained delta does not
-    depend on how much of it fitted the disk.
+    Every state has been through a record, even one that is not kept, so that on a CPU the trained delta does not depend
+    on how many of them fit the disk.
 
     Args:
-        ids: of each sample.
+        ids: the ids of each sample.
         emulator: the emulator's view: its LoRA, and its border map if it has one.
         emulator_name: changes with the view.
     """
@@ -172,7 +177,7 @@ class CachedStates:
         self._files = self._opened(*self._passes.made_of(emulator_name, settings.dtype))
         first = {name: at for at, name in reversed(list(enumerate(self._names)))}  # copies of a sample share it
         firsts = sorted(first.values())
-        # Samples that always run together: one of them is little to do again.
+        # Samples that always run together, few enough that a group is quickly computed again.
         grouped = buckets([len(self._ids[at]) for at in firsts], settings.group_positions)
         self._groups = sorted([firsts[place] for place in group] for group in grouped)
         self._group_of = {self._names[at]: number for number, group in enumerate(self._groups) for at in group}
@@ -180,13 +185,13 @@ class CachedStates:
         self._slice: dict[bytes, Tensor] = {}  # by name
 
     def _opened(self, below: list[str], border: list[str]) -> dict[str, RecordFile]:
-        """Open the files of states that are made of these things, and remove those of other alignments and bundles."""
+        """Open the files of states that depend on these things; remove the files of other alignments and bundles."""
         settings, width = self._settings, self._passes.width
         positions = sum(len(sample) for sample in dict(zip(self._names, self._ids, strict=True)).values())
         rows = {"border": row_bytes(width, settings.dtype), "below": row_bytes(width, "bf16")}
         budget, heads = self._budget(), len(self._ids) * _HEAD_BYTES
         wanted = {"border": border}
-        # Both or the border alone: half of each would save nothing.
+        # Both files or the border's alone: half of each would save nothing.
         if self._passes.bottom and self._passes.top and positions * sum(rows.values()) + heads <= budget:
             wanted["below"] = below
         paths = {tier: settings.directory / f"{tier}-{_digest(parts)[:16]}.cache" for tier, parts in wanted.items()}
@@ -212,7 +217,7 @@ class CachedStates:
         """Compute the border states that are not kept yet, and keep as many as fit the disk.
 
         Args:
-            progress: called as progress(layers done, layers in all), over all passes.
+            progress: called as progress(layers done, layers in all), summed over all passes.
         """
         fitting = []
         room = self._files["border"].room
@@ -225,7 +230,7 @@ class CachedStates:
         for done, groups in enumerate(slices):
             states = self._compute(groups, self._partly(progress, done, len(slices)))
             if not self._keep(states):
-                return  # the disk is full: what is left is computed when it is asked for
+                return  # the disk is full: the rest is computed when it is read
 
     def _unkept(self, group: Sequence[int]) -> list[int]:
         return [at for at in group if self._names[at] not in self._files["border"]]
@@ -239,7 +244,7 @@ class CachedStates:
         )
 
     def _partly(self, progress: LayersDone | None, done: int, total: int) -> LayersDone | None:
-        """Tell the progress of one pass as progress of all."""
+        """Make the callback that reports the progress of one pass as progress of all passes."""
         if progress is None:
             return None
         layers = self._passes.num_layers
@@ -259,9 +264,9 @@ class CachedStates:
         return slices
 
     def _compute(self, groups: Sequence[int], progress: LayersDone | None) -> dict[int, Tensor]:
-        """Compute border states of the samples of these groups, from below the first layer with LoRA where that is kept.
+        """Compute the border states of these groups' samples, from the kept states under the first layer with LoRA if any.
 
-        States are rounded to bf16 there whether they are kept or not: border states must not depend on it.
+        States are rounded to bf16 there, kept or not, since border states must not depend on that.
         """
         passes, indices = self._passes, [at for number in groups for at in self._groups[number]]
         if not (passes.bottom and passes.top):
@@ -285,9 +290,9 @@ class CachedStates:
         return dict(zip(indices, made, strict=True))
 
     def _together(self, groups: Sequence[int]) -> tuple[list[Tensor], list[list[int]]]:
-        """Give the ids of these groups' samples, and which places among them run together.
+        """Return the ids of these groups' samples, and which places among them run together.
 
-        Each group runs together, whatever else the slice holds: so the last bits of its states are the same each time.
+        Each group runs together, whatever else the slice holds, so that the last bits of its states are always the same.
         """
         indices = [at for number in groups for at in self._groups[number]]
         places = {at: place for place, at in enumerate(indices)}
@@ -297,14 +302,14 @@ class CachedStates:
     # --- reading ---------------------------------------------------------------------------------------------
 
     def expect(self, order: Iterable[int]) -> None:
-        """Note the samples that will be asked for, in order: what is not kept is computed in slices of these."""
+        """Note the samples that will be read, in order: states that are not kept are computed in slices of these."""
         self._expected = deque(order)
 
     def __len__(self) -> int:
         return len(self._ids)
 
     def __getitem__(self, index: int) -> Tensor:
-        """Give a sample's border states: (T, C) on the CPU."""
+        """Return a sample's border states: (T, C) on the CPU."""
         while self._expected and self._expected[0] != index:
             self._expected.popleft()
         name, border, width = self._names[index], self._files["border"], self._passes.width
@@ -324,7 +329,7 @@ class CachedStates:
 
     @property
     def dtype(self) -> str:
-        """What border states are rounded to: "bf16" or "int8"."""
+        """The form to which border states are rounded: "bf16" or "int8"."""
         return self._settings.dtype
 
     @property
@@ -334,17 +339,17 @@ class CachedStates:
 
     @property
     def num_kept(self) -> int:
-        """Samples whose border states are on the disk."""
+        """The number of samples whose border states are on disk."""
         return sum(name in self._files["border"] for name in self._names)
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes of all files."""
+        """The bytes of all files."""
         return sum(file.num_bytes for file in self._files.values())
 
     @property
     def num_damaged(self) -> int:
-        """Records that were not what was written and were computed again."""
+        """The number of records that were damaged and were computed again."""
         return sum(file.damaged for file in self._files.values())
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """Let a local round survive kill -9: LoRA, optimiser and counts as files, in two generations.
 
-A round is a pure function of its offer and data on one thread count, so a file serves only who comes back to the very
-same round; any other round begins at its beginning. When to save is decided here, what to save in `training.py`.
+A round is a pure function of its offer and data on one thread count, so a file serves only the very same round; any
+other round begins at its beginning. What to save is left to `training.py`.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-SHARE_AT_RISK = 0.02  # of a round's steps may be lost, or one step
+SHARE_AT_RISK = 0.02  # the part of a round's steps that may be lost, at least one step
 
 WriteFile = Callable[[dict[str, Tensor], Path, dict[str, str]], None]  # tensors, where, metadata
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A save of a round.
+    """A saved state of a round.
 
     step: the last one that is done. tokens: ids trained on so far. micro_batch: samples that went through at once.
-    tensors: all that the next step depends on.
+    tensors: all on which the next step depends.
     """
 
     step: int
@@ -39,11 +39,11 @@ class Saved:
 
 
 class RoundCheckpoint:
-    """Saves of one local round in `directory`.
+    """The saved states of one local round in `directory`.
 
     Args:
-        identity: everything that the round's result depends on.
-        write_file: how a file is written; it may fail, and training continues without.
+        identity: everything on which the round's result depends.
+        write_file: writes a file; if it fails, training continues without the file.
     """
 
     def __init__(self, directory: Path, identity: Mapping[str, object], write_file: WriteFile = save_file) -> None:
@@ -55,7 +55,7 @@ class RoundCheckpoint:
         directory.mkdir(parents=True, exist_ok=True)
 
     def load(self) -> Saved | None:
-        """Read the latest whole save of this round; None at its beginning."""
+        """Read the latest whole saved state of this round; None where there is none."""
         found = [one for generation in (0, 1) if (one := self._read(generation)) is not None]
         if not found:
             return None
@@ -80,15 +80,15 @@ class RoundCheckpoint:
         return Saved(int(about["step"]), int(about["tokens"]), int(about["micro_batch"]), tensors), generation
 
     def is_due(self, step: int, steps: int) -> bool:
-        """Tell whether to save after this step: often enough to lose at most 2 % of the round, one save at a time."""
+        """Tell whether to save after this step: so often that 2 % of the round is lost at most, one save at a time."""
         every = max(1, int(steps * SHARE_AT_RISK))
         return step % every == 0 and step < steps and (self._writer is None or not self._writer.is_alive())
 
     def save(self, step: int, tokens: int, micro_batch: int, tensors: dict[str, Tensor]) -> None:
-        """Copy the tensors now and write them while training continues.
+        """Copy the tensors now, and write them while training continues.
 
-        No fsync: the page cache outlives the process, and a power cut that takes both generations costs no more than
-        having none.
+        Without fsync: the page cache outlives the process, and a power cut that destroys both generations costs only the
+        round's work.
         """
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         path, self._generation = self._path(self._generation), 1 - self._generation
@@ -105,14 +105,14 @@ class RoundCheckpoint:
             part.unlink(missing_ok=True)  # the disk is full: training continues without
 
     def wait(self) -> None:
-        """Wait until the last save is written."""
+        """Wait until the last state is written."""
         if self._writer is not None:
             self._writer.join()
 
     def forget(self) -> None:
-        """Remove the saves: the round is trained and its update is on the disk."""
+        """Remove the saved states, once the round is trained and its update is on disk."""
         self.wait()
-        for path in self._directory.glob("round.*"):  # also what a kill left half-written
+        for path in self._directory.glob("round.*"):  # with what a kill left half-written
             path.unlink(missing_ok=True)
 
 

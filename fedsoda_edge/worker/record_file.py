@@ -1,7 +1,7 @@
-"""Keep hidden states as encrypted records in one file, found by name; a record that was damaged is not read.
+"""Keep hidden states as encrypted records in one file, found by name; a damaged record is not read.
 
-Hidden states give back their text, so records are AES-256-GCM under a key that the agent holds and no disk sees
-(unless its owner wants that). Which states are kept, and under which names, is `border_cache.py`'s business.
+Text can be recovered from hidden states, so records are AES-256-GCM under a key that the agent holds and that is on no
+disk (unless the owner wants to keep it). Which states are kept, and under which names, is left to `border_cache.py`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _TAG_BYTES = 16
 
 
 class RecordFile:
-    """Append-only records in one file, found by name; only its owner may read it.
+    """A file of append-only records, found by name; only its owner may read it.
 
     Args:
         key: 32 bytes.
         purpose: what the states belong to. A file of another purpose or key is emptied.
         row_bytes: bytes of one position.
-        max_bytes: the file grows no larger, and is cut where it already is.
+        max_bytes: the most bytes of the file; a larger one is cut.
     """
 
     def __init__(self, path: Path, key: bytes, purpose: str, row_bytes: int, max_bytes: int) -> None:
@@ -47,14 +47,14 @@ class RecordFile:
         mark = _MAGIC + hmac.digest(key, self._purpose, "sha256")
         if self._file.read(len(mark)) == mark:
             self._end = self._scan(len(mark))
-            self._file.truncate(self._end)  # else what is cut off would be read as heads after the next record
+            self._file.truncate(self._end)  # else remains would be read as heads of records after the next one
         else:
             self._file.truncate(0)
             disk.write_at(self._file, 0, mark)
             self._end = len(mark)
 
     def _scan(self, at: int) -> int:
-        """Index the whole records within max_bytes and give the end of the last one."""
+        """Index the whole records within max_bytes; return the end of the last one."""
         size = min(os.fstat(self._file.fileno()).st_size, self._max_bytes)
         while at + _HEAD.size <= size:
             self._file.seek(at)
@@ -67,12 +67,12 @@ class RecordFile:
         return at
 
     def size(self, ids: int) -> int:
-        """Count the bytes of a record of that many ids."""
+        """Count the bytes of a record of this number of ids."""
         return _HEAD.size + ids * self._row_bytes + _TAG_BYTES
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the file."""
+        """The bytes of the file."""
         return self._end
 
     def __contains__(self, name: bytes) -> bool:
@@ -80,11 +80,11 @@ class RecordFile:
 
     @property
     def room(self) -> int:
-        """Bytes that may still be added."""
+        """The bytes that may still be added."""
         return self._max_bytes - self._end
 
     def put(self, name: bytes, ids: int, data: bytes) -> bool:
-        """Add a record of ids x row_bytes and tell whether budget and disk had room for it.
+        """Add a record of ids x row_bytes bytes; return whether budget and disk had room for it.
 
         Raises:
             OSError: the disk failed; a full one does not raise.
@@ -99,14 +99,14 @@ class RecordFile:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             self._file.truncate(self._end)
-            self._max_bytes = self._end  # full is full: the next ones need not try
+            self._max_bytes = self._end  # the disk is full: later records need not try
             return False
         self._places[name] = self._end, ids
         self._end += self.size(ids)
         return True
 
     def get(self, name: bytes) -> bytes | None:
-        """Read a record's data; None where there is none or where it is not what was written, which `damaged` counts."""
+        """Read a record's data; None where there is no record or where it is damaged, which `damaged` counts."""
         if name not in self._places:
             return None
         at, ids = self._places[name]
@@ -135,7 +135,9 @@ def row_bytes(width: int, dtype: str) -> int:
 def to_record(state: Tensor, dtype: str) -> bytes:
     """Code hidden states (T, C) as a record's data.
 
-    bf16: rounded to nearest. int8: for each row an fp32 scale, the row's largest magnitude / 127, before the codes.
+    Args:
+        dtype: "bf16", rounded to nearest; or "int8": for each row an fp32 scale, the row's largest magnitude / 127,
+            before the codes.
     """
     if dtype == "bf16":
         return state.to(torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()

@@ -1,7 +1,7 @@
 """Train one local round: LoRA in the adapter on border states, with AdamW and FedProx.
 
 A step's samples go through in micro-batches, whose gradients are summed; where memory runs out, micro-batches are halved.
-Coding the delta and talking to the hub are the business of others.
+Coding the delta is left to `worker.py`, talking to the hub to the agent.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from fedsoda_edge.worker.batches import Batch, SweptSamples
 from fedsoda_edge.worker.checkpoint import RoundCheckpoint
 
 BETAS = (0.9, 0.95)  # paper, 6.1.2
-# What torch says where it has no error class: about a CPU's memory, CUDA's own, and the workspace of a matrix product.
+# What torch says where it has no error class: about memory of a CPU, of CUDA, and for the workspace of a product.
 NO_MEMORY = ("you tried to allocate", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What a local round made.
+class TrainedDelta:
+    """The result of a local round.
 
-    delta: trained adapter LoRA minus the view, fp32. loss: mean over steps, NaN when training broke down.
-    num_examples: distinct samples trained on. num_tokens: ids of all samples of all steps. seconds: wall clock, for
-    people only. micro_batch: samples that went through at once in the end.
+    delta: trained adapter LoRA minus the view, fp32. loss: mean over steps, in nats; NaN or infinite where training
+    diverged. num_examples: distinct samples trained on. num_tokens: ids of all samples of all steps. seconds: how long
+    it took, for people only. micro_batch: samples that went through at once in the end.
     """
 
     delta: dict[str, Tensor]
@@ -61,7 +61,7 @@ def data_order(num_samples: int, epochs: int, seed: int, round_number: int, edge
 
 
 def num_steps(num_samples: int, settings: LocalSettings) -> int:
-    """Count the optimiser steps of a round; a step's samples may be of two epochs, the last step may have fewer."""
+    """Count the optimiser steps of a round; a step may take samples of two epochs, and the last step may have fewer."""
     steps = math.ceil(num_samples * settings.epochs / settings.batch_size)
     return min(steps, settings.max_steps) if settings.max_steps else steps
 
@@ -77,10 +77,10 @@ def completion_loss(sub_llm: SubLLM, batch: Batch) -> Tensor:
 def accumulate(
     sub_llm: SubLLM, swept: SweptSamples, indices: Sequence[int], micro_batch: int, parameters: Sequence[Parameter]
 ) -> tuple[Tensor, int, int]:
-    """Set the parameters' gradients to that of the completion loss of these samples, its mean over all of their labels.
+    """Set the parameters' gradients to those of the completion loss, its mean over all labels of these samples.
 
     Args:
-        micro_batch: samples that go through at once; halved, and the whole begun again, where memory runs out.
+        micro_batch: samples that go through at once; where memory runs out, it is halved and the step begins again.
 
     Returns:
         The loss, the number of ids, and the micro-batch that memory allowed.
@@ -100,8 +100,8 @@ def accumulate(
             if micro_batch == 1:
                 longest = max(len(swept.samples[index].ids) for index in indices)
                 raise DeviceTooSmall(
-                    f"memory ran out on {sub_llm.device} with one sample of up to {longest} ids; close other programs, "
-                    "or shorten the rows"
+                    f"memory ran out on {sub_llm.device} with a single sample of up to {longest} ids; close other "
+                    "programs, or shorten the rows"
                 ) from error
         micro_batch = math.ceil(min(micro_batch, len(indices)) / 2)
         if sub_llm.device.type == "cuda":
@@ -124,7 +124,7 @@ def probe(sub_llm: SubLLM, swept: SweptSamples, view: Container[str], indices: S
     """Find the micro-batch that memory allows, at most `micro_batch`, by the gradient of these samples; keep nothing.
 
     Args:
-        view: names of the LoRA tensors that train.
+        view: the names of the LoRA tensors that train.
 
     Raises:
         DeviceTooSmall: memory runs out with a single sample.
@@ -140,12 +140,12 @@ def probe(sub_llm: SubLLM, swept: SweptSamples, view: Container[str], indices: S
 
 
 def _named(sub_llm: SubLLM, view: Container[str]) -> dict[str, Parameter]:
-    """Select the attached LoRA that trains; emulator LoRA of layers above the border does not."""
+    """Select the attached LoRA that trains; the emulator LoRA of layers above the border does not train."""
     return {name: parameter for name, parameter in lora.parameters(sub_llm).items() if name in view}
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Tell whether torch could not get memory, on whatever device."""
+    """Tell whether the error is torch's lack of memory, on any device."""
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in NO_MEMORY)
 
 
@@ -162,19 +162,20 @@ def fine_tune(
     micro_batch: int | None = None,
     progress: StepDone | None = None,
     checkpoint: RoundCheckpoint | None = None,
-) -> Trained:
+) -> TrainedDelta:
     """Train the adapter LoRA, the attached tensors that `view` names, from `view` and return the delta.
 
     Minimises F_k(w) + mu/2 ||w - view||^2 (paper eq. 9; the sign in its eq. 10 is reversed,
     docs/methods.md (m8-fedprox)) with a fresh AdamW, LoRA in fp32, no dropout.
 
     Args:
-        sub_llm: the layers from the border on with LoRA attached; it is left with the trained values.
-        swept: this edge's samples; order and steps depend on their number alone.
+        sub_llm: the layers from the border on with LoRA attached; it keeps the trained values.
+        swept: this edge's samples; order and steps depend only on their number.
+        view: the adapter LoRA from which the round starts, fp32, by name.
         trains: the factor that is trained; the other one keeps the view's bits and is not in the delta.
         micro_batch: samples of a step that go through at once; None: all of them.
         progress: called as progress(step, steps, loss, tokens per second) after each step.
-        checkpoint: saves of this round; on a CPU a round that continues from one ends with the same bits.
+        checkpoint: saved states of this round; on a CPU a round that continues from one ends with the same bits.
 
     Raises:
         DeviceTooSmall: memory runs out with a single sample.
@@ -200,7 +201,7 @@ def fine_tune(
         done = saved.step
         losses = list(saved.tensors.pop("losses").to(sub_llm.device))
         tokens = saved.tokens
-        at_once = min(at_once, saved.micro_batch)  # what memory allowed before, and the same sums
+        at_once = min(at_once, saved.micro_batch)  # what memory allowed before, for the same sums
         _restore(optimizer, named, saved.tensors)
     before = tokens
     swept.expect(order[done * size :])
@@ -217,7 +218,7 @@ def fine_tune(
         losses.append(loss)
         tokens += num_ids
         if not torch.isfinite(losses[-1]):
-            break  # no later step can repair it; the hub refuses the update and says so
+            break  # no later step can repair that; the hub refuses the update and says so
         if checkpoint is not None and checkpoint.is_due(step + 1, total):
             checkpoint.save(step + 1, tokens, at_once, _state(optimizer, named) | {"losses": torch.stack(losses)})
         if progress is not None:
@@ -226,7 +227,7 @@ def fine_tune(
     for parameter in parameters:
         parameter.requires_grad_(False)
     trained = lora.snapshot(sub_llm)
-    return Trained(
+    return TrainedDelta(
         delta={name: trained[name] - view[name] for name in named},
         num_examples=len(set(order[: len(losses) * size])),
         loss=torch.stack(losses).mean().item(),

@@ -1,6 +1,7 @@
-"""The edge's child process that owns torch and the GPU: it does the commands of `protocol/commands.py`. No sockets.
+"""Do the commands of `protocol/commands.py` in the edge's child process, which owns torch and the GPU. No sockets.
 
-It reads private text and writes only LoRA tensors; its parent never sees ids or hidden states.
+It reads private text and writes only LoRA tensors and encrypted border states; its parent never sees ids or hidden
+states. How training works is left to `training.py`, which commands come to the agent.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fedsoda_edge.model import delta, lora
 from fedsoda_edge.model.bundle import Bundle, read_manifest
 from fedsoda_edge.model.nf4 import NF4Linear, dequantize, quantize
 from fedsoda_edge.model.sub_llm import SubLLM, build
-from fedsoda_edge.ports.child import Report, serve
+from fedsoda_edge.ports.child import ReportProgress, serve
 from fedsoda_edge.ports.disk import sha256_file, write_durably
 from fedsoda_edge.ports.store import FileStore, when_here
 from fedsoda_edge.ports.system import lower_priority, peak_rss_bytes, return_memory_at_once
@@ -42,18 +43,20 @@ from fedsoda_edge.worker.training import fine_tune, is_out_of_memory, probe
 
 
 class Worker:
-    """One run on one device. Paths come from the agent; what is between them stays here.
+    """The worker of one run on one device. Paths come from the agent; what is computed between them stays here.
 
     Args:
-        shared: adapters that workers of one process train in turn, each from its own view; None: this one is alone.
-            Workers of one process keep no checkpoints: none of them dies alone.
-        process_bytes: what a process holds before it reads anything; None: what this one holds now.
+        shared: models that the workers of one process train in turn, each from its own view; None: this worker is the
+            only one. Workers of one process keep no checkpoints, since none of them dies alone.
+        process_bytes: bytes that a process holds before it reads anything; None: what this one holds now.
     """
 
     def __init__(
         self, shared: MutableMapping[bytes, SubLLM] | None = None, *, process_bytes: int | None = None
     ) -> None:
-        if process_bytes is None:  # of imports alone; among others in one process, what each would take in its own
+        if (
+            process_bytes is None
+        ):  # what imports take: measured, or the usual size where several workers share a process
             process_bytes = psutil.Process().memory_info().rss if shared is None else PROCESS_BYTES
         self._process_bytes = process_bytes
         self._models: MutableMapping[bytes, SubLLM] = {} if shared is None else shared
@@ -64,16 +67,21 @@ class Worker:
         self._border: SweptSamples | None = None
         self._states: CachedStates | None = None
         self._emulator_name = ""
-        self._frozen_lora: dict[str, torch.Tensor] = {}  # emulator LoRA of layers that are trained through
+        self._frozen_lora: dict[str, torch.Tensor] = {}  # emulator LoRA of layers above the border
         self._sub_llm: SubLLM | None = None
 
     @property
     def bundle(self) -> Bundle:
+        """The bundle that was opened last."""
         assert self._bundle is not None, "the agent opens the bundle first"
         return self._bundle
 
-    def answer(self, command: cmd.Command, report: Report) -> msgspec.Struct:
-        """Do one command of the agent."""
+    def answer(self, command: cmd.Command, report: ReportProgress) -> msgspec.Struct:
+        """Do one command of the agent; return its result.
+
+        Raises:
+            FedSODAError: the command cannot be done on this device, or with this data or bundle.
+        """
         match command:
             case cmd.Check():
                 return self.check(command)
@@ -89,9 +97,12 @@ class Worker:
                 return examine()
 
     def open(self, command: cmd.Open) -> cmd.Opened:
-        """Read the data, as soon as the tokenizer is here; say how many samples there are.
+        """Read the data, as soon as the tokenizer is here; return how many samples there are.
 
-        The rest of the bundle may still be coming. Each file is verified when it is first used.
+        The rest of the bundle may still be on its way. Each file is verified when it is first used.
+
+        Raises:
+            DataProblem: the rows cannot be used. BlobCorrupt: a file of the bundle is not what its manifest says.
         """
         store = FileStore(Path(command.store))
         coming = store.coming(command.manifest)
@@ -120,6 +131,7 @@ class Worker:
 
     @property
     def memory(self) -> MemoryPlan:
+        """The memory plan of the last sweep."""
         assert self._memory is not None, "the agent says how to train when it asks for the border"
         return self._memory
 
@@ -128,20 +140,29 @@ class Worker:
         return torch.bfloat16 if self.memory.device.startswith("cuda") else torch.float32
 
     def check(self, command: cmd.Check) -> cmd.Checked:
-        """Read every row of data whose format the agent does not read; say how many there are."""
+        """Read every row of data whose format the agent does not read; return how many there are.
+
+        Raises:
+            DataProblem: a row cannot be used.
+        """
         rows = command.rows
         data = LocalData(Path(rows.path), rows.columns)
         return cmd.Checked(data.check(TextTemplate(rows.prompt), TextTemplate(rows.completion)))
 
-    def sweep(self, command: cmd.Sweep, report: Report) -> cmd.Swept:
-        """Run all samples through the sub-emulator with this alignment; what is on the disk already is not run."""
+    def sweep(self, command: cmd.Sweep, report: ReportProgress) -> cmd.Swept:
+        """Compute the border states of all samples with this alignment, except those that are on disk already.
+
+        Raises:
+            UsageProblem: the plan is for a GPU, and torch has none. DeviceTooSmall: memory runs out.
+        """
         bundle, spec = self.bundle, self.bundle.manifest.lora
         path, cache = command.emulator, command.cache
         self._memory = memory = command.memory
         self._micro_batch, self._room = memory.micro_batch, command.room
         if memory.device.startswith("cuda") and not torch.cuda.is_available():
             raise UsageProblem(
-                f"--device {memory.device}: torch has no CUDA here; install a CUDA build, or --device cpu"
+                f"device={memory.device!r} cannot be used: torch has no CUDA here; install a CUDA build of torch, or train "
+                "with device='cpu'"
             )
         if memory.frugal:
             return_memory_at_once()
@@ -176,15 +197,19 @@ class Worker:
             num_damaged=self._states.num_damaged,
         )
 
-    def train(self, command: cmd.Train, report: Report) -> cmd.Trained:
-        """Train one local round; leave the coded delta and the new residual as files."""
+    def train(self, command: cmd.Train, report: ReportProgress) -> cmd.Trained:
+        """Train one local round; write the coded delta and the new error feedback to files.
+
+        Raises:
+            DeviceTooSmall: memory runs out with a single sample, or beside the steps.
+        """
         spec = self.bundle.manifest.lora
         assert self._border is not None, "the agent asks for the border first"
         assert self._states is not None
         view, settings = self._view(command.view), command.settings
         if self._sub_llm is None:
             self._sub_llm = self._built(view, settings.batch_size)
-        lora.load(self._sub_llm, self._frozen_lora)  # another one since the last alignment
+        lora.load(self._sub_llm, self._frozen_lora)  # which each alignment changes
         identity = {
             "settings": msgspec.to_builtins(settings),
             "seed": command.seed,
@@ -201,7 +226,7 @@ class Worker:
         }
         checkpoint = RoundCheckpoint(Path(command.checkpoint), identity) if self._keeps_checkpoints else None
         damaged = self._states.num_damaged
-        with _out_of_memory_is_told(self.memory):  # outside of a step too: the optimiser's first one takes its moments
+        with _out_of_memory_is_told(self.memory):  # beside the steps too: AdamW allocates its moments in the first one
             trained = fine_tune(
                 self._sub_llm,
                 self._border,
@@ -224,7 +249,7 @@ class Worker:
             )
         self._micro_batch = trained.micro_batch
         finite = math.isfinite(trained.loss)
-        # A broken round still answers, with nothing in it: the hub refuses it and the round continues.
+        # A round that diverged still answers, with zeros: the hub refuses the update, and the run continues.
         wanted = {name: value if finite else torch.zeros_like(value) for name, value in trained.delta.items()}
         residual = None
         if finite and command.residual is not None:
@@ -232,7 +257,8 @@ class Worker:
         layout = of_factor(spec.adapter, command.trains)
         coded, left = delta.encode_with_feedback(wanted, residual, view, layout, command.codec)
         write_durably(Path(command.update), coded)
-        waiting = residual or {name: torch.zeros_like(value) for name, value in view.items()}  # of the other factor
+        # The factor that does not train now keeps its error feedback.
+        waiting = residual or {name: torch.zeros_like(value) for name, value in view.items()}
         write_durably(Path(command.new_residual), delta.to_bytes({**waiting, **left}))
         if checkpoint is not None:
             checkpoint.forget()
@@ -247,7 +273,11 @@ class Worker:
         )
 
     def advance(self, command: cmd.Advance) -> cmd.Advanced:
-        """Write v + decode(c) for the adapter's or the emulator's view; the digest tells whether it is the hub's."""
+        """Write v + decode(c) for the adapter's or the emulator's view; return its digest, to compare with the hub's.
+
+        Raises:
+            ProtocolViolation: the delta or the view is not one of this run.
+        """
         spec = self.bundle.manifest.lora
         layout = spec.adapter if command.which == "adapter" else spec.emulator
         held = command.view
@@ -266,7 +296,11 @@ class Worker:
         return delta.from_bytes(Path(path).read_bytes(), self.bundle.manifest.lora.adapter)
 
     def _built(self, view: dict[str, torch.Tensor], batch_size: int) -> SubLLM:
-        """Return what trains, as the memory plan has it, after a probe: the heaviest micro-batch fits, or a smaller one."""
+        """Build what trains, by the memory plan, and find a micro-batch of the longest samples that fits.
+
+        Raises:
+            DeviceTooSmall: the first step takes more than the worker may.
+        """
         assert self._border is not None
         memory, samples = self.memory, self._samples.samples
         key = msgspec.json.encode([self.bundle.manifest, memory.device, memory.packed, memory.recompute])
@@ -292,14 +326,14 @@ class Worker:
         on_cpu, taken = memory.device == "cpu", peak_rss_bytes()
         if on_cpu and taken > self._room:
             raise DeviceTooSmall(
-                f"the first step took {human_bytes(taken)} of memory, {human_bytes(self._room)} may be taken; "
+                f"the first step took {human_bytes(taken)} of memory, and {human_bytes(self._room)} may be taken; "
                 "allow more, or close other programs"
             )
         return sub_llm
 
 
 def examine() -> cmd.Examined:
-    """Look at what torch sees here, and whether a gradient comes through NF4 as through the dense matrix."""
+    """Look at what torch sees here, and check that the gradient through NF4 is that through the dense matrix."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = "ROCm" if torch.version.hip else "CUDA"
     problem = ""
@@ -310,11 +344,11 @@ def examine() -> cmd.Examined:
         dense = dequantize(tensor).to(device)
         wanted = 2 * (x.detach() @ dense.T) @ dense
         if x.grad is None or not torch.allclose(x.grad, wanted, rtol=1e-2, atol=1e-2 * float(wanted.abs().max())):
-            problem = "the gradient through NF4 is not that of the dense matrix"
+            problem = "the gradient through NF4 is not that through the dense matrix"
     except Exception as error:  # a driver, a kernel or a library: whatever it raises is the answer
         problem = f"NF4 does not run on {device}: {error}"
     return cmd.Examined(
-        torch=str(torch.__version__),  # a class of its own, which no message may have
+        torch=str(torch.__version__),  # torch's own class, which a struct does not accept
         threads=torch.get_num_threads(),
         device=device,
         accelerator=f"{torch.cuda.get_device_name()} ({kind})" if device == "cuda" else "",
@@ -324,7 +358,7 @@ def examine() -> cmd.Examined:
 
 @contextmanager
 def _out_of_memory_is_told(memory: MemoryPlan) -> Iterator[None]:
-    """Raise a lack of memory as DeviceTooSmall: where no smaller micro-batch helps, the agent may know a leaner way."""
+    """Raise a lack of memory as DeviceTooSmall: where a smaller micro-batch does not help, a leaner plan may."""
     try:
         yield
     except RuntimeError as error:
@@ -337,6 +371,7 @@ def _out_of_memory_is_told(memory: MemoryPlan) -> Iterator[None]:
 
 
 def main() -> None:
+    """Answer the agent's commands until it closes stdin."""
     lower_priority()
     threads = os.environ.get("FEDSODA_THREADS")
     if threads:

@@ -22,12 +22,12 @@ def costs_of(settings: RunSettings) -> Costs:
     bundle, source = Bundle.open(RunDirectory(settings.run_dir).bundle), open_full_llm(settings)
     dtype = str(source.dtype).removeprefix("torch.")
     plan = predict(source.family, source.fields, dtype, bundle.plan, settings)
-    trained: dict[tuple[str, int], events.Trained] = {}
+    trained: dict[tuple[str, int], events.RoundTrained] = {}
     planned, measured = [], []
     for path in sorted((settings.directory / "events").iterdir()):
         for line in path.read_bytes().splitlines():
             match events.read(line):
-                case events.Trained() as event:
+                case events.RoundTrained() as event:
                     trained[path.stem, event.round] = event
                 case events.Memory(parts=parts):
                     planned.append(next(part.bytes for part in parts if part.part == "peak"))

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedsoda_edge.data.formats import Row
+from fedsoda_edge.data.formats import DataRow
 from fedsoda_edge.data.local_data import LocalData, remedy_for_columns
 from fedsoda_edge.errors import DataProblem
 from fedsoda_edge.ports.disk import write_durably
@@ -35,7 +35,7 @@ class DealtData:
         self._comparison = comparison
         c, first = comparison.compare, comparison.settings[comparison.baseline_of]
         self._completion = first.completion
-        self._rows: list[Row] = []
+        self._rows: list[DataRow] = []
         self._files: list[str] = []
         for name in c.data:
             data = LocalData(comparison.path.parent / name)
@@ -71,7 +71,7 @@ class DealtData:
             )
         return [str(row[column]) for row in self._rows]
 
-    def rows(self, part: Sequence[int]) -> list[Row]:
+    def rows(self, part: Sequence[int]) -> list[DataRow]:
         """Look up the rows with these indices."""
         return [self._rows[row] for row in part]
 
@@ -91,7 +91,7 @@ class DealtData:
         return found
 
 
-def write_rows(path: Path, rows: Sequence[Row]) -> str:
+def write_rows(path: Path, rows: Sequence[DataRow]) -> str:
     """Write rows as JSON Lines, and return the file's sha256.
 
     Raises:

@@ -28,7 +28,7 @@ from fedsoda_edge.join.home import Home
 from fedsoda_edge.join.settings import AgentSettings
 from fedsoda_edge.model.sub_llm import SubLLM
 from fedsoda_edge.ports import SystemClock
-from fedsoda_edge.ports.child import Report
+from fedsoda_edge.ports.child import ReportProgress
 from fedsoda_edge.ports.system import peak_rss_bytes
 from fedsoda_edge.protocol.calls import Call, ProgressT, ResultT, progress_type, result_type
 from fedsoda_edge.protocol.codec import wire_bytes
@@ -41,7 +41,7 @@ from fedsoda_hub.serving.connection import Connection, Hub
 from fedsoda_hub.serving.daemon import Daemon
 from fedsoda_hub.settings.run import RunSettings
 
-Answerer = Callable[[Any, Report], msgspec.Struct]  # does one call of a union
+Answerer = Callable[[Any, ReportProgress], msgspec.Struct]  # answers one call of a union
 T = TypeVar("T")
 PIECE_BYTES = 1 << 20
 CLOSE_SECONDS = 5.0  # that edges may take to end after their Farewell
@@ -53,7 +53,7 @@ async def federate(
     homes: Path,
     stop: asyncio.Future[str],
     say: HubSay,
-    say_of: Callable[[str], events.Say],
+    say_of: Callable[[str], events.EventSink],
 ) -> None:
     """Run one federation to its end, or until `stop`; a second call continues it.
 

@@ -31,15 +31,15 @@ SAID: list[ev.AnyEvent] = [
     ev.Joined(run="triage", edge="ward", rounds=2),
     ev.memory("training on the CPU", PLAN, [Part("peak", 47)]),
     ev.Training(round=1, step=1, steps=2, loss=None, tokens_per_second=0.5),
-    ev.Paused(reason="on battery", seconds=None),
-    ev.Farewell(rounds=2, reason="done"),
+    ev.JoinPaused(reason="on battery", seconds=None),
+    ev.RunFinished(rounds=2, reason="done"),
 ]
 REPORT = ev.JoinEnded(
     run="triage",
     edge="ward",
-    rounds=[ev.RoundResult(round=1, loss=0.5, accepted=True)],
+    rounds=[ev.RoundOutcome(round=1, loss=0.5, accepted=True)],
     num_examples=4,
-    bytes=ev.Traffic(up=1, down=2),
+    bytes=ev.ConversationBytes(up=1, down=2),
     agent_peak_rss_bytes=3,
     worker_peak_rss_bytes=9,
 )

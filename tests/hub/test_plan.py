@@ -290,5 +290,5 @@ def test_what_does_not_fit_is_refused_before_any_work(tmp_path: Path) -> None:
     ) as no:
         plan_report(str(tmp_path / "l.json"), settings_for_plan("x"))
     assert no.value.exit_status == 2
-    with pytest.raises(UsageProblem, match="'o_prj', which matches nothing in layer"):
+    with pytest.raises(UsageProblem, match="'o_prj', which matches no module in layer"):
         plan_of(tmp_path, "LLaMA3-8B", lora={"targets": ["o_prj"]})

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fedsoda_edge.errors import UsageProblem
+from fedsoda_edge.model.delta import LoRATensors
 from fedsoda_edge.model.families import layer_on_meta, linear_modules
-from fedsoda_edge.model.lora import LoRATensors
 from fedsoda_edge.model.source import LayerSource
 from fedsoda_edge.model.streaming import LayersDone, buckets, stream
 from fedsoda_edge.protocol.manifest import LayerPlan

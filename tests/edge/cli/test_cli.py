@@ -32,7 +32,7 @@ from tests.conftest import ROOT
 from tests.edge.network.test_hub_transport import SmallHub, listening
 
 TIB = 2**40
-FIRST_STEPS = "see whether the sub-LLM fits this device, and fetch it"
+FIRST_STEPS = "check which sub-LLM fits this device, and fetch it"
 GOOD_ROWS = '{"text": "fever", "department": "er"}\n{"text": "cough", "department": "gp"}\n'
 
 
@@ -237,7 +237,7 @@ def test_every_command_that_reports_has_json() -> None:
     [
         (None, "the data visits.jsonl cannot be read: No such file or directory"),
         (GOOD_ROWS + '\n{"text": "ache", }\n', "visits.jsonl:4: not JSON: "),
-        ("[1, 2]", "visits.jsonl:1: a list, not an object; write one {...} a line"),
+        ("[1, 2]", "visits.jsonl:1: this is a list, not an object; write one {...} a line"),
     ],
     ids=["missing", "malformed", "no object"],
 )
@@ -257,7 +257,7 @@ def test_a_column_that_is_not_there_is_told_with_those_that_are(device: Device, 
     ran = device.run(*join, "--json", FEDSODA_TOKEN="good")
     assert ran.status == 2
     assert ran.json["message"] == (
-        "visits.jsonl:1: no column 'text'; there are age, department, passage; rename one, or let fedsoda-edge map it: --column text=COLUMN"
+        "visits.jsonl:1: no column 'text'; there are age, department, passage; rename one, or name its column: --column text=COLUMN"
     )
     mapped = device.run(*join, "--column", "text=passage", FEDSODA_TOKEN="good")
     assert mapped.status == 4  # the data is right, this hub's sub-LLM is too large
@@ -280,10 +280,16 @@ def test_labels_that_are_not_strings_are_told_with_line_and_value(device: Device
         (["join", "http://hub.invalid", "--data", "d", "--max-rounds", "-1"], "Invalid value for '--max-rounds'"),
         (["join", "http://hub.invalid", "--data", "d", "--column", "text"], "--column 'text' is not NAME=COLUMN"),
         (["join", "http://hub.invalid", "--data", "none", "--max-ram", "-5"], "--max-ram '-5' is not a size"),
-        (["join", "http://hub.invalid", "--data", "none", "--cache", "fp8"], "--cache 'fp8' is none of bf16, int8"),
-        (["join", "http://hub.invalid", "--data", "none", "--cache-key", "x"], "--cache-key 'x' is neither keep nor"),
-        (["join", "http://hub:99999", "--data", "d"], "'http://hub:99999' is no hub address"),
-        (["join", "http://hub.invalid", "--data", "d"], "no token: give --token-file"),
+        (
+            ["join", "http://hub.invalid", "--data", "none", "--cache", "fp8"],
+            "--cache fp8 is not known; choose bf16 or int8",
+        ),
+        (
+            ["join", "http://hub.invalid", "--data", "none", "--cache-key", "x"],
+            "--cache-key 'x' is not known; choose keep or",
+        ),
+        (["join", "http://hub:99999", "--data", "d"], "'http://hub:99999' is not the address of a hub"),
+        (["join", "http://hub.invalid", "--data", "d"], "there is no token; name its file with --token-file"),
         (
             ["data", "check", "d", "--tokenizer", "e", "--completion", "x"],
             "e/tokenizer.json cannot be read as a tokenizer (No",
@@ -311,7 +317,8 @@ def test_a_hub_that_is_away_exits_3_with_the_step_that_failed_and_debug_adds_the
     ran = device.run(*join, FEDSODA_TOKEN="good")
     assert ran.status == 3
     assert re.fullmatch(
-        r"TCP: nothing answers at 127\.0\.0\.1:\d+ \(.+\); is the hub running, is the port open\?", ran.sentence
+        r"TCP: nothing answers at 127\.0\.0\.1:\d+ \(.+\); check that the hub runs and that the port is open",
+        ran.sentence,
     )
     debug = device.run(*join, "--debug", "--json", FEDSODA_TOKEN="good")
     assert debug.status == 3
@@ -341,7 +348,7 @@ def test_a_device_that_is_joined_leaves_by_finish(device: Device, nowhere: str) 
     home.unlock()
     assert (ran.status, ran.sentence) == (
         2,
-        f"a join runs in {device.home}; fedsoda-edge finish lets it hand in its round and leave",
+        f"a join runs in {device.home}; run fedsoda-edge finish, so that it hands in its round and leaves",
     )
 
 
@@ -390,7 +397,7 @@ def test_a_home_is_used_by_one_join_until_it_is_stopped(
         said = list(iter(first.stderr.readline, f"next: connect to {nowhere}, {FIRST_STEPS}\n"))
         assert f'  url = "{nowhere}"\n' in said
         line = first.stderr.readline()
-        assert re.match(r"connection lost: TCP: nothing answers .*; retrying until it is back$", line)
+        assert re.match(r"connection lost: TCP: nothing answers .*; trying until it is back$", line)
         if stop == signal.SIGTERM:
             second = device.run(*join, FEDSODA_TOKEN="good")
             assert second.status == 2

@@ -33,8 +33,8 @@ def test_a_key_at_the_top_is_for_every_command_that_has_it_and_a_commands_own_go
         ("[joyn]\nthreads = 1", "a key joyn that no command knows; the nearest is join"),
         ("[join]\nthread = 1", "a key join.thread that no command knows; the nearest is join.threads"),
         ("[status]\nthreads = 1", "a key status.threads that no command knows; status takes no options"),
-        ("join = 1", "join = 1, and join is a command; write its options below [join]"),
-        ("[data]\ncheck = 3", "data.check = 3, and data.check is a command; write its options below [data.check]"),
+        ("join = 1", "join = 1, but join is a command; write its options below [join]"),
+        ("[data]\ncheck = 3", "data.check = 3, but data.check is a command; write its options below [data.check]"),
         ("device = ", "cannot be read as TOML"),
     ],
 )
@@ -71,9 +71,9 @@ def test_an_option_goes_before_its_variable_and_that_before_the_file(
         "settings from the command line:",
         "  threads = 2",
         "3 other settings at the default; --debug shows them",
-        "next: connect to http://127.0.0.1:1, see whether the sub-LLM fits this device, and fetch it",
+        "next: connect to http://127.0.0.1:1, check which sub-LLM fits this device, and fetch it",
     ]
-    assert said[-1].startswith("error: no token")
+    assert said[-1].startswith("error: there is no token")
 
 
 def test_a_wrong_value_is_told_with_where_it_stands(
@@ -88,6 +88,6 @@ def test_a_wrong_value_is_told_with_where_it_stands(
     monkeypatch.setenv("FEDSODA_HOME", str(tmp_path))
     monkeypatch.setattr("sys.argv", ["fedsoda-edge", "join", "http://h", "--data", "d"])
     (tmp_path / "config.toml").write_text('max_rounds = "many"\n')
-    assert "(max_rounds = 'many' in config.toml)" in said()
+    assert "(config.toml has max_rounds = 'many')" in said()
     monkeypatch.setenv("FEDSODA_MAX_ROUNDS", "few")
-    assert "(it is 'few' there)" in said()
+    assert "(FEDSODA_MAX_ROUNDS is 'few')" in said()

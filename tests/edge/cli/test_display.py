@@ -7,7 +7,7 @@ import json
 import pytest
 
 from fedsoda_edge import events as ev
-from fedsoda_edge.cli.display import Display, sentence
+from fedsoda_edge.cli.display import JoinDisplay, sentence
 from tests.schema import EDGE
 
 
@@ -17,11 +17,11 @@ from tests.schema import EDGE
         (ev.Joined(run="triage", edge="clinic-7", rounds=1), "joined run triage as clinic-7 (1 round)"),
         (
             ev.DataRead(rows=9, num_examples=8, num_skipped=1, threads=2),
-            "8 samples, 1 skipped (completion cut away); waiting for a round",
+            "8 samples, 1 skipped (no completion left); waiting for a round",
         ),
-        (ev.Swept(num_examples=8, num_kept=8, kept_bytes=9, num_damaged=0), ""),
+        (ev.SweepDone(num_examples=8, num_kept=8, kept_bytes=9, num_damaged=0), ""),
         (
-            ev.Trained(
+            ev.RoundTrained(
                 round=3, edge="a", num_examples=8, num_steps=6, num_tokens=9, micro_batch=4, seconds=1.25, loss=None
             ),
             "round 3: trained 6 steps in 1.2 s, loss not a number",
@@ -31,10 +31,10 @@ from tests.schema import EDGE
             ev.Refused(round=3, reason="round 3 is closed", num_examples=8, loss=0.5, bytes=77),
             "round 3: the hub refused the update: round 3 is closed",
         ),
-        (ev.Paused(reason="on battery", seconds=None), "paused: on battery"),
-        (ev.Paused(reason="by its owner", seconds=2520.0), "paused by its owner, for another 42 min"),
-        (ev.Farewell(rounds=2, reason="all rounds are done"), "done: all rounds are done after 2 rounds"),
-        (ev.RoundClosed(round=3, updates=2), ""),
+        (ev.JoinPaused(reason="on battery", seconds=None), "paused: on battery"),
+        (ev.JoinPaused(reason="by its owner", seconds=2520.0), "paused by its owner, for another 42 min"),
+        (ev.RunFinished(rounds=2, reason="all rounds are done"), "done: all rounds are done after 2 rounds"),
+        (ev.RoundOver(round=3, updates=2), ""),
     ],
 )
 def test_an_event_is_a_sentence_for_people_or_nothing(event: ev.AnyEvent, expected: str) -> None:
@@ -42,13 +42,13 @@ def test_an_event_is_a_sentence_for_people_or_nothing(event: ev.AnyEvent, expect
 
 
 def test_border_states_that_the_disk_does_not_keep_are_told_with_what_to_do() -> None:
-    said = sentence(ev.Swept(num_examples=8, num_kept=2, kept_bytes=2048, num_damaged=0))
+    said = sentence(ev.SweepDone(num_examples=8, num_kept=2, kept_bytes=2048, num_damaged=0))
     assert said.startswith("the disk keeps the border states of 2 of 8 samples (2.00 KiB)")
     assert "--max-disk" in said
 
 
 def test_jsonl_prints_each_event_as_it_is_promised(capsys: pytest.CaptureFixture[str]) -> None:
-    with Display(jsonl=True) as display:
+    with JoinDisplay(jsonl=True) as display:
         display.say(ev.Training(round=1, step=1, steps=2, loss=None, tokens_per_second=9.5))
         display.say(ev.Reconnected())
     out, err = capsys.readouterr()

@@ -1,41 +1,44 @@
-"""`join --help` in panels: what most joins need on top, then data, limits, pauses, output."""
+"""An error of the SDK names settings as the SDK does, and the command as its options. Parsing is `test_cli.py`'s matter."""
 
 from __future__ import annotations
 
-import re
-
 import pytest
-import typer.main
 
-import fedsoda_edge.cli.commands
-
-FIRST = ["--data", "--token-file", "--column", "--device", "--unattended"]
-PANELS = {
-    "Options": [*FIRST, "--help"],
-    "Data": ["--max-disk", "--cache", "--cache-key"],
-    "Limits": ["--max-rounds", "--threads", "--max-ram", "--max-vram"],
-    "Pauses": ["--pause-on"],
-    "Output": ["--json", "--jsonl", "--debug"],
-}
+from fedsoda_edge.cli.options import as_options, named_as_options
+from fedsoda_edge.edge import Edge
+from fedsoda_edge.errors import DeviceTooSmall, HubUnreachable, UsageProblem
 
 
-def test_the_five_options_that_people_need_stand_first_and_each_other_in_its_panel(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setattr("sys.argv", ["fedsoda-edge", "join", "--help"])
-    with pytest.raises(SystemExit):
-        fedsoda_edge.cli.commands.main()
-    panels: dict[str, list[str]] = {}
-    for line in capsys.readouterr().out.splitlines():
-        if title := re.match(r"\W*[╭+]\W+(\w[\w ]*\w)\W", line):
-            panels[title[1]] = []
-        elif option := re.match(r"\W+(--[a-z-]+) ", line):
-            panels[next(reversed(panels))].append(option[1])
-    assert panels == {"What to join": [], **PANELS}
-    assert list(panels) == ["What to join", *PANELS]
+@pytest.mark.parametrize(
+    ("in_python", "on_the_command_line"),
+    [
+        ("device='gpu' is not known", "--device gpu is not known"),
+        ("max_ram allows 6 GiB, or train with device='cpu'", "--max-ram allows 6 GiB, or train with --device cpu"),
+        ("pause_on='battery' never pauses here", "--pause-on battery never pauses here"),
+        ("name its file with token_file (- reads stdin)", "name its file with --token-file (- reads stdin)"),
+        ("the token file /etc/token_file.txt cannot be read", "the token file /etc/token_file.txt cannot be read"),
+        ("this device has 6 GiB of memory free", "this device has 6 GiB of memory free"),
+    ],
+)
+def test_settings_become_options(in_python: str, on_the_command_line: str) -> None:
+    assert as_options(in_python) == on_the_command_line
 
 
-def test_every_option_of_join_says_what_it_does() -> None:
-    command = typer.main.get_command(fedsoda_edge.cli.commands.app).commands["join"]  # type: ignore[attr-defined]
-    assert all(len(parameter.help or "") > 10 for parameter in command.params)
+def test_only_sentences_about_this_device_are_rewritten() -> None:
+    with pytest.raises(DeviceTooSmall, match=r"^--max-vram allows 1 GiB$"), named_as_options():
+        raise DeviceTooSmall("max_vram allows 1 GiB")
+    with pytest.raises(HubUnreachable, match=r"^max_vram$"), named_as_options():
+        raise HubUnreachable("max_vram", "TCP")
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ({"cache": "fp8"}, "cache='fp8' is not known; choose bf16 or int8"),
+        ({"device": "gpu"}, "device='gpu' is not known; choose auto, cpu, cuda or cuda:N"),
+    ],
+)
+def test_python_is_answered_in_pythons_words(setting: dict[str, str], sentence: str) -> None:
+    with pytest.raises(UsageProblem) as refused:
+        Edge("http://hub.example.org", **setting)  # type: ignore[arg-type]
+    assert str(refused.value) == sentence

@@ -59,7 +59,7 @@ def rendered(files: dict[str, Path]) -> str:
         ("{% include '/etc/passwd' %}", "refuses these messages"),
         ("{{ 'a' * 10 ** 9 }}", "not allowed"),
         ("{{ 10 ** 10 ** 10 }}", "not allowed"),
-        ("{{ raise_exception('roles must alternate') }}", "refuses these messages: roles must alternate"),
+        ("{{ raise_exception('roles must alternate') }}", r"refuses these messages \(roles must alternate\)"),
         ("{% for i in range(90000) %}{{ 'abcdefgh' }}{% endfor %}", "more than 65536 characters"),
         ("{{ messages[7].content }}", "refuses these messages"),
         ("{% for i in range(1000000) %}{% endfor %}", "refuses these messages"),
@@ -81,5 +81,5 @@ def test_it_is_stopped_when_it_takes_too_long() -> None:
 
 
 def test_a_template_that_is_none_is_the_hubs_mistake() -> None:
-    with pytest.raises(UsageProblem, match="chat template cannot be read as one"):
+    with pytest.raises(UsageProblem, match="chat template cannot be read"):
         ChatTemplate("{% for %}", {})

@@ -18,12 +18,16 @@ from tests.edge.data.rows import COMPLETION, PROMPT, ROWS, write
     ("name", "content", "message"),
     [
         ("d.jsonl", '{"text": "a", "label": "b"}\n\n{oops\n', r"d.jsonl:3: not JSON: .* write one object a line"),
-        ("d.jsonl", "[1, 2]\n", r"d.jsonl:1: a list, not an object; write one {...} a line"),
+        ("d.jsonl", "[1, 2]\n", r"d.jsonl:1: this is a list, not an object; write one {...} a line"),
         ("d.jsonl", b"\xff\xfe", r"d.jsonl is not UTF-8 \(invalid start byte\); save it as UTF-8"),
-        ("d.json", "[\n{oops", r"d.json:2: not JSON: .*; correct it there"),
-        ("d.json", '{"text": "a"}', r"d.json is not a list of objects; write \[{...}, ...\] or JSON Lines"),
-        ("d.jsonl", "\n", r"d.jsonl has no rows; it needs at least one"),
-        ("d.json", "[]", r"d.json has no rows; it needs at least one"),
+        ("d.json", "[\n{oops", r"d.json:2: not JSON: .*; correct that line"),
+        (
+            "d.json",
+            '{"text": "a"}',
+            r"d.json is not a list of objects; write \[{...}, ...\], or JSON Lines in a file named .jsonl",
+        ),
+        ("d.jsonl", "\n", r"d.jsonl has no rows; write at least one"),
+        ("d.json", "[]", r"d.json has no rows; write at least one"),
     ],
 )
 def test_what_is_not_rows_is_told_with_its_line(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
@@ -74,7 +78,7 @@ def test_a_damaged_table_and_a_dataset_of_splits_are_said_to_be_that(tmp_path: P
     with pytest.raises(DataProblem, match=r"d\.parquet cannot be read"):
         LocalData(tmp_path / "d.parquet").check(PROMPT, COMPLETION)
     datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)).save_to_disk(tmp_path / "splits")
-    with pytest.raises(DataProblem, match=r"holds the splits train; name one: .*/splits/train"):
+    with pytest.raises(DataProblem, match=r"holds the splits train; name one of them, such as .*/splits/train"):
         LocalData(tmp_path / "splits").check(PROMPT, COMPLETION)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataProblem, match=r"empty cannot be read"):

@@ -41,6 +41,8 @@ def test_a_check_counts_conversations_as_they_are_trained_on(tmp_path: Path, tin
     lengths = sorted(len(sample.ids) for sample in trained)
     assert found.lengths is not None
     assert [found.lengths.min, found.lengths.max] == lengths
-    with pytest.raises(DataProblem, match=r"d\.jsonl:1: a conversation, and this model has no chat template"):
+    with pytest.raises(
+        DataProblem, match=r"d\.jsonl:1: the row is a conversation, and this model has no chat template"
+    ):
         inspect(data, *BY_DEFAULT, tokenizer=tokenizer)
     assert inspect(data, *BY_DEFAULT).samples[0] == Shown("on a mat", "no")

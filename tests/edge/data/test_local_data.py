@@ -53,7 +53,7 @@ def test_a_missing_column_is_told_with_what_its_caller_can_do(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("messages", "sentence"),
     [
-        (MESSAGES[:1], "the last message is of 'user'; it must be the assistant's"),
+        (MESSAGES[:1], "the last message has the role 'user'; it must be the assistant's"),
         ([], "messages must be a list of"),
         ([{"role": "assistant", "content": 3}], "messages must be a list of"),
         ("hello", "messages must be a list of"),

@@ -56,5 +56,7 @@ def test_a_conversation_is_trained_on_its_last_answer(tmp_path: Path, tiny_llama
     [sample] = read_samples(data, *BY_DEFAULT, tokenizer, 512, chat).samples
     assert (sample.ids[0], sample.ids.count(1), sample.ids[-1]) == (1, 1, 2)  # no second bos, no second eos
     assert tokenizer.decode(sample.ids[sample.start : -1]) == "no"
-    with pytest.raises(DataProblem, match=r"d\.jsonl:1: a conversation, and this model has no chat template"):
+    with pytest.raises(
+        DataProblem, match=r"d\.jsonl:1: the row is a conversation, and this model has no chat template"
+    ):
         read_samples(data, *BY_DEFAULT, tokenizer, 512)

@@ -103,13 +103,15 @@ def test_too_little_memory_is_told_with_both_numbers_and_by_how_much() -> None:
 
 def test_too_little_gpu_memory_is_told_with_the_gpus_name() -> None:
     assert refusal("cuda", facts(vram=GIB // 4)).startswith("the GPU RTX 4060 has 256 MiB free, the sub-LLM needs")
-    assert refusal("cuda:0", facts()) == "no NVIDIA GPU is seen here; install its driver, or --device cpu"
+    assert (
+        refusal("cuda:0", facts()) == "this device shows no NVIDIA GPU; install its driver, or train with device='cpu'"
+    )
 
 
 def test_a_limit_of_the_owner_is_told_as_his() -> None:
     sentence = refusal("cpu", facts(), Limits(max_ram=GIB // 2))
-    assert sentence.startswith("--max-ram allows 512 MiB, the sub-LLM needs at least ")
-    assert refusal("cuda", facts(vram=24 * GIB), Limits(max_vram=GIB // 4)).startswith("--max-vram allows 256 MiB")
+    assert sentence.startswith("max_ram allows 512 MiB, the sub-LLM needs at least ")
+    assert refusal("cuda", facts(vram=24 * GIB), Limits(max_vram=GIB // 4)).startswith("max_vram allows 256 MiB")
 
 
 def test_a_limit_above_what_is_free_changes_nothing() -> None:
@@ -138,7 +140,10 @@ def test_the_sentence_names_device_memory_and_way() -> None:
     assert "64.0 GiB free: adapter and head dense, 8 samples at once" in plan_sentence(ways("cpu")[0], facts())
     least = plan_sentence(ways("cuda")[-1], facts(vram=8 * GIB))
     assert "on the GPU RTX 4060" in least
-    assert "8.00 GiB free: adapter and head as they are stored, 1 of 8 samples at once, activations made twice" in least
+    assert (
+        "8.00 GiB free: adapter and head as they are stored, 1 of 8 samples at once, activations computed twice"
+        in least
+    )
 
 
 def test_too_little_disk_is_told_with_both_numbers() -> None:
@@ -147,7 +152,7 @@ def test_too_little_disk_is_told_with_both_numbers() -> None:
         check_disk(4 * GIB, facts(disk=700 * 2**20))
     assert str(failure.value) == (
         "this device has 700 MiB of disk free, the bundle needs 4.00 GiB; "
-        "free space or point FEDSODA_HOME to another disk"
+        "free space, or set FEDSODA_HOME to a directory on another disk"
     )
 
 
@@ -155,4 +160,4 @@ def test_too_little_disk_is_told_with_both_numbers() -> None:
 def test_an_unknown_device_is_refused_with_those_there_are(wanted: str) -> None:
     with pytest.raises(UsageProblem) as failure:
         check_device_name(wanted)
-    assert str(failure.value) == f"--device {wanted!r} is none of auto, cpu, cuda, cuda:N"
+    assert str(failure.value) == f"device={wanted!r} is not known; choose auto, cpu, cuda or cuda:N"

@@ -31,7 +31,8 @@ def test_another_rule_is_refused_with_the_choices(wrong: str) -> None:
     with pytest.raises(UsageProblem) as refused:
         parse_pause_rules(f"battery,{wrong}")
     assert str(refused.value) == (
-        f"--pause-on {wrong!r} is none of battery, gpu-busy, hours=FROM-TO (0 to 24, as hours=9-17 or hours=22-6)"
+        f"pause_on={wrong!r} is not known; choose battery, gpu-busy or hours=FROM-TO "
+        "(0 to 24, as in hours=9-17 or hours=22-6)"
     )
 
 

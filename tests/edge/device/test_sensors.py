@@ -19,8 +19,8 @@ def test_a_device_without_battery_or_nvml_says_so_and_never_pauses(monkeypatch: 
     monkeypatch.setattr(pynvml, "nvmlInit", no_driver)
     rules = PauseRules(battery=True, gpu_busy=True)
     assert [sentence.partition(":")[0] for sentence in Sensors(rules).missing()] == [
-        "--pause-on battery",
-        "--pause-on gpu-busy",
+        "pause_on='battery' never pauses here",
+        "pause_on='gpu-busy' never pauses here",
     ]
     assert Sensors(PauseRules()).missing() == []
     readings = Sensors(rules).read(12, None)

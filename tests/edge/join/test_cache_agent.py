@@ -117,7 +117,7 @@ def test_a_worker_that_died_is_started_again_and_hands_in_the_same_update(
     assert len(joined.of("swept")) == 1 + dies
     assert joined.of("sweep") == calm.of("sweep")  # states are kept: only the first worker swept
     assert [said["message"] for said in joined.of("notice")][:dies] == [
-        "the worker was killed; starting it again"
+        "the worker was killed; it is started again"
     ] * dies
     [trained] = joined.of("trained")
     assert trained["num_steps"] == num_steps(NUM_ROWS, LOCAL)

@@ -98,7 +98,7 @@ class Talk:
 
     def __init__(self) -> None:
         self.wire = Wire()
-        self.events: list[ev.Event] = []
+        self.events: list[ev.JoinEvent] = []
         self.heard: list[str] = []
         self.conversation = Conversation(self.wire, lambda: HELLO, self.events.append, HurriedClock())
 
@@ -288,7 +288,7 @@ def farewell(wire: Wire) -> None:
         (garbage, ProtocolViolation, "the hub sent Welcome in state open"),
         (revoked, RefusedByHub, "the hub refused: this token was revoked"),
         (refused_at_the_next_hello, RefusedByHub, "the hub refused: this token was revoked"),
-        (another_run, RefusedByHub, "the hub now serves run q, this join began with r; join again"),
+        (another_run, RefusedByHub, "the hub now serves the run q, this join began with r; join again"),
         (farewell, RunOver, "all rounds are done"),
     ],
 )

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from fedsoda_edge.join import doctor
-from fedsoda_edge.join.doctor import Check, examine
+from fedsoda_edge.join.doctor import DoctorStep, examine
 from fedsoda_edge.join.home import Home
 from fedsoda_edge.ports import Clock, SystemClock
 from fedsoda_edge.protocol import messages as ms
@@ -36,16 +36,16 @@ class Looks(WorkerHere):
         return Examined(torch="2.13", threads=2, device="cpu", accelerator="", nf4_problem="")  # type: ignore[return-value]
 
 
-def examined(url: str | None, directory: Path, clock: Clock | None = None) -> AsyncIterator[Check]:
+def examined(url: str | None, directory: Path, clock: Clock | None = None) -> AsyncIterator[DoctorStep]:
     """The checks with `directory / "token"`."""
     return examine(url, directory / "token", Home(directory / "home"), worker=Looks(), clock=clock)
 
 
-async def all_of(checks: AsyncIterator[Check]) -> list[Check]:
+async def all_of(checks: AsyncIterator[DoctorStep]) -> list[DoctorStep]:
     return [check async for check in checks if not (check.passed and check.name in ("proxy", "GPU memory"))]
 
 
-def walked(tmp_path: Path, url: str | None, token: str = "good") -> list[Check]:
+def walked(tmp_path: Path, url: str | None, token: str = "good") -> list[DoctorStep]:
     (tmp_path / "token").write_text(token)
     return asyncio.run(all_of(examined(url, tmp_path)))
 
@@ -59,9 +59,9 @@ def test_without_a_hub_the_device_alone_is_looked_at(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("url", "steps", "sentence", "status"),
     [
-        ("http://h:99999", ["address"], "is no hub address", 2),
-        ("http://hub.invalid", ["DNS"], "check the spelling", 3),
-        ("http://127.0.0.1:9", ["DNS", "TCP"], "is the hub running, is the port open?", 3),
+        ("http://h:99999", ["address"], "is not the address of a hub", 2),
+        ("http://hub.invalid", ["DNS"], "check its spelling", 3),
+        ("http://127.0.0.1:9", ["DNS", "TCP"], "check that the hub runs and that the port is open", 3),
     ],
 )
 def test_it_stops_at_the_step_that_fails(
@@ -76,7 +76,7 @@ def test_it_stops_at_the_step_that_fails(
 
 
 def test_a_token_that_the_hub_does_not_know_is_the_step_that_fails(tmp_path: Path) -> None:
-    async def knock() -> list[Check]:
+    async def knock() -> list[DoctorStep]:
         (tmp_path / "token").write_text("unknown")
         async with listening(SmallHub(tmp_path)) as url:
             return await all_of(examined(url, tmp_path))
@@ -92,8 +92,8 @@ class Behind(SystemClock):
         return super().wall() - 3600
 
 
-def test_a_clock_that_is_wrong_fails_though_the_way_goes_on(tmp_path: Path) -> None:
-    async def knock() -> list[Check]:
+def test_a_clock_that_is_wrong_fails_though_the_steps_continue(tmp_path: Path) -> None:
+    async def knock() -> list[DoctorStep]:
         (tmp_path / "token").write_text("good")
         async with listening(SmallHub(tmp_path, RUN_IS_OVER)) as url:
             return await all_of(examined(url, tmp_path, Behind()))
@@ -106,7 +106,7 @@ def test_a_clock_that_is_wrong_fails_though_the_way_goes_on(tmp_path: Path) -> N
 
 
 def test_a_hub_that_refuses_the_greeting_is_quoted(tmp_path: Path) -> None:
-    async def knock() -> list[Check]:
+    async def knock() -> list[DoctorStep]:
         (tmp_path / "token").write_text("good")
         refusal = ms.Refusal(round=0, reason="another device holds this token; ask for one of your own", fatal=True)
         async with listening(SmallHub(tmp_path, refusal)) as url:
@@ -128,7 +128,7 @@ def test_the_bandwidth_is_measured_and_no_connection_is_left(
         memory = SimpleNamespace(message="fits", parts=[])
         return SimpleNamespace(source="m", memory=memory, disk_needed=0, largest_file=largest)
 
-    async def knock() -> tuple[list[Check], list[Any]]:
+    async def knock() -> tuple[list[DoctorStep], list[Any]]:
         (tmp_path / "token").write_text("good")
         async with listening(SmallHub(tmp_path)) as url:
             checks, port = await all_of(examined(url, tmp_path)), urlsplit(url).port

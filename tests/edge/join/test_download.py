@@ -336,10 +336,10 @@ async def at_once(work: Callable[[], Any]) -> Any:
     return await work()
 
 
-def fetched(directory: Path, cuts: list[int], *, keep_trying: bool = False) -> tuple[Proxy, list[ev.Event]]:
+def fetched(directory: Path, cuts: list[int], *, keep_trying: bool = False) -> tuple[Proxy, list[ev.JoinEvent]]:
     """The file of `test_transport` through a proxy, by the product's own download; and what was said."""
     (directory / DIGEST).write_bytes(DATA)
-    said: list[ev.Event] = []
+    said: list[ev.JoinEvent] = []
 
     async def fetch() -> Proxy:
         async with listening(SmallHub(directory)) as url:
@@ -412,5 +412,5 @@ class DiesInItsFirstSweep(WorkerHere):
 
 def test_a_worker_that_dies_in_the_early_sweep_is_started_again(tmp_path: Path, scripted: Path, data: Path) -> None:
     joined = calm_join(tmp_path / "home", LocalData(data), scripted, 1, worker=DiesInItsFirstSweep())
-    assert [said["message"] for said in joined.of("notice")][:1] == ["the worker was killed; starting it again"]
+    assert [said["message"] for said in joined.of("notice")][:1] == ["the worker was killed; it is started again"]
     assert len(joined.of("swept")) == 1

@@ -1,5 +1,5 @@
 """Each part of a join fails in turn, while a round trains and while an update waits for its answer: the join ends with
-that reason, or goes on in a way that is written here. It never hangs."""
+that reason, or continues in a way that is written here. It never hangs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.test_schemas import ROWS
 from tests.worker_here import WorkerHere
 
 SECONDS = 30  # a join that takes longer hangs
-FULL = DiskFull("the disk is full; free space there, then retry")
+FULL = DiskFull("the disk is full; free space there, then try again")
 STEP = cmd.TrainingStep(step=1, steps=2, loss=0.5, tokens_per_second=9.5)
 
 
@@ -175,7 +175,7 @@ def test_a_lost_connection_is_made_again_and_the_update_sent_again(scripted: Pat
     assert (ended.error, len(ended.of("reconnected")), len(ended.of("accepted"))) == ([], 1, 1)
 
 
-@pytest.mark.parametrize(("moment", "last"), [("train", None), ("upload", "the run ended before the hub had")])
+@pytest.mark.parametrize(("moment", "last"), [("train", None), ("upload", "the run ended before the hub answered")])
 def test_a_run_that_ends_meanwhile_ends_the_join_without_an_error(
     scripted: Path, data: Path, moment: str, last: str | None
 ) -> None:
@@ -319,7 +319,7 @@ def test_an_update_that_was_left_and_is_damaged_is_not_sent(scripted: Path, data
     hub = Hub(scripted, "never", hangs_up)
     ended = take_part(hub, WorkerHere(), data)
     assert ended.error == []
-    assert "the update of round 1 that an earlier join left is damaged; it is not sent" in [
+    assert "the update of round 1 from an earlier join is damaged on disk, so it is not sent" in [
         event["message"] for event in ended.of("notice")
     ]
     assert len(ended.of("trained")) == 1

@@ -55,7 +55,7 @@ def test_a_second_join_in_the_same_home_is_refused_with_the_pid_of_the_first_unt
                 home.lock()
             assert str(failure.value) == (
                 f"{home.directory} is used by another join (pid {first.pid}); "
-                "stop that one, or set FEDSODA_HOME to another directory"
+                "stop that join, or set FEDSODA_HOME to another directory"
             )
             assert failure.value.exit_status == 2
         Home(home.directory.with_name("other")).lock()
@@ -90,7 +90,7 @@ def test_a_home_on_a_full_disk_may_be_tried_again(home: Home, monkeypatch: pytes
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "mkdir", full)
-    with pytest.raises(DiskFull, match="No space left on device; free space there, then retry") as failure:
+    with pytest.raises(DiskFull, match="No space left on device; free space there, then try again") as failure:
         home.lock()
     assert failure.value.exit_status == 3
 
@@ -117,7 +117,7 @@ def test_a_hub_cannot_name_a_directory_outside_the_home(home: Home, run_id: str)
     with pytest.raises(ProtocolViolation) as failure:
         home.run(run_id)
     assert str(failure.value) == (
-        f"the hub names its run {run_id!r}, which is no directory's name; join only hubs you trust"
+        f"the hub names its run {run_id!r}, which is not a safe name for a directory; join only hubs you trust"
     )
     assert not home.directory.exists()
 
@@ -170,7 +170,7 @@ def test_the_run_joined_last_is_remembered_while_its_tokenizer_is_here(tmp_path:
     assert home.last_joined() is None
     tokenizer = tmp_path / "tokenizer.json"
     tokenizer.write_text("{}")
-    about = JoinedRun(
+    joined = JoinedRun(
         run="triage",
         prompt="{a}",
         completion="{b}",
@@ -178,16 +178,16 @@ def test_the_run_joined_last_is_remembered_while_its_tokenizer_is_here(tmp_path:
         tokenizer={"tokenizer.json": str(tokenizer)},
         eos=[2, 3],
     )
-    home.remember_run("1", replace(about, run="older"))
+    home.remember_run("1", replace(joined, run="older"))
     os.utime(tmp_path / "home" / "runs" / "1" / "joined.json", (1, 1))
-    home.remember_run("2", about)
-    assert home.last_joined() == about
+    home.remember_run("2", joined)
+    assert home.last_joined() == joined
     tokenizer.unlink()  # `cache prune`
     assert home.last_joined() is None
 
 
-def test_a_kept_key_that_is_none_is_refused_with_what_to_do(home: Home) -> None:
+def test_a_damaged_kept_key_is_refused_with_what_to_do(home: Home) -> None:
     home.cache_key(keep=True)
     (home.directory / "cache.key").write_bytes(b"short")
-    with pytest.raises(UsageProblem, match=r"cache\.key has 5 bytes, a key has 32; delete it"):
+    with pytest.raises(UsageProblem, match=r"cache\.key has 5 bytes, a key has 32; delete the file"):
         home.cache_key(keep=True)

@@ -42,7 +42,7 @@ VOCABULARY = (
 LITTLE, PLENTY = PROCESS + 310 * MIB, 16 * 1024 * MIB
 TOO_SMALL = DeviceTooSmall("memory ran out on cpu; close other programs")
 NO_VRAM = DeviceTooSmall("memory ran out on cuda; close other programs")
-KILLED = WorkerFailed("the process ended with status -9 (killed, most likely out of memory)", "", True)
+KILLED = WorkerFailed("the process ended with status -9 (it was killed, most likely because memory ran out)", "", True)
 
 
 def worker_here(*failures: FedSODAError, dies: int = 0) -> WorkerHere:
@@ -134,7 +134,7 @@ def notices(joined: Joined) -> list[str]:
 
 
 DENSE, PACKED = (False, False, 4), (True, False, 4)
-LEANER = "; going on in a way that needs less"
+LEANER = "; training continues in a way that needs less memory"
 
 
 # -- the way that is taken ------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def test_a_limit_below_every_way_ends_the_join_before_anything_but_the_manifest_
     with pytest.raises(DeviceTooSmall) as failure, joining(edge, data, worker=worker_here()):
         pass
     assert failure.value.exit_status == 4
-    assert str(failure.value).startswith("--max-ram allows 200 MiB, the sub-LLM needs at least ")
+    assert str(failure.value).startswith("max_ram allows 200 MiB, the sub-LLM needs at least ")
     assert hub.fetched == [sha256_file(scripted / "manifest.json")]
 
 
@@ -231,17 +231,17 @@ def test_a_first_kill_is_taken_for_an_accident_and_a_second_for_a_lack_of_memory
 ) -> None:
     once = join(tmp_path / "once", data, scripted, worker_here(KILLED))
     twice = join(tmp_path / "twice", data, scripted, worker_here(KILLED, KILLED))
-    assert (ways(once), notices(once)) == ([DENSE], [f"{KILLED}; starting it again"])
+    assert (ways(once), notices(once)) == ([DENSE], [f"{KILLED}; it is started again"])
     assert ways(twice)[0] == DENSE
     assert len(ways(twice)) == 2
-    assert notices(twice) == [f"{KILLED}; starting it again", f"{KILLED}{LEANER}"]
+    assert notices(twice) == [f"{KILLED}; it is started again", f"{KILLED}{LEANER}"]
 
 
 def test_a_worker_that_fails_by_itself_is_not_short_of_memory(tmp_path: Path, data: LocalData, scripted: Path) -> None:
     failed = WorkerFailed("ValueError: no", "")
     joined = join(tmp_path / "home", data, scripted, worker_here(failed, failed))
     assert ways(joined) == [DENSE]
-    assert notices(joined) == [f"{failed}; starting it again"] * 2
+    assert notices(joined) == [f"{failed}; it is started again"] * 2
 
 
 # -- a GPU ----------------------------------------------------------------------------------------------
@@ -274,7 +274,9 @@ def test_a_gpu_that_torch_cannot_use_is_none_unless_it_was_asked_for(
     with mock.patch("torch.cuda.is_available", return_value=False):
         joined = join(tmp_path / "auto", data, scripted, worker_here(), vram=PLENTY)
         assert [plan["device"] for plan in joined.of("memory")] == ["cpu"]
-        with pytest.raises(UsageProblem, match="torch has no CUDA here; install a CUDA build, or --device cpu"):
+        with pytest.raises(
+            UsageProblem, match="torch has no CUDA here; install a CUDA build of torch, or train with device='cpu'"
+        ):
             join(tmp_path / "cuda", data, scripted, worker_here(), vram=PLENTY, device="cuda")
 
 

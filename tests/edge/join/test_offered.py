@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fedsoda_edge.errors import ProtocolViolation, UsageProblem
-from fedsoda_edge.events import RoundResult
+from fedsoda_edge.events import RoundOutcome
 from fedsoda_edge.join.offered import Offered
 from fedsoda_edge.protocol.messages import Digest, RoundOffer, UpdateStart, ViewRef
 from fedsoda_edge.testing import LOCAL
@@ -69,7 +69,7 @@ def test_a_round_is_offered_again_until_the_hub_has_its_update(accepted: bool, a
     offered.offered(offer(1))  # it is trained, and not handed in yet
     handed_in(offered, 1, accepted=accepted)
     assert offered.next() == again
-    assert offered.rounds == [RoundResult(round=1, loss=0.5, accepted=accepted)]
+    assert offered.rounds == [RoundOutcome(round=1, loss=0.5, accepted=accepted)]
     assert (offered.num_accepted, offered.in_hand) == (int(accepted), None)
 
 
@@ -77,7 +77,7 @@ def test_a_round_that_the_hub_left_behind_is_not_trained() -> None:
     offered = Offered()
     offered.offered(offer(1))
     offered.offered(offer(2))
-    with pytest.raises(ProtocolViolation, match="round 1 is over, the hub offers 2; take the next offer"):
+    with pytest.raises(ProtocolViolation, match="round 1 is over, the hub now offers round 2; take the next offer"):
         offered.take(1)
     assert offered.in_hand is None
 
@@ -98,7 +98,7 @@ def test_an_update_that_is_not_the_one_trained_last_is_refused() -> None:
         offered.check(update(2), 1, "1" * 64)
     with pytest.raises(UsageProblem, match=r"round 2 \(222222222222\) is not the one .* of round 2 \(111111111111\)"):
         offered.check(update(2), 2, "2" * 64)
-    with pytest.raises(UsageProblem, match="no trained round waits"):
+    with pytest.raises(UsageProblem, match="no trained update waits"):
         offered.check(None, 2, "1" * 64)
 
 

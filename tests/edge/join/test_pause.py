@@ -207,8 +207,8 @@ def test_a_round_that_is_paused_in_its_middle_ends_with_the_bits_of_a_calm_one(
             "paused", "by its owner", None, 1,
         )  # fmt: skip
         assert paused["freed_bytes"] > 50e6
-        assert ran.err.startswith("paused by its owner: the worker ended, ")
-        assert ran.err.endswith(" MiB are free again\n")
+        assert ran.err.startswith("paused by its owner: the worker ended and freed ")
+        assert ran.err.endswith(" MiB\n")
         assert not worker.is_running()
     assert workers() == []
     assert hub.kinds == ["Hello", "Ready", "Paused"]
@@ -268,7 +268,7 @@ def test_a_round_that_ended_during_the_pause_gives_way_to_the_one_that_is_offere
     assert not join.has("training")
     assert run("fedsoda-edge", "resume").status == 0
     join.ended()
-    assert join.has("notice", message="round 1 is over, going on with round 2")
+    assert join.has("notice", message="round 1 is over; training round 2 instead")
     assert hub.kinds == ["Hello", "Ready", "Paused", "Resumed", "UpdateStart"]
     assert [update.round for update in hub.updates] == [1, 2]
 
@@ -323,7 +323,7 @@ def test_finish_ends_a_pause_hands_in_the_round_in_hand_and_leaves(
     assert hub.updates[0].digest == calm
     done = report("finish", answers[0])
     assert (done["state"], done["round"]) == ("finishing", 1)
-    assert answers[0].err == "round 1 is finished and handed in first, then this device leaves\n"
+    assert answers[0].err == "this device finishes round 1, hands it in, and then leaves\n"
 
 
 def test_finish_without_a_round_in_hand_leaves_at_once(device: Device, scripted: Path) -> None:
@@ -338,7 +338,7 @@ def test_finish_without_a_round_in_hand_leaves_at_once(device: Device, scripted:
     assert ran.status == 0
     assert EDGE.events(ran.out)[-1]["rounds"] == []
     assert hub.kinds == ["Hello", "Ready", "Leave"]
-    assert (answers[0].status, answers[0].err) == (0, "no round is in hand: this device leaves now\n")
+    assert (answers[0].status, answers[0].err) == (0, "no round is in hand, so this device leaves now\n")
 
 
 # -- wrong use ------------------------------------------------------------------------------------------
@@ -349,7 +349,7 @@ def test_a_home_without_a_join_has_nothing_to_pause(tmp_path: Path, command: str
     ran = run("fedsoda-edge", command, "--json")
     assert ran.status == 2
     assert json.loads(ran.out)["message"] == (
-        f"no join runs in {tmp_path / 'home'}: start fedsoda-edge join, or set FEDSODA_HOME to that of the join"
+        f"no join runs in {tmp_path / 'home'}; start one with fedsoda-edge join, or set FEDSODA_HOME to that of the join"
     )
     assert not (tmp_path / "home").exists()
 
@@ -363,5 +363,5 @@ def test_wrong_options_are_told_before_anything_is_done(tmp_path: Path) -> None:
     Home().lock()
     assert message("pause", "--for", "soon") == "--for 'soon' is not a time; write it as 90s, 30m or 1h"
     assert message("join", "http://h", "--data", "none", "--pause-on", "gpu") == (
-        "--pause-on 'gpu' is none of battery, gpu-busy, hours=FROM-TO (0 to 24, as hours=9-17 or hours=22-6)"
+        "--pause-on gpu is not known; choose battery, gpu-busy or hours=FROM-TO (0 to 24, as in hours=9-17 or hours=22-6)"
     )

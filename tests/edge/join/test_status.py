@@ -31,15 +31,15 @@ ACCEPTED = ev.Accepted(round=3, num_examples=5, loss=0.5, bytes=9)
 JOINED: list[ev.AnyEvent] = [
     ev.Joined(run="triage", edge="clinic-7", rounds=20),
     ev.DataRead(rows=5, num_examples=5, num_skipped=0, threads=1),
-    ev.Offered(round=3, due_seconds=840.0),
+    ev.RoundOffered(round=3, due_seconds=840.0),
     trains(40),
 ]
 SWEEP = ev.Sweeping(done=3, total=9)
 REFUSED = ev.Refused(round=3, reason="round 3 is closed; wait for the next offer", num_examples=5, loss=0.5, bytes=9)
-PAUSED = ev.Paused(reason="by its owner", seconds=2520.0)
-RESUMED = ev.Resumed()
+PAUSED = ev.JoinPaused(reason="by its owner", seconds=2520.0)
+RESUMED = ev.JoinResumed()
 LOST = ev.Reconnecting("TCP: nothing answers at h:1; is the hub running?")
-FAREWELL = ev.Farewell(rounds=20, reason="all rounds are done")
+FAREWELL = ev.RunFinished(rounds=20, reason="all rounds are done")
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ FAREWELL = ev.Farewell(rounds=20, reason="all rounds are done")
             ],
         ),
         (
-            [*JOINED[:2], ev.Paused(reason="on battery", seconds=None)],
+            [*JOINED[:2], ev.JoinPaused(reason="on battery", seconds=None)],
             ["paused: on battery (pid PID)", "run triage as clinic-7 at http://h", "worker holds 2.00 GiB of memory"],
         ),
         (
@@ -152,7 +152,7 @@ def test_how_a_join_ended_stays_to_be_read(tmp_path: Path) -> None:
     assert ended(error=ValueError("the disk is full"))[::3] == ["stopped", "last error: the disk is full"]
     assert ended(error=KeyboardInterrupt())[-1] == "last error: KeyboardInterrupt"
     killed = Status(tmp_path / "status.json", "http://h", Clocks(), lambda: None)
-    assert sentences(killed.now, is_running=False, now=0.0)[0] == "ended without a word"
+    assert sentences(killed.now, is_running=False, now=0.0)[0] == "ended unexpectedly"
 
 
 def test_it_is_written_once_a_second_and_at_every_change_of_state(tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_what_a_worker_says_after_the_farewell_takes_nothing_back(tmp_path: Path
 def test_a_sweep_that_outlives_its_run_does_not_change_how_the_run_ended(tmp_path: Path) -> None:
     """The early sweep of a join whose run is over ends with its worker, which may come after the last word."""
     status = Status(tmp_path / "status.json", "http://h", Clocks(), lambda: 0)
-    swept = ev.Swept(num_examples=5, num_kept=5, kept_bytes=9, num_damaged=0)
+    swept = ev.SweepDone(num_examples=5, num_kept=5, kept_bytes=9, num_damaged=0)
     for event in (*JOINED[:2], FAREWELL, SWEEP, swept):
         status.note(event)
     status.end(None)

@@ -50,7 +50,7 @@ def test_an_update_that_was_altered_is_refused(participation: Participation, hub
     update = offer.train()
     scaled = tmp_path / "scaled"
     scaled.write_bytes(update.path.read_bytes()[::-1])
-    with pytest.raises(UsageProblem, match=f"it was trained as {update.digest[:12]}: its file was changed"):
+    with pytest.raises(UsageProblem, match=f"it was trained as {update.digest[:12]}, so its file was changed"):
         offer.submit(replace(update, path=scaled))
     with pytest.raises(UsageProblem, match=r"has digest \(no file\)"):
         offer.submit(replace(update, path=tmp_path / "gone"))

@@ -41,7 +41,9 @@ def test_without_a_token_all_three_ways_are_named(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv("FEDSODA_TOKEN", value)
     with pytest.raises(UsageProblem) as failure:
         read_token(None)
-    assert str(failure.value) == "no token: give --token-file FILE (or - for stdin), or set FEDSODA_TOKEN"
+    assert (
+        str(failure.value) == "there is no token; name its file with token_file (- reads stdin), or set FEDSODA_TOKEN"
+    )
     assert failure.value.exit_status == 2
 
 
@@ -50,7 +52,7 @@ def test_a_token_file_that_is_missing_is_named(tmp_path: Path) -> None:
         read_token(tmp_path / "me.token")
     assert str(failure.value) == (
         f"the token file {tmp_path / 'me.token'} cannot be read: No such file or directory; "
-        "name the one from the hub's owner"
+        "check the path, or ask the hub's owner"
     )
     with pytest.raises(UsageProblem, match="cannot be read: Is a directory"):
         read_token(tmp_path)
@@ -67,12 +69,13 @@ def test_an_empty_token_is_told_with_where_it_came_from(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("written", [b"\xff\xfe\x00", b"fs1-abc\nfs1-def\n", b"fs1 abc", "fs1-äbc".encode(), b"a\0b"])
-def test_what_is_no_token_is_refused_here_and_not_shown(tmp_path: Path, written: bytes) -> None:
+def test_what_is_not_a_token_is_refused_here_and_not_shown(tmp_path: Path, written: bytes) -> None:
     (tmp_path / "me.token").write_bytes(written)
     with pytest.raises(UsageProblem) as failure:
         read_token(tmp_path / "me.token")
     assert str(failure.value) == (
-        f"the token from {tmp_path / 'me.token'} is not one word of ASCII, as tokens are; is it the right one?"
+        f"the token from {tmp_path / 'me.token'} is not one word of ASCII characters, as tokens are; "
+        "check that it is the right one"
     )
 
 

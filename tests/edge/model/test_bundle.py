@@ -279,7 +279,7 @@ DELETE = object()
         (["dtype"], "object", "the dtype 'object'"),
         (["auto_map"], {}, "unknown field"),
         (["adapter_base"], "fp4", "a base that is not known"),
-        (["needs", "ram_bytes"], -1, "needs below nothing"),
+        (["needs", "ram_bytes"], -1, "needs below 0"),
         (["config", "auto_map"], {"AutoModel": "x.y"}, "'auto_map' is not allowed"),
         (["config", "hidden_act"], "os.system", "os.system"),
         (["config", "hidden_size"], 1 << 50, "a config number out of bounds"),
@@ -296,15 +296,15 @@ DELETE = object()
         (["plan", "adapter"], [], "a number of layers that no model has"),
         (["plan", "mapping"], [], "mapping gives"),
         (["plan", "groups", 0, "removed"], [7], "right above its start"),
-        (["lora", "rank"], 1 << 40, "a LoRA that cannot be"),
-        (["lora", "alpha"], -1.0, "a LoRA that cannot be"),
+        (["lora", "rank"], 1 << 40, "a LoRA that is not possible"),
+        (["lora", "alpha"], -1.0, "a LoRA that is not possible"),
         (["lora", "targets"], ["__init__"], "'__init__'"),
         (["lora", "adapter", 0, "shape"], [4, 4096], "not those of its plan"),
         (["lora", "emulator", 0, "shape"], [4, 4096], "not those of its plan"),
         (["lora", "emulator", 0, "name"], "layers.7.mlp.up_proj.lora_A", "its emulator LoRA lies on"),
         (["files", 0, "sha256"], "../../../etc/passwd", "a digest that is not one"),
-        (["files", 0, "bytes"], 1 << 50, "a size that cannot be"),
-        (["files", 0, "bytes"], 0, "a size that cannot be"),
+        (["files", 0, "bytes"], 1 << 50, "a size that is not possible"),
+        (["files", 0, "bytes"], 0, "a size that is not possible"),
         (["files", 0], DELETE, "no shard"),
         (["files", 1, "name"], "layers.0.safetensors", "a file twice"),
         (["files", -1, "name"], "../x", "a file that no bundle has"),
@@ -380,7 +380,7 @@ def test_a_shard_that_does_not_fit_the_model_is_refused(tmp_path: Path, written:
         tensors[f"{matrix}.shape"] = torch.tensor([1 << 30, 1 << 30], dtype=torch.int32)
     data = {"noise": b"\0" * 100, "header": (1 << 60).to_bytes(8, "little")}.get(attack) or save(tensors)
     broken = break_shard(bundle, "layers.0.safetensors", data)
-    with pytest.raises(BlobCorrupt, match="has its digest but is not a shard of this bundle"):
+    with pytest.raises(BlobCorrupt, match="has its digest, but is not a shard of this bundle"):
         broken.layer(0)
 
 

@@ -92,7 +92,7 @@ def test_a_step_of_one_factor_leaves_the_bits_of_the_other_and_is_no_step_of_bot
     assert torch.equal(after["layers.6.a.lora_A"], view["layers.6.a.lora_A"])
     assert not torch.equal(after["layers.6.a.lora_B"], view["layers.6.a.lora_B"])
     for layout in (LAYOUT, of_factor(LAYOUT, "A")):
-        with pytest.raises(ProtocolViolation, match="first other"):
+        with pytest.raises(ProtocolViolation, match="the first that differs"):
             check(coded, layout, codec)
 
 

@@ -167,7 +167,7 @@ def test_lora_names_known_from_llama_reach_fused_modules(tmp_path: Path) -> None
 def test_a_target_that_matches_nothing_in_a_layer_names_what_there_is(tmp_path: Path) -> None:
     source = Checkpoint.open(str(make_tiny(tmp_path / "m", "qwen3_moe")))
     assert lora.specs(source.family, source.fields, [6], ["up_proj"], 4)  # a dense layer
-    with pytest.raises(UsageProblem, match=r"'up_proj', which matches nothing in layer 7 .* q_proj, k_proj, v_proj"):
+    with pytest.raises(UsageProblem, match=r"'up_proj', which matches no module in layer 7 .* q_proj, k_proj, v_proj"):
         lora.specs(source.family, source.fields, [6, 7], ["up_proj"], 4)
 
 

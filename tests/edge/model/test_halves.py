@@ -223,7 +223,7 @@ def test_lora_lies_on_what_is_left(tiny_llama: Path) -> None:
         *(f"layers.7.mlp.{target}" for target in TARGETS[4:]),
     }
     assert lora.specs(source.family, source.fields, (7,), ("q_proj",), 4, lacking) == ()
-    with pytest.raises(UsageProblem, match="'qproj', which matches nothing in layer 7"):
+    with pytest.raises(UsageProblem, match="'qproj', which matches no module in layer 7"):
         lora.specs(source.family, source.fields, (7,), ("qproj",), 4, lacking)
 
 
@@ -280,7 +280,7 @@ def test_a_plan_of_halves_from_the_network_is_checked(
     with pytest.raises(UsageProblem, match=rule):
         check_plan(wrong)
     manifest = write_halves(tmp_path / "b", Checkpoint.open(str(tiny_llama))).manifest
-    with pytest.raises(BlobCorrupt, match="breaks a rule"):
+    with pytest.raises(BlobCorrupt, match="breaks the rule"):
         read_manifest(encode_manifest(msgspec.structs.replace(manifest, plan=wrong)))
 
 

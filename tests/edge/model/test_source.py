@@ -67,11 +67,11 @@ def test_a_sharded_checkpoint_reads_like_a_whole_one(tiny_llama: Path, model_dir
         (lambda d: edit_config(d, quantization_config={"quant_method": "gptq"}), r"already quantized \(gptq\)"),
         (
             lambda d: edit_config(d, model_type="mamba"),
-            r"family 'mamba' is not supported; these are: gemma3_text, llama, mistral",
+            r"family 'mamba' is not supported; choose a model of gemma3_text, llama, mistral",
         ),
         (lambda d: (d / "config.json").unlink(), r"has no config\.json"),
         (lambda d: (d / "tokenizer.json").unlink(), r"has no tokenizer\.json"),
-        (lambda d: (d / "model.safetensors").unlink(), r"has no model\.safetensors; found"),
+        (lambda d: (d / "model.safetensors").unlink(), r"has no model\.safetensors, only"),
         (
             lose_a_shard,
             r"incomplete: .*names model-00002-of-00002\.safetensors",
@@ -88,7 +88,7 @@ def test_what_cannot_be_pruned_is_refused_by_name(
 
 
 def test_a_model_that_is_nowhere_is_said_to_be_nowhere(tmp_path: Path) -> None:
-    with pytest.raises(UsageProblem, match="is not there; name a directory or a hub id"):
+    with pytest.raises(UsageProblem, match="does not exist; name a directory, or a model hub's id"):
         Checkpoint.open("./llama", relative_to=tmp_path)
 
 

@@ -165,7 +165,7 @@ def test_a_name_without_address_fails_at_dns(host: str) -> None:
     assert isinstance(failure, HubUnreachable)
     assert failure.step == "DNS"
     assert str(failure).startswith(f"DNS: the name {host!r} has no address (")
-    assert str(failure).endswith("; check the spelling")
+    assert str(failure).endswith("; check its spelling and the network")
     assert failure.exit_status == 3
 
 
@@ -177,7 +177,7 @@ def test_a_closed_port_fails_at_tcp() -> None:
     assert isinstance(failure, HubUnreachable)
     assert failure.step == "TCP"
     assert str(failure).startswith(f"TCP: nothing answers at 127.0.0.1:{port} (")
-    assert str(failure).endswith("; is the hub running, is the port open?")
+    assert str(failure).endswith("; check that the hub runs and that the port is open")
     assert failure.exit_status == 3
 
 
@@ -186,7 +186,7 @@ def test_https_to_a_port_without_tls_fails_at_tls(words: bytes) -> None:
     failure = unreachable("https", lambda _: words)
     assert failure.step == "TLS"
     assert str(failure).startswith("TLS: 127.0.0.1:PORT answers, but not with a valid certificate (")
-    assert str(failure).endswith("; check the port and the certificate, or write http:// where the hub has no TLS")
+    assert str(failure).endswith("; check port and certificate, or write http:// if the hub has no TLS")
     assert failure.exit_status == 3
 
 
@@ -195,17 +195,17 @@ def test_a_port_that_speaks_something_else_fails_at_http(words: bytes) -> None:
     failure = unreachable("http", lambda _: words)
     assert failure.step == "HTTP"
     assert str(failure).startswith("HTTP: http://127.0.0.1:PORT answers, but not as a hub does (")
-    assert str(failure).endswith("); check the address and the port")
+    assert str(failure).endswith("); check address and port")
     assert failure.exit_status == 3
 
 
 @pytest.mark.parametrize("status", ["200 OK", "404 Not Found", "502 Bad Gateway"])
-def test_a_web_server_that_is_no_hub_fails_at_http_with_its_status(status: str) -> None:
+def test_a_web_server_that_is_not_a_hub_fails_at_http_with_its_status(status: str) -> None:
     failure = unreachable("http", lambda _: http(status, b"<h1>Welcome to nginx!</h1>"))
     assert failure.step == "HTTP"
     assert str(failure) == (
-        f"http://127.0.0.1:PORT answers HTTP {status[:3]}, which a hub does not; "
-        "check the address and the proxy before it"
+        f"http://127.0.0.1:PORT answers HTTP {status[:3]}, which no hub does; "
+        "check the address, and the proxy if there is one"
     )
     assert failure.exit_status == 3
 
@@ -226,7 +226,7 @@ def test_a_port_that_stays_silent_is_given_up_and_named(
 def test_what_is_no_address_is_refused_before_anything_is_sent(url: str) -> None:
     with pytest.raises(UsageProblem) as failure:
         HubTransport(url, "good")
-    assert str(failure.value) == f"{url!r} is no hub address; write http://host:port or https://host"
+    assert str(failure.value) == f"{url!r} is not the address of a hub; write http://host:port or https://host"
     assert failure.value.exit_status == 2
 
 
@@ -278,7 +278,7 @@ def test_frames_go_both_ways_and_their_bytes_are_counted_until_the_hub_hangs_up(
             with pytest.raises(HubUnreachable, match=r"the connection to http://127\.0\.0\.1.* ended .*; join again"):
                 await edge.send(hello)
             await edge.close()
-            with pytest.raises(HubUnreachable, match="not connected"):
+            with pytest.raises(HubUnreachable, match="there is no connection"):
                 await edge.send(hello)
 
     asyncio.run(talk())
@@ -354,7 +354,7 @@ def test_a_download_that_breaks_off_says_so_and_the_store_goes_on_there(tmp_path
             with pytest.raises(HubUnreachable) as failure:
                 await fetch_file(store, edge, DIGEST, len(DATA))
             assert str(failure.value).startswith(f"the download from http://127.0.0.1:{port} broke off (")
-            assert str(failure.value).endswith("); join again goes on there")
+            assert str(failure.value).endswith("); join again, which continues it")
             assert failure.value.exit_status == 3
             held = store.held_bytes([(DIGEST, len(DATA))])
             assert 1_000_000 < held < 1_200_000  # all that came but the head
@@ -370,7 +370,7 @@ def test_a_file_that_the_hub_does_not_have_is_told_with_its_reason(hub: SmallHub
             with pytest.raises(HubUnreachable) as failure:
                 await anext(HubTransport(url, "good").fetch("0" * 64, 0))
             assert str(failure.value) == (
-                f"{url} answers HTTP 404: no such file in this run's bundle; ask the hub's owner, or join again later"
+                f"{url} answers HTTP 404: no such file in this run's bundle; try again later, or ask the hub's owner"
             )
 
     asyncio.run(download())

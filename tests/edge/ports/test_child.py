@@ -87,7 +87,7 @@ def test_results_progress_and_errors_cross(environment: dict[str, str]) -> None:
         with pytest.raises(WorkerFailed, match="ZeroDivisionError: x / 0") as failure:
             await child.call(toy.Do(what="wrong"))
         assert "Traceback" in failure.value.details
-        with pytest.raises(WorkerFailed, match="answered Do with what is not a Number"):  # JSON has no NaN
+        with pytest.raises(WorkerFailed, match="answered Do with something other than a Number"):  # JSON has no NaN
             await child.call(toy.Do(what="nan"))
         assert await child.call(toy.Double(number=1)) == toy.Number(2)  # it lives on
         assert child.peak_rss_bytes > 1 << 20

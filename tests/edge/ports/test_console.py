@@ -44,14 +44,19 @@ def command(failure: BaseException | None) -> typer.Typer:
     [
         (None, ["--data", "x"], 0, "read x"),
         (DeviceTooSmall("needs 2 GiB"), ["--data", "x"], 4, "error: needs 2 GiB"),
-        (None, [], 2, "error: Missing option '--data'; --help shows how it is used"),
-        (None, ["--data", "x", "--jsonl"], 2, "error: --json prints one object and --jsonl one event a line; give one"),
+        (None, [], 2, "error: Missing option '--data'; --help shows how to use it"),
+        (
+            None,
+            ["--data", "x", "--jsonl"],
+            2,
+            "error: --json prints one object and --jsonl one event a line; give only one",
+        ),
         (None, ["--dta", "x"], 2, "error: No such option: --dta"),
         (
             PermissionError(13, "no", "/x"),
             ["--data", "x"],
             1,
-            "error: [Errno 13] no: '/x'; correct that on this machine",
+            "error: [Errno 13] no: '/x'; correct this on this machine",
         ),
         (ZeroDivisionError("by 0"), ["--data", "x"], 1, "error: ZeroDivisionError: by 0; this is a defect of fedsoda"),
         (KeyboardInterrupt(), ["--data", "x"], 130, "stopped; the same command continues"),

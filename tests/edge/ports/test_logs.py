@@ -59,7 +59,7 @@ def test_another_word_in_the_environment_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("FEDSODA_LOG", "trace")
     with pytest.raises(UsageProblem) as refused, logs_shown(is_debug=False):
         pass
-    assert str(refused.value) == "FEDSODA_LOG 'trace' is not debug; set it to debug, or unset it"
+    assert str(refused.value) == "FEDSODA_LOG is 'trace', and only debug is known; set it to debug, or unset it"
 
 
 def test_what_is_logged_does_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:

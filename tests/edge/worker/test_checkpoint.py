@@ -22,7 +22,7 @@ from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.sub_llm import build
 from fedsoda_edge.worker.batches import Batch, SweptSamples
 from fedsoda_edge.worker.checkpoint import RoundCheckpoint, Saved
-from fedsoda_edge.worker.training import StepDone, Trained, fine_tune, num_steps
+from fedsoda_edge.worker.training import StepDone, TrainedDelta, fine_tune, num_steps
 from tests.edge.model.test_bundle import write
 from tests.edge.worker.test_training import SETTINGS, Killed, make_samples
 
@@ -67,7 +67,7 @@ def trained(
     progress: StepDone | None = None,
     epochs: int = 2,
     micro_batch: int | None = None,
-) -> Trained:
+) -> TrainedDelta:
     """Train a round with a fresh sub-LLM, as a process does that has just begun."""
     tail, view = build(bundle, bundle.plan.adapter), bundle.adapter_lora()
     lora.attach(tail, bundle.manifest.lora, view)
@@ -88,11 +88,11 @@ def trained(
 
 
 @pytest.fixture(scope="module")
-def calm(bundle: Bundle, swept: SweptSamples) -> Trained:
+def calm(bundle: Bundle, swept: SweptSamples) -> TrainedDelta:
     return trained(bundle, swept)
 
 
-def same(one: Trained, other: Trained) -> bool:
+def same(one: TrainedDelta, other: TrainedDelta) -> bool:
     counts = ("num_examples", "loss", "num_steps", "num_tokens")
     return delta.to_bytes(one.delta) == delta.to_bytes(other.delta) and all(
         getattr(one, name) == getattr(other, name) for name in counts
@@ -104,7 +104,7 @@ def same(one: Trained, other: Trained) -> bool:
 
 @pytest.mark.parametrize("step", range(1, 8))
 def test_a_round_killed_after_any_step_continues_to_the_same_bits(
-    bundle: Bundle, swept: SweptSamples, calm: Trained, tmp_path: Path, step: int
+    bundle: Bundle, swept: SweptSamples, calm: TrainedDelta, tmp_path: Path, step: int
 ) -> None:
     with pytest.raises(Killed):
         trained(bundle, swept, Prompt(tmp_path, IDENTITY), killed_at(step))
@@ -115,7 +115,7 @@ def test_a_round_killed_after_any_step_continues_to_the_same_bits(
 
 
 def test_a_round_killed_again_and_again_continues_to_the_same_bits(
-    bundle: Bundle, swept: SweptSamples, calm: Trained, tmp_path: Path
+    bundle: Bundle, swept: SweptSamples, calm: TrainedDelta, tmp_path: Path
 ) -> None:
     for step in (2, 3, 6):
         with pytest.raises(Killed):
@@ -165,7 +165,7 @@ def test_a_round_that_ran_out_of_memory_continues_with_the_micro_batch_it_had(
 
 
 def test_a_checkpoint_does_not_change_a_round(
-    bundle: Bundle, swept: SweptSamples, calm: Trained, tmp_path: Path
+    bundle: Bundle, swept: SweptSamples, calm: TrainedDelta, tmp_path: Path
 ) -> None:
     saves = RoundCheckpoint(tmp_path, IDENTITY)
     assert same(trained(bundle, swept, saves), calm)
@@ -174,7 +174,7 @@ def test_a_checkpoint_does_not_change_a_round(
 
 
 def test_a_full_disk_does_not_disturb_training(
-    bundle: Bundle, swept: SweptSamples, calm: Trained, tmp_path: Path
+    bundle: Bundle, swept: SweptSamples, calm: TrainedDelta, tmp_path: Path
 ) -> None:
     def full(tensors: dict[str, torch.Tensor], path: Path, about: dict[str, str]) -> None:
         path.write_bytes(b"half of it")
@@ -185,7 +185,7 @@ def test_a_full_disk_does_not_disturb_training(
 
 
 def test_what_was_saved_before_the_disk_was_full_counts(
-    bundle: Bundle, swept: SweptSamples, calm: Trained, tmp_path: Path
+    bundle: Bundle, swept: SweptSamples, calm: TrainedDelta, tmp_path: Path
 ) -> None:
     left = [3]
 
@@ -279,7 +279,7 @@ def test_the_save_before_is_used_where_the_newest_is_damaged(tmp_path: Path, dam
 
 @pytest.mark.parametrize("both", [False, True], ids=["newest", "both"])
 def test_a_round_continues_from_what_is_whole(
-    bundle: Bundle, swept: SweptSamples, calm: Trained, tmp_path: Path, both: bool
+    bundle: Bundle, swept: SweptSamples, calm: TrainedDelta, tmp_path: Path, both: bool
 ) -> None:
     with pytest.raises(Killed):
         trained(bundle, swept, Prompt(tmp_path, IDENTITY), killed_at(4))

@@ -21,7 +21,7 @@ from fedsoda_edge.worker.batches import Batch, SweptSamples
 from fedsoda_edge.worker.checkpoint import RoundCheckpoint
 from fedsoda_edge.worker.training import (
     StepDone,
-    Trained,
+    TrainedDelta,
     accumulate,
     completion_loss,
     data_order,
@@ -247,7 +247,7 @@ def trained(
     micro_batch: int | None,
     progress: StepDone | None = None,
     checkpoint: RoundCheckpoint | None = None,
-) -> Trained:
+) -> TrainedDelta:
     """Six steps of four samples from a random view."""
     tail = with_random_lora(bundle)
     settings = msgspec.structs.replace(SETTINGS, epochs=3, max_steps=6, proximal_mu=0.1)
@@ -383,7 +383,7 @@ def test_memory_for_less_than_one_sample_is_a_device_too_small(
         trained(bundle, scarce, None)
     assert scarce.refused == 3  # 4, 2 and 1 at once
     assert failure.value.exit_status == 4
-    assert str(failure.value).startswith("memory ran out on cpu with one sample of up to ")
+    assert str(failure.value).startswith("memory ran out on cpu with a single sample of up to ")
 
 
 def test_an_error_that_is_not_of_memory_is_not_taken_for_one(bundle: Bundle, uneven: SweptSamples) -> None:

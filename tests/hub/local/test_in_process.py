@@ -48,7 +48,7 @@ def make(directory: Path, model: Path) -> tuple[RunSettings, dict[str, Path]]:
 
 
 def in_one_process(
-    settings: RunSettings, data: dict[str, Path], say: HubSay, say_of: Callable[[str], edge_events.Say]
+    settings: RunSettings, data: dict[str, Path], say: HubSay, say_of: Callable[[str], edge_events.EventSink]
 ) -> None:
     async def run() -> None:
         stop = asyncio.get_running_loop().create_future()
@@ -98,7 +98,7 @@ def test_one_process_gives_the_bits_of_real_processes(calm: Ran, tmp_path: Path,
     assert history(calm.settings) == history(theirs)
     for name in EDGES:
         assert [event.round for event in calm.said[name] if isinstance(event, edge_events.Accepted)] == [1, 2]
-        assert isinstance(calm.said[name][-1], edge_events.Farewell)
+        assert isinstance(calm.said[name][-1], edge_events.RunFinished)
     with (
         contextlib.closing(Ledger(calm.settings.run_dir / "ledger.sqlite")) as one,
         contextlib.closing(Ledger(theirs.run_dir / "ledger.sqlite")) as other,
@@ -109,7 +109,7 @@ def test_one_process_gives_the_bits_of_real_processes(calm: Ran, tmp_path: Path,
 
 def test_no_worker_writes_checkpoints(calm: Ran) -> None:
     """None of them dies alone."""
-    assert [event.num_steps for event in calm.said["a"] if isinstance(event, edge_events.Trained)] == [3, 3]
+    assert [event.num_steps for event in calm.said["a"] if isinstance(event, edge_events.RoundTrained)] == [3, 3]
     assert not list((calm.settings.directory / "homes").glob("*/runs/*/checkpoint"))
 
 
@@ -142,6 +142,7 @@ def test_edges_share_an_adapter_and_nothing_that_was_trained(calm: Ran, tmp_path
     alone: list[edge_events.AnyEvent] = []
     in_one_process(settings, {"b": data["b"]}, lambda _: None, lambda _: alone.append)
     first = [
-        next(event.loss for event in said if isinstance(event, edge_events.Trained)) for said in (alone, calm.said["b"])
+        next(event.loss for event in said if isinstance(event, edge_events.RoundTrained))
+        for said in (alone, calm.said["b"])
     ]
     assert first[0] == first[1]

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from fedsoda_edge.errors import DataProblem, WorkerFailed
-from fedsoda_edge.ports.child import Report
+from fedsoda_edge.ports.child import ReportProgress
 from fedsoda_edge.protocol.calls import Call
 from fedsoda_hub.local.in_process import TorchThread
 
@@ -28,7 +28,7 @@ class Halve(Call[Half, Step], frozen=True, tag="halve"):
 
 
 def asked(
-    answer: Callable[[Halve, Report], Half], value: float = 3.0, listen: Callable[[Step], None] | None = None
+    answer: Callable[[Halve, ReportProgress], Half], value: float = 3.0, listen: Callable[[Step], None] | None = None
 ) -> Half:
     async def ask() -> Half:
         with TorchThread() as thread:
@@ -43,7 +43,7 @@ def asked(
 
 
 def test_a_call_is_answered_with_its_type_and_its_progress_on_the_way() -> None:
-    def halve(call: Halve, report: Report) -> Half:
+    def halve(call: Halve, report: ReportProgress) -> Half:
         for number in (1, 2):
             report(Step(number))
         return Half(call.value / 2)
@@ -61,7 +61,7 @@ def test_a_call_is_answered_with_its_type_and_its_progress_on_the_way() -> None:
 def test_an_error_of_ours_comes_as_it_is_and_any_other_as_the_failure_of_a_worker(
     raised: Exception, expected: type[Exception]
 ) -> None:
-    def fail(_: Halve, __: Report) -> Half:
+    def fail(_: Halve, __: ReportProgress) -> Half:
         raise raised
 
     with pytest.raises(expected, match=str(raised)):
@@ -69,7 +69,7 @@ def test_an_error_of_ours_comes_as_it_is_and_any_other_as_the_failure_of_a_worke
 
 
 def test_what_fails_in_whoever_listens_is_not_said_to_be_the_calls_failure() -> None:
-    def halve(call: Halve, report: Report) -> Half:
+    def halve(call: Halve, report: ReportProgress) -> Half:
         report(Step(1))
         return Half(call.value / 2)
 

@@ -425,7 +425,7 @@ def test_an_update_is_checked_against_the_layers_of_its_edges_class_also_after_a
             await large.upload(first[0], update(1.0))
             await large.hear(ms.Receipt)
             await small.upload(first[1], update(1.0))
-            assert "first other: 'layers.0" in (await small.hear(ms.Refusal)).reason
+            assert "the first that differs is layers.0" in (await small.hear(ms.Refusal)).reason
             second = [await edge.hear(ms.RoundOffer) for edge in (large, small)]
             assert all(offer.view.snapshot is None for offer in second)  # the new bundle's own
             named = [offer.manifest for offer in second]

@@ -62,7 +62,7 @@ def test_an_edge_takes_the_largest_that_its_disk_has_room_for(tmp_path: Path, ru
         facts = msgspec.structs.replace(
             read_device(tmp_path), disk_bytes=disk, ram_bytes=1 << 34, vram_bytes=0, accelerator=""
         )
-        said: list[ev.Event] = []
+        said: list[ev.JoinEvent] = []
         with mock.patch.object(size_class, "read_device", return_value=facts):
             found = asyncio.run(
                 size_class.take(

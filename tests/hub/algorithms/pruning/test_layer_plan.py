@@ -39,7 +39,7 @@ def test_all_that_is_kept_may_train() -> None:
     assert plan.kept == plan.adapter == plan.resident == (0, 3, 4)
     assert [(group.start, group.removed) for group in plan.groups] == [(0, (1, 2)), (4, (5, 6, 7))]
     assert (plan.emulator, plan.sub_emulator, plan.swept) == ((1, 2, 5, 6, 7), (), ())
-    with pytest.raises(UsageProblem, match="breaks a rule"):
+    with pytest.raises(UsageProblem, match="breaks the rule"):
         check_plan(msgspec.structs.replace(plan, adapter=(0, 1, 3, 4)))  # layer 1 is removed
 
 
@@ -60,5 +60,5 @@ def test_a_plan_from_the_network_is_checked(change: dict[str, object]) -> None:
     distances = [[0.5] * 6 for _ in range(6)]
     good = make_plan(8, 2, choose_groups(distances, 8, 2, 2, 1), distances)
     fields = {name: getattr(good, name) for name in LayerPlan.__struct_fields__} | change
-    with pytest.raises(UsageProblem, match="breaks a rule"):
+    with pytest.raises(UsageProblem, match="breaks the rule"):
         check_plan(LayerPlan(**fields))
