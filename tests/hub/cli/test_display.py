@@ -115,7 +115,7 @@ def test_one_is_no_plural_and_sizes_are_written_as_everywhere(capsys: pytest.Cap
     assert capsys.readouterr().err.splitlines() == [
         "caching teacher targets: needs 668 MiB of disk, 18.6 GiB are free",
         "fitting the border map: on held-out prompts, border states differ from the full emulator's by 33.3% without it, by 8.9% with it",
-        "choosing groups: with 4 x 3 layers gone public KL is 0.251, the adapter's gradient 81.3% like the full LLM's",
+        "choosing groups: with 4 x 3 layers removed, public KL is 0.251 and the cosine of the adapter's gradients 0.813",
         "round 1: a, 1 example, loss 0.500",
         "round 1 closed: 1 update, loss 0.500; 10 B up, 20 B down so far",
         "round 1 closed: 2 updates, loss 0.500; 10 B up, 20 B down so far",

@@ -78,4 +78,4 @@ def test_compare_says_what_may_stand_in_its_file() -> None:
     for key in keys_of(Compare, "compare").values():
         assert f" {key.name} {key.description}" in said
     assert "data files of rows to deal to edges, relative to this one; required" in said
-    assert "edges edges to deal to; of users, at most so many; at least 1; default: 10" in said
+    assert "edges edges to deal to; with users or files, at most this many; at least 1; default: 10" in said

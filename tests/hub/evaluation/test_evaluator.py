@@ -268,6 +268,6 @@ def test_a_question_longer_than_the_model_is_refused_before_anything_runs(
         with pytest.raises(DataProblem) as caught:
             evaluator(tiny_llama, questions, choices).answers(models["sub_llm"])
         assert str(caught.value) == (
-            f"2 of 5 questions are longer than the model's 256 positions, question 5 the longest with {longest} ids, "
-            "its answer included; lower [task] shots, or shorten them"
+            f"2 of 5 questions are longer than the model's 256 positions; the longest is question 5 with {longest} "
+            "ids, its answer included: lower [task] shots, or shorten the questions"
         )

@@ -248,8 +248,8 @@ def test_prompts_without_the_column_are_refused(tmp_path: Path, tiny_llama: Path
     with pytest.raises(UsageProblem) as problem:
         RunPreparation(settings)
     assert str(problem.value) == (
-        f"[public] like_task: {tmp_path / 'other.jsonl'}:1: no column 'word'; there are text; "
-        "name rows with the columns of [task] prompt"
+        f"[public] like_task: {tmp_path / 'other.jsonl'}:1 has the columns text, but not 'word'; "
+        "name a file of rows with all columns of [task] prompt"
     )
 
 
@@ -291,7 +291,7 @@ def test_where_the_full_llm_cannot_write_prompts_a_run_continues_without_a_map_u
     prepared = made.run(said.append)
     assert prepared == without
     [why] = [progress.why for progress in said if isinstance(progress, NoBorderMap)]
-    assert "does not tell the full LLM what the task's prompts are like" in why
+    assert "does not show the full LLM what the task's prompts are like" in why
     job = Realign(version=1, master=prepared.master, emulator_views=(prepared.sub_llms[0].emulator_view,))
     assert PreparedRun(made.llm).realign(job).sub_llms[0].kl_after > 0
     asked = make_run(tmp_path / "asked", tiny_llama, align={"border_map": "ridge", "steps": 0}, task=bare)

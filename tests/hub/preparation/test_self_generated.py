@@ -118,7 +118,12 @@ def test_prompts_are_few_enough_and_whole(tiny_llama: Path, monkeypatch: pytest.
     [
         ("{word}", 64, {}, r"does not show the full LLM what .* are like.*name a file as \[public\] like_task"),
         ("Go on:", 64, {}, "does not show the full LLM"),
-        ("Say {word}:", 2, {}, r'has written 0 different prompts of at most 2 ids; .* \[align\] border_map = "none"'),
+        (
+            "Say {word}:",
+            2,
+            {},
+            r'has written 0 different prompts of at most 2 ids, but .* \[align\] border_map = "none"',
+        ),
         ("Say {word}:", 64, {"eos_token_id": list(range(320))}, "has written 0 different prompts"),
         ("z" * 300 + "{word}", 64, {}, r"has 3\d\d ids before its last column, but the model has 256 positions"),
     ],
@@ -133,7 +138,7 @@ def test_prompts_that_cannot_be_are_refused(
 def test_a_full_llm_that_does_not_fit_is_not_loaded(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Checkpoint, "bytes", 10**15)
     monkeypatch.setattr(self_generated, "build", lambda *_, **__: pytest.fail("it is loaded"))
-    with pytest.raises(UsageProblem, match=r"tiny needs \d+\.0 GB of memory, .* GB are free"):
+    with pytest.raises(UsageProblem, match=r"tiny needs \d+\.0 GB of memory to write text, but .* GB are free"):
         generate_blocks(Checkpoint.open(str(tiny_llama)), 1, 12, seed=0)
 
 
@@ -153,6 +158,6 @@ def test_a_model_that_writes_nothing_is_named(tiny_llama: Path) -> None:
     source = Checkpoint.open(str(tiny_llama))
     source.fields["eos_token_id"] = list(range(320))
     with pytest.raises(
-        UsageProblem, match=r"ends all of 6 texts before it has written anything; give a file as \[public\] text"
+        UsageProblem, match=r"ends all of 6 texts before it has written anything; name a file as \[public\] text"
     ):
         generate_blocks(source, 1, 12, seed=0)

@@ -157,13 +157,11 @@ def test_the_border_comes_nearer_without_a_step(bundle: Bundle, retained: dict[i
 def test_what_closed_form_cannot_solve_is_said(tmp_path: Path, bundle: Bundle, retained: dict[int, Tensor]) -> None:
     attention = {name: tensor for name, tensor in bundle.emulator_lora().items() if "q_proj" in name}
     with pytest.raises(
-        UsageProblem, match=r"no LoRA sits on down_proj of layer \d.*add 'down_proj' to \[lora\] targets"
+        UsageProblem, match=r"needs LoRA on down_proj, and layer \d.*add 'down_proj' to \[lora\] targets"
     ):
         aligned(bundle, retained, attention)
     other = write(tmp_path / "bundle", make_tiny(tmp_path / "gemma", "gemma3_text"))
-    with pytest.raises(
-        UsageProblem, match=r"gemma3_text model adds to its stream what is not the output of one down_proj"
-    ):
+    with pytest.raises(UsageProblem, match=r"layer 0 of this gemma3_text model has none"):
         aligned(other, retained, lora.initial(other.manifest.lora.emulator, 0))
 
 
