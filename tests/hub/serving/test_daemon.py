@@ -654,8 +654,8 @@ def test_edges_reach_the_bundle_and_the_open_views_and_nothing_else_of_the_run(s
         (update(float("inf")), {}, "lora_A has values that are not finite"),
         (update(0.5, (TensorSpec(LAYOUT[0].name, (2, 4)), LAYOUT[1])), {}, "48 bytes of tensors, the run needs 64"),
         (update(0.5, (LAYOUT[1], LAYOUT[0])), {}, "in the update, the run needs 32 bytes at 0"),
-        (update(0.5, LAYOUT[:1]), {}, "the update has 1 tensors, the run 2"),
-        (update(0.5, (*LAYOUT, TensorSpec("\ud800", (1, 1)))), {}, "first other: '\\ud800'"),
+        (update(0.5, LAYOUT[:1]), {}, "the update has 1 tensors, the run has 2"),
+        (update(0.5, (*LAYOUT, TensorSpec("\ud800", (1, 1)))), {}, "the first that differs is"),
         (b"no safetensors at all", {}, "it is damaged"),
         (update(0.5), {"codec": "int8"}, "the update is coded as int8, but this run codes as bf16"),
         (update(0.5), {"base": ms.Digest("f" * 64)}, f"the update starts from view {'f' * 12}, but round 1 from "),
@@ -717,7 +717,7 @@ def test_where_one_factor_trains_the_offer_says_so_and_an_update_of_both_is_refu
             offer = await a.hear(ms.RoundOffer)
             assert (offer.trains, offer.has_feedback) == ("B", True)
             await a.upload(offer, update(0.5))  # as an edge does that does not know of factors
-            assert "the update has 2 tensors, the run 1" in (await a.hear(ms.Refusal)).reason
+            assert "the update has 2 tensors, the run has 1" in (await a.hear(ms.Refusal)).reason
             await a.socket.close()
             async with joined(hub.url, hub.token("b"), "phone") as b:
                 await b.upload(await b.hear(ms.RoundOffer), update(0.5, lora_b))
