@@ -309,7 +309,7 @@ class JoinEnded(JoinReport, frozen=True, kw_only=True, tag_field="event", tag="e
 
 
 class _Terminal(msgspec.Struct):
-    """What tells terminal lines apart."""
+    """The fields that tell terminal lines apart."""
 
     terminal: bool = False
     status: str = ""

@@ -13,14 +13,13 @@ import msgspec
 from msgspec import Meta, structs
 
 from fedsoda_edge.protocol.messages import Digest, EdgeId
+from fedsoda_edge.protocol.ranges import Count, Positive
 from fedsoda_hub.federation import jobs
 from fedsoda_hub.federation import records as rec
 from fedsoda_hub.federation.state import LedgerState
 from fedsoda_hub.run.ledger import RoundTraffic
 from fedsoda_hub.run.status import LiveStatus
 
-Count = Annotated[int, Meta(ge=0)]
-Positive = Annotated[int, Meta(ge=1)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Cosine = Annotated[float, Meta(ge=-1, le=1)]
 
@@ -77,7 +76,7 @@ class EdgeConnected(HubEvent, frozen=True, tag="edge_connected"):
     software: str
 
 
-class EdgeGone(HubEvent, frozen=True, tag="edge_gone"):
+class EdgeDisconnected(HubEvent, frozen=True, tag="edge_gone"):
     """An edge's connection ended; the edge may come back."""
 
     edge: EdgeId

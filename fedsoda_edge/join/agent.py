@@ -374,31 +374,35 @@ class Agent:
         news.set()
 
     async def _within(self, work: Coroutine[Any, Any, T], *, outlives_run: bool = False) -> T:
-        """Do a piece of work while the join lives.
-
-        Args:
-            outlives_run: whether the work ends by itself when the run is over; otherwise it is broken off then.
-
-        Raises:
-            RunOver: the run was over first.
-            FedSODAError: what ended the join first.
-        """
-        life, task = self._greeted.life, asyncio.create_task(work)
-        try:
-            await asyncio.wait({task, life}, return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                if not life.cancelled() and (error := life.exception()) is not None:
-                    raise error
-                if life.cancelled() or not outlives_run:
-                    raise RunOver("the run is over")
-            return await task
-        finally:
-            if not task.done():
-                task.cancel()
-                await asyncio.wait({task})
+        return await _while_alive(self._greeted.life, work, outlives_run=outlives_run)
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """Return the error that came first: the others follow from it."""
     error = group.exceptions[0]
     return _first(error) if isinstance(error, BaseExceptionGroup) else error
+
+
+async def _while_alive(life: asyncio.Task[None], work: Coroutine[Any, Any, T], *, outlives_run: bool) -> T:
+    """Do a piece of work while the join lives.
+
+    Args:
+        outlives_run: whether the work ends by itself when the run is over; otherwise it is broken off then.
+
+    Raises:
+        RunOver: the run was over first.
+        FedSODAError: what ended the join first.
+    """
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.wait({task, life}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            if not life.cancelled() and (error := life.exception()) is not None:
+                raise error
+            if life.cancelled() or not outlives_run:
+                raise RunOver("the run is over")
+        return await task
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task})

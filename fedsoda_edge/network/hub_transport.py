@@ -29,7 +29,7 @@ IDLE_SECONDS = 2.0  # for which a connection is kept to be used again; servers c
 
 @dataclass(frozen=True)
 class Certificate:
-    """What is told of a hub's certificate. valid_until: as `ssl` writes it, such as "Jun  1 12:00:00 2027 GMT"."""
+    """A hub's TLS certificate. valid_until: as `ssl` writes it, such as "Jun  1 12:00:00 2027 GMT"."""
 
     valid_until: str
 

@@ -16,6 +16,7 @@ PROTOCOL_VERSION = 1
 EdgeId = NewType("EdgeId", str)
 Digest = NewType("Digest", str)  # sha256, 64 lower-case hex digits
 Factor = Literal["both", "A", "B"]  # of a LoRA product B @ A
+Steps = Annotated[int, Meta(ge=0, le=2**31)]  # a hub shows them: a larger number is nobody's count
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=False, tag_field="type", kw_only=True):
@@ -157,8 +158,8 @@ class Progress(Message, frozen=True, tag="progress"):
     """The state of the local round; volatile, so it never enters the ledger."""
 
     round: int
-    step: int
-    steps: int
+    step: Steps
+    steps: Steps
     loss: float | None = None
     tokens_per_second: float | None = None
 

@@ -3,7 +3,7 @@
     < RoundOffer round=3 view=sha256:9f2c… due_seconds=600    received
     > UpdateChunk digest=sha256:1b07… offset=0 payload=262144 sent
     = session greeted -> open                                 a state changed
-    % ping seconds=0.02                                       keepalive
+    % Progress round=3 step=7 steps=60 loss=0.693             keepalive: sent or received
     ! HubUnreachable step=TCP                                 went wrong
 
 A string is shown if it is a digest, shortened, or one of the few words that its type allows; every other string is left
@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args, get_origin
 import msgspec
 
 from fedsoda_edge.errors import FedSODAError
-from fedsoda_edge.protocol.messages import Digest
+from fedsoda_edge.protocol.messages import Digest, Progress
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _WORD = re.compile(r"[\w .-]{1,40}")
@@ -32,13 +32,13 @@ Mark = Literal["<", ">", "!"]
 
 
 def line(mark: Mark, message: msgspec.Struct, note: str = "") -> str:
-    """Write the line of a message: "<" came, ">" was sent, "!" was refused.
+    """Write the line of a message: "<" came, ">" was sent, "!" was refused; "%" is a progress that went either way.
 
     Args:
         note: what the caller adds, such as "payload=262144" or whose message it is, and never text of others: unusual
             characters become "?", and it is cut after 80.
     """
-    words = [mark, type(message).__name__, *_fields(message, "")]
+    words = ["%" if isinstance(message, Progress) else mark, type(message).__name__, *_fields(message, "")]
     return " ".join([*words, _ODD.sub("?", note)[:80]] if note else words)
 
 
@@ -46,12 +46,6 @@ def changed(what: str, before: str, after: str) -> str:
     """Write the line of a state that changed. All three arguments are words of ours, not of the other side."""
     assert all(_WORD.fullmatch(word) for word in (what, before, after)), "states are words of ours"
     return f"= {what} {before} -> {after}"
-
-
-def kept_alive(what: str, seconds: float) -> str:
-    """Write the line of a keepalive that was answered after that time."""
-    assert _WORD.fullmatch(what), "a keepalive has a word of ours"
-    return f"% {what} seconds={_number(seconds)}"
 
 
 def went_wrong(problem: BaseException | msgspec.Struct) -> str:

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from fedsoda_hub.run.ledger import Ledger
     from fedsoda_hub.run.status import LiveStatus
 
-if TYPE_CHECKING:
-    from fedsoda_hub.federation.jobs import PrepareResult
 
 app = typer.Typer(help="Prepare, serve and evaluate a federated run.", epilog=EXIT_HELP, no_args_is_help=True)
 token_app = typer.Typer(help="What an edge needs to join.", no_args_is_help=True)
@@ -149,6 +147,7 @@ def prepare(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
     """Prune, quantize and align the model into a bundle, as the run's method does; continues where it stopped."""
     with reporting(as_json, False, debug):
         from fedsoda_hub.cli.display import HubDisplay
+        from fedsoda_hub.cli.reports import prepared_values
         from fedsoda_hub.report.history import kl_sentence
         from fedsoda_hub.run.directory import RunDirectory
         from fedsoda_hub.settings.run import read_settings
@@ -169,18 +168,7 @@ def prepare(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
         finally:
             lock.release()
         note(f"bundle: {directory.bundle}; {kl_sentence(result.sub_llms[0].public_kl)}")
-        finish({"status": "ok", "bundle": str(directory.bundle), **_prepared(result)}, as_json, False)
-
-
-def _prepared(result: PrepareResult) -> dict[str, object]:
-    """Show the result of `prepare --json`: the largest sub-LLM, and the smaller ones and the master where there are any."""
-    first, *others = result.sub_llms
-    largest: dict[str, object] = msgspec.to_builtins(first)
-    smaller = [
-        msgspec.to_builtins(one) | ({"adapter_view": None} if one.adapter_view == first.adapter_view else {})
-        for one in others
-    ]
-    return largest | ({"smaller": smaller, "master": result.master} if smaller else {})
+        finish({"status": "ok", "bundle": str(directory.bundle), **prepared_values(result)}, as_json, False)
 
 
 @app.command(epilog="Example: fedsoda-hub serve triage.toml --exit-when-done\n\n" + EXIT_HELP)

@@ -70,7 +70,7 @@ class HubDisplay:
         match event:
             case events.EdgeConnected():
                 self._edges.add(event.edge)
-            case events.EdgeGone():
+            case events.EdgeDisconnected():
                 self._edges.discard(event.edge)
             case events.RoundOpened():
                 self._round = _OpenRound(event.round, dict.fromkeys(event.cohort, (0, 0)), event.deadline_at)
@@ -152,7 +152,7 @@ def _sentence(event: events.HubEvent) -> str:
             return f"prepared: {kl_sentence(event.public_kl)}"
         case events.EdgeConnected():
             return f"{event.edge} connected"
-        case events.EdgeGone():
+        case events.EdgeDisconnected():
             return f"{event.edge} disconnected"
         case events.EdgeLeft():
             return f"{event.edge} left: {event.reason}"

@@ -27,7 +27,7 @@ class DemoBytes(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LoRAParameters(msgspec.Struct, frozen=True, kw_only=True):
-    """How many numbers the LoRA of each part has."""
+    """The number of LoRA parameters of each part."""
 
     adapter: int
     emulator: int
@@ -41,7 +41,7 @@ class EdgeData(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DemoSeconds(msgspec.Struct, frozen=True, kw_only=True):
-    """How long it took: to prepare, to run the rounds, and all of it."""
+    """Seconds of preparation, of the rounds, and of the whole demo."""
 
     prepare: float
     rounds: float
@@ -49,7 +49,7 @@ class DemoSeconds(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class JudgedDemo(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known once the run is exported and judged.
+    """The part of the report that is known once the run is exported and judged.
 
     run, bundle, export, report, model, eval_data: paths. accuracy: by model; local_only there: the best edge alone.
     local_only: accuracy of each edge alone. public_kl: nats, by stage of the preparation.

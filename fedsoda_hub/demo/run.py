@@ -156,7 +156,7 @@ async def run_demo(directory: Path, *, rounds: int, seed: int, say: HubSay) -> D
 
 @dataclass(frozen=True)
 class _Federated:
-    """When the run was prepared and when it ended, in monotonic seconds; what each edge reported at its end."""
+    """The times at which the run was prepared and ended, in monotonic seconds, and what each edge reported at its end."""
 
     prepared_at: float
     ended_at: float

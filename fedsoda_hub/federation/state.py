@@ -53,7 +53,7 @@ class Realignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class MeasuredDrift(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a probe found before the training of `round`: KL of the largest sub-LLM, nats, and cosine of gradients."""
+    """The result of a probe before the training of `round`: KL of the largest sub-LLM, nats, and cosine of gradients."""
 
     round: int
     kl: float

@@ -165,7 +165,7 @@ class Roster:
             del self._connections[edge]
             self.progress.pop(edge, None)
             self._report(ev.EdgeGone(edge))
-            self._say(events.EdgeGone(edge=edge))
+            self._say(events.EdgeDisconnected(edge=edge))
 
     # --- what is decided -----------------------------------------------------------------------------------
 

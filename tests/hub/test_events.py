@@ -94,7 +94,7 @@ def required(made: Any) -> set[str]:
 def test_a_struct_that_is_not_as_was_recorded_is_found() -> None:
     promised = schema_of.normal(PARTS["edge_left"], PARTS)
     assert is_recorded_as(made_of(events.EdgeLeft), promised)
-    for other in (events.EdgeGone, events.Declined, events.EdgeConnected):
+    for other in (events.EdgeDisconnected, events.Declined, events.EdgeConnected):
         assert not is_recorded_as(made_of(other), promised)
 
 

@@ -25,7 +25,7 @@ FINAL_RATE = 0.05  # share of the learning rate that is left at the end of the c
 
 @dataclass(frozen=True)
 class AlignSettings:
-    """How long and how fast to align. representation_weight and kl_weight are alpha and beta of eq. 8."""
+    """The length and the speed of an alignment. representation_weight and kl_weight are alpha and beta of eq. 8."""
 
     steps: int
     batch_size: int

@@ -35,7 +35,7 @@ Partition = Callable[[Tensor, int], Groups]  # ((L, L) CKA, a number of groups) 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of all layers, or of all blocks of one kind.
+    """Measurements of all layers, or of all blocks of one kind.
 
     similarity: (L, L) CKA, float64. importance: by layer.
     """

@@ -42,12 +42,11 @@ def test_a_chunk_is_told_by_its_size() -> None:
     chunk = ms.UpdateChunk(digest=DIGEST, offset=262144)
     assert trace.line(">", chunk, "payload=1000") == "> UpdateChunk digest=sha256:9f2c… offset=262144 payload=1000"
     progress = ms.Progress(round=2, step=7, steps=60, loss=0.69314, tokens_per_second=1234.5)
-    assert trace.line(">", progress) == "> Progress round=2 step=7 steps=60 loss=0.693 tokens_per_second=1234"
+    assert trace.line(">", progress) == "% Progress round=2 step=7 steps=60 loss=0.693 tokens_per_second=1234"
 
 
-def test_states_keepalives_and_what_went_wrong_have_their_marks() -> None:
+def test_states_and_what_went_wrong_have_their_marks() -> None:
     assert trace.changed("session", "greeted", "open") == "= session greeted -> open"
-    assert trace.kept_alive("ping", 0.0234) == "% ping seconds=0.0234"
     assert trace.went_wrong(errors.HubUnreachable(SECRET, "TCP")) == "! HubUnreachable step=TCP"
     assert trace.went_wrong(errors.HubUnreachable(SECRET, SECRET)) == "! HubUnreachable"
     assert trace.went_wrong(errors.ProtocolMismatch(1, 2)) == "! ProtocolMismatch edge=1 hub=2"

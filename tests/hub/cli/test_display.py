@@ -72,7 +72,7 @@ def test_the_bar_of_a_round_counts_local_steps_and_says_who_answered_and_when_it
     shown.say(steps(C, 10, 40))  # was not asked
     assert shown.bars[-1][:3] == ["round 2", 10, 81]
     shown.say(ACCEPTED)
-    shown.say(events.EdgeGone(edge=C))
+    shown.say(events.EdgeDisconnected(edge=C))
     assert shown.bars[-1] == ["round 2", 40, 81, "1 of 2 answered, 2 edges connected, due in 60 s"]
 
 

@@ -382,8 +382,19 @@ def test_what_may_not_be_said_before_hello_is_refused_and_ends_the_connection(
             f"this round has no blob {VIEW_DIGEST[:12]} with a byte {len(VIEW)}",
         ),
         (ms.BlobRequest(digest=VIEW_DIGEST, offset=-1), f"this round has no blob {VIEW_DIGEST[:12]} with a byte -1"),
+        (ms.Progress(round=1, step=10**400, steps=1), "Expected `int` <= 2147483648 - at `$.step`"),
+        (ms.Progress(round=1, step=1, steps=-1), "Expected `int` >= 0 - at `$.steps`"),
     ],
-    ids=["Hello again", "unannounced chunk", "unknown blob", "a path", "past the end", "before the start"],
+    ids=[
+        "Hello again",
+        "unannounced chunk",
+        "unknown blob",
+        "a path",
+        "past the end",
+        "before the start",
+        "a step that no bar can show",
+        "steps below 0",
+    ],
 )
 def test_what_may_not_be_said_after_hello_is_refused_and_ends_the_connection(
     hub: MemoryHub, message: ms.EdgeMessage, why: str
