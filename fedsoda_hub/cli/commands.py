@@ -19,11 +19,9 @@ from fedsoda_hub.cli.options import CompareCommand, setting
 from fedsoda_hub.settings.rates import Rates
 
 if TYPE_CHECKING:
+    from fedsoda_hub.federation.jobs import PrepareResult
     from fedsoda_hub.run.ledger import Ledger
     from fedsoda_hub.run.status import LiveStatus
-
-if TYPE_CHECKING:
-    from fedsoda_hub.federation.jobs import PrepareResult
 
 app = typer.Typer(help="Prepare, serve and evaluate a federated run.", epilog=EXIT_HELP, no_args_is_help=True)
 token_app = typer.Typer(help="What an edge needs to join.", no_args_is_help=True)
