@@ -19,6 +19,7 @@ from fedsoda_hub.cli.options import CompareCommand, setting
 from fedsoda_hub.settings.rates import Rates
 
 if TYPE_CHECKING:
+    from fedsoda_hub.federation.jobs import PrepareResult
     from fedsoda_hub.run.ledger import Ledger
     from fedsoda_hub.run.status import LiveStatus
 
