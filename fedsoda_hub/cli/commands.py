@@ -19,7 +19,6 @@ from fedsoda_hub.cli.options import CompareCommand, setting
 from fedsoda_hub.settings.rates import Rates
 
 if TYPE_CHECKING:
-    from fedsoda_hub.federation.jobs import PrepareResult
     from fedsoda_hub.run.ledger import Ledger
     from fedsoda_hub.run.status import LiveStatus
 

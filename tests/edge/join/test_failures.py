@@ -18,12 +18,15 @@ from fedsoda_edge.edge import Edge
 from fedsoda_edge.errors import DiskFull, FedSODAError, HubUnreachable, ProtocolViolation, RefusedByHub, WorkerFailed
 from fedsoda_edge.join import control
 from fedsoda_edge.join.home import Home
+from fedsoda_edge.join.rounds import RETRY_SECONDS
+from fedsoda_edge.ports import Clock
 from fedsoda_edge.protocol import commands as cmd
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.calls import Call, ProgressT, ResultT
 from fedsoda_edge.protocol.session import Upload
 from fedsoda_edge.testing import ScriptedHub
 from tests.full_disk import full_disk_for
+from tests.hurried_clock import HurriedClock
 from tests.joins import joining
 from tests.test_schemas import ROWS
 from tests.worker_here import WorkerHere
@@ -103,14 +106,14 @@ class Ended:
         return [event for event in self.events if event["event"] == kind]
 
 
-def take_part(hub: Hub, worker: WorkerHere, data: Path) -> Ended:
+def take_part(hub: Hub, worker: WorkerHere, data: Path, clock: Clock | None = None) -> Ended:
     """Join as a user's script does; asserts that it ends."""
     ended = Ended()
 
     def script() -> None:
         try:
             edge = Edge(hub, device="cpu")
-            with joining(edge, LocalData(data), ended.events.append, worker=worker) as participation:
+            with joining(edge, LocalData(data), ended.events.append, worker=worker, clock=clock) as participation:
                 for offer in participation:
                     offer.submit(offer.train())
         except BaseException as error:
@@ -173,6 +176,51 @@ def test_a_lost_connection_is_made_again_and_the_update_sent_again(scripted: Pat
     hub = Hub(scripted, "upload", hangs_up)
     ended = take_part(hub, WorkerHere(), data)
     assert (ended.error, len(ended.of("reconnected")), len(ended.of("accepted"))) == ([], 1, 1)
+
+
+class NoRoom(Hub):
+    """Its disk is full when the first update comes: it may come again."""
+
+    async def send(self, frame: bytes) -> None:
+        said = self._session.receive(frame)
+        match said:
+            case ms.Hello():
+                self.say(self._welcome())
+            case ms.Ready():
+                self._offer()
+            case Upload() if not self.refused:
+                self.refused.append(said.start)
+                self.say(ms.Refusal(round=said.start.round, reason="the disk is full", retry=True))
+            case Upload():
+                self.updates.append(said.start)
+                self.say(ms.Receipt(round=said.start.round, digest=said.start.digest))
+                self._offer()
+
+    def __init__(self, bundle: Path) -> None:
+        super().__init__(bundle, "never", hangs_up)
+        self.refused: list[ms.UpdateStart] = []
+
+
+class Sleeps(HurriedClock):
+    """Notes how long was slept while the hub had the update not yet."""
+
+    def __init__(self, hub: NoRoom) -> None:
+        super().__init__()
+        self.hub, self.between = hub, list[float]()
+
+    async def sleep(self, seconds: float) -> None:
+        if self.hub.refused and not self.hub.updates:
+            self.between.append(seconds)
+        await super().sleep(seconds)
+
+
+def test_an_update_that_the_hub_has_no_room_for_is_sent_again_after_some_seconds(scripted: Path, data: Path) -> None:
+    hub = NoRoom(scripted)
+    clock = Sleeps(hub)
+    ended = take_part(hub, WorkerHere(), data, clock)
+    assert (ended.error, hub.updates) == ([], hub.refused)
+    assert [event["reason"] for event in ended.of("retrying")] == ["the disk is full"]
+    assert RETRY_SECONDS in clock.between
 
 
 @pytest.mark.parametrize(("moment", "last"), [("train", None), ("upload", "the run ended before the hub answered")])

@@ -254,11 +254,12 @@ def test_a_pause_for_some_time_ends_by_itself(device: Device, scripted: Path) ->
 def test_a_round_that_ended_during_the_pause_gives_way_to_the_one_that_is_offered(
     device: Device, scripted: Path
 ) -> None:
-    hub = ToldHub(scripted, rounds=2, is_idle=True)
-    join = Join(hub, device.directory / "visits.jsonl", worker=WorkerHere())
+    hub, worker = ToldHub(scripted, rounds=2, is_idle=True), WorkerHere()
+    join = Join(hub, device.directory / "visits.jsonl", worker=worker)
     join.start()
     join.until(lambda: hub.kinds == ["Hello", "Ready"])
     assert run("fedsoda-edge", "pause").status == 0
+    assert (worker.num_started, worker.pid) == (1, None)  # it was there, and makes room
     hub.is_idle = False
     hub.offer()  # it was on its way when the pause began
     join.until(lambda: join.agent.in_hand == 1)  # the script blocks in train()

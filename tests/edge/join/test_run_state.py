@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsoda_edge.errors import DiskFull
+from fedsoda_edge.errors import BlobCorrupt, DiskFull
 from fedsoda_edge.join.run_state import RunState
 from fedsoda_edge.ports.disk import sha256, write_durably
 from fedsoda_edge.protocol import messages as ms
@@ -88,6 +88,22 @@ def test_who_was_not_asked_in_the_first_round_of_a_draw_takes_the_snapshot(held:
         held.state.begin_bundle(ms.Digest("drawn"))
         await held.bring_up(held.hub.view(9), 9)
         assert held.hub.fetched == ["snapshot"]
+
+    asyncio.run(run())
+
+
+def test_a_snapshot_that_is_not_the_view_it_was_announced_as_is_not_kept(held: Held) -> None:
+    async def run() -> None:
+        held.state.begin_bundle(ms.Digest("first"))
+        with pytest.raises(
+            BlobCorrupt, match=r"the hub's snapshot of the adapter LoRA has digest .*, it was announced as"
+        ):
+            await held.bring_up(held.hub.view(8), 8)  # the hub sends view 9
+        assert held.hub.fetched == ["snapshot"]
+        assert await held.state.held("adapter", held.hub.view(8).digest) is None
+        assert await held.state.held("adapter", held.hub.view(9).digest) is None
+        await held.bring_up(held.hub.view(9), 9)  # nor does anything trip over it
+        assert held.hub.fetched == ["snapshot"] * 2
 
     asyncio.run(run())
 
