@@ -42,7 +42,7 @@ def test_a_geometry_of_a_gpu_is_refused_without_one_in_a_sentence(
     with pytest.raises(SystemExit) as stopped:
         bench.main()
     assert stopped.value.code == 2
-    assert "--geometry cpu runs without one" in capsys.readouterr().err
+    assert "use --geometry cpu, or --quick" in capsys.readouterr().err
 
 
 @pytest.mark.slow

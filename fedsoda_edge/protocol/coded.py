@@ -91,7 +91,7 @@ def check(data: bytes | memoryview, layout: Sequence[TensorSpec], codec: str) ->
     if set(entries) != wanted:
         odd = sorted(set(entries) ^ wanted)
         raise ProtocolViolation(
-            f"the update has {len(entries)} tensors, the run has {len(wanted)}; the first that differs is {odd[0]!s:.200}"
+            f"the update has {len(entries)} tensors, the run has {len(wanted)}; the first that differs is {odd[0]!r:.200}"
         )
     end = 0
     body = view[8 + length :]

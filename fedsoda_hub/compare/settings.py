@@ -177,7 +177,9 @@ def _variant(base: TOML, name: str, values: TOML, path: Path) -> RunSettings:
     refuse_unless(is_name, "the name", name, "letters, digits, -, _ and +", path.name)
     _refuse_its_own(values, path.name)
     if "eval_data" in _table_in(values, "task", path.name):
-        raise UsageProblem("[task] eval_data; all variants answer the same questions: name them in [task] alone")
+        raise UsageProblem(
+            "[task] eval_data is given here, but all variants answer the same questions; name them in [task] alone"
+        )
     merged = dict(base)
     method = _table_in(values, "method", path.name).get("name")
     if isinstance(method, str) and method in METHODS:

@@ -357,7 +357,9 @@ def test_a_refused_token_exits_5_with_the_hubs_reason(device: Device, hub: str) 
     device.file("me.token", "old\n")
     ran = device.run("join", hub, "--data", "visits.jsonl", "--token-file", "me.token")
     assert ran.status == 5
-    assert ran.sentence == f"the hub {hub} refused: the token of clinic-7 was revoked; ask the hub's owner"
+    assert (
+        ran.sentence == f"the hub {hub} refused: the token of clinic-7 was revoked; ask the hub's owner for a new one"
+    )
     told_by_environment = {"FEDSODA_DATA": "visits.jsonl", "FEDSODA_TOKEN_FILE": "me.token", "FEDSODA_JSON": "1"}
     ran = device.run("join", hub, **told_by_environment)
     assert (ran.status, ran.json["error"]) == (5, "RefusedByHub")

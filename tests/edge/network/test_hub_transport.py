@@ -242,7 +242,7 @@ def test_a_token_is_judged_before_the_conversation_and_the_hubs_reason_is_told(h
         async with listening(hub) as url:
             for token, reason in {
                 "unknown": "the hub does not know this token; ask its owner for a new one",
-                "old": "the token of clinic-7 was revoked; ask the hub's owner",
+                "old": "the token of clinic-7 was revoked; ask the hub's owner for a new one",
             }.items():
                 refused = await failure_of(HubTransport(url, token))
                 assert refused == RefusedByHub(f"the hub {url} refused: {reason}")
@@ -370,7 +370,7 @@ def test_a_file_that_the_hub_does_not_have_is_told_with_its_reason(hub: SmallHub
             with pytest.raises(HubUnreachable) as failure:
                 await anext(HubTransport(url, "good").fetch("0" * 64, 0))
             assert str(failure.value) == (
-                f"{url} answers HTTP 404: no such file in this run's bundle; try again later, or ask the hub's owner"
+                f"{url} answers HTTP 404: this run's bundle has no such file; try again later, or ask the hub's owner"
             )
 
     asyncio.run(download())

@@ -168,18 +168,18 @@ def test_a_comparison_that_was_stopped_continues_to_the_same_report(
 @pytest.mark.parametrize(
     ("tables", "task", "error", "message"),
     [
-        ({"edges": 20}, {}, UsageProblem, "split iid gives one of 20 edges 1 rows, [compare] least_rows = 2"),
+        ({"edges": 20}, {}, UsageProblem, "split iid gives one of 20 edges 1 rows, but [compare] least_rows = 2"),
         (
             {"splits": ["users:clinic"]},
             {},
             DataProblem,
-            "asks for the column 'clinic'; row 1 of [compare] data has answer, word",
+            "needs the column 'clinic', but row 1 of [compare] data has answer, word",
         ),
         (
             {},
             {"prompt": "{text}:"},
             DataProblem,
-            "rows.jsonl:1: no column 'text'; there are answer, word; rename one in the file, or use another in [task] "
+            "rows.jsonl:1: no column 'text'; there are answer, word; rename a column in the file, or use another in [task] "
             "prompt and completion",
         ),
     ],

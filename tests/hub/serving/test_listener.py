@@ -342,7 +342,7 @@ def headed(header: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("frame", "why"),
     [
-        (b"", "a frame of 0 bytes announces a header of 0; it is damaged"),
+        (b"", "a frame of 0 bytes announces a header of 0 bytes, so it is damaged"),
         (b"GET / HTTP/1.1", "it is damaged"),
         (b"\x00\x00\x00\x02{}", "a frame holds no message of this protocol"),
         (headed(b'{"type":"' + b"x" * (MAX_HEADER_BYTES - 11) + b'"}'), "a frame holds no message of this protocol"),
