@@ -35,7 +35,6 @@ from fedsoda_edge.model import delta, lora
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.source import Checkpoint
 from fedsoda_edge.model.sub_llm import build
-from fedsoda_edge.ports.disk import BlobStore
 from fedsoda_edge.protocol.manifest import LoRASpec
 from fedsoda_edge.protocol.messages import LocalSettings
 from fedsoda_edge.protocol.template import TextTemplate
@@ -44,6 +43,7 @@ from fedsoda_edge.worker.training import fine_tune
 from fedsoda_hub.evaluation.evaluator import Evaluator, JudgedModel, auc
 from fedsoda_hub.evaluation.judge import judged_models
 from fedsoda_hub.evaluation.questions import read_questions
+from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.run.ledger import read_outcome
 from fedsoda_hub.settings.run import read_settings
 
@@ -286,9 +286,9 @@ class Bench:
             toml = run_toml(cell, self.data, seed=seed, variant=variant, rounds=self.options.rounds, rate=rate)
             federate(cell, run, toml, split_rows(self.train, split, seed), self.log)
             settings = read_settings(toml)
-            outcome = read_outcome(settings.run_dir)
-            bundle = Bundle.open(settings.run_dir / "bundle")
-            spec, blobs = bundle.manifest.lora, BlobStore(settings.run_dir / "blobs")
+            directory, outcome = RunDirectory(settings.run_dir), read_outcome(settings.run_dir)
+            bundle = Bundle.open(directory.bundle)
+            spec, blobs = bundle.manifest.lora, directory.blobs
             adapter = delta.from_bytes(blobs.get(outcome.master), spec.adapter)
             emulator = delta.from_bytes(blobs.get(outcome.emulator_view), spec.emulator)
             models = judged_models(bundle, self.source, adapter, emulator)
