@@ -163,6 +163,10 @@ class Unmeasured:
         """Answer that all layers are alike."""
         return [[0.0] * (num_layers - 1 - layer) for layer in range(num_layers)]
 
+    def healed_distances(self, num_layers: int, size: int) -> list[list[float]]:
+        """Answer that all layers are alike."""
+        return self.distances(num_layers)
+
     def representatives(self, count: int, grouping: str, drawn_by: int | None = None) -> list[int]:
         """Spread the layers evenly."""
         return evenly(self.num_layers, count)

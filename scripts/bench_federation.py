@@ -118,7 +118,7 @@ def run_toml(directory: Path, data: Path, *, seed: int, variant: Variant, rounds
     align = (
         ""
         if variant.emulator == "full"
-        else '[align]\nborder_map = "none"\nsteps = 120\nrealign_steps = 30\nlearning_rate = 3e-3\n'
+        else '[align]\nheal = false\nborder_map = "none"\nsteps = 120\nrealign_steps = 30\nlearning_rate = 3e-3\n'
     )
     path.write_text(
         f"""name = "bench"

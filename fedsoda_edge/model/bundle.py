@@ -29,7 +29,7 @@ from fedsoda_edge.model.families import (
     parameter_shapes,
     skeleton,
 )
-from fedsoda_edge.model.nf4 import BLOCK, CODEBOOK, NF4Tensor, dequantize, dequantize_rows, dynamic_map
+from fedsoda_edge.model.nf4 import BLOCK, CODEBOOK, NF4Tensor, dequantize, dequantize_rows, dynamic_map, unpacked
 from fedsoda_edge.model.source import read_rows
 from fedsoda_edge.model.sub_llm import local_name
 from fedsoda_edge.ports.disk import sha256_file, write_durably, write_durably_json
@@ -222,14 +222,8 @@ class Bundle:
 
     def _stored(self, role: str) -> dict[str, Tensor | NF4Tensor]:
         path = self.path(f"{role}.safetensors")
-        stored: dict[str, Tensor | NF4Tensor] = {}
         with _no_shard(path):
-            tensors = load_file(path)
-            for name in [name for name in tensors if name.endswith(".codes")]:
-                matrix = name.removesuffix(".codes")
-                stored[matrix] = NF4Tensor.from_tensors(matrix, tensors)
-            parts = (".codes", ".absmax", ".nested_absmax", ".offset", ".shape")
-            stored |= {name: tensor for name, tensor in tensors.items() if not name.endswith(parts)}
+            stored = unpacked(load_file(path))
             _check_shapes(stored, self._shapes(role))
         return stored
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from fedsoda_edge.model.families import (
     parameter_shapes,
     skeleton,
 )
-from fedsoda_edge.model.nf4 import nf4_entries, quantize
+from fedsoda_edge.model.nf4 import NF4Tensor, nf4_entries, quantize
 from fedsoda_edge.model.source import Checkpoint
 from fedsoda_edge.ports.disk import sha256, write_durably
 from fedsoda_edge.ports.system import sync_directory
@@ -119,11 +119,11 @@ def write_bundle(
         parameters: dict[int, int] = {}
         for done, number in enumerate((*plan.kept, *spare)):
             layer = layer_on_meta(source.family, source.fields, number, plan.lacking.get(number))
-            dense = source.layer(number)
+            stored = source.stored_layer(number)
             is_dense = settings.adapter_base != "nf4" if number in spare else settings.is_dense(number, plan)
-            files.add_shard(f"layers.{number}", _packed(dense, set() if is_dense else _quantizable(layer)))
+            files.add_shard(f"layers.{number}", packed(stored, set() if is_dense else _quantizable(layer)))
             if number not in spare:
-                parameters[number] = sum(tensor.numel() for tensor in dense.values())
+                parameters[number] = sum(math.prod(tensor.shape) for tensor in stored.values())
             if progress is not None:
                 progress(done + 1, len(plan.kept) + len(spare))
         if spare:
@@ -135,7 +135,7 @@ def write_bundle(
         end_parameters = sum(tensor.numel() for tensors in ends.values() for tensor in tensors.values())
         for role, tensors in ends.items():
             is_packed = settings.quantize_embedding and role != "norm"
-            files.add_shard(role, _packed(tensors, {"weight"} if is_packed else set()))
+            files.add_shard(role, packed(tensors, {"weight"} if is_packed else set()))
         weight_bytes = sum(file.bytes for file in files.written)
         files.add_shard("emulator_lora", emulator_lora)
         files.add_shard("adapter_lora", adapter_lora)
@@ -352,11 +352,13 @@ def _quantizable(layer: Any) -> set[str]:
     return {f"{name}.weight" for name in linear_modules(layer)} | stacks
 
 
-def _packed(dense: dict[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
-    """Quantize the tensors of `wanted`, a stack as one tall matrix, and leave the others as they are."""
+def packed(layer: Mapping[str, Tensor | NF4Tensor], wanted: Container[str]) -> dict[str, Tensor]:
+    """Make the tensors of a layer's shard: those of `wanted` quantized, a stack as one tall matrix; others as they are."""
     tensors: dict[str, Tensor] = {}
-    for name, tensor in dense.items():
-        if name in wanted:
+    for name, tensor in layer.items():
+        if isinstance(tensor, NF4Tensor):
+            tensors |= tensor.tensors(name)
+        elif name in wanted:
             tensors |= quantize(tensor.flatten(0, -2)).tensors(name)
         else:
             tensors[name] = tensor

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +88,7 @@ class NF4Tensor:
         }
 
     @staticmethod
-    def from_tensors(name: str, tensors: dict[str, Tensor]) -> NF4Tensor:
+    def from_tensors(name: str, tensors: Mapping[str, Tensor]) -> NF4Tensor:
         """Put together what `tensors` gave.
 
         Raises:
@@ -116,6 +117,21 @@ class NF4Tensor:
         """Compute the absmax of each block of 64 weights, fp32."""
         scale = self.nested_absmax.repeat_interleave(NESTED_BLOCK)[: self.absmax.numel()]
         return dynamic_map().to(self.codes.device)[self.absmax.long()] * scale + self.offset
+
+
+PARTS = ("codes", "absmax", "nested_absmax", "offset", "shape")  # of `NF4Tensor.tensors`
+
+
+def unpacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor | NF4Tensor]:
+    """Put together what a shard holds: its NF4 matrices, and its other tensors as they are.
+
+    Raises:
+        KeyError: a part of a matrix is missing.
+        ValueError: the parts of a matrix do not fit each other.
+    """
+    names = [name.removesuffix(".codes") for name in tensors if name.endswith(".codes")]
+    matrices = {name: NF4Tensor.from_tensors(name, tensors) for name in names}
+    return matrices | {name: value for name, value in tensors.items() if name.rpartition(".")[2] not in PARTS}
 
 
 def nf4_entries(size: int) -> dict[str, tuple[str, tuple[int, ...]]]:

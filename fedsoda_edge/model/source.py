@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model.families import Family, allowed_fields, branch, family_of, layer_on_meta, merge_experts
-from fedsoda_edge.model.nf4 import NF4Tensor
+from fedsoda_edge.model.nf4 import NF4Tensor, dequantize
 from fedsoda_edge.ports.disk import sha256_file
 from fedsoda_edge.protocol.manifest import TOKENIZER_FILES, Half
 
@@ -95,6 +95,7 @@ class Checkpoint:
         self._files = _tensor_table(directory, name)
         self.dtype = self._read(f"{self.family.embedding}.weight").dtype
         self.lacking: Mapping[int, Half] = {}
+        self._replaced: Mapping[int, Mapping[str, Tensor | NF4Tensor]] = {}
         self._revision = revision
         self.tokenizer_files = [directory / file for file in TOKENIZER_FILES if (directory / file).exists()]
         if not (directory / "tokenizer.json").exists():
@@ -116,6 +117,12 @@ class Checkpoint:
         pruned = copy.copy(self)
         pruned.lacking = lacking
         return pruned
+
+    def with_layers(self, layers: Mapping[int, Mapping[str, Tensor | NF4Tensor]]) -> Checkpoint:
+        """Return the same checkpoint with other tensors in these layers, whole ones, by name within the layer."""
+        other = copy.copy(self)
+        other._replaced = layers
+        return other
 
     @property
     def bytes(self) -> int:
@@ -179,13 +186,15 @@ class Checkpoint:
         return self.head()
 
     def layer(self, number: int) -> dict[str, Tensor]:
+        if number in self._replaced:
+            return dense(self._replaced[number])
         pruned: tuple[str, ...] = ()
         if number in self.lacking:
             pruned = branch(layer_on_meta(self.family, self.fields, number), self.lacking[number])
         return merge_experts(self._below(f"{self.family.layers}.{number}.", pruned))
 
     def stored_layer(self, number: int) -> dict[str, Tensor | NF4Tensor]:
-        return dict(self.layer(number))
+        return dict(self._replaced[number] if number in self._replaced else self.layer(number))
 
     def _below(self, prefix: str, pruned: Sequence[str] = ()) -> dict[str, Tensor]:
         """Read the tensors of a module, by name within it, except those of its modules `pruned`."""
@@ -193,6 +202,11 @@ class Checkpoint:
         if not names:
             raise UsageProblem(f"{self.name} has no tensors below {prefix!r}, so it is incomplete; fetch it again")
         return {name: self._read(prefix + name) for name in names if name.partition(".")[0] not in pruned}
+
+
+def dense(layer: Mapping[str, Tensor | NF4Tensor]) -> dict[str, Tensor]:
+    """Make the tensors of a stored layer dense; those of a stack of experts stay one tall matrix."""
+    return {name: dequantize(value) if isinstance(value, NF4Tensor) else value for name, value in layer.items()}
 
 
 def read_rows(table: Any, ids: Tensor) -> Tensor:

@@ -83,6 +83,7 @@ seed = {seed}
 adapter_layers = 3
 layers_per_group = 3
 groups = 4
+distance = "angular"
 realign_every = 5
 
 [public]
@@ -91,7 +92,8 @@ sequences = {SEQUENCES}
 length = {LENGTH}
 
 [align]
-border_map = "none"         # for one, the full LLM would have to write prompts first
+heal = false                # like the border map, it wants prompts that the full LLM would have to write first
+border_map = "none"
 steps = 40
 realign_steps = 12
 learning_rate = 3e-3

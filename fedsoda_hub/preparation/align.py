@@ -140,7 +140,7 @@ class Aligner:
         """Fit the border map of the sub-emulator with this LoRA; no tensors where the bundle has no map."""
         if not any(item.name.startswith(border_map.PREFIX) for item in bundle.manifest.lora.emulator):
             return {}
-        llm, path, prompts = self._llm, self._work / "teacher.prompts.safetensors", self._llm.text.prompts
+        llm, path, prompts = self._llm, self._work / "teacher.prompts.safetensors", self._llm.text.like_task
         if not path.exists():
             how = llm.running.how("running the full LLM on prompts like the task's")
             write_durably(path, save({"hidden": torch.cat(stream(llm.source, bundle.plan.emulator, prompts, **how))}))

@@ -104,7 +104,7 @@ class StreamedLLM:
 
     def lora_spec(self, plan: LayerPlan, size_class: int = 0) -> LoRASpec:
         """Lay out the LoRA of a sub-LLM of this plan, with a border map where there are prompts to fit it on."""
-        is_mapped = bool(self.method.aligned(plan) and self.text.prompts)
+        is_mapped = bool(self.method.aligned(plan) and self.text.like_task)
         return lora_spec(self.settings, self.source.family, self.source.fields, plan, size_class, is_mapped=is_mapped)
 
     def bundle_settings(self, plan: LayerPlan) -> BundleSettings:

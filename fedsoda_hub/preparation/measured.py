@@ -6,6 +6,7 @@ It is measured on the run's public text, once for a run. What is chosen by it is
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from functools import cached_property, partial
 
@@ -19,13 +20,15 @@ from fedsoda_edge.model.bundle_writer import half_bytes, shard_sizes
 from fedsoda_edge.model.streaming import stream
 from fedsoda_edge.ports.disk import write_durably
 from fedsoda_edge.protocol.manifest import LayerPlan
-from fedsoda_hub.algorithms.pruning import representatives, sgp
+from fedsoda_hub.algorithms.pruning import healed, representatives, sgp
 from fedsoda_hub.algorithms.pruning.representatives import Components, Measured, Partition
 from fedsoda_hub.federation.jobs import ProbeResult, ShapeMeasured
 from fedsoda_hub.preparation.align import Aligner
 from fedsoda_hub.preparation.full_llm import StreamedLLM
+from fedsoda_hub.preparation.heal import healing_texts
 from fedsoda_hub.preparation.teacher import TeacherCache, TeacherOutput
 
+CHOOSING_IDS = 1 << 14  # of the texts that a run is healed on, which groups are chosen on
 KL_TIE = 1.05  # times the least public KL, up to which shapes count as equal
 MEASURING = "measuring layer similarity"
 
@@ -46,6 +49,12 @@ class MeasuredLLM:
     def distances(self, num_layers: int) -> list[list[float]]:
         """Measure the angular distances between the outputs of the first `num_layers` layers, in units of pi."""
         return sgp.measure(self._llm.source, self._llm.text.used, num_layers, **self._llm.running.how(MEASURING))
+
+    def healed_distances(self, num_layers: int, size: int) -> list[list[float]]:
+        """Measure what healing would leave of groups of up to `size` removed layers, as a share of the stream."""
+        texts, llm = healing_texts(self._llm), self._llm
+        some = texts[:: math.ceil(sum(map(len, texts)) / CHOOSING_IDS)]
+        return healed.distances(llm.source, num_layers, size, some, **llm.running.in_16_bits(MEASURING))
 
     def representatives(self, count: int, grouping: str, drawn_by: int | None = None) -> tuple[int, ...]:
         """Choose `count` layers that represent all, ascending; by chance where `drawn_by` gives a seed."""

@@ -1,4 +1,4 @@
-"""Prepare a run: full LLM -> SGP -> NF4 -> LoRA -> ODA -> bundle. Resumable; one layer of the full LLM resident at a time.
+"""Prepare a run: full LLM -> SGP -> healing -> NF4 -> LoRA -> ODA -> bundle. Resumable; one layer of the full LLM resident at a time.
 
 The run's method says which layers are removed and what is aligned; where nothing is aligned, it is full LLM -> NF4 ->
 bundle. Each stage leaves its result in the run's preparation with the fingerprint of what it was made from; a stage whose
@@ -32,6 +32,7 @@ from fedsoda_hub.algorithms.alignment import oda
 from fedsoda_hub.federation.jobs import DiskNeeded, PreparedSubLLM, PrepareResult
 from fedsoda_hub.preparation.align import Aligner, check_closed_form
 from fedsoda_hub.preparation.full_llm import StreamedLLM
+from fedsoda_hub.preparation.heal import healed_layers
 from fedsoda_hub.preparation.measured import MeasuredLLM
 from fedsoda_hub.preparation.running import TakeProgress, to_nobody
 from fedsoda_hub.preparation.teacher import TeacherCache
@@ -78,7 +79,7 @@ class RunPreparation:
             self.llm.source.revision,
             _sha256(settings.public_text),
             settings.seed,
-            [settings.task.prompt, _sha256(settings.like_task)] if settings.align.border_map != "none" else None,
+            [settings.task.prompt, _sha256(settings.like_task)] if settings.reads_like_task else None,
             made_of(settings),
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -178,11 +179,13 @@ class _Stages:
     def _write_unaligned(self, directory: Path, plans: Sequence[LayerPlan]) -> None:
         """Write the bundle with the shards of all layers that any sub-LLM keeps, or that one may keep in a later round."""
         s, llm, plan = self._settings, self._llm, plans[0]
-        spec = llm.lora_spec(plan)
+        spec, source = llm.lora_spec(plan), llm.source
+        if s.align.heal:  # smaller sub-LLMs share the shards of the largest, and are brought near by their LoRA alone
+            source = source.with_layers(healed_layers(llm, plan))
         kept = range(plan.num_layers) if s.method.reprune_every else chain(*(one.kept for one in plans))
         write_bundle(
             directory,
-            llm.source,
+            source,
             plan,
             llm.bundle_settings(plan),
             name=llm.source.name,

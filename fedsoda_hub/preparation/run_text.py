@@ -65,14 +65,16 @@ class RunText:
         return list(chain(*read_blocks(file, tokenizer, bos, public.sequences, public.length)))
 
     @cached_property
-    def prompts(self) -> list[Tensor]:
-        """The prompts that the border map is fitted on, (T_i,) ids each; none where the run has no border map.
+    def like_task(self) -> list[Tensor]:
+        """The texts like the task's that kept layers are healed and the border map is fitted on, (T_i,) ids each.
+
+        None where the run has neither, and where the full LLM cannot write any and none have to be.
 
         Raises:
             UsageProblem: the settings ask for a border map, and there are no prompts to fit it on.
         """
         s = self._settings
-        if s.align.border_map == "none":
+        if not s.reads_like_task:
             return []
         if s.like_task is not None:
             tokenizer = SampleTokenizer(self._source.path / "tokenizer.json", None)
@@ -99,7 +101,7 @@ class RunText:
         if self._settings.public_text is not None:
             _ = self.blocks
         if self._settings.like_task is not None:
-            _ = self.prompts
+            _ = self.like_task
 
     def _written(self, name: str, write: Callable[[], list[Tensor]]) -> list[Tensor]:
         """Load the ids that the full LLM has written for this run, text by text, or let it write them."""

@@ -210,7 +210,7 @@ def draw_layers(plan: LayerPlan) -> Figure:
         for gap, distance in enumerate(row, start=1):
             table[low + gap][low] = distance
     image = heat.imshow(table, origin="lower", cmap="viridis", interpolation="nearest")
-    figure.colorbar(image, ax=heat, label="angular distance / pi", shrink=0.8)
+    figure.colorbar(image, ax=heat, label="distance d(l, l + m)", shrink=0.8)
     for group in plan.groups:
         low, high = group.start, group.removed[-1]
         heat.add_patch(Rectangle((low - 0.5, high - 0.5), 1, 1, fill=False, edgecolor=RED, linewidth=2))

@@ -18,6 +18,7 @@ UNREAD: dict[str, object] = {
     "[method] bottom_layers": 0,
     "[method] layers_per_group": 0,
     "[method] groups": 0,
+    "[method] distance": "angular",
     "[method] bundle_bytes": 0,
     "[method] classes": [],
     "[method] drop_layers": 0,
@@ -25,6 +26,7 @@ UNREAD: dict[str, object] = {
     "[method] reprune_every": 0,
     "[method] realign_every": 0,
     "[method] emulator_base": "nf4",
+    "[align] heal": False,
     "[align] steps": 0,
     "[align] realign_steps": 0,
     "[align] border_map": "none",
@@ -49,8 +51,9 @@ METHODS: dict[MethodName, MethodKeys] = {
     "fedsoda": MethodKeys(
         reads=(
             *("[method] emulator", "[method] adapter_layers", "[method] layers_per_group", "[method] groups"),
-            *("[method] bundle_bytes", "[method] classes", "[method] realign_every", "[method] emulator_base"),
-            *("[align] steps", "[align] realign_steps", "[align] border_map", "[align] closed_form"),
+            *("[method] distance", "[method] bundle_bytes", "[method] classes", "[method] realign_every"),
+            *("[method] emulator_base", "[align] heal", "[align] steps"),
+            *("[align] realign_steps", "[align] border_map", "[align] closed_form"),
         ),
         defaults={},
     ),

@@ -49,6 +49,11 @@ class RunSettings(Tables, frozen=True):
         return None if self.public.like_task == SELF_GENERATED else self.directory / self.public.like_task
 
     @property
+    def reads_like_task(self) -> bool:
+        """Whether something is fitted on text like the task's: a border map, or the kept layers that are healed."""
+        return self.align.heal or self.align.border_map != "none"
+
+    @property
     def eval_data(self) -> Path | None:
         """The file of rows to judge on, if there is one."""
         return self.directory / self.task.eval_data if self.task.eval_data else None

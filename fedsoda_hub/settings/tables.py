@@ -16,6 +16,7 @@ from fedsoda_edge.protocol.manifest import Base
 from fedsoda_edge.protocol.messages import LocalSettings
 
 MethodName = Literal["fedsoda", "exact", "fedbiot", "fedot", "fedpetuning", "fedpruner", "fedpruner+"]
+GroupDistance = Literal["healed", "angular"]
 LayerChoice = Literal["contiguous", "spectral", "uniform", "random", "top"]
 Rule = Literal["fedavg", "ffa", "rolora", "flexlora"]
 Optimizer = Literal["none", "fedavgm", "fedadam", "fedyogi"]
@@ -45,6 +46,13 @@ class Method(Section, frozen=True):
         Annotated[int, Meta(ge=0, description="groups of similar layers that are pruned")] | Literal["auto"],
         Meta(description="auto: the number and size that keep the sub-LLM nearest to the full LLM within bundle_bytes"),
     ] = 4
+    distance: Annotated[
+        GroupDistance,
+        Meta(
+            description="what groups are chosen by: healed, the error that is left where a group is healed; angular, the "
+            "angle between the states of the last token, as in the paper"
+        ),
+    ] = "healed"
     bundle_bytes: Annotated[
         int, Meta(ge=0, description='bytes that all files of the sub-LLM may take on an edge, with groups = "auto"')
     ] = 0
@@ -110,6 +118,13 @@ class Public(Section, frozen=True):
 class Align(Section, frozen=True):
     """[align]: how the sub-LLM is brought near the full LLM."""
 
+    heal: Annotated[
+        bool,
+        Meta(
+            description="refit each kept layer below the adapter in closed form before it is stored, so that it does the "
+            "work of the layers removed above it too"
+        ),
+    ] = True
     border_map: Annotated[
         Literal["auto", "ridge", "none"],
         Meta(

@@ -24,10 +24,17 @@ from fedsoda_hub.run.ledger import opened
 from fedsoda_hub.settings.run import RunSettings, read_settings
 
 SMALL: dict[str, dict[str, Any]] = {
-    "method": {"adapter_layers": 2, "layers_per_group": 1, "groups": 2},
+    "method": {"distance": "angular", "adapter_layers": 2, "layers_per_group": 1, "groups": 2},
     "lora": {"rank": 4, "alpha": 8},
     "public": {"text": "public.txt", "sequences": 12, "length": 24},
-    "align": {"border_map": "none", "steps": 8, "realign_steps": 4, "batch_size": 4, "learning_rate": 1e-2},
+    "align": {
+        "heal": False,
+        "border_map": "none",
+        "steps": 8,
+        "realign_steps": 4,
+        "batch_size": 4,
+        "learning_rate": 1e-2,
+    },
     "local": {"max_length": 64},
     "wire": {"codec": "bf16"},
     "task": {"prompt": "Say {word}:", "completion": "{answer}", "eval_data": "eval.jsonl"},

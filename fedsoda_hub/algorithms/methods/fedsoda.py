@@ -18,7 +18,7 @@ SHORTLIST = 5  # shapes that are measured where [method] groups = "auto"
 
 
 def plans(full_llm: FullLLM, settings: Method, seed: int) -> tuple[LayerPlan, ...]:
-    """Choose by SGP: the groups with the least sum of distances, exactly.
+    """Choose by SGP: the groups with the least sum of distances, exactly. What a distance is, [method] distance says.
 
     A smaller sub-LLM removes all layers that the one before it removes, and more: docs/methods.md (m3-classes). So they
     share their shards; all have the same adapter.
@@ -36,7 +36,10 @@ def plans(full_llm: FullLLM, settings: Method, seed: int) -> tuple[LayerPlan, ..
     else:
         shapes = [(settings.layers_per_group, settings.groups)]
         choose_groups(unmeasured, num_layers, adapter, *shapes[0])
-    distances = full_llm.distances(emulator)
+    if settings.distance == "healed":
+        distances = full_llm.healed_distances(emulator, max(size for size, _ in shapes))
+    else:
+        distances = full_llm.distances(emulator)
     tried = [
         make_plan(num_layers, adapter, choose_groups(distances, num_layers, adapter, n, p), distances)
         for n, p in shapes

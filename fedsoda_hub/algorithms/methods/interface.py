@@ -29,6 +29,10 @@ class FullLLM(Protocol):
         """Measure the distances between the outputs of the first `num_layers` layers: `sgp.angular_distances`."""
         ...
 
+    def healed_distances(self, num_layers: int, size: int) -> Sequence[Sequence[float]]:
+        """Measure what healing would leave of groups of up to `size` removed layers: `healed.distances`."""
+        ...
+
     def representatives(self, count: int, grouping: str, drawn_by: int | None = None) -> Sequence[int]:
         """Choose `count` layers that represent all, both ends among them, ascending: `representatives.select_layers`.
 

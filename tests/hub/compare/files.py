@@ -10,10 +10,17 @@ from tests.hub.runs import WORDS
 
 SMALL: dict[str, dict[str, Any]] = {
     "compare": {"data": ["rows.jsonl"], "edges": 2, "seeds": [0], "least_rows": 2, "baselines": []},
-    "method": {"adapter_layers": 2, "layers_per_group": 1, "groups": 2, "realign_every": 1},
+    "method": {"distance": "angular", "adapter_layers": 2, "layers_per_group": 1, "groups": 2, "realign_every": 1},
     "lora": {"rank": 4},  # alpha by default
     "public": {"text": "public.txt", "sequences": 4, "length": 16},
-    "align": {"border_map": "none", "steps": 2, "realign_steps": 1, "batch_size": 4, "learning_rate": 1e-2},
+    "align": {
+        "heal": False,
+        "border_map": "none",
+        "steps": 2,
+        "realign_steps": 1,
+        "batch_size": 4,
+        "learning_rate": 1e-2,
+    },
     "rounds": {"count": 2},
     "local": {"max_steps": 3, "batch_size": 4, "learning_rate": 1e-2, "max_length": 64},
     "task": {"prompt": "Say {word}:", "completion": "{answer}", "eval_data": "eval.jsonl"},
