@@ -53,7 +53,8 @@ class SubLLM:
         ids: Tensor | None = None,
         states: Tensor | None = None,
         positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Any = None,
+        cache: Any = None,
     ) -> Tensor:
         """Run the model up to the final norm: (B, T, C).
 
@@ -64,12 +65,19 @@ class SubLLM:
             states: (B, T, C) below layer numbers[0], instead of ids.
             positions: (B, T). A row may hold several samples where positions begin at 0 with each: Transformers keeps
                 attention within them.
-            mask: (B, 1, T, T), bool (`branches.attention`): it alone says what a query sees.
+            mask: (B, 1, T, T), bool (`branches.attention`): it alone says what a query sees. Where layers of the family
+                differ in that, also a dict of masks, by the kinds in its config's layer_types.
+            cache: gets keys and values of each layer, as Transformers' caches do; None: nothing is kept.
         """
         base = self.model.get_submodule(self.family.layers.rpartition(".")[0])
         with _made_again(base.layers[:-1]) if self.recompute else nullcontext():
             return base(
-                input_ids=ids, inputs_embeds=states, position_ids=positions, attention_mask=mask, use_cache=False
+                input_ids=ids,
+                inputs_embeds=states,
+                position_ids=positions,
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=cache is not None,
             ).last_hidden_state
 
     def hidden_at(

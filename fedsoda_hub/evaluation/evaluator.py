@@ -9,12 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, takewhile
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import StoppingCriteriaList
 
 from fedsoda_edge.data.samples import Sample, SampleTokenizer
 from fedsoda_edge.errors import DataProblem
@@ -26,9 +25,9 @@ from fedsoda_edge.model.source import LayerSource
 from fedsoda_edge.model.sub_llm import SubLLM, build
 from fedsoda_edge.protocol.manifest import LoRASpec
 from fedsoda_hub.evaluation.questions import Question, choices_of, is_right, until_stop
+from fedsoda_hub.preparation.writing import Text, Writer, continuation
 
 MAX_NEW_TOKENS = 64
-GENERATION_IDS = 16_384  # in one batch, answers included: a step for many questions costs little more than for one
 
 QuestionsDone = Callable[[int, int], None]  # (done, total)
 
@@ -250,43 +249,31 @@ class Evaluator:
         eos = model.source.fields.get("eos_token_id")
         ends = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
         prompts = [self._tokenizer.encode(question.prompt) for question in self.questions]
-        positions = _positions(model)
-        longest_answer = max(MAX_NEW_TOKENS, *self.supervised_ids())  # a right answer must have room to end
-        made = [""] * len(prompts)
-        done = 0
-        for batch in _generation_batches([len(prompt) + longest_answer for prompt in prompts], positions):
-            width = max(len(prompts[i]) for i in batch)
-            pad = min(ends, default=0)  # any id serves: it is masked on the left and cut off on the right
-            ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in batch])
-            mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
-            with torch.no_grad():
-                out = whole.model.generate(
-                    ids.to(self._device),
-                    attention_mask=mask.to(self._device),
-                    do_sample=False,
-                    max_new_tokens=min(longest_answer, positions - width),
-                    eos_token_id=eos,
-                    pad_token_id=pad,
-                    stopping_criteria=StoppingCriteriaList([self._is_answered(batch, width)]),
-                )
-            for row, i in enumerate(batch):
-                answer = takewhile(lambda token: token not in ends, out[row, width:].tolist())
-                made[i] = until_stop(self._tokenizer.decode(list(answer)), self.questions[i].stops).strip()
-            done += len(batch)
+        room = max(MAX_NEW_TOKENS, *self.supervised_ids())  # a right answer must have room to end
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # texts of a step are of like lengths
+        coming = iter(order)
+        writer = Writer(whole, longest=len(prompts[order[0]]) + room, seed=0)
+
+        def answer(i: int) -> Text[str]:
+            stops = self.questions[i].stops
+
+            def text(ids: Sequence[int]) -> tuple[str, bool]:
+                written = self._tokenizer.decode(ids)
+                cut = until_stop(written, stops)
+                return cut, cut != written
+
+            most = min(room, writer.positions - len(prompts[i]))
+            ids = yield from continuation(
+                prompts[i], most, ends=ends, among=1, is_over=(lambda ids: text(ids)[1]) if any(stops) else None
+            )
+            return text(ids)[0].strip()
+
+        made: list[str] = []
+        for written in writer.write(lambda: next((answer(i) for i in coming), None)):
+            made.append(written)
             if report is not None:
-                report(done, len(prompts))
-        return made
-
-    def _is_answered(self, batch: Sequence[int], width: int) -> Callable[..., Tensor]:
-        """Make a criterion for `generate`: bool (B,), which questions of the batch have reached one of their stops."""
-        stops = [self.questions[i].stops for i in batch]
-
-        def criterion(ids: Tensor, _: object, **__: object) -> Tensor:
-            texts = [self._tokenizer.decode(row) if any(stops) else "" for row in ids[:, width:].tolist()]
-            over = [until_stop(text, of_row) != text for text, of_row in zip(texts, stops, strict=True)]
-            return torch.tensor(over, device=ids.device)
-
-        return criterion
+                report(len(made), len(prompts))
+        return [text for _, text in sorted(zip(order, made, strict=True))]
 
     def accuracy(self, answers: Answers) -> float:
         """Compute the share of questions answered as the data says; a generated number counts by its value.
@@ -328,19 +315,6 @@ def _border_key(model: JudgedModel) -> _BorderKey:
 
 def _positions(model: JudgedModel) -> int:
     return int(model.source.fields["max_position_embeddings"])
-
-
-def _generation_batches(lengths: Sequence[int], positions: int) -> list[list[int]]:
-    """Group indices into batches of at most GENERATION_IDS, shorter ones first.
-
-    A question whose answer has to be cut at the last position is a batch of its own, so that no other is cut with it.
-    """
-    batches: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        if not batches or lengths[i] > positions or lengths[i] * (len(batches[-1]) + 1) > GENERATION_IDS:
-            batches.append([])
-        batches[-1].append(i)
-    return batches
 
 
 def log_likelihoods(sub_llm: SubLLM, rows: Sequence[JoinedSamples], states: Sequence[Tensor]) -> Tensor:

@@ -1,35 +1,37 @@
-"""Let the full LLM write public text, for a hub that has none: plain text, and prompts like the run's (docs/methods.md
-(m11-self)).
+"""Let the full LLM write public text, for a hub that has none: plain text, and prompts like the run's, with what it
+writes behind them (docs/methods.md (m11-self)).
 
 The idea is LLM-QAT's (arXiv 2305.17888): distil on what the model writes itself. Text begins with bos and the model
 continues, its first ids drawn from the whole vocabulary for breadth, later ones from the TOP_K likeliest. The result has
-the form of text that is read, so that SGP, ODA and the border map see no difference; reading is `public_text.py`'s.
+the form of text that is read, so that SGP, ODA and the border map see no difference; reading is `public_text.py`'s. How
+many texts are written together is `writing.py`'s.
 """
 
 from __future__ import annotations
 
 import string
 from collections.abc import Callable, Sequence
-from itertools import takewhile
-from typing import Any
+from dataclasses import dataclass
 
 import psutil
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from fedsoda_edge.data.samples import SampleTokenizer
+from fedsoda_edge.data.samples import Sample, SampleTokenizer
 from fedsoda_edge.errors import UsageProblem
+from fedsoda_edge.model.families import build_config
+from fedsoda_edge.model.nf4 import has_instructions_for
 from fedsoda_edge.model.source import Checkpoint
-from fedsoda_edge.model.sub_llm import SubLLM, build
+from fedsoda_edge.model.sub_llm import build
 from fedsoda_edge.protocol.template import TextTemplate
 from fedsoda_hub.preparation.public_text import MAX_HELD_OUT, MAX_PROMPT_IDS, MAX_PROMPTS, MIN_PROMPTS
+from fedsoda_hub.preparation.writing import Text, Writer, cache_bytes, continuation
 
 BROAD_IDS = 4  # ids at a text's beginning that are drawn from the whole vocabulary
 TOP_K = 50
-COLUMN_IDS = 64  # largest length of one column of a template
-BATCH_SIZE = 32
+COLUMN_IDS = 64  # largest length of one column of a template, and of a completion
+PATIENCE = 128  # texts in a row that are of no use, after which the model is asked for no more
 
 
 def generate_blocks(
@@ -55,23 +57,32 @@ def generate_blocks(
     Raises:
         UsageProblem: the full LLM does not fit into memory, or ends its texts before it has written anything.
     """
-    writer = _Writer.of(source, compute_dtype, device)
-    head = [] if writer.bos is None else [writer.bos]
+    author = _Author.of(source, length, seed, compute_dtype, device)
+    head = [] if author.bos is None else [author.bos]
     step = length - len(head)
     needed = (sequences + MAX_HELD_OUT) * step
+    texts: list[list[int]] = []  # also those that are being written
+
+    def begin() -> Text[list[int]] | None:
+        if sum(map(len, texts)) >= needed:
+            return None
+        texts.append([])
+        return author.plain(step, texts[-1])
+
     made: list[int] = []
-    with torch.random.fork_rng(), torch.inference_mode():  # `generate` draws from the global generator
-        torch.manual_seed(seed)
-        while len(made) < needed:
-            texts = writer.plain(step)
-            if not any(texts):
-                raise UsageProblem(
-                    f"{source.name} ends all of {BATCH_SIZE} texts before it has written anything; "
-                    "name a file as [public] text"
-                )
-            made += [token for text in texts for token in text]
-            if progress is not None:
-                progress(min(len(made), needed), needed)
+    num_empty = 0
+    for text in author.writer.write(begin):
+        num_empty = 0 if text else num_empty + 1
+        if num_empty == PATIENCE:
+            raise UsageProblem(
+                f"{source.name} ends all of {PATIENCE} texts before it has written anything; "
+                "name a file as [public] text"
+            )
+        made += text
+        if progress is not None:
+            progress(min(len(made), needed), needed)
+        if len(made) >= needed:
+            break
     blocks = [torch.tensor(head + made[at : at + step]) for at in range(0, needed, step)]
     return blocks[:sequences], blocks[sequences:]
 
@@ -102,47 +113,133 @@ def generate_prompts(
         UsageProblem: the template has no column or no text of its own, the full LLM does not fit into memory, or it
             writes too few prompts; says what to do.
     """
+    tokenizer = SampleTokenizer(source.path / "tokenizer.json", None)
+
+    def sample_of(row: _Row) -> Sample | None:
+        ids = tokenizer.encode(row.prompt)
+        return Sample(tuple(ids), len(ids)) if len(ids) <= max_length else None
+
+    author = _Author.of(source, max_length + COLUMN_IDS, seed, compute_dtype, device)
+    found = _samples(author, template, max_length, sample_of, has_completions=False, progress=progress)
+    return [torch.tensor(sample.ids) for sample in found]
+
+
+def generate_samples(
+    source: Checkpoint,
+    template: TextTemplate,
+    max_length: int,
+    *,
+    seed: int,
+    compute_dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Sample]:
+    """Write samples as an edge makes them of its rows: prompts as `generate_prompts` writes them, each with a completion.
+
+    A completion is what the full LLM writes behind the prompt, up to a line break, its own end or COLUMN_IDS ids. Both are
+    joined and tokenized together, with eos at the end where the model has one; the completion may be empty then.
+
+    Args:
+        max_length: ids of a sample at most: a completion is cut there, a prompt that leaves no room for one is left out.
+        progress: called as progress(samples made, samples wanted).
+
+    Raises:
+        UsageProblem: as `generate_prompts`.
+    """
+    tokenizer = SampleTokenizer(source.path / "tokenizer.json", source.fields.get("eos_token_id"))
+
+    def sample_of(row: _Row) -> Sample | None:
+        return tokenizer.sample(row.prompt, row.completion, max_length)
+
+    author = _Author.of(source, max_length + COLUMN_IDS, seed, compute_dtype, device)
+    return _samples(author, template, max_length, sample_of, has_completions=True, progress=progress)
+
+
+def _samples(
+    author: _Author,
+    template: TextTemplate,
+    max_length: int,
+    sample_of: Callable[[_Row], Sample | None],
+    *,
+    has_completions: bool,
+    progress: Callable[[int, int], None] | None,
+) -> list[Sample]:
+    """Write rows of a template until there are enough samples of different prompts, in the order in which rows began.
+
+    Args:
+        sample_of: makes a row's sample; None: the row is of no use.
+    """
     remedy = 'name a file as [public] like_task, or write [align] border_map = "none"'
     if not template.columns or not any(text.strip() for text, *_ in string.Formatter().parse(template.text)):
         raise UsageProblem(
             f"[task] prompt = {template.text!r} does not show the full LLM what the task's prompts are like, for which it "
             f"needs a column and text around it; {remedy}"
         )
-    writer, tokenizer = _Writer.of(source, compute_dtype, device), SampleTokenizer(source.path / "tokenizer.json", None)
-    found: dict[str, Tensor] = {}
-    left, is_new = MAX_PROMPT_IDS, True
-    with torch.random.fork_rng(), torch.inference_mode():
-        torch.manual_seed(seed)
-        while is_new:
-            is_new = False
-            for text in writer.rows(template):
-                ids = tokenizer.encode(text)
-                if text and text not in found and len(ids) <= min(max_length, left) and len(found) < MAX_PROMPTS:
-                    found[text], is_new = torch.tensor(ids), True
-                    left -= len(ids)
-            if progress is not None:
-                progress(len(found), MAX_PROMPTS)
+    found: dict[str, Sample] = {}
+    left, begun, seen, num_useless = MAX_PROMPT_IDS, 0, 0, 0
+
+    def begin() -> Text[_Row | None] | None:
+        nonlocal begun
+        if len(found) + begun - seen >= MAX_PROMPTS:
+            return None  # those that are being written may be enough
+        begun += 1
+        return author.row(template, max_length, has_completion=has_completions)
+
+    for row in author.writer.write(begin):
+        seen += 1
+        sample = None if row is None or row.prompt in found else sample_of(row)
+        if row is None or sample is None or len(sample.ids) > left:
+            num_useless += 1
+            if num_useless == PATIENCE:
+                break
+            continue
+        found[row.prompt] = sample
+        left -= len(sample.ids)
+        num_useless = 0
+        if progress is not None:
+            progress(len(found), MAX_PROMPTS)
     if len(found) < MIN_PROMPTS:
         raise UsageProblem(
-            f"{source.name} has written {len(found)} different prompts of at most {max_length} ids, but a border map "
+            f"{author.name} has written {len(found)} different prompts of at most {max_length} ids, but a border map "
             f"needs {MIN_PROMPTS}; {remedy}"
         )
     return list(found.values())
 
 
-class _Writer:
-    """A model that writes BATCH_SIZE texts at a time. bos: the id that a text begins with; None: the model has none."""
+@dataclass(frozen=True)
+class _Row:
+    """A prompt with columns that the full LLM wrote, and what it wrote behind it, "" where it was not asked."""
+
+    prompt: str
+    completion: str
+
+
+class _Author:
+    """The full LLM as it writes plain text and rows of a template.
+
+    bos: the id that a text begins with; None: the model has none. name: the full LLM's.
+    """
 
     @classmethod
-    def of(cls, source: Checkpoint, compute_dtype: torch.dtype, device: str | torch.device) -> _Writer:
+    def of(
+        cls, source: Checkpoint, longest: int, seed: int, compute_dtype: torch.dtype, device: str | torch.device
+    ) -> _Author:
         """Load the whole full LLM.
+
+        On a CPU that has instructions for it, one that is stored in bf16 also computes in it: the text is as good.
+
+        Args:
+            longest: ids of a text, at most.
 
         Raises:
             UsageProblem: it does not fit into the free memory; nothing was loaded.
         """
         is_cuda = torch.device(device).type == "cuda"
+        if not is_cuda and source.dtype == torch.bfloat16 and has_instructions_for(source.dtype):
+            compute_dtype = source.dtype
         free = torch.cuda.mem_get_info(device)[0] if is_cuda else psutil.virtual_memory().available
         needed = source.bytes * compute_dtype.itemsize // source.dtype.itemsize
+        needed += cache_bytes(build_config(source.family, source.fields), longest, compute_dtype)
         if needed > free:
             raise UsageProblem(
                 f"{source.name} needs {needed / 1e9:.1f} GB of memory to write text, but {free / 1e9:.1f} GB are free; "
@@ -150,56 +247,66 @@ class _Writer:
                 '"none")'
             )
         model = build(source, range(source.num_layers), compute_dtype=compute_dtype, device=device, embedding=True)
-        return cls(model, Tokenizer.from_file(str(source.path / "tokenizer.json")), source.fields)
+        return cls(source, Writer(model, longest=longest, seed=seed))
 
-    def __init__(self, model: SubLLM, tokenizer: Tokenizer, fields: dict[str, Any]) -> None:
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        eos = fields.get("eos_token_id")
-        self.bos: int | None = fields.get("bos_token_id")
+    def __init__(self, source: Checkpoint, writer: Writer) -> None:
+        self.name = source.name
+        self.writer = writer
+        self._tokenizer = Tokenizer.from_file(str(source.path / "tokenizer.json"))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        eos = source.fields.get("eos_token_id")
+        self.bos: int | None = source.fields.get("bos_token_id")
         self._ends = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
-        self._model = model
-        self._tokenizer = tokenizer
-        self._vocab = int(fields["vocab_size"])
-        self._positions = int(fields["max_position_embeddings"])
+        self._vocab = int(source.fields["vocab_size"])
         self._break = self._encode("\n")
 
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def plain(self, num_ids: int) -> list[list[int]]:
-        """Write texts of at most `num_ids` ids; a text that the model ends earlier gets a line break."""
+    def plain(self, num_ids: int, made: list[int]) -> Text[list[int]]:
+        """Write a text of at most `num_ids` ids into `made`; one that the model ends earlier gets a line break."""
         if self.bos is None:
-            first = torch.randint(self._vocab, (BATCH_SIZE, 1)).tolist()
-            texts = [a + b for a, b in zip(first, self._continued(first, num_ids - 1, BROAD_IDS), strict=True)]
-        else:
-            texts = self._continued([[self.bos]] * BATCH_SIZE, num_ids, BROAD_IDS)
-        return [text + self._break if 0 < len(text) < num_ids else text for text in texts]
+            made += torch.randint(self._vocab, (1,), generator=self.writer.generator).tolist()
+        start, most = made if self.bos is None else [self.bos], num_ids - len(made)
+        yield from continuation(start, most, ends=self._ends, among=TOP_K, broad=BROAD_IDS, made=made)
+        if 0 < len(made) < num_ids:
+            made += self._break
+        return made
 
-    def rows(self, template: TextTemplate) -> list[str]:
-        """Write rows of a template; a row in which a column stays empty is "".
+    def row(self, template: TextTemplate, max_length: int, *, has_completion: bool) -> Text[_Row | None]:
+        """Write a row of a template; None where a column stays empty, or the prompt becomes longer than `max_length`.
 
         A column is what the model writes after the text before it, up to a line break, the template's next fixed text
         or the model's own end.
         """
         begin = self._break if self.bos is None else [self.bos]
         parts = [(literal, name) for literal, name, _, _ in string.Formatter().parse(template.text)]
-        texts = [""] * BATCH_SIZE
-        values: dict[str, list[str]] = {}
+        text = ""
+        values: dict[str, str] = {}
         for (literal, name), (following, _) in zip(parts, [*parts[1:], ("", None)], strict=True):
-            texts = [text + literal for text in texts]
+            text += literal
             if name is None:
                 continue
             if name not in values:
                 # The model writes the space itself, as part of its first word, which is how vocabularies have it.
-                starts = [begin + self._encode(text.rstrip(" ")) for text in texts]
-                values[name] = self._column(starts, following.strip(), 0 if values else BROAD_IDS)
-            texts = [text + value for text, value in zip(texts, values[name], strict=True)]
-        whole = [all(row) for row in zip(*values.values(), strict=True)]
-        return [text if is_whole else "" for text, is_whole in zip(texts, whole, strict=True)]
+                start = begin + self._encode(text.rstrip(" "))
+                if values and len(start) > max_length + 1:
+                    return None
+                values[name] = yield from self._column(start, following.strip(), 0 if values else BROAD_IDS)
+                if not values[name]:
+                    return None
+            text += values[name]
+        completion = ""
+        if has_completion:
+            start = begin + self._encode(text.rstrip(" "))
+            if len(start) > max_length + 1:
+                return None
+            completion = yield from self._column(start, "", 0)
+        return _Row(text, completion)
 
-    def _column(self, starts: list[list[int]], following: str, broad: int) -> list[str]:
-        """Write a column after each start, up to a line break or the text that follows the column in the template."""
+    def _column(self, start: list[int], following: str, broad: int) -> Text[str]:
+        """Write a column after a start, up to a line break or the text that follows the column in the template."""
 
         def text(ids: Sequence[int]) -> tuple[str, bool]:
             written = self._tokenizer.decode(list(ids)).lstrip()
@@ -207,50 +314,18 @@ class _Writer:
             cut = cut.partition(following)[0] if following else cut
             return cut.strip(), cut != written
 
-        return [text(ids)[0] for ids in self._continued(starts, COLUMN_IDS, broad, lambda ids: text(ids)[1])]
-
-    def _continued(
-        self,
-        starts: list[list[int]],
-        num_ids: int,
-        broad: int,
-        is_over: Callable[[list[int]], bool] | None = None,
-    ) -> list[list[int]]:
-        """Write at most `num_ids` more ids after each start, without the end of text.
-
-        Args:
-            broad: how many of the new ids, from the first on, are drawn from the whole vocabulary.
-            is_over: tells whether these new ids are enough; others may follow them nevertheless.
-        """
-        width = max(map(len, starts))
-        if width >= self._positions:
+        positions = self.writer.positions
+        if len(start) >= positions:
             raise UsageProblem(
-                f"a row of [task] prompt has {width} ids before its last column, but the model has {self._positions} "
+                f"a row of [task] prompt has {len(start)} ids before its last column, but the model has {positions} "
                 "positions; shorten the prompt"
             )
-        pad = min(self._ends, default=0)  # any id serves: it is masked on the left and cut off on the right
-
-        def top_k(ids: Tensor, scores: Tensor) -> Tensor:
-            if ids.shape[1] < width + broad:
-                return scores
-            least = scores.topk(min(TOP_K, scores.shape[1])).values[:, -1:]
-            return scores.masked_fill(scores < least, -torch.inf)
-
-        def criterion(ids: Tensor, _: object, **__: object) -> Tensor:
-            over = [is_over is not None and is_over(row) for row in ids[:, width:].tolist()]
-            return torch.tensor(over, device=ids.device)
-
-        ids = torch.tensor([[pad] * (width - len(start)) + start for start in starts])
-        mask = torch.tensor([[0] * (width - len(start)) + [1] * len(start) for start in starts])
-        out = self._model.model.generate(
-            ids.to(self._model.device),
-            attention_mask=mask.to(self._model.device),
-            do_sample=True,
-            top_k=0,
-            max_new_tokens=min(num_ids, self._positions - width),
-            eos_token_id=sorted(self._ends) or None,
-            pad_token_id=pad,
-            logits_processor=LogitsProcessorList([top_k]),
-            stopping_criteria=StoppingCriteriaList([criterion]),
+        made = yield from continuation(
+            start,
+            min(COLUMN_IDS, positions - len(start)),
+            ends=self._ends,
+            among=TOP_K,
+            broad=broad,
+            is_over=lambda ids: text(ids)[1],
         )
-        return [list(takewhile(lambda token: token not in self._ends, row)) for row in out[:, width:].tolist()]
+        return text(made)[0]

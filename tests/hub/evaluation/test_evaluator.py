@@ -11,7 +11,7 @@ import msgspec
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fedsoda_hub.evaluation.evaluator as evaluation_module
 from fedsoda_edge.data.samples import SampleTokenizer
@@ -22,6 +22,7 @@ from fedsoda_edge.protocol.manifest import LoRASpec
 from fedsoda_hub.evaluation.evaluator import Answers, Evaluator, JudgedModel, auc
 from fedsoda_hub.evaluation.judge import judge, judged_models
 from fedsoda_hub.evaluation.questions import Question
+from fedsoda_hub.preparation.writing import continuation
 from fedsoda_hub.settings.run import RunSettings
 from tests.edge.model.test_bundle import pruned_by_hand, random_lora
 from tests.hub.algorithms.alignment.test_oda import with_peft
@@ -236,12 +237,11 @@ def test_questions_are_answered_together_as_alone(family: str, tmp_path: Path, m
 def test_a_generation_ends_at_a_stop_and_at_the_models_last_position(
     tiny_llama: Path, models: Mapping[str, JudgedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, generate = [], GenerationMixin.generate
+    made: dict[int, list[int]] = {}
 
-    def counted(model: Any, ids: Tensor, **options: Any) -> Tensor:
-        out = generate(model, ids, **options)
-        made.append(out.shape[1] - ids.shape[1])
-        return out
+    def counted(start: list[int], most: int, **options: Any) -> Any:
+        made[most] = []
+        return continuation(start, most, made=made[most], **options)
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     plain: Any = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
@@ -251,11 +251,11 @@ def test_a_generation_ends_at_a_stop_and_at_the_models_last_position(
     texts = [greedily(plain, tokenizer, prompts[0], 64), greedily(plain, tokenizer, prompts[1], fits)]
     stop = texts[0][10:12]
     questions = [Question(prompt, "yes", stops=("no such", stop)) for prompt in prompts]
-    monkeypatch.setattr(GenerationMixin, "generate", counted)
+    monkeypatch.setattr(evaluation_module, "continuation", counted)
     answers = evaluator(tiny_llama, questions, "none").answers(models["full"])
     assert answers.chosen == [text.partition(stop)[0].strip() for text in texts]
-    assert made[0] < 64
-    assert made[1] <= fits
+    assert set(made) == {64, fits}
+    assert len(made[64]) < 64
 
 
 def test_a_question_longer_than_the_model_is_refused_before_anything_runs(

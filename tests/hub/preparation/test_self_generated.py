@@ -11,17 +11,21 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 import fedsoda_hub.preparation.self_generated as self_generated
+import fedsoda_hub.preparation.writing as writing
+from fedsoda_edge.data.samples import Sample, SampleTokenizer
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model.source import Checkpoint
 from fedsoda_edge.protocol.template import TextTemplate
-from fedsoda_hub.preparation.self_generated import generate_blocks, generate_prompts
+from fedsoda_hub.preparation.self_generated import generate_blocks, generate_prompts, generate_samples
 
 BOS, EOS = 1, 2
 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(self_generated, "BATCH_SIZE", 6)
+    monkeypatch.setattr(writing, "TEXTS", 6)
+    monkeypatch.setattr(self_generated, "PATIENCE", 20)
+    monkeypatch.setattr(self_generated, "has_instructions_for", lambda _: False)  # references compute in fp32
     monkeypatch.setattr(self_generated, "MAX_HELD_OUT", 3)
     monkeypatch.setattr(self_generated, "COLUMN_IDS", 20)
     monkeypatch.setattr(self_generated, "MAX_PROMPTS", 12)
@@ -113,6 +117,81 @@ def test_prompts_are_few_enough_and_whole(tiny_llama: Path, monkeypatch: pytest.
     assert sum(map(len, prompts(tiny_llama, "Say {word}:"))) <= sum(map(len, every[:7]))
 
 
+def samples(model: Path, template: str, max_length: int = 64, **changes: Any) -> list[Sample]:
+    source = Checkpoint.open(str(model))
+    source.fields.update(changes)
+    return generate_samples(source, TextTemplate(template), max_length, seed=3)
+
+
+def test_samples_are_prompts_with_what_the_model_writes_behind_them_as_edges_join_them(
+    tiny_llama: Path, reference: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(self_generated, "TOP_K", 1)
+    tokenizer = SampleTokenizer(tiny_llama / "tokenizer.json", EOS)
+    found = samples(tiny_llama, "Say {word}:", 200)
+    assert len({sample.ids[: sample.start] for sample in found}) == len(found) == 12
+    for sample in found:
+        prompt = list(sample.ids[: sample.start])
+        made: list[int] = []
+        while len(made) < 20 and (not made or made[-1] != EOS):
+            made.append(likeliest(reference, prompt + made))
+        written = tokenizer.decode([token for token in made if token != EOS]).lstrip().partition("\n")[0].strip()
+        assert sample == tokenizer.sample(tokenizer.decode(prompt), written)
+        assert sample.ids[-1] == EOS
+
+
+def test_a_sample_is_cut_where_an_edge_cuts_its_own(tiny_llama: Path) -> None:
+    whole, cut = samples(tiny_llama, "Say {word}:", 64), samples(tiny_llama, "Say {word}:", 26)
+    assert max(len(sample.ids) for sample in whole) > 26
+    assert len(cut) == 12
+    assert max(len(sample.ids) for sample in cut) == 26
+    assert all(sample.start < len(sample.ids) for sample in cut)
+
+
+def test_a_model_that_ends_behind_every_prompt_gives_samples_of_eos_alone(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    author = self_generated._Author
+    column = author._column
+
+    def silent(self: Any, start: list[int], following: str, broad: int) -> Any:
+        if broad:
+            return (yield from column(self, start, following, broad))
+        return ""
+
+    monkeypatch.setattr(author, "_column", silent)
+    assert {(len(sample.ids) - sample.start, sample.ids[-1]) for sample in samples(tiny_llama, "Say {word}:")} == {
+        (1, EOS)
+    }
+    with pytest.raises(UsageProblem, match="has written 0 different prompts"):
+        samples(tiny_llama, "Say {word}:", eos_token_id=None)
+
+
+def test_prompts_do_not_depend_on_which_are_finished_first(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that end early would be too many among the first to be finished."""
+    monkeypatch.setattr(self_generated, "TOP_K", 1)
+    monkeypatch.setattr(self_generated, "BROAD_IDS", 0)
+    monkeypatch.setattr(self_generated, "MIN_PROMPTS", 1)
+    order: list[int] = []
+    row = self_generated._Author.row
+
+    def counted(self: Any, *args: Any, **options: Any) -> Any:
+        order.append(number := len(order))
+
+        def text() -> Any:
+            yield from row(self, *args, **options)  # of which all are the same
+            for _ in range(20 - 3 * (number % 5)):
+                yield writing.Ask([BOS], 1)
+            return self_generated._Row(str(number), "")
+
+        return text()
+
+    monkeypatch.setattr(self_generated._Author, "row", counted)
+    tokenizer = Tokenizer.from_file(str(tiny_llama / "tokenizer.json"))
+    texts = [tokenizer.decode(ids.tolist()) for ids in prompts(tiny_llama, "Say {word}:")]
+    assert texts == [str(number) for number in range(12)]
+
+
 @pytest.mark.parametrize(
     ("template", "max_length", "changes", "message"),
     [
@@ -158,6 +237,6 @@ def test_a_model_that_writes_nothing_is_named(tiny_llama: Path) -> None:
     source = Checkpoint.open(str(tiny_llama))
     source.fields["eos_token_id"] = list(range(320))
     with pytest.raises(
-        UsageProblem, match=r"ends all of 6 texts before it has written anything; name a file as \[public\] text"
+        UsageProblem, match=r"ends all of 20 texts before it has written anything; name a file as \[public\] text"
     ):
         generate_blocks(source, 1, 12, seed=0)
