@@ -11,14 +11,30 @@ from pathlib import Path
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model.bundle_writer import packed
 from fedsoda_edge.model.nf4 import unpacked
 from fedsoda_edge.ports.disk import write_durably
 from fedsoda_edge.protocol.manifest import LayerPlan
-from fedsoda_hub.algorithms.alignment.healing import StoredLayer, heal
+from fedsoda_hub.algorithms.alignment.healing import StoredLayer, heal, refitted
 from fedsoda_hub.preparation.full_llm import StreamedLLM
 
 HEALING_IDS = 1 << 15  # of public text, beside all texts like the task's
+
+
+def check_healing(llm: StreamedLLM) -> None:
+    """Check that the layers of this model can be healed.
+
+    Raises:
+        UsageProblem: one cannot; says why, and what to write.
+    """
+    for layer in range(llm.num_layers - llm.settings.method.adapter_layers):
+        if refitted(llm.source, layer) is None:
+            raise UsageProblem(
+                f"healing needs an MLP that ends in one down_proj, and layer {layer} of this "
+                f"{llm.source.family.model_type} model has none; write [align] heal = false, steps = 200 and "
+                'border_map = "auto" to align by steps instead'
+            )
 
 
 def healing_texts(llm: StreamedLLM) -> list[Tensor]:

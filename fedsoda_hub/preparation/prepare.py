@@ -32,7 +32,7 @@ from fedsoda_hub.algorithms.alignment import oda
 from fedsoda_hub.federation.jobs import DiskNeeded, PreparedSubLLM, PrepareResult
 from fedsoda_hub.preparation.align import Aligner, check_closed_form
 from fedsoda_hub.preparation.full_llm import StreamedLLM
-from fedsoda_hub.preparation.heal import healed_layers
+from fedsoda_hub.preparation.heal import check_healing, healed_layers
 from fedsoda_hub.preparation.measured import MeasuredLLM
 from fedsoda_hub.preparation.running import TakeProgress, to_nobody
 from fedsoda_hub.preparation.teacher import TeacherCache
@@ -68,6 +68,8 @@ class RunPreparation:
                 raise UsageProblem(
                     f"{key} = {length}, but {self.llm.source.name} has {limit} positions; write at most {limit}"
                 )
+        if settings.align.heal:
+            check_healing(self.llm)
         if settings.align.closed_form:
             check_closed_form(self.llm)
 

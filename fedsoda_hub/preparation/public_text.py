@@ -55,11 +55,14 @@ def read_blocks(
     return blocks[:sequences], blocks[sequences:]
 
 
-def read_prompts(rows: Path, prompt: TextTemplate, tokenizer: SampleTokenizer, max_length: int) -> list[Tensor]:
-    """Render the run's prompts with these rows until there are `MAX_PROMPT_IDS` ids. Completions are not read.
+def read_like_task(
+    rows: Path, prompt: TextTemplate, completion: TextTemplate, tokenizer: SampleTokenizer, max_length: int
+) -> list[Tensor]:
+    """Render these rows as the run's samples until there are `MAX_PROMPT_IDS` ids: prompt and completion, or a prompt alone
+    where a row lacks a column of the completion.
 
     Args:
-        max_length: ids that are kept of a prompt.
+        max_length: ids that are kept of a text.
 
     Returns:
         (T_i,) ids each.
@@ -77,7 +80,10 @@ def read_prompts(rows: Path, prompt: TextTemplate, tokenizer: SampleTokenizer, m
                     f"{rows}:{line} has the columns {', '.join(sorted(row))}, but not {lacking[0]!r}; name a file of "
                     "rows with all columns of [task] prompt"
                 )
-            ids = tokenizer.encode(prompt.render(row))[:max_length]
+            sample = None
+            if all(name in row for name in completion.columns):
+                sample = tokenizer.sample(prompt.render(row), completion.render(row), max_length)
+            ids = list(sample.ids) if sample is not None else tokenizer.encode(prompt.render(row))[:max_length]
             left -= len(ids)
             if left < 0:
                 break

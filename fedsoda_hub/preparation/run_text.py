@@ -20,9 +20,9 @@ from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model.source import Checkpoint
 from fedsoda_edge.ports.disk import write_durably
 from fedsoda_hub.federation.jobs import NoBorderMap
-from fedsoda_hub.preparation.public_text import read_blocks, read_prompts
+from fedsoda_hub.preparation.public_text import read_blocks, read_like_task
 from fedsoda_hub.preparation.running import RunningLayers
-from fedsoda_hub.preparation.self_generated import generate_blocks, generate_prompts
+from fedsoda_hub.preparation.self_generated import generate_blocks, generate_samples
 from fedsoda_hub.settings.run import RunSettings
 
 
@@ -77,15 +77,16 @@ class RunText:
         if not s.reads_like_task:
             return []
         if s.like_task is not None:
-            tokenizer = SampleTokenizer(self._source.path / "tokenizer.json", None)
-            return read_prompts(s.like_task, s.prompt, tokenizer, s.local.max_length)
+            tokenizer = SampleTokenizer(self._source.path / "tokenizer.json", self._source.fields.get("eos_token_id"))
+            return read_like_task(s.like_task, s.prompt, s.completion, tokenizer, s.local.max_length)
 
         def write() -> list[Tensor]:
-            how = self._running.how("writing prompts like the task's")
-            return generate_prompts(self._source, s.prompt, s.local.max_length, seed=s.seed, **how)
+            how = self._running.how("writing rows like the task's")
+            samples = generate_samples(self._source, s.prompt, s.local.max_length, seed=s.seed, **how)
+            return [torch.tensor(sample.ids) for sample in samples]
 
         try:
-            return self._written("prompts", write)
+            return self._written("like_task", write)
         except UsageProblem as problem:
             if s.align.border_map == "ridge":
                 raise

@@ -75,7 +75,7 @@ class Method(Section, frozen=True):
     realign_every: Annotated[
         Annotated[int, Meta(ge=0, description="rounds between alignments; 0: only the first")] | Literal["auto"],
         Meta(description="auto: whenever the sub-LLM is measured to have drifted"),
-    ] = 5
+    ] = 0
     adapter_base: Annotated[
         Base, Meta(description="how the layers of the adapter are stored; bf16: in the checkpoint's own dtype")
     ] = "nf4"
@@ -131,7 +131,7 @@ class Align(Section, frozen=True):
             description="the linear map from sub-emulator to adapter: ridge, fitted after every alignment; auto, "
             "fitted only where there are prompts to fit it on"
         ),
-    ] = "auto"
+    ] = "none"
     border_rank: Annotated[
         int, Meta(ge=1, description="largest rank of the border map; from the model's width on the map is not reduced")
     ] = 256
@@ -139,7 +139,7 @@ class Align(Section, frozen=True):
         bool,
         Meta(description="solve for the emulator's LoRA before the first step; with steps = 0 nothing else aligns"),
     ] = False
-    steps: Annotated[int, Meta(ge=0, description="steps of the alignment before round 1")] = 200
+    steps: Annotated[int, Meta(ge=0, description="steps of the alignment before round 1")] = 0
     realign_steps: Annotated[int, Meta(ge=0, description="steps of each later alignment")] = 30
     batch_size: Annotated[int, Meta(ge=1, description="blocks of public text in a step")] = 8
     learning_rate: Annotated[float, Meta(ge=0, description="AdamW's learning rate")] = 1e-4

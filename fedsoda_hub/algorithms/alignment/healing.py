@@ -31,7 +31,7 @@ from fedsoda_edge.model.streaming import LayersDone, buckets, stream
 from fedsoda_edge.protocol.manifest import Half
 from fedsoda_hub.algorithms.alignment.gptq import quantize_for
 
-MODULES = ("mlp.down_proj", "self_attn.o_proj")  # what adds to the stream last is refitted
+DOWN, OUT = "mlp.down_proj", "self_attn.o_proj"
 RIDGES = tuple(10.0**power for power in range(-4, 2))  # lambda, of the mean of the Gram matrix's diagonal
 HELD_OUT = 5  # every fifth text
 MASSIVE = 5.0
@@ -129,7 +129,8 @@ def refitted(source: LayerSource, number: int) -> str | None:
     module = layer_on_meta(source.family, source.fields, number, source.lacking.get(number))
     if hasattr(module, "post_feedforward_layernorm"):  # a norm lies between (gemma3, olmo2)
         return None
-    return next((name for name in MODULES if name in linear_modules(module)), None)
+    name = OUT if source.lacking.get(number) == "mlp" else DOWN  # the mixture of qwen3_moe has many down_proj
+    return name if name in linear_modules(module) else None
 
 
 def _rounded(source: LayerSource, number: int) -> StoredLayer:
