@@ -114,18 +114,24 @@ SMOLLM2 = Setup(
     realign_every=5,
     tasks={
         "sst2": Task(("iid", "dirichlet-0.5"), Sizes()),
-        "dolly": Task(("files",), Sizes(judged=600), {"compare": {"rows": 4000, "eval_rows": 0}}),
+        "dolly": Task(
+            ("files",),
+            Sizes(judged=600),
+            {"compare": {"rows": 4000, "eval_rows": 0}, "local": {"max_steps": 25}},
+        ),
+        # Long rows: these are the steps that FedPETuning has time for.
         "boolq": Task(
             ("iid", "dirichlet-0.5"),
             Sizes(judged=500, like_task=100, length=600),
-            {"compare": {"rows": 0, "eval_rows": 0}, "local": {"max_steps": 10, "max_length": 192}},
+            {"compare": {"rows": 0, "eval_rows": 0}, "local": {"max_steps": 8, "max_length": 256}},
         ),
+        # Answers are generated too, which takes most of the time of judging; hardly one is right.
         "gsm8k": Task(
             ("iid",),
             Sizes(length=400),
             {
                 "compare": {"rows": 1200, "eval_rows": 100, "eval_every": 0},
-                "local": {"max_steps": 10, "max_length": 192},
+                "local": {"max_steps": 6, "max_length": 224},
             },
         ),
     },
