@@ -161,13 +161,13 @@ def quick(setup: Setup) -> Setup:
 
 
 # What the paper does not have.
-PAPER: Table = {"border_map": "none"}
+PAPER: Table = {"heal": False, "border_map": "none"}
 
 
 def variants(setup: Setup) -> dict[str, Tables]:
     """List what differs in COMPARE.toml, by variant: "ours" is the defaults, "published" FedSODA as in the paper."""
     published: Tables = {
-        "method": {"realign_every": setup.realign_every},
+        "method": {"distance": "angular", "realign_every": setup.realign_every},
         "align": {**PAPER, **setup.alignments["fedsoda"]},
     }
 
@@ -196,6 +196,9 @@ def variants(setup: Setup) -> dict[str, Tables]:
         "bf16": but(wire={"codec": "bf16"}),
         "public-like-task": but(public={"text": "like_task.txt"}),
         "public-self": but(public={"text": "self-generated"}),
+        "ours-angular": {"method": {"distance": "angular"}},
+        "ours-aligned": {"align": {"steps": setup.alignments["fedsoda"]["steps"]}},
+        "ours-mapped": {"align": {"border_map": "ridge"}},
         "ours-n2-p6": {"method": {"layers_per_group": 2, "groups": 6}},
         "ours-n4-p3": {"method": {"layers_per_group": 4, "groups": 3}},
         "ours-public-like-task": {"public": {"text": "like_task.txt"}},
@@ -213,6 +216,7 @@ SETS: dict[str, tuple[str, ...]] = {
     "methods": ("ours", "published", "fedbiot", "fedot", "fedpetuning", "exact"),
     "border-map": ("published", "mapped", "published-mapped", "ours", "exact"),
     "ablation": ("neither", "closed-form", "pre-align", "closed-form-pre-align", "realign", "published"),
+    "healing": ("ours", "ours-angular", "ours-aligned", "ours-mapped", "published", "exact"),
     "groups": ("n2-p6", "published", "n4-p3", "ours-n2-p6", "ours", "ours-n4-p3"),
     "codecs": ("published", "int8", "bf16"),
     "public": (
