@@ -20,6 +20,7 @@ from typing import TypeVar
 
 import msgspec
 import torch
+from torch import Tensor
 
 from fedsoda_edge import events as edge_events
 from fedsoda_edge.model.bundle import Bundle
@@ -32,7 +33,15 @@ from fedsoda_hub.compare.central import train_central
 from fedsoda_hub.compare.costs import costs_of
 from fedsoda_hub.compare.dealt import DealtData, write_rows
 from fedsoda_hub.compare.pictures import write_pages
-from fedsoda_hub.compare.results import BaselineResult, CellResult, CellRound, KeptAnswers, Results, WrittenReport
+from fedsoda_hub.compare.results import (
+    BaselineResult,
+    CellResult,
+    CellRound,
+    KeptAnswers,
+    KeptChoices,
+    Results,
+    WrittenReport,
+)
 from fedsoda_hub.compare.settings import Cell, Comparison
 from fedsoda_hub.compare.summary import summarise
 from fedsoda_hub.evaluation import evaluator
@@ -194,7 +203,7 @@ class _Run:
             _keep(done, fingerprint, result)
             shutil.rmtree(directory / "homes", ignore_errors=True)  # a bundle and border states of each edge
             seconds = time.monotonic() - started
-            self._say(events.CellDone(cell=str(cell), accuracy=result.answered["plug_in"].share, seconds=seconds))
+            self._say(events.CellDone(cell=str(cell), accuracy=result.answered["plug_in"].accuracy, seconds=seconds))
         self._advance(before + self._units(cell) - self._done)
         return result
 
@@ -293,7 +302,7 @@ class _Run:
                 self._alive()
                 models = judge.models(record.master, largest.emulator.digest, largest.manifest)
                 answered["plug_in"] = self._answered(judge, models["plug_in"])
-                accuracy = answered["plug_in"].share
+                accuracy = answered["plug_in"].accuracy
             sizes = [(up, down) for _, number, up, down in traffic if number == record.round]
             rounds.append(
                 CellRound(
@@ -334,7 +343,8 @@ class _Run:
         losses = answers.losses.nan_to_num(MAX_LOSS).clamp(max=MAX_LOSS)  # JSON has no NaN
         return KeptAnswers(
             right="".join("01"[right] for right in judge.evaluator.right(answers)),
-            losses=[round(loss, 6) for loss in losses.tolist()],
+            losses=_rounded(losses),
+            of_choices=_kept_choices(judge.evaluator, answers),
         )
 
     # --- what is not federated -------------------------------------------------------------------------------------
@@ -370,7 +380,7 @@ class _Run:
             answered = {
                 rate: self._answered(judge, judge.judged(adapter, {})["plug_in"]) for rate, adapter in trained.items()
             }
-            best = max(rates, key=lambda rate: answered[rate].share)
+            best = max(rates, key=lambda rate: answered[rate].accuracy)
             return BaselineResult(answered=answered[best], learning_rate=best)
 
         about = json.dumps([list(rates), sorted(map(len, parts))])
@@ -387,6 +397,23 @@ class _Run:
             result = await self._in_thread(work)
             _keep(path, fingerprint, result)
         return result
+
+
+def _kept_choices(judge: evaluator.Evaluator, answers: evaluator.Answers) -> KeptChoices | None:
+    if answers.scores is None:
+        return None
+    margins, ranks = judge.margins(answers), judge.ranks(answers)
+    return KeptChoices(
+        choices=judge.choices,
+        gold=judge.gold,
+        chosen=[judge.choices.index(made) for made in answers.chosen],
+        margins=None if margins is None else _rounded(margins),
+        ranks=None if ranks is None else _rounded(ranks),
+    )
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [round(value, 6) for value in values.tolist()]
 
 
 def _keep(path: Path, fingerprint: str, result: CellResult | BaselineResult) -> None:
