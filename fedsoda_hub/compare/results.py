@@ -16,7 +16,7 @@ from fedsoda_hub.settings.keys import TOML
 
 
 class KeptChoices(msgspec.Struct, frozen=True, kw_only=True):
-    """What a model chose, by question. gold, chosen: places of the right and of the chosen one among the choices.
+    """The choices of a model, by question. gold, chosen: places of the right and of the chosen one among the choices.
 
     margins: of two choices, the score of the second less that of the first. ranks: of more, that of the right one by its
     score; 1 is best.
@@ -119,7 +119,7 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AnswerShare(msgspec.Struct, frozen=True, kw_only=True):
-    """How often a model chose an answer, beside the share of questions of which it is the right one."""
+    """The share of questions for which a model chose an answer, beside the share of which it is right."""
 
     chosen: Estimate
     right: float
@@ -133,7 +133,7 @@ class GapClosed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Paired(msgspec.Struct, frozen=True, kw_only=True):
-    """What a paired difference shows, by its 95 % interval and p-values. p_holm: adjusted for all pairs of the split.
+    """The certainty of a paired difference: its 95 % interval and p-values. p_holm: adjusted for all pairs of the split.
 
     None: there is one seed. is_shown: p_holm is below .05, and there are at least 5 seeds.
     """

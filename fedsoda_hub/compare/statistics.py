@@ -91,7 +91,7 @@ class CrossedMean:
         """Compute half the width of the interval that leaves the populations' mean out with the probability `level`.
 
         Its critical value lies between those of t with seeds - 1 and with questions - 1 degrees of freedom, by the seeds'
-        share of the variance (Cochran and Cox 1957, section 4.14).
+        share of the variance (Cochran and Cox, Experimental Designs, 1957).
         """
         variance = self.of_seeds + self.of_questions
         share = np.divide(self.of_seeds, variance, out=np.zeros_like(variance), where=variance > 0) ** SEEDS_POWER
@@ -192,12 +192,11 @@ def placements(margins: Array, positive: NDArray[np.bool_]) -> Array:
     Returns:
         (..., questions).
     """
-    number = len(positive)
+    number, ranks = len(positive), rankdata(margins, axis=-1)
     found = np.empty(margins.shape)
     for one, is_higher in ((positive, True), (~positive, False)):
         of_class = int(one.sum())
-        own = margins[..., one]
-        below = (rankdata(margins, axis=-1)[..., one] - rankdata(own, axis=-1)) / (number - of_class)
+        below = (ranks[..., one] - rankdata(margins[..., one], axis=-1)) / (number - of_class)
         right = below if is_higher else 1 - below
         auc = right.mean(axis=-1, keepdims=True)
         weight = math.sqrt((number - 1) * number / (max(of_class - 1, 1) * of_class))

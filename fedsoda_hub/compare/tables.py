@@ -31,6 +31,8 @@ TITLES = {
     Measure.MEAN_RANK: "Mean rank of the right choice",
     Measure.LOSS: "Loss, nats a completion id",
 }
+NAMES = {Measure.ACCURACY: "accuracy", Measure.AUC: "AUC", Measure.MEAN_RANK: "mean rank", Measure.LOSS: "loss"}
+UNITS = {**NAMES, Measure.ACCURACY: "points of accuracy", Measure.LOSS: "nats"}
 
 
 def markdown(report: CompareReport) -> str:
@@ -112,7 +114,7 @@ def _of_split(report: CompareReport, split: str, of: Split) -> list[str]:
         parts += [
             f"## Share of the gap from the untouched model to central training, {split}, %\n",
             "Not defined where central training is not better by more than its interval, which one seed does not have.\n",
-            _table(["", *(f"by {by.replace('_', ' ')}" for by in measures)], closed),
+            _table(["", *(f"by {NAMES[Measure(by)]}" for by in measures)], closed),
         ]
     return [
         *parts,
@@ -183,26 +185,18 @@ def _differences(split: str, of: Split, num_seeds: int) -> list[str]:
     measures = _distinct(_paired(found) for found in of.differences)
     if not measures:
         return []
-    heads = ["", *(head for measure in measures for head in (UNITS[measure], "p")), "shown by"]
+    heads = ["", *(head for measure in measures for head in (UNITS[measure], "p (Holm)")), "shown by"]
     rows = []
     for found in of.differences:
         of_pair = _paired(found)
         cells = [cell for measure in measures for cell in _difference(of_pair.get(measure), measure)]
-        shown = ", ".join(measure.value.replace("_", " ") for measure, (_, one) in of_pair.items() if one.is_shown)
+        shown = ", ".join(NAMES[measure] for measure, (_, one) in of_pair.items() if one.is_shown)
         rows.append([f"{found.one} - {found.other}", *cells, shown or _not_shown(num_seeds)])
     return [
         f"## Differences, {split}\n",
         "The first less the second with its 95 % interval, and the p-value adjusted for all pairs.\n",
         _table(heads, rows),
     ]
-
-
-UNITS = {
-    Measure.ACCURACY: "points of accuracy",
-    Measure.AUC: "AUC",
-    Measure.MEAN_RANK: "mean rank",
-    Measure.LOSS: "nats",
-}
 
 
 def _paired(found: NamedDifference) -> dict[Measure, tuple[float, Paired]]:

@@ -337,7 +337,7 @@ class Evaluator:
 
     @property
     def right_shares(self) -> dict[str, float]:
-        """How often each choice is the right one; none without choices."""
+        """The share of questions of which each choice is the right one; none without choices."""
         return {choice: self.gold.count(at) / len(self.gold) for at, choice in enumerate(self.choices)}
 
     def verdict(self, model: JudgedModel, report: QuestionsDone | None = None) -> Verdict:

@@ -11,10 +11,8 @@ import pytest
 
 from fedsoda_edge.errors import DataProblem, UsageProblem
 from fedsoda_hub.compare import run as run_module
-from fedsoda_hub.compare.results import CompareReport
 from fedsoda_hub.compare.run import run_comparison
 from fedsoda_hub.compare.settings import read_comparison
-from fedsoda_hub.compare.tables import markdown
 from fedsoda_hub.events import CellDone, HubEvent, StageProgress, as_json
 from fedsoda_hub.local import in_process
 from tests.hub.compare.files import write_comparison

@@ -166,8 +166,8 @@ def test_an_interval_of_a_share_lies_between_0_and_1_and_one_of_a_loss_above_0()
 
 
 def test_the_mean_of_placements_is_the_auc_and_their_variance_is_delongs() -> None:
-    """By counting pairs: DeLong, DeLong and Clarke-Pearson 1988, equations 3 to 6."""
-    margins = np.round(drawn(2, 30) + [[1.0] * 12 + [0.0] * 18], 1)  # some are equal
+    """By counting pairs: DeLong, DeLong and Clarke-Pearson 1988."""
+    margins = np.round(drawn(2, 30) + (np.arange(30) < 12), 1)  # some are equal
     positive = np.arange(30) < 12
     found = placements(margins, positive)
     for seed in range(2):

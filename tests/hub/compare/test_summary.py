@@ -116,7 +116,7 @@ def test_what_was_planted_is_shown_by_each_measure_and_nothing_else_is(report: C
     assert planted.is_shown
     assert planted.auc.is_shown
     assert planted.loss.is_shown
-    assert not (nothing.is_shown or nothing.auc.is_shown or nothing.loss.is_shown)
+    assert not any(found.is_shown for found in (nothing, nothing.auc, nothing.loss))
     assert planted.mean_rank is None
     about = [line for line in report.orderings if "good" in line and "bad" in line]
     assert about == [
@@ -171,7 +171,7 @@ def test_the_report_and_its_pages_are_as_promised(report: CompareReport, tmp_pat
     assert "| right | 50.0 | 50.0 |" in text
     chosen = [f"{100 * row.shares[which]['no'].chosen.mean:.1f}" for which in ("plug_in", "sub_llm")]
     assert f"| good | {chosen[0]} / {chosen[1]} |" in text
-    assert "| accuracy, auc, loss |\n" in text
+    assert "| accuracy, AUC, loss |\n" in text
     assert "| not shown |\n" in text
 
 
