@@ -196,7 +196,8 @@ class _Run:
             await self._in_thread(lambda: self._prepare_cell(settings))
             self._lay_out(settings, names)
             write_durably(mark, begun.encode())
-            await self._federate(settings, names)
+            if not done.exists():  # otherwise the run is over, and only its result lacks what one has
+                await self._federate(settings, names)
             if self._stop.done():
                 raise Interrupted
             result = await self._in_thread(lambda: self._result(cell, settings))
@@ -421,12 +422,12 @@ def _keep(path: Path, fingerprint: str, result: CellResult | BaselineResult) -> 
 
 
 def _kept(path: Path, fingerprint: str, kind: type[K]) -> K | None:
-    """Read a kept result; None: it is missing, or of other settings or data."""
+    """Read a kept result; None: it is missing, of other settings or data, or lacks what a result has."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        return msgspec.convert(found, kind) if found["fingerprint"] == fingerprint else None
+    except (FileNotFoundError, ValueError, msgspec.ValidationError):
         return None
-    return msgspec.convert(found, kind) if found["fingerprint"] == fingerprint else None
 
 
 def _link(source: str, target: str) -> None:

@@ -144,6 +144,24 @@ def test_a_second_call_does_nothing_again(
     assert compared(path, out) == report
 
 
+def test_a_result_that_lacks_figures_is_judged_again_without_a_new_run(
+    calm: tuple[Path, Path, dict[str, Any]],
+) -> None:
+    path, out, report = calm
+    done = out / "memory" / "none" / "iid" / "seed-0" / "all" / "result.json"
+    whole = done.read_bytes()
+    kept = json.loads(whole)
+    for model in kept["answered"].values():
+        del model["of_choices"]
+    done.write_text(json.dumps(kept))
+    events: list[HubEvent] = []
+    again = compared(path, out, events)
+    assert [event.cell for event in events if isinstance(event, CellDone)] == ["none, iid, seed 0"]
+    assert json.loads(done.read_text())["answered"] == json.loads(whole)["answered"]
+    assert again["splits"]["iid"]["differences"] == report["splits"]["iid"]["differences"]
+    done.write_bytes(whole)
+
+
 def test_a_comparison_that_was_stopped_continues_to_the_same_report(
     calm: tuple[Path, Path, dict[str, Any]], tmp_path: Path, tiny_llama: Path
 ) -> None:
