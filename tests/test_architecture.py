@@ -121,7 +121,7 @@ HOUSE = {
     "hub.local.in_process": Room(f"{_ABOVE} hub.local edge.events edge.join edge.worker", f"{_ANY_STDLIB} msgspec"),
     "hub.compare": Room(
         f"{_ABOVE} edge.events hub.local hub.local.in_process hub.compare.central",
-        f"{_ANY_STDLIB} tensors matplotlib msgspec",
+        f"{_ANY_STDLIB} tensors matplotlib msgspec scipy",
     ),
     # It also trains without a federation, to compare with.
     "hub.compare.central": Room(f"{_ABOVE} edge.worker", "disk tensors msgspec"),

@@ -575,7 +575,7 @@ def told(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Told:
             for record in records:
                 ledger.append(record)
         evaluated = hub("evaluate", settings.path, "--data", settings.directory / "eval.jsonl")
-    result = {name: evaluated[name] for name in ("accuracy", "loss", "auc", "num_examples")}
+    result = {name: evaluated[name] for name in jobs.EvaluateResult.__struct_fields__}
     with opened(RunDirectory(settings.run_dir)) as ledger:
         ledger.append(rec.Evaluated(round=1, result=msgspec.convert(result, jobs.EvaluateResult)))
         ledger.add_traffic(a, 1, 300, 500)
@@ -681,8 +681,15 @@ class Torch(test_daemon.Torch):
             case jobs.Evaluate():
                 on_progress(jobs.Stage(stage="evaluating", done=1, total=2))
                 figures = {"full": 0.25, "sub_llm": 0.5, "plug_in": 0.75}
-                auc = dict.fromkeys(figures)
-                return jobs.EvaluateResult(accuracy=figures, loss={**figures}, auc={**auc}, num_examples=4)
+                none = dict.fromkeys(figures)
+                return jobs.EvaluateResult(
+                    accuracy=figures,
+                    loss={**figures},
+                    auc={**none},
+                    mean_rank={**none},
+                    shares={name: {} for name in figures},
+                    num_examples=4,
+                )
         return super().answer(job, on_progress)
 
 

@@ -380,6 +380,7 @@ def evaluate(
     """Measure accuracy and loss: full model untouched, sub-LLM, plug-in."""
     with reporting(as_json, False, debug):
         from fedsoda_hub.cli.display import HubDisplay
+        from fedsoda_hub.cli.tables import evaluation_lines
         from fedsoda_hub.evaluation.judge import evaluate_path
         from fedsoda_hub.events import StageProgress
 
@@ -401,12 +402,8 @@ def evaluate(
                     note(f"{'wanted' if name == 'completion' else name:<10} {lines}")
         if samples:
             note("---")
-        for name, value in result.accuracy.items():
-            if value is None:
-                note(f"{name:<8} not judged: the run that this export is from is not on this machine")
-                continue
-            loss = result.loss[name]
-            note(f"{name:<8} accuracy {value:6.1%}  loss " + ("not a number" if loss is None else f"{loss:.3f}"))
+        for line in evaluation_lines(result):
+            note(line)
         finish({"status": "ok", **msgspec.to_builtins(result)}, as_json, False)
 
 

@@ -1,7 +1,11 @@
-"""Print what a run would cost as tables on stderr, for `fedsoda-hub plan`. Computing it is `plan.py`'s."""
+"""Show reports to people: what a run would cost, for `fedsoda-hub plan`, and how models answer, for `evaluate`.
+
+Computing them is `plan.py`'s and `evaluation/judge.py`'s.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from fedsoda_edge.units import human_bytes, human_seconds
@@ -9,7 +13,28 @@ from fedsoda_edge.units import human_bytes, human_seconds
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from fedsoda_hub.evaluation.judge import Evaluation
     from fedsoda_hub.plan import Emulators, PlanReport
+
+
+def evaluation_lines(result: Evaluation) -> Iterator[str]:
+    """Write the figures of each model in a line, and below it the share of each answer where there are choices."""
+    for name, accuracy in result.accuracy.items():
+        if accuracy is None:
+            yield f"{name:<8} not judged: the run that this export is from is not on this machine"
+            continue
+        loss, auc, mean_rank = result.loss[name], result.auc[name], result.mean_rank[name]
+        line = f"{name:<8} accuracy {accuracy:6.1%}  loss " + ("not a number" if loss is None else f"{loss:.3f}")
+        line += "" if auc is None else f"  AUC {auc:.3f}"
+        yield line + ("" if mean_rank is None else f"  mean rank of the right choice {mean_rank:.2f}")
+        if shares := result.shares[name]:
+            yield f"{'':<8} chose {_shares(shares)}"
+    if result.right_shares:
+        yield f"{'right':<8} {_shares(result.right_shares)}"
+
+
+def _shares(shares: Mapping[str, float]) -> str:
+    return ", ".join(f"{answer} {share:.1%}" for answer, share in shares.items())
 
 
 def plan_table(report: PlanReport) -> None:

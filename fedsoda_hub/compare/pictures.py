@@ -14,7 +14,7 @@ from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.ports.disk import write_durably
 from fedsoda_edge.protocol.manifest import LayerPlan
 from fedsoda_hub.compare.results import CompareReport, EdgeRows, Pages, Split
-from fedsoda_hub.compare.summary import markdown
+from fedsoda_hub.compare.tables import markdown
 from fedsoda_hub.report.page import page, picture_of
 from fedsoda_hub.report.pictures import BLUE, GREEN, GREY, ORANGE, RED, Picture, draw_layers, plain
 
@@ -129,7 +129,7 @@ def _labels(dealt: Mapping[str, EdgeRows]) -> list[str]:
 
 
 def _html(text: str) -> str:
-    """Convert the Markdown that `summary.markdown` writes to HTML: headings, tables, lists and paragraphs."""
+    """Convert the Markdown that `tables.markdown` writes to HTML: headings, tables, lists and paragraphs."""
     made: list[str] = []
     for block in text.strip().split("\n\n"):
         lines = block.strip().splitlines()

@@ -15,14 +15,32 @@ from fedsoda_hub.settings.keys import TOML
 # --- kept --------------------------------------------------------------------------------------------------
 
 
-class KeptAnswers(msgspec.Struct, frozen=True):
-    """A model's answers as a file keeps them. right: a 1 or 0 for each question. losses: as in `evaluator.Answers`."""
+class KeptChoices(msgspec.Struct, frozen=True, kw_only=True):
+    """The choices of a model, by question. gold, chosen: places of the right and of the chosen one among the choices.
+
+    margins: of two choices, the score of the second less that of the first. ranks: of more, that of the right one by its
+    score; 1 is best.
+    """
+
+    choices: list[str]
+    gold: list[int]
+    chosen: list[int]
+    margins: list[float] | None
+    ranks: list[float] | None
+
+
+class KeptAnswers(msgspec.Struct, frozen=True, kw_only=True):
+    """A model's answers as a file keeps them. right: a 1 or 0 for each question. losses: as in `evaluator.Answers`.
+
+    of_choices: None where answers were generated.
+    """
 
     right: str
     losses: list[float]
+    of_choices: KeptChoices | None
 
     @property
-    def share(self) -> float:
+    def accuracy(self) -> float:
         """The share of questions that were answered right."""
         return self.right.count("1") / len(self.right)
 
@@ -87,29 +105,70 @@ class Results:
 # --- reported ----------------------------------------------------------------------------------------------
 
 
-class Spread(msgspec.Struct, frozen=True, kw_only=True):
-    """A mean over seeds. spread: the sample standard deviation; None: there is one seed."""
+class Estimate(msgspec.Struct, frozen=True, kw_only=True):
+    """A mean over seeds and questions. spread: the sample standard deviation over seeds.
+
+    interval_95: seeds and questions are both drawn (docs/methods.md (m12-claims)). spread, interval_95 None: there is one
+    seed.
+    """
 
     mean: float
     spread: float | None
     per_seed: list[float]
+    interval_95: tuple[float, float] | None
 
 
-class LossDifference(msgspec.Struct, frozen=True, kw_only=True):
-    """A difference of losses in nats a completion id, with its paired 95 % interval. is_shown: that excludes 0."""
+class AnswerShare(msgspec.Struct, frozen=True, kw_only=True):
+    """The share of questions for which a model chose an answer, beside the share of which it is right."""
+
+    chosen: Estimate
+    right: float
+
+
+class GapClosed(msgspec.Struct, frozen=True, kw_only=True):
+    """The share of the way from untouched to central that a variant has gone, with its 95 % interval."""
+
+    share: float
+    interval_95: tuple[float, float]
+
+
+class Paired(msgspec.Struct, frozen=True, kw_only=True):
+    """The certainty of a paired difference: its 95 % interval and p-values. p_holm: adjusted for all pairs of the split.
+
+    None: there is one seed. is_shown: p_holm is below .05, and there are at least 5 seeds.
+    """
+
+    interval_95: tuple[float, float] | None
+    p: float | None
+    p_holm: float | None
+    is_shown: bool
+
+
+class LossDifference(Paired, frozen=True, kw_only=True):
+    """A difference of losses in nats a completion id."""
 
     nats: float
-    interval_95: tuple[float, float]
-    is_shown: bool
 
 
-class Difference(msgspec.Struct, frozen=True, kw_only=True):
-    """A difference of accuracies in points, with its paired 95 % interval. is_shown: that excludes 0."""
+class AUCDifference(Paired, frozen=True, kw_only=True):
+    """A difference of AUCs, which lie between 0 and 1."""
+
+    auc: float
+
+
+class RankDifference(Paired, frozen=True, kw_only=True):
+    """A difference of mean ranks of the right choice."""
+
+    ranks: float
+
+
+class Difference(Paired, frozen=True, kw_only=True):
+    """A difference of accuracies in points, and of the other measures; None: one of the two has no such figure."""
 
     points: float
-    interval_95: tuple[float, float]
-    is_shown: bool
     loss: LossDifference
+    auc: AUCDifference | None
+    mean_rank: RankDifference | None
 
 
 class NamedDifference(Difference, frozen=True, kw_only=True):
@@ -144,11 +203,20 @@ class LevelReached(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Variant(Costs, frozen=True, kw_only=True):
-    """A variant on one split: means over seeds."""
+    """A variant on one split: means over seeds. plug_in, sub_llm: accuracies; the other measures are by these two.
 
-    plug_in: Spread
-    sub_llm: Spread
-    loss: dict[str, Spread]
+    auc: empty unless there are two choices. mean_rank: of the right choice, empty unless there are more. shares: by model
+    and answer, empty without choices. gap_closed: by measure, None where central is not better than untouched by more than
+    its interval; empty where not both were asked for.
+    """
+
+    plug_in: Estimate
+    sub_llm: Estimate
+    loss: dict[str, Estimate]
+    auc: dict[str, Estimate]
+    mean_rank: dict[str, Estimate]
+    shares: dict[str, dict[str, AnswerShare]]
+    gap_closed: dict[str, GapClosed | None]
     by_round: list[RoundPoint]
     bytes: EdgeRoundBytes
     public_kl: dict[str, float]
@@ -158,17 +226,20 @@ class Variant(Costs, frozen=True, kw_only=True):
 class Alone(msgspec.Struct, frozen=True, kw_only=True):
     """Edges trained alone: the best of them, by the same answers, and the mean of all."""
 
-    best: Spread
-    mean: Spread
+    best: Estimate
+    mean: Estimate
 
 
 class Baselines(msgspec.Struct, frozen=True, kw_only=True):
-    """The baselines that are not federated, on one split; None: not asked for."""
+    """The baselines that are not federated, on one split; None: not asked for. aucs, mean_ranks: as in `Variant`."""
 
-    untouched: Spread | None
+    untouched: Estimate | None
     alone: Alone | None
-    central: Spread | None
-    losses: dict[str, Spread]
+    central: Estimate | None
+    losses: dict[str, Estimate]
+    aucs: dict[str, Estimate]
+    mean_ranks: dict[str, Estimate]
+    shares: dict[str, dict[str, AnswerShare]]
 
 
 class Split(msgspec.Struct, frozen=True, kw_only=True):

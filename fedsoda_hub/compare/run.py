@@ -20,6 +20,7 @@ from typing import TypeVar
 
 import msgspec
 import torch
+from torch import Tensor
 
 from fedsoda_edge import events as edge_events
 from fedsoda_edge.model.bundle import Bundle
@@ -32,7 +33,15 @@ from fedsoda_hub.compare.central import train_central
 from fedsoda_hub.compare.costs import costs_of
 from fedsoda_hub.compare.dealt import DealtData, write_rows
 from fedsoda_hub.compare.pictures import write_pages
-from fedsoda_hub.compare.results import BaselineResult, CellResult, CellRound, KeptAnswers, Results, WrittenReport
+from fedsoda_hub.compare.results import (
+    BaselineResult,
+    CellResult,
+    CellRound,
+    KeptAnswers,
+    KeptChoices,
+    Results,
+    WrittenReport,
+)
 from fedsoda_hub.compare.settings import Cell, Comparison
 from fedsoda_hub.compare.summary import summarise
 from fedsoda_hub.evaluation import evaluator
@@ -187,14 +196,15 @@ class _Run:
             await self._in_thread(lambda: self._prepare_cell(settings))
             self._lay_out(settings, names)
             write_durably(mark, begun.encode())
-            await self._federate(settings, names)
+            if not done.exists():  # otherwise the run is over, and only its result lacks what one has
+                await self._federate(settings, names)
             if self._stop.done():
                 raise Interrupted
             result = await self._in_thread(lambda: self._result(cell, settings))
             _keep(done, fingerprint, result)
             shutil.rmtree(directory / "homes", ignore_errors=True)  # a bundle and border states of each edge
             seconds = time.monotonic() - started
-            self._say(events.CellDone(cell=str(cell), accuracy=result.answered["plug_in"].share, seconds=seconds))
+            self._say(events.CellDone(cell=str(cell), accuracy=result.answered["plug_in"].accuracy, seconds=seconds))
         self._advance(before + self._units(cell) - self._done)
         return result
 
@@ -293,7 +303,7 @@ class _Run:
                 self._alive()
                 models = judge.models(record.master, largest.emulator.digest, largest.manifest)
                 answered["plug_in"] = self._answered(judge, models["plug_in"])
-                accuracy = answered["plug_in"].share
+                accuracy = answered["plug_in"].accuracy
             sizes = [(up, down) for _, number, up, down in traffic if number == record.round]
             rounds.append(
                 CellRound(
@@ -334,7 +344,8 @@ class _Run:
         losses = answers.losses.nan_to_num(MAX_LOSS).clamp(max=MAX_LOSS)  # JSON has no NaN
         return KeptAnswers(
             right="".join("01"[right] for right in judge.evaluator.right(answers)),
-            losses=[round(loss, 6) for loss in losses.tolist()],
+            losses=_rounded(losses),
+            of_choices=_kept_choices(judge.evaluator, answers),
         )
 
     # --- what is not federated -------------------------------------------------------------------------------------
@@ -370,7 +381,7 @@ class _Run:
             answered = {
                 rate: self._answered(judge, judge.judged(adapter, {})["plug_in"]) for rate, adapter in trained.items()
             }
-            best = max(rates, key=lambda rate: answered[rate].share)
+            best = max(rates, key=lambda rate: answered[rate].accuracy)
             return BaselineResult(answered=answered[best], learning_rate=best)
 
         about = json.dumps([list(rates), sorted(map(len, parts))])
@@ -389,17 +400,34 @@ class _Run:
         return result
 
 
+def _kept_choices(judge: evaluator.Evaluator, answers: evaluator.Answers) -> KeptChoices | None:
+    if answers.scores is None:
+        return None
+    margins, ranks = judge.margins(answers), judge.ranks(answers)
+    return KeptChoices(
+        choices=judge.choices,
+        gold=judge.gold,
+        chosen=[judge.choices.index(made) for made in answers.chosen],
+        margins=None if margins is None else _rounded(margins),
+        ranks=None if ranks is None else _rounded(ranks),
+    )
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [round(value, 6) for value in values.tolist()]
+
+
 def _keep(path: Path, fingerprint: str, result: CellResult | BaselineResult) -> None:
     write_durably_json(path, {"fingerprint": fingerprint, **msgspec.to_builtins(result)})
 
 
 def _kept(path: Path, fingerprint: str, kind: type[K]) -> K | None:
-    """Read a kept result; None: it is missing, or of other settings or data."""
+    """Read a kept result; None: it is missing, of other settings or data, or lacks what a result has."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        return msgspec.convert(found, kind) if found["fingerprint"] == fingerprint else None
+    except (FileNotFoundError, ValueError, msgspec.ValidationError):
         return None
-    return msgspec.convert(found, kind) if found["fingerprint"] == fingerprint else None
 
 
 def _link(source: str, target: str) -> None:

@@ -44,8 +44,12 @@ class Compare(Section, frozen=True):
     ]
     seeds: Annotated[
         list[Annotated[int, Meta(ge=0, le=MAX_SEED)]],
-        Meta(min_length=1, description="every variant runs with each of them, on every split", extra=WHAT),
-    ] = msgspec.field(default_factory=lambda: [0, 1, 2])
+        Meta(
+            min_length=1,
+            description="every variant runs with each of them, on every split; a claim needs at least 5",
+            extra=WHAT,
+        ),
+    ] = msgspec.field(default_factory=lambda: [0, 1, 2, 3, 4])
     splits: Annotated[list[str], Meta(min_length=1, description=f"ways to deal the rows: {SPLITS}", extra=WHAT)] = (
         msgspec.field(default_factory=lambda: ["iid"])
     )

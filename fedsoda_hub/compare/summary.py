@@ -1,35 +1,50 @@
-"""Combine the results of a comparison into one report and its Markdown. Running and drawing are other files'."""
+"""Combine the results of a comparison into one report. Running, tables and drawing are other files'."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import TypeVar
 
 import msgspec
 import numpy as np
 
-from fedsoda_edge.units import human_bytes
 from fedsoda_hub.compare.results import (
     Alone,
+    AnswerShare,
+    AUCDifference,
     Baselines,
     CellResult,
     CompareReport,
     Costs,
     EdgeRoundBytes,
+    Estimate,
+    GapClosed,
     KeptAnswers,
     LevelReached,
+    LossDifference,
     NamedDifference,
+    Paired,
+    RankDifference,
     Results,
     RoundPoint,
     Split,
-    Spread,
     Variant,
 )
 from fedsoda_hub.compare.settings import Cell, Comparison
-from fedsoda_hub.compare.statistics import AnswersBySeed, difference, first_at, mean_and_spread
+from fedsoda_hub.compare.statistics import (
+    Array,
+    Measure,
+    Scale,
+    first_at,
+    gap_closed,
+    interval,
+    paired_differences,
+    placements,
+)
 
-T = TypeVar("T")
+BySeed = Sequence[KeptAnswers]
+Figures = dict[Measure, Array]  # of a model, each (seeds, questions)
+UNTOUCHED, CENTRAL, BEST_ALONE = "untouched", "central", "best edge alone"
 
 
 def summarise(comparison: Comparison, results: Results, transport: str) -> CompareReport:
@@ -52,23 +67,29 @@ def summarise(comparison: Comparison, results: Results, transport: str) -> Compa
 
 
 def _orderings(split: str, found: NamedDifference) -> list[str]:
-    """Write what a difference shows: a line by accuracy and a line by loss, each only if it is shown."""
+    """Write what a difference shows: a line for each measure by which it is shown."""
+
+    def ordered(is_one_better: bool, sentence: str) -> str:
+        better, worse = (found.one, found.other) if is_one_better else (found.other, found.one)
+        return f"{split}: " + sentence.format(better=better, worse=worse)
+
     lines = []
     if found.is_shown:
-        better, worse = (found.one, found.other) if found.points > 0 else (found.other, found.one)
-        lines.append(f"{split}: {better} above {worse} by {abs(found.points):.1f} points")
+        lines.append(ordered(found.points > 0, f"{{better}} above {{worse}} by {abs(found.points):.1f} points"))
+    if found.auc is not None and found.auc.is_shown:
+        by = abs(found.auc.auc)
+        lines.append(ordered(found.auc.auc > 0, f"AUC of {{better}} above that of {{worse}} by {by:.3f}"))
+    if found.mean_rank is not None and found.mean_rank.is_shown:
+        by = abs(found.mean_rank.ranks)
+        lines.append(ordered(found.mean_rank.ranks < 0, f"mean rank of {{better}} below that of {{worse}} by {by:.2f}"))
     if found.loss.is_shown:
-        nats = found.loss.nats
-        better, worse = (found.one, found.other) if nats < 0 else (found.other, found.one)
-        lines.append(f"{split}: loss of {better} below that of {worse} by {abs(nats):.3f} nats a completion id")
+        by = abs(found.loss.nats)
+        sentence = f"loss of {{better}} below that of {{worse}} by {by:.3f} nats a completion id"
+        lines.append(ordered(found.loss.nats < 0, sentence))
     return lines
 
 
-def _of_seeds(answered: Sequence[KeptAnswers]) -> AnswersBySeed:
-    return AnswersBySeed(
-        np.array([[float(right) for right in seed.right] for seed in answered]),
-        np.array([seed.losses for seed in answered]),
-    )
+# --- a split -----------------------------------------------------------------------------------------------
 
 
 def _of_split(comparison: Comparison, results: Results, split: str) -> Split:
@@ -77,45 +98,45 @@ def _of_split(comparison: Comparison, results: Results, split: str) -> Split:
         variant: [results.cells[Cell(variant, split, seed)] for seed in compare.seeds]
         for variant in comparison.settings
     }
-    answers = {
-        variant: _of_seeds([cell.answered["plug_in"] for cell in of_variant]) for variant, of_variant in cells.items()
-    }
-    level = _mean_accuracy(answers[comparison.level_of]).mean
-    rows = {
-        variant: _of_variant(of_variant, comparison.settings[variant].rounds.cohort, level)
-        for variant, of_variant in cells.items()
-    }
-    answers |= {name: _of_seeds(answered) for name, answered in _baselines(comparison, results, split).items()}
+    baselines = _baselines(comparison, results, split)
     alone = _alone(comparison, results, split)
     if alone:
-        answers["best edge alone"] = _of_seeds([max(edges, key=lambda one: one.right.count("1")) for edges in alone])
+        baselines[BEST_ALONE] = [max(edges, key=lambda one: one.accuracy) for edges in alone]
+    figures = {name: _figures(answered) for name, answered in baselines.items()}
+    plug_ins = {name: _figures([cell.answered["plug_in"] for cell in of_variant]) for name, of_variant in cells.items()}
+    level = float(plug_ins[comparison.level_of][Measure.ACCURACY].mean())
+    rows = {
+        variant: _of_variant(of_variant, comparison.settings[variant].rounds.cohort, level, plug_ins[variant], figures)
+        for variant, of_variant in cells.items()
+    }
+    mean_alone = np.array([[_right(edge) for edge in edges] for edges in alone]).mean(axis=1) if alone else None
     return Split(
         variants=rows,
         baselines=Baselines(
-            untouched=_accuracies(answers, "untouched"),
-            alone=Alone(
-                best=_mean_accuracy(answers["best edge alone"]),
-                mean=mean_and_spread([float(_of_seeds(edges).right.mean()) for edges in alone]),
-            )
-            if alone
-            else None,
-            central=_accuracies(answers, "central"),
-            losses={name: _mean_loss(answers[name]) for name in answers if name not in rows},
+            untouched=_estimates(figures, Measure.ACCURACY).get(UNTOUCHED),
+            alone=None
+            if mean_alone is None
+            else Alone(
+                best=_estimates(figures, Measure.ACCURACY)[BEST_ALONE],
+                mean=_estimate(mean_alone, Scale.LOGIT),
+            ),
+            central=_estimates(figures, Measure.ACCURACY).get(CENTRAL),
+            losses=_estimates(figures, Measure.LOSS),
+            aucs=_estimates(figures, Measure.AUC),
+            mean_ranks=_estimates(figures, Measure.MEAN_RANK),
+            shares=_shares(baselines),
         ),
-        differences=[
-            NamedDifference(one=one, other=other, **msgspec.structs.asdict(difference(answers[one], answers[other])))
-            for one, other in combinations(answers, 2)
-        ],
+        differences=_differences({**plug_ins, **figures}),
     )
 
 
-def _baselines(comparison: Comparison, results: Results, split: str) -> dict[str, list[KeptAnswers]]:
+def _baselines(comparison: Comparison, results: Results, split: str) -> dict[str, BySeed]:
     """Collect the answers of the untouched and the central model, a set a seed, by baseline."""
-    compare, found = comparison.compare, {}
+    compare, found = comparison.compare, dict[str, BySeed]()
     if results.untouched is not None:
-        found["untouched"] = [results.untouched] * len(compare.seeds)
+        found[UNTOUCHED] = [results.untouched] * len(compare.seeds)
     if "central" in compare.baselines:
-        found["central"] = [results.central[split, seed] for seed in compare.seeds]
+        found[CENTRAL] = [results.central[split, seed] for seed in compare.seeds]
     return found
 
 
@@ -132,25 +153,101 @@ def _alone(comparison: Comparison, results: Results, split: str) -> list[list[Ke
     ]
 
 
-def _accuracies(answers: Mapping[str, AnswersBySeed], name: str) -> Spread | None:
-    return _mean_accuracy(answers[name]) if name in answers else None
+# --- figures -----------------------------------------------------------------------------------------------
 
 
-def _mean_accuracy(answered: AnswersBySeed) -> Spread:
-    return mean_and_spread(answered.right.mean(axis=1).tolist())
+def _right(answered: KeptAnswers) -> list[float]:
+    return [float(right) for right in answered.right]
 
 
-def _mean_loss(answered: AnswersBySeed) -> Spread:
-    return mean_and_spread(answered.losses.mean(axis=1).tolist())
+def _figures(answered: BySeed) -> Figures:
+    """Collect the value of each question, by measure, of a model's answers with each seed."""
+    found = {
+        Measure.ACCURACY: np.array([_right(seed) for seed in answered]),
+        Measure.LOSS: np.array([seed.losses for seed in answered]),
+    }
+    chose = [seed.of_choices for seed in answered if seed.of_choices is not None]
+    margins, ranks = [one.margins for one in chose if one.margins], [one.ranks for one in chose if one.ranks]
+    if margins:
+        found[Measure.AUC] = placements(np.array(margins), np.array(chose[0].gold) == 1)
+    if ranks:
+        found[Measure.MEAN_RANK] = np.array(ranks)
+    return found
 
 
-def _of_variant(cells: Sequence[CellResult], cohort: int, level: float) -> Variant:
+def _estimate(values: Array, scale: Scale) -> Estimate:
+    per_seed = values.mean(axis=1).tolist()
+    return Estimate(
+        mean=float(np.mean(per_seed)),
+        spread=float(np.std(per_seed, ddof=1)) if len(per_seed) > 1 else None,
+        per_seed=per_seed,
+        interval_95=interval(values, scale),
+    )
+
+
+def _estimates(figures: Mapping[str, Figures], measure: Measure) -> dict[str, Estimate]:
+    return {name: _estimate(of[measure], measure.scale) for name, of in figures.items() if measure in of}
+
+
+def _shares(models: Mapping[str, BySeed]) -> dict[str, dict[str, AnswerShare]]:
+    """Compute how often each model chose each answer; models that chose among none are left out."""
+    found = {}
+    for name, answered in models.items():
+        chose = [seed.of_choices for seed in answered if seed.of_choices is not None]
+        if chose:
+            chosen, gold = np.array([one.chosen for one in chose]), np.array(chose[0].gold)
+            found[name] = {
+                answer: AnswerShare(
+                    chosen=_estimate((chosen == place).astype(np.float64), Scale.LOGIT),
+                    right=float((gold == place).mean()),
+                )
+                for place, answer in enumerate(chose[0].choices)
+            }
+    return found
+
+
+def _differences(figures: Mapping[str, Figures]) -> list[NamedDifference]:
+    """Compare any two models by each measure; the pairs of a measure are one table."""
+    pairs = list(combinations(figures, 2))
+    by_measure: dict[Measure, dict[tuple[str, str], tuple[float, Paired]]] = {}
+    for measure in Measure:
+        both = [pair for pair in pairs if all(measure in figures[name] for name in pair)]
+        unit = 100 if measure is Measure.ACCURACY else 1  # points
+        values = [(unit * figures[one][measure], unit * figures[other][measure]) for one, other in both]
+        by_measure[measure] = dict(zip(both, paired_differences(values), strict=True))
+    found, asdict = [], msgspec.structs.asdict
+    for pair in pairs:
+        (points, of_points), (nats, of_loss) = by_measure[Measure.ACCURACY][pair], by_measure[Measure.LOSS][pair]
+        auc, ranks = by_measure[Measure.AUC].get(pair), by_measure[Measure.MEAN_RANK].get(pair)
+        found.append(
+            NamedDifference(
+                one=pair[0],
+                other=pair[1],
+                points=points,
+                **asdict(of_points),
+                loss=LossDifference(nats=nats, **asdict(of_loss)),
+                auc=None if auc is None else AUCDifference(auc=auc[0], **asdict(auc[1])),
+                mean_rank=None if ranks is None else RankDifference(ranks=ranks[0], **asdict(ranks[1])),
+            )
+        )
+    return found
+
+
+# --- a variant ---------------------------------------------------------------------------------------------
+
+
+def _of_variant(
+    cells: Sequence[CellResult], cohort: int, level: float, plug_in: Figures, baselines: Mapping[str, Figures]
+) -> Variant:
     """Compute the means of a variant over seeds.
 
     Args:
         level: the accuracy that the variant is timed to.
+        plug_in: the figures of its plug-in. baselines: those of the baselines.
     """
-    plug_in, sub_llm = (_of_seeds([cell.answered[which] for cell in cells]) for which in ("plug_in", "sub_llm"))
+    answered = {which: [cell.answered[which] for cell in cells] for which in ("plug_in", "sub_llm")}
+    figures = {"plug_in": plug_in, "sub_llm": _figures(answered["sub_llm"])}
+    accuracies = _estimates(figures, Measure.ACCURACY)
     by_round: list[RoundPoint] = []
     up = down = 0.0
     for rounds in zip(*(cell.rounds for cell in cells), strict=True):
@@ -162,14 +259,31 @@ def _of_variant(cells: Sequence[CellResult], cohort: int, level: float) -> Varia
     invited = float(np.mean([min(cohort, cell.edges) for cell in cells])) * len(by_round)
     return Variant(
         **msgspec.structs.asdict(_mean_costs([cell.costs for cell in cells if cell.costs is not None])),
-        plug_in=_mean_accuracy(plug_in),
-        sub_llm=_mean_accuracy(sub_llm),
-        loss={"plug_in": _mean_loss(plug_in), "sub_llm": _mean_loss(sub_llm)},
+        plug_in=accuracies["plug_in"],
+        sub_llm=accuracies["sub_llm"],
+        loss=_estimates(figures, Measure.LOSS),
+        auc=_estimates(figures, Measure.AUC),
+        mean_rank=_estimates(figures, Measure.MEAN_RANK),
+        shares=_shares(answered),
+        gap_closed=_gap_closed(plug_in, baselines),
         by_round=by_round,
         bytes=EdgeRoundBytes(up_per_edge_round=up / invited, down_per_edge_round=down / invited),
         public_kl=_mean_kl([cell.public_kl for cell in cells if cell.public_kl is not None]),
         to_level=_reached(level, by_round),
     )
+
+
+def _gap_closed(plug_in: Figures, baselines: Mapping[str, Figures]) -> dict[str, GapClosed | None]:
+    """Compute the share of the gap from untouched to central by accuracy, and by AUC or mean rank."""
+    if not {UNTOUCHED, CENTRAL} <= baselines.keys():
+        return {}
+    untouched, central = baselines[UNTOUCHED], baselines[CENTRAL]
+    found: dict[str, GapClosed | None] = {}
+    for measure in (Measure.ACCURACY, Measure.AUC, Measure.MEAN_RANK):
+        if all(measure in figures for figures in (plug_in, untouched, central)):
+            closed = gap_closed(plug_in[measure], untouched[measure], central[measure], is_share=measure.is_share)
+            found[measure.value] = None if closed is None else GapClosed(share=closed[0], interval_95=closed[1])
+    return found
 
 
 def _mean_costs(costs: Sequence[Costs]) -> Costs:
@@ -187,138 +301,3 @@ def _reached(level: float, by_round: Sequence[RoundPoint]) -> LevelReached:
     number = first_at(level, [(one.round, one.accuracy) for one in by_round if one.accuracy is not None])
     at = next((one for one in by_round if one.round == number), None)
     return LevelReached(level=level, rounds=number, bytes=None if at is None else at.bytes_up + at.bytes_down)
-
-
-# --- Markdown ----------------------------------------------------------------------------------------------
-
-
-LABELS = {
-    "untouched": "full model untouched",
-    "best edge alone": "best edge alone",
-    "central": "central, all rows in one place",
-}
-
-
-def markdown(report: CompareReport) -> str:
-    """Write the tables of a report, with the columns of the paper's Tables 2, 3, 4 and 9."""
-    splits = report.splits
-    any_split = next(iter(splits.values()))
-    names = list(any_split.variants)
-    parts = [
-        "# Comparison\n",
-        f"{report.eval_rows:,} questions, seeds {', '.join(map(str, report.compare.seeds))}, "
-        f"{report.transport} transport. Accuracy is that of the full model with the adapter LoRA plugged in, in %, mean "
-        "± standard deviation over seeds.\n",
-        "## Accuracy (Tables 2 to 4)\n",
-        _table(
-            ["", *splits],
-            [
-                *([name, *(_percent(of.variants[name].plug_in) for of in splits.values())] for name in names),
-                *(
-                    [label, *(_percent(found) for found in row)]
-                    for label, row in _baseline_rows(splits).items()
-                    if any(row)
-                ),
-            ],
-        ),
-    ]
-    parts += [
-        "## Loss of the plug-in, nats a completion id\n",
-        _table(
-            ["", *splits],
-            [
-                *([name, *(_nats(of.variants[name].loss["plug_in"]) for of in splits.values())] for name in names),
-                *(
-                    [LABELS[name], *(_nats(of.baselines.losses[name]) for of in splits.values())]
-                    for name in any_split.baselines.losses
-                ),
-            ],
-        ),
-    ]
-    for split, of in splits.items():
-        rows = of.variants
-        parts += [
-            f"## What the edges train on, {split}\n",
-            "The sub-LLM with its adapter LoRA on the same questions, what is lost when the LoRA is plugged into the full "
-            "model, and how far the sub-LLM is from the full model on public text before round 1 (KL, nats an id).\n",
-            _table(
-                ["", "sub-LLM, %", "plug-in less that, points", "loss of the sub-LLM", "KL pruned", "in NF4", "aligned"],
-                [[name, *_trained_on(rows[name])] for name in names],
-            ),
-            f"## Costs, {split} (Tables 2 and 4)\n",
-            _table(
-                ["", "trainable", "parameters a round", "bytes an edge and round, up", "down", "model", "edge memory",
-                 "GFLOP an edge and round", "seconds"],
-                [[name, *_costs(rows[name])] for name in names],
-            ),
-            f"## To the accuracy of {report.level_of}, {split} (Table 9)\n",
-            _table(
-                ["", "rounds", "bytes of all edges"],
-                [
-                    [name, _or_never(reached.rounds, str), _or_never(reached.bytes, human_bytes)]
-                    for name in names
-                    for reached in [rows[name].to_level]
-                ],
-            ),
-        ]  # fmt: skip
-    shown = "\n".join(f"- {line}" for line in report.orderings) or "None."
-    parts += [
-        "## Orderings\n",
-        "Only those whose paired 95 % interval (bootstrap over seeds and questions) excludes 0. No other is claimed.\n",
-        shown + "\n",
-    ]
-    return "\n".join(parts)
-
-
-def _baseline_rows(splits: Mapping[str, Split]) -> dict[str, list[Spread | None]]:
-    found = [of.baselines for of in splits.values()]
-    return {
-        LABELS["untouched"]: [one.untouched for one in found],
-        LABELS["best edge alone"]: [None if one.alone is None else one.alone.best for one in found],
-        "an edge alone": [None if one.alone is None else one.alone.mean for one in found],
-        LABELS["central"]: [one.central for one in found],
-    }
-
-
-def _trained_on(row: Variant) -> list[str]:
-    return [
-        _percent(row.sub_llm),
-        f"{100 * (row.plug_in.mean - row.sub_llm.mean):+.1f}",
-        _nats(row.loss["sub_llm"]),
-        *(f"{row.public_kl[kind]:.3f}" for kind in ("pruned", "quantized", "aligned")),
-    ]
-
-
-def _costs(row: Variant) -> list[str]:
-    measured = row.edge_peak_rss_bytes
-    return [
-        f"{row.trainable:,.0f}",
-        f"{row.parameters_per_round:,.0f}",
-        human_bytes(row.bytes.up_per_edge_round),
-        human_bytes(row.bytes.down_per_edge_round),
-        human_bytes(row.model_bytes),
-        f"{human_bytes(row.edge_memory_bytes)} planned" if measured is None else human_bytes(measured),
-        f"{row.gflop_per_edge_round:.3g}",
-        f"{row.seconds_per_edge_round:.3g}",
-    ]
-
-
-def _percent(found: Spread | None) -> str:
-    if found is None:
-        return ""
-    spread = "" if found.spread is None else f" ± {100 * found.spread:.1f}"
-    return f"{100 * found.mean:.1f}{spread}"
-
-
-def _nats(found: Spread) -> str:
-    spread = "" if found.spread is None else f" ± {found.spread:.3f}"
-    return f"{found.mean:.3f}{spread}"
-
-
-def _or_never(value: T | None, shown: Callable[[T], str]) -> str:
-    return "not reached" if value is None else shown(value)
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

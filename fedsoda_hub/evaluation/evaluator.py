@@ -1,4 +1,4 @@
-"""Answer questions with models, and judge the answers: accuracy, loss, AUC (docs/methods.md (m12-accuracy)).
+"""Answer questions with models, and judge the answers: accuracy, loss, AUC, rank, shares (docs/methods.md (m12-accuracy)).
 
 Nothing trains below the border, so models with the same layers there share border states: one sweep serves the
 untouched model, the plug-in and any other adapter LoRA. Which models to judge is `judge.py`'s.
@@ -28,6 +28,7 @@ from fedsoda_hub.evaluation.questions import Question, choices_of, is_right, unt
 from fedsoda_hub.preparation.writing import Text, Writer, continuation
 
 MAX_NEW_TOKENS = 64
+WORST_SCORE = -1e6  # nats, of a choice whose score is not a number
 
 QuestionsDone = Callable[[int, int], None]  # (done, total)
 
@@ -97,13 +98,16 @@ class Verdict:
     """A model's answers, judged.
 
     chosen: the model's completion of each question. accuracy: the share that is right. loss: nats a completion id; None:
-    it is not finite. auc: None unless there are two choices.
+    it is not finite. auc: None unless there are two choices. mean_rank: of the right choice, 1 is best; None unless there
+    are more than two. shares: how often each choice was chosen; empty without choices.
     """
 
     chosen: list[str]
     accuracy: float
     loss: float | None
     auc: float | None
+    mean_rank: float | None
+    shares: dict[str, float]
 
 
 class Evaluator:
@@ -111,6 +115,9 @@ class Evaluator:
 
     Args:
         choices: "auto" or "none", as [task] choices has it.
+
+    Attributes:
+        gold: the place of each question's own completion among its choices.
 
     Raises:
         DataProblem: a completion has no ids.
@@ -131,10 +138,10 @@ class Evaluator:
         self._compute_dtype = compute_dtype
         self._device = device
         self._candidates: list[list[Sample]] = []  # by question
-        self._gold: list[int] = []  # which of them is its own completion
+        self.gold: list[int] = []
         for question in questions:
             completions = self.choices or [question.completion]
-            self._gold.append(completions.index(question.completion))
+            self.gold.append(completions.index(question.completion))
             self._candidates.append([self._sample(question, completion) for completion in completions])
         # The model is kept beside its states: the id of a freed object could be given to another one.
         self._borders: dict[_BorderKey, tuple[JudgedModel, list[JoinedSamples], list[Tensor]]] = {}
@@ -215,7 +222,7 @@ class Evaluator:
 
     def supervised_ids(self) -> list[int]:
         """Count the ids of each question's own completion, eos included, in the order of the questions."""
-        return [samples[gold].num_supervised for samples, gold in zip(self._candidates, self._gold, strict=True)]
+        return [samples[gold].num_supervised for samples, gold in zip(self._candidates, self.gold, strict=True)]
 
     def answers(self, model: JudgedModel, report: QuestionsDone | None = None) -> Answers:
         """Let a model answer all questions: by likelihood among choices, else by greedy generation.
@@ -230,7 +237,7 @@ class Evaluator:
         tail = build(model.source, model.above, compute_dtype=self._compute_dtype, device=self._device)
         lora.attach(tail, model.spec, {**lora.on(model.above, model.emulator_lora), **model.adapter_lora})
         table = log_likelihoods(tail, rows, states).reshape(len(self.questions), -1)
-        own = table[torch.arange(len(table)), self._gold]
+        own = table[torch.arange(len(table)), self.gold]
         losses = -own * (len(self.questions) / sum(self.supervised_ids()))
         if not self.choices:
             return Answers(self._generate(model, report), losses, None)
@@ -290,10 +297,35 @@ class Evaluator:
 
     def auc(self, answers: Answers) -> float | None:
         """Compute the area under the ROC curve of the score difference; None unless there are two choices."""
+        margins = self.margins(answers)
+        return None if margins is None else auc(margins, torch.tensor(self.gold) == 1)
+
+    def margins(self, answers: Answers) -> Tensor | None:
+        """Compute the score of the second choice less that of the first: (questions,); None unless there are two choices."""
         if answers.scores is None or len(self.choices) != 2:
             return None
-        positive = torch.tensor([q.completion == self.choices[1] for q in self.questions])
-        return auc(answers.scores[:, 1] - answers.scores[:, 0], positive)
+        scores = _finite(answers.scores)
+        return scores[:, 1] - scores[:, 0]
+
+    def ranks(self, answers: Answers) -> Tensor | None:
+        """Compute the rank of the right choice by its score, 1 the best, equal ones sharing theirs: (questions,).
+
+        None unless there are more than two choices: of two it says what accuracy says.
+        """
+        if answers.scores is None or len(self.choices) <= 2:
+            return None
+        scores = _finite(answers.scores)
+        own = scores.gather(1, torch.tensor(self.gold)[:, None])
+        return 1 + (scores > own).sum(dim=1) + ((scores == own).sum(dim=1) - 1) / 2
+
+    def shares(self, answers: Answers) -> dict[str, float]:
+        """Compute how often each choice was chosen; none without choices."""
+        return {choice: answers.chosen.count(choice) / len(answers.chosen) for choice in self.choices}
+
+    @property
+    def right_shares(self) -> dict[str, float]:
+        """The share of questions of which each choice is the right one; none without choices."""
+        return {choice: self.gold.count(at) / len(self.gold) for at, choice in enumerate(self.choices)}
 
     def verdict(self, model: JudgedModel, report: QuestionsDone | None = None) -> Verdict:
         """Let a model answer all questions, and judge its answers.
@@ -303,7 +335,15 @@ class Evaluator:
         """
         answers = self.answers(model, report)
         loss = answers.nll if math.isfinite(answers.nll) else None  # JSON has no NaN
-        return Verdict(answers.chosen, self.accuracy(answers), loss, self.auc(answers))
+        ranks = self.ranks(answers)
+        return Verdict(
+            chosen=answers.chosen,
+            accuracy=self.accuracy(answers),
+            loss=loss,
+            auc=self.auc(answers),
+            mean_rank=None if ranks is None else float(ranks.mean()),
+            shares=self.shares(answers),
+        )
 
 
 _BorderKey = tuple[int, tuple[int, ...], int]
@@ -311,6 +351,11 @@ _BorderKey = tuple[int, tuple[int, ...], int]
 
 def _border_key(model: JudgedModel) -> _BorderKey:
     return id(model.source), tuple(model.below), id(model.emulator_lora)
+
+
+def _finite(scores: Tensor) -> Tensor:
+    """Set scores that are not a number below all others, so that such a model is not the best at anything."""
+    return scores.nan_to_num(nan=WORST_SCORE, neginf=WORST_SCORE, posinf=WORST_SCORE)
 
 
 def _positions(model: JudgedModel) -> int:

@@ -83,10 +83,11 @@ def _full_models(
 
 @dataclass(frozen=True)
 class Judgement:
-    """The verdict on each model, by its name, and the questions that they answered."""
+    """The verdict on each model, by its name, and the questions that they answered. right_shares: as in `Evaluator`."""
 
     verdicts: Mapping[str, Verdict]
     questions: Sequence[Question]
+    right_shares: Mapping[str, float]
 
     @property
     def result(self) -> EvaluateResult:
@@ -95,6 +96,9 @@ class Judgement:
             accuracy={name: verdict.accuracy for name, verdict in self.verdicts.items()},
             loss={name: verdict.loss for name, verdict in self.verdicts.items()},
             auc={name: verdict.auc for name, verdict in self.verdicts.items()},
+            mean_rank={name: verdict.mean_rank for name, verdict in self.verdicts.items()},
+            shares={name: verdict.shares for name, verdict in self.verdicts.items()},
+            right_shares=dict(self.right_shares),
             num_examples=len(self.questions),
         )
 
@@ -116,6 +120,9 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     accuracy: dict[str, float | None]
     loss: dict[str, float | None]
     auc: dict[str, float | None]
+    mean_rank: dict[str, float | None]
+    shares: dict[str, dict[str, float] | None]
+    right_shares: dict[str, float]
     num_examples: int
     samples: tuple[dict[str, str], ...] = ()
 
@@ -126,7 +133,8 @@ def judge(evaluator: Evaluator, models: Mapping[str, JudgedModel], report: Quest
     Raises:
         DataProblem: a question with its answer is longer than a model's positions.
     """
-    return Judgement({name: evaluator.verdict(model, report) for name, model in models.items()}, evaluator.questions)
+    verdicts = {name: evaluator.verdict(model, report) for name, model in models.items()}
+    return Judgement(verdicts, evaluator.questions, evaluator.right_shares)
 
 
 def _evaluation(judgement: Judgement, samples: int, unjudged: Sequence[str] = ()) -> Evaluation:
@@ -135,6 +143,9 @@ def _evaluation(judgement: Judgement, samples: int, unjudged: Sequence[str] = ()
         accuracy={**result.accuracy, **nothing},
         loss=result.loss | nothing,
         auc=result.auc | nothing,
+        mean_rank=result.mean_rank | nothing,
+        shares={**result.shares, **nothing},
+        right_shares=result.right_shares,
         num_examples=result.num_examples,
         samples=judgement.samples(samples),
     )

@@ -135,14 +135,18 @@ class RepruneResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EvaluateResult(msgspec.Struct, frozen=True, kw_only=True):
-    """The figures by model (full, sub_llm, plug_in): accuracy, mean completion loss in nats, AUC.
+    """The figures by model (full, sub_llm, plug_in): accuracy, mean completion loss in nats, AUC, mean rank, shares.
 
-    None: not finite, or there are not two choices. Ledgers keep it as it is; the oldest have no AUC.
+    None: not finite, or there are not two choices, or not more. shares: how often a model chose each answer, right_shares:
+    how often each is right; empty without choices. Ledgers keep it as it is; the oldest have no AUC, rank and shares.
     """
 
     accuracy: dict[str, float]
     loss: dict[str, float | None]
     auc: dict[str, float | None] = {}
+    mean_rank: dict[str, float | None] = {}
+    shares: dict[str, dict[str, float]] = {}
+    right_shares: dict[str, float] = {}
     num_examples: int
 
 

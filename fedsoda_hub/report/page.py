@@ -134,8 +134,9 @@ def _facts(settings: RunSettings, history: History, plan: LayerPlan | None) -> s
     if history.evaluated:
         last = history.evaluated[-1].result
         for name, (label, _) in MODELS.items():
-            auc = last.auc.get(name)
+            auc, mean_rank = last.auc.get(name), last.mean_rank.get(name)
             more = "" if auc is None else f", AUC {auc:.3f}"
+            more += "" if mean_rank is None else f", mean rank of the right choice {mean_rank:.2f}"
             loss = last.loss[name]
             shown = "not a number" if loss is None else f"{loss:.3f}"
             facts.append((label, f"accuracy {last.accuracy[name]:.1%}, loss {shown}{more}"))

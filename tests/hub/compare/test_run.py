@@ -11,10 +11,8 @@ import pytest
 
 from fedsoda_edge.errors import DataProblem, UsageProblem
 from fedsoda_hub.compare import run as run_module
-from fedsoda_hub.compare.results import CompareReport
 from fedsoda_hub.compare.run import run_comparison
 from fedsoda_hub.compare.settings import read_comparison
-from fedsoda_hub.compare.summary import markdown
 from fedsoda_hub.events import CellDone, HubEvent, StageProgress, as_json
 from fedsoda_hub.local import in_process
 from tests.hub.compare.files import write_comparison
@@ -55,8 +53,9 @@ def test_the_report_is_as_promised(calm: tuple[Path, Path, dict[str, Any]]) -> N
     assert of["variants"]["aligned"]["to_level"]["rounds"] in (1, 2)  # its own
     assert {one["rows"] for one in report["dealt"]["iid"]["0"].values()} == {16}
     assert len(of["differences"]) == 10  # each pair of two variants and three baselines
-    assert len(report["orderings"]) == sum(one["is_shown"] + one["loss"]["is_shown"] for one in of["differences"])
-    assert set(of["baselines"]["losses"]) == {"untouched", "best edge alone", "central"}
+    assert report["orderings"] == []  # of one seed
+    for figures in ("losses", "aucs", "shares"):
+        assert set(of["baselines"][figures]) == {"untouched", "best edge alone", "central"}
 
 
 def test_the_tables_have_the_papers_columns(calm: tuple[Path, Path, dict[str, Any]]) -> None:
@@ -73,22 +72,36 @@ def test_the_tables_have_the_papers_columns(calm: tuple[Path, Path, dict[str, An
     trained_on, kl = 100 * row["sub_llm"]["mean"], row["public_kl"]
     lost = 100 * row["plug_in"]["mean"] - trained_on
     shown = f"| none | {trained_on:.1f} | {lost:+.1f} | {row['loss']['sub_llm']['mean']:.3f} | {kl['pruned']:.3f} |"
-    assert f"{shown} {kl['quantized']:.3f} | {kl['aligned']:.3f} |" in text
+    assert f"{shown} {kl['quantized']:.3f} | {kl['aligned']:.3f} | {row['auc']['sub_llm']['mean']:.3f} |" in text
     assert "full model untouched" in text
     assert "To the accuracy of aligned, iid (Table 9)" in text
 
 
-def test_orderings_are_claimed_only_where_the_interval_excludes_0(calm: tuple[Path, Path, dict[str, Any]]) -> None:
+def test_of_one_seed_the_tables_say_why_nothing_is_shown(calm: tuple[Path, Path, dict[str, Any]]) -> None:
     _, _, report = calm
-    assert "None.\n" in markdown(msgspec.convert({**report, "orderings": []}, CompareReport))
-    of = report["splits"]["iid"]
-    for found in of["differences"]:
-        claims = [line for line in report["orderings"] if found["one"] in line and found["other"] in line]
-        for unit, (low, high) in (
-            ("points", found["interval_95"]),
-            ("nats a completion id", found["loss"]["interval_95"]),
-        ):
-            assert any(line.endswith(unit) for line in claims) == (low > 0 or high < 0)
+    text = Path(report["markdown"]).read_text()
+    assert "Not shown (1 seed; at least 5 are needed).\n" in text
+    assert text.count("| not shown (1 seed; at least 5 are needed) |") == len(report["splits"]["iid"]["differences"])
+    assert "None" not in text
+
+
+def test_margins_and_chosen_answers_are_kept_and_give_auc_and_shares(calm: tuple[Path, Path, dict[str, Any]]) -> None:
+    _, out, report = calm
+    kept = json.loads((out / "memory" / "none" / "iid" / "seed-0" / "all" / "result.json").read_text())["answered"]
+    row = report["splits"]["iid"]["variants"]["none"]
+    for which in ("plug_in", "sub_llm"):
+        of = kept[which]["of_choices"]
+        assert of["choices"] == ["no", "yes"]
+        assert of["ranks"] is None
+        assert kept[which]["right"] == "".join("01"[g == c] for g, c in zip(of["gold"], of["chosen"], strict=True))
+        assert [int(margin > 0) for margin in of["margins"]] == of["chosen"]
+        high, low = ([m for m, g in zip(of["margins"], of["gold"], strict=True) if g == one] for one in (1, 0))
+        pairs = [(p > n) + 0.5 * (p == n) for p in high for n in low]
+        assert row["auc"][which]["mean"] == pytest.approx(sum(pairs) / len(pairs))
+        yes = row["shares"][which]["yes"]
+        assert yes["chosen"]["mean"] == pytest.approx(sum(of["chosen"]) / len(of["chosen"]))
+        assert yes["right"] == pytest.approx(sum(of["gold"]) / len(of["gold"]))
+    assert row["mean_rank"] == {}
 
 
 def test_a_loss_is_a_difference_too(calm: tuple[Path, Path, dict[str, Any]]) -> None:
@@ -131,6 +144,24 @@ def test_a_second_call_does_nothing_again(
     assert compared(path, out) == report
 
 
+def test_a_result_that_lacks_figures_is_judged_again_without_a_new_run(
+    calm: tuple[Path, Path, dict[str, Any]],
+) -> None:
+    path, out, report = calm
+    done = out / "memory" / "none" / "iid" / "seed-0" / "all" / "result.json"
+    whole = done.read_bytes()
+    kept = json.loads(whole)
+    for model in kept["answered"].values():
+        del model["of_choices"]
+    done.write_text(json.dumps(kept))
+    events: list[HubEvent] = []
+    again = compared(path, out, events)
+    assert [event.cell for event in events if isinstance(event, CellDone)] == ["none, iid, seed 0"]
+    assert json.loads(done.read_text())["answered"] == json.loads(whole)["answered"]
+    assert again["splits"]["iid"]["differences"] == report["splits"]["iid"]["differences"]
+    done.write_bytes(whole)
+
+
 def test_a_comparison_that_was_stopped_continues_to_the_same_report(
     calm: tuple[Path, Path, dict[str, Any]], tmp_path: Path, tiny_llama: Path
 ) -> None:
@@ -153,7 +184,7 @@ def test_a_comparison_that_was_stopped_continues_to_the_same_report(
     for variant in VARIANTS:
         ours, theirs = (dict(one["splits"]["iid"]["variants"][variant]) for one in (report, calm[2]))
         assert [one["accuracy"] for one in ours["by_round"]] == [one["accuracy"] for one in theirs["by_round"]]
-        for name in MEASURED:
+        for name in (*MEASURED, "gap_closed"):  # the second comparison has no baselines
             del ours[name], theirs[name]
         assert ours == theirs
         results = [

@@ -110,7 +110,9 @@ def test_models_with_the_same_emulator_share_one_sweep(
         monkeypatch.setattr(kind, "stored_layer", counted)
     found = judge(evaluator(tiny_llama), models).result
     assert swept == [models["full"].source, models["sub_llm"].source]
-    assert set(found.accuracy) == set(found.loss) == set(found.auc) == {"full", "sub_llm", "plug_in"}
+    for figures in (found.accuracy, found.loss, found.auc, found.mean_rank, found.shares):
+        assert set(figures) == {"full", "sub_llm", "plug_in"}
+    assert found.right_shares == {"no": pytest.approx(1 / 3), "yes": pytest.approx(2 / 3)}
     assert found.num_examples == 3
     json.dumps(msgspec.to_builtins(found), allow_nan=False)
 
@@ -187,6 +189,32 @@ def test_among_choices_only_the_very_one_is_right(tiny_llama: Path) -> None:
     assert asked.accuracy(Answers(["grade 1", "grade 1"], torch.zeros(2), None)) == 1.0
 
 
+def test_ranks_and_shares_of_more_than_two_choices(tiny_llama: Path) -> None:
+    asked = evaluator(tiny_llama, [Question("p", answer) for answer in ("a", "b", "c", "a")])
+    scores = torch.tensor([[3.0, 2, 1], [3, 2, 1], [2, 2, 2], [1, 2, 2]], dtype=torch.float64)
+    answers = Answers(["a", "a", "a", "b"], torch.zeros(4), scores)
+    ranks = asked.ranks(answers)
+    assert ranks is not None
+    assert ranks.tolist() == [1, 2, 2, 3]  # of three equal ones each is the second
+    assert asked.shares(answers) == {"a": 0.75, "b": 0.25, "c": 0.0}
+    assert asked.right_shares == {"a": 0.5, "b": 0.25, "c": 0.25}
+    assert asked.margins(answers) is None
+    broken = asked.ranks(Answers(answers.chosen, answers.losses, scores * torch.nan))
+    assert broken is not None
+    assert broken.tolist() == [2, 2, 2, 2]
+
+
+def test_of_two_choices_there_are_margins_and_no_ranks(tiny_llama: Path) -> None:
+    asked = evaluator(tiny_llama)
+    answers = Answers(["no", "yes", "no"], torch.zeros(3), torch.tensor([[-1.0, -3], [-3, -1], [-2, torch.nan]]))
+    margins = asked.margins(answers)
+    assert margins is not None
+    assert margins[:2].tolist() == [-2, 2]
+    assert margins[2] < -1e5  # what is not a number is no answer
+    assert asked.ranks(answers) is None
+    assert asked.auc(answers) == 0  # gold: yes, no, yes
+
+
 @pytest.mark.parametrize("gold", ["yes", "a right answer longer than the usual room"])
 def test_without_choices_the_greedy_generation_is_the_answer(
     tiny_llama: Path, models: Mapping[str, JudgedModel], gold: str, monkeypatch: pytest.MonkeyPatch
@@ -202,7 +230,8 @@ def test_without_choices_the_greedy_generation_is_the_answer(
     answers = asked.answers(models["full"])
     assert answers.chosen == expected
     assert answers.scores is None
-    assert asked.auc(answers) is None
+    assert asked.auc(answers) is asked.ranks(answers) is None
+    assert asked.shares(answers) == asked.right_shares == {}
     assert asked.accuracy(Answers([gold, "other"], torch.zeros(2), None)) == 0.5
 
 
