@@ -147,7 +147,7 @@ def _sentence(event: events.HubEvent) -> str:
                 f"{event.kl:.3f} and the cosine of the adapter's gradients {event.cosine:.3f}"
             )
         case events.NoBorderMapProgress():
-            return f"no border map: {event.why}"
+            return f"no texts like the task's: {event.why}"
         case events.RunPrepared():
             return f"prepared: {kl_sentence(event.public_kl)}"
         case events.EdgeConnected():

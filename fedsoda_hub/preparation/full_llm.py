@@ -44,6 +44,13 @@ def open_full_llm(settings: RunSettings) -> Checkpoint:
     return source
 
 
+def aligned_layers(settings: RunSettings, plan: LayerPlan) -> tuple[int, ...]:
+    """List the kept layers of a plan that carry emulator LoRA: none where these settings never align by LoRA or map."""
+    align = settings.align
+    never = not (align.steps or align.closed_form or settings.method.realign_every) and align.border_map == "none"
+    return () if never else method_of(settings.method).aligned(plan)
+
+
 def lora_spec(
     settings: RunSettings,
     family: Family,
@@ -59,7 +66,7 @@ def lora_spec(
         is_mapped: whether there are prompts to fit a border map on.
     """
     rank, targets = settings.lora.of_class(size_class), settings.lora.targets
-    aligned = method_of(settings.method).aligned(plan)
+    aligned = aligned_layers(settings, plan)
     on_adapter, on_emulator = (
         lora.specs(family, fields, layers, targets, rank, plan.lacking) for layers in (plan.adapter, aligned)
     )
@@ -93,6 +100,10 @@ class StreamedLLM:
         """The checkpoint's dtype, as a bundle's manifest names it."""
         return str(self.source.dtype).removeprefix("torch.")
 
+    def aligned(self, plan: LayerPlan) -> tuple[int, ...]:
+        """List the kept layers of a plan that carry emulator LoRA."""
+        return aligned_layers(self.settings, plan)
+
     def build(self, source: LayerSource, layers: Sequence[int]) -> SubLLM:
         """Build the model that holds these layers of the full LLM or of a bundle."""
         return build(source, layers, compute_dtype=self.running.compute_dtype, device=self.running.device)
@@ -104,7 +115,7 @@ class StreamedLLM:
 
     def lora_spec(self, plan: LayerPlan, size_class: int = 0) -> LoRASpec:
         """Lay out the LoRA of a sub-LLM of this plan, with a border map where there are prompts to fit it on."""
-        is_mapped = bool(self.method.aligned(plan) and self.text.like_task)
+        is_mapped = bool(self.aligned(plan) and self.text.like_task)
         return lora_spec(self.settings, self.source.family, self.source.fields, plan, size_class, is_mapped=is_mapped)
 
     def bundle_settings(self, plan: LayerPlan) -> BundleSettings:

@@ -133,7 +133,7 @@ class _Stages:
         if self._directory.manifest.exists():
             return
         plans = self._plans()
-        if any(self._llm.method.aligned(plan) for plan in plans):
+        if any(self._llm.aligned(plan) for plan in plans):
             self._say_needed_disk(plans)
         unaligned = self._work / "unaligned"
         if not (unaligned / "manifest.json").exists():
@@ -165,7 +165,7 @@ class _Stages:
 
     def _say_needed_disk(self, plans: Sequence[LayerPlan]) -> None:
         llm, blocks = self._llm, len(self._llm.text.blocks)
-        firsts = {min(aligned) for plan in plans if (aligned := llm.method.aligned(plan))}
+        firsts = {min(aligned) for plan in plans if (aligned := llm.aligned(plan))}
         missing = len(self._teacher.missing(self._teacher.held_against(plans)))
         missing += sum(not self._aligner.below(first).exists() for first in firsts)
         hidden = int(llm.source.fields["hidden_size"])
@@ -207,7 +207,7 @@ class _Stages:
             first = (lora.initial(layout, self._settings.seed) for layout in (spec.adapter, spec.emulator))
             write_size_class(directory, size_class, plan, spec, *first)
         bundle, kl_file = Bundle.open(directory, size_class), _kl_file(self._directory, size_class)
-        if self._llm.method.aligned(plan):
+        if self._llm.aligned(plan):
             emulator, kl = self._aligner.first(bundle, size_class, plans)
             write_durably_json(kl_file, kl)
             replace_emulator_lora(directory, emulator, size_class)

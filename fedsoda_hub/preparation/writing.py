@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ask:
-    """What a text needs next: an id behind `ids`, drawn from the `among` likeliest; None: from the whole vocabulary."""
+    """The next need of a text: an id behind `ids`, drawn from the `among` likeliest; None: from the whole vocabulary."""
 
     ids: Sequence[int]
     among: int | None
@@ -188,7 +188,7 @@ def _position_bytes(config: Any, dtype: torch.dtype) -> int:
 
 
 def _next(text: Text[T], drawn: int | None, over: dict[int, T], number: int) -> Ask | None:
-    """Let a text go on, with the id that was drawn for it; where it ends, note what it returns under its number."""
+    """Continue a text with the id that was drawn for it; where it ends, note what it returns under its number."""
     try:
         return next(text) if drawn is None else text.send(drawn)
     except StopIteration as end:

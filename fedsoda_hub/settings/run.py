@@ -145,12 +145,15 @@ def effective(settings: RunSettings) -> dict[str, EffectiveSetting]:
 def differences(recorded: Mapping[str, object], settings: RunSettings) -> list[str]:
     """List what a resumed run's RUN.toml changed that it may not, each with both values.
 
-    A run that began before a key existed began with its default.
+    A run that began before a key existed began as one whose method does not read it, or with the key's default.
 
     Args:
         recorded: what `RunSettings.fixed` gave when the run began.
     """
-    then, now = RunSettings(name="", model="", public=Public(text="")).fixed() | dict(recorded), settings.fixed()
+    then, now = (
+        RunSettings(name="", model="", public=Public(text="")).fixed() | UNREAD | dict(recorded),
+        settings.fixed(),
+    )
     changed = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
     for decisive in ("[method] name", "[method] emulator"):
         if decisive in changed:  # the others may follow from it

@@ -24,7 +24,7 @@ from fedsoda_hub.run.ledger import opened
 from fedsoda_hub.settings.run import RunSettings, read_settings
 
 SMALL: dict[str, dict[str, Any]] = {
-    "method": {"distance": "angular", "adapter_layers": 2, "layers_per_group": 1, "groups": 2},
+    "method": {"distance": "angular", "adapter_layers": 2, "layers_per_group": 1, "groups": 2, "realign_every": 5},
     "lora": {"rank": 4, "alpha": 8},
     "public": {"text": "public.txt", "sequences": 12, "length": 24},
     "align": {
@@ -41,7 +41,7 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 # Changes of SMALL for a run whose edges get every layer.
 FULL: dict[str, dict[str, Any]] = {
-    "method": {"emulator": "full", "layers_per_group": None, "groups": None},
+    "method": {"emulator": "full", "layers_per_group": None, "groups": None, "realign_every": None},
     "align": {"steps": None, "realign_steps": None},
 }
 WORDS = ["the", "cat", "on", "a", "mat", "an", "inn", "in", "rain", "one", "other", "than", "then", "tan", "tin", "ton"]

@@ -24,7 +24,7 @@ def quantize_for(weight: Tensor, gram: Tensor) -> NF4Tensor:
         gram: X^T X (F, F), float64.
 
     Returns:
-        NF4; rounded plainly where the blocks of NF4 run on from row to row (F is no multiple of 64).
+        NF4; rounded plainly where F cannot be divided by 64, so that blocks run from row to row.
     """
     plain = quantize(weight)
     rows, cols = weight.shape

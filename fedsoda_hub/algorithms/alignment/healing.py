@@ -175,7 +175,7 @@ class Sums:
 
 
 class _Parts:
-    """What a layer adds to the stream last, and the stream without it, kept batch by batch while `stream` runs it."""
+    """The two parts of a layer's outputs, kept batch by batch while `stream` runs it: what it adds last, and the rest."""
 
     def __init__(self, batches: Sequence[Sequence[int]], lengths: Sequence[int], module: str | None) -> None:
         self._batches, self._lengths, self._module = batches, lengths, module
@@ -219,10 +219,16 @@ class _Parts:
 
 
 class LayerSums:
-    """The sums of one layer. seen: most texts. unseen: every HELD_OUT-th text. held: massive tokens of all texts."""
+    """The sums of one layer.
+
+    seen: most texts. unseen: every HELD_OUT-th text. held: massive tokens of all texts.
+
+    Args:
+        parts: of the layer, as it is stored so far.
+        wanted: (T_i, C) states that it has to give.
+    """
 
     def __init__(self, parts: _Parts, wanted: Sequence[Tensor]) -> None:
-        """Args: parts: of the layer. wanted: (T_i, C) states that it has to give."""
         limit = MASSIVE * float(torch.cat([state.norm(dim=1) for state in wanted]).median())
         self.seen = self.unseen = self.held = Sums(0, 0)
         for batch, inner, rest in parts:

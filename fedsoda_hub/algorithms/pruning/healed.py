@@ -113,7 +113,7 @@ def distances(
 
 
 class _Below:
-    """What a layer leaves at each token: what its MLP adds (N, C), and the stream without it (N, C)."""
+    """The two parts of a layer's outputs at each token: what its MLP adds (N, C), and the rest (N, C)."""
 
     def __init__(self, parts: list[tuple[Tensor, Tensor]]) -> None:
         self._parts = parts

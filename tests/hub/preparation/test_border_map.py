@@ -259,24 +259,24 @@ def _few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(self_generated, "COLUMN_IDS", 8)
 
 
-BY_DEFAULT: dict[str, dict[str, object]] = {"align": {"border_map": None, "steps": 0}}
+AUTO: dict[str, dict[str, object]] = {"align": {"border_map": "auto", "steps": 0}}
 
 
-def test_without_a_word_about_it_the_map_is_fitted_on_prompts_that_the_full_llm_writes(
+def test_where_the_map_is_left_to_the_hub_it_is_fitted_on_texts_that_the_full_llm_writes(
     tmp_path: Path, tiny_llama: Path
 ) -> None:
-    settings = make_run(tmp_path / "first", tiny_llama, **BY_DEFAULT)
+    settings = make_run(tmp_path / "first", tiny_llama, **AUTO)
     said: list[JobProgress] = []
     first = RunPreparation(settings).run(said.append)
     [fit] = [progress for progress in said if isinstance(progress, BorderMapFitted)]
     assert fit.error < 0.7 * fit.error_before
-    again = make_run(tmp_path / "again", tiny_llama, **BY_DEFAULT)
+    again = make_run(tmp_path / "again", tiny_llama, **AUTO)
     with killed_after(5):
         prepare(again)
-    written = (again.run_dir / "prepare" / "prompts.safetensors").stat().st_mtime_ns
+    written = (again.run_dir / "prepare" / "like_task.safetensors").stat().st_mtime_ns
     assert prepare(again) == first
-    assert (again.run_dir / "prepare" / "prompts.safetensors").stat().st_mtime_ns == written
-    other = make_run(tmp_path / "again", tiny_llama, **BY_DEFAULT, task={"prompt": "Tell {word}:"})
+    assert (again.run_dir / "prepare" / "like_task.safetensors").stat().st_mtime_ns == written
+    other = make_run(tmp_path / "again", tiny_llama, **AUTO, task={"prompt": "Tell {word}:"})
     assert prepare(other).sub_llms[0].emulator_view != first.sub_llms[0].emulator_view
 
 
@@ -286,7 +286,7 @@ def test_where_the_full_llm_cannot_write_prompts_a_run_continues_without_a_map_u
     bare = {"prompt": "{word}"}
     without = prepare(make_run(tmp_path / "none", tiny_llama, align={"steps": 0}, task=bare))
     said: list[JobProgress] = []
-    settings = make_run(tmp_path / "auto", tiny_llama, **BY_DEFAULT, task=bare)
+    settings = make_run(tmp_path / "auto", tiny_llama, **AUTO, task=bare)
     made = RunPreparation(settings)
     prepared = made.run(said.append)
     assert prepared == without
@@ -299,23 +299,8 @@ def test_where_the_full_llm_cannot_write_prompts_a_run_continues_without_a_map_u
         prepare(asked)
 
 
-@pytest.mark.parametrize(
-    ("method", "expected"),
-    [
-        ({}, "auto"),
-        ({"emulator": "full", "layers_per_group": None, "groups": None}, "none"),
-        ({"name": "fedbiot", "layers_per_group": None, "groups": None, "drop_layers": 2}, "none"),
-    ],
-)
-def test_only_fedsoda_has_a_map_by_default(
-    tmp_path: Path, tiny_llama: Path, method: dict[str, object], expected: str
-) -> None:
-    align = {"border_map": None, "steps": None, "realign_steps": None}
-    assert make_run(tmp_path, tiny_llama, method=method, align=align).align.border_map == expected
-
-
 def test_nothing_removed_leaves_nothing_to_map(tmp_path: Path, tiny_llama: Path) -> None:
-    settings = make_run(tmp_path, tiny_llama, **BY_DEFAULT, method={"groups": 0})
+    settings = make_run(tmp_path, tiny_llama, **AUTO, method={"groups": 0})
     prepare(settings)
     assert not Bundle.open(settings.run_dir / "bundle").emulator_lora()
-    assert not (settings.run_dir / "prepare" / "prompts.safetensors").exists()
+    assert not (settings.run_dir / "prepare" / "like_task.safetensors").exists()

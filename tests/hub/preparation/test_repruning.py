@@ -60,6 +60,7 @@ METHOD = {
     "adapter_layers": None,
     "layers_per_group": None,
     "groups": None,
+    "realign_every": None,
     "drop_layers": 3,
     "classes": [5],
     "reprune_every": 2,

@@ -19,7 +19,7 @@ emulator = "sub"
 adapter_layers = 3
 layers_per_group = 3
 groups = 4
-realign_every = 5
+realign_every = 0
 adapter_base = "nf4"
 [lora]
 rank = 8
@@ -30,7 +30,7 @@ text = "public.txt"
 sequences = 128
 length = 512
 [align]
-steps = 200
+steps = 0
 realign_steps = 30
 learning_rate = 1e-4
 representation_weight = 1.0

@@ -39,7 +39,7 @@ SAID = {
     "[lora] rank": "8",
     "[lora] targets": "q_proj,k_proj,v_proj,up_proj,down_proj",
     "[method] layers_per_group": "fedsoda: 3",
-    "[method] realign_every": "fedsoda: 5; fedbiot: 1",
+    "[method] realign_every": "fedsoda: 0; fedbiot: 1",
     "[method] drop_layers": "fedbiot, fedot, fedpruner, fedpruner+: 12",
     "[method] adapter_base": "nf4; fedbiot, fedot, fedpetuning, fedpruner, fedpruner+: bf16",
     "[align] kl_weight": "1.0; fedot: 0.0",

@@ -190,6 +190,12 @@ def test_a_run_that_could_not_be_solved_for_is_refused_before_any_work(tmp_path:
         make_run(
             tmp_path / "ot",
             tiny_llama,
-            method={"name": "fedot", "layers_per_group": None, "groups": None, "adapter_layers": 2},
+            method={
+                "name": "fedot",
+                "layers_per_group": None,
+                "groups": None,
+                "realign_every": None,
+                "adapter_layers": 2,
+            },
             align={**asked, "realign_steps": None},
         )

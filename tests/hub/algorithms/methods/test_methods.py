@@ -453,7 +453,14 @@ def test_the_memory_plan_has_room_for_all_layers_that_gradients_go_through(
 
 
 def run_of(directory: Path, model: Path, name: str, keys: dict[str, Any] | None = None, **align: Any) -> RunSettings:
-    method = {"name": name, "layers_per_group": None, "groups": None, **SMALL[name], **(keys or {})}
+    method = {
+        "name": name,
+        "layers_per_group": None,
+        "groups": None,
+        "realign_every": None,
+        **SMALL[name],
+        **(keys or {}),
+    }
     steps: dict[str, Any] = {"steps": 8, "realign_steps": 4} | align
     used = {key: value if name in readers_of(f"[align] {key}") else None for key, value in steps.items()}
     return make_run(directory, model, method=method, align={**align, **used})
