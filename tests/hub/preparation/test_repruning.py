@@ -423,11 +423,12 @@ def test_the_models_of_a_choice_that_is_over_are_given_back(tmp_path: Path, tiny
     [
         ("nf4", {"rule": "ffa"}),
         ("int8", {"rule": "rolora"}),
+        ("klt", {"rule": "rolora"}),
         ("bf16", {"rule": "flexlora"}),
         ("nf4", {"optimizer": "fedadam"}),
         ("nf4-weight", {}),
     ],
-    ids=["ffa", "rolora", "flexlora", "fedadam", "whole weights"],
+    ids=["ffa", "rolora", "klt and rolora", "flexlora", "fedadam", "whole weights"],
 )
 def test_every_rule_goes_with_classes_and_draws(
     tmp_path: Path, tiny_llama: Path, codec: str, how: dict[str, Any]
