@@ -139,7 +139,7 @@ def _gaps(is_member: NDArray[np.bool_], subset: Subset) -> Integers:
 
 
 def _unary(numbers: Integers) -> Bits:
-    """Write each number as so many zeros and a one."""
+    """Write each number as zeros, of which there are as many, and a one."""
     ends = (numbers + 1).cumsum()
     bits = np.zeros(int(ends[-1]) if ends.size else 0, dtype=np.uint8)
     bits[ends - 1] = 1

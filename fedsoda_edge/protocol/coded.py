@@ -142,7 +142,7 @@ def check(data: bytes | memoryview, layout: Sequence[TensorSpec], codec: str) ->
 
 
 def _announced(shape: object) -> int:
-    """Read the size of an entry that may have any; -1, which no entry has, where it is no size."""
+    """Read the size of an entry that may have any; what is not a size gives -1, which fits nothing."""
     size = shape[0] if isinstance(shape, list) and len(shape) == 1 else None
     return size if isinstance(size, int) and size >= 0 else -1
 

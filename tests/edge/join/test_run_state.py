@@ -11,7 +11,7 @@ from fedsoda_edge.errors import BlobCorrupt, DiskFull
 from fedsoda_edge.join.run_state import RunState
 from fedsoda_edge.ports.disk import sha256, write_durably
 from fedsoda_edge.protocol import messages as ms
-from fedsoda_edge.protocol.commands import Advance, Advanced
+from fedsoda_edge.protocol.commands import Advance, Advanced, View
 from tests.full_disk import full_disk_for
 
 
@@ -68,7 +68,8 @@ def test_alignments_are_decoded_as_the_hub_codes_them(tmp_path: Path, codec: str
     held = Held(tmp_path, codec)
 
     async def run() -> None:
-        for which, number in (("adapter", 2), ("emulator", 1)):
+        asked: list[tuple[View, int]] = [("adapter", 2), ("emulator", 1)]
+        for which, number in asked:
             view = held.hub.view(number)
             assert await held.state.bring_up(which, view, number, held.hub.fetch, held.worker.advance) is not None
 

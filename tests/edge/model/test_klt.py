@@ -22,6 +22,7 @@ from fedsoda_edge.protocol import klt as form
 from fedsoda_edge.protocol.coded import check, most_bytes, of_factor
 from fedsoda_edge.protocol.klt import BITS, MAX_CODE, Subset
 from fedsoda_edge.protocol.manifest import TensorSpec
+from fedsoda_edge.protocol.messages import Factor
 
 LAYOUT = (TensorSpec("layers.6.a.lora_A", (4, 330)), TensorSpec("layers.6.a.lora_B", (170, 4)))
 PAPER = tuple(
@@ -262,7 +263,7 @@ def _entropy(p: float) -> float:
 
 @pytest.mark.parametrize("codec", BITS)
 @pytest.mark.parametrize("factor", ["both", "B"])
-def test_what_was_sent_and_what_is_left_is_what_was_trained(codec: str, factor: str) -> None:
+def test_what_was_sent_and_what_is_left_is_what_was_trained(codec: str, factor: Factor) -> None:
     layout = of_factor(LAYOUT, factor)
     residual: dict[str, Tensor] | None = None
     sent, true = ({spec.name: torch.zeros(spec.shape, dtype=torch.float64) for spec in layout} for _ in range(2))
