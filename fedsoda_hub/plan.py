@@ -18,8 +18,8 @@ import msgspec
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model import lora
 from fedsoda_edge.model.bundle_writer import BundleSettings, shard_sizes
-from fedsoda_edge.model.delta import encoded_bytes
 from fedsoda_edge.model.families import Family, allowed_fields, build_config, family_of, layer_on_meta, skeleton
+from fedsoda_edge.protocol.coded import most_bytes, of_alignment
 from fedsoda_edge.protocol.manifest import TOKENIZER_FILES, File, LayerPlan, TensorSpec
 from fedsoda_edge.protocol.needs import edge_needs, make_shape
 from fedsoda_hub.algorithms.methods.by_name import method_of
@@ -253,9 +253,9 @@ def predict(
         dtype=dtype,
     )
     needs = edge_needs(shape, files)
-    adapter_bytes = encoded_bytes(spec.adapter, settings.wire.codec)
+    adapter_bytes = most_bytes(spec.adapter, settings.wire.codec)
     every = rounds_between(method)
-    emulator_bytes = encoded_bytes(spec.emulator, settings.wire.codec) if every else 0
+    emulator_bytes = most_bytes(spec.emulator, of_alignment(settings.wire.codec)) if every else 0
     trainable, emulator_lora = _count(spec.adapter), _count(item for item in spec.emulator if item.layer is not None)
     per_round = 2 * trainable + (emulator_lora / every if every else 0)
     resident = sum(layers[number] for number in plan.resident)

@@ -194,6 +194,11 @@ def variants(setup: Setup) -> dict[str, Tables]:
         "n4-p3": but(method={"layers_per_group": 4, "groups": 3}),
         "int8": but(wire={"codec": "int8"}),
         "bf16": but(wire={"codec": "bf16"}),
+        "ours-bf16": {"wire": {"codec": "bf16"}},
+        "ours-klt": {"wire": {"codec": "klt"}},
+        "ours-klt-fine": {"wire": {"codec": "klt-fine"}},
+        "ours-bf16-rolora": {"wire": {"codec": "bf16"}, "aggregation": {"rule": "rolora"}},
+        "ours-klt-rolora": {"wire": {"codec": "klt"}, "aggregation": {"rule": "rolora"}},
         "public-like-task": but(public={"text": "like_task.txt"}),
         "public-self": but(public={"text": "self-generated"}),
         "ours-angular": {"method": {"distance": "angular"}},
@@ -218,7 +223,10 @@ SETS: dict[str, tuple[str, ...]] = {
     "ablation": ("neither", "closed-form", "pre-align", "closed-form-pre-align", "realign", "published"),
     "healing": ("ours", "ours-angular", "ours-aligned", "ours-mapped", "published", "exact"),
     "groups": ("n2-p6", "published", "n4-p3", "ours-n2-p6", "ours", "ours-n4-p3"),
-    "codecs": ("published", "int8", "bf16"),
+    "codecs": (
+        *("ours", "ours-bf16", "ours-klt", "ours-klt-fine"),
+        *("ours-bf16-rolora", "ours-klt-rolora"),
+    ),
     "public": (
         *("published", "public-like-task", "public-self"),
         *("ours", "ours-public-like-task", "ours-public-self"),

@@ -23,6 +23,7 @@ import msgspec
 
 from fedsoda_edge.errors import BlobCorrupt
 from fedsoda_edge.ports.disk import sha256, sha256_file, write_durably
+from fedsoda_edge.protocol.coded import of_alignment
 from fedsoda_edge.protocol.commands import Advance, Advanced, View
 from fedsoda_edge.protocol.messages import BlobRef, Digest, UpdateStart, ViewRef
 from fedsoda_edge.protocol.needs import MemoryPlan
@@ -86,7 +87,7 @@ class RunState:
                     view=str(path) if path.exists() else None,
                     delta=str(coded),
                     moved=wanted.moved,
-                    codec=self._codec,
+                    codec=of_alignment(self._codec) if which == "emulator" else self._codec,
                     out=str(moved),
                 )
             )

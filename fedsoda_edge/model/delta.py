@@ -21,8 +21,10 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fedsoda_edge.errors import ProtocolViolation
+from fedsoda_edge.model import klt
 from fedsoda_edge.model.nf4 import codebook
-from fedsoda_edge.protocol.coded import BLOCK, check, coded_bytes, safetensors_bytes
+from fedsoda_edge.protocol.coded import BLOCK, check
+from fedsoda_edge.protocol.klt import BITS, read
 from fedsoda_edge.protocol.manifest import TensorSpec
 
 LoRATensors = dict[str, Tensor]
@@ -33,10 +35,12 @@ def encode(tensors: Mapping[str, Tensor], codec: str) -> bytes:
 
     Blocks of 64 run over the flattened tensor. int8: value = q * scale, scale = absmax / 127 rounded up to
     bf16, so no code clips and the product is exact in fp32. nf4: value = codebook[q] * absmax in bf16, two
-    codes a byte. bf16: the values themselves.
+    codes a byte. bf16: the values themselves. klt: `klt.py`.
     """
-    coded = {name: _encode_tensor(tensor, codec) for name, tensor in sorted(tensors.items())}
-    return save(coded, {"codec": codec})
+    flat = {name: tensor.detach().float().cpu() for name, tensor in sorted(tensors.items())}
+    if codec in BITS:
+        return save(klt.encode(flat, codec), {"codec": codec})
+    return save({name: _encode_tensor(tensor.flatten(), codec) for name, tensor in flat.items()}, {"codec": codec})
 
 
 def decode(data: bytes, layout: Sequence[TensorSpec], codec: str, only: Collection[str] | None = None) -> LoRATensors:
@@ -51,13 +55,10 @@ def decode(data: bytes, layout: Sequence[TensorSpec], codec: str, only: Collecti
     check(data, layout, codec)
     coded = load(data)
     wanted = [spec for spec in layout if only is None or spec.name in only]
+    if codec in BITS:
+        entries = {spec: read(spec.name, coded[spec.name].numpy().tobytes(), spec.shape) for spec in wanted}
+        return {spec.name: klt.decode(entry, spec.shape) for spec, entry in entries.items()}
     return {spec.name: _decode_tensor(coded[spec.name], spec.shape, codec) for spec in wanted}
-
-
-def encoded_bytes(layout: Sequence[TensorSpec], codec: str) -> int:
-    """Count the bytes that `encode` gives for any tensors of this layout."""
-    names = {spec.name: ("U8", (coded_bytes(spec.shape, codec),)) for spec in layout}
-    return safetensors_bytes(names, {"codec": codec})
 
 
 def _bytes_of_bf16(values: Tensor) -> Tensor:
@@ -71,8 +72,7 @@ def _round_up_to_bf16(values: Tensor) -> Tensor:
     return bits.view(torch.bfloat16)
 
 
-def _encode_tensor(tensor: Tensor, codec: str) -> Tensor:
-    flat = tensor.detach().float().cpu().flatten()
+def _encode_tensor(flat: Tensor, codec: str) -> Tensor:
     if codec == "bf16":
         return _bytes_of_bf16(flat.bfloat16())
     blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).reshape(-1, BLOCK)

@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 from fedsoda_edge.errors import ProtocolViolation
+from fedsoda_edge.protocol import klt
 from fedsoda_edge.protocol.manifest import TensorSpec
 from fedsoda_edge.protocol.messages import Factor
 
 # Deltas with error feedback; nf4-weight codes whole weights without it, as the paper writes, for comparison.
-Codec = Literal["nf4", "int8", "bf16", "nf4-weight"]
+Codec = Literal["nf4", "int8", "bf16", "klt", "klt-fine", "nf4-weight"]
 CODECS: tuple[str, ...] = get_args(Codec)
 BLOCK = 64
 MAX_HEADER_BYTES = 1 << 20  # safetensors itself would accept 100 MB
@@ -33,8 +34,17 @@ def of_factor(layout: Sequence[TensorSpec], factor: Factor) -> tuple[TensorSpec,
     return tuple(spec for spec in layout if is_of(factor, spec.name))
 
 
+def of_alignment(codec: str) -> str:
+    """Return the codec of alignments in a run with this codec.
+
+    What an alignment loses in coding is not sent later, and the numbers of a border map are of other sizes than those of
+    LoRA: "klt", which needs both, is not for them.
+    """
+    return "nf4" if codec in klt.BITS else codec
+
+
 def coded_bytes(shape: tuple[int, int], codec: str) -> int:
-    """Count the bytes of one tensor's codes and scales."""
+    """Count the bytes of one tensor's codes and scales; the codecs of `klt.BITS` have no fixed number."""
     size = shape[0] * shape[1]
     scales = 2 * math.ceil(size / BLOCK)
     if codec == "bf16":
@@ -61,6 +71,14 @@ def safetensors_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metada
         end += size
     length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
     return 8 + math.ceil(length / 8) * 8 + end
+
+
+def most_bytes(layout: Sequence[TensorSpec], codec: str) -> int:
+    """Count the bytes that a coded update of this layout has at most; only those of `klt.BITS` may have fewer."""
+    if codec in klt.BITS:
+        return klt.most_bytes({json.dumps(spec.name, ensure_ascii=False): spec.shape for spec in layout}, codec)
+    sizes = {spec.name: ("U8", (coded_bytes(spec.shape, codec),)) for spec in layout}
+    return safetensors_bytes(sizes, {"codec": codec})
 
 
 def check(data: bytes | memoryview, layout: Sequence[TensorSpec], codec: str) -> None:
@@ -93,34 +111,48 @@ def check(data: bytes | memoryview, layout: Sequence[TensorSpec], codec: str) ->
         raise ProtocolViolation(
             f"the update has {len(entries)} tensors, the run has {len(wanted)}; the first that differs is {odd[0]!r:.200}"
         )
-    end = 0
     body = view[8 + length :]
-    total = sum(coded_bytes(spec.shape, codec) for spec in layout)
-    if total != len(body):
-        raise ProtocolViolation(f"the update has {len(body)} bytes of tensors, the run needs {total}")
-    for spec in sorted(layout, key=lambda spec: spec.name):
-        size = coded_bytes(spec.shape, codec)
+    ordered = sorted(layout, key=lambda spec: spec.name)
+    if codec in klt.BITS:
+        sizes = [_announced(entries[spec.name][1]) for spec in ordered]
+        most = most_bytes(layout, codec)
+        if len(view) > most:
+            raise ProtocolViolation(f"the update has {len(view)} bytes, and at most {most} are allowed; send it again")
+    else:
+        sizes = [coded_bytes(spec.shape, codec) for spec in ordered]
+    if sum(sizes) != len(body):
+        raise ProtocolViolation(f"the update has {len(body)} bytes of tensors, the run needs {sum(sizes)}")
+    end = 0
+    for spec, size in zip(ordered, sizes, strict=True):
         if entries[spec.name] != ("U8", [size], [end, end + size]):
             raise ProtocolViolation(
                 f"{spec.name} is {entries[spec.name]!r:.200} in the update, the run needs {size} bytes at {end}"
             )
-        numbers = 2 * math.ceil(spec.shape[0] * spec.shape[1] / BLOCK) if codec != "bf16" else size
-        _check_finite(spec.name, body[end + size - numbers : end + size])
+        if codec in klt.BITS:
+            klt.check(spec.name, body[end : end + size], spec.shape)
+        else:
+            numbers = 2 * math.ceil(spec.shape[0] * spec.shape[1] / BLOCK) if codec != "bf16" else size
+            _check_finite(spec.name, body[end + size - numbers : end + size])
         end += size
     # json.loads also reads UTF-16, 5.0 for 5 and repeated keys, on which safetensors' own parser fails later.
-    if bytes(view[8 : 8 + length]).rstrip(b" ") != _canonical_header(layout, codec):
+    if bytes(view[8 : 8 + length]).rstrip(b" ") != _canonical_header([spec.name for spec in ordered], sizes, codec):
         raise ProtocolViolation(
             "the update's header is not written exactly as safetensors writes it; upgrade: pip install -U fedsoda"
         )
 
 
-def _canonical_header(layout: Sequence[TensorSpec], codec: str) -> bytes:
-    """Write the one header that `delta.encode` gives for this layout, without its padding."""
+def _announced(shape: object) -> int:
+    """Read the size of an entry that may have any; what is not a size gives -1, which fits nothing."""
+    size = shape[0] if isinstance(shape, list) and len(shape) == 1 else None
+    return size if isinstance(size, int) and size >= 0 else -1
+
+
+def _canonical_header(names: Sequence[str], sizes: Sequence[int], codec: str) -> bytes:
+    """Write the one header that `delta.encode` gives for entries of these sizes, without its padding."""
     header: dict[str, object] = {"__metadata__": {"codec": codec}}
     end = 0
-    for spec in sorted(layout, key=lambda spec: spec.name):
-        size = coded_bytes(spec.shape, codec)
-        header[spec.name] = {"dtype": "U8", "shape": [size], "data_offsets": [end, end + size]}
+    for name, size in zip(names, sizes, strict=True):
+        header[name] = {"dtype": "U8", "shape": [size], "data_offsets": [end, end + size]}
         end += size
     return json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from fedsoda_edge.model import delta, lora
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.bundle_writer import sub_manifest
+from fedsoda_edge.protocol.coded import of_alignment
 from fedsoda_edge.protocol.manifest import encode_manifest
 from fedsoda_edge.protocol.messages import Digest
 from fedsoda_hub.algorithms.aggregation import flexlora
@@ -90,7 +91,7 @@ class PreparedRun:
         before = oda.public_kl(student, states[count:], final[count:])
         trained = self._aligner.train(student, plan, states, final, settings.align.realign_steps, version)
         trained |= self._aligner.fit_border_map(bundle, trained)
-        coded, view = delta.step_down(trained, emulator_view, spec.emulator, settings.wire.codec)
+        coded, view = delta.step_down(trained, emulator_view, spec.emulator, of_alignment(settings.wire.codec))
         lora.load(student, lora.on(plan.emulator, view))
         after = oda.public_kl(student, states[count:], final[count:])
         return RealignedSubLLM(

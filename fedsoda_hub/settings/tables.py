@@ -198,7 +198,11 @@ class Wire(Section, frozen=True):
     """[wire]: how updates travel."""
 
     codec: Annotated[
-        Codec, Meta(description="how deltas are coded; nf4-weight codes whole weights, as in the paper")
+        Codec,
+        Meta(
+            description="how deltas are coded: about 4, 8, 16, 0.35 or 0.87 bits a value; nf4-weight codes whole weights, "
+            "as in the paper"
+        ),
     ] = "nf4"
     stall_seconds: Annotated[float, Meta(gt=0, description="seconds without a byte after which an upload is ended")] = (
         60.0

@@ -15,7 +15,8 @@ from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model import delta
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.bundle_writer import BundleSettings, shard_sizes
-from fedsoda_edge.protocol.coded import CODECS, safetensors_bytes
+from fedsoda_edge.protocol.coded import CODECS, most_bytes, safetensors_bytes
+from fedsoda_edge.protocol.klt import BITS
 from fedsoda_hub.cli.tables import plan_table
 from fedsoda_hub.plan import PlanReport, plan_report, rounds_between
 from fedsoda_hub.settings.rates import Rates
@@ -240,7 +241,10 @@ def test_predicted_updates_have_the_bytes_of_coded_ones(tmp_path: Path, tiny_lla
     tensors = random_lora(spec, 1)
     for layout in (spec.adapter, spec.emulator):
         coded = delta.encode({item.name: tensors[item.name] for item in layout}, codec)
-        assert delta.encoded_bytes(layout, codec) == len(coded)
+        if codec in BITS:  # as many as fit, whatever the values are
+            assert 0.9 * most_bytes(layout, codec) < len(coded) <= most_bytes(layout, codec)
+        else:
+            assert most_bytes(layout, codec) == len(coded)
 
 
 def test_predicted_files_have_the_bytes_that_safetensors_writes() -> None:

@@ -31,7 +31,7 @@ def plans(full_llm: FullLLM, settings: Method, seed: int) -> tuple[LayerPlan, ..
 
 
 def redrawn(full_llm: FullLLM, settings: Method, seed: int, round_number: int) -> tuple[LayerPlan, ...]:
-    """Choose the layers for a later round; each size class is drawn by the softmax of importance within each group."""
+    """Choose the layers for a later round; each size class is drawn by importance within each group."""
     return tuple(
         _plan(full_llm, settings, dropped, seed, _seed_of(seed, size_class, round_number))
         for size_class, dropped in enumerate((settings.drop_layers, *settings.classes))

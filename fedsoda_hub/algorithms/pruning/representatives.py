@@ -311,8 +311,8 @@ def select_layers(
 
     Args:
         keep_ends: the first and the last layer are groups of their own.
-        generator: draws by softmax(importance / TEMPERATURE) within a group, so that all layers are trained in the
-            course of the rounds; None: the most important layer, the lowest of equals.
+        generator: draws within each group by `chances`, so that all layers are trained in the course of the rounds;
+            None: the most important layer, the lowest of equals.
     """
     layers = len(measured.importance)
     _check_count(count, layers)
@@ -326,8 +326,24 @@ def select_layers(
 def _choose(group: Sequence[int], importance: Sequence[float], generator: torch.Generator | None) -> int:
     if generator is None:
         return max(group, key=lambda layer: (importance[layer], -layer))
-    chances = torch.tensor([importance[layer] for layer in group], dtype=torch.float64).div(TEMPERATURE).softmax(0)
-    return group[int(torch.multinomial(chances, 1, generator=generator))]
+    drawn = torch.multinomial(chances([importance[layer] for layer in group]), 1, generator=generator)
+    return group[int(drawn)]
+
+
+def chances(importance: Sequence[float]) -> Tensor:
+    """Compute the chances of a group's layers to be drawn: softmax(importance / (TEMPERATURE * the group's mean)).
+
+    Block Influences of .003 to .035 differ from each other by far less than TEMPERATURE; docs/methods.md (m9-draw) says
+    why they are divided by their mean and not standardised.
+
+    Args:
+        importance: of each layer of the group; 0 is that of a layer that does nothing.
+
+    Returns:
+        (N,), float64; equal where no layer does anything.
+    """
+    values = torch.tensor(importance, dtype=torch.float64).clamp_min(0.0)  # rounding may leave 1 - cos below 0
+    return (values / values.mean().clamp_min(torch.finfo(torch.float64).tiny) / TEMPERATURE).softmax(0)
 
 
 def select_components(

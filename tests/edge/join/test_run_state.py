@@ -11,7 +11,7 @@ from fedsoda_edge.errors import BlobCorrupt, DiskFull
 from fedsoda_edge.join.run_state import RunState
 from fedsoda_edge.ports.disk import sha256, write_durably
 from fedsoda_edge.protocol import messages as ms
-from fedsoda_edge.protocol.commands import Advance, Advanced
+from fedsoda_edge.protocol.commands import Advance, Advanced, View
 from tests.full_disk import full_disk_for
 
 
@@ -38,8 +38,10 @@ class Worker:
 
     def __init__(self) -> None:
         self.began_with: list[str | None] = []
+        self.codecs: list[str] = []
 
     async def advance(self, call: Advance) -> Advanced:
+        self.codecs.append(call.codec)
         self.began_with.append(call.view)
         number = Path(call.delta).read_text().removeprefix("step ")
         Path(call.out).write_text(f"view {number}")
@@ -49,8 +51,8 @@ class Worker:
 class Held:
     """What a device holds of a run, with its hub and its worker."""
 
-    def __init__(self, directory: Path) -> None:
-        self.state, self.hub, self.worker = RunState(directory, "bf16"), Hub(), Worker()
+    def __init__(self, directory: Path, codec: str = "bf16") -> None:
+        self.state, self.hub, self.worker = RunState(directory, codec), Hub(), Worker()
 
     async def bring_up(self, view: ms.ViewRef, number: int) -> str | None:
         return await self.state.bring_up("adapter", view, number, self.hub.fetch, self.worker.advance)
@@ -59,6 +61,20 @@ class Held:
 @pytest.fixture
 def held(tmp_path: Path) -> Held:
     return Held(tmp_path)
+
+
+@pytest.mark.parametrize(("codec", "of_alignments"), [("bf16", "bf16"), ("klt", "nf4"), ("klt-fine", "nf4")])
+def test_alignments_are_decoded_as_the_hub_codes_them(tmp_path: Path, codec: str, of_alignments: str) -> None:
+    held = Held(tmp_path, codec)
+
+    async def run() -> None:
+        asked: list[tuple[View, int]] = [("adapter", 2), ("emulator", 1)]
+        for which, number in asked:
+            view = held.hub.view(number)
+            assert await held.state.bring_up(which, view, number, held.hub.fetch, held.worker.advance) is not None
+
+    asyncio.run(run())
+    assert held.worker.codecs == [codec, of_alignments]
 
 
 def test_after_a_draw_the_view_is_the_new_bundles_own_and_a_delta_leads_on(held: Held) -> None:

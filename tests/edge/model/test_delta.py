@@ -33,7 +33,7 @@ def tensors(seed: int, scale: float = 1e-3) -> dict[str, torch.Tensor]:
     return {spec.name: torch.randn(spec.shape, generator=generator) * scale for spec in LAYOUT}
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", STEP)  # of "klt": test_klt.py
 @given(
     seed=st.integers(0, 99),
     scale=st.sampled_from([0.0, 1e-42, 1e-20, 1e-4, 1.0, 1e30]),
@@ -78,7 +78,7 @@ def test_an_edge_that_joins_late_by_snapshot_has_the_same_bits(codec: str) -> No
     late = delta.from_bytes(delta.to_bytes(view), LAYOUT)
     assert delta.digest(follower) == delta.digest(view) == delta.digest(late)
     for name in view:
-        bound = 0.05 if codec in FEEDBACK else STEP[codec] * float(master[name].abs().max())
+        bound = STEP[codec] * float(master[name].abs().max()) if codec == "nf4-weight" else 0.05
         assert float((master[name] - view[name]).abs().max()) <= bound
 
 

@@ -55,7 +55,10 @@ def test_a_plan_without_options_has_the_defaults_of_the_tables(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--codec", "zip"], "[wire] codec = 'zip' in the options; it must be one of nf4, int8, bf16, nf4-weight"),
+        (
+            ["--codec", "zip"],
+            "[wire] codec = 'zip' in the options; it must be one of nf4, int8, bf16, klt, klt-fine, nf4-weight",
+        ),
         (["--method", "fedavg"], "[method] name = 'fedavg' in the options; it must be one of fedsoda, exact, fedbiot"),
         (["--adapter-layers", "0"], "[method] adapter_layers = 0 in the options; it must be at least 1"),
     ],

@@ -30,10 +30,11 @@ def adapter_of(bundle: Bundle) -> dict[str, Tensor]:
     return {item.name: tensors[item.name] for item in bundle.manifest.lora.adapter}
 
 
+@pytest.mark.parametrize(("codec", "of_alignments"), [("int8", "int8"), ("klt", "nf4")])
 def test_a_realignment_reads_only_the_adapter_of_the_full_llm(
-    prepared: RunSettings, monkeypatch: pytest.MonkeyPatch
+    prepared: RunSettings, monkeypatch: pytest.MonkeyPatch, codec: str, of_alignments: str
 ) -> None:
-    settings = msgspec.structs.replace(prepared, wire=msgspec.structs.replace(prepared.wire, codec="int8"))
+    settings = msgspec.structs.replace(prepared, wire=msgspec.structs.replace(prepared.wire, codec=codec))
     bundle, blobs, read = Bundle.open(settings.run_dir / "bundle"), RunDirectory(settings.run_dir).blobs, set()
     spec, view, real = bundle.manifest.lora, bundle.emulator_lora(), Checkpoint.layer
 
@@ -46,7 +47,7 @@ def test_a_realignment_reads_only_the_adapter_of_the_full_llm(
     job = Realign(version=1, master=put(settings, adapter_of(bundle)), emulator_views=(put(settings, view),))
     [result] = made.realign(job).sub_llms
     assert read == set(bundle.plan.adapter)
-    stepped = delta.advance(view, blobs.get(result.delta), spec.emulator, "int8")
+    stepped = delta.advance(view, blobs.get(result.delta), spec.emulator, of_alignments)
     assert delta.digest(stepped) == result.view
     assert made.realign(job).sub_llms == (result,)
     [other] = made.realign(msgspec.structs.replace(job, version=2)).sub_llms

@@ -35,6 +35,7 @@ from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.coded import of_factor
 from fedsoda_edge.protocol.needs import MemoryPlan, SampleSizes, Shape, plans, shape_of
 from fedsoda_hub.algorithms.methods.fedpruner import redrawn
+from fedsoda_hub.algorithms.pruning import representatives
 from fedsoda_hub.algorithms.pruning.representatives import contiguous, measure_layers, select_layers
 from fedsoda_hub.evaluation.export import export
 from fedsoda_hub.events import HubEvent, HubSay, Repruned, RoundClosed, RoundOpened, UpdateAccepted, as_json
@@ -142,6 +143,13 @@ class Ran:
     settings: RunSettings
     said: dict[str, list[edge_events.AnyEvent]]
     heard: list[HubEvent]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def every_layer_has_a_chance() -> Iterator[None]:
+    """Layers of a tiny model do so unequally much that the draw would hardly ever change the choice."""
+    with mock.patch.object(representatives, "TEMPERATURE", 50.0):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -416,11 +424,12 @@ def test_the_models_of_a_choice_that_is_over_are_given_back(tmp_path: Path, tiny
     [
         ("nf4", {"rule": "ffa"}),
         ("int8", {"rule": "rolora"}),
+        ("klt", {"rule": "rolora"}),
         ("bf16", {"rule": "flexlora"}),
         ("nf4", {"optimizer": "fedadam"}),
         ("nf4-weight", {}),
     ],
-    ids=["ffa", "rolora", "flexlora", "fedadam", "whole weights"],
+    ids=["ffa", "rolora", "klt and rolora", "flexlora", "fedadam", "whole weights"],
 )
 def test_every_rule_goes_with_classes_and_draws(
     tmp_path: Path, tiny_llama: Path, codec: str, how: dict[str, Any]

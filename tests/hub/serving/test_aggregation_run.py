@@ -26,7 +26,7 @@ from fedsoda_edge.edge import Edge
 from fedsoda_edge.model import delta
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.ports.disk import BlobStore
-from fedsoda_edge.protocol.coded import check, of_factor
+from fedsoda_edge.protocol.coded import check, most_bytes, of_factor
 from fedsoda_edge.protocol.manifest import TensorSpec
 from fedsoda_hub.algorithms.aggregation.weighted_mean import CodedUpdate, weighted_mean
 from fedsoda_hub.compute import Compute
@@ -173,12 +173,13 @@ def watching() -> Iterator[list[set[str]]]:
         # A round of A brings back what is left of B too: it waits there for the next round of B.
         ("nf4", {"rule": "rolora", "optimizer": "fedavgm", "learning_rate": 0.5}, ["", "B", "AB"]),
         ("bf16", {"rule": "flexlora"}, ["", "", ""]),  # the gauge has turned since
+        ("klt", {"rule": "rolora"}, ["", "B", "AB"]),
     ],
-    ids=["fedavg", "ffa", "rolora", "flexlora"],
+    ids=["fedavg", "ffa", "rolora", "flexlora", "klt and rolora"],
 )
 def test_a_run_by_each_rule(make: Any, codec: str, how: dict[str, Any], left_over: list[str]) -> None:
     settings = make("run", codec, **how)
-    whole = len(delta.encode(Bundle.open(settings.run_dir / "bundle").adapter_lora(), codec))
+    whole = most_bytes(layout_of(settings), codec)
     with watching() as seen:
         sizes = federate(settings)
     assert seen == [set(factors) for factors in left_over for _ in NAMES]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -220,13 +221,64 @@ def test_the_most_important_layer_of_each_group_is_kept() -> None:
         select_layers(ALIKE, 1, keep_ends=True)
 
 
-def test_layers_are_drawn_by_the_softmax_of_their_importance() -> None:
-    generator = torch.Generator().manual_seed(0)
+def shares(importance: Sequence[float], draws: int = 600) -> list[float]:
+    """Draw one group of all these layers many times; how often each layer is chosen."""
+    measured, generator = Measured(torch.ones(len(importance), len(importance)), tuple(importance)), seeded(0)
+    drawn = [select_layers(measured, 1, generator=generator) for _ in range(draws)]
+    return [drawn.count((layer,)) / draws for layer in range(len(importance))]
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def softmax_over_the_mean(importance: Sequence[float]) -> list[float]:
+    mean = sum(importance) / len(importance)
+    powers = [math.exp(one / mean / 0.5) for one in importance]
+    return [power / sum(powers) for power in powers]
+
+
+def test_layers_are_drawn_by_the_softmax_of_their_importance_over_the_groups_mean() -> None:
+    generator = seeded(0)
     drawn = [select_layers(ALIKE, 4, generator=generator) for _ in range(600)]
     assert all(len({layer // 2 for layer in kept}) == 4 for kept in drawn)
     for layer in range(8):
-        pair = [math.exp(IMPORTANCE[n] / 0.5) for n in (layer, layer ^ 1)]
-        assert sum(layer in kept for kept in drawn) / 600 == pytest.approx(pair[0] / sum(pair), abs=0.06)
+        even = layer - layer % 2
+        expected = softmax_over_the_mean(IMPORTANCE[even : even + 2])[layer % 2]
+        assert sum(layer in kept for kept in drawn) / 600 == pytest.approx(expected, abs=0.06)
+
+
+@pytest.mark.parametrize("others", [1, 2, 5])
+@pytest.mark.parametrize("unit", [0.003, 1.0])  # Block Influences of a real LLM are small
+def test_a_layer_of_twice_the_importance_is_drawn_clearly_more_often(unit: float, others: int) -> None:
+    importance = [2 * unit, *[unit] * others]
+    exact = softmax_over_the_mean(importance)
+    assert exact[0] > 3.5 * exact[1]
+    assert shares(importance) == pytest.approx(exact, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    "importance", [[0.01] * 4, [0.0] * 4, [-1e-17, 0.0, 0.0, -2e-17]], ids=["equal", "none", "noise"]
+)
+def test_layers_of_equal_importance_are_drawn_equally_often(importance: list[float]) -> None:
+    assert shares(importance) == pytest.approx([0.25] * 4, abs=0.06)
+
+
+def test_a_layer_that_differs_hardly_is_drawn_hardly_more_often() -> None:
+    """What standardising by the spread would not give: of two layers it makes 98 to 2, whatever lies between them."""
+    assert shares([0.0101, 0.01]) == pytest.approx([0.505, 0.495], abs=0.06)
+
+
+def test_a_group_of_one_layer_keeps_it() -> None:
+    assert shares([0.02], draws=5) == shares([0.0], draws=5) == [1.0]
+
+
+def test_the_draw_does_not_depend_on_the_scale_of_importance_and_does_on_its_zero() -> None:
+    group = [0.003, 0.02, 0.006, 0.01]
+    assert shares([16 * one for one in group]) == shares(group)
+    assert shares([1 + one for one in group]) == pytest.approx(
+        [0.25] * 4, abs=0.06
+    )  # all of them do much: as good as equal
 
 
 @pytest.mark.parametrize("budget", [11, 13, 19, 21, 30, 40])
