@@ -37,7 +37,7 @@ def test_an_option_that_is_a_setting_has_its_words_its_range_and_no_default_of_i
             if outside is not None:
                 ended = CliRunner().invoke(app, ["plan", "m", option.opts[0], str(outside)])
                 assert (ended.exit_code, f"Invalid value for '{option.opts[0]}'" in ended.stderr) == (2, True), key
-    assert "[default: fedsoda: 5; fedbiot: 1]" in options["realign_every"].help.replace("\\", "")
+    assert "[default: fedsoda: 0; fedbiot: 1]" in options["realign_every"].help.replace("\\", "")
 
 
 def planned(tmp_path: Path, *options: str) -> Any:

@@ -40,6 +40,9 @@ class FullLLM:
         assert num_layers == 15
         return self.measured
 
+    def healed_distances(self, num_layers: int, size: int) -> list[list[float]]:
+        return [row[:size] for row in self.distances(num_layers)]
+
     def representatives(self, count: int, grouping: str, drawn_by: int | None = None) -> Sequence[int]:
         raise NotImplementedError
 

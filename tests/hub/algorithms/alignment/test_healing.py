@@ -163,6 +163,7 @@ def test_layers_that_end_otherwise_stay_as_they_are(family: str, tmp_path: Path)
     made = dict(healing.heal(source, {0: 0, 1: 2}, TEXTS[:12], in_nf4=False, lacking={}, healed={}))
     for number in (0, 1):
         module = healing.refitted(source, number)
-        assert (module is None) == (family in ("gemma3_text", "olmo2", "qwen3_moe"))
+        assert module in (None, healing.DOWN)
+        assert module is None or family not in ("gemma3_text", "olmo2")
         for name, tensor in source.layer(number).items():
             assert torch.equal(made[number][name], tensor) or name == f"{module}.weight"

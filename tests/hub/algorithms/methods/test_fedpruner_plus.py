@@ -38,7 +38,7 @@ from tests.tiny import make_tiny
 
 METHOD: dict[str, Any] = {
     "name": "fedpruner+",
-    **dict.fromkeys(("adapter_layers", "layers_per_group", "groups")),
+    **dict.fromkeys(("adapter_layers", "layers_per_group", "groups", "realign_every")),
     "drop_layers": 3,
     "layer_choice": "spectral",  # of tiny_llama it leaves a layer without attention and one without MLP
 }
