@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedsoda_edge.data.samples import SampleTokenizer
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.source import Checkpoint
@@ -30,7 +31,7 @@ def _few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
 def border_error(settings: RunSettings) -> float:
     """How far the sub-emulator's states are from the full LLM's on the task's prompts, relative, first positions aside."""
     bundle, source = Bundle.open(settings.run_dir / "bundle"), Checkpoint.open(settings.model)
-    tokenizer = self_generated.SampleTokenizer(source.path / "tokenizer.json", None)
+    tokenizer = SampleTokenizer(source.path / "tokenizer.json", None)
     prompts = [torch.tensor(tokenizer.encode(f"Say {word}:")) for word in WORDS]
     wanted = torch.cat([states[1:] for states in stream(source, bundle.plan.emulator, prompts)])
     made = torch.cat([states[1:] for states in stream(bundle, bundle.plan.sub_emulator, prompts)])

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from sklearn.linear_model import Ridge
 from transformers import AutoModelForCausalLM
 
 from fedsoda_edge.model.source import Checkpoint
@@ -44,11 +43,10 @@ def test_distances_are_those_of_a_ridge_regression(model: Path) -> None:
         torch.cat([values[place] for place in seen]).double()
         for values in (u, [a - b for a, b in zip(wanted, rest, strict=True)])
     )
-    ridge = Ridge(alpha=healed.RIDGE * float((x**2).sum()) / x.shape[1], fit_intercept=False).fit(x.numpy(), y.numpy())
-    errors = [
-        ((wanted[place] - rest[place] - torch.tensor(ridge.predict(u[place].double().numpy()))) * sizes[place])[1:]
-        for place in unseen
-    ]
+    root = (healed.RIDGE * float((x**2).sum()) / x.shape[1]) ** 0.5
+    damped = torch.cat([x, root * torch.eye(x.shape[1], dtype=torch.float64)])
+    map_ = torch.linalg.lstsq(damped, torch.cat([y, torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64)])).solution
+    errors = [((wanted[place] - rest[place] - u[place].double() @ map_) * sizes[place])[1:] for place in unseen]
     of_border = torch.cat([sizes[place][1:] for place in unseen]).square().mean()  # the last of the four layers
     expected = torch.cat(errors).square().sum(dim=1).mean() / of_border
     assert found[1][1] == pytest.approx(float(expected), rel=1e-3)
