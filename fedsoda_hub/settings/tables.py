@@ -107,8 +107,8 @@ class Public(Section, frozen=True):
     like_task: Annotated[
         str,
         Meta(
-            description="a file of unlabelled rows with the columns of [task] prompt, on which the border map is "
-            "fitted; self-generated: the full LLM writes them"
+            description="a file of rows with the columns of [task] prompt, and of completion where there are labels, on "
+            "which layers are healed and the border map is fitted; self-generated: the full LLM writes them"
         ),
     ] = SELF_GENERATED
     sequences: Annotated[int, Meta(ge=1, description="blocks of public text")] = 128
