@@ -147,6 +147,9 @@ def main() -> None:
     if ended.returncode != 0:
         raise SystemExit(ended.returncode)
     report = json.loads(ended.stdout)
+    if "stopped" in report:  # a signal came, which is no failure; an earlier report stays as it is
+        print(ended.stdout, end="")
+        return
     if options.set == "border-map":
         report["gradient_agreement"] = gradient_agreement(path)
     print(json.dumps(report))

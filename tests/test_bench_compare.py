@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -102,6 +104,20 @@ def test_seeds_splits_and_variants_that_are_named_are_taken(written: Written) ->
 def test_a_task_that_a_model_has_no_settings_for_is_refused(written: Written) -> None:
     with pytest.raises(SystemExit, match="gsm8k is not measured with ref24"):
         written("ref24", "gsm8k")
+
+
+def test_a_comparison_that_was_stopped_is_said_and_leaves_the_earlier_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopped = '{"status": "ok", "stopped": "SIGTERM"}\n'
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, stopped))
+    monkeypatch.setattr(sys, "argv", ["bench_compare", "--shared", str(DATA.parent), "--out", str(tmp_path)])
+    earlier = tmp_path / "ref24" / "sst2" / "methods.json"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text("{}")
+    bench.main()
+    assert capsys.readouterr().out == stopped
+    assert earlier.read_text() == "{}"
 
 
 def test_sst2_is_dealt_without_the_rows_that_are_like_the_task(tmp_path: Path) -> None:
