@@ -41,10 +41,17 @@ from fedsoda_hub.settings.run import RunSettings
 
 
 def made_of(settings: RunSettings) -> Any:
-    """Collect the settings that a bundle is made from; when and how long it is realigned is not among them."""
-    method = msgspec.structs.replace(settings.method, realign_every=0)
-    align = msgspec.structs.replace(settings.align, realign_steps=0)
-    return msgspec.to_builtins([method, settings.lora, settings.public, align])
+    """Collect the settings that a bundle is made from; when and how long it is realigned is not among them.
+
+    `heal` and `distance` are left out as the paper has them: a run that began before there were these keys finds its
+    bundle again.
+    """
+    method = msgspec.to_builtins(msgspec.structs.replace(settings.method, realign_every=0))
+    align = msgspec.to_builtins(msgspec.structs.replace(settings.align, realign_steps=0))
+    for table, key, of_paper in ((method, "distance", "angular"), (align, "heal", False)):
+        if table[key] == of_paper:
+            del table[key]
+    return [method, *msgspec.to_builtins([settings.lora, settings.public]), align]
 
 
 class RunPreparation:

@@ -445,7 +445,14 @@ def test_every_rule_goes_with_classes_and_draws(
         for view, step in ((record.view, record.delta), (record.smaller[0].view, record.smaller[0].delta)):
             layout = of_factor(delta.layout_of(load(blobs.get(view))), factor)
             assert delta.decode(blobs.get(step), layout, codec)
-        assert record.cross_term == 0.0 if factor != "both" else (record.cross_term or 0.0) > 0.0
+        if factor == "both":
+            assert (record.cross_term or 0.0) > 0.0
+        elif (
+            codec == "klt"
+        ):  # divides its bytes among all tensors of a view, so that classes hold one a little otherwise
+            assert (record.cross_term or 0.0) < 0.05
+        else:
+            assert record.cross_term == 0.0
 
 
 # --- settings ----------------------------------------------------------------------------------------------
