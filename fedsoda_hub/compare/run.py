@@ -241,9 +241,15 @@ class _Run:
         return msgspec.structs.replace(settings, path=str(self.out / "prepared" / key / "run.toml"))
 
     def _prepare(self, prepared: RunSettings) -> None:
-        """Prepare a run, once in a call, since each time reads text and weights again."""
+        """Prepare a run, once in a call, since each time reads text and weights again.
+
+        What the full LLM writes for one variant serves all others of the same seed.
+        """
         if prepared.run_dir not in self._prepared_here:
+            own, shared = RunDirectory(prepared.run_dir).texts, self.out / "prepared" / "texts"
+            _link_missing(shared, own)
             RunPreparation(prepared).run(self._alive)
+            _link_missing(own, shared)
             self._prepared_here.add(prepared.run_dir)
 
     def _prepare_cell(self, settings: RunSettings) -> None:
@@ -428,6 +434,14 @@ def _kept(path: Path, fingerprint: str, kind: type[K]) -> K | None:
         return msgspec.convert(found, kind) if found["fingerprint"] == fingerprint else None
     except (FileNotFoundError, ValueError, msgspec.ValidationError):
         return None
+
+
+def _link_missing(source: Path, target: Path) -> None:
+    """Link each file of a directory that another one lacks."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.glob("*"):
+        if not (target / path.name).exists():
+            _link(str(path), str(target / path.name))
 
 
 def _link(source: str, target: str) -> None:

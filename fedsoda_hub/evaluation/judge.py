@@ -36,7 +36,7 @@ from fedsoda_hub.run.ledger import read_outcome
 from fedsoda_hub.settings.run import RunSettings, read_settings
 from fedsoda_hub.settings.tables import Task
 
-KEPT_BORDER_BYTES = 256 << 20  # border states that stay in memory between two evaluations of a run
+KEPT_BORDER_BYTES = 1 << 30  # border states that stay in memory between two evaluations of a run
 SMALL = 10**9  # parameters, below which a model is judged in fp32
 
 

@@ -88,7 +88,7 @@ class StreamedLLM:
         self.method = method_of(settings.method)
         self.running = RunningLayers(settings)
         self.source = open_full_llm(settings)
-        self.text = RunText(settings, self.source, self.directory.preparation, self.running)
+        self.text = RunText(settings, self.source, self.directory.texts, self.running)
 
     @property
     def num_layers(self) -> int:

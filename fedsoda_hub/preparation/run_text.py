@@ -6,6 +6,8 @@ Reading is `public_text.py`'s, writing `self_generated.py`'s.
 from __future__ import annotations
 
 import gc
+import hashlib
+import json
 from collections.abc import Callable
 from functools import cached_property
 from itertools import chain
@@ -30,13 +32,14 @@ class RunText:
     """The text that SGP, ODA and the border map see. All of it stays in memory: a few MB of ids.
 
     Args:
-        work: the directory in which text that the full LLM wrote is found again.
+        texts: the directory in which text that the full LLM wrote is found again, also by a run with other settings of
+            which that text does not depend.
     """
 
-    def __init__(self, settings: RunSettings, source: Checkpoint, work: Path, running: RunningLayers) -> None:
+    def __init__(self, settings: RunSettings, source: Checkpoint, texts: Path, running: RunningLayers) -> None:
         self._settings = settings
         self._source = source
-        self._work = work
+        self._texts = texts
         self._running = running
 
     @property
@@ -60,7 +63,7 @@ class RunText:
                 seed = self._settings.seed
                 return list(chain(*generate_blocks(self._source, public.sequences, public.length, seed=seed, **how)))
 
-            return self._written("public", write)
+            return self._written("public", [public.sequences, public.length], write)
         tokenizer, bos = self._source.path / "tokenizer.json", self._source.fields.get("bos_token_id")
         return list(chain(*read_blocks(file, tokenizer, bos, public.sequences, public.length)))
 
@@ -86,7 +89,7 @@ class RunText:
             return [torch.tensor(sample.ids) for sample in samples]
 
         try:
-            return self._written("like_task", write)
+            return self._written("like_task", [s.task.prompt, s.local.max_length], write)
         except UsageProblem as problem:
             if s.align.border_map == "ridge":
                 raise
@@ -104,13 +107,20 @@ class RunText:
         if self._settings.like_task is not None:
             _ = self.like_task
 
-    def _written(self, name: str, write: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """Load the ids that the full LLM has written for this run, text by text, or let it write them."""
-        path = self._work / f"{name}.safetensors"
+    def _written(self, name: str, made_of: list[str | int], write: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """Load the ids that the full LLM has written, text by text, or let it write them.
+
+        Args:
+            made_of: what they depend on beside full LLM and seed.
+        """
+        parts = [self._source.revision, self._settings.seed, *made_of]
+        digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        path = self._texts / f"{name}-{digest[:16]}.safetensors"
         if not path.exists():
             texts = write()
             gc.collect()
             lengths = torch.tensor([len(ids) for ids in texts])
+            path.parent.mkdir(parents=True, exist_ok=True)
             write_durably(path, save({"ids": torch.cat(texts), "lengths": lengths}))
         held = load_file(path)
         return list(held["ids"].split(held["lengths"].tolist()))

@@ -37,6 +37,11 @@ class RunDirectory:
         return self.path / "prepare"
 
     @property
+    def texts(self) -> Path:
+        """The directory of what the full LLM wrote for preparation, each file named by all that it depends on."""
+        return self.path / "texts"
+
+    @property
     def model_revision(self) -> Path:
         """The file with the revision of the full LLM that the run began with."""
         return self.path / "model_revision.json"

@@ -15,6 +15,7 @@ from fedsoda_hub.compare.run import run_comparison
 from fedsoda_hub.compare.settings import read_comparison
 from fedsoda_hub.events import CellDone, HubEvent, StageProgress, as_json
 from fedsoda_hub.local import in_process
+from fedsoda_hub.preparation import run_text
 from tests.hub.compare.files import write_comparison
 from tests.schema import HUB
 
@@ -133,6 +134,30 @@ def test_a_cell_finds_what_was_prepared_for_all(calm: tuple[Path, Path, dict[str
     found = [path.read_text() for path in out.glob("memory/**/run.run/prepare/fingerprint")]
     assert len(found) == 4  # the cells, and each edge alone
     assert set(found) == made
+
+
+def test_what_the_full_llm_writes_serves_all_variants_of_a_seed(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+    generate_blocks = run_text.generate_blocks
+
+    def counted(*args: Any, seed: int, **options: Any) -> Any:
+        written.append(seed)
+        return generate_blocks(*args, seed=seed, **options)
+
+    monkeypatch.setattr(run_text, "generate_blocks", counted)
+    path = write_comparison(
+        tmp_path,
+        tiny_llama,
+        {"some": {"align": {"steps": 1}}, "none": {"align": {"steps": 0}}},
+        method={"realign_every": 0},
+        public={"text": "self-generated", "sequences": 2, "length": 8},
+        rounds={"count": 1},
+        local={"max_steps": 1},
+    )
+    compared(path, tmp_path / "out")
+    assert written == [0]
 
 
 def test_a_second_call_does_nothing_again(

@@ -273,11 +273,23 @@ def test_where_the_map_is_left_to_the_hub_it_is_fitted_on_texts_that_the_full_ll
     again = make_run(tmp_path / "again", tiny_llama, **AUTO)
     with killed_after(5):
         prepare(again)
-    written = (again.run_dir / "prepare" / "like_task.safetensors").stat().st_mtime_ns
+    [prompts] = (again.run_dir / "texts").glob("like_task-*.safetensors")
+    written = prompts.stat().st_mtime_ns
     assert prepare(again) == first
-    assert (again.run_dir / "prepare" / "like_task.safetensors").stat().st_mtime_ns == written
+    assert prompts.stat().st_mtime_ns == written
     other = make_run(tmp_path / "again", tiny_llama, **AUTO, task={"prompt": "Tell {word}:"})
     assert prepare(other).sub_llms[0].emulator_view != first.sub_llms[0].emulator_view
+    assert len(list((again.run_dir / "texts").glob("like_task-*.safetensors"))) == 2
+
+
+def test_what_the_full_llm_wrote_serves_a_run_again_whatever_else_is_changed(tmp_path: Path, tiny_llama: Path) -> None:
+    prepare(make_run(tmp_path, tiny_llama, **AUTO))
+    said: list[JobProgress] = []
+    changed = make_run(tmp_path, tiny_llama, align={"border_map": "auto", "steps": 1, "border_rank": 8})
+    RunPreparation(changed).run(said.append)
+    stages = {progress.stage for progress in said}
+    assert "aligning" in stages
+    assert "writing rows like the task's" not in stages
 
 
 def test_where_the_full_llm_cannot_write_prompts_a_run_continues_without_a_map_unless_one_was_asked_for(
@@ -303,4 +315,4 @@ def test_nothing_removed_leaves_nothing_to_map(tmp_path: Path, tiny_llama: Path)
     settings = make_run(tmp_path, tiny_llama, **AUTO, method={"groups": 0})
     prepare(settings)
     assert not Bundle.open(settings.run_dir / "bundle").emulator_lora()
-    assert not (settings.run_dir / "prepare" / "like_task.safetensors").exists()
+    assert not (settings.run_dir / "texts").exists()
