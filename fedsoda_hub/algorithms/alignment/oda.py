@@ -21,7 +21,6 @@ from fedsoda_edge.protocol.manifest import LayerPlan
 
 WARM_UP = 0.05  # share of the steps
 FINAL_RATE = 0.05  # share of the learning rate that is left at the end of the cosine
-KL_POSITIONS = 256  # of a step's, whose KL stands for all: at each the whole vocabulary is computed three times
 
 
 @dataclass(frozen=True)
@@ -88,12 +87,7 @@ def forward(student: SubLLM, layers: Iterable[int], start: Tensor) -> tuple[dict
 
 
 def objective(
-    student: SubLLM,
-    plan: LayerPlan,
-    start: Tensor,
-    teacher: Teacher,
-    settings: AlignSettings,
-    places: Tensor | None = None,
+    student: SubLLM, plan: LayerPlan, start: Tensor, teacher: Teacher, settings: AlignSettings
 ) -> tuple[Tensor, Tensor]:
     """Compute (alpha * (L_inter + L_final) + beta * L_KL, L_KL) of a batch (paper, eq. 8).
 
@@ -102,7 +96,6 @@ def objective(
     Args:
         start: (B, T, C), hidden states below the student's first layer.
         teacher: the states on the same B blocks.
-        places: (M,), b * T + t of the positions over which L_KL is the mean; None: all B * T.
     """
     last = plan.sub_emulator[-1]
     outputs, final = forward(student, [*teacher.retained, last], start)
@@ -110,10 +103,7 @@ def objective(
     if teacher.retained:
         inter = [representation_loss(wanted, outputs[layer]) for layer, wanted in teacher.retained.items()]
         rep = rep + torch.stack(inter).mean()
-    made, wanted = final.flatten(0, 1), teacher.final.flatten(0, 1)
-    if places is not None:
-        made, wanted = made[places], wanted[places]
-    kl = kl_divergence(made, wanted, student.head)
+    kl = kl_divergence(final.flatten(0, 1), teacher.final.flatten(0, 1), student.head)
     return settings.representation_weight * rep + settings.kl_weight * kl, kl
 
 
@@ -131,8 +121,7 @@ def align(
 
     Args:
         start: (N, T, C) for all blocks, constant because nothing below the first aligned layer trains.
-        seed: decides the order of the blocks, each pass over them a new permutation, and at which KL_POSITIONS of a step
-            KL is computed.
+        seed: decides the order of the blocks; each pass over them is a new permutation.
         progress: called as progress(steps done, steps in all, KL in nats).
     """
     trained = list(lora.on(plan.emulator, lora.parameters(student)).values())
@@ -142,15 +131,13 @@ def align(
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, settings.steps))
-    generator, choice = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
-    positions = settings.batch_size * start.shape[1]
     for step in range(settings.steps):
         while len(order) < settings.batch_size:
             order += torch.randperm(len(start), generator=generator).tolist()
         batch, order = order[: settings.batch_size], order[settings.batch_size :]
-        places = torch.randperm(positions, generator=choice)[:KL_POSITIONS] if positions > KL_POSITIONS else None
-        loss, kl = objective(student, plan, start[batch], _rows(teacher, batch), settings, places)
+        loss, kl = objective(student, plan, start[batch], _rows(teacher, batch), settings)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)

@@ -142,58 +142,6 @@ def test_alignment_trains_the_emulator_lora_alone_and_brings_unseen_text_nearer(
     assert all(torch.equal(after[name], again[name]) for name in after)
 
 
-def test_kl_at_some_positions_is_their_mean_and_that_of_all_in_expectation(
-    bundle: Bundle, full: Any, trained: dict[str, Tensor]
-) -> None:
-    student, start = student_of(bundle, trained)
-    teacher = teacher_of(full, bundle.plan, IDS)
-    with torch.no_grad():
-        ours, theirs = (
-            (states.flatten(0, 1) @ student.head.T).log_softmax(-1)
-            for states in (student.hidden(states=start), teacher.final)
-        )
-        every = (theirs.exp() * (theirs - ours)).sum(-1)
-        whole, kl_whole = oda.objective(student, bundle.plan, start, teacher, SETTINGS)
-        order = torch.randperm(len(every), generator=torch.Generator().manual_seed(0))
-        parts = []
-        for places in order.split(len(every) // 4):
-            loss, kl = oda.objective(student, bundle.plan, start, teacher, SETTINGS, places)
-            torch.testing.assert_close(kl, every[places].mean(), rtol=1e-4, atol=1e-7)
-            torch.testing.assert_close(loss - 1.3 * kl, whole - 1.3 * kl_whole, rtol=1e-4, atol=1e-6)
-            parts.append(kl)
-    torch.testing.assert_close(torch.stack(parts).mean(), kl_whole, rtol=1e-4, atol=1e-7)
-
-
-def test_a_step_computes_kl_at_new_positions_that_the_seed_decides(
-    bundle: Bundle, full: Any, trained: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    teacher, objective = teacher_of(full, bundle.plan, IDS), oda.objective
-    seen: list[list[int] | None] = []
-
-    def noted(*args: Any) -> Any:
-        seen.append(None if args[-1] is None else args[-1].tolist())
-        return objective(*args)
-
-    monkeypatch.setattr(oda, "objective", noted)
-    steps = oda.AlignSettings(steps=3, batch_size=4, learning_rate=1e-3, representation_weight=1.0, kl_weight=1.0)
-
-    def places(seed: int) -> list[list[int] | None]:
-        seen.clear()
-        student, start = student_of(bundle, trained)
-        oda.align(student, bundle.plan, start, teacher, steps, seed=seed)
-        return list(seen)
-
-    assert places(0) == [None] * 3  # 4 * 16 positions are few
-    monkeypatch.setattr(oda, "KL_POSITIONS", 10)
-    first, again, other = places(0), places(0), places(1)
-    assert first == again != other
-    for of_step in first:
-        assert of_step is not None
-        assert len(set(of_step)) == len(of_step) == 10
-        assert set(of_step) <= set(range(64))
-    assert first[0] != first[1]
-
-
 def test_public_kl_is_the_mean_over_all_positions_of_both_models_logits(
     bundle: Bundle, tiny_llama: Path, full: Any, trained: dict[str, Tensor]
 ) -> None:
