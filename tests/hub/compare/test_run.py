@@ -15,7 +15,7 @@ from fedsoda_hub.compare.run import run_comparison
 from fedsoda_hub.compare.settings import read_comparison
 from fedsoda_hub.events import CellDone, HubEvent, StageProgress, as_json
 from fedsoda_hub.local import in_process
-from fedsoda_hub.preparation import run_text
+from fedsoda_hub.preparation import run_text, self_generated
 from tests.hub.compare.files import write_comparison
 from tests.schema import HUB
 
@@ -140,7 +140,7 @@ def test_what_the_full_llm_writes_serves_all_variants_of_a_seed(
     tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[int] = []
-    generate_blocks = run_text.generate_blocks
+    generate_blocks = self_generated.generate_blocks
 
     def counted(*args: Any, seed: int, **options: Any) -> Any:
         written.append(seed)
