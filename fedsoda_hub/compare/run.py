@@ -213,11 +213,11 @@ class _Run:
 
         They have no evaluation data, since the hub does not judge: questions are read once for all cells.
         """
-        variant, replace = self.comparison.settings[cell.variant], msgspec.structs.replace
+        variant, replace, c = self.comparison.settings[cell.variant], msgspec.structs.replace, self.comparison.compare
         return replace(
             variant,
             name="run",
-            seed=cell.seed,
+            seed=c.seeds[0] if c.prepare == "once" else cell.seed,
             rounds=replace(variant.rounds, min_edges=num_edges),
             task=replace(variant.task, eval_data=None),
             path=str(self.out / self.transport / cell.directory / "run.toml"),

@@ -50,6 +50,14 @@ class Compare(Section, frozen=True):
             extra=WHAT,
         ),
     ] = msgspec.field(default_factory=lambda: [0, 1, 2, 3, 4])
+    prepare: Annotated[
+        Literal["each", "once"],
+        Meta(
+            description="a bundle for each seed, or one of the first seed for all: then seeds decide only who holds which "
+            "rows, and intervals are those of one bundle",
+            extra=WHAT,
+        ),
+    ] = "each"
     splits: Annotated[list[str], Meta(min_length=1, description=f"ways to deal the rows: {SPLITS}", extra=WHAT)] = (
         msgspec.field(default_factory=lambda: ["iid"])
     )

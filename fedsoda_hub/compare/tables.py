@@ -42,7 +42,9 @@ def markdown(report: CompareReport) -> str:
         "# Comparison\n",
         f"{report.eval_rows:,} questions, seeds {', '.join(map(str, seeds))}, {report.transport} transport. Figures are "
         "those of the full model with the adapter LoRA plugged in, mean ± standard deviation over seeds (95 % interval for "
-        "other seeds and other questions).\n",
+        "other seeds and other questions)."
+        + (" All seeds share one bundle of each variant." if report.compare.prepare == "once" else "")
+        + "\n",
     ]
     for measure, title in TITLES.items():
         figures = {split: _figures(of, measure) for split, of in splits.items()}

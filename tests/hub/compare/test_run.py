@@ -16,6 +16,7 @@ from fedsoda_hub.compare.settings import read_comparison
 from fedsoda_hub.events import CellDone, HubEvent, StageProgress, as_json
 from fedsoda_hub.local import in_process
 from fedsoda_hub.preparation import run_text, self_generated
+from fedsoda_hub.settings.run import read_settings
 from tests.hub.compare.files import write_comparison
 from tests.schema import HUB
 
@@ -134,6 +135,19 @@ def test_a_cell_finds_what_was_prepared_for_all(calm: tuple[Path, Path, dict[str
     found = [path.read_text() for path in out.glob("memory/**/run.run/prepare/fingerprint")]
     assert len(found) == 4  # the cells, and each edge alone
     assert set(found) == made
+
+
+def test_seeds_that_share_a_bundle_deal_other_rows(tmp_path: Path, tiny_llama: Path) -> None:
+    """Each cell then runs with the first seed, on the rows that its own seed deals; one bundle is prepared for all."""
+    shared = {"seeds": [3, 4], "rows": 12, "prepare": "once"}
+    path = write_comparison(tmp_path, tiny_llama, compare=shared)
+    report = compared(path, tmp_path / "out")
+    assert len(list(tmp_path.glob("out/prepared/*/run.run/bundle"))) == 1
+    cells = [tmp_path / "out" / "memory" / "default" / "iid" / f"seed-{seed}" / "all" for seed in (3, 4)]
+    rows = [{line for data in (cell / "data").iterdir() for line in data.read_text().splitlines()} for cell in cells]
+    assert rows[0] != rows[1]
+    assert [read_settings(cell / "run.toml").seed for cell in cells] == [3, 3]
+    assert "All seeds share one bundle of each variant." in Path(report["markdown"]).read_text()
 
 
 def test_what_the_full_llm_writes_serves_all_variants_of_a_seed(
