@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="also run the slow tests")
+    parser.addoption("--device", default="cpu", help="where tests marked cuda run: cpu or cuda")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -45,6 +46,12 @@ def _one_thread_and_nothing_left() -> Iterator[None]:
     left = psutil.Process().children(recursive=True)
     _, alive = psutil.wait_procs(left, timeout=5)
     assert not alive, f"tests left processes behind: {[process.cmdline() for process in alive]}"
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    """The device of tests that are marked cuda, for which the CPU stands in where there is no GPU."""
+    return str(request.config.getoption("--device"))
 
 
 @pytest.fixture(scope="session")
