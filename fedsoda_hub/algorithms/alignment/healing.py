@@ -33,7 +33,7 @@ from fedsoda_edge.protocol.manifest import Half
 from fedsoda_hub.algorithms.alignment.gptq import quantize_for
 
 DOWN, OUT = "mlp.down_proj", "self_attn.o_proj"
-RIDGES = tuple(10.0**power for power in range(-4, 2))  # lambda, of the mean of the Gram matrix's diagonal
+RIDGES = tuple(10.0**power for power in range(-3, 1))  # lambda, of the mean of the Gram matrix's diagonal
 HELD_OUT = 5  # every fifth text
 MASSIVE = 5.0
 SINKS = 100.0  # times the mean error of all other tokens
