@@ -4,7 +4,9 @@ SmolLM2 on SST-2. First the error of border states on prompts of the task, for t
 healed, and healed in NF4. With `--seeds` then federations on border states that are swept once for all of them: 4 edges of
 1,000 rows, 6 rounds x 40 steps, deltas averaged as they are, the plug-in judged by the first id of each answer. They are the
 product's own training without its network, so that five seeds take half an hour; `bench_compare` runs the whole of it.
-`--planted-defect` leaves the layers as they are: then healing has no effect, and the script fails (exit 1).
+`--curve` heals with each of these numbers of prompts instead, and prints what each leaves at the border. `--filled` adds
+that many ids of prompts that are filled with pieces of public text. `--planted-defect` leaves the layers as they are: then
+healing has no effect, and the script fails (exit 1).
 """
 
 from __future__ import annotations
@@ -27,12 +29,15 @@ from fedsoda_edge.model.streaming import stream
 from fedsoda_edge.model.sub_llm import SubLLM, build
 from fedsoda_edge.protocol.manifest import LoRASpec
 from fedsoda_edge.protocol.messages import LocalSettings
+from fedsoda_edge.protocol.template import TextTemplate
 from fedsoda_edge.worker.batches import SweptSamples
 from fedsoda_edge.worker.training import fine_tune
 from fedsoda_hub.algorithms.alignment.healing import StoredLayer, heal
+from fedsoda_hub.preparation.filled import filled_rows
 from fedsoda_hub.preparation.public_text import read_blocks
 
 ADAPTER, TARGETS, ANSWERS = 3, ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj"), (" negative", " positive")
+PROMPT, MAX_LENGTH = "Review: {sentence}\nSentiment:", 96
 EDGES, ROWS_OF_EDGE, ROUNDS, STEPS = 4, 1000, 6, 40
 TRAINED, JUDGED, LOOKED_AT, BLOCKS, LENGTH = 8000, 1000, 200, 48, 128
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -56,10 +61,10 @@ class Rows:
 
     @staticmethod
     def _prompt(row: Mapping[str, str]) -> str:
-        return f"Review: {row['sentence']}\nSentiment:"
+        return PROMPT.format(**row)
 
     def _sample(self, tokenizer: SampleTokenizer, row: Mapping[str, str]) -> Sample:
-        sample = tokenizer.sample(self._prompt(row), row["label"], 96)
+        sample = tokenizer.sample(self._prompt(row), row["label"], MAX_LENGTH)
         assert sample is not None
         return sample
 
@@ -95,12 +100,22 @@ class Bench:
         bos = self.source.fields.get("bos_token_id")
         text = shared / "data" / "wikitext2" / "test.txt"
         self.blocks, _ = read_blocks(text, self.source.path / "tokenizer.json", bos, BLOCKS, LENGTH)
+        self.filled = filled_rows(
+            self.blocks, TextTemplate(PROMPT), tokenizer, MAX_LENGTH, num_ids=options.filled, seed=0
+        )
         self.answers = [tokenizer.encode(answer)[0] for answer in ANSWERS]
         self.how: dict[str, Any] = {"compute_dtype": DTYPES[options.dtype], "store_dtype": torch.float32}
 
-    def healed(self, places: Mapping[int, int], *, in_nf4: bool) -> dict[int, StoredLayer]:
-        """Heal the kept layers on prompts without labels and public text."""
-        texts = [*(torch.tensor(ids) for ids in self.rows.like_task), *self.blocks]
+    def healed(
+        self, places: Mapping[int, int], *, in_nf4: bool, like_task: int | None = None
+    ) -> dict[int, StoredLayer]:
+        """Heal the kept layers on prompts without labels, filled rows and public text.
+
+        Args:
+            like_task: how many prompts; None: all.
+        """
+        prompts = self.rows.like_task[:like_task]
+        texts = [*(torch.tensor(ids) for ids in prompts), *self.filled, *self.blocks]
         how = {"in_nf4": in_nf4, "lacking": {}, "healed": {}, "compute_dtype": self.how["compute_dtype"]}
         return dict(heal(self.source, places, texts, **how))
 
@@ -119,6 +134,13 @@ class Bench:
         ids = [torch.tensor(one) for one in self.rows.prompts[:LOOKED_AT]]
         wanted = stream(self.source, range(self.below), ids, **self.how)
         return {name: error(stream(source, list(places), ids, **self.how), wanted) for name, source in sources.items()}
+
+    def curve(self, places: Mapping[int, int], counts: Sequence[int]) -> Iterator[dict[str, Any]]:
+        """Heal in NF4 with each of these numbers of prompts; yield the border's errors."""
+        for count in counts:
+            layers = self.healed(places, in_nf4=True, like_task=count)
+            found = self.errors(places, {"healed_nf4": self.source.with_layers(layers)})
+            yield {"like_task": count, **found["healed_nf4"]}
 
     def federations(self, seeds: Sequence[int], arms: Mapping[str, tuple[Checkpoint, Sequence[int]]]) -> Iterator[Any]:
         """Train and judge each arm with each seed, unless that is done; the full LLM untouched first."""
@@ -151,7 +173,7 @@ class Bench:
         parts = [order[edge::EDGES][:ROWS_OF_EDGE] for edge in range(EDGES)]
         held = [SweptSamples([self.rows.trained[at] for at in part], [states[at] for at in part]) for part in parts]
         local = LocalSettings(
-            epochs=100, max_steps=STEPS, batch_size=8, learning_rate=1e-3, weight_decay=0.01, max_length=96
+            epochs=100, max_steps=STEPS, batch_size=8, learning_rate=1e-3, weight_decay=0.01, max_length=MAX_LENGTH
         )
         for number in range(1, ROUNDS + 1):
             deltas = [
@@ -185,6 +207,8 @@ def main() -> None:
     parser.add_argument("--groups", type=int, nargs="+", default=[0, 4, 11, 15], help="the layer that each group keeps")
     parser.add_argument("--size", type=int, default=3, help="layers that each group removes")
     parser.add_argument("--like-task", type=int, default=1500, help="prompts to heal on")
+    parser.add_argument("--filled", type=int, default=0, help="ids of filled prompts to heal on, at most")
+    parser.add_argument("--curve", type=int, nargs="+", default=[], help="heal with each of these numbers of prompts")
     parser.add_argument("--seeds", type=int, nargs="*", default=[], help="federations with each of these seeds")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument(
@@ -194,8 +218,13 @@ def main() -> None:
     parser.add_argument("--planted-defect", action="store_true", help="layers stay as they are: the script must fail")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    options.like_task = max([options.like_task, *options.curve])
     bench = Bench(options)
     places = after(options.groups, options.size, bench.below)
+    if options.curve:
+        curve = list(bench.curve(places, options.curve))
+        print(json.dumps({"groups": options.groups, "filled": sum(map(len, bench.filled)), "curve": curve}))
+        return
     unhealed: dict[int, StoredLayer] = {}
     nf4 = unhealed if options.planted_defect else bench.healed(places, in_nf4=True)
     dense = unhealed if options.planted_defect else bench.healed(places, in_nf4=False)

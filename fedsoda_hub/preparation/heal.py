@@ -11,15 +11,18 @@ from pathlib import Path
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from fedsoda_edge.data.samples import SampleTokenizer
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model.bundle_writer import packed
 from fedsoda_edge.model.nf4 import unpacked
 from fedsoda_edge.ports.disk import write_durably
 from fedsoda_edge.protocol.manifest import LayerPlan
 from fedsoda_hub.algorithms.alignment.healing import StoredLayer, heal, refitted
+from fedsoda_hub.preparation.filled import filled_rows
 from fedsoda_hub.preparation.full_llm import StreamedLLM
 
 HEALING_IDS = 1 << 15  # of public text, beside all texts like the task's
+FILLED_IDS = 1 << 15  # of rows that are filled with pieces of public text, where there are none of users
 
 
 def check_healing(llm: StreamedLLM) -> None:
@@ -38,9 +41,14 @@ def check_healing(llm: StreamedLLM) -> None:
 
 
 def healing_texts(llm: StreamedLLM) -> list[Tensor]:
-    """Choose the texts that a run is healed on: those like the task's, and public text. (T_i,) ids each."""
-    public, count = llm.text.used, max(1, HEALING_IDS // llm.settings.public.length)
-    return [*llm.text.like_task, *public[:count]]
+    """Choose the texts that a run is healed on, (T_i,) ids each: those like the task's, filled rows, and public text."""
+    settings, public = llm.settings, llm.text.used
+    filled: list[Tensor] = []
+    if settings.like_task is None:
+        tokenizer = SampleTokenizer(llm.source.path / "tokenizer.json", llm.source.fields.get("eos_token_id"))
+        length, seed = settings.local.max_length, settings.seed
+        filled = filled_rows(public, settings.prompt, tokenizer, length, num_ids=FILLED_IDS, seed=seed)
+    return [*llm.text.like_task, *filled, *public[: max(1, HEALING_IDS // settings.public.length)]]
 
 
 def healed_layers(llm: StreamedLLM, plan: LayerPlan) -> Mapping[int, StoredLayer]:

@@ -18,7 +18,7 @@ from fedsoda_edge.errors import DataProblem, UsageProblem
 from fedsoda_edge.protocol.template import TextTemplate
 
 MAX_HELD_OUT = 32
-MIN_PROMPTS, MAX_PROMPTS, MAX_PROMPT_IDS = 50, 1000, 1 << 16  # MAX_PROMPTS: how many the full LLM writes
+MIN_PROMPTS, MAX_PROMPTS, MAX_PROMPT_IDS = 50, 500, 1 << 16  # MAX_PROMPTS: how many the full LLM writes
 
 
 def read_blocks(

@@ -22,7 +22,7 @@ from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model.source import Checkpoint
 from fedsoda_edge.ports.disk import write_durably
 from fedsoda_hub.federation.jobs import NoBorderMap
-from fedsoda_hub.preparation.public_text import read_blocks, read_like_task
+from fedsoda_hub.preparation.public_text import MAX_PROMPTS, read_blocks, read_like_task
 from fedsoda_hub.preparation.running import RunningLayers
 from fedsoda_hub.preparation.self_generated import generate_blocks, generate_samples
 from fedsoda_hub.settings.run import RunSettings
@@ -89,7 +89,7 @@ class RunText:
             return [torch.tensor(sample.ids) for sample in samples]
 
         try:
-            return self._written("like_task", [s.task.prompt, s.local.max_length], write)
+            return self._written("like_task", [s.task.prompt, s.local.max_length, MAX_PROMPTS], write)
         except UsageProblem as problem:
             if s.align.border_map == "ridge":
                 raise

@@ -9,16 +9,17 @@ layer itself for another one. So a layer also takes up what pruning and rounding
 that its products change least (`gptq.py`). Nothing is added that an edge would have to store or to compute.
 
 w_i = 1 / |h_i|^2 with h_i the full LLM's state, since every reader of the stream divides by its length. Some tokens have
-massive activations (arXiv 2402.17762): the first position of every text in most LLMs, in some of them delimiters or an
-article too. Layers above attend to them as to a sink (arXiv 2309.17453), whatever the text, so a sub-LLM without them is
-far off everywhere. Tokens whose |h_i| is above MASSIVE times the median are therefore held by a weight of their own. It
-and lambda are those that leave the least mean error on texts that the fit did not see, plus SINKS times the mean error of
-massive tokens.
+massive activations (arXiv 2402.17762), whose |h_i| is above MASSIVE times the median. In most LLMs the first token of
+every text is one, and layers above attend to it as to a sink (arXiv 2309.17453), whatever the text, so a sub-LLM without
+it is far off everywhere. A first token that is massive in this or a lower layer is therefore held by a weight of its own.
+It and lambda are those that leave the least mean error on texts that the fit did not see, plus SINKS times the mean error
+of held tokens. A massive token further on, such as a space or an article, is weighted as all others: what makes it massive
+is often its context, which only removed layers look at, so that to hold it would be to err on all tokens that look like it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,12 +33,13 @@ from fedsoda_edge.protocol.manifest import Half
 from fedsoda_hub.algorithms.alignment.gptq import quantize_for
 
 DOWN, OUT = "mlp.down_proj", "self_attn.o_proj"
-RIDGES = tuple(10.0**power for power in range(-4, 2))  # lambda, of the mean of the Gram matrix's diagonal
+RIDGES = tuple(10.0**power for power in range(-3, 1))  # lambda, of the mean of the Gram matrix's diagonal
 HELD_OUT = 5  # every fifth text
 MASSIVE = 5.0
 SINKS = 100.0  # times the mean error of all other tokens
-WEIGHTS = tuple(10.0**power for power in range(0, 5, 2))  # of massive tokens, beside 1 of others
+WEIGHTS = tuple(10.0**power for power in range(0, 5, 2))  # of held tokens, beside 1 of others
 BATCH_TOKENS = 4096
+COLUMNS = 384  # of a Gram matrix that are multiplied together
 
 StoredLayer = dict[str, Tensor | NF4Tensor]  # a layer's tensors as a bundle stores them, by name within the layer
 
@@ -90,6 +92,7 @@ def heal(
     batches = buckets([len(text) for text in texts], BATCH_TOKENS)
     wanted = states = stream(source, (), texts)
     below = 0
+    is_sink = torch.zeros(len(texts), dtype=torch.bool)  # whose first token was massive so far
 
     def run(some: Checkpoint, layers: Sequence[int], start: Sequence[Tensor], enter: Any = None) -> list[Tensor]:
         return stream(
@@ -111,11 +114,12 @@ def heal(
         module = refitted(pruned, number)
         parts = _Parts(batches, [len(text) for text in texts], module)
         states = run(pruned.with_layers({number: begun}), (number,), states, parts.enter)
+        is_sink |= massive_first(wanted)
         layer = healed.get(number, begun)
         if module is not None:
             name = f"{module}.weight"
             if number not in healed:
-                fitted, gram = LayerSums(parts, wanted).fit(pruned.layer(number)[name])
+                fitted, gram = LayerSums(parts, wanted, is_sink).fit(pruned.layer(number)[name])
                 layer[name] = quantize_for(fitted, gram) if in_nf4 else fitted.to(pruned.dtype)
             states = parts.outputs(dense(layer)[name])
         if number not in healed:
@@ -150,7 +154,10 @@ class Sums:
 
     def add(self, z: Tensor, r: Tensor) -> None:
         """Add tokens: z (N, F) and r (N, C), each times the root of its weight; products are summed in their dtype."""
-        self.gram += (z.T @ z).double().cpu()
+        for begin in range(0, z.shape[1], COLUMNS):  # it is symmetric: half of its products are enough
+            part = (z[:, begin:].T @ z[:, begin : begin + COLUMNS]).double().cpu()
+            self.gram[begin:, begin : begin + COLUMNS] += part
+            self.gram[begin : begin + COLUMNS, begin + COLUMNS :] += part[COLUMNS:].T
         self.cross += (r.T @ z).double().cpu()
         self.square += float(r.square().sum())
         self.count += len(z)
@@ -218,18 +225,26 @@ class _Parts:
         return [found[sample] for sample in range(len(self._lengths))]
 
 
+def massive_first(states: Sequence[Tensor]) -> Tensor:
+    """Tell of which texts the first state is massive beside those (T_i, C) of all texts; (N,) bool."""
+    lengths = [state.norm(dim=1) for state in states]
+    return torch.stack([length[0] for length in lengths]) > MASSIVE * torch.cat(lengths).median()
+
+
 class LayerSums:
     """The sums of one layer.
 
-    seen: most texts. unseen: every HELD_OUT-th text. held: massive tokens of all texts.
+    held: the first tokens of texts with a sink. seen: all others of most texts. unseen: those of every HELD_OUT-th text.
 
     Args:
-        parts: of the layer, as it is stored so far.
+        parts: of the layer, as it is stored so far: by batch its samples, what the module gets, the stream beside it.
         wanted: (T_i, C) states that it has to give.
+        is_sink: (N,) bool, whether the first token of a text is held.
     """
 
-    def __init__(self, parts: _Parts, wanted: Sequence[Tensor]) -> None:
-        limit = MASSIVE * float(torch.cat([state.norm(dim=1) for state in wanted]).median())
+    def __init__(
+        self, parts: Iterable[tuple[Sequence[int], Tensor, Tensor]], wanted: Sequence[Tensor], is_sink: Tensor
+    ) -> None:
         self.seen = self.unseen = self.held = Sums(0, 0)
         for batch, inner, rest in parts:
             target = torch.cat([wanted[sample] for sample in batch]).float().to(rest.device)
@@ -239,13 +254,13 @@ class LayerSums:
             if not len(self.seen.gram):
                 self.seen, self.unseen, self.held = (Sums(r.shape[1], z.shape[1]) for _ in range(3))
             is_unseen = torch.cat([torch.full((len(wanted[i]),), i % HELD_OUT == HELD_OUT - 1) for i in batch])
-            is_held = (length[:, 0] > limit).cpu()
+            is_held = torch.cat([(torch.arange(len(wanted[i])) == 0) & is_sink[i] for i in batch])
             for sums, chosen in (
                 (self.held, is_held),
                 (self.seen, ~is_held & ~is_unseen),
                 (self.unseen, ~is_held & is_unseen),
             ):
-                # Massive tokens are few and their weight may be large: rounding of fp32 products would show in the others.
+                # Held tokens are few and their weight may be large: rounding of fp32 products would show in the others.
                 sums.add(*(x[chosen].double() if sums is self.held else x[chosen] for x in (z, r)))
 
     def fit(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -263,7 +278,7 @@ class LayerSums:
             return self.unseen.mean_error(fitted) + SINKS * self.held.mean_error(fitted)
 
         share = min(RIDGES, key=lambda share: left(self.seen, share, WEIGHTS[1]))
-        times = min(WEIGHTS, key=lambda times: left(self.seen, share, times))
+        times = min(WEIGHTS, key=lambda times: left(self.seen, share, times)) if self.held.count else 1.0
         everything = self.seen + self.unseen
         sums = everything + self.held.times(times)
         return refit(sums, weight, ridge(everything, share)), sums.gram

@@ -13,6 +13,9 @@ from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.source import Checkpoint
 from fedsoda_edge.model.streaming import stream
 from fedsoda_hub.preparation import self_generated
+from fedsoda_hub.preparation.filled import REUSE
+from fedsoda_hub.preparation.full_llm import StreamedLLM
+from fedsoda_hub.preparation.heal import healing_texts
 from fedsoda_hub.settings.methods import METHODS
 from fedsoda_hub.settings.run import RunSettings
 from tests.hub.runs import WORDS, killed_after, make_run, prepare
@@ -46,6 +49,21 @@ def test_a_healed_sub_llm_is_nearer_to_the_full_llm(tmp_path: Path, tiny_llama: 
     assert after.sub_llms[0].public_kl["quantized"] < before.sub_llms[0].public_kl["quantized"]
     sizes = [sum(file.bytes for file in Bundle.open(run.run_dir / "bundle").manifest.files) for run in (plain, healed)]
     assert sizes[0] == sizes[1]
+
+
+def test_rows_are_filled_where_there_are_none_of_users(tmp_path: Path, tiny_llama: Path) -> None:
+    own = make_run(tmp_path / "own", tiny_llama, align=HEALED, method=NEVER)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"word": "{word} {at}"}}\n' for at in range(20) for word in WORDS))
+    given = make_run(tmp_path / "given", tiny_llama, align=HEALED, method=NEVER, public={"like_task": str(rows)})
+    begin = SampleTokenizer(tiny_llama / "tokenizer.json", None).encode("Say")
+    for settings, is_filled in ((own, True), (given, False)):
+        llm = StreamedLLM(settings)
+        texts, public = healing_texts(llm), len(llm.text.used)
+        filled = texts[len(llm.text.like_task) : -public]
+        assert bool(filled) == is_filled
+        assert all(ids[: len(begin)].tolist() == begin for ids in filled)
+        assert sum(map(len, filled)) <= REUSE * sum(map(len, llm.text.used))
 
 
 def test_what_never_aligns_has_no_emulator_lora(tmp_path: Path, tiny_llama: Path) -> None:

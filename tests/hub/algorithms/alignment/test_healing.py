@@ -146,6 +146,39 @@ def test_the_sink_stays_where_the_layer_that_makes_it_is_removed(with_sink: Chec
     assert error(healed, wanted) < 0.75 * error(pruned, wanted)
 
 
+def test_massive_tokens_that_look_like_others_do_not_spoil_them() -> None:
+    generator = torch.Generator().manual_seed(0)
+    true, length, width = torch.randn(7, 12, generator=generator), 40, 12
+    inner = torch.randn(25, length, width, generator=generator)
+    inner[:, 1:, 0], inner[:, 0] = 0.0, torch.eye(width)[0]  # the first token looks like no other
+    rest = torch.randn(25, length, 7, generator=generator)
+    wanted = rest + inner @ true.T
+    wanted[:, 1::10] += 300.0  # nothing in their z tells it
+    assert not healing.massive_first(list(wanted)).any()
+    wanted[:, 0] = 200.0
+    is_sink = healing.massive_first(list(wanted))
+    assert is_sink.all()
+
+    parts = [(range(25), inner.flatten(0, 1), rest.flatten(0, 1))]
+    fitted, _ = healing.LayerSums(parts, list(wanted), is_sink).fit(torch.zeros(7, width))
+    made = rest + inner @ fitted.float().T
+    relative = (made - wanted).square().sum(dim=2) / wanted.square().sum(dim=2)
+    usual = [at for at in range(1, length) if at % 10 != 1]
+    assert float(relative[:, 0].mean()) < 1e-3
+    assert float(relative[:, usual].mean()) < 0.05
+
+
+def test_a_sum_of_products_is_that_of_a_whole_product() -> None:
+    z, r = (
+        torch.randn(30, wide, generator=torch.Generator().manual_seed(wide)) for wide in (2 * healing.COLUMNS + 5, 3)
+    )
+    sums = healing.Sums(3, z.shape[1])
+    for part in (slice(0, 12), slice(12, 30)):
+        sums.add(z[part], r[part])
+    torch.testing.assert_close(sums.gram, (z.double().T @ z.double()), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(sums.cross, (r.double().T @ z.double()), rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("half", ["attention", "mlp"])
 def test_a_layer_that_lacks_a_half_is_healed_by_the_other(model: Checkpoint, half: Half) -> None:
     lacking: dict[int, Half] = {2: half}
