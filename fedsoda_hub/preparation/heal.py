@@ -17,24 +17,47 @@ from fedsoda_edge.model.nf4 import unpacked
 from fedsoda_edge.ports.disk import write_durably
 from fedsoda_edge.protocol.manifest import LayerPlan
 from fedsoda_hub.algorithms.alignment.healing import StoredLayer, heal, refitted
+from fedsoda_hub.federation.jobs import LeftOut
 from fedsoda_hub.preparation.full_llm import StreamedLLM
 
 HEALING_IDS = 1 << 15  # of public text, beside all texts like the task's
 
 
 def check_healing(llm: StreamedLLM) -> None:
-    """Check that the layers of this model can be healed.
+    """Check that the layers of this model can be healed, where layers are removed whose work they have to do.
 
     Raises:
         UsageProblem: one cannot; says why, and what to write.
     """
+    if llm.settings.method.emulator == "sub" and (why := _unhealed(llm)):
+        raise UsageProblem(
+            f'{why}; write [align] heal = false, steps = 200 and border_map = "auto" to align by steps instead'
+        )
+
+
+def is_healed(llm: StreamedLLM, plan: LayerPlan) -> bool:
+    """Tell whether this run heals; says so where all layers are kept and stay as rounding leaves them.
+
+    A layer of a full emulator that cannot be healed loses no more than NF4 takes, so it is no reason to refuse a run.
+    """
+    is_changed = bool(plan.groups or plan.lacking) or llm.settings.method.emulator_base == "nf4"
+    if not (llm.settings.align.heal and is_changed):
+        return False
+    if why := _unhealed(llm):
+        llm.running.report(LeftOut(stage="not healed", why=why))
+        return any(refitted(llm.source, layer) for layer in plan.sub_emulator)
+    return True
+
+
+def _unhealed(llm: StreamedLLM) -> str:
+    """Say which layer below the adapter cannot be healed, and why; nothing where all can."""
     for layer in range(llm.num_layers - llm.settings.method.adapter_layers):
         if refitted(llm.source, layer) is None:
-            raise UsageProblem(
+            return (
                 f"healing needs an MLP that ends in one down_proj, and layer {layer} of this "
-                f"{llm.source.family.model_type} model has none; write [align] heal = false, steps = 200 and "
-                'border_map = "auto" to align by steps instead'
+                f"{llm.source.family.model_type} model has none"
             )
+    return ""
 
 
 def healing_texts(llm: StreamedLLM) -> list[Tensor]:

@@ -32,7 +32,7 @@ from fedsoda_hub.algorithms.alignment import oda
 from fedsoda_hub.federation.jobs import DiskNeeded, PreparedSubLLM, PrepareResult
 from fedsoda_hub.preparation.align import Aligner, check_closed_form
 from fedsoda_hub.preparation.full_llm import StreamedLLM
-from fedsoda_hub.preparation.heal import check_healing, healed_layers
+from fedsoda_hub.preparation.heal import check_healing, healed_layers, is_healed
 from fedsoda_hub.preparation.measured import MeasuredLLM
 from fedsoda_hub.preparation.running import TakeProgress, to_nobody
 from fedsoda_hub.preparation.teacher import TeacherCache
@@ -189,7 +189,9 @@ class _Stages:
         """Write the bundle with the shards of all layers that any sub-LLM keeps, or that one may keep in a later round."""
         s, llm, plan = self._settings, self._llm, plans[0]
         spec, source = llm.lora_spec(plan), llm.source
-        if s.align.heal:  # smaller sub-LLMs share the shards of the largest, and are brought near by their LoRA alone
+        if is_healed(
+            llm, plan
+        ):  # smaller sub-LLMs share the shards of the largest, and are brought near by their LoRA alone
             source = source.with_layers(healed_layers(llm, plan))
         kept = range(plan.num_layers) if s.method.reprune_every else chain(*(one.kept for one in plans))
         write_bundle(

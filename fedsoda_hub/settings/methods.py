@@ -58,7 +58,8 @@ METHODS: dict[MethodName, MethodKeys] = {
         defaults={},
     ),
     "exact": MethodKeys(
-        reads=("[method] adapter_layers", "[method] emulator_base"), defaults={"[method] emulator": "full"}
+        reads=("[method] adapter_layers", "[method] emulator_base", "[align] heal"),
+        defaults={"[method] emulator": "full"},
     ),
     "fedbiot": MethodKeys(
         reads=(

@@ -122,7 +122,7 @@ class Align(Section, frozen=True):
         bool,
         Meta(
             description="refit each kept layer below the adapter in closed form before it is stored, so that it does the "
-            "work of the layers removed above it too"
+            "work of the layers removed above it too, and makes good what rounding to NF4 changes"
         ),
     ] = True
     border_map: Annotated[

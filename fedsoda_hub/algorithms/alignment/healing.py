@@ -107,7 +107,7 @@ def heal(
     pruned = source.without(lacking)
     for done, (number, last) in enumerate(after.items()):
         wanted, below = run(source, range(below, last + 1), wanted), last + 1
-        begun = _rounded(pruned, number) if in_nf4 else pruned.stored_layer(number)
+        begun = rounded(pruned, number) if in_nf4 else pruned.stored_layer(number)
         module = refitted(pruned, number)
         parts = _Parts(batches, [len(text) for text in texts], module)
         states = run(pruned.with_layers({number: begun}), (number,), states, parts.enter)
@@ -133,7 +133,7 @@ def refitted(source: LayerSource, number: int) -> str | None:
     return name if name in linear_modules(module) else None
 
 
-def _rounded(source: LayerSource, number: int) -> StoredLayer:
+def rounded(source: LayerSource, number: int) -> StoredLayer:
     """Round the matrices of a layer that a bundle stores in NF4, without regard to their inputs."""
     module = layer_on_meta(source.family, source.fields, number, source.lacking.get(number))
     linear = {f"{name}.weight" for name in linear_modules(module)}
