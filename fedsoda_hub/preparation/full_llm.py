@@ -47,7 +47,7 @@ def open_full_llm(settings: RunSettings) -> Checkpoint:
 def aligned_layers(settings: RunSettings, plan: LayerPlan) -> tuple[int, ...]:
     """List the kept layers of a plan that carry emulator LoRA: none where these settings never align by LoRA or map."""
     align = settings.align
-    never = not (align.steps or align.closed_form or settings.method.realign_every) and align.border_map == "none"
+    never = not (align.steps or settings.method.realign_every) and align.border_map == "none"
     return () if never else method_of(settings.method).aligned(plan)
 
 

@@ -5,7 +5,6 @@ It is measured on the run's public text, once for a run. What is chosen by it is
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from functools import cached_property, partial
@@ -14,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model import lora
 from fedsoda_edge.model.bundle_writer import half_bytes, shard_sizes
 from fedsoda_edge.model.streaming import stream
@@ -23,7 +21,6 @@ from fedsoda_edge.protocol.manifest import LayerPlan
 from fedsoda_hub.algorithms.pruning import healed, representatives, sgp
 from fedsoda_hub.algorithms.pruning.representatives import Components, Measured, Partition
 from fedsoda_hub.federation.jobs import ProbeResult, ShapeMeasured
-from fedsoda_hub.preparation.align import Aligner
 from fedsoda_hub.preparation.full_llm import StreamedLLM
 from fedsoda_hub.preparation.heal import healing_texts
 from fedsoda_hub.preparation.teacher import TeacherCache, TeacherOutput
@@ -36,10 +33,9 @@ MEASURING = "measuring layer similarity"
 class MeasuredLLM:
     """The run's full LLM as a `methods.interface.FullLLM`."""
 
-    def __init__(self, llm: StreamedLLM, teacher: TeacherCache, aligner: Aligner) -> None:
+    def __init__(self, llm: StreamedLLM, teacher: TeacherCache) -> None:
         self._llm = llm
         self._teacher = teacher
-        self._aligner = aligner
 
     @property
     def num_layers(self) -> int:
@@ -112,7 +108,7 @@ class MeasuredLLM:
         return sum(sizes.values()) + tokenizer <= llm.settings.method.bundle_bytes
 
     def nearest(self, plans: Sequence[LayerPlan]) -> LayerPlan:
-        """Choose the plan by public KL after closed-form alignment, on held-out blocks.
+        """Choose the plan by public KL as pruned, on held-out blocks.
 
         Of plans within KL_TIE of the least KL, the one with the greatest cosine between the adapter's gradients in sub-LLM
         and full LLM is taken (docs/methods.md (m3-auto)). No plan is quantized for this, which would change all alike.
@@ -139,8 +135,6 @@ class MeasuredLLM:
             below = self._teacher.target(first - 1)
         else:
             below = torch.stack(stream(llm.source, (), text.blocks)).to(llm.running.device)
-        with contextlib.suppress(UsageProblem):  # a family that cannot be aligned in closed form is judged unaligned
-            emulator = self._aligner.solve(llm.source, plan, below[:count], emulator, spec.scale)
         trained = tuple(layer for layer in plan.kept if layer >= first)
         student = llm.build(llm.source, trained)
         lora.attach(student, spec, lora.on(trained, {**emulator, **adapter}))
