@@ -189,7 +189,17 @@ class ShapeProgress(HubEvent, frozen=True, tag="progress"):
     cosine: Cosine
 
 
-ProgressEvent = StageProgress | DiskProgress | BorderMapProgress | LeftOutProgress | ShapeProgress
+class HealedShapeProgress(HubEvent, frozen=True, tag="progress"):
+    """One shape of the sub-LLM that was healed for a look: what is left of the border's squared length, as a share."""
+
+    job: str
+    stage: str
+    layers_per_group: int
+    groups: int
+    error: float
+
+
+ProgressEvent = StageProgress | DiskProgress | BorderMapProgress | LeftOutProgress | ShapeProgress | HealedShapeProgress
 
 
 def event_of_progress(job: str, progress: jobs.JobProgress) -> ProgressEvent:
@@ -209,6 +219,8 @@ def event_of_progress(job: str, progress: jobs.JobProgress) -> ProgressEvent:
             return LeftOutProgress(job=job, stage=stage, why=why)
         case jobs.ShapeMeasured():
             return ShapeProgress(job=job, **structs.asdict(progress))
+        case jobs.ShapeHealed():
+            return HealedShapeProgress(job=job, **structs.asdict(progress))
         case _:
             assert_never(progress)
 

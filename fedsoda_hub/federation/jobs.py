@@ -56,7 +56,16 @@ class ShapeMeasured(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind",
     cosine: float
 
 
-JobProgress = Stage | DiskNeeded | BorderMapFitted | LeftOut | ShapeMeasured
+class ShapeHealed(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="shape_healed"):
+    """One shape of the sub-LLM that was healed for a look: what is left of the border's squared length, as a share."""
+
+    stage: str
+    layers_per_group: int
+    groups: int
+    error: float
+
+
+JobProgress = Stage | DiskNeeded | BorderMapFitted | LeftOut | ShapeMeasured | ShapeHealed
 
 
 # --- results ---------------------------------------------------------------------------------------------------------

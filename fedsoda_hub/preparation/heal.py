@@ -66,11 +66,16 @@ def healing_texts(llm: StreamedLLM) -> list[Tensor]:
     return [*llm.text.like_task, *public[:count]]
 
 
+def restored(plan: LayerPlan) -> dict[int, int]:
+    """Map the kept layers below the adapter, ascending, to the layer of the full LLM whose output each has to give."""
+    last = {group.start: group.removed[-1] for group in plan.groups}
+    return {layer: last.get(layer, layer) for layer in plan.sub_emulator}
+
+
 def healed_layers(llm: StreamedLLM, plan: LayerPlan) -> Mapping[int, StoredLayer]:
     """Heal all layers below the adapter that this plan keeps; they are read from disk whenever they are asked for."""
     kept = _HealedLayers(llm.directory.preparation / "healed")
-    last = {group.start: group.removed[-1] for group in plan.groups}
-    after = {layer: last.get(layer, layer) for layer in plan.sub_emulator}
+    after = restored(plan)
     if set(after) <= set(kept):
         return kept
     in_nf4 = llm.settings.method.emulator_base == "nf4"

@@ -18,7 +18,7 @@ massive tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +66,7 @@ def heal(
     in_nf4: bool,
     lacking: Mapping[int, Half],
     healed: Mapping[int, StoredLayer],
+    target: Callable[[int], Sequence[Tensor]] | None = None,
     compute_dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     progress: LayersDone | None = None,
@@ -82,14 +83,14 @@ def heal(
         lacking: halves of the sub-emulator's layers that are pruned.
         in_nf4: whether the layers are stored in NF4; otherwise as in the checkpoint.
         healed: layers that an earlier call has yielded: they are run and not solved for again.
+        target: gives the full LLM's states behind a layer (T_i, C), asked for in ascending order; None: they are computed.
         progress: called as progress(layers done, layers in all).
 
     Yields:
         each layer that is not in `healed` with its tensors, in the order of `after`.
     """
     batches = buckets([len(text) for text in texts], BATCH_TOKENS)
-    wanted = states = stream(source, (), texts)
-    below = 0
+    below, at, states = 0, stream(source, (), texts), stream(source, (), texts)
 
     def run(some: Checkpoint, layers: Sequence[int], start: Sequence[Tensor], enter: Any = None) -> list[Tensor]:
         return stream(
@@ -104,9 +105,14 @@ def heal(
             device=device,
         )
 
+    def behind(last: int) -> Sequence[Tensor]:
+        nonlocal below, at
+        at, below = run(source, range(below, last + 1), at), last + 1
+        return at
+
     pruned = source.without(lacking)
     for done, (number, last) in enumerate(after.items()):
-        wanted, below = run(source, range(below, last + 1), wanted), last + 1
+        wanted = (target or behind)(last)
         begun = rounded(pruned, number) if in_nf4 else pruned.stored_layer(number)
         module = refitted(pruned, number)
         parts = _Parts(batches, [len(text) for text in texts], module)
