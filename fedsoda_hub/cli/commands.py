@@ -115,7 +115,7 @@ def plan(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Predict what a run of this model costs an edge, beside the paper's arithmetic; needs no weights."""
+    """Predict what a run of this model costs an edge, beside the paper's arithmetic; needs no weights but to measure."""
     with reporting(as_json, False, debug):
         on_method: dict[str, object] = {
             "name": method,
