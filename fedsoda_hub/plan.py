@@ -349,7 +349,7 @@ def measured_report(llm: StreamedLLM, rates: Rates = Rates()) -> PlanReport:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """What sizes follow from: fields, the model's numeric config; dtype, the checkpoint's; the bytes of its tokenizer."""
+    """The facts that sizes follow from: fields, the model's numeric config; dtype, the checkpoint's; the bytes of its tokenizer."""
 
     family: Family
     fields: dict[str, Any]

@@ -38,7 +38,7 @@ def check_healing(llm: StreamedLLM) -> None:
 def is_healed(llm: StreamedLLM, plan: LayerPlan) -> bool:
     """Tell whether this run heals; says so where all layers are kept and stay as rounding leaves them.
 
-    A layer of a full emulator that cannot be healed loses no more than NF4 takes, so it is no reason to refuse a run.
+    A layer of a full emulator that cannot be healed loses what NF4 takes and not more, so a run is not refused for it.
     """
     is_changed = bool(plan.groups or plan.lacking) or llm.settings.method.emulator_base == "nf4"
     if not (llm.settings.align.heal and is_changed):
