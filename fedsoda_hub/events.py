@@ -170,8 +170,8 @@ class BorderMapProgress(HubEvent, frozen=True, tag="progress"):
     error: float
 
 
-class NoBorderMapProgress(HubEvent, frozen=True, tag="progress"):
-    """The reason why no border map is fitted."""
+class LeftOutProgress(HubEvent, frozen=True, tag="progress"):
+    """The reason why a stage is left out. stage: "no border map" or "not healed"."""
 
     job: str
     stage: str
@@ -189,7 +189,17 @@ class ShapeProgress(HubEvent, frozen=True, tag="progress"):
     cosine: Cosine
 
 
-ProgressEvent = StageProgress | DiskProgress | BorderMapProgress | NoBorderMapProgress | ShapeProgress
+class HealedShapeProgress(HubEvent, frozen=True, tag="progress"):
+    """One shape of the sub-LLM that was healed for a look: what is left of the border's squared length, as a share."""
+
+    job: str
+    stage: str
+    layers_per_group: int
+    groups: int
+    error: float
+
+
+ProgressEvent = StageProgress | DiskProgress | BorderMapProgress | LeftOutProgress | ShapeProgress | HealedShapeProgress
 
 
 def event_of_progress(job: str, progress: jobs.JobProgress) -> ProgressEvent:
@@ -205,10 +215,12 @@ def event_of_progress(job: str, progress: jobs.JobProgress) -> ProgressEvent:
             return DiskProgress(job=job, stage=stage, needed_bytes=needed, free_bytes=free)
         case jobs.BorderMapFitted():
             return BorderMapProgress(job=job, **structs.asdict(progress))
-        case jobs.NoBorderMap(stage=stage, why=why):
-            return NoBorderMapProgress(job=job, stage=stage, why=why)
+        case jobs.LeftOut(stage=stage, why=why):
+            return LeftOutProgress(job=job, stage=stage, why=why)
         case jobs.ShapeMeasured():
             return ShapeProgress(job=job, **structs.asdict(progress))
+        case jobs.ShapeHealed():
+            return HealedShapeProgress(job=job, **structs.asdict(progress))
         case _:
             assert_never(progress)
 

@@ -1,6 +1,6 @@
 """Compute from shapes alone what a run of this model costs: bytes, memory, arithmetic; the paper's figures beside ours.
 
-It needs a config.json and no weights. What the paper counts, and its slips: docs/methods.md (m13-counts, m15-readings).
+It needs a config.json and no weights; only the curve of a run's qualities is measured (`preparation/curve.py`). What the paper counts, and its slips: docs/methods.md (m13-counts, m15-readings).
 For FedSODA both emulators are shown, so that one sees what pruning saves an edge. Seconds are sizes divided by the rates
 that `Rates` assumes. Comparing needs with a real device is left to `fedsoda-edge plan`.
 """
@@ -25,7 +25,8 @@ from fedsoda_edge.protocol.needs import edge_needs, make_shape
 from fedsoda_hub.algorithms.methods.by_name import method_of
 from fedsoda_hub.algorithms.pruning.uniform import evenly
 from fedsoda_hub.federation.schedule import AUTO_ROUNDS
-from fedsoda_hub.preparation.full_llm import lora_spec
+from fedsoda_hub.preparation.curve import CurvePoint, measure_curve
+from fedsoda_hub.preparation.full_llm import StreamedLLM, lora_spec
 from fedsoda_hub.settings.combine import with_full_emulator
 from fedsoda_hub.settings.rates import Rates
 from fedsoda_hub.settings.run import RunSettings
@@ -119,13 +120,14 @@ class Planned(msgspec.Struct, frozen=True, kw_only=True):
     codec: str
 
 
-class PlanReport(Prediction, frozen=True, kw_only=True):
-    """The report of `plan --json`. emulators None: the method has only one."""
+class PlanReport(Prediction, frozen=True, kw_only=True, omit_defaults=True):
+    """The report of `plan --json`. emulators None: the method has only one. curve: what --measure found, else left out."""
 
     model: str
     settings: Planned
     emulators: Emulators | None
     smaller: tuple[SmallerClass, ...]
+    curve: tuple[CurvePoint, ...] | None = None
 
 
 def read_config(model: str | Path) -> tuple[Family, dict[str, Any], str, Path | None]:
@@ -325,13 +327,41 @@ def plan_report(model: str, settings: RunSettings, rates: Rates = Rates()) -> Pl
         UsageProblem: `model` is neither a model directory nor a config.json, or the settings do not fit it.
     """
     family, fields, dtype, directory = read_config(model)
-    tokenizer = [directory / name for name in TOKENIZER_FILES] if directory is not None else []
-    tokenizer_bytes = sum(file.stat().st_size for file in tokenizer if file.exists())
+    files = [directory / name for name in TOKENIZER_FILES] if directory is not None else []
+    tokenizer_bytes = sum(file.stat().st_size for file in files if file.exists())
+    return _report(_Sizes(family, fields, dtype, tokenizer_bytes), settings, rates)
 
+
+def measured_report(llm: StreamedLLM, rates: Rates = Rates()) -> PlanReport:
+    """Make the report of `fedsoda-hub plan RUN.toml --measure`.
+
+    Where groups are chosen by their size, it is that of the recommended point, or of the smallest where none is.
+    """
+    curve, settings, source = measure_curve(llm), llm.settings, llm.source
+    if settings.method.groups == "auto":
+        point = next((point for point in curve if point.is_recommended), curve[-1])
+        shape = {"layers_per_group": point.layers_per_group, "groups": point.groups, "bundle_bytes": 0}
+        settings = msgspec.structs.replace(settings, method=msgspec.structs.replace(settings.method, **shape))
+    tokenizer_bytes = sum(file.stat().st_size for file in source.tokenizer_files)
+    report = _report(_Sizes(source.family, source.fields, llm.dtype, tokenizer_bytes), settings, rates)
+    return msgspec.structs.replace(report, curve=curve)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """The facts that sizes follow from: fields, the model's numeric config; dtype, the checkpoint's; the bytes of its tokenizer."""
+
+    family: Family
+    fields: dict[str, Any]
+    dtype: str
+    tokenizer_bytes: int
+
+
+def _report(model: _Sizes, settings: RunSettings, rates: Rates) -> PlanReport:
     def predicted(of: RunSettings) -> list[Prediction]:
-        plans = likely_plans(int(fields["num_hidden_layers"]), of.method, of.seed)
+        plans = likely_plans(int(model.fields["num_hidden_layers"]), of.method, of.seed)
         return [
-            predict(family, fields, dtype, plan, of, tokenizer_bytes, size_class)
+            predict(model.family, model.fields, model.dtype, plan, of, model.tokenizer_bytes, size_class)
             for size_class, plan in enumerate(plans)
         ]
 
@@ -346,7 +376,7 @@ def plan_report(model: str, settings: RunSettings, rates: Rates = Rates()) -> Pl
         )
     return PlanReport(
         **msgspec.structs.asdict(largest),
-        model=model,
+        model=settings.model,
         settings=Planned(method=settings.method, lora=settings.lora, codec=settings.wire.codec),
         emulators=emulators,
         smaller=tuple(

@@ -34,7 +34,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from resource import RUSAGE_CHILDREN, getrusage
 from sqlite3 import connect
@@ -61,6 +61,16 @@ RUN: Tables = {
     "local": {"max_steps": 6, "epochs": 9, "batch_size": 4, "learning_rate": 5e-3, "max_length": 48},
     "task": {"prompt": "Say {word}:", "completion": "{answer}", "eval_data": "eval.jsonl"},
 }
+# Defaults that have changed: what runs had before, for a checkout that has the key.
+AS_BEFORE: Tables = {"method": {"distance": "angular"}, "align": {"heal": False}}
+KEYS_OF = """
+import json
+try:
+    from fedsoda_hub.settings.tables import Align, Method
+    print(json.dumps({"method": Method.__struct_fields__, "align": Align.__struct_fields__}))
+except ImportError:  # the tables stood elsewhere before there were these keys
+    print("{}")
+"""
 OF_THE_FEDERATION: Tables = {
     "method": {"classes": [4]},
     "public": {"like_task": "prompts.jsonl"},
@@ -82,7 +92,6 @@ VARIANTS: dict[str, Tables] = {
     "int8": {"wire": {"codec": "int8"}},
     "nf4-weight": {"wire": {"codec": "nf4-weight"}},
     "drift": {"method": {"realign_every": "auto"}},
-    "closed-form": {"align": {"closed_form": True}},
     "own-prompts": {"public": {"like_task": "prompts.jsonl"}, "align": {"border_map": "ridge", "border_rank": 16}},
     "ffa": {"aggregation": {"rule": "ffa"}},
     "rolora": {"aggregation": {"rule": "rolora"}},
@@ -172,6 +181,16 @@ class Arm:
             )
         return ended.stdout
 
+    @cached_property
+    def settings(self) -> Tables:
+        """The settings of all runs, by which both checkouts do the same."""
+        keys = json.loads(self.run("-c", KEYS_OF))
+        as_before = {
+            table: {key: value for key, value in values.items() if key in keys.get(table, ())}
+            for table, values in AS_BEFORE.items()
+        }
+        return {table: {**values, **as_before.get(table, {})} for table, values in RUN.items()}
+
     def be_ready(self) -> None:
         """Compile once, so that compiling is never timed, and check that no installed package hides the checkout."""
         self.run("-m", "compileall", "-q", self.checkout / "fedsoda_edge", self.checkout / "fedsoda_hub")
@@ -212,7 +231,7 @@ def federate(arm: Arm) -> Path:
     directory = arm.work / "federation"
     write_inputs(directory)
     top = {"name": "fixed", "model": str(MODEL), "device": "cpu"}
-    (directory / "run.toml").write_text(toml(top, RUN, OF_THE_FEDERATION, DEFECT if arm.has_defect else {}))
+    (directory / "run.toml").write_text(toml(top, arm.settings, OF_THE_FEDERATION, DEFECT if arm.has_defect else {}))
     with Commands(directory, arm.environment) as commands:
         for edge in "ab":
             commands.ask("fedsoda_hub", "token", "create", "run.toml", "--name", edge, "--out", f"{edge}.token")
@@ -239,7 +258,7 @@ def compare_methods(arm: Arm) -> Path:
     directory = arm.work / "methods"
     write_inputs(directory)
     top = {"model": str(MODEL), "device": "cpu"}
-    file = toml(top, RUN, {"compare": COMPARE}, DEFECT if arm.has_defect else {})
+    file = toml(top, arm.settings, {"compare": COMPARE}, DEFECT if arm.has_defect else {})
     for name, tables in VARIANTS.items():
         file += f'[variants."{name}"]\n' + toml({}, tables, prefix=f'variants."{name}".')
     (directory / "compare.toml").write_text(file)

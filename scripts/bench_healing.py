@@ -1,7 +1,7 @@
 """Measure what healing leaves of a pruned LLM's error at the border, and what an adapter trained above it is worth.
 
-SmolLM2 on SST-2. First the error of border states on prompts of the task, for the groups that are given: pruned alone,
-healed, and healed in NF4. With `--seeds` then federations on border states that are swept once for all of them: 4 edges of
+SmolLM2 on SST-2. First the error of border states on prompts of the task, for the groups that are given (none: all layers
+are kept): pruned alone, the same in NF4, healed, and healed in NF4. With `--seeds` then federations on border states that are swept once for all of them: 4 edges of
 1,000 rows, 6 rounds x 40 steps, deltas averaged as they are, the plug-in judged by the first id of each answer. They are the
 product's own training without its network, so that five seeds take half an hour; `bench_compare` runs the whole of it.
 `--curve` heals with each of these numbers of prompts instead, and prints what each leaves at the border. `--filled` adds
@@ -32,7 +32,7 @@ from fedsoda_edge.protocol.messages import LocalSettings
 from fedsoda_edge.protocol.template import TextTemplate
 from fedsoda_edge.worker.batches import SweptSamples
 from fedsoda_edge.worker.training import fine_tune
-from fedsoda_hub.algorithms.alignment.healing import StoredLayer, heal
+from fedsoda_hub.algorithms.alignment.healing import StoredLayer, heal, rounded
 from fedsoda_hub.preparation.filled import filled_rows
 from fedsoda_hub.preparation.public_text import read_blocks
 
@@ -204,7 +204,7 @@ class Bench:
 def main() -> None:
     """Print errors and federations as JSON, and exit with 1 where healing has no effect."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--groups", type=int, nargs="+", default=[0, 4, 11, 15], help="the layer that each group keeps")
+    parser.add_argument("--groups", type=int, nargs="*", default=[0, 4, 11, 15], help="the layer that each group keeps")
     parser.add_argument("--size", type=int, default=3, help="layers that each group removes")
     parser.add_argument("--like-task", type=int, default=1500, help="prompts to heal on")
     parser.add_argument("--filled", type=int, default=0, help="ids of filled prompts to heal on, at most")
@@ -225,11 +225,12 @@ def main() -> None:
         curve = list(bench.curve(places, options.curve))
         print(json.dumps({"groups": options.groups, "filled": sum(map(len, bench.filled)), "curve": curve}))
         return
-    unhealed: dict[int, StoredLayer] = {}
-    nf4 = unhealed if options.planted_defect else bench.healed(places, in_nf4=True)
-    dense = unhealed if options.planted_defect else bench.healed(places, in_nf4=False)
+    in_nf4, as_they_are = {number: rounded(bench.source, number) for number in places}, dict[int, StoredLayer]()
+    nf4 = in_nf4 if options.planted_defect else bench.healed(places, in_nf4=True)
+    dense = as_they_are if options.planted_defect else bench.healed(places, in_nf4=False)
     sources = {
         "pruned": bench.source,
+        "pruned_nf4": bench.source.with_layers(in_nf4),
         "healed": bench.source.with_layers(dense),
         "healed_nf4": bench.source.with_layers(nf4),
     }
@@ -239,8 +240,8 @@ def main() -> None:
         arms = {"exact": (bench.source, range(bench.below)), "healed_nf4": (sources["healed_nf4"], list(places))}
         report["federations"] = list(bench.federations(options.seeds, arms))
     print(json.dumps(report))
-    if not found["healed_nf4"]["prompt"] < 0.5 * found["pruned"]["prompt"]:
-        raise SystemExit("healing leaves more than half of the error of pruning: it has no effect")
+    if not found["healed_nf4"]["prompt"] < 0.5 * found["pruned_nf4"]["prompt"]:
+        raise SystemExit("healing leaves more than half of the error of pruning and NF4: it has no effect")
 
 
 if __name__ == "__main__":

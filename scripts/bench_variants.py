@@ -186,8 +186,6 @@ def variants(setup: Setup) -> dict[str, Tables]:
         "neither": but(method=never, align={"steps": 0}),
         "realign": but(align={"steps": 0}),
         "pre-align": but(method=never),
-        "closed-form": but(method=never, align={"steps": 0, "closed_form": True}),
-        "closed-form-pre-align": but(method=never, align={"closed_form": True}),
         "mapped": but(method=never, align={"steps": 0, "border_map": "ridge"}, public=prompts),
         "published-mapped": but(align={"border_map": "ridge"}, public=prompts),
         "n2-p6": but(method={"layers_per_group": 2, "groups": 6}),
@@ -220,7 +218,7 @@ def variants(setup: Setup) -> dict[str, Tables]:
 SETS: dict[str, tuple[str, ...]] = {
     "methods": ("ours", "published", "fedbiot", "fedot", "fedpetuning", "exact"),
     "border-map": ("published", "mapped", "published-mapped", "ours", "exact"),
-    "ablation": ("neither", "closed-form", "pre-align", "closed-form-pre-align", "realign", "published"),
+    "ablation": ("neither", "pre-align", "realign", "published"),
     "healing": ("ours", "ours-angular", "ours-aligned", "ours-mapped", "published", "exact"),
     "groups": ("n2-p6", "published", "n4-p3", "ours-n2-p6", "ours", "ours-n4-p3"),
     "codecs": (

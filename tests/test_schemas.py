@@ -56,6 +56,7 @@ from fedsoda_hub.serving import daemon as daemon_module
 from fedsoda_hub.settings.run import RunSettings
 from tests import schema_of
 from tests.edge.cli.test_cli import a_bundle, serving
+from tests.hub.preparation.test_shapes import healing_run
 from tests.hub.runs import make_run
 from tests.hub.serving import test_daemon
 from tests.hurried_clock import HurriedClock
@@ -127,9 +128,9 @@ def test_an_object_has_no_field_but_those_named_and_lacks_none(program: str) -> 
     """But for what an option adds. Parts that are completed where they are used are closed there."""
     optional = {
         "#/$defs/token create": {"token"},
+        **({"#/$defs/plan": {"curve"}} if program == "fedsoda-hub" else {}),
         "#/$defs/evaluate": {"samples"},
         "#/$defs/evaluate/properties/samples/items": {"sub_llm"},
-        "#/$defs/PublicKL": {"closed_form"},
     }
     completed = {f"#/$defs/{part}" for part in ("Join", "Serve", "Run", "Live", "Failed", "Memory", "Terminated")}
     for path, schema in subschemas(APPS[program][0].document):
@@ -605,6 +606,14 @@ def test_plan_of_a_model_and_of_a_bare_config(ref24: Path, tiny_llama: Path) -> 
     assert found["kept_layers"] == 12
     short = ("--groups", "2", "--layers-per-group", "1", "--adapter-layers", "2", "--realign-every", "0")
     assert hub("plan", tiny_llama, *short, "--codec", "bf16")["ours"]["up_bytes_per_edge_round"] > 0
+
+
+def test_plan_of_a_run_that_is_measured(tiny_llama: Path, tmp_path: Path) -> None:
+    settings = healing_run(tmp_path, tiny_llama)
+    found = hub("plan", settings.path, "--measure")
+    assert found["kept_layers"] == found["num_layers"] - 2
+    assert [point["removed_layers"] for point in found["curve"]] == [0, 1, 2, 3, 4]
+    assert hub("plan", settings.path, "--measure", "--groups", "1")["error"] == "UsageProblem"
 
 
 def test_status_and_edges_of_a_run_that_no_hub_serves(told: Told) -> None:

@@ -83,7 +83,9 @@ def demo(
 
 @app.command(epilog="Example: fedsoda-hub plan config.json --groups 4 --layers-per-group 3\n\n" + EXIT_HELP)
 def plan(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="a model directory or a bare config.json")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="a model directory or a bare config.json; with --measure a RUN.toml")
+    ],
     method: Annotated[str | None, setting("[method] name", envvar="FEDSODA_METHOD")] = None,
     layers_per_group: Annotated[int | None, setting("[method] layers_per_group")] = None,
     groups: Annotated[int | None, setting("[method] groups")] = None,
@@ -104,16 +106,17 @@ def plan(
     tflops: Annotated[
         float, typer.Option("--tflops", min=0.001, envvar="FEDSODA_TFLOPS", help="assumed TFLOP/s of an edge")
     ] = Rates.tflop_per_second,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure", envvar="FEDSODA_MEASURE", help="heal sub-LLMs of several sizes, and show how near each stays"
+        ),
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Predict what a run of this model costs an edge, beside the paper's arithmetic; needs no weights."""
+    """Predict what a run of this model costs an edge, beside the paper's arithmetic; needs no weights but to measure."""
     with reporting(as_json, False, debug):
-        from fedsoda_hub.cli.tables import plan_table
-        from fedsoda_hub.plan import plan_report
-        from fedsoda_hub.settings.rates import Rates
-        from fedsoda_hub.settings.run import settings_for_plan
-
         on_method: dict[str, object] = {
             "name": method,
             "adapter_layers": adapter_layers,
@@ -130,14 +133,21 @@ def plan(
         names = None if targets is None else [name.strip() for name in targets.split(",")]
         on_lora: dict[str, object] = {"rank": rank, "targets": names}
         tables: dict[str, dict[str, object]] = {"method": on_method, "lora": on_lora, "wire": {"codec": codec}}
-        settings = settings_for_plan(
-            model,
-            **{
-                table: {key: value for key, value in values.items() if value is not None}
-                for table, values in tables.items()
-            },
-        )
-        report = plan_report(model, settings, Rates(mbit, tflops))
+        given = {
+            table: {key: value for key, value in values.items() if value is not None}
+            for table, values in tables.items()
+        }
+        if measure:
+            from fedsoda_hub.cli.measure import measured
+
+            report = measured(Path(model), given, Rates(mbit, tflops))
+        else:
+            from fedsoda_hub.plan import plan_report
+            from fedsoda_hub.settings.run import settings_for_plan
+
+            report = plan_report(model, settings_for_plan(model, **given), Rates(mbit, tflops))
+        from fedsoda_hub.cli.tables import plan_table
+
         plan_table(report)
         finish({"status": "ok", **msgspec.to_builtins(report)}, as_json, False)
 

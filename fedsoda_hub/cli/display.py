@@ -146,8 +146,13 @@ def _sentence(event: events.HubEvent) -> str:
                 f"choosing groups: with {event.groups} x {event.layers_per_group} layers removed, public KL is "
                 f"{event.kl:.3f} and the cosine of the adapter's gradients {event.cosine:.3f}"
             )
-        case events.NoBorderMapProgress():
+        case events.HealedShapeProgress():
+            removed = f"{event.groups} x {event.layers_per_group} layers removed" if event.groups else "all layers kept"
+            return f"{event.stage}: with {removed} and healed, border states differ by {event.error:.1%}"
+        case events.LeftOutProgress(stage="no border map"):
             return f"no texts like the task's: {event.why}"
+        case events.LeftOutProgress():
+            return f"{event.stage}: {event.why}"
         case events.RunPrepared():
             return f"prepared: {kl_sentence(event.public_kl)}"
         case events.EdgeConnected():

@@ -5,7 +5,7 @@ Computing them is `plan.py`'s and `evaluation/judge.py`'s.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from fedsoda_edge.units import human_bytes, human_seconds
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from fedsoda_hub.evaluation.judge import Evaluation
     from fedsoda_hub.plan import Emulators, PlanReport
+    from fedsoda_hub.preparation.curve import CurvePoint
 
 
 def evaluation_lines(result: Evaluation) -> Iterator[str]:
@@ -86,6 +87,27 @@ def plan_table(report: PlanReport) -> None:
     console.print(table)
     if report.emulators is not None:
         console.print(_emulator_table(report.emulators))
+    if report.curve is not None:
+        console.print(_curve_table(report.curve))
+
+
+def _curve_table(curve: Sequence[CurvePoint]) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    title = "What leaves the hub, healed: how far its border states are from the full model's, on texts held out"
+    table = Table("layers removed", r"\[method]", "bundle", "border error", "", title=title)
+    table.title_justify = "left"
+    for point in curve:
+        shape = f"groups = {point.groups}, layers_per_group = {point.layers_per_group}"
+        table.add_row(
+            str(point.removed_layers),
+            escape(shape) if point.groups else 'name = "exact"',
+            human_bytes(point.bundle_bytes),
+            f"{point.error:.1%}",
+            "recommended" if point.is_recommended else "",
+        )
+    return table
 
 
 def _emulator_table(emulators: Emulators) -> Table:

@@ -39,8 +39,8 @@ class BorderMapFitted(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind
     error: float
 
 
-class NoBorderMap(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="no_border_map"):
-    """The reason why no border map is fitted."""
+class LeftOut(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="left_out"):
+    """The reason why a stage is left out. stage: "no border map" or "not healed"."""
 
     stage: str
     why: str
@@ -56,7 +56,16 @@ class ShapeMeasured(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind",
     cosine: float
 
 
-JobProgress = Stage | DiskNeeded | BorderMapFitted | NoBorderMap | ShapeMeasured
+class ShapeHealed(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="shape_healed"):
+    """One shape of the sub-LLM that was healed for a look: what is left of the border's squared length, as a share."""
+
+    stage: str
+    layers_per_group: int
+    groups: int
+    error: float
+
+
+JobProgress = Stage | DiskNeeded | BorderMapFitted | LeftOut | ShapeMeasured | ShapeHealed
 
 
 # --- results ---------------------------------------------------------------------------------------------------------

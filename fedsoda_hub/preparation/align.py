@@ -1,4 +1,4 @@
-"""Align the sub-LLMs of a run: solve for the emulator LoRA, train it, fit the border map, before round 1 and again.
+"""Align the sub-LLMs of a run: train the emulator LoRA, fit the border map, before round 1 and again.
 
 Here the inputs of an alignment are found or made: the teacher's targets, the student and its hidden states below the
 first layer that trains. The mathematics is that of `algorithms/alignment/`.
@@ -17,27 +17,14 @@ from torch import Tensor
 from fedsoda_edge.model import border as border_map
 from fedsoda_edge.model import lora
 from fedsoda_edge.model.bundle import Bundle
-from fedsoda_edge.model.source import LayerSource
 from fedsoda_edge.model.streaming import stream
 from fedsoda_edge.model.sub_llm import SubLLM
 from fedsoda_edge.ports.disk import write_durably, write_durably_json
 from fedsoda_edge.protocol.manifest import LayerPlan
-from fedsoda_hub.algorithms.alignment import closed_form, oda, ridge
+from fedsoda_hub.algorithms.alignment import oda, ridge
 from fedsoda_hub.federation.jobs import BorderMapFitted, Stage
 from fedsoda_hub.preparation.full_llm import StreamedLLM
 from fedsoda_hub.preparation.teacher import TeacherCache
-
-
-def check_closed_form(llm: StreamedLLM) -> None:
-    """Check that the emulator LoRA of this model can be solved for in closed form.
-
-    Raises:
-        UsageProblem: it cannot; says why, and what to write.
-    """
-    family, fields, s = llm.source.family, llm.source.fields, llm.settings.lora
-    emulator = range(llm.num_layers - llm.settings.method.adapter_layers)
-    names = [item.name for item in lora.specs(family, fields, emulator, s.targets, s.rank)]
-    closed_form.check(llm.source, emulator, names)
 
 
 class Aligner:
@@ -71,41 +58,12 @@ class Aligner:
         kl = {"pruned": oda.public_kl(llm.build(llm.source, plan.resident), pruned, wanted)}
         student, states = self.student(bundle, bundle.emulator_lora(), bundle.adapter_lora())
         kl["quantized"] = oda.public_kl(student, states[count:], wanted)
-        if llm.settings.align.closed_form:
-            begun = lora.on(plan.emulator, bundle.emulator_lora())
-            lora.load(student, self.solve(bundle, plan, states[:count], begun, bundle.manifest.lora.scale))
-            kl["closed_form"] = oda.public_kl(student, states[count:], wanted)
         emulator = self.train(student, plan, states, final, llm.settings.align.steps, version=0)
         kl["aligned"] = oda.public_kl(student, states[count:], wanted)
         emulator |= self.fit_border_map(bundle, emulator)
         write_durably(done, save(emulator))
         write_durably_json(kl_done, kl)
         return emulator, kl
-
-    def solve(
-        self, source: LayerSource, plan: LayerPlan, states: Tensor, emulator: dict[str, Tensor], scale: float
-    ) -> dict[str, Tensor]:
-        """Solve for the emulator LoRA in closed form.
-
-        Args:
-            source: the sub-LLM's layers.
-            states: (N, T, C) of the used blocks below its first layer with LoRA.
-            emulator: the LoRA to start from.
-            scale: alpha / rank.
-
-        Raises:
-            UsageProblem: closed-form alignment is not possible with this family or these targets.
-        """
-        return closed_form.align(
-            source,
-            plan,
-            self._llm.text.used,
-            list(states),
-            self._teacher.retained(plan),
-            emulator,
-            scale,
-            **self._llm.running.how("solving for the emulator LoRA"),
-        )
 
     def train(
         self, student: SubLLM, plan: LayerPlan, states: Tensor, final: Tensor, steps: int, version: int

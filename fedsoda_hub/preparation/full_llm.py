@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedsoda_edge.model import border, lora
-from fedsoda_edge.model.bundle_writer import BundleSettings
+from fedsoda_edge.model.bundle_writer import BundleSettings, shard_sizes
 from fedsoda_edge.model.families import Family
 from fedsoda_edge.model.source import Checkpoint, LayerSource
 from fedsoda_edge.model.streaming import stream
@@ -47,7 +47,7 @@ def open_full_llm(settings: RunSettings) -> Checkpoint:
 def aligned_layers(settings: RunSettings, plan: LayerPlan) -> tuple[int, ...]:
     """List the kept layers of a plan that carry emulator LoRA: none where these settings never align by LoRA or map."""
     align = settings.align
-    never = not (align.steps or align.closed_form or settings.method.realign_every) and align.border_map == "none"
+    never = not (align.steps or settings.method.realign_every) and align.border_map == "none"
     return () if never else method_of(settings.method).aligned(plan)
 
 
@@ -124,6 +124,11 @@ class StreamedLLM:
         return BundleSettings(
             self.lora_spec(plan), method.adapter_base, method.quantize_embedding, method.emulator_base
         )
+
+    def bundle_bytes(self, plan: LayerPlan) -> int:
+        """Count the bytes of all files of this plan's bundle but its manifest."""
+        shards = shard_sizes(self.source.family, self.source.fields, plan, self.bundle_settings(plan), self.dtype)
+        return sum(shards.values()) + sum(file.stat().st_size for file in self.source.tokenizer_files)
 
     def first_master(self, plans: Iterable[LayerPlan]) -> dict[str, Tensor]:
         """Make w before any training: LoRA of all layers that train in one of these plans, at the run's rank."""

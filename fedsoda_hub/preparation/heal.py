@@ -18,6 +18,7 @@ from fedsoda_edge.model.nf4 import unpacked
 from fedsoda_edge.ports.disk import write_durably
 from fedsoda_edge.protocol.manifest import LayerPlan
 from fedsoda_hub.algorithms.alignment.healing import StoredLayer, heal, refitted
+from fedsoda_hub.federation.jobs import LeftOut
 from fedsoda_hub.preparation.filled import filled_rows
 from fedsoda_hub.preparation.full_llm import StreamedLLM
 
@@ -26,18 +27,40 @@ FILLED_IDS = 1 << 15  # of rows that are filled with pieces of public text, wher
 
 
 def check_healing(llm: StreamedLLM) -> None:
-    """Check that the layers of this model can be healed.
+    """Check that the layers of this model can be healed, where layers are removed whose work they have to do.
 
     Raises:
         UsageProblem: one cannot; says why, and what to write.
     """
+    if llm.settings.method.emulator == "sub" and (why := _unhealed(llm)):
+        raise UsageProblem(
+            f'{why}; write [align] heal = false, steps = 200 and border_map = "auto" to align by steps instead'
+        )
+
+
+def is_healed(llm: StreamedLLM, plan: LayerPlan) -> bool:
+    """Tell whether this run heals; says so where all layers are kept and stay as rounding leaves them.
+
+    A layer of a full emulator that cannot be healed loses what NF4 takes and not more, so a run is not refused for it.
+    """
+    is_changed = bool(plan.groups or plan.lacking) or llm.settings.method.emulator_base == "nf4"
+    if not (llm.settings.align.heal and is_changed):
+        return False
+    if why := _unhealed(llm):
+        llm.running.report(LeftOut(stage="not healed", why=why))
+        return any(refitted(llm.source, layer) for layer in plan.sub_emulator)
+    return True
+
+
+def _unhealed(llm: StreamedLLM) -> str:
+    """Say which layer below the adapter cannot be healed, and why; nothing where all can."""
     for layer in range(llm.num_layers - llm.settings.method.adapter_layers):
         if refitted(llm.source, layer) is None:
-            raise UsageProblem(
+            return (
                 f"healing needs an MLP that ends in one down_proj, and layer {layer} of this "
-                f"{llm.source.family.model_type} model has none; write [align] heal = false, steps = 200 and "
-                'border_map = "auto" to align by steps instead'
+                f"{llm.source.family.model_type} model has none"
             )
+    return ""
 
 
 def healing_texts(llm: StreamedLLM) -> list[Tensor]:
@@ -51,11 +74,16 @@ def healing_texts(llm: StreamedLLM) -> list[Tensor]:
     return [*llm.text.like_task, *filled, *public[: max(1, HEALING_IDS // settings.public.length)]]
 
 
+def restored(plan: LayerPlan) -> dict[int, int]:
+    """Map the kept layers below the adapter, ascending, to the layer of the full LLM whose output each has to give."""
+    last = {group.start: group.removed[-1] for group in plan.groups}
+    return {layer: last.get(layer, layer) for layer in plan.sub_emulator}
+
+
 def healed_layers(llm: StreamedLLM, plan: LayerPlan) -> Mapping[int, StoredLayer]:
     """Heal all layers below the adapter that this plan keeps; they are read from disk whenever they are asked for."""
     kept = _HealedLayers(llm.directory.preparation / "healed")
-    last = {group.start: group.removed[-1] for group in plan.groups}
-    after = {layer: last.get(layer, layer) for layer in plan.sub_emulator}
+    after = restored(plan)
     if set(after) <= set(kept):
         return kept
     in_nf4 = llm.settings.method.emulator_base == "nf4"

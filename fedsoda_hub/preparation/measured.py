@@ -5,8 +5,6 @@ It is measured on the run's public text, once for a run. What is chosen by it is
 
 from __future__ import annotations
 
-import contextlib
-import math
 from collections.abc import Sequence
 from functools import cached_property, partial
 
@@ -14,32 +12,28 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model import lora
-from fedsoda_edge.model.bundle_writer import half_bytes, shard_sizes
+from fedsoda_edge.model.bundle_writer import half_bytes
 from fedsoda_edge.model.streaming import stream
 from fedsoda_edge.ports.disk import write_durably
 from fedsoda_edge.protocol.manifest import LayerPlan
 from fedsoda_hub.algorithms.pruning import healed, representatives, sgp
 from fedsoda_hub.algorithms.pruning.representatives import Components, Measured, Partition
 from fedsoda_hub.federation.jobs import ProbeResult, ShapeMeasured
-from fedsoda_hub.preparation.align import Aligner
 from fedsoda_hub.preparation.full_llm import StreamedLLM
-from fedsoda_hub.preparation.heal import healing_texts
+from fedsoda_hub.preparation.shapes import choosing_texts, healed_errors, shape_healed
 from fedsoda_hub.preparation.teacher import TeacherCache, TeacherOutput
 
-CHOOSING_IDS = 1 << 14  # of the texts that a run is healed on, which groups are chosen on
 KL_TIE = 1.05  # times the least public KL, up to which shapes count as equal
-MEASURING = "measuring layer similarity"
+MEASURING, CHOOSING = "measuring layer similarity", "choosing groups"
 
 
 class MeasuredLLM:
     """The run's full LLM as a `methods.interface.FullLLM`."""
 
-    def __init__(self, llm: StreamedLLM, teacher: TeacherCache, aligner: Aligner) -> None:
+    def __init__(self, llm: StreamedLLM, teacher: TeacherCache) -> None:
         self._llm = llm
         self._teacher = teacher
-        self._aligner = aligner
 
     @property
     def num_layers(self) -> int:
@@ -52,9 +46,10 @@ class MeasuredLLM:
 
     def healed_distances(self, num_layers: int, size: int) -> list[list[float]]:
         """Measure what healing would leave of groups of up to `size` removed layers, as a share of the stream."""
-        texts, llm = healing_texts(self._llm), self._llm
-        some = texts[:: math.ceil(sum(map(len, texts)) / CHOOSING_IDS)]
-        return healed.distances(llm.source, num_layers, size, some, **llm.running.in_16_bits(MEASURING))
+        llm, texts = self._llm, choosing_texts(self._llm)
+        how = llm.running.in_16_bits(MEASURING)
+        how["progress"](0, num_layers)
+        return healed.distances(llm.source, num_layers, size, texts, **how)
 
     def representatives(self, count: int, grouping: str, drawn_by: int | None = None) -> tuple[int, ...]:
         """Choose `count` layers that represent all, ascending; by chance where `drawn_by` gives a seed."""
@@ -106,17 +101,16 @@ class MeasuredLLM:
 
     def fits(self, plan: LayerPlan) -> bool:
         """Tell whether all files of this sub-LLM are within [method] bundle_bytes."""
-        llm = self._llm
-        sizes = shard_sizes(llm.source.family, llm.source.fields, plan, llm.bundle_settings(plan), llm.dtype)
-        tokenizer = sum(file.stat().st_size for file in llm.source.tokenizer_files)
-        return sum(sizes.values()) + tokenizer <= llm.settings.method.bundle_bytes
+        return self._llm.bundle_bytes(plan) <= self._llm.settings.method.bundle_bytes
 
     def nearest(self, plans: Sequence[LayerPlan]) -> LayerPlan:
-        """Choose the plan by public KL after closed-form alignment, on held-out blocks.
+        """Choose the plan that healing leaves least error of; by public KL on held-out blocks where the run does not heal.
 
         Of plans within KL_TIE of the least KL, the one with the greatest cosine between the adapter's gradients in sub-LLM
         and full LLM is taken (docs/methods.md (m3-auto)). No plan is quantized for this, which would change all alike.
         """
+        if self._llm.settings.align.heal:
+            return self._best_healed(plans)
         groups = [group for plan in plans for group in plan.groups]
         made = self._teacher.held_against(plans) | {group.start - 1 for group in groups if group.start}
         self._teacher.make(made)
@@ -130,6 +124,12 @@ class MeasuredLLM:
         self._teacher.forget(made - self._teacher.held_against([chosen]))
         return chosen
 
+    def _best_healed(self, plans: Sequence[LayerPlan]) -> LayerPlan:
+        errors = healed_errors(self._llm, plans)
+        for plan, error in zip(plans, errors, strict=True):
+            self._llm.running.report(shape_healed(CHOOSING, plan, error))
+        return min(zip(errors, plans, strict=True), key=lambda one: one[0])[1]
+
     def _try(self, plan: LayerPlan, adapter: dict[str, Tensor], output: TeacherOutput) -> ProbeResult:
         """Measure how far this plan's sub-LLM is from the full LLM, before anything is trained."""
         llm, text = self._llm, self._llm.text
@@ -139,15 +139,13 @@ class MeasuredLLM:
             below = self._teacher.target(first - 1)
         else:
             below = torch.stack(stream(llm.source, (), text.blocks)).to(llm.running.device)
-        with contextlib.suppress(UsageProblem):  # a family that cannot be aligned in closed form is judged unaligned
-            emulator = self._aligner.solve(llm.source, plan, below[:count], emulator, spec.scale)
         trained = tuple(layer for layer in plan.kept if layer >= first)
         student = llm.build(llm.source, trained)
         lora.attach(student, spec, lora.on(trained, {**emulator, **adapter}))
         found = self._teacher.drift_of(student, plan.adapter, below[count:], output)
         llm.running.report(
             ShapeMeasured(
-                stage="choosing groups",
+                stage=CHOOSING,
                 layers_per_group=len(plan.groups[0].removed),
                 groups=len(plan.groups),
                 kl=found.kl,

@@ -30,24 +30,26 @@ from fedsoda_edge.protocol.manifest import ADAPTER_LORA, EMULATOR_LORA, File, La
 from fedsoda_edge.protocol.messages import Digest
 from fedsoda_hub.algorithms.alignment import oda
 from fedsoda_hub.federation.jobs import DiskNeeded, PreparedSubLLM, PrepareResult
-from fedsoda_hub.preparation.align import Aligner, check_closed_form
+from fedsoda_hub.preparation.align import Aligner
 from fedsoda_hub.preparation.full_llm import StreamedLLM
-from fedsoda_hub.preparation.heal import check_healing, healed_layers
+from fedsoda_hub.preparation.heal import check_healing, healed_layers, is_healed
 from fedsoda_hub.preparation.measured import MeasuredLLM
 from fedsoda_hub.preparation.running import TakeProgress, to_nobody
 from fedsoda_hub.preparation.teacher import TeacherCache
 from fedsoda_hub.run.directory import RunDirectory
-from fedsoda_hub.settings.run import RunSettings
+from fedsoda_hub.settings.run import GONE, RunSettings
 
 
 def made_of(settings: RunSettings) -> Any:
     """Collect the settings that a bundle is made from; when and how long it is realigned is not among them.
 
-    `heal` and `distance` are left out as the paper has them: a run that began before there were these keys finds its
-    bundle again.
+    `heal` and `distance` are left out as the paper has them, and `closed_form`, which is gone, stands where it was: a run
+    that began before finds its bundle again.
     """
     method = msgspec.to_builtins(msgspec.structs.replace(settings.method, realign_every=0))
-    align = msgspec.to_builtins(msgspec.structs.replace(settings.align, realign_steps=0))
+    align: dict[str, object] = {}
+    for key, value in msgspec.to_builtins(msgspec.structs.replace(settings.align, realign_steps=0)).items():
+        align |= {key: value} if key != "steps" else {"closed_form": GONE["[align] closed_form"], key: value}
     for table, key, of_paper in ((method, "distance", "angular"), (align, "heal", False)):
         if table[key] == of_paper:
             del table[key]
@@ -77,8 +79,6 @@ class RunPreparation:
                 )
         if settings.align.heal:
             check_healing(self.llm)
-        if settings.align.closed_form:
-            check_closed_form(self.llm)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -165,7 +165,7 @@ class _Stages:
         path = self._work / "plans.json"
         if path.exists():
             return msgspec.json.decode(path.read_bytes(), type=tuple[LayerPlan, ...])
-        measured = MeasuredLLM(self._llm, self._teacher, self._aligner)
+        measured = MeasuredLLM(self._llm, self._teacher)
         plans = self._llm.method.plans(measured, self._settings.method, self._settings.seed)
         write_durably(path, msgspec.json.encode(plans))
         return plans
@@ -189,7 +189,9 @@ class _Stages:
         """Write the bundle with the shards of all layers that any sub-LLM keeps, or that one may keep in a later round."""
         s, llm, plan = self._settings, self._llm, plans[0]
         spec, source = llm.lora_spec(plan), llm.source
-        if s.align.heal:  # smaller sub-LLMs share the shards of the largest, and are brought near by their LoRA alone
+        if is_healed(
+            llm, plan
+        ):  # smaller sub-LLMs share the shards of the largest, and are brought near by their LoRA alone
             source = source.with_layers(healed_layers(llm, plan))
         kept = range(plan.num_layers) if s.method.reprune_every else chain(*(one.kept for one in plans))
         write_bundle(

@@ -130,4 +130,4 @@ class PreparedRun:
 
     @cached_property
     def _measured(self) -> MeasuredLLM:
-        return MeasuredLLM(self._llm, self._teacher, self._aligner)
+        return MeasuredLLM(self._llm, self._teacher)

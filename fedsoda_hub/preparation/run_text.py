@@ -21,7 +21,7 @@ from fedsoda_edge.data.samples import SampleTokenizer
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model.source import Checkpoint
 from fedsoda_edge.ports.disk import write_durably
-from fedsoda_hub.federation.jobs import NoBorderMap
+from fedsoda_hub.federation.jobs import LeftOut
 from fedsoda_hub.preparation.public_text import MAX_PROMPTS, read_blocks, read_like_task
 from fedsoda_hub.preparation.running import RunningLayers
 from fedsoda_hub.preparation.self_generated import generate_blocks, generate_samples
@@ -93,7 +93,7 @@ class RunText:
         except UsageProblem as problem:
             if s.align.border_map == "ridge":
                 raise
-            self._running.report(NoBorderMap(stage="no border map", why=str(problem)))
+            self._running.report(LeftOut(stage="no border map", why=str(problem)))
             return []
 
     def read(self) -> None:

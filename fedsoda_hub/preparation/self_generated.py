@@ -87,43 +87,6 @@ def generate_blocks(
     return blocks[:sequences], blocks[sequences:]
 
 
-def generate_prompts(
-    source: Checkpoint,
-    template: TextTemplate,
-    max_length: int,
-    *,
-    seed: int,
-    compute_dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    progress: Callable[[int, int], None] | None = None,
-) -> list[Tensor]:
-    """Write prompts as `public_text.read_prompts` reads them: the full LLM writes the columns; all prompts differ.
-
-    There are as many as MAX_PROMPTS and MAX_PROMPT_IDS allow, or fewer if the model has nothing new to write. The whole
-    full LLM is in memory while it generates. On a CPU the same seed gives the same prompts.
-
-    Args:
-        max_length: the longest prompt in ids; longer ones are left out, since the end of a prompt shows the task.
-        progress: called as progress(prompts made, prompts wanted).
-
-    Returns:
-        (T_i,) ids each.
-
-    Raises:
-        UsageProblem: the template has no column or no text of its own, the full LLM does not fit into memory, or it
-            writes too few prompts; says what to do.
-    """
-    tokenizer = SampleTokenizer(source.path / "tokenizer.json", None)
-
-    def sample_of(row: _Row) -> Sample | None:
-        ids = tokenizer.encode(row.prompt)
-        return Sample(tuple(ids), len(ids)) if len(ids) <= max_length else None
-
-    author = _Author.of(source, max_length + COLUMN_IDS, seed, compute_dtype, device)
-    found = _samples(author, template, max_length, sample_of, has_completions=False, progress=progress)
-    return [torch.tensor(sample.ids) for sample in found]
-
-
 def generate_samples(
     source: Checkpoint,
     template: TextTemplate,
@@ -134,41 +97,24 @@ def generate_samples(
     device: str | torch.device = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Sample]:
-    """Write samples as an edge makes them of its rows: prompts as `generate_prompts` writes them, each with a completion.
+    """Write samples as an edge makes them of its rows: the full LLM writes the columns of prompts, which all differ, and a
+    completion behind each.
 
     A completion is what the full LLM writes behind the prompt, up to a line break, its own end or COLUMN_IDS ids. Both are
-    joined and tokenized together, with eos at the end where the model has one; the completion may be empty then.
+    joined and tokenized together, with eos at the end where the model has one; the completion may be empty then. There are
+    as many as MAX_PROMPTS and MAX_PROMPT_IDS allow, or fewer if the model has nothing new to write, in the order in which
+    they began. The whole full LLM is in memory while it generates. On a CPU the same seed gives the same samples.
 
     Args:
         max_length: ids of a sample at most: a completion is cut there, a prompt that leaves no room for one is left out.
         progress: called as progress(samples made, samples wanted).
 
     Raises:
-        UsageProblem: as `generate_prompts`.
+        UsageProblem: the template has no column or no text of its own, the full LLM does not fit into memory, or it
+            writes too few prompts; says what to do.
     """
     tokenizer = SampleTokenizer(source.path / "tokenizer.json", source.fields.get("eos_token_id"))
-
-    def sample_of(row: _Row) -> Sample | None:
-        return tokenizer.sample(row.prompt, row.completion, max_length)
-
     author = _Author.of(source, max_length + COLUMN_IDS, seed, compute_dtype, device)
-    return _samples(author, template, max_length, sample_of, has_completions=True, progress=progress)
-
-
-def _samples(
-    author: _Author,
-    template: TextTemplate,
-    max_length: int,
-    sample_of: Callable[[_Row], Sample | None],
-    *,
-    has_completions: bool,
-    progress: Callable[[int, int], None] | None,
-) -> list[Sample]:
-    """Write rows of a template until there are enough samples of different prompts, in the order in which rows began.
-
-    Args:
-        sample_of: makes a row's sample; None: the row is of no use.
-    """
     remedy = 'name a file as [public] like_task, or write [align] border_map = "none"'
     if not template.columns or not any(text.strip() for text, *_ in string.Formatter().parse(template.text)):
         raise UsageProblem(
@@ -183,11 +129,13 @@ def _samples(
         if len(found) + begun - seen >= MAX_PROMPTS:
             return None  # those that are being written may be enough
         begun += 1
-        return author.row(template, max_length, has_completion=has_completions)
+        return author.row(template, max_length)
 
     for row in author.writer.write(begin):
         seen += 1
-        sample = None if row is None or row.prompt in found else sample_of(row)
+        sample = None
+        if row is not None and row.prompt not in found:
+            sample = tokenizer.sample(row.prompt, row.completion, max_length)
         if row is None or sample is None or len(sample.ids) > left:
             num_useless += 1
             if num_useless == PATIENCE:
@@ -208,7 +156,7 @@ def _samples(
 
 @dataclass(frozen=True)
 class _Row:
-    """A prompt with columns that the full LLM wrote, and what it wrote behind it, "" where it was not asked."""
+    """A prompt with columns that the full LLM wrote, and what it wrote behind it."""
 
     prompt: str
     completion: str
@@ -274,7 +222,7 @@ class _Author:
             made += self._break
         return made
 
-    def row(self, template: TextTemplate, max_length: int, *, has_completion: bool) -> Text[_Row | None]:
+    def row(self, template: TextTemplate, max_length: int) -> Text[_Row | None]:
         """Write a row of a template; None where a column stays empty, or the prompt becomes longer than `max_length`.
 
         A column is what the model writes after the text before it, up to a line break, the template's next fixed text
@@ -297,12 +245,10 @@ class _Author:
                 if not values[name]:
                     return None
             text += values[name]
-        completion = ""
-        if has_completion:
-            start = begin + self._encode(text.rstrip(" "))
-            if len(start) > max_length + 1:
-                return None
-            completion = yield from self._column(start, "", 0)
+        start = begin + self._encode(text.rstrip(" "))
+        if len(start) > max_length + 1:
+            return None
+        completion = yield from self._column(start, "", 0)
         return _Row(text, completion)
 
     def _column(self, start: list[int], following: str, broad: int) -> Text[str]:

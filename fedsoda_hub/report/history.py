@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from fedsoda_hub.federation import records as rec
 from fedsoda_hub.run.ledger import Ledger
 
-STAGES = ("pruned", "quantized", "closed_form", "aligned")  # of public KL, in the order of preparation
+STAGES = ("pruned", "quantized", "aligned")  # of public KL, in the order of preparation
 
 
 @dataclass
@@ -134,6 +134,5 @@ def kl_sentence(kl: Mapping[str, float]) -> str:
     """Say what pruning and storing cost the sub-LLM, and what alignment gave back, as public KL in nats."""
     if not kl["pruned"]:  # exactly 0 with a full emulator
         return f"public KL {kl['quantized']:.3f} as stored, all layers kept"
-    solved = f"{kl['closed_form']:.3f} in closed form, " if "closed_form" in kl else ""
     aligned = f"{kl['aligned']:.3f} aligned" if kl["aligned"] != kl["quantized"] else "not aligned"
-    return f"public KL {kl['pruned']:.3f} pruned, {kl['quantized']:.3f} as stored, {solved}{aligned}"
+    return f"public KL {kl['pruned']:.3f} pruned, {kl['quantized']:.3f} as stored, {aligned}"

@@ -68,7 +68,7 @@ def draw(history: History, plan: LayerPlan | None) -> dict[str, Picture]:
         found["alignment"] = Picture(
             "Alignment",
             "Public KL, full model to sub-LLM, in nats on held-out public blocks: after pruning, as stored, "
-            "after a closed-form start if the run has one, after alignment; then before and after each realignment.",
+            "after alignment; then before and after each realignment.",
             draw_alignment(history),
         )
     if plan is not None and plan.distances:

@@ -30,7 +30,6 @@ UNREAD: dict[str, object] = {
     "[align] steps": 0,
     "[align] realign_steps": 0,
     "[align] border_map": "none",
-    "[align] closed_form": False,
 }
 
 
@@ -53,12 +52,13 @@ METHODS: dict[MethodName, MethodKeys] = {
             *("[method] emulator", "[method] adapter_layers", "[method] layers_per_group", "[method] groups"),
             *("[method] distance", "[method] bundle_bytes", "[method] classes", "[method] realign_every"),
             *("[method] emulator_base", "[align] heal", "[align] steps"),
-            *("[align] realign_steps", "[align] border_map", "[align] closed_form"),
+            *("[align] realign_steps", "[align] border_map"),
         ),
         defaults={},
     ),
     "exact": MethodKeys(
-        reads=("[method] adapter_layers", "[method] emulator_base"), defaults={"[method] emulator": "full"}
+        reads=("[method] adapter_layers", "[method] emulator_base", "[align] heal"),
+        defaults={"[method] emulator": "full"},
     ),
     "fedbiot": MethodKeys(
         reads=(

@@ -23,6 +23,10 @@ from fedsoda_hub.settings.toml import check, read_toml
 _FREE = ("path", "device", "[rounds] count", "[rounds] quorum", "[rounds] deadline_seconds")
 
 
+# Keys that runs of older hubs recorded and that are gone, with the value that every run has now.
+GONE: Mapping[str, object] = {"[align] closed_form": False}
+
+
 class RunSettings(Tables, frozen=True):
     """All settings of a RUN.toml. path: the file that they are from, which relative paths in it are relative to."""
 
@@ -151,8 +155,8 @@ def differences(recorded: Mapping[str, object], settings: RunSettings) -> list[s
         recorded: what `RunSettings.fixed` gave when the run began.
     """
     then, now = (
-        RunSettings(name="", model="", public=Public(text="")).fixed() | UNREAD | dict(recorded),
-        settings.fixed(),
+        {**GONE, **RunSettings(name="", model="", public=Public(text="")).fixed(), **UNREAD, **recorded},
+        {**GONE, **settings.fixed()},
     )
     changed = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
     for decisive in ("[method] name", "[method] emulator"):

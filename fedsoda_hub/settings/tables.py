@@ -122,7 +122,7 @@ class Align(Section, frozen=True):
         bool,
         Meta(
             description="refit each kept layer below the adapter in closed form before it is stored, so that it does the "
-            "work of the layers removed above it too"
+            "work of the layers removed above it too, and makes good what rounding to NF4 changes"
         ),
     ] = True
     border_map: Annotated[
@@ -135,10 +135,6 @@ class Align(Section, frozen=True):
     border_rank: Annotated[
         int, Meta(ge=1, description="largest rank of the border map; from the model's width on the map is not reduced")
     ] = 256
-    closed_form: Annotated[
-        bool,
-        Meta(description="solve for the emulator's LoRA before the first step; with steps = 0 nothing else aligns"),
-    ] = False
     steps: Annotated[int, Meta(ge=0, description="steps of the alignment before round 1")] = 0
     realign_steps: Annotated[int, Meta(ge=0, description="steps of each later alignment")] = 30
     batch_size: Annotated[int, Meta(ge=1, description="blocks of public text in a step")] = 8

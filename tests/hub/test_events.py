@@ -103,7 +103,7 @@ EVENTS: list[events.HubEvent] = [
     events.StageProgress(job="prepare", stage="quantizing", done=1, total=2),
     events.StageProgress(job="realign", stage="aligning", done=1, total=2, kl=0.25),
     events.DiskProgress(job="prepare", stage="caching teacher targets", needed_bytes=1, free_bytes=2),
-    events.NoBorderMapProgress(job="prepare", stage="no border map", why="no prompts"),
+    events.LeftOutProgress(job="prepare", stage="no border map", why="no prompts"),
     events.RoundOpened(rounds=2, round=1, cohort=(EdgeId("a"),), view=Digest("d" * 64), alignment=0, deadline_at=1.5),
 ]
 
@@ -126,7 +126,9 @@ def test_the_terminal_event_is_the_commands_and_an_unknown_one_is_no_hubs() -> N
         jobs.Stage(stage="aligning", done=1, total=2, kl=0.5),
         jobs.BorderMapFitted(stage="fitting the border map", error_before=0.5, error_whole=0.25, error=0.375),
         jobs.ShapeMeasured(stage="choosing groups", layers_per_group=3, groups=4, kl=0.5, cosine=0.75),
-        jobs.NoBorderMap(stage="no border map", why="no prompts"),
+        jobs.ShapeHealed(stage="choosing groups", layers_per_group=3, groups=4, error=0.0625),
+        jobs.LeftOut(stage="no border map", why="no prompts"),
+        jobs.LeftOut(stage="not healed", why="no down_proj"),
         jobs.DiskNeeded(stage="caching teacher targets", needed_bytes=1, free_bytes=2),
     ],
     ids=lambda progress: type(progress).__name__,

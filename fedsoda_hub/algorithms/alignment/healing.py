@@ -19,7 +19,7 @@ is often its context, which only removed layers look at, so that to hold it woul
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,6 +68,7 @@ def heal(
     in_nf4: bool,
     lacking: Mapping[int, Half],
     healed: Mapping[int, StoredLayer],
+    target: Callable[[int], Sequence[Tensor]] | None = None,
     compute_dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     progress: LayersDone | None = None,
@@ -84,14 +85,14 @@ def heal(
         lacking: halves of the sub-emulator's layers that are pruned.
         in_nf4: whether the layers are stored in NF4; otherwise as in the checkpoint.
         healed: layers that an earlier call has yielded: they are run and not solved for again.
+        target: gives the full LLM's states behind a layer (T_i, C), asked for in ascending order; None: they are computed.
         progress: called as progress(layers done, layers in all).
 
     Yields:
         each layer that is not in `healed` with its tensors, in the order of `after`.
     """
     batches = buckets([len(text) for text in texts], BATCH_TOKENS)
-    wanted = states = stream(source, (), texts)
-    below = 0
+    below, at, states = 0, stream(source, (), texts), stream(source, (), texts)
     is_sink = torch.zeros(len(texts), dtype=torch.bool)  # whose first token was massive so far
 
     def run(some: Checkpoint, layers: Sequence[int], start: Sequence[Tensor], enter: Any = None) -> list[Tensor]:
@@ -107,10 +108,15 @@ def heal(
             device=device,
         )
 
+    def behind(last: int) -> Sequence[Tensor]:
+        nonlocal below, at
+        at, below = run(source, range(below, last + 1), at), last + 1
+        return at
+
     pruned = source.without(lacking)
     for done, (number, last) in enumerate(after.items()):
-        wanted, below = run(source, range(below, last + 1), wanted), last + 1
-        begun = _rounded(pruned, number) if in_nf4 else pruned.stored_layer(number)
+        wanted = (target or behind)(last)
+        begun = rounded(pruned, number) if in_nf4 else pruned.stored_layer(number)
         module = refitted(pruned, number)
         parts = _Parts(batches, [len(text) for text in texts], module)
         states = run(pruned.with_layers({number: begun}), (number,), states, parts.enter)
@@ -137,7 +143,7 @@ def refitted(source: LayerSource, number: int) -> str | None:
     return name if name in linear_modules(module) else None
 
 
-def _rounded(source: LayerSource, number: int) -> StoredLayer:
+def rounded(source: LayerSource, number: int) -> StoredLayer:
     """Round the matrices of a layer that a bundle stores in NF4, without regard to their inputs."""
     module = layer_on_meta(source.family, source.fields, number, source.lacking.get(number))
     linear = {f"{name}.weight" for name in linear_modules(module)}

@@ -1,7 +1,8 @@
 """Exact: train the adapter on top of the whole emulator, which is swept layer by layer: docs/methods.md (m2-exact).
 
 This is not a method of a paper but the oracle of them all: LoRA on the last layers of the full LLM, which loses only what
-storing the emulator in NF4 loses. Pruning and alignment are other methods' matter.
+storing the emulator in NF4 loses. Healing, which makes good most of that, is the preparation's; pruning and alignment are
+other methods' matter.
 """
 
 from __future__ import annotations

@@ -102,9 +102,13 @@ def test_one_is_no_plural_and_sizes_are_written_as_everywhere(capsys: pytest.Cap
     errors = {"error_before": 0.333, "error_whole": 0.08, "error": 0.089}
     shown.say(events.BorderMapProgress(job="prepare", stage="fitting the border map", **errors))
     shown.say(
+        events.HealedShapeProgress(job="prepare", stage="choosing groups", layers_per_group=3, groups=4, error=0.0312)
+    )
+    shown.say(events.LeftOutProgress(job="prepare", stage="not healed", why="layer 0 has no down_proj"))
+    shown.say(
         events.ShapeProgress(
             job="prepare", stage="choosing groups", layers_per_group=3, groups=4, kl=0.2512, cosine=0.8128
-        )
+        ),
     )
     shown.say(msgspec.structs.replace(ACCEPTED, round=1, num_examples=1))
     shown.say(closed(1, updates=1))
@@ -115,6 +119,8 @@ def test_one_is_no_plural_and_sizes_are_written_as_everywhere(capsys: pytest.Cap
     assert capsys.readouterr().err.splitlines() == [
         "caching teacher targets: needs 668 MiB of disk, 18.6 GiB are free",
         "fitting the border map: on held-out prompts, border states differ from the full emulator's by 33.3% without it, by 8.9% with it",
+        "choosing groups: with 4 x 3 layers removed and healed, border states differ by 3.1%",
+        "not healed: layer 0 has no down_proj",
         "choosing groups: with 4 x 3 layers removed, public KL is 0.251 and the cosine of the adapter's gradients 0.813",
         "round 1: a, 1 example, loss 0.500",
         "round 1 closed: 1 update, loss 0.500; 10 B up, 20 B down so far",

@@ -53,6 +53,36 @@ def test_a_plan_without_options_has_the_defaults_of_the_tables(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
+    ("changes", "options", "sentence"),
+    [
+        (
+            "",
+            ["--groups", "2"],
+            "[method] groups = 2 as an option beside --measure, which takes all settings from RUN.toml",
+        ),
+        (
+            "[align]\nheal = false\n",
+            [],
+            'RUN.toml does not heal ([method] name = "fedsoda", [align] heal = false); write',
+        ),
+        (
+            '[method]\nname = "fedbiot"\n',
+            [],
+            'RUN.toml does not heal ([method] name = "fedbiot", [align] heal = false)',
+        ),
+        ("[method]\ngruops = 2\n", [], "RUN.toml has no key [method] gruops; the nearest is [method] groups"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(tmp_path: Path, changes: str, options: list[str], sentence: str) -> None:
+    (tmp_path / "public.txt").write_text("text")
+    run = tmp_path / "RUN.toml"
+    run.write_text(f'name = "x"\nmodel = "m"\n[public]\ntext = "public.txt"\n{changes}')
+    ended = CliRunner().invoke(app, ["plan", str(run), "--measure", *options])
+    assert (ended.exit_code, sentence in ended.stderr) == (2, True), ended.stderr
+    assert not (tmp_path / "x.run").exists()
+
+
+@pytest.mark.parametrize(
     ("options", "sentence"),
     [
         (

@@ -26,7 +26,7 @@ from fedsoda_hub.algorithms.alignment import ridge
 from fedsoda_hub.evaluation.evaluator import Evaluator
 from fedsoda_hub.evaluation.judge import judged_models
 from fedsoda_hub.evaluation.questions import Question
-from fedsoda_hub.federation.jobs import BorderMapFitted, JobProgress, NoBorderMap, Realign
+from fedsoda_hub.federation.jobs import BorderMapFitted, JobProgress, LeftOut, Realign
 from fedsoda_hub.preparation.full_llm import StreamedLLM
 from fedsoda_hub.preparation.prepare import RunPreparation
 from fedsoda_hub.preparation.realign import PreparedRun
@@ -302,7 +302,7 @@ def test_where_the_full_llm_cannot_write_prompts_a_run_continues_without_a_map_u
     made = RunPreparation(settings)
     prepared = made.run(said.append)
     assert prepared == without
-    [why] = [progress.why for progress in said if isinstance(progress, NoBorderMap)]
+    [why] = [progress.why for progress in said if isinstance(progress, LeftOut)]
     assert "does not show the full LLM what the task's prompts are like" in why
     job = Realign(version=1, master=prepared.master, emulator_views=(prepared.sub_llms[0].emulator_view,))
     assert PreparedRun(made.llm).realign(job).sub_llms[0].kl_after > 0

@@ -14,12 +14,14 @@ from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.protocol.manifest import LayerPlan
 from fedsoda_hub.algorithms.methods import fedsoda
-from fedsoda_hub.federation.jobs import JobProgress, Probe, ShapeMeasured
+from fedsoda_hub.federation.jobs import JobProgress, Probe, ShapeHealed, ShapeMeasured
 from fedsoda_hub.preparation.measured import KL_TIE
 from fedsoda_hub.preparation.prepare import RunPreparation
 from fedsoda_hub.preparation.realign import PreparedRun
+from fedsoda_hub.preparation.shapes import healed_errors
 from fedsoda_hub.settings.run import RunSettings
 from fedsoda_hub.settings.tables import Method
+from tests.hub.preparation.test_shapes import healing_run
 from tests.hub.runs import make_run, prepare
 
 AUTO = Method(groups="auto", bundle_bytes=1)
@@ -128,25 +130,40 @@ def test_the_nearest_of_the_shapes_is_taken(chosen: tuple[RunSettings, list[Shap
     groups = Bundle.open(settings.run_dir / "bundle").plan.groups
     assert (len(groups[0].removed), len(groups)) == (best.layers_per_group, best.groups)
     assert len({one.kl for one in tried}) == len(tried)
-    assert all(0 < one.cosine < 1 for one in tried)
+    assert all(-1 < one.cosine < 1 for one in tried)
 
 
-def test_a_shape_is_measured_as_a_run_of_it_that_is_aligned_in_closed_form(
+def test_a_shape_that_is_not_healed_is_measured_as_a_run_of_it_is(
     tmp_path: Path, chosen: tuple[RunSettings, list[ShapeMeasured]], tiny_llama: Path
 ) -> None:
     _, tried = chosen
     one = tried[-1]
     unquantized = {"adapter_base": "bf16", "emulator_base": "bf16"}
     shape = {"layers_per_group": one.layers_per_group, "groups": one.groups}
-    align = {**TABLES["align"], "closed_form": True}
-    settings = make_run(tmp_path, tiny_llama, align=align, method={**shape, **unquantized})
+    settings = make_run(tmp_path, tiny_llama, **TABLES, method={**shape, **unquantized})
     preparation = RunPreparation(settings)
     prepared = preparation.run()
     [sub_llm] = prepared.sub_llms
-    assert sub_llm.public_kl["closed_form"] == pytest.approx(one.kl, rel=1e-4)
+    assert sub_llm.public_kl["pruned"] == pytest.approx(one.kl, rel=1e-4)
     job = Probe(master=prepared.master, emulator_view=sub_llm.emulator_view)
     probed = PreparedRun(preparation.llm).probe(job)
     assert (probed.kl, probed.cosine) == pytest.approx((one.kl, one.cosine), rel=1e-4)
+
+
+def test_a_run_that_heals_takes_the_shape_that_healing_leaves_least_error_of(tmp_path: Path, tiny_llama: Path) -> None:
+    auto = {"groups": "auto", "bundle_bytes": BUDGET, "layers_per_group": None}
+    settings = healing_run(tmp_path, tiny_llama, method=auto)
+    said: list[JobProgress] = []
+    preparation = RunPreparation(settings)
+    preparation.run(said.append)
+    tried = [one for one in said if isinstance(one, ShapeHealed)]
+    assert len(tried) > 1
+    assert not [one for one in said if isinstance(one, ShapeMeasured)]
+    plan = Bundle.open(settings.run_dir / "bundle").plan
+    best = min(tried, key=lambda one: one.error)
+    assert (len(plan.groups[0].removed), len(plan.groups)) == (best.layers_per_group, best.groups)
+    assert healed_errors(preparation.llm, [plan]) == pytest.approx([best.error], rel=1e-6)
+    assert bundle_bytes(settings) <= BUDGET
 
 
 def test_no_more_teacher_targets_stay_on_disk_than_an_alignment_reads(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,17 +14,20 @@ from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.source import Checkpoint
 from fedsoda_edge.model.streaming import stream
+from fedsoda_hub.federation.jobs import JobProgress, LeftOut
 from fedsoda_hub.preparation import self_generated
 from fedsoda_hub.preparation.filled import REUSE
 from fedsoda_hub.preparation.full_llm import StreamedLLM
 from fedsoda_hub.preparation.heal import healing_texts
+from fedsoda_hub.preparation.prepare import RunPreparation, made_of
 from fedsoda_hub.settings.methods import METHODS
-from fedsoda_hub.settings.run import RunSettings
-from tests.hub.runs import WORDS, killed_after, make_run, prepare
-from tests.tiny import make_tiny
+from fedsoda_hub.settings.run import RunSettings, read_settings
+from tests import tiny
+from tests.hub.runs import FULL, WORDS, killed_after, make_run, prepare
 
 HEALED = {"heal": True, "steps": 0}
 NEVER = {"realign_every": 0}
+RECORDED = Path(__file__).parents[2] / "golden" / "fixed_settings.json"  # of ledgers, as commit f7a12bf wrote them
 
 
 @pytest.fixture(autouse=True)
@@ -93,11 +98,98 @@ def test_groups_are_chosen_by_what_healing_would_leave(tmp_path: Path, tiny_llam
 
 
 def test_a_family_that_cannot_be_healed_is_told_what_to_write(tmp_path: Path) -> None:
-    model = make_tiny(tmp_path / "model", "olmo2")
+    model = tiny.make_tiny(tmp_path / "model", "olmo2")
     settings = make_run(tmp_path / "run", model, align={"heal": True})
     with pytest.raises(UsageProblem, match=r'write \[align\] heal = false, steps = 200 and border_map = "auto"'):
         prepare(settings)
 
 
-def test_only_fedsoda_heals_by_default() -> None:
-    assert [name for name, keys in METHODS.items() if "[align] heal" in keys.reads] == ["fedsoda"]
+def test_only_fedsoda_and_exact_heal_by_default() -> None:
+    assert [name for name, keys in METHODS.items() if "[align] heal" in keys.reads] == ["fedsoda", "exact"]
+
+
+# --- every layer kept: there is only rounding to make good ------------------------------------------------------------
+
+
+def exact(directory: Path, model: Path, *, heal: bool | None, **method: Any) -> RunSettings:
+    directory.mkdir()
+    words = [f"{a} {b}" for a in WORDS for b in WORDS[:4]]
+    rows = [{"word": word, "answer": "yes" if len(word) % 2 else "no"} for word in words]
+    (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return make_run(
+        directory,
+        model,
+        public={"like_task": "rows.jsonl"},
+        lora={"targets": ["q_proj", "v_proj"]},  # which layers of every family have
+        align={**FULL["align"], "heal": heal, "border_map": None},
+        method={**FULL["method"], "distance": None, **method},
+    )
+
+
+def test_exact_makes_good_what_rounding_changes(tmp_path: Path, tiny_llama: Path) -> None:
+    plain, healed = (exact(tmp_path / str(heal), tiny_llama, heal=heal) for heal in (False, None))
+    before, after = prepare(plain), prepare(healed)
+    assert border_error(healed) < 0.7 * border_error(plain)
+    assert after.sub_llms[0].public_kl["quantized"] < before.sub_llms[0].public_kl["quantized"]
+    bundles = [Bundle.open(run.run_dir / "bundle") for run in (plain, healed)]
+    assert bundles[0].plan == bundles[1].plan
+    assert sum(file.bytes for file in bundles[0].manifest.files) == sum(
+        file.bytes for file in bundles[1].manifest.files
+    )
+
+
+def test_nothing_is_healed_where_nothing_was_changed(tmp_path: Path, tiny_llama: Path) -> None:
+    plain, asked = (exact(tmp_path / str(heal), tiny_llama, heal=heal, emulator_base="bf16") for heal in (False, True))
+    assert prepare(plain) == prepare(asked)
+    assert not (asked.run_dir / "prepare" / "healed").exists()
+
+
+def test_exact_of_a_family_that_cannot_be_healed_is_rounded_plainly_and_says_so(tmp_path: Path) -> None:
+    model = tiny.make_tiny(tmp_path / "model", "olmo2")
+    said: list[JobProgress] = []
+    made = RunPreparation(exact(tmp_path / "run", model, heal=None)).run(said.append)
+    assert made == prepare(exact(tmp_path / "plain", model, heal=False))
+    [why] = [one.why for one in said if isinstance(one, LeftOut)]
+    assert why == "healing needs an MLP that ends in one down_proj, and layer 0 of this olmo2 model has none"
+
+
+def test_exact_of_a_mixture_heals_the_layers_that_have_one_down_proj(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        tiny.FAMILY_CONFIGS, "qwen3_moe", {**tiny.FAMILY_CONFIGS["qwen3_moe"], "mlp_only_layers": [1, 3]}
+    )
+    model = tiny.make_tiny(tmp_path / "model", "qwen3_moe")
+    plain, healed = (exact(tmp_path / str(heal), model, heal=heal) for heal in (False, None))
+    said: list[JobProgress] = []
+    prepare(plain)
+    RunPreparation(healed).run(said.append)
+    assert [one.stage for one in said if isinstance(one, LeftOut)] == ["not healed"]
+    before, after = (Bundle.open(run.run_dir / "bundle") for run in (plain, healed))
+    changed = [
+        number
+        for number in before.plan.sub_emulator
+        if any(not torch.equal(before.layer(number)[name], part) for name, part in after.layer(number).items())
+    ]
+    assert changed == [1, 3]
+    assert border_error(healed) < border_error(plain)
+
+
+@pytest.mark.parametrize("what", ["exact", "fedsoda, full emulator"])
+def test_a_run_of_an_older_hub_finds_its_bundle_where_its_file_says_that_nothing_is_healed(
+    tmp_path: Path, what: str
+) -> None:
+    """A bundle is found by a digest of these values, as they were written then."""
+    [case] = [case for case in json.loads(RECORDED.read_text()) if case["what"] == what]
+    (tmp_path / "public.txt").write_text("text")
+    (tmp_path / "RUN.toml").write_text(case["toml"] + "[align]\nheal = false\n")
+    then = {"[method] realign_every": 0, "[align] realign_steps": 0}
+    tables = [
+        {
+            key.removeprefix(f"[{table}] "): then.get(key, value)
+            for key, value in case["fixed"].items()
+            if key.startswith(f"[{table}]")
+        }
+        for table in ("method", "lora", "public", "align")
+    ]
+    assert json.dumps(made_of(read_settings(tmp_path / "RUN.toml"))) == json.dumps(tables)

@@ -16,7 +16,7 @@ from fedsoda_edge.data.samples import Sample, SampleTokenizer
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model.source import Checkpoint
 from fedsoda_edge.protocol.template import TextTemplate
-from fedsoda_hub.preparation.self_generated import generate_blocks, generate_prompts, generate_samples
+from fedsoda_hub.preparation.self_generated import generate_blocks, generate_samples
 
 BOS, EOS = 1, 2
 
@@ -77,10 +77,15 @@ def test_only_the_k_likeliest_are_drawn(tiny_llama: Path, reference: Any, monkey
     assert set(ranks) == {0, 1, 2}
 
 
-def prompts(model: Path, template: str, max_length: int = 64, **changes: Any) -> list[torch.Tensor]:
+def samples(model: Path, template: str, max_length: int = 64, **changes: Any) -> list[Sample]:
     source = Checkpoint.open(str(model))
     source.fields.update(changes)
-    return generate_prompts(source, TextTemplate(template), max_length, seed=3)
+    return generate_samples(source, TextTemplate(template), max_length, seed=3)
+
+
+def prompts(model: Path, template: str, max_length: int = 64, **changes: Any) -> list[torch.Tensor]:
+    found = samples(model, template, max_length, **changes)
+    return [torch.tensor(sample.ids[: sample.start]) for sample in found]
 
 
 def test_prompts_are_the_template_with_columns_that_the_model_has_written(
@@ -88,7 +93,7 @@ def test_prompts_are_the_template_with_columns_that_the_model_has_written(
 ) -> None:
     monkeypatch.setattr(self_generated, "TOP_K", 1)
     tokenizer = Tokenizer.from_file(str(tiny_llama / "tokenizer.json"))
-    found = prompts(tiny_llama, "Say {word}? Then {answer}:")
+    found = prompts(tiny_llama, "Say {word}? Then {answer}:", 200)
     texts = [tokenizer.decode(ids.tolist()) for ids in found]
     assert len(set(texts)) == len(texts) == 12
     for ids, text in zip(found, texts, strict=True):
@@ -105,22 +110,18 @@ def test_prompts_are_the_template_with_columns_that_the_model_has_written(
 
 
 def test_prompts_are_few_enough_and_whole(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    every = prompts(tiny_llama, "Say {word}:")
-    assert [ids.tolist() for ids in prompts(tiny_llama, "Say {word}:")] == [ids.tolist() for ids in every]
+    every, written = prompts(tiny_llama, "Say {word}:"), samples(tiny_llama, "Say {word}:")
+    assert samples(tiny_llama, "Say {word}:") == written
     longest = max(map(len, every))
     shorter = prompts(tiny_llama, "Say {word}:", longest - 1)
     assert len(shorter) == 12
     assert max(map(len, shorter)) < longest
     assert {int(ids[-1]) for ids in every + shorter} == {int(every[0][-1])}  # the colon: nothing is cut off
-    monkeypatch.setattr(self_generated, "MAX_PROMPT_IDS", sum(map(len, every[:7])))
-    assert 6 <= len(prompts(tiny_llama, "Say {word}:")) <= 12
-    assert sum(map(len, prompts(tiny_llama, "Say {word}:"))) <= sum(map(len, every[:7]))
-
-
-def samples(model: Path, template: str, max_length: int = 64, **changes: Any) -> list[Sample]:
-    source = Checkpoint.open(str(model))
-    source.fields.update(changes)
-    return generate_samples(source, TextTemplate(template), max_length, seed=3)
+    most = sum(len(sample.ids) for sample in written[:7])
+    monkeypatch.setattr(self_generated, "MAX_PROMPT_IDS", most)
+    fewer = samples(tiny_llama, "Say {word}:")
+    assert 6 <= len(fewer) <= 12
+    assert sum(len(sample.ids) for sample in fewer) <= most
 
 
 def test_samples_are_prompts_with_what_the_model_writes_behind_them_as_edges_join_them(

@@ -193,6 +193,17 @@ def test_every_setting_is_told_with_where_it_came_from(tmp_path: Path) -> None:
     }
 
 
+def test_a_key_that_is_gone_is_refused_in_a_file_and_said_of_a_run_that_began_with_it(folder: Path) -> None:
+    for value in ("true", "false"):
+        with pytest.raises(UsageProblem, match=r"run\.toml has no key \[align\] closed_form; .*: correct or delete it"):
+            read(folder, SHORT + f"[align]\nclosed_form = {value}\n")
+    settings = read(folder, SHORT)
+    assert differences({**recorded(settings), "[align] closed_form": False}, settings) == []
+    assert differences({**recorded(settings), "[align] closed_form": True}, settings) == [
+        "[align] closed_form: True when the run began, False now"
+    ]
+
+
 # Of FedSODA: what a run of an older hub began with, where its file did not say it.
 OLDER: dict[str, object] = {
     "[method] distance": "angular",
@@ -206,11 +217,13 @@ OLDER: dict[str, object] = {
 def test_a_recorded_run_of_an_older_hub_has_the_same_settings_but_for_defaults_that_changed(folder: Path) -> None:
     """To the letter: bundles, and cells of a comparison, are found again by a digest of these values."""
     for case in json.loads(RECORDED.read_text()):
-        settings = read(folder, case["toml"])
+        settings = read(folder, case["toml"].replace("closed_form = true\n", ""))
         then = {**OLDER, **case["fixed"]}
         now = settings.fixed()
         changed = {key for key in now if now[key] != then[key]}
         assert changed <= set(OLDER), case["what"]
+        changed |= {"[align] closed_form"} if then["[align] closed_form"] else set()
         assert {line.partition(":")[0] for line in differences(case["fixed"], settings)} == changed, case["what"]
         kept = {key: value for key, value in now.items() if key not in OLDER}
+        assert then.keys() - now.keys() == {"[align] closed_form"}
         assert json.dumps(kept) == json.dumps({key: then[key] for key in kept}), case["what"]
