@@ -23,7 +23,7 @@ from fedsoda_edge.data.samples import SampleTokenizer, read_samples
 from fedsoda_edge.errors import DeviceTooSmall, UsageProblem
 from fedsoda_edge.model import delta, lora
 from fedsoda_edge.model.bundle import Bundle, read_manifest
-from fedsoda_edge.model.nf4 import NF4Linear, dequantize, quantize
+from fedsoda_edge.model.nf4 import NF4Linear, dequantize, has_instructions_for, quantize
 from fedsoda_edge.model.sub_llm import SubLLM, build
 from fedsoda_edge.ports.child import ReportProgress, serve
 from fedsoda_edge.ports.disk import sha256_file, write_durably
@@ -139,6 +139,11 @@ class Worker:
     def _compute_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.memory.device.startswith("cuda") else torch.float32
 
+    @property
+    def _sweep_dtype(self) -> torch.dtype:
+        """The dtype of a sweep, whose results are kept in 16 bits at most: bf16 also on a CPU that multiplies it."""
+        return torch.bfloat16 if has_instructions_for(torch.bfloat16) else self._compute_dtype
+
     def check(self, command: cmd.Check) -> cmd.Checked:
         """Read every row of data whose format the agent does not read; return how many there are.
 
@@ -183,7 +188,7 @@ class Worker:
                 memory.slice_bytes,
                 not memory.packed,
             ),
-            compute_dtype=self._compute_dtype,
+            compute_dtype=self._sweep_dtype,
             device=memory.device,
         )
         with _out_of_memory_is_told(memory):
