@@ -137,12 +137,9 @@ class Worker:
 
     @property
     def _compute_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.memory.device.startswith("cuda") else torch.float32
-
-    @property
-    def _sweep_dtype(self) -> torch.dtype:
-        """The dtype of a sweep, whose results are kept in 16 bits at most: bf16 also on a CPU that multiplies it."""
-        return torch.bfloat16 if has_instructions_for(torch.bfloat16) else self._compute_dtype
+        """The dtype of sweeps and steps: bf16 on a GPU and on a CPU that multiplies it, fp32 on other CPUs."""
+        is_quick = self.memory.device.startswith("cuda") or has_instructions_for(torch.bfloat16)
+        return torch.bfloat16 if is_quick else torch.float32
 
     def check(self, command: cmd.Check) -> cmd.Checked:
         """Read every row of data whose format the agent does not read; return how many there are.
@@ -188,7 +185,7 @@ class Worker:
                 memory.slice_bytes,
                 not memory.packed,
             ),
-            compute_dtype=self._sweep_dtype,
+            compute_dtype=self._compute_dtype,
             device=memory.device,
         )
         with _out_of_memory_is_told(memory):
