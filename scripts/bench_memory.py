@@ -104,7 +104,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 }
             )
             print(f"{name}, {way}: predicted / measured {ratio:.2f}", file=sys.stderr, flush=True)
-    return {"bench": "memory", "dtype": options.dtype, "torch": torch.__version__, "tolerance": TOLERANCE, "cells": cells}
+    return {
+        "bench": "memory",
+        "dtype": options.dtype,
+        "torch": torch.__version__,
+        "tolerance": TOLERANCE,
+        "cells": cells,
+    }
 
 
 def main() -> None:

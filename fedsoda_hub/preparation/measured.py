@@ -54,7 +54,7 @@ class MeasuredLLM:
         """Measure what healing would leave of groups of up to `size` removed layers, as a share of the stream."""
         texts, llm = healing_texts(self._llm), self._llm
         some = texts[:: math.ceil(sum(map(len, texts)) / CHOOSING_IDS)]
-        return healed.distances(llm.source, num_layers, size, some, **llm.running.in_16_bits(MEASURING))
+        return healed.distances(llm.source, num_layers, size, some, **llm.running.how(MEASURING))
 
     def representatives(self, count: int, grouping: str, drawn_by: int | None = None) -> tuple[int, ...]:
         """Choose `count` layers that represent all, ascending; by chance where `drawn_by` gives a seed."""

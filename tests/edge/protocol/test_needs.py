@@ -31,9 +31,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return write(directory / "bundle", make_tiny(directory / family, family), targets=targets)
 
 
-def kept_bytes(
-    bundle: Bundle, samples: SampleSizes, *, recompute: bool = False, dtype: Dtype = "float32"
-) -> int:
+def kept_bytes(bundle: Bundle, samples: SampleSizes, *, recompute: bool = False, dtype: Dtype = "float32") -> int:
     """Count what autograd and layers that run again hold after a forward pass, without frozen weights."""
     view, resident = bundle.adapter_lora(), bundle.plan.resident
     model = build(bundle, resident, dense=False, dense_head=False, recompute=recompute, compute_dtype=DTYPES[dtype])

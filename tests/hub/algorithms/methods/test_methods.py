@@ -455,7 +455,14 @@ def test_the_memory_plan_has_room_for_all_layers_that_gradients_go_through(
 # --- preparation -------------------------------------------------------------------------------------------
 
 
-def run_of(directory: Path, model: Path, name: str, keys: dict[str, Any] | None = None, **align: Any) -> RunSettings:
+def run_of(
+    directory: Path,
+    model: Path,
+    name: str,
+    keys: dict[str, Any] | None = None,
+    dtype: str = "float32",
+    **align: Any,
+) -> RunSettings:
     method = {
         "name": name,
         "layers_per_group": None,
@@ -466,7 +473,7 @@ def run_of(directory: Path, model: Path, name: str, keys: dict[str, Any] | None 
     }
     steps: dict[str, Any] = {"steps": 8, "realign_steps": 4} | align
     used = {key: value if name in readers_of(f"[align] {key}") else None for key, value in steps.items()}
-    return make_run(directory, model, method=method, align={**align, **used})
+    return make_run(directory, model, dtype, method=method, align={**align, **used})
 
 
 @pytest.mark.parametrize("name", ["fedbiot", "fedot", "fedpetuning", "fedpruner", "fedpruner+"])
