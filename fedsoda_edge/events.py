@@ -14,7 +14,7 @@ from typing import Annotated, Generic, Literal, TypeVar
 import msgspec
 from msgspec import Meta, structs
 
-from fedsoda_edge.protocol.needs import MemoryPlan, Part
+from fedsoda_edge.protocol.needs import Dtype, MemoryPlan, Part
 from fedsoda_edge.protocol.ranges import Count, Positive, Seconds, Words
 
 T = TypeVar("T")
@@ -61,6 +61,7 @@ class MemoryReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     message: Words
     device: DeviceName
+    dtype: Dtype
     packed: bool
     recompute: bool
     frugal: bool

@@ -14,7 +14,7 @@ import torch
 from edge_geometries import SUPERVISED, Geometry, samples  # beside this file
 
 from fedsoda_edge.model import lora
-from fedsoda_edge.model.bundle import Bundle
+from fedsoda_edge.model.bundle import DTYPES, Bundle
 from fedsoda_edge.model.sub_llm import build
 from fedsoda_edge.ports.system import return_memory_at_once
 from fedsoda_edge.protocol.messages import LocalSettings
@@ -43,7 +43,7 @@ def states_of(
         emulator=bundle.emulator_lora(),
         emulator_name="initial",
         settings=CacheSettings(at, KEY, "bf16", max_bytes, plan.slice_bytes, not plan.packed),
-        compute_dtype=geometry.compute_dtype,
+        compute_dtype=DTYPES[plan.dtype],
         device=geometry.device,
     )
 
@@ -68,7 +68,7 @@ def train_ours(
     sub_llm = build(
         bundle,
         bundle.plan.adapter,
-        compute_dtype=geometry.compute_dtype,
+        compute_dtype=DTYPES[plan.dtype],
         device=geometry.device,
         dense=not plan.packed,
         dense_head=not plan.packed,

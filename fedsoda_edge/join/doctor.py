@@ -26,6 +26,7 @@ from fedsoda_edge.protocol.needs import Part
 from fedsoda_edge.units import human_bytes
 
 MAX_SKEW_SECONDS = 120.0
+SHORT = {"bfloat16": "bf16", "float32": "fp32"}  # dtypes, for people
 PROBE_BYTES = 4 << 20  # fetched of the bundle, to measure the bandwidth
 
 
@@ -84,7 +85,7 @@ async def _device(home: Home, worker: TorchPort) -> AsyncIterator[DoctorStep]:
     yield DoctorStep(
         "GPU",
         True,
-        found.accelerator or "none that torch sees: training runs on the CPU",
+        f"{found.accelerator or 'none that torch sees: training runs on the CPU'}, in {SHORT[found.dtype]}",
     )
     problem = found.nf4_problem
     yield DoctorStep(

@@ -15,7 +15,9 @@ from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from torch import Tensor
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.nn import functional
 
 from fedsoda_edge.model.border import PREFIX, BorderMap, map_tensors
 from fedsoda_edge.model.delta import LoRATensors
@@ -73,6 +75,18 @@ def on(layers: Container[int], tensors: Mapping[str, TensorT]) -> dict[str, Tens
     return {name: tensor for name, tensor in lying.items() if int(name.split(".")[1]) in layers}
 
 
+class _Factor(nn.Linear):
+    """A LoRA factor that multiplies in the dtype of its input, and trains in fp32: a step of 1e-4 is lost in bf16's 8 bits."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        self.weight = nn.Parameter(weight.detach().float())
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Compute input weight^T."""
+        return functional.linear(input, self.weight.to(input.dtype))
+
+
 def attach(sub_llm: SubLLM, spec: LoRASpec, tensors: LoRATensors) -> None:
     """Put LoRA on exactly the modules that `tensors` names, with these values, unmerged and frozen.
 
@@ -90,9 +104,11 @@ def attach(sub_llm: SubLLM, spec: LoRASpec, tensors: LoRATensors) -> None:
             bias="none",
         )
         inject_adapter_in_model(config, sub_llm.model)
-        for parameter in parameters(sub_llm).values():
-            # PEFT takes the dtype of the weight beside it; a step of 1e-4 is lost in bf16's 8 bits.
-            parameter.data = parameter.data.float()
+        for layer in [module for module in sub_llm.model.modules() if isinstance(module, LoraLayer)]:
+            layer.cast_input_dtype_enabled = False  # PEFT would keep an fp32 copy of every input
+            for factors in (layer.lora_A, layer.lora_B):
+                for name, factor in factors.items():
+                    factors[name] = _Factor(factor.weight)
     sub_llm.model.requires_grad_(False)
     load(sub_llm, tensors)
 

@@ -62,7 +62,7 @@ class SubLLM:
 
         Args:
             ids: (B, T), where the model has its embedding.
-            states: (B, T, C) below layer numbers[0], instead of ids.
+            states: (B, T, C) below layer numbers[0], instead of ids, in any dtype.
             positions: (B, T). A row may hold several samples where positions begin at 0 with each: Transformers keeps
                 attention within them.
             mask: (B, 1, T, T), bool (`branches.attention`): it alone says what a query sees. Where layers of the family
@@ -73,7 +73,7 @@ class SubLLM:
         with _made_again(base.layers[:-1]) if self.recompute else nullcontext():
             return base(
                 input_ids=ids,
-                inputs_embeds=states,
+                inputs_embeds=None if states is None else states.to(self.dtype),
                 position_ids=positions,
                 attention_mask=mask,
                 past_key_values=cache,

@@ -12,7 +12,7 @@ import msgspec
 
 from fedsoda_edge.protocol.calls import Call, NoProgress
 from fedsoda_edge.protocol.messages import Digest, Factor, LocalSettings
-from fedsoda_edge.protocol.needs import MemoryPlan
+from fedsoda_edge.protocol.needs import Dtype, MemoryPlan
 
 View = Literal["adapter", "emulator"]  # which of the two LoRA views that an edge holds
 
@@ -51,8 +51,8 @@ class Opened(msgspec.Struct, frozen=True, kw_only=True):
     """The samples of the data.
 
     num_skipped: rows without a completion id left. threads: CPU threads of torch. process_bytes: memory of the worker
-    before it has read anything. has_cuda: whether torch can use a GPU. longest_ids, longest_labels: the most ids and
-    completion ids that a sample has.
+    before it has read anything. has_cuda: whether torch can use a GPU. cpu_dtype: the dtype of products on this CPU.
+    longest_ids, longest_labels: the most ids and completion ids that a sample has.
     """
 
     num_examples: int
@@ -60,6 +60,7 @@ class Opened(msgspec.Struct, frozen=True, kw_only=True):
     threads: int
     process_bytes: int
     has_cuda: bool
+    cpu_dtype: Dtype
     longest_ids: int
     longest_labels: int
 
@@ -115,11 +116,16 @@ class Advanced(msgspec.Struct, frozen=True):
 
 
 class Examined(msgspec.Struct, frozen=True, kw_only=True):
-    """The state of torch on this machine. accelerator: "" where there is none; nf4_problem: "" where NF4 works."""
+    """The state of torch on this machine.
+
+    dtype: the one in which training computes on the device. accelerator: "" where there is none. nf4_problem: "" where NF4
+    works.
+    """
 
     torch: str
     threads: int
     device: str
+    dtype: Dtype
     accelerator: str
     nf4_problem: str
 

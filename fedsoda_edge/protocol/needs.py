@@ -2,7 +2,7 @@
 
 Everything is bytes. A memory plan is one way to train; `plans` lists them, the quickest first:
 
-    dense                 weights in compute dtype
+    dense                 weights in the dtype of products: bf16 on a GPU and on a CPU that multiplies it, or else fp32
     packed                weights as they are stored, a tile dense at a time (nf4.py, loss.py)
     packed, recomputed    a layer's activations are made again in the backward pass as well
 
@@ -10,7 +10,8 @@ each with all samples of a step at once, then half of them, and so on. Only the 
 was used, which is more than the activations (KEPT_HEAP); all others return it at once, which costs page faults.
 
     sweep = a layer + the next one as it is stored + hidden states of a slice + activations of one group
-    train = resident layers + head + LoRA x 16 (weight, gradient, two moments in fp32) + activations + logits
+    train = resident layers + head + LoRA x 16 (weight, gradient, two moments in fp32; in bf16 its copy too)
+            + activations + logits
     peak  = process + max(sweep, train)
 
 Activations are what autograd keeps for a decoder layer with LoRA, in the last layer's MLP only at supervised positions
@@ -24,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -162,6 +163,20 @@ def _count(specs: Iterable[TensorSpec]) -> int:
     return sum(spec.shape[0] * spec.shape[1] for spec in specs)
 
 
+Dtype = Literal["bfloat16", "float32"]  # of products
+
+
+@dataclass(frozen=True)
+class Process:
+    """What a plan takes from the worker's process; by default what is safe where no worker has said it.
+
+    bytes: RAM that it holds before it has read anything. cpu_dtype: the dtype in which it computes on the CPU.
+    """
+
+    bytes: int = PROCESS_BYTES
+    cpu_dtype: Dtype = "float32"
+
+
 @dataclass(frozen=True)
 class SampleSizes:
     """The sizes of an edge's samples.
@@ -189,13 +204,14 @@ class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     """One way to train and what its memory holds, in bytes.
 
-    device: "cpu", "cuda" or "cuda:N". packed: whether adapter and head stay as they are stored. recompute: whether a
+    device: "cpu", "cuda" or "cuda:N". dtype: the one of products and activations. packed: whether adapter and head stay as they are stored. recompute: whether a
     layer's activations are computed again in the backward pass. frugal: whether malloc returns memory at once
     (`ports.system.return_memory_at_once`). micro_batch: samples that go through at once, of the batch_size samples of a
     step. slice_bytes: hidden states that one pass of the sweep takes along. process, ..., sweep: what each part takes.
     """
 
     device: str
+    dtype: Dtype
     packed: bool
     recompute: bool
     frugal: bool
@@ -216,27 +232,24 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
         return self.process + max(self.sweep, self.weights + self.head + self.lora + self.activations + self.logits)
 
 
-def plans(shape: Shape, device: str, samples: SampleSizes, process_bytes: int = PROCESS_BYTES) -> Iterator[MemoryPlan]:
-    """List the ways to train on "cpu" or "cuda[:n]", the quickest first.
-
-    Args:
-        process_bytes: RAM of a worker before it has read anything.
-    """
+def plans(shape: Shape, device: str, samples: SampleSizes, process: Process = Process()) -> Iterator[MemoryPlan]:
+    """List the ways to train on "cpu" or "cuda[:n]", the quickest first."""
     forms = [(False, False), (True, False), (True, True)]
     for packed, recompute in forms:
         micro = samples.batch_size
         while True:
-            yield _plan(shape, device, samples, process_bytes, packed, recompute, micro)
+            yield _plan(shape, device, samples, process, packed, recompute, micro)
             if micro == 1:
                 break
             micro = math.ceil(micro / 2)
 
 
 def _plan(
-    shape: Shape, device: str, samples: SampleSizes, process_bytes: int, packed: bool, recompute: bool, micro: int
+    shape: Shape, device: str, samples: SampleSizes, process: Process, packed: bool, recompute: bool, micro: int
 ) -> MemoryPlan:
     on_cpu = not device.startswith("cuda")
-    size = 4 if on_cpu else 2
+    dtype = process.cpu_dtype if on_cpu else "bfloat16"
+    size = 4 if dtype == "float32" else 2
     frugal = packed or micro < samples.batch_size
     heap = KEPT_HEAP if on_cpu and not frugal else 1.0
     d, f, q, k = shape.hidden, shape.mlp, shape.queries, shape.keys
@@ -249,8 +262,10 @@ def _plan(
     # Gradients go through frozen layers too, which keep less than this: their LoRA does not train.
     others = shape.num_layers - 1
     normed = q + k if shape.norms_heads else 0  # what goes into the norms of queries and keys
-    attention, mlp = (3 * (d + q + k) + normed) * positions, (3 * d + 4 * f) * positions
-    last = (d + 3 * q + 3 * k + normed) * positions + (7 * d + q + 4 * f) * labels
+    wide = 4 // size - 1  # what goes into a norm is kept in fp32
+    attention = (3 * (d + q + k) + normed + wide * (d + normed)) * positions
+    mlp = (3 * d + 4 * f + wide * d) * positions
+    last = (d + 3 * q + 3 * k + normed + wide * (d + normed)) * positions + (7 * d + q + 4 * f + wide * 2 * d) * labels
     if recompute and others:
         kept = others * d * positions + max(attention + mlp + (d + f) * positions, last)
     else:  # the gradients on their way through a layer come when the last layer's activations are gone
@@ -260,7 +275,8 @@ def _plan(
     transient = size * d * f if in_nf4 and not on_cpu else 0  # bitsandbytes makes a matrix dense for each product
     weights = round(shape.adapter_parameters * layer_size + shape.frozen_parameters * emulator_size) + transient
     head = round(shape.vocab * d * head_size)
-    lora = 16 * shape.lora_parameters + 4 * shape.frozen_lora_parameters
+    copy = size % 4  # LoRA multiplies in the dtype of its input, and trains in fp32
+    lora = (16 + copy) * shape.lora_parameters + (4 + copy) * shape.frozen_lora_parameters
     activations = round(kept * size * heap)
     logits = round(rows * shape.vocab * 4)
     sweep = 0.0
@@ -276,13 +292,14 @@ def _plan(
         slice_bytes = min(slice_bytes, 2 * samples.count * samples.ids * d * size)
     return MemoryPlan(
         device=device,
+        dtype=dtype,
         packed=packed,
         recompute=recompute,
         frugal=frugal,
         micro_batch=micro,
         batch_size=samples.batch_size,
         slice_bytes=slice_bytes,
-        process=process_bytes + KERNEL_BYTES if on_cpu else CUDA_CONTEXT_BYTES,
+        process=process.bytes + KERNEL_BYTES if on_cpu else CUDA_CONTEXT_BYTES,
         weights=weights,
         head=head,
         lora=lora,
@@ -293,7 +310,10 @@ def _plan(
 
 
 def edge_needs(shape: Shape, files: Sequence[File]) -> EdgeNeeds:
-    """Count the least free disk, RAM (training on a CPU) and VRAM (training on a GPU) for a bundle of this shape."""
+    """Count the least free disk, RAM (training on a CPU) and VRAM (training on a GPU) for a bundle of this shape.
+
+    RAM is that of a CPU that computes in fp32, which needs more.
+    """
     samples = SampleSizes(1, GROUP_POSITIONS, GROUP_POSITIONS)
     least = {device: min(way.peak for way in plans(shape, device, samples)) for device in ("cpu", "cuda")}
     return EdgeNeeds(

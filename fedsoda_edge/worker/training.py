@@ -68,9 +68,7 @@ def num_steps(num_samples: int, settings: LocalSettings) -> int:
 
 def completion_loss(sub_llm: SubLLM, batch: Batch) -> Tensor:
     """Average the cross-entropy over the completion ids of the batch, eos included."""
-    hidden = sub_llm.hidden_at(
-        batch.rows, batch.columns, states=batch.states.to(sub_llm.dtype), positions=batch.positions
-    )
+    hidden = sub_llm.hidden_at(batch.rows, batch.columns, states=batch.states, positions=batch.positions)
     return cross_entropy(hidden, sub_llm.head, batch.labels)
 
 

@@ -22,8 +22,8 @@ from fedsoda_edge.data.local_data import LocalData
 from fedsoda_edge.data.samples import SampleTokenizer, read_samples
 from fedsoda_edge.errors import DeviceTooSmall, UsageProblem
 from fedsoda_edge.model import delta, lora
-from fedsoda_edge.model.bundle import Bundle, read_manifest
-from fedsoda_edge.model.nf4 import NF4Linear, dequantize, quantize
+from fedsoda_edge.model.bundle import DTYPES, Bundle, read_manifest
+from fedsoda_edge.model.nf4 import NF4Linear, dequantize, has_instructions_for, quantize
 from fedsoda_edge.model.sub_llm import SubLLM, build
 from fedsoda_edge.ports.child import ReportProgress, serve
 from fedsoda_edge.ports.disk import sha256_file, write_durably
@@ -33,7 +33,7 @@ from fedsoda_edge.protocol import commands as cmd
 from fedsoda_edge.protocol.coded import of_factor
 from fedsoda_edge.protocol.manifest import TOKENIZER_FILES
 from fedsoda_edge.protocol.messages import Digest
-from fedsoda_edge.protocol.needs import PROCESS_BYTES, MemoryPlan
+from fedsoda_edge.protocol.needs import PROCESS_BYTES, Dtype, MemoryPlan
 from fedsoda_edge.protocol.template import TextTemplate
 from fedsoda_edge.units import human_bytes
 from fedsoda_edge.worker.batches import SweptSamples
@@ -125,6 +125,7 @@ class Worker:
             threads=torch.get_num_threads(),
             process_bytes=self._process_bytes,
             has_cuda=torch.cuda.is_available(),
+            cpu_dtype=_cpu_dtype(),
             longest_ids=max((len(sample.ids) for sample in self._samples.samples), default=0),
             longest_labels=max((len(sample.ids) - sample.start for sample in self._samples.samples), default=0),
         )
@@ -137,7 +138,7 @@ class Worker:
 
     @property
     def _compute_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.memory.device.startswith("cuda") else torch.float32
+        return DTYPES[self.memory.dtype]
 
     def check(self, command: cmd.Check) -> cmd.Checked:
         """Read every row of data whose format the agent does not read; return how many there are.
@@ -220,6 +221,7 @@ class Worker:
             "emulator": self._emulator_name,
             "threads": torch.get_num_threads(),
             "device": self.memory.device,
+            "dtype": self.memory.dtype,
             "samples": self._states.digest,
             "cache": self._states.dtype,
             "software": version("fedsoda"),
@@ -303,7 +305,7 @@ class Worker:
         """
         assert self._border is not None
         memory, samples = self.memory, self._samples.samples
-        key = msgspec.json.encode([self.bundle.manifest, memory.device, memory.packed, memory.recompute])
+        key = msgspec.json.encode([self.bundle.manifest, memory.device, memory.dtype, memory.packed, memory.recompute])
         sub_llm = self._models.get(key)
         if sub_llm is None:
             with _out_of_memory_is_told(memory):
@@ -332,6 +334,11 @@ class Worker:
         return sub_llm
 
 
+def _cpu_dtype() -> Dtype:
+    """Return the dtype of sweeps and steps on this CPU: bf16 where it has instructions for that."""
+    return "bfloat16" if has_instructions_for(torch.bfloat16) else "float32"
+
+
 def examine() -> cmd.Examined:
     """Look at what torch sees here, and check that the gradient through NF4 is that through the dense matrix."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -351,6 +358,7 @@ def examine() -> cmd.Examined:
         torch=str(torch.__version__),  # torch's own class, which a struct does not accept
         threads=torch.get_num_threads(),
         device=device,
+        dtype="bfloat16" if device == "cuda" else _cpu_dtype(),
         accelerator=f"{torch.cuda.get_device_name()} ({kind})" if device == "cuda" else "",
         nf4_problem=problem,
     )

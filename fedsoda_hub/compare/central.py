@@ -24,15 +24,21 @@ from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.settings.run import RunSettings
 
 
+def steps_a_round(settings: RunSettings, edge_rows: Sequence[int]) -> int:
+    """Count the steps that a round's cohort takes in the mean, where each edge holds so many rows."""
+    share = min(1.0, settings.rounds.cohort / len(edge_rows))
+    return round(share * sum(num_steps(number, settings.local) for number in edge_rows))
+
+
 def train_central(
-    settings: RunSettings, data: Path, edge_rows: Sequence[int], rates: Sequence[float], said: Callable[[], None]
+    settings: RunSettings, data: Path, steps: int, rates: Sequence[float], said: Callable[[], None]
 ) -> dict[float, dict[str, Tensor]]:
-    """Train the adapter LoRA with each learning rate, with as many rounds and examples a round as the cohort has.
+    """Train the adapter LoRA with each learning rate, with as many rounds as the run has.
 
     Args:
         settings: those of a prepared run.
         data: the file of all rows.
-        edge_rows: how many of them each edge holds.
+        steps: optimiser steps of a round (`steps_a_round`).
         said: called after each round.
 
     Returns:
@@ -49,8 +55,6 @@ def train_central(
     swept = SweptSamples.sweep(
         source, plan.emulator, rows.samples, emulator={}, lora_scale=spec.scale, compute_dtype=dtype, device=device
     )
-    share = min(1.0, settings.rounds.cohort / len(edge_rows))
-    steps = round(share * sum(num_steps(number, local) for number in edge_rows))
     epochs = -(-steps * local.batch_size // len(rows.samples))
     trained = {}
     for rate in rates:

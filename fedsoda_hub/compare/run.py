@@ -29,7 +29,7 @@ from fedsoda_edge.ports.disk import sha256_file, write_durably, write_durably_js
 from fedsoda_edge.ports.system import on_signal_in
 from fedsoda_edge.protocol.manifest import LayerPlan
 from fedsoda_hub import events
-from fedsoda_hub.compare.central import train_central
+from fedsoda_hub.compare.central import steps_a_round, train_central
 from fedsoda_hub.compare.costs import costs_of
 from fedsoda_hub.compare.dealt import DealtData, write_rows
 from fedsoda_hub.compare.pictures import write_pages
@@ -368,10 +368,13 @@ class _Run:
         return await self._once("untouched", self._fingerprint(settings, {}), judged)
 
     async def _central(self, split: str, seed: int, rates: Sequence[float]) -> BaselineResult:
-        """Judge central training with each rate, and take the best by the same answers: it is a ceiling, not a rival."""
+        """Judge central training with each rate, and take the best by the same answers: it is a ceiling, not a rival.
+
+        It is the same for all splits whose cohorts take as many steps.
+        """
         parts = self._data.parts[split, seed]
-        settings = self._settings_of(Cell(self.comparison.baseline_of, split, seed), len(parts))
-        rows = sorted(row for part in parts for row in part)
+        settings = self._settings_of(Cell(self.comparison.baseline_of, split, seed), 1)
+        rows, steps = sorted(row for part in parts for row in part), steps_a_round(settings, list(map(len, parts)))
         prepared, before = self._prepared(settings), self._done
 
         def said() -> None:
@@ -382,7 +385,7 @@ class _Run:
             self._prepare(prepared)
             data = self.out / "judged" / "central.jsonl"
             write_rows(data, self._data.rows(rows))
-            trained = train_central(prepared, data, [len(part) for part in parts], rates, said)
+            trained = train_central(prepared, data, steps, rates, said)
             judge = self._judge(prepared)
             answered = {
                 rate: self._answered(judge, judge.judged(adapter, {})["plug_in"]) for rate, adapter in trained.items()
@@ -390,7 +393,7 @@ class _Run:
             best = max(rates, key=lambda rate: answered[rate].accuracy)
             return BaselineResult(answered=answered[best], learning_rate=best)
 
-        about = json.dumps([list(rates), sorted(map(len, parts))])
+        about = json.dumps([list(rates), steps])
         fingerprint = self._fingerprint(settings, {about: rows})
         result = await self._once(f"central-{fingerprint[:16]}", fingerprint, judged)
         self._advance(before + len(rates) * settings.rounds.count - self._done)

@@ -47,7 +47,7 @@ class MeasuredLLM:
     def healed_distances(self, num_layers: int, size: int) -> list[list[float]]:
         """Measure what healing would leave of groups of up to `size` removed layers, as a share of the stream."""
         llm, texts = self._llm, choosing_texts(self._llm)
-        how = llm.running.in_16_bits(MEASURING)
+        how = llm.running.how(MEASURING)
         how["progress"](0, num_layers)
         return healed.distances(llm.source, num_layers, size, texts, **how)
 

@@ -23,7 +23,7 @@ def to_nobody(_: JobProgress) -> None:
 
 
 def pick_device(wanted: str, dtype: str) -> tuple[str, torch.dtype]:
-    """Return (device, compute dtype): `dtype` on CUDA; fp32 on a CPU, where 16-bit products are several times slower.
+    """Return (device, compute dtype): `dtype` on CUDA and on a CPU that has instructions for it; fp32 on other CPUs.
 
     Args:
         wanted: a device as torch names it, or "auto": CUDA if torch sees a device.
@@ -35,7 +35,9 @@ def pick_device(wanted: str, dtype: str) -> tuple[str, torch.dtype]:
     device = ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UsageProblem(f'device = "{wanted}", but torch sees no CUDA device here; write device = "cpu"')
-    return device, torch.float32 if device == "cpu" else getattr(torch, dtype)
+    wanted_dtype: torch.dtype = getattr(torch, dtype)
+    is_quick = device != "cpu" or has_instructions_for(wanted_dtype)
+    return device, wanted_dtype if is_quick else torch.float32
 
 
 class How(TypedDict):
@@ -60,16 +62,6 @@ class RunningLayers:
     def how(self, stage: str) -> How:
         """Return the arguments for running layers; progress is reported as `stage`."""
         return {"compute_dtype": self.compute_dtype, "device": self.device, "progress": self.progress(stage)}
-
-    def in_16_bits(self, stage: str) -> How:
-        """Return the arguments for running layers where fits over many tokens follow: in bf16 on a CPU that can, too.
-
-        Streams stay in fp32 between layers, so that a fit sees an error of some 10^-5 of their squares.
-        """
-        how = self.how(stage)
-        if self.device == "cpu" and has_instructions_for(torch.bfloat16):
-            how["compute_dtype"] = torch.bfloat16
-        return how
 
     def progress(self, stage: str) -> Callable[[int, int], None]:
         """Return a function that reports (done, total) as `stage`."""

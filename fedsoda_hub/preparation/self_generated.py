@@ -21,7 +21,6 @@ from torch import Tensor
 from fedsoda_edge.data.samples import Sample, SampleTokenizer
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model.families import build_config
-from fedsoda_edge.model.nf4 import has_instructions_for
 from fedsoda_edge.model.source import Checkpoint
 from fedsoda_edge.model.sub_llm import build
 from fedsoda_edge.protocol.template import TextTemplate
@@ -174,8 +173,6 @@ class _Author:
     ) -> _Author:
         """Load the whole full LLM.
 
-        On a CPU that has instructions for it, one that is stored in bf16 also computes in it: the text is as good.
-
         Args:
             longest: ids of a text, at most.
 
@@ -183,8 +180,6 @@ class _Author:
             UsageProblem: it does not fit into the free memory; nothing was loaded.
         """
         is_cuda = torch.device(device).type == "cuda"
-        if not is_cuda and source.dtype == torch.bfloat16 and has_instructions_for(source.dtype):
-            compute_dtype = source.dtype
         free = torch.cuda.mem_get_info(device)[0] if is_cuda else psutil.virtual_memory().available
         needed = source.bytes * compute_dtype.itemsize // source.dtype.itemsize
         needed += cache_bytes(build_config(source.family, source.fields), longest, compute_dtype)

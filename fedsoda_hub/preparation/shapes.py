@@ -42,7 +42,7 @@ def healed_errors(llm: StreamedLLM, plans: Sequence[LayerPlan]) -> list[float]:
     texts = choosing_texts(llm)
     seen = [text for place, text in enumerate(texts) if place % JUDGED != JUDGED - 1]
     judged = texts[JUDGED - 1 :: JUDGED]
-    how = llm.running.in_16_bits(STAGE)
+    how = llm.running.how(STAGE)
     full = _FullStates(llm.source, [*seen, *judged], how)
     shapes = [_Shape(llm, plan, full, seen, judged, how) for plan in plans]
     total, done = sum(len(shape.after) for shape in shapes), 0

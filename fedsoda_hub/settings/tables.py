@@ -250,7 +250,7 @@ class Tables(Section, frozen=True):
     ] = "auto"
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32"],
-        Meta(description="what a GPU computes in; a CPU computes in float32"),
+        Meta(description="what the hub computes in, on a CPU where that has instructions for it, otherwise in float32"),
     ] = "bfloat16"
     method: Method = msgspec.field(default_factory=Method)
     lora: LoRA = msgspec.field(default_factory=LoRA)

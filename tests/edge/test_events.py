@@ -13,6 +13,7 @@ from tests.schema import EDGE
 
 PLAN = MemoryPlan(
     device="cpu",
+    dtype="bfloat16",
     packed=False,
     recompute=False,
     frugal=False,

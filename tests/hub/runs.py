@@ -47,14 +47,17 @@ FULL: dict[str, dict[str, Any]] = {
 WORDS = ["the", "cat", "on", "a", "mat", "an", "inn", "in", "rain", "one", "other", "than", "then", "tan", "tin", "ton"]
 
 
-def make_run(directory: Path, model: Path, **tables: dict[str, Any]) -> RunSettings:
-    """Settings of a run of `model` in `directory`; `tables` change SMALL, where None leaves a key out."""
+def make_run(directory: Path, model: Path, dtype: str = "float32", /, **tables: dict[str, Any]) -> RunSettings:
+    """Settings of a run of `model` in `directory`; `tables` change SMALL, where None leaves a key out.
+
+    Its products are in fp32, as those of references are, on every CPU.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     chooser = random.Random(0)
     (directory / "public.txt").write_text(" ".join(chooser.choices(WORDS, k=150)))
     rows = [{"word": word, "answer": "yes" if i % 3 else "no"} for i, word in enumerate(WORDS)]
     (directory / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lines = ['name = "small"', f"model = {json.dumps(str(model))}", 'device = "cpu"']
+    lines = ['name = "small"', f"model = {json.dumps(str(model))}", 'device = "cpu"', f'dtype = "{dtype}"']
     for table in {**SMALL, **tables}:
         lines.append(f"[{table}]")
         merged = SMALL.get(table, {}) | tables.get(table, {})

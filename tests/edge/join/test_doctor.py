@@ -33,7 +33,7 @@ class Looks(WorkerHere):
         self, call: Call[ResultT, ProgressT], on_progress: Callable[[ProgressT], None] | None = None
     ) -> ResultT:
         assert isinstance(call, Examine)
-        return Examined(torch="2.13", threads=2, device="cpu", accelerator="", nf4_problem="")  # type: ignore[return-value]
+        return Examined(torch="2.13", threads=2, device="cpu", dtype="float32", accelerator="", nf4_problem="")  # type: ignore[return-value]
 
 
 def examined(url: str | None, directory: Path, clock: Clock | None = None) -> AsyncIterator[DoctorStep]:

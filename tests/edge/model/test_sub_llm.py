@@ -49,7 +49,7 @@ def relative(one: Tensor, other: Tensor) -> float:
 def test_the_rows_that_the_loss_asks_for_are_those_of_the_whole_layer(family: str, tmp_path: Path) -> None:
     """Packed rows: two samples in the first, one and a pad in the second."""
     directory = make_tiny(tmp_path, family)
-    for dtype, most in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+    for dtype, most in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
         model = with_lora(directory, dtype)
         width = int(Checkpoint.open(str(directory)).fields["hidden_size"])
         states = torch.randn(2, 16, width, generator=torch.Generator().manual_seed(1)).to(dtype)

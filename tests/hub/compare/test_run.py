@@ -8,15 +8,17 @@ from typing import Any
 
 import msgspec
 import pytest
+from torch import Tensor
 
 from fedsoda_edge.errors import DataProblem, UsageProblem
 from fedsoda_hub.compare import run as run_module
+from fedsoda_hub.compare.central import train_central
 from fedsoda_hub.compare.run import run_comparison
 from fedsoda_hub.compare.settings import read_comparison
 from fedsoda_hub.events import CellDone, HubEvent, StageProgress, as_json
 from fedsoda_hub.local import in_process
 from fedsoda_hub.preparation import run_text, self_generated
-from fedsoda_hub.settings.run import read_settings
+from fedsoda_hub.settings.run import RunSettings, read_settings
 from tests.hub.compare.files import write_comparison
 from tests.schema import HUB
 
@@ -181,6 +183,36 @@ def test_a_second_call_does_nothing_again(
     monkeypatch.setattr(in_process, "federate", None)
     monkeypatch.setattr(run_module, "train_central", None)
     assert compared(path, out) == report
+
+
+@pytest.mark.parametrize(("max_steps", "taken"), [(1, [2]), (0, [10, 11])])
+def test_central_training_is_done_once_for_all_splits_with_as_many_steps(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, max_steps: int, taken: list[int]
+) -> None:
+    """Of 40 rows in batches of 4, parts of 20 and 20 take 10 steps, parts of 26 and 14 take 11: 7 and 4."""
+    path = write_comparison(
+        tmp_path,
+        tiny_llama,
+        {"none": {"align": {"steps": 0}}},
+        compare={"baselines": ["central"], "splits": ["iid", "files"], "data": ["even.jsonl", "odd.jsonl"]},
+        method={"realign_every": 0},
+        rounds={"count": 1},
+        local={"max_steps": max_steps},
+    )
+    rows = [json.dumps({"word": f"word {number}", "answer": "yes" if number % 3 else "no"}) for number in range(40)]
+    (tmp_path / "even.jsonl").write_text("\n".join(rows[:26]))
+    (tmp_path / "odd.jsonl").write_text("\n".join(rows[26:]))
+    trained: list[int] = []
+
+    def counted(settings: RunSettings, data: Path, steps: int, *others: Any) -> dict[float, dict[str, Tensor]]:
+        trained.append(steps)
+        return train_central(settings, data, steps, *others)
+
+    monkeypatch.setattr(run_module, "train_central", counted)
+    report = compared(path, tmp_path / "out")
+    iid, files = (report["splits"][split]["baselines"]["losses"]["central"] for split in ("iid", "files"))
+    assert trained == taken
+    assert (iid == files) == (len(taken) == 1)
 
 
 def test_a_result_that_lacks_figures_is_judged_again_without_a_new_run(

@@ -25,7 +25,6 @@ BOS, EOS = 1, 2
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writing, "TEXTS", 6)
     monkeypatch.setattr(self_generated, "PATIENCE", 20)
-    monkeypatch.setattr(self_generated, "has_instructions_for", lambda _: False)  # references compute in fp32
     monkeypatch.setattr(self_generated, "MAX_HELD_OUT", 3)
     monkeypatch.setattr(self_generated, "COLUMN_IDS", 20)
     monkeypatch.setattr(self_generated, "MAX_PROMPTS", 12)

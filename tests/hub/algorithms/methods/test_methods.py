@@ -21,7 +21,7 @@ from fedsoda_edge.data.local_data import LocalData
 from fedsoda_edge.data.samples import SampleTokenizer, read_samples
 from fedsoda_edge.errors import BlobCorrupt, UsageProblem
 from fedsoda_edge.model import delta, lora
-from fedsoda_edge.model.bundle import Bundle, read_manifest
+from fedsoda_edge.model.bundle import DTYPES, Bundle, read_manifest
 from fedsoda_edge.model.bundle_writer import BundleSettings, write_bundle
 from fedsoda_edge.model.source import Checkpoint
 from fedsoda_edge.model.sub_llm import SubLLM, build
@@ -29,7 +29,7 @@ from fedsoda_edge.ports.disk import BlobStore
 from fedsoda_edge.protocol import commands as cmd
 from fedsoda_edge.protocol.manifest import LoRASpec, encode_manifest
 from fedsoda_edge.protocol.messages import Digest
-from fedsoda_edge.protocol.needs import SampleSizes, plans, shape_of
+from fedsoda_edge.protocol.needs import Dtype, Process, SampleSizes, plans, shape_of
 from fedsoda_edge.protocol.template import TextTemplate
 from fedsoda_edge.worker.batches import SweptSamples
 from fedsoda_edge.worker.border_cache import CachedStates, CacheSettings
@@ -374,7 +374,10 @@ def test_training_moves_both_ends_and_not_what_lies_between(tmp_path: Path, tiny
     assert not any(parameter.requires_grad for parameter in model.model.parameters())
 
 
-def test_a_worker_trains_through_the_emulator_lora_of_the_last_alignment(tmp_path: Path, tiny_llama: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_worker_trains_through_the_emulator_lora_of_the_last_alignment(
+    tmp_path: Path, tiny_llama: Path, dtype: Dtype
+) -> None:
     bundle = bundle_of(tmp_path / "bundle", tiny_llama, "fedot", "bf16")
     spec, store = bundle.manifest.lora, BlobStore(tmp_path / "store")
     digests = {path.name: store.put(path.read_bytes()) for path in (tmp_path / "bundle").iterdir()}
@@ -398,7 +401,7 @@ def test_a_worker_trains_through_the_emulator_lora_of_the_last_alignment(tmp_pat
     settings = msgspec.structs.replace(SETTINGS, max_steps=3)
 
     def by_worker(emulator: Path | None) -> dict[str, Tensor]:
-        memory = next(plans(shape_of(bundle.manifest), "cpu", SampleSizes(4, 64, 64)))
+        memory = next(plans(shape_of(bundle.manifest), "cpu", SampleSizes(4, 64, 64), Process(cpu_dtype=dtype)))
         cache = cmd.BorderCache(directory=str(tmp_path / "border"), key="00" * 32, dtype="bf16", max_bytes=None)
         path = None if emulator is None else str(emulator)
         worker.answer(cmd.Sweep(emulator=path, cache=cache, memory=memory, room=2**50), lambda _: None)
@@ -420,7 +423,7 @@ def test_a_worker_trains_through_the_emulator_lora_of_the_last_alignment(tmp_pat
 
     def by_hand(emulator: dict[str, Tensor]) -> dict[str, Tensor]:
         border = SweptSamples.sweep(bundle, (), samples, emulator={}, lora_scale=spec.scale)
-        model = build(bundle, bundle.plan.resident)
+        model = build(bundle, bundle.plan.resident, compute_dtype=DTYPES[dtype])
         lora.attach(model, spec, {**emulator, **view})
         return fine_tune(model, border, view, settings, seed=0, round_number=1, edge="a").delta
 
@@ -452,7 +455,14 @@ def test_the_memory_plan_has_room_for_all_layers_that_gradients_go_through(
 # --- preparation -------------------------------------------------------------------------------------------
 
 
-def run_of(directory: Path, model: Path, name: str, keys: dict[str, Any] | None = None, **align: Any) -> RunSettings:
+def run_of(
+    directory: Path,
+    model: Path,
+    name: str,
+    keys: dict[str, Any] | None = None,
+    dtype: str = "float32",
+    **align: Any,
+) -> RunSettings:
     method = {
         "name": name,
         "layers_per_group": None,
@@ -463,7 +473,7 @@ def run_of(directory: Path, model: Path, name: str, keys: dict[str, Any] | None 
     }
     steps: dict[str, Any] = {"steps": 8, "realign_steps": 4} | align
     used = {key: value if name in readers_of(f"[align] {key}") else None for key, value in steps.items()}
-    return make_run(directory, model, method=method, align={**align, **used})
+    return make_run(directory, model, dtype, method=method, align={**align, **used})
 
 
 @pytest.mark.parametrize("name", ["fedbiot", "fedot", "fedpetuning", "fedpruner", "fedpruner+"])
