@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -383,30 +385,29 @@ def data_check(
         from fedsoda_edge.data.local_data import LocalData, remedy_for_columns
         from fedsoda_edge.data.samples import SampleTokenizer
         from fedsoda_edge.join.home import Home
-        from fedsoda_edge.protocol.manifest import TOKENIZER_FILES
+        from fedsoda_edge.join.tokenizer import load_tokenizer
+        from fedsoda_edge.protocol.commands import LoadedTokenizer
         from fedsoda_edge.protocol.template import DEFAULT_COMPLETION, DEFAULT_PROMPT, TextTemplate
 
         joined = Home().last_joined()
-        eos: Any = None
-        if tokenizer is not None:
-            files = {name: tokenizer / name for name in TOKENIZER_FILES if (tokenizer / name).exists()}
-            if (tokenizer / "config.json").exists():
-                eos = json.loads((tokenizer / "config.json").read_text(encoding="utf-8")).get("eos_token_id")
-        elif joined is not None:
-            files = {name: Path(path) for name, path in joined.tokenizer.items()}
-            eos = joined.eos
-            note(f"with the tokenizer and the template of the run {joined.run!r}")
-        else:
-            files = {}
-        encoder = None
-        if files or tokenizer is not None:
-            path = files["tokenizer.json"] if tokenizer is None else tokenizer / "tokenizer.json"
-            try:
-                encoder = SampleTokenizer(path, eos)
-            except Exception as error:  # the tokenizers library raises nothing narrower
-                raise UsageProblem(
-                    f"{path} cannot be read as a tokenizer ({error}); name a model's directory: --tokenizer DIRECTORY"
-                ) from error
+        chat = encoder = None
+        with tempfile.TemporaryDirectory(prefix="fedsoda-tokenizer-") as written:
+            if tokenizer is not None:
+                if not (path := tokenizer / "tokenizer.json").exists():
+                    raise UsageProblem(
+                        f"{path} cannot be read as a tokenizer (No such file or directory); name a model's directory: "
+                        "--tokenizer DIRECTORY"
+                    )
+                loaded = asyncio.run(load_tokenizer(tokenizer, Path(written)))
+            elif joined is not None:
+                loaded = LoadedTokenizer(files=dict(joined.tokenizer), eos=joined.eos, vocab_size=joined.vocab_size)
+                note(f"with the tokenizer and the template of the run {joined.run!r}")
+            else:
+                loaded = None
+            if loaded is not None:
+                files = {name: Path(path) for name, path in loaded.files.items()}
+                encoder = SampleTokenizer.read(files, loaded.eos, loaded.vocab_size)
+                chat = ChatTemplate.read(files)
         if prompt is None:
             prompt = DEFAULT_PROMPT if joined is None else joined.prompt
         if completion is None:
@@ -420,7 +421,7 @@ def data_check(
                 TextTemplate(completion),
                 tokenizer=encoder,
                 max_length=max_length,
-                chat=ChatTemplate.read(files),
+                chat=chat,
             )
         show_data(found, max_length)
         finish({"status": "ok", **dataclasses.asdict(found)}, as_json, False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model.families import Family, allowed_fields, branch, family_of, layer_on_meta, merge_experts
+from fedsoda_edge.model.own_tokenizer import own_eos, own_tokenizer
 from fedsoda_edge.model.nf4 import NF4Tensor, dequantize
 from fedsoda_edge.ports.disk import sha256_file
 from fedsoda_edge.protocol.manifest import TOKENIZER_FILES, Half
@@ -100,6 +102,22 @@ class Checkpoint:
         self.tokenizer_files = [directory / file for file in TOKENIZER_FILES if (directory / file).exists()]
         if not (directory / "tokenizer.json").exists():
             raise UsageProblem(f"{name} has no tokenizer.json; save its fast tokenizer beside the weights")
+        if raw.get("eos_token_id") is None and (own := own_eos(directory)) is not None:
+            self.fields["eos_token_id"] = own  # a config class has a default, which is another token of this model
+
+    @cached_property
+    def own_tokenizer(self) -> Mapping[str, Path]:
+        """The tokenizer's files by name, in which Transformers' reading of them is written down (`own_tokenizer.py`).
+
+        Raises:
+            UsageProblem: Transformers cannot load it.
+        """
+        self._written = tempfile.TemporaryDirectory(prefix="fedsoda-tokenizer-")  # removed with this checkpoint
+        files = {path.name: path for path in self.tokenizer_files}
+        for name, data in own_tokenizer(self.path).items():
+            files[name] = Path(self._written.name) / name
+            files[name].write_bytes(data)
+        return {name: files[name] for name in TOKENIZER_FILES if name in files}
 
     @cached_property
     def revision(self) -> str:

@@ -1,4 +1,5 @@
-"""Define what the agent may ask of its worker, and what it answers: Check, Open, Sweep, Train, Advance, Examine.
+"""Define what the agent may ask of its worker, and what it answers: Check, Open, Sweep, Train, Advance, Examine,
+LoadTokenizer.
 
 Paths cross as text and tensors as files; ids, text and hidden states never cross. How calls travel is left to
 `ports/child.py`.
@@ -124,6 +125,14 @@ class Examined(msgspec.Struct, frozen=True, kw_only=True):
     nf4_problem: str
 
 
+class LoadedTokenizer(msgspec.Struct, frozen=True, kw_only=True):
+    """A model's tokenizer. files: the path of each by its name. eos: as in the model's config. vocab_size: None: unknown."""
+
+    files: dict[str, str]
+    eos: int | list[int] | None
+    vocab_size: int | None
+
+
 # --- calls -----------------------------------------------------------------------------------------------------------
 
 
@@ -196,4 +205,11 @@ class Examine(Call[Examined, NoProgress], frozen=True, tag="examine"):
     """The call to look at torch, the accelerator and NF4 on this machine."""
 
 
-Command = Check | Open | Sweep | Train | Advance | Examine
+class LoadTokenizer(Call[LoadedTokenizer, NoProgress], frozen=True, tag="load_tokenizer"):
+    """The call to load the tokenizer of a model's directory as Transformers does, and to write it down in `to`."""
+
+    directory: str
+    to: str
+
+
+Command = Check | Open | Sweep | Train | Advance | Examine | LoadTokenizer

@@ -83,7 +83,7 @@ def read_like_task(
             sample = None
             if all(name in row for name in completion.columns):
                 sample = tokenizer.sample(prompt.render(row), completion.render(row), max_length)
-            ids = list(sample.ids) if sample is not None else tokenizer.encode(prompt.render(row))[:max_length]
+            ids = list(sample.ids) if sample is not None else tokenizer.begun(prompt.render(row))[:max_length]
             left -= len(ids)
             if left < 0:
                 break
