@@ -25,25 +25,13 @@ MAX_CHARACTERS = 64 << 10  # of a rendered conversation
 MAX_VALUE = 1 << 20  # characters and members of any value in between
 MAX_PRODUCT = 1 << 25  # of the sizes of the two largest arguments: no filter or method makes more of them
 # The date that Llama 3 writes where it is told none, by the letters of strftime: a clock would change samples daily.
-TODAY = {
-    **{"Y": "2024", "y": "24", "C": "20", "G": "2024", "m": "07", "-m": "7", "B": "July", "b": "Jul", "h": "Jul"},
-    **{"d": "26", "-d": "26", "e": "26", "j": "208", "A": "Friday", "a": "Fri", "u": "5", "w": "5"},
-    **{"U": "29", "V": "30", "W": "30", "F": "2024-07-26", "D": "07/26/24", "x": "07/26/24"},
-    **{
-        "H": "00",
-        "-H": "0",
-        "I": "12",
-        "-I": "12",
-        "M": "00",
-        "-M": "0",
-        "S": "00",
-        "-S": "0",
-        "p": "AM",
-        "f": "000000",
-    },
-    **{"T": "00:00:00", "X": "00:00:00", "R": "00:00", "r": "12:00:00 AM", "c": "Fri Jul 26 00:00:00 2024"},
-    **{"Z": "", "z": "", "n": "\n", "t": "\t", "%": "%"},
-}
+_WORDS = (
+    "Y=2024 y=24 C=20 G=2024 m=07 -m=7 B=July b=Jul h=Jul d=26 -d=26 e=26 j=208 A=Friday a=Fri u=5 w=5 U=29 V=30 W=30 "
+    "F=2024-07-26 D=07/26/24 x=07/26/24 H=00 -H=0 I=12 -I=12 M=00 -M=0 S=00 -S=0 p=AM f=000000 T=00:00:00 X=00:00:00 "
+    "R=00:00 Z= z= %=%"
+)
+TODAY = {name: text for name, _, text in (word.partition("=") for word in _WORDS.split())}
+TODAY |= {"c": "Fri Jul 26 00:00:00 2024", "r": "12:00:00 AM", "n": "\n", "t": "\t"}
 _WIDTH = re.compile(r"%[^a-zA-Z%]*(\d{5}|\*)|[:.][^{}]*(\d{5}|\{)")  # of % and of str.format
 _UNPREDICTABLE = ("lipsum", "random")  # with them two edges would train on different texts
 
@@ -120,7 +108,7 @@ def _raise_exception(message: str) -> NoReturn:
     raise TemplateError(message)
 
 
-def _strftime_now(format: str) -> str:  # noqa: A002  # the name that templates may give it
+def _strftime_now(format: str) -> str:  # the name that templates may give it
     return re.sub(r"%(-?.)", lambda found: TODAY.get(found[1], found[0]), format)
 
 

@@ -61,7 +61,7 @@ def _loaded(directory: Path) -> Any:
         made = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
         if hasattr(made, "backend_tokenizer"):
             return made
-    except Exception:  # noqa: S110  # any file of the directory may be wrong, and Transformers raises whatever it meets
+    except Exception:  # any file of the directory may be wrong, and Transformers raises whatever it meets
         pass
     try:
         return PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)

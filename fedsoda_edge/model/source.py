@@ -20,8 +20,8 @@ from torch import Tensor
 
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model.families import Family, allowed_fields, branch, family_of, layer_on_meta, merge_experts
-from fedsoda_edge.model.own_tokenizer import own_eos, own_tokenizer
 from fedsoda_edge.model.nf4 import NF4Tensor, dequantize
+from fedsoda_edge.model.own_tokenizer import own_eos, own_tokenizer
 from fedsoda_edge.ports.disk import sha256_file
 from fedsoda_edge.protocol.manifest import TOKENIZER_FILES, Half
 

@@ -255,10 +255,10 @@ def test_no_code_of_a_model_is_run(tmp_path: Path) -> None:
 def test_a_tokenizer_that_cannot_be_loaded_is_told(tmp_path: Path) -> None:
     written(tmp_path, byte_level(), _nothing)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UsageProblem, match="cannot be loaded .* save it again"):
+    with pytest.raises(UsageProblem, match=r"cannot be loaded .* save it again"):
         own_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
-    with pytest.raises(UsageProblem, match="has no tokenizer.json"):
+    with pytest.raises(UsageProblem, match=r"has no tokenizer\.json"):
         own_tokenizer(tmp_path)
 
 
