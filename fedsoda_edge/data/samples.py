@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedsoda_edge.data.formats import DataRow
-from fedsoda_edge.data.local_data import LocalData, is_chat
+from fedsoda_edge.data.chat import TooLong
+from fedsoda_edge.data.examples import Conversation, Pair, Skipped
+from fedsoda_edge.data.local_data import LocalData, SkippedRows
 from fedsoda_edge.data.tokenizer_files import read_json, special_tokens
 from fedsoda_edge.errors import DataProblem
 from fedsoda_edge.protocol.template import TextTemplate
 
 if TYPE_CHECKING:
-    from fedsoda_edge.data.chat import ChatTemplate, ChatTemplates
+    from fedsoda_edge.data.chat import ChatTemplate, ChatTemplates, Rendered
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class SampleSet:
-    """The samples of a file, in its order. num_skipped: rows without a completion id left."""
+    """The samples of a file, in its order. skipped: the other rows."""
 
     samples: tuple[Sample, ...]
-    num_skipped: int
+    skipped: SkippedRows
+
+    @property
+    def num_skipped(self) -> int:
+        """The number of rows that are no samples."""
+        return self.skipped.total
 
     @property
     def digest(self) -> str:
@@ -128,7 +134,7 @@ class SampleTokenizer:
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Write each id as the vocabulary has it, special tokens and marks of spaces visible."""
-        return [str(self._tokenizer.id_to_token(one)) for one in ids]
+        return [self._tokenizer.id_to_token(one) or "?" for one in ids]
 
     @property
     def tokens(self) -> Mapping[str, int]:
@@ -214,20 +220,6 @@ def _sample(start: int, whole: Sequence[int], max_length: int | None) -> Sample 
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """A conversation as the model's chat template writes it.
-
-    prompt: what the assistant answers to. whole: with its answer. generated: (begin, end) in characters of what the
-    template marks as generated in `whole`; empty where it marks nothing. answer: the last message's own text.
-    """
-
-    prompt: str
-    whole: str
-    generated: Sequence[tuple[int, int]]
-    answer: str
-
-
-@dataclass(frozen=True)
 class Renderer:
     """The way from a row to text and sample: by the templates, for a conversation by the model's own chat template."""
 
@@ -235,19 +227,19 @@ class Renderer:
     completion: TextTemplate
     chat: ChatTemplates | ChatTemplate | None = None
 
-    def texts(self, row: DataRow) -> tuple[str, str]:
-        """Write (prompt, completion) of a row; for a conversation (what the assistant answers to, the whole).
+    def texts(self, example: Pair | Conversation) -> tuple[str, str]:
+        """Write (prompt, completion) of a pair; of a conversation (what the assistant answers to, the whole).
 
         Raises:
-            DataProblem: the row is a conversation, and the model has no chat template, or one that refuses it.
+            DataProblem: it is a conversation, and the model has no chat template, or one that refuses it.
         """
-        if not self.is_chat(row):
-            return self.prompt.render(row), self.completion.render(row)
-        found = self.conversation(row)
-        return found.prompt, found.whole
+        if isinstance(example, Pair):
+            return example.prompt, example.completion
+        prompt, whole = self.conversation(example)
+        return prompt, whole.text
 
-    def conversation(self, row: DataRow) -> Conversation:
-        """Write a conversation with the model's chat template.
+    def conversation(self, example: Conversation) -> tuple[str, Rendered]:
+        """Write a conversation with the model's chat template: what the assistant answers to, and the whole.
 
         Raises:
             DataProblem: the model has no chat template, or one that refuses it.
@@ -256,70 +248,40 @@ class Renderer:
             raise DataProblem(
                 "the row is a conversation, and this model has no chat template; write rows with prompt and completion"
             )
-        messages: Any = row["messages"]  # `LocalData.check` has seen what they are
-        tools, documents = _listed(row, "tools"), _listed(row, "documents")
+        messages, tools, documents = example.messages, example.tools, example.documents
         whole = self.chat.rendered(messages, add_generation_prompt=False, tools=tools, documents=documents)
-        return Conversation(
-            self.chat.render(messages[:-1], add_generation_prompt=True, tools=tools, documents=documents),
-            whole.text,
-            whole.generated,
-            text_of(messages[-1]),
-        )
+        before = messages[:-1]
+        return self.chat.render(before, add_generation_prompt=True, tools=tools, documents=documents), whole
 
-    def is_chat(self, row: DataRow) -> bool:
-        """Tell whether the row is a conversation."""
-        return is_chat(row, (*self.prompt.columns, *self.completion.columns))
-
-    def sample(self, row: DataRow, tokenizer: SampleTokenizer, max_length: int | None = None) -> Sample | None:
-        """Make a row's sample; None where it has no completion id.
+    def sample(self, example: Pair | Conversation, tokenizer: SampleTokenizer) -> Sample | Skipped:
+        """Make the sample of a row, uncut.
 
         Raises:
             DataProblem: it cannot be rendered, or the model has no embedding for an id.
         """
-        if not self.is_chat(row):
-            return tokenizer.sample(*self.texts(row), max_length)
-        found = self.conversation(row)
-        return tokenizer.chat_sample(found.prompt, found.whole, max_length, found.generated)
+        if isinstance(example, Pair):
+            made = tokenizer.sample(example.prompt, example.completion)
+        else:
+            try:
+                prompt, whole = self.conversation(example)
+            except TooLong:
+                return Skipped("long")
+            made = tokenizer.chat_sample(prompt, whole.text, generated=whole.generated)
+        return Skipped("empty") if made is None else made
 
-    def samples(self, data: LocalData, tokenizer: SampleTokenizer) -> Iterator[Sample | None]:
-        """Yield each row's sample, uncut; None where its completion is empty.
+    def samples(self, data: LocalData, tokenizer: SampleTokenizer) -> Iterator[tuple[int, Sample | Skipped]]:
+        """Yield the line and the sample of each row, uncut.
 
         Raises:
-            DataProblem: a row cannot be rendered; names its line.
+            DataProblem: a row cannot be used or rendered; names its line.
         """
-        for line, row in data.rows():
-            try:
-                yield self.sample(row, tokenizer)
-            except DataProblem as error:
-                raise DataProblem(f"{data.path}:{line}: {error}") from error
-
-
-def text_of(message: Mapping[str, Any]) -> str:
-    """Give a message's text: its content, or the text parts of it; "" where it has none, as with tool calls alone."""
-    content = message.get("content")
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list) else []
-    return "".join(str(part.get("text", "")) for part in parts if isinstance(part, Mapping))
-
-
-def _listed(row: DataRow, name: str) -> list[dict[str, Any]] | None:
-    """Give a row's tools or documents, which may be written as JSON in a string; None where it has none.
-
-    Raises:
-        DataProblem: they are not a list of objects.
-    """
-    found = row.get(name)
-    if isinstance(found, str) and found.strip():
-        try:
-            found = json.loads(found)
-        except ValueError:
-            found = 0
-    if found is None or found == "":
-        return None
-    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
-        raise DataProblem(f"{name} must be a list of objects, as JSON schemas are; correct it")
-    return found
+        for line, example in data.examples(self.prompt, self.completion):
+            if isinstance(example, Skipped):
+                yield line, example
+                continue
+            with data.at(line):
+                made = self.sample(example, tokenizer)
+            yield line, made
 
 
 def read_samples(
@@ -338,32 +300,35 @@ def read_samples(
 
     Raises:
         DataProblem: no row has a completion id left (names the max_length that keeps 90 % of them), or a row cannot be
-            rendered.
+            used or rendered.
     """
     samples: list[Sample] = []
     needed: list[int] = []
-    for made in Renderer(prompt, completion, chat).samples(data, tokenizer):
-        if made is None:
-            needed.append(0)
+    skipped = SkippedRows()
+    for line, made in Renderer(prompt, completion, chat).samples(data, tokenizer):
+        if isinstance(made, Skipped):
+            skipped.add(made.reason, line)
             continue
         needed.append(made.start + 1)
         if made.start < max_length:
             samples.append(Sample(made.ids[:max_length], made.start))
+        else:
+            skipped.add("cut", line)
     if not samples:
+        if not needed:
+            data.refuse_without(skipped.total, skipped)
         raise nothing_left(data.path, needed, max_length)
-    return SampleSet(tuple(samples), len(needed) - len(samples))
+    return SampleSet(tuple(samples), skipped)
 
 
 def nothing_left(path: Path, needed: Sequence[int], max_length: int) -> DataProblem:
     """Make the error that no completion is left, with the max_length that keeps most of them.
 
     Args:
-        needed: for each row, ids up to its first completion id; 0 where its completion is empty.
+        needed: for each row with a completion, ids up to its first completion id.
     """
-    enough = sorted(n for n in needed if n)
-    advice = (
-        f"max_length = {enough[(9 * len(enough) - 1) // 10]} keeps 90 % of them, so shorten prompts or ask the hub's owner"
-        if enough
-        else "every completion is empty, so write some"
+    enough = sorted(needed)
+    return DataProblem(
+        f"none of the {len(needed)} rows of {path} has a completion within {max_length} ids; max_length = "
+        f"{enough[(9 * len(enough) - 1) // 10]} keeps 90 % of them, so shorten prompts or ask the hub's owner"
     )
-    return DataProblem(f"none of the {len(needed)} rows of {path} has a completion within {max_length} ids; {advice}")

@@ -9,6 +9,7 @@ import re
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from fedsoda_edge.errors import UsageProblem
 
@@ -38,10 +39,15 @@ class TextTemplate:
                     f"the template {self.text!r} has a place {{{name}}} that is not just a column; write {{column}}"
                 )
 
-    @property
+    @cached_property
+    def _parts(self) -> tuple[tuple[str, str | None], ...]:
+        """The literal texts, each with the column behind it; parsed once, since every row of a file is rendered."""
+        return tuple((literal, name) for literal, name, _, _ in string.Formatter().parse(self.text))
+
+    @cached_property
     def columns(self) -> tuple[str, ...]:
         """The columns that the text names, in order, each once."""
-        return tuple(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(self.text) if name))
+        return tuple(dict.fromkeys(name for _, name in self._parts if name))
 
     def render(self, row: Mapping[str, object]) -> str:
         """Put a row's values in their places.
@@ -49,7 +55,4 @@ class TextTemplate:
         Raises:
             KeyError: the row lacks a column.
         """
-        return "".join(
-            literal + ("" if name is None else str(row[name]))
-            for literal, name, _, _ in string.Formatter().parse(self.text)
-        )
+        return "".join(literal if name is None else literal + str(row[name]) for literal, name in self._parts)

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import random
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 
-from fedsoda_edge.data.local_data import LocalData, remedy_for_columns
+from fedsoda_edge.data.examples import Conversation, Pair, Skipped, alike_key, shown
+from fedsoda_edge.data.local_data import LocalData, SkippedRows, remedy_for_columns
 from fedsoda_edge.data.samples import join_text
 from fedsoda_edge.errors import DataProblem
 from fedsoda_edge.protocol.template import DEFAULT_COMPLETION, DEFAULT_PROMPT, TextTemplate
+from fedsoda_edge.units import counted
 
 MAX_CHOICES = 20
 # Commas only between thousands, and a minus only where nothing is before it to subtract from: 16-3 holds 16 and 3.
@@ -42,25 +45,37 @@ def read_questions(
 ) -> list[Question]:
     """Read rows by the template, or by their own `prompt` and `completion` columns where the template's are missing.
 
+    Rows that have no answer are left out.
+
     Args:
         shots: how many other rows of the file precede each question with their answers, drawn by (seed, row).
 
     Raises:
-        DataProblem: a row has neither columns, or there are too few rows to draw from.
+        DataProblem: a row has neither columns, a value is no text, no row has an answer, or there are too few rows to draw
+            from.
     """
     data = LocalData(path)
     # The words before the first column, such as "Question:".
     head = prompt.render(dict.fromkeys(prompt.columns, "\0")).partition("\0")[0].rstrip()
-    _, first = next(iter(data.rows()))
-    columns = {*prompt.columns, *completion.columns}
-    if not columns <= set(first) and {"prompt", "completion"} <= set(first):
-        prompt, completion = TextTemplate(DEFAULT_PROMPT), TextTemplate(DEFAULT_COMPLETION)
+    prompt, completion = templates_of(data, prompt, completion)
+    rows: list[tuple[str, str]] = []
+    skipped = SkippedRows()
     with remedy_for_columns(
         "rename one in the file, use another in [task] prompt and completion, or write rows with the columns prompt "
         "and completion"
     ):
-        data.check(prompt, completion)
-    rows = [(prompt.render(row), completion.render(row)) for _, row in data.rows()]
+        for line, example in data.examples(prompt, completion):
+            match example:
+                case Skipped():
+                    skipped.add(example.reason, line)
+                case Pair():
+                    rows.append((example.prompt, example.completion))
+                case Conversation():
+                    with data.at(line):
+                        raise DataProblem(
+                            "the row is a conversation; write rows with prompt and completion to judge by"
+                        )
+    data.refuse_without(len(rows) + skipped.total, skipped)
     if shots >= len(rows):
         raise DataProblem(
             f"[task] shots = {shots} needs {shots + 1} rows, but {path} has {len(rows)}; lower shots or add rows"
@@ -68,6 +83,20 @@ def read_questions(
     stops = _stops(rows, head, shots)
     examples = [_examples(rows, at, shots, seed) for at in range(len(rows))]
     return [Question(shown + row[0], row[1], shown, stops) for shown, row in zip(examples, rows, strict=True)]
+
+
+def templates_of(data: LocalData, prompt: TextTemplate, completion: TextTemplate) -> tuple[TextTemplate, TextTemplate]:
+    """Choose the templates that rows are judged by: the run's, or `prompt` and `completion` where its columns are missing.
+
+    Raises:
+        DataProblem: the file cannot be read, or has no rows.
+    """
+    _, first = next(iter(data.rows()))
+    default = TextTemplate(DEFAULT_PROMPT), TextTemplate(DEFAULT_COMPLETION)
+    if {*prompt.columns, *completion.columns} <= first.keys():
+        return prompt, completion
+    is_default = {"prompt", "completion"} <= first.keys() or data.reader(*default).is_conversation(first)
+    return default if is_default else (prompt, completion)
 
 
 def _examples(rows: Sequence[tuple[str, str]], at: int, shots: int, seed: int) -> str:
@@ -92,9 +121,24 @@ def _stops(rows: Sequence[tuple[str, str]], head: str, shots: int) -> tuple[str,
 
 
 def choices_of(questions: Sequence[Question], wanted: str = "auto") -> list[str]:
-    """List the distinct completions, sorted; none where there are more than MAX_CHOICES or choices are not wanted."""
-    distinct = sorted({question.completion for question in questions})
-    return distinct if wanted == "auto" and len(distinct) <= MAX_CHOICES else []
+    """List the distinct completions, sorted; none where there are more than MAX_CHOICES or choices are not wanted.
+
+    Raises:
+        DataProblem: two of them differ by white space alone, so that no model could tell them apart.
+    """
+    counts = Counter(question.completion for question in questions)
+    if wanted != "auto" or len(counts) > MAX_CHOICES:
+        return []
+    seen: dict[str, str] = {}
+    for choice in sorted(counts):
+        other = seen.setdefault(alike_key(choice), choice)
+        if other != choice:
+            raise DataProblem(
+                f"the completions {shown(other)} (of {counted(counts[other], 'row')}) and {shown(choice)} (of "
+                f"{counted(counts[choice], 'row')}) of the evaluation data differ by white space alone; write one of them "
+                "in all rows"
+            )
+    return sorted(counts)
 
 
 def until_stop(text: str, stops: Sequence[str]) -> str:

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from fedsoda_edge.data.chat import ChatTemplate
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model.source import Checkpoint
 from fedsoda_edge.ports.disk import write_durably
@@ -80,8 +81,8 @@ class RunText:
         if not s.reads_like_task:
             return []
         if s.like_task is not None:
-            tokenizer = tokenizer_of(self._source)
-            return read_like_task(s.like_task, s.prompt, s.completion, tokenizer, s.local.max_length)
+            tokenizer, chat = tokenizer_of(self._source), ChatTemplate.read(self._source.own_tokenizer)
+            return read_like_task(s.like_task, s.prompt, s.completion, tokenizer, s.local.max_length, chat)
 
         def write() -> list[Tensor]:
             how = self._running.how("writing rows like the task's")
