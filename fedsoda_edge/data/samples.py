@@ -128,6 +128,10 @@ class SampleTokenizer:
         """Tokenize text without the special tokens that the tokenizer adds."""
         return list(self._checked(self._tokenizer.encode(text, add_special_tokens=False)).ids)
 
+    def plain(self, text: str) -> str:
+        """Write text without the special tokens in it."""
+        return self.decode(self.bare(text))
+
     def decode(self, ids: Sequence[int]) -> str:
         """Write ids as text, without special tokens."""
         return str(self._tokenizer.decode(list(ids)))
@@ -135,6 +139,11 @@ class SampleTokenizer:
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Write each id as the vocabulary has it, special tokens and marks of spaces visible."""
         return [self._tokenizer.id_to_token(one) or "?" for one in ids]
+
+    def is_special(self, one: int) -> bool:
+        """Tell whether an id is a special token, which is no text."""
+        token = self._tokenizer.get_added_tokens_decoder().get(one)
+        return token is not None and bool(token.special)
 
     @property
     def tokens(self) -> Mapping[str, int]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 from torch import Tensor
 
+from fedsoda_edge.data.chat import ChatTemplate
 from fedsoda_edge.data.local_data import LocalData
 from fedsoda_edge.data.samples import read_samples
 from fedsoda_edge.model import lora
@@ -45,8 +46,8 @@ def train_central(
     source, bundle = open_full_llm(settings), Bundle.open(RunDirectory(settings.run_dir).bundle)
     spec, plan, local = bundle.manifest.lora, bundle.plan, settings.local
     device, dtype = pick_device(settings.device, settings.dtype)
-    tokenizer = tokenizer_of(source)
-    rows = read_samples(LocalData(data), settings.prompt, settings.completion, tokenizer, local.max_length)
+    tokenizer, chat = tokenizer_of(source), ChatTemplate.read(source.own_tokenizer)
+    rows = read_samples(LocalData(data), settings.prompt, settings.completion, tokenizer, local.max_length, chat)
     swept = SweptSamples.sweep(
         source, plan.emulator, rows.samples, emulator={}, lora_scale=spec.scale, compute_dtype=dtype, device=device
     )
