@@ -31,7 +31,7 @@ from fedsoda_hub.federation.jobs import EvaluateResult
 from fedsoda_hub.preparation.full_llm import open_full_llm
 from fedsoda_hub.preparation.prepare import bundle_of
 from fedsoda_hub.preparation.running import pick_device
-from fedsoda_hub.preparation.tokenizing import tokenizer_of
+from fedsoda_hub.preparation.tokenizing import check_tokenizer, tokenizer_of
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.run.ledger import read_outcome
 from fedsoda_hub.settings.run import RunSettings, read_settings
@@ -222,9 +222,11 @@ def check_evaluation(settings: RunSettings) -> None:
     Raises:
         DataProblem: rows lack the template's columns, the file is empty, or a question is longer than the model's
             positions.
+        UsageProblem: the model lacks ids that its tokenizer gives.
     """
     if settings.eval_data is not None:
         source, task = open_full_llm(settings), settings.task
+        check_tokenizer(source)
         evaluator = _evaluator(source, settings.eval_data, task, settings.seed, settings.device, settings.dtype)
         evaluator.check_lengths(int(source.fields["max_position_embeddings"]))
 

@@ -1,0 +1,57 @@
+"""Tell what a chat template does not write of a conversation, or writes otherwise. Nothing is refused for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from fedsoda_edge.data.examples import Conversation
+from fedsoda_edge.data.samples import Renderer
+
+Loss = Literal["answer", "message", "tools", "calls", "no generation prompt", "asked otherwise"]
+LOSSES: dict[Loss, str] = {
+    "answer": "the chat template writes the answer otherwise than it is, such as without the spaces around it",
+    "message": "the chat template leaves out an earlier message, or writes it otherwise than it is",
+    "tools": "the chat template does not write the tools that could be called",
+    "calls": "the chat template does not write a call of a tool",
+    "no generation prompt": "the chat template knows no generation prompt, so the model learns to write what stands before "
+    "an answer too",
+    "asked otherwise": "what the chat template writes to ask for an answer does not begin what is trained on",
+}
+
+
+def losses(renderer: Renderer, told: Conversation) -> tuple[Loss, ...]:
+    """List what a conversation loses in the model's chat template.
+
+    Raises:
+        DataProblem: the template refuses it.
+    """
+    return tuple(_losses(renderer, told))
+
+
+def _losses(renderer: Renderer, told: Conversation) -> Iterator[Loss]:
+    before, whole = renderer.conversation(told)
+    *earlier, last = told.messages
+    if (last.get("content") or "") not in whole.text:
+        yield "answer"
+    if any((message.get("content") or "") not in whole.text for message in earlier):
+        yield "message"
+    if any(name not in whole.text for name in _names(told.tools or ())):
+        yield "tools"
+    if any(name not in whole.text for message in told.messages for name in _names(message.get("tool_calls") or ())):
+        yield "calls"
+    assert renderer.chat is not None, "it has written the conversation"
+    if earlier and before == renderer.chat.render(
+        earlier, add_generation_prompt=False, tools=told.tools, documents=told.documents
+    ):
+        yield "no generation prompt"
+    if not whole.text.startswith(before):
+        yield "asked otherwise"
+
+
+def _names(tools: Any) -> Iterator[str]:
+    """Yield the names of tools or of calls, which stand in them or in their `function`."""
+    for tool in tools:
+        found = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        if isinstance(found, Mapping) and isinstance(found.get("name"), str):
+            yield found["name"]
