@@ -174,7 +174,7 @@ class ChatTemplates:
         """Compile the template of conversations with or without tools.
 
         Raises:
-            UsageProblem: there is none of that name, or it is not a template.
+            UsageProblem: none has that name, or it is not a template.
         """
         name = "tool_use" if has_tools and "tool_use" in self.sources else "default"
         if name not in self.sources:

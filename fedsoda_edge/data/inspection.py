@@ -21,7 +21,7 @@ from fedsoda_edge.data.samples import Renderer, Sample, SampleTokenizer, join_te
 from fedsoda_edge.protocol.template import TextTemplate
 
 if TYPE_CHECKING:
-    from fedsoda_edge.data.chat import ChatTemplate
+    from fedsoda_edge.data.chat import ChatTemplate, ChatTemplates
 
 SHOWN = 3  # samples
 DEFAULT_MAX_LENGTH = 512  # ids, where no run says it
@@ -158,7 +158,7 @@ def inspect(
     *,
     tokenizer: SampleTokenizer | None = None,
     max_length: int = DEFAULT_MAX_LENGTH,
-    chat: ChatTemplate | None = None,
+    chat: ChatTemplates | ChatTemplate | None = None,
 ) -> Inspection:
     """Read all rows as a run would.
 

@@ -141,7 +141,7 @@ class SampleTokenizer:
         return [self._tokenizer.id_to_token(one) or "?" for one in ids]
 
     def is_special(self, one: int) -> bool:
-        """Tell whether an id is a special token, which is no text."""
+        """Tell whether an id is a special token, which stands for no text."""
         token = self._tokenizer.get_added_tokens_decoder().get(one)
         return token is not None and bool(token.special)
 

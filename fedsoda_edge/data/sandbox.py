@@ -113,7 +113,7 @@ def _strftime_now(format: str) -> str:  # the name that templates may give it
 
 
 class _Dict:
-    """`dict` as templates may call it, without the attributes of the type."""
+    """The `dict` that templates may call, without the attributes of the type."""
 
     def __call__(self, *args: Any, **values: Any) -> dict[Any, Any]:
         return dict(*args, **values)

@@ -44,7 +44,7 @@ class Question:
 
     @property
     def around(self) -> tuple[str, str]:
-        """What a chat template writes between prompt and answer, and behind the answer; nothing without one."""
+        """The texts that a chat template writes between prompt and answer, and behind the answer; "" without one."""
         if self.talk is None:
             return "", ""
         before, whole = self.talk.answered(None)

@@ -41,6 +41,6 @@ def check_tokenizer(source: Checkpoint) -> None:
         )
     if ends := [one for one in tokenizer.ends if not 0 <= one < vocab]:
         raise UsageProblem(
-            f"the eos_token_id {ends[0]} of {source.name} is none of the {vocab} ids that the model has an embedding for "
+            f"the eos_token_id {ends[0]} of {source.name} is not among the {vocab} ids that the model has an embedding for "
             "(vocab_size); correct it in config.json"
         )

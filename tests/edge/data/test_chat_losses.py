@@ -27,7 +27,12 @@ CALL = {"role": "assistant", "content": "", "tool_calls": WEATHER}
         (EACH.replace("m.content", "m.content | trim") + BEGIN, (USER, ANSWER), None, ("answer",)),
         (EACH, (USER, ANSWER), None, ("no generation prompt",)),
         ("{% set messages = messages[1:] %}" + EACH + BEGIN, (USER, USER, ANSWER), None, ()),
-        ("{% set messages = messages[1:] %}" + EACH + BEGIN, (USER | {"content": "x"}, USER, ANSWER), None, ("message",)),
+        (
+            "{% set messages = messages[1:] %}" + EACH + BEGIN,
+            (USER | {"content": "x"}, USER, ANSWER),
+            None,
+            ("message",),
+        ),
         (EACH + BEGIN, (USER, ANSWER), WEATHER, ("tools",)),
         (TOOLS + EACH + BEGIN, (USER, ANSWER), WEATHER, ()),
         (EACH + BEGIN, (USER, CALL, ANSWER), None, ("calls",)),

@@ -66,7 +66,7 @@ def test_tokens_of_images_that_a_model_of_text_lacks_are_not(tiny_llama: Path, t
 
 def test_an_end_that_is_no_id_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     model = changed(tiny_llama, tmp_path / "model", {"eos_token_id": [2, 40_000]})
-    with pytest.raises(UsageProblem, match=r"the eos_token_id 40000 of model is none of the \d+ ids"):
+    with pytest.raises(UsageProblem, match=r"the eos_token_id 40000 of model is not among the \d+ ids"):
         check_tokenizer(Checkpoint.open(str(model)))
 
 
@@ -84,7 +84,11 @@ def test_the_end_is_the_models_own(tiny_llama: Path, tmp_path: Path, given: dict
         (None, "{prompt}", []),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", "{prompt}", []),
         ("{% for %}", "{prompt}", ["conversations will be refused: the model's chat template cannot be read"]),
-        ("{{ raise_exception('no') }}", "{prompt}", [r"conversations will be refused: .*refuses these messages \(no\)"]),
+        (
+            "{{ raise_exception('no') }}",
+            "{prompt}",
+            [r"conversations will be refused: .*refuses these messages \(no\)"],
+        ),
         ([{"name": "chat", "template": "x"}], "{prompt}", [r"has the chat templates chat, but none named default"]),
         ("{% for %}", "Say {prompt}: ", [r"write prompt = 'Say \{prompt\}:'"]),
     ],
