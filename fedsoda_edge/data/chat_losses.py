@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
+from fedsoda_edge.data.chat import TooLong
 from fedsoda_edge.data.examples import Conversation
+from fedsoda_edge.data.local_data import LocalData
 from fedsoda_edge.data.samples import Renderer
 
 Loss = Literal["answer", "message", "tools", "calls", "no generation prompt", "asked otherwise"]
@@ -18,6 +22,37 @@ LOSSES: dict[Loss, str] = {
     "an answer too",
     "asked otherwise": "what the chat template writes to ask for an answer does not begin what is trained on",
 }
+
+
+MAX_ROWS = 1000  # that are looked at
+
+
+@dataclass
+class Lost:
+    """The number of conversations that lose something in one way, and the line of the first."""
+
+    rows: int
+    first_line: int
+
+
+def lost_in(data: LocalData, renderer: Renderer) -> dict[Loss, Lost]:
+    """Find what the first MAX_ROWS rows lose in the model's chat template.
+
+    Raises:
+        DataProblem: a row cannot be used, or the template refuses it; names its line.
+    """
+    found: dict[Loss, Lost] = {}
+    for line, example in islice(data.examples(renderer.prompt, renderer.completion), MAX_ROWS):
+        if not isinstance(example, Conversation):
+            continue
+        with data.at(line):
+            try:
+                lost = losses(renderer, example)
+            except TooLong:
+                continue
+        for one in lost:
+            found.setdefault(one, Lost(0, line)).rows += 1
+    return found
 
 
 def losses(renderer: Renderer, told: Conversation) -> tuple[Loss, ...]:

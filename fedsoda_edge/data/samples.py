@@ -276,7 +276,9 @@ class Renderer:
             except TooLong:
                 return Skipped("long")
             made = tokenizer.chat_sample(prompt, whole.text, generated=whole.generated)
-        return Skipped("empty") if made is None else made
+        # A template may write nothing of an answer, such as a call of a tool that it does not know.
+        has_words = made is not None and any(one not in tokenizer.ends for one in made.ids[made.start :])
+        return made if made is not None and has_words else Skipped("empty")
 
     def samples(self, data: LocalData, tokenizer: SampleTokenizer) -> Iterator[tuple[int, Sample | Skipped]]:
         """Yield the line and the sample of each row, uncut.

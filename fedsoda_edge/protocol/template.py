@@ -49,6 +49,17 @@ class TextTemplate:
         """The columns that the text names, in order, each once."""
         return tuple(dict.fromkeys(name for _, name in self._parts if name))
 
+    @property
+    def advice(self) -> str:
+        """A sentence on a prompt that ends in a space, which a sample joins to the first word; "" for another text."""
+        bare = self.text.rstrip(" \t")
+        if bare == self.text:
+            return ""
+        return (
+            "the prompt ends in a space, so what is trained and what is asked have different ids; write "
+            f"prompt = {bare!r}: the space before a completion is added"
+        )
+
     def render(self, row: Mapping[str, object]) -> str:
         """Put a row's values in their places.
 

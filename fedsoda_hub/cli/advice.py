@@ -14,18 +14,12 @@ _TALK = ({"role": "user", "content": "Hello?"}, {"role": "assistant", "content":
 
 def advice_on(settings: RunSettings) -> list[str]:
     """List what the owner of a run should know, a sentence each."""
-    return [sentence for sentence in (_of_prompt(settings.task.prompt), _of_chat(settings)) if sentence]
+    return [sentence for sentence in (_of_prompt(settings), _of_chat(settings)) if sentence]
 
 
-def _of_prompt(prompt: str) -> str:
-    """Say that a prompt ends in a space: a sample joins it to the first word, a question ends with it."""
-    bare = prompt.rstrip(" \t")
-    if bare == prompt:
-        return ""
-    return (
-        f"[task] prompt ends in a space, so what is trained and what is asked have different ids; write "
-        f"prompt = {bare!r}: the space before a completion is added"
-    )
+def _of_prompt(settings: RunSettings) -> str:
+    advice = settings.prompt.advice
+    return f"[task] prompt: {advice}" if advice else ""
 
 
 def _of_chat(settings: RunSettings) -> str:
