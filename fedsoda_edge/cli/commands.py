@@ -349,7 +349,9 @@ def finish_round(as_json: opt.JsonOption = False, debug: opt.DebugOption = False
 
 @data_app.command("check", epilog="Example: fedsoda-edge data check visits.jsonl --tokenizer model-directory")
 def data_check(
-    file: Annotated[Path, typer.Argument(help="JSON Lines, JSON, Parquet or a saved dataset's directory")],
+    file: Annotated[
+        Path, typer.Argument(help="JSON Lines, JSON, CSV, TSV, Excel, Parquet, Arrow or a saved dataset's directory")
+    ],
     tokenizer: Annotated[
         Path | None,
         typer.Option(
@@ -376,7 +378,7 @@ def data_check(
     as_json: opt.JsonOption = False,
     debug: opt.DebugOption = False,
 ) -> None:
-    """Show columns, samples as they are trained on, lengths, what is cut, duplicates. Nothing leaves this device."""
+    """Show what is trained on and what is skipped and why, lengths, labels, duplicates. Nothing leaves this device."""
     with reporting(as_json, False, debug):
         from fedsoda_edge.cli.display import show_data
         from fedsoda_edge.data.chat import ChatTemplate

@@ -143,7 +143,7 @@ def _archive(path: Path) -> Kind:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError) as error:
         raise DataProblem(f"the data {path} is a damaged ZIP archive or workbook ({error}); fetch it again") from error
     if any(name.startswith("xl/") for name in names) or "content.xml" in names:
         return "excel"

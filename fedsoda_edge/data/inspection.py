@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 SHOWN = 3  # samples
 DEFAULT_MAX_LENGTH = 512  # ids, where no run says it
 BINS = 10  # bars of the histogram at most
+MAX_COLUMNS = 1000  # that are listed
 MAX_LABELS = 50  # that are listed; more different completions are no labels
 COUNTED_LABELS = 1000  # different completions, beyond which none is counted
 
@@ -180,8 +181,8 @@ def inspect(
     for line, row in data.rows():
         rows += 1
         for name, value in row.items():
-            # Half a character in a name could not be shown.
-            columns.setdefault(name.encode(errors="backslashreplace").decode(), {})[_kind(value)] = None
+            if name in columns or len(columns) < MAX_COLUMNS:
+                columns.setdefault(name, {})[_kind(value)] = None
         with data.at(line):
             example = reader.read(row)
             if isinstance(example, Skipped):
@@ -218,7 +219,8 @@ def inspect(
             SkippedFor(reason, REASONS[reason], count, skipped.first_line[reason])
             for reason, count in skipped.by_reason.items()
         ],
-        columns={name: " or ".join(kinds) for name, kinds in columns.items()},
+        # Half a character in a name could not be shown.
+        columns={name.encode(errors="backslashreplace").decode(): " or ".join(of) for name, of in columns.items()},
         samples=shown,
         duplicates=taken - len(seen),
         num_labels=completions.number,
@@ -247,10 +249,10 @@ def _shown(
     tokenizer: SampleTokenizer | None,
     max_length: int,
 ) -> Shown:
-    pieces: list[Piece] = []
+    pieces: tuple[Piece, ...] = ()
     if made is not None and tokenizer is not None:
         ids = made.ids[made.start : max_length]
-        pieces = [Piece(*pair) for pair in zip(ids, tokenizer.pieces(ids), strict=True)]
+        pieces = tuple(Piece(*pair) for pair in zip(ids, tokenizer.pieces(ids), strict=True))
     if isinstance(example, Pair):
         whole = join_text(example.prompt, example.completion)
         between = whole[len(example.prompt) : len(whole) - len(example.completion)]

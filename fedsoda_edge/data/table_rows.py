@@ -40,6 +40,8 @@ def table_rows(path: Path, content: Content) -> Iterator[tuple[int, DataRow]]:
     try:
         for batch in _batches(path, content):
             nested = _checked_columns(path, batch.schema)
+            if content.kind != "parquet":  # which is decoded, while Arrow is taken as it lies on the disk
+                batch.validate(full=True)
             for at in range(0, batch.num_rows, BATCH):
                 for row in batch.slice(at, BATCH).to_pylist():
                     number += 1
@@ -120,11 +122,9 @@ def _sheet_rows(path: Path) -> Iterator[tuple[int, DataRow]]:
     with _workbook(path) as book:
         for name in book.sheet_names:
             sheet = book.get_sheet_by_name(name)
-            if sheet.start is None:
-                continue
-            first = sheet.start[0] + 1
-            yield from _named(path, name, enumerate(sheet.iter_rows(), start=first))
-            return
+            if sheet.start is not None:
+                yield from _named(path, name, enumerate(sheet.iter_rows(), start=1))
+                return
 
 
 def _named(path: Path, sheet: str, rows: Iterable[tuple[int, list[Any]]]) -> Iterator[tuple[int, DataRow]]:

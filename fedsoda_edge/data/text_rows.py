@@ -19,7 +19,8 @@ from fedsoda_edge.errors import DataProblem
 
 MAX_VALUE = 128 << 20  # characters of a line or value: an unclosed bracket or quote reads no more than this
 SAMPLE = 200  # records that a dialect is chosen by
-_SPACE = re.compile(r"[ \t\r\n\ufeff]*")
+_BLANK = "\ufeff \t\r\n"  # a byte order mark is also where two files were joined
+_SPACE = re.compile(f"[{_BLANK}]*")
 _BESIDE_ITS_END = 16  # characters: a literal or an escape that the end of the text cuts is found so far before it
 
 
@@ -90,40 +91,37 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _json_rows(path: Path, file: IO[str]) -> Iterator[tuple[int, DataRow]]:
-    """Read one object a line; or, where the first line is none, a list of objects or objects that take several lines."""
+    """Read a list of objects, or one object a line; from a line on that is not one object, objects of several lines."""
     line, first = 0, ""
-    while not first.strip("\ufeff \t\r\n"):
+    while not first.strip(_BLANK):
         line, first = line + 1, file.readline(HEAD)
         if not first:
             return
-    if first.lstrip("\ufeff \t\r\n").startswith("["):
+    if first.lstrip(_BLANK).startswith("["):
         yield from _list_rows(path, _Values(path, file, first, line))
-        return
-    first += "" if first.endswith("\n") else _line(path, line, file)
-    begun = first.strip("\ufeff \t\r\n")
-    try:
-        _DECODER.decode(begun)
-    except json.JSONDecodeError as error:
-        if _is_cut(error, begun) or begun[error.pos :].startswith("{"):
-            yield from _stream_rows(path, _Values(path, file, first, line))
-            return
-    except (ValueError, RecursionError):
-        pass  # said below, with its line
-    yield from _line_rows(path, file, first, line)
+    else:
+        yield from _line_rows(path, file, first + ("" if first.endswith("\n") else _line(path, line, file)), line)
 
 
-def _line_rows(path: Path, file: IO[str], first: str, line: int) -> Iterator[tuple[int, DataRow]]:
-    text = first
+def _line_rows(path: Path, file: IO[str], text: str, line: int) -> Iterator[tuple[int, DataRow]]:
     while text:
-        stripped = _checked(path, line, text).strip("\ufeff \t\r\n")  # a BOM is also where two files were joined
+        stripped = _checked(path, line, text).strip(_BLANK)
         if stripped:
             try:
                 row = _DECODER.decode(stripped)
             except (ValueError, RecursionError) as error:
+                if isinstance(error, json.JSONDecodeError) and _goes_on(error, stripped):
+                    yield from _stream_rows(path, _Values(path, file, text, line))
+                    return
                 raise _not_json(path, line, error, "write one object a line", stripped) from error
             yield line, _row(path, line, row)
         line += 1
         text = _line(path, line, file)
+
+
+def _goes_on(error: json.JSONDecodeError, text: str) -> bool:
+    """Tell whether a line is the beginning of an object of several, or several objects."""
+    return text.startswith("{") and (_is_cut(error, text) or text[error.pos :].startswith("{"))
 
 
 def _line(path: Path, line: int, file: IO[str]) -> str:

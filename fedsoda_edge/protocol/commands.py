@@ -51,7 +51,7 @@ class Checked(msgspec.Struct, frozen=True):
 class Opened(msgspec.Struct, frozen=True, kw_only=True):
     """The samples of the data.
 
-    num_skipped: rows without a completion id left. threads: CPU threads of torch. process_bytes: memory of the worker
+    num_skipped: rows that are no sample. threads: CPU threads of torch. process_bytes: memory of the worker
     before it has read anything. has_cuda: whether torch can use a GPU. longest_ids, longest_labels: the most ids and
     completion ids that a sample has.
     """
