@@ -215,8 +215,12 @@ def cases(shared: Path) -> list[Case]:
 
     found = [
         learned(templates / f"template_{name}.jinja", rows / f"{talk}.jsonl")
-        for name in ("generation", "plain", "bos_in_template", "eosdiff")
-        for talk in ("chat", "chat_multi", "chat_special")
+        for name, talk in (
+            ("generation", "chat_multi"),
+            ("plain", "chat_special"),
+            ("bos_in_template", "chat"),
+            ("eosdiff", "chat_multi"),
+        )
     ]
     return [
         *found,
