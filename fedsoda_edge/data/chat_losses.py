@@ -28,20 +28,20 @@ MAX_ROWS = 1000  # that are looked at
 
 
 @dataclass
-class Lost:
+class LostRows:
     """The number of conversations that lose something in one way, and the line of the first."""
 
     rows: int
     first_line: int
 
 
-def lost_in(data: LocalData, renderer: Renderer) -> dict[Loss, Lost]:
+def lost_in(data: LocalData, renderer: Renderer) -> dict[Loss, LostRows]:
     """Find what the first MAX_ROWS rows lose in the model's chat template.
 
     Raises:
         DataProblem: a row cannot be used, or the template refuses it; names its line.
     """
-    found: dict[Loss, Lost] = {}
+    found: dict[Loss, LostRows] = {}
     for line, example in islice(data.examples(renderer.prompt, renderer.completion), MAX_ROWS):
         if not isinstance(example, Conversation):
             continue
@@ -51,7 +51,7 @@ def lost_in(data: LocalData, renderer: Renderer) -> dict[Loss, Lost]:
             except TooLong:
                 continue
         for one in lost:
-            found.setdefault(one, Lost(0, line)).rows += 1
+            found.setdefault(one, LostRows(0, line)).rows += 1
     return found
 
 

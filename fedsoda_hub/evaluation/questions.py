@@ -94,7 +94,7 @@ def read_questions(
         chat: the model's chat templates, for conversations; None: it has none.
 
     Raises:
-        DataProblem: a row has neither columns, a value is no text, no row has an answer, or there are too few rows to draw
+        DataProblem: a row has neither columns, a value is not text, no row has an answer, or there are too few rows to draw
             from; a conversation cannot be rendered, or is not to be preceded by others.
     """
     data = LocalData(path)
