@@ -13,11 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from fedsoda_edge.data.sandbox import MAX_CHARACTERS, Sandbox
-from fedsoda_edge.data.tokenizer_files import read_json, special_tokens
+from fedsoda_edge.data.tokenizer_files import File, read_json, read_text, special_tokens
 from fedsoda_edge.errors import DataProblem, UsageProblem
 
 RENDER_SECONDS = 2.0
@@ -63,7 +62,7 @@ class ChatTemplate:
         self._render_seconds = render_seconds
 
     @staticmethod
-    def read(files: Mapping[str, Path]) -> ChatTemplates | None:
+    def read(files: Mapping[str, File]) -> ChatTemplates | None:
         """Read the chat templates from a model's tokenizer files, by name; None where the model has none.
 
         Nothing is compiled before a conversation is rendered: a run without conversations needs no template.
@@ -71,7 +70,7 @@ class ChatTemplate:
         config = read_json(files.get("tokenizer_config.json"))
         source: Any = config.get("chat_template")
         if "chat_template.jinja" in files:
-            source = files["chat_template.jinja"].read_text(encoding="utf-8-sig")
+            source = read_text(files["chat_template.jinja"])
         if isinstance(source, list):
             sources = {
                 str(entry.get("name")): entry["template"]

@@ -9,21 +9,29 @@ from typing import Any
 
 from fedsoda_edge.errors import UsageProblem
 
+File = Path | bytes  # a file on disk, or what is in it
 
-def read_json(path: Path | None) -> dict[str, Any]:
+
+def read_text(file: File) -> str:
+    """Read a file of a model as text, with or without a BOM."""
+    return (file if isinstance(file, bytes) else file.read_bytes()).decode("utf-8-sig")
+
+
+def read_json(file: File | None) -> dict[str, Any]:
     """Read a JSON object of a model; an empty one where there is no such file.
 
     Raises:
         UsageProblem: the file is not a JSON object.
     """
-    if path is None or not path.exists():
+    if file is None or (isinstance(file, Path) and not file.exists()):
         return {}
+    name = file if isinstance(file, Path) else "a file of the tokenizer"
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        found = json.loads(read_text(file))
     except (ValueError, RecursionError) as error:
-        raise UsageProblem(f"{path} is not JSON ({error}); save the model's tokenizer again") from error
+        raise UsageProblem(f"{name} is not JSON ({error}); save the model's tokenizer again") from error
     if not isinstance(found, dict):
-        raise UsageProblem(f"{path} holds a {type(found).__name__}, not an object; save the model's tokenizer again")
+        raise UsageProblem(f"{name} holds a {type(found).__name__}, not an object; save the model's tokenizer again")
     return found
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -106,17 +105,13 @@ class Checkpoint:
             self.fields["eos_token_id"] = own  # a config class has a default, which is another token of this model
 
     @cached_property
-    def own_tokenizer(self) -> Mapping[str, Path]:
-        """The tokenizer's files by name, in which Transformers' reading of them is written down (`own_tokenizer.py`).
+    def own_tokenizer(self) -> Mapping[str, bytes]:
+        """The content of the tokenizer's files by name, in which Transformers' reading of them is written down.
 
         Raises:
             UsageProblem: Transformers cannot load it.
         """
-        self._written = tempfile.TemporaryDirectory(prefix="fedsoda-tokenizer-")  # removed with this checkpoint
-        files = {path.name: path for path in self.tokenizer_files}
-        for name, data in own_tokenizer(self.path).items():
-            files[name] = Path(self._written.name) / name
-            files[name].write_bytes(data)
+        files = {path.name: path.read_bytes() for path in self.tokenizer_files} | own_tokenizer(self.path)
         return {name: files[name] for name in TOKENIZER_FILES if name in files}
 
     @cached_property

@@ -105,11 +105,10 @@ def test_without_choices_the_generated_answer_must_be_the_same(
     asked = judge_of(tiny_llama, questions_of(tmp_path, *TALKS[:2], source=source), "none")
     tokenizer, begun = SampleTokenizer(tiny_llama / "tokenizer.json", 2), []
 
-    def written(prompt: list[int] | None, *_: object, ends: set[int], **__: object) -> Text[list[int]]:
-        begun.append(tokenizer.decode(prompt or []))
+    def written(prompt: list[int], *_: object, ends: set[int], **__: object) -> Text[list[int]]:
+        begun.append(tokenizer.decode(prompt))
         assert ends == {2}
-        if prompt is None:
-            yield
+        yield from ()
         return tokenizer.bare(made)
 
     monkeypatch.setattr(evaluation_module, "continuation", written)
