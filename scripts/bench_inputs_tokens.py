@@ -68,9 +68,10 @@ def prepare(home: Path, of: Path, task: tuple[str, str] = DEFAULT, rows: Path | 
     judged = "" if rows is None else f"eval_data = {json.dumps(str(rows))}\n"
     (home / "run.toml").write_text(
         f'name = "case"\nmodel = {json.dumps(str(of))}\ndevice = "cpu"\n'
-        f"[public]\ntext = {json.dumps(str(DEMO / 'public.txt'))}\nsequences = 4\nlength = 32\n"
+        f"[public]\ntext = {json.dumps(str(DEMO / 'public.txt'))}\nsequences = 8\nlength = 32\n"
         "[local]\nmax_length = 128\n"
-        '[method]\nlayers_per_group = 1\ngroups = 1\n[align]\nsteps = 2\nheal = false\nborder_map = "none"\n'
+        '[method]\ndistance = "angular"\nlayers_per_group = 1\ngroups = 1\n'
+        '[align]\nsteps = 2\nheal = false\nborder_map = "none"\n'
         f"[task]\nprompt = {json.dumps(task[0])}\ncompletion = {json.dumps(task[1])}\n{judged}"
     )
     return command("fedsoda_hub", "prepare", str(home / "run.toml"), "--json", home=home, seconds=SECONDS)

@@ -108,7 +108,7 @@ class MeasuredLLM:
         """Tell whether all files of this sub-LLM are within [method] bundle_bytes."""
         llm = self._llm
         sizes = shard_sizes(llm.source.family, llm.source.fields, plan, llm.bundle_settings(plan), llm.dtype)
-        tokenizer = sum(file.stat().st_size for file in llm.source.tokenizer_files)
+        tokenizer = sum(map(len, llm.source.own_tokenizer.values()))
         return sum(sizes.values()) + tokenizer <= llm.settings.method.bundle_bytes
 
     def nearest(self, plans: Sequence[LayerPlan]) -> LayerPlan:
