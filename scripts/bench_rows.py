@@ -19,6 +19,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,7 +32,9 @@ COLUMNS = ("text", "department")
 def rows(count: int) -> Iterator[dict[str, str]]:
     """Make rows of about 100 characters, no two alike."""
     for number in range(count):
-        text = f"report {number}: the pump in ward {number * 7919 % 9973} leaks since {number % 31} days, said the nurse"
+        text = (
+            f"report {number}: the pump in ward {number * 7919 % 9973} leaks since {number % 31} days, said the nurse"
+        )
         yield {"text": text, "department": ("plumbing", "electric", "heating")[number % 3]}
 
 
@@ -62,12 +65,22 @@ def write_csv(path: Path, count: int) -> None:
         table.writerows(rows(count))
 
 
-def _packed(opened: Callable[[Path], Any]) -> Callable[[Path, int], None]:
-    def write(path: Path, count: int) -> None:
-        with opened(path) as file:
-            _lines(file, count)
+def write_gzip(path: Path, count: int) -> None:
+    """Write JSON Lines packed with gzip."""
+    with gzip.open(path, "wt", compresslevel=1) as file:
+        _lines(file, count)
 
-    return write
+
+def write_bzip2(path: Path, count: int) -> None:
+    """Write JSON Lines packed with bzip2."""
+    with bz2.open(path, "wt", compresslevel=1) as file:
+        _lines(file, count)
+
+
+def write_xz(path: Path, count: int) -> None:
+    """Write JSON Lines packed with xz."""
+    with lzma.open(path, "wt", preset=0) as file:
+        _lines(file, count)
 
 
 def write_zstd(path: Path, count: int) -> None:
@@ -82,7 +95,7 @@ def _batches(count: int) -> Iterator[Any]:
     import pyarrow
 
     coming = rows(count)
-    while part := [row for row, _ in zip(coming, range(10_000), strict=False)]:
+    while part := list(islice(coming, 10_000)):
         yield pyarrow.RecordBatch.from_pylist(part)
 
 
@@ -148,10 +161,10 @@ WRITERS: dict[str, Callable[[Path, int], None]] = {
     "JSON Lines": write_json_lines,
     "JSON list": write_list,
     "CSV": write_csv,
-    "JSON Lines, gzip": _packed(lambda path: gzip.open(path, "wt", compresslevel=1)),
+    "JSON Lines, gzip": write_gzip,
     "JSON Lines, zstd": write_zstd,
-    "JSON Lines, bzip2": _packed(lambda path: bz2.open(path, "wt", compresslevel=1)),
-    "JSON Lines, xz": _packed(lambda path: lzma.open(path, "wt", preset=0)),
+    "JSON Lines, bzip2": write_bzip2,
+    "JSON Lines, xz": write_xz,
     "Parquet": write_parquet,
     "Arrow": write_arrow,
     "saved dataset": write_dataset,
