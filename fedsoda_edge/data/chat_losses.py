@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any, Literal
 
 from fedsoda_edge.data.chat import TooLong
-from fedsoda_edge.data.examples import Conversation
+from fedsoda_edge.data.examples import ChatExample
 from fedsoda_edge.data.local_data import LocalData
 from fedsoda_edge.data.samples import Renderer
 
@@ -43,7 +43,7 @@ def lost_in(data: LocalData, renderer: Renderer) -> dict[Loss, LostRows]:
     """
     found: dict[Loss, LostRows] = {}
     for line, example in islice(data.examples(renderer.prompt, renderer.completion), MAX_ROWS):
-        if not isinstance(example, Conversation):
+        if not isinstance(example, ChatExample):
             continue
         with data.at(line):
             try:
@@ -55,7 +55,7 @@ def lost_in(data: LocalData, renderer: Renderer) -> dict[Loss, LostRows]:
     return found
 
 
-def losses(renderer: Renderer, told: Conversation) -> tuple[Loss, ...]:
+def losses(renderer: Renderer, told: ChatExample) -> tuple[Loss, ...]:
     """List what a conversation loses in the model's chat template.
 
     Raises:
@@ -64,7 +64,7 @@ def losses(renderer: Renderer, told: Conversation) -> tuple[Loss, ...]:
     return tuple(_losses(renderer, told))
 
 
-def _losses(renderer: Renderer, told: Conversation) -> Iterator[Loss]:
+def _losses(renderer: Renderer, told: ChatExample) -> Iterator[Loss]:
     before, whole = renderer.conversation(told)
     *earlier, last = told.messages
     if (last.get("content") or "") not in whole.text:

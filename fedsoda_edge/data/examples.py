@@ -20,7 +20,7 @@ from fedsoda_edge.data.formats import DataRow
 from fedsoda_edge.errors import DataProblem
 from fedsoda_edge.protocol.template import TextTemplate
 
-Message = Mapping[str, Any]  # role, content and what else a chat template may read
+Turn = Mapping[str, Any]  # role, content and what else a chat template may read
 Reason = Literal["null", "empty", "long", "cut"]
 REASONS: dict[Reason, str] = {
     "null": "a value is null",
@@ -31,7 +31,7 @@ REASONS: dict[Reason, str] = {
 SHOWN = 80  # characters of a value that an error shows: rows are private
 MAX_TEXT = 1 << 20  # characters of a prompt with its completion
 MAX_CONVERSATION = 64 << 10  # characters of a conversation
-# Names of ShareGPT's roles. `function_call` is none of them: its text is no answer, and templates would write it as one.
+# Names of ShareGPT's roles, without `function_call`: templates would write its text as an answer, which it is not.
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"} | {
     role: role for role in ("user", "assistant", "system", "tool")
 }
@@ -39,7 +39,7 @@ _NAMED = {"list": "a list", "dict": "an object", "bytes": "bytes", "bool": "a bo
 
 
 @dataclass(frozen=True)
-class Pair:
+class TextExample:
     """A prompt and the completion that is trained on behind it, as text."""
 
     prompt: str
@@ -47,13 +47,13 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Conversation:
+class ChatExample:
     """Messages, of which the last is the assistant's and trained on.
 
     tools: what it could call, as JSON Schemas. documents: what it could read.
     """
 
-    messages: Sequence[Message]
+    messages: Sequence[Turn]
     tools: Sequence[Mapping[str, Any]] | None = None
     documents: Sequence[Mapping[str, Any]] | None = None
 
@@ -65,7 +65,7 @@ class Skipped:
     reason: Reason
 
 
-Example = Pair | Conversation | Skipped
+Example = TextExample | ChatExample | Skipped
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class RowReader:
         """Read a row with a prompt and a completion, or a conversation.
 
         Raises:
-            DataProblem: a column is missing (lists those there are), a value has a type that is no text, or a conversation
+            DataProblem: a column is missing (lists those there are), a value has a type that is not text, or a conversation
                 is not a list of messages that ends with the assistant's.
         """
         row = self.renamed(row)
@@ -105,7 +105,7 @@ class RowReader:
                 raise DataProblem(f"{self._named(name)} is {shown(value)}, not a string; {self._as_text()}")
         if None in (*prompt.values(), *completion.values()):
             return Skipped("null")
-        pair = Pair(self._text(self.prompt, prompt), self._text(self.completion, completion))
+        pair = TextExample(self._text(self.prompt, prompt), self._text(self.completion, completion))
         if len(pair.prompt) + len(pair.completion) > MAX_TEXT:
             return Skipped("long")
         is_blank = not "".join(map(str, completion.values())).strip() if completion else not pair.completion.strip()
@@ -241,7 +241,7 @@ def _messages_of(row: DataRow) -> tuple[str, object] | None:
     return None
 
 
-def _conversation_of(row: DataRow) -> Conversation | Skipped:
+def _conversation_of(row: DataRow) -> ChatExample | Skipped:
     found = _messages_of(row)
     assert found is not None, "only a conversation is read as one"
     column, messages = found
@@ -262,10 +262,10 @@ def _conversation_of(row: DataRow) -> Conversation | Skipped:
     tools, documents = _listed(row, "tools"), _listed(row, "documents")
     if sum(len(one.get("content") or "") for one in read) > MAX_CONVERSATION:
         return Skipped("long")
-    return Conversation(tuple(read), tools, documents)
+    return ChatExample(tuple(read), tools, documents)
 
 
-def _message(where: str, message: Mapping[str, Any]) -> Message:
+def _message(where: str, message: Mapping[str, Any]) -> Turn:
     """Read one message, of ShareGPT too; keys without a value are left out, but for an answer that is a call."""
     message = {name: value for name, value in message.items() if value is not None or name == "content"}
     if "role" not in message and "from" in message:

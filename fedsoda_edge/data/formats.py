@@ -1,6 +1,6 @@
 """Find out by its content what a file of rows is: format, compression, encoding. Names of files decide nothing.
 
-What is no data at all (a Git LFS pointer, a web page, an archive) is refused here, by what it is. Reading the rows is left
+What does not hold rows (a Git LFS pointer, a web page, an archive) is refused here, by what it is. Reading the rows is left
 to `text_rows.py` and `table_rows.py`.
 """
 
@@ -67,7 +67,7 @@ _PAGES = ("<!doctype", "<html", "<?xml", "<head", "<body", "<error")
 
 @dataclass(frozen=True)
 class Content:
-    """What a file or directory of rows is.
+    """The format of a file or directory of rows.
 
     packing: the compression of a text; "": none. encoding: of a text, as Python names it.
     """

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from fedsoda_edge.data.examples import REASONS, Conversation, Pair, Reason, Skipped, alike_key
+from fedsoda_edge.data.examples import REASONS, ChatExample, Reason, Skipped, TextExample, alike_key
 from fedsoda_edge.data.local_data import LocalData, SkippedRows
 from fedsoda_edge.data.samples import Renderer, Sample, SampleTokenizer, join_text, nothing_left
 from fedsoda_edge.protocol.template import TextTemplate
@@ -204,7 +204,7 @@ def inspect(
                 shown.append(_shown(line, example, renderer, made, tokenizer, max_length))
         taken += 1
         seen.add(_digest(example))
-        if isinstance(example, Pair):
+        if isinstance(example, TextExample):
             completions.add(example.completion)
     if not taken:
         if not needed:
@@ -236,14 +236,14 @@ def _kind(value: object) -> str:
     return "null" if value is None else type(value).__name__
 
 
-def _digest(example: Pair | Conversation) -> bytes:
+def _digest(example: TextExample | ChatExample) -> bytes:
     """Make 8 bytes by which rows of the same text are found: among a million others one pair in 10**7 files is alike."""
     return hashlib.blake2b(json.dumps(dataclasses.asdict(example), default=str).encode(), digest_size=8).digest()
 
 
 def _shown(
     line: int,
-    example: Pair | Conversation,
+    example: TextExample | ChatExample,
     renderer: Renderer,
     made: Sample | None,
     tokenizer: SampleTokenizer | None,
@@ -253,7 +253,7 @@ def _shown(
     if made is not None and tokenizer is not None:
         ids = made.ids[made.start : max_length]
         pieces = tuple(Piece(*pair) for pair in zip(ids, tokenizer.pieces(ids), strict=True))
-    if isinstance(example, Pair):
+    if isinstance(example, TextExample):
         whole = join_text(example.prompt, example.completion)
         between = whole[len(example.prompt) : len(whole) - len(example.completion)]
         return Shown(line, example.prompt, example.completion, between, pieces)

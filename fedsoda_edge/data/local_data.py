@@ -20,7 +20,7 @@ from fedsoda_edge.protocol.template import TextTemplate
 
 @dataclass
 class SkippedRows:
-    """How many rows are skipped for each reason, and the line of the first."""
+    """The number of rows that are skipped for each reason, and the line of the first."""
 
     by_reason: dict[Reason, int] = field(default_factory=dict)
     first_line: dict[Reason, int] = field(default_factory=dict)
@@ -76,7 +76,7 @@ class LocalData:
 
     @property
     def content(self) -> Content:
-        """What the file is, by its content.
+        """The format of the file, by its content.
 
         Raises:
             DataProblem: it cannot be read, or is in no format that is known.

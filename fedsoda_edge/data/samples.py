@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsoda_edge.data.chat import TooLong
-from fedsoda_edge.data.examples import Conversation, Pair, Skipped
+from fedsoda_edge.data.examples import ChatExample, Skipped, TextExample
 from fedsoda_edge.data.local_data import LocalData, SkippedRows
 from fedsoda_edge.data.tokenizer_files import File, read_json, read_text, special_tokens
 from fedsoda_edge.errors import DataProblem
@@ -236,18 +236,18 @@ class Renderer:
     completion: TextTemplate
     chat: ChatTemplates | ChatTemplate | None = None
 
-    def texts(self, example: Pair | Conversation) -> tuple[str, str]:
+    def texts(self, example: TextExample | ChatExample) -> tuple[str, str]:
         """Write (prompt, completion) of a pair; of a conversation (what the assistant answers to, the whole).
 
         Raises:
             DataProblem: it is a conversation, and the model has no chat template, or one that refuses it.
         """
-        if isinstance(example, Pair):
+        if isinstance(example, TextExample):
             return example.prompt, example.completion
         prompt, whole = self.conversation(example)
         return prompt, whole.text
 
-    def conversation(self, example: Conversation) -> tuple[str, Rendered]:
+    def conversation(self, example: ChatExample) -> tuple[str, Rendered]:
         """Write a conversation with the model's chat template: what the assistant answers to, and the whole.
 
         Raises:
@@ -262,13 +262,13 @@ class Renderer:
         before = messages[:-1]
         return self.chat.render(before, add_generation_prompt=True, tools=tools, documents=documents), whole
 
-    def sample(self, example: Pair | Conversation, tokenizer: SampleTokenizer) -> Sample | Skipped:
+    def sample(self, example: TextExample | ChatExample, tokenizer: SampleTokenizer) -> Sample | Skipped:
         """Make the sample of a row, uncut.
 
         Raises:
             DataProblem: it cannot be rendered, or the model has no embedding for an id.
         """
-        if isinstance(example, Pair):
+        if isinstance(example, TextExample):
             made = tokenizer.sample(example.prompt, example.completion)
         else:
             try:

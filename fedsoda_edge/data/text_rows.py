@@ -154,7 +154,7 @@ def _not_json(path: Path, line: int, error: Exception, remedy: str, text: str = 
 
 
 def _is_cut(error: json.JSONDecodeError, text: str) -> bool:
-    """Tell whether more text could mend an error of the decoder."""
+    """Tell whether an error of the decoder could be gone once there is more text."""
     if error.msg == "Extra data":
         return False
     return error.msg.startswith("Unterminated string") or error.pos >= len(text) - _BESIDE_ITS_END
@@ -228,7 +228,7 @@ class _Values:
                     error.colno += self._column if error.lineno == 1 else 0
                 raise _not_json(self._path, line, error, remedy) from error
             if end == len(self._text) and not isinstance(found, dict) and self._more():
-                continue  # a number may go on
+                continue  # a number may be longer
             self._at = end
             return found
 
@@ -321,7 +321,7 @@ def _delimited_rows(path: Path, file: IO[str]) -> Iterator[tuple[int, DataRow]]:
 def _after(lines: list[str], file: IO[str]) -> Iterator[str]:
     """Yield the lines of a text, of which these were read already, with their ends."""
     yield from lines[:-1]
-    # The last one may go on; one that ends in \r, with \n.
+    # The last one may be cut, also between \r and \n.
     yield from io.StringIO(lines[-1] + file.readline(), newline="")
     yield from file
 
@@ -330,10 +330,10 @@ def _dialect(path: Path, lines: Sequence[str], *, is_cut: bool) -> type[csv.Dial
     """Choose the way of writing in which the most records have as many columns as the header, and that is two or more.
 
     Args:
-        is_cut: whether the text goes on behind these lines.
+        is_cut: whether there is more text behind these lines.
 
     Raises:
-        DataProblem: the text is no table.
+        DataProblem: the text is not a table.
     """
     best, most = None, 0.5
     for dialect in _dialects(has_escapes=any('\\"' in line for line in lines)):

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
 
-from fedsoda_edge.data.examples import Conversation, Pair, Skipped
+from fedsoda_edge.data.examples import ChatExample, Skipped, TextExample
 from fedsoda_edge.data.formats import DataRow
 from fedsoda_edge.data.local_data import LocalData, SkippedRows, remedy_for_columns
 from fedsoda_edge.errors import DataProblem
@@ -98,7 +98,7 @@ class DealtData:
 
 def _usable(
     data: LocalData, prompt: TextTemplate, completion: TextTemplate
-) -> Iterator[tuple[DataRow, Pair | Conversation]]:
+) -> Iterator[tuple[DataRow, TextExample | ChatExample]]:
     """Yield the rows that have anything to learn or to ask.
 
     Raises:
@@ -117,8 +117,8 @@ def _usable(
     data.refuse_without(count, skipped)
 
 
-def _completion_of(example: Pair | Conversation) -> str:
-    return example.completion if isinstance(example, Pair) else str(example.messages[-1].get("content"))
+def _completion_of(example: TextExample | ChatExample) -> str:
+    return example.completion if isinstance(example, TextExample) else str(example.messages[-1].get("content"))
 
 
 def write_rows(path: Path, rows: Sequence[DataRow]) -> str:

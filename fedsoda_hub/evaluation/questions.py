@@ -14,7 +14,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from fedsoda_edge.data.chat import ChatTemplates, Rendered, TooLong
-from fedsoda_edge.data.examples import Conversation, Pair, Skipped, alike_key, shown
+from fedsoda_edge.data.examples import ChatExample, Skipped, TextExample, alike_key, shown
 from fedsoda_edge.data.local_data import LocalData, SkippedRows, remedy_for_columns
 from fedsoda_edge.data.samples import Renderer, join_text
 from fedsoda_edge.errors import DataProblem
@@ -56,7 +56,7 @@ class Question:
 class Talk:
     """A conversation that is judged by its last answer, as the model's chat template writes it."""
 
-    conversation: Conversation
+    conversation: ChatExample
     renderer: Renderer
 
     @property
@@ -113,9 +113,9 @@ def read_questions(
             match example:
                 case Skipped():
                     skipped.add(example.reason, line)
-                case Pair():
+                case TextExample():
                     rows.append((example.prompt, example.completion))
-                case Conversation():
+                case ChatExample():
                     with data.at(line):
                         try:
                             talks.append(_question_of(Talk(example, renderer), shots))

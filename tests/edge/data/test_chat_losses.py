@@ -8,7 +8,7 @@ import pytest
 
 from fedsoda_edge.data.chat import ChatTemplate
 from fedsoda_edge.data.chat_losses import LOSSES, Loss, losses
-from fedsoda_edge.data.examples import Conversation
+from fedsoda_edge.data.examples import ChatExample
 from fedsoda_edge.data.samples import Renderer
 from fedsoda_edge.protocol.template import TextTemplate
 
@@ -41,5 +41,5 @@ CALL = {"role": "assistant", "content": "", "tool_calls": WEATHER}
 )
 def test_what_is_lost_is_told(source: str, messages: Any, tools: Any, lost: tuple[Loss, ...]) -> None:
     renderer = Renderer(TextTemplate("{prompt}"), TextTemplate("{completion}"), ChatTemplate(source, {}))
-    assert losses(renderer, Conversation(messages, tools)) == lost
+    assert losses(renderer, ChatExample(messages, tools)) == lost
     assert set(lost) <= set(LOSSES)

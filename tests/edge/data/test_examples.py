@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from fedsoda_edge.data.examples import Conversation, Example, Pair, RowReader, Skipped, shown
+from fedsoda_edge.data.examples import ChatExample, Example, RowReader, Skipped, TextExample, shown
 from fedsoda_edge.data.local_data import LocalData
 from fedsoda_edge.errors import DataProblem
 from fedsoda_edge.protocol.template import TextTemplate
@@ -36,7 +36,7 @@ def read_default(row: dict[str, Any]) -> Example:
     [("a\0b", "a\0b:"), ("", ":"), (7, "7:"), (-1.5, "-1.5:"), (10**30, f"{10**30}:"), (Decimal("1E+2"), "100:")],
 )
 def test_a_prompt_is_text_or_a_finite_number(value: object, text: str) -> None:
-    assert read({"text": value, "label": "b"}) == Pair(text, "b")
+    assert read({"text": value, "label": "b"}) == TextExample(text, "b")
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_what_cannot_be_learned_from_is_skipped(row: dict[str, Any], reason: str
 def test_a_completion_is_blank_when_its_values_are_whatever_stands_around_them() -> None:
     reader = RowReader(PROMPT, TextTemplate("{label}."), {})
     assert reader.read({"text": "a", "label": " "}) == Skipped("empty")
-    assert RowReader(PROMPT, TextTemplate("yes"), {}).read({"text": "a"}) == Pair("a:", "yes")
+    assert RowReader(PROMPT, TextTemplate("yes"), {}).read({"text": "a"}) == TextExample("a:", "yes")
 
 
 @pytest.mark.parametrize(
@@ -115,13 +115,13 @@ def test_a_completion_is_blank_when_its_values_are_whatever_stands_around_them()
 )  # fmt: skip
 def test_conversations_are_read_as_others_write_them(row: dict[str, Any], messages: object, tools: object) -> None:
     found = read_default(row)
-    assert isinstance(found, Conversation)
+    assert isinstance(found, ChatExample)
     assert (list(found.messages), found.tools) == (messages, tools)
 
 
 def test_a_pair_goes_before_messages_and_a_template_of_the_run_before_both() -> None:
-    assert read_default({"prompt": "a", "completion": "b", "messages": None}) == Pair("a", "b")
-    assert read_default({"prompt": "a", "completion": "b", "messages": [ASKED, ANSWERED]}) == Pair("a", "b")
+    assert read_default({"prompt": "a", "completion": "b", "messages": None}) == TextExample("a", "b")
+    assert read_default({"prompt": "a", "completion": "b", "messages": [ASKED, ANSWERED]}) == TextExample("a", "b")
     with pytest.raises(DataProblem, match="no column 'text'; there are messages"):
         read({"messages": [ASKED, ANSWERED]})
 
@@ -174,7 +174,7 @@ def test_keys_that_arrow_fills_in_are_left_out(tmp_path: Path) -> None:
     ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d")
     found = [example for _, example in LocalData(tmp_path / "d").examples(*BY_DEFAULT)]
-    assert [list(one.messages) for one in found if isinstance(one, Conversation)] == [row["messages"] for row in rows]
+    assert [list(one.messages) for one in found if isinstance(one, ChatExample)] == [row["messages"] for row in rows]
 
 
 def test_an_error_shows_at_most_80_characters_of_a_value() -> None:

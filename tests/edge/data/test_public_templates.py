@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from fedsoda_edge.data.chat import ChatTemplate
-from fedsoda_edge.data.examples import Conversation
+from fedsoda_edge.data.examples import ChatExample
 from fedsoda_edge.data.samples import Renderer, Sample, SampleTokenizer
 from fedsoda_edge.data.sandbox import TODAY
 from fedsoda_edge.errors import DataProblem
@@ -182,7 +182,7 @@ def test_text_is_that_of_apply_chat_template(
     assert problem in str(refused.value)
 
 
-def sample_of(tiny_llama: Path, source: str, told: Conversation) -> Sample:
+def sample_of(tiny_llama: Path, source: str, told: ChatExample) -> Sample:
     renderer = Renderer(TextTemplate("{prompt}"), TextTemplate("{completion}"), ChatTemplate(source, TOKENS))
     made = renderer.sample(told, SampleTokenizer(tiny_llama / "tokenizer.json", 2))
     assert isinstance(made, Sample)
@@ -203,7 +203,7 @@ def test_what_is_supervised_is_what_the_template_marks(tiny_llama: Path, name: s
     mask, ids = found["assistant_masks"], found["input_ids"]
     end = len(mask) - mask[::-1].index(1)
     start = max(at for at in range(end) if mask[at] and (at == 0 or not mask[at - 1]))  # of the last answer
-    made = sample_of(tiny_llama, TEMPLATES[name], Conversation(messages, tools))
+    made = sample_of(tiny_llama, TEMPLATES[name], ChatExample(messages, tools))
     assert list(made.ids) == ids[:end]
     assert made.start == start
     assert made.ids[-1] == 2
@@ -215,7 +215,7 @@ def test_what_is_supervised_is_what_the_template_marks(tiny_llama: Path, name: s
 def test_a_conversation_ends_in_one_end_token(tiny_llama: Path, end: str, tail: int) -> None:
     source = "{% for m in messages %}[{{ m.role }}]{{ m.content }}" + end + "{% endfor %}"
     answer = {"role": "assistant", "content": "</s> is an end"}
-    made = sample_of(tiny_llama, source, Conversation([ASK, answer]))
+    made = sample_of(tiny_llama, source, ChatExample([ASK, answer]))
     assert made.ids[-1] == 2
     assert made.ids[-2] != 2
     tokenizer = SampleTokenizer(tiny_llama / "tokenizer.json", 2)
