@@ -145,7 +145,7 @@ class Memory(JoinEvent, MemoryReport, frozen=True, tag="memory"):
 
 
 class DataRead(JoinEvent, frozen=True, tag="data"):
-    """The data, read as samples. num_skipped: rows without a completion id left. threads: how many the worker uses."""
+    """The data, read as samples. num_skipped: rows that are no sample. threads: how many the worker uses."""
 
     rows: Positive
     num_examples: Positive

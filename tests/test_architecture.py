@@ -79,8 +79,8 @@ HOUSE = {
     "edge.ports": Room(_SIZES, f"{_ANY_STDLIB} psutil msgspec"),
     "edge.ports.console": Room(f"{_SIZES} edge.ports", "clock disk processes typer rich"),
     "edge.model": Room(f"{_SIZES} edge.ports.disk edge.ports.system", "disk processes tensors msgspec"),
-    # `datasets`: the worker alone reads a saved dataset with it, and nothing imports it before a user names one.
-    "edge.data": Room(_SIZES, "disk processes tokenizers jinja2 pyarrow datasets"),
+    # Of tables: nothing imports their libraries before a user names a file of that kind.
+    "edge.data": Room(_SIZES, "disk processes tokenizers jinja2 pyarrow zstandard python_calamine"),
     "edge.device": Room(_SIZES, "msgspec"),
     "edge.device.facts": Room(f"{_SIZES} edge.device", "disk psutil pynvml"),
     "edge.device.sensors": Room(f"{_SIZES} edge.device", "psutil pynvml"),

@@ -473,7 +473,7 @@ def test_a_home_that_nobody_joined_from_is_told(tmp_path: Path) -> None:
     assert edge("cache prune")["freed_bytes"] == 0
     (tmp_path / "visits.jsonl").write_text(ROWS)
     found = edge("data check", tmp_path / "visits.jsonl")
-    assert (found["lengths"], found["skipped"], found["truncated"]) == (None, None, None)
+    assert (found["lengths"], found["truncated"], found["cut_ids"]) == (None, None, None)
 
 
 def test_a_join_that_sigterm_stops_says_so_and_leaves_a_status(nowhere: str, tmp_path: Path) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
-import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +16,7 @@ from fedsoda_edge.cli import options as opt
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.ports.console import EXIT_HELP, effective_settings, finish, is_asked, note, reporting
 from fedsoda_edge.ports.console import run as run_command
-from fedsoda_edge.units import parse_bytes
+from fedsoda_edge.units import counted, parse_bytes
 
 if TYPE_CHECKING:
     from fedsoda_edge.cli.config_file import Options
@@ -348,7 +349,9 @@ def finish_round(as_json: opt.JsonOption = False, debug: opt.DebugOption = False
 
 @data_app.command("check", epilog="Example: fedsoda-edge data check visits.jsonl --tokenizer model-directory")
 def data_check(
-    file: Annotated[Path, typer.Argument(help="JSON Lines, JSON, Parquet or a saved dataset's directory")],
+    file: Annotated[
+        Path, typer.Argument(help="JSON Lines, JSON, CSV, TSV, Excel, Parquet, Arrow or a saved dataset's directory")
+    ],
     tokenizer: Annotated[
         Path | None,
         typer.Option(
@@ -375,54 +378,53 @@ def data_check(
     as_json: opt.JsonOption = False,
     debug: opt.DebugOption = False,
 ) -> None:
-    """Show columns, samples as they are trained on, lengths, what is cut, duplicates. Nothing leaves this device."""
+    """Show what is trained on and what is skipped and why, lengths, labels, duplicates. Nothing leaves this device."""
     with reporting(as_json, False, debug):
         from fedsoda_edge.cli.display import show_data
         from fedsoda_edge.data.chat import ChatTemplate
+        from fedsoda_edge.data.chat_losses import LOSSES, lost_in
         from fedsoda_edge.data.inspection import DEFAULT_MAX_LENGTH, inspect
         from fedsoda_edge.data.local_data import LocalData, remedy_for_columns
-        from fedsoda_edge.data.samples import SampleTokenizer
+        from fedsoda_edge.data.samples import Renderer, SampleTokenizer
         from fedsoda_edge.join.home import Home
-        from fedsoda_edge.protocol.manifest import TOKENIZER_FILES
+        from fedsoda_edge.join.tokenizer import load_tokenizer
+        from fedsoda_edge.protocol.commands import LoadedTokenizer
         from fedsoda_edge.protocol.template import DEFAULT_COMPLETION, DEFAULT_PROMPT, TextTemplate
 
         joined = Home().last_joined()
-        eos: Any = None
-        if tokenizer is not None:
-            files = {name: tokenizer / name for name in TOKENIZER_FILES if (tokenizer / name).exists()}
-            if (tokenizer / "config.json").exists():
-                eos = json.loads((tokenizer / "config.json").read_text(encoding="utf-8")).get("eos_token_id")
-        elif joined is not None:
-            files = {name: Path(path) for name, path in joined.tokenizer.items()}
-            eos = joined.eos
-            note(f"with the tokenizer and the template of the run {joined.run!r}")
-        else:
-            files = {}
-        encoder = None
-        if files or tokenizer is not None:
-            path = files["tokenizer.json"] if tokenizer is None else tokenizer / "tokenizer.json"
-            try:
-                encoder = SampleTokenizer(path, eos)
-            except Exception as error:  # the tokenizers library raises nothing narrower
-                raise UsageProblem(
-                    f"{path} cannot be read as a tokenizer ({error}); name a model's directory: --tokenizer DIRECTORY"
-                ) from error
+        chat = encoder = None
+        with tempfile.TemporaryDirectory(prefix="fedsoda-tokenizer-") as written:
+            if tokenizer is not None:
+                if not (path := tokenizer / "tokenizer.json").exists():
+                    raise UsageProblem(
+                        f"{path} cannot be read as a tokenizer (No such file or directory); name a model's directory: "
+                        "--tokenizer DIRECTORY"
+                    )
+                loaded = asyncio.run(load_tokenizer(tokenizer, Path(written)))
+            elif joined is not None:
+                loaded = LoadedTokenizer(files=dict(joined.tokenizer), eos=joined.eos, vocab_size=joined.vocab_size)
+                note(f"with the tokenizer and the template of the run {joined.run!r}")
+            else:
+                loaded = None
+            if loaded is not None:
+                files = {name: Path(path) for name, path in loaded.files.items()}
+                encoder = SampleTokenizer.read(files, loaded.eos, loaded.vocab_size)
+                chat = ChatTemplate.read(files)
         if prompt is None:
             prompt = DEFAULT_PROMPT if joined is None else joined.prompt
         if completion is None:
             completion = DEFAULT_COMPLETION if joined is None else joined.completion
         if max_length is None:
             max_length = DEFAULT_MAX_LENGTH if joined is None else joined.max_length
+        data, templates = LocalData(file, _columns(column or [])), (TextTemplate(prompt), TextTemplate(completion))
         with remedy_for_columns(COLUMN_REMEDY):
-            found = inspect(
-                LocalData(file, _columns(column or [])),
-                TextTemplate(prompt),
-                TextTemplate(completion),
-                tokenizer=encoder,
-                max_length=max_length,
-                chat=ChatTemplate.read(files),
-            )
+            found = inspect(data, *templates, tokenizer=encoder, max_length=max_length, chat=chat)
         show_data(found, max_length)
+        if chat is not None:
+            for loss, lost in lost_in(data, Renderer(*templates, chat)).items():
+                note(f"note: {LOSSES[loss]} ({counted(lost.rows, 'row')}, first in line {lost.first_line})")
+        if templates[0].advice:
+            note(f"note: {templates[0].advice}")
         finish({"status": "ok", **dataclasses.asdict(found)}, as_json, False)
 
 

@@ -6,6 +6,7 @@ Whether a value is allowed is left to the command.
 from __future__ import annotations
 
 import difflib
+import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -31,7 +32,8 @@ def option_defaults(path: Path, options: Options) -> Defaults:
             value that is not a table.
     """
     try:
-        given = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
+        given = tomllib.loads(data.decode(json.detect_encoding(data)))  # also with a BOM, as some editors write it
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

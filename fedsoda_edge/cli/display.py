@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 
 import msgspec
 
 from fedsoda_edge import events as ev
 from fedsoda_edge.cli.options import as_options
-from fedsoda_edge.data.inspection import Inspection
+from fedsoda_edge.data.inspection import Inspection, Piece
 from fedsoda_edge.join.doctor import DoctorStep
 from fedsoda_edge.join.status import pause_sentence
 from fedsoda_edge.ports.console import ProgressLine, note, settings_lines
 from fedsoda_edge.protocol.needs import Part
 from fedsoda_edge.units import counted, human_bytes, human_seconds
+
+TEXT, PIECES = 400, 40  # characters of a text, and ids of a sample, that `data check` shows
 
 # Events that leave the bar as it is, since its work continues.
 _BESIDE = ev.Notice | ev.Reconnecting | ev.Reconnected | ev.Retrying
@@ -113,7 +115,7 @@ def sentence(event: ev.AnyEvent) -> str:
         case ev.Memory() | ev.Notice():
             return as_options(event.message)
         case ev.DataRead():
-            skipped = f", {event.num_skipped} skipped (no completion left)" if event.num_skipped else ""
+            skipped = f", {event.num_skipped} skipped (data check says why)" if event.num_skipped else ""
             return f"{counted(event.num_examples, 'sample')}{skipped}; waiting for a round"
         case ev.SweepDone() if event.num_kept < event.num_examples:
             return (
@@ -168,13 +170,22 @@ def _show_parts(parts: Iterable[Part]) -> None:
 
 def show_data(found: Inspection, max_length: int) -> None:
     """Show the result of `data check`."""
-    note(f"{found.rows} rows; columns: " + ", ".join(f"{name} ({kind})" for name, kind in found.columns.items()))
+    note(f"{counted(found.rows, 'row')} of {found.format}: {found.taken} taken, {found.skipped} skipped")
+    for why in found.skipped_for:
+        note(f"  skipped {why.rows}, first in line {why.first_line}: {why.why}")
+    note("columns: " + ", ".join(f"{name} ({kind})" for name, kind in found.columns.items()))
     for number, sample in enumerate(found.samples, start=1):
-        note(f"--- sample {number}\n{sample.prompt} >>> {sample.completion}")
+        # A space that is put between is shown, since it is learned with the completion.
+        joined = sample.joined.replace(" ", "\N{OPEN BOX}")
+        text = f"{_short(sample.prompt, at_end=True)} >>> {joined}{_short(sample.completion)}"
+        note(f"--- sample {number} (line {sample.line})\n{text}")
+        if sample.supervised:
+            note(f"learned: {_pieces(sample.supervised)}")
     if found.samples:
         note("---")
     if found.duplicates:
         note(f"{counted(found.duplicates, 'copy', 'copies')} of earlier rows")
+    _show_labels(found)
     lengths = found.lengths
     if lengths is None:
         note("no lengths without a tokenizer: name a model's directory with --tokenizer, or join a run first")
@@ -182,8 +193,35 @@ def show_data(found: Inspection, max_length: int) -> None:
     note(f"ids a sample: {lengths.min} to {lengths.max}, median {lengths.median}, 90 % have at most {lengths.p90}")
     most = max(bar.rows for bar in lengths.histogram)
     for bar in lengths.histogram:
-        note(f"{bar.up_to:>8} {'#' * round(40 * bar.rows / most):<40} {bar.rows}")
-    note(
-        f"at max_length {max_length}: {counted(found.truncated or 0, 'sample')} cut, {found.skipped} skipped since "
-        "nothing of the completion is left"
+        span = str(bar.up_to) if bar.at_least == bar.up_to else f"{bar.at_least} to {bar.up_to}"
+        note(f"{span:>16} {'#' * max(1, round(40 * bar.rows / most)):<40} {bar.rows}")
+    skipped = sum(why.rows for why in found.skipped_for if why.reason == "cut")
+    cut = f"{counted(found.truncated or 0, 'sample')} cut" + (
+        f" by {found.cut_ids} ids in all" if found.cut_ids else ""
     )
+    note(f"at max_length {max_length}: {cut}, {skipped} skipped since nothing of the completion is left")
+
+
+def _show_labels(found: Inspection) -> None:
+    if found.labels and len(found.labels) < found.taken:
+        note("completions: " + ", ".join(f"{_short(one.label)!r} {one.rows}" for one in found.labels))
+    elif found.num_labels is not None and found.num_labels < found.taken:
+        note(f"completions: {found.num_labels} different ones")
+    for group in found.alike:
+        spelt = ", ".join(f"{_short(one.label)!r} ({one.rows})" for one in group)
+        note(
+            f"these completions differ by white space or case alone: {spelt}; a model learns each, so write one of them"
+        )
+
+
+def _pieces(pieces: Sequence[Piece]) -> str:
+    """List ids with their pieces; of many the first and the last, of which one is the end token."""
+    texts = [f"{one.piece!r} {one.id}" for one in pieces]
+    return ", ".join(texts if len(texts) <= PIECES else [*texts[: PIECES - 6], "...", *texts[-5:]])
+
+
+def _short(text: str, *, at_end: bool = False) -> str:
+    """Cut a long text for a terminal."""
+    if len(text) <= TEXT:
+        return text
+    return f"... {text[-TEXT:]}" if at_end else f"{text[:TEXT]} ..."

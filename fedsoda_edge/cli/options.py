@@ -89,7 +89,11 @@ DebugOption = Annotated[
 
 DataOption = Annotated[
     Path,
-    typer.Option("--data", envvar="FEDSODA_DATA", help="JSON Lines, JSON, Parquet or a saved dataset's directory"),
+    typer.Option(
+        "--data",
+        envvar="FEDSODA_DATA",
+        help="JSON Lines, JSON, CSV, TSV, Excel, Parquet, Arrow or a saved dataset's directory",
+    ),
 ]
 UnattendedOption = Annotated[
     bool, typer.Option(envvar="FEDSODA_UNATTENDED", help="keep trying until the hub answers, also at the start")

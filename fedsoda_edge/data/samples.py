@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedsoda_edge.data.formats import DataRow
-from fedsoda_edge.data.local_data import LocalData, is_chat
+from fedsoda_edge.data.chat import TooLong
+from fedsoda_edge.data.examples import ChatExample, Skipped, TextExample
+from fedsoda_edge.data.local_data import LocalData, SkippedRows
+from fedsoda_edge.data.tokenizer_files import File, read_json, read_text, special_tokens
 from fedsoda_edge.errors import DataProblem
 from fedsoda_edge.protocol.template import TextTemplate
 
 if TYPE_CHECKING:
-    from fedsoda_edge.data.chat import ChatTemplate
+    from fedsoda_edge.data.chat import ChatTemplate, ChatTemplates, Rendered
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class SampleSet:
-    """The samples of a file, in its order. num_skipped: rows without a completion id left."""
+    """The samples of a file, in its order. skipped: the other rows."""
 
     samples: tuple[Sample, ...]
-    num_skipped: int
+    skipped: SkippedRows
+
+    @property
+    def num_skipped(self) -> int:
+        """The number of rows that are no samples."""
+        return self.skipped.total
 
     @property
     def digest(self) -> str:
@@ -58,25 +65,90 @@ class SampleTokenizer:
     """A model's own tokenizer.json, which makes samples of text.
 
     Args:
-        eos_id: the model's end-of-sequence ids, of which a sample ends with the first; None: it has none.
+        eos_id: the model's end-of-sequence ids; None: it has none.
+        config: the model's tokenizer_config.json.
+        vocab_size: the number of ids that the model has an embedding for; None: it is not checked.
+
+    Attributes:
+        ends: all ids that end a text.
+
+    Raises:
+        DataProblem: on use, when a text has an id that the model has no embedding for.
     """
 
-    def __init__(self, tokenizer_json: Path, eos_id: int | Sequence[int] | None) -> None:
+    def __init__(
+        self,
+        tokenizer_json: File,
+        eos_id: int | Sequence[int] | None,
+        config: Mapping[str, Any] | None = None,
+        vocab_size: int | None = None,
+    ) -> None:
         from tokenizers import Tokenizer
 
-        self._tokenizer = Tokenizer.from_file(str(tokenizer_json))
+        config = config or {}
+        self._tokenizer = Tokenizer.from_str(read_text(tokenizer_json))
         self._tokenizer.no_truncation()  # tokenizer.json may carry the settings of whoever saved it
         self._tokenizer.no_padding()
-        # Some configs list every id that may end a generation; a sample ends with the first.
-        self._eos = [] if eos_id is None else [eos_id] if isinstance(eos_id, int) else list(eos_id[:1])
+        self._tokenizer.encode_special_tokens = bool(config.get("split_special_tokens", False))
+        self._vocab_size = vocab_size
+        self._suffix = self._appended()
+        eos = [] if eos_id is None else [eos_id] if isinstance(eos_id, int) else list(eos_id)
+        name = special_tokens(config).get("eos_token")
+        own = None if name is None else self._tokenizer.token_to_id(name)
+        if own in eos:  # of several ids that may end a generation, the tokenizer's own ends a text
+            eos = [own, *(one for one in eos if one != own)]
+        self._end = eos[:1] or self._suffix
+        self.ends = frozenset(eos or self._suffix[-1:])
+
+    @classmethod
+    def read(
+        cls, files: Mapping[str, File], eos_id: int | Sequence[int] | None, vocab_size: int | None = None
+    ) -> SampleTokenizer:
+        """Read a model's tokenizer files, by name."""
+        return cls(files["tokenizer.json"], eos_id, read_json(files.get("tokenizer_config.json")), vocab_size)
+
+    def _appended(self) -> list[int]:
+        """List the ids that the tokenizer itself puts behind every text."""
+        encoding = self._tokenizer.encode("a")
+        at = len(encoding.ids)
+        while at and encoding.special_tokens_mask[at - 1]:
+            at -= 1
+        return list(encoding.ids[at:])
 
     def encode(self, text: str) -> list[int]:
         """Tokenize text, with the special tokens that the model's own tokenizer adds."""
-        return list(self._tokenizer.encode(text).ids)
+        return list(self._checked(self._tokenizer.encode(text)).ids)
+
+    def begun(self, text: str) -> list[int]:
+        """Tokenize the beginning of a text: as `encode`, without what the tokenizer puts behind every text."""
+        ids = self.encode(text)
+        return ids[: len(ids) - len(self._suffix)]
+
+    def bare(self, text: str) -> list[int]:
+        """Tokenize text without the special tokens that the tokenizer adds."""
+        return list(self._checked(self._tokenizer.encode(text, add_special_tokens=False)).ids)
+
+    def plain(self, text: str) -> str:
+        """Write text without the special tokens in it."""
+        return self.decode(self.bare(text))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Write ids as text, without special tokens."""
         return str(self._tokenizer.decode(list(ids)))
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Write each id as the vocabulary has it, special tokens and marks of spaces visible."""
+        return [self._tokenizer.id_to_token(one) or "?" for one in ids]
+
+    def is_special(self, one: int) -> bool:
+        """Tell whether an id is a special token, which stands for no text."""
+        token = self._tokenizer.get_added_tokens_decoder().get(one)
+        return token is not None and bool(token.special)
+
+    @property
+    def tokens(self) -> Mapping[str, int]:
+        """The whole vocabulary: the id of each token, added ones among them."""
+        return dict(self._tokenizer.get_vocab(with_added_tokens=True))
 
     def sample(self, prompt: str, completion: str, max_length: int | None = None) -> Sample | None:
         """Make a sample, cut on the right; None where no completion id is left within max_length.
@@ -84,9 +156,17 @@ class SampleTokenizer:
         Args:
             max_length: ids of a sample at most; None: it is not cut.
         """
-        return _sample(self.encode(prompt), self.encode(join_text(prompt, completion)) + self._eos, max_length)
+        whole = self.begun(join_text(prompt, completion))
+        start = _common(self.begun(prompt), whole)
+        return _sample(start, self._ended(whole, start), max_length)
 
-    def chat_sample(self, prompt: str, whole: str, max_length: int | None = None) -> Sample | None:
+    def chat_sample(
+        self,
+        prompt: str,
+        whole: str,
+        max_length: int | None = None,
+        generated: Sequence[tuple[int, int]] = (),
+    ) -> Sample | None:
         """Make a sample of a conversation, as a chat template wrote it; None where no completion id is left.
 
         Templates write special tokens themselves, so none are added; eos only where the template writes none.
@@ -94,17 +174,56 @@ class SampleTokenizer:
         Args:
             prompt, whole: the conversation without and with its last message.
             max_length: ids of a sample at most; None: it is not cut.
+            generated: (begin, end) in characters of what the template marks as generated in `whole`; the last part is
+                the completion then.
         """
-        alone, ids = (list(self._tokenizer.encode(text, add_special_tokens=False).ids) for text in (prompt, whole))
-        is_ended = bool(self._eos) and self._eos[0] in ids[len(alone) :]
-        return _sample(alone, ids if is_ended else ids + self._eos, max_length)
+        encoding = self._checked(self._tokenizer.encode(whole, add_special_tokens=False))
+        ids = list(encoding.ids)
+        start = _common(self.bare(prompt), ids)
+        begin, end = generated[-1] if generated else (0, 0)
+        marked = [place for at in range(begin, end) if (place := encoding.char_to_token(at)) is not None]
+        if marked:
+            start, ids = marked[0], ids[: marked[-1] + 1]
+        return _sample(start, self._ended(ids, start), max_length)
+
+    def _ended(self, ids: list[int], start: int) -> list[int]:
+        """End ids with exactly one end token: what is written behind the last one is left out where it is only spaces.
+
+        Args:
+            start: the index of the first completion id.
+        """
+        last = next((at for at in range(len(ids) - 1, start - 1, -1) if ids[at] in self.ends), None)
+        if last is None or self._tokenizer.decode(ids[last + 1 :], skip_special_tokens=False).strip():
+            return ids + self._end
+        while last > start and ids[last - 1] == ids[last]:
+            last -= 1
+        return ids[: last + 1]
+
+    def _checked(self, encoding: Any) -> Any:
+        """Check that the model has an embedding for each id."""
+        most = self._vocab_size
+        if most is not None and (above := next((one for one in encoding.ids if one >= most), None)) is not None:
+            raise DataProblem(
+                f"the text has the token {self._tokenizer.id_to_token(above)!r} with the id {above}, but the model has ids "
+                f"up to {most - 1}; take it out of the text"
+            )
+        return encoding
 
 
-def _sample(alone: Sequence[int], whole: Sequence[int], max_length: int | None) -> Sample | None:
-    """Make a sample whose completion begins at the first id that differs from those of the prompt alone."""
-    start = 0
-    while start < min(len(alone), len(whole)) and alone[start] == whole[start]:
-        start += 1
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Count the ids at the beginning that are equal in both."""
+    at = 0
+    while at < min(len(one), len(other)) and one[at] == other[at]:
+        at += 1
+    return at
+
+
+def _sample(start: int, whole: Sequence[int], max_length: int | None) -> Sample | None:
+    """Make a sample of ids, cut on the right; None where no completion id is left.
+
+    Args:
+        start: the index of the first completion id.
+    """
     ids = whole[:max_length]
     return Sample(tuple(ids), start) if start < len(ids) else None
 
@@ -115,42 +234,65 @@ class Renderer:
 
     prompt: TextTemplate
     completion: TextTemplate
-    chat: ChatTemplate | None = None
+    chat: ChatTemplates | ChatTemplate | None = None
 
-    def texts(self, row: DataRow) -> tuple[str, str]:
-        """Write (prompt, completion) of a row; for a conversation (what the assistant answers to, the whole).
+    def texts(self, example: TextExample | ChatExample) -> tuple[str, str]:
+        """Write (prompt, completion) of a pair; of a conversation (what the assistant answers to, the whole).
 
         Raises:
-            DataProblem: the row is a conversation, and the model has no chat template, or one that refuses it.
+            DataProblem: it is a conversation, and the model has no chat template, or one that refuses it.
         """
-        if not self.is_chat(row):
-            return self.prompt.render(row), self.completion.render(row)
+        if isinstance(example, TextExample):
+            return example.prompt, example.completion
+        prompt, whole = self.conversation(example)
+        return prompt, whole.text
+
+    def conversation(self, example: ChatExample) -> tuple[str, Rendered]:
+        """Write a conversation with the model's chat template: what the assistant answers to, and the whole.
+
+        Raises:
+            DataProblem: the model has no chat template, or one that refuses it.
+        """
         if self.chat is None:
             raise DataProblem(
                 "the row is a conversation, and this model has no chat template; write rows with prompt and completion"
             )
-        messages: Any = row["messages"]  # `LocalData.check` has seen what they are
-        return (
-            self.chat.render(messages[:-1], add_generation_prompt=True),
-            self.chat.render(messages, add_generation_prompt=False),
-        )
+        messages, tools, documents = example.messages, example.tools, example.documents
+        whole = self.chat.rendered(messages, add_generation_prompt=False, tools=tools, documents=documents)
+        before = messages[:-1]
+        return self.chat.render(before, add_generation_prompt=True, tools=tools, documents=documents), whole
 
-    def is_chat(self, row: DataRow) -> bool:
-        """Tell whether the row is a conversation."""
-        return is_chat(row, (*self.prompt.columns, *self.completion.columns))
-
-    def samples(self, data: LocalData, tokenizer: SampleTokenizer) -> Iterator[Sample | None]:
-        """Yield each row's sample, uncut; None where its completion is empty.
+    def sample(self, example: TextExample | ChatExample, tokenizer: SampleTokenizer) -> Sample | Skipped:
+        """Make the sample of a row, uncut.
 
         Raises:
-            DataProblem: a row cannot be rendered; names its line.
+            DataProblem: it cannot be rendered, or the model has no embedding for an id.
         """
-        for line, row in data.rows():
+        if isinstance(example, TextExample):
+            made = tokenizer.sample(example.prompt, example.completion)
+        else:
             try:
-                texts = self.texts(row)
-            except DataProblem as error:
-                raise DataProblem(f"{data.path}:{line}: {error}") from error
-            yield tokenizer.chat_sample(*texts) if self.is_chat(row) else tokenizer.sample(*texts)
+                prompt, whole = self.conversation(example)
+            except TooLong:
+                return Skipped("long")
+            made = tokenizer.chat_sample(prompt, whole.text, generated=whole.generated)
+        # A template may write nothing of an answer, such as a call of a tool that it does not know.
+        has_words = made is not None and any(one not in tokenizer.ends for one in made.ids[made.start :])
+        return made if made is not None and has_words else Skipped("empty")
+
+    def samples(self, data: LocalData, tokenizer: SampleTokenizer) -> Iterator[tuple[int, Sample | Skipped]]:
+        """Yield the line and the sample of each row, uncut.
+
+        Raises:
+            DataProblem: a row cannot be used or rendered; names its line.
+        """
+        for line, example in data.examples(self.prompt, self.completion):
+            if isinstance(example, Skipped):
+                yield line, example
+                continue
+            with data.at(line):
+                made = self.sample(example, tokenizer)
+            yield line, made
 
 
 def read_samples(
@@ -159,7 +301,7 @@ def read_samples(
     completion: TextTemplate,
     tokenizer: SampleTokenizer,
     max_length: int,
-    chat: ChatTemplate | None = None,
+    chat: ChatTemplates | ChatTemplate | None = None,
 ) -> SampleSet:
     """Read all rows as samples.
 
@@ -169,32 +311,35 @@ def read_samples(
 
     Raises:
         DataProblem: no row has a completion id left (names the max_length that keeps 90 % of them), or a row cannot be
-            rendered.
+            used or rendered.
     """
     samples: list[Sample] = []
     needed: list[int] = []
-    for made in Renderer(prompt, completion, chat).samples(data, tokenizer):
-        if made is None:
-            needed.append(0)
+    skipped = SkippedRows()
+    for line, made in Renderer(prompt, completion, chat).samples(data, tokenizer):
+        if isinstance(made, Skipped):
+            skipped.add(made.reason, line)
             continue
         needed.append(made.start + 1)
         if made.start < max_length:
             samples.append(Sample(made.ids[:max_length], made.start))
+        else:
+            skipped.add("cut", line)
     if not samples:
+        if not needed:
+            data.refuse_without(skipped.total, skipped)
         raise nothing_left(data.path, needed, max_length)
-    return SampleSet(tuple(samples), len(needed) - len(samples))
+    return SampleSet(tuple(samples), skipped)
 
 
 def nothing_left(path: Path, needed: Sequence[int], max_length: int) -> DataProblem:
     """Make the error that no completion is left, with the max_length that keeps most of them.
 
     Args:
-        needed: for each row, ids up to its first completion id; 0 where its completion is empty.
+        needed: for each row with a completion, ids up to its first completion id.
     """
-    enough = sorted(n for n in needed if n)
-    advice = (
-        f"max_length = {enough[(9 * len(enough) - 1) // 10]} keeps 90 % of them, so shorten prompts or ask the hub's owner"
-        if enough
-        else "every completion is empty, so write some"
+    enough = sorted(needed)
+    return DataProblem(
+        f"none of the {len(needed)} rows of {path} has a completion within {max_length} ids; max_length = "
+        f"{enough[(9 * len(enough) - 1) // 10]} keeps 90 % of them, so shorten prompts or ask the hub's owner"
     )
-    return DataProblem(f"none of the {len(needed)} rows of {path} has a completion within {max_length} ids; {advice}")

@@ -35,7 +35,8 @@ class JoinedRun(msgspec.Struct, frozen=True, kw_only=True):
     """The part of a joined run that `data check` needs: name, template, lengths, tokenizer files.
 
     max_length: ids of a sample at most. tokenizer: the path of each file by its name in a bundle. eos: as the model's
-    config has it, which may list every id that ends a generation; None: it has none.
+    config has it, which may list every id that ends a generation; None: it has none. vocab_size: ids that the model has an
+    embedding for; None: a join of an older version did not note it.
     """
 
     run: str
@@ -44,6 +45,7 @@ class JoinedRun(msgspec.Struct, frozen=True, kw_only=True):
     max_length: int
     tokenizer: dict[str, str]
     eos: int | list[int] | None
+    vocab_size: int | None = None
 
 
 class Home:

@@ -171,5 +171,6 @@ class JoinPreparation:
             max_length=self._welcome.max_length,
             tokenizer={file.name: str(self._store.path(file.sha256)) for file in files},
             eos=manifest.config.get("eos_token_id"),
+            vocab_size=int(manifest.config["vocab_size"]),
         )
         self._home.remember_run(self._welcome.run_id, joined)

@@ -139,8 +139,9 @@ def write_bundle(
         weight_bytes = sum(file.bytes for file in files.written)
         files.add_shard("emulator_lora", emulator_lora)
         files.add_shard("adapter_lora", adapter_lora)
-        for path in tokenizer_files:
-            files.add(path.name, path.read_bytes())
+        if tokenizer_files:  # as Transformers reads them, so that an edge, which has tokenizer.json alone, has its ids
+            for file, data in source.own_tokenizer.items():
+                files.add(file, data)
         dtype = next(key for key, value in DTYPES.items() if value == source.dtype)
         shape = make_shape(
             source.family.model_type,

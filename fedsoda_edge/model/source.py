@@ -20,6 +20,7 @@ from torch import Tensor
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model.families import Family, allowed_fields, branch, family_of, layer_on_meta, merge_experts
 from fedsoda_edge.model.nf4 import NF4Tensor, dequantize
+from fedsoda_edge.model.own_tokenizer import own_eos, own_tokenizer
 from fedsoda_edge.ports.disk import sha256_file
 from fedsoda_edge.protocol.manifest import TOKENIZER_FILES, Half
 
@@ -100,6 +101,18 @@ class Checkpoint:
         self.tokenizer_files = [directory / file for file in TOKENIZER_FILES if (directory / file).exists()]
         if not (directory / "tokenizer.json").exists():
             raise UsageProblem(f"{name} has no tokenizer.json; save its fast tokenizer beside the weights")
+        if raw.get("eos_token_id") is None and (own := own_eos(directory)) is not None:
+            self.fields["eos_token_id"] = own  # a config class has a default, which is another token of this model
+
+    @cached_property
+    def own_tokenizer(self) -> Mapping[str, bytes]:
+        """The content of the tokenizer's files by name, in which Transformers' reading of them is written down.
+
+        Raises:
+            UsageProblem: Transformers cannot load it.
+        """
+        files = {path.name: path.read_bytes() for path in self.tokenizer_files} | own_tokenizer(self.path)
+        return {name: files[name] for name in TOKENIZER_FILES if name in files}
 
     @cached_property
     def revision(self) -> str:

@@ -1,4 +1,5 @@
-"""Define what the agent may ask of its worker, and what it answers: Check, Open, Sweep, Train, Advance, Examine.
+"""Define what the agent may ask of its worker, and what it answers: Check, Open, Sweep, Train, Advance, Examine,
+LoadTokenizer.
 
 Paths cross as text and tensors as files; ids, text and hidden states never cross. How calls travel is left to
 `ports/child.py`.
@@ -50,9 +51,9 @@ class Checked(msgspec.Struct, frozen=True):
 class Opened(msgspec.Struct, frozen=True, kw_only=True):
     """The samples of the data.
 
-    num_skipped: rows without a completion id left. threads: CPU threads of torch. process_bytes: memory of the worker
-    before it has read anything. has_cuda: whether torch can use a GPU. cpu_dtype: the dtype of products on this CPU.
-    longest_ids, longest_labels: the most ids and completion ids that a sample has.
+    num_skipped: rows that are no sample. threads: CPU threads of torch. process_bytes: memory of the worker before it has
+    read anything. has_cuda: whether torch can use a GPU. cpu_dtype: the dtype of products on this CPU. longest_ids,
+    longest_labels: the most ids and completion ids that a sample has.
     """
 
     num_examples: int
@@ -130,6 +131,14 @@ class Examined(msgspec.Struct, frozen=True, kw_only=True):
     nf4_problem: str
 
 
+class LoadedTokenizer(msgspec.Struct, frozen=True, kw_only=True):
+    """A model's tokenizer. files: the path of each by its name. eos: as in the model's config. vocab_size: None: unknown."""
+
+    files: dict[str, str]
+    eos: int | list[int] | None
+    vocab_size: int | None
+
+
 # --- calls -----------------------------------------------------------------------------------------------------------
 
 
@@ -202,4 +211,11 @@ class Examine(Call[Examined, NoProgress], frozen=True, tag="examine"):
     """The call to look at torch, the accelerator and NF4 on this machine."""
 
 
-Command = Check | Open | Sweep | Train | Advance | Examine
+class LoadTokenizer(Call[LoadedTokenizer, NoProgress], frozen=True, tag="load_tokenizer"):
+    """The call to load the tokenizer of a model's directory as Transformers does, and to write it down in `to`."""
+
+    directory: str
+    to: str
+
+
+Command = Check | Open | Sweep | Train | Advance | Examine | LoadTokenizer

@@ -9,6 +9,7 @@ import re
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from fedsoda_edge.errors import UsageProblem
 
@@ -38,10 +39,26 @@ class TextTemplate:
                     f"the template {self.text!r} has a place {{{name}}} that is not just a column; write {{column}}"
                 )
 
-    @property
+    @cached_property
+    def _parts(self) -> tuple[tuple[str, str | None], ...]:
+        """The literal texts, each with the column behind it; parsed once, since every row of a file is rendered."""
+        return tuple((literal, name) for literal, name, _, _ in string.Formatter().parse(self.text))
+
+    @cached_property
     def columns(self) -> tuple[str, ...]:
         """The columns that the text names, in order, each once."""
-        return tuple(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(self.text) if name))
+        return tuple(dict.fromkeys(name for _, name in self._parts if name))
+
+    @property
+    def advice(self) -> str:
+        """A sentence on a prompt that ends in a space, which a sample joins to the first word; "" for another text."""
+        bare = self.text.rstrip(" \t")
+        if bare == self.text:
+            return ""
+        return (
+            "the prompt ends in a space, so what is trained and what is asked have different ids; write "
+            f"prompt = {bare!r}: the space before a completion is added"
+        )
 
     def render(self, row: Mapping[str, object]) -> str:
         """Put a row's values in their places.
@@ -49,7 +66,4 @@ class TextTemplate:
         Raises:
             KeyError: the row lacks a column.
         """
-        return "".join(
-            literal + ("" if name is None else str(row[name]))
-            for literal, name, _, _ in string.Formatter().parse(self.text)
-        )
+        return "".join(literal if name is None else literal + str(row[name]) for literal, name in self._parts)

@@ -20,10 +20,12 @@ import torch
 from fedsoda_edge.data.chat import ChatTemplate
 from fedsoda_edge.data.local_data import LocalData
 from fedsoda_edge.data.samples import SampleTokenizer, read_samples
+from fedsoda_edge.data.tokenizer_files import read_json
 from fedsoda_edge.errors import DeviceTooSmall, UsageProblem
 from fedsoda_edge.model import delta, lora
 from fedsoda_edge.model.bundle import DTYPES, Bundle, read_manifest
 from fedsoda_edge.model.nf4 import NF4Linear, dequantize, has_instructions_for, quantize
+from fedsoda_edge.model.own_tokenizer import own_eos, own_tokenizer
 from fedsoda_edge.model.sub_llm import SubLLM, build
 from fedsoda_edge.ports.child import ReportProgress, serve
 from fedsoda_edge.ports.disk import sha256_file, write_durably
@@ -95,6 +97,8 @@ class Worker:
                 return self.advance(command)
             case cmd.Examine():
                 return examine()
+            case cmd.LoadTokenizer():
+                return load_tokenizer(command)
 
     def open(self, command: cmd.Open) -> cmd.Opened:
         """Read the data, as soon as the tokenizer is here; return how many samples there are.
@@ -108,9 +112,9 @@ class Worker:
         coming = store.coming(command.manifest)
         manifest = read_manifest(store.get(command.manifest))
         self._bundle = Bundle(manifest, lambda file: when_here(store.path(file.sha256), coming))
-        tokenizer = SampleTokenizer(self._bundle.path("tokenizer.json"), manifest.config.get("eos_token_id"))
         names = {file.name for file in manifest.files}
         files = {name: self._bundle.path(name) for name in TOKENIZER_FILES if name in names}
+        tokenizer = SampleTokenizer.read(files, manifest.config.get("eos_token_id"), int(manifest.config["vocab_size"]))
         self._samples = read_samples(
             LocalData(Path(command.rows.path), command.rows.columns),
             TextTemplate(command.rows.prompt),
@@ -332,6 +336,24 @@ class Worker:
                 "allow more, or close other programs"
             )
         return sub_llm
+
+
+def load_tokenizer(command: cmd.LoadTokenizer) -> cmd.LoadedTokenizer:
+    """Load the tokenizer of a model's directory as Transformers does.
+
+    Raises:
+        UsageProblem: Transformers cannot load it, or its config.json is not JSON.
+    """
+    directory, to = Path(command.directory), Path(command.to)
+    files = {name: str(directory / name) for name in TOKENIZER_FILES if (directory / name).exists()}
+    for name, data in own_tokenizer(directory).items():
+        (to / name).write_bytes(data)
+        files[name] = str(to / name)
+    config = read_json(directory / "config.json")
+    eos, vocab = config.get("eos_token_id"), config.get("vocab_size")
+    if not isinstance(eos, int | list):
+        eos = own_eos(directory)
+    return cmd.LoadedTokenizer(files=files, eos=eos, vocab_size=vocab if isinstance(vocab, int) else None)
 
 
 def _cpu_dtype() -> Dtype:

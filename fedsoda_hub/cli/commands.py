@@ -156,6 +156,7 @@ def plan(
 def prepare(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
     """Prune, quantize and align the model into a bundle, as the run's method does; continues where it stopped."""
     with reporting(as_json, False, debug):
+        from fedsoda_hub.cli.advice import advice_on
         from fedsoda_hub.cli.display import HubDisplay
         from fedsoda_hub.cli.reports import prepared_values
         from fedsoda_hub.report.history import kl_sentence
@@ -177,6 +178,8 @@ def prepare(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
                 )
         finally:
             lock.release()
+        for sentence in advice_on(settings):
+            note(f"note: {sentence}")
         note(f"bundle: {directory.bundle}; {kl_sentence(result.sub_llms[0].public_kl)}")
         finish({"status": "ok", "bundle": str(directory.bundle), **prepared_values(result)}, as_json, False)
 
@@ -193,12 +196,15 @@ def serve(
 ) -> None:
     """Prepare the run if needed, then accept edges and run the rounds; survives restarts."""
     with reporting(as_json, jsonl, debug):
+        from fedsoda_hub.cli.advice import advice_on
         from fedsoda_hub.cli.display import HubDisplay
         from fedsoda_hub.events import SettingInForce, SettingsInForce
         from fedsoda_hub.serving.daemon import Daemon
         from fedsoda_hub.settings.run import effective, read_settings
 
         settings = read_settings(run)
+        for sentence in advice_on(settings):
+            note(f"note: {sentence}")
         with HubDisplay(jsonl, is_detailed=debug) as display:
             daemon = Daemon.open(settings, display.say)
             values = {

@@ -11,8 +11,9 @@ from pathlib import Path
 import msgspec
 from torch import Tensor
 
+from fedsoda_edge.data.chat import ChatTemplate
 from fedsoda_edge.data.local_data import LocalData
-from fedsoda_edge.data.samples import SampleTokenizer, read_samples
+from fedsoda_edge.data.samples import read_samples
 from fedsoda_edge.model import lora
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.sub_llm import build
@@ -20,6 +21,7 @@ from fedsoda_edge.worker.batches import SweptSamples
 from fedsoda_edge.worker.training import fine_tune, num_steps
 from fedsoda_hub.preparation.full_llm import open_full_llm
 from fedsoda_hub.preparation.running import pick_device
+from fedsoda_hub.preparation.tokenizing import tokenizer_of
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.settings.run import RunSettings
 
@@ -50,8 +52,8 @@ def train_central(
     source, bundle = open_full_llm(settings), Bundle.open(RunDirectory(settings.run_dir).bundle)
     spec, plan, local = bundle.manifest.lora, bundle.plan, settings.local
     device, dtype = pick_device(settings.device, settings.dtype)
-    tokenizer = SampleTokenizer(source.path / "tokenizer.json", source.fields.get("eos_token_id"))
-    rows = read_samples(LocalData(data), settings.prompt, settings.completion, tokenizer, local.max_length)
+    tokenizer, chat = tokenizer_of(source), ChatTemplate.read(source.own_tokenizer)
+    rows = read_samples(LocalData(data), settings.prompt, settings.completion, tokenizer, local.max_length, chat)
     swept = SweptSamples.sweep(
         source, plan.emulator, rows.samples, emulator={}, lora_scale=spec.scale, compute_dtype=dtype, device=device
     )

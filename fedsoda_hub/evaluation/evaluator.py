@@ -28,6 +28,7 @@ from fedsoda_hub.evaluation.questions import Question, choices_of, is_right, unt
 from fedsoda_hub.preparation.writing import Text, Writer, continuation
 
 MAX_NEW_TOKENS = 64
+BATCH_ROWS = 32  # that are scored together
 WORST_SCORE = -1e6  # nats, of a choice whose score is not a number
 
 QuestionsDone = Callable[[int, int], None]  # (done, total)
@@ -147,7 +148,11 @@ class Evaluator:
         self._borders: dict[_BorderKey, tuple[JudgedModel, list[JoinedSamples], list[Tensor]]] = {}
 
     def _sample(self, question: Question, completion: str) -> Sample:
-        sample = self._tokenizer.sample(question.prompt, completion)
+        if question.talk is None:
+            sample = self._tokenizer.sample(question.prompt, completion)
+        else:
+            before, whole = question.talk.answered(completion if question.talk.can_choose else None)
+            sample = self._tokenizer.chat_sample(before, whole.text, generated=whole.generated)
         if sample is None:
             raise DataProblem(
                 f"the completion {completion!r} has no ids after a prompt that ends in {question.prompt[-40:]!r}; "
@@ -254,8 +259,11 @@ class Evaluator:
         )
         lora.attach(whole, model.spec, {**model.emulator_lora, **model.adapter_lora})
         eos = model.source.fields.get("eos_token_id")
-        ends = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
-        prompts = [self._tokenizer.encode(question.prompt) for question in self.questions]
+        ends = self._tokenizer.ends | (set() if eos is None else {eos} if isinstance(eos, int) else set(eos))
+        prompts = [
+            self._tokenizer.begun(question.prompt) if question.talk is None else self._tokenizer.bare(question.prompt)
+            for question in self.questions
+        ]
         room = max(MAX_NEW_TOKENS, *self.supervised_ids())  # a right answer must have room to end
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # texts of a step are of like lengths
         coming = iter(order)
@@ -263,6 +271,8 @@ class Evaluator:
 
         def answer(i: int) -> Text[str]:
             stops = self.questions[i].stops
+            lead, behind = self.questions[i].around
+            closing = self._tokenizer.bare(behind.strip())[:1]  # a template may end an answer otherwise than the model
 
             def text(ids: Sequence[int]) -> tuple[str, bool]:
                 written = self._tokenizer.decode(ids)
@@ -271,9 +281,13 @@ class Evaluator:
 
             most = min(room, writer.positions - len(prompts[i]))
             ids = yield from continuation(
-                prompts[i], most, ends=ends, among=1, is_over=(lambda ids: text(ids)[1]) if any(stops) else None
+                prompts[i],
+                most,
+                ends=ends.union(one for one in closing if self._tokenizer.is_special(one)),
+                among=1,
+                is_over=(lambda ids: text(ids)[1]) if any(stops) else None,
             )
-            return text(ids)[0].strip()
+            return text(ids)[0].strip().removeprefix(lead.strip()).strip()
 
         made: list[str] = []
         for written in writer.write(lambda: next((answer(i) for i in coming), None)):
@@ -293,7 +307,12 @@ class Evaluator:
     def right(self, answers: Answers) -> list[bool]:
         """Tell for each question whether it was answered as the data says."""
         same = is_right if answers.scores is None else str.__eq__
-        return [same(made, q.completion) for made, q in zip(answers.chosen, self.questions, strict=True)]
+        wanted = [
+            # A call is written with special tokens, which a generated text does not show.
+            q.completion if q.talk is None or q.talk.can_choose else self._tokenizer.plain(q.completion).strip()
+            for q in self.questions
+        ]
+        return [same(made, completion) for made, completion in zip(answers.chosen, wanted, strict=True)]
 
     def auc(self, answers: Answers) -> float | None:
         """Compute the area under the ROC curve of the score difference; None unless there are two choices."""
@@ -375,8 +394,8 @@ def log_likelihoods(sub_llm: SubLLM, rows: Sequence[JoinedSamples], states: Sequ
     totals = torch.zeros(first.pop(), dtype=torch.float64)
     order = sorted(range(len(rows)), key=lambda i: (rows[i].branches.length, i))
     device = sub_llm.device
-    for at in range(0, len(order), 32):
-        batch = order[at : at + 32]
+    for at in range(0, len(order), BATCH_ROWS):
+        batch = order[at : at + BATCH_ROWS]
         asked = [
             (place, first[i] + number, column, label)
             for place, i in enumerate(batch)

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load, load_file
 from torch import Tensor
 
-from fedsoda_edge.data.samples import SampleTokenizer
+from fedsoda_edge.data.chat import ChatTemplate
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model import delta, lora
 from fedsoda_edge.model.bundle import Bundle
@@ -31,6 +31,7 @@ from fedsoda_hub.federation.jobs import EvaluateResult
 from fedsoda_hub.preparation.full_llm import open_full_llm
 from fedsoda_hub.preparation.prepare import bundle_of
 from fedsoda_hub.preparation.running import pick_device
+from fedsoda_hub.preparation.tokenizing import check_tokenizer, tokenizer_of
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.run.ledger import read_outcome
 from fedsoda_hub.settings.run import RunSettings, read_settings
@@ -221,9 +222,11 @@ def check_evaluation(settings: RunSettings) -> None:
     Raises:
         DataProblem: rows lack the template's columns, the file is empty, or a question is longer than the model's
             positions.
+        UsageProblem: the model lacks ids that its tokenizer gives.
     """
     if settings.eval_data is not None:
         source, task = open_full_llm(settings), settings.task
+        check_tokenizer(source)
         evaluator = _evaluator(source, settings.eval_data, task, settings.seed, settings.device, settings.dtype)
         evaluator.check_lengths(int(source.fields["max_position_embeddings"]))
 
@@ -231,8 +234,15 @@ def check_evaluation(settings: RunSettings) -> None:
 def _evaluator(source: Checkpoint, data: Path, task: Task, seed: int, device: str, dtype: str) -> Evaluator:
     device, compute_dtype = pick_device(device, dtype)
     return Evaluator(
-        read_questions(data, TextTemplate(task.prompt), TextTemplate(task.completion), task.shots, seed),
-        SampleTokenizer(source.path / "tokenizer.json", source.fields.get("eos_token_id")),
+        read_questions(
+            data,
+            TextTemplate(task.prompt),
+            TextTemplate(task.completion),
+            task.shots,
+            seed,
+            ChatTemplate.read(source.own_tokenizer),
+        ),
+        tokenizer_of(source),
         choices=task.choices,
         compute_dtype=torch.float32 if _is_small(source) else compute_dtype,
         device=device,

@@ -128,7 +128,7 @@ class StreamedLLM:
     def bundle_bytes(self, plan: LayerPlan) -> int:
         """Count the bytes of all files of this plan's bundle but its manifest."""
         shards = shard_sizes(self.source.family, self.source.fields, plan, self.bundle_settings(plan), self.dtype)
-        return sum(shards.values()) + sum(file.stat().st_size for file in self.source.tokenizer_files)
+        return sum(shards.values()) + sum(map(len, self.source.own_tokenizer.values()))
 
     def first_master(self, plans: Iterable[LayerPlan]) -> dict[str, Tensor]:
         """Make w before any training: LoRA of all layers that train in one of these plans, at the run's rank."""

@@ -11,7 +11,6 @@ from pathlib import Path
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from fedsoda_edge.data.samples import SampleTokenizer
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model.bundle_writer import packed
 from fedsoda_edge.model.nf4 import unpacked
@@ -21,6 +20,7 @@ from fedsoda_hub.algorithms.alignment.healing import StoredLayer, heal, refitted
 from fedsoda_hub.federation.jobs import LeftOut
 from fedsoda_hub.preparation.filled import filled_rows
 from fedsoda_hub.preparation.full_llm import StreamedLLM
+from fedsoda_hub.preparation.tokenizing import tokenizer_of
 
 HEALING_IDS = 1 << 15  # of public text, beside all texts like the task's
 FILLED_IDS = 1 << 15  # of rows that are filled with pieces of public text, where there are none of users
@@ -68,9 +68,8 @@ def healing_texts(llm: StreamedLLM) -> list[Tensor]:
     settings, public = llm.settings, llm.text.used
     filled: list[Tensor] = []
     if settings.like_task is None:
-        tokenizer = SampleTokenizer(llm.source.path / "tokenizer.json", llm.source.fields.get("eos_token_id"))
         length, seed = settings.local.max_length, settings.seed
-        filled = filled_rows(public, settings.prompt, tokenizer, length, num_ids=FILLED_IDS, seed=seed)
+        filled = filled_rows(public, settings.prompt, tokenizer_of(llm.source), length, num_ids=FILLED_IDS, seed=seed)
     return [*llm.text.like_task, *filled, *public[: max(1, HEALING_IDS // settings.public.length)]]
 
 

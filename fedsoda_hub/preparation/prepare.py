@@ -36,6 +36,7 @@ from fedsoda_hub.preparation.heal import check_healing, healed_layers, is_healed
 from fedsoda_hub.preparation.measured import MeasuredLLM
 from fedsoda_hub.preparation.running import TakeProgress, to_nobody
 from fedsoda_hub.preparation.teacher import TeacherCache
+from fedsoda_hub.preparation.tokenizing import check_tokenizer
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.settings.run import GONE, RunSettings
 
@@ -60,13 +61,14 @@ class RunPreparation:
     """The preparation of a run. It keeps the full LLM open and the public text in memory as long as it lives.
 
     Raises:
-        UsageProblem: text, lengths or model family do not suit the settings; nothing was computed yet.
+        UsageProblem: text, lengths, tokenizer or model family do not suit the settings; nothing was computed yet.
     """
 
     def __init__(self, settings: RunSettings) -> None:
         self.settings = settings
         self.directory = RunDirectory(settings.run_dir)
         self.llm = StreamedLLM(settings)
+        check_tokenizer(self.llm.source)
         self.llm.text.read()
         limit = int(self.llm.source.fields["max_position_embeddings"])
         for key, length in (

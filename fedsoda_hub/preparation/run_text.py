@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from fedsoda_edge.data.samples import SampleTokenizer
+from fedsoda_edge.data.chat import ChatTemplate
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model.source import Checkpoint
 from fedsoda_edge.ports.disk import write_durably
@@ -25,6 +25,7 @@ from fedsoda_hub.federation.jobs import LeftOut
 from fedsoda_hub.preparation.public_text import MAX_PROMPTS, read_blocks, read_like_task
 from fedsoda_hub.preparation.running import RunningLayers
 from fedsoda_hub.preparation.self_generated import generate_blocks, generate_samples
+from fedsoda_hub.preparation.tokenizing import tokenizer_of
 from fedsoda_hub.settings.run import RunSettings
 
 
@@ -64,7 +65,7 @@ class RunText:
                 return list(chain(*generate_blocks(self._source, public.sequences, public.length, seed=seed, **how)))
 
             return self._written("public", [public.sequences, public.length], write)
-        tokenizer, bos = self._source.path / "tokenizer.json", self._source.fields.get("bos_token_id")
+        tokenizer, bos = self._source.own_tokenizer["tokenizer.json"], self._source.fields.get("bos_token_id")
         return list(chain(*read_blocks(file, tokenizer, bos, public.sequences, public.length)))
 
     @cached_property
@@ -80,8 +81,8 @@ class RunText:
         if not s.reads_like_task:
             return []
         if s.like_task is not None:
-            tokenizer = SampleTokenizer(self._source.path / "tokenizer.json", self._source.fields.get("eos_token_id"))
-            return read_like_task(s.like_task, s.prompt, s.completion, tokenizer, s.local.max_length)
+            tokenizer, chat = tokenizer_of(self._source), ChatTemplate.read(self._source.own_tokenizer)
+            return read_like_task(s.like_task, s.prompt, s.completion, tokenizer, s.local.max_length, chat)
 
         def write() -> list[Tensor]:
             how = self._running.how("writing rows like the task's")

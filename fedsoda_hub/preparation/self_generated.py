@@ -15,16 +15,16 @@ from dataclasses import dataclass
 
 import psutil
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
-from fedsoda_edge.data.samples import Sample, SampleTokenizer
+from fedsoda_edge.data.samples import Sample
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model.families import build_config
 from fedsoda_edge.model.source import Checkpoint
 from fedsoda_edge.model.sub_llm import build
 from fedsoda_edge.protocol.template import TextTemplate
 from fedsoda_hub.preparation.public_text import MAX_HELD_OUT, MAX_PROMPT_IDS, MAX_PROMPTS, MIN_PROMPTS
+from fedsoda_hub.preparation.tokenizing import tokenizer_of
 from fedsoda_hub.preparation.writing import Text, Writer, cache_bytes, continuation
 
 BROAD_IDS = 4  # ids at a text's beginning that are drawn from the whole vocabulary
@@ -112,7 +112,7 @@ def generate_samples(
         UsageProblem: the template has no column or no text of its own, the full LLM does not fit into memory, or it
             writes too few prompts; says what to do.
     """
-    tokenizer = SampleTokenizer(source.path / "tokenizer.json", source.fields.get("eos_token_id"))
+    tokenizer = tokenizer_of(source)
     author = _Author.of(source, max_length + COLUMN_IDS, seed, compute_dtype, device)
     remedy = 'name a file as [public] like_task, or write [align] border_map = "none"'
     if not template.columns or not any(text.strip() for text, *_ in string.Formatter().parse(template.text)):
@@ -195,17 +195,14 @@ class _Author:
     def __init__(self, source: Checkpoint, writer: Writer) -> None:
         self.name = source.name
         self.writer = writer
-        self._tokenizer = Tokenizer.from_file(str(source.path / "tokenizer.json"))
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        eos = source.fields.get("eos_token_id")
+        self._tokenizer = tokenizer_of(source)
         self.bos: int | None = source.fields.get("bos_token_id")
-        self._ends = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+        self._ends = self._tokenizer.ends
         self._vocab = int(source.fields["vocab_size"])
         self._break = self._encode("\n")
 
     def _encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        return self._tokenizer.bare(text)
 
     def plain(self, num_ids: int, made: list[int]) -> Text[list[int]]:
         """Write a text of at most `num_ids` ids into `made`; one that the model ends earlier gets a line break."""

@@ -34,7 +34,8 @@ def read_toml(path: Path, example: str = "a RUN.toml (README, A run of your own)
         UsageProblem: the file is missing or not TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
+        return tomllib.loads(data.decode(json.detect_encoding(data)))  # also with a BOM, as some editors write it
     except FileNotFoundError:
         raise UsageProblem(f"{path} is not there; write {example}") from None
     except (OSError, UnicodeDecodeError) as error:

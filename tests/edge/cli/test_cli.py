@@ -455,9 +455,17 @@ def test_data_check_shows_a_sample_as_it_is_trained_on(device: Device) -> None:
     found = ran.json
     assert (found["rows"], found["duplicates"], found["lengths"]) == (2, 0, None)
     assert found["columns"] == {"text": "str", "department": "str", "report": "str"}
-    assert found["samples"][0] == {"prompt": "Report: fever", "completion": "er"}
+    assert found["samples"][0] == {
+        "line": 1,
+        "prompt": "Report: fever",
+        "completion": "er",
+        "joined": " ",
+        "supervised": [],
+    }
     assert ran.err.startswith(
-        "2 rows; columns: text (str), department (str), report (str)\n--- sample 1\nReport: fever >>> er\n"
+        "2 rows of JSON: 2 taken, 0 skipped\n"
+        "columns: text (str), department (str), report (str)\n"
+        "--- sample 1 (line 1)\nReport: fever >>> ␣er\n"
     )
     assert "name a model's directory with --tokenizer" in ran.err
 

@@ -17,7 +17,7 @@ from tests.schema import EDGE
         (ev.Joined(run="triage", edge="clinic-7", rounds=1), "joined run triage as clinic-7 (1 round)"),
         (
             ev.DataRead(rows=9, num_examples=8, num_skipped=1, threads=2),
-            "8 samples, 1 skipped (no completion left); waiting for a round",
+            "8 samples, 1 skipped (data check says why); waiting for a round",
         ),
         (ev.SweepDone(num_examples=8, num_kept=8, kept_bytes=9, num_damaged=0), ""),
         (

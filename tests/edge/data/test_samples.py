@@ -9,7 +9,7 @@ import pytest
 from fedsoda_edge.data.chat import ChatTemplate
 from fedsoda_edge.data.local_data import LocalData
 from fedsoda_edge.data.samples import SampleTokenizer, join_text, read_samples
-from fedsoda_edge.errors import DataProblem
+from fedsoda_edge.errors import DataProblem, UsageProblem
 from tests.edge.data.rows import BY_DEFAULT, COMPLETION, MESSAGES, PROMPT, write
 
 
@@ -60,3 +60,28 @@ def test_a_conversation_is_trained_on_its_last_answer(tmp_path: Path, tiny_llama
         DataProblem, match=r"d\.jsonl:1: the row is a conversation, and this model has no chat template"
     ):
         read_samples(data, *BY_DEFAULT, tokenizer, 512)
+
+
+def test_a_run_without_conversations_asks_nothing_of_a_models_chat_template(tmp_path: Path, tiny_llama: Path) -> None:
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text('{"chat_template": "{% no tag of anything %}"}')
+    chat = ChatTemplate.read({config.name: config})
+    tokenizer = SampleTokenizer(tiny_llama / "tokenizer.json", 2)
+    rows = write(tmp_path / "d.jsonl", {"text": "a", "label": "yes"})
+    assert len(read_samples(rows, PROMPT, COMPLETION, tokenizer, 64, chat).samples) == 1
+    pairs = write(tmp_path / "p.jsonl", {"prompt": "a", "completion": "yes"})
+    assert len(read_samples(pairs, *BY_DEFAULT, tokenizer, 64, chat).samples) == 1
+    with pytest.raises(UsageProblem, match=r"chat template cannot be read"):
+        read_samples(write(tmp_path / "c.jsonl", {"messages": MESSAGES}), *BY_DEFAULT, tokenizer, 64, chat)
+
+
+def test_an_answer_of_which_a_template_writes_nothing_is_skipped(tmp_path: Path, tiny_llama: Path) -> None:
+    source = "{% for m in messages %}[{{ m.role }}]{{ m.content or '' }}{% endfor %}</s>"
+    chat = ChatTemplate(source + "{% if add_generation_prompt %}[assistant]{% endif %}", {})
+    silent = ChatTemplate("{% for m in messages %}{{ m.content if m.role == 'user' }}{% endfor %}", {})
+    tokenizer = SampleTokenizer(tiny_llama / "tokenizer.json", 2)
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "weather"}}]}
+    data = write(tmp_path / "d.jsonl", {"messages": [MESSAGES[0], call]}, {"messages": MESSAGES})
+    assert read_samples(data, *BY_DEFAULT, tokenizer, 64, chat).num_skipped == 0  # it learns to write [assistant]
+    with pytest.raises(DataProblem, match=r"none of the 2 rows"):
+        read_samples(data, *BY_DEFAULT, tokenizer, 64, silent)

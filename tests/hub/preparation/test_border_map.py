@@ -248,7 +248,7 @@ def test_prompts_without_the_column_are_refused(tmp_path: Path, tiny_llama: Path
     with pytest.raises(UsageProblem) as problem:
         RunPreparation(settings)
     assert str(problem.value) == (
-        f"[public] like_task: {tmp_path / 'other.jsonl'}:1 has the columns text, but not 'word'; "
+        f"[public] like_task: {tmp_path / 'other.jsonl'}:1: no column 'word'; there are text; "
         "name a file of rows with all columns of [task] prompt"
     )
 
