@@ -194,7 +194,7 @@ def open_bytes(path: Path, packing: Packing) -> Iterator[Bytes]:
                 import zstandard
             except ImportError:
                 raise UsageProblem(f"reading {path} needs the zstandard library: {EXTRA}, or unpack it") from None
-            with path.open("rb") as raw, _Unpacked(raw, zstandard) as file:
+            with path.open("rb") as raw, io.BufferedReader(_Unpacked(raw, zstandard)) as file:
                 yield file
         case _:
             with path.open("rb") as file:

@@ -65,6 +65,7 @@ def test_a_check_shows_the_ids_that_are_learned_with_the_joined_space_and_the_en
         assert [piece.id for piece in one.supervised] == list(sample.ids[sample.start :])
         assert one.supervised[-1] == Piece(2, "</s>")
         assert tokenizer.decode([piece.id for piece in one.supervised]).strip() == "rain"
+    assert sample is not None
     [cut] = inspect(
         data, TextTemplate("{text}"), COMPLETION, tokenizer=tokenizer, max_length=len(sample.ids) - 1
     ).samples[:1]
