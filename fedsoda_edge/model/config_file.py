@@ -26,17 +26,26 @@ Shapes = dict[str, tuple[int, ...]]
 class ModelConfig:
     """The content of a config.json.
 
-    fields: the part that a manifest may carry, with Transformers' defaults in it. shapes: those of all parameters, by the
-    names that the family's CausalLM gives them. weights: the file of weights that the config names itself, if it does.
-    dtype: the one it names, as it stands there; "": none.
+    raw: all that the file says. fields: the part that a manifest may carry, with Transformers' defaults in it. shapes: those
+    of all parameters, by the names that the family's CausalLM gives them.
     """
 
     file: Path
+    raw: dict[str, Any]
     family: Family
     fields: dict[str, Any]
     shapes: Shapes
-    weights: str | None
-    dtype: str
+
+    @property
+    def weights(self) -> str | None:
+        """The file of weights that the config names itself; None: it names none."""
+        named = self.raw.get("transformers_weights")
+        return named if isinstance(named, str) else None
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that the config names, as it stands there; "": none."""
+        return str(self.raw.get("dtype") or self.raw.get("torch_dtype") or "").removeprefix("torch.")
 
     @property
     def num_layers(self) -> int:
@@ -77,15 +86,8 @@ def read_config_file(file: Path) -> ModelConfig:
         model = skeleton(family, build_config(family, fields))
     except Exception as error:  # as above: shapes, rotary tables, activations
         raise _no_model(file, error) from error
-    weights = raw.get("transformers_weights")
-    return ModelConfig(
-        file=file,
-        family=family,
-        fields=fields,
-        shapes={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
-        weights=weights if isinstance(weights, str) else None,
-        dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "").removeprefix("torch."),
-    )
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return ModelConfig(file=file, raw=raw, family=family, fields=fields, shapes=shapes)
 
 
 def _family(raw: dict[str, Any], file: Path) -> Family:

@@ -86,3 +86,27 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UsageProblem(f"{file} holds a {type(value).__name__}, but an object {{...}} is expected; fetch it again")
     return value
+
+
+def check_tokenizer(directory: Path) -> None:
+    """Refuse a tokenizer.json that the package tokenizers cannot read, and files beside it that are not JSON.
+
+    Raises:
+        UsageProblem: as above.
+    """
+    import tokenizers
+
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if present(directory / name):
+            read_json(directory / name)
+    file = directory / "tokenizer.json"
+    try:
+        tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # it raises nothing more exact
+        is_pointer = file.stat().st_size < 1024
+        reason = (
+            what_is(file) if is_pointer else f"{error}; upgrade it (pip install -U tokenizers), or fetch the file again"
+        )
+        raise UsageProblem(
+            f"{file} is not a tokenizer that tokenizers {tokenizers.__version__} reads: {reason}"
+        ) from error

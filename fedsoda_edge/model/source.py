@@ -20,7 +20,7 @@ from torch import Tensor
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model.config_file import read_config_file
 from fedsoda_edge.model.families import Family, branch, layer_on_meta, merge_experts
-from fedsoda_edge.model.foreign_files import import_advice, present, read_json
+from fedsoda_edge.model.foreign_files import check_tokenizer, import_advice, present, read_json
 from fedsoda_edge.model.nf4 import NF4Tensor, dequantize
 from fedsoda_edge.model.weight_files import find_weights, opened, read
 from fedsoda_edge.ports.disk import sha256_file
@@ -80,6 +80,7 @@ class Checkpoint:
         check_directory(directory)
         config = read_config_file(directory / "config.json")
         weights = find_weights(directory, config)
+        check_tokenizer(directory)
         self.path = directory
         self.name = name
         self.family = config.family

@@ -16,7 +16,7 @@ from fedsoda_edge.model.bundle_writer import packed
 from fedsoda_edge.model.nf4 import unpacked
 from fedsoda_edge.ports.disk import write_durably
 from fedsoda_edge.protocol.manifest import LayerPlan
-from fedsoda_hub.algorithms.alignment.healing import StoredLayer, heal, refitted
+from fedsoda_hub.algorithms.alignment.healing import HELD_OUT, StoredLayer, heal, refitted
 from fedsoda_hub.preparation.full_llm import StreamedLLM
 
 HEALING_IDS = 1 << 15  # of public text, beside all texts like the task's
@@ -38,9 +38,19 @@ def check_healing(llm: StreamedLLM) -> None:
 
 
 def healing_texts(llm: StreamedLLM) -> list[Tensor]:
-    """Choose the texts that a run is healed on: those like the task's, and public text. (T_i,) ids each."""
+    """Choose the texts that a run is healed on: those like the task's, and public text. (T_i,) ids each.
+
+    Raises:
+        UsageProblem: they are too few to keep some unseen.
+    """
     public, count = llm.text.used, max(1, HEALING_IDS // llm.settings.public.length)
-    return [*llm.text.like_task, *public[:count]]
+    texts = [*llm.text.like_task, *public[:count]]
+    if len(texts) < HELD_OUT:
+        raise UsageProblem(
+            f"healing has {len(texts)} texts, of which every {HELD_OUT}th stays unseen; write [public] sequences = "
+            f"{HELD_OUT} or more (it is {llm.settings.public.sequences}), and a shorter [public] length where the text is short"
+        )
+    return texts
 
 
 def healed_layers(llm: StreamedLLM, plan: LayerPlan) -> Mapping[int, StoredLayer]:

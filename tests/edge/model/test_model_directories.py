@@ -387,6 +387,8 @@ REFUSED: dict[str, tuple[Damage, str]] = {
         r"has no model\.safetensors, but a GGUF; `fedsoda-hub import \S+m\.gguf --to",
     ),
     "a link to nothing": (dangling, r"is a link to \.\./\.\./blobs/abc, which is not there; .*cp -rL"),
+    "LFS pointer as tokenizer": (write("tokenizer.json", LFS), r"tokenizer\.json is not a tokenizer .* Git LFS pointer"),
+    "a cut tokenizer": (cut("tokenizer.json", 3000), r"tokenizer\.json is not a tokenizer that tokenizers \S+ reads: "),
     "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), r"no tokenizer\.json; save its fast tokenizer"),
     "a directory for a file": (both(lambda d: (d / "model.safetensors").unlink(), lambda d: (d / "model.safetensors").mkdir()), r"has no model\.safetensors, only"),
     "weights named outside": (config(transformers_weights="../x.safetensors"), r"names the file '\.\./x\.safetensors'"),
