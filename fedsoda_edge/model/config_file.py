@@ -82,6 +82,7 @@ def read_config_file(file: Path) -> ModelConfig:
     except Exception as error:  # a config class raises whatever its validation likes
         raise _no_model(file, error) from error
     _check_numbers(family, fields, file)
+    _check_windows(fields, file)
     try:
         model = skeleton(family, build_config(family, fields))
     except Exception as error:  # as above: shapes, rotary tables, activations
@@ -146,6 +147,16 @@ def _check_numbers(family: Family, fields: dict[str, Any], file: Path) -> None:
     for name, value in fields.items():
         if any(isinstance(number, float) and not math.isfinite(number) for number in _leaves(value)):
             raise UsageProblem(f"{file}: {name} = {value!r} is not finite; correct it, or fetch the file again")
+
+
+def _check_windows(fields: dict[str, Any], file: Path) -> None:
+    """Refuse layers with a window of which the config gives no width: Transformers fails when it runs them."""
+    width = fields.get("sliding_window")
+    if "sliding_attention" in (fields.get("layer_types") or ()) and not (isinstance(width, int) and width > 0):
+        raise UsageProblem(
+            f"{file}: layer_types names layers with sliding_attention, but sliding_window is {width!r} there, or is switched off by "
+            "use_sliding_window; correct the one or the other"
+        )
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -11,10 +11,11 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import torch
+from msgspec import Meta
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -53,7 +54,7 @@ class Imported(msgspec.Struct, frozen=True):
 
     model: str
     family: str
-    weights: int
+    weights: Annotated[int, Meta(gt=0)]
     tied: bool
 
 

@@ -272,6 +272,13 @@ def test_experts_are_read_one_by_one_and_stacked(tmp_path: Path) -> None:
         Checkpoint.open(str(directory))
 
 
+def test_layers_with_a_window_need_its_width(tmp_path: Path) -> None:
+    directory = make_tiny(tmp_path / "qwen", "qwen2")  # some of its layers have one
+    config(use_sliding_window=False)(directory)
+    with pytest.raises(UsageProblem, match=r"names layers with sliding_attention, but sliding_window is None there"):
+        Checkpoint.open(str(directory))
+
+
 def write(name: str, data: bytes) -> Damage:
     return lambda directory: (directory / name).write_bytes(data)
 
