@@ -19,7 +19,7 @@ def write_gguf(
     architecture: str = "llama",
     *,
     quantization: Any = None,
-    extra: dict[str, Any] | None = None,
+    extra: dict[str, str | int | float] | None = None,
     tensors: dict[str, np.ndarray] | None = None,
 ) -> Path:
     """Write the GGUF of a model's directory.
@@ -52,7 +52,12 @@ def write_gguf(
         writer.add_expert_used_count(config["num_experts_per_tok"])
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
     for key, value in (extra or {}).items():
-        {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)](key, value)
+        if isinstance(value, str):
+            writer.add_string(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        else:
+            writer.add_float32(key, value)
     _add_vocabulary(writer, model)
 
     def add(name: str, tensor: torch.Tensor) -> None:
@@ -74,9 +79,9 @@ def write_gguf(
             return
         if quantization is not None and data.ndim == 2:
             quantized = gguf.quantize(data, quantization)
-            writer.add_tensor(names.get_name(stem) + suffix, quantized, raw_dtype=quantization)
+            writer.add_tensor(f"{names.get_name(stem)}{suffix}", quantized, raw_dtype=quantization)
         else:
-            writer.add_tensor(names.get_name(stem) + suffix, data)
+            writer.add_tensor(f"{names.get_name(stem)}{suffix}", data)
 
     add("model.embed_tokens.weight", source.embedding())
     for number in range(source.num_layers):

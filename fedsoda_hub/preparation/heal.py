@@ -47,8 +47,9 @@ def healing_texts(llm: StreamedLLM) -> list[Tensor]:
     texts = [*llm.text.like_task, *public[:count]]
     if len(texts) < HELD_OUT:
         raise UsageProblem(
-            f"healing has {len(texts)} texts, of which every {HELD_OUT}th stays unseen; write [public] sequences = "
-            f"{HELD_OUT} or more (it is {llm.settings.public.sequences}), and a shorter [public] length where the text is short"
+            f"there are {len(texts)} texts to heal layers on, of which every {HELD_OUT}th stays unseen; write [public] sequences = "
+            f"{HELD_OUT} or more (it is {llm.settings.public.sequences}) and have as much text, or [align] heal = false with "
+            '[method] distance = "angular"'
         )
     return texts
 

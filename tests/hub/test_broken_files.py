@@ -75,7 +75,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             tiny.make_tiny_llama(model, layers=4, hidden=64, intermediate=64, tie=kind == "tied", vocab=280)
         if kind == "sharded":
             held = load_file(model / "model.safetensors")
-            table = {}
+            table: dict[str, str] = {}
             for number, names in enumerate((sorted(held)[::2], sorted(held)[1::2])):
                 save_file({name: held[name] for name in names}, model / f"part-{number}.safetensors", {"format": "pt"})
                 table |= dict.fromkeys(names, f"part-{number}.safetensors")
@@ -201,11 +201,13 @@ def test_finite_weights_that_overflow_are_no_defect_either(runs: Path, tmp_path:
 @pytest.mark.usefixtures("_signals_as_they_were")
 def test_too_few_texts_to_heal_on_are_counted(runs: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(runs / "whole", tmp_path / "run"))
-    text = (run / "RUN.toml").read_text().replace("heal = false", "heal = true").replace("steps = 2", "steps = 0")
-    (run / "RUN.toml").write_text(text.replace("realign_steps = 1", "").replace("realign_every = 5", ""))
-    ended = CliRunner().invoke(app, ["prepare", str(run / "RUN.toml")])
+    file = run / "RUN.toml"
+    file.write_text(file.read_text().replace('distance = "angular"', 'distance = "healed"'))
+    ended = CliRunner().invoke(app, ["prepare", str(file)])
     assert ended.exit_code == 2, ended.output
-    assert "healing has 4 texts, of which every 5th stays unseen; write [public] sequences" in ended.output
+    assert (
+        "there are 4 texts to heal layers on, of which every 5th stays unseen; write [public] sequences" in ended.output
+    )
 
 
 @pytest.fixture
@@ -217,7 +219,7 @@ def _signals_as_they_were() -> Iterator[None]:
     gc.collect()
 
 
-def examples(count: int) -> Any:
+def examples(count: int) -> settings:
     unchecked = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
     return settings(max_examples=count, derandomize=True, deadline=None, database=None, suppress_health_check=unchecked)
 

@@ -22,7 +22,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fedsoda_edge.errors import DiskFull, UsageProblem
-from fedsoda_hub.preparation import checkpoint_writer
 from fedsoda_hub.preparation.gguf import ARCHITECTURES, import_gguf
 from tests import tiny
 from tests.gguf_files import write_gguf
@@ -188,7 +187,7 @@ def test_nothing_is_overwritten_and_room_is_checked_first(
     with pytest.raises(UsageProblem, match=r"photos is there already; name a new directory with --to"):
         import_gguf(file, tmp_path / "photos")
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(checkpoint_writer.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(DiskFull, match=r"made needs .* MiB, but its disk has 1000 B free"):
         import_gguf(file, tmp_path / "made")
     assert not list(tmp_path.glob("made*"))
