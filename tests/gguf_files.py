@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ def write_gguf(
     architecture: str = "llama",
     *,
     quantization: Any = None,
-    extra: dict[str, str | int | float] | None = None,
+    extra: Mapping[str, str | int | float] | None = None,
     tensors: dict[str, np.ndarray] | None = None,
 ) -> Path:
     """Write the GGUF of a model's directory.

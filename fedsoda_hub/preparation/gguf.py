@@ -84,7 +84,7 @@ class _Reader:
         self.tensors = list(reader.tensors)
 
     def value(self, key: str) -> Any:
-        """Return the value of a key of the metadata; None: there is none."""
+        """Return the value of a key of the metadata; None: it has no such key."""
         field = self.fields.get(key)
         return None if field is None else field.contents()
 
@@ -99,11 +99,11 @@ class _Reader:
         return sum(int(tensor.n_elements) for tensor in self.tensors)
 
     def of_architecture(self, key: str) -> Any:
-        """Return the value of a key below the architecture's own; None: there is none."""
+        """Return the value of a key below the architecture's own; None: it has no such key."""
         return self.value(f"{self.architecture}.{key}")
 
     def tensor(self, name: str) -> Tensor | None:
-        """Read a tensor, fp32; None: there is none of that name."""
+        """Read a tensor, fp32; None: no tensor has that name."""
         return next((_dequantized(self.file, one) for one in self.tensors if one.name == name), None)
 
 
