@@ -48,7 +48,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b
 
 def make_model(directory: Path) -> Path:
     """Write a random llama of three layers with a byte-level tokenizer."""
-    vocabulary = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    vocabulary = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "th"]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = LlamaConfig(
@@ -64,7 +64,9 @@ def make_model(directory: Path) -> Path:
             pad_token_id=0,
         )
         LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
-    tokenizer = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(vocabulary)}, merges=[]))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={token: number for number, token in enumerate(vocabulary)}, merges=[("t", "h")])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(directory / "tokenizer.json"))
@@ -189,7 +191,7 @@ REFUSED: dict[str, tuple[Damage, tuple[str, ...]]] = {
         ("'spiral'", "yarn", "upgrade"),
     ),
     "a string for a number": (config(hidden_size="64"), ("hidden_size", "'64'", "config.json")),
-    "wrong vocab_size": (config(vocab_size=250), ("259 x 64", "250 x 64", '"vocab_size": 259')),
+    "wrong vocab_size": (config(vocab_size=250), ("260 x 64", "250 x 64", '"vocab_size": 260')),
     "a PEFT adapter instead of a model": (
         write("adapter_config.json", b'{"peft_type": "LORA", "base_model_name_or_path": "org/base"}'),
         ("PEFT adapter", "org/base", "merge_and_unload"),
@@ -295,7 +297,7 @@ def imported(work: Path) -> str:
     writer.add_tokenizer_pre("default")
     writer.add_token_list(sorted(vocabulary, key=lambda token: int(vocabulary[token])))
     writer.add_token_types([3] * 3 + [1] * (len(vocabulary) - 3))
-    writer.add_token_merges([])
+    writer.add_token_merges(["t h"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 3)
