@@ -232,6 +232,7 @@ def test_forty_broken_files_are_answered_in_a_sentence(runs: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.usefixtures("_signals_as_they_were")
 @examples(300)
 @given(st.data())
