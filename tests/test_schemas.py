@@ -56,6 +56,7 @@ from fedsoda_hub.serving import daemon as daemon_module
 from fedsoda_hub.settings.run import RunSettings
 from tests import schema_of
 from tests.edge.cli.test_cli import a_bundle, serving
+from tests.gguf_files import write_gguf
 from tests.hub.preparation.test_shapes import healing_run
 from tests.hub.runs import make_run
 from tests.hub.serving import test_daemon
@@ -641,6 +642,12 @@ def test_export_and_evaluate_of_a_run_of_its_export_and_of_one_that_left_it(
     assert found["accuracy"]["sub_llm"] is None
     assert "sub_llm" not in found["samples"][0]
     assert hub("evaluate", moved, *judge)["error"] == "UsageProblem"
+
+
+def test_import_of_a_gguf(tiny_llama: Path, tmp_path: Path) -> None:
+    file = write_gguf(tiny_llama, tmp_path / "tiny.gguf")
+    assert hub("import", file, "--to", tmp_path / "made")["family"] == "llama"
+    assert hub("import", file, "--to", tmp_path / "made")["error"] == "UsageProblem"
 
 
 def test_tokens(tmp_path: Path) -> None:

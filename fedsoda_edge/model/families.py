@@ -181,7 +181,7 @@ def allowed_fields(family: Family, config: Any) -> dict[str, Any]:
         UsageProblem: the config asks for something that is not computed here.
     """
     for name in _REFUSED:
-        if getattr(config, name, None):
+        if hasattr(family.config_class, name) and getattr(config, name, None):
             raise UsageProblem(
                 f"the model's config sets {name} = {getattr(config, name)}, which is not supported; choose another model"
             )

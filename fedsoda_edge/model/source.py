@@ -8,19 +8,22 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_edge.model.families import Family, allowed_fields, branch, family_of, layer_on_meta, merge_experts
+from fedsoda_edge.model.config_file import read_config_file
+from fedsoda_edge.model.families import Family, branch, layer_on_meta, merge_experts
+from fedsoda_edge.model.foreign_files import check_tokenizer, import_advice, present, read_json
 from fedsoda_edge.model.nf4 import NF4Tensor, dequantize
 from fedsoda_edge.model.own_tokenizer import own_eos, own_tokenizer
+from fedsoda_edge.model.weight_files import find_weights, opened, read
 from fedsoda_edge.ports.disk import sha256_file
 from fedsoda_edge.protocol.manifest import TOKENIZER_FILES, Half
 
@@ -75,38 +78,31 @@ class Checkpoint:
     """
 
     def __init__(self, directory: Path, name: str, revision: str | None) -> None:
-        config_file = directory / "config.json"
-        if not config_file.exists():
-            raise UsageProblem(
-                f"{directory} has no config.json; name a model's directory, with config.json and *.safetensors"
-            )
-        raw = json.loads(config_file.read_text(encoding="utf-8"))
+        check_directory(directory)
+        config = read_config_file(directory / "config.json")
+        weights = find_weights(directory, config)
+        check_tokenizer(directory)
         self.path = directory
         self.name = name
-        self.family = family_of(str(raw.get("model_type")))
-        if "quantization_config" in raw:
-            method = raw["quantization_config"].get("quant_method", "unknown")
-            raise UsageProblem(
-                f"{name} is already quantized ({method}); name the 16-bit checkpoint from which it was made, which SGP and "
-                "ODA need"
-            )
-        config = self.family.config_class.from_dict(raw)
-        self.fields = allowed_fields(self.family, config)
-        self.num_layers = int(config.num_hidden_layers)
-        self._files = _tensor_table(directory, name)
-        self.dtype = self._read(f"{self.family.embedding}.weight").dtype
+        self.family = config.family
+        self.fields = config.fields
+        if config.is_tied and not weights.is_tied:
+            self.fields = config.fields | {"tie_word_embeddings": False}
+        self.num_layers = config.num_layers
+        self.dtype = weights.dtype
         self.lacking: Mapping[int, Half] = {}
+        self._weights = weights
+        self._finite: set[str] = set()  # the tensors that were read before, of which each is looked through once
         self._replaced: Mapping[int, Mapping[str, Tensor | NF4Tensor]] = {}
         self._revision = revision
-        self.tokenizer_files = [directory / file for file in TOKENIZER_FILES if (directory / file).exists()]
-        if not (directory / "tokenizer.json").exists():
-            raise UsageProblem(f"{name} has no tokenizer.json; save its fast tokenizer beside the weights")
-        if raw.get("eos_token_id") is None and (own := own_eos(directory)) is not None:
-            self.fields["eos_token_id"] = own  # a config class has a default, which is another token of this model
+        self.tokenizer_files = [directory / file for file in TOKENIZER_FILES if present(directory / file)]
+        if config.raw.get("eos_token_id") is None and (own := own_eos(directory)) is not None:
+            # a config class has a default, which is another token of this model
+            self.fields = self.fields | {"eos_token_id": own}
 
     @cached_property
     def own_tokenizer(self) -> Mapping[str, bytes]:
-        """The content of the tokenizer's files by name, in which Transformers' reading of them is written down.
+        """The content of the tokenizer files by name, in which Transformers' reading of them is written down.
 
         Raises:
             UsageProblem: Transformers cannot load it.
@@ -122,7 +118,7 @@ class Checkpoint:
         """
         if self._revision:
             return self._revision
-        files = {path.name: sha256_file(path) for path in set(self._files.values())}
+        files = {path.name: sha256_file(path) for path in self._weights.files}
         return hashlib.sha256(json.dumps([files, self.fields], sort_keys=True).encode()).hexdigest()
 
     def without(self, lacking: Mapping[int, Half]) -> Checkpoint:
@@ -140,7 +136,7 @@ class Checkpoint:
     @property
     def bytes(self) -> int:
         """The bytes of the weights on disk."""
-        return sum(path.stat().st_size for path in set(self._files.values()))
+        return sum(path.stat().st_size for path in self._weights.files)
 
     @classmethod
     def open(cls, model: str, *, relative_to: Path | None = None, revision: str | None = None) -> Checkpoint:
@@ -154,38 +150,57 @@ class Checkpoint:
         Raises:
             UsageProblem: there is no such model, or it cannot be pruned.
         """
-        path = Path(model).expanduser()
-        if relative_to is not None and not path.is_absolute():
-            path = relative_to / path
-        if path.is_dir():
-            return cls(path, path.resolve().name, None)
-        if model.startswith((".", "/", "~")) or model.count("/") > 1:
-            raise UsageProblem(
-                f"the model's directory {path} does not exist; name a directory, or a model hub's id such as org/model"
-            )
+        if (local := _local(model, relative_to)) is not None:
+            return cls(local, _name_of(local), None)
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+        )
 
         try:
-            local = snapshot_download(model, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.jinja"])
-        except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, OSError) as error:
+            fetched = Path(
+                snapshot_download(model, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.jinja"])
+            )
+        except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
             raise UsageProblem(
                 f"{model!r} is not a directory here and could not be fetched from the model hub ({error}); "
                 "check the name, HF_TOKEN for gated models, and the network"
             ) from error
-        return cls(Path(local), model, Path(local).name)
+        return cls(fetched, model, fetched.name)
 
     def _read(self, name: str) -> Tensor:
-        with safe_open(self._files[name], framework="pt") as file:
-            return file.get_tensor(name)
+        return self._looked_through(name, read(self._weights.table[name], self.dtype))
+
+    def _looked_through(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a tensor that has just been read, finite throughout.
+
+        Raises:
+            UsageProblem: it holds NaN or infinity, of which everything that is computed would become NaN.
+        """
+        if name not in self._finite:
+            if tensor.numel() and not all(map(math.isfinite, map(float, torch.aminmax(tensor)))):
+                where = (~torch.isfinite(tensor)).nonzero()[0].tolist()
+                stored = self._weights.table[name]
+                raise UsageProblem(
+                    f"{stored.file}: {stored.name} holds {float(tensor[tuple(where)])} at {where}, but weights are finite "
+                    "numbers; fetch the file again, or take a checkpoint from before the training that broke it"
+                )
+            self._finite.add(name)
+        return tensor
 
     def embedding(self) -> Tensor:
         return self._read(f"{self.family.embedding}.weight")
 
     def embedding_rows(self, ids: Tensor) -> Tensor:
-        name = f"{self.family.embedding}.weight"
-        with safe_open(self._files[name], framework="pt") as file:
-            return read_rows(file.get_slice(name), ids)
+        stored = self._weights.table[f"{self.family.embedding}.weight"]
+        with opened(stored.file) as file:
+            rows = read_rows(file.get_slice(stored.name), ids).to(self.dtype)
+        if not torch.isfinite(rows).all():
+            self.embedding()  # says where
+        return rows
 
     def norm(self) -> dict[str, Tensor]:
         return self._below(f"{self.family.norm}.")
@@ -211,9 +226,7 @@ class Checkpoint:
 
     def _below(self, prefix: str, pruned: Sequence[str] = ()) -> dict[str, Tensor]:
         """Read the tensors of a module, by name within it, except those of its modules `pruned`."""
-        names = [name.removeprefix(prefix) for name in self._files if name.startswith(prefix)]
-        if not names:
-            raise UsageProblem(f"{self.name} has no tensors below {prefix!r}, so it is incomplete; fetch it again")
+        names = [name.removeprefix(prefix) for name in self._weights.table if name.startswith(prefix)]
         return {name: self._read(prefix + name) for name in names if name.partition(".")[0] not in pruned}
 
 
@@ -227,27 +240,76 @@ def read_rows(table: Any, ids: Tensor) -> Tensor:
     return torch.cat([table[row : row + 1] for row in ids.tolist()])
 
 
-def _tensor_table(directory: Path, name: str) -> dict[str, Path]:
-    """Map each tensor's name to its file."""
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        missing = sorted({file for file in table.values() if not (directory / Path(file).name).exists()})
-        if missing:
-            raise UsageProblem(
-                f"{name} is incomplete: {index.name} names {missing[0]}, which is not there; fetch it again"
-            )
-        return {tensor: directory / Path(file).name for tensor, file in table.items()}
-    single = directory / "model.safetensors"
-    if single.exists():
-        with safe_open(single, framework="pt") as file:
-            return dict.fromkeys(file.keys(), single)
-    if list(directory.glob("*.bin")):
-        raise UsageProblem(
-            f"{name} has only .bin weights, which are pickles and can run code; convert it to safetensors: "
-            "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT)"
+def check_directory(directory: Path, *, with_tokenizer: bool = True) -> None:
+    """Refuse a directory that lacks a model's config or tokenizer, or holds an adapter.
+
+    Args:
+        with_tokenizer: whether it needs a tokenizer.
+
+    Raises:
+        UsageProblem: as above; says what the directory is instead.
+    """
+    if present(directory / "adapter_config.json"):
+        base = (
+            read_json(directory / "adapter_config.json").get("base_model_name_or_path")
+            or "the model that it was trained on"
         )
-    raise UsageProblem(
-        f"{name} has no model.safetensors, only {', '.join([p.name for p in directory.iterdir()][:8])}; "
-        "name the directory that save_pretrained wrote"
-    )
+        raise UsageProblem(
+            f"{directory} is a PEFT adapter (adapter_config.json), not a model; name {base}, or merge it first: "
+            "PeftModel.from_pretrained(MODEL, DIR).merge_and_unload().save_pretrained(OUT). If a whole model lies beside it, "
+            "move adapter_config.json away"
+        )
+    for wanted, advice in (
+        ("config.json", "name a model's directory, with config.json and *.safetensors"),
+        (
+            "tokenizer.json",
+            "save its fast tokenizer beside the weights: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)",
+        ),
+    ):
+        if present(directory / wanted) or (wanted == "tokenizer.json" and not with_tokenizer):
+            continue
+        names = sorted(path.name for path in directory.iterdir())
+        other = next((name for name in names if name.lower() == wanted), None)
+        gguf = next((name for name in names if name.lower().endswith(".gguf")), None)
+        if other is not None:
+            advice = f"rename {other}"
+        elif gguf is not None:
+            advice = f"but a GGUF; {import_advice(directory / gguf)}"
+        raise UsageProblem(f"{directory} has no {wanted}; {advice}")
+
+
+def _local(model: str, relative_to: Path | None) -> Path | None:
+    """Find the directory that `model` names; None: it may be a model hub's id.
+
+    Raises:
+        UsageProblem: it is a file, or a path where there is nothing.
+    """
+    try:
+        path = Path(model).expanduser()
+        if relative_to is not None and not path.is_absolute():
+            path = relative_to / path
+        if path.is_dir():
+            return path
+        is_file = path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # too long; with a NUL; ~ of nobody
+        raise UsageProblem(
+            f"the model {model[:80]!r} is not a path ({error}); name a directory, or a model hub's id such as org/model"
+        ) from error
+    if is_file:
+        with path.open("rb") as file:
+            is_gguf = file.read(4) == b"GGUF"
+        advice = import_advice(path) if is_gguf else f"name the model's directory, {path.parent}"
+        raise UsageProblem(f"{path} is a file, but a model is a directory; {advice}")
+    if model.startswith((".", "/", "~")) or model.count("/") > 1 or path.suffix.lower() == ".gguf":
+        raise UsageProblem(
+            f"the model's directory {path} does not exist; name a directory, or a model hub's id such as org/model"
+        )
+    return None
+
+
+def _name_of(directory: Path) -> str:
+    """Name a model after its directory; a snapshot in a model hub's cache after its model, not its commit."""
+    path = directory.resolve()
+    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+        return path.parent.parent.name.rpartition("--")[2]
+    return path.name

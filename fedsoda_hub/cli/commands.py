@@ -15,7 +15,8 @@ import typer
 from fedsoda_edge.ports.console import EXIT_HELP, finish, note, reporting
 from fedsoda_edge.ports.console import run as run_command
 from fedsoda_edge.units import human_bytes
-from fedsoda_hub.cli.options import CompareCommand, setting
+from fedsoda_hub.cli.import_command import import_model
+from fedsoda_hub.cli.options import OUTPUT, CompareCommand, Debug, Json, JsonLines, setting
 from fedsoda_hub.settings.rates import Rates
 
 if TYPE_CHECKING:
@@ -36,24 +37,6 @@ class CompareTransport(StrEnum):
 
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.toml", help="the run's settings")]
-OUTPUT = "Output"
-Json = Annotated[
-    bool,
-    typer.Option("--json", envvar="FEDSODA_JSON", help="one JSON object on stdout", rich_help_panel=OUTPUT),
-]
-JsonLines = Annotated[
-    bool,
-    typer.Option("--jsonl", envvar="FEDSODA_JSONL", help="one JSON event a line on stdout", rich_help_panel=OUTPUT),
-]
-Debug = Annotated[
-    bool,
-    typer.Option(
-        "--debug",
-        envvar="FEDSODA_DEBUG",
-        help="log what happens on stderr, and add the traceback to an error",
-        rich_help_panel=OUTPUT,
-    ),
-]
 
 
 @app.command(epilog="Example: fedsoda-hub demo --rounds 4\n\n" + EXIT_HELP)
@@ -79,6 +62,9 @@ def demo(
             report = asyncio.run(run_demo(directory, rounds=rounds, seed=seed, say=display.say))
         print_summary(report)
         finish({"status": "ok", **msgspec.to_builtins(report)}, as_json, False)
+
+
+app.command("import", epilog="Example: fedsoda-hub import tiny.Q4_K_M.gguf --to tiny")(import_model)
 
 
 @app.command(epilog="Example: fedsoda-hub plan config.json --groups 4 --layers-per-group 3\n\n" + EXIT_HELP)

@@ -15,8 +15,11 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_edge.model.bundle import Bundle, peft_config
+from fedsoda_edge.model.bundle import peft_config
+from fedsoda_edge.model.foreign_files import read_json
+from fedsoda_edge.model.source import Checkpoint
 from fedsoda_edge.ports.disk import write_durably, write_durably_json
+from fedsoda_hub.preparation.checkpoint_writer import CheckpointWriter, check_room, new_directory, write_config
 from fedsoda_hub.preparation.full_llm import open_full_llm
 from fedsoda_hub.preparation.prepare import bundle_of
 from fedsoda_hub.run.directory import RunDirectory
@@ -43,22 +46,10 @@ def export(settings: RunSettings, directory: Path, *, merge: bool = False) -> Ex
     bundle = bundle_of(settings.run_dir, outcome.manifest)
     spec, family, manifest = bundle.manifest.lora, bundle.family, bundle.manifest
     tensors = load(RunDirectory(settings.run_dir).blobs.get(outcome.master))
-    if directory.exists() and any(directory.iterdir()) and not (directory / "fedsoda.json").exists():
-        raise UsageProblem(f"{directory} is not empty and is not an export; name a new directory with --to")
-    temporary = directory.with_name(f"{directory.name}.{os.getpid()}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    if merge:
-        _write_merged(settings, bundle, tensors, temporary)
-    else:
-        renamed, modules = {}, set()
-        for name, tensor in tensors.items():
-            module, _, leaf = name.rpartition(".")
-            path = family.layers + module.removeprefix("layers")
-            modules.add(path)
-            renamed[f"base_model.model.{path}.{leaf}.weight"] = tensor.float().contiguous()
-        write_durably_json(temporary / "adapter_config.json", peft_config(spec, sorted(modules), manifest.source))
-        write_durably(temporary / "adapter_model.safetensors", save(dict(sorted(renamed.items())), {"format": "pt"}))
+    _check_replaced(settings, directory)
+    source = open_full_llm(settings) if merge else None
+    if source is not None:
+        check_room(directory, source.bytes)
     about = {
         "schema": 1,
         "run": settings.name,
@@ -73,29 +64,60 @@ def export(settings: RunSettings, directory: Path, *, merge: bool = False) -> Ex
         "evaluation": msgspec.to_builtins(outcome.evaluation),
         "merged": merge,
     }
-    write_durably_json(temporary / "fedsoda.json", about)
-    shutil.rmtree(directory, ignore_errors=True)
-    os.replace(temporary, directory)
+    with new_directory(directory, replaces=True) as temporary:
+        if source is not None:
+            _write_merged(source, spec.scale, tensors, temporary)
+        else:
+            renamed, modules = {}, set()
+            for name, tensor in tensors.items():
+                module, _, leaf = name.rpartition(".")
+                path = family.layers + module.removeprefix("layers")
+                modules.add(path)
+                renamed[f"base_model.model.{path}.{leaf}.weight"] = tensor.float().contiguous()
+            write_durably_json(temporary / "adapter_config.json", peft_config(spec, sorted(modules), manifest.source))
+            weights = save(dict(sorted(renamed.items())), {"format": "pt"})
+            write_durably(temporary / "adapter_model.safetensors", weights)
+        write_durably_json(temporary / "fedsoda.json", about)
     return Exported(export=str(directory.resolve()), rounds=outcome.rounds, merged=merge)
 
 
-def _write_merged(settings: RunSettings, bundle: Bundle, tensors: dict[str, Tensor], directory: Path) -> None:
+def _check_replaced(settings: RunSettings, directory: Path) -> None:
+    """Refuse to replace what is not an export, and the model that the export is for.
+
+    Raises:
+        UsageProblem: `directory` holds something else.
+    """
+    if not directory.exists():
+        return
+    if (settings.directory / Path(settings.model).expanduser()).resolve() == directory.resolve():
+        raise UsageProblem(f"{directory} is the model of this run itself; name a new directory with --to")
+    if not directory.is_dir() or (any(directory.iterdir()) and not (directory / "fedsoda.json").exists()):
+        raise UsageProblem(f"{directory} is not empty and is not an export; name a new directory with --to")
+
+
+def _write_merged(source: Checkpoint, scale: float, tensors: dict[str, Tensor], directory: Path) -> None:
     """Write W + (alpha / r) B A, computed in fp32 and rounded once to the checkpoint's dtype."""
-    source = open_full_llm(settings)
     family = source.family
-    scale = bundle.manifest.lora.scale
-    weights = {f"{family.embedding}.weight": source.embedding()}
-    weights |= {f"{family.norm}.{name}": tensor for name, tensor in source.norm().items()}
-    if not source.fields.get("tie_word_embeddings"):
-        weights[f"{family.head}.weight"] = source.head()
+    writer = CheckpointWriter(directory)
+    writer.add(f"{family.embedding}.weight", source.embedding())
     for number in range(source.num_layers):
         for name, tensor in source.layer(number).items():
             key = f"layers.{number}.{name.removesuffix('.weight')}"
             if f"{key}.lora_A" in tensors:
                 step = scale * tensors[f"{key}.lora_B"] @ tensors[f"{key}.lora_A"]
                 tensor = (tensor.float() + step).to(tensor.dtype)
-            weights[f"{family.layers}.{number}.{name}"] = tensor
-    write_durably(directory / "model.safetensors", save(dict(sorted(weights.items())), {"format": "pt"}))
-    for file in (source.path / "config.json", source.path / "generation_config.json", *source.tokenizer_files):
+            writer.add(f"{family.layers}.{number}.{name}", tensor)
+    for name, tensor in source.norm().items():
+        writer.add(f"{family.norm}.{name}", tensor)
+    if not source.fields.get("tie_word_embeddings"):
+        writer.add(f"{family.head}.weight", source.head())
+    writer.finish()
+    config = read_json(source.path / "config.json")
+    for key in ("torch_dtype", "transformers_weights"):
+        config.pop(key, None)
+    config["dtype"] = str(source.dtype).removeprefix("torch.")
+    config["tie_word_embeddings"] = bool(source.fields.get("tie_word_embeddings"))
+    write_config(directory, config)
+    for file in (source.path / "generation_config.json", *source.tokenizer_files):
         if file.exists():
             shutil.copyfile(file, directory / file.name)

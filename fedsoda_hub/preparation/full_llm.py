@@ -7,12 +7,14 @@ it before any layer is removed is `measured.py`'s, what its sub-LLMs are compare
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model import border, lora
 from fedsoda_edge.model.bundle_writer import BundleSettings, shard_sizes
 from fedsoda_edge.model.families import Family
@@ -99,6 +101,19 @@ class StreamedLLM:
     def dtype(self) -> str:
         """The checkpoint's dtype, as a bundle's manifest names it."""
         return str(self.source.dtype).removeprefix("torch.")
+
+    def check_finite(self, values: Iterable[float]) -> None:
+        """Check what was computed with the full LLM's own layers from the run's public text.
+
+        Raises:
+            UsageProblem: some of it is not finite.
+        """
+        if not all(map(math.isfinite, values)):
+            raise UsageProblem(
+                f"{self.source.name} computes values that are not finite from the public text (in "
+                f"{str(self.running.compute_dtype).removeprefix('torch.')} on {self.running.device}), though its weights are: some "
+                "are too large; see whether Transformers writes text with this model, and fetch it again, or write another dtype"
+            )
 
     def aligned(self, plan: LayerPlan) -> tuple[int, ...]:
         """List the kept layers of a plan that carry emulator LoRA."""

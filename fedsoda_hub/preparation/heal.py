@@ -16,7 +16,7 @@ from fedsoda_edge.model.bundle_writer import packed
 from fedsoda_edge.model.nf4 import unpacked
 from fedsoda_edge.ports.disk import write_durably
 from fedsoda_edge.protocol.manifest import LayerPlan
-from fedsoda_hub.algorithms.alignment.healing import StoredLayer, heal, refitted
+from fedsoda_hub.algorithms.alignment.healing import HELD_OUT, StoredLayer, heal, refitted
 from fedsoda_hub.federation.jobs import LeftOut
 from fedsoda_hub.preparation.filled import filled_rows
 from fedsoda_hub.preparation.full_llm import StreamedLLM
@@ -64,13 +64,24 @@ def _unhealed(llm: StreamedLLM) -> str:
 
 
 def healing_texts(llm: StreamedLLM) -> list[Tensor]:
-    """Choose the texts that a run is healed on, (T_i,) ids each: those like the task's, filled rows, and public text."""
+    """Choose the texts that a run is healed on, (T_i,) ids each: those like the task's, filled rows, and public text.
+
+    Raises:
+        UsageProblem: they are too few to keep some unseen.
+    """
     settings, public = llm.settings, llm.text.used
     filled: list[Tensor] = []
     if settings.like_task is None:
         length, seed = settings.local.max_length, settings.seed
         filled = filled_rows(public, settings.prompt, tokenizer_of(llm.source), length, num_ids=FILLED_IDS, seed=seed)
-    return [*llm.text.like_task, *filled, *public[: max(1, HEALING_IDS // settings.public.length)]]
+    texts = [*llm.text.like_task, *filled, *public[: max(1, HEALING_IDS // settings.public.length)]]
+    if len(texts) < HELD_OUT:
+        raise UsageProblem(
+            f"there are {len(texts)} texts to heal layers on, of which every {HELD_OUT}th stays unseen; write [public] "
+            f"sequences = {HELD_OUT} or more (it is {settings.public.sequences}) and have as much text, or [align] heal = "
+            'false with [method] distance = "angular"'
+        )
+    return texts
 
 
 def restored(plan: LayerPlan) -> dict[int, int]:

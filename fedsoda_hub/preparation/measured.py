@@ -42,14 +42,19 @@ class MeasuredLLM:
 
     def distances(self, num_layers: int) -> list[list[float]]:
         """Measure the angular distances between the outputs of the first `num_layers` layers, in units of pi."""
-        return sgp.measure(self._llm.source, self._llm.text.used, num_layers, **self._llm.running.how(MEASURING))
+        how = self._llm.running.how(MEASURING)
+        return self._finite(sgp.measure(self._llm.source, self._llm.text.used, num_layers, **how))
 
     def healed_distances(self, num_layers: int, size: int) -> list[list[float]]:
         """Measure what healing would leave of groups of up to `size` removed layers, as a share of the stream."""
         llm, texts = self._llm, choosing_texts(self._llm)
         how = llm.running.how(MEASURING)
         how["progress"](0, num_layers)
-        return healed.distances(llm.source, num_layers, size, texts, **how)
+        return self._finite(healed.distances(llm.source, num_layers, size, texts, **how))
+
+    def _finite(self, distances: list[list[float]]) -> list[list[float]]:
+        self._llm.check_finite([value for row in distances for value in row])
+        return distances
 
     def representatives(self, count: int, grouping: str, drawn_by: int | None = None) -> tuple[int, ...]:
         """Choose `count` layers that represent all, ascending; by chance where `drawn_by` gives a seed."""
@@ -66,6 +71,7 @@ class MeasuredLLM:
             measured = representatives.measure_layers(
                 llm.source, llm.text.used, seed=llm.settings.seed, **llm.running.how(MEASURING)
             )
+            llm.check_finite([*measured.importance, *measured.similarity.flatten().tolist()])
             importance = torch.tensor(measured.importance, dtype=torch.float64)
             write_durably(path, save({"similarity": measured.similarity, "importance": importance}))
         held = load_file(path)
@@ -81,6 +87,8 @@ class MeasuredLLM:
         attention, mlp = representatives.measure_components(
             llm.source, llm.text.used, seed=llm.settings.seed, **llm.running.how(MEASURING)
         )
+        for of_half in (attention, mlp):
+            llm.check_finite([*of_half.importance, *of_half.similarity.flatten().tolist()])
         base = llm.settings.method.adapter_base
         of_attention, of_mlp = (
             [

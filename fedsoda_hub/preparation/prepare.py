@@ -220,10 +220,13 @@ class _Stages:
         bundle, kl_file = Bundle.open(directory, size_class), _kl_file(self._directory, size_class)
         if self._llm.aligned(plan):
             emulator, kl = self._aligner.first(bundle, size_class, plans)
+            self._llm.check_finite(kl.values())
             write_durably_json(kl_file, kl)
             replace_emulator_lora(directory, emulator, size_class)
         else:
-            write_durably_json(kl_file, self._unaligned_kl(bundle))
+            kl = self._unaligned_kl(bundle)
+            self._llm.check_finite(kl.values())
+            write_durably_json(kl_file, kl)
 
     def _unaligned_kl(self, bundle: Bundle) -> dict[str, float]:
         """Measure the three public KLs where nothing is aligned, with one layer resident at a time."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from fedsoda_edge.model.source import Checkpoint
 from fedsoda_edge.model.streaming import stream
 from fedsoda_edge.protocol.manifest import LayerPlan
-from fedsoda_hub.algorithms.alignment.healing import heal
+from fedsoda_hub.algorithms.alignment.healing import HELD_OUT, heal
 from fedsoda_hub.federation.jobs import ShapeHealed
 from fedsoda_hub.preparation.full_llm import StreamedLLM
 from fedsoda_hub.preparation.heal import healing_texts, restored
@@ -30,7 +30,7 @@ STAGE = "healing each size on trial"
 def choosing_texts(llm: StreamedLLM) -> list[Tensor]:
     """Choose some of the texts that this run is healed on, (T_i,) ids each: about CHOOSING_IDS in all."""
     texts = healing_texts(llm)
-    return texts[:: math.ceil(sum(map(len, texts)) / CHOOSING_IDS)]
+    return texts[:: min(len(texts) // HELD_OUT, math.ceil(sum(map(len, texts)) / CHOOSING_IDS))]
 
 
 def healed_errors(llm: StreamedLLM, plans: Sequence[LayerPlan]) -> list[float]:

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,6 +22,7 @@ from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.ports.disk import BlobStore
 from fedsoda_hub.evaluation.export import export
 from fedsoda_hub.evaluation.judge import evaluate_path
+from fedsoda_hub.preparation.checkpoint_writer import CheckpointWriter
 from fedsoda_hub.settings.run import RunSettings
 from tests.edge.model.test_bundle import random_lora
 from tests.hub.runs import WORDS, finish, make_run, prepare
@@ -160,3 +161,62 @@ def test_before_the_first_round_there_is_nothing_to_export(tmp_path: Path, tiny_
     with pytest.raises(UsageProblem, match="gone does not exist; name a RUN"):
         evaluate_path(tmp_path / "gone", tmp_path / "eval.jsonl")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_merged_checkpoint_is_in_shards_that_transformers_loads(
+    finished: RunSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, apart = finished.directory / "whole", finished.directory / "apart"
+    export(finished, whole, merge=True)
+    monkeypatch.setattr(CheckpointWriter.__init__, "__defaults__", (100_000,))
+    export(finished, apart, merge=True)
+    shards = sorted(apart.glob("*.safetensors"))
+    assert len(shards) > 4
+    assert shards[0].name == f"model-00001-of-{len(shards):05}.safetensors"
+    assert all(path.stat().st_size < 110_000 for path in shards)
+    assert not list(apart.glob("*.part"))
+    ids = torch.tensor([[1, 5, 9, 30]])
+    with torch.no_grad():
+        assert torch.equal(full_llm(apart)(ids).logits, full_llm(whole)(ids).logits)
+
+
+def test_a_merged_checkpoint_keeps_the_head_that_the_flag_denies(tmp_path: Path, tiny_llama: Path) -> None:
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text("\ufeff" + json.dumps(config | {"tie_word_embeddings": True}), encoding="utf-8")
+    settings = make_run(tmp_path / "run", model, align={"steps": 0})
+    emulator = prepare(settings).sub_llms[0].emulator_view
+    finish(settings, BlobStore(settings.run_dir / "blobs").put(delta.to_bytes(master_of(settings))), emulator)
+    export(settings, tmp_path / "merged", merge=True)
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is False
+    held = load_file(tmp_path / "merged" / "model.safetensors")
+    assert torch.equal(held["lm_head.weight"], load_file(tiny_llama / "model.safetensors")["lm_head.weight"])
+
+
+def test_an_export_that_fails_leaves_the_last_one(
+    finished: RunSettings, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path.name: path.read_bytes() for path in exported.iterdir()}
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fedsoda_hub.evaluation.export.save", full)
+    with pytest.raises(OSError, match="No space left"):
+        export(finished, exported)
+    assert {path.name: path.read_bytes() for path in exported.iterdir()} == before
+    assert not [*exported.parent.glob("*.part"), *exported.parent.glob("*.old")]
+
+
+def test_the_runs_own_model_is_never_replaced(finished: RunSettings, tiny_llama: Path) -> None:
+    with pytest.raises(UsageProblem, match="is the model of this run itself"):
+        export(finished, tiny_llama, merge=True)
+    assert (tiny_llama / "model.safetensors").is_file()
+
+
+def test_the_adapter_config_says_nothing_that_the_oldest_peft_does_not_know(exported: Path) -> None:
+    # Fields of peft 0.18.0's LoraConfig, with which it was loaded when this was written: an unknown one is a TypeError.
+    known = {"peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "bias"}
+    known |= {"inference_mode", "target_modules"}
+    assert set(json.loads((exported / "adapter_config.json").read_text())) <= known
+    assert PeftConfig.from_pretrained(exported).target_modules
