@@ -95,6 +95,18 @@ class Roster:
                 reason=f"the token of {edge} is already in use on another device; ask for one of your own", fatal=True
             )
         old = self._connections.get(edge)
+        if old is not None and hello.place and old.place and hello.place != old.place:
+            if not old.is_contested:
+                old.is_contested = True
+                _log.warning("two devices share the identity of %s; the one that came later is refused", edge)
+            return ms.Refusal(
+                reason=f"two devices share one identity: {edge} is connected from another machine, or from another copy "
+                "of its FEDSODA_HOME; stop the join there, or ask for a token of this device's own and set FEDSODA_HOME "
+                "to a new directory",
+                retry=True,
+                fatal=True,
+            )
+        connection.place = hello.place
         self._connections[edge] = connection
         if old is not None:  # the device reconnected before the hub noticed that its old connection had ended
             old.close()

@@ -14,10 +14,11 @@ import pytest
 from fedsoda_edge import events as ev
 from fedsoda_edge.errors import FedSODAError, HubUnreachable, ProtocolViolation, RefusedByHub
 from fedsoda_edge.join.conversation import Connected, Conversation, RunOver
+from fedsoda_edge.join.patience import Patience
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.codec import MAX_CHUNK_BYTES, decode, encode
 from fedsoda_edge.protocol.session import chunks
-from tests.hurried_clock import HurriedClock
+from tests.skipping_clock import SkippingClock
 
 T = TypeVar("T")
 
@@ -98,9 +99,12 @@ class Talk:
 
     def __init__(self) -> None:
         self.wire = Wire()
+        self.clock = SkippingClock()
         self.events: list[ev.JoinEvent] = []
         self.heard: list[str] = []
-        self.conversation = Conversation(self.wire, lambda: HELLO, self.events.append, HurriedClock())
+        self.conversation = Conversation(
+            self.wire, lambda: HELLO, self.events.append, self.clock, Patience.of(self.clock, unattended=False)
+        )
 
     async def read(self) -> None:
         """Say Ready on every connection, as an agent that is prepared."""
@@ -221,7 +225,9 @@ def test_who_is_away_for_a_while_is_told_of_once() -> None:
 
 
 async def before_the_first(talk: Talk) -> None:
-    talk.conversation = Conversation(talk.wire, lambda: HELLO, talk.events.append, HurriedClock())
+    talk.conversation = Conversation(
+        talk.wire, lambda: HELLO, talk.events.append, talk.clock, Patience(talk.clock, None)
+    )
 
 
 async def after_it_was_lost(talk: Talk) -> None:
