@@ -12,10 +12,12 @@ class SkippingClock(SystemClock):
 
     def __init__(self) -> None:
         self.breaks: list[float] = []
+        self.slept = 0.0
 
     def monotonic(self) -> float:
-        return super().monotonic() + sum(self.breaks)
+        return super().monotonic() + self.slept
 
     async def sleep(self, seconds: float) -> None:
         self.breaks.append(seconds)
+        self.slept += seconds
         await asyncio.sleep(0)

@@ -11,7 +11,7 @@ import random
 from fedsoda_edge.ports import Clock
 
 GIVE_UP_SECONDS = 600.0  # without progress, where somebody attends; nobody is waited for without end
-FIRST_SECONDS = 30.0  # before the first Welcome: by then a restarted hub is back, and a wrong address stays wrong
+FIRST_SECONDS = 20.0  # before the first Welcome: by then a restarted hub is back, and a wrong address stays wrong
 BASE_SECONDS = 1.0
 MAX_BREAK_SECONDS = 30.0
 
