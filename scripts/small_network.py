@@ -27,6 +27,7 @@ from fedsoda_hub.run.status import LiveStatus, live_status, run_status
 from fedsoda_hub.run.tokens import Token
 from fedsoda_hub.serving.connection import Connection, Hub
 from fedsoda_hub.serving.listener import Server, bind
+from fedsoda_hub.serving.roster import refused_as_a_copy
 
 Serving = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[Any, Any, None]]
 
@@ -106,6 +107,51 @@ def answer(status: str, body: bytes = b"", **headers: str) -> bytes:
     lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", "Connection: close"]
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
     return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+@dataclass
+class Front:
+    """A server in front of a hub, which passes requests on but those that meet trouble.
+
+    trouble: given a request's head, returns what is sent instead of an answer before it hangs up; None: nothing.
+    below: the path below which the hub is. drops_upgrade: whether it passes no header Upgrade on.
+    """
+
+    hub_port: int
+    trouble: Callable[[str], bytes | None]
+    below: str = ""
+    drops_upgrade: bool = False
+    heads: list[str] = field(default_factory=list)
+    _exit: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    port: int = 0
+
+    def __enter__(self) -> Front:
+        self.port = self._exit.enter_context(_in_thread(lambda: _tcp(self._serve)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._exit.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+            self.heads.append(head)
+            instead = self.trouble(head)
+            if not head.split(" ")[1].startswith(f"{self.below}/"):
+                instead = answer("404 Not Found", b"<html>")
+            head = head.replace(f" {self.below}/", " /", 1)
+            if self.drops_upgrade:
+                head = re.sub(r"(?im)^upgrade:.*\r\n", "", head)
+            if instead is not None:
+                writer.write(instead)
+                await writer.drain()
+            else:
+                onward_reader, onward = await asyncio.open_connection("127.0.0.1", self.hub_port)
+                if "upgrade: websocket" not in head.lower():  # one request a connection, so that each is looked at
+                    head = re.sub(r"(?im)^connection:.*\r\n", "", head).replace("\r\n", "\r\nConnection: close\r\n", 1)
+                onward.write(head.encode("latin-1"))
+                await asyncio.gather(_pump(reader, onward), _pump(onward_reader, writer))
+        writer.close()
 
 
 @dataclass
@@ -198,15 +244,18 @@ class SmallHub(ScriptedHub):
     stall_seconds = 60.0
     max_update_bytes = 1 << 24
 
-    def __init__(self, bundle: Path, rounds: int = 1) -> None:
+    def __init__(self, bundle: Path, rounds: int = 1, host: str = "127.0.0.1") -> None:
         super().__init__(rounds, bundle=bundle)
         self.revoked = False
+        self._host = host
         self.greetings = 0
         manifest = bundle / "manifest.json"
         self._files = {file.sha256: bundle / file.name for file in parse_manifest(manifest.read_bytes()).files}
         self._files[self._welcome().manifest.digest] = manifest
         self._connection: Connection | None = None
         self._exit = contextlib.ExitStack()
+        self._loop = asyncio.new_event_loop()  # its thread's own, once it serves
+        self._loop.close()
         self.port = 0
 
     def __enter__(self) -> SmallHub:
@@ -216,9 +265,16 @@ class SmallHub(ScriptedHub):
     def __exit__(self, *_: object) -> None:
         self._exit.close()
 
+    def hang_up(self) -> None:
+        """End the conversation with the edge, which may come again."""
+        connection = self._connection
+        assert connection is not None, "an edge said Hello before"
+        self._loop.call_soon_threadsafe(connection.close)
+
     @contextlib.asynccontextmanager
     async def _listening(self) -> AsyncIterator[int]:
-        taken = bind("127.0.0.1", self.port)
+        self._loop = asyncio.get_running_loop()
+        taken = bind(self._host, self.port)
         defects: list[Exception] = []
         server = Server(Hub(self, self, self), defects.append)
         serving = asyncio.create_task(server.serve(sockets=[taken]))
@@ -237,6 +293,11 @@ class SmallHub(ScriptedHub):
 
     def greet(self, connection: Connection, hello: ms.Hello) -> ms.Welcome | ms.Refusal | None:
         self.greetings += 1
+        if self._connection is not None:
+            if (refusal := refused_as_a_copy(self._connection, hello)) is not None:
+                return refusal
+            self._connection.close()
+        connection.place = hello.place
         self._connection = connection
         return self._welcome()
 
@@ -255,7 +316,9 @@ class SmallHub(ScriptedHub):
             case _:
                 pass
 
-    def ended(self, connection: Connection) -> None: ...
+    def ended(self, connection: Connection) -> None:
+        if self._connection is connection:
+            self._connection = None
 
     def bundle_file(self, digest: str) -> Path | None:
         return self._files.get(digest)

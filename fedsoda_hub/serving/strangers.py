@@ -66,8 +66,8 @@ class Complaints:
             self._counts.clear()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Count what uvicorn warns of for each request, as a filter of its logger; let the rest through."""
-        if record.levelno == logging.WARNING:
+        """Count what uvicorn says of single requests, as a filter of its logger; let errors with a traceback through."""
+        if record.levelno >= logging.WARNING and record.exc_info is None:
             self.add(record.getMessage().rstrip("."))
             return False
         return True
