@@ -115,11 +115,15 @@ def between_in_a_round(status: str) -> Callable[[Path], str]:
             greetings += "/v1/session" in head
             return answer(status, b"<html>no</html>") if "/v1/session" in head and 1 < greetings < 4 else None
 
-        with SmallHub(bundle(), rounds=4) as hub, Front(hub.port, trouble) as front:
-            with joining(home, f"http://127.0.0.1:{front.port}") as process:
-                when(process, "offer")
-                hub.hang_up()
-                return ended(process).lacks(0, "something between") or ("" if greetings >= 4 else "it did not try again")
+        with (
+            SmallHub(bundle(), rounds=4) as hub,
+            Front(hub.port, trouble) as front,
+            joining(home, f"http://127.0.0.1:{front.port}") as process,
+        ):
+            when(process, "offer")
+            hub.hang_up()
+            found = ended(process).lacks(0, "something between")
+            return found or ("" if greetings >= 4 else "it did not try again")
 
     return wrong
 
@@ -362,7 +366,7 @@ def loopback(spelling: str) -> Callable[[Path], str]:
         if not socket.has_dualstack_ipv6():
             return ""
         with SmallHub(bundle(), host="::") as hub:
-            request = "GET /v1/status HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n".encode()
+            request = b"GET /v1/status HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"
             with socket.create_connection((spelling, hub.port), 5) as one:
                 one.sendall(request)
                 line = one.makefile("rb").readline().decode()

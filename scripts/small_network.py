@@ -201,7 +201,9 @@ class SmallProxy:
             if self.refuses:
                 writer.write(answer(f"{self.refuses} No", b"<html>no"))
             else:
-                await self._join(self._there(host.strip("[]"), int(port)), reader, writer, b"HTTP/1.1 200 OK\r\n\r\n", b"")
+                await self._join(
+                    self._there(host.strip("[]"), int(port)), reader, writer, b"HTTP/1.1 200 OK\r\n\r\n", b""
+                )
         else:
             parts = urlsplit(target)
             onward = f"{verb} {parts.path} HTTP/1.1\r\nConnection: close\r\n" + re.sub(

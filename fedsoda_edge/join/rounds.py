@@ -243,7 +243,9 @@ class RoundRunner:
                 self._patience.progressed()
                 return answer
             self._say(ev.Retrying(round=start.round, reason=answer.reason))
-            why = f"the hub does not take the update of round {start.round}: {answer.reason}; join again, which sends it"
+            why = (
+                f"the hub does not take the update of round {start.round}: {answer.reason}; join again, which sends it"
+            )
             await self._patience.after(HubUnreachable(why, "HTTP"))
 
 

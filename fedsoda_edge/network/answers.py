@@ -60,9 +60,7 @@ def refused(
     if reason := reason_of(body):
         if status in (401, 403):
             return RefusedByHub(f"the hub {url} refused: {reason}")
-        return HubUnreachable(
-            f"{url} answers HTTP {status}: {reason}; try again later, or ask the hub's owner", "HTTP"
-        )
+        return HubUnreachable(f"{url} answers HTTP {status}: {reason}; try again later, or ask the hub's owner", "HTTP")
     if 300 <= status < 400 and (location := headers.get("location")):
         return _redirected(route, urljoin(asked or f"{url}/", location))
     if status == 407:

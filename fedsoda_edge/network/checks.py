@@ -176,7 +176,10 @@ async def _healthz(route: Route) -> AsyncIterator[Any]:
     import httpx
 
     try:
-        async with http_client(route, timeout=OPEN_SECONDS) as client, client.stream("GET", f"{route.url}/healthz") as it:
+        async with (
+            http_client(route, timeout=OPEN_SECONDS) as client,
+            client.stream("GET", f"{route.url}/healthz") as it,
+        ):
             yield it
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise not_answered(route, error) from error

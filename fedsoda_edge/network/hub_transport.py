@@ -155,9 +155,7 @@ class HubTransport:
         try:
             async with self._http.stream("GET", address, headers=headers) as answer:
                 if answer.status_code not in (200, 206):
-                    raise answers.refused(
-                        self.route, answer.status_code, answer.headers, await answer.aread(), address
-                    )
+                    raise answers.refused(self.route, answer.status_code, answer.headers, await answer.aread(), address)
                 skip = self._skipped(answer, offset)
                 is_first = offset == 0
                 # Decoded, since something between may compress in spite of what it was asked for. No piece is held back

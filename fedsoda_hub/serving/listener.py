@@ -188,7 +188,9 @@ def bind(host: str, port: int) -> socket.socket:
     taken = socket.socket(family, socket.SOCK_STREAM)
     taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        if family == socket.AF_INET6:  # "::" is for IPv4 too, as 0.0.0.0 is for all of IPv4, whatever the system's default
+        if (
+            family == socket.AF_INET6
+        ):  # "::" is for IPv4 too, as 0.0.0.0 is for all of IPv4, whatever the system's default
             taken.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         taken.bind((host, port))
     except OSError as error:

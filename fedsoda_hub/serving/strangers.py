@@ -94,7 +94,9 @@ class Strangers:
         self.known(connection)
         loop = asyncio.get_running_loop()
         if num_connections > self.limits.all and not self._make_room(list(self._waiting)):
-            self.complaints.add(f"refused: {self.limits.all} others are open; raise the limit of open files (ulimit -n)")
+            self.complaints.add(
+                f"refused: {self.limits.all} others are open; raise the limit of open files (ulimit -n)"
+            )
             connection.end()
             return
         theirs = [one for one in self._waiting if one.address == connection.address]

@@ -23,7 +23,7 @@ from fedsoda_edge.protocol.codec import decode, encode
 from fedsoda_hub.serving import listener
 from tests.edge.join.test_doctor import all_of, examined
 from tests.edge.network.test_hub_transport import DATA, DIGEST, HELLO, SmallHub, failure_of, fetched, listening
-from tests.edge.network.test_proxies import _no_variables  # noqa: F401
+from tests.edge.network.test_proxies import no_variables  # noqa: F401
 
 NGINX = shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/sbin:/usr/local/bin:/opt/homebrew/bin")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(NGINX is None, reason="nginx is not installed")]
@@ -106,7 +106,9 @@ def test_without_the_headers_of_an_upgrade_it_is_said_that_websockets_are_not_le
                 with nginx(tmp_path, located(inner, more=more)) as port:
                     url = f"http://127.0.0.1:{port}"
                     failure = await failure_of(HubTransport(url, "good"))
-                    assert str(failure).startswith(f"a hub answers at {url}, but websockets are not let through (HTTP 404)")
+                    assert str(failure).startswith(
+                        f"a hub answers at {url}, but websockets are not let through (HTTP 404)"
+                    )
                     assert failure.exit_status == 3
 
     asyncio.run(play())
@@ -120,7 +122,9 @@ def test_a_quiet_conversation_outlives_the_timeouts_of_a_proxy(
 
     async def play() -> None:
         async with listening(hub) as inner:
-            with nginx(tmp_path, located(inner, more=f"{UPGRADE} proxy_read_timeout 1s; proxy_send_timeout 1s;")) as port:
+            with nginx(
+                tmp_path, located(inner, more=f"{UPGRADE} proxy_read_timeout 1s; proxy_send_timeout 1s;")
+            ) as port:
                 edge = HubTransport(f"http://127.0.0.1:{port}", "good")
                 await edge.connect()
                 await edge.send(encode(HELLO))
@@ -158,7 +162,9 @@ def test_a_redirect_is_told_with_where_to_join(tmp_path: Path) -> None:
         assert str(failure) == f"http://127.0.0.1:{port}/fl redirects to https://hub.example.org/fl: join there"
 
 
-@pytest.mark.parametrize("more", ["gzip on; gzip_types *; gzip_min_length 1;", "proxy_buffering off;", "proxy_max_temp_file_size 0;"])
+@pytest.mark.parametrize(
+    "more", ["gzip on; gzip_types *; gzip_min_length 1;", "proxy_buffering off;", "proxy_max_temp_file_size 0;"]
+)
 def test_buffers_and_compression_change_no_byte(hub: SmallHub, tmp_path: Path, more: str) -> None:
     async def play() -> None:
         async with listening(hub) as inner:

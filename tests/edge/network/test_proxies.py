@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,11 +21,10 @@ VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "SSL_CERT_FIL
 
 
 @pytest.fixture(autouse=True)
-def _no_variables(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
-    yield
 
 
 @pytest.fixture
@@ -55,9 +53,17 @@ def steps(checks: list[DoctorStep]) -> dict[str, DoctorStep]:
 @pytest.mark.parametrize(
     ("variable", "value", "asked"),
     [
-        ("http_proxy", "http://127.0.0.1:{port}", ["CONNECT hub.internal:8470", "GET http://hub.internal:8470/v1/blobs/"]),
+        (
+            "http_proxy",
+            "http://127.0.0.1:{port}",
+            ["CONNECT hub.internal:8470", "GET http://hub.internal:8470/v1/blobs/"],
+        ),
         ("HTTP_PROXY", "127.0.0.1:{port}", ["CONNECT hub.internal:8470", "GET http://hub.internal:8470/v1/blobs/"]),
-        ("all_proxy", "http://127.0.0.1:{port}/", ["CONNECT hub.internal:8470", "GET http://hub.internal:8470/v1/blobs/"]),
+        (
+            "all_proxy",
+            "http://127.0.0.1:{port}/",
+            ["CONNECT hub.internal:8470", "GET http://hub.internal:8470/v1/blobs/"],
+        ),
         ("all_proxy", "socks5://127.0.0.1:{port}", ["SOCKS5 hub.internal:8470", "SOCKS5 hub.internal:8470"]),
         ("ALL_PROXY", "socks5h://127.0.0.1:{port}", ["SOCKS5 hub.internal:8470", "SOCKS5 hub.internal:8470"]),
         ("all_proxy", "socks://127.0.0.1:{port}/", ["SOCKS5 hub.internal:8470", "SOCKS5 hub.internal:8470"]),
@@ -98,7 +104,10 @@ def test_doctor_names_the_proxy_and_its_variable_first(
 
 @pytest.mark.parametrize(
     "environment",
-    [{"https_proxy": "http://127.0.0.1:9"}, {"http_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.0/8,::1,fe80::/10"}],
+    [
+        {"https_proxy": "http://127.0.0.1:9"},
+        {"http_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.0/8,::1,fe80::/10"},
+    ],
 )
 def test_an_address_that_no_proxy_is_for_is_reached_directly_by_both(
     hub: SmallHub, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
@@ -219,9 +228,9 @@ def test_a_portals_page_is_neither_a_hub_nor_a_file(kind: str) -> None:
 
     with Answers(lambda _: page) as server:
         url = f"http://127.0.0.1:{server.port}"
-        with pytest.raises(HubUnreachable, match="answers, but not as a hub does .*sign in"):
+        with pytest.raises(HubUnreachable, match=r"answers, but not as a hub does .*sign in"):
             asyncio.run(checks.check_http(HubTransport(url, "good").route))
-        with pytest.raises(HubUnreachable, match="answers, but not as a hub does .*sign in"):
+        with pytest.raises(HubUnreachable, match=r"answers, but not as a hub does .*sign in"):
             asyncio.run(pieces(url))
 
 

@@ -88,7 +88,9 @@ def test_no_proxy_spares_names_suffixes_addresses_networks_and_ports(
     assert bool(sparing(host, port, no_proxy)) == is_spared
 
 
-@pytest.mark.parametrize("no_proxy", ["hub.org", ".hub.org", "hub.org:8470", "hub.org:1", "*", "org", "ub.org", "", "10.0.0.5"])
+@pytest.mark.parametrize(
+    "no_proxy", ["hub.org", ".hub.org", "hub.org:8470", "hub.org:1", "*", "org", "ub.org", "", "10.0.0.5"]
+)
 @pytest.mark.parametrize("host", ["hub.org", "a.hub.org", "10.0.0.5", "nothub.org"])
 def test_names_are_spared_as_the_standard_library_spares_them(no_proxy: str, host: str) -> None:
     theirs = urllib.request.proxy_bypass_environment(f"{host}:8470", {"no": no_proxy})
@@ -102,7 +104,9 @@ def test_no_form_of_no_proxy_breaks_anything(no_proxy: str) -> None:
 
 def test_a_password_reaches_the_proxy_however_it_is_written_and_nobody_else() -> None:
     for written in ("p%40ss%23w%3Ard", "p@ss#w:rd"):
-        [proxy] = {Route.to(url, {"all_proxy": f"http://me:{written}@proxy:1"}).proxy for url in ("http://h", "https://h")}
+        [proxy] = {
+            Route.to(url, {"all_proxy": f"http://me:{written}@proxy:1"}).proxy for url in ("http://h", "https://h")
+        }
         assert proxy is not None
         assert proxy.url == "http://me:p%40ss%23w%3Ard@proxy:1"
         assert "ss" not in f"{proxy} {proxy!r}"

@@ -18,14 +18,22 @@ from fedsoda_edge.join.patience import Patience
 from fedsoda_edge.network.hub_transport import HubTransport
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_hub.settings.run import RunSettings
-from tests.hub.serving.test_daemon import connected, serving, settings  # noqa: F401
+from tests.hub.serving.test_daemon import connected, serving, write_run
 from tests.skipping_clock import SkippingClock
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> RunSettings:
+    return write_run(tmp_path / "run")
+
 
 WHY = "two devices share one identity: a is connected from another machine, or from another copy of its FEDSODA_HOME"
 
 
 def test_the_copy_is_refused_for_now_and_the_first_is_not_disturbed(
-    tmp_path: Path, settings: RunSettings, caplog: pytest.LogCaptureFixture  # noqa: F811
+    tmp_path: Path,
+    settings: RunSettings,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     first = Home(tmp_path / "home")
     first.device_id()
@@ -47,7 +55,9 @@ def test_the_copy_is_refused_for_now_and_the_first_is_not_disturbed(
                         assert refusal.reason.startswith(WHY)
                         assert await late.is_hung_up_on()
                 await old.say(ms.Ready(num_examples=3))  # the first is still heard
-                async with connected(hub.url, token) as again:  # the same directory: `plan`, `leave`, a join after kill -9
+                async with connected(
+                    hub.url, token
+                ) as again:  # the same directory: `plan`, `leave`, a join after kill -9
                     await again.say(hello_of(first))
                     await again.hear(ms.Welcome)
                     assert await old.is_hung_up_on()
@@ -59,7 +69,8 @@ def test_the_copy_is_refused_for_now_and_the_first_is_not_disturbed(
 
 
 def test_two_joins_of_one_identity_make_few_connections_and_the_later_one_ends_with_status_5(
-    tmp_path: Path, settings: RunSettings  # noqa: F811
+    tmp_path: Path,
+    settings: RunSettings,
 ) -> None:
     homes = [Home(tmp_path / name) for name in ("home", "copy")]
     homes[0].device_id()
@@ -99,7 +110,8 @@ def test_two_joins_of_one_identity_make_few_connections_and_the_later_one_ends_w
 
 
 def test_a_device_that_does_not_say_where_it_is_replaces_its_old_connection(
-    tmp_path: Path, settings: RunSettings  # noqa: F811
+    tmp_path: Path,
+    settings: RunSettings,
 ) -> None:
     said = hello_of(Home(tmp_path / "home"))
 

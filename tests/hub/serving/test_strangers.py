@@ -104,7 +104,11 @@ def test_a_conversation_without_hello_is_ended_and_one_with_it_stays(
     monkeypatch.setattr(connection, "HELLO_SECONDS", 0.2)
 
     async def play() -> None:
-        async with serving(hub) as port, session(f"127.0.0.1:{port}") as quiet, session(f"127.0.0.1:{port}", "bob") as edge:
+        async with (
+            serving(hub) as port,
+            session(f"127.0.0.1:{port}") as quiet,
+            session(f"127.0.0.1:{port}", "bob") as edge,
+        ):
             await greet(edge)
             await assert_hub_ends_it(quiet)
             await asyncio.sleep(0.5)
@@ -150,11 +154,11 @@ def test_where_all_places_are_taken_by_conversations_the_next_is_refused_and_tol
 
 
 def test_strangers_are_told_of_in_one_line_a_minute(caplog: pytest.LogCaptureFixture) -> None:
-    now = 0.0
-    complaints = Complaints(lambda: now)
-    for now in range(0, 180):  # noqa: B020
-        for _ in range(1000):
-            complaints.add("ended")
+    seconds = iter(second for second in range(180) for _ in range(1000))
+    now = 0
+    complaints = Complaints(lambda: float(now))
+    for now in seconds:  # noqa: B007
+        complaints.add("ended")
     complaints.tell()
     assert [record.getMessage() for record in caplog.records] == [
         "connections: ended (1)",
@@ -236,7 +240,9 @@ def test_sixty_silent_connections_at_48_descriptors_leave_the_hub_alive_and_its_
 # --- loopback --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("client", ["::ffff:127.0.0.1", "::ffff:7f00:1", "::1", "0:0:0:0:0:0:0:1", "::1%lo", "127.1.2.3"])
+@pytest.mark.parametrize(
+    "client", ["::ffff:127.0.0.1", "::ffff:7f00:1", "::1", "0:0:0:0:0:0:0:1", "::1%lo", "127.1.2.3"]
+)
 def test_loopback_in_every_spelling_is_loopback(hub: MemoryHub, client: str) -> None:
     assert ask(hub, "/v1/status", (client, 4711), "") == 200
 
