@@ -1,7 +1,7 @@
 """Decide when a failed try for the hub is made again, and when it is given up: one policy for all that needs the network.
 
-The greeting, downloads, views and uploads each hold a Patience. Only progress, which their files define, begins it anew;
-a connection that opens and breaks again is none.
+The greeting, downloads, views and uploads each hold a Patience. Only progress, which their files define, begins it from
+the start; a connection that opens and breaks again is none.
 """
 
 from __future__ import annotations

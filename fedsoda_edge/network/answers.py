@@ -65,6 +65,8 @@ def refused(
         return _redirected(route, urljoin(asked or f"{url}/", location))
     if status == 407:
         return wants_password(route)
+    if status == 200 and (PAGE.match(body) or headers.get("content-type", "").startswith("text/html")):
+        return no_hub(route, "HTTP 200 with a page of HTML")
     if status in (401, 403, 429) or (status >= 500 and status != 501):
         return HubUnreachable(
             f"{url} answers HTTP {status}, and not the hub itself but something between: {between(route)}; "

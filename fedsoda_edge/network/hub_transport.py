@@ -1,7 +1,7 @@
 """Carry bytes to a hub and back: websockets (control, updates) and httpx (bundles).
 
 It cannot import the room that reads private text (tests/test_architecture.py). Which way both go is `route.py`'s, what
-failed on it `checks.py`'s, what an answer that is no hub's means `answers.py`'s; what the bytes mean is left to `protocol`.
+failed on it `checks.py`'s, what comes instead of a hub's answer `answers.py`'s; what the bytes mean is left to `protocol`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class HubTransport:
                 return exc
 
         await self._hang_up()
-        route, tls = self.route, {}
+        route = self.route
+        tls: dict[str, Any] = {}
         if route.scheme == "https":
             tls["ssl"] = route.tls
         if route.proxy is not None and route.proxy.scheme == "https":

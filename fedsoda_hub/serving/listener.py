@@ -29,7 +29,7 @@ from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.run.status import LiveStatus
 from fedsoda_hub.run.tokens import Token
 from fedsoda_hub.serving.connection import Connection, Hub
-from fedsoda_hub.serving.strangers import Complaints, Limits, Strangers, guarded
+from fedsoda_hub.serving.strangers import Complaints, ConnectionLimits, Strangers, guarded
 
 PING_SECONDS = 10.0  # an edge that is gone is noticed within the sum of both; pings also keep proxies from timing out
 PONG_SECONDS = 20.0
@@ -290,8 +290,8 @@ class Server(uvicorn.Server):
         limits: None: those of this process.
     """
 
-    def __init__(self, hub: Hub, broke: Broke, limits: Limits | None = None) -> None:
-        limits = limits or Limits(descriptors_left())
+    def __init__(self, hub: Hub, broke: Broke, limits: ConnectionLimits | None = None) -> None:
+        limits = limits or ConnectionLimits(descriptors_left())
         self._complaints = Complaints(asyncio.get_running_loop().time)
         super().__init__(
             uvicorn.Config(

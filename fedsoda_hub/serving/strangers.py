@@ -27,7 +27,7 @@ OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _log = logging.getLogger("fedsoda_hub.serving")
 
 
-class Limits:
+class ConnectionLimits:
     """The numbers of connections for which there is room.
 
     Args:
@@ -45,7 +45,7 @@ class Limits:
 
 
 class Complaints:
-    """What strangers did, counted, and told in one line of the log a minute."""
+    """The deeds of strangers, counted, and told in one line of the log a minute."""
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
@@ -84,7 +84,7 @@ class Complaints:
 class Strangers:
     """The connections on which no request is under way, the one that has waited longest first."""
 
-    def __init__(self, limits: Limits, complaints: Complaints) -> None:
+    def __init__(self, limits: ConnectionLimits, complaints: Complaints) -> None:
         self.limits = limits
         self.complaints = complaints
         self._waiting: dict[Guarded, asyncio.TimerHandle] = {}

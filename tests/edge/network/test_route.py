@@ -93,7 +93,7 @@ def test_no_proxy_spares_names_suffixes_addresses_networks_and_ports(
 )
 @pytest.mark.parametrize("host", ["hub.org", "a.hub.org", "10.0.0.5", "nothub.org"])
 def test_names_are_spared_as_the_standard_library_spares_them(no_proxy: str, host: str) -> None:
-    theirs = urllib.request.proxy_bypass_environment(f"{host}:8470", {"no": no_proxy})
+    theirs = urllib.request.proxy_bypass_environment(f"{host}:8470", {"no": no_proxy})  # type: ignore[attr-defined]
     assert bool(sparing(host, 8470, no_proxy)) == bool(theirs)
 
 
