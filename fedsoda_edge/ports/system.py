@@ -154,15 +154,14 @@ def place_of(device_id: str, directory: Path) -> str:
 
 def descriptors_left() -> int | None:
     """Return how many files and sockets this process may still open; None: the system sets no limit."""
-    if sys.platform == "win32":
-        return None
-    import resource
+    left = None
+    if sys.platform != "win32":
+        import resource
 
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY:
-        return None
-    directory = "/proc/self/fd" if sys.platform == "linux" else "/dev/fd"
-    return max(0, soft - len(os.listdir(directory)))
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != resource.RLIM_INFINITY:
+            left = max(0, soft - len(os.listdir("/proc/self/fd" if sys.platform == "linux" else "/dev/fd")))
+    return left
 
 
 def peak_rss_bytes() -> int:
