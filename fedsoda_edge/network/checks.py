@@ -133,7 +133,10 @@ async def check_tls(route: Route) -> Certificate | None:
 def _no_tls(route: Route, why: str) -> HubUnreachable:
     fix = "check port and certificate, or write http:// if the hub has no TLS"
     if "CERTIFICATE_VERIFY_FAILED" in why:
-        fix = "check the address; where a CA of your own signed it, name its certificates in SSL_CERT_FILE"
+        fix = (
+            "check the address and this device's clock; where the network has a sign-in page, sign in; where a CA of your "
+            "own signed it, name its certificates in SSL_CERT_FILE"
+        )
     return HubUnreachable(
         f"TLS: {bracketed(route.host)}:{route.port} answers, but not with a valid certificate ({why}); {fix}", "TLS"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import socket
 import subprocess
@@ -184,6 +185,24 @@ def test_what_uvicorn_warns_of_is_counted_and_not_repeated(hub: MemoryHub, caplo
     asyncio.run(play())
     told = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert told == ["connections: Invalid HTTP request received (1)", "connections: Invalid HTTP request received (19)"]
+
+
+def test_a_lack_of_descriptors_is_counted_and_other_errors_of_the_loop_are_told_as_ever(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def play() -> None:
+        loop, complaints = asyncio.get_running_loop(), Complaints(lambda: 0.0)
+        for _ in range(1000):
+            full = OSError(errno.EMFILE, "Too many open files")
+            complaints.handle(loop, {"message": "socket.accept() out of system resource", "exception": full})
+        complaints.handle(loop, {"message": "another", "exception": RuntimeError("a defect")})
+
+    asyncio.run(play())
+    few, other = caplog.records
+    assert few.getMessage() == (
+        "connections: not accepted: Too many open files; raise the limit of open files (ulimit -n) (1)"
+    )
+    assert "another" in other.getMessage()
 
 
 # --- few descriptors -------------------------------------------------------------------------------------------------
