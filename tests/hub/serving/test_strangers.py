@@ -23,6 +23,12 @@ from tests.conftest import ROOT
 from tests.hub.serving.test_listener import MemoryHub, ask, assert_hub_ends_it, greet, session
 
 
+UPGRADE = (
+    b"GET /v1/session HTTP/1.1\r\nHost: h\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\nAuthorization: Bearer guess\r\n\r\n"
+)
+
+
 @pytest.fixture
 def hub(tmp_path: Path) -> MemoryHub:
     (tmp_path / "shard").write_bytes(b"shard")
@@ -63,8 +69,15 @@ async def is_alive(port: int) -> bool:
 
 @pytest.mark.parametrize(
     "said",
-    [b"", b"GET /healthz HTTP/1.1\r\nHost: h\r\nX-Slow: ", b"\0", b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\nGET"],
-    ids=["nothing", "half a head", "a byte", "one request and half of the next"],
+    [
+        b"",
+        b"GET /healthz HTTP/1.1\r\nHost: h\r\nX-Slow: ",
+        b"\0",
+        b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\nGET",
+        b"POST /healthz HTTP/1.1\r\nHost: h\r\nContent-Length: 9\r\n\r\nhalf",
+        UPGRADE,
+    ],
+    ids=["nothing", "half a head", "a byte", "one request and half of the next", "half a body", "no token"],
 )
 def test_a_connection_without_a_whole_request_is_ended(
     hub: MemoryHub, monkeypatch: pytest.MonkeyPatch, said: bytes
