@@ -22,7 +22,6 @@ from fedsoda_hub.serving.strangers import Complaints, ConnectionLimits
 from tests.conftest import ROOT
 from tests.hub.serving.test_listener import MemoryHub, ask, assert_hub_ends_it, greet, session
 
-
 UPGRADE = (
     b"GET /v1/session HTTP/1.1\r\nHost: h\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\nAuthorization: Bearer guess\r\n\r\n"
