@@ -377,6 +377,8 @@ def test_a_transfer_that_does_not_move_is_given_up_after_ten_minutes_unless_nobo
         fetched(tmp_path, [1_000_000, *[10] * 1000])
     _, said = fetched(tmp_path, [10] * 200, unattended=True)
     assert [type(event) for event in said] == [ev.Reconnecting]  # once, not at every try
+    (tmp_path / "other").mkdir()
+    fetched(tmp_path / "other", [10] * 5)  # no byte of the file came, and it is tried again all the same
 
 
 def test_all_files_come_by_one_connection(tmp_path: Path, scripted: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import ssl
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from fedsoda_edge.join.doctor import DoctorStep
 from fedsoda_edge.network import checks
 from fedsoda_edge.network.hub_transport import HubTransport
 from tests.edge.join.test_doctor import DEVICE, all_of, examined
+from tests.edge.network.certificates import write_certificate
 from tests.edge.network.test_hub_transport import DATA, DIGEST, SmallHub, failure_of, fetched, listening
 
 VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR")
@@ -259,30 +262,35 @@ def test_what_came_before_a_cut_within_the_first_piece_is_given() -> None:
 # --- certificates ----------------------------------------------------------------------------------------------------
 
 
-def test_a_hub_whose_ca_the_environment_names_is_reached_also_through_a_proxy(
-    hub: SmallHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from tests.edge.network.certificates import write_certificate
-
-    certificate, key = write_certificate(tmp_path, "hub.internal")
+@contextlib.asynccontextmanager
+async def behind_tls(directory: Path, host: str, port: int) -> AsyncIterator[tuple[int, Path]]:
+    """The port of a server that speaks TLS as this host and passes bytes on to a port; and its certificate."""
+    certificate, key = write_certificate(directory, host)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
 
+    async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        while piece := await source.read(1 << 16):
+            sink.write(piece)
+        sink.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        onward_reader, onward = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.gather(pump(reader, onward), pump(onward_reader, writer), return_exceptions=True)
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
+    yield server.sockets[0].getsockname()[1], certificate
+    server.close()
+
+
+def test_a_hub_whose_ca_the_environment_names_is_reached_also_through_a_proxy(
+    hub: SmallHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def play() -> None:
-        async with listening(hub) as inner:
-
-            async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-                onward_reader, onward = await asyncio.open_connection("127.0.0.1", int(inner.rpartition(":")[2]))
-
-                async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-                    while piece := await source.read(1 << 16):
-                        sink.write(piece)
-                    sink.close()
-
-                await asyncio.gather(pump(reader, onward), pump(onward_reader, writer), return_exceptions=True)
-
-            server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
-            port = server.sockets[0].getsockname()[1]
+        async with (
+            listening(hub) as inner,
+            behind_tls(tmp_path, "hub.internal", int(inner.rpartition(":")[2])) as (port, certificate),
+        ):
             with SmallProxy(names={"hub.internal": port}) as proxy:
                 monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.port}")
                 url = f"https://hub.internal:{port}"
@@ -295,6 +303,20 @@ def test_a_hub_whose_ca_the_environment_names_is_reached_also_through_a_proxy(
                 assert until is not None
                 assert until.valid_until.endswith("GMT")
                 assert set(proxy.asked) == {f"CONNECT hub.internal:{port}"}
-            server.close()
+
+    asyncio.run(play())
+
+
+def test_a_proxy_that_speaks_tls_itself_is_used_by_both(
+    hub: SmallHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def play() -> None:
+        async with listening(hub) as url:
+            with SmallProxy() as proxy:
+                async with behind_tls(tmp_path, "localhost", proxy.port) as (port, certificate):
+                    monkeypatch.setenv("http_proxy", f"https://localhost:{port}")
+                    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+                    assert await used(url) == (DATA, None)
+                    assert [line.split(" ")[0] for line in proxy.asked] == ["CONNECT", "GET"]
 
     asyncio.run(play())
