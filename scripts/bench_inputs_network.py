@@ -38,9 +38,9 @@ def bundle() -> Path:
 
 
 def _environment(home: Path, more: Mapping[str, str]) -> dict[str, str]:
-    return {
-        **dict.fromkeys(PROXY_VARIABLES, ""), "FEDSODA_TOKEN": "good", "FEDSODA_HOME": str(home / "fedsoda-home"), **more
-    }  # fmt: skip
+    for name in PROXY_VARIABLES:  # an empty one counts too: lower case before upper case
+        os.environ.pop(name, None)
+    return {"FEDSODA_TOKEN": "good", "FEDSODA_HOME": str(home / "fedsoda-home"), **more}
 
 
 def edge(home: Path, *arguments: str, **environment: str) -> Ended:
@@ -61,7 +61,7 @@ def joining(home: Path, url: str) -> Iterator[subprocess.Popen[str]]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, **_environment(home, {})},
+        env=os.environ | _environment(home, {}),
     ) as process:
         try:
             yield process
