@@ -85,7 +85,7 @@ HOUSE = {
     "edge.device": Room(_SIZES, "msgspec"),
     "edge.device.facts": Room(f"{_SIZES} edge.device", "disk psutil pynvml"),
     "edge.device.sensors": Room(f"{_SIZES} edge.device", "psutil pynvml"),
-    "edge.network": Room("edge.errors edge.protocol", "asyncio clock disk network httpx websockets"),
+    "edge.network": Room("edge.errors edge.protocol", "asyncio clock disk network httpx websockets certifi msgspec"),
     "edge.join": Room(_JOIN, f"{_ANY_STDLIB} psutil platformdirs msgspec"),
     "edge.join.doctor": Room(f"{_JOIN} edge.join edge.network", f"{_ANY_STDLIB} msgspec"),
     "edge.worker": Room(
@@ -193,7 +193,11 @@ def test_pure_rooms_ask_for_no_tensors_sockets_clock_or_disk() -> None:
 
 # -- the rules ------------------------------------------------------------------------------------------
 
-NETWORK_FILES = ("fedsoda_edge/network/hub_transport.py", "fedsoda_hub/serving/listener.py")
+NETWORK_FILES = (
+    *(f"fedsoda_edge/network/{name}.py" for name in ("route", "checks", "answers", "hub_transport")),
+    "fedsoda_hub/serving/strangers.py",
+    "fedsoda_hub/serving/listener.py",
+)
 SYSTEM_FILE = "fedsoda_edge/ports/system.py"
 RUNS_CODE = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "multiprocessing", "runpy"}
 
@@ -243,7 +247,7 @@ def rooms_know_of_the_world_what_the_table_says(sources: Sequence[Source]) -> li
     return wrong
 
 
-def two_files_touch_the_network(sources: Sequence[Source]) -> list[str]:
+def few_files_touch_the_network(sources: Sequence[Source]) -> list[str]:
     network = GROUPS["network"] | {"httpx", "websockets", "uvicorn", "starlette", "requests", "aiohttp"}
     return [
         f"{source.path}:{line} imports {name}; only {' and '.join(NETWORK_FILES)} touch the network"
@@ -328,7 +332,7 @@ RULES: list[Checker] = [
     every_file_has_a_room,
     rooms_import_what_the_table_says,
     rooms_know_of_the_world_what_the_table_says,
-    two_files_touch_the_network,
+    few_files_touch_the_network,
     pure_rooms_open_nothing,
     files_have_no_circle,
     nothing_received_becomes_code,
@@ -395,8 +399,8 @@ NETWORK = "fedsoda_edge/network/hub_transport.py"
         (rooms_know_of_the_world_what_the_table_says, {EDGE: "def f():\n    import httpx"}),
         (rooms_know_of_the_world_what_the_table_says, {CLI: "from starlette.requests import Request"}),
         (rooms_know_of_the_world_what_the_table_says, {CLI: "from urllib.request import urlopen"}),
-        (two_files_touch_the_network, {"fedsoda_hub/serving/daemon.py": "def f():\n    import httpx"}),
-        (two_files_touch_the_network, {"fedsoda_edge/network/tls.py": "from ssl import create_default_context"}),
+        (few_files_touch_the_network, {"fedsoda_hub/serving/daemon.py": "def f():\n    import httpx"}),
+        (few_files_touch_the_network, {"fedsoda_edge/network/tls.py": "from ssl import create_default_context"}),
         (rooms_know_of_the_world_what_the_table_says, {"fedsoda_edge/edge.py": "def f():\n    import torch"}),
         (rooms_know_of_the_world_what_the_table_says, {"fedsoda_hub/serving/daemon.py": "import peft"}),
         (rooms_know_of_the_world_what_the_table_says, {"fedsoda_edge/worker/planted.py": "import asyncio"}),

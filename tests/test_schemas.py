@@ -523,7 +523,11 @@ def test_errors_of_an_edge(served: str, nowhere: str, tmp_path: Path) -> None:
     assert edge("join", nowhere)["error"] == "Usage"
     assert edge(*join, "--device", "tpu")["error"] == "UsageProblem"  # there is no token either
     assert edge("join", nowhere, "--data", tmp_path / "none.jsonl")["error"] == "DataProblem"
-    assert edge(*join, FEDSODA_TOKEN="good")["error"] == "HubUnreachable"
+    with mock.patch("fedsoda_edge.join.agent.FIRST_SECONDS", 0.0):
+        assert edge(*join, FEDSODA_TOKEN="good")["error"] == "HubUnreachable"
+        told = EDGE.events(run("fedsoda-edge", *join, "--jsonl", FEDSODA_TOKEN="good").out)
+    assert [event["event"] for event in told] == ["settings", "reconnecting", "end"]
+    assert told[-1]["exit_status"] == 3
     assert edge("plan", served, FEDSODA_TOKEN="old")["error"] == "RefusedByHub"
     assert edge("status", "--loud")["error"] == "Usage"
     assert edge("data check", data, "--tokenizer", tmp_path)["error"] == "UsageProblem"
@@ -531,8 +535,6 @@ def test_errors_of_an_edge(served: str, nowhere: str, tmp_path: Path) -> None:
     home.lock()
     assert edge("cache prune")["error"] == "HomeInUse"
     home.unlock()
-    started, ended = EDGE.events(run("fedsoda-edge", *join, "--jsonl", FEDSODA_TOKEN="good").out)
-    assert (started["event"], ended["exit_status"]) == ("settings", 3)
 
 
 # --- fedsoda-hub -----------------------------------------------------------------------------------------------------

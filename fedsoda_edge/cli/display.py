@@ -135,7 +135,7 @@ def sentence(event: ev.AnyEvent) -> str:
         case ev.Retrying():
             return f"round {event.round}: the hub cannot take the update now ({event.reason}); trying again"
         case ev.Reconnecting():
-            return f"connection lost: {event.message}; trying until it is back"
+            return f"no connection: {event.message}; trying again"
         case ev.Reconnected():
             return "reconnected"
         case ev.JoinPaused():

@@ -21,6 +21,7 @@ from fedsoda_edge.join.conversation import Connected, Conversation, RunOver
 from fedsoda_edge.join.home import Home
 from fedsoda_edge.join.inspect import hello
 from fedsoda_edge.join.offered import Offered
+from fedsoda_edge.join.patience import FIRST_SECONDS, Patience
 from fedsoda_edge.join.pause import Look, PauseBegins, PauseEnds, PauseLasts, Pauses
 from fedsoda_edge.join.preparation import Equipment, JoinPreparation
 from fedsoda_edge.join.presence import Presence
@@ -86,7 +87,8 @@ class Agent:
         self._show = say
         self._clock = clock
         self._status: Status | None = None  # from when this join has locked the home
-        self._conversation = Conversation(transport, lambda: hello(home), self.say, clock)
+        patience = Patience.of(clock, unattended=settings.unattended)
+        self._conversation = Conversation(transport, lambda: hello(home), self.say, clock, patience)
         self._presence = Presence()
         self._pauses = Pauses(home.control, settings.rules, clock)
         self._offered = Offered()
@@ -144,14 +146,16 @@ class Agent:
         if not self._settings.cache.keep_key:
             self.home.forget_borders()  # a join that was killed left them, and nobody has its key
         self._status = Status(self.home.status, self.transport.url, self._clock, lambda: self.worker.rss_bytes)
-        welcome = await self._conversation.greet(keep_trying=self._settings.unattended)
+        patience = Patience(self._clock, None if self._settings.unattended else FIRST_SECONDS)
+        welcome = await self._conversation.greet(patience)
         self.say(ev.Joined(run=welcome.run_name, edge=welcome.edge, rounds=welcome.rounds))
         self._presence.connected()
         await self._heed(await self._pauses.look(None))
         if not self._pauses.is_paused:
             await self.worker.start()  # its imports take seconds; nothing below needs it yet
         state = RunState(self.home.run(welcome.run_id), welcome.codec)
-        rounds = RoundRunner(welcome, state, self._offered, self._conversation, self.say, self._clock)
+        upload = Patience.of(self._clock, unattended=self._settings.unattended)
+        rounds = RoundRunner(welcome, state, self._offered, self._conversation, self.say, self._clock, upload)
         self._run = Greeted(welcome, state, rounds, asyncio.create_task(self._live()))
         with contextlib.suppress(RunOver):
             await self._within(self._prepared())

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from fedsoda_edge.errors import HubUnreachable, ProtocolMismatch, RefusedByHub
 from fedsoda_edge.events import EventSink, Reconnecting
-from fedsoda_edge.join.download import backoff_seconds
+from fedsoda_edge.join.patience import Patience
 from fedsoda_edge.ports import Clock, Transport
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol import trace
@@ -25,6 +25,12 @@ log = logging.getLogger("fedsoda_edge.join")
 T = TypeVar("T")
 
 ENDED = "the connection to the hub ended"
+HELD_SECONDS = 30.0  # a connection that holds so long is progress, though nothing may be due on it
+SHARED_SECONDS = 45.0  # within which a hub notices that the other connection of this identity is dead
+
+
+class RefusedForNow(RefusedByHub):
+    """A refusal of the greeting that may end by itself: another connection with this identity may be dead."""
 
 
 class RunOver(Exception):
@@ -58,10 +64,11 @@ class Lost:
 
 
 class Connected:
-    """The state of a connection on which the hub welcomed this edge."""
+    """The state of a connection on which the hub welcomed this edge. since: monotonic seconds."""
 
-    def __init__(self, session: EdgeSession) -> None:
+    def __init__(self, session: EdgeSession, since: float) -> None:
         self.session = session
+        self.since = since
         self.is_ready = False  # Ready was said: the hub takes updates
         self.due: BlobDue | AnswerDue | NothingDue = NothingDue()
         self.request: asyncio.Task[Any] | None = None  # the one that runs; it may outlive those who wait for it
@@ -97,42 +104,52 @@ class Conversation:
     Args:
         hello: makes the first message of a connection.
         say: gets the events about lost connections.
+        patience: how long to reconnect. Progress is a blob, an answer to an update, a connection that holds.
     """
 
-    def __init__(self, transport: Transport, hello: Callable[[], ms.Hello], say: EventSink, clock: Clock) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        hello: Callable[[], ms.Hello],
+        say: EventSink,
+        clock: Clock,
+        patience: Patience,
+    ) -> None:
         self._transport = transport
         self._hello = hello
         self._say = say
         self._clock = clock
+        self._patience = patience
         self._state: Lost | Connected | Over = Lost()
         self._changed = asyncio.Event()  # set when the state changes, and replaced
         self._welcome: ms.Welcome | None = None
 
     # --- connections -------------------------------------------------------------------------------------------------
 
-    async def greet(self, *, keep_trying: bool = False) -> ms.Welcome:
+    async def greet(self, patience: Patience | None = None) -> ms.Welcome:
         """Connect, say Hello and return the hub's Welcome.
 
         Args:
-            keep_trying: whether to try until it succeeds, with longer and longer breaks.
+            patience: how long to try for it; None: once.
 
         Raises:
             HubUnreachable: names the step that failed.
             RefusedByHub: the hub refused, or now serves another run.
             ProtocolMismatch: the hub speaks another version.
         """
-        attempt = 0
+        shared = Patience(self._clock, SHARED_SECONDS)
+        is_told = False
         while True:
             try:
                 return await self._greet_once()
-            except HubUnreachable as error:
+            except (HubUnreachable, RefusedForNow) as error:
                 log.info(trace.went_wrong(error))
-                if not keep_trying:
+                if patience is None:
                     raise
-                if attempt == 0:
+                if not is_told:
                     self._say(Reconnecting(str(error)))
-                await self._clock.sleep(backoff_seconds(attempt))
-                attempt += 1
+                    is_told = True
+                await (shared if isinstance(error, RefusedForNow) else patience).after(error)
 
     async def _greet_once(self) -> ms.Welcome:
         await self._transport.connect()
@@ -144,7 +161,8 @@ class Conversation:
             assert isinstance(answer, ms.Welcome | ms.Refusal), "a session lets nothing else answer Hello"
             log.debug(trace.line("<", answer))
             if isinstance(answer, ms.Refusal):
-                raise RefusedByHub(f"the hub refused: {answer.reason}")
+                why = f"the hub refused: {answer.reason}"
+                raise RefusedForNow(why) if answer.retry else RefusedByHub(why)
             if answer.protocol != ms.PROTOCOL_VERSION:
                 raise ProtocolMismatch(ms.PROTOCOL_VERSION, answer.protocol)
             if self._welcome is not None and answer.run_id != self._welcome.run_id:
@@ -152,7 +170,7 @@ class Conversation:
                     f"the hub now serves the run {answer.run_id}, this join began with {self._welcome.run_id}; join again"
                 )
             self._welcome = answer
-            self._become(Connected(session))
+            self._become(Connected(session, self._clock.monotonic()))
             return answer
         raise HubUnreachable("the hub closed the connection before it answered Hello; try again later", "HTTP")
 
@@ -173,25 +191,27 @@ class Conversation:
     # --- what the hub says -------------------------------------------------------------------------------------------
 
     async def messages(self) -> AsyncGenerator[Connected | ms.RoundOffer | ms.RoundClosed | ms.Farewell]:
-        """Yield what concerns rounds, until Farewell or Leave; connect again whenever a connection is lost.
+        """Yield what concerns rounds, until Farewell or Leave; connect again when a connection is lost, with patience.
 
         Yields Connected after each reconnect: the hub then knows only the name of this edge. All that waits for the hub
         ends with this iterator, for the same reason.
 
         Raises:
             RefusedByHub, ProtocolMismatch, ProtocolViolation: trying again would not help.
+            HubUnreachable: there was no progress for as long as the patience lasts.
         """
         try:
             while not isinstance(self._state, Over):
                 if not isinstance(self._state, Connected):
-                    await self.greet(keep_trying=True)
+                    await self.greet(self._patience)
                     if isinstance(self._state, Connected):
                         yield self._state
                     continue
+                connection = self._state
                 async for frame in self._transport.frames():
                     if isinstance(self._state, Over):
                         return  # this device left, and what was on its way does not concern it
-                    message = self._received(self._state, frame)
+                    message = self._received(connection, frame)
                     if isinstance(message, ms.Farewell):
                         self._become(Over(RunOver(message.reason)))
                     if message is not None:
@@ -199,10 +219,23 @@ class Conversation:
                     if isinstance(self._state, Over):
                         return
                 self._become(Lost())
+                await self._lost(connection)
         except Exception as error:
             log.info(trace.went_wrong(error))
             self._become(Over(error))
             raise
+
+    async def _lost(self, connection: Connected) -> None:
+        """Wait before the next greeting: one that only leads to the next loss must not be repeated at once.
+
+        Raises:
+            HubUnreachable: the patience is over.
+        """
+        if self._clock.monotonic() - connection.since >= HELD_SECONDS:
+            self._patience.progressed()
+        if not self._patience.is_new:
+            self._say(Reconnecting(f"{ENDED} again, before anything was done on it"))
+        await self._patience.after(HubUnreachable(f"{ENDED} again and again; join again later", "TCP"))
 
     def _received(self, connection: Connected, frame: bytes) -> ms.RoundOffer | ms.RoundClosed | ms.Farewell | None:
         message = connection.session.receive(frame)
@@ -212,6 +245,7 @@ class Conversation:
             case Blob():
                 whole = ms.BlobChunk(digest=message.digest, offset=0, total=len(message.data))
                 log.debug(trace.line("<", whole))
+                self._patience.progressed()
                 connection.blob(message)
             case _:
                 log.debug(trace.line("<", message))
@@ -219,6 +253,7 @@ class Conversation:
             case ms.Refusal() if message.fatal:
                 raise RefusedByHub(f"the hub refused: {message.reason}")
             case ms.Receipt() | ms.Refusal():
+                self._patience.progressed()
                 connection.answer(message)
             case ms.RoundOffer() | ms.RoundClosed() | ms.Farewell():
                 return message
@@ -279,6 +314,8 @@ class Conversation:
             due = BlobDue(blob.digest, asyncio.get_running_loop().create_future())
             connection.due = due
             log.debug(trace.line(">", ms.BlobRequest(digest=blob.digest)))
+            if self._state is not connection:  # lost meanwhile: its answer would come on no connection
+                raise HubUnreachable(ENDED, "TCP")
             await self._transport.send(connection.session.request(blob))
             return await due.blob
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fedsoda_edge.device.facts import read_device
 from fedsoda_edge.device.fit import Limits
-from fedsoda_edge.errors import DeviceTooSmall, FedSODAError
+from fedsoda_edge.errors import DeviceTooSmall, FedSODAError, HubUnreachable
 from fedsoda_edge.join.home import Home
 from fedsoda_edge.join.inspect import look_at
 from fedsoda_edge.join.token import read_token
@@ -104,22 +104,24 @@ async def _device(home: Home, worker: TorchPort) -> AsyncIterator[DoctorStep]:
 
 
 async def _way_to(url: str, token_file: str | Path | None, home: Home, clock: Clock) -> AsyncIterator[DoctorStep]:
+    from fedsoda_edge.network import checks
     from fedsoda_edge.network.hub_transport import HubTransport
 
     step = "address"
     try:
-        transport = HubTransport(url, "doctor")
+        route = HubTransport(url, "doctor").route
+        yield DoctorStep("proxy", True, route.via)
         step = "DNS"
-        yield DoctorStep(step, True, await transport.check_dns())
-        yield DoctorStep("proxy", True, transport.proxy or "none set for this hub")
+        of_proxy = "" if route.proxy is None else ", of the proxy"
+        yield DoctorStep(step, True, await checks.check_dns(route) + of_proxy)
         step = "TCP"
-        yield DoctorStep(step, True, f"answers in {1000 * await transport.check_tcp():.0f} ms")
+        yield DoctorStep(step, True, f"answers in {1000 * await checks.check_tcp(route):.0f} ms{of_proxy}")
         step = "TLS"
-        certificate = await transport.check_tls()
+        certificate = await checks.check_tls(route)
         until = f"certificate until {certificate.valid_until}" if certificate else "not used: http://"
         yield DoctorStep(step, True, until)
         step = "HTTP"
-        theirs = await transport.check_http()
+        theirs = await checks.check_http(route)
         yield DoctorStep(step, True, "a hub answers")
         if theirs is not None:
             skew = clock.wall() - theirs.timestamp()
@@ -147,6 +149,8 @@ async def _way_to(url: str, token_file: str | Path | None, home: Home, clock: Cl
             await transport.close()
         yield DoctorStep(step, True, f"{human_bytes(size / seconds)}/s")
     except FedSODAError as error:
+        if isinstance(error, HubUnreachable) and error.step == "proxy":
+            step = "proxy"
         yield _failed("memory" if isinstance(error, DeviceTooSmall) else step, error)
 
 

@@ -9,19 +9,18 @@ import asyncio
 import contextlib
 import errno
 import os
-import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedsoda_edge.errors import BlobCorrupt, DiskFull, HubUnreachable, ProtocolViolation
 from fedsoda_edge.events import Downloading, EventSink, Reconnecting
+from fedsoda_edge.join.patience import Patience
 from fedsoda_edge.ports import Clock, Transport
 from fedsoda_edge.ports.disk import sha256_file
 from fedsoda_edge.ports.store import FileStore
 from fedsoda_edge.protocol.manifest import TOKENIZER_FILES, BundleManifest, File
 
-MAX_BACKOFF_SECONDS = 30.0
 SAY_SECONDS = 0.25  # at least between two events, except at the end of a file
 
 Run = Callable[[Callable[[], Coroutine[Any, Any, Any]]], Awaitable[Any]]
@@ -40,7 +39,7 @@ class Download:
 
     Args:
         run: does a piece of work, again after each pause that breaks it off.
-        keep_trying: whether to try until all is here; otherwise only while each try brings some bytes.
+        patience: how long to try for bytes that do not come; each byte is progress.
     """
 
     def __init__(
@@ -50,14 +49,14 @@ class Download:
         *,
         run: Run,
         say: EventSink,
-        keep_trying: bool,
+        patience: Patience,
         clock: Clock,
     ) -> None:
         self._transport = transport
         self._store = store
         self._run = run
         self._say = say
-        self._keep_trying = keep_trying
+        self._patience = patience
         self._clock = clock
         self._done = self._total = 0
         self._said_at = float("-inf")
@@ -91,23 +90,22 @@ class Download:
         """Fetch one file, over breaks; return its path.
 
         Raises:
-            HubUnreachable: the transfer broke off, and the next try brought nothing.
+            HubUnreachable: the transfer broke off, and nothing more came for as long as the patience lasts.
             BlobCorrupt, DiskFull, ProtocolViolation: as `fetch_file`.
         """
-        attempt = 0
         while True:
             held = self._store.held_bytes([(digest, size)])
             try:
                 path: Path = await self._run(lambda: self._once(digest, size))
-                return path
             except HubUnreachable as error:
-                has_grown = self._store.held_bytes([(digest, size)]) > held
-                if not (has_grown or self._keep_trying):
-                    raise
-                attempt = 0 if has_grown else attempt + 1
-                if attempt < 2:  # not at every try that brings nothing
+                if self._store.held_bytes([(digest, size)]) > held:
+                    self._patience.progressed()
+                if self._patience.is_new:  # not at every try that brings nothing
                     self._say(Reconnecting(str(error)))
-                await self._clock.sleep(backoff_seconds(attempt))
+                await self._patience.after(error)
+            else:
+                self._patience.progressed()
+                return path
 
     async def _once(self, digest: str, size: int) -> Path:
         came = 0
@@ -126,11 +124,6 @@ class Download:
         self._say(Downloading(self._done + came, self._total))
 
 
-def backoff_seconds(attempt: int) -> float:
-    """Draw how long to wait before a try: longer each time, at most MAX_BACKOFF_SECONDS, not the same for all edges."""
-    return min(MAX_BACKOFF_SECONDS, 0.5 * 2.0 ** min(attempt, 10)) * random.uniform(0.5, 1.0)
-
-
 async def fetch_file(
     store: FileStore, transport: Transport, digest: str, size: int, progress: Callable[[int], None] = lambda _: None
 ) -> Path:
@@ -142,7 +135,7 @@ async def fetch_file(
     Raises:
         BlobCorrupt: two downloads in a row do not have the digest.
         DiskFull: there is no space; what came so far stays, and the next join continues from it.
-        HubUnreachable: the transfer broke off; what came stays too.
+        HubUnreachable: the transfer broke off, or ended early; what came stays too.
         ProtocolViolation: the hub named something that is not a digest.
     """
     try:
@@ -191,6 +184,11 @@ async def _fetch_part(
                 progress(len(piece))
             file.flush()
             os.fsync(file.fileno())
+        if have < size:  # as a proxy that gives up may end a transfer
+            raise HubUnreachable(
+                f"the download from {transport.url} ended after {have} of {size} bytes; join again, which continues it",
+                "HTTP",
+            )
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFull(

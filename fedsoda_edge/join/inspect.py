@@ -17,8 +17,10 @@ from fedsoda_edge.join import size_class
 from fedsoda_edge.join.conversation import Conversation
 from fedsoda_edge.join.download import fetch_file
 from fedsoda_edge.join.home import Home
+from fedsoda_edge.join.patience import Patience
 from fedsoda_edge.ports import SystemClock, Transport
 from fedsoda_edge.ports.store import FileStore
+from fedsoda_edge.ports.system import place_of
 from fedsoda_edge.protocol.messages import PROTOCOL_VERSION, Hello
 from fedsoda_edge.protocol.needs import SampleSizes
 from fedsoda_edge.protocol.ranges import Count, Positive
@@ -57,6 +59,7 @@ def hello(home: Home) -> Hello:
         software=f"fedsoda {version('fedsoda')}",
         device_id=home.device_id(),
         device=read_device(home.directory),
+        place=place_of(home.device_id(), home.directory),
     )
 
 
@@ -65,7 +68,8 @@ def _in_silence(_: ev.AnyEvent) -> None:
 
 
 def _conversation(transport: Transport, home: Home) -> Conversation:
-    return Conversation(transport, lambda: hello(home), _in_silence, SystemClock())
+    clock = SystemClock()
+    return Conversation(transport, lambda: hello(home), _in_silence, clock, Patience(clock, 0.0))  # asked once
 
 
 async def look_at(transport: Transport, home: Home, device: str, limits: Limits) -> Found:

@@ -12,6 +12,7 @@ from fedsoda_edge import events as ev
 from fedsoda_edge.join import size_class
 from fedsoda_edge.join.download import Download
 from fedsoda_edge.join.home import Home, JoinedRun
+from fedsoda_edge.join.patience import Patience
 from fedsoda_edge.join.pause import Pauses
 from fedsoda_edge.join.run_state import RunState
 from fedsoda_edge.join.settings import AgentSettings
@@ -58,7 +59,12 @@ class JoinPreparation:
         self._say = say
         self._store = FileStore(home.store)
         self._download = Download(
-            transport, self._store, run=pauses.run, say=say, keep_trying=settings.unattended, clock=clock
+            transport,
+            self._store,
+            run=pauses.run,
+            say=say,
+            patience=Patience.of(clock, unattended=settings.unattended),
+            clock=clock,
         )
 
     async def check_data(self) -> int:

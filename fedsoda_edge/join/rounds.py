@@ -14,6 +14,7 @@ from fedsoda_edge import events as ev
 from fedsoda_edge.errors import HubUnreachable, ProtocolViolation, UsageProblem
 from fedsoda_edge.join.conversation import Conversation, RunOver
 from fedsoda_edge.join.offered import Offered
+from fedsoda_edge.join.patience import Patience
 from fedsoda_edge.join.preparation import Equipment
 from fedsoda_edge.join.run_state import RunState
 from fedsoda_edge.ports import Clock
@@ -23,7 +24,6 @@ from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.manifest import parse_manifest
 
 PROGRESS_SECONDS = 0.5  # between two reports of training, to people and to the hub
-RETRY_SECONDS = 5.0  # before an update that the hub could not take is sent again
 
 WHAT_LEAVES = (
     "What leaves this device: coded LoRA deltas, the number of examples, the mean loss, the device's sizes. Never text, "
@@ -32,7 +32,11 @@ WHAT_LEAVES = (
 
 
 class RoundRunner:
-    """The rounds of one join on this device."""
+    """The rounds of one join on this device.
+
+    Args:
+        patience: how long to send an update that the hub cannot take for now.
+    """
 
     def __init__(
         self,
@@ -42,6 +46,7 @@ class RoundRunner:
         conversation: Conversation,
         say: ev.EventSink,
         clock: Clock,
+        patience: Patience,
     ) -> None:
         self._welcome = welcome
         self._state = state
@@ -49,6 +54,7 @@ class RoundRunner:
         self._conversation = conversation
         self._say = say
         self._clock = clock
+        self._patience = patience
         self._progress: asyncio.Queue[ms.Progress] = asyncio.Queue()
         self._handing_in = asyncio.Lock()
         self._has_said_what_leaves = False
@@ -234,9 +240,13 @@ class RoundRunner:
         while True:
             answer = await self._conversation.hand_in(start, data)
             if not (isinstance(answer, ms.Refusal) and answer.retry):
+                self._patience.progressed()
                 return answer
             self._say(ev.Retrying(round=start.round, reason=answer.reason))
-            await self._clock.sleep(RETRY_SECONDS)
+            why = (
+                f"the hub does not take the update of round {start.round}: {answer.reason}; join again, which sends it"
+            )
+            await self._patience.after(HubUnreachable(why, "HTTP"))
 
 
 def _digest(path: Path) -> str:

@@ -1,202 +1,99 @@
-"""Carry bytes to a hub and back: websockets (control, updates) and httpx (bundles). No other edge file uses the network.
+"""Carry bytes to a hub and back: websockets (control, updates) and httpx (bundles).
 
-It cannot import the room that reads private text (tests/test_architecture.py). Both libraries honour the proxies of the
-environment. What the bytes mean is left to `protocol`.
+It cannot import the room that reads private text (tests/test_architecture.py). Which way both go is `route.py`'s, what
+failed on it `checks.py`'s, what comes instead of a hub's answer `answers.py`'s; what the bytes mean is left to `protocol`.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import json
-import socket
-import ssl
-import urllib.request
+import re
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
-from datetime import datetime
-from email.utils import parsedate_to_datetime
 from typing import Any
-from urllib.parse import urlsplit
 
-from fedsoda_edge.errors import HubUnreachable, RefusedByHub, UsageProblem
+from fedsoda_edge.errors import HubUnreachable
+from fedsoda_edge.network import answers, checks
+from fedsoda_edge.network.route import Route
 from fedsoda_edge.protocol.codec import MAX_FRAME_BYTES, wire_bytes
 
-OPEN_SECONDS = 20.0
-PIECE_BYTES = 64 << 10  # of a download; a piece that a cut connection leaves unfinished is fetched again
 IDLE_SECONDS = 2.0  # for which a connection is kept to be used again; servers close theirs after five or more
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """A hub's TLS certificate. valid_until: as `ssl` writes it, such as "Jun  1 12:00:00 2027 GMT"."""
-
-    valid_until: str
+READ_SECONDS = 60.0  # without a byte, after which a download is cut
+SESSION_STATUSES = (200, 400, 404, 405, 426, 501)  # of a hub that got no Upgrade, and of much else
 
 
 class HubTransport:
     """The way to one hub at one URL. up, down: bytes of websocket payload and framing.
 
     Raises:
-        UsageProblem: on construction, when the URL is not one of a hub.
+        UsageProblem: on construction, when the URL is not one of a hub, or the environment's proxy is not one.
     """
 
     def __init__(self, url: str, token: str) -> None:
-        try:
-            parts = urlsplit(url if "://" in url else f"http://{url}")
-            is_address = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        except ValueError:  # a port above 65535 or without digits, an open bracket
-            is_address = False
-        if not is_address:
-            raise UsageProblem(f"{url!r} is not the address of a hub; write http://host:port or https://host")
-        self.url = f"{parts.scheme}://{parts.netloc}"
-        self._parts = parts
+        self.route = Route.to(url)
         self._headers = {"Authorization": f"Bearer {token}"}
         self._socket: Any = None
         self._http: Any = None  # one for all files: on a slow link each new connection costs round trips
         self.up = 0
         self.down = 0
 
+    @property
+    def url(self) -> str:
+        """The hub's address, for people."""
+        return self.route.url
+
     async def connect(self) -> None:
         """Open the websocket.
 
         Raises:
-            HubUnreachable: names the first step that failed: DNS, TCP, TLS, HTTP.
+            HubUnreachable: names the first step that failed: DNS, TCP, TLS, proxy, HTTP.
             RefusedByHub: the hub does not accept the token.
+            UsageProblem: the environment names certificates that cannot be read.
         """
         from websockets.asyncio.client import connect
-        from websockets.exceptions import InvalidStatus, WebSocketException
+        from websockets.exceptions import InvalidProxyStatus, InvalidStatus, ProxyError, WebSocketException
+
+        class Straight(connect):
+            """A connection that goes where it was asked to: a redirect is told, not followed."""
+
+            def process_redirect(self, exc: Exception) -> Exception:
+                return exc
 
         await self._hang_up()
-        address = f"{'wss' if self._parts.scheme == 'https' else 'ws'}://{self._parts.netloc}/v1/session"
+        route = self.route
+        tls: dict[str, Any] = {}
+        if route.scheme == "https":
+            tls["ssl"] = route.tls
+        if route.proxy is not None and route.proxy.scheme == "https":
+            tls["proxy_ssl"] = route.tls
         try:
-            self._socket = await connect(
-                address,
+            self._socket = await Straight(
+                route.websocket_url,
                 additional_headers=self._headers,
                 compression=None,  # deflate costs 40 x throughput and gains nothing on codes
                 max_size=MAX_FRAME_BYTES,
-                open_timeout=OPEN_SECONDS,
+                open_timeout=checks.OPEN_SECONDS,
                 user_agent_header=None,
+                proxy=route.proxy.url if route.proxy is not None else None,
+                **tls,
             )
         except InvalidStatus as error:
-            raise self._bad_status(error.response.status_code, bytes(error.response.body or b"")) from error
+            answer = error.response
+            raise await self._no_session(answer.status_code, answer.headers, bytes(answer.body or b"")) from error
+        except InvalidProxyStatus as error:
+            raise answers.no_connection(route, f"HTTP {error.response.status_code}") from error
+        except ProxyError as error:
+            raise answers.no_connection(route, str(error.__cause__ or error)) from error
         except (OSError, UnicodeError, WebSocketException, TimeoutError) as error:
-            raise await self._diagnosis(error) from error
+            raise await checks.diagnosis(route, error) from error
 
-    def _bad_status(self, status: int, body: bytes) -> HubUnreachable | RefusedByHub:
-        reason = ""
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            reason = str(json.loads(body)["reason"])
-        if status in (401, 403):
-            return RefusedByHub(f"the hub {self.url} refused: {reason or 'the token was not accepted'}")
-        if reason:  # a hub's answer has one
-            return HubUnreachable(
-                f"{self.url} answers HTTP {status}: {reason}; try again later, or ask the hub's owner", "HTTP"
-            )
-        return HubUnreachable(
-            f"{self.url} answers HTTP {status}, which no hub does; check the address, and the proxy if there is one",
-            "HTTP",
-        )
-
-    async def _diagnosis(self, cause: Exception) -> HubUnreachable:
-        """Go through DNS, TCP, TLS and HTTP once, and return the error of the first step that fails."""
-        for check in (self.check_dns, self.check_tcp, self.check_tls):
-            try:
-                await check()
-            except HubUnreachable as error:
-                return error
-        return HubUnreachable(
-            f"HTTP: {self.url} answers, but not as a hub does ({cause}); check address and port", "HTTP"
-        )
-
-    @property
-    def _address(self) -> tuple[str, int]:
-        return self._parts.hostname or "", self._parts.port or (443 if self._parts.scheme == "https" else 80)
-
-    @property
-    def proxy(self) -> str | None:
-        """The environment's proxy for this hub, which both libraries use; None: there is none."""
-        scheme, host = self._parts.scheme, self._address[0]
-        return None if urllib.request.proxy_bypass(host) else urllib.request.getproxies().get(scheme)
-
-    async def check_dns(self) -> str:
-        """Return the host's addresses, separated by commas.
-
-        Raises:
-            HubUnreachable: the name has no address.
-        """
-        host, port = self._address
-        try:
-            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as error:  # UnicodeError: no name can be spelt like this
-            raise HubUnreachable(
-                f"DNS: the name {host!r} has no address ({error}); check its spelling and the network", "DNS"
-            ) from error
-        return ", ".join(dict.fromkeys(str(entry[4][0]) for entry in found))
-
-    async def check_tcp(self) -> float:
-        """Measure the seconds until the port answers.
-
-        Raises:
-            HubUnreachable: nothing answers at the port.
-        """
-        host, port = self._address
-        loop = asyncio.get_running_loop()
-        started = loop.time()
-        try:
-            async with asyncio.timeout(OPEN_SECONDS):
-                _, writer = await asyncio.open_connection(host, port)
-        except (OSError, TimeoutError) as error:
-            raise HubUnreachable(
-                f"TCP: nothing answers at {host}:{port} ({str(error) or 'timeout'}); check that the hub runs and that the "
-                "port is open",
-                "TCP",
-            ) from error
-        writer.close()
-        return loop.time() - started
-
-    async def check_tls(self) -> Certificate | None:
-        """Return the hub's certificate; None for http://, which has no TLS.
-
-        Raises:
-            HubUnreachable: the port has no valid certificate.
-        """
-        if self._parts.scheme != "https":
-            return None
-        host, port = self._address
-        try:
-            async with asyncio.timeout(OPEN_SECONDS):
-                _, writer = await asyncio.open_connection(host, port, ssl=ssl.create_default_context())
-        except (OSError, TimeoutError) as error:
-            raise HubUnreachable(
-                f"TLS: {host}:{port} answers, but not with a valid certificate ({str(error) or 'timeout'}); "
-                "check port and certificate, or write http:// if the hub has no TLS",
-                "TLS",
-            ) from error
-        found = writer.get_extra_info("peercert")  # verified, so it is there
-        writer.close()
-        return Certificate(str(found["notAfter"]))
-
-    async def check_http(self) -> datetime | None:
-        """Return the time of the hub's clock, from its answer to /healthz; None where the answer has no date.
-
-        Raises:
-            HubUnreachable: there is no answer, or it is not that of a hub.
-        """
-        import httpx
-
-        try:
-            async with httpx.AsyncClient(timeout=OPEN_SECONDS) as client:
-                answer = await client.get(f"{self.url}/healthz")
-        except httpx.HTTPError as error:
-            raise HubUnreachable(
-                f"HTTP: {self.url} does not answer ({error!r}); check the proxy if there is one", "HTTP"
-            ) from error
-        if answer.status_code != 200:
-            raise self._bad_status(answer.status_code, answer.content[:4096])
-        with contextlib.suppress(KeyError, ValueError, TypeError):
-            return parsedate_to_datetime(answer.headers["date"])
-        return None
+    async def _no_session(self, status: int, headers: Any, body: bytes) -> Exception:
+        """Return why there is another answer than a websocket: a hub's may be there, and only its upgrade be lost."""
+        found = answers.refused(self.route, status, headers, body, f"{self.url}/v1/session")
+        if status in SESSION_STATUSES and not answers.reason_of(body):
+            with contextlib.suppress(HubUnreachable):
+                await checks.check_http(self.route)
+                return answers.no_websockets(self.route, f"HTTP {status}")
+        return found
 
     async def send(self, frame: bytes) -> None:
         """Send a frame.
@@ -241,7 +138,7 @@ class HubTransport:
         """Yield the bytes of a bundle's file from `offset` on, by HTTP range.
 
         Raises:
-            HubUnreachable: the transfer broke off; what came was yielded.
+            HubUnreachable: the transfer broke off, or something between answers; what came was yielded.
             RefusedByHub: the hub does not accept the token.
         """
         import httpx
@@ -250,20 +147,53 @@ class HubTransport:
         if offset:
             headers["Range"] = f"bytes={offset}-"
         if self._http is None:
-            self._http = httpx.AsyncClient(
-                timeout=httpx.Timeout(OPEN_SECONDS, read=60.0), limits=httpx.Limits(keepalive_expiry=IDLE_SECONDS)
+            self._http = checks.http_client(
+                self.route,
+                timeout=httpx.Timeout(checks.OPEN_SECONDS, read=READ_SECONDS),
+                limits=httpx.Limits(keepalive_expiry=IDLE_SECONDS),
             )
+        address = f"{self.url}/v1/blobs/{digest}"
         try:
-            async with self._http.stream("GET", f"{self.url}/v1/blobs/{digest}", headers=headers) as response:
-                if response.status_code not in (200, 206):
-                    raise self._bad_status(response.status_code, await response.aread())
-                skip = offset if response.status_code == 200 else 0  # a proxy that drops Range sends it all
-                async for piece in response.aiter_raw(PIECE_BYTES):
+            async with self._http.stream("GET", address, headers=headers) as answer:
+                if answer.status_code not in (200, 206):
+                    raise answers.refused(self.route, answer.status_code, answer.headers, await answer.aread(), address)
+                skip = self._skipped(answer, offset)
+                is_first = offset == 0
+                # Decoded, since something between may compress in spite of what it was asked for. No piece is held back
+                # until it is full: what came before a cut is kept.
+                async for piece in answer.aiter_bytes():
+                    if is_first and answers.PAGE.match(piece):
+                        raise answers.no_hub(self.route, "a page of HTML instead of a file")
+                    is_first = False
                     if skip:
                         skip, piece = max(0, skip - len(piece)), piece[skip:]
                     if piece:
                         yield piece
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            if isinstance(error, httpx.ProxyError):
+                raise checks.not_answered(self.route, error) from error
             raise HubUnreachable(
                 f"the download from {self.url} broke off ({error!r}); join again, which continues it", "HTTP"
             ) from error
+
+    def _skipped(self, answer: Any, offset: int) -> int:
+        """Return how many bytes of an answer come before the offset: a proxy that drops Range sends all.
+
+        Raises:
+            HubUnreachable: the answer is not the hub's, or not the part that was asked for.
+        """
+        kind = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind not in ("", "application/octet-stream", "binary/octet-stream"):
+            raise answers.no_hub(self.route, f"{kind} instead of a file")
+        if answer.status_code == 200:
+            return offset
+        found = re.match(r"bytes (\d+)-", answer.headers.get("content-range", ""))
+        is_coded = answer.headers.get("content-encoding", "identity") != "identity"
+        if is_coded or (found and int(found[1]) != offset):
+            raise HubUnreachable(
+                f"something between changes the files of {self.url} (from byte {offset} on was asked for, "
+                f"{answer.headers.get('content-range', 'no range')} came); try again later, or ask the owner of "
+                f"{answers.between(self.route)}",
+                "HTTP",
+            )
+        return 0

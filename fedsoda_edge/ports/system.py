@@ -7,11 +7,13 @@ takes those of Linux. All other files are the same everywhere.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import platform
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -128,6 +130,38 @@ def lower_priority() -> None:
         psutil.Process().nice(psutil.BELOW_NORMAL_PRIORITY_CLASS)
     else:
         os.nice(10)
+
+
+def place_of(device_id: str, directory: Path) -> str:
+    """Return a digest of this machine, its boot and a directory: another one for a copy, also for one on this machine.
+
+    Args:
+        device_id: goes into the digest, so that the parts, of which there are few, cannot be found by trying.
+    """
+    parts = [device_id, platform.node(), str(uuid.getnode())]
+    for path in ("/etc/machine-id", "/proc/sys/kernel/random/boot_id"):
+        try:
+            parts.append(Path(path).read_text(encoding="ascii").strip())
+        except (OSError, ValueError):  # not Linux
+            parts.append("")
+    try:
+        found = directory.stat()
+        parts.append(f"{found.st_dev}:{found.st_ino}")
+    except OSError:
+        parts.append(str(directory))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def descriptors_left() -> int | None:
+    """Return how many files and sockets this process may still open; None: the system sets no limit."""
+    left = None
+    if sys.platform != "win32":
+        import resource
+
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != resource.RLIM_INFINITY:
+            left = max(0, soft - len(os.listdir("/proc/self/fd" if sys.platform == "linux" else "/dev/fd")))
+    return left
 
 
 def peak_rss_bytes() -> int:

@@ -94,16 +94,19 @@ class SizeClass(msgspec.Struct, frozen=True, kw_only=True):
 # --- edge to hub ------------------------------------------------------------------------------------
 
 
-class Hello(Message, frozen=True, tag="hello"):
+class Hello(Message, frozen=True, tag="hello", omit_defaults=True):
     """The first message of a connection, with which an edge greets the hub.
 
     device_id: made once in FEDSODA_HOME; a token is bound to one device.
+    place: a digest of machine and directory, which tells a copy of that FEDSODA_HOME from the device that reconnects; ""
+        where it is not known.
     """
 
     protocol: int
     software: str
     device_id: str
     device: DeviceFacts
+    place: str = ""
 
 
 class Ready(Message, frozen=True, tag="ready", omit_defaults=True):

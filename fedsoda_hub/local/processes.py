@@ -72,7 +72,7 @@ async def federate(
             raise WorkerFailed("the hub ended before any edge could join", "")
         for name, data in edges.items() if listening.done() else ():
             join = ["join", listening.result(), "--token-file", str(_token(settings, name, homes)), "--data", str(data)]
-            home = {"FEDSODA_HOME": str(homes / name)}
+            home = {"FEDSODA_HOME": str(homes / name), "no_proxy": "*"}  # the hub is on this machine
             processes.append(Process("fedsoda_edge", [*join, "--jsonl"], {**environment, **home}))
             await processes[-1].start()
             following.append(asyncio.create_task(processes[-1].follow(_read(say_of(name)))))

@@ -20,6 +20,8 @@ from fedsoda_edge.protocol.trace import Mark, line, went_wrong
 from fedsoda_hub.run.status import LiveStatus
 from fedsoda_hub.run.tokens import Token
 
+HELLO_SECONDS = 20.0  # in which an edge must say Hello
+
 _log = logging.getLogger("fedsoda_hub.serving")
 
 
@@ -97,11 +99,14 @@ class Connection:
     """The hub's side of one edge's conversation. Frames leave through a queue, so that a slow edge never delays the hub.
 
     up, down: bytes of payload and framing that are not counted yet. size_class: the one that the edge's Ready named.
+    place: that of the Hello. is_contested: whether another place came with the same identity.
     """
 
     def __init__(self, hub: Hub, token: Token, channel: Channel) -> None:
         self.edge = token.edge
         self.size_class = 0
+        self.place = ""
+        self.is_contested = False
         self.up = 0
         self.down = 0
         self.session = HubSession(hub.shelf.max_update_bytes)
@@ -153,16 +158,19 @@ class Connection:
             self.flushed.set()
 
     async def _frame(self) -> bytes | None:
-        """Wait for a frame; None: either side ended the conversation, or an upload has stalled."""
+        """Wait for a frame; None: either side ended the conversation, no Hello came, or an upload has stalled."""
         if self.session.state == "over":
             return None
-        # The only timeout. An upload that makes progress never fails by wall clock: docs/protocol.md (p3-deadlines).
+        # The only timeouts. An upload that makes progress never fails by wall clock: docs/protocol.md (p3-deadlines).
         stall = self._hub.guests.stall_seconds if self.session.upload_progress is not None else None
+        if self.session.state == "new":
+            stall = HELLO_SECONDS
         try:
             async with asyncio.timeout(stall):
                 return await self._channel.receive_bytes()
         except TimeoutError:
-            _log.debug("! upload stalls seconds=%g %s", stall, self.edge)
+            what = "no Hello" if self.session.state == "new" else "upload stalls"
+            _log.debug("! %s seconds=%g %s", what, stall, self.edge)
         except ConnectionError:
             pass
         return None

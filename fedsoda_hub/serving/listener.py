@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import logging
 import socket
 from collections.abc import Awaitable, Callable, Iterator
 
@@ -21,12 +22,18 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from fedsoda_edge.errors import ProtocolViolation, UsageProblem
+from fedsoda_edge.ports.system import descriptors_left
 from fedsoda_edge.protocol.codec import MAX_FRAME_BYTES
+from fedsoda_edge.protocol.messages import PROTOCOL_VERSION
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.run.status import LiveStatus
 from fedsoda_hub.run.tokens import Token
 from fedsoda_hub.serving.connection import Connection, Hub
+from fedsoda_hub.serving.strangers import Complaints, ConnectionLimits, Strangers, guarded
 
+PING_SECONDS = 10.0  # an edge that is gone is noticed within the sum of both; pings also keep proxies from timing out
+PONG_SECONDS = 20.0
+FORWARDED = ("forwarded", "via", "x-forwarded-for", "x-real-ip")  # headers of proxies
 Broke = Callable[[Exception], None]  # takes a defect of the hub's own code
 
 
@@ -79,6 +86,17 @@ def _refused(hub: Hub, request: HTTPConnection) -> tuple[Token | None, str]:
     return token, ""
 
 
+def _is_loopback(request: Request) -> bool:
+    """Tell whether a request comes from this machine, and not through a proxy on it."""
+    if request.client is None or any(name in request.headers for name in FORWARDED):
+        return False
+    try:
+        address = ipaddress.ip_address(request.client.host.partition("%")[0])
+    except ValueError:
+        return False
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback  # ::ffff:127.0.0.1 where the port is for both
+
+
 def make_app(hub: Hub, broke: Broke) -> Starlette:
     """Build the application of the one port.
 
@@ -128,14 +146,10 @@ def make_app(hub: Hub, broke: Broke) -> Starlette:
         return FileResponse(path, media_type="application/octet-stream")
 
     def health(_: Request) -> Response:
-        return PlainTextResponse("ok\n")
+        return JSONResponse({"hub": "fedsoda", "protocol": PROTOCOL_VERSION})
 
     def may_ask(request: Request) -> bool:
-        host = request.client.host if request.client else ""
-        is_local = False
-        with contextlib.suppress(ValueError):
-            is_local = ipaddress.ip_address(host).is_loopback
-        return is_local or hub.monitoring.is_admin(_bearer(request))
+        return _is_loopback(request) or hub.monitoring.is_admin(_bearer(request))
 
     def status(request: Request) -> Response:
         if not may_ask(request):
@@ -174,6 +188,10 @@ def bind(host: str, port: int) -> socket.socket:
     taken = socket.socket(family, socket.SOCK_STREAM)
     taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
+        if (
+            family == socket.AF_INET6
+        ):  # "::" is for IPv4 too, as 0.0.0.0 is for all of IPv4, whatever the system's default
+            taken.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         taken.bind((host, port))
     except OSError as error:
         taken.close()
@@ -266,17 +284,27 @@ class Listener:
 
 
 class Server(uvicorn.Server):
-    """A uvicorn without signal handlers: signals are the daemon's."""
+    """A uvicorn without signal handlers: signals are the daemon's. Strangers are bounded, and told of once a minute.
 
-    def __init__(self, hub: Hub, broke: Broke) -> None:
+    Args:
+        limits: None: those of this process.
+    """
+
+    def __init__(self, hub: Hub, broke: Broke, limits: ConnectionLimits | None = None) -> None:
+        limits = limits or ConnectionLimits(descriptors_left())
+        self._complaints = Complaints(asyncio.get_running_loop().time)
         super().__init__(
             uvicorn.Config(
                 make_app(hub, broke),
                 log_config=None,
                 lifespan="off",
+                http=guarded(Strangers(limits, self._complaints)),
                 ws="websockets-sansio",
                 ws_max_size=MAX_FRAME_BYTES,
                 ws_per_message_deflate=False,  # costs 40 x throughput on tensors and 50 KiB a connection
+                ws_ping_interval=PING_SECONDS,
+                ws_ping_timeout=PONG_SECONDS,
+                backlog=limits.backlog,
                 timeout_graceful_shutdown=5,
                 server_header=False,
             )
@@ -284,8 +312,16 @@ class Server(uvicorn.Server):
         self.has_started = asyncio.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(self._complaints.handle)
+        logging.getLogger("uvicorn.error").addFilter(self._complaints.filter)
         await super().startup(sockets)
         self.has_started.set()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        self._complaints.tell()
+        logging.getLogger("uvicorn.error").removeFilter(self._complaints.filter)
+        asyncio.get_running_loop().set_exception_handler(None)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -95,6 +95,9 @@ class Roster:
                 reason=f"the token of {edge} is already in use on another device; ask for one of your own", fatal=True
             )
         old = self._connections.get(edge)
+        if old is not None and (refusal := refused_as_a_copy(old, hello)) is not None:
+            return refusal
+        connection.place = hello.place
         self._connections[edge] = connection
         if old is not None:  # the device reconnected before the hub noticed that its old connection had ended
             old.close()
@@ -214,3 +217,21 @@ class Roster:
         """Add the traffic up to now to the ledger."""
         for connection in self._connections.values():
             self._count_traffic(connection)
+
+
+def refused_as_a_copy(old: Connection, hello: ms.Hello) -> ms.Refusal | None:
+    """Return the refusal of a device that says Hello while another one with its identity is connected; None: it is the same.
+
+    The refusal may be tried again: the old connection may be dead, which is noticed within half a minute.
+    """
+    if not (hello.place and old.place) or hello.place == old.place:
+        return None
+    if not old.is_contested:
+        old.is_contested = True
+        _log.warning("two devices share the identity of %s; the one that came later is refused", old.edge)
+    return ms.Refusal(
+        reason=f"two devices share one identity: {old.edge} is connected from another machine, or from another copy of its "
+        "FEDSODA_HOME; stop the join there, or ask for a token of this device's own and set FEDSODA_HOME to a new directory",
+        retry=True,
+        fatal=True,
+    )

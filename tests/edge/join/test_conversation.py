@@ -13,11 +13,12 @@ import pytest
 
 from fedsoda_edge import events as ev
 from fedsoda_edge.errors import FedSODAError, HubUnreachable, ProtocolViolation, RefusedByHub
-from fedsoda_edge.join.conversation import Connected, Conversation, RunOver
+from fedsoda_edge.join.conversation import Connected, Conversation, Lost, RunOver
+from fedsoda_edge.join.patience import Patience
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.codec import MAX_CHUNK_BYTES, decode, encode
 from fedsoda_edge.protocol.session import chunks
-from tests.hurried_clock import HurriedClock
+from tests.skipping_clock import SkippingClock
 
 T = TypeVar("T")
 
@@ -98,9 +99,12 @@ class Talk:
 
     def __init__(self) -> None:
         self.wire = Wire()
+        self.clock = SkippingClock()
         self.events: list[ev.JoinEvent] = []
         self.heard: list[str] = []
-        self.conversation = Conversation(self.wire, lambda: HELLO, self.events.append, HurriedClock())
+        self.conversation = Conversation(
+            self.wire, lambda: HELLO, self.events.append, self.clock, Patience.of(self.clock, unattended=False)
+        )
 
     async def read(self) -> None:
         """Say Ready on every connection, as an agent that is prepared."""
@@ -217,11 +221,116 @@ def test_who_is_away_for_a_while_is_told_of_once() -> None:
     assert talk(scene)[1].events == [ev.Reconnecting(str(away))]
 
 
+class Flapping(Wire):
+    """Welcomes each time, and hangs up at once: as a hub where another device with this identity pushes this one out."""
+
+    def say(self, message: ms.HubMessage, payload: bytes | memoryview = b"") -> None:
+        super().say(message, payload)
+        if isinstance(message, ms.Welcome):
+            self.hang_up()
+
+
+def test_a_greeting_is_no_progress_so_that_who_is_put_out_each_time_comes_more_and_more_rarely() -> None:
+    async def play() -> None:
+        clock, wire, events = SkippingClock(), Flapping(), list[ev.JoinEvent]()
+        conversation = Conversation(wire, lambda: HELLO, events.append, clock, Patience.of(clock, unattended=False))
+        began = clock.monotonic()
+        within_45_s = 0
+        await conversation.greet()
+
+        async def read() -> None:
+            nonlocal within_45_s
+            async for _ in conversation.messages():
+                if clock.monotonic() - began < 45:
+                    within_45_s = wire.said.count("Hello")
+
+        with pytest.raises(HubUnreachable, match="ended again and again; join again later"):
+            await read()
+        assert within_45_s < 40  # ten or so; not the hundreds of a back-off that each greeting resets
+        assert 500 < clock.monotonic() - began < 700
+        assert "the connection to the hub ended again, before anything was done on it" in [
+            event.message for event in events if isinstance(event, ev.Reconnecting)
+        ]
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("held_seconds", [0.0, 31.0])
+def test_a_connection_that_holds_is_progress(held_seconds: float) -> None:
+    async def scene(talk: Talk) -> bool:
+        for number in (2, 3):
+            talk.wire.hang_up()
+            while talk.wire.said.count("Ready") < number:
+                await asyncio.sleep(0)
+            talk.clock.slept += held_seconds
+        return any("again" in event.message for event in talk.events if isinstance(event, ev.Reconnecting))
+
+    assert talk(scene)[0] == (not held_seconds)
+
+
+@pytest.mark.parametrize("work", ["a blob", "an upload"])
+def test_what_was_done_on_a_connection_is_progress(work: str) -> None:
+    async def scene(talk: Talk) -> None:
+        for number in range(1, 30):
+            if work == "a blob":
+                talk.wire.when["BlobRequest"] = talk.wire.send_blob
+                await talk.conversation.fetch(BLOB)
+            else:
+                talk.wire.when["UpdateStart"] = lambda: talk.wire.say(RECEIPT)
+                await talk.conversation.hand_in(START, DATA)
+            talk.wire.hang_up()
+            while talk.wire.said.count("Hello") <= number:
+                await asyncio.sleep(0)
+
+    _, done = talk(scene)
+    assert all(seconds <= 1 for seconds in done.clock.breaks)
+    assert done.events == []
+
+
+def test_another_connection_of_this_identity_is_waited_for_and_then_the_refusal_stands() -> None:
+    shared = ms.Refusal(reason="two devices share one identity", retry=True, fatal=True)
+
+    async def play(*, dies: bool) -> int:
+        clock, wire = SkippingClock(), Wire()
+        wire.welcome = shared
+        conversation = Conversation(wire, lambda: HELLO, lambda _: None, clock, Patience(clock, None))
+        greeting = asyncio.create_task(conversation.greet(Patience(clock, None)))
+        while clock.slept < 10:
+            await asyncio.sleep(0)
+        if dies:
+            wire.welcome = WELCOME
+        await greeting
+        return wire.said.count("Hello")
+
+    assert asyncio.run(play(dies=True)) > 3  # the old connection of the same device was dead, as after a power cut
+    with pytest.raises(RefusedByHub, match="two devices share one identity") as refused:
+        asyncio.run(play(dies=False))
+    assert refused.value.exit_status == 5
+
+
+def test_a_blob_is_not_asked_for_on_a_connection_that_was_lost_meanwhile() -> None:
+    async def scene(talk: Talk) -> bytes:
+        fetching = asyncio.create_task(talk.conversation.fetch(BLOB))
+        await asyncio.sleep(0)  # it has its connection, and its request has not begun
+        talk.conversation._become(Lost())
+        talk.wire.hang_up()
+        while talk.wire.said.count("BlobRequest") < 1:
+            await asyncio.sleep(0)
+        talk.wire.send_blob()
+        return await fetching
+
+    data, done = talk(scene)
+    assert data == DATA
+    assert done.wire.said[-2:] in (["Ready", "BlobRequest"], ["BlobRequest", "Ready"])
+
+
 # --- what nobody can hear --------------------------------------------------------------------------------------------
 
 
 async def before_the_first(talk: Talk) -> None:
-    talk.conversation = Conversation(talk.wire, lambda: HELLO, talk.events.append, HurriedClock())
+    talk.conversation = Conversation(
+        talk.wire, lambda: HELLO, talk.events.append, talk.clock, Patience(talk.clock, None)
+    )
 
 
 async def after_it_was_lost(talk: Talk) -> None:

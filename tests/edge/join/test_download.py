@@ -24,7 +24,8 @@ from fedsoda_edge.data.local_data import LocalData
 from fedsoda_edge.errors import BlobCorrupt, HubUnreachable
 from fedsoda_edge.join.download import Download, fetch_file, in_order
 from fedsoda_edge.join.home import Home
-from fedsoda_edge.network.hub_transport import PIECE_BYTES, HubTransport
+from fedsoda_edge.join.patience import Patience
+from fedsoda_edge.network.hub_transport import HubTransport
 from fedsoda_edge.ports import TorchPort
 from fedsoda_edge.ports.child import Child
 from fedsoda_edge.ports.store import FileStore, when_here
@@ -36,7 +37,7 @@ from tests.conftest import ROOT
 from tests.edge.join.test_cache_agent import join as calm_join
 from tests.edge.join.test_pause import Join, ToldHub, workers
 from tests.edge.network.test_hub_transport import DATA, DIGEST, SmallHub, listening
-from tests.hurried_clock import HurriedClock
+from tests.skipping_clock import SkippingClock
 from tests.test_schemas import ROWS, run
 from tests.worker_here import KILLED, WorkerHere
 
@@ -336,7 +337,7 @@ async def at_once(work: Callable[[], Any]) -> Any:
     return await work()
 
 
-def fetched(directory: Path, cuts: list[int], *, keep_trying: bool = False) -> tuple[Proxy, list[ev.JoinEvent]]:
+def fetched(directory: Path, cuts: list[int], *, unattended: bool = False) -> tuple[Proxy, list[ev.JoinEvent]]:
     """The file of `test_transport` through a proxy, by the product's own download; and what was said."""
     (directory / DIGEST).write_bytes(DATA)
     said: list[ev.JoinEvent] = []
@@ -347,9 +348,9 @@ def fetched(directory: Path, cuts: list[int], *, keep_trying: bool = False) -> t
             async with await asyncio.start_server(proxy.serve, "127.0.0.1", 0) as server:
                 hub = HubTransport(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", "good")
                 store = FileStore(directory / "store")
-                download = Download(
-                    hub, store, run=at_once, say=said.append, keep_trying=keep_trying, clock=HurriedClock()
-                )
+                clock = SkippingClock()
+                patience = Patience.of(clock, unattended=unattended)
+                download = Download(hub, store, run=at_once, say=said.append, patience=patience, clock=clock)
                 try:
                     path = await download.file(DIGEST, len(DATA))
                 finally:
@@ -364,18 +365,20 @@ def test_a_transfer_that_is_cut_in_the_middle_goes_on_there(tmp_path: Path, monk
     monkeypatch.setenv("NO_PROXY", "*")
     proxy, said = fetched(tmp_path, [1_000_000, 1_500_000])
     assert proxy.connections == 3
-    assert proxy.down < len(DATA) + 2 * PIECE_BYTES + 2000  # a piece for each cut, and heads of answers
+    assert proxy.down < len(DATA) + 2000  # heads of answers: no byte that came is asked for again
     assert [type(event) for event in said] == [ev.Reconnecting] * 2
 
 
-def test_a_transfer_that_does_not_move_is_given_up_unless_nobody_attends(
+def test_a_transfer_that_does_not_move_is_given_up_after_ten_minutes_unless_nobody_attends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NO_PROXY", "*")
     with pytest.raises(HubUnreachable, match="broke off"):
-        fetched(tmp_path, [1_000_000, 10])
-    _, said = fetched(tmp_path, [10] * 5, keep_trying=True)
+        fetched(tmp_path, [1_000_000, *[10] * 1000])
+    _, said = fetched(tmp_path, [10] * 200, unattended=True)
     assert [type(event) for event in said] == [ev.Reconnecting]  # once, not at every try
+    (tmp_path / "other").mkdir()
+    fetched(tmp_path / "other", [10] * 5)  # no byte of the file came, and it is tried again all the same
 
 
 def test_all_files_come_by_one_connection(tmp_path: Path, scripted: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,10 +15,17 @@ import pytest
 
 from fedsoda_edge.data.local_data import LocalData
 from fedsoda_edge.edge import Edge
-from fedsoda_edge.errors import DiskFull, FedSODAError, HubUnreachable, ProtocolViolation, RefusedByHub, WorkerFailed
+from fedsoda_edge.errors import (
+    DiskFull,
+    FedSODAError,
+    HubUnreachable,
+    ProtocolViolation,
+    RefusedByHub,
+    UsageProblem,
+    WorkerFailed,
+)
 from fedsoda_edge.join import control
 from fedsoda_edge.join.home import Home
-from fedsoda_edge.join.rounds import RETRY_SECONDS
 from fedsoda_edge.ports import Clock
 from fedsoda_edge.protocol import commands as cmd
 from fedsoda_edge.protocol import messages as ms
@@ -28,6 +35,7 @@ from fedsoda_edge.testing import ScriptedHub
 from tests.full_disk import full_disk_for
 from tests.hurried_clock import HurriedClock
 from tests.joins import joining
+from tests.skipping_clock import SkippingClock
 from tests.test_schemas import ROWS
 from tests.worker_here import WorkerHere
 
@@ -44,10 +52,10 @@ class Hub(ScriptedHub):
         self._moment = moment
         self._trouble = trouble
         self._has_happened = False
-        self.hello: ms.Refusal | HubUnreachable | None = None  # instead of a Welcome
+        self.hello: ms.Refusal | FedSODAError | None = None  # instead of a Welcome
 
     async def connect(self) -> None:
-        if isinstance(self.hello, HubUnreachable):
+        if isinstance(self.hello, FedSODAError):
             raise self.hello
         await super().connect()
 
@@ -168,6 +176,71 @@ def test_what_the_hub_does_wrong_ends_the_join(
     assert sentence in str(failure)
 
 
+def refuses_the_token(hub: Hub) -> None:
+    hub.hello = RefusedByHub("the hub refused: the token of clinic-7 was revoked")
+    hub.raw(None)
+
+
+def is_gone(hub: Hub) -> None:
+    hub.hello = HubUnreachable("TCP: nothing answers", "TCP")
+    hub.raw(None)
+
+
+def loses_its_certificates(hub: Hub) -> None:
+    hub.hello = UsageProblem("SSL_CERT_FILE names nothing")
+    hub.raw(None)
+
+
+@pytest.mark.parametrize("moment", ["train", "upload"])
+@pytest.mark.parametrize(
+    ("trouble", "status", "sentence"),
+    [
+        (refuses_the_token, 5, "was revoked"),
+        (is_gone, 3, "TCP: nothing answers"),  # after ten minutes
+        (loses_its_certificates, 2, "SSL_CERT_FILE"),
+    ],
+)
+def test_a_reconnect_that_fails_for_good_ends_the_join_with_its_status(
+    scripted: Path, data: Path, moment: str, trouble: Callable[[Hub], None], status: int, sentence: str
+) -> None:
+    hub = Hub(scripted, moment, trouble)
+    [failure] = take_part(hub, Worker(moment), data, SkippingClock()).error
+    assert isinstance(failure, FedSODAError)
+    assert failure.exit_status == status
+    assert sentence in str(failure)
+
+
+@pytest.mark.parametrize("moment", ["train", "upload"])
+def test_something_between_that_answers_for_the_hub_is_waited_for(scripted: Path, data: Path, moment: str) -> None:
+    def goes_away(hub: Hub) -> None:
+        hub.hello = HubUnreachable("answers HTTP 403, and not the hub itself but something between", "HTTP")
+        hub.raw(None)
+
+    class ComesBack(Hub):
+        tries = 0
+
+        async def connect(self) -> None:
+            self.tries += self.hello is not None
+            if self.tries > 3:
+                self.hello = None
+            await super().connect()
+
+    class Slow(Worker):
+        """Its training ends some time after its first step."""
+
+        async def call(
+            self, call: Call[ResultT, ProgressT], on_progress: Callable[[ProgressT], None] | None = None
+        ) -> ResultT:
+            if isinstance(call, cmd.Train) and self._is_stuck:
+                assert on_progress is not None
+                on_progress(STEP)  # type: ignore[arg-type]
+                self._is_stuck = False
+            return await super().call(call, on_progress)
+
+    ended = take_part(ComesBack(scripted, moment, goes_away), Slow(moment), data, HurriedClock())
+    assert (ended.error, len(ended.of("accepted"))) == ([], 1)
+
+
 def hangs_up(hub: Hub) -> None:
     hub.raw(None)
 
@@ -220,7 +293,7 @@ def test_an_update_that_the_hub_has_no_room_for_is_sent_again_after_some_seconds
     ended = take_part(hub, WorkerHere(), data, clock)
     assert (ended.error, hub.updates) == ([], hub.refused)
     assert [event["reason"] for event in ended.of("retrying")] == ["the disk is full"]
-    assert RETRY_SECONDS in clock.between
+    assert any(0 < seconds < 1 for seconds in clock.between)
 
 
 @pytest.mark.parametrize(("moment", "last"), [("train", None), ("upload", "the run ended before the hub answered")])
@@ -270,7 +343,7 @@ class NextBundle(Hub):
 
 def test_a_bundle_that_a_round_needs_and_does_not_get_ends_the_join(scripted: Path, data: Path) -> None:
     hub = NextBundle(scripted, "never", hangs_up)
-    [failure] = take_part(hub, WorkerHere(), data).error
+    [failure] = take_part(hub, WorkerHere(), data, SkippingClock()).error
     assert isinstance(failure, HubUnreachable)
 
 

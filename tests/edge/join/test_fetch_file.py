@@ -144,10 +144,15 @@ def test_wrong_bytes_twice_end_with_both_digests_and_nothing_on_the_disk(store: 
     assert len(hub.asked) == 2
 
 
-def test_a_file_that_ends_early_is_no_file(store: FileStore) -> None:
-    with pytest.raises(BlobCorrupt, match="came twice"):
-        fetch(store, Downloads([DATA[:300]], [DATA[:300]]))
-    assert names(store) == []
+def test_a_body_that_ends_early_is_a_cut_which_is_kept_and_continued(store: FileStore) -> None:
+    hub = Downloads([DATA[:300]], [DATA[300:]])
+    with pytest.raises(HubUnreachable, match=r"ended after 300 of 1024 bytes; join again, which continues it") as cut:
+        fetch(store, hub)
+    assert cut.value.exit_status == 3
+    assert not store.has(DIGEST)
+    assert store.held_bytes([(DIGEST, len(DATA))]) == 300
+    assert fetch(store, hub).read_bytes() == DATA
+    assert hub.asked == [(DIGEST, 0), (DIGEST, 300)]
 
 
 def test_more_bytes_than_announced_are_refused_without_reading_on(store: FileStore) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from fedsoda_edge.errors import FedSODAError, HubUnreachable, RefusedByHub, UsageProblem
 from fedsoda_edge.join.download import fetch_file
-from fedsoda_edge.network import hub_transport as transport
+from fedsoda_edge.network import checks
 from fedsoda_edge.network.hub_transport import HubTransport
 from fedsoda_edge.ports.store import FileStore
 from fedsoda_edge.protocol import messages as ms
@@ -199,7 +199,7 @@ def test_a_port_that_speaks_something_else_fails_at_http(words: bytes) -> None:
     assert failure.exit_status == 3
 
 
-@pytest.mark.parametrize("status", ["200 OK", "404 Not Found", "502 Bad Gateway"])
+@pytest.mark.parametrize("status", ["200 OK", "404 Not Found", "501 Not Implemented"])
 def test_a_web_server_that_is_not_a_hub_fails_at_http_with_its_status(status: str) -> None:
     failure = unreachable("http", lambda _: http(status, b"<h1>Welcome to nginx!</h1>"))
     assert failure.step == "HTTP"
@@ -214,7 +214,7 @@ def test_a_web_server_that_is_not_a_hub_fails_at_http_with_its_status(status: st
 def test_a_port_that_stays_silent_is_given_up_and_named(
     scheme: str, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transport, "OPEN_SECONDS", 0.1)
+    monkeypatch.setattr(checks, "OPEN_SECONDS", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as mute:
         failure = asyncio.run(failure_of(HubTransport(f"{scheme}://127.0.0.1:{mute.getsockname()[1]}", "good")))
     assert isinstance(failure, HubUnreachable)
@@ -253,15 +253,28 @@ def test_a_token_is_judged_before_the_conversation_and_the_hubs_reason_is_told(h
     asyncio.run(knock())
 
 
+@pytest.mark.parametrize("status", ["401 Unauthorized", "403 Forbidden", "502 Bad Gateway", "503 Service Unavailable"])
 @pytest.mark.parametrize("body", [b"", b"<html>Unauthorized</html>", b'{"detail": "no"}', b'["no"]', b"\xff"])
-def test_a_refusal_without_a_reason_is_still_a_sentence(body: bytes) -> None:
+def test_a_refusal_that_is_not_the_hubs_own_is_of_something_between_and_tried_again(status: str, body: bytes) -> None:
     async def knock() -> None:
-        async with answering(lambda _: http("401 Unauthorized", body)) as port:
+        async with answering(lambda _: http(status, body)) as port:
             url = f"http://127.0.0.1:{port}"
-            refused = await failure_of(HubTransport(url, "good"))
-            assert refused == RefusedByHub(f"the hub {url} refused: the token was not accepted")
+            for refused in (await failure_of(HubTransport(url, "good")), await no_file(HubTransport(url, "good"))):
+                assert refused == HubUnreachable(
+                    f"{url} answers HTTP {status[:3]}, and not the hub itself but something between: a server in front "
+                    "of the hub, or a firewall; try again later, or ask its owner",
+                    "HTTP",
+                )
 
     asyncio.run(knock())
+
+
+async def no_file(edge: HubTransport) -> FedSODAError:
+    """Why this edge gets no file."""
+    with pytest.raises(FedSODAError) as failure:
+        await anext(edge.fetch(DIGEST, 0))
+    await edge.close()
+    return failure.value
 
 
 def test_frames_go_both_ways_and_their_bytes_are_counted_until_the_hub_hangs_up(hub: SmallHub) -> None:

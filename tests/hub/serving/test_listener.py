@@ -273,7 +273,7 @@ def test_what_is_no_digest_of_the_bundle_is_not_there(hub: MemoryHub) -> None:
 def test_on_loopback_health_metrics_and_status_are_open(hub: MemoryHub) -> None:
     async def talk(address: str) -> None:
         async with httpx.AsyncClient(verify=False, trust_env=False, base_url=f"http://{address}") as client:
-            assert (await client.get("/healthz")).text == "ok\n"
+            assert (await client.get("/healthz")).json() == {"hub": "fedsoda", "protocol": 1}
             assert (await client.get("/metrics")).text == "fedsoda_round 3\n"
             assert (await client.get("/v1/status")).json() == msgspec.to_builtins(STATUS)
 
