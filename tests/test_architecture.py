@@ -82,7 +82,7 @@ HOUSE = {
     # `datasets`: the worker alone reads a saved dataset with it, and nothing imports it before a user names one.
     "edge.data": Room(_SIZES, "disk processes tokenizers jinja2 pyarrow datasets"),
     "edge.device": Room(_SIZES, "msgspec"),
-    "edge.device.facts": Room(f"{_SIZES} edge.device", "disk psutil pynvml"),
+    "edge.device.facts": Room(f"{_SIZES} edge.device edge.ports.machine", "disk psutil pynvml"),
     "edge.device.sensors": Room(f"{_SIZES} edge.device", "psutil pynvml"),
     "edge.network": Room("edge.errors edge.protocol", "asyncio clock disk network httpx websockets"),
     "edge.join": Room(_JOIN, f"{_ANY_STDLIB} psutil platformdirs msgspec"),

@@ -19,7 +19,7 @@ from platformdirs import user_data_path
 
 from fedsoda_edge.errors import DiskFull, HomeInUse, ProtocolViolation, UsageProblem
 from fedsoda_edge.ports.disk import write_durably
-from fedsoda_edge.ports.system import Held, Lock
+from fedsoda_edge.ports.system import Held, Lock, is_locked
 
 KEY_BYTES = 32  # AES-256
 CACHE_DTYPES = ("bf16", "int8")  # the forms in which border states are kept
@@ -176,19 +176,13 @@ class Home:
             except Held as held:
                 raise HomeInUse(
                     f"{self.directory} is used by another join (pid {held.pid}); stop that join, or set FEDSODA_HOME "
-                    "to another directory"
+                    "to another directory and join with another token, since a token belongs to one home"
                 ) from None
 
     def is_in_use(self) -> bool:
         """Tell whether a join runs here. Takes the lock for a moment: only the lock shows whether a join is alive."""
-        if not self.directory.exists():
-            return False
-        try:
-            self.lock()
-        except HomeInUse:
-            return True
-        self.unlock()
-        return False
+        with self._usable():
+            return is_locked(self.directory / "lock")
 
     def unlock(self) -> None:
         """Let other joins use this home; without a lock nothing happens."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import msgspec
 import typer
@@ -11,6 +12,26 @@ from typer.core import TyperCommand
 from fedsoda_hub.settings.keys import Key, keys_of
 from fedsoda_hub.settings.methods import default_in_words
 from fedsoda_hub.settings.tables import Tables
+
+RunFile = Annotated[Path, typer.Argument(metavar="RUN.toml", help="the run's settings")]
+OUTPUT = "Output"
+Json = Annotated[
+    bool,
+    typer.Option("--json", envvar="FEDSODA_JSON", help="one JSON object on stdout", rich_help_panel=OUTPUT),
+]
+JsonLines = Annotated[
+    bool,
+    typer.Option("--jsonl", envvar="FEDSODA_JSONL", help="one JSON event a line on stdout", rich_help_panel=OUTPUT),
+]
+Debug = Annotated[
+    bool,
+    typer.Option(
+        "--debug",
+        envvar="FEDSODA_DEBUG",
+        help="log what happens on stderr, and add the traceback to an error",
+        rich_help_panel=OUTPUT,
+    ),
+]
 
 
 def setting(name: str, *options: str, more: str = "", **others: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from fedsoda_edge.ports.console import show
 from fedsoda_edge.units import human_bytes, human_seconds
 
 if TYPE_CHECKING:
@@ -39,7 +40,6 @@ def _shares(shares: Mapping[str, float]) -> str:
 
 def plan_table(report: PlanReport) -> None:
     """Print the report of `fedsoda-hub plan` for people."""
-    from rich.console import Console
     from rich.table import Table
 
     paper, ours = report.paper, report.ours
@@ -82,10 +82,9 @@ def plan_table(report: PlanReport) -> None:
     ]
     for row in rows:
         table.add_row(*row)
-    console = Console(stderr=True)
-    console.print(table)
+    show(table)
     if report.emulators is not None:
-        console.print(_emulator_table(report.emulators))
+        show(_emulator_table(report.emulators))
 
 
 def _emulator_table(emulators: Emulators) -> Table:

@@ -26,6 +26,7 @@ from fedsoda_edge import events as edge_events
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.ports.console import Terminated
 from fedsoda_edge.ports.disk import sha256_file, write_durably, write_durably_json
+from fedsoda_edge.ports.machine import threads
 from fedsoda_edge.ports.system import on_signal_in
 from fedsoda_edge.protocol.manifest import LayerPlan
 from fedsoda_hub import events
@@ -48,6 +49,7 @@ from fedsoda_hub.evaluation import evaluator
 from fedsoda_hub.evaluation.judge import RunJudge
 from fedsoda_hub.events import HubSay
 from fedsoda_hub.federation import records as rec
+from fedsoda_hub.federation.jobs import JobProgress, Stage
 from fedsoda_hub.local import in_process, processes
 from fedsoda_hub.preparation.full_llm import open_full_llm
 from fedsoda_hub.preparation.prepare import RunPreparation, made_of
@@ -75,14 +77,12 @@ def run_comparison(comparison: Comparison, out: Path, transport: str, say: HubSa
         KeyboardInterrupt, Terminated: SIGINT or SIGTERM came; results that were finished are kept.
         UsageProblem, DataProblem: the rows do not suit a split or the template.
     """
-    threads = os.environ.get("FEDSODA_THREADS")
-    if threads:
-        torch.set_num_threads(int(threads))
+    torch.set_num_threads(threads(torch.get_num_threads()))
     run = _Run(comparison, out, transport, say)
     try:
         results = asyncio.run(run.results())
     except Interrupted:
-        raise KeyboardInterrupt if run.signal == "SIGINT" else Terminated from None
+        raise KeyboardInterrupt if run.signal == "SIGINT" else Terminated(run.signal) from None
     report = summarise(comparison, results, transport)
     pages = write_pages(report, run.plans(), run.out)
     file = run.out / "compare.json"
@@ -131,13 +131,13 @@ class _Run:
         self._total = sum(self._units(cell) for cell in cells) + len(central) * len(rates) * base.rounds.count + 1
         results = Results()
         for cell in cells:
-            self._what = str(cell)
+            self._begin(str(cell))
             results.cells[cell] = await self._cell(cell)
         for split, seed in central:
-            self._what = f"central, {split}, seed {seed}"
+            self._begin(f"central, {split}, seed {seed}")
             results.central[split, seed] = (await self._central(split, seed, rates)).answered
         if "untouched" in c.baselines:
-            self._what = "untouched"
+            self._begin("untouched")
             results.untouched = (await self._untouched()).answered
         self._advance(self._total - self._done)
         for split, seed in self._data.parts:
@@ -157,13 +157,33 @@ class _Run:
         """Count the units of progress of a cell: its rounds, and one for judging it."""
         return self.comparison.settings[cell.variant].rounds.count + 1
 
-    def _advance(self, units: int = 1) -> None:
+    def _begin(self, what: str) -> None:
+        """Say what is computed from now on."""
+        self._what = what
+        self._advance(0)
+
+    def _advance(self, units: int = 1, within: str = "") -> None:
+        """Say how far the comparison is.
+
+        Args:
+            within: how far the present part is, where that is known.
+        """
         self._done += units
+        detail = f"{self._what}, {within}" if within else self._what
         self._say(
-            events.StageProgress(
-                job="compare", stage="comparing", detail=self._what, done=self._done, total=self._total
-            )
+            events.StageProgress(job="compare", stage="comparing", detail=detail, done=self._done, total=self._total)
         )
+
+    def _staged(self, progress: JobProgress) -> None:
+        """Say how far a preparation is, and end it where a signal came."""
+        self._alive()
+        if isinstance(progress, Stage):
+            self._advance(0, f"{progress.stage}: {progress.done} of {progress.total}")
+
+    def _judging(self, done: int, total: int) -> None:
+        """Say how many questions are answered, and end that where a signal came."""
+        self._alive()
+        self._advance(0, f"judging: {done} of {total}")
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         """Compute in a thread, so that the loop stays free for signals, which `_alive` looks for."""
@@ -248,7 +268,7 @@ class _Run:
         if prepared.run_dir not in self._prepared_here:
             own, shared = RunDirectory(prepared.run_dir).texts, self.out / "prepared" / "texts"
             _link_missing(shared, own)
-            RunPreparation(prepared).run(self._alive)
+            RunPreparation(prepared).run(self._staged)
             _link_missing(own, shared)
             self._prepared_here.add(prepared.run_dir)
 
@@ -275,6 +295,8 @@ class _Run:
         def heard(event: events.HubEvent) -> None:
             if isinstance(event, events.RoundClosed):
                 self._advance()
+            elif isinstance(event, events.EdgeProgress):
+                self._advance(0, f"round {event.round}: {event.edge} at step {event.step} of {event.steps}")
 
         with contextlib.ExitStack() as files:
             (settings.directory / "events").mkdir(exist_ok=True)
@@ -346,7 +368,7 @@ class _Run:
 
     def _answered(self, judge: RunJudge, model: evaluator.JudgedModel) -> KeptAnswers:
         """Let a model answer the questions, and keep its answers."""
-        answers = judge.evaluator.answers(model, self._alive)
+        answers = judge.evaluator.answers(model, self._judging)
         losses = answers.losses.nan_to_num(MAX_LOSS).clamp(max=MAX_LOSS)  # JSON has no NaN
         return KeptAnswers(
             right="".join("01"[right] for right in judge.evaluator.right(answers)),

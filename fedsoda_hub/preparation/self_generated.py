@@ -13,7 +13,6 @@ import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import psutil
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -24,6 +23,7 @@ from fedsoda_edge.model.families import build_config
 from fedsoda_edge.model.nf4 import has_instructions_for
 from fedsoda_edge.model.source import Checkpoint
 from fedsoda_edge.model.sub_llm import build
+from fedsoda_edge.ports.machine import room
 from fedsoda_edge.protocol.template import TextTemplate
 from fedsoda_hub.preparation.public_text import MAX_HELD_OUT, MAX_PROMPT_IDS, MAX_PROMPTS, MIN_PROMPTS
 from fedsoda_hub.preparation.writing import Text, Writer, cache_bytes, continuation
@@ -237,7 +237,7 @@ class _Author:
         is_cuda = torch.device(device).type == "cuda"
         if not is_cuda and source.dtype == torch.bfloat16 and has_instructions_for(source.dtype):
             compute_dtype = source.dtype
-        free = torch.cuda.mem_get_info(device)[0] if is_cuda else psutil.virtual_memory().available
+        free = torch.cuda.mem_get_info(device)[0] if is_cuda else room().ram_bytes
         needed = source.bytes * compute_dtype.itemsize // source.dtype.itemsize
         needed += cache_bytes(build_config(source.family, source.fields), longest, compute_dtype)
         if needed > free:

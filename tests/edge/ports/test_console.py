@@ -11,6 +11,7 @@ from fedsoda_edge.errors import DeviceTooSmall
 from fedsoda_edge.ports.console import (
     EffectiveOption,
     ProgressLine,
+    Pulse,
     effective_settings,
     finish,
     note,
@@ -153,21 +154,22 @@ def test_what_others_write_does_not_steer_the_terminal(capsys: pytest.CaptureFix
 
 def test_a_log_gets_a_line_of_a_long_job_twice_a_minute_with_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
     clock = [100.0]
-    line = ProgressLine(is_live=False, now=lambda: clock[0])
+    line = ProgressLine(is_live=False, pulse=Pulse(lambda: clock[0]))
     for second in range(0, 101, 5):
         clock[0] = 100.0 + second
         line.show("sweeping", 2 * second, 200)
     assert capsys.readouterr().err.splitlines() == [
+        "sweeping: 10 of 200, about 95 s left",
         "sweeping: 60 of 200, about 70 s left",
-        "sweeping: 120 of 200, about 40 s left",
-        "sweeping: 180 of 200, about 10 s left",
+        "sweeping: 110 of 200, about 45 s left",
+        "sweeping: 160 of 200, about 20 s left",
         "sweeping: done in 100 s",
     ]
 
 
 def test_a_download_in_a_log_tells_its_rate_and_counts_only_what_came_now(capsys: pytest.CaptureFixture[str]) -> None:
     clock = [0.0]
-    line = ProgressLine(is_live=False, now=lambda: clock[0])
+    line = ProgressLine(is_live=False, pulse=Pulse(lambda: clock[0]))
     line.show("downloading", 90 << 20, 150 << 20, is_bytes=True)  # most of it was here
     clock[0] = 30.0
     line.show("downloading", 120 << 20, 150 << 20, is_bytes=True)
