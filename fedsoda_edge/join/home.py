@@ -26,9 +26,22 @@ CACHE_DTYPES = ("bf16", "int8")  # the forms in which border states are kept
 
 
 def default_home() -> Path:
-    """Return FEDSODA_HOME, or the platform's user directory where it is not set."""
+    """Return FEDSODA_HOME, or the platform's user directory where it is not set.
+
+    Raises:
+        UsageProblem: this user has no home directory, as in a container that knows the user's number only.
+    """
     wanted = os.environ.get("FEDSODA_HOME")
-    return Path(wanted).expanduser() if wanted else user_data_path("fedsoda", appauthor=False)
+    try:
+        home = Path(wanted).expanduser() if wanted else user_data_path("fedsoda", appauthor=False)
+    except (RuntimeError, KeyError) as error:
+        raise UsageProblem(f"this user has no home directory ({error}); {_NO_HOME}") from error
+    if not wanted and home.parts[:1] == ("~",):
+        raise UsageProblem(f"this user has no home directory; {_NO_HOME}")
+    return home
+
+
+_NO_HOME = "set FEDSODA_HOME to a directory that stays, in a container one on a volume"
 
 
 class JoinedRun(msgspec.Struct, frozen=True, kw_only=True):

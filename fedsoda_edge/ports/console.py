@@ -441,8 +441,8 @@ class ProgressLine:
         columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False), BarColumn(24)]
         columns += [DownloadColumn(binary_units=True), TransferSpeedColumn()] if is_bytes else []
         columns += [TextColumn("{task.fields[detail]}", markup=False), TimeRemainingColumn()]
-        console = Console(file=cast("IO[str]", Written(ERR)), force_terminal=True)
-        self._bar = Progress(*columns, console=console, transient=True)
+        console = Console(file=cast("IO[str]", Written(ERR, sys.stderr)), force_terminal=True)
+        self._bar = Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
         self._task = self._bar.add_task(name, total=total, detail="")
         self._bar.start()
 

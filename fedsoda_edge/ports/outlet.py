@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from queue import SimpleQueue
-from typing import Literal, TextIO
+from typing import Any, Literal, TextIO
+
+from fedsoda_edge.units import counted
 
 MOST_WAITING = 10_000  # texts, of lines mostly
 END_SECONDS = 3.0  # without progress, after which a command that is over leaves what still waits
@@ -32,7 +35,8 @@ class Outlet:
         self._name = name
         self._waiting: SimpleQueue[str | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._lost = 0
+        self._stream: TextIO | None = None  # while the thread writes
+        self._lost = self._unsaid = 0
         self._why = ""
         self._is_closed = False  # since the process began
         self._is_cut = False  # a part of a text was written
@@ -40,8 +44,18 @@ class Outlet:
 
     @property
     def lost(self) -> int:
-        """How many texts were dropped since the last one that was written."""
+        """How many texts were dropped in all."""
         return self._lost
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the process was started without the stream."""
+        return self._is_closed
+
+    def forget_stream(self) -> None:
+        """Write to what `sys` has again."""
+        self._stream, self._is_closed = None, False
+        self._lost = self._unsaid = 0
 
     def say(self, text: str) -> None:
         """Write a text, or drop it and count it. Never raises, never waits."""
@@ -63,8 +77,9 @@ class Outlet:
         with self._on_its_own():
             self._write(text)
 
-    def begin(self) -> None:
-        """Write in a thread of its own from now on."""
+    def begin(self, stream: TextIO | None) -> None:
+        """Write to this stream from now on, in a thread of its own. None: the process was started without it."""
+        self._stream, self._is_closed = stream, stream is None
         self._thread = threading.Thread(target=self._run, daemon=True, name=f"says on {self._name}")
         self._thread.start()
 
@@ -77,7 +92,8 @@ class Outlet:
         thread, self._thread = self._thread, None
         if thread is None:
             return
-        self._waiting.put(None)
+        waiting = self._waiting
+        waiting.put(None)
         until = time.monotonic() + (seconds or 0.0)
         before = self._written
         while thread.is_alive() and (seconds is None or time.monotonic() < until):
@@ -86,13 +102,8 @@ class Outlet:
                 before, until = self._written, time.monotonic() + (seconds or 0.0)
         if thread.is_alive():  # it is left behind in its write, with a queue that nobody adds to
             self._waiting = SimpleQueue()
-
-    def replace_if_closed(self) -> None:
-        """Let libraries print to nowhere where this process was started without the stream."""
-        if getattr(sys, self._name) is None:
-            self._is_closed = True
-            nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # as long as the process
-            setattr(sys, self._name, nowhere)
+            for _ in range(waiting.qsize()):
+                self._lose("nobody reads them")
 
     @contextlib.contextmanager
     def _on_its_own(self) -> Iterator[None]:
@@ -103,7 +114,7 @@ class Outlet:
             yield
         finally:
             if was_beside:
-                self.begin()
+                self.begin(self._stream)
 
     def _run(self) -> None:
         waiting = self._waiting
@@ -112,23 +123,23 @@ class Outlet:
 
     def _put(self, text: str) -> None:
         try:
-            before = f"({self._lost} lines were lost here: {self._why})\n" if self._lost and self._is_for_people else ""
+            lost = self._unsaid
+            before = f"({lost} lines were lost here: {self._why})\n" if lost and self._name == "stderr" else ""
             self._write(("\n" if self._is_cut else "") + before + text)
-            self._lost, self._is_cut = 0, False
+            self._unsaid, self._is_cut = self._unsaid - lost, False
         except (OSError, ValueError) as error:  # ValueError: the stream is closed, or cannot encode it
             self._lose(getattr(error, "strerror", None) or str(error))
         self._written += 1
 
-    @property
-    def _is_for_people(self) -> bool:
-        return self._name == "stderr"
-
     def _lose(self, why: str) -> None:
         self._lost += 1
+        self._unsaid += 1
         self._why = why
 
     def _write(self, text: str) -> None:
-        stream: TextIO = getattr(sys, self._name)
+        stream: TextIO | None = self._stream or getattr(sys, self._name)
+        if stream is None or self._is_closed:
+            raise OSError(errno.EBADF, "it is closed")
         descriptor = _descriptor(stream, self._name)
         if descriptor is None:
             stream.write(text)
@@ -164,47 +175,71 @@ def _descriptor(stream: TextIO, name: str) -> int | None:
 OUT, ERR = Outlet("stdout"), Outlet("stderr")
 
 
-class Written:
-    """What libraries that draw on a terminal take for a file: it writes to an outlet."""
+class Written(io.TextIOBase):
+    """What libraries that print or draw take for a stream: it writes to an outlet, and so never fails.
 
-    encoding = "utf-8"
+    Args:
+        stream: the stream that the outlet writes to; None: whatever has its name then.
+    """
 
-    def __init__(self, outlet: Outlet) -> None:
+    def __init__(self, outlet: Outlet, stream: TextIO | None = None) -> None:
         self._outlet = outlet
+        self._stream = stream
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """The encoding of the stream."""
+        return getattr(self._stream, "encoding", None) or "utf-8"
+
+    @property
+    def errors(self) -> str:  # type: ignore[override]
+        """What is done about characters that the encoding lacks."""
+        return "backslashreplace"
+
+    @property
+    def buffer(self) -> Any:
+        """The stream of bytes below."""
+        return getattr(self._stream, "buffer")  # noqa: B009  # a stream of text alone has none
 
     def write(self, text: str) -> int:
         """Write the text, or drop it."""
+        if not isinstance(text, str):
+            raise TypeError(f"text is written here, not {type(text).__name__}")
         self._outlet.say(text)
         return len(text)
 
-    def flush(self) -> None:
-        """Do nothing: an outlet keeps nothing back."""
+    def fileno(self) -> int:
+        """Return the descriptor of the stream."""
+        if self._stream is None:
+            raise io.UnsupportedOperation("fileno")
+        return self._stream.fileno()
 
     def isatty(self) -> bool:
-        """Tell whether the text goes to a terminal: only then is something drawn."""
-        return True
+        """Tell whether the text goes to a terminal."""
+        return self._stream is not None and self._stream.isatty()
 
 
 @contextlib.contextmanager
 def beside() -> Iterator[None]:
-    """Let both outlets write in threads of their own within the block, and leave nothing behind that could fail later."""
+    """Let both outlets write in threads of their own within the block, and leave nothing behind that could fail later.
+
+    What libraries print goes through them too.
+    """
     _hold_standard_descriptors()
-    for outlet in (OUT, ERR):
-        outlet.replace_if_closed()
-        outlet.begin()
+    streams = sys.stdout, sys.stderr
+    OUT.begin(sys.stdout)
+    ERR.begin(sys.stderr)
+    sys.stdout, sys.stderr = Written(OUT, sys.stdout), Written(ERR, sys.stderr)
     try:
         yield
     finally:
-        for outlet in (OUT, ERR):
-            outlet.end()
-        if OUT.lost:
-            ERR.say(f"{OUT.lost} lines of stdout were lost\n")
-        for number, stream in ((1, sys.stdout), (2, sys.stderr)):
-            try:
-                if stream is not None:
-                    stream.flush()  # of what libraries printed
-            except (OSError, ValueError):
-                _send_to_nowhere(number)
+        OUT.end()
+        if OUT.lost and not OUT.is_closed:
+            ERR.say(f"{counted(OUT.lost, 'line')} of stdout were lost\n")
+        ERR.end()
+        sys.stdout, sys.stderr = streams
+        OUT.forget_stream()
+        ERR.forget_stream()
 
 
 def _hold_standard_descriptors() -> None:

@@ -55,7 +55,8 @@ def test_a_second_join_in_the_same_home_is_refused_with_the_pid_of_the_first_unt
                 home.lock()
             assert str(failure.value) == (
                 f"{home.directory} is used by another join (pid {first.pid}); "
-                "stop that join, or set FEDSODA_HOME to another directory"
+                "stop that join, or set FEDSODA_HOME to another directory and join with another token, since a token "
+                "belongs to one home"
             )
             assert failure.value.exit_status == 2
         Home(home.directory.with_name("other")).lock()
