@@ -29,7 +29,7 @@ from fedsoda_edge.units import counted, human_bytes, human_seconds
 EXIT_HELP = (
     "Exit status: 0 done; 1 failed, do not retry; 2 wrong usage, settings or data; 3 temporary (network, hub away, "
     "disk full), retry is sensible; 4 this device cannot hold the model; 5 refused by the hub; 130 Ctrl+C. "
-    "SIGTERM saves state and exits 0."
+    "SIGTERM and SIGHUP save state and exit 0."
 )
 
 

@@ -185,7 +185,7 @@ def _status(run: Path) -> tuple[bool, LiveStatus]:
         UsageProblem: the run has not been started.
     """
     from fedsoda_hub.run.directory import RunDirectory
-    from fedsoda_hub.run.ledger import not_started, opened
+    from fedsoda_hub.run.ledger import not_started, opened_to_read
     from fedsoda_hub.run.status import KnownEdge, live_status, run_status
     from fedsoda_hub.serving.listener import ask_running_hub
     from fedsoda_hub.settings.run import read_settings
@@ -194,7 +194,7 @@ def _status(run: Path) -> tuple[bool, LiveStatus]:
     directory = RunDirectory(settings.run_dir)
     if not directory.ledger.exists():
         raise not_started(settings.path)
-    with opened(directory) as ledger:
+    with opened_to_read(directory) as ledger:
         state = ledger.replay()
         if not state.run_id:  # the ledger holds tokens only
             raise not_started(settings.path)

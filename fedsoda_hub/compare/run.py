@@ -54,7 +54,7 @@ from fedsoda_hub.local import in_process, processes
 from fedsoda_hub.preparation.full_llm import open_full_llm
 from fedsoda_hub.preparation.prepare import RunPreparation, made_of
 from fedsoda_hub.run.directory import RunDirectory
-from fedsoda_hub.run.ledger import opened
+from fedsoda_hub.run.ledger import opened_to_read
 from fedsoda_hub.settings.run import RunSettings
 from fedsoda_hub.settings.toml import write_toml
 
@@ -317,7 +317,7 @@ class _Run:
     # --- what came of it -----------------------------------------------------------------------------------------
 
     def _result(self, cell: Cell, settings: RunSettings) -> CellResult:
-        with opened(RunDirectory(settings.run_dir)) as ledger:
+        with opened_to_read(RunDirectory(settings.run_dir)) as ledger:
             records, traffic, state = ledger.records(), ledger.traffic(), ledger.replay()
         largest = state.largest
         closed = [record for record in records if isinstance(record, rec.RoundClosed)]

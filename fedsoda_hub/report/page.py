@@ -21,7 +21,7 @@ from fedsoda_edge.units import counted, human_bytes, human_seconds
 from fedsoda_hub.report.history import History, date, kl_sentence, read_history
 from fedsoda_hub.report.pictures import MODELS, Picture, draw
 from fedsoda_hub.run.directory import RunDirectory
-from fedsoda_hub.run.ledger import not_started, opened
+from fedsoda_hub.run.ledger import not_started, opened_to_read
 from fedsoda_hub.settings.run import EffectiveSetting, RunSettings, effective
 
 _STYLE = """
@@ -57,7 +57,7 @@ def write_report(settings: RunSettings, to: Path) -> Written:
     directory = RunDirectory(settings.run_dir)
     if not directory.ledger.exists():
         raise not_started(settings.path)
-    with opened(directory) as ledger:
+    with opened_to_read(directory) as ledger:
         if not ledger.replay().run_id:  # the ledger holds tokens only
             raise not_started(settings.path)
         history = read_history(ledger)

@@ -126,10 +126,21 @@ class Ledger:
 
 @contextlib.contextmanager
 def opened(directory: RunDirectory) -> Iterator[Ledger]:
-    """Open the ledger of a run to read it, whether a hub serves it or not, and close it after the block.
+    """Open the ledger of a run, whether a hub serves it or not, and close it after the block.
 
     Raises:
-        Damaged, UsageProblem: the file cannot be read.
+        Damaged, UsageProblem, DiskFull: as `Database`.
+    """
+    with contextlib.closing(Ledger(directory.ledger)) as ledger:
+        yield ledger
+
+
+@contextlib.contextmanager
+def opened_to_read(directory: RunDirectory) -> Iterator[Ledger]:
+    """Open the ledger of a run as `opened` does, and leave it as it is: it may lie where this user cannot write.
+
+    Raises:
+        Damaged, UsageProblem: as `Database`.
     """
     with contextlib.closing(Ledger(directory.ledger, is_read_only=True)) as ledger:
         yield ledger
@@ -167,7 +178,7 @@ def read_outcome(run_dir: Path, run_file: str | Path = "RUN.toml") -> Outcome:
     directory = RunDirectory(run_dir)
     if not directory.ledger.exists():
         raise not_started(run_file)
-    with opened(directory) as ledger:
+    with opened_to_read(directory) as ledger:
         state = ledger.replay()
     if state.losses:
         largest = state.largest
