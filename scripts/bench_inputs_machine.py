@@ -218,7 +218,7 @@ def ended_ledger(work: Path) -> Path:
             "manifest": digest,
             "adapter_view": digest,
             "emulator_view": digest,
-            "public_kl": {"pruned": 0.0},
+            "public_kl": {"pruned": 0.0, "quantized": 0.1, "aligned": 0.1},
         },
         {"record": "round_opened", "round": 1, "cohort": ["a"], "view": digest, "alignment": 0, "deadline_at": 1e9},
         {"record": "update_accepted", "round": 1, "edge": "a", "digest": digest, "num_examples": 8, "loss": 0.25},

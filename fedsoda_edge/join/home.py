@@ -119,7 +119,10 @@ class Home:
         found = sorted((self.directory / "runs").glob("*/joined.json"), key=lambda path: path.stat().st_mtime)
         if not found:
             return None
-        joined = msgspec.json.decode(found[-1].read_bytes(), type=JoinedRun)
+        try:
+            joined = msgspec.json.decode(found[-1].read_bytes(), type=JoinedRun)
+        except (msgspec.DecodeError, UnicodeDecodeError):  # cut by a full disk, or of another release
+            return None
         return joined if all(Path(path).exists() for path in joined.tokenizer.values()) else None
 
     @contextlib.contextmanager
@@ -170,12 +173,22 @@ class Home:
         return freed
 
     def device_id(self) -> str:
-        """Return the id of this device, to which a token is bound; it is made once."""
+        """Return the id of this device, to which a token is bound; it is made once.
+
+        Raises:
+            UsageProblem: its file is damaged, or the directory cannot be used.
+        """
         path = self.directory / "device_id"
         with self._usable():
             if not path.exists():
                 write_durably(path, secrets.token_hex(16).encode())
-            return path.read_text().strip()
+            found = path.read_text(encoding="ascii", errors="replace").strip()
+        if not re.fullmatch("[!-~]{1,64}", found):
+            raise UsageProblem(
+                f"{path} is damaged: it does not name this device; delete it, and ask the hub's owner for "
+                "`fedsoda-hub token rebind`, since the token belongs to the device that it named"
+            )
+        return found
 
     def lock(self) -> None:
         """Keep other joins out of this home; the lock ends with the process, however that ends.

@@ -27,7 +27,6 @@ CREATE TABLE IF NOT EXISTS traffic (
     edge TEXT NOT NULL, round INTEGER NOT NULL, up INTEGER NOT NULL, down INTEGER NOT NULL,
     PRIMARY KEY (edge, round));
 """
-_NO_TABLE = "no such table"
 
 
 class Damaged(UsageProblem):
@@ -126,12 +125,11 @@ class Database:
             ) from error
 
     def _sentence(self, error: sqlite3.DatabaseError) -> Exception:
-        if _NO_TABLE in str(error):
-            return self.damaged("it has not all of a ledger's tables")
         match getattr(error, "sqlite_errorcode", 0) & 0xFF:
             case sqlite3.SQLITE_FULL:
                 return DiskFull(f"the ledger's disk is full ({error}); free some space there")
-            case sqlite3.SQLITE_NOTADB | sqlite3.SQLITE_CORRUPT:
+            # No statement of ours is wrong: where one does not suit the tables, they are not a ledger's.
+            case sqlite3.SQLITE_NOTADB | sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_ERROR | sqlite3.SQLITE_CONSTRAINT:
                 return self.damaged(error)
             case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_PERM:
                 return UsageProblem(

@@ -87,7 +87,7 @@ class Ledger:
     def _record(self, data: bytes) -> AnyRecord:
         try:
             return _RECORD.decode(data)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise self.database.damaged(error) from error
 
     def records(self) -> list[AnyRecord]:
@@ -98,10 +98,14 @@ class Ledger:
         """Fold the records after the last snapshot into it; all records where the snapshot is of another release."""
         seq, state = 0, LedgerState()
         for number, data in self.database.read("SELECT seq, state FROM snapshot ORDER BY seq DESC LIMIT 1"):
-            with contextlib.suppress(msgspec.DecodeError):  # the log alone says as much
+            with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):  # the log alone says as much
                 seq, state = number, _STATE.decode(data)
         for (data,) in self.database.read("SELECT record FROM log WHERE seq > ? ORDER BY seq", (seq,)):
-            state.apply(self._record(data))
+            record = self._record(data)
+            try:
+                state.apply(record)
+            except (LookupError, ValueError, ArithmeticError) as error:  # of records that never follow each other
+                raise self.database.damaged(f"{type(record).__name__} where it cannot be") from error
         return state
 
     # --- traffic: telemetry, not part of replay ------------------------------------------------------------
