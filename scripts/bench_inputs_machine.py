@@ -313,9 +313,10 @@ def _lost_token(work: Path) -> str:
 
 
 def _help(work: Path) -> str:
-    return ran(["fedsoda_hub", "serve", "--help"], QUICK, shell=">/dev/full").lacks(0) or ran(
-        ["fedsoda_hub", "plan", str(model() / "config.json")], QUICK, shell="2>/dev/full"
-    ).lacks(0)
+    run_file(work)
+    shown = ran(["fedsoda_hub", "serve", "--help"], QUICK, shell=">/dev/full").lacks(0)
+    check = ["fedsoda_edge", "data", "check", str(work / "rows.jsonl"), "--json"]
+    return shown or ran(check, QUICK, shell="2>/dev/full").lacks(0, '"rows": 6')
 
 
 # --- files ---------------------------------------------------------------------------------------------------------------
