@@ -22,7 +22,7 @@ import typer
 
 from fedsoda_edge.errors import FedSODAError, UsageProblem
 from fedsoda_edge.ports.logs import logs_shown, printable
-from fedsoda_edge.ports.outlet import ERR, OUT, Written, beside
+from fedsoda_edge.ports.outlet import ERR, OUT, HarmlessStream, beside
 from fedsoda_edge.ports.system import on_stop
 from fedsoda_edge.units import counted, human_bytes, human_seconds
 
@@ -266,7 +266,7 @@ _BEAT_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class _Job:
-    """What is being done. began, at: when it began, and when it was as far as `done`; first: how far it was then."""
+    """A piece of work. began, at: when it began, and when it was as far as `done`; first: how far it was then."""
 
     name: str
     began: float
@@ -441,7 +441,7 @@ class ProgressLine:
         columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False), BarColumn(24)]
         columns += [DownloadColumn(binary_units=True), TransferSpeedColumn()] if is_bytes else []
         columns += [TextColumn("{task.fields[detail]}", markup=False), TimeRemainingColumn()]
-        console = Console(file=cast("IO[str]", Written(ERR, sys.stderr)), force_terminal=True)
+        console = Console(file=cast("IO[str]", HarmlessStream(ERR, sys.stderr)), force_terminal=True)
         self._bar = Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
         self._task = self._bar.add_task(name, total=total, detail="")
         self._bar.start()

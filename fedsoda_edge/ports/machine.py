@@ -20,7 +20,7 @@ _UNLIMITED = 1 << 60  # version 1 writes its largest number of pages where there
 
 @dataclass(frozen=True)
 class Room:
-    """What a process may use. ram_bytes: free now. ram_from, cpus_from: the file of the limit; "": the machine itself."""
+    """The memory and CPUs that a process may use. ram_bytes: free now. ram_from, cpus_from: the file of the limit; "": the machine itself."""
 
     ram_bytes: int
     ram_from: str
@@ -51,10 +51,10 @@ def threads(own: int) -> int:
     """Count the threads to compute with: FEDSODA_THREADS, or what a library takes by itself within `room`.
 
     Args:
-        own: the library's own choice, which knows of no quota.
+        own: the library's own choice, made without the quota.
 
     Raises:
-        UsageProblem: FEDSODA_THREADS is no number of threads.
+        UsageProblem: FEDSODA_THREADS is not a number of threads.
     """
     given = os.environ.get("FEDSODA_THREADS")
     if not given:

@@ -44,7 +44,7 @@ class Outlet:
 
     @property
     def lost(self) -> int:
-        """How many texts were dropped in all."""
+        """The number of texts that were dropped."""
         return self._lost
 
     @property
@@ -175,8 +175,8 @@ def _descriptor(stream: TextIO, name: str) -> int | None:
 OUT, ERR = Outlet("stdout"), Outlet("stderr")
 
 
-class Written(io.TextIOBase):
-    """What libraries that print or draw take for a stream: it writes to an outlet, and so never fails.
+class HarmlessStream(io.TextIOBase):
+    """A stream for libraries that print or draw: it writes to an outlet, and so never fails.
 
     Args:
         stream: the stream that the outlet writes to; None: whatever has its name then.
@@ -193,7 +193,7 @@ class Written(io.TextIOBase):
 
     @property
     def errors(self) -> str:  # type: ignore[override]
-        """What is done about characters that the encoding lacks."""
+        """The way to write characters that the encoding lacks."""
         return "backslashreplace"
 
     @property
@@ -229,7 +229,7 @@ def beside() -> Iterator[None]:
     streams = sys.stdout, sys.stderr
     OUT.begin(sys.stdout)
     ERR.begin(sys.stderr)
-    sys.stdout, sys.stderr = Written(OUT, sys.stdout), Written(ERR, sys.stderr)
+    sys.stdout, sys.stderr = HarmlessStream(OUT, sys.stdout), HarmlessStream(ERR, sys.stderr)
     try:
         yield
     finally:

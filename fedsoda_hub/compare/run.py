@@ -131,13 +131,15 @@ class _Run:
         self._total = sum(self._units(cell) for cell in cells) + len(central) * len(rates) * base.rounds.count + 1
         results = Results()
         for cell in cells:
-            self._begin(str(cell))
+            self._what = str(cell)
+            self._advance(0)
             results.cells[cell] = await self._cell(cell)
         for split, seed in central:
-            self._begin(f"central, {split}, seed {seed}")
+            self._what = f"central, {split}, seed {seed}"
+            self._advance(0)
             results.central[split, seed] = (await self._central(split, seed, rates)).answered
         if "untouched" in c.baselines:
-            self._begin("untouched")
+            self._what = "untouched"
             results.untouched = (await self._untouched()).answered
         self._advance(self._total - self._done)
         for split, seed in self._data.parts:
@@ -157,33 +159,16 @@ class _Run:
         """Count the units of progress of a cell: its rounds, and one for judging it."""
         return self.comparison.settings[cell.variant].rounds.count + 1
 
-    def _begin(self, what: str) -> None:
-        """Say what is computed from now on."""
-        self._what = what
-        self._advance(0)
-
     def _advance(self, units: int = 1, within: str = "") -> None:
-        """Say how far the comparison is.
-
-        Args:
-            within: how far the present part is, where that is known.
-        """
+        """Say how far the comparison is. within: how far the present part of it is, where that is known."""
         self._done += units
-        detail = f"{self._what}, {within}" if within else self._what
-        self._say(
-            events.StageProgress(job="compare", stage="comparing", detail=detail, done=self._done, total=self._total)
-        )
+        what, done, total = self._what + within, self._done, self._total
+        self._say(events.StageProgress(job="compare", stage="comparing", detail=what, done=done, total=total))
 
     def _staged(self, progress: JobProgress) -> None:
-        """Say how far a preparation is, and end it where a signal came."""
         self._alive()
         if isinstance(progress, Stage):
-            self._advance(0, f"{progress.stage}: {progress.done} of {progress.total}")
-
-    def _judging(self, done: int, total: int) -> None:
-        """Say how many questions are answered, and end that where a signal came."""
-        self._alive()
-        self._advance(0, f"judging: {done} of {total}")
+            self._advance(0, f", {progress.stage}: {progress.done} of {progress.total}")
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         """Compute in a thread, so that the loop stays free for signals, which `_alive` looks for."""
@@ -295,8 +280,8 @@ class _Run:
         def heard(event: events.HubEvent) -> None:
             if isinstance(event, events.RoundClosed):
                 self._advance()
-            elif isinstance(event, events.EdgeProgress):
-                self._advance(0, f"round {event.round}: {event.edge} at step {event.step} of {event.steps}")
+            if isinstance(event, events.EdgeProgress):
+                self._advance(0, f", round {event.round}: {event.edge} at step {event.step} of {event.steps}")
 
         with contextlib.ExitStack() as files:
             (settings.directory / "events").mkdir(exist_ok=True)
@@ -368,7 +353,7 @@ class _Run:
 
     def _answered(self, judge: RunJudge, model: evaluator.JudgedModel) -> KeptAnswers:
         """Let a model answer the questions, and keep its answers."""
-        answers = judge.evaluator.answers(model, self._judging)
+        answers = judge.evaluator.answers(model, _judging(self._staged))
         losses = answers.losses.nan_to_num(MAX_LOSS).clamp(max=MAX_LOSS)  # JSON has no NaN
         return KeptAnswers(
             right="".join("01"[right] for right in judge.evaluator.right(answers)),
@@ -426,6 +411,10 @@ class _Run:
             result = await self._in_thread(work)
             _keep(path, fingerprint, result)
         return result
+
+
+def _judging(say: Callable[[JobProgress], None]) -> Callable[[int, int], None]:
+    return lambda done, total: say(Stage(stage="judging", done=done, total=total))
 
 
 def _kept_choices(judge: evaluator.Evaluator, answers: evaluator.Answers) -> KeptChoices | None:

@@ -19,7 +19,7 @@ class Record(msgspec.Struct, frozen=True, tag_field="record", kw_only=True, forb
 
 
 class RunStarted(Record, frozen=True, tag="run_started"):
-    """The run began, or goes on with other settings before it is prepared; the last record of these counts.
+    """The run began, or has other settings before it is prepared; the last record of these counts.
 
     run_id: drawn once. fixed: the settings that must be equal once the run is prepared.
     """

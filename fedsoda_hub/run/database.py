@@ -41,7 +41,7 @@ class Database:
         is_read_only: whether to leave the file as it is, so that it may lie where this process cannot write.
 
     Raises:
-        Damaged: the file is cut, or is none of a run.
+        Damaged: the file is cut, or is not that of a run.
         UsageProblem: the file cannot be opened by this user, or not on this file system.
         DiskFull: the disk has no space left.
     """

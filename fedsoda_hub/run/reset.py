@@ -17,7 +17,7 @@ from fedsoda_hub.run.ledger import Ledger
 
 
 class Begun(msgspec.Struct, frozen=True):
-    """What there is of a run.
+    """The state of a run before a reset.
 
     rounds_closed: None: the ledger is damaged. tokens: how many edges have one that is not revoked. bytes: what a reset
     frees.

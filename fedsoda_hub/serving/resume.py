@@ -63,7 +63,7 @@ def resume(settings: RunSettings) -> ServedRun:
 
 
 def _replayed(ledger: Ledger, settings: RunSettings) -> LedgerState:
-    """Replay the ledger, and record with which settings the run goes on.
+    """Replay the ledger, and record the settings of the run.
 
     Until it is prepared every key may change: what was refused then is to be corrected, not to be put back.
 

@@ -46,7 +46,7 @@ def answer(call, report):
             os._exit(7)
         case Do(what="no room"): raise OSError(28, "No space left on device", "/store/x")
         case Do(what=said) if said.startswith("die of "):
-            os.write(2, f"  File x\n{said.removeprefix('die of ')}\n\n".encode())
+            os.write(2, f"  File x\\n{said[7:]}\\n\\n".encode())
             os._exit(1)
         case Do(what="pid"): return Number(os.getpid())
         case Do(what="nap"):
