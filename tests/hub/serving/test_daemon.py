@@ -492,7 +492,7 @@ def test_before_a_run_is_prepared_every_key_may_change_so_that_what_was_refused_
     for _ in range(2):
         with started(changed) as daemon:
             assert (daemon.machine.state.run_id, daemon.machine.state.fixed) == (run_id, changed.fixed())
-    assert [record.fixed["[local] max_length"] for record in records(changed, rec.RunStarted)] == [64, 77]
+    assert [record.fixed["[local] max_length"] for record in records(changed, rec.RunStarted)] == [512, 77]
 
 
 def test_a_key_of_the_method_that_changed_is_refused_with_both_values_until_it_is_put_back(tmp_path: Path) -> None:
