@@ -6,7 +6,6 @@ Tensors are blobs by digest in the run directory. The algorithms are those of `a
 
 from __future__ import annotations
 
-import os
 from collections import ChainMap
 from functools import cached_property, partial
 from typing import assert_never
@@ -18,6 +17,7 @@ from fedsoda_edge.model import delta
 from fedsoda_edge.model.delta import LoRATensors
 from fedsoda_edge.ports.child import ReportProgress, serve
 from fedsoda_edge.ports.disk import BlobStore
+from fedsoda_edge.ports.machine import threads
 from fedsoda_edge.protocol.coded import of_factor
 from fedsoda_edge.protocol.messages import Digest
 from fedsoda_hub.algorithms.aggregation import flexlora, server_optimizer
@@ -175,9 +175,7 @@ class Compute:
 
 def main() -> None:
     """Answer calls that come on stdin, until it closes."""
-    threads = os.environ.get("FEDSODA_THREADS")
-    if threads:
-        torch.set_num_threads(int(threads))
+    torch.set_num_threads(threads(torch.get_num_threads()))
     serve(OpenRun | jobs.Job, Compute().answer)
 
 

@@ -83,7 +83,7 @@ HOUSE = {
     # Of tables: nothing imports their libraries before a user names a file of that kind.
     "edge.data": Room(_SIZES, "disk processes tokenizers jinja2 pyarrow zstandard python_calamine"),
     "edge.device": Room(_SIZES, "msgspec"),
-    "edge.device.facts": Room(f"{_SIZES} edge.device", "disk psutil pynvml"),
+    "edge.device.facts": Room(f"{_SIZES} edge.device edge.ports.machine", "disk psutil pynvml"),
     "edge.device.sensors": Room(f"{_SIZES} edge.device", "psutil pynvml"),
     "edge.network": Room("edge.errors edge.protocol", "asyncio clock disk network httpx websockets certifi msgspec"),
     "edge.join": Room(_JOIN, f"{_ANY_STDLIB} psutil platformdirs msgspec"),

@@ -656,8 +656,11 @@ def test_tokens(tmp_path: Path) -> None:
     run_file = test_daemon.write_run(tmp_path).path
     assert hub("token create", run_file, "--name", "a")["token"].startswith("fs1-")
     assert "token" not in hub("token create", run_file, "--name", "b", "--out", tmp_path / "b.token")
+    assert hub("token rebind", run_file, "a")["edge"] == "a"
     assert hub("token revoke", run_file, "a")["edge"] == "a"
     assert [token["revoked"] for token in hub("token list", run_file)["tokens"]] == [True, False]
+    assert hub("reset", run_file, "--yes")["tokens"] == 1
+    assert [token["edge"] for token in hub("token list", run_file)["tokens"]] == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -673,6 +676,8 @@ def test_tokens(tmp_path: Path) -> None:
         "token list",
         "token create --name a",
         "token revoke",
+        "token rebind",
+        "reset --yes",
     ],
 )
 def test_errors_of_a_hub(tmp_path: Path, command: str) -> None:
@@ -680,7 +685,7 @@ def test_errors_of_a_hub(tmp_path: Path, command: str) -> None:
     name, *options = command.split(" --", 1)
     words = [run_file, *f"--{''.join(options)}".split()] if options else [run_file]
     assert hub(name, *words, "--loud")["error"] == "Usage"
-    assert hub(name, *words, *(["a"] if name == "token revoke" else []))["error"] == "UsageProblem"
+    assert hub(name, *words, *(["a"] if name in ("token revoke", "token rebind") else []))["error"] == "UsageProblem"
     assert hub("plan", tmp_path / "no-model")["error"] == "UsageProblem"
 
 

@@ -14,7 +14,7 @@ import typer
 
 from fedsoda_edge.cli import options as opt
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_edge.ports.console import EXIT_HELP, effective_settings, finish, is_asked, note, reporting
+from fedsoda_edge.ports.console import EXIT_HELP, effective_settings, finish, is_asked, note, reporting, working
 from fedsoda_edge.ports.console import run as run_command
 from fedsoda_edge.units import counted, parse_bytes
 
@@ -94,7 +94,7 @@ def join(
     debug: opt.DebugOption = False,
 ) -> None:
     """Take part until the run ends or Ctrl+C; joining again continues where it stopped."""
-    with reporting(as_json, jsonl, debug), opt.named_as_options():
+    with reporting(as_json, jsonl, debug), opt.named_as_options(), working(f"reading {data}, then joining the hub"):
         import msgspec
 
         from fedsoda_edge import events as ev
@@ -147,7 +147,7 @@ def plan(
     debug: opt.DebugOption = False,
 ) -> None:
     """Show what would be downloaded and trained here, and what it needs; exit 4 if this device has no room for it."""
-    with reporting(as_json, False, debug), opt.named_as_options():
+    with reporting(as_json, False, debug), opt.named_as_options(), working("asking the hub"):
         import asyncio
 
         import msgspec
@@ -182,7 +182,7 @@ def doctor(
     debug: opt.DebugOption = False,
 ) -> None:
     """Check this device and the way to the hub, step by step: PASS, or what to do. Exit with the first failure's status."""
-    with reporting(as_json, False, debug):
+    with reporting(as_json, False, debug), working("checking this device"):
         import asyncio
 
         from fedsoda_edge.cli.display import show_check
@@ -221,7 +221,7 @@ def leave(
     debug: opt.DebugOption = False,
 ) -> None:
     """Tell the hub that this device does not come back."""
-    with reporting(as_json, False, debug), opt.named_as_options():
+    with reporting(as_json, False, debug), opt.named_as_options(), working("asking the hub"):
         import asyncio
 
         from fedsoda_edge.edge import Edge, say_goodbye
@@ -379,7 +379,7 @@ def data_check(
     debug: opt.DebugOption = False,
 ) -> None:
     """Show what is trained on and what is skipped and why, lengths, labels, duplicates. Nothing leaves this device."""
-    with reporting(as_json, False, debug):
+    with reporting(as_json, False, debug), working(f"reading {file}"):
         from fedsoda_edge.cli.display import show_data
         from fedsoda_edge.data.chat import ChatTemplate
         from fedsoda_edge.data.chat_losses import LOSSES, lost_in

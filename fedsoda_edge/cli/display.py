@@ -5,7 +5,6 @@ What happens, and when, is left to the events of the join.
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Iterable, Sequence
 from types import TracebackType
@@ -17,7 +16,7 @@ from fedsoda_edge.cli.options import as_options
 from fedsoda_edge.data.inspection import Inspection, Piece
 from fedsoda_edge.join.doctor import DoctorStep
 from fedsoda_edge.join.status import pause_sentence
-from fedsoda_edge.ports.console import ProgressLine, note, settings_lines
+from fedsoda_edge.ports.console import PULSE, ProgressLine, is_terminal, line_out, note, settings_lines
 from fedsoda_edge.protocol.needs import Part
 from fedsoda_edge.units import counted, human_bytes, human_seconds
 
@@ -25,6 +24,9 @@ TEXT, PIECES = 400, 40  # characters of a text, and ids of a sample, that `data 
 
 # Events that leave the bar as it is, since its work continues.
 _BESIDE = ev.Notice | ev.Reconnecting | ev.Reconnected | ev.Retrying
+
+# Events after which a join waits for others, unless another event says what it does.
+_IS_WAITED_AFTER = ev.DataRead | ev.JoinPaused | ev.Reconnecting | ev.RunFinished
 
 
 class JoinDisplay:
@@ -39,7 +41,7 @@ class JoinDisplay:
         self._jsonl = jsonl
         self._is_detailed = is_detailed
         self._lock = threading.Lock()
-        self._line = ProgressLine(is_live=sys.stderr.isatty() and not jsonl)
+        self._line = ProgressLine(is_live=is_terminal() and not jsonl)
         self._download: ev.Downloading | None = None  # while it runs
         self._swept = ""  # how far the sweep beside it is
 
@@ -55,8 +57,10 @@ class JoinDisplay:
     def say(self, event: ev.AnyEvent) -> None:
         """Show one event, from any thread."""
         with self._lock:
+            if isinstance(event, _IS_WAITED_AFTER):
+                PULSE.work("")
             if self._jsonl:
-                print(ev.line_of(event), flush=True)
+                line_out(ev.line_of(event))
             else:
                 self._show(event)
 

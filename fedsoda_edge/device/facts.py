@@ -1,18 +1,18 @@
-"""Read what this device has free now: memory, disk, GPU. What fits is left to `fit.py`."""
+"""Read what this device has free now: memory, disk, GPU. What fits is left to `fit.py`, limits to `ports/machine.py`."""
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
 import psutil
 
+from fedsoda_edge.ports.machine import room
 from fedsoda_edge.protocol.messages import DeviceFacts
 
 
 def read_device(home: Path) -> DeviceFacts:
-    """Read what is free: RAM and disk through psutil, VRAM through NVML, so that the agent makes no CUDA context.
+    """Read what is free: RAM as the control groups leave it, VRAM through NVML, so that the agent makes no CUDA context.
 
     Args:
         home: the FEDSODA_HOME where bundle and border states are kept; it need not exist yet.
@@ -21,11 +21,12 @@ def read_device(home: Path) -> DeviceFacts:
     existing = home
     while not existing.exists():
         existing = existing.parent
+    limits = room()
     return DeviceFacts(
-        ram_bytes=psutil.virtual_memory().available,
+        ram_bytes=limits.ram_bytes,
         vram_bytes=vram,
         disk_bytes=shutil.disk_usage(existing).free,
-        threads=psutil.cpu_count(logical=False) or os.cpu_count() or 1,
+        threads=min(limits.cpus, psutil.cpu_count(logical=False) or limits.cpus),
         accelerator=name,
     )
 

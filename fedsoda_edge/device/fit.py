@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from fedsoda_edge.errors import DeviceTooSmall, UsageProblem
+from fedsoda_edge.errors import DeviceTooSmall, DiskFull, UsageProblem
 from fedsoda_edge.protocol.messages import DeviceFacts
 from fedsoda_edge.protocol.needs import SHORTEST, MemoryPlan, Part, Process, SampleSizes, Shape, plans
 from fedsoda_edge.units import human_bytes
@@ -34,16 +34,22 @@ def check_device_name(wanted: str) -> None:
         raise UsageProblem(f"device={wanted!r} is not known; choose auto, cpu, cuda or cuda:N")
 
 
-def check_disk(needed: int, facts: DeviceFacts) -> None:
+def check_disk(needed: int, facts: DeviceFacts, held: int = 0) -> None:
     """Refuse a disk without room for what is still to be fetched.
 
+    Args:
+        needed: bytes that are still to come.
+        held: bytes that are here already.
+
     Raises:
-        DeviceTooSmall: fewer bytes are free than needed; says both numbers.
+        DiskFull: fewer bytes are free than needed; says both numbers.
     """
     if facts.disk_bytes < needed:
-        raise DeviceTooSmall(
-            f"this device has {human_bytes(facts.disk_bytes)} of disk free, the bundle needs {human_bytes(needed)}; "
-            "free space, or set FEDSODA_HOME to a directory on another disk"
+        beyond = f" beyond the {human_bytes(held)} that are here" if held else ""
+        raise DiskFull(
+            f"this device has {human_bytes(facts.disk_bytes)} of disk free, the bundle needs {human_bytes(needed)}{beyond}; "
+            f"free {human_bytes(needed - facts.disk_bytes)}, or move FEDSODA_HOME with all that is in it to another disk "
+            "(an empty one is another device, which needs a token of its own)"
         )
 
 

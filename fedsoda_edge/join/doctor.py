@@ -20,10 +20,11 @@ from fedsoda_edge.join.token import read_token
 from fedsoda_edge.join.trainer import WORKER_MODULE, worker_environment
 from fedsoda_edge.ports import Clock, SystemClock, TorchPort, Transport
 from fedsoda_edge.ports.child import Child
+from fedsoda_edge.ports.machine import room
 from fedsoda_edge.ports.system import memory_limit_hint
 from fedsoda_edge.protocol.commands import Examine
 from fedsoda_edge.protocol.needs import Part
-from fedsoda_edge.units import human_bytes
+from fedsoda_edge.units import counted, human_bytes
 
 MAX_SKEW_SECONDS = 120.0
 SHORT = {"bfloat16": "bf16", "float32": "fp32"}  # dtypes, for people
@@ -97,7 +98,11 @@ async def _device(home: Home, worker: TorchPort) -> AsyncIterator[DoctorStep]:
     )
     facts = read_device(home.directory)
     hint = memory_limit_hint()
-    yield DoctorStep("memory", True, f"{human_bytes(facts.ram_bytes)} free" + (f" ({hint})" if hint else ""))
+    limits = room()
+    by = f", as {limits.ram_from} allows" if limits.ram_from else ""
+    yield DoctorStep("memory", True, f"{human_bytes(facts.ram_bytes)} free{by}" + (f" ({hint})" if hint else ""))
+    by = f", as {limits.cpus_from} allows" if limits.cpus_from else ""
+    yield DoctorStep("CPU", True, f"{counted(limits.cpus, 'CPU')}{by}")
     if facts.accelerator:
         yield DoctorStep("GPU memory", True, f"{human_bytes(facts.vram_bytes)} free on {facts.accelerator}")
     yield DoctorStep("disk", True, f"{human_bytes(facts.disk_bytes)} free for {home.directory}")

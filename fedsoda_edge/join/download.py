@@ -192,6 +192,7 @@ async def _fetch_part(
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFull(
-                f"the disk is full after {have} of {size} bytes of a file; free space, then join again"
+                f"the disk of {part.parent} is full: {have:,} of {size:,} bytes of a file of the bundle are here; free "
+                f"{size - have:,} bytes and what the files after it need, then join again"
             ) from error
         raise

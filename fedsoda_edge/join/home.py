@@ -19,16 +19,29 @@ from platformdirs import user_data_path
 
 from fedsoda_edge.errors import DiskFull, HomeInUse, ProtocolViolation, UsageProblem
 from fedsoda_edge.ports.disk import write_durably
-from fedsoda_edge.ports.system import Held, Lock
+from fedsoda_edge.ports.system import Held, Lock, is_locked
 
 KEY_BYTES = 32  # AES-256
 CACHE_DTYPES = ("bf16", "int8")  # the forms in which border states are kept
 
 
 def default_home() -> Path:
-    """Return FEDSODA_HOME, or the platform's user directory where it is not set."""
+    """Return FEDSODA_HOME, or the platform's user directory where it is not set.
+
+    Raises:
+        UsageProblem: this user has no home directory, as in a container that knows the user's number only.
+    """
     wanted = os.environ.get("FEDSODA_HOME")
-    return Path(wanted).expanduser() if wanted else user_data_path("fedsoda", appauthor=False)
+    try:
+        home = Path(wanted).expanduser() if wanted else user_data_path("fedsoda", appauthor=False)
+    except (RuntimeError, KeyError) as error:
+        raise UsageProblem(f"this user has no home directory ({error}); {_NO_HOME}") from error
+    if not wanted and home.parts[:1] == ("~",):
+        raise UsageProblem(f"this user has no home directory; {_NO_HOME}")
+    return home
+
+
+_NO_HOME = "set FEDSODA_HOME to a directory that stays, in a container one on a volume"
 
 
 class JoinedRun(msgspec.Struct, frozen=True, kw_only=True):
@@ -108,7 +121,10 @@ class Home:
         found = sorted((self.directory / "runs").glob("*/joined.json"), key=lambda path: path.stat().st_mtime)
         if not found:
             return None
-        joined = msgspec.json.decode(found[-1].read_bytes(), type=JoinedRun)
+        try:
+            joined = msgspec.json.decode(found[-1].read_bytes(), type=JoinedRun)
+        except (msgspec.DecodeError, UnicodeDecodeError):  # cut by a full disk, or of another release
+            return None
         return joined if all(Path(path).exists() for path in joined.tokenizer.values()) else None
 
     @contextlib.contextmanager
@@ -159,12 +175,22 @@ class Home:
         return freed
 
     def device_id(self) -> str:
-        """Return the id of this device, to which a token is bound; it is made once."""
+        """Return the id of this device, to which a token is bound; it is made once.
+
+        Raises:
+            UsageProblem: its file is damaged, or the directory cannot be used.
+        """
         path = self.directory / "device_id"
         with self._usable():
             if not path.exists():
                 write_durably(path, secrets.token_hex(16).encode())
-            return path.read_text().strip()
+            found = path.read_text(encoding="ascii", errors="replace").strip()
+        if not re.fullmatch("[!-~]{1,64}", found):
+            raise UsageProblem(
+                f"{path} is damaged: it does not name this device; delete it, and ask the hub's owner for "
+                "`fedsoda-hub token rebind`, since the token belongs to the device that it named"
+            )
+        return found
 
     def lock(self) -> None:
         """Keep other joins out of this home; the lock ends with the process, however that ends.
@@ -178,19 +204,13 @@ class Home:
             except Held as held:
                 raise HomeInUse(
                     f"{self.directory} is used by another join (pid {held.pid}); stop that join, or set FEDSODA_HOME "
-                    "to another directory"
+                    "to another directory and join with another token, since a token belongs to one home"
                 ) from None
 
     def is_in_use(self) -> bool:
         """Tell whether a join runs here. Takes the lock for a moment: only the lock shows whether a join is alive."""
-        if not self.directory.exists():
-            return False
-        try:
-            self.lock()
-        except HomeInUse:
-            return True
-        self.unlock()
-        return False
+        with self._usable():
+            return is_locked(self.directory / "lock")
 
     def unlock(self) -> None:
         """Let other joins use this home; without a lock nothing happens."""

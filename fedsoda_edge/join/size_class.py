@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fedsoda_edge.device.facts import read_device
 from fedsoda_edge.device.fit import Limits, check_disk, fit
-from fedsoda_edge.errors import DeviceTooSmall
+from fedsoda_edge.errors import DeviceTooSmall, DiskFull
 from fedsoda_edge.events import EventSink, Notice
 from fedsoda_edge.ports.store import FileStore
 from fedsoda_edge.protocol.manifest import BundleManifest, parse_manifest
@@ -54,7 +54,8 @@ async def take(
         device, samples, limits: as in `device.fit.fit`.
 
     Raises:
-        DeviceTooSmall: there is no room for the smallest either.
+        DeviceTooSmall: there is no memory for the smallest either.
+        DiskFull: there is no disk for it.
     """
     classes = (SizeClass(manifest=welcome.manifest, emulator=welcome.emulator), *welcome.smaller)
     for number, one in enumerate(classes):
@@ -63,9 +64,9 @@ async def take(
         held = store.held_bytes([(file.sha256, file.bytes) for file in manifest.files])
         needed = max(0, manifest.needs.disk_bytes - held)
         try:
-            check_disk(needed, facts)
+            check_disk(needed, facts, held)
             memory = fit(device, shape_of(manifest), samples, facts, limits)
-        except DeviceTooSmall as error:
+        except (DeviceTooSmall, DiskFull) as error:
             if number == len(classes) - 1:
                 raise
             say(Notice(f"{error}; trying the run's next smaller sub-LLM"))

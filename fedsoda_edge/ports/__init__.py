@@ -57,8 +57,7 @@ class Disk(Protocol):
         """Read a blob.
 
         Raises:
-            BlobCorrupt: the bytes do not have that digest.
-            KeyError: there is no blob of that digest.
+            BlobCorrupt: the bytes do not have that digest, or are gone.
         """
         ...
 

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from queue import SimpleQueue
 from typing import Any, BinaryIO
 
 import msgspec
 
-from fedsoda_edge.errors import FedSODAError, Field, WorkerFailed, by_name
+from fedsoda_edge.errors import DiskFull, FedSODAError, Field, WorkerFailed, by_name
 from fedsoda_edge.ports.system import group_of_its_own, peak_rss_bytes, was_killed
 from fedsoda_edge.protocol.calls import Call, ProgressT, ResultT, progress_type, result_type
 
@@ -162,7 +163,8 @@ class Child:
                     await self._drain
                 raise WorkerFailed(
                     f"the process {self.module} ended with status {status} during {type(call).__name__}"
-                    + (" (it was killed, most likely because memory ran out)" if was_killed(status) else ""),
+                    + (" (it was killed, most likely because memory ran out)" if was_killed(status) else "")
+                    + _last_said(self._last_words),
                     "\n".join(self._last_words),
                     was_killed(status),
                 ) from error
@@ -203,6 +205,25 @@ class Child:
         self._process._transport.close()  # type: ignore[attr-defined]
 
 
+# What a process says at its end where this machine lacks something, and what to do about it.
+_REMEDIES = (
+    ("No usable temporary directory", "set TMPDIR to a directory that you may write to"),
+    ("getpwuid", "this user has no entry in the system's list of users: set HOME and USER"),
+    ("home directory", "set HOME to a directory that you may write to"),
+    ("No module named", "install fedsoda again, with the same Python"),
+)
+_MOST_SAID = 300  # characters of the last line
+
+
+def _last_said(words: Iterable[str]) -> str:
+    """Quote the last line that a process wrote, with what to do where that is known; "" where it wrote none."""
+    last = next((line.strip() for line in reversed(list(words)) if line.strip()), "")
+    if not last:
+        return ""
+    remedy = next((remedy for mark, remedy in _REMEDIES if mark in last), "")
+    return f": {last[:_MOST_SAID]}" + (f"; {remedy}" if remedy else "")
+
+
 def _rebuilt(raised: ErrorReply) -> FedSODAError:
     kind = by_name(raised.name)
     if kind is None:
@@ -233,6 +254,10 @@ def serve(calls: Any, answer: Callable[[Any, ReportProgress], msgspec.Struct]) -
         except FedSODAError as error:
             reply = ErrorReply(type(error).__name__, error.fields())
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                full = DiskFull(f"the disk is full ({error}); free some space there, then try again")
+                _write(out, ErrorReply(DiskFull.__name__, full.fields()))
+                continue
             reply = ErrorReply("", text=f"{type(error).__name__}: {error}", details=traceback.format_exc())
         _write(out, reply)
 

@@ -6,31 +6,39 @@ What a command does, and which events it shows, is left to the two `cli` rooms.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import IO, Any, cast
 
 import typer
 
 from fedsoda_edge.errors import FedSODAError, UsageProblem
 from fedsoda_edge.ports.logs import logs_shown, printable
+from fedsoda_edge.ports.outlet import ERR, OUT, HarmlessStream, beside
 from fedsoda_edge.ports.system import on_stop
 from fedsoda_edge.units import counted, human_bytes, human_seconds
 
 EXIT_HELP = (
     "Exit status: 0 done; 1 failed, do not retry; 2 wrong usage, settings or data; 3 temporary (network, hub away, "
     "disk full), retry is sensible; 4 this device cannot hold the model; 5 refused by the hub; 130 Ctrl+C. "
-    "SIGTERM saves state and exits 0."
+    "SIGTERM and SIGHUP save state and exit 0."
 )
 
 
 class Terminated(BaseException):
-    """The request of SIGTERM to save state and exit 0."""
+    """The request of a signal to save state and exit 0. name: that of the signal."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
 
 
 @contextlib.contextmanager
@@ -42,14 +50,14 @@ def reporting(as_json: bool, jsonl: bool, debug: bool) -> Iterator[None]:
         debug: whether to show logs and tracebacks on stderr.
     """
 
-    def terminate(_: int, __: Any) -> None:
-        raise Terminated
+    def terminate(number: int, _: Any) -> None:
+        raise Terminated(signal.Signals(number).name)
 
     on_stop(terminate)
     try:
         if as_json and jsonl:
             raise UsageProblem("--json prints one object and --jsonl one event a line; give only one of them")
-        with logs_shown(is_debug=debug):
+        with logs_shown(is_debug=debug), PULSE.beating():
             yield
     except FedSODAError as error:
         _fail(error, error.exit_status, as_json, jsonl, debug, getattr(error, "details", ""))
@@ -57,9 +65,9 @@ def reporting(as_json: bool, jsonl: bool, debug: bool) -> Iterator[None]:
         raise
     except Exception as error:
         _fail(error, 1, as_json, jsonl, debug, "")
-    except Terminated:
+    except Terminated as stopped:
         note("stopped; the same command continues where this one ended")
-        finish({"status": "ok", "stopped": "SIGTERM"}, as_json, jsonl)
+        finish({"status": "ok", "stopped": stopped.name}, as_json, jsonl)
         raise typer.Exit(0) from None
     except KeyboardInterrupt:
         note("stopped; the same command continues where this one ended")
@@ -71,7 +79,8 @@ def _fail(error: Exception, status: int, as_json: bool, jsonl: bool, debug: bool
     if isinstance(error, FedSODAError):
         note(f"error: {error}")
     elif isinstance(error, OSError):
-        note(f"error: {error}; correct this on this machine, then try again")
+        status, remedy = _of_this_machine(error)
+        note(f"error: {error}; {remedy}, then try again")
     else:
         note(
             f"error: {type(error).__name__}: {error}; this is a defect of fedsoda: please report it, with what --debug shows"
@@ -83,10 +92,31 @@ def _fail(error: Exception, status: int, as_json: bool, jsonl: bool, debug: bool
     raise typer.Exit(status) from None
 
 
+def _of_this_machine(error: OSError) -> tuple[int, str]:
+    """Return the exit status of what the system refused, and what to do about it."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return 3, "free some space there"
+    if isinstance(error, ConnectionError | TimeoutError):
+        return 3, "check the network"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return 3, "allow more open files with `ulimit -n`"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return 2, "let this user read and write there, or name another place"
+    return 2, "correct this on this machine"
+
+
 def run(app: typer.Typer) -> None:
     """Run the command and exit with its status. Wrong usage is shown as one sentence too, with --json as an object."""
+    with beside():
+        status = _status_of(app)
+    sys.exit(status)
+
+
+def _status_of(app: typer.Typer) -> int:
     try:
         status = app(standalone_mode=False)
+    except OSError:  # of a help text that nobody reads: commands turn theirs into sentences
+        status = 0
     except Exception as error:
         if not hasattr(error, "format_message"):  # typer brings its own click, whose classes have no public name
             raise
@@ -97,7 +127,7 @@ def run(app: typer.Typer) -> None:
         fields = {"status": "error", "error": "Usage", "message": error.format_message(), "exit_status": 2}
         finish(fields, is_asked("--json"), is_asked("--jsonl"))
         status = 2
-    sys.exit(status if isinstance(status, int) else 0)
+    return status if isinstance(status, int) else 0
 
 
 def _where(error: Any) -> str:
@@ -124,11 +154,37 @@ def is_asked(option: str) -> bool:
 
 
 def finish(values: Mapping[str, object], as_json: bool, jsonl: bool) -> None:
-    """Print the object of --json, or the last event of --jsonl."""
+    """Print the object of --json, or the last event of --jsonl. That it cannot be written does not change what was done."""
     if as_json:
-        print(json.dumps({"schema": 1, **values}, allow_nan=False))
+        try:
+            OUT.give(json.dumps({"schema": 1, **values}, allow_nan=False) + "\n")
+        except (OSError, ValueError) as error:
+            note(f"the JSON object could not be written to stdout: {getattr(error, 'strerror', None) or error}")
     elif jsonl:
-        print(json.dumps({"schema": 1, "event": "end", "terminal": True, **values}, allow_nan=False), flush=True)
+        line_out(json.dumps({"schema": 1, "event": "end", "terminal": True, **values}, allow_nan=False))
+
+
+def line_out(text: str) -> None:
+    """Write a line for programs on stdout."""
+    OUT.say(text + "\n")
+
+
+def hand_over(secret: str, as_json: Mapping[str, object] | None) -> None:
+    """Print what exists nowhere else, alone on stdout or in the object of --json.
+
+    Args:
+        as_json: the object's fields; None: only the secret is printed.
+
+    Raises:
+        UsageProblem: it could not be written, so nobody has it.
+    """
+    text = secret if as_json is None else json.dumps({"schema": 1, **as_json}, allow_nan=False)
+    try:
+        OUT.give(text + "\n")
+    except (OSError, ValueError) as error:
+        raise UsageProblem(
+            f"stdout takes nothing ({getattr(error, 'strerror', None) or error}), so nothing was made; name a file with --out"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -190,48 +246,187 @@ def settings_lines(settings: Mapping[str, tuple[Any, str]], *, is_detailed: bool
 
 def note(text: str) -> None:
     """Write a line for people on stderr."""
-    print(printable(text), file=sys.stderr, flush=True)
+    ERR.say(printable(text) + "\n")
 
 
-PLAIN_SECONDS = 30.0  # between two lines of a long job in a log
+def show(drawing: Any) -> None:
+    """Draw a table of rich for people on stderr."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.capture() as drawn:
+        console.print(drawing)
+    ERR.say(drawn.get())
+
+
+FIRST_SECONDS = 4.0  # of a job after which a log has a line of it
+PLAIN_SECONDS = 25.0  # between two lines of a long job in a log
+_BEAT_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A piece of work. began, at: when it began, and when it was as far as `done`; first: how far it was then."""
+
+    name: str
+    began: float
+    first: int = 0
+    at: float = 0.0
+    done: int = 0
+    total: int | None = None
+    detail: str = ""
+    is_bytes: bool = False
+
+    def line(self, now: float) -> str:
+        """Say how far the job is, and how long it has worked where it has no figures."""
+        is_known = self.total is not None or bool(self.detail)
+        figures = []
+        rate = (self.done - self.first) / (self.at - self.began) if self.at > self.began else 0.0
+        if self.is_bytes:
+            figures += [f"{human_bytes(self.done)} of {human_bytes(self.total or 0)}, {human_bytes(rate)}/s"]
+        if self.detail:
+            figures += [self.detail]
+        elif is_known and not self.is_bytes:
+            figures += [f"{self.done} of {self.total}"]
+        if self.total and rate > 0:
+            figures += [f"about {human_seconds((self.total - self.done) / rate)} left"]
+        else:
+            figures += [f"{human_seconds(now - self.began)} so far"]
+        return f"{self.name}: {', '.join(figures)}"
+
+
+class Pulse:
+    """The lines of long work in a log: what is done within 5 s of its begin, and how far it is twice a minute.
+
+    A thread looks for what is due, so that work which reports nothing for minutes is not silent either.
+
+    Args:
+        now: monotonic seconds.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self.now = now
+        self._lock = threading.Lock()
+        self._command: _Job | None = None  # what is done where no job is known
+        self._job: _Job | None = None
+        self._due_at = 0.0
+        self._is_drawn = self._is_awaited = False
+
+    def work(self, name: str) -> None:
+        """Say what the command does from now on, beside its jobs; "": nothing that takes this device's time."""
+        with self._lock:
+            self._command = _Job(name, self.now()) if name else None
+            self._due_at = self.now() + FIRST_SECONDS
+
+    def job(self, job: _Job | None, *, is_drawn: bool = False, is_awaited: bool = False) -> None:
+        """Take how far the job is; None: it is over.
+
+        Args:
+            is_drawn: whether a bar on a terminal shows it, so that no line is needed.
+            is_awaited: whether others do it: a line is due only where something has changed.
+        """
+        with self._lock:
+            is_new = (self._job and self._job.name) != (job and job.name)
+            self._job, self._is_drawn, self._is_awaited = job, is_drawn, is_awaited
+            if is_new:
+                self._due_at = self.now() + (PLAIN_SECONDS if is_awaited else FIRST_SECONDS)
+        if job is not None:
+            self._say_due()
+
+    def beat(self) -> None:
+        """Say what is due. Called every half second."""
+        if not self._is_awaited:
+            self._say_due()
+
+    def _say_due(self) -> None:
+        with self._lock:
+            job, now = self._job or self._command, self.now()
+            if job is None or (self._is_drawn and self._job) or now < self._due_at:
+                return
+            self._due_at = now + PLAIN_SECONDS
+        note(job.line(now))
+
+    @contextlib.contextmanager
+    def beating(self) -> Iterator[None]:
+        """Look for what is due, in a thread, within the block."""
+        is_over = threading.Event()
+
+        def beats() -> None:
+            while not is_over.wait(_BEAT_SECONDS):
+                self.beat()
+
+        threading.Thread(target=beats, daemon=True, name="says what takes long").start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            self.work("")
+            self.job(None)
+
+
+PULSE = Pulse()
+
+
+@contextlib.contextmanager
+def working(what: str) -> Iterator[None]:
+    """Let a log say that this is done, where it takes long, within the block."""
+    PULSE.work(what)
+    try:
+        yield
+    finally:
+        PULSE.work("")
 
 
 class ProgressLine:
     """The progress of one job at a time on stderr: a live bar on a terminal, a plain line now and then in a log.
 
     Args:
-        is_live: whether stderr is a terminal. now: monotonic seconds.
+        is_live: whether stderr is a terminal.
+        pulse: what says the lines of a log.
     """
 
-    def __init__(self, *, is_live: bool, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, *, is_live: bool, pulse: Pulse = PULSE) -> None:
         self._is_live = is_live
-        self._now = now
-        self._name = ""
+        self._pulse = pulse
+        self._job: _Job | None = None
         self._bar: Any = None
         self._task: Any = None
-        self._began = self._told = 0.0
-        self._first = 0
 
-    def show(self, name: str, done: int, total: int | None, detail: str = "", *, is_bytes: bool = False) -> None:
+    def show(
+        self,
+        name: str,
+        done: int,
+        total: int | None,
+        detail: str = "",
+        *,
+        is_bytes: bool = False,
+        is_awaited: bool = False,
+    ) -> None:
         """Show how far the job is.
 
         Args:
             total: how much there is to do; None: not known yet.
             detail: words beside the figures.
             is_bytes: whether done and total are bytes, of which a rate is shown.
+            is_awaited: whether others do it, and this process only hears how far it is.
         """
-        if name != self._name:
+        now = self._pulse.now()
+        if self._job is None or name != self._job.name:
             self.end()
-            self._name, self._began, self._first = name, self._now(), done
-            self._told = self._began
+            self._job = _Job(name, now, done)
             if self._is_live:
-                self._start(total, is_bytes)
+                self._start(name, total, is_bytes)
+        self._job = replace(self._job, at=now, done=done, total=total, detail=detail, is_bytes=is_bytes)
         if self._is_live:
             self._bar.update(self._task, completed=done, total=total, detail=detail)
+            self._pulse.job(self._job, is_drawn=True)
+        elif total is not None and done >= total:
+            note(f"{name}: done in {human_seconds(now - self._job.began)}")
+            self.end()
         else:
-            self._tell(name, done, total, detail, is_bytes)
+            self._pulse.job(self._job, is_awaited=is_awaited)
 
-    def _start(self, total: int | None, is_bytes: bool) -> None:
+    def _start(self, name: str, total: int | None, is_bytes: bool) -> None:
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -246,22 +441,10 @@ class ProgressLine:
         columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False), BarColumn(24)]
         columns += [DownloadColumn(binary_units=True), TransferSpeedColumn()] if is_bytes else []
         columns += [TextColumn("{task.fields[detail]}", markup=False), TimeRemainingColumn()]
-        self._bar = Progress(*columns, console=Console(stderr=True, force_terminal=True), transient=True)
-        self._task = self._bar.add_task(self._name, total=total, detail="")
+        console = Console(file=cast("IO[str]", HarmlessStream(ERR, sys.stderr)), force_terminal=True)
+        self._bar = Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
+        self._task = self._bar.add_task(name, total=total, detail="")
         self._bar.start()
-
-    def _tell(self, name: str, done: int, total: int | None, detail: str, is_bytes: bool) -> None:
-        now = self._now()
-        if total is not None and done >= total:
-            note(f"{name}: done in {human_seconds(now - self._began)}")
-            self._name = ""
-        elif now - self._told >= PLAIN_SECONDS:
-            self._told = now
-            rate = (done - self._first) / (now - self._began)
-            figures = [f"{human_bytes(done)} of {human_bytes(total or 0)}, {human_bytes(rate)}/s"] if is_bytes else []
-            figures += [detail] if detail else [] if is_bytes else [f"{done} of {total}"]
-            figures += [f"about {human_seconds((total - done) / rate)} left"] if total and rate > 0 else []
-            note(f"{name}: {', '.join(figures)}")
 
     def say(self, text: str) -> None:
         """Show a sentence; a bar stays below it."""
@@ -274,4 +457,10 @@ class ProgressLine:
         """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
-        self._bar, self._name = None, ""
+        self._bar = self._job = None
+        self._pulse.job(None)
+
+
+def is_terminal() -> bool:
+    """Tell whether people see stderr on a terminal."""
+    return sys.stderr is not None and sys.stderr.isatty()

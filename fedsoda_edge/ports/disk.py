@@ -108,17 +108,19 @@ class BlobStore:
         """Read a blob.
 
         Raises:
-            BlobCorrupt: the bytes do not have that digest.
-            KeyError: there is no blob of that digest.
+            BlobCorrupt: the bytes do not have that digest, or the file is gone.
         """
         try:
             data = self.path(digest).read_bytes()
         except FileNotFoundError:
-            raise KeyError(digest) from None
+            raise BlobCorrupt(
+                f"{self.path(digest)} is missing: the disk or another program deleted it; put it back from a copy, or begin "
+                "a hub's run again with `fedsoda-hub reset`"
+            ) from None
         if sha256(data) != digest:
             raise BlobCorrupt(
                 f"{self.path(digest)} has digest {sha256(data)[:12]}, its name says {digest[:12]}: the disk or another "
-                "program changed it; delete the file, so that it is made or fetched again"
+                "program changed it; put it back from a copy, or begin a hub's run again with `fedsoda-hub reset`"
             )
         return data
 

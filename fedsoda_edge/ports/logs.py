@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import sys
 from collections.abc import Iterator
 
 from fedsoda_edge.errors import UsageProblem
+from fedsoda_edge.ports.outlet import ERR
 
 PACKAGES = ("fedsoda_edge", "fedsoda_hub")
 
@@ -34,10 +34,7 @@ class _Stderr(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write the record."""
-        try:
-            print(printable(self.format(record)), file=sys.stderr, flush=True)
-        except Exception:
-            self.handleError(record)
+        ERR.say(printable(self.format(record)) + "\n")
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ takes those of Linux. All other files are the same everywhere.
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import os
 import platform
@@ -14,14 +15,18 @@ import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any, TypedDict
 
+from fedsoda_edge.errors import UsageProblem
+
 STOP_SIGNALS: tuple[signal.Signals, ...] = (signal.SIGTERM,)
 if sys.platform == "win32":  # a group ends there with Ctrl+Break, which a terminal that closes also says
     STOP_SIGNALS += (signal.SIGBREAK,)
+else:  # a terminal or an ssh connection that ends says it
+    STOP_SIGNALS += (signal.SIGHUP,)
 _LOCKED_BYTE = 1 << 30  # Windows' locks keep others from reading too: the pid before it stays readable
 
 
@@ -30,6 +35,7 @@ class Lock:
 
     Raises:
         Held: on construction, when another process has the lock.
+        UsageProblem: on construction, when the file system has no locks.
         OSError: on construction, when no file can be made there.
     """
 
@@ -37,12 +43,10 @@ class Lock:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")
         try:
-            _lock(file)
-        except OSError:
-            file.seek(0)
-            holder = file.read().strip()
+            _take(file, path)
+        except BaseException:
             file.close()
-            raise Held(holder or "unknown") from None
+            raise
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
@@ -59,6 +63,42 @@ class Held(Exception):
     def __init__(self, pid: str) -> None:
         super().__init__(pid)
         self.pid = pid
+
+
+def is_locked(path: Path) -> bool:
+    """Tell whether a process has the lock on this file, also where the file may only be read.
+
+    Raises:
+        UsageProblem: the file system has no locks.
+        OSError: the file cannot be opened.
+    """
+    try:
+        file = path.open("a+" if os.access(path, os.W_OK) else "r")
+    except FileNotFoundError:
+        return False
+    with file:
+        try:
+            _take(file, path)
+        except Held:
+            return True
+    return False
+
+
+def _take(file: IO[str], path: Path) -> None:
+    try:
+        _lock(file)
+    except OSError as error:
+        if error.errno in _HELD_BY_ANOTHER:
+            file.seek(0)
+            raise Held(file.read().strip() or "unknown") from None
+        raise UsageProblem(
+            f"{path} cannot be locked ({error.strerror}): its file system has no locks, as a network file system may; "
+            "move this directory to a local disk"
+        ) from error
+
+
+# What Linux, BSD and Windows answer where another process has the lock; ENOLCK and others say that there are no locks.
+_HELD_BY_ANOTHER = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK)
 
 
 def _lock(file: IO[str]) -> None:
@@ -92,13 +132,18 @@ def group_of_its_own() -> ProcessGroup:
 
 def stop_signal() -> signal.Signals:
     """Return the signal that asks a process made with `group_of_its_own` to save its state and end."""
-    return STOP_SIGNALS[-1]
+    return STOP_SIGNALS[-1] if sys.platform == "win32" else signal.SIGTERM
 
 
 def on_stop(handler: Callable[[int, FrameType | None], Any]) -> None:
     """Call `handler` in the main thread when somebody asks this process to end."""
-    for number in STOP_SIGNALS:
+    for number in _heeded(STOP_SIGNALS):
         signal.signal(number, handler)
+
+
+def _heeded(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
+    """Leave out the signals that whoever started this process had it ignore, as nohup does with SIGHUP."""
+    return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def on_signal_in(loop: asyncio.AbstractEventLoop, handler: Callable[[str], None]) -> None:
@@ -107,7 +152,7 @@ def on_signal_in(loop: asyncio.AbstractEventLoop, handler: Callable[[str], None]
     Args:
         loop: runs in the main thread; the handler is called in it.
     """
-    for number in (signal.SIGINT, *STOP_SIGNALS):
+    for number in (signal.SIGINT, *_heeded(STOP_SIGNALS)):
         name = number.name
         if sys.platform == "win32":  # its loops have no add_signal_handler
             signal.signal(number, lambda *_, name=name: loop.call_soon_threadsafe(handler, name))

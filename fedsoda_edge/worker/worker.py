@@ -7,7 +7,6 @@ states. How training works is left to `training.py`, which commands come to the 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -29,6 +28,7 @@ from fedsoda_edge.model.own_tokenizer import own_eos, own_tokenizer
 from fedsoda_edge.model.sub_llm import SubLLM, build
 from fedsoda_edge.ports.child import ReportProgress, serve
 from fedsoda_edge.ports.disk import sha256_file, write_durably
+from fedsoda_edge.ports.machine import threads
 from fedsoda_edge.ports.store import FileStore, when_here
 from fedsoda_edge.ports.system import lower_priority, peak_rss_bytes, return_memory_at_once
 from fedsoda_edge.protocol import commands as cmd
@@ -403,9 +403,7 @@ def _out_of_memory_is_told(memory: MemoryPlan) -> Iterator[None]:
 def main() -> None:
     """Answer the agent's commands until it closes stdin."""
     lower_priority()
-    threads = os.environ.get("FEDSODA_THREADS")
-    if threads:
-        torch.set_num_threads(int(threads))
+    torch.set_num_threads(threads(torch.get_num_threads()))
     serve(cmd.Command, Worker().answer)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 from enum import StrEnum
 from pathlib import Path
@@ -12,21 +11,21 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 
-from fedsoda_edge.ports.console import EXIT_HELP, finish, note, reporting
+from fedsoda_edge.ports.console import EXIT_HELP, finish, note, reporting, working
 from fedsoda_edge.ports.console import run as run_command
 from fedsoda_edge.units import human_bytes
 from fedsoda_hub.cli.import_command import import_model
-from fedsoda_hub.cli.options import OUTPUT, CompareCommand, Debug, Json, JsonLines, setting
+from fedsoda_hub.cli.of_run import reset, token_app
+from fedsoda_hub.cli.options import OUTPUT, CompareCommand, Debug, Json, JsonLines, RunFile, setting
 from fedsoda_hub.settings.rates import Rates
 
 if TYPE_CHECKING:
-    from fedsoda_hub.run.ledger import Ledger
     from fedsoda_hub.run.status import LiveStatus
 
 
 app = typer.Typer(help="Prepare, serve and evaluate a federated run.", epilog=EXIT_HELP, no_args_is_help=True)
-token_app = typer.Typer(help="What an edge needs to join.", no_args_is_help=True)
 app.add_typer(token_app, name="token")
+app.command(epilog="Example: fedsoda-hub reset triage.toml --yes\n\n" + EXIT_HELP)(reset)
 
 
 class CompareTransport(StrEnum):
@@ -35,8 +34,6 @@ class CompareTransport(StrEnum):
     memory = "memory"
     network = "network"
 
-
-RunFile = Annotated[Path, typer.Argument(metavar="RUN.toml", help="the run's settings")]
 
 
 @app.command(epilog="Example: fedsoda-hub demo --rounds 4\n\n" + EXIT_HELP)
@@ -53,7 +50,7 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Do the whole job on this machine, offline: hub, three edges, all rounds, export, evaluation."""
-    with reporting(as_json, False, debug):
+    with reporting(as_json, False, debug), working("running the demo"):
         from fedsoda_hub.cli.display import HubDisplay
         from fedsoda_hub.demo.report import print_summary
         from fedsoda_hub.demo.run import run_demo
@@ -102,7 +99,7 @@ def plan(
     debug: Debug = False,
 ) -> None:
     """Predict what a run of this model costs an edge, beside the paper's arithmetic; needs no weights but to measure."""
-    with reporting(as_json, False, debug):
+    with reporting(as_json, False, debug), working("planning"):
         on_method: dict[str, object] = {
             "name": method,
             "adapter_layers": adapter_layers,
@@ -141,7 +138,7 @@ def plan(
 @app.command(epilog="Example: fedsoda-hub prepare triage.toml")
 def prepare(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
     """Prune, quantize and align the model into a bundle, as the run's method does; continues where it stopped."""
-    with reporting(as_json, False, debug):
+    with reporting(as_json, False, debug), working("preparing the run"):
         from fedsoda_hub.cli.advice import advice_on
         from fedsoda_hub.cli.display import HubDisplay
         from fedsoda_hub.cli.reports import prepared_values
@@ -181,7 +178,7 @@ def serve(
     debug: Debug = False,
 ) -> None:
     """Prepare the run if needed, then accept edges and run the rounds; survives restarts."""
-    with reporting(as_json, jsonl, debug):
+    with reporting(as_json, jsonl, debug), working("opening the run"):
         from fedsoda_hub.cli.advice import advice_on
         from fedsoda_hub.cli.display import HubDisplay
         from fedsoda_hub.events import SettingInForce, SettingsInForce
@@ -202,69 +199,6 @@ def serve(
         finish({"status": "ok", "run": settings.name, "phase": daemon.machine.state.phase}, as_json, jsonl)
 
 
-@token_app.command("create", epilog="Example: fedsoda-hub token create triage.toml --name clinic-7 > clinic-7.token")
-def token_create(
-    run: RunFile,
-    name: Annotated[str, typer.Option("--name", envvar="FEDSODA_TOKEN_NAME", help="the edge's id")],
-    out: Annotated[
-        Path | None, typer.Option("--out", envvar="FEDSODA_TOKEN_OUT", help="write the token there, mode 0600")
-    ] = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Make a token and print it; it is stored nowhere else."""
-    with reporting(as_json, False, debug):
-        from fedsoda_hub.run.tokens import write_secret
-
-        with contextlib.closing(_ledger(run)) as ledger:
-            token = ledger.tokens.create(name)
-            if out is not None:
-                try:
-                    write_secret(out, token + "\n")
-                except BaseException:
-                    ledger.tokens.revoke(name)  # nobody has the token, and the name becomes free again
-                    raise
-        if out is not None:
-            note(f"wrote the token of {name} to {out}")
-        elif not as_json:
-            print(token)
-        shown = {} if out is not None else {"token": token}
-        finish({"status": "ok", "edge": name, **shown}, as_json, False)
-
-
-@token_app.command("list", epilog="Example: fedsoda-hub token list triage.toml")
-def token_list(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
-    """List the edges that may join, and whether a device has joined as them."""
-    with reporting(as_json, False, debug):
-        with contextlib.closing(_ledger(run)) as ledger:
-            tokens = ledger.tokens.all()
-        for token in tokens:
-            state = "revoked" if token.revoked else "in use" if token.device else "unused"
-            note(f"{token.edge:<24} {state}")
-        rows = [{"edge": t.edge, "device": t.device, "revoked": t.revoked} for t in tokens]
-        finish({"status": "ok", "tokens": rows}, as_json, False)
-
-
-@token_app.command("revoke", epilog="Example: fedsoda-hub token revoke triage.toml clinic-7")
-def token_revoke(
-    run: RunFile, name: Annotated[str, typer.Argument()], as_json: Json = False, debug: Debug = False
-) -> None:
-    """Revoke an edge's token: it is refused from its next connection on."""
-    with reporting(as_json, False, debug):
-        with contextlib.closing(_ledger(run)) as ledger:
-            ledger.tokens.revoke(name)
-        note(f"revoked the token of {name}")
-        finish({"status": "ok", "edge": name}, as_json, False)
-
-
-def _ledger(run: Path) -> Ledger:
-    from fedsoda_hub.run.directory import RunDirectory
-    from fedsoda_hub.run.ledger import Ledger
-    from fedsoda_hub.settings.run import read_settings
-
-    return Ledger(RunDirectory(read_settings(run).run_dir).ledger)
-
-
 def _status(run: Path) -> tuple[bool, LiveStatus]:
     """Return whether a hub runs, and the run's status, from the hub or else from its ledger.
 
@@ -272,7 +206,7 @@ def _status(run: Path) -> tuple[bool, LiveStatus]:
         UsageProblem: the run has not been started.
     """
     from fedsoda_hub.run.directory import RunDirectory
-    from fedsoda_hub.run.ledger import not_started, opened
+    from fedsoda_hub.run.ledger import not_started, opened_to_read
     from fedsoda_hub.run.status import KnownEdge, live_status, run_status
     from fedsoda_hub.serving.listener import ask_running_hub
     from fedsoda_hub.settings.run import read_settings
@@ -281,7 +215,7 @@ def _status(run: Path) -> tuple[bool, LiveStatus]:
     directory = RunDirectory(settings.run_dir)
     if not directory.ledger.exists():
         raise not_started(settings.path)
-    with opened(directory) as ledger:
+    with opened_to_read(directory) as ledger:
         state = ledger.replay()
         if not state.run_id:  # the ledger holds tokens only
             raise not_started(settings.path)
@@ -344,7 +278,7 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Write the PEFT adapter for the full model."""
-    with reporting(as_json, False, debug):
+    with reporting(as_json, False, debug), working("writing the adapter"):
         from fedsoda_hub.run.ledger import read_outcome
         from fedsoda_hub.settings.run import read_settings
 
@@ -380,7 +314,7 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Measure accuracy and loss: full model untouched, sub-LLM, plug-in."""
-    with reporting(as_json, False, debug):
+    with reporting(as_json, False, debug), working("evaluating"):
         from fedsoda_hub.cli.display import HubDisplay
         from fedsoda_hub.cli.tables import evaluation_lines
         from fedsoda_hub.evaluation.judge import evaluate_path
@@ -422,7 +356,7 @@ def report(
     debug: Debug = False,
 ) -> None:
     """Write one HTML file and PNGs of loss, accuracy, layers, alignment, bytes and contributions; at any time."""
-    with reporting(as_json, False, debug):
+    with reporting(as_json, False, debug), working("writing the report"):
         from fedsoda_hub.settings.run import read_settings
 
         settings = read_settings(run)
@@ -466,7 +400,7 @@ def compare(
     debug: Debug = False,
 ) -> None:
     """Compare methods x seeds x splits on one task, with the daemon's own rounds and codecs; continues where it stopped."""
-    with reporting(as_json, jsonl, debug):
+    with reporting(as_json, jsonl, debug), working("comparing"):
         from fedsoda_hub.cli.display import HubDisplay
         from fedsoda_hub.compare.settings import read_comparison
 

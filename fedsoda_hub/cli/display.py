@@ -5,12 +5,11 @@ What there is to show is `events.py`'s.
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass, field
 from types import TracebackType
 
-from fedsoda_edge.ports.console import ProgressLine, settings_lines
+from fedsoda_edge.ports.console import PULSE, ProgressLine, is_terminal, line_out, settings_lines
 from fedsoda_edge.units import counted, human_bytes, human_seconds
 from fedsoda_hub import events
 from fedsoda_hub.federation.state import LedgerState
@@ -23,7 +22,7 @@ class HubDisplay:
     def __init__(self, jsonl: bool, *, is_detailed: bool = False) -> None:
         self._jsonl = jsonl
         self._is_detailed = is_detailed
-        self._line = ProgressLine(is_live=sys.stderr.isatty() and not jsonl)
+        self._line = ProgressLine(is_live=is_terminal() and not jsonl)
         self._round = _OpenRound()
         self._edges: set[str] = set()  # connected
 
@@ -37,8 +36,10 @@ class HubDisplay:
 
     def say(self, event: events.HubEvent) -> None:
         """Show one event of the hub or of a job."""
+        if isinstance(event, events.Listening):
+            PULSE.work("")  # from now on it waits for edges
         if self._jsonl:
-            print(events.line_of(event), flush=True)
+            line_out(events.line_of(event))
             return
         if isinstance(event, events.StageProgress):
             detail = event.detail if event.detail is not None else f"{event.done} of {event.total}"
@@ -53,11 +54,16 @@ class HubDisplay:
         if self._round.number:
             done, total = self._round.steps
             self._line.show(
-                f"round {self._round.number}", done, total, self._round.detail(len(self._edges), time.time())
+                f"round {self._round.number}",
+                done,
+                total,
+                self._round.detail(len(self._edges), time.time()),
+                is_awaited=True,
             )
 
     def begins(self, state: LedgerState, rounds: int) -> None:
         """Show what happens next, when a hub begins to serve."""
+        PULSE.work("preparing the run" if state.phase == "preparing" else "opening the run")
         if not self._jsonl:
             self._line.say(next_step(state, rounds))
 

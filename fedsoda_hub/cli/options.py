@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
@@ -12,6 +13,7 @@ from fedsoda_hub.settings.keys import Key, keys_of
 from fedsoda_hub.settings.methods import default_in_words
 from fedsoda_hub.settings.tables import Tables
 
+RunFile = Annotated[Path, typer.Argument(metavar="RUN.toml", help="the run's settings")]
 OUTPUT = "Output"
 Json = Annotated[
     bool,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from fedsoda_edge.ports.console import show
 from fedsoda_edge.units import human_bytes, human_seconds
 
 if TYPE_CHECKING:
@@ -40,7 +41,6 @@ def _shares(shares: Mapping[str, float]) -> str:
 
 def plan_table(report: PlanReport) -> None:
     """Print the report of `fedsoda-hub plan` for people."""
-    from rich.console import Console
     from rich.table import Table
 
     paper, ours = report.paper, report.ours
@@ -83,12 +83,11 @@ def plan_table(report: PlanReport) -> None:
     ]
     for row in rows:
         table.add_row(*row)
-    console = Console(stderr=True)
-    console.print(table)
+    show(table)
     if report.emulators is not None:
-        console.print(_emulator_table(report.emulators))
+        show(_emulator_table(report.emulators))
     if report.curve is not None:
-        console.print(_curve_table(report.curve))
+        show(_curve_table(report.curve))
 
 
 def _curve_table(curve: Sequence[CurvePoint]) -> Table:

@@ -26,6 +26,7 @@ from fedsoda_edge import events as edge_events
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.ports.console import Terminated
 from fedsoda_edge.ports.disk import sha256_file, write_durably, write_durably_json
+from fedsoda_edge.ports.machine import threads
 from fedsoda_edge.ports.system import on_signal_in
 from fedsoda_edge.protocol.manifest import LayerPlan
 from fedsoda_hub import events
@@ -48,11 +49,12 @@ from fedsoda_hub.evaluation import evaluator
 from fedsoda_hub.evaluation.judge import RunJudge
 from fedsoda_hub.events import HubSay
 from fedsoda_hub.federation import records as rec
+from fedsoda_hub.federation.jobs import JobProgress, Stage
 from fedsoda_hub.local import in_process, processes
 from fedsoda_hub.preparation.full_llm import open_full_llm
 from fedsoda_hub.preparation.prepare import RunPreparation, made_of
 from fedsoda_hub.run.directory import RunDirectory
-from fedsoda_hub.run.ledger import opened
+from fedsoda_hub.run.ledger import opened_to_read
 from fedsoda_hub.settings.run import RunSettings
 from fedsoda_hub.settings.toml import write_toml
 
@@ -75,14 +77,12 @@ def run_comparison(comparison: Comparison, out: Path, transport: str, say: HubSa
         KeyboardInterrupt, Terminated: SIGINT or SIGTERM came; results that were finished are kept.
         UsageProblem, DataProblem: the rows do not suit a split or the template.
     """
-    threads = os.environ.get("FEDSODA_THREADS")
-    if threads:
-        torch.set_num_threads(int(threads))
+    torch.set_num_threads(threads(torch.get_num_threads()))
     run = _Run(comparison, out, transport, say)
     try:
         results = asyncio.run(run.results())
     except Interrupted:
-        raise KeyboardInterrupt if run.signal == "SIGINT" else Terminated from None
+        raise KeyboardInterrupt if run.signal == "SIGINT" else Terminated(run.signal) from None
     report = summarise(comparison, results, transport)
     pages = write_pages(report, run.plans(), run.out)
     file = run.out / "compare.json"
@@ -132,9 +132,11 @@ class _Run:
         results = Results()
         for cell in cells:
             self._what = str(cell)
+            self._advance(0)
             results.cells[cell] = await self._cell(cell)
         for split, seed in central:
             self._what = f"central, {split}, seed {seed}"
+            self._advance(0)
             results.central[split, seed] = (await self._central(split, seed, rates)).answered
         if "untouched" in c.baselines:
             self._what = "untouched"
@@ -157,13 +159,16 @@ class _Run:
         """Count the units of progress of a cell: its rounds, and one for judging it."""
         return self.comparison.settings[cell.variant].rounds.count + 1
 
-    def _advance(self, units: int = 1) -> None:
+    def _advance(self, units: int = 1, within: str = "") -> None:
+        """Say how far the comparison is. within: how far the present part of it is, where that is known."""
         self._done += units
-        self._say(
-            events.StageProgress(
-                job="compare", stage="comparing", detail=self._what, done=self._done, total=self._total
-            )
-        )
+        what, done, total = self._what + within, self._done, self._total
+        self._say(events.StageProgress(job="compare", stage="comparing", detail=what, done=done, total=total))
+
+    def _staged(self, progress: JobProgress) -> None:
+        self._alive()
+        if isinstance(progress, Stage):
+            self._advance(0, f", {progress.stage}: {progress.done} of {progress.total}")
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         """Compute in a thread, so that the loop stays free for signals, which `_alive` looks for."""
@@ -248,7 +253,7 @@ class _Run:
         if prepared.run_dir not in self._prepared_here:
             own, shared = RunDirectory(prepared.run_dir).texts, self.out / "prepared" / "texts"
             _link_missing(shared, own)
-            RunPreparation(prepared).run(self._alive)
+            RunPreparation(prepared).run(self._staged)
             _link_missing(own, shared)
             self._prepared_here.add(prepared.run_dir)
 
@@ -275,6 +280,8 @@ class _Run:
         def heard(event: events.HubEvent) -> None:
             if isinstance(event, events.RoundClosed):
                 self._advance()
+            if isinstance(event, events.EdgeProgress):
+                self._advance(0, f", round {event.round}: {event.edge} at step {event.step} of {event.steps}")
 
         with contextlib.ExitStack() as files:
             (settings.directory / "events").mkdir(exist_ok=True)
@@ -295,7 +302,7 @@ class _Run:
     # --- what came of it -----------------------------------------------------------------------------------------
 
     def _result(self, cell: Cell, settings: RunSettings) -> CellResult:
-        with opened(RunDirectory(settings.run_dir)) as ledger:
+        with opened_to_read(RunDirectory(settings.run_dir)) as ledger:
             records, traffic, state = ledger.records(), ledger.traffic(), ledger.replay()
         largest = state.largest
         closed = [record for record in records if isinstance(record, rec.RoundClosed)]
@@ -346,7 +353,7 @@ class _Run:
 
     def _answered(self, judge: RunJudge, model: evaluator.JudgedModel) -> KeptAnswers:
         """Let a model answer the questions, and keep its answers."""
-        answers = judge.evaluator.answers(model, self._alive)
+        answers = judge.evaluator.answers(model, _judging(self._staged))
         losses = answers.losses.nan_to_num(MAX_LOSS).clamp(max=MAX_LOSS)  # JSON has no NaN
         return KeptAnswers(
             right="".join("01"[right] for right in judge.evaluator.right(answers)),
@@ -407,6 +414,10 @@ class _Run:
             result = await self._in_thread(work)
             _keep(path, fingerprint, result)
         return result
+
+
+def _judging(say: Callable[[JobProgress], None]) -> Callable[[int, int], None]:
+    return lambda done, total: say(Stage(stage="judging", done=done, total=total))
 
 
 def _kept_choices(judge: evaluator.Evaluator, answers: evaluator.Answers) -> KeptChoices | None:

@@ -6,7 +6,7 @@ from collections import Counter
 
 import msgspec
 
-from fedsoda_edge.ports.console import note
+from fedsoda_edge.ports.console import note, show
 
 
 class PublicText(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,7 +82,6 @@ class DemoReport(JudgedDemo, frozen=True, kw_only=True):
 
 def print_summary(report: DemoReport) -> None:
     """Print what the demo came to as a table."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title="FedSODA demo", show_header=False, title_justify="left")
@@ -111,5 +110,5 @@ def print_summary(report: DemoReport) -> None:
     ]
     for row in rows:
         table.add_row(*row)
-    Console(stderr=True).print(table)
+    show(table)
     note(f"PEFT adapter for the full model: {report.export}\nwhat happened, in pictures: {report.report}")

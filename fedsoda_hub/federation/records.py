@@ -19,7 +19,10 @@ class Record(msgspec.Struct, frozen=True, tag_field="record", kw_only=True, forb
 
 
 class RunStarted(Record, frozen=True, tag="run_started"):
-    """The run began. run_id: drawn once. fixed: the settings that must be equal on resume."""
+    """The run began, or has other settings before it is prepared; the last record of these counts.
+
+    run_id: drawn once. fixed: the settings that must be equal once the run is prepared.
+    """
 
     run_id: str
     fixed: Keys

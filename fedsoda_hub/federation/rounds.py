@@ -211,9 +211,11 @@ class RoundMachine:
             return self._extend(now)
         effects = self._offers()
         if self._timer is None and not state.deadline_passed:
-            # Where the deadline passed while the hub was down, edges get one more stall window.
-            is_late = now > state.deadline_at
-            at = max(state.deadline_at, now + rules.stall_seconds) if is_late else state.deadline_at
+            # Where the deadline passed while the hub was down, edges get one more stall window. Where it is further
+            # ahead than a round may last, the clock has been put back since it was written down.
+            at = min(state.deadline_at, now + rules.deadline_seconds)
+            if now > at:
+                at = now + rules.stall_seconds
             self._timer = (state.round, at)
             effects.append(ev.SetDeadline(state.round, at))
         if not awaited:  # all answered, none with an update

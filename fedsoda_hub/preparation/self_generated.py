@@ -13,7 +13,6 @@ import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model.families import build_config
 from fedsoda_edge.model.source import Checkpoint
 from fedsoda_edge.model.sub_llm import build
+from fedsoda_edge.ports.machine import room
 from fedsoda_edge.protocol.template import TextTemplate
 from fedsoda_hub.preparation.public_text import MAX_HELD_OUT, MAX_PROMPT_IDS, MAX_PROMPTS, MIN_PROMPTS
 from fedsoda_hub.preparation.tokenizing import tokenizer_of
@@ -180,7 +180,7 @@ class _Author:
             UsageProblem: it does not fit into the free memory; nothing was loaded.
         """
         is_cuda = torch.device(device).type == "cuda"
-        free = torch.cuda.mem_get_info(device)[0] if is_cuda else psutil.virtual_memory().available
+        free = torch.cuda.mem_get_info(device)[0] if is_cuda else room().ram_bytes
         needed = source.bytes * compute_dtype.itemsize // source.dtype.itemsize
         needed += cache_bytes(build_config(source.family, source.fields), longest, compute_dtype)
         if needed > free:

@@ -7,7 +7,6 @@ others, so they are escaped. Folding the records is `history.py`'s, drawing `pic
 from __future__ import annotations
 
 import base64
-import contextlib
 import html
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -22,7 +21,7 @@ from fedsoda_edge.units import counted, human_bytes, human_seconds
 from fedsoda_hub.report.history import History, date, kl_sentence, read_history
 from fedsoda_hub.report.pictures import MODELS, Picture, draw
 from fedsoda_hub.run.directory import RunDirectory
-from fedsoda_hub.run.ledger import Ledger, not_started
+from fedsoda_hub.run.ledger import not_started, opened_to_read
 from fedsoda_hub.settings.run import EffectiveSetting, RunSettings, effective
 
 _STYLE = """
@@ -58,7 +57,7 @@ def write_report(settings: RunSettings, to: Path) -> Written:
     directory = RunDirectory(settings.run_dir)
     if not directory.ledger.exists():
         raise not_started(settings.path)
-    with contextlib.closing(Ledger(directory.ledger)) as ledger:
+    with opened_to_read(directory) as ledger:
         if not ledger.replay().run_id:  # the ledger holds tokens only
             raise not_started(settings.path)
         history = read_history(ledger)
@@ -69,7 +68,7 @@ def write_report(settings: RunSettings, to: Path) -> Written:
         for name, picture in pictures.items():
             write_durably(to / f"{name}.png", picture.png)
         write_durably(to / "report.html", page.encode())
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+    except OSError as error:
         raise UsageProblem(f"--to {to} cannot be written ({error.strerror}); name a directory you may write to") from (
             error
         )

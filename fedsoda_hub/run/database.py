@@ -5,13 +5,16 @@ What the rows mean is `ledger.py`'s and `tokens.py`'s.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import sqlite3
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedsoda_edge.errors import DiskFull
+from fedsoda_edge.errors import DiskFull, UsageProblem
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS log (
@@ -26,39 +29,143 @@ CREATE TABLE IF NOT EXISTS traffic (
 """
 
 
-class Database:
-    """One connection to the file. path None: in memory, for tests."""
+class Damaged(UsageProblem):
+    """A ledger that no longer says what was written to it."""
 
-    def __init__(self, path: Path | None) -> None:
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
+
+class Database:
+    """One connection to the file.
+
+    Args:
+        path: None: in memory, for tests.
+        is_read_only: whether to leave the file as it is, so that it may lie where this process cannot write.
+
+    Raises:
+        Damaged: the file is cut, or is not that of a run.
+        UsageProblem: the file cannot be opened by this user, or not on this file system.
+        DiskFull: the disk has no space left.
+    """
+
+    def __init__(self, path: Path | None, *, is_read_only: bool = False) -> None:
+        self._path = path
         self._lock = threading.Lock()
-        self._db = sqlite3.connect(path or ":memory:", check_same_thread=False, isolation_level=None)
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA synchronous = FULL")  # NORMAL may lose acknowledged commits on power loss
-        self._db.execute("PRAGMA busy_timeout = 5000")
-        self._db.executescript(_SCHEMA)
+        with self._in_words():
+            if path is not None:
+                _refuse_cut(path)
+                if not is_read_only:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+            self._db = _connected(path, is_read_only)
+            try:
+                self._db.execute("PRAGMA busy_timeout = 5000")
+                if is_read_only:
+                    self._db.execute("SELECT 1 FROM log, tokens, traffic LIMIT 1")
+                else:
+                    self._db.execute("PRAGMA journal_mode = WAL")
+                    self._db.execute("PRAGMA synchronous = FULL")  # NORMAL may lose acknowledged commits on power loss
+                    self._db.executescript(_SCHEMA)
+            except BaseException:
+                self._db.close()
+                raise
 
     def close(self) -> None:
         """Close the file as soon as no statement runs."""
         with self._lock:  # a thread may be in the middle of an append
             self._db.close()
 
-    def write(self, statement: str, values: Sequence[Any] = ()) -> None:
-        """Run one statement; it is durable when this returns.
+    def write(self, *statements: tuple[str, Sequence[Any]]) -> None:
+        """Run statements together, all or none; they are durable when this returns.
 
         Raises:
             DiskFull: the disk has no space left; nothing was written.
+            Damaged, UsageProblem: the file cannot be written to; nothing was written.
         """
-        with self._lock:
+        with self._lock, self._in_words():
+            if len(statements) == 1:
+                self._db.execute(*statements[0])
+                return
+            self._db.execute("BEGIN IMMEDIATE")
             try:
-                self._db.execute(statement, values)
-            except sqlite3.OperationalError as error:
-                if "full" in str(error):
-                    raise DiskFull(f"the ledger's disk is full ({error}); free some space there") from error
+                for statement, values in statements:
+                    self._db.execute(statement, values)
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
                 raise
 
     def read(self, statement: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        """Return all rows of a query."""
-        with self._lock:
+        """Return all rows of a query.
+
+        Raises:
+            Damaged, UsageProblem: the file cannot be read.
+        """
+        with self._lock, self._in_words():
             return self._db.execute(statement, values).fetchall()
+
+    def damaged(self, what: object) -> Damaged:
+        """Make the error of a file that does not hold what was written to it."""
+        return Damaged(
+            f"{self._path} is damaged ({what}): it was cut or changed by a disk or another program; put it back from a copy, "
+            f"or begin the run again with `fedsoda-hub reset`"
+        )
+
+    @contextlib.contextmanager
+    def _in_words(self) -> Iterator[None]:
+        """Turn what SQLite and the disk say into sentences with the path and what to do."""
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            raise self._sentence(error) from error
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DiskFull(f"the ledger's disk is full ({error}); free some space there") from error
+            raise UsageProblem(
+                f"{self._path} cannot be made ({error.strerror}); run this as the user whom the directory belongs to, or "
+                "move the RUN.toml to a directory that you may write to"
+            ) from error
+
+    def _sentence(self, error: sqlite3.DatabaseError) -> Exception:
+        match getattr(error, "sqlite_errorcode", 0) & 0xFF:
+            case sqlite3.SQLITE_FULL:
+                return DiskFull(f"the ledger's disk is full ({error}); free some space there")
+            # No statement of ours is wrong: where one does not suit the tables, they are not a ledger's.
+            case sqlite3.SQLITE_NOTADB | sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_ERROR | sqlite3.SQLITE_CONSTRAINT:
+                return self.damaged(error)
+            case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_PERM:
+                return UsageProblem(
+                    f"{self._path} cannot be written to by this user ({error}); run this as the user whom the run's "
+                    "directory belongs to, or make directory and file writable"
+                )
+            case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
+                return UsageProblem(
+                    f"{self._path} was locked by another program for 5 s ({error}); end that program, then try again"
+                )
+            case sqlite3.SQLITE_IOERR | sqlite3.SQLITE_PROTOCOL | sqlite3.SQLITE_NOLFS:
+                return UsageProblem(
+                    f"{self._path} cannot be used ({error}): the disk failed, or the file system has no locks, as some "
+                    "network file systems; move the RUN.toml and its directory to a local disk"
+                )
+        return error
+
+
+def _refuse_cut(path: Path) -> None:
+    """Refuse a file without a byte beside what only a prepared run has: a new one would forget every token and round."""
+    with contextlib.suppress(FileNotFoundError):
+        if path.stat().st_size == 0 and (path.parent / "blobs").is_dir():
+            raise Damaged(
+                f"{path} is empty, but the run was prepared: the file was cut; put it back from a copy, or begin the run "
+                "again with `fedsoda-hub reset`"
+            )
+
+
+def _connected(path: Path | None, is_read_only: bool) -> sqlite3.Connection:
+    how: dict[str, Any] = {"check_same_thread": False, "isolation_level": None}
+    if path is None or not is_read_only:
+        return sqlite3.connect(path or ":memory:", **how)
+    address = path.absolute().as_uri()
+    log = path.with_name(f"{path.name}-wal")
+    has_log = log.exists() and log.stat().st_size > 0
+    # SQLite makes files beside a database with a write-ahead log even to read it, and cannot where nobody may write.
+    if not has_log and not os.access(path.parent, os.W_OK):
+        return sqlite3.connect(f"{address}?immutable=1", uri=True, **how)
+    return sqlite3.connect(f"{address}?mode=ro", uri=True, **how)

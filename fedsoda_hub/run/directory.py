@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedsoda_edge.errors import UsageProblem
+from fedsoda_edge.errors import DiskFull, UsageProblem
 from fedsoda_edge.ports.disk import BlobStore
 from fedsoda_edge.ports.system import Held, Lock
 
@@ -70,9 +71,17 @@ class RunDirectory:
         """Lock the run for this process: one live hub per run.
 
         Raises:
-            UsageProblem: another process has locked it.
+            UsageProblem: another process has locked it, or it cannot be locked.
+            DiskFull: the disk has no space left.
         """
         try:
             return Lock(self.path / "lock")
         except Held as held:
             raise UsageProblem(f"{self.path} is in use by another hub (pid {held.pid}); stop that one first") from None
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DiskFull(f"{self.path} cannot be locked: the disk is full; free some space there") from error
+            raise UsageProblem(
+                f"{self.path} cannot be written to ({error.strerror}); run this as the user whom it belongs to, or move "
+                "the RUN.toml to a directory that you may write to"
+            ) from error

@@ -36,10 +36,18 @@ class RoundTraffic(NamedTuple):
 
 
 class Ledger:
-    """The records, snapshots, tokens and traffic of a run, for any thread. path None: in memory, for tests."""
+    """The records, snapshots, tokens and traffic of a run, for any thread.
 
-    def __init__(self, path: Path | None) -> None:
-        self.database = Database(path)
+    Args:
+        path: None: in memory, for tests.
+        is_read_only: whether only to read it.
+
+    Raises:
+        Damaged, UsageProblem, DiskFull: as `Database`.
+    """
+
+    def __init__(self, path: Path | None, *, is_read_only: bool = False) -> None:
+        self.database = Database(path, is_read_only=is_read_only)
         self.tokens = Tokens(self.database)
 
     def close(self) -> None:
@@ -52,7 +60,7 @@ class Ledger:
         Raises:
             DiskFull: the disk has no space left; nothing was written.
         """
-        self.database.write("INSERT INTO log (record) VALUES (?)", (msgspec.json.encode(record),))
+        self.database.write(("INSERT INTO log (record) VALUES (?)", (msgspec.json.encode(record),)))
 
     def snapshot(self, state: LedgerState) -> None:
         """Save the state after the last record, to bound replay.
@@ -60,15 +68,27 @@ class Ledger:
         Raises:
             DiskFull: the disk has no space left; nothing was written.
         """
-        self.database.write(
-            "INSERT OR REPLACE INTO snapshot (seq, state) SELECT COALESCE(MAX(seq), 0), ? FROM log",
-            (msgspec.json.encode(state),),
-        )
+        statement = "INSERT OR REPLACE INTO snapshot (seq, state) SELECT COALESCE(MAX(seq), 0), ? FROM log"
+        self.database.write((statement, (msgspec.json.encode(state),)))
 
     def history(self) -> list[tuple[float, AnyRecord]]:
         """Return every record with the time of its writing, seconds since 1970; times are for people, not for replay."""
         rows = self.database.read("SELECT at, record FROM log ORDER BY seq")
-        return [(at, _RECORD.decode(record)) for at, record in rows]
+        return [(at, self._record(record)) for at, record in rows]
+
+    def forget(self) -> None:
+        """Delete all but the tokens, in one step: the run has not begun then.
+
+        Raises:
+            DiskFull: nothing was deleted.
+        """
+        self.database.write(*((f"DELETE FROM {table}", ()) for table in ("log", "snapshot", "traffic")))
+
+    def _record(self, data: bytes) -> AnyRecord:
+        try:
+            return _RECORD.decode(data)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise self.database.damaged(error) from error
 
     def records(self) -> list[AnyRecord]:
         """Return every record, in order."""
@@ -78,10 +98,14 @@ class Ledger:
         """Fold the records after the last snapshot into it; all records where the snapshot is of another release."""
         seq, state = 0, LedgerState()
         for number, data in self.database.read("SELECT seq, state FROM snapshot ORDER BY seq DESC LIMIT 1"):
-            with contextlib.suppress(msgspec.ValidationError):  # the log alone says as much
+            with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):  # the log alone says as much
                 seq, state = number, _STATE.decode(data)
         for (data,) in self.database.read("SELECT record FROM log WHERE seq > ? ORDER BY seq", (seq,)):
-            state.apply(_RECORD.decode(data))
+            record = self._record(data)
+            try:
+                state.apply(record)
+            except (LookupError, ValueError, ArithmeticError) as error:  # of records that never follow each other
+                raise self.database.damaged(f"{type(record).__name__} where it cannot be") from error
         return state
 
     # --- traffic: telemetry, not part of replay ------------------------------------------------------------
@@ -92,11 +116,11 @@ class Ledger:
         Raises:
             DiskFull: the disk has no space left; nothing was written.
         """
-        self.database.write(
+        statement = (
             "INSERT INTO traffic VALUES (?, ?, ?, ?) ON CONFLICT (edge, round) "
-            "DO UPDATE SET up = up + excluded.up, down = down + excluded.down",
-            (edge, round_number, up, down),
+            "DO UPDATE SET up = up + excluded.up, down = down + excluded.down"
         )
+        self.database.write((statement, (edge, round_number, up, down)))
 
     def traffic(self) -> list[RoundTraffic]:
         """Return the bytes of each edge and round, ascending by edge and round."""
@@ -106,8 +130,23 @@ class Ledger:
 
 @contextlib.contextmanager
 def opened(directory: RunDirectory) -> Iterator[Ledger]:
-    """Open the ledger of a run, whether a hub serves it or not, and close it after the block."""
+    """Open the ledger of a run, whether a hub serves it or not, and close it after the block.
+
+    Raises:
+        Damaged, UsageProblem, DiskFull: as `Database`.
+    """
     with contextlib.closing(Ledger(directory.ledger)) as ledger:
+        yield ledger
+
+
+@contextlib.contextmanager
+def opened_to_read(directory: RunDirectory) -> Iterator[Ledger]:
+    """Open the ledger of a run as `opened` does, and leave it as it is: it may lie where this user cannot write.
+
+    Raises:
+        Damaged, UsageProblem: as `Database`.
+    """
+    with contextlib.closing(Ledger(directory.ledger, is_read_only=True)) as ledger:
         yield ledger
 
 
@@ -143,7 +182,7 @@ def read_outcome(run_dir: Path, run_file: str | Path = "RUN.toml") -> Outcome:
     directory = RunDirectory(run_dir)
     if not directory.ledger.exists():
         raise not_started(run_file)
-    with opened(directory) as ledger:
+    with opened_to_read(directory) as ledger:
         state = ledger.replay()
     if state.losses:
         largest = state.largest

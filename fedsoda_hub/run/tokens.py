@@ -44,7 +44,8 @@ class Tokens:
         if edge in {token.edge for token in self.all() if not token.revoked}:
             raise UsageProblem(f"{edge!r} has a token already; revoke it first, or choose another --name")
         token = f"fs1-{secrets.token_urlsafe(32)}"
-        self._database.write("INSERT OR REPLACE INTO tokens (edge, sha256) VALUES (?, ?)", (edge, _hash(token)))
+        statement = "INSERT OR REPLACE INTO tokens (edge, sha256) VALUES (?, ?)"
+        self._database.write((statement, (edge, _hash(token))))
         return token
 
     def all(self) -> list[Token]:
@@ -64,10 +65,25 @@ class Tokens:
             UsageProblem: the edge never had a token.
             DiskFull: the token is as it was.
         """
-        if edge not in {token.edge for token in self.all()}:
-            known = ", ".join(token.edge for token in self.all()) or "none"
-            raise UsageProblem(f"{edge!r} has no token; name one of those that have: {known}")
-        self._database.write("UPDATE tokens SET revoked = 1 WHERE edge = ?", (edge,))
+        self._known(edge)
+        self._database.write(("UPDATE tokens SET revoked = 1 WHERE edge = ?", (edge,)))
+
+    def rebind(self, edge: str) -> None:
+        """Let go of the device that the edge's token is bound to: the next one that joins with it is its device.
+
+        Raises:
+            UsageProblem: the edge never had a token, or its token is revoked.
+            DiskFull: the token is as it was.
+        """
+        if self._known(edge).revoked:
+            raise UsageProblem(f"the token of {edge!r} is revoked; make a new one: fedsoda-hub token create")
+        self._database.write(("UPDATE tokens SET device = NULL WHERE edge = ?", (edge,)))
+
+    def _known(self, edge: str) -> Token:
+        tokens = {token.edge: token for token in self.all()}
+        if edge not in tokens:
+            raise UsageProblem(f"{edge!r} has no token; name one of those that have: {', '.join(tokens) or 'none'}")
+        return tokens[EdgeId(edge)]
 
     def bind(self, edge: EdgeId, device: str) -> bool:
         """Bind an unbound token to the device, and tell whether the token belongs to that device.
@@ -75,7 +91,7 @@ class Tokens:
         Raises:
             DiskFull: the token is as it was.
         """
-        self._database.write("UPDATE tokens SET device = ? WHERE edge = ? AND device IS NULL", (device, edge))
+        self._database.write(("UPDATE tokens SET device = ? WHERE edge = ? AND device IS NULL", (device, edge)))
         return any(token.edge == edge and token.device == device for token in self.all())
 
 

@@ -93,7 +93,7 @@ class Daemon:
             torch: what computes; None: a child process.
 
         Raises:
-            UsageProblem: another hub has the run, or it was begun with other settings.
+            UsageProblem: another hub has the run, or it was prepared with other settings.
             DiskFull: the disk has no space left.
         """
         run = resume(settings)

@@ -224,14 +224,25 @@ def ask_running_hub(directory: RunDirectory) -> LiveStatus | None:
 
     if not directory.address.exists():
         return None
-    url = directory.address.read_text().replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
-    secret = directory.admin_token.read_text().strip()
+    url = (
+        directory.address.read_text(errors="replace")
+        .replace("//0.0.0.0:", "//127.0.0.1:")
+        .replace("//[::]:", "//[::1]:")
+    )
+    try:
+        secret = directory.admin_token.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):  # of another user; from its own machine a hub answers without it
+        secret = ""
     try:
         answer = httpx.get(
             f"{url}/v1/status", headers={"Authorization": f"Bearer {secret}"}, timeout=5, trust_env=False
         )
         return msgspec.json.decode(answer.content, type=LiveStatus) if answer.status_code == 200 else None
-    except (httpx.HTTPError, msgspec.DecodeError):  # a killed hub leaves its address, and others may take the port
+    except (
+        httpx.HTTPError,
+        httpx.InvalidURL,
+        ValueError,
+    ):  # a killed hub leaves its address, and others may take the port
         return None
 
 

@@ -52,7 +52,8 @@ class Monitoring:
 
     def due_seconds(self) -> float:
         """Return the seconds from now to the open round's deadline; 0: it has passed."""
-        return max(0.0, self._machine.state.deadline_at - self._clock.wall())
+        ahead = self._machine.state.deadline_at - self._clock.wall()
+        return min(max(0.0, ahead), self._machine.rules.deadline_seconds)  # further: the clock was put back
 
     def status(self) -> LiveStatus:
         """Report the run's status with what only the hub knows."""

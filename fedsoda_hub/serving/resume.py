@@ -1,4 +1,4 @@
-"""Open a run on disk for the one hub that serves it: lock it, replay its ledger, refuse settings that changed.
+"""Open a run on disk for the one hub that serves it: lock it, replay its ledger, refuse settings that changed after it was prepared.
 
 Which settings may change is `settings/run.py`'s.
 """
@@ -17,7 +17,7 @@ from fedsoda_hub.federation.state import LedgerState
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.run.tokens import write_secret
-from fedsoda_hub.settings.run import RunSettings, differences
+from fedsoda_hub.settings.run import MAY_CHANGE, RunSettings, differences
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def resume(settings: RunSettings) -> ServedRun:
     """Open the run of these settings, whether it has begun or not.
 
     Raises:
-        UsageProblem: another hub has it, or it was begun with other settings.
+        UsageProblem: another hub has it, or it was prepared with other settings.
         DiskFull: the disk has no space left.
     """
     directory = RunDirectory(settings.run_dir)
@@ -63,19 +63,22 @@ def resume(settings: RunSettings) -> ServedRun:
 
 
 def _replayed(ledger: Ledger, settings: RunSettings) -> LedgerState:
-    """Replay the ledger, and record that the run began and which of the keys that may change did.
+    """Replay the ledger, and record the settings of the run.
+
+    Until it is prepared every key may change: what was refused then is to be corrected, not to be put back.
 
     Raises:
-        UsageProblem: a key changed that may not.
+        UsageProblem: a key changed that may not, since the bundle was made with it.
     """
     state = ledger.replay()
-    if not state.run_id:
-        _add(ledger, state, rec.RunStarted(run_id=secrets.token_hex(8), fixed=settings.fixed()))
-    changed = differences(state.fixed, settings)
-    if changed:
+    changed = differences(state.fixed, settings) if state.run_id else []
+    if not state.run_id or (changed and state.phase == "preparing"):
+        run_id = state.run_id or secrets.token_hex(8)
+        _add(ledger, state, rec.RunStarted(run_id=run_id, fixed=settings.fixed()))
+    elif changed:
         raise UsageProblem(
-            f"{Path(settings.path).name} has changed since this run began: {'; '.join(changed)}; "
-            "restore the old values, or give the run another name"
+            f"{Path(settings.path).name} has changed since this run was prepared: {'; '.join(changed)}; "
+            f"restore the old values (only {MAY_CHANGE} may change), or begin again with `fedsoda-hub reset {settings.path}`"
         )
     rounds = settings.rounds
     values = {

@@ -92,7 +92,10 @@ class Roster:
             return None  # a Refusal would send the edge away for good
         if not is_its_device:
             return ms.Refusal(
-                reason=f"the token of {edge} is already in use on another device; ask for one of your own", fatal=True
+                reason=f"the token of {edge} is already in use on another device, or on this one before it lost its "
+                "FEDSODA_HOME (a container needs a volume for it); ask the hub's owner for a token of your own, or for "
+                f"`fedsoda-hub token rebind RUN.toml {edge}`",
+                fatal=True,
             )
         old = self._connections.get(edge)
         if old is not None and (refusal := refused_as_a_copy(old, hello)) is not None:

@@ -19,8 +19,9 @@ from fedsoda_hub.settings.methods import METHODS, UNREAD
 from fedsoda_hub.settings.tables import SELF_GENERATED, Public, Tables
 from fedsoda_hub.settings.toml import check, read_toml
 
-# What may change when a run is resumed, beside [listen] and [task] eval_*: where it computes, and when a round closes.
+# What may change once a run is prepared, beside [listen] and [task] eval_*: where it computes, and when a round closes.
 _FREE = ("path", "device", "[rounds] count", "[rounds] quorum", "[rounds] deadline_seconds")
+MAY_CHANGE = "device, [rounds] count, quorum and deadline_seconds, [listen], [task] eval_data and eval_every"
 
 
 # Keys that runs of older hubs recorded and that are gone, with the value that every run has now.
@@ -73,7 +74,7 @@ class RunSettings(Tables, frozen=True):
         return TextTemplate(self.task.completion)
 
     def fixed(self) -> TOML:
-        """Give what must be equal on resume, flat: all but where to listen and when a round is full."""
+        """Give what must be equal once the run is prepared, flat: all but where to listen and when a round is full."""
         return {
             key: value
             for key, value in flat(msgspec.to_builtins(self)).items()
@@ -147,12 +148,13 @@ def effective(settings: RunSettings) -> dict[str, EffectiveSetting]:
 
 
 def differences(recorded: Mapping[str, object], settings: RunSettings) -> list[str]:
-    """List what a resumed run's RUN.toml changed that it may not, each with both values.
+    """List what the RUN.toml of a prepared run changed that it may not, each with both values.
 
-    A run that began before a key existed began as one whose method does not read it, or with the key's default.
+    A run that was prepared before a key existed was prepared as one whose method does not read it, or with the key's
+    default.
 
     Args:
-        recorded: what `RunSettings.fixed` gave when the run began.
+        recorded: what `RunSettings.fixed` gave when the run was prepared.
     """
     then, now = (
         {**GONE, **RunSettings(name="", model="", public=Public(text="")).fixed(), **UNREAD, **recorded},
@@ -163,4 +165,4 @@ def differences(recorded: Mapping[str, object], settings: RunSettings) -> list[s
         if decisive in changed:  # the others may follow from it
             follow = {*UNREAD, *(key for method in METHODS.values() for key in method.defaults)}
             changed = [key for key in changed if key == decisive or key not in follow]
-    return [f"{key}: {then.get(key)!r} when the run began, {now.get(key)!r} now" for key in changed]
+    return [f"{key}: {then.get(key)!r} when the run was prepared, {now.get(key)!r} now" for key in changed]

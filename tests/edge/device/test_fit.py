@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fedsoda_edge.device.fit import Limits, check_device_name, check_disk, fit, leaner, plan_sentence, table
-from fedsoda_edge.errors import DeviceTooSmall, UsageProblem
+from fedsoda_edge.errors import DeviceTooSmall, DiskFull, UsageProblem
 from fedsoda_edge.protocol.messages import DeviceFacts
 from fedsoda_edge.protocol.needs import MemoryPlan, Process, SampleSizes, Shape, plans
 from fedsoda_edge.units import human_bytes
@@ -162,11 +162,13 @@ def test_the_sentence_names_device_memory_and_way() -> None:
 
 def test_too_little_disk_is_told_with_both_numbers() -> None:
     check_disk(GIB, facts(disk=GIB))
-    with pytest.raises(DeviceTooSmall) as failure:
-        check_disk(4 * GIB, facts(disk=700 * 2**20))
+    with pytest.raises(DiskFull) as failure:
+        check_disk(4 * GIB, facts(disk=700 * 2**20), 2 * GIB)
+    assert failure.value.exit_status == 3
     assert str(failure.value) == (
-        "this device has 700 MiB of disk free, the bundle needs 4.00 GiB; "
-        "free space, or set FEDSODA_HOME to a directory on another disk"
+        "this device has 700 MiB of disk free, the bundle needs 4.00 GiB beyond the 2.00 GiB that are here; "
+        "free 3.32 GiB, or move FEDSODA_HOME with all that is in it to another disk "
+        "(an empty one is another device, which needs a token of its own)"
     )
 
 

@@ -23,7 +23,7 @@ from fedsoda_edge.protocol.commands import Examine, Examined
 from tests.edge.network.test_hub_transport import DATA, DIGEST, RUN_IS_OVER, SmallHub, listening
 from tests.worker_here import WorkerHere
 
-DEVICE = ["Python", "torch", "GPU", "NF4", "memory", "disk"]
+DEVICE = ["Python", "torch", "GPU", "NF4", "memory", "CPU", "disk"]
 
 
 class Looks(WorkerHere):

@@ -55,7 +55,8 @@ def test_a_second_join_in_the_same_home_is_refused_with_the_pid_of_the_first_unt
                 home.lock()
             assert str(failure.value) == (
                 f"{home.directory} is used by another join (pid {first.pid}); "
-                "stop that join, or set FEDSODA_HOME to another directory"
+                "stop that join, or set FEDSODA_HOME to another directory and join with another token, since a token "
+                "belongs to one home"
             )
             assert failure.value.exit_status == 2
         Home(home.directory.with_name("other")).lock()
@@ -191,3 +192,24 @@ def test_a_damaged_kept_key_is_refused_with_what_to_do(home: Home) -> None:
     (home.directory / "cache.key").write_bytes(b"short")
     with pytest.raises(UsageProblem, match=r"cache\.key has 5 bytes, a key has 32; delete the file"):
         home.cache_key(keep=True)
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff\xfe\x00", b"two words"])
+def test_a_damaged_device_id_is_refused_with_what_to_do(home: Home, damage: bytes) -> None:
+    home.directory.mkdir(parents=True, exist_ok=True)
+    (home.directory / "device_id").write_bytes(damage)
+    with pytest.raises(UsageProblem, match=r"device_id is damaged.*fedsoda-hub token rebind"):
+        home.device_id()
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"\xff\xfe", b"[]", b'{"run": 5}'])
+def test_a_damaged_note_of_the_last_run_is_none(home: Home, damage: bytes) -> None:
+    path = home.run("r1") / "joined.json"
+    path.write_bytes(damage)
+    assert home.last_joined() is None
+
+
+def test_a_user_without_a_home_directory_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDSODA_HOME", "~nobody-of-that-name/fedsoda")
+    with pytest.raises(UsageProblem, match=r"no home directory.*FEDSODA_HOME.*volume"):
+        Home()

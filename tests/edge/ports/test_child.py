@@ -44,6 +44,10 @@ def answer(call, report):
         case Do(what="die"):
             os.write(2, b"last words\\n")
             os._exit(7)
+        case Do(what="no room"): raise OSError(28, "No space left on device", "/store/x")
+        case Do(what=said) if said.startswith("die of "):
+            os.write(2, f"  File x\\n{said[7:]}\\n\\n".encode())
+            os._exit(1)
         case Do(what="pid"): return Number(os.getpid())
         case Do(what="nap"):
             time.sleep(0.2)
@@ -89,10 +93,39 @@ def test_results_progress_and_errors_cross(environment: dict[str, str]) -> None:
         assert "Traceback" in failure.value.details
         with pytest.raises(WorkerFailed, match="answered Do with something other than a Number"):  # JSON has no NaN
             await child.call(toy.Do(what="nan"))
+        with pytest.raises(DiskFull, match="No space left on device: '/store/x'"):
+            await child.call(toy.Do(what="no room"))
         assert await child.call(toy.Double(number=1)) == toy.Number(2)  # it lives on
         assert child.peak_rss_bytes > 1 << 20
         await child.close()
         assert child.pid is None
+
+    asyncio.run(talk())
+
+
+@pytest.mark.parametrize(
+    ("said", "remedy"),
+    [
+        ("FileNotFoundError: [Errno 2] No usable temporary directory found in ['/tmp']", "set TMPDIR"),
+        ("KeyError: 'getpwuid(): uid not found: 7'", "set HOME and USER"),
+        ("RuntimeError: Could not determine home directory.", "set HOME"),
+        ("ModuleNotFoundError: No module named 'torch'", "install fedsoda again"),
+        ("ValueError: " + 400 * "x", "xxx"),
+    ],
+)
+def test_the_last_line_of_a_dead_child_is_in_the_sentence_with_what_to_set(
+    environment: dict[str, str], said: str, remedy: str
+) -> None:
+    toy = importlib.import_module("toy_child")
+
+    async def talk() -> None:
+        child = Child("toy_child", environment)
+        with pytest.raises(WorkerFailed) as failure:
+            await child.call(toy.Do(what=f"die of {said}"))
+        assert f"status 1 during Do: {said[:300]}" in str(failure.value)
+        assert remedy in str(failure.value)
+        assert len(str(failure.value)) < 500
+        await child.close()
 
     asyncio.run(talk())
 

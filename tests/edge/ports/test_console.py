@@ -11,6 +11,7 @@ from fedsoda_edge.errors import DeviceTooSmall
 from fedsoda_edge.ports.console import (
     EffectiveOption,
     ProgressLine,
+    Pulse,
     effective_settings,
     finish,
     note,
@@ -55,9 +56,11 @@ def command(failure: BaseException | None) -> typer.Typer:
         (
             PermissionError(13, "no", "/x"),
             ["--data", "x"],
-            1,
-            "error: [Errno 13] no: '/x'; correct this on this machine",
+            2,
+            "error: [Errno 13] no: '/x'; let this user read and write there, or name another place, then try again",
         ),
+        (OSError(28, "full", "/x"), ["--data", "x"], 3, "error: [Errno 28] full: '/x'; free some space there"),
+        (ConnectionResetError(104, "reset"), ["--data", "x"], 3, "error: [Errno 104] reset; check the network"),
         (ZeroDivisionError("by 0"), ["--data", "x"], 1, "error: ZeroDivisionError: by 0; this is a defect of fedsoda"),
         (KeyboardInterrupt(), ["--data", "x"], 130, "stopped; the same command continues"),
     ],
@@ -153,21 +156,69 @@ def test_what_others_write_does_not_steer_the_terminal(capsys: pytest.CaptureFix
 
 def test_a_log_gets_a_line_of_a_long_job_twice_a_minute_with_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
     clock = [100.0]
-    line = ProgressLine(is_live=False, now=lambda: clock[0])
+    line = ProgressLine(is_live=False, pulse=Pulse(lambda: clock[0]))
     for second in range(0, 101, 5):
         clock[0] = 100.0 + second
         line.show("sweeping", 2 * second, 200)
     assert capsys.readouterr().err.splitlines() == [
+        "sweeping: 10 of 200, about 95 s left",
         "sweeping: 60 of 200, about 70 s left",
-        "sweeping: 120 of 200, about 40 s left",
-        "sweeping: 180 of 200, about 10 s left",
+        "sweeping: 110 of 200, about 45 s left",
+        "sweeping: 160 of 200, about 20 s left",
         "sweeping: done in 100 s",
     ]
 
 
+def test_work_that_reports_nothing_says_what_it_is_within_5_s_and_how_long_it_takes_twice_a_minute(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    clock = [0.0]
+    pulse = Pulse(lambda: clock[0])
+    line = ProgressLine(is_live=False, pulse=pulse)
+    pulse.work("preparing the run")
+
+    def wait(seconds: int) -> list[tuple[float, str]]:
+        found = []
+        for _ in range(2 * seconds):
+            clock[0] += 0.5
+            pulse.beat()
+            if said := capsys.readouterr().err:
+                found.append((clock[0], said.rstrip("\n")))
+        return found
+
+    assert wait(60) == [
+        (4.0, "preparing the run: 4 s so far"),
+        (29.0, "preparing the run: 29 s so far"),
+        (54.0, "preparing the run: 54 s so far"),
+    ]
+    line.show("writing text", 0, 128)  # and then nothing for a minute
+    assert wait(60) == [
+        (64.0, "writing text: 0 of 128, 4 s so far"),
+        (89.0, "writing text: 0 of 128, 29 s so far"),
+        (114.0, "writing text: 0 of 128, 54 s so far"),
+    ]
+    line.end()
+    assert wait(5) == [(124.0, "preparing the run: 2 min so far")]
+    pulse.work("")
+    assert wait(60) == []
+
+
+def test_what_others_do_is_said_only_where_it_has_changed(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = [0.0]
+    pulse = Pulse(lambda: clock[0])
+    line = ProgressLine(is_live=False, pulse=pulse)
+    line.show("round 1", 0, None, "0 of 2 answered", is_awaited=True)
+    for _ in range(1000):
+        clock[0] += 0.5
+        pulse.beat()
+    assert capsys.readouterr().err == ""
+    line.show("round 1", 3, 9, "1 of 2 answered", is_awaited=True)
+    assert capsys.readouterr().err.startswith("round 1: 1 of 2 answered")
+
+
 def test_a_download_in_a_log_tells_its_rate_and_counts_only_what_came_now(capsys: pytest.CaptureFixture[str]) -> None:
     clock = [0.0]
-    line = ProgressLine(is_live=False, now=lambda: clock[0])
+    line = ProgressLine(is_live=False, pulse=Pulse(lambda: clock[0]))
     line.show("downloading", 90 << 20, 150 << 20, is_bytes=True)  # most of it was here
     clock[0] = 30.0
     line.show("downloading", 120 << 20, 150 << 20, is_bytes=True)

@@ -61,7 +61,7 @@ def test_a_blob_comes_back_by_its_digest(tmp_path: Path) -> None:
     assert (digest, blobs.has(digest), blobs.get(digest)) == (sha256(b"tensors"), True, b"tensors")
     assert blobs.put(b"tensors") == digest
     assert sha256_file(blobs.path(digest)) == digest
-    with pytest.raises(KeyError):
+    with pytest.raises(BlobCorrupt, match=r"is missing.*fedsoda-hub reset"):
         blobs.get("0" * 64)
 
 

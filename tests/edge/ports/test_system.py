@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -10,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.ports.system import (
     Held,
     Lock,
     group_of_its_own,
+    is_locked,
     memory_limit_hint,
     peak_rss_bytes,
     stop_signal,
@@ -84,3 +87,31 @@ def test_a_process_that_lowers_its_priority_lets_others_go_before_it_unless_it_i
 
     assert lowered() == min(10, 19 - os.nice(0))
     assert lowered(FEDSODA_NICE="0") == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="locks with msvcrt")
+def test_a_file_system_without_locks_is_not_taken_for_a_holder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    path = tmp_path / "home" / "lock"
+    held = Lock(path)
+    assert is_locked(path)
+    held.release()
+    assert not is_locked(path)
+    assert not is_locked(tmp_path / "nobody" / "lock")
+
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    for look in (Lock, is_locked):
+        with pytest.raises(UsageProblem, match=r"cannot be locked \(No locks available\).*local disk"):
+            look(path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGHUP")
+@pytest.mark.parametrize(("ignored", "status"), [("", 0), ("signal.signal(signal.SIGHUP, signal.SIG_IGN)", 7)])
+def test_a_hang_up_is_a_request_to_end_unless_whoever_started_it_had_it_ignored(ignored: str, status: int) -> None:
+    code = f"import os, signal, sys\nfrom fedsoda_edge.ports.system import on_stop\n{ignored}\n"
+    code += "on_stop(lambda *_: os._exit(0))\nos.kill(os.getpid(), signal.SIGHUP)\nsys.exit(7)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == status

@@ -332,9 +332,57 @@ def test_a_changed_setting_of_the_method_ends_serve_with_both_values(run_file: P
     ledger = Ledger(run_file.parent / "small.run" / "ledger.sqlite")
     fixed = write_run(run_file.parent, lora={"rank": 8}).fixed()
     ledger.append(rec.RunStarted(run_id="1234", fixed=fixed))
+    ledger.append(ENDED[1])
+    secret = ledger.tokens.create("clinic-7")
     ledger.close()
+    (run_file.parent / "small.run" / "bundle").mkdir()
+    (run_file.parent / "small.run" / "bundle" / "manifest.json").write_text("{}")
     write_run(run_file.parent)
-    assert_refused(hub(run_file, "serve", "RUN"), "run.toml has changed", "[lora] rank: 8 when the run began, 2 now")
+    refused = hub(run_file, "serve", "RUN")
+    assert_refused(refused, "run.toml has changed", "[lora] rank: 8 when the run was prepared, 2 now", "eval_every may")
+    # What the refusal names is the way out, and leaves who may join as it was.
+    assert f"`fedsoda-hub reset {run_file}`" in refused.stderr
+    assert_refused(
+        hub(run_file, "reset", "RUN"), "0 closed rounds", "1 token stay", "no terminal to ask at; give --yes"
+    )
+    found = the_object(hub(run_file, "reset", "RUN", "--yes", "--json"))
+    assert (found["rounds_closed"], found["tokens"], found["bytes"]) == (0, 1, 2)
+    assert not (run_file.parent / "small.run" / "bundle").exists()
+    ledger = Ledger(run_file.parent / "small.run" / "ledger.sqlite")
+    assert (ledger.records(), ledger.tokens.find(secret) is not None) == ([], True)
+    ledger.close()
+    lock = RunDirectory(run_file.parent / "small.run").lock()
+    assert_refused(hub(run_file, "reset", "RUN", "--yes"), "in use by another hub")
+    lock.release()
+
+
+def test_a_damaged_ledger_can_be_reset_and_every_command_says_so(run_file: Path) -> None:
+    path = run_file.parent / "small.run" / "ledger.sqlite"
+    Ledger(path).close()
+    (path.parent / "blobs").mkdir()
+    whole = path.read_bytes()
+    for damage in (b"", whole[:100], b"not a database at all, but long enough to be one" * 40):
+        for beside in path.parent.glob("ledger.sqlite-*"):
+            beside.unlink()
+        path.write_bytes(damage)
+        for command in (("status", "RUN"), ("serve", "RUN"), ("token", "create", "RUN", "--name", "a")):
+            assert_refused(hub(run_file, *command), str(path), "fedsoda-hub reset")
+    assert "its tokens are lost" in hub(run_file, "reset", "RUN", "--yes").stderr
+    assert hub(run_file, "token", "create", "RUN", "--name", "a").returncode == 0
+
+
+def test_a_token_is_let_go_of_a_lost_device_alone(run_file: Path) -> None:
+    ledger = Ledger(run_file.parent / "small.run" / "ledger.sqlite")
+    secret = ledger.tokens.create("clinic-7")
+    assert ledger.tokens.bind(EdgeId("clinic-7"), "old")
+    assert not ledger.tokens.bind(EdgeId("clinic-7"), "new")
+    assert_refused(hub(run_file, "token", "rebind", "RUN", "clinic-8"), "'clinic-8' has no token", "clinic-7")
+    assert hub(run_file, "token", "rebind", "RUN", "clinic-7").returncode == 0
+    assert ledger.tokens.bind(EdgeId("clinic-7"), "new")
+    assert ledger.tokens.find(secret) is not None
+    ledger.tokens.revoke("clinic-7")
+    assert_refused(hub(run_file, "token", "rebind", "RUN", "clinic-7"), "is revoked", "token create")
+    ledger.close()
 
 
 def test_export_before_any_round_closed_is_refused_before_torch_loads(run_file: Path) -> None:

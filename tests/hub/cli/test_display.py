@@ -46,7 +46,7 @@ class Shown(HubDisplay):
         self.bars: list[list[Any]] = []
         self.ended = 0
         monkeypatch.setattr("time.time", lambda: 1000.0)
-        monkeypatch.setattr(self._line, "show", lambda *bar: self.bars.append(list(bar)))
+        monkeypatch.setattr(self._line, "show", lambda *bar, is_awaited=False: self.bars.append(list(bar)))
         monkeypatch.setattr(self._line, "end", self._count_end)
         monkeypatch.setattr(self._line, "say", lambda text: None)
 

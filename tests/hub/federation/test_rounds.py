@@ -415,6 +415,14 @@ def test_a_deadline_that_passed_while_the_hub_was_down_gets_one_more_stall_windo
     assert collecting.deadline == ev.SetDeadline(1, collecting.now + RULES.stall_seconds)
 
 
+def test_a_clock_that_was_put_back_does_not_move_a_deadline_further_than_a_round_may_last(collecting: Run) -> None:
+    collecting.now -= 1000 * 86400  # it was ahead when the round opened
+    collecting.restart()
+    assert collecting.deadline == ev.SetDeadline(1, collecting.now + RULES.deadline_seconds)
+    collecting.reach_deadline()
+    assert collecting.state.deadline_passed
+
+
 def test_a_deadline_that_is_still_ahead_after_a_restart_stays(collecting: Run) -> None:
     before = collecting.deadline
     collecting.now += 50

@@ -239,7 +239,7 @@ def test_a_ledger_from_before_there_were_moments_is_read(tmp_path: Path) -> None
     old = {"record": "round_closed", "round": 1, "master": "w", "view": "v", "delta": "d"}
     prepared = {"record": "prepared", "manifest": "m", "adapter_view": "v", "emulator_view": "e", "public_kl": {}}
     for record in (prepared, opened, accepted, old):
-        ledger.database.write("INSERT INTO log (record) VALUES (?)", (msgspec.json.encode(record),))
+        ledger.database.write(("INSERT INTO log (record) VALUES (?)", (msgspec.json.encode(record),)))
     state = ledger.replay()
     assert (state.master, state.moments, state.cross_terms) == ("w", None, {})
     ledger.close()

@@ -467,6 +467,14 @@ def test_a_class_that_the_run_has_not_is_refused(tmp_path: Path) -> None:
 # --- what may change on resume ---------------------------------------------------------------------------------------
 
 
+PREPARED = rec.RunPrepared(
+    manifest=ms.Digest("a" * 64),
+    adapter_view=ms.Digest("b" * 64),
+    emulator_view=ms.Digest("c" * 64),
+    public_kl={"pruned": 0.1},
+)
+
+
 @contextlib.contextmanager
 def started(settings: RunSettings) -> Iterator[Daemon]:
     """A daemon that has read its ledger and does not serve."""
@@ -475,17 +483,32 @@ def started(settings: RunSettings) -> Iterator[Daemon]:
     daemon.close()
 
 
+def test_before_a_run_is_prepared_every_key_may_change_so_that_what_was_refused_can_be_corrected(
+    tmp_path: Path,
+) -> None:
+    with started(write_run(tmp_path)) as daemon:
+        run_id = daemon.machine.state.run_id
+    changed = write_run(tmp_path, lora={"rank": 4}, local={"max_length": 77})
+    for _ in range(2):
+        with started(changed) as daemon:
+            assert (daemon.machine.state.run_id, daemon.machine.state.fixed) == (run_id, changed.fixed())
+    assert [record.fixed["[local] max_length"] for record in records(changed, rec.RunStarted)] == [512, 77]
+
+
 def test_a_key_of_the_method_that_changed_is_refused_with_both_values_until_it_is_put_back(tmp_path: Path) -> None:
     settings = write_run(tmp_path)
     with started(settings) as daemon:
         run_id = daemon.machine.state.run_id
+        daemon.disk.ledger.append(PREPARED)
     changed = write_run(tmp_path, lora={"rank": 4}, local={"epochs": 7})
     with pytest.raises(UsageProblem) as refused:
         Daemon.open(changed, lambda _: None)
     assert refused.value.exit_status == 2
     assert str(refused.value) == (
-        "run.toml has changed since this run began: [local] epochs: 1 when the run began, 7 now; "
-        "[lora] rank: 2 when the run began, 4 now; restore the old values, or give the run another name"
+        "run.toml has changed since this run was prepared: [local] epochs: 1 when the run was prepared, 7 now; "
+        "[lora] rank: 2 when the run was prepared, 4 now; restore the old values (only device, [rounds] count, quorum and "
+        "deadline_seconds, [listen], [task] eval_data and eval_every may change), or begin again with "
+        f"`fedsoda-hub reset {changed.path}`"
     )
     with started(write_run(tmp_path)) as daemon:  # the refused one holds neither lock nor ledger
         assert daemon.machine.state.run_id == run_id
@@ -598,7 +621,9 @@ def test_another_device_with_the_token_is_refused_and_its_edge_exits_with_status
                     await look_at(Edge(hub.url, token_file=tmp_path / "a.token"))
                 assert refused.value.exit_status == 5
                 assert str(refused.value) == (
-                    "the hub refused: the token of a is already in use on another device; ask for one of your own"
+                    "the hub refused: the token of a is already in use on another device, or on this one before it lost its "
+                    "FEDSODA_HOME (a container needs a volume for it); ask the hub's owner for a token of your own, or for "
+                    "`fedsoda-hub token rebind RUN.toml a`"
                 )
                 async with joined(hub.url, hub.token("b"), "phone"):
                     assert (await first.hear(ms.RoundOffer)).round == 1  # the first was not disturbed

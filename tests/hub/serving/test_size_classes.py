@@ -17,7 +17,7 @@ from fedsoda_edge.data.local_data import LocalData
 from fedsoda_edge.device.facts import read_device
 from fedsoda_edge.device.fit import Limits
 from fedsoda_edge.edge import Edge
-from fedsoda_edge.errors import DeviceTooSmall, UsageProblem
+from fedsoda_edge.errors import DiskFull, UsageProblem
 from fedsoda_edge.join import size_class
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.ports.store import FileStore
@@ -75,7 +75,7 @@ def test_an_edge_takes_the_largest_that_its_disk_has_room_for(tmp_path: Path, ru
 
     assert (taken(large), taken(large - 1), taken(small)) == (0, 1, 1)
     assert fetched == [path.name for path in (manifests[0], *manifests, *manifests)]
-    with pytest.raises(DeviceTooSmall, match="of disk free, the bundle needs"):
+    with pytest.raises(DiskFull, match="of disk free, the bundle needs"):
         taken(small - 1)
 
 

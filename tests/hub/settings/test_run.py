@@ -153,11 +153,11 @@ def test_count_quorum_deadline_host_and_port_may_change(folder: Path, change: tu
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (("rank = 8", "rank = 4"), "[lora] rank: 8 when the run began, 4 now"),
-        (("groups = 4", "groups = 2"), "[method] groups: 4 when the run began, 2 now"),
-        (('"path-or-hub-id"', '"other"'), "model: 'path-or-hub-id' when the run began, 'other' now"),
-        (("seed = 0", "seed = 1"), "seed: 0 when the run began, 1 now"),
-        (('codec = "nf4"', 'codec = "int8"'), "[wire] codec: 'nf4' when the run began, 'int8' now"),
+        (("rank = 8", "rank = 4"), "[lora] rank: 8 when the run was prepared, 4 now"),
+        (("groups = 4", "groups = 2"), "[method] groups: 4 when the run was prepared, 2 now"),
+        (('"path-or-hub-id"', '"other"'), "model: 'path-or-hub-id' when the run was prepared, 'other' now"),
+        (("seed = 0", "seed = 1"), "seed: 0 when the run was prepared, 1 now"),
+        (('codec = "nf4"', 'codec = "int8"'), "[wire] codec: 'nf4' when the run was prepared, 'int8' now"),
     ],
 )
 def test_what_defines_model_and_method_may_not(folder: Path, change: tuple[str, str], sentence: str) -> None:
@@ -170,7 +170,7 @@ def test_a_run_keeps_its_emulator(folder: Path, before: str, now: str) -> None:
     text = SHORT + "[method]\nemulator = {!r}\n"
     begun = recorded(read(folder, text.format(before)))
     assert differences(begun, read(folder, text.format(now))) == [
-        f"[method] emulator: {before!r} when the run began, {now!r} now"
+        f"[method] emulator: {before!r} when the run was prepared, {now!r} now"
     ]
 
 
