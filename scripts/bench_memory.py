@@ -27,7 +27,7 @@ from random_bundle import Shape
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.nf4 import has_instructions_for
 from fedsoda_edge.ports.system import peak_rss_bytes, return_memory_at_once
-from fedsoda_edge.protocol.needs import Dtype, MemoryPlan, Process, SampleSizes, plans, shape_of
+from fedsoda_edge.protocol.needs import Dtype, MemoryPlan, SampleSizes, WorkerProcess, plans, shape_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,7 +43,7 @@ WAYS = ("dense", "dense, halved", "packed", "packed, recomputed")
 Cell = tuple[Geometry, int]
 
 
-def ways(bundle: Bundle, cell: Cell, process: Process) -> dict[str, MemoryPlan]:
+def ways(bundle: Bundle, cell: Cell, process: WorkerProcess) -> dict[str, MemoryPlan]:
     """Find a memory plan of each kind for this shape."""
     geometry, batch_size = cell
     labels = geometry.length - round(geometry.length * (1 - SUPERVISED))
@@ -56,7 +56,7 @@ def ways(bundle: Bundle, cell: Cell, process: Process) -> dict[str, MemoryPlan]:
 
 def child(directory: Path, cell: Cell, way: str, dtype: Dtype) -> dict[str, Any]:
     """Sweep and train one epoch this way in this process, and return predicted and measured bytes."""
-    process = Process(psutil.Process().memory_info().rss, dtype)
+    process = WorkerProcess(psutil.Process().memory_info().rss, dtype)
     geometry, _ = cell
     bundle = Bundle.open(directory / "model" / "bundle")
     plan = ways(bundle, cell, process)[way]

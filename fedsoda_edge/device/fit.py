@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from fedsoda_edge.errors import DeviceTooSmall, DiskFull, UsageProblem
 from fedsoda_edge.protocol.messages import DeviceFacts
-from fedsoda_edge.protocol.needs import SHORTEST, MemoryPlan, Part, Process, SampleSizes, Shape, plans
+from fedsoda_edge.protocol.needs import SHORTEST, MemoryPlan, Part, SampleSizes, Shape, WorkerProcess, plans
 from fedsoda_edge.units import human_bytes
 
 EASY_SHARE = 0.9  # a plan that takes more of what is free is used only if none takes less: other programs grow too
@@ -60,7 +60,7 @@ def fit(
     facts: DeviceFacts,
     limits: Limits = Limits(),
     *,
-    process: Process = Process(),
+    process: WorkerProcess = WorkerProcess(),
 ) -> MemoryPlan:
     """Choose the quickest plan to train this sub-LLM that has room.
 
@@ -116,7 +116,7 @@ def table(plan: MemoryPlan) -> list[Part]:
     return [Part(name, size) for name, size in sizes.items()]
 
 
-def same_way(plan: MemoryPlan, shape: Shape, samples: SampleSizes, process: Process) -> MemoryPlan | None:
+def same_way(plan: MemoryPlan, shape: Shape, samples: SampleSizes, process: WorkerProcess) -> MemoryPlan | None:
     """Find the plan that trains as an earlier one, with what it needs now; None where the hub asks for other batches now.
 
     Each worker process has another size, and rows may have been added meanwhile.
@@ -125,7 +125,7 @@ def same_way(plan: MemoryPlan, shape: Shape, samples: SampleSizes, process: Proc
     return next((way for way in plans(shape, plan.device, samples, process) if _way(way) == wanted), None)
 
 
-def leaner(plan: MemoryPlan, shape: Shape, samples: SampleSizes, process: Process) -> MemoryPlan | None:
+def leaner(plan: MemoryPlan, shape: Shape, samples: SampleSizes, process: WorkerProcess) -> MemoryPlan | None:
     """Find the next slower plan, which needs less; None after the last."""
     ways = list(plans(shape, plan.device, samples, process))
     place = [_way(way) for way in ways].index(_way(plan))

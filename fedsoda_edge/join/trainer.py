@@ -25,7 +25,7 @@ from fedsoda_edge.ports import TorchPort
 from fedsoda_edge.protocol import commands as cmd
 from fedsoda_edge.protocol.manifest import BundleManifest
 from fedsoda_edge.protocol.messages import DeviceFacts, Digest, RoundOffer, ViewRef, Welcome
-from fedsoda_edge.protocol.needs import MemoryPlan, Process, SampleSizes, Shape, shape_of
+from fedsoda_edge.protocol.needs import MemoryPlan, SampleSizes, Shape, WorkerProcess, shape_of
 
 T = TypeVar("T")
 
@@ -329,5 +329,5 @@ class Trainer:
         self._note_plan(plan, self._facts(self._work.answer))
 
 
-def _process(opened: cmd.Opened) -> Process:
-    return Process(opened.process_bytes, opened.cpu_dtype)
+def _process(opened: cmd.Opened) -> WorkerProcess:
+    return WorkerProcess(opened.process_bytes, opened.cpu_dtype)

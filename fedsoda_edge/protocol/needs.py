@@ -167,8 +167,8 @@ Dtype = Literal["bfloat16", "float32"]  # of products
 
 
 @dataclass(frozen=True)
-class Process:
-    """What a plan takes from the worker's process; by default what is safe where no worker has said it.
+class WorkerProcess:
+    """The worker's process, as far as a plan depends on it; by default what is safe where no worker has said it.
 
     bytes: RAM that it holds before it has read anything. cpu_dtype: the dtype in which it computes on the CPU.
     """
@@ -232,7 +232,9 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
         return self.process + max(self.sweep, self.weights + self.head + self.lora + self.activations + self.logits)
 
 
-def plans(shape: Shape, device: str, samples: SampleSizes, process: Process = Process()) -> Iterator[MemoryPlan]:
+def plans(
+    shape: Shape, device: str, samples: SampleSizes, process: WorkerProcess = WorkerProcess()
+) -> Iterator[MemoryPlan]:
     """List the ways to train on "cpu" or "cuda[:n]", the quickest first."""
     forms = [(False, False), (True, False), (True, True)]
     for packed, recompute in forms:
@@ -245,7 +247,7 @@ def plans(shape: Shape, device: str, samples: SampleSizes, process: Process = Pr
 
 
 def _plan(
-    shape: Shape, device: str, samples: SampleSizes, process: Process, packed: bool, recompute: bool, micro: int
+    shape: Shape, device: str, samples: SampleSizes, process: WorkerProcess, packed: bool, recompute: bool, micro: int
 ) -> MemoryPlan:
     on_cpu = not device.startswith("cuda")
     dtype = process.cpu_dtype if on_cpu else "bfloat16"

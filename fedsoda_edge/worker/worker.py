@@ -142,6 +142,7 @@ class Worker:
 
     @property
     def _compute_dtype(self) -> torch.dtype:
+        """The dtype of sweeps and steps."""
         return DTYPES[self.memory.dtype]
 
     def check(self, command: cmd.Check) -> cmd.Checked:

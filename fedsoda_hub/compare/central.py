@@ -27,7 +27,7 @@ from fedsoda_hub.settings.run import RunSettings
 
 
 def steps_a_round(settings: RunSettings, edge_rows: Sequence[int]) -> int:
-    """Count the steps that a round's cohort takes in the mean, where each edge holds so many rows."""
+    """Count the steps that a round's cohort takes in the mean, from how many rows each edge holds."""
     share = min(1.0, settings.rounds.cohort / len(edge_rows))
     return round(share * sum(num_steps(number, settings.local) for number in edge_rows))
 
