@@ -35,7 +35,6 @@ class CompareTransport(StrEnum):
     network = "network"
 
 
-
 @app.command(epilog="Example: fedsoda-hub demo --rounds 4\n\n" + EXIT_HELP)
 def demo(
     directory: Annotated[
