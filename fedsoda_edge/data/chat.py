@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any
 
 from fedsoda_edge.data.sandbox import MAX_CHARACTERS, Sandbox
-from fedsoda_edge.data.tokenizer_files import File, read_json, read_text, special_tokens
+from fedsoda_edge.data.tokenizer_files import TokenizerFile, read_json, read_text, special_tokens
 from fedsoda_edge.errors import DataProblem, UsageProblem
 
 RENDER_SECONDS = 2.0
@@ -62,7 +62,7 @@ class ChatTemplate:
         self._render_seconds = render_seconds
 
     @staticmethod
-    def read(files: Mapping[str, File]) -> ChatTemplates | None:
+    def read(files: Mapping[str, TokenizerFile]) -> ChatTemplates | None:
         """Read the chat templates from a model's tokenizer files, by name; None where the model has none.
 
         Nothing is compiled before a conversation is rendered: a run without conversations needs no template.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fedsoda_edge.data.chat import TooLong
 from fedsoda_edge.data.examples import ChatExample, Skipped, TextExample
 from fedsoda_edge.data.local_data import LocalData, SkippedRows
-from fedsoda_edge.data.tokenizer_files import File, read_json, read_text, special_tokens
+from fedsoda_edge.data.tokenizer_files import TokenizerFile, read_json, read_text, special_tokens
 from fedsoda_edge.errors import DataProblem
 from fedsoda_edge.protocol.template import TextTemplate
 
@@ -78,7 +78,7 @@ class SampleTokenizer:
 
     def __init__(
         self,
-        tokenizer_json: File,
+        tokenizer_json: TokenizerFile,
         eos_id: int | Sequence[int] | None,
         config: Mapping[str, Any] | None = None,
         vocab_size: int | None = None,
@@ -102,7 +102,7 @@ class SampleTokenizer:
 
     @classmethod
     def read(
-        cls, files: Mapping[str, File], eos_id: int | Sequence[int] | None, vocab_size: int | None = None
+        cls, files: Mapping[str, TokenizerFile], eos_id: int | Sequence[int] | None, vocab_size: int | None = None
     ) -> SampleTokenizer:
         """Read a model's tokenizer files, by name."""
         return cls(files["tokenizer.json"], eos_id, read_json(files.get("tokenizer_config.json")), vocab_size)

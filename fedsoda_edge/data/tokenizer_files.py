@@ -9,15 +9,15 @@ from typing import Any
 
 from fedsoda_edge.errors import UsageProblem
 
-File = Path | bytes  # a file on disk, or what is in it
+TokenizerFile = Path | bytes  # a file on disk, or what is in it
 
 
-def read_text(file: File) -> str:
+def read_text(file: TokenizerFile) -> str:
     """Read a file of a model as text, with or without a BOM."""
     return (file if isinstance(file, bytes) else file.read_bytes()).decode("utf-8-sig")
 
 
-def read_json(file: File | None) -> dict[str, Any]:
+def read_json(file: TokenizerFile | None) -> dict[str, Any]:
     """Read a JSON object of a model; an empty one where there is no such file.
 
     Raises:

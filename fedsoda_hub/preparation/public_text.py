@@ -18,7 +18,7 @@ from fedsoda_edge.data.examples import RowReader, Skipped
 from fedsoda_edge.data.formats import DataRow
 from fedsoda_edge.data.local_data import LocalData, remedy_for_columns
 from fedsoda_edge.data.samples import Renderer, SampleTokenizer
-from fedsoda_edge.data.tokenizer_files import File, read_text
+from fedsoda_edge.data.tokenizer_files import TokenizerFile, read_text
 from fedsoda_edge.errors import DataProblem, UsageProblem
 from fedsoda_edge.protocol.template import TextTemplate
 
@@ -27,7 +27,7 @@ MIN_PROMPTS, MAX_PROMPTS, MAX_PROMPT_IDS = 50, 500, 1 << 16  # MAX_PROMPTS: how 
 
 
 def read_blocks(
-    text: Path, tokenizer_json: File, bos_id: int | None, sequences: int, length: int
+    text: Path, tokenizer_json: TokenizerFile, bos_id: int | None, sequences: int, length: int
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Cut a text into blocks of `length` ids, each bos (if there is one) and the next ids of the text.
 
