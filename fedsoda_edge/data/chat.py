@@ -20,7 +20,7 @@ from fedsoda_edge.data.tokenizer_files import TokenizerFile, read_json, read_tex
 from fedsoda_edge.errors import DataProblem, UsageProblem
 
 RENDER_SECONDS = 2.0
-ChatMessage = Mapping[str, Any]  # foreign JSON: role, content, and what else a template reads
+ChatMessage = Mapping[str, object]  # foreign JSON: role, content, and what else a template reads
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # the names of a message's reasoning, the usual one first
 
 
@@ -88,8 +88,8 @@ class ChatTemplate:
         messages: Sequence[ChatMessage],
         *,
         add_generation_prompt: bool,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        documents: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        documents: Sequence[Mapping[str, object]] | None = None,
     ) -> str:
         """Write a conversation as the text that the model was trained to read.
 
@@ -110,8 +110,8 @@ class ChatTemplate:
         messages: Sequence[ChatMessage],
         *,
         add_generation_prompt: bool,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        documents: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        documents: Sequence[Mapping[str, object]] | None = None,
     ) -> Rendered:
         """Write a conversation as `render` does, and say which parts the template marks as generated."""
         pieces: list[str] = []
@@ -190,8 +190,8 @@ class ChatTemplates:
         messages: Sequence[ChatMessage],
         *,
         add_generation_prompt: bool,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        documents: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        documents: Sequence[Mapping[str, object]] | None = None,
     ) -> str:
         """Write a conversation as `ChatTemplate.render` does."""
         return self.chosen(has_tools=tools is not None).render(
@@ -203,8 +203,8 @@ class ChatTemplates:
         messages: Sequence[ChatMessage],
         *,
         add_generation_prompt: bool,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        documents: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        documents: Sequence[Mapping[str, object]] | None = None,
     ) -> Rendered:
         """Write a conversation as `ChatTemplate.rendered` does."""
         return self.chosen(has_tools=tools is not None).rendered(

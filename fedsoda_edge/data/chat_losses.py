@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any, Literal
 
 from fedsoda_edge.data.chat import TooLong
-from fedsoda_edge.data.examples import ChatExample
+from fedsoda_edge.data.examples import ChatExample, said_in
 from fedsoda_edge.data.local_data import LocalData
 from fedsoda_edge.data.samples import Renderer
 
@@ -67,9 +67,9 @@ def losses(renderer: Renderer, told: ChatExample) -> tuple[Loss, ...]:
 def _losses(renderer: Renderer, told: ChatExample) -> Iterator[Loss]:
     before, whole = renderer.conversation(told)
     *earlier, last = told.messages
-    if (last.get("content") or "") not in whole.text:
+    if said_in(last) not in whole.text:
         yield "answer"
-    if any((message.get("content") or "") not in whole.text for message in earlier):
+    if any(said_in(message) not in whole.text for message in earlier):
         yield "message"
     if any(name not in whole.text for name in _names(told.tools or ())):
         yield "tools"

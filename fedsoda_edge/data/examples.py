@@ -14,13 +14,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 from fedsoda_edge.data.formats import DataRow
 from fedsoda_edge.errors import DataProblem
 from fedsoda_edge.protocol.template import TextTemplate
 
-Turn = Mapping[str, Any]  # role, content and what else a chat template may read
+Turn = Mapping[str, object]  # role, content and what else a chat template may read
 Reason = Literal["null", "empty", "long", "cut"]
 REASONS: dict[Reason, str] = {
     "null": "a value is null",
@@ -54,8 +54,8 @@ class ChatExample:
     """
 
     messages: Sequence[Turn]
-    tools: Sequence[Mapping[str, Any]] | None = None
-    documents: Sequence[Mapping[str, Any]] | None = None
+    tools: Sequence[Mapping[str, object]] | None = None
+    documents: Sequence[Mapping[str, object]] | None = None
 
 
 @dataclass(frozen=True)
@@ -257,15 +257,21 @@ def _conversation_of(row: DataRow) -> ChatExample | Skipped:
         )
     if any(one.get("content") is None and not one.get("tool_calls") for one in read):
         return Skipped("null")
-    if not (last.get("content") or "").strip() and not last.get("tool_calls"):
+    if not said_in(last).strip() and not last.get("tool_calls"):
         return Skipped("empty")
     tools, documents = _listed(row, "tools"), _listed(row, "documents")
-    if sum(len(one.get("content") or "") for one in read) > MAX_CONVERSATION:
+    if sum(len(said_in(one)) for one in read) > MAX_CONVERSATION:
         return Skipped("long")
     return ChatExample(tuple(read), tools, documents)
 
 
-def _message(where: str, message: Mapping[str, Any]) -> Turn:
+def said_in(message: Turn) -> str:
+    """Return the text of a message; a call of a tool may have none."""
+    content = message.get("content")
+    return content if isinstance(content, str) else ""
+
+
+def _message(where: str, message: Mapping[str, object]) -> Turn:
     """Read one message, of ShareGPT too; keys without a value are left out, but for an answer that is a call."""
     message = {name: value for name, value in message.items() if value is not None or name == "content"}
     if "role" not in message and "from" in message:
@@ -308,7 +314,7 @@ def _refuse_halves_in(where: str, value: object) -> None:
                 _refuse_halves_in(where, part)
 
 
-def _listed(row: DataRow, name: str) -> Sequence[Mapping[str, Any]] | None:
+def _listed(row: DataRow, name: str) -> Sequence[Mapping[str, object]] | None:
     """Read a conversation's tools or documents: a list, or JSON of one, as Arrow cannot hold schemas that differ."""
     found = row.get(name)
     if isinstance(found, str) and found.strip():

@@ -80,7 +80,7 @@ class SampleTokenizer:
         self,
         tokenizer_json: TokenizerFile,
         eos_id: int | Sequence[int] | None,
-        config: Mapping[str, Any] | None = None,
+        config: Mapping[str, object] | None = None,
         vocab_size: int | None = None,
     ) -> None:
         from tokenizers import Tokenizer

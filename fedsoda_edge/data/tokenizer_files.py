@@ -35,7 +35,7 @@ def read_json(file: TokenizerFile | None) -> dict[str, Any]:
     return found
 
 
-def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+def special_tokens(config: Mapping[str, object]) -> dict[str, str]:
     """List the text of each special token that a tokenizer_config.json names ("eos_token", ...)."""
     found = {}
     for name, token in config.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ def read_config_file(file: Path) -> ModelConfig:
     return ModelConfig(file=file, raw=raw, family=family, fields=fields, shapes=shapes)
 
 
-def _family(raw: dict[str, Any], file: Path) -> Family:
+def _family(raw: Mapping[str, object], file: Path) -> Family:
     if "model_type" in raw:
         return family_of(str(raw["model_type"]))
     known = ", ".join(sorted(FAMILIES))
@@ -104,7 +104,7 @@ def _family(raw: dict[str, Any], file: Path) -> Family:
     )
 
 
-def _check_names(raw: dict[str, Any], file: Path) -> None:
+def _check_names(raw: Mapping[str, object], file: Path) -> None:
     """Refuse activations and rotary types that the installed Transformers does not know, each with those that it does."""
     version = transformers.__version__
     for key in ("hidden_act", "hidden_activation"):
@@ -135,7 +135,7 @@ def _rope_types(value: Any) -> Iterator[str]:
                 yield from _rope_types(inner)
 
 
-def _check_numbers(family: Family, fields: dict[str, Any], file: Path) -> None:
+def _check_numbers(family: Family, fields: Mapping[str, object], file: Path) -> None:
     """Refuse sizes that no model has, before memory and time are spent on them, and numbers that are not finite."""
     sizes = {"num_hidden_layers": MAX_LAYERS, "max_position_embeddings": 1 << 30} | dict.fromkeys(
         family.sizes, MAX_SIZE
@@ -149,7 +149,7 @@ def _check_numbers(family: Family, fields: dict[str, Any], file: Path) -> None:
             raise UsageProblem(f"{file}: {name} = {value!r} is not finite; correct it, or fetch the file again")
 
 
-def _check_windows(fields: dict[str, Any], file: Path) -> None:
+def _check_windows(fields: Mapping[str, object], file: Path) -> None:
     """Refuse layers with a window of which the config gives no width: Transformers fails when it runs them."""
     width = fields.get("sliding_window")
     if "sliding_attention" in (fields.get("layer_types") or ()) and not (isinstance(width, int) and width > 0):

@@ -170,10 +170,6 @@ class _Run:
         if isinstance(progress, Stage):
             self._advance(0, f", {progress.stage}: {progress.done} of {progress.total}")
 
-    async def _in_thread(self, work: Callable[[], T]) -> T:
-        """Compute in a thread, so that the loop stays free for signals, which `_alive` looks for."""
-        return await asyncio.to_thread(work)
-
     def _alive(self, *_: object) -> None:
         """Raise Interrupted if a signal came; called wherever work in a thread reports progress."""
         if self._stop.done():
@@ -188,7 +184,7 @@ class _Run:
             names = dict([list(names.items())[cell.alone]])
         settings = self._settings_of(cell, len(names))
         directory = settings.directory
-        fingerprint = await self._in_thread(lambda: self._fingerprint(settings, names))
+        fingerprint = await _in_thread(lambda: self._fingerprint(settings, names))
         done, before = directory / "result.json", self._done
         result = _kept(done, fingerprint, CellResult)
         if result is None:
@@ -198,14 +194,14 @@ class _Run:
             if not mark.exists() or mark.read_text() != begun:
                 shutil.rmtree(directory, ignore_errors=True)
             self._alive()
-            await self._in_thread(lambda: self._prepare_cell(settings))
+            await _in_thread(lambda: self._prepare_cell(settings))
             self._lay_out(settings, names)
             write_durably(mark, begun.encode())
             if not done.exists():  # otherwise the run is over, and only its result lacks what one has
                 await self._federate(settings, names)
             if self._stop.done():
                 raise Interrupted
-            result = await self._in_thread(lambda: self._result(cell, settings))
+            result = await _in_thread(lambda: self._result(cell, settings))
             _keep(done, fingerprint, result)
             shutil.rmtree(directory / "homes", ignore_errors=True)  # a bundle and border states of each edge
             seconds = time.monotonic() - started
@@ -411,13 +407,18 @@ class _Run:
         result = _kept(path, fingerprint, BaselineResult)
         if result is None:
             self._alive()
-            result = await self._in_thread(work)
+            result = await _in_thread(work)
             _keep(path, fingerprint, result)
         return result
 
 
 def _judging(say: Callable[[JobProgress], None]) -> Callable[[int, int], None]:
     return lambda done, total: say(Stage(stage="judging", done=done, total=total))
+
+
+async def _in_thread(work: Callable[[], T]) -> T:
+    """Compute in a thread, so that the loop stays free for signals, which `_alive` looks for."""
+    return await asyncio.to_thread(work)
 
 
 def _kept_choices(judge: evaluator.Evaluator, answers: evaluator.Answers) -> KeptChoices | None:

@@ -202,7 +202,7 @@ def _config(reader: _Reader, family: Family) -> dict[str, Any]:
     return fields
 
 
-def _rope(reader: _Reader) -> dict[str, Any]:
+def _rope(reader: _Reader) -> dict[str, object]:
     """Say how the rotary tables are scaled, as Transformers' `rope_parameters` do; nothing where they are not."""
     if (factors := reader.tensor("rope_freqs.weight")) is not None:
         return _llama3(reader, factors)
@@ -222,7 +222,7 @@ def _rope(reader: _Reader) -> dict[str, Any]:
     )
 
 
-def _llama3(reader: _Reader, factors: Tensor) -> dict[str, Any]:
+def _llama3(reader: _Reader, factors: Tensor) -> dict[str, object]:
     """Find the scaling of which these factors (head_dim / 2,) come: a GGUF holds them alone."""
     theta = float(reader.of_architecture("rope.freq_base") or 10_000.0)
     found = _LLAMA3 | {"factor": float(factors.max()), "rope_theta": theta}
