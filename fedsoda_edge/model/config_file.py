@@ -151,8 +151,8 @@ def _check_numbers(family: Family, fields: Mapping[str, object], file: Path) -> 
 
 def _check_windows(fields: Mapping[str, object], file: Path) -> None:
     """Refuse layers with a window of which the config gives no width: Transformers fails when it runs them."""
-    width = fields.get("sliding_window")
-    if "sliding_attention" in (fields.get("layer_types") or ()) and not (isinstance(width, int) and width > 0):
+    width, kinds = fields.get("sliding_window"), fields.get("layer_types")
+    if isinstance(kinds, list) and "sliding_attention" in kinds and not (isinstance(width, int) and width > 0):
         raise UsageProblem(
             f"{file}: layer_types names layers with sliding_attention, but sliding_window is {width!r} there, or is switched off by "
             "use_sliding_window; correct the one or the other"
