@@ -14,12 +14,22 @@ _TALK = ({"role": "user", "content": "Hello?"}, {"role": "assistant", "content":
 
 def advice_on(settings: RunSettings) -> list[str]:
     """List what the owner of a run should know, a sentence each."""
-    return [sentence for sentence in (_of_prompt(settings), _of_chat(settings)) if sentence]
+    return [sentence for sentence in (_of_prompt(settings), _of_text(settings), _of_chat(settings)) if sentence]
 
 
 def _of_prompt(settings: RunSettings) -> str:
     advice = settings.prompt.advice
     return f"[task] prompt: {advice}" if advice else ""
+
+
+def _of_text(settings: RunSettings) -> str:
+    """Say what unlabelled rows of users are worth, where layers are removed and healed without any (results.md 5)."""
+    if not settings.align.heal or settings.method.emulator == "full" or settings.like_task is not None:
+        return ""
+    return (
+        "the full LLM writes the rows on which layers are healed; a few hundred unlabelled rows of users leave its answers far "
+        "less one-sided: name a file of them as [public] like_task"
+    )
 
 
 def _of_chat(settings: RunSettings) -> str:

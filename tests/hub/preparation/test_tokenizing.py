@@ -16,7 +16,7 @@ from fedsoda_hub.cli.advice import advice_on
 from fedsoda_hub.evaluation.judge import check_evaluation
 from fedsoda_hub.preparation.prepare import RunPreparation
 from fedsoda_hub.preparation.tokenizing import check_tokenizer, tokenizer_of
-from tests.hub.runs import make_run
+from tests.hub.runs import FULL, make_run
 
 
 def changed(tiny: Path, to: Path, config: dict[str, Any] | None = None, **tokenizer: Any) -> Path:
@@ -102,3 +102,21 @@ def test_what_an_owner_may_not_expect_is_said(
     assert len(found) == len(said)
     for sentence, pattern in zip(found, said, strict=True):
         assert re.search(pattern, sentence)
+
+
+def test_rows_of_users_are_asked_for_where_healing_has_none(tiny_llama: Path, tmp_path: Path) -> None:
+    healed = make_run(tmp_path / "healed", tiny_llama, align={"heal": True})
+    assert re.search(r"name a file of them as \[public\] like_task", " ".join(advice_on(healed)))
+    (tmp_path / "named").mkdir()
+    (tmp_path / "named" / "rows.jsonl").write_text('{"word": "cat"}\n')
+    named = make_run(
+        tmp_path / "named",
+        tiny_llama,
+        align={"heal": True},
+        public={"text": "public.txt", "sequences": 12, "length": 24, "like_task": "rows.jsonl"},
+    )
+    exact = make_run(
+        tmp_path / "exact", tiny_llama, **(FULL | {"align": {"heal": True, "steps": None, "realign_steps": None}})
+    )
+    assert not advice_on(named)
+    assert not advice_on(exact)
