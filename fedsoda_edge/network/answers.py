@@ -26,7 +26,7 @@ class Identity(msgspec.Struct):
     protocol: int
 
 
-class Reason(msgspec.Struct):
+class HubReason(msgspec.Struct):
     """The answer of a hub that refuses a request."""
 
     reason: str
@@ -43,7 +43,7 @@ def is_hub(body: bytes) -> bool:
 def reason_of(body: bytes) -> str:
     """Return the reason of a hub's refusal; "": the answer is not a hub's."""
     try:
-        return msgspec.json.decode(body, type=Reason).reason
+        return msgspec.json.decode(body, type=HubReason).reason
     except msgspec.DecodeError:
         return ""
 

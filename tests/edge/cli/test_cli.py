@@ -237,7 +237,10 @@ def test_every_command_that_reports_has_json() -> None:
     [
         (None, "the data visits.jsonl cannot be read: No such file or directory"),
         (GOOD_ROWS + '\n{"text": "ache", }\n', "visits.jsonl:4: not JSON: "),
-        ("[1, 2]", "visits.jsonl:1: this is a list, not an object; write one {...} a line"),
+        (
+            "[1, 2]",
+            "visits.jsonl is not a list of objects: item 1 is a number; write [{...}, ...], or one object a line",
+        ),
     ],
     ids=["missing", "malformed", "no object"],
 )

@@ -189,7 +189,10 @@ def test_a_full_disk_says_how_far_it_came_and_may_be_tried_again(store: FileStor
     part.symlink_to("/dev/full")
     with pytest.raises(DiskFull) as failure:
         fetch(store, hub)
-    assert str(failure.value) == "the disk is full after 1024 of 1024 bytes of a file; free space, then join again"
+    assert str(failure.value) == (
+        f"the disk of {store.directory} is full: 1,024 of 1,024 bytes of a file of the bundle are here; free 0 bytes and what "
+        "the files after it need, then join again"
+    )
     assert failure.value.exit_status == 3
     assert not store.has(DIGEST)
 

@@ -27,6 +27,7 @@ from fedsoda_edge.protocol.manifest import parse_manifest
 from fedsoda_edge.protocol.messages import DeviceFacts
 from fedsoda_edge.protocol.needs import KERNEL_BYTES, PROCESS_BYTES, SampleSizes, plans, shape_of
 from fedsoda_edge.testing import LOCAL, ScriptedHub, make_bundle
+from fedsoda_edge.worker import worker as worker_module
 from fedsoda_edge.worker.batches import SweptSamples
 from fedsoda_edge.worker.training import num_steps
 from tests.edge.join.test_cache_agent import Joined
@@ -43,6 +44,12 @@ LITTLE, PLENTY = PROCESS + 310 * MIB, 16 * 1024 * MIB
 TOO_SMALL = DeviceTooSmall("memory ran out on cpu; close other programs")
 NO_VRAM = DeviceTooSmall("memory ran out on cuda; close other programs")
 KILLED = WorkerFailed("the process ended with status -9 (it was killed, most likely because memory ran out)", "", True)
+
+
+@pytest.fixture(autouse=True)
+def _fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes are those of a CPU that multiplies nothing narrower."""
+    monkeypatch.setattr(worker_module, "_cpu_dtype", lambda: "float32")
 
 
 def worker_here(*failures: FedSODAError, dies: int = 0) -> WorkerHere:

@@ -142,7 +142,7 @@ def test_a_cell_finds_what_was_prepared_for_all(calm: tuple[Path, Path, dict[str
 def test_seeds_that_share_a_bundle_deal_other_rows(tmp_path: Path, tiny_llama: Path) -> None:
     """Each cell then runs with the first seed, on the rows that its own seed deals; one bundle is prepared for all."""
     shared = {"seeds": [3, 4], "rows": 12, "prepare": "once"}
-    path = write_comparison(tmp_path, tiny_llama, compare=shared)
+    path = write_comparison(tmp_path, tiny_llama, {"default": {"lora": {"rank": 4}}}, compare=shared)
     report = compared(path, tmp_path / "out")
     assert len(list(tmp_path.glob("out/prepared/*/run.run/bundle"))) == 1
     cells = [tmp_path / "out" / "memory" / "default" / "iid" / f"seed-{seed}" / "all" for seed in (3, 4)]

@@ -71,13 +71,13 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 def test_text_and_weights_are_read_once_however_often_it_is_probed_and_aligned(
     tmp_path: Path, tiny_llama: Path, hashed: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings, read, real = make_run(tmp_path, tiny_llama), Counter[str](), Path.read_text
+    settings, read, real = make_run(tmp_path, tiny_llama), Counter[str](), Path.read_bytes
 
-    def read_text(self: Path, *args: Any, **more: Any) -> str:
+    def read_bytes(self: Path) -> bytes:
         read[self.name] += 1
-        return real(self, *args, **more)
+        return real(self)
 
-    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
     preparation = RunPreparation(settings)
     started = preparation.run()
     assert preparation.run() == started

@@ -42,8 +42,8 @@ KINDS: dict[str, Any] = {
         "method": {**NEVER, "distance": "healed"},
         "public": {"like_task": "prompts.jsonl"},
     },
-    "closed form and border map": {
-        "align": {"closed_form": True, "steps": 2, "border_map": "ridge"},
+    "border map": {
+        "align": {"steps": 2, "border_map": "ridge"},
         "public": {"like_task": "prompts.jsonl"},
     },
 }

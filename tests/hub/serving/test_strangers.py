@@ -185,7 +185,13 @@ def test_strangers_are_told_of_in_one_line_a_minute(caplog: pytest.LogCaptureFix
     ]
 
 
-def test_what_uvicorn_warns_of_is_counted_and_not_repeated(hub: MemoryHub, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_uvicorn_warns_of_is_counted_and_not_repeated(
+    hub: MemoryHub, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("fedsoda_hub", "fedsoda_hub.serving", "fedsoda_hub.serving.strangers"):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+        monkeypatch.setattr(logging.getLogger(name), "disabled", False)
+
     async def play() -> None:
         async with serving(hub) as port:
             for _ in range(20):

@@ -200,7 +200,7 @@ def test_a_key_that_is_gone_is_refused_in_a_file_and_said_of_a_run_that_began_wi
     settings = read(folder, SHORT)
     assert differences({**recorded(settings), "[align] closed_form": False}, settings) == []
     assert differences({**recorded(settings), "[align] closed_form": True}, settings) == [
-        "[align] closed_form: True when the run began, False now"
+        "[align] closed_form: True when the run was prepared, False now"
     ]
 
 
