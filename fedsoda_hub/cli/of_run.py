@@ -116,7 +116,7 @@ def reset(
             rounds = "a damaged ledger" if found.rounds_closed is None else counted(found.rounds_closed, "closed round")
             what = f"{rounds} and {human_bytes(found.bytes)} in {directory.path}"
             kept = (
-                f"{counted(found.tokens, 'token')} stay" if found.rounds_closed is not None else "its tokens are lost"
+                f"{counted(found.tokens, 'token')} kept" if found.rounds_closed is not None else "its tokens are lost"
             )
             if not is_sure:
                 _ask(f"delete {what}? ({kept})", f"delete {what} ({kept})")

@@ -343,7 +343,7 @@ def test_a_changed_setting_of_the_method_ends_serve_with_both_values(run_file: P
     # What the refusal names is the way out, and leaves who may join as it was.
     assert f"`fedsoda-hub reset {run_file}`" in refused.stderr
     assert_refused(
-        hub(run_file, "reset", "RUN"), "0 closed rounds", "1 token stay", "no terminal to ask at; give --yes"
+        hub(run_file, "reset", "RUN"), "0 closed rounds", "1 token kept", "no terminal to ask at; give --yes"
     )
     found = the_object(hub(run_file, "reset", "RUN", "--yes", "--json"))
     assert (found["rounds_closed"], found["tokens"], found["bytes"]) == (0, 1, 2)
