@@ -185,10 +185,10 @@ def serve(
         from fedsoda_hub.settings.run import effective, read_settings
 
         settings = read_settings(run)
-        for sentence in advice_on(settings):
-            note(f"note: {sentence}")
         with HubDisplay(jsonl, is_detailed=debug) as display:
             daemon = Daemon.open(settings, display.say)
+            for sentence in advice_on(settings):  # what is refused has one sentence of its own
+                note(f"note: {sentence}")
             values = {
                 key: SettingInForce(value=one.value, source=one.source) for key, one in effective(settings).items()
             }

@@ -191,6 +191,7 @@ def test_what_uvicorn_warns_of_is_counted_and_not_repeated(
     for name in ("fedsoda_hub", "fedsoda_hub.serving", "fedsoda_hub.serving.strangers"):
         monkeypatch.setattr(logging.getLogger(name), "propagate", True)
         monkeypatch.setattr(logging.getLogger(name), "disabled", False)
+    monkeypatch.setattr(logging.getLogger("uvicorn.error"), "filters", [])  # of hubs that other tests broke off
 
     async def play() -> None:
         async with serving(hub) as port:
