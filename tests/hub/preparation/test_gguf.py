@@ -195,10 +195,14 @@ def test_nothing_is_overwritten_and_room_is_checked_first(
 
 def test_ctrl_c_leaves_nothing_behind(small: Path, tmp_path: Path) -> None:
     file = write_gguf(small, tmp_path / "tiny.gguf")
-    slow = (  # a signal that comes just before a long sleep is heard only after it
+    slow = (
         "import signal, time, fedsoda_hub.preparation.gguf as g, fedsoda_hub.cli.commands as c\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background begins with it ignored
-        "g.CheckpointWriter.add = lambda *_: (print('adding', flush=True), *map(time.sleep, [0.05] * 1200))\n"
+        "def add(*_):\n"
+        "    print('adding', flush=True)\n"
+        "    for _ in range(1200):\n"  # a signal that comes just before a sleep is heard after it
+        "        time.sleep(0.05)\n"
+        "g.CheckpointWriter.add = add\n"
         "c.main()"
     )
     command = [sys.executable, "-c", slow, "import", str(file), "--to", str(tmp_path / "made")]
