@@ -12,6 +12,8 @@ from typing import Any
 
 from fedsoda_edge.errors import UsageProblem
 
+PROBE = "the\n\u00e9 \u65e5\U0001f600 <|\u0378|>"  # hardly a vocabulary has all of it
+
 
 def own_tokenizer(directory: Path) -> dict[str, bytes]:
     """Load the tokenizer of a model's directory, and return the files that must change to give the same ids, by name.
@@ -19,13 +21,17 @@ def own_tokenizer(directory: Path) -> dict[str, bytes]:
     No code of the model is run, and nothing is fetched.
 
     Raises:
-        UsageProblem: Transformers cannot load it.
+        UsageProblem: Transformers cannot load it, or it fails on a text.
     """
     files = {}
     loaded = _loaded(directory)
     backend = loaded.backend_tokenizer
     backend.no_truncation()  # a file may carry the settings of whoever saved it
     backend.no_padding()
+    try:
+        backend.encode(PROBE)
+    except Exception as error:  # such as an unknown token that is not in the vocabulary: only a text shows it
+        raise _problem(directory, error) from error
     plain = type(backend).from_str((directory / "tokenizer.json").read_text(encoding="utf-8-sig"))
     plain.no_truncation()
     plain.no_padding()
@@ -66,10 +72,14 @@ def _loaded(directory: Path) -> Any:
     try:
         return PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
     except Exception as error:
-        raise UsageProblem(
-            f"the tokenizer in {directory} cannot be loaded ({str(error)[:200] or type(error).__name__}); save it again "
-            "with the save_pretrained of Transformers"
-        ) from error
+        raise _problem(directory, error) from error
+
+
+def _problem(directory: Path, error: Exception) -> UsageProblem:
+    return UsageProblem(
+        f"the tokenizer in {directory} cannot be loaded ({str(error)[:200] or type(error).__name__}); save it again with the "
+        "save_pretrained of Transformers"
+    )
 
 
 def _text(token: object) -> object:

@@ -262,6 +262,14 @@ def test_a_tokenizer_that_cannot_be_loaded_is_told(tmp_path: Path) -> None:
         own_tokenizer(tmp_path)
 
 
+def test_a_tokenizer_that_fails_on_a_text_is_told(tmp_path: Path) -> None:
+    """Its unknown token is not in its vocabulary, which shows only where it meets something unknown."""
+    made = Tokenizer(models.WordLevel(vocab={"a": 0, "</s>": 1}, unk_token="<unk>"))
+    made.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UsageProblem, match=r"cannot be loaded \(.*save it again"):
+        own_tokenizer(tmp_path)
+
+
 def test_a_text_with_an_id_that_the_model_lacks_is_told(tmp_path: Path) -> None:
     made = byte_level()
     written(tmp_path, made, _from_config_alone)
