@@ -23,7 +23,7 @@ from fedsoda_edge.data.tokenizer_files import read_json
 from fedsoda_edge.errors import DeviceTooSmall, UsageProblem
 from fedsoda_edge.model import delta, lora
 from fedsoda_edge.model.bundle import DTYPES, Bundle, read_manifest
-from fedsoda_edge.model.nf4 import NF4Linear, dequantize, has_instructions_for, quantize
+from fedsoda_edge.model.nf4 import NF4Linear, dequantize, quantize
 from fedsoda_edge.model.own_tokenizer import own_eos, own_tokenizer
 from fedsoda_edge.model.sub_llm import SubLLM, build
 from fedsoda_edge.ports.child import ReportProgress, serve
@@ -358,8 +358,12 @@ def load_tokenizer(command: cmd.LoadTokenizer) -> cmd.LoadedTokenizer:
 
 
 def _cpu_dtype() -> Dtype:
-    """Return the dtype of sweeps and steps on this CPU: bf16 where it has instructions for that."""
-    return "bfloat16" if has_instructions_for(torch.bfloat16) else "float32"
+    """Return the dtype of sweeps and steps on a CPU.
+
+    Not bf16, though some multiply it twice as fast: the library of kernels then keeps one for each shape of a batch, 0.3 to
+    0.7 GB in all, which no plan counts (docs/decisions.md (d18-fp32)).
+    """
+    return "float32"
 
 
 def examine() -> cmd.Examined:

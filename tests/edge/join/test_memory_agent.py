@@ -20,7 +20,6 @@ from fedsoda_edge.data.local_data import LocalData
 from fedsoda_edge.edge import Edge
 from fedsoda_edge.errors import DeviceTooSmall, FedSODAError, UsageProblem, WorkerFailed
 from fedsoda_edge.join import preparation, size_class, trainer
-from fedsoda_edge.model.nf4 import has_instructions_for
 from fedsoda_edge.ports.disk import sha256_file
 from fedsoda_edge.protocol import commands as cmd
 from fedsoda_edge.protocol.calls import Call, ProgressT, ResultT
@@ -28,7 +27,6 @@ from fedsoda_edge.protocol.manifest import parse_manifest
 from fedsoda_edge.protocol.messages import DeviceFacts
 from fedsoda_edge.protocol.needs import KERNEL_BYTES, PROCESS_BYTES, SampleSizes, plans, shape_of
 from fedsoda_edge.testing import LOCAL, ScriptedHub, make_bundle
-from fedsoda_edge.worker import worker as worker_module
 from fedsoda_edge.worker.batches import SweptSamples
 from fedsoda_edge.worker.training import num_steps
 from tests.edge.join.test_cache_agent import Joined
@@ -45,12 +43,6 @@ LITTLE, PLENTY = PROCESS + 310 * MIB, 16 * 1024 * MIB
 TOO_SMALL = DeviceTooSmall("memory ran out on cpu; close other programs")
 NO_VRAM = DeviceTooSmall("memory ran out on cuda; close other programs")
 KILLED = WorkerFailed("the process ended with status -9 (it was killed, most likely because memory ran out)", "", True)
-
-
-@pytest.fixture(autouse=True)
-def _fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes are those of a CPU that multiplies nothing narrower."""
-    monkeypatch.setattr(worker_module, "_cpu_dtype", lambda: "float32")
 
 
 def worker_here(*failures: FedSODAError, dies: int = 0) -> WorkerHere:
@@ -337,7 +329,6 @@ def test_a_plan_that_this_version_does_not_read_is_none(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(has_instructions_for(torch.bfloat16), reason="in bf16 a head is as large dense as it is stored")
 def test_a_worker_process_trains_below_a_limit_that_only_a_leaner_way_keeps(tmp_path: Path, data: LocalData) -> None:
     """Nothing is made up here: the process measures itself, and its first step, against --max-ram."""
     wide = tmp_path / "wide"
