@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import msgspec
 import psutil
@@ -25,9 +25,8 @@ from edge_geometries import SUPERVISED, Geometry, make
 from random_bundle import Shape
 
 from fedsoda_edge.model.bundle import Bundle
-from fedsoda_edge.model.nf4 import has_instructions_for
 from fedsoda_edge.ports.system import peak_rss_bytes, return_memory_at_once
-from fedsoda_edge.protocol.needs import Dtype, MemoryPlan, SampleSizes, WorkerProcess, plans, shape_of
+from fedsoda_edge.protocol.needs import MemoryPlan, SampleSizes, plans, shape_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,23 +42,23 @@ WAYS = ("dense", "dense, halved", "packed", "packed, recomputed")
 Cell = tuple[Geometry, int]
 
 
-def ways(bundle: Bundle, cell: Cell, process: WorkerProcess) -> dict[str, MemoryPlan]:
+def ways(bundle: Bundle, cell: Cell, process_bytes: int) -> dict[str, MemoryPlan]:
     """Find a memory plan of each kind for this shape."""
     geometry, batch_size = cell
     labels = geometry.length - round(geometry.length * (1 - SUPERVISED))
     samples = SampleSizes(batch_size, geometry.length, labels, geometry.samples)
-    found = list(plans(shape_of(bundle.manifest), "cpu", samples, process))
+    found = list(plans(shape_of(bundle.manifest), "cpu", samples, process_bytes))
     dense, packed, recomputed = (plan for plan in found if plan.micro_batch == batch_size)
     halved = next(plan for plan in found if plan.micro_batch == batch_size // 2)
     return dict(zip(WAYS, (dense, halved, packed, recomputed), strict=True))
 
 
-def child(directory: Path, cell: Cell, way: str, dtype: Dtype) -> dict[str, Any]:
+def child(directory: Path, cell: Cell, way: str) -> dict[str, Any]:
     """Sweep and train one epoch this way in this process, and return predicted and measured bytes."""
-    process = WorkerProcess(psutil.Process().memory_info().rss, dtype)
+    process_bytes = psutil.Process().memory_info().rss
     geometry, _ = cell
     bundle = Bundle.open(directory / "model" / "bundle")
-    plan = ways(bundle, cell, process)[way]
+    plan = ways(bundle, cell, process_bytes)[way]
     if plan.frugal:
         return_memory_at_once()
     states = states_of(bundle, geometry, directory / f"cache-{WAYS.index(way)}", plan)
@@ -77,12 +76,11 @@ def child(directory: Path, cell: Cell, way: str, dtype: Dtype) -> dict[str, Any]
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Run every cell in a child process, and return the figures."""
     cells = []
-    for name, cell in CELLS.items() if not options.cell else [(options.cell, CELLS[options.cell])]:
+    for name, cell in CELLS.items():
         directory = Path(options.out) / name
         make(directory, cell[0])
         for way in WAYS:
             command = [sys.executable, __file__, "--out", options.out, "--cell", name, "--way", way]
-            command += ["--dtype", options.dtype]
             environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
             shutil.rmtree(directory / f"cache-{WAYS.index(way)}", ignore_errors=True)
             ended = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -104,13 +102,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 }
             )
             print(f"{name}, {way}: predicted / measured {ratio:.2f}", file=sys.stderr, flush=True)
-    return {
-        "bench": "memory",
-        "dtype": options.dtype,
-        "torch": torch.__version__,
-        "tolerance": TOLERANCE,
-        "cells": cells,
-    }
+    return {"bench": "memory", "torch": torch.__version__, "tolerance": TOLERANCE, "cells": cells}
 
 
 def main() -> None:
@@ -120,13 +112,11 @@ def main() -> None:
     parser.add_argument(
         "--planted-defect", action="store_true", help="predict without activations: the bench must fail"
     )
-    parser.add_argument("--cell", choices=sorted(CELLS), help="only this shape")
-    quick = "bfloat16" if has_instructions_for(torch.bfloat16) else "float32"
-    parser.add_argument("--dtype", choices=get_args(Dtype), default=quick, help="default here: %(default)s")
+    parser.add_argument("--cell", choices=sorted(CELLS), help=argparse.SUPPRESS)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.way:
-        print(json.dumps(child(Path(options.out) / options.cell, CELLS[options.cell], options.way, options.dtype)))
+    if options.cell:
+        print(json.dumps(child(Path(options.out) / options.cell, CELLS[options.cell], options.way)))
         return
     result = measure(options)
     print(json.dumps(result, indent=1))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from fedsoda_edge.errors import DeviceTooSmall, DiskFull, UsageProblem
 from fedsoda_edge.protocol.messages import DeviceFacts
-from fedsoda_edge.protocol.needs import SHORTEST, MemoryPlan, Part, SampleSizes, Shape, WorkerProcess, plans
+from fedsoda_edge.protocol.needs import PROCESS_BYTES, SHORTEST, MemoryPlan, Part, SampleSizes, Shape, plans
 from fedsoda_edge.units import human_bytes
 
 EASY_SHARE = 0.9  # a plan that takes more of what is free is used only if none takes less: other programs grow too
@@ -60,13 +60,13 @@ def fit(
     facts: DeviceFacts,
     limits: Limits = Limits(),
     *,
-    process: WorkerProcess = WorkerProcess(),
+    process_bytes: int = PROCESS_BYTES,
 ) -> MemoryPlan:
     """Choose the quickest plan to train this sub-LLM that has room.
 
     Args:
         wanted: "auto", "cpu", "cuda" or "cuda:N"; auto takes a GPU that has room, otherwise the CPU.
-        process: the worker's; before there is one, what is safe.
+        process_bytes: bytes that a worker holds before it has read anything.
 
     Raises:
         DeviceTooSmall: even the plan that needs least has no room on a device that may be used; says both numbers.
@@ -75,7 +75,7 @@ def fit(
     refusals = []
     for device in devices:
         room = room_for(device, facts, limits)
-        ways = list(plans(shape, device, samples, process))
+        ways = list(plans(shape, device, samples, process_bytes))
         easy = next((plan for plan in ways if plan.peak <= EASY_SHARE * room), None)
         least = min(ways, key=lambda plan: plan.peak)
         if easy is not None or least.peak <= room:
@@ -116,18 +116,18 @@ def table(plan: MemoryPlan) -> list[Part]:
     return [Part(name, size) for name, size in sizes.items()]
 
 
-def same_way(plan: MemoryPlan, shape: Shape, samples: SampleSizes, process: WorkerProcess) -> MemoryPlan | None:
+def same_way(plan: MemoryPlan, shape: Shape, samples: SampleSizes, process_bytes: int) -> MemoryPlan | None:
     """Find the plan that trains as an earlier one, with what it needs now; None where the hub asks for other batches now.
 
     Each worker process has another size, and rows may have been added meanwhile.
     """
     wanted = _way(plan)
-    return next((way for way in plans(shape, plan.device, samples, process) if _way(way) == wanted), None)
+    return next((way for way in plans(shape, plan.device, samples, process_bytes) if _way(way) == wanted), None)
 
 
-def leaner(plan: MemoryPlan, shape: Shape, samples: SampleSizes, process: WorkerProcess) -> MemoryPlan | None:
+def leaner(plan: MemoryPlan, shape: Shape, samples: SampleSizes, process_bytes: int) -> MemoryPlan | None:
     """Find the next slower plan, which needs less; None after the last."""
-    ways = list(plans(shape, plan.device, samples, process))
+    ways = list(plans(shape, plan.device, samples, process_bytes))
     place = [_way(way) for way in ways].index(_way(plan))
     return next((way for way in ways[place + 1 :] if way.peak < ways[place].peak), None)
 

@@ -25,7 +25,7 @@ from fedsoda_edge.ports import TorchPort
 from fedsoda_edge.protocol import commands as cmd
 from fedsoda_edge.protocol.manifest import BundleManifest
 from fedsoda_edge.protocol.messages import DeviceFacts, Digest, RoundOffer, ViewRef, Welcome
-from fedsoda_edge.protocol.needs import MemoryPlan, SampleSizes, Shape, WorkerProcess, shape_of
+from fedsoda_edge.protocol.needs import MemoryPlan, SampleSizes, Shape, shape_of
 
 T = TypeVar("T")
 
@@ -296,9 +296,9 @@ class Trainer:
 
     def _plan_memory(self, opened: cmd.Opened) -> MemoryPlan:
         """Choose the quickest plan that has room; a round in its middle keeps its plan, so that it ends with the same bits."""
-        facts, limits, process = self._facts(opened), self._means.limits, _process(opened)
+        facts, limits, process = self._facts(opened), self._means.limits, opened.process_bytes
         samples = self._samples(opened)
-        plan = fit(self._means.device, self._shape, samples, facts, limits, process=process)
+        plan = fit(self._means.device, self._shape, samples, facts, limits, process_bytes=process)
         if self._state.has_checkpoint and (before := self._state.memory_plan()) is not None:
             again = same_way(before, self._shape, samples, process)
             if again is not None and again.device == plan.device and again.peak <= room_for(plan.device, facts, limits):
@@ -315,19 +315,15 @@ class Trainer:
         if not isinstance(self._work, WorkerOpened):
             return None
         opened, before = self._work.answer, self._work.plan
-        samples, process = self._samples(opened), _process(opened)
+        samples, process = self._samples(opened), opened.process_bytes
         plan = leaner(before, self._shape, samples, process)
         if plan is None and self._means.device == "auto" and before.device != "cpu":
             facts = self._facts(opened)
             with contextlib.suppress(DeviceTooSmall):  # no room there either: the GPU's error is raised
-                plan = fit("cpu", self._shape, samples, facts, self._means.limits, process=process)
+                plan = fit("cpu", self._shape, samples, facts, self._means.limits, process_bytes=process)
         return plan
 
     def _go_leaner(self, error: Exception, plan: MemoryPlan) -> None:
         self._say(ev.Notice(f"{error}; training continues in a way that needs less memory"))
         self._work = replace(self._opened, plan=plan)
         self._note_plan(plan, self._facts(self._work.answer))
-
-
-def _process(opened: cmd.Opened) -> WorkerProcess:
-    return WorkerProcess(opened.process_bytes, opened.cpu_dtype)

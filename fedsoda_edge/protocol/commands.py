@@ -52,8 +52,8 @@ class Opened(msgspec.Struct, frozen=True, kw_only=True):
     """The samples of the data.
 
     num_skipped: rows that are no sample. threads: CPU threads of torch. process_bytes: memory of the worker before it has
-    read anything. has_cuda: whether torch can use a GPU. cpu_dtype: the dtype of products on this CPU. longest_ids,
-    longest_labels: the most ids and completion ids that a sample has.
+    read anything. has_cuda: whether torch can use a GPU. longest_ids, longest_labels: the most ids and completion ids that
+    a sample has.
     """
 
     num_examples: int
@@ -61,7 +61,6 @@ class Opened(msgspec.Struct, frozen=True, kw_only=True):
     threads: int
     process_bytes: int
     has_cuda: bool
-    cpu_dtype: Dtype
     longest_ids: int
     longest_labels: int
 

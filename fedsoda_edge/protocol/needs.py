@@ -2,7 +2,7 @@
 
 Everything is bytes. A memory plan is one way to train; `plans` lists them, the quickest first:
 
-    dense                 weights in the dtype of products: bf16 on a GPU and on a CPU that multiplies it, or else fp32
+    dense                 weights in the dtype of products: bf16 on a GPU, fp32 on a CPU
     packed                weights as they are stored, a tile dense at a time (nf4.py, loss.py)
     packed, recomputed    a layer's activations are made again in the backward pass as well
 
@@ -167,17 +167,6 @@ Dtype = Literal["bfloat16", "float32"]  # of products
 
 
 @dataclass(frozen=True)
-class WorkerProcess:
-    """The worker's process, as far as a plan depends on it; by default what is safe where no worker has said it.
-
-    bytes: RAM that it holds before it has read anything. cpu_dtype: the dtype in which it computes on the CPU.
-    """
-
-    bytes: int = PROCESS_BYTES
-    cpu_dtype: Dtype = "float32"
-
-
-@dataclass(frozen=True)
 class SampleSizes:
     """The sizes of an edge's samples.
 
@@ -204,8 +193,8 @@ class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     """One way to train and what its memory holds, in bytes.
 
-    device: "cpu", "cuda" or "cuda:N". dtype: the one of products and activations. packed: whether adapter and head stay as they are stored. recompute: whether a
-    layer's activations are computed again in the backward pass. frugal: whether malloc returns memory at once
+    device: "cpu", "cuda" or "cuda:N". dtype: the one of products and activations. packed: whether adapter and head stay as
+    they are stored. recompute: whether a layer's activations are computed again in the backward pass. frugal: whether malloc returns memory at once
     (`ports.system.return_memory_at_once`). micro_batch: samples that go through at once, of the batch_size samples of a
     step. slice_bytes: hidden states that one pass of the sweep takes along. process, ..., sweep: what each part takes.
     """
@@ -232,25 +221,32 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
         return self.process + max(self.sweep, self.weights + self.head + self.lora + self.activations + self.logits)
 
 
-def plans(
-    shape: Shape, device: str, samples: SampleSizes, process: WorkerProcess = WorkerProcess()
-) -> Iterator[MemoryPlan]:
-    """List the ways to train on "cpu" or "cuda[:n]", the quickest first."""
+def dtype_on(device: str) -> Dtype:
+    """Return the dtype of products on "cpu" or "cuda[:n]": docs/decisions.md (d18-fp32)."""
+    return "bfloat16" if device.startswith("cuda") else "float32"
+
+
+def plans(shape: Shape, device: str, samples: SampleSizes, process_bytes: int = PROCESS_BYTES) -> Iterator[MemoryPlan]:
+    """List the ways to train on "cpu" or "cuda[:n]", the quickest first.
+
+    Args:
+        process_bytes: RAM of a worker before it has read anything.
+    """
     forms = [(False, False), (True, False), (True, True)]
     for packed, recompute in forms:
         micro = samples.batch_size
         while True:
-            yield _plan(shape, device, samples, process, packed, recompute, micro)
+            yield _plan(shape, device, samples, process_bytes, packed, recompute, micro)
             if micro == 1:
                 break
             micro = math.ceil(micro / 2)
 
 
 def _plan(
-    shape: Shape, device: str, samples: SampleSizes, process: WorkerProcess, packed: bool, recompute: bool, micro: int
+    shape: Shape, device: str, samples: SampleSizes, process_bytes: int, packed: bool, recompute: bool, micro: int
 ) -> MemoryPlan:
     on_cpu = not device.startswith("cuda")
-    dtype = process.cpu_dtype if on_cpu else "bfloat16"
+    dtype = dtype_on(device)
     size = 4 if dtype == "float32" else 2
     frugal = packed or micro < samples.batch_size
     heap = KEPT_HEAP if on_cpu and not frugal else 1.0
@@ -301,7 +297,7 @@ def _plan(
         micro_batch=micro,
         batch_size=samples.batch_size,
         slice_bytes=slice_bytes,
-        process=process.bytes + KERNEL_BYTES if on_cpu else CUDA_CONTEXT_BYTES,
+        process=process_bytes + KERNEL_BYTES if on_cpu else CUDA_CONTEXT_BYTES,
         weights=weights,
         head=head,
         lora=lora,
@@ -312,10 +308,7 @@ def _plan(
 
 
 def edge_needs(shape: Shape, files: Sequence[File]) -> EdgeNeeds:
-    """Count the least free disk, RAM (training on a CPU) and VRAM (training on a GPU) for a bundle of this shape.
-
-    RAM is that of a CPU that computes in fp32, which needs more.
-    """
+    """Count the least free disk, RAM (training on a CPU) and VRAM (training on a GPU) for a bundle of this shape."""
     samples = SampleSizes(1, GROUP_POSITIONS, GROUP_POSITIONS)
     least = {device: min(way.peak for way in plans(shape, device, samples)) for device in ("cpu", "cuda")}
     return EdgeNeeds(

@@ -35,7 +35,7 @@ from fedsoda_edge.protocol import commands as cmd
 from fedsoda_edge.protocol.coded import of_factor
 from fedsoda_edge.protocol.manifest import TOKENIZER_FILES
 from fedsoda_edge.protocol.messages import Digest
-from fedsoda_edge.protocol.needs import PROCESS_BYTES, Dtype, MemoryPlan
+from fedsoda_edge.protocol.needs import PROCESS_BYTES, MemoryPlan, dtype_on
 from fedsoda_edge.protocol.template import TextTemplate
 from fedsoda_edge.units import human_bytes
 from fedsoda_edge.worker.batches import SweptSamples
@@ -129,7 +129,6 @@ class Worker:
             threads=torch.get_num_threads(),
             process_bytes=self._process_bytes,
             has_cuda=torch.cuda.is_available(),
-            cpu_dtype=_cpu_dtype(),
             longest_ids=max((len(sample.ids) for sample in self._samples.samples), default=0),
             longest_labels=max((len(sample.ids) - sample.start for sample in self._samples.samples), default=0),
         )
@@ -357,15 +356,6 @@ def load_tokenizer(command: cmd.LoadTokenizer) -> cmd.LoadedTokenizer:
     return cmd.LoadedTokenizer(files=files, eos=eos, vocab_size=vocab if isinstance(vocab, int) else None)
 
 
-def _cpu_dtype() -> Dtype:
-    """Return the dtype of sweeps and steps on a CPU.
-
-    Not bf16, though some multiply it twice as fast: the library of kernels then keeps one for each shape of a batch, 0.3 to
-    0.7 GB in all, which no plan counts (docs/decisions.md (d18-fp32)).
-    """
-    return "float32"
-
-
 def examine() -> cmd.Examined:
     """Look at what torch sees here, and check that the gradient through NF4 is that through the dense matrix."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -385,7 +375,7 @@ def examine() -> cmd.Examined:
         torch=str(torch.__version__),  # torch's own class, which a struct does not accept
         threads=torch.get_num_threads(),
         device=device,
-        dtype="bfloat16" if device == "cuda" else _cpu_dtype(),
+        dtype=dtype_on(device),
         accelerator=f"{torch.cuda.get_device_name()} ({kind})" if device == "cuda" else "",
         nf4_problem=problem,
     )

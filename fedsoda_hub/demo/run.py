@@ -27,7 +27,7 @@ from fedsoda_edge.ports.disk import sha256_file
 from fedsoda_edge.protocol import commands as cmd
 from fedsoda_edge.protocol.manifest import TensorSpec, parse_manifest
 from fedsoda_edge.protocol.messages import Digest
-from fedsoda_edge.protocol.needs import SampleSizes, WorkerProcess, plans, shape_of
+from fedsoda_edge.protocol.needs import SampleSizes, plans, shape_of
 from fedsoda_edge.protocol.template import TextTemplate
 from fedsoda_edge.units import counted
 from fedsoda_hub import events
@@ -227,9 +227,7 @@ async def train_alone_at(directory: Path, office: str, rounds: int, seed: int) -
         )
         longest = SampleSizes(BATCH, opened.longest_ids, opened.longest_labels, opened.num_examples)
         shape = shape_of(parse_manifest(manifest.read_bytes()))
-        memory = next(
-            plans(shape, "cpu", longest, WorkerProcess(opened.process_bytes, opened.cpu_dtype))
-        )  # the fastest plan, since the model is small
+        memory = next(plans(shape, "cpu", longest, opened.process_bytes))  # the fastest plan, since the model is small
         cache = cmd.BorderCache(directory=str(work / "border"), key=os.urandom(32).hex(), dtype="bf16", max_bytes=None)
         await worker.call(cmd.Sweep(emulator=None, cache=cache, memory=memory, room=sys.maxsize))
         view: Path | None = None

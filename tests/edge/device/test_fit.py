@@ -7,7 +7,7 @@ import pytest
 from fedsoda_edge.device.fit import Limits, check_device_name, check_disk, fit, leaner, plan_sentence, table
 from fedsoda_edge.errors import DeviceTooSmall, DiskFull, UsageProblem
 from fedsoda_edge.protocol.messages import DeviceFacts
-from fedsoda_edge.protocol.needs import MemoryPlan, SampleSizes, Shape, WorkerProcess, plans
+from fedsoda_edge.protocol.needs import PROCESS_BYTES, MemoryPlan, SampleSizes, Shape, plans
 from fedsoda_edge.units import human_bytes
 
 GIB = 2**30
@@ -62,18 +62,11 @@ def test_ways_come_quickest_first_and_each_form_halves_its_micro_batch() -> None
         assert peaks == sorted(peaks, reverse=True)
 
 
-def test_a_cpu_that_computes_in_bf16_needs_less_and_the_plan_says_so() -> None:
-    sixteen = list(plans(SHAPE, "cpu", SAMPLES, WorkerProcess(cpu_dtype="bfloat16")))
-    for one, other in zip(sixteen, ways("cpu"), strict=True):
+def test_a_gpu_computes_in_bf16_and_needs_less_for_weights_and_activations() -> None:
+    for one, other in zip(ways("cuda"), ways("cpu"), strict=True):
         assert (one.dtype, other.dtype) == ("bfloat16", "float32")
-        assert one.process == other.process
         assert one.activations < 0.65 * other.activations
-        assert one.peak < other.peak
-    assert sixteen[0].weights * 2 == ways("cpu")[0].weights
-    assert {way.dtype for way in ways("cuda")} == {"bfloat16"}
-    between = facts(ram=(min(way.peak for way in sixteen) + min(way.peak for way in ways("cpu"))) // 2)
-    assert fit("cpu", SHAPE, SAMPLES, between, process=WorkerProcess(cpu_dtype="bfloat16")).dtype == "bfloat16"
-    refusal("cpu", between)
+    assert ways("cuda")[0].weights * 2 == ways("cpu")[0].weights
 
 
 def test_plenty_of_memory_is_used_for_speed() -> None:
@@ -138,7 +131,7 @@ def test_a_leaner_way_needs_less_until_there_is_none() -> None:
     peaks = []
     while plan is not None:
         peaks.append(plan.peak)
-        plan = leaner(plan, SHAPE, SAMPLES, WorkerProcess())
+        plan = leaner(plan, SHAPE, SAMPLES, PROCESS_BYTES)
     assert peaks == sorted(set(peaks), reverse=True)
     assert peaks[-1] == min(way.peak for way in ways("cpu"))
 

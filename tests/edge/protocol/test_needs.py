@@ -11,7 +11,7 @@ from fedsoda_edge.model import lora
 from fedsoda_edge.model.bundle import DTYPES, Bundle
 from fedsoda_edge.model.loss import cross_entropy
 from fedsoda_edge.model.sub_llm import SubLLM, build
-from fedsoda_edge.protocol.needs import Dtype, MemoryPlan, SampleSizes, WorkerProcess, plans, shape_of
+from fedsoda_edge.protocol.needs import Dtype, MemoryPlan, SampleSizes, dtype_on, plans, shape_of
 from tests.edge.model.test_bundle import write
 from tests.tiny import FAMILY_CONFIGS, make_tiny
 
@@ -71,8 +71,9 @@ def loss_of(model: SubLLM, states: torch.Tensor, labels: int) -> torch.Tensor:
 
 
 def plan_of(bundle: Bundle, samples: SampleSizes, *, recompute: bool, dtype: Dtype = "float32") -> MemoryPlan:
-    """All samples of a step at once, with malloc that keeps nothing back."""
-    ways = plans(shape_of(bundle.manifest), "cpu", samples, WorkerProcess(cpu_dtype=dtype))
+    """All samples of a step at once, with malloc that keeps nothing back, on the device that computes in this dtype."""
+    device = next(device for device in ("cpu", "cuda") if dtype_on(device) == dtype)
+    ways = plans(shape_of(bundle.manifest), device, samples)
     return next(way for way in ways if way.packed and way.recompute == recompute)
 
 

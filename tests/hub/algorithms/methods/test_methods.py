@@ -29,7 +29,7 @@ from fedsoda_edge.ports.disk import BlobStore
 from fedsoda_edge.protocol import commands as cmd
 from fedsoda_edge.protocol.manifest import LoRASpec, encode_manifest
 from fedsoda_edge.protocol.messages import Digest
-from fedsoda_edge.protocol.needs import Dtype, SampleSizes, WorkerProcess, plans, shape_of
+from fedsoda_edge.protocol.needs import Dtype, SampleSizes, plans, shape_of
 from fedsoda_edge.protocol.template import TextTemplate
 from fedsoda_edge.worker.batches import SweptSamples
 from fedsoda_edge.worker.border_cache import CachedStates, CacheSettings
@@ -401,7 +401,8 @@ def test_a_worker_trains_through_the_emulator_lora_of_the_last_alignment(
     settings = msgspec.structs.replace(SETTINGS, max_steps=3)
 
     def by_worker(emulator: Path | None) -> dict[str, Tensor]:
-        memory = next(plans(shape_of(bundle.manifest), "cpu", SampleSizes(4, 64, 64), WorkerProcess(cpu_dtype=dtype)))
+        memory = next(plans(shape_of(bundle.manifest), "cpu", SampleSizes(4, 64, 64)))
+        memory = msgspec.structs.replace(memory, dtype=dtype)  # as on a GPU
         cache = cmd.BorderCache(directory=str(tmp_path / "border"), key="00" * 32, dtype="bf16", max_bytes=None)
         path = None if emulator is None else str(emulator)
         worker.answer(cmd.Sweep(emulator=path, cache=cache, memory=memory, room=2**50), lambda _: None)
