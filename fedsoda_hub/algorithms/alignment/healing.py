@@ -92,7 +92,8 @@ def heal(
         each layer that is not in `healed` with its tensors, in the order of `after`.
     """
     batches = buckets([len(text) for text in texts], BATCH_TOKENS)
-    below, at, states = 0, stream(source, (), texts), stream(source, (), texts)
+    below = 0
+    at = states = stream(source, (), texts)
     is_sink = torch.zeros(len(texts), dtype=torch.bool)  # whose first token was massive so far
 
     def run(some: Checkpoint, layers: Sequence[int], start: Sequence[Tensor], enter: Any = None) -> list[Tensor]:
