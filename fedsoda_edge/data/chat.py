@@ -83,14 +83,14 @@ class ChatTemplate:
             return None
         return ChatTemplates(sources, special_tokens(config))
 
-    def render(
+    def rendered(
         self,
         messages: Sequence[ChatMessage],
         *,
         add_generation_prompt: bool,
         tools: Sequence[Mapping[str, object]] | None = None,
         documents: Sequence[Mapping[str, object]] | None = None,
-    ) -> str:
+    ) -> Rendered:
         """Write a conversation as the text that the model was trained to read.
 
         Args:
@@ -101,19 +101,6 @@ class ChatTemplate:
         Raises:
             DataProblem: the template refuses these messages, writes too much or takes too long.
         """
-        return self.rendered(
-            messages, add_generation_prompt=add_generation_prompt, tools=tools, documents=documents
-        ).text
-
-    def rendered(
-        self,
-        messages: Sequence[ChatMessage],
-        *,
-        add_generation_prompt: bool,
-        tools: Sequence[Mapping[str, object]] | None = None,
-        documents: Sequence[Mapping[str, object]] | None = None,
-    ) -> Rendered:
-        """Write a conversation as `render` does, and say which parts the template marks as generated."""
         pieces: list[str] = []
         generated: list[tuple[int, int]] = []
         size = 0
@@ -184,19 +171,6 @@ class ChatTemplates:
         if name not in self._compiled:
             self._compiled[name] = ChatTemplate(self.sources[name], self.tokens)
         return self._compiled[name]
-
-    def render(
-        self,
-        messages: Sequence[ChatMessage],
-        *,
-        add_generation_prompt: bool,
-        tools: Sequence[Mapping[str, object]] | None = None,
-        documents: Sequence[Mapping[str, object]] | None = None,
-    ) -> str:
-        """Write a conversation as `ChatTemplate.render` does."""
-        return self.chosen(has_tools=tools is not None).render(
-            messages, add_generation_prompt=add_generation_prompt, tools=tools, documents=documents
-        )
 
     def rendered(
         self,

@@ -76,8 +76,10 @@ def _losses(renderer: Renderer, told: ChatExample) -> Iterator[Loss]:
     if any(name not in whole.text for message in told.messages for name in _names(message.get("tool_calls") or ())):
         yield "calls"
     assert renderer.chat is not None, "it has written the conversation"
-    if earlier and before == renderer.chat.render(
-        earlier, add_generation_prompt=False, tools=told.tools, documents=told.documents
+    if (
+        earlier
+        and before
+        == renderer.chat.rendered(earlier, add_generation_prompt=False, tools=told.tools, documents=told.documents).text
     ):
         yield "no generation prompt"
     if not whole.text.startswith(before):

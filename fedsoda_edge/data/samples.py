@@ -260,7 +260,7 @@ class Renderer:
         messages, tools, documents = example.messages, example.tools, example.documents
         whole = self.chat.rendered(messages, add_generation_prompt=False, tools=tools, documents=documents)
         before = messages[:-1]
-        return self.chat.render(before, add_generation_prompt=True, tools=tools, documents=documents), whole
+        return self.chat.rendered(before, add_generation_prompt=True, tools=tools, documents=documents).text, whole
 
     def sample(self, example: TextExample | ChatExample, tokenizer: SampleTokenizer) -> Sample | Skipped:
         """Make the sample of a row, uncut.

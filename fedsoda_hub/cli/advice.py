@@ -43,7 +43,7 @@ def _of_chat(settings: RunSettings) -> str:
         chat = ChatTemplate.read(files)
         if chat is not None:
             for begins in (False, True):
-                chat.render(_TALK[: 1 if begins else 2], add_generation_prompt=begins)
+                chat.rendered(_TALK[: 1 if begins else 2], add_generation_prompt=begins)
     except FedSODAError as error:
         return f"rows that are conversations will be refused: {error}"
     return ""

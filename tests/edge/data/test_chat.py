@@ -29,7 +29,7 @@ def test_it_writes_what_transformers_writes(tiny_llama: Path, name: str, add_gen
         TALK, chat_template=TEMPLATES[name], tokenize=False, add_generation_prompt=add_generation_prompt
     )
     ours = ChatTemplate(TEMPLATES[name], {"bos_token": "<s>", "eos_token": "</s>"})
-    assert ours.render(TALK, add_generation_prompt=add_generation_prompt) == expected
+    assert ours.rendered(TALK, add_generation_prompt=add_generation_prompt).text == expected
 
 
 def test_it_is_found_where_models_keep_it(tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_it_is_found_where_models_keep_it(tmp_path: Path) -> None:
 def rendered(files: dict[str, Path]) -> str:
     found = ChatTemplate.read(files)
     assert found is not None
-    return found.render(TALK, add_generation_prompt=False)
+    return found.rendered(TALK, add_generation_prompt=False).text
 
 
 @pytest.mark.parametrize(
@@ -67,17 +67,17 @@ def rendered(files: dict[str, Path]) -> str:
 )
 def test_what_it_may_not_do_is_a_sentence(template: str, sentence: str) -> None:
     with pytest.raises(DataProblem, match=sentence):
-        ChatTemplate(template, {}).render(TALK, add_generation_prompt=False)
+        ChatTemplate(template, {}).rendered(TALK, add_generation_prompt=False)
 
 
 def test_it_is_stopped_when_it_takes_too_long() -> None:
     endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     started = time.monotonic()
     with pytest.raises(DataProblem, match=r"took more than 0\.2 s"):
-        ChatTemplate(endless, {}, render_seconds=0.2).render(TALK, add_generation_prompt=False)
+        ChatTemplate(endless, {}, render_seconds=0.2).rendered(TALK, add_generation_prompt=False)
     assert time.monotonic() - started < 20
     # Nothing is left that could interrupt a later one.
-    assert ChatTemplate("fine", {}).render(TALK, add_generation_prompt=False) == "fine"
+    assert ChatTemplate("fine", {}).rendered(TALK, add_generation_prompt=False).text == "fine"
 
 
 def test_a_template_that_is_none_is_the_hubs_mistake() -> None:

@@ -167,7 +167,7 @@ def test_text_is_that_of_apply_chat_template(
 
     def ours() -> str:
         chat = ChatTemplate(TEMPLATES[name], TOKENS | {"pad_token": "<pad>"})
-        return chat.render(messages, add_generation_prompt=begins, tools=tools, documents=documents)
+        return chat.rendered(messages, add_generation_prompt=begins, tools=tools, documents=documents).text
 
     expected = problem = ""
     try:
@@ -228,18 +228,18 @@ def test_a_template_is_read_by_name_and_compiled_when_it_is_used(tmp_path: Path)
     config.write_text("\ufeff" + json.dumps({"chat_template": named}), encoding="utf-8")
     chat = ChatTemplate.read({config.name: config})
     assert chat is not None
-    assert chat.render([ASK], add_generation_prompt=True) == "plain"
-    assert chat.render([ASK], add_generation_prompt=True, tools=[{"name": "weather"}]) == "weather"
+    assert chat.rendered([ASK], add_generation_prompt=True).text == "plain"
+    assert chat.rendered([ASK], add_generation_prompt=True, tools=[{"name": "weather"}]).text == "weather"
     config.write_text(json.dumps({"chat_template": [{"name": "chat", "template": "x"}]}))
     chat = ChatTemplate.read({config.name: config})  # a run that has no conversations needs none
     assert chat is not None
     with pytest.raises(Exception, match="has the chat templates chat, but none named default"):
-        chat.render([ASK], add_generation_prompt=True)
+        chat.rendered([ASK], add_generation_prompt=True)
     config.write_text(json.dumps({"chat_template": "{% for %}"}))
     chat = ChatTemplate.read({config.name: config})
     assert chat is not None
     with pytest.raises(Exception, match="cannot be read"):
-        chat.render([ASK], add_generation_prompt=True)
+        chat.rendered([ASK], add_generation_prompt=True)
 
 
 def test_the_date_is_that_of_the_standard_library() -> None:

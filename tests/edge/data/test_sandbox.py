@@ -60,7 +60,13 @@ def test_what_is_hostile_ends_in_a_sentence_and_takes_no_memory(number: int) -> 
     tracemalloc.start()
     try:
         with pytest.raises(FedSODAError, match=r"refuses these messages|more than|took more|cannot be read"):
-            print(len(ChatTemplate(HOSTILE[number], {}, render_seconds=1.0).render(TALK, add_generation_prompt=False)))
+            print(
+                len(
+                    ChatTemplate(HOSTILE[number], {}, render_seconds=1.0)
+                    .rendered(TALK, add_generation_prompt=False)
+                    .text
+                )
+            )
         assert tracemalloc.get_traced_memory()[1] < 64 << 20
     finally:
         tracemalloc.stop()
@@ -78,17 +84,17 @@ def test_what_is_hostile_ends_in_a_sentence_and_takes_no_memory(number: int) -> 
     ],
 )
 def test_what_is_harmless_works(template: str, text: str) -> None:
-    assert ChatTemplate(template, {}).render(TALK, add_generation_prompt=False) == text
+    assert ChatTemplate(template, {}).rendered(TALK, add_generation_prompt=False).text == text
 
 
 def test_a_compilation_that_takes_too_long_is_stopped() -> None:
     with pytest.raises(FedSODAError, match=r"took more|cannot be read|more than"):
-        ChatTemplate("{{ range(99999) | map('string') | list | sort | join }}" * 200, {}, render_seconds=0.2).render(
+        ChatTemplate("{{ range(99999) | map('string') | list | sort | join }}" * 200, {}, render_seconds=0.2).rendered(
             TALK, add_generation_prompt=False
         )
 
 
 def test_a_problem_is_named_in_short() -> None:
     with pytest.raises(DataProblem) as refused:
-        ChatTemplate("{{ raise_exception('no ' * 2000) }}", {}).render(TALK, add_generation_prompt=False)
+        ChatTemplate("{{ raise_exception('no ' * 2000) }}", {}).rendered(TALK, add_generation_prompt=False)
     assert len(str(refused.value)) < 400
