@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from fedsoda_edge.data.formats import HEAD, KNOWN, Bytes, Content, DataRow, open_bytes
 from fedsoda_edge.errors import DataProblem
+from fedsoda_edge.units import counted
 
 MAX_VALUE = 128 << 20  # characters of a line or value: an unclosed bracket or quote reads no more than this
 SAMPLE = 200  # records that a dialect is chosen by
@@ -389,8 +390,8 @@ def _names(path: Path, line: int, record: Sequence[str]) -> list[str]:
 def _record(path: Path, line: int, names: Sequence[str], record: Sequence[str]) -> DataRow:
     if len(record) != len(names):
         raise DataProblem(
-            f"{path}:{line}: {len(record)} values, but the header names {len(names)} columns; put text that holds the "
-            "delimiter or a line end in quotes"
+            f"{path}:{line}: {counted(len(record), 'value')}, but the header names {counted(len(names), 'column')}; put "
+            "text that holds the delimiter or a line end in quotes"
         )
     # A column without a name is an index, or what a delimiter at the end of each line makes.
     return {name: _checked(path, line, value) for name, value in zip(names, record, strict=True) if name}

@@ -178,6 +178,7 @@ def archive(kind: str) -> bytes:
         (b"text,label\ncaf\xe9,b\n", r":2: not UTF-8: the byte 0xe9 at column 4"),
         ('{"a": "b"}\n\0\0\0\0', r":2: not JSON: .* NUL bytes are in it"),
         ("text,label\na,b,c\nd,e\nf,g\nh,i\n", r":2: 3 values, but the header names 2 columns"),
+        ("text,label\na,b\nd\n", r":3: 1 value, but the header names 2 columns"),
         ("text,text,label\na,b,c\n", r":1: two columns are called 'text'; rename one"),
         ('text,label\n"a,b\nc,d\n', r":2: not a table with commas between its columns: .* in quotes"),
         ("Dear Sir,\nthe pump leaks.\nYours\n", r":1: this is neither an object {...} nor the header of a table"),
