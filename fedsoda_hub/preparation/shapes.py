@@ -15,7 +15,7 @@ from torch import Tensor
 from fedsoda_edge.model.source import Checkpoint
 from fedsoda_edge.model.streaming import stream
 from fedsoda_edge.protocol.manifest import LayerPlan
-from fedsoda_hub.algorithms.alignment.healing import HELD_OUT, heal
+from fedsoda_hub.algorithms.alignment.healing import HELD_OUT, MASSIVE, heal
 from fedsoda_hub.federation.jobs import ShapeHealed
 from fedsoda_hub.preparation.full_llm import StreamedLLM
 from fedsoda_hub.preparation.heal import healing_texts, restored
@@ -23,7 +23,6 @@ from fedsoda_hub.preparation.running import How
 
 CHOOSING_IDS = 1 << 14  # of the texts that a run is healed on, which shapes and groups are judged on
 JUDGED = 4  # every fourth text: nothing is fitted on it, and the errors are of it
-MASSIVE = 5.0  # times the median length of a state: longer ones are not judged, nor are first positions
 STAGE = "healing each size on trial"
 
 

@@ -35,7 +35,7 @@ from fedsoda_hub.algorithms.alignment.gptq import quantize_for
 DOWN, OUT = "mlp.down_proj", "self_attn.o_proj"
 RIDGES = tuple(10.0**power for power in range(-3, 1))  # lambda, of the mean of the Gram matrix's diagonal
 HELD_OUT = 5  # every fifth text
-MASSIVE = 5.0
+MASSIVE = 5.0  # times the median length of a state; errors are judged on shorter ones alone
 SINKS = 100.0  # times the mean error of all other tokens
 WEIGHTS = tuple(10.0**power for power in range(0, 5, 2))  # of held tokens, beside 1 of others
 BATCH_TOKENS = 4096

@@ -23,10 +23,9 @@ from torch import Tensor
 from fedsoda_edge.model.families import branch
 from fedsoda_edge.model.source import LayerSource
 from fedsoda_edge.model.streaming import LayersDone, buckets, stream
+from fedsoda_hub.algorithms.alignment.healing import HELD_OUT, MASSIVE
 
 RIDGE = 1e-4  # of the mean of the Gram matrix's diagonal
-HELD_OUT = 5  # every fifth text
-MASSIVE = 5.0  # times the median length of a state: longer ones are not judged, nor are first positions
 BATCH_TOKENS = 4096
 
 
