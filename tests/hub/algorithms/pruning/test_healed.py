@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fedsoda_edge.model.source import Checkpoint
+from fedsoda_hub.algorithms.alignment.healing import HELD_OUT
 from fedsoda_hub.algorithms.pruning import healed
 from tests.tiny import make_tiny_llama
 
@@ -37,7 +38,7 @@ def test_distances_are_those_of_a_ridge_regression(model: Path) -> None:
         rest.append((text[2][0] - of_mlp) / size)
         wanted.append(text[4][0] / size)
         sizes.append(size)
-    seen = [place for place in range(len(TEXTS)) if place % healed.HELD_OUT != healed.HELD_OUT - 1]
+    seen = [place for place in range(len(TEXTS)) if place % HELD_OUT != HELD_OUT - 1]
     unseen = [place for place in range(len(TEXTS)) if place not in seen]
     x, y = (
         torch.cat([values[place] for place in seen]).double()
