@@ -73,7 +73,7 @@ HOUSE = {
     "edge": Room("edge.errors edge.data edge.edge edge.cli"),
     "edge.errors": Room(),
     "edge.units": Room("edge.errors"),  # of these two, the errors are below: what is not a size is a UsageProblem
-    "edge.protocol": Room("edge.errors edge.units", "msgspec"),
+    "edge.protocol": Room("edge.errors edge.units", "msgspec cryptography"),
     "edge.events": Room(_SIZES, "msgspec"),
     # `protocol`: TorchPort names the typed calls of protocol/calls.py to the processes that own torch.
     "edge.ports": Room(_SIZES, f"{_ANY_STDLIB} psutil msgspec"),

@@ -58,6 +58,11 @@ class RunDirectory:
         return self.path / "admin.token"
 
     @property
+    def signing_key(self) -> Path:
+        """The file with the key by which devices know this hub (`keys.py`); mode 0600."""
+        return self.path / "hub.key"
+
+    @property
     def address(self) -> Path:
         """The file with the URL of the hub that serves the run; only while it serves."""
         return self.path / "address"
