@@ -110,8 +110,8 @@ def test_a_file_system_without_locks_is_not_taken_for_a_holder(tmp_path: Path, m
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGHUP")
-@pytest.mark.parametrize(("ignored", "status"), [("", 0), ("signal.signal(signal.SIGHUP, signal.SIG_IGN)", 7)])
-def test_a_hang_up_is_a_request_to_end_unless_whoever_started_it_had_it_ignored(ignored: str, status: int) -> None:
-    code = f"import os, signal, sys\nfrom fedsoda_edge.ports.system import on_stop\n{ignored}\n"
+@pytest.mark.parametrize(("before", "status"), [("SIG_DFL", 0), ("SIG_IGN", 7)])
+def test_a_hang_up_is_a_request_to_end_unless_whoever_started_it_had_it_ignored(before: str, status: int) -> None:
+    code = f"import os, signal, sys\nfrom fedsoda_edge.ports.system import on_stop\nsignal.signal(signal.SIGHUP, signal.{before})\n"
     code += "on_stop(lambda *_: os._exit(0))\nos.kill(os.getpid(), signal.SIGHUP)\nsys.exit(7)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == status
