@@ -13,7 +13,7 @@ import json
 import sys
 import tempfile
 import traceback
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from bench_inputs_case import Case
@@ -23,8 +23,16 @@ PARTS = ("rows", "tokens", "models", "network", "machine")  # a file bench_input
 
 
 def all_cases(shared: Path) -> list[Case]:
-    """List the cases of all parts."""
-    return [case for part in PARTS for case in importlib.import_module(f"bench_inputs_{part}").cases(shared)]
+    """List the cases of all parts; no two have one name."""
+    cases = [case for part in PARTS for case in importlib.import_module(f"bench_inputs_{part}").cases(shared)]
+    twice = [name for name, count in Counter(map(full_name, cases)).items() if count > 1]
+    assert not twice, f"two cases have one name: {twice}"
+    return cases
+
+
+def full_name(case: Case) -> str:
+    """Return the name by which `--only` and `--expect-failures` know a case."""
+    return f"{case.part}: {case.kind}: {case.name}"
 
 
 def tried(case: Case) -> str:
@@ -48,10 +56,9 @@ def main() -> None:
     wrong: dict[str, str] = {}
     names: set[str] = set()
     for case in all_cases(Path(options.shared)):
-        name = f"{case.part}: {case.kind}: {case.name}"
+        name = full_name(case)
         if options.only not in name:
             continue
-        assert name not in names, f"two cases are called {name}"
         names.add(name)
         found = tried(case)
         count = counts[f"{case.part}: {case.kind}"]

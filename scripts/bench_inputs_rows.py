@@ -166,7 +166,7 @@ def cases(shared: Path) -> list[Case]:
         refused(PRIVATE, at / "int_label.jsonl", "'department' is 0, not a string", "write it in quotes"),
         written(LONG, "a conversation over 64 KiB", [{"messages": [asked, answer]}, {"messages": [asked, call]}], is_skipped),
         Case(
-            "A", JUDGED, "chat.jsonl",
-            lambda home: prepare(home, at / "chat.jsonl", DEFAULT).lacks(0),
+            "A", JUDGED, "chat.jsonl, with a model that has no chat template",
+            lambda home: prepare(home, at / "chat.jsonl", DEFAULT).lacks(2, "this model has no chat template"),
         ),
     ]  # fmt: skip
