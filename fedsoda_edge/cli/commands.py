@@ -16,7 +16,7 @@ from fedsoda_edge.cli import options as opt
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.ports.console import EXIT_HELP, effective_settings, finish, is_asked, note, reporting, working
 from fedsoda_edge.ports.console import run as run_command
-from fedsoda_edge.units import counted, parse_bytes
+from fedsoda_edge.units import parse_bytes
 
 if TYPE_CHECKING:
     from fedsoda_edge.cli.config_file import Options
@@ -382,10 +382,9 @@ def data_check(
     with reporting(as_json, False, debug), working(f"reading {file}"):
         from fedsoda_edge.cli.display import show_data
         from fedsoda_edge.data.chat import ChatTemplate
-        from fedsoda_edge.data.chat_losses import LOSSES, lost_in
         from fedsoda_edge.data.inspection import DEFAULT_MAX_LENGTH, inspect
         from fedsoda_edge.data.local_data import LocalData, remedy_for_columns
-        from fedsoda_edge.data.samples import Renderer, SampleTokenizer
+        from fedsoda_edge.data.samples import SampleTokenizer
         from fedsoda_edge.join.home import Home
         from fedsoda_edge.join.tokenizer import load_tokenizer
         from fedsoda_edge.protocol.commands import LoadedTokenizer
@@ -420,9 +419,6 @@ def data_check(
         with remedy_for_columns(COLUMN_REMEDY):
             found = inspect(data, *templates, tokenizer=encoder, max_length=max_length, chat=chat)
         show_data(found, max_length)
-        if chat is not None:
-            for loss, lost in lost_in(data, Renderer(*templates, chat)).items():
-                note(f"note: {LOSSES[loss]} ({counted(lost.rows, 'row')}, first in line {lost.first_line})")
         if templates[0].advice:
             note(f"note: {templates[0].advice}")
         finish({"status": "ok", **dataclasses.asdict(found)}, as_json, False)

@@ -190,6 +190,8 @@ def show_data(found: Inspection, max_length: int) -> None:
     if found.duplicates:
         note(f"{counted(found.duplicates, 'copy', 'copies')} of earlier rows")
     _show_labels(found)
+    for lost in found.lost:
+        note(f"note: {lost.why} ({counted(lost.rows, 'row')}, first in line {lost.first_line})")
     lengths = found.lengths
     if lengths is None:
         note("no lengths without a tokenizer: name a model's directory with --tokenizer, or join a run first")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+from fedsoda_edge.data.chat_losses import LOSSES, Loss, lost_in
 from fedsoda_edge.data.examples import REASONS, ChatExample, Reason, Skipped, TextExample, alike_key
 from fedsoda_edge.data.local_data import LocalData, SkippedRows
 from fedsoda_edge.data.samples import Renderer, Sample, SampleTokenizer, join_text, nothing_left
@@ -65,6 +66,16 @@ class SkippedFor:
 
 
 @dataclass(frozen=True)
+class LostFor:
+    """The conversations that lose something in the model's chat template, in one way."""
+
+    loss: Loss
+    why: str
+    rows: int
+    first_line: int
+
+
+@dataclass(frozen=True)
 class Label:
     """A completion and how many rows have it."""
 
@@ -100,7 +111,8 @@ class Inspection:
     not. skipped_for: why not. columns: the Python types of each column's values, by name. duplicates: rows that repeat the
     text of an earlier one. num_labels: how many different completions there are; None: more than COUNTED_LABELS. labels: the
     completions with their counts, where they are at most MAX_LABELS. alike: those that differ by white space or case alone.
-    truncated: rows that are cut. cut_ids: ids that are cut off in all.
+    truncated: rows that are cut. cut_ids: ids that are cut off in all. lost: what the chat template does not write of
+    conversations.
     """
 
     format: str
@@ -117,6 +129,7 @@ class Inspection:
     lengths: Lengths | None = None
     truncated: int | None = None
     cut_ids: int | None = None
+    lost: Sequence[LostFor] = ()
 
 
 class _Completions:
@@ -229,7 +242,12 @@ def inspect(
         lengths=None if tokenizer is None else _lengths(lengths),
         truncated=None if tokenizer is None else truncated,
         cut_ids=None if tokenizer is None else cut_ids,
+        lost=() if renderer.chat is None else _lost(data, renderer),
     )
+
+
+def _lost(data: LocalData, renderer: Renderer) -> list[LostFor]:
+    return [LostFor(loss, LOSSES[loss], lost.rows, lost.first_line) for loss, lost in lost_in(data, renderer).items()]
 
 
 def _kind(value: object) -> str:

@@ -45,6 +45,7 @@ def test_a_check_counts_conversations_as_they_are_trained_on(tmp_path: Path, tin
     lengths = sorted(len(sample.ids) for sample in trained)
     assert found.lengths is not None
     assert [found.lengths.min, found.lengths.max] == lengths
+    assert [(lost.loss, lost.rows, lost.first_line) for lost in found.lost] == [("asked otherwise", 2, 1)]
     with pytest.raises(
         DataProblem, match=r"d\.jsonl:1: the row is a conversation, and this model has no chat template"
     ):
