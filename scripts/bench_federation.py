@@ -42,7 +42,7 @@ from fedsoda_edge.worker.batches import SweptSamples
 from fedsoda_edge.worker.training import fine_tune
 from fedsoda_hub.compare.statistics import paired_differences
 from fedsoda_hub.evaluation.evaluator import Evaluator, JudgedModel, auc
-from fedsoda_hub.evaluation.judge import judged_models
+from fedsoda_hub.evaluation.judge import KEPT_BORDER_BYTES, judged_models
 from fedsoda_hub.evaluation.questions import read_questions
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.run.ledger import read_outcome
@@ -297,7 +297,7 @@ class Bench:
                 "plug_in": judge(self.evaluator, self.plugged(spec, bundle, adapter))["scores"],
                 "sub_llm": judge(self.evaluator, models["sub_llm"])["scores"],
             }
-            self.evaluator.forget(models["sub_llm"])
+            self.evaluator.keep(KEPT_BORDER_BYTES)
             save_file({name: value.contiguous() for name, value in scores.items()}, done)
             self.note(f"cell {cell.name}: {time.monotonic() - started:.0f} s")
         return {name: {"scores": value} for name, value in load_file(done).items()}

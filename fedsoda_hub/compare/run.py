@@ -46,7 +46,7 @@ from fedsoda_hub.compare.results import (
 from fedsoda_hub.compare.settings import Cell, Comparison
 from fedsoda_hub.compare.summary import summarise
 from fedsoda_hub.evaluation import evaluator
-from fedsoda_hub.evaluation.judge import RunJudge
+from fedsoda_hub.evaluation.judge import KEPT_BORDER_BYTES, RunJudge
 from fedsoda_hub.events import HubSay
 from fedsoda_hub.federation import records as rec
 from fedsoda_hub.federation.jobs import JobProgress, Stage
@@ -328,7 +328,7 @@ class _Run:
             answered["sub_llm"] = self._answered(judge, models["sub_llm"])
             public_kl = next(record.public_kl for record in records if isinstance(record, rec.RunPrepared))
             costs = costs_of(settings)
-        judge.forget(models)
+        judge.evaluator.keep(KEPT_BORDER_BYTES)
         return CellResult(
             cell=str(cell),
             edges=settings.rounds.min_edges,

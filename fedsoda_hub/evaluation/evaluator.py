@@ -6,6 +6,7 @@ untouched model, the plug-in and any other adapter LoRA. Which models to judge i
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -144,7 +145,7 @@ class Evaluator:
             completions = self.choices or [question.completion]
             self.gold.append(completions.index(question.completion))
             self._candidates.append([self._sample(question, completion) for completion in completions])
-        # The model is kept beside its states: the id of a freed object could be given to another one.
+        # The model is kept beside its states: the id of a freed object could be given to another one. The last used is last.
         self._borders: dict[_BorderKey, tuple[JudgedModel, list[JoinedSamples], list[Tensor]]] = {}
 
     def _sample(self, question: Question, completion: str) -> Sample:
@@ -163,7 +164,7 @@ class Evaluator:
     def border(
         self, model: JudgedModel, report: QuestionsDone | None = None
     ) -> tuple[list[JoinedSamples], list[Tensor]]:
-        """Compute all rows and their states at the border, once for each (source, layers, emulator LoRA).
+        """Compute all rows and their states at the border, once for each (source, layers, values of the emulator LoRA).
 
         Returns:
             rows, and for each its states (T, C).
@@ -187,6 +188,7 @@ class Evaluator:
                 progress=report,
             )
             self._borders[key] = model, rows, states
+        self._borders[key] = self._borders.pop(key)
         _, rows, states = self._borders[key]
         return rows, states
 
@@ -216,14 +218,14 @@ class Evaluator:
                 "[task] shots, or shorten the questions"
             )
 
-    def forget(self, model: JudgedModel) -> None:
-        """Free the border states of a model's emulator."""
-        self._borders.pop(_border_key(model), None)
-
-    @property
-    def border_bytes(self) -> int:
-        """The size of all border states in memory."""
-        return sum(state.nbytes for _, _, states in self._borders.values() for state in states)
+    def keep(self, max_bytes: int) -> None:
+        """Free the border states that were used longest ago, until all that stay have `max_bytes` at most."""
+        sizes = {key: sum(state.nbytes for state in states) for key, (_, _, states) in self._borders.items()}
+        for key, size in list(sizes.items()):
+            if sum(sizes.values()) <= max_bytes:
+                break
+            del self._borders[key]
+            sizes[key] -= size
 
     def supervised_ids(self) -> list[int]:
         """Count the ids of each question's own completion, eos included, in the order of the questions."""
@@ -365,11 +367,15 @@ class Evaluator:
         )
 
 
-_BorderKey = tuple[int, tuple[int, ...], int]
+_BorderKey = tuple[int, tuple[int, ...], bytes]
 
 
 def _border_key(model: JudgedModel) -> _BorderKey:
-    return id(model.source), tuple(model.below), id(model.emulator_lora)
+    values = hashlib.sha256()
+    for name, tensor in sorted(model.emulator_lora.items()):
+        values.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        values.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return id(model.source), tuple(model.below), values.digest()
 
 
 def _finite(scores: Tensor) -> Tensor:

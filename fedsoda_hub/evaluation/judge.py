@@ -49,7 +49,6 @@ def judged_models(
     source: Checkpoint,
     adapter: dict[str, Tensor],
     emulator: dict[str, Tensor],
-    none: dict[str, Tensor] | None = None,
 ) -> dict[str, JudgedModel]:
     """Make the models to judge: full, untouched; sub_llm, with the trained LoRA of its layers; plug_in, the full model
     with all of that LoRA.
@@ -57,10 +56,9 @@ def judged_models(
     Args:
         adapter: LoRA of every layer that any sub-LLM of the run trained.
         emulator: LoRA of the sub-LLM's emulator.
-        none: the empty emulator LoRA of the full model; calls with the same object share its border states.
     """
     plan, spec = bundle.plan, bundle.manifest.lora
-    full = _full_models(source, plan, spec, adapter, {} if none is None else none)
+    full = _full_models(source, plan, spec, adapter)
     return {
         "full": full["full"],
         "sub_llm": JudgedModel(bundle, plan.swept, plan.resident, spec, emulator, lora.on(plan.adapter, adapter)),
@@ -69,13 +67,13 @@ def judged_models(
 
 
 def _full_models(
-    source: Checkpoint, plan: LayerPlan, spec: LoRASpec, adapter: dict[str, Tensor], none: dict[str, Tensor]
+    source: Checkpoint, plan: LayerPlan, spec: LoRASpec, adapter: dict[str, Tensor]
 ) -> dict[str, JudgedModel]:
-    """Make full and plug_in with the same object `none`, so that they share border states."""
+    """Make full and plug_in."""
     below, above = range(plan.border), range(plan.border, plan.num_layers)
     return {
-        "full": JudgedModel(source, below, above, spec, none, {}),
-        "plug_in": JudgedModel(source, below, above, spec, none, adapter),
+        "full": JudgedModel(source, below, above, spec, {}, {}),
+        "plug_in": JudgedModel(source, below, above, spec, {}, adapter),
     }
 
 
@@ -169,7 +167,7 @@ class Reached(Protocol):
 class RunJudge:
     """A judge of a run on its data, which may be asked again after later rounds.
 
-    The full model's border states stay the same and are computed once.
+    The full model's border states stay the same and are computed once, the sub-LLM's until it is aligned again.
 
     Raises:
         DataProblem: the rows cannot be judged.
@@ -179,13 +177,15 @@ class RunJudge:
         self._run_dir = settings.run_dir
         self._bundles: dict[str, Bundle] = {}  # by manifest, so that their files are verified once
         self._source = open_full_llm(settings)
-        self._none: dict[str, Tensor] = {}
         self.evaluator = _evaluator(self._source, data, settings.task, settings.seed, settings.device, settings.dtype)
 
     def of(self, run_dir: Path) -> RunJudge:
-        """Make a judge with the same questions for another run of the same full LLM, whose border states all share."""
+        """Make a judge with the same questions for another run of the same full LLM.
+
+        Border states are shared: those of the full LLM, and of a sub-LLM between runs with the same manifest.
+        """
         other = copy.copy(self)
-        other._run_dir, other._bundles = run_dir, {}
+        other._run_dir = run_dir
         return other
 
     def models(self, master: str, emulator_view: str, manifest: str) -> dict[str, JudgedModel]:
@@ -195,25 +195,19 @@ class RunJudge:
             self._bundles[manifest] = bundle_of(self._run_dir, manifest)
         bundle = self._bundles[manifest]
         emulator = delta.from_bytes(blobs.get(emulator_view), bundle.manifest.lora.emulator)
-        return judged_models(bundle, self._source, load(blobs.get(master)), emulator, self._none)
+        return judged_models(bundle, self._source, load(blobs.get(master)), emulator)
 
     def judged(self, adapter: dict[str, Tensor], emulator: dict[str, Tensor]) -> dict[str, JudgedModel]:
         """Make full, sub_llm and plug_in from these tensors and the layers that the run began with."""
         bundle = Bundle.open(RunDirectory(self._run_dir).bundle)
-        return judged_models(bundle, self._source, adapter, emulator, self._none)
+        return judged_models(bundle, self._source, adapter, emulator)
 
     def judge(self, reached: Reached, report: QuestionsDone | None = None) -> Judgement:
         """Judge the three models after the rounds of `reached`."""
         models = self.models(reached.master, reached.emulator_view, reached.manifest)
         judgement = judge(self.evaluator, models, report)
-        self.forget(models)
+        self.evaluator.keep(KEPT_BORDER_BYTES)
         return judgement
-
-    def forget(self, models: dict[str, JudgedModel]) -> None:
-        """Free the border states of the sub-LLM, and those of the full model where they take much memory."""
-        self.evaluator.forget(models["sub_llm"])
-        if self.evaluator.border_bytes > KEPT_BORDER_BYTES:
-            self.evaluator.forget(models["full"])
 
 
 def check_evaluation(settings: RunSettings) -> None:
@@ -320,7 +314,7 @@ def _evaluate_export(
     task = msgspec.convert(about["task"], Task)
     if settings is None:
         spec = LoRASpec(config["r"], config["lora_alpha"], (), (), ())
-        models = _full_models(source, plan, spec, adapter, {})
+        models = _full_models(source, plan, spec, adapter)
         evaluator = _evaluator(source, data, task, about["seed"], "auto", "bfloat16")
         return _evaluation(judge(evaluator, models, report), samples, unjudged=("sub_llm",))
     outcome = read_outcome(settings.run_dir, settings.path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +96,9 @@ def test_scores_loss_and_answers_are_those_of_whole_models_by_hand(
         assert answers.chosen == [("no", "yes")[int(row.argmax())] for row in expected]
 
 
-def test_models_with_the_same_emulator_share_one_sweep(
-    tiny_llama: Path, models: Mapping[str, JudgedModel], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    swept = []
+def swept_sources(monkeypatch: pytest.MonkeyPatch) -> list[LayerSource]:
+    """Note from here on which sources are swept, or built from layer 0 on."""
+    swept: list[LayerSource] = []
     for kind in (Checkpoint, Bundle):
         real: Any = kind.stored_layer
 
@@ -108,6 +108,13 @@ def test_models_with_the_same_emulator_share_one_sweep(
             return real(self, number)
 
         monkeypatch.setattr(kind, "stored_layer", counted)
+    return swept
+
+
+def test_models_with_the_same_emulator_share_one_sweep(
+    tiny_llama: Path, models: Mapping[str, JudgedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swept = swept_sources(monkeypatch)
     found = judge(evaluator(tiny_llama), models).result
     assert swept == [models["full"].source, models["sub_llm"].source]
     for figures in (found.accuracy, found.loss, found.auc, found.mean_rank, found.shares):
@@ -115,6 +122,43 @@ def test_models_with_the_same_emulator_share_one_sweep(
     assert found.right_shares == {"no": pytest.approx(1 / 3), "yes": pytest.approx(2 / 3)}
     assert found.num_examples == 3
     json.dumps(msgspec.to_builtins(found), allow_nan=False)
+
+
+def test_a_later_round_sweeps_only_what_an_alignment_has_changed(
+    models: Mapping[str, JudgedModel], tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, full, sub_llm = evaluator(tiny_llama), models["full"], models["sub_llm"]
+    judge(asked, models)
+    swept = swept_sources(monkeypatch)
+
+    def with_emulator(change: float) -> dict[str, JudgedModel]:
+        lora = {name: tensor + change for name, tensor in sub_llm.emulator_lora.items()}
+        return {**models, "sub_llm": replace(sub_llm, emulator_lora=lora)}
+
+    judge(asked, with_emulator(0))
+    assert swept == []
+    judge(asked, with_emulator(0.01))
+    assert swept == [sub_llm.source]
+    judge(asked, with_emulator(0))
+    assert swept == [sub_llm.source], "both are kept"
+    asked.keep(0)
+    judge(asked, models)
+    assert swept == [sub_llm.source, full.source, sub_llm.source]
+
+
+def test_states_that_were_used_longest_ago_are_freed_first(
+    models: Mapping[str, JudgedModel], tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, full, sub_llm = evaluator(tiny_llama), models["full"], models["sub_llm"]
+    _, states = asked.border(full)
+    asked.border(sub_llm)
+    asked.border(full)
+    asked.keep(sum(state.nbytes for state in states))
+    swept = swept_sources(monkeypatch)
+    asked.border(full)
+    assert swept == []
+    asked.border(sub_llm)
+    assert swept == [sub_llm.source]
 
 
 def test_the_choices_of_a_question_share_its_prompt(tiny_llama: Path, models: Mapping[str, JudgedModel]) -> None:
