@@ -145,8 +145,19 @@ class RowReader:
             if name not in row:
                 there = sorted(str(column)[:SHOWN] for column in row.keys() - self.columns.keys())
                 listed = ", ".join(there[:20]) + (", ..." if there[20:] else "")
+                self._refuse_whole_tables(row, name)
                 raise DataProblem(f"no column {self._named(name)}; there are {listed or 'none'}", name)
         return {name: row[name] for name in template.columns}
+
+    def _refuse_whole_tables(self, row: DataRow, name: str) -> None:
+        """Refuse an object that is no row but holds all of them, as {"data": [{...}, ...]} does."""
+        column = self.columns.get(name, name)
+        for key, value in row.items():
+            if isinstance(value, list) and value and all(isinstance(one, dict) and column in one for one in value):
+                raise DataProblem(
+                    f"this is one object, and the rows are the {len(value)} objects in its {str(key)[:SHOWN]!r}; save that "
+                    "list alone"
+                )
 
     def _text(self, template: TextTemplate, values: Mapping[str, object]) -> str:
         return template.render({name: self._written(name, value) for name, value in values.items()})
@@ -225,11 +236,14 @@ def _refuse_halves(what: str, text: str) -> None:
 # -- conversations ------------------------------------------------------------------------------------------
 
 
+_PAIR = "prompt and completion"  # as two lists of messages
+
+
 def _messages_of(row: DataRow) -> tuple[str, object] | None:
     """Find a row's messages and the column that they are in, as TRL does: prompt and completion go before messages."""
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
-        return "prompt and completion", [*prompt, *completion]
+        return _PAIR, [*prompt, *completion]
     if prompt is not None and completion is not None:
         return None
     for name in ("messages", "conversations", "conversation"):
@@ -247,6 +261,10 @@ def _conversation_of(row: DataRow) -> ChatExample | Skipped:
     column, messages = found
     if messages is None:
         return Skipped("null")
+    if column == _PAIR and isinstance(messages, list) and messages and all(isinstance(one, str) for one in messages):
+        raise DataProblem(
+            f"prompt and completion are lists of {len(messages)} texts in all; write an object for each pair, one a line"
+        )
     if not isinstance(messages, list) or not messages or not all(isinstance(one, dict) for one in messages):
         raise DataProblem(f'{column} must be a list of {{"role": "...", "content": "..."}}, but is {shown(messages)}')
     read = [_message(f"{column}[{at}]", one) for at, one in enumerate(messages)]

@@ -308,6 +308,8 @@ def _delimited_rows(path: Path, file: IO[str]) -> Iterator[tuple[int, DataRow]]:
     try:
         for record in reader:
             if names and record:
+                if dialect.delimiter == "|":
+                    _refuse_markdown(path, line, record, dashes=1 if lines[0].startswith("|") else 3)
                 yield line, _record(path, line, names, record)
             elif any(record) and not (line == 1 and told):
                 names = _names(path, line, record)
@@ -317,6 +319,14 @@ def _delimited_rows(path: Path, file: IO[str]) -> Iterator[tuple[int, DataRow]]:
             f"{path}:{line}: not a table with {_DELIMITERS.get(dialect.delimiter, dialect.delimiter)} between its columns: "
             f'{error}; put text with quotes or line ends in quotes, and double the quotes in it: "he said ""no"""'
         ) from error
+
+
+def _refuse_markdown(path: Path, line: int, record: Sequence[str], *, dashes: int) -> None:
+    """Refuse the line of dashes below the header of a table in Markdown, whose cells hold spaces and bars of their own."""
+    if all(re.fullmatch(rf"\s*:?-{{{dashes},}}:?\s*", value) or not value.strip() for value in record) and any(record):
+        raise DataProblem(
+            f"{path}:{line}: this is the line below the header of a table in Markdown; save the table as CSV"
+        )
 
 
 def _after(lines: list[str], file: IO[str]) -> Iterator[str]:

@@ -159,6 +159,8 @@ def test_conversations_without_anything_to_learn_are_skipped(row: dict[str, Any]
         ({"messages": [ASKED, CALLED | {"tool_calls": [{"a": "\udc00"}]}]}, r"messages\[1\] has half a character"),
         ({"messages": [ASKED, ANSWERED], "tools": "{oops"}, r"tools is '{oops', not a list of objects"),
         ({"messages": [ASKED, ANSWERED], "tools": 3}, r"tools is 3, not a list of objects"),
+        ({"prompt": ["a", "b"], "completion": ["c", "d"]}, "prompt and completion are lists of 4 texts in all; write an obj"),
+        ({"data": [{"prompt": "a", "completion": "b"}] * 3}, "this is one object, and the rows are the 3 objects in its 'd"),
     ],
 )  # fmt: skip
 def test_what_is_no_conversation_is_refused(row: dict[str, Any], said: str) -> None:

@@ -182,6 +182,7 @@ def archive(kind: str) -> bytes:
         ("text,text,label\na,b,c\n", r":1: two columns are called 'text'; rename one"),
         ('text,label\n"a,b\nc,d\n', r":2: not a table with commas between its columns: .* in quotes"),
         ("Dear Sir,\nthe pump leaks.\nYours\n", r":1: this is neither an object {...} nor the header of a table"),
+        ("| a | b |\n|---|:-:|\n| c | d |\n", r":2: this is the line below the header of a table in Markdown"),
         ("\n", r" has no rows; write at least one"),
         ("[]", r" has no rows; write at least one"),
         ("text,label\n", r" has no rows; write at least one"),
