@@ -147,7 +147,10 @@ def read_config(model: str | Path) -> tuple[Family, dict[str, Any], str, Path | 
         directory = path if path.is_dir() else None
         if directory is None and not path.is_file():
             raise FileNotFoundError(f"there is no {path}")
-        has_weights = directory is not None and any(directory.glob("*.safetensors"))
+        # Where there are none in a form that can be read, what preparation would refuse is told here.
+        has_weights = directory is not None and any(
+            path for pattern in ("*.safetensors", "pytorch_model*.bin", "*.gguf") for path in directory.glob(pattern)
+        )
     except (OSError, ValueError) as error:
         raise UsageProblem(
             f"{model} is neither a model directory nor a config.json ({error}); download the model's config.json and "

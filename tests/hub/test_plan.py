@@ -22,7 +22,7 @@ from fedsoda_hub.plan import PlanReport, plan_report, rounds_between
 from fedsoda_hub.settings.rates import Rates
 from fedsoda_hub.settings.run import RunSettings, settings_for_plan
 from tests.edge.model.test_bundle import random_lora, write
-from tests.tiny import FAMILY_CONFIGS, make_tiny
+from tests.tiny import FAMILY_CONFIGS, make_tiny, make_tiny_llama
 
 LLAMA = {
     "model_type": "llama",
@@ -293,3 +293,15 @@ def test_what_does_not_fit_is_refused_before_any_work(tmp_path: Path) -> None:
     assert no.value.exit_status == 2
     with pytest.raises(UsageProblem, match="'o_prj', which matches no module in layer"):
         plan_of(tmp_path, "LLaMA3-8B", lora={"targets": ["o_prj"]})
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"), [("pytorch_model-00001-of-2.bin", "which are pickles"), ("m.gguf", "fedsoda-hub import")]
+)
+def test_weights_that_preparation_would_refuse_are_told_beforehand(tmp_path: Path, weights: str, said: str) -> None:
+    model = make_tiny_llama(tmp_path / "model", layers=19)
+    (model / "model.safetensors").unlink()
+    plan_report(str(model), settings_for_plan(str(model)))
+    (model / weights).touch()
+    with pytest.raises(UsageProblem, match=said):
+        plan_report(str(model), settings_for_plan(str(model)))
