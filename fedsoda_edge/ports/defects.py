@@ -10,15 +10,14 @@ from pathlib import Path
 # Words of drivers and allocators, which never see a text.
 _OF_DRIVERS = re.compile(r"(CUDA|HIP|cuDNN|cuBLAS|cublas|MIOpen|\[enforce fail at |DefaultCPUAllocator)")
 _MOST_WORDS = 300  # characters
-_OURS = Path(__file__).parents[2]
+_OURS = Path(__file__).parents[1]
 
 
 def sentence_of(error: BaseException) -> str:
     """Write "ValueError in fedsoda_edge/data/samples.py, line 88", with the words where they speak of the machine."""
-    words, frames = machine_words(error), traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(_OURS / "fedsoda_edge")]
-    frame = (ours or list(frames) or [None])[-1]
-    where = "" if frame is None else f" in {_short(frame.filename)}, line {frame.lineno}"
+    words, frames = machine_words(error), list(traceback.extract_tb(error.__traceback__))
+    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(_OURS)]
+    where = "".join(f" in {_short(frame.filename)}, line {frame.lineno}" for frame in (ours or frames)[-1:])
     return f"{type(error).__name__}{where}: " + (words or "its words are left out, since they may quote private text")
 
 
@@ -35,7 +34,7 @@ def machine_words(error: BaseException) -> str:
 
 def trace_of(error: BaseException) -> str:
     """Write a traceback with the types of all exceptions in it, and without their words."""
-    parts = []
+    parts: list[str] = []
     one: BaseException | None = error
     while one is not None and len(parts) < 10:
         frames = "".join(traceback.format_tb(one.__traceback__))
@@ -46,4 +45,4 @@ def trace_of(error: BaseException) -> str:
 
 def _short(file: str) -> str:
     path = Path(file)
-    return str(path.relative_to(_OURS)) if path.is_relative_to(_OURS) else path.name
+    return str(path.relative_to(_OURS.parent)) if path.is_relative_to(_OURS) else path.name
