@@ -32,6 +32,7 @@ from fedsoda_edge.join.trainer import WORKER_MODULE, worker_environment
 from fedsoda_edge.network.hub_transport import HubTransport
 from fedsoda_edge.ports import Clock, SystemClock, TorchPort, Transport
 from fedsoda_edge.ports.child import Child
+from fedsoda_edge.ports.confine import Reach
 from fedsoda_edge.units import counted
 
 T = TypeVar("T")
@@ -275,8 +276,15 @@ def agent_of(
         worker: what trains; None: a child process. clock: None: the system's.
     """
     settings = AgentSettings(edge._device, data, unattended, edge._cache, edge._limits, parse_pause_rules(pause_on))
-    worker = worker or Child(WORKER_MODULE, worker_environment(edge._threads))
-    return Agent(edge.transport(), worker, Home(edge._home), settings, say, clock or SystemClock())
+    home = Home(edge._home)
+    if worker is None:
+        reach = Reach(
+            reads=(str(data.path.absolute()), str(home.store)),
+            writes=(str(home.runs),),
+            may_use_gpu=edge._device != "cpu",
+        )
+        worker = Child(WORKER_MODULE, worker_environment(home.temporary, reach, threads=edge._threads))
+    return Agent(edge.transport(), worker, home, settings, say, clock or SystemClock())
 
 
 async def look_at(edge: Edge) -> inspect.Found:

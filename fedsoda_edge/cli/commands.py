@@ -94,7 +94,11 @@ def join(
     debug: opt.DebugOption = False,
 ) -> None:
     """Take part until the run ends or Ctrl+C; joining again continues where it stopped."""
-    with reporting(as_json, jsonl, debug), opt.named_as_options(), working(f"reading {data}, then joining the hub"):
+    with (
+        reporting(as_json, jsonl, debug, is_private=True),
+        opt.named_as_options(),
+        working(f"reading {data}, then joining the hub"),
+    ):
         import msgspec
 
         from fedsoda_edge import events as ev
@@ -102,7 +106,9 @@ def join(
         from fedsoda_edge.data.local_data import LocalData, remedy_for_columns
         from fedsoda_edge.device.pause_rules import parse_pause_rules
         from fedsoda_edge.edge import Edge, take_part
+        from fedsoda_edge.ports.system import keep_memory_off_disk
 
+        keep_memory_off_disk()
         # Wrong options are reported before data is read, which may take minutes; bad data before the hub is asked.
         parse_pause_rules(pause_on or "")
         if cache_key not in ("keep", "forget"):
@@ -379,7 +385,7 @@ def data_check(
     debug: opt.DebugOption = False,
 ) -> None:
     """Show what is trained on and what is skipped and why, lengths, labels, duplicates. Nothing leaves this device."""
-    with reporting(as_json, False, debug), working(f"reading {file}"):
+    with reporting(as_json, False, debug, is_private=True), working(f"reading {file}"):
         from fedsoda_edge.cli.display import show_data
         from fedsoda_edge.data.chat import ChatTemplate
         from fedsoda_edge.data.inspection import DEFAULT_MAX_LENGTH, inspect
@@ -387,9 +393,11 @@ def data_check(
         from fedsoda_edge.data.samples import SampleTokenizer
         from fedsoda_edge.join.home import Home
         from fedsoda_edge.join.tokenizer import load_tokenizer
+        from fedsoda_edge.ports.system import keep_memory_off_disk
         from fedsoda_edge.protocol.commands import LoadedTokenizer
         from fedsoda_edge.protocol.template import DEFAULT_COMPLETION, DEFAULT_PROMPT, TextTemplate
 
+        keep_memory_off_disk()
         joined = Home().last_joined()
         chat = encoder = None
         with tempfile.TemporaryDirectory(prefix="fedsoda-tokenizer-") as written:

@@ -142,6 +142,7 @@ class Agent:
             FedSODAError: what ended the join: HomeInUse, HubUnreachable, RefusedByHub, DeviceTooSmall, DataProblem, ...
         """
         self.home.lock()
+        self.home.make_directories()
         control.forget(self.home.control)
         if not self._settings.cache.keep_key:
             self.home.forget_borders()  # a join that was killed left them, and nobody has its key

@@ -6,6 +6,7 @@ The steps of the network are left to the transport, torch and the GPU to a worke
 from __future__ import annotations
 
 import platform
+import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from fedsoda_edge.ports import Clock, SystemClock, TorchPort, Transport
 from fedsoda_edge.ports.child import Child
 from fedsoda_edge.ports.machine import room
 from fedsoda_edge.ports.system import memory_limit_hint
-from fedsoda_edge.protocol.commands import Examine
+from fedsoda_edge.protocol.commands import Confinement, Examine
 from fedsoda_edge.protocol.needs import Part
 from fedsoda_edge.units import counted, human_bytes
 
@@ -66,8 +67,9 @@ async def examine(
         url: the hub's; None: only this device is checked. worker: what looks at torch; None: a child process.
         clock: None: the system's.
     """
-    async for check in _device(home, worker or Child(WORKER_MODULE, worker_environment())):
-        yield check
+    with tempfile.TemporaryDirectory(prefix="fedsoda-doctor-") as made:
+        async for check in _device(home, worker or Child(WORKER_MODULE, worker_environment(Path(made)))):
+            yield check
     if url is not None:
         async for check in _way_to(url, token_file, home, clock or SystemClock()):
             yield check
@@ -83,6 +85,8 @@ async def _device(home: Home, worker: TorchPort) -> AsyncIterator[DoctorStep]:
     finally:
         await worker.close()
     yield DoctorStep("torch", True, f"{found.torch}, {found.threads} threads")
+    if found.confinement is not None:
+        yield DoctorStep("confinement", True, _confinement_sentence(found.confinement))
     yield DoctorStep(
         "GPU",
         True,
@@ -106,6 +110,13 @@ async def _device(home: Home, worker: TorchPort) -> AsyncIterator[DoctorStep]:
     if facts.accelerator:
         yield DoctorStep("GPU memory", True, f"{human_bytes(facts.vram_bytes)} free on {facts.accelerator}")
     yield DoctorStep("disk", True, f"{human_bytes(facts.disk_bytes)} free for {home.directory}")
+
+
+def _confinement_sentence(found: Confinement) -> str:
+    """Write what the worker gave up, and why not the rest."""
+    given_up = [f"no network ({found.network})"] * bool(found.network)
+    given_up += [f"no paths but its own ({found.files})"] * bool(found.files)
+    return "the worker has " + "; ".join([*given_up, *found.missing]) if given_up else "; ".join(found.missing)
 
 
 async def _way_to(url: str, token_file: str | Path | None, home: Home, clock: Clock) -> AsyncIterator[DoctorStep]:

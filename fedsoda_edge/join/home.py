@@ -78,6 +78,16 @@ class Home:
         return self.directory / "store"
 
     @property
+    def runs(self) -> Path:
+        """The directory of all runs, one directory each (`run_state.py`)."""
+        return self.directory / "runs"
+
+    @property
+    def temporary(self) -> Path:
+        """The directory of what the worker's libraries write meanwhile; a join begins with an empty one."""
+        return self.directory / "tmp"
+
+    @property
     def config(self) -> Path:
         """The file of options that need not be given each time (`cli/config_file.py`)."""
         return self.directory / "config.toml"
@@ -102,7 +112,7 @@ class Home:
             raise ProtocolViolation(
                 f"the hub names its run {run_id[:80]!r}, which is not a safe name for a directory; join only hubs you trust"
             )
-        path = self.directory / "runs" / run_id
+        path = self.runs / run_id
         with self._usable():
             path.mkdir(parents=True, exist_ok=True)
         return path
@@ -169,10 +179,21 @@ class Home:
     def forget_borders(self) -> int:
         """Delete the border states of every run; return the bytes freed."""
         freed = 0
-        for directory in (self.directory / "runs").glob("*/border"):
+        for directory in self.runs.glob("*/border"):
             freed += sum(path.stat().st_size for path in directory.iterdir())
             shutil.rmtree(directory, ignore_errors=True)
         return freed
+
+    def make_directories(self) -> None:
+        """Make the directories that a worker may use, which must be here before it starts; what is temporary goes.
+
+        Raises:
+            UsageProblem: the directory cannot be used.
+        """
+        with self._usable():
+            shutil.rmtree(self.temporary, ignore_errors=True)
+            for directory in (self.store, self.runs, self.temporary):
+                directory.mkdir(parents=True, exist_ok=True)
 
     def device_id(self) -> str:
         """Return the id of this device, to which a token is bound; it is made once.

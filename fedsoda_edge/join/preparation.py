@@ -137,6 +137,8 @@ class JoinPreparation:
             if taken.size_class.emulator is not None:
                 trainer.begin_early(parts, taken.size_class.emulator)
         self._remember(taken.manifest)
+        for clause in opened.confinement.missing if opened.confinement else ():
+            self._say(ev.Notice(f"the worker, which reads the data, cannot be confined: {clause}"))
         self._say(ev.DataRead(rows, opened.num_examples, opened.num_skipped, opened.threads))
         for missing in self._pauses.missing():
             self._say(ev.Notice(missing))

@@ -13,7 +13,9 @@ from pathlib import Path
 import msgspec
 
 from fedsoda_edge import events as ev
+from fedsoda_edge.errors import DataProblem, FedSODAError
 from fedsoda_edge.ports import Clock
+from fedsoda_edge.ports.defects import sentence_of
 from fedsoda_edge.units import human_bytes, human_seconds
 
 WRITE_SECONDS = 1.0  # at least between two writes, except when the state changes
@@ -136,7 +138,7 @@ class Status:
         """Note that the join ended, and why if its run had not. Later events are ignored."""
         self._has_ended = True
         if error is not None:
-            self.now.state, self.now.last_error = "stopped", str(error) or type(error).__name__
+            self.now.state, self.now.last_error = "stopped", _unquoted(error)
         elif self.now.state != RUN_IS_OVER:
             self.now.state = "stopped"
         self.now.paused = self.now.paused_until = None
@@ -149,6 +151,15 @@ class Status:
         with contextlib.suppress(OSError):  # a full disk must not stop a round; the next write may succeed
             part.write_bytes(msgspec.json.encode(self.now))
             os.replace(part, self._path)
+
+
+def _unquoted(error: BaseException) -> str:
+    """Write why a join ended without what a row holds: the file stays, and others may read it."""
+    if isinstance(error, DataProblem):
+        return "the data cannot be used; fedsoda-edge data check shows the row and what is wrong with it"
+    if isinstance(error, FedSODAError):
+        return str(error)
+    return type(error).__name__ if not isinstance(error, Exception) else sentence_of(error)
 
 
 def read_status(path: Path) -> JoinStatus | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fedsoda_edge.join.trainer import WORKER_MODULE, worker_environment
 from fedsoda_edge.ports.child import Child
+from fedsoda_edge.ports.confine import Reach
 from fedsoda_edge.protocol.commands import LoadedTokenizer, LoadTokenizer
 
 
@@ -21,7 +22,8 @@ async def load_tokenizer(directory: Path, to: Path) -> LoadedTokenizer:
     Raises:
         UsageProblem: it cannot be loaded.
     """
-    worker = Child(WORKER_MODULE, worker_environment())
+    reach = Reach(reads=(str(directory.absolute()),), may_use_gpu=False)
+    worker = Child(WORKER_MODULE, worker_environment(to.absolute(), reach))
     try:
         return await worker.call(LoadTokenizer(directory=str(directory.absolute()), to=str(to)))
     finally:

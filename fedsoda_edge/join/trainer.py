@@ -22,6 +22,7 @@ from fedsoda_edge.errors import DeviceTooSmall, WorkerFailed
 from fedsoda_edge.join.pause import Pauses
 from fedsoda_edge.join.run_state import RunState
 from fedsoda_edge.ports import TorchPort
+from fedsoda_edge.ports.confine import Reach
 from fedsoda_edge.protocol import commands as cmd
 from fedsoda_edge.protocol.manifest import BundleManifest
 from fedsoda_edge.protocol.messages import DeviceFacts, Digest, RoundOffer, ViewRef, Welcome
@@ -30,16 +31,21 @@ from fedsoda_edge.protocol.needs import MemoryPlan, SampleSizes, Shape, shape_of
 T = TypeVar("T")
 
 WORKER_MODULE = "fedsoda_edge.worker"
+NO_REACH = Reach()
 WORKER_TRIES = 3  # for a round; each begins at the checkpoint of the one before
 
 
-def worker_environment(threads: int = 0) -> dict[str, str]:
+def worker_environment(temporary: Path, reach: Reach = NO_REACH, *, threads: int = 0) -> dict[str, str]:
     """Return the variables of a worker's process beside ours: with them no library asks a network.
 
     Args:
+        temporary: an absolute directory for what its libraries write meanwhile, which some ask for when they are imported.
+        reach: the absolute paths that it needs beside this one and those of its programs.
         threads: CPU threads of torch; 0 leaves their number to torch.
     """
     environment = {"HF_HUB_OFFLINE": "1", "USE_HUB_KERNELS": "0", "TOKENIZERS_PARALLELISM": "false"}
+    environment |= dict.fromkeys(("TMPDIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"), str(temporary))
+    environment |= msgspec.structs.replace(reach, writes=(*reach.writes, str(temporary))).as_variables()
     if threads:
         environment |= {"FEDSODA_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
     return environment

@@ -22,12 +22,15 @@ from typing import Any, BinaryIO
 import msgspec
 
 from fedsoda_edge.errors import DiskFull, FedSODAError, Field, WorkerFailed, by_name
+from fedsoda_edge.ports.defects import machine_words, sentence_of, trace_of
 from fedsoda_edge.ports.system import group_of_its_own, peak_rss_bytes, was_killed
 from fedsoda_edge.protocol.calls import Call, ProgressT, ResultT, progress_type, result_type
 
 ReportProgress = Callable[[msgspec.Struct], None]
 
 MAX_FRAME_BYTES = 64 << 20
+_SECRETS = ("FEDSODA_TOKEN",)  # variables of a command that talks to a hub, which a child does not
+_SILENT = b"\f"  # a child's line on stderr after which it says nothing more there
 END_SECONDS = 5.0  # that a process may take to end after its stdin closed, before it is killed
 
 
@@ -79,7 +82,8 @@ class Child:
     def __init__(self, module: str, environment: Mapping[str, str] | None = None) -> None:
         self.module = module
         # OpenMP threads that spin at barriers starve each other wherever other programs compute too.
-        self._environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **(environment or {})}
+        ours = {name: value for name, value in os.environ.items() if name not in _SECRETS}
+        self._environment = {"OMP_WAIT_POLICY": "PASSIVE", **ours, **(environment or {})}
         self._process: asyncio.subprocess.Process | None = None
         self._last_words: deque[str] = deque(maxlen=30)
         self._drain: asyncio.Task[None] | None = None
@@ -108,6 +112,9 @@ class Child:
     async def _keep_last_words(self, process: asyncio.subprocess.Process) -> None:
         assert process.stderr is not None
         while line := await process.stderr.readline():
+            if line.rstrip(b"\n") == _SILENT:
+                self._last_words.clear()  # they would be taken for those of a crash that comes later
+                continue
             self._last_words.append(line.decode(errors="replace").rstrip())
 
     @property
@@ -234,32 +241,59 @@ def _rebuilt(raised: ErrorReply) -> FedSODAError:
 # --- the child's side ----------------------------------------------------------------------------------
 
 
-def serve(calls: Any, answer: Callable[[Any, ReportProgress], msgspec.Struct]) -> None:
+def serve(
+    calls: Any,
+    answer: Callable[[Any, ReportProgress], msgspec.Struct],
+    private: tuple[type[msgspec.Struct], ...] = (),
+) -> None:
     """Answer calls on stdin until it closes. What the program prints goes to stderr.
 
     Args:
         calls: the union of the call types.
         answer: does one call and returns its result; it may report progress meanwhile.
+        private: calls that read private text. From the first of them on only answers leave this process: what libraries
+            print goes nowhere, and a defect is told without its words, since both may quote the text.
     """
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     waiting: SimpleQueue[bytes] = SimpleQueue()
     threading.Thread(target=_read_calls, args=(sys.stdin.buffer, waiting), daemon=True).start()
     decode = msgspec.json.Decoder(calls).decode
+    has_read = False
     while True:
         reply: _Reply
+        call = decode(waiting.get())
+        if isinstance(call, private) and not has_read:
+            has_read = True
+            _fall_silent()
         try:
-            result = answer(decode(waiting.get()), lambda progress: _write(out, ProgressReply(_raw(progress))))
+            result = answer(call, lambda progress: _write(out, ProgressReply(_raw(progress))))
             reply = ResultReply(_raw(result), peak_rss_bytes())
         except FedSODAError as error:
             reply = ErrorReply(type(error).__name__, error.fields())
-        except Exception as error:
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # a panic of a library in Rust is no Exception
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                full = DiskFull(f"the disk is full ({error}); free some space there, then try again")
+                full = DiskFull(f"the disk is full ({machine_words(error)}); free some space there, then try again")
                 _write(out, ErrorReply(DiskFull.__name__, full.fields()))
                 continue
-            reply = ErrorReply("", text=f"{type(error).__name__}: {error}", details=traceback.format_exc())
+            if has_read:
+                reply = ErrorReply("", text=sentence_of(error), details=trace_of(error))
+            else:
+                reply = ErrorReply("", text=f"{type(error).__name__}: {error}", details=traceback.format_exc())
         _write(out, reply)
+
+
+def _fall_silent() -> None:
+    """Send what the process prints from here on nowhere, and say so to the parent, which keeps the last lines."""
+    sys.stderr.flush()
+    sys.stdout.flush()
+    os.write(2, _SILENT + b"\n")
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
 
 
 def _raw(value: msgspec.Struct) -> msgspec.Raw:

@@ -21,6 +21,7 @@ from typing import IO, Any, cast
 import typer
 
 from fedsoda_edge.errors import FedSODAError, UsageProblem
+from fedsoda_edge.ports.defects import machine_words, sentence_of, trace_of
 from fedsoda_edge.ports.logs import logs_shown, printable
 from fedsoda_edge.ports.outlet import ERR, OUT, HarmlessStream, beside
 from fedsoda_edge.ports.system import on_stop
@@ -42,12 +43,13 @@ class Terminated(BaseException):
 
 
 @contextlib.contextmanager
-def reporting(as_json: bool, jsonl: bool, debug: bool) -> Iterator[None]:
+def reporting(as_json: bool, jsonl: bool, debug: bool, *, is_private: bool = False) -> Iterator[None]:
     """Show an error as one sentence, and exit with the status of its class.
 
     Args:
         as_json, jsonl: whether stdout gets one JSON object, or one event a line.
         debug: whether to show logs and tracebacks on stderr.
+        is_private: whether the command reads private text, which the words of a defect may quote: they are left out.
     """
 
     def terminate(number: int, _: Any) -> None:
@@ -64,7 +66,8 @@ def reporting(as_json: bool, jsonl: bool, debug: bool) -> Iterator[None]:
     except typer.Exit:
         raise
     except Exception as error:
-        _fail(error, 1, as_json, jsonl, debug, "")
+        is_quoting = is_private and not machine_words(error)
+        _fail(error, 1, as_json, jsonl, debug, trace_of(error) if is_quoting else "", is_quoting=is_quoting)
     except Terminated as stopped:
         note("stopped; the same command continues where this one ended")
         finish({"status": "ok", "stopped": stopped.name}, as_json, jsonl)
@@ -75,8 +78,20 @@ def reporting(as_json: bool, jsonl: bool, debug: bool) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def _fail(error: Exception, status: int, as_json: bool, jsonl: bool, debug: bool, details: str) -> None:
-    if isinstance(error, FedSODAError):
+def _fail(
+    error: Exception,
+    status: int,
+    as_json: bool,
+    jsonl: bool,
+    debug: bool,
+    details: str,
+    *,
+    is_quoting: bool = False,
+) -> None:
+    said = sentence_of(error) if is_quoting else str(error)
+    if is_quoting:
+        note(f"error: {said}; this is a defect of fedsoda: please report it, with what --debug shows")
+    elif isinstance(error, FedSODAError):
         note(f"error: {error}")
     elif isinstance(error, OSError):
         status, remedy = _of_this_machine(error)
@@ -87,7 +102,7 @@ def _fail(error: Exception, status: int, as_json: bool, jsonl: bool, debug: bool
         )
     if debug:
         note(details or traceback.format_exc())
-    fields = {"status": "error", "error": type(error).__name__, "message": str(error), "exit_status": status}
+    fields = {"status": "error", "error": type(error).__name__, "message": said, "exit_status": status}
     finish(fields, as_json, jsonl)
     raise typer.Exit(status) from None
 

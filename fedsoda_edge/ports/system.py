@@ -7,6 +7,7 @@ takes those of Linux. All other files are the same everywhere.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import hashlib
 import os
@@ -248,6 +249,33 @@ def return_memory_at_once() -> None:
             m_trim_threshold, m_mmap_threshold = -1, -3
             libc.mallopt(m_mmap_threshold, 1 << 20)
             libc.mallopt(m_trim_threshold, 32 << 20)
+
+
+def linux_machine() -> str:
+    """Return the name of this machine's processor family where Linux runs a Python of 64 bits; "" elsewhere."""
+    return platform.machine() if sys.platform == "linux" and sys.maxsize > 1 << 32 else ""
+
+
+def keep_memory_off_disk() -> None:
+    """Let nothing that this process holds get into a core file, should it crash. Swap is left to the system."""
+    if sys.platform != "win32":
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    if sys.platform == "linux":  # programs that collect core files do not heed the limit
+        with contextlib.suppress(OSError):
+            Path("/proc/self/coredump_filter").write_text("0", encoding="ascii")
+
+
+def directories_of_libraries() -> set[Path]:
+    """List the directories of the libraries that this process has loaded; none where the system does not tell."""
+    found = set()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+            path = line.split(maxsplit=5)[5:]
+            if path and path[0].startswith("/") and ".so" in path[0]:
+                found.add(Path(path[0]).parent)
+    return found
 
 
 def memory_limit_hint() -> str:

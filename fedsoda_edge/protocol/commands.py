@@ -42,6 +42,18 @@ class BorderCache(msgspec.Struct, frozen=True, kw_only=True):
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 
+class Confinement(msgspec.Struct, frozen=True, kw_only=True):
+    """What the worker's process gave up before it read anything.
+
+    network: by which means it has none; "": it has that of its user. files: by which means it reads and writes its own
+    paths alone; "": it reads and writes what its user may. missing: why it has one of them still, a clause each.
+    """
+
+    network: str = ""
+    files: str = ""
+    missing: tuple[str, ...] = ()
+
+
 class Checked(msgspec.Struct, frozen=True):
     """The number of rows, all of which can be used."""
 
@@ -53,7 +65,7 @@ class Opened(msgspec.Struct, frozen=True, kw_only=True):
 
     num_skipped: rows that are no sample. threads: CPU threads of torch. process_bytes: memory of the worker before it has
     read anything. has_cuda: whether torch can use a GPU. longest_ids, longest_labels: the most ids and completion ids that
-    a sample has.
+    a sample has. confinement: None: it is no process of its own.
     """
 
     num_examples: int
@@ -63,6 +75,7 @@ class Opened(msgspec.Struct, frozen=True, kw_only=True):
     has_cuda: bool
     longest_ids: int
     longest_labels: int
+    confinement: Confinement | None = None
 
 
 class Swept(msgspec.Struct, frozen=True, kw_only=True):
@@ -119,7 +132,7 @@ class Examined(msgspec.Struct, frozen=True, kw_only=True):
     """The state of torch on this machine.
 
     dtype: the one in which training computes on the device. accelerator: "" where there is none. nf4_problem: "" where NF4
-    works.
+    works. confinement: None: the worker is no process of its own.
     """
 
     torch: str
@@ -128,6 +141,7 @@ class Examined(msgspec.Struct, frozen=True, kw_only=True):
     dtype: Dtype
     accelerator: str
     nf4_problem: str
+    confinement: Confinement | None = None
 
 
 class LoadedTokenizer(msgspec.Struct, frozen=True, kw_only=True):

@@ -51,16 +51,22 @@ class Worker:
         shared: models that the workers of one process train in turn, each from its own view; None: this worker is the
             only one. Workers of one process keep no checkpoints, since none of them dies alone.
         process_bytes: bytes that a process holds before it reads anything; None: what this one holds now.
+        confinement: what its process gave up; None: it is no process of its own.
     """
 
     def __init__(
-        self, shared: MutableMapping[bytes, SubLLM] | None = None, *, process_bytes: int | None = None
+        self,
+        shared: MutableMapping[bytes, SubLLM] | None = None,
+        *,
+        process_bytes: int | None = None,
+        confinement: cmd.Confinement | None = None,
     ) -> None:
         if (
             process_bytes is None
         ):  # what imports take: measured, or the usual size where several workers share a process
             process_bytes = psutil.Process().memory_info().rss if shared is None else PROCESS_BYTES
         self._process_bytes = process_bytes
+        self._confinement = confinement
         self._models: MutableMapping[bytes, SubLLM] = {} if shared is None else shared
         self._keeps_checkpoints = shared is None
         self._memory: MemoryPlan | None = None
@@ -96,7 +102,7 @@ class Worker:
             case cmd.Advance():
                 return self.advance(command)
             case cmd.Examine():
-                return examine()
+                return examine(self._confinement)
             case cmd.LoadTokenizer():
                 return load_tokenizer(command)
 
@@ -131,6 +137,7 @@ class Worker:
             has_cuda=torch.cuda.is_available(),
             longest_ids=max((len(sample.ids) for sample in self._samples.samples), default=0),
             longest_labels=max((len(sample.ids) - sample.start for sample in self._samples.samples), default=0),
+            confinement=self._confinement,
         )
 
     @property
@@ -356,7 +363,7 @@ def load_tokenizer(command: cmd.LoadTokenizer) -> cmd.LoadedTokenizer:
     return cmd.LoadedTokenizer(files=files, eos=eos, vocab_size=vocab if isinstance(vocab, int) else None)
 
 
-def examine() -> cmd.Examined:
+def examine(confinement: cmd.Confinement | None = None) -> cmd.Examined:
     """Look at what torch sees here, and check that the gradient through NF4 is that through the dense matrix."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = "ROCm" if torch.version.hip else "CUDA"
@@ -378,6 +385,7 @@ def examine() -> cmd.Examined:
         dtype=dtype_on(device),
         accelerator=f"{torch.cuda.get_device_name()} ({kind})" if device == "cuda" else "",
         nf4_problem=problem,
+        confinement=confinement,
     )
 
 
@@ -395,12 +403,12 @@ def _out_of_memory_is_told(memory: MemoryPlan) -> Iterator[None]:
         ) from error
 
 
-def main() -> None:
-    """Answer the agent's commands until it closes stdin."""
+def main(confinement: cmd.Confinement) -> None:
+    """Answer the agent's commands until it closes stdin.
+
+    Args:
+        confinement: what this process has given up.
+    """
     lower_priority()
     torch.set_num_threads(threads(torch.get_num_threads()))
-    serve(cmd.Command, Worker().answer)
-
-
-if __name__ == "__main__":
-    main()
+    serve(cmd.Command, Worker(confinement=confinement).answer, private=(cmd.Check, cmd.Open))

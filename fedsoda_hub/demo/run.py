@@ -22,6 +22,7 @@ from fedsoda_edge import events as edge_events
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.join.trainer import WORKER_MODULE, worker_environment
 from fedsoda_edge.ports.child import Child
+from fedsoda_edge.ports.confine import Reach
 from fedsoda_edge.ports.console import note
 from fedsoda_edge.ports.disk import sha256_file
 from fedsoda_edge.protocol import commands as cmd
@@ -210,14 +211,18 @@ async def train_alone_at(directory: Path, office: str, rounds: int, seed: int) -
     manifest = RunDirectory(settings.run_dir).manifest
     work = directory / "alone" / office
     work.mkdir(parents=True)
-    worker = Child(WORKER_MODULE, worker_environment(threads=1))
+    store, data = directory / "homes" / office / "store", directory / f"{office}.jsonl"
+    reach = Reach(
+        reads=(str(store.absolute()), str(data.absolute())), writes=(str(work.absolute()),), may_use_gpu=False
+    )
+    worker = Child(WORKER_MODULE, worker_environment(work.absolute(), reach, threads=1))
     try:
         opened = await worker.call(
             cmd.Open(
-                store=str(directory / "homes" / office / "store"),
+                store=str(store),
                 manifest=Digest(sha256_file(manifest)),
                 rows=cmd.Rows(
-                    path=str(directory / f"{office}.jsonl"),
+                    path=str(data),
                     columns={},
                     prompt=task.PROMPT,
                     completion=task.COMPLETION,

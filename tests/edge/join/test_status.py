@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedsoda_edge import events as ev
+from fedsoda_edge.errors import DataProblem, DiskFull
 from fedsoda_edge.join.status import Status, read_status, sentences
 
 
@@ -149,7 +150,7 @@ def test_how_a_join_ended_stays_to_be_read(tmp_path: Path) -> None:
 
     assert ended(FAREWELL, error=None)[0] == "the run is over"
     assert ended(error=None)[0] == "stopped"
-    assert ended(error=ValueError("the disk is full"))[::3] == ["stopped", "last error: the disk is full"]
+    assert ended(error=DiskFull("the disk is full"))[::3] == ["stopped", "last error: the disk is full"]
     assert ended(error=KeyboardInterrupt())[-1] == "last error: KeyboardInterrupt"
     killed = Status(tmp_path / "status.json", "http://h", Clocks(), lambda: None)
     assert sentences(killed.now, is_running=False, now=0.0)[0] == "ended unexpectedly"
@@ -220,3 +221,14 @@ def test_a_sweep_that_outlives_its_run_does_not_change_how_the_run_ended(tmp_pat
     found = read_status(tmp_path / "status.json")
     assert found is not None
     assert found.state == "the run is over"
+
+
+@pytest.mark.parametrize(
+    "error", [DataProblem("x.jsonl:7: 'age' is 'forty-two and a half', not a number"), KeyError("forty-two")]
+)
+def test_what_a_row_holds_stays_out_of_the_file(tmp_path: Path, error: Exception) -> None:
+    status = Status(tmp_path / "status.json", "http://h", Clocks(), lambda: None)
+    status.end(error)
+    written = (tmp_path / "status.json").read_text()
+    assert "forty" not in written
+    assert ("fedsoda-edge data check" if isinstance(error, DataProblem) else "KeyError") in written

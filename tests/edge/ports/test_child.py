@@ -59,6 +59,36 @@ if __name__ == "__main__":
     serve(Double | Do, answer)
 """
 
+PRIVATE_CHILD = """
+import os
+import msgspec
+from fedsoda_edge.ports.child import serve
+from fedsoda_edge.protocol.calls import Call, NoProgress
+class Number(msgspec.Struct, frozen=True):
+    number: float
+class Read(Call[Number, NoProgress], frozen=True, tag="read"):
+    what: str
+class Do(Call[Number, NoProgress], frozen=True, tag="do"):
+    what: str
+class Panic(BaseException):
+    pass
+def answer(call, report):
+    match call:
+        case Read():
+            print("secret on stdout", flush=True)
+            os.write(2, b"secret of a library\\n")
+            return Number(1)
+        case Do(what="before"): raise ValueError("before")
+        case Do(what="raise"): raise ValueError("sec" + "ret")
+        case Do(what="panic"): raise Panic("sec" + "ret")
+        case Do(what="full"): raise OSError(28, "secret")
+        case Do(what="die"):
+            os.write(2, b"secret last words\\n")
+            os._exit(7)
+if __name__ == "__main__":
+    serve(Read | Do, answer, private=(Read,))
+"""
+
 PARENT = """
 import asyncio
 from fedsoda_edge.ports.child import Child
@@ -74,8 +104,11 @@ asyncio.run(main())
 @pytest.fixture
 def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     (tmp_path / "toy_child.py").write_text(CHILD)
+    (tmp_path / "private_child.py").write_text(PRIVATE_CHILD)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "toy_child", raising=False)
+    monkeypatch.delitem(sys.modules, "private_child", raising=False)
+    monkeypatch.setenv("FEDSODA_TOKEN", "secret")
     return {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parents[3])])}
 
 
@@ -214,3 +247,29 @@ def _is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_after_a_call_that_reads_private_text_nothing_but_answers_leaves_the_child(environment: dict[str, str]) -> None:
+    toy = importlib.import_module("private_child")
+
+    async def talk() -> None:
+        child = Child("private_child", environment)
+        with pytest.raises(WorkerFailed, match="ValueError: before") as failure:
+            await child.call(toy.Do(what="before"))
+        assert "ValueError: before" in failure.value.details
+        assert await child.call(toy.Read(what="print")) == toy.Number(1)
+        for how in ("raise", "panic"):
+            with pytest.raises(WorkerFailed) as failure:
+                await child.call(toy.Do(what=how))
+            assert "secret" not in f"{failure.value} {failure.value.details}"
+            assert "private_child.py" in failure.value.details
+        with pytest.raises(DiskFull) as full:
+            await child.call(toy.Do(what="full"))
+        assert "secret" not in str(full.value)
+        with pytest.raises(WorkerFailed, match=r"status 7 during Do$") as failure:
+            await child.call(toy.Do(what="die"))
+        assert failure.value.details == ""
+        await child.close()
+
+    asyncio.run(talk())
+    assert "FEDSODA_TOKEN" not in Child("private_child")._environment
