@@ -30,6 +30,7 @@ from fedsoda_edge.join.settings import AgentSettings, Cache
 from fedsoda_edge.join.token import read_token
 from fedsoda_edge.join.trainer import WORKER_MODULE, worker_environment
 from fedsoda_edge.network.hub_transport import HubTransport
+from fedsoda_edge.network.mirror import Mirror
 from fedsoda_edge.ports import Clock, SystemClock, TorchPort, Transport
 from fedsoda_edge.ports.child import Child
 from fedsoda_edge.units import counted
@@ -276,7 +277,7 @@ def agent_of(
     """
     settings = AgentSettings(edge._device, data, unattended, edge._cache, edge._limits, parse_pause_rules(pause_on))
     worker = worker or Child(WORKER_MODULE, worker_environment(edge._threads))
-    return Agent(edge.transport(), worker, Home(edge._home), settings, say, clock or SystemClock())
+    return Agent(edge.transport(), worker, Home(edge._home), settings, say, clock or SystemClock(), Mirror)
 
 
 async def look_at(edge: Edge) -> inspect.Found:
