@@ -77,7 +77,16 @@ class Download:
 
         Args:
             digest: the manifest's.
+
+        Raises:
+            BlobCorrupt: its files take more than the disk that it says they need, for which this device had room.
         """
+        total = sum(file.bytes for file in manifest.files)
+        if total > manifest.needs.disk_bytes:
+            raise BlobCorrupt(
+                f"the bundle's files have {total} bytes, and its manifest says that {manifest.needs.disk_bytes} bytes of disk "
+                "are enough; ask the hub's owner"
+            )
         held = await asyncio.to_thread(self._store.verified, [file.sha256 for file in manifest.files])
         mark = self._store.coming(digest)
         mark.touch()

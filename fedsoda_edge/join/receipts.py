@@ -35,7 +35,7 @@ class Line(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_fi
     at: float
 
 
-class HubNamed(Line, frozen=True, tag="greeted"):
+class HubNamed(Line, frozen=True, tag="named"):
     """A hub's answer to the Hello before it. key: the hub's public key, base64url; "": it signs nothing."""
 
     hub: str
@@ -309,12 +309,18 @@ def _sent(line: MessageSent, lines: list[AnyLine], later: int) -> Departure:
     )
 
 
-def _answer(line: MessageSent, message: ms.UpdateStart, later: Iterable[AnyLine]) -> tuple[Answer, str, ms.Signed | None]:
+def _answer(
+    line: MessageSent, message: ms.UpdateStart, later: Iterable[AnyLine]
+) -> tuple[Answer, str, ms.Signed | None]:
     """Find the answer to an update: the first one of its run and round before it was sent again."""
     for next_line in later:
         if isinstance(next_line, MessageSent) and next_line.run == line.run and _is_update(next_line):
             break
-        if not isinstance(next_line, AnswerCame) or next_line.run != line.run or next_line.message.round != message.round:
+        if (
+            not isinstance(next_line, AnswerCame)
+            or next_line.run != line.run
+            or next_line.message.round != message.round
+        ):
             continue
         answer = next_line.message
         if isinstance(answer, ms.Refusal):

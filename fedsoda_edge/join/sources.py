@@ -40,7 +40,9 @@ class Sources:
         open_mirror: None: files come from the hub alone.
     """
 
-    def __init__(self, hub: FileSource, say: EventSink, witness: HubWitness | None, open_mirror: OpenMirror | None) -> None:
+    def __init__(
+        self, hub: FileSource, say: EventSink, witness: HubWitness | None, open_mirror: OpenMirror | None
+    ) -> None:
         self.hub = hub
         self._say = say
         self._witness = witness

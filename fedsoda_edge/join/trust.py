@@ -32,7 +32,7 @@ class KnownHub(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HubTrust:
-    """What this device believes of the hub of one join.
+    """The knowledge of one join about its hub.
 
     Args:
         hub_key: the key that a join link names; None: the first that the run's hub shows, from then on.

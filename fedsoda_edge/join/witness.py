@@ -5,7 +5,7 @@ What is believed is decided in `trust.py`, the file of what left is `receipts.py
 
 from __future__ import annotations
 
-from fedsoda_edge.join.receipts import AnswerCame, FilesAsked, HubNamed, ReceiptLog, MessageSent
+from fedsoda_edge.join.receipts import AnswerCame, FilesAsked, HubNamed, MessageSent, ReceiptLog
 from fedsoda_edge.join.trust import HubTrust
 from fedsoda_edge.ports import Clock
 from fedsoda_edge.protocol import messages as ms
@@ -97,7 +97,9 @@ class HubWitness:
         run, name = self._run
         edge = "" if self._welcome is None else self._welcome.edge
         at = self._clock.wall()
-        return MessageSent(at=at, hub=self._hub, message=message, bytes=size, run=run, run_name=name, edge=edge, key=self._key)
+        return MessageSent(
+            at=at, hub=self._hub, message=message, bytes=size, run=run, run_name=name, edge=edge, key=self._key
+        )
 
     @property
     def _run(self) -> tuple[str, str]:

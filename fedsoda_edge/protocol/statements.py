@@ -81,7 +81,7 @@ def read(signed: Signed, key: bytes, kind: type[S]) -> S:
     """Return what the holder of this key signed.
 
     Raises:
-        NotSigned: the key did not sign this text for this purpose, or the text is no such statement.
+        NotSigned: the key did not sign this text for this purpose, or the text is not such a statement.
     """
     if len(signed.text) > MAX_TEXT_CHARACTERS:
         raise NotSigned(f"a statement has {len(signed.text)} characters, and at most {MAX_TEXT_CHARACTERS} are read")
@@ -91,7 +91,7 @@ def read(signed: Signed, key: bytes, kind: type[S]) -> S:
     except NotSigned:
         raise
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise NotSigned(f"the text is no {kind.__name__} with a signature ({error!s:.120})") from None
+        raise NotSigned(f"it cannot be read as {kind.__name__} with a signature ({error!s:.120})") from None
 
 
 def _purpose(kind: type[Statement]) -> Purpose:
