@@ -30,6 +30,7 @@ from fedsoda_edge.join.settings import AgentSettings, Cache
 from fedsoda_edge.join.token import read_token
 from fedsoda_edge.join.trainer import WORKER_MODULE, worker_environment
 from fedsoda_edge.network.hub_transport import HubTransport
+from fedsoda_edge.network.mirror import Mirror
 from fedsoda_edge.ports import Clock, SystemClock, TorchPort, Transport
 from fedsoda_edge.ports.child import Child
 from fedsoda_edge.ports.confine import Reach
@@ -284,7 +285,7 @@ def agent_of(
             may_use_gpu=edge._device != "cpu",
         )
         worker = Child(WORKER_MODULE, worker_environment(home.temporary, reach, threads=edge._threads))
-    return Agent(edge.transport(), worker, home, settings, say, clock or SystemClock())
+    return Agent(edge.transport(), worker, home, settings, say, clock or SystemClock(), Mirror)
 
 
 async def look_at(edge: Edge) -> inspect.Found:

@@ -11,6 +11,7 @@
     └── RemoteError                  the other side
         ├── HubUnreachable           3  which step failed: DNS, TCP, TLS, HTTP, auth
         ├── RefusedByHub             5  token, version, revoked
+        ├── HubNotTrusted            5  not the hub that this device knows, or not what that hub signed
         ├── ProtocolMismatch         5  the two sides speak different versions
         ├── ProtocolViolation        1  the other side broke the rules of the conversation
         └── BlobCorrupt              1  a file does not have its digest
@@ -134,6 +135,13 @@ class HubUnreachable(RemoteError):
 @dataclass
 class RefusedByHub(RemoteError):
     """A refusal that trying again does not change: the token, the version, a revoked device."""
+
+    exit_status: ClassVar[int] = 5
+
+
+@dataclass
+class HubNotTrusted(RemoteError):
+    """Something that the hub which this device knows did not sign, or signed for another run, version or time."""
 
     exit_status: ClassVar[int] = 5
 

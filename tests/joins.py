@@ -11,6 +11,7 @@ from fedsoda_edge.data.local_data import LocalData
 from fedsoda_edge.edge import Edge, Participation, agent_of
 from fedsoda_edge.events import as_json
 from fedsoda_edge.ports import Clock, SystemClock, TorchPort, Transport
+from fedsoda_edge.protocol import messages as ms
 from tests.worker_here import WorkerHere
 
 
@@ -28,6 +29,13 @@ def joining(
     say = lambda event: on_event(as_json(event))  # noqa: E731
     agent = agent_of(edge, data, say, worker=worker or WorkerHere(), clock=clock, **options)
     return Participation(agent, max_rounds)
+
+
+class Deaf:
+    """A witness of a conversation that believes all and notes nothing."""
+
+    def hears(self, message: ms.HubMessage) -> None: ...
+    def sends(self, message: ms.EdgeMessage) -> None: ...
 
 
 @contextlib.contextmanager

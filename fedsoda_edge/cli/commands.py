@@ -13,6 +13,7 @@ import msgspec
 import typer
 
 from fedsoda_edge.cli import options as opt
+from fedsoda_edge.cli.receipts_command import receipts
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.ports.console import EXIT_HELP, effective_settings, finish, is_asked, note, reporting, working
 from fedsoda_edge.ports.console import run as run_command
@@ -33,6 +34,7 @@ data_app = typer.Typer(help="Check training data before it is used.", no_args_is
 cache_app = typer.Typer(help="Show or free the disk space of this device's FEDSODA_HOME.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(cache_app, name="cache")
+app.command(epilog="Example: fedsoda-edge receipts --run triage")(receipts)
 
 DEFAULT_MAX_LENGTH = 512  # ids of a sample, where no run says it
 COLUMN_REMEDY = "rename one, or name its column: --column {}=COLUMN"

@@ -25,10 +25,14 @@ from fedsoda_edge.join.patience import FIRST_SECONDS, Patience
 from fedsoda_edge.join.pause import Look, PauseBegins, PauseEnds, PauseLasts, Pauses
 from fedsoda_edge.join.preparation import Equipment, JoinPreparation
 from fedsoda_edge.join.presence import Presence
+from fedsoda_edge.join.receipts import ReceiptLog
 from fedsoda_edge.join.rounds import RoundRunner
 from fedsoda_edge.join.run_state import RunState
 from fedsoda_edge.join.settings import AgentSettings
+from fedsoda_edge.join.sources import OpenMirror, Sources
 from fedsoda_edge.join.status import Status
+from fedsoda_edge.join.trust import HubTrust
+from fedsoda_edge.join.witness import HubWitness
 from fedsoda_edge.ports import Clock, TorchPort, Transport
 from fedsoda_edge.ports.system import peak_rss_bytes
 from fedsoda_edge.protocol import messages as ms
@@ -69,6 +73,7 @@ class Agent:
 
     Args:
         say: gets each event of the join.
+        open_mirror: makes the way to a mirror of the bundle; None: its files come from the hub alone.
     """
 
     def __init__(
@@ -79,6 +84,7 @@ class Agent:
         settings: AgentSettings,
         say: ev.EventSink,
         clock: Clock,
+        open_mirror: OpenMirror | None = None,
     ) -> None:
         self.transport = transport
         self.worker = worker
@@ -88,7 +94,10 @@ class Agent:
         self._clock = clock
         self._status: Status | None = None  # from when this join has locked the home
         patience = Patience.of(clock, unattended=settings.unattended)
-        self._conversation = Conversation(transport, lambda: hello(home), self.say, clock, patience)
+        trust = HubTrust(home, self.say, clock, settings.hub_key)
+        witness = HubWitness(transport.url, trust, ReceiptLog(home.receipts), clock)
+        self._sources = Sources(transport, self.say, witness, open_mirror)
+        self._conversation = Conversation(transport, lambda: hello(home), self.say, clock, patience, witness)
         self._presence = Presence()
         self._pauses = Pauses(home.control, settings.rules, clock)
         self._offered = Offered()
@@ -144,6 +153,7 @@ class Agent:
         self.home.lock()
         self.home.make_directories()
         control.forget(self.home.control)
+        ReceiptLog(self.home.receipts).shorten()
         if not self._settings.cache.keep_key:
             self.home.forget_borders()  # a join that was killed left them, and nobody has its key
         self._status = Status(self.home.status, self.transport.url, self._clock, lambda: self.worker.rss_bytes)
@@ -231,6 +241,7 @@ class Agent:
             if isinstance(self._run, Equipped) and not self._settings.cache.keep_key:
                 closing.callback(self.home.forget_borders)  # nobody can read them without the key
             closing.push_async_callback(self.worker.close)
+            closing.push_async_callback(self._sources.close)
             closing.push_async_callback(self._conversation.close)
 
     def report(self) -> ev.JoinReport:
@@ -304,7 +315,7 @@ class Agent:
             run.state,
             self.home,
             self._settings,
-            self.transport,
+            self._sources,
             self.worker,
             self._pauses,
             self.say,

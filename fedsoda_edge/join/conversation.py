@@ -10,7 +10,7 @@ import contextlib
 import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from fedsoda_edge.errors import HubUnreachable, ProtocolMismatch, RefusedByHub
 from fedsoda_edge.events import EventSink, Reconnecting
@@ -31,6 +31,18 @@ SHARED_SECONDS = 45.0  # within which a hub notices that the other connection of
 
 class RefusedForNow(RefusedByHub):
     """A refusal of the greeting that may end by itself: another connection with this identity may be dead."""
+
+
+class Witness(Protocol):
+    """The part of a join that hears what the hub says before it counts, and notes what this edge says before it leaves."""
+
+    def hears(self, message: ms.HubMessage) -> None:
+        """Refuse what the run's hub did not sign. Raises HubNotTrusted."""
+        ...
+
+    def sends(self, message: ms.EdgeMessage) -> None:
+        """Note what leaves. Raises DiskFull where an update cannot be noted: then it does not leave."""
+        ...
 
 
 class RunOver(Exception):
@@ -105,6 +117,7 @@ class Conversation:
         hello: makes the first message of a connection.
         say: gets the events about lost connections.
         patience: how long to reconnect. Progress is a blob, an answer to an update, a connection that holds.
+        witness: hears and notes all that is said, but for chunks.
     """
 
     def __init__(
@@ -114,8 +127,10 @@ class Conversation:
         say: EventSink,
         clock: Clock,
         patience: Patience,
+        witness: Witness,
     ) -> None:
         self._transport = transport
+        self._witness = witness
         self._hello = hello
         self._say = say
         self._clock = clock
@@ -155,6 +170,7 @@ class Conversation:
         await self._transport.connect()
         session, hello = EdgeSession(), self._hello()
         log.debug(trace.line(">", hello))
+        self._witness.sends(hello)
         await self._transport.send(session.send(hello))
         async for frame in self._transport.frames():
             answer = session.receive(frame)
@@ -169,6 +185,7 @@ class Conversation:
                 raise RefusedByHub(
                     f"the hub now serves the run {answer.run_id}, this join began with {self._welcome.run_id}; join again"
                 )
+            self._witness.hears(answer)
             self._welcome = answer
             self._become(Connected(session, self._clock.monotonic()))
             return answer
@@ -249,6 +266,8 @@ class Conversation:
                 connection.blob(message)
             case _:
                 log.debug(trace.line("<", message))
+                if message is not None:
+                    self._witness.hears(message)
         match message:
             case ms.Refusal() if message.fatal:
                 raise RefusedByHub(f"the hub refused: {message.reason}")
@@ -276,6 +295,7 @@ class Conversation:
             raise HubUnreachable(ENDED, "TCP")
         if payload is None:
             log.debug(trace.line(">", message))
+            self._witness.sends(message)
         await self._transport.send(connection.session.send(message, payload or b""))
         if isinstance(message, ms.Ready):
             connection.is_ready = True
@@ -288,6 +308,7 @@ class Conversation:
         if isinstance(connection, Connected):
             leave = ms.Leave(reason=reason)
             log.debug(trace.line(">", leave))
+            self._witness.sends(leave)
             with contextlib.suppress(HubUnreachable):
                 await self._transport.send(connection.session.send(leave))
 
@@ -314,6 +335,7 @@ class Conversation:
             due = BlobDue(blob.digest, asyncio.get_running_loop().create_future())
             connection.due = due
             log.debug(trace.line(">", ms.BlobRequest(digest=blob.digest)))
+            self._witness.sends(ms.BlobRequest(digest=blob.digest))
             if self._state is not connection:  # lost meanwhile: its answer would come on no connection
                 raise HubUnreachable(ENDED, "TCP")
             await self._transport.send(connection.session.request(blob))

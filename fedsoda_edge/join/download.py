@@ -13,15 +13,19 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Seque
 from pathlib import Path
 from typing import Any
 
-from fedsoda_edge.errors import BlobCorrupt, DiskFull, HubUnreachable, ProtocolViolation
+from fedsoda_edge.errors import BlobCorrupt, DiskFull, HubUnreachable, ProtocolViolation, RefusedByHub
 from fedsoda_edge.events import Downloading, EventSink, Reconnecting
+from fedsoda_edge.join.pace import TooSlow, paced
 from fedsoda_edge.join.patience import Patience
-from fedsoda_edge.ports import Clock, Transport
+from fedsoda_edge.join.sources import FileSource, Sources
+from fedsoda_edge.ports import Clock
 from fedsoda_edge.ports.disk import sha256_file
 from fedsoda_edge.ports.store import FileStore
-from fedsoda_edge.protocol.manifest import TOKENIZER_FILES, BundleManifest, File
+from fedsoda_edge.protocol.manifest import MAX_MANIFEST_BYTES, TOKENIZER_FILES, BundleManifest, File
+from fedsoda_edge.protocol.messages import BlobRef
 
 SAY_SECONDS = 0.25  # at least between two events, except at the end of a file
+STALL_SECONDS = 60.0  # of a download that no Welcome goes before
 
 Run = Callable[[Callable[[], Coroutine[Any, Any, Any]]], Awaitable[Any]]
 
@@ -38,21 +42,25 @@ class Download:
     """The downloads of one join.
 
     Args:
+        sources: where files may come from.
         run: does a piece of work, again after each pause that breaks it off.
-        patience: how long to try for bytes that do not come; each byte is progress.
+        patience: how long to try for bytes that do not come; each byte is progress, but of a transfer that comes too slowly.
+        stall_seconds: the window in which a transfer must come fast enough.
     """
 
     def __init__(
         self,
-        transport: Transport,
+        sources: Sources,
         store: FileStore,
         *,
         run: Run,
         say: EventSink,
         patience: Patience,
         clock: Clock,
+        stall_seconds: float,
     ) -> None:
-        self._transport = transport
+        self._sources = sources
+        self._stall_seconds = stall_seconds
         self._store = store
         self._run = run
         self._say = say
@@ -69,7 +77,16 @@ class Download:
 
         Args:
             digest: the manifest's.
+
+        Raises:
+            BlobCorrupt: its files take more than the disk that it says they need, for which this device had room.
         """
+        total = sum(file.bytes for file in manifest.files)
+        if total > manifest.needs.disk_bytes:
+            raise BlobCorrupt(
+                f"the bundle's files have {total} bytes, and its manifest says that {manifest.needs.disk_bytes} bytes of disk "
+                "are enough; ask the hub's owner"
+            )
         held = await asyncio.to_thread(self._store.verified, [file.sha256 for file in manifest.files])
         mark = self._store.coming(digest)
         mark.touch()
@@ -86,6 +103,15 @@ class Download:
             self._done += file.bytes
             self._say_done(0)
 
+    async def manifest(self, blob: BlobRef) -> Path:
+        """Fetch a manifest as `file` does, if it has a manifest's size.
+
+        Raises:
+            ProtocolViolation: it has not.
+        """
+        check_size(blob)
+        return await self.file(blob.digest, blob.bytes)
+
     async def file(self, digest: str, size: int) -> Path:
         """Fetch one file, over breaks; return its path.
 
@@ -98,7 +124,7 @@ class Download:
             try:
                 path: Path = await self._run(lambda: self._once(digest, size))
             except HubUnreachable as error:
-                if self._store.held_bytes([(digest, size)]) > held:
+                if self._store.held_bytes([(digest, size)]) > held and not isinstance(error, TooSlow):
                     self._patience.progressed()
                 if self._patience.is_new:  # not at every try that brings nothing
                     self._say(Reconnecting(str(error)))
@@ -112,22 +138,45 @@ class Download:
 
         def progress(count: int) -> None:
             nonlocal came
-            came += count
+            came = min(size, came + count)  # of a file that comes again, the bytes from before do not count
             now = self._clock.monotonic()
             if self._total and now - self._said_at >= SAY_SECONDS:
                 self._said_at = now
                 self._say_done(came)
 
-        return await fetch_file(self._store, self._transport, digest, size, progress)
+        return await _fetch(self._store, self._sources, digest, size, self._stall_seconds, progress)
 
     def _say_done(self, came: int) -> None:
         self._say(Downloading(self._done + came, self._total))
 
 
+def check_size(manifest: BlobRef) -> None:
+    """Refuse a manifest of a size that none has, before a byte of it is fetched.
+
+    Raises:
+        ProtocolViolation: it is too large, or empty.
+    """
+    if not 0 < manifest.bytes <= MAX_MANIFEST_BYTES:
+        raise ProtocolViolation(
+            f"the hub names a manifest of {manifest.bytes} bytes, and one has at most {MAX_MANIFEST_BYTES}; ask the hub's owner"
+        )
+
+
+async def fetch_manifest(store: FileStore, hub: FileSource, manifest: BlobRef) -> Path:
+    """Fetch a manifest from the hub as `fetch_file` does, if it has a manifest's size.
+
+    Raises:
+        ProtocolViolation: it has not.
+    """
+    check_size(manifest)
+    return await fetch_file(store, hub, manifest.digest, manifest.bytes)
+
+
 async def fetch_file(
-    store: FileStore, transport: Transport, digest: str, size: int, progress: Callable[[int], None] = lambda _: None
+    store: FileStore, hub: FileSource, digest: str, size: int, progress: Callable[[int], None] = lambda _: None
 ) -> Path:
-    """Fetch a file and return its path once it is verified. A cut download continues; a corrupt one begins again, once.
+    """Fetch a file from the hub and return its path once it is verified. A cut download continues; a corrupt one begins
+    again, once.
 
     Args:
         progress: called with the number of bytes that came.
@@ -137,6 +186,22 @@ async def fetch_file(
         DiskFull: there is no space; what came so far stays, and the next join continues from it.
         HubUnreachable: the transfer broke off, or ended early; what came stays too.
         ProtocolViolation: the hub named something that is not a digest.
+    """
+    return await _fetch(store, Sources.only(hub), digest, size, STALL_SECONDS, progress)
+
+
+async def _fetch(
+    store: FileStore,
+    sources: Sources,
+    digest: str,
+    size: int,
+    stall_seconds: float,
+    progress: Callable[[int], None],
+) -> Path:
+    """Fetch a file as `fetch_file` does: from the mirrors, each of which is tried once, and then from the hub.
+
+    Each source continues where the one before stopped. Where the whole has another digest, all that gave bytes of it are
+    left out from then on, and it begins again.
     """
     try:
         part = store.part(digest)
@@ -148,13 +213,32 @@ async def fetch_file(
         progress(size)
         return store.path(digest)
     store.directory.mkdir(parents=True, exist_ok=True)
-    found = ""
-    for _ in range(2):
-        await _fetch_part(transport, digest, size, part, progress)
+    found, hub = "", sources.hub
+    gave: list[FileSource] = []  # mirrors with bytes in the part
+    for source in (*sources.mirrors(), hub, hub):
+        sources.ask(source)
+        try:
+            await _fetch_part(source, source is hub, digest, size, part, stall_seconds, progress)
+        except (HubUnreachable, RefusedByHub, BlobCorrupt) as error:
+            if source is hub:
+                raise
+            sources.failed(source, error)
+            if isinstance(error, BlobCorrupt):
+                part.unlink(missing_ok=True)
+                gave.clear()
+            else:
+                gave.append(source)
+            continue
+        gave += [source] if source is not hub else []
         found = await asyncio.to_thread(sha256_file, part)
         if found == digest:
+            sources.worked(source)
             return store.keep(digest)
         part.unlink()
+        wrong = BlobCorrupt(f"a file of the bundle came with digest {found[:12]} instead of {digest[:12]}")
+        for mirror in gave:
+            sources.failed(mirror, wrong)
+        gave.clear()
     raise BlobCorrupt(
         f"a file of the bundle came twice with digest {found[:12]} instead of {digest[:12]}; "
         "ask the hub's owner to check the run's bundle directory"
@@ -162,7 +246,13 @@ async def fetch_file(
 
 
 async def _fetch_part(
-    transport: Transport, digest: str, size: int, part: Path, progress: Callable[[int], None]
+    source: FileSource,
+    is_hub: bool,
+    digest: str,
+    size: int,
+    part: Path,
+    stall_seconds: float,
+    progress: Callable[[int], None],
 ) -> None:
     have = part.stat().st_size if part.exists() else 0
     if have > size:
@@ -173,20 +263,20 @@ async def _fetch_part(
         return
     try:
         with part.open("ab") as file:
-            async for piece in transport.fetch(digest, have):
-                have += len(piece)
-                if have > size:
-                    raise BlobCorrupt(
-                        f"the hub sends more than the {size} bytes that {digest[:12]} has; "
-                        "ask the hub's owner to check the run's bundle directory"
-                    )
-                file.write(piece)
-                progress(len(piece))
+            async with contextlib.aclosing(paced(source.fetch(digest, have), source.url, stall_seconds)) as pieces:
+                async for piece in pieces:
+                    have += len(piece)
+                    if have > size:
+                        wrong = f"sends more than the {size} bytes that {digest[:12]} has"
+                        ask = "ask the hub's owner to check the run's bundle directory"
+                        raise BlobCorrupt(f"the hub {wrong}; {ask}" if is_hub else f"it {wrong}")
+                    file.write(piece)
+                    progress(len(piece))
             file.flush()
             os.fsync(file.fileno())
         if have < size:  # as a proxy that gives up may end a transfer
             raise HubUnreachable(
-                f"the download from {transport.url} ended after {have} of {size} bytes; join again, which continues it",
+                f"the download from {source.url} ended after {have} of {size} bytes; join again, which continues it",
                 "HTTP",
             )
     except OSError as error:

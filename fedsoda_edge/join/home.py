@@ -102,20 +102,36 @@ class Home:
         """The directory of requests to the running join (`control.py`)."""
         return self.directory / "control"
 
+    @property
+    def receipts(self) -> Path:
+        """The file of all that ever left this device, and of what hubs answered (`receipts.py`)."""
+        return self.directory / "receipts.jsonl"
+
+    def known_hub(self, run_id: str) -> Path:
+        """Return the file of what this device knows of a run's hub (`trust.py`); it may not be there yet.
+
+        Raises:
+            ProtocolViolation: the hub chose a run_id that would lead out of here.
+        """
+        return self._of_run(run_id) / "hub.json"
+
     def run(self, run_id: str) -> Path:
         """Make and return the directory of one run (`run_state.py`).
 
         Raises:
             ProtocolViolation: the hub chose a run_id that would lead out of here.
         """
+        path = self._of_run(run_id)
+        with self._usable():
+            path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def _of_run(self, run_id: str) -> Path:
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", run_id):
             raise ProtocolViolation(
                 f"the hub names its run {run_id[:80]!r}, which is not a safe name for a directory; join only hubs you trust"
             )
-        path = self.runs / run_id
-        with self._usable():
-            path.mkdir(parents=True, exist_ok=True)
-        return path
+        return self.runs / run_id
 
     def remember_run(self, run_id: str, joined: JoinedRun) -> None:
         """Keep what `data check` needs of a run that is joined.

@@ -15,9 +15,12 @@ from fedsoda_edge.device.fit import Limits, plan_sentence, table
 from fedsoda_edge.events import DeviceName
 from fedsoda_edge.join import size_class
 from fedsoda_edge.join.conversation import Conversation
-from fedsoda_edge.join.download import fetch_file
+from fedsoda_edge.join.download import fetch_manifest
 from fedsoda_edge.join.home import Home
 from fedsoda_edge.join.patience import Patience
+from fedsoda_edge.join.receipts import ReceiptLog
+from fedsoda_edge.join.trust import HubTrust
+from fedsoda_edge.join.witness import HubWitness
 from fedsoda_edge.ports import SystemClock, Transport
 from fedsoda_edge.ports.store import FileStore
 from fedsoda_edge.ports.system import place_of
@@ -67,24 +70,30 @@ def _in_silence(_: ev.AnyEvent) -> None:
     """Say nothing: what is found is returned."""
 
 
-def _conversation(transport: Transport, home: Home) -> Conversation:
+def _conversation(transport: Transport, home: Home, hub_key: bytes | None) -> Conversation:
     clock = SystemClock()
-    return Conversation(transport, lambda: hello(home), _in_silence, clock, Patience(clock, 0.0))  # asked once
+    trust = HubTrust(home, _in_silence, clock, hub_key, is_joining=False)
+    witness = HubWitness(transport.url, trust, ReceiptLog(home.receipts), clock)
+    return Conversation(transport, lambda: hello(home), _in_silence, clock, Patience(clock, 0.0), witness)  # asked once
 
 
-async def look_at(transport: Transport, home: Home, device: str, limits: Limits) -> Found:
+async def look_at(transport: Transport, home: Home, device: str, limits: Limits, hub_key: bytes | None = None) -> Found:
     """Greet the hub, read its manifest and compare it with this device.
+
+    Args:
+        hub_key: as in `AgentSettings`.
 
     Raises:
         DeviceTooSmall: there is no room for the smallest sub-LLM of the run.
         HubUnreachable, RefusedByHub: the hub does not answer, or refuses this device.
+        HubNotTrusted: another hub answers than this device knows.
     """
-    conversation, store = _conversation(transport, home), FileStore(home.store)
+    conversation, store = _conversation(transport, home, hub_key), FileStore(home.store)
     try:
         welcome = await conversation.greet()
         taken = await size_class.take(
             welcome,
-            lambda manifest: fetch_file(store, transport, manifest.digest, manifest.bytes),
+            lambda manifest: fetch_manifest(store, transport, manifest),
             store,
             home.directory,
             device,
@@ -119,13 +128,17 @@ async def look_at(transport: Transport, home: Home, device: str, limits: Limits)
     )
 
 
-async def say_goodbye(transport: Transport, home: Home) -> str:
+async def say_goodbye(transport: Transport, home: Home, hub_key: bytes | None = None) -> str:
     """Tell the hub that this edge does not come back by itself; return the run's name.
+
+    Args:
+        hub_key: as in `AgentSettings`.
 
     Raises:
         HubUnreachable, RefusedByHub: the hub did not hear it.
+        HubNotTrusted: another hub answers than this device knows.
     """
-    conversation = _conversation(transport, home)
+    conversation = _conversation(transport, home, hub_key)
     try:
         welcome = await conversation.greet()
         await conversation.leave("the owner of the device left")

@@ -16,8 +16,9 @@ from fedsoda_edge.join.patience import Patience
 from fedsoda_edge.join.pause import Pauses
 from fedsoda_edge.join.run_state import RunState
 from fedsoda_edge.join.settings import AgentSettings
+from fedsoda_edge.join.sources import Sources
 from fedsoda_edge.join.trainer import Means, Trainer
-from fedsoda_edge.ports import Clock, TorchPort, Transport
+from fedsoda_edge.ports import Clock, TorchPort
 from fedsoda_edge.ports.store import FileStore
 from fedsoda_edge.protocol import commands as cmd
 from fedsoda_edge.protocol import messages as ms
@@ -44,7 +45,7 @@ class JoinPreparation:
         state: RunState,
         home: Home,
         settings: AgentSettings,
-        transport: Transport,
+        sources: Sources,
         worker: TorchPort,
         pauses: Pauses,
         say: ev.EventSink,
@@ -59,12 +60,13 @@ class JoinPreparation:
         self._say = say
         self._store = FileStore(home.store)
         self._download = Download(
-            transport,
+            sources,
             self._store,
             run=pauses.run,
             say=say,
             patience=Patience.of(clock, unattended=settings.unattended),
             clock=clock,
+            stall_seconds=welcome.stall_seconds,
         )
 
     async def check_data(self) -> int:
@@ -86,7 +88,7 @@ class JoinPreparation:
         """
         taken = await size_class.take(
             self._welcome,
-            lambda manifest: self._download.file(manifest.digest, manifest.bytes),
+            self._download.manifest,
             self._store,
             self._home.directory,
             self._settings.device,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedsoda_edge import events as ev
-from fedsoda_edge.errors import HubUnreachable, ProtocolViolation, UsageProblem
+from fedsoda_edge.errors import DiskFull, HubUnreachable, ProtocolViolation, UsageProblem
 from fedsoda_edge.join.conversation import Conversation, RunOver
 from fedsoda_edge.join.offered import Offered
 from fedsoda_edge.join.patience import Patience
@@ -125,7 +125,7 @@ class RoundRunner:
     async def _follow(self, equipment: Equipment, wanted: ms.BlobRef) -> None:
         """Fetch what is missing of the bundle that the hub has chosen since the last round, and change to it."""
         download = equipment.download
-        manifest = parse_manifest((await download.file(wanted.digest, wanted.bytes)).read_bytes())
+        manifest = parse_manifest((await download.manifest(wanted)).read_bytes())
         async with download.bundle(manifest, wanted.digest) as fetch:
             await fetch()
         await equipment.trainer.follow(manifest, wanted.digest)
@@ -238,7 +238,12 @@ class RoundRunner:
     async def _answer_to(self, start: ms.UpdateStart) -> ms.Receipt | ms.Refusal:
         data = await asyncio.to_thread(self._state.update.read_bytes)
         while True:
-            answer = await self._conversation.hand_in(start, data)
+            try:
+                answer = await self._conversation.hand_in(start, data)
+            except DiskFull as error:  # what leaves is noted first, and cannot be: the update waits on this disk
+                self._say(ev.Retrying(round=start.round, reason=str(error)))
+                await self._patience.after(error)
+                continue
             if not (isinstance(answer, ms.Refusal) and answer.retry):
                 self._patience.progressed()
                 return answer

@@ -28,7 +28,8 @@ class AgentSettings:
     """The settings of one join.
 
     device: "auto", "cpu", "cuda" or "cuda:N". unattended: whether to try until the hub answers, also at the start.
-    rules: what pauses the join without a request.
+    rules: what pauses the join without a request. hub_key: the hub's public key, as a join link names it; None: the first
+    that the run's hub shows.
     """
 
     device: str
@@ -37,3 +38,4 @@ class AgentSettings:
     cache: Cache = Cache()
     limits: Limits = field(default_factory=Limits)
     rules: PauseRules = field(default_factory=PauseRules)
+    hub_key: bytes | None = None

@@ -149,7 +149,7 @@ async def check_http(route: Route) -> datetime | None:
         HubUnreachable: there is no answer, or it is not that of a hub.
     """
     async with _healthz(route) as answer:
-        body = await _first_bytes(answer)
+        body = await first_bytes(answer)
         if answer.status_code != 200:
             raise answers.refused(route, answer.status_code, answer.headers, body, f"{route.url}/healthz")
         if not answers.is_hub(body):
@@ -160,7 +160,8 @@ async def check_http(route: Route) -> datetime | None:
         return None
 
 
-async def _first_bytes(answer: Any, count: int = 4096) -> bytes:
+async def first_bytes(answer: Any, count: int = 4096) -> bytes:
+    """Return the beginning of an answer, which may have no end."""
     body = b""
     async for piece in answer.aiter_bytes():
         body += piece

@@ -18,6 +18,9 @@ from fedsoda_edge.protocol.codec import MAX_FRAME_BYTES, wire_bytes
 
 IDLE_SECONDS = 2.0  # for which a connection is kept to be used again; servers close theirs after five or more
 READ_SECONDS = 60.0  # without a byte, after which a download is cut
+# In which something between may send a file that was asked for as it is. Not zstd or brotli, nor one within another: a few
+# kB of those become gigabytes before they can be counted.
+CODINGS = ("identity", "gzip", "deflate")
 SESSION_STATUSES = (200, 400, 404, 405, 426, 501)  # of a hub that got no Upgrade, and of much else
 
 
@@ -156,7 +159,9 @@ class HubTransport:
         try:
             async with self._http.stream("GET", address, headers=headers) as answer:
                 if answer.status_code not in (200, 206):
-                    raise answers.refused(self.route, answer.status_code, answer.headers, await answer.aread(), address)
+                    raise answers.refused(
+                        self.route, answer.status_code, answer.headers, await checks.first_bytes(answer), address
+                    )
                 skip = self._skipped(answer, offset)
                 is_first = offset == 0
                 # Decoded, since something between may compress in spite of what it was asked for. No piece is held back
@@ -185,10 +190,13 @@ class HubTransport:
         kind = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind not in ("", "application/octet-stream", "binary/octet-stream"):
             raise answers.no_hub(self.route, f"{kind} instead of a file")
+        coding = answer.headers.get("content-encoding", "identity").strip().lower()
+        if coding not in CODINGS:
+            raise answers.no_hub(self.route, f"a file coded as {coding[:40]}")
         if answer.status_code == 200:
             return offset
         found = re.match(r"bytes (\d+)-", answer.headers.get("content-range", ""))
-        is_coded = answer.headers.get("content-encoding", "identity") != "identity"
+        is_coded = coding != "identity"
         if is_coded or (found and int(found[1]) != offset):
             raise HubUnreachable(
                 f"something between changes the files of {self.url} (from byte {offset} on was asked for, "

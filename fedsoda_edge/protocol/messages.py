@@ -84,6 +84,17 @@ class ViewRef(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     moved: Factor = "both"
 
 
+class Signed(msgspec.Struct, frozen=True, kw_only=True):
+    """A statement of the hub, `statements.py`, as the JSON text that was signed.
+
+    key: the signer's public key. signature: over the text. Both are base64url.
+    """
+
+    text: str
+    key: str
+    signature: str
+
+
 class SizeClass(msgspec.Struct, frozen=True, kw_only=True):
     """A sub-LLM of the run. emulator: the view of the current alignment; None: the hub is an older release."""
 
@@ -194,6 +205,7 @@ class Welcome(Message, frozen=True, tag="welcome", omit_defaults=True):
     emulator: the view of the current alignment, so that an edge can sweep before its first offer; None: the hub is an
         older release.
     smaller: sub-LLMs to take instead, from larger to smaller, where the device has no room for that of `manifest`.
+    signed: the BundleStatement of all these manifests; None: the hub is an older release.
     """
 
     protocol: int
@@ -211,6 +223,7 @@ class Welcome(Message, frozen=True, tag="welcome", omit_defaults=True):
     batch_size: int = 8
     emulator: ViewRef | None = None
     smaller: tuple[SizeClass, ...] = ()
+    signed: Signed | None = None
 
 
 class RoundOffer(Message, frozen=True, tag="round_offer", omit_defaults=True):
@@ -220,6 +233,7 @@ class RoundOffer(Message, frozen=True, tag="round_offer", omit_defaults=True):
     trains: the factor that is trained and sent; the other one stays as in the view.
     has_feedback: whether what coding left over from the last update still counts.
     manifest: the current sub-LLM of this edge's size class; None: the one that it had first.
+    signed: the BundleStatement that names `manifest`; None where there is none, or the hub is an older release.
     """
 
     round: int
@@ -232,6 +246,7 @@ class RoundOffer(Message, frozen=True, tag="round_offer", omit_defaults=True):
     trains: Factor = "both"
     has_feedback: bool = True
     manifest: BlobRef | None = None
+    signed: Signed | None = None
 
 
 class BlobChunk(Message, frozen=True, tag="blob_chunk"):
@@ -242,11 +257,15 @@ class BlobChunk(Message, frozen=True, tag="blob_chunk"):
     total: int
 
 
-class Receipt(Message, frozen=True, tag="receipt"):
-    """The confirmation that the update is durable. Sending it again returns the same receipt."""
+class Receipt(Message, frozen=True, tag="receipt", omit_defaults=True):
+    """The confirmation that the update is durable. Sending it again returns a receipt of the same update.
+
+    signed: its ReceiptStatement; None: the hub is an older release.
+    """
 
     round: int
     digest: Digest
+    signed: Signed | None = None
 
 
 class Refusal(Message, frozen=True, tag="refusal"):

@@ -14,6 +14,7 @@ import typer
 from fedsoda_edge.ports.console import EXIT_HELP, finish, note, reporting, working
 from fedsoda_edge.ports.console import run as run_command
 from fedsoda_edge.units import human_bytes
+from fedsoda_hub.cli.bundle_command import bundle
 from fedsoda_hub.cli.import_command import import_model
 from fedsoda_hub.cli.of_run import reset, token_app
 from fedsoda_hub.cli.options import OUTPUT, CompareCommand, Debug, Json, JsonLines, RunFile, setting
@@ -60,6 +61,7 @@ def demo(
         finish({"status": "ok", **msgspec.to_builtins(report)}, as_json, False)
 
 
+app.command(epilog="Example: fedsoda-hub bundle triage.toml --to cdn\n\n" + EXIT_HELP)(bundle)
 app.command("import", epilog="Example: fedsoda-hub import tiny.Q4_K_M.gguf --to tiny")(import_model)
 
 

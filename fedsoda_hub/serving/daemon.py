@@ -21,6 +21,7 @@ from fedsoda_hub.serving.monitoring import Monitoring
 from fedsoda_hub.serving.resume import ServedRun, resume, rules_of
 from fedsoda_hub.serving.roster import Roster
 from fedsoda_hub.serving.shelf import Shelf
+from fedsoda_hub.serving.signer import Signer
 from fedsoda_hub.serving.torch_jobs import TorchJobs
 from fedsoda_hub.serving.uploads import Uploads
 from fedsoda_hub.settings.run import RunSettings
@@ -55,6 +56,7 @@ class Daemon:
             self.uploads,
             self.inbox.put_nowait,
             say,
+            Signer(run.key, run.state, tuple(settings.blobs.mirrors), self.shelf.ref, clock),
         )
         self.monitoring = Monitoring(settings, self.machine, run.ledger, clock, self.roster, run.admin_secret)
         self.jobs = TorchJobs(settings, torch, self.inbox.put_nowait, say)

@@ -11,10 +11,12 @@ from pathlib import Path
 
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.ports.system import Lock
+from fedsoda_edge.protocol.signatures import SigningKey
 from fedsoda_hub.federation import records as rec
 from fedsoda_hub.federation.schedule import Rules
 from fedsoda_hub.federation.state import LedgerState
 from fedsoda_hub.run.directory import RunDirectory
+from fedsoda_hub.run.keys import signing_key
 from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.run.tokens import write_secret
 from fedsoda_hub.settings.run import MAY_CHANGE, RunSettings, differences
@@ -24,13 +26,14 @@ from fedsoda_hub.settings.run import MAY_CHANGE, RunSettings, differences
 class ServedRun:
     """A run that this process has locked.
 
-    state: its folded ledger. admin_secret: the secret of whoever may ask for its status.
+    state: its folded ledger. admin_secret: the secret of whoever may ask for its status. key: by which devices know the hub.
     """
 
     directory: RunDirectory
     ledger: Ledger
     state: LedgerState
     admin_secret: str
+    key: SigningKey
     lock: Lock
 
     def close(self) -> None:
@@ -55,7 +58,7 @@ def resume(settings: RunSettings) -> ServedRun:
         raise
     try:
         state = _replayed(ledger, settings)
-        return ServedRun(directory, ledger, state, _admin_secret(directory), lock)
+        return ServedRun(directory, ledger, state, _admin_secret(directory), signing_key(directory.signing_key), lock)
     except BaseException:
         ledger.close()
         lock.release()

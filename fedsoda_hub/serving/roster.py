@@ -26,6 +26,7 @@ from fedsoda_hub.serving import offers
 from fedsoda_hub.serving.connection import Connection
 from fedsoda_hub.serving.first_of import first_of
 from fedsoda_hub.serving.shelf import Shelf
+from fedsoda_hub.serving.signer import Signer
 from fedsoda_hub.serving.uploads import Uploads
 from fedsoda_hub.settings.run import RunSettings
 
@@ -46,6 +47,7 @@ class Roster:
         uploads: Uploads,
         report: Callable[[ev.RoundEvent], None],
         say: events.HubSay,
+        signer: Signer,
     ) -> None:
         self.progress: dict[ms.EdgeId, ms.Progress] = {}
         self._settings = settings
@@ -56,6 +58,7 @@ class Roster:
         self._uploads = uploads
         self._report = report
         self._say = say
+        self._signer = signer
         self._connections: dict[ms.EdgeId, Connection] = {}
         self._farewelled: set[ms.EdgeId] = set()
         self._has_farewelled = asyncio.Event()
@@ -106,7 +109,8 @@ class Roster:
             old.close()
             self._report(ev.EdgeGone(edge))  # until its Ready it is not invited
         self._say(events.EdgeConnected(edge=edge, software=hello.software))
-        return offers.welcome(edge, self._state, self._settings, self._shelf.ref)
+        welcome = offers.welcome(edge, self._state, self._settings, self._shelf.ref)
+        return msgspec.structs.replace(welcome, signed=self._signer.bundles())
 
     async def said(self, connection: Connection, message: ms.EdgeMessage | Upload) -> None:
         """Report what an edge said as an event of the round machine."""
@@ -179,7 +183,7 @@ class Roster:
         """Say this to the edge, if it is connected."""
         connection = self._connections.get(edge)
         if connection is not None:
-            connection.send(message)
+            connection.send(self._signer.signed(edge, message))
             if isinstance(message, ms.Farewell):
                 self._note_farewell(edge)
 

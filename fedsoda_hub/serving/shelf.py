@@ -29,7 +29,7 @@ class Shelf:
         self._blobs = directory.blobs
         self._state = state
         self._manifests: list[BundleManifest] = []  # in force, by size class
-        self._files: dict[str, Path] = {}
+        self._files: dict[ms.Digest, Path] = {}
 
     def follow(self, records: Iterable[rec.AnyRecord]) -> None:
         """Offer the files of all bundles that the records name; an edge may still fetch one that was in force before.
@@ -44,7 +44,9 @@ class Shelf:
             self._files[digest] = self._blobs.path(digest)
             for file in self._manifest(digest).files:
                 is_lora = file.name in (ADAPTER_LORA, EMULATOR_LORA)
-                self._files[file.sha256] = self._blobs.path(file.sha256) if is_lora else self._bundle / file.name
+                self._files[ms.Digest(file.sha256)] = (
+                    self._blobs.path(file.sha256) if is_lora else self._bundle / file.name
+                )
         self._manifests = [self._manifest(one.manifest) for one in self._state.sub_llms]
         # Names and offsets of the safetensors header: at most 256 bytes a tensor.
         self.max_update_bytes = 4096 + max(
@@ -66,7 +68,12 @@ class Shelf:
 
     def bundle_file(self, digest: str) -> Path | None:
         """Find a file of a bundle; None: no bundle of this run has it."""
-        return self._files.get(digest)
+        return self._files.get(ms.Digest(digest))
+
+    @property
+    def files(self) -> dict[ms.Digest, Path]:
+        """The path of every file of the bundles, by digest."""
+        return dict(self._files)
 
     def run_blob(self, digest: str) -> bytes | None:
         """Read a view in force or the coded step to it; None: the blob is neither."""

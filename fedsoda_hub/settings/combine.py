@@ -12,9 +12,10 @@ from typing import TypeVar, get_args
 import msgspec
 
 from fedsoda_edge.errors import UsageProblem
+from fedsoda_edge.protocol.mirrors import MAX_MIRRORS, is_mirror
 from fedsoda_hub.settings.keys import TOML, refuse_unless
 from fedsoda_hub.settings.methods import METHODS, MethodKeys, keys_of_method, readers_of
-from fedsoda_hub.settings.tables import Aggregation, LayerChoice, LoRA, Method, Optimizer, Tables, Wire
+from fedsoda_hub.settings.tables import Aggregation, Blobs, LayerChoice, LoRA, Method, Optimizer, Tables, Wire
 
 GROUPINGS: tuple[LayerChoice, ...] = ("contiguous", "spectral")  # choices that measure the layers
 NEVER_DRAWN: tuple[LayerChoice, ...] = ("uniform", "top")  # choices that are the same every time
@@ -42,6 +43,7 @@ def settled(tables: T, given: Mapping[str, object], file: str) -> T:
     """
     _check_layer_choice(tables.method, file)
     _check_aggregation(tables.aggregation, tables.wire, file)
+    _check_mirrors(tables.blobs, file)
     method = keys_of_method(tables.method)
     values = method.unread | {key: value for key, value in method.defaults.items() if key not in given}
     if tables.method.layer_choice in NEVER_DRAWN and "[method] reprune_every" not in given:
@@ -54,6 +56,18 @@ def settled(tables: T, given: Mapping[str, object], file: str) -> T:
     _check_groups(made.method, given, file)
     _check_sizes(made.method, made.lora, made.aggregation, file)
     return made
+
+
+def _check_mirrors(blobs: Blobs, file: str) -> None:
+    refuse_unless(
+        len(blobs.mirrors) <= MAX_MIRRORS, "[blobs] mirrors", blobs.mirrors, f"at most {MAX_MIRRORS} URLs", file
+    )
+    for url in blobs.mirrors:
+        if not is_mirror(url):
+            raise UsageProblem(
+                f"[blobs] mirrors = {url!r} in {file} is not the address of a mirror; write https://HOST/PATH/ as edges reach "
+                "it, without user, password, query and fragment"
+            )
 
 
 def with_full_emulator(tables: T) -> T:

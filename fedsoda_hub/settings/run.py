@@ -19,9 +19,9 @@ from fedsoda_hub.settings.methods import METHODS, UNREAD
 from fedsoda_hub.settings.tables import SELF_GENERATED, Public, Tables
 from fedsoda_hub.settings.toml import check, read_toml
 
-# What may change once a run is prepared, beside [listen] and [task] eval_*: where it computes, and when a round closes.
+# What may change once a run is prepared, beside [listen], [blobs] and [task] eval_*: where it computes, and when a round closes.
 _FREE = ("path", "device", "[rounds] count", "[rounds] quorum", "[rounds] deadline_seconds")
-MAY_CHANGE = "device, [rounds] count, quorum and deadline_seconds, [listen], [task] eval_data and eval_every"
+MAY_CHANGE = "device, [rounds] count, quorum and deadline_seconds, [listen], [blobs], [task] eval_data and eval_every"
 
 
 # Keys that runs of older hubs recorded and that are gone, with the value that every run has now.
@@ -78,7 +78,7 @@ class RunSettings(Tables, frozen=True):
         return {
             key: value
             for key, value in flat(msgspec.to_builtins(self)).items()
-            if key not in _FREE and not key.startswith(("[listen]", "[task] eval_"))
+            if key not in _FREE and not key.startswith(("[listen]", "[blobs]", "[task] eval_"))
         }
 
 

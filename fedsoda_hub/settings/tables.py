@@ -226,6 +226,18 @@ class Listen(Section, frozen=True):
     port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0: any that is free")] = 8470
 
 
+class Blobs(Section, frozen=True):
+    """[blobs]: where the files of the bundle lie beside the hub."""
+
+    mirrors: Annotated[
+        list[str],
+        Meta(
+            description="URLs below which the files of `fedsoda-hub bundle` lie, at most 8; edges ask there first, verify "
+            "what comes, and take from the hub what does not"
+        ),
+    ] = msgspec.field(default_factory=list)
+
+
 class Tables(Section, frozen=True):
     """All tables of RUN.toml."""
 
@@ -261,3 +273,4 @@ class Tables(Section, frozen=True):
     wire: Wire = Wire()
     task: Task = Task()
     listen: Listen = Listen()
+    blobs: Blobs = msgspec.field(default_factory=Blobs)

@@ -18,6 +18,7 @@ from fedsoda_edge.join.patience import Patience
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.codec import MAX_CHUNK_BYTES, decode, encode
 from fedsoda_edge.protocol.session import chunks
+from tests.joins import Deaf
 from tests.skipping_clock import SkippingClock
 
 T = TypeVar("T")
@@ -103,7 +104,7 @@ class Talk:
         self.events: list[ev.JoinEvent] = []
         self.heard: list[str] = []
         self.conversation = Conversation(
-            self.wire, lambda: HELLO, self.events.append, self.clock, Patience.of(self.clock, unattended=False)
+            self.wire, lambda: HELLO, self.events.append, self.clock, Patience.of(self.clock, unattended=False), Deaf()
         )
 
     async def read(self) -> None:
@@ -233,7 +234,9 @@ class Flapping(Wire):
 def test_a_greeting_is_no_progress_so_that_who_is_put_out_each_time_comes_more_and_more_rarely() -> None:
     async def play() -> None:
         clock, wire, events = SkippingClock(), Flapping(), list[ev.JoinEvent]()
-        conversation = Conversation(wire, lambda: HELLO, events.append, clock, Patience.of(clock, unattended=False))
+        conversation = Conversation(
+            wire, lambda: HELLO, events.append, clock, Patience.of(clock, unattended=False), Deaf()
+        )
         began = clock.monotonic()
         within_45_s = 0
         await conversation.greet()
@@ -293,7 +296,7 @@ def test_another_connection_of_this_identity_is_waited_for_and_then_the_refusal_
     async def play(*, dies: bool) -> int:
         clock, wire = SkippingClock(), Wire()
         wire.welcome = shared
-        conversation = Conversation(wire, lambda: HELLO, lambda _: None, clock, Patience(clock, None))
+        conversation = Conversation(wire, lambda: HELLO, lambda _: None, clock, Patience(clock, None), Deaf())
         greeting = asyncio.create_task(conversation.greet(Patience(clock, None)))
         while clock.slept < 10:
             await asyncio.sleep(0)
@@ -329,7 +332,7 @@ def test_a_blob_is_not_asked_for_on_a_connection_that_was_lost_meanwhile() -> No
 
 async def before_the_first(talk: Talk) -> None:
     talk.conversation = Conversation(
-        talk.wire, lambda: HELLO, talk.events.append, talk.clock, Patience(talk.clock, None)
+        talk.wire, lambda: HELLO, talk.events.append, talk.clock, Patience(talk.clock, None), Deaf()
     )
 
 

@@ -25,6 +25,7 @@ from fedsoda_edge.errors import BlobCorrupt, HubUnreachable
 from fedsoda_edge.join.download import Download, fetch_file, in_order
 from fedsoda_edge.join.home import Home
 from fedsoda_edge.join.patience import Patience
+from fedsoda_edge.join.sources import Sources
 from fedsoda_edge.network.hub_transport import HubTransport
 from fedsoda_edge.ports import TorchPort
 from fedsoda_edge.ports.child import Child
@@ -350,7 +351,15 @@ def fetched(directory: Path, cuts: list[int], *, unattended: bool = False) -> tu
                 store = FileStore(directory / "store")
                 clock = SkippingClock()
                 patience = Patience.of(clock, unattended=unattended)
-                download = Download(hub, store, run=at_once, say=said.append, patience=patience, clock=clock)
+                download = Download(
+                    Sources.only(hub),
+                    store,
+                    run=at_once,
+                    say=said.append,
+                    patience=patience,
+                    clock=clock,
+                    stall_seconds=60.0,
+                )
                 try:
                     path = await download.file(DIGEST, len(DATA))
                 finally:

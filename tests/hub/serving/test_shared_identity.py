@@ -19,6 +19,7 @@ from fedsoda_edge.network.hub_transport import HubTransport
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_hub.settings.run import RunSettings
 from tests.hub.serving.test_daemon import connected, serving, write_run
+from tests.joins import Deaf
 from tests.skipping_clock import SkippingClock
 
 
@@ -93,6 +94,7 @@ def test_two_joins_of_one_identity_make_few_connections_and_the_later_one_ends_w
                     lambda _: None,
                     clock,
                     Patience(clock, None),
+                    Deaf(),
                 )
                 for home in homes
             )
