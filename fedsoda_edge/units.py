@@ -6,6 +6,13 @@ import re
 
 from fedsoda_edge.errors import UsageProblem
 
+# Control characters, and what turns the direction of writing or ends a line: a terminal or a log would obey them.
+_STEERING = {
+    code: "\ufffd"
+    for first, last in ((0, 0x1F), (0x7F, 0x9F), (0x61C, 0x61C), (0x200E, 0x200F), (0x2028, 0x202E), (0x2066, 0x2069))
+    for code in range(first, last + 1)
+}
+MOST_SAID = 400  # characters of what another side says in its own words
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -22,6 +29,12 @@ def parse_seconds(text: str, option: str) -> float:
     if match is None or not float(match[1]):
         raise UsageProblem(f"{option} {text!r} is not a time; write it as 90s, 30m or 1h")
     return float(match[1]) * _UNITS[match[2]]
+
+
+def one_line(text: str, most: int = MOST_SAID) -> str:
+    """Write what another side says in its own words as a part of one line, cut after `most` characters."""
+    shown = text[: most + 1].translate(_STEERING)
+    return shown if len(text) <= most else f"{shown[: most - 1]}…"
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:

@@ -12,13 +12,16 @@ from collections.abc import AsyncGenerator, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from fedsoda_edge.errors import HubUnreachable, ProtocolMismatch, RefusedByHub
+from msgspec.structs import replace
+
+from fedsoda_edge.errors import HubUnreachable, ProtocolMismatch, ProtocolViolation, RefusedByHub
 from fedsoda_edge.events import EventSink, Reconnecting
 from fedsoda_edge.join.patience import Patience
 from fedsoda_edge.ports import Clock, Transport
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol import trace
 from fedsoda_edge.protocol.session import Blob, EdgeSession, chunks
+from fedsoda_edge.units import one_line
 
 log = logging.getLogger("fedsoda_edge.join")
 
@@ -62,6 +65,7 @@ class AnswerDue:
     """The state while an announced update has no answer."""
 
     round: int
+    digest: ms.Digest
     answer: asyncio.Future[ms.Receipt | ms.Refusal]
 
 
@@ -91,8 +95,17 @@ class Connected:
             self.due.blob.set_result(blob.data)
 
     def answer(self, answer: ms.Receipt | ms.Refusal) -> None:
-        """Give the hub's answer to the request that sent the update."""
+        """Give the hub's answer to the request that sent the update.
+
+        Raises:
+            ProtocolViolation: it is a receipt for another update of the round.
+        """
         if isinstance(self.due, AnswerDue) and self.due.round == answer.round and not self.due.answer.done():
+            if isinstance(answer, ms.Receipt) and answer.digest != self.due.digest:
+                raise ProtocolViolation(
+                    f"the hub has the update {answer.digest[:12]} of round {answer.round}, {self.due.digest[:12]} was sent; "
+                    "ask the hub's owner"
+                )
             self.due.answer.set_result(answer)
 
     def lose(self) -> None:
@@ -177,7 +190,7 @@ class Conversation:
             assert isinstance(answer, ms.Welcome | ms.Refusal), "a session lets nothing else answer Hello"
             log.debug(trace.line("<", answer))
             if isinstance(answer, ms.Refusal):
-                why = f"the hub refused: {answer.reason}"
+                why = f"the hub refused: {one_line(answer.reason)}"
                 raise RefusedForNow(why) if answer.retry else RefusedByHub(why)
             if answer.protocol != ms.PROTOCOL_VERSION:
                 raise ProtocolMismatch(ms.PROTOCOL_VERSION, answer.protocol)
@@ -186,7 +199,7 @@ class Conversation:
                     f"the hub now serves the run {answer.run_id}, this join began with {self._welcome.run_id}; join again"
                 )
             self._witness.hears(answer)
-            self._welcome = answer
+            self._welcome = answer = replace(answer, run_name=one_line(answer.run_name))
             self._become(Connected(session, self._clock.monotonic()))
             return answer
         raise HubUnreachable("the hub closed the connection before it answered Hello; try again later", "HTTP")
@@ -270,12 +283,17 @@ class Conversation:
                     self._witness.hears(message)
         match message:
             case ms.Refusal() if message.fatal:
-                raise RefusedByHub(f"the hub refused: {message.reason}")
-            case ms.Receipt() | ms.Refusal():
+                raise RefusedByHub(f"the hub refused: {one_line(message.reason)}")
+            case ms.Receipt():
                 self._patience.progressed()
                 connection.answer(message)
-            case ms.RoundOffer() | ms.RoundClosed() | ms.Farewell():
+            case ms.Refusal():
+                self._patience.progressed()
+                connection.answer(replace(message, reason=one_line(message.reason)))
+            case ms.RoundOffer() | ms.RoundClosed():
                 return message
+            case ms.Farewell():
+                return replace(message, reason=one_line(message.reason))
         return None
 
     # --- what this edge says -----------------------------------------------------------------------------------------
@@ -354,7 +372,7 @@ class Conversation:
         """
 
         async def upload(connection: Connected) -> ms.Receipt | ms.Refusal:
-            due = AnswerDue(start.round, asyncio.get_running_loop().create_future())
+            due = AnswerDue(start.round, start.digest, asyncio.get_running_loop().create_future())
             connection.due = due
             await self._send(connection, start)
             for offset, piece in chunks(data):

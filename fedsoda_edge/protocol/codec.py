@@ -9,6 +9,7 @@ import msgspec
 
 from fedsoda_edge.errors import ProtocolViolation
 from fedsoda_edge.protocol.messages import AnyMessage, BlobChunk, Message, UpdateChunk
+from fedsoda_edge.units import one_line
 
 MAX_HEADER_BYTES = 64 << 10
 MAX_CHUNK_BYTES = 256 << 10
@@ -43,7 +44,7 @@ def decode(frame: bytes) -> tuple[AnyMessage, bytes]:
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         # The sentence goes back as a message, and messages are small: what is wrong may be as long as a header.
         raise ProtocolViolation(
-            f"a frame holds no message of this protocol ({error!s:.200}); upgrade the older side"
+            f"a frame holds no message of this protocol ({one_line(str(error), 200)}); upgrade the older side"
         ) from error
     payload = frame[4 + size :]
     if len(payload) > MAX_CHUNK_BYTES:

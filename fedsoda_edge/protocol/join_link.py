@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.protocol.signatures import KEY_BYTES, as_text, from_text
+from fedsoda_edge.units import one_line
 
 SCHEME = "fedsoda"
 SECRET_BYTES = 24
@@ -74,7 +75,10 @@ def read_link(text: str) -> JoinLink:
         raise UsageProblem(
             f"the join link has {len(line)} characters, but at most {MAX_LINK_CHARACTERS} are one; {_AGAIN}"
         )
-    parts = urlsplit(line)
+    try:
+        parts = urlsplit(line)
+    except ValueError as error:  # brackets of no address, letters that become a / or a : in another form
+        raise UsageProblem(f"the join link names no host ({one_line(str(error))}); {_AGAIN}") from None
     if parts.scheme != SCHEME:
         raise UsageProblem(f"a join link begins with {SCHEME}://, this one with {line[:12]!r}; {_AGAIN}")
     found: dict[str, list[str]] = {}

@@ -165,7 +165,7 @@ def check(name: str, data: bytes | memoryview, shape: tuple[int, int]) -> Entry:
     """
     entry = read(name, data, shape)
     [scale] = struct.unpack("<f", b"\0\0" + entry.scale)
-    if not abs(scale) * 128 * sum(map(len, entry.subsets)) < TOO_LARGE:
+    if not abs(scale) * 128 * max(1, sum(map(len, entry.subsets))) < TOO_LARGE:
         raise ProtocolViolation(
             f"{name} has values that are not finite; lower [local] learning_rate, or check the data"
         )

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import msgspec
 
 from fedsoda_edge.errors import BlobCorrupt, UsageProblem
+from fedsoda_edge.units import one_line
 
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 16 << 20
@@ -258,13 +259,13 @@ def parse_manifest(data: bytes) -> BundleManifest:
         version = msgspec.json.decode(data).get("format_version")
         if version != FORMAT_VERSION:
             raise BlobCorrupt(
-                f"the bundle has format {str(version)[:20]}, this program reads {FORMAT_VERSION}; "
+                f"the bundle has format {one_line(str(version), 20)}, this program reads {FORMAT_VERSION}; "
                 "upgrade: pip install -U fedsoda"
             )
         manifest = msgspec.json.decode(data, type=BundleManifest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, AttributeError) as error:
         raise BlobCorrupt(
-            f"the manifest is not one of a bundle: {error}; fetch the bundle again or ask the hub's owner"
+            f"the manifest is not one of a bundle: {one_line(str(error))}; fetch the bundle again or ask the hub's owner"
         ) from error
     names = [file.name for file in manifest.files]
     required = {f"layers.{number}.safetensors" for number in manifest.plan.kept[:MAX_LAYERS]}
@@ -287,7 +288,7 @@ def parse_manifest(data: bytes) -> BundleManifest:
         "another number of layers than its plan": manifest.config.get("num_hidden_layers") != manifest.plan.num_layers,
         "a config number out of bounds": not all(abs(value) < 2.0**40 for value in numbers),
         **{
-            f"a model whose {name} is {str(size)[:20]}": not _is_size(size) and (name in SIZES or size is not None)
+            f"a model whose {name} is {one_line(str(size), 20)}": not _is_size(size) and (name in SIZES or size is not None)
             for name, size in sizes.items()
         },
         "a LoRA that is not possible": not (0 < lora.rank <= MAX_SIZE and math.isfinite(lora.alpha) and lora.alpha > 0)
@@ -298,6 +299,12 @@ def parse_manifest(data: bytes) -> BundleManifest:
     for problem, found in problems.items():
         if found:
             raise BlobCorrupt(f"the manifest names {problem}; fetch the bundle again or ask the hub's owner")
+    try:
+        check_plan(manifest.plan)
+    except UsageProblem as error:
+        raise BlobCorrupt(
+            f"the manifest is not one of a bundle: {one_line(str(error))}; fetch the bundle again or ask the hub's owner"
+        ) from error
     return manifest
 
 

@@ -17,6 +17,15 @@ EdgeId = NewType("EdgeId", str)
 Digest = NewType("Digest", str)  # sha256, 64 lower-case hex digits
 Factor = Literal["both", "A", "B"]  # of a LoRA product B @ A
 Steps = Annotated[int, Meta(ge=0, le=2**31)]  # a hub shows them: a larger number is nobody's count
+# Python's whole numbers have no end: one of 4,000 digits would reach sums, floats and JSON of others.
+Whole = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Few = Annotated[int, Meta(ge=1, le=2**31)]
+FileBytes = Annotated[int, Meta(ge=1, le=2**40)]
+Seconds = Annotated[float, Meta(ge=0, le=1e10)]
+Name = Annotated[str, Meta(max_length=200)]
+DeviceId = Annotated[str, Meta(pattern=r"\A[ -~]{1,64}\Z")]
+Sha256 = Annotated[Digest, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=False, tag_field="type", kw_only=True):
@@ -32,11 +41,11 @@ class DeviceFacts(msgspec.Struct, frozen=True, kw_only=True):
     vram_bytes: 0 where there is no usable GPU. accelerator: the GPU's name; "" where there is none.
     """
 
-    ram_bytes: int
-    vram_bytes: int
-    disk_bytes: int
-    threads: int
-    accelerator: str
+    ram_bytes: Count
+    vram_bytes: Count
+    disk_bytes: Count
+    threads: Count
+    accelerator: Name
 
 
 class Template(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,25 +58,25 @@ class Template(msgspec.Struct, frozen=True, kw_only=True):
 class BlobRef(msgspec.Struct, frozen=True, kw_only=True):
     """The digest of a blob, and its size."""
 
-    digest: Digest
-    bytes: int
+    digest: Sha256
+    bytes: FileBytes
 
 
 class LocalSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The settings of local rounds: the table [local] of RUN.toml as it travels in an offer."""
 
-    epochs: Annotated[int, Meta(ge=1, description="passes over an edge's samples in a round")] = 1
-    max_steps: Annotated[int, Meta(ge=0, description="steps of a round at most; 0: all of its epochs")] = 0
-    batch_size: Annotated[int, Meta(ge=1, description="samples of a step")] = 8
+    epochs: Annotated[int, Meta(ge=1, le=2**31, description="passes over an edge's samples in a round")] = 1
+    max_steps: Annotated[int, Meta(ge=0, le=2**31, description="steps of a round at most; 0: all of its epochs")] = 0
+    batch_size: Annotated[int, Meta(ge=1, le=2**31, description="samples of a step")] = 8
     learning_rate: Annotated[float, Meta(ge=0, description="AdamW's learning rate")] = 1e-4
     weight_decay: Annotated[float, Meta(ge=0, description="AdamW's weight decay")] = 0.01
     max_grad_norm: Annotated[float, Meta(gt=0, description="norm that gradients are clipped to")] = 1.0
     proximal_mu: Annotated[float, Meta(ge=0, description="weight of FedProx's pull to the round's view; 0: none")] = (
         0.01
     )
-    max_length: Annotated[int, Meta(ge=2, description="tokens of a sample at most; a longer one is cut at its end")] = (
-        512
-    )
+    max_length: Annotated[
+        int, Meta(ge=2, le=2**31, description="tokens of a sample at most; a longer one is cut at its end")
+    ] = 512
 
 
 class ViewRef(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -78,7 +87,7 @@ class ViewRef(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     moved: the factor that `delta` holds; the other one is as it was in the previous view.
     """
 
-    digest: Digest
+    digest: Sha256
     delta: BlobRef | None
     snapshot: BlobRef | None
     moved: Factor = "both"
@@ -113,11 +122,11 @@ class Hello(Message, frozen=True, tag="hello", omit_defaults=True):
         where it is not known.
     """
 
-    protocol: int
-    software: str
-    device_id: str
+    protocol: Whole
+    software: Name
+    device_id: DeviceId
     device: DeviceFacts
-    place: str = ""
+    place: Name = ""
 
 
 class Ready(Message, frozen=True, tag="ready", omit_defaults=True):
@@ -126,15 +135,15 @@ class Ready(Message, frozen=True, tag="ready", omit_defaults=True):
     size_class: which sub-LLM it took: 0 for the Welcome's own, 1 for the first of `smaller`, ...
     """
 
-    num_examples: int
-    size_class: int = 0
+    num_examples: Count
+    size_class: Whole = 0
 
 
 class BlobRequest(Message, frozen=True, tag="blob_request"):
     """The request for a blob of the run (delta, snapshot, alignment) from `offset` on."""
 
-    digest: Digest
-    offset: int = 0
+    digest: Sha256
+    offset: Whole = 0
 
 
 class UpdateStart(Message, frozen=True, tag="update_start"):
@@ -144,34 +153,34 @@ class UpdateStart(Message, frozen=True, tag="update_start"):
     loss: None where it was not finite.
     """
 
-    round: int
-    base: Digest
-    alignment: int
-    digest: Digest
-    bytes: int
+    round: Whole
+    base: Sha256
+    alignment: Whole
+    digest: Sha256
+    bytes: Whole
     codec: str
-    num_examples: int
+    num_examples: Whole
     loss: float | None
 
 
 class UpdateChunk(Message, frozen=True, tag="update_chunk"):
     """A piece of the announced update; its bytes travel behind the header (codec.py)."""
 
-    digest: Digest
-    offset: int
+    digest: Sha256
+    offset: Whole
 
 
 class Decline(Message, frozen=True, tag="decline"):
     """The refusal to answer the round with an update."""
 
-    round: int
+    round: Whole
     reason: str
 
 
 class Progress(Message, frozen=True, tag="progress"):
     """The state of the local round; volatile, so it never enters the ledger."""
 
-    round: int
+    round: Whole
     step: Steps
     steps: Steps
     loss: float | None = None
@@ -208,19 +217,19 @@ class Welcome(Message, frozen=True, tag="welcome", omit_defaults=True):
     signed: the BundleStatement of all these manifests; None: the hub is an older release.
     """
 
-    protocol: int
+    protocol: Whole
     run_id: str
     run_name: str
     edge: EdgeId
     manifest: BlobRef
-    rounds: int
-    rounds_done: int
+    rounds: Count
+    rounds_done: Count
     template: Template | None
-    max_length: int
+    max_length: Few
     codec: str
-    seed: int
-    stall_seconds: float
-    batch_size: int = 8
+    seed: Whole
+    stall_seconds: Seconds
+    batch_size: Few = 8
     emulator: ViewRef | None = None
     smaller: tuple[SizeClass, ...] = ()
     signed: Signed | None = None
@@ -236,13 +245,13 @@ class RoundOffer(Message, frozen=True, tag="round_offer", omit_defaults=True):
     signed: the BundleStatement that names `manifest`; None where there is none, or the hub is an older release.
     """
 
-    round: int
-    rounds: int
+    round: Count
+    rounds: Count
     view: ViewRef
-    alignment: int
+    alignment: Count
     emulator: ViewRef
     local: LocalSettings
-    due_seconds: float
+    due_seconds: Seconds
     trains: Factor = "both"
     has_feedback: bool = True
     manifest: BlobRef | None = None
@@ -252,9 +261,9 @@ class RoundOffer(Message, frozen=True, tag="round_offer", omit_defaults=True):
 class BlobChunk(Message, frozen=True, tag="blob_chunk"):
     """A piece of a requested blob; its bytes travel behind the header (codec.py)."""
 
-    digest: Digest
-    offset: int
-    total: int
+    digest: Sha256
+    offset: Whole
+    total: Whole
 
 
 class Receipt(Message, frozen=True, tag="receipt", omit_defaults=True):
@@ -263,8 +272,8 @@ class Receipt(Message, frozen=True, tag="receipt", omit_defaults=True):
     signed: its ReceiptStatement; None: the hub is an older release.
     """
 
-    round: int
-    digest: Digest
+    round: Whole
+    digest: Sha256
     signed: Signed | None = None
 
 
@@ -275,7 +284,7 @@ class Refusal(Message, frozen=True, tag="refusal"):
     """
 
     reason: str
-    round: int | None = None
+    round: Whole | None = None
     retry: bool = False
     fatal: bool = False
 
@@ -283,14 +292,14 @@ class Refusal(Message, frozen=True, tag="refusal"):
 class RoundClosed(Message, frozen=True, tag="round_closed"):
     """The report that a round takes no more updates. num_updates: how many the hub averaged in it."""
 
-    round: int
-    num_updates: int
+    round: Whole
+    num_updates: Count
 
 
 class Farewell(Message, frozen=True, tag="farewell"):
     """The report that the run is over, with the reason."""
 
-    rounds: int
+    rounds: Count
     reason: str
 
 

@@ -184,6 +184,11 @@ class HubSession:
             case ms.UpdateStart():
                 if self.state != "ready":
                     raise ProtocolViolation("the edge sent an update before it was ready")
+                if self._upload is not None:
+                    raise ProtocolViolation(
+                        f"the edge announced {message.digest[:12]} when {self._upload.size} of {self._upload.total} bytes of "
+                        f"{self._upload.digest[:12]} had come; one update is under way at a time"
+                    )
                 if not 0 < message.bytes <= self._max_update_bytes:
                     raise ProtocolViolation(
                         f"an update of {message.bytes} bytes was announced, and {self._max_update_bytes} are allowed at most"
@@ -197,6 +202,8 @@ class HubSession:
                     return None
                 start, self._start, self._upload = self._start, None, None
                 return Upload(start, data)
+            case ms.Resumed() if self.state != "ready":
+                raise ProtocolViolation("the edge resumed before it was ready, so it would be invited and could not answer")
             case ms.Leave():
                 self.state = "over"
         return message

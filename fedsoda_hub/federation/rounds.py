@@ -7,6 +7,7 @@ after replay. What is decided within an open round is `collecting.py`'s, between
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import assert_never
 
 from fedsoda_edge.protocol import messages as ms
@@ -21,6 +22,9 @@ from fedsoda_hub.federation.state import LedgerState
 
 # The records that results of jobs become; with its record written, a job is over.
 _RESULTS = (rec.RunPrepared, rec.RoundClosed, rec.Realigned, rec.Repruned, rec.Probed, rec.Evaluated)
+
+
+MAX_RETURNS = 100  # of an edge in a round: each is two records, and an edge that only pauses and resumes would fill the disk
 
 
 class RoundMachine:
@@ -40,13 +44,17 @@ class RoundMachine:
         self._running: jobs.Job | None = None
         self._timer: tuple[int, float] | None = None
         self._extensions = 0
+        self._returns: Counter[EdgeId] = Counter()  # from pauses, in the open round
         self._waiting = ""
 
     def apply(self, record: rec.AnyRecord) -> None:
         """Fold in a record that is durable now."""
+        before = self.state.deadline_at
         self.state.apply(record)
-        if isinstance(record, rec.CohortExtended):
-            self._extensions += 1
+        if isinstance(record, rec.CohortExtended) and record.deadline_at != before:
+            self._extensions += 1  # the others are told of the new deadline; of one that is back they need not know
+        if isinstance(record, rec.RoundOpened):
+            self._returns.clear()
         if isinstance(record, rec.RoundOpened | rec.CohortExtended):
             self._timer = None
         if isinstance(record, _RESULTS):
@@ -123,6 +131,9 @@ class RoundMachine:
         self._uploading.discard(edge)  # an upload ends with the connection it came by
         self._offered.pop(edge, None)  # a new connection has no offer yet
         if state.phase == "collecting" and state.answered.get(edge) in ("paused", "left"):
+            self._returns[edge] += 1
+            if self._returns[edge] > MAX_RETURNS:
+                return [Ignore(f"{edge} was back {MAX_RETURNS} times in round {state.round}; the next round asks it again")]
             return [Append(rec.CohortExtended(round=state.round, invited=(edge,), deadline_at=state.deadline_at))]
         return []
 

@@ -110,6 +110,8 @@ class Connection:
         self.up = 0
         self.down = 0
         self.session = HubSession(hub.shelf.max_update_bytes)
+        self._progress: int | None = None  # of the upload under way, as it was at `_moved_at`, in seconds of the loop
+        self._moved_at = asyncio.get_running_loop().time()
         self.flushed = asyncio.Event()  # nothing leaves any more
         self._hub = hub
         self._channel = channel
@@ -165,8 +167,11 @@ class Connection:
         stall = self._hub.guests.stall_seconds if self.session.upload_progress is not None else None
         if self.session.state == "new":
             stall = HELLO_SECONDS
+        if self.session.upload_progress != self._progress:
+            self._progress, self._moved_at = self.session.upload_progress, asyncio.get_running_loop().time()
         try:
-            async with asyncio.timeout(stall):
+            # Since the last byte of the upload: an edge that says other things meanwhile would hold up a round for ever.
+            async with asyncio.timeout_at(None if stall is None else self._moved_at + stall):
                 return await self._channel.receive_bytes()
         except TimeoutError:
             what = "no Hello" if self.session.state == "new" else "upload stalls"

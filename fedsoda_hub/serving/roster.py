@@ -16,6 +16,7 @@ from fedsoda_edge.errors import DiskFull
 from fedsoda_edge.ports import Clock
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.session import Upload
+from fedsoda_edge.units import one_line
 from fedsoda_hub import events
 from fedsoda_hub.federation import events as ev
 from fedsoda_hub.federation.schedule import Rules, trained_factor
@@ -108,7 +109,7 @@ class Roster:
         if old is not None:  # the device reconnected before the hub noticed that its old connection had ended
             old.close()
             self._report(ev.EdgeGone(edge))  # until its Ready it is not invited
-        self._say(events.EdgeConnected(edge=edge, software=hello.software))
+        self._say(events.EdgeConnected(edge=edge, software=one_line(hello.software)))
         welcome = offers.welcome(edge, self._state, self._settings, self._shelf.ref)
         return msgspec.structs.replace(welcome, signed=self._signer.bundles())
 
@@ -130,9 +131,9 @@ class Roster:
             case ms.Leave():
                 self._report(ev.EdgeAway(edge, "left"))
                 self._note_farewell(edge)
-                self._say(events.EdgeLeft(edge=edge, reason=message.reason))
+                self._say(events.EdgeLeft(edge=edge, reason=one_line(message.reason)))
             case ms.Decline():
-                self._say(events.Declined(edge=edge, round=message.round, reason=message.reason))
+                self._say(events.Declined(edge=edge, round=message.round, reason=one_line(message.reason)))
                 self._report(ev.EdgeDeclined(edge, message.round, message.reason))
             case ms.UpdateStart():
                 self._report(ev.UploadStarted(edge, message.round))
@@ -183,6 +184,8 @@ class Roster:
         """Say this to the edge, if it is connected."""
         connection = self._connections.get(edge)
         if connection is not None:
+            if isinstance(message, ms.RoundOffer) and connection.session.state != "ready":
+                return  # it answers the Ready of a connection before this one; this one's own brings another
             connection.send(self._signer.signed(edge, message))
             if isinstance(message, ms.Farewell):
                 self._note_farewell(edge)
