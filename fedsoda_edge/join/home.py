@@ -78,6 +78,16 @@ class Home:
         return self.directory / "store"
 
     @property
+    def device_key(self) -> Path:
+        """The file of the key by which hubs know this device (`identity.py`); mode 0600."""
+        return self.directory / "device.key"
+
+    @property
+    def hubs(self) -> Path:
+        """The directory of where hubs were reached last, by their key (`identity.py`)."""
+        return self.directory / "hubs"
+
+    @property
     def config(self) -> Path:
         """The file of options that need not be given each time (`cli/config_file.py`)."""
         return self.directory / "config.toml"
@@ -103,7 +113,7 @@ class Home:
                 f"the hub names its run {run_id[:80]!r}, which is not a safe name for a directory; join only hubs you trust"
             )
         path = self.directory / "runs" / run_id
-        with self._usable():
+        with self.usable():
             path.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -128,7 +138,7 @@ class Home:
         return joined if all(Path(path).exists() for path in joined.tokenizer.values()) else None
 
     @contextlib.contextmanager
-    def _usable(self) -> Iterator[None]:
+    def usable(self) -> Iterator[None]:
         """Turn errors of the disk into sentences that name the directory and what to do."""
         try:
             yield
@@ -153,7 +163,7 @@ class Home:
             UsageProblem: the key's file is damaged, or the directory cannot be used.
         """
         path = self.directory / "cache.key"
-        with self._usable():
+        with self.usable():
             if not keep:
                 path.unlink(missing_ok=True)
                 return secrets.token_bytes(KEY_BYTES)
@@ -181,7 +191,7 @@ class Home:
             UsageProblem: its file is damaged, or the directory cannot be used.
         """
         path = self.directory / "device_id"
-        with self._usable():
+        with self.usable():
             if not path.exists():
                 write_durably(path, secrets.token_hex(16).encode())
             found = path.read_text(encoding="ascii", errors="replace").strip()
@@ -198,7 +208,7 @@ class Home:
         Raises:
             HomeInUse: another process has the lock.
         """
-        with self._usable():
+        with self.usable():
             try:
                 self._lock = Lock(self.directory / "lock")
             except Held as held:
@@ -209,7 +219,7 @@ class Home:
 
     def is_in_use(self) -> bool:
         """Tell whether a join runs here. Takes the lock for a moment: only the lock shows whether a join is alive."""
-        with self._usable():
+        with self.usable():
             return is_locked(self.directory / "lock")
 
     def unlock(self) -> None:

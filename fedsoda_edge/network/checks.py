@@ -42,12 +42,17 @@ def http_client(route: Route, **settings: Any) -> Any:
 async def diagnosis(route: Route, cause: Exception) -> HubUnreachable:
     """Return why a websocket could not be opened: the error of the first step that fails."""
     why = str(cause) or type(cause).__name__
+    return await first_failure(route) or answers.no_websockets(route, why)
+
+
+async def first_failure(route: Route) -> HubUnreachable | None:
+    """Return the error of the first step that fails; None: a hub answers at the end of this way."""
     for check in (check_dns, check_tcp, check_tls, check_http):
         try:
             await check(route)
         except HubUnreachable as error:
             return error
-    return answers.no_websockets(route, why)
+    return None
 
 
 def _of_proxy(route: Route) -> str:
@@ -149,7 +154,7 @@ async def check_http(route: Route) -> datetime | None:
         HubUnreachable: there is no answer, or it is not that of a hub.
     """
     async with _healthz(route) as answer:
-        body = await _first_bytes(answer)
+        body = await first_bytes(answer)
         if answer.status_code != 200:
             raise answers.refused(route, answer.status_code, answer.headers, body, f"{route.url}/healthz")
         if not answers.is_hub(body):
@@ -160,7 +165,8 @@ async def check_http(route: Route) -> datetime | None:
         return None
 
 
-async def _first_bytes(answer: Any, count: int = 4096) -> bytes:
+async def first_bytes(answer: Any, count: int = 4096) -> bytes:
+    """Return the first bytes of an answer's body: no more are read."""
     body = b""
     async for piece in answer.aiter_bytes():
         body += piece
