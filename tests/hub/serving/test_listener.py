@@ -71,6 +71,9 @@ class MemoryHub:
         known = {name: Token(ms.EdgeId(name), None, name == "mallory") for name in ("alice", "bob", "mallory")}
         return known.get(secret)
 
+    async def prove(self, request: bytes) -> tuple[int, bytes]:
+        return 200, request
+
     def is_admin(self, secret: str) -> bool:
         return secret == "admin"
 
