@@ -86,7 +86,8 @@ def test_nothing_that_travels_holds_the_secret_or_the_seed_of_its_key() -> None:
     device = begun()
     travelled = device.ask() + device.answer(challenged())
     for secret in (SECRET, hashlib.sha256(b"fedsoda invitation\0" + SECRET).digest(), hashlib.sha256(SECRET).digest()):
-        assert as_text(secret).encode() not in travelled and secret.hex().encode() not in travelled
+        for written in (as_text(secret), secret.hex()):
+            assert written.encode() not in travelled
 
 
 @pytest.mark.parametrize(
@@ -183,9 +184,7 @@ def test_a_hub_refuses_what_was_not_made_for_it(attack: str) -> None:
 def test_who_listens_cannot_use_an_invitation_for_a_device_of_its_own() -> None:
     """What it needs is the invitation's signature over its own key, and it has only that over the other device's."""
     heard = json.loads(begun().answer(challenged()))
-    signed = proof.signed_by_device(
-        THEIRS, OURS, HUB.public, MALLORY.public, proof.invitation_key(SECRET).public, RUN
-    )
+    signed = proof.signed_by_device(THEIRS, OURS, HUB.public, MALLORY.public, proof.invitation_key(SECRET).public, RUN)
     mine = heard | {"device_key": as_text(MALLORY.public), "signature": as_text(MALLORY.sign("device", signed))}
     answer = proof.read(json.dumps(mine).encode())
     assert isinstance(answer, proof.Answer)

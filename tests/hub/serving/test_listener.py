@@ -184,9 +184,9 @@ async def assert_hub_ends_it(socket: ClientConnection) -> None:
 @pytest.mark.parametrize(
     ("headers", "why"),
     [
-        ({}, "the request has no token; join with --token-file"),
-        ({"Authorization": "Bearer"}, "the request has no token; join with --token-file"),
-        ({"Authorization": "Basic alice"}, "the request has no token; join with --token-file"),
+        ({}, "the request has no token; join with a join link or --token-file"),
+        ({"Authorization": "Bearer"}, "the request has no token; join with a join link or --token-file"),
+        ({"Authorization": "Basic alice"}, "the request has no token; join with a join link or --token-file"),
         ({"Authorization": "Bearer guess"}, "the hub does not know this token; ask its owner for a new one"),
         ({"Authorization": "Bearer mallory"}, "the token of mallory was revoked; ask the hub's owner for a new one"),
     ],
