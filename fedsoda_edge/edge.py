@@ -25,7 +25,9 @@ from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.join import inspect
 from fedsoda_edge.join.agent import Agent
 from fedsoda_edge.join.conversation import RunOver
+from fedsoda_edge.join.doctor import linked
 from fedsoda_edge.join.home import CACHE_DTYPES, Home
+from fedsoda_edge.join.link import link_or_url
 from fedsoda_edge.join.settings import AgentSettings, Cache
 from fedsoda_edge.join.token import read_token
 from fedsoda_edge.join.trainer import WORKER_MODULE, worker_environment
@@ -95,8 +97,10 @@ class Edge:
     """A hub as this device sees it.
 
     Args:
-        hub: its URL, or a Transport such as `testing.ScriptedHub`.
-        token_file: the file with the token ("-": stdin); None: the token is in FEDSODA_TOKEN.
+        hub: its URL, a join link, or a Transport such as `testing.ScriptedHub`; None: there is a link elsewhere.
+        token_file: the file with the token ("-": stdin); None: the token is in FEDSODA_TOKEN. A join link needs none.
+        link: a join link, as `hub` takes it too.
+        link_file: the file with the join link ("-": stdin); without hub, link and link_file it is in FEDSODA_LINK.
         home: the directory where state is kept; None: FEDSODA_HOME or the platform's user directory.
         device: "auto", "cpu", "cuda" or "cuda:N".
         threads: CPU threads of the worker; 0 leaves their number to torch.
@@ -107,14 +111,16 @@ class Edge:
             DeviceTooSmall.
 
     Raises:
-        UsageProblem: cache or device has another value, or the hub's URL is not one.
+        UsageProblem: cache or device has another value, or both a hub and a link were given.
     """
 
     def __init__(
         self,
-        hub: str | Transport,
+        hub: str | Transport | None = None,
         *,
         token_file: str | Path | None = None,
+        link: str | None = None,
+        link_file: str | Path | None = None,
         home: str | Path | None = None,
         device: str = "auto",
         threads: int = 0,
@@ -127,7 +133,10 @@ class Edge:
         if cache not in CACHE_DTYPES:
             raise UsageProblem(f"cache={cache!r} is not known; choose {' or '.join(CACHE_DTYPES)}")
         check_device_name(device)
-        self._hub = hub
+        if hub is not None and link is not None:
+            raise UsageProblem("a hub and link were both given; leave one of them out")
+        self._hub = link if hub is None else hub
+        self._link_file = link_file
         self._token_file = token_file
         self._home = Path(home) if home is not None else None
         self._device = device
@@ -139,11 +148,14 @@ class Edge:
         """Make the transport to the hub, which is not connected yet.
 
         Raises:
-            UsageProblem: the URL is not one of a hub, or there is no token.
+            UsageProblem: the URL is not one of a hub, the link is damaged, or there is neither token nor link.
         """
-        if isinstance(self._hub, str):
-            return HubTransport(self._hub, read_token(self._token_file))
-        return self._hub
+        if self._hub is not None and not isinstance(self._hub, str):
+            return self._hub
+        found = link_or_url(self._hub, self._link_file, self._token_file)
+        if isinstance(found, str):
+            return HubTransport(found, read_token(self._token_file))
+        return HubTransport.by_link(linked(Home(self._home), found))
 
     def join(
         self,

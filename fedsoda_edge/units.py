@@ -13,11 +13,11 @@ _STEERING = {
     for code in range(first, last + 1)
 }
 MOST_SAID = 400  # characters of what another side says in its own words
-_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 def parse_seconds(text: str, option: str) -> float:
-    """Read a time such as "90s", "30m" or "1.5h", in seconds.
+    """Read a time such as "90s", "30m", "1.5h" or "7d", in seconds.
 
     Args:
         option: the name by which the caller knows the text, for the error.
@@ -25,9 +25,9 @@ def parse_seconds(text: str, option: str) -> float:
     Raises:
         UsageProblem: the text is not a time above 0.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh])\s*", text.lower())
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd])\s*", text.lower())
     if match is None or not float(match[1]):
-        raise UsageProblem(f"{option} {text!r} is not a time; write it as 90s, 30m or 1h")
+        raise UsageProblem(f"{option} {text!r} is not a time; write it as 90s, 30m, 1h or 7d")
     return float(match[1]) * _UNITS[match[2]]
 
 

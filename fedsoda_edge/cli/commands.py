@@ -15,7 +15,16 @@ import typer
 from fedsoda_edge.cli import options as opt
 from fedsoda_edge.cli.receipts_command import receipts
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_edge.ports.console import EXIT_HELP, effective_settings, finish, is_asked, note, reporting, working
+from fedsoda_edge.ports.console import (
+    EXIT_HELP,
+    EffectiveOption,
+    effective_settings,
+    finish,
+    is_asked,
+    note,
+    reporting,
+    working,
+)
 from fedsoda_edge.ports.console import run as run_command
 from fedsoda_edge.units import parse_bytes
 
@@ -71,14 +80,12 @@ def _columns(pairs: list[str]) -> dict[str, str]:
     return columns
 
 
-@app.command(
-    epilog="Example: fedsoda-edge join https://hub.example.org --token-file me.token --data visits.jsonl\n\n"
-    + EXIT_HELP
-)
+@app.command(epilog="Example: fedsoda-edge join fedsoda://hub.example.org/#k=... --data visits.jsonl\n\n" + EXIT_HELP)
 def join(
     context: typer.Context,
-    url: opt.UrlArgument,
     data: opt.DataOption,
+    url: opt.UrlArgument = None,
+    link_file: opt.LinkFileOption = None,
     token_file: opt.TokenFileOption = None,
     column: opt.ColumnsOption = None,
     device: opt.DeviceOption = "auto",
@@ -118,6 +125,7 @@ def join(
         local = LocalData.from_jsonl(data, columns=_columns(column or []))
         edge = Edge(
             url,
+            link_file=link_file,
             token_file=token_file,
             device=device,
             threads=threads,
@@ -131,7 +139,11 @@ def join(
             pass
         with remedy_for_columns(COLUMN_REMEDY), JoinDisplay(jsonl, is_detailed=debug) as display:
             display.say(
-                ev.SettingsGiven(msgspec.convert(effective_settings(context), ev.JoinSettings, from_attributes=True))
+                ev.SettingsGiven(
+                    msgspec.convert(
+                        _without_secrets(effective_settings(context)), ev.JoinSettings, from_attributes=True
+                    )
+                )
             )
             with take_part(
                 edge, local, display.say, unattended=unattended, max_rounds=max_rounds, pause_on=pause_on or ""
@@ -144,9 +156,19 @@ def join(
         finish({"status": "ok", **report}, as_json, jsonl)
 
 
+def _without_secrets(settings: dict[str, EffectiveOption]) -> dict[str, EffectiveOption]:
+    """Return the options of a join as logs and people may see them."""
+    from fedsoda_edge.join.link import without_secret
+
+    url = settings["url"]
+    shown = without_secret(url.value) if isinstance(url.value, str) else None
+    return {**settings, "url": dataclasses.replace(url, value=shown)}
+
+
 @app.command(epilog="Example: fedsoda-edge plan https://hub.example.org --token-file me.token")
 def plan(
-    url: opt.UrlArgument,
+    url: opt.UrlArgument = None,
+    link_file: opt.LinkFileOption = None,
     token_file: opt.TokenFileOption = None,
     device: opt.DeviceOption = "auto",
     max_ram: opt.MaxRamOption = None,
@@ -166,6 +188,7 @@ def plan(
 
         edge = Edge(
             url,
+            link_file=link_file,
             token_file=token_file,
             device=device,
             max_ram=None if max_ram is None else parse_bytes(max_ram, "--max-ram"),
@@ -184,7 +207,13 @@ def plan(
 
 @app.command(epilog="Example: fedsoda-edge doctor https://hub.example.org --token-file me.token\n\n" + EXIT_HELP)
 def doctor(
-    url: Annotated[str | None, typer.Argument(help="the hub; without it only this device is checked")] = None,
+    url: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="LINK|URL", help="the join link, or the hub's address; without one only this device is checked"
+        ),
+    ] = None,
+    link_file: opt.LinkFileOption = None,
     token_file: opt.TokenFileOption = None,
     as_json: opt.JsonOption = False,
     debug: opt.DebugOption = False,
@@ -196,11 +225,13 @@ def doctor(
         from fedsoda_edge.cli.display import show_check
         from fedsoda_edge.join.doctor import DoctorStep, examine
         from fedsoda_edge.join.home import Home
+        from fedsoda_edge.join.link import is_given, link_or_url
 
+        hub = link_or_url(url, link_file, token_file) if is_given(url, link_file) else None
         checks: list[DoctorStep] = []
 
         async def look() -> None:
-            async for found in examine(url, token_file, Home()):
+            async for found in examine(hub, token_file, Home()):
                 check = dataclasses.replace(found, detail=opt.as_options(found.detail), fix=opt.as_options(found.fix))
                 checks.append(check)
                 show_check(check)
@@ -223,7 +254,8 @@ def doctor(
 
 @app.command(epilog="Example: fedsoda-edge leave https://hub.example.org --token-file me.token")
 def leave(
-    url: opt.UrlArgument,
+    url: opt.UrlArgument = None,
+    link_file: opt.LinkFileOption = None,
     token_file: opt.TokenFileOption = None,
     as_json: opt.JsonOption = False,
     debug: opt.DebugOption = False,
@@ -240,7 +272,7 @@ def leave(
             raise UsageProblem(
                 f"a join runs in {home.directory}; run fedsoda-edge finish, so that it hands in its round and leaves"
             )
-        run = asyncio.run(say_goodbye(Edge(url, token_file=token_file)))
+        run = asyncio.run(say_goodbye(Edge(url, link_file=link_file, token_file=token_file)))
         note(f"left run {run}")
         finish({"status": "ok", "run": run}, as_json, False)
 

@@ -13,8 +13,8 @@ import typer
 from fedsoda_edge.errors import LocalError
 
 # The SDK's names of settings in sentences: name='value', or the name alone where no other word is written like it.
-_GIVEN = re.compile(r"\b(cache|device|pause_on|token_file)='([^']*)'")
-_NAMED = re.compile(r"(?<![\w/.-])(max_disk|max_ram|max_vram|pause_on|token_file)(?![\w/.])")
+_GIVEN = re.compile(r"\b(cache|device|link_file|pause_on|token_file)='([^']*)'")
+_NAMED = re.compile(r"(?<![\w/.-])(link_file|max_disk|max_ram|max_vram|pause_on|token_file)(?![\w/.])")
 
 
 def as_options(sentence: str) -> str:
@@ -37,8 +37,20 @@ def named_as_options() -> Iterator[None]:
 WHAT, DATA, LIMITS, PAUSES, OUTPUT = "What to join", "Data", "Limits", "Pauses", "Output"
 
 UrlArgument = Annotated[
-    str,
-    typer.Argument(help="address of the hub: https://hub.example.org or http://10.0.0.5:8470", rich_help_panel=WHAT),
+    str | None,
+    typer.Argument(
+        metavar="LINK|URL",
+        help="the join link that the hub's owner gave, or the hub's address: https://hub.example.org",
+        rich_help_panel=WHAT,
+    ),
+]
+LinkFileOption = Annotated[
+    str | None,
+    typer.Option(
+        "--link-file",
+        envvar="FEDSODA_LINK_FILE",
+        help="file with the join link; - reads it from stdin; without it, FEDSODA_LINK",
+    ),
 ]
 TokenFileOption = Annotated[
     str | None,

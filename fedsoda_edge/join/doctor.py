@@ -11,10 +11,12 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedsoda_edge.device.facts import read_device
 from fedsoda_edge.device.fit import Limits
 from fedsoda_edge.errors import DeviceTooSmall, FedSODAError, HubUnreachable
+from fedsoda_edge.join import identity
 from fedsoda_edge.join.home import Home
 from fedsoda_edge.join.inspect import look_at
 from fedsoda_edge.join.token import read_token
@@ -24,8 +26,12 @@ from fedsoda_edge.ports.child import Child
 from fedsoda_edge.ports.machine import room
 from fedsoda_edge.ports.system import memory_limit_hint
 from fedsoda_edge.protocol.commands import Confinement, Examine
+from fedsoda_edge.protocol.join_link import JoinLink
 from fedsoda_edge.protocol.needs import Part
 from fedsoda_edge.units import counted, human_bytes
+
+if TYPE_CHECKING:
+    from fedsoda_edge.network.proving import LinkedDevice
 
 MAX_SKEW_SECONDS = 120.0
 SHORT = {"bfloat16": "bf16", "float32": "fp32"}  # dtypes, for people
@@ -53,8 +59,21 @@ def _failed(name: str, error: FedSODAError) -> DoctorStep:
     return DoctorStep(name, False, what if mark else fix, fix if mark else "", error.exit_status)
 
 
+def linked(home: Home, link: JoinLink) -> LinkedDevice:
+    """Return this device as the hub of the link is to know it; its key is made the first time.
+
+    Raises:
+        UsageProblem: the key's file is damaged, or the home cannot be used.
+        DiskFull: the disk has no space left.
+    """
+    from fedsoda_edge.network.proving import LinkedDevice
+
+    worked = lambda url: identity.reached(home, link, url)  # noqa: E731
+    return LinkedDevice(link, identity.device_key(home), identity.addresses(home, link), worked)
+
+
 async def examine(
-    url: str | None,
+    hub: str | JoinLink | None,
     token_file: str | Path | None,
     home: Home,
     *,
@@ -64,14 +83,14 @@ async def examine(
     """Yield all steps in order. Steps that depend on one that failed are left out.
 
     Args:
-        url: the hub's; None: only this device is checked. worker: what looks at torch; None: a child process.
+        hub: its URL, or the join link; None: only this device is checked. worker: what looks at torch; None: a child process.
         clock: None: the system's.
     """
     with tempfile.TemporaryDirectory(prefix="fedsoda-doctor-") as made:
         async for check in _device(home, worker or Child(WORKER_MODULE, worker_environment(Path(made)))):
             yield check
-    if url is not None:
-        async for check in _way_to(url, token_file, home, clock or SystemClock()):
+    if hub is not None:
+        async for check in _way_to(hub, token_file, home, clock or SystemClock()):
             yield check
 
 
@@ -119,13 +138,24 @@ def _confinement_sentence(found: Confinement) -> str:
     return "the worker has " + "; ".join([*given_up, *found.missing]) if given_up else "; ".join(found.missing)
 
 
-async def _way_to(url: str, token_file: str | Path | None, home: Home, clock: Clock) -> AsyncIterator[DoctorStep]:
+async def _way_to(
+    hub: str | JoinLink, token_file: str | Path | None, home: Home, clock: Clock
+) -> AsyncIterator[DoctorStep]:
     from fedsoda_edge.network import checks
     from fedsoda_edge.network.hub_transport import HubTransport
 
     step = "address"
     try:
-        route = HubTransport(url, "doctor").route
+        if isinstance(hub, str):
+            transport, shown = HubTransport(hub, ""), "token"
+        else:
+            transport, shown = HubTransport.by_link(linked(home, hub)), "join link"
+            yield DoctorStep("address", True, ", ".join(route.url for route in transport.routes))
+        route = transport.route
+        for one in transport.routes[1:]:  # of several addresses one that answers is enough
+            if await checks.first_failure(route) is None:
+                break
+            route = one
         yield DoctorStep("proxy", True, route.via)
         step = "DNS"
         of_proxy = "" if route.proxy is None else ", of the proxy"
@@ -145,13 +175,14 @@ async def _way_to(url: str, token_file: str | Path | None, home: Home, clock: Cl
             is_near = abs(skew) < MAX_SKEW_SECONDS
             fix = "" if is_near else "set this device's clock: certificates and due times depend on it"
             yield DoctorStep("clock", is_near, f"{abs(skew):.0f} s {way} the hub's", fix, 1)
-        step = "token"
-        transport = HubTransport(url, read_token(token_file))
+        step = shown
+        if isinstance(hub, str):
+            transport = HubTransport(hub, read_token(token_file))
         await transport.connect()
         await transport.close()
-        yield DoctorStep("token", True, "accepted, and the websocket opens")
+        yield DoctorStep(step, True, "accepted, and the websocket opens")
         step = "fits"
-        found = await look_at(HubTransport(url, read_token(token_file)), home, "auto", Limits())
+        found = await look_at(transport, home, "auto", Limits())
         yield DoctorStep(
             step,
             True,

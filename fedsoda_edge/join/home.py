@@ -88,6 +88,16 @@ class Home:
         return self.directory / "tmp"
 
     @property
+    def device_key(self) -> Path:
+        """The file of the key by which hubs know this device (`identity.py`); mode 0600."""
+        return self.directory / "device.key"
+
+    @property
+    def hubs(self) -> Path:
+        """The directory of where hubs were reached last, by their key (`identity.py`)."""
+        return self.directory / "hubs"
+
+    @property
     def config(self) -> Path:
         """The file of options that need not be given each time (`cli/config_file.py`)."""
         return self.directory / "config.toml"
@@ -122,7 +132,7 @@ class Home:
             ProtocolViolation: the hub chose a run_id that would lead out of here.
         """
         path = self._of_run(run_id)
-        with self._usable():
+        with self.usable():
             path.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -154,7 +164,7 @@ class Home:
         return joined if all(Path(path).exists() for path in joined.tokenizer.values()) else None
 
     @contextlib.contextmanager
-    def _usable(self) -> Iterator[None]:
+    def usable(self) -> Iterator[None]:
         """Turn errors of the disk into sentences that name the directory and what to do."""
         try:
             yield
@@ -179,7 +189,7 @@ class Home:
             UsageProblem: the key's file is damaged, or the directory cannot be used.
         """
         path = self.directory / "cache.key"
-        with self._usable():
+        with self.usable():
             if not keep:
                 path.unlink(missing_ok=True)
                 return secrets.token_bytes(KEY_BYTES)
@@ -206,7 +216,7 @@ class Home:
         Raises:
             UsageProblem: the directory cannot be used.
         """
-        with self._usable():
+        with self.usable():
             shutil.rmtree(self.temporary, ignore_errors=True)
             for directory in (self.store, self.runs, self.temporary):
                 directory.mkdir(parents=True, exist_ok=True)
@@ -218,7 +228,7 @@ class Home:
             UsageProblem: its file is damaged, or the directory cannot be used.
         """
         path = self.directory / "device_id"
-        with self._usable():
+        with self.usable():
             if not path.exists():
                 write_durably(path, secrets.token_hex(16).encode())
             found = path.read_text(encoding="ascii", errors="replace").strip()
@@ -235,7 +245,7 @@ class Home:
         Raises:
             HomeInUse: another process has the lock.
         """
-        with self._usable():
+        with self.usable():
             try:
                 self._lock = Lock(self.directory / "lock")
             except Held as held:
@@ -246,7 +256,7 @@ class Home:
 
     def is_in_use(self) -> bool:
         """Tell whether a join runs here. Takes the lock for a moment: only the lock shows whether a join is alive."""
-        with self._usable():
+        with self.usable():
             return is_locked(self.directory / "lock")
 
     def unlock(self) -> None:

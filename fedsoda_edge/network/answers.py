@@ -15,7 +15,7 @@ import msgspec
 from fedsoda_edge.errors import HubUnreachable, RefusedByHub
 from fedsoda_edge.network.route import Route
 
-OUR_PATHS = re.compile(r"/(v1/session|v1/blobs/[0-9a-f]*|healthz)/?$")
+OUR_PATHS = re.compile(r"/(v1/session|v1/proof|v1/blobs/[0-9a-f]*|healthz)/?$")
 PAGE = re.compile(rb"\s*(<!doctype|<html|<\?xml)", re.IGNORECASE)
 
 

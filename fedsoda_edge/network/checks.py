@@ -42,12 +42,17 @@ def http_client(route: Route, **settings: Any) -> Any:
 async def diagnosis(route: Route, cause: Exception) -> HubUnreachable:
     """Return why a websocket could not be opened: the error of the first step that fails."""
     why = str(cause) or type(cause).__name__
+    return await first_failure(route) or answers.no_websockets(route, why)
+
+
+async def first_failure(route: Route) -> HubUnreachable | None:
+    """Return the error of the first step that fails; None: a hub answers at the end of this way."""
     for check in (check_dns, check_tcp, check_tls, check_http):
         try:
             await check(route)
         except HubUnreachable as error:
             return error
-    return answers.no_websockets(route, why)
+    return None
 
 
 def _of_proxy(route: Route) -> str:

@@ -11,8 +11,9 @@ import re
 from collections.abc import AsyncIterator
 from typing import Any
 
-from fedsoda_edge.errors import HubUnreachable
+from fedsoda_edge.errors import HubUnreachable, RefusedByHub
 from fedsoda_edge.network import answers, checks
+from fedsoda_edge.network.proving import LinkedDevice, prove
 from fedsoda_edge.network.route import Route
 from fedsoda_edge.protocol.codec import MAX_FRAME_BYTES, wire_bytes
 
@@ -25,7 +26,10 @@ SESSION_STATUSES = (200, 400, 404, 405, 426, 501)  # of a hub that got no Upgrad
 
 
 class HubTransport:
-    """The way to one hub at one URL. up, down: bytes of websocket payload and framing.
+    """The way to one hub. up, down: bytes of websocket payload and framing. route: that of the address in use.
+
+    Args:
+        url: the hub's. token: the bearer of all requests.
 
     Raises:
         UsageProblem: on construction, when the URL is not one of a hub, or the environment's proxy is not one.
@@ -33,11 +37,25 @@ class HubTransport:
 
     def __init__(self, url: str, token: str) -> None:
         self.route = Route.to(url)
-        self._headers = {"Authorization": f"Bearer {token}"}
+        self.routes: tuple[Route, ...] = (self.route,)
+        self._bearer = token
+        self._device: LinkedDevice | None = None
         self._socket: Any = None
         self._http: Any = None  # one for all files: on a slow link each new connection costs round trips
         self.up = 0
         self.down = 0
+
+    @classmethod
+    def by_link(cls, device: LinkedDevice) -> HubTransport:
+        """Make the way of a device that has a join link: it proves itself for a ticket, at the first address that answers.
+
+        Raises:
+            UsageProblem: the environment's proxy is not one.
+        """
+        transport = cls(device.urls[0], "")
+        transport.routes = device.routes()
+        transport._device = device
+        return transport
 
     @property
     def url(self) -> str:
@@ -45,13 +63,54 @@ class HubTransport:
         return self.route.url
 
     async def connect(self) -> None:
-        """Open the websocket.
+        """Open the websocket, at the first of the hub's addresses that answers.
 
         Raises:
-            HubUnreachable: names the first step that failed: DNS, TCP, TLS, proxy, HTTP.
-            RefusedByHub: the hub does not accept the token.
+            HubUnreachable: names the first step that failed: DNS, TCP, TLS, proxy, HTTP, auth.
+            RefusedByHub: the hub does not accept the token, or the device.
             UsageProblem: the environment names certificates that cannot be read.
         """
+        failures: list[HubUnreachable] = []
+        first = self.routes.index(self.route)
+        for route in self.routes[first:] + self.routes[:first]:  # the one that worked last goes first
+            await self._take(route)
+            try:
+                await self._open_as_known()
+            except HubUnreachable as error:
+                failures.append(error)
+                continue
+            if self._device is not None:
+                self._device.worked(self.url)
+            return
+        await self._take(self.routes[first])
+        if len(failures) == 1:
+            raise failures[0]
+        raise HubUnreachable(f"no address of the hub can be used: {'. '.join(map(str, failures))}", failures[0].step)
+
+    async def _take(self, route: Route) -> None:
+        if route is not self.route:
+            self.route = route
+            await self._end_downloads()
+
+    async def _open_as_known(self) -> None:
+        """Open the websocket with the token, or with a ticket: with a new one where the hub does not take the last."""
+        if self._device is None:
+            await self._open()
+            return
+        if self._bearer:
+            try:
+                await self._open()
+                return
+            except RefusedByHub:
+                self._bearer = ""
+        self._bearer = await prove(self._device, self.route)
+        await self._open()
+
+    @property
+    def _headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self._bearer}"}
+
+    async def _open(self) -> None:
         from websockets.asyncio.client import connect
         from websockets.exceptions import InvalidProxyStatus, InvalidStatus, ProxyError, WebSocketException
 
@@ -127,6 +186,9 @@ class HubTransport:
     async def close(self) -> None:
         """End the connection, and downloads that run."""
         await self._hang_up()
+        await self._end_downloads()
+
+    async def _end_downloads(self) -> None:
         if self._http is not None:
             await self._http.aclose()
             self._http = None
@@ -142,8 +204,22 @@ class HubTransport:
 
         Raises:
             HubUnreachable: the transfer broke off, or something between answers; what came was yielded.
-            RefusedByHub: the hub does not accept the token.
+            RefusedByHub: the hub does not accept the token, or the device.
         """
+        bearer = self._bearer
+        try:
+            async for piece in self._fetch(digest, offset):
+                yield piece
+            return
+        except RefusedByHub:  # before the first byte
+            if self._device is None:
+                raise
+        if self._bearer == bearer:  # a ticket lasts for a while; another request may have got the next one already
+            self._bearer = await prove(self._device, self.route)
+        async for piece in self._fetch(digest, offset):
+            yield piece
+
+    async def _fetch(self, digest: str, offset: int) -> AsyncIterator[bytes]:
         import httpx
 
         headers = {**self._headers, "Accept-Encoding": "identity"}  # the digest is that of the bytes as they are

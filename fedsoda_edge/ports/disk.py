@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,27 @@ def write_durably(path: Path, data: bytes | memoryview, mode: int = 0o666) -> No
                 f"the disk is full: {len(data)} bytes for {path} did not fit; free space there, then try again"
             ) from error
         raise
+
+
+def write_once(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Write a file as `write_durably` does, unless there is one by then: of several at once exactly one stays.
+
+    Raises:
+        DiskFull: nothing half-written stays.
+        OSError: the directory cannot be written to.
+    """
+    mine = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    write_durably(mine, data, mode)
+    try:
+        os.link(mine, path)
+        sync_directory(path.parent)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links
+        if not path.exists():
+            os.replace(mine, path)
+    finally:
+        mine.unlink(missing_ok=True)
 
 
 def write_durably_json(path: Path, value: Any) -> None:

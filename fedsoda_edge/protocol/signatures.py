@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 KEY_BYTES = 32  # of a seed and of a public key
 SIGNATURE_BYTES = 64
-# What is signed: a device's proof that it holds its key, a hub's that it holds its own, a manifest, a receipt.
-Purpose = Literal["device", "hub", "manifest", "receipt"]
+# What is signed: a device's proof that it holds its key, a hub's that it holds its own, that a device holds an invitation,
+# that a ticket is the hub's (all of `proof.py`), a manifest, a receipt.
+Purpose = Literal["device", "hub", "invitation", "ticket", "manifest", "receipt"]
 
 
 class NotSigned(ValueError):

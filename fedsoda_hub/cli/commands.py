@@ -15,17 +15,22 @@ from fedsoda_edge.ports.console import EXIT_HELP, finish, note, reporting, worki
 from fedsoda_edge.ports.console import run as run_command
 from fedsoda_edge.units import human_bytes
 from fedsoda_hub.cli.bundle_command import bundle
+from fedsoda_hub.cli.guests import invite, rebind, revoke
 from fedsoda_hub.cli.import_command import import_model
 from fedsoda_hub.cli.of_run import reset, token_app
 from fedsoda_hub.cli.options import OUTPUT, CompareCommand, Debug, Json, JsonLines, RunFile, setting
 from fedsoda_hub.settings.rates import Rates
 
 if TYPE_CHECKING:
+    from fedsoda_hub.run.edges import KnownEdge
     from fedsoda_hub.run.status import LiveStatus
 
 
 app = typer.Typer(help="Prepare, serve and evaluate a federated run.", epilog=EXIT_HELP, no_args_is_help=True)
 app.add_typer(token_app, name="token")
+app.command(epilog="Example: fedsoda-hub invite triage.toml --name clinic-7\n\n" + EXIT_HELP)(invite)
+app.command(epilog="Example: fedsoda-hub revoke triage.toml clinic-7")(revoke)
+app.command(epilog="Example: fedsoda-hub rebind triage.toml clinic-7")(rebind)
 app.command(epilog="Example: fedsoda-hub reset triage.toml --yes\n\n" + EXIT_HELP)(reset)
 
 
@@ -208,7 +213,7 @@ def _status(run: Path) -> tuple[bool, LiveStatus]:
     """
     from fedsoda_hub.run.directory import RunDirectory
     from fedsoda_hub.run.ledger import not_started, opened_to_read
-    from fedsoda_hub.run.status import KnownEdge, live_status, run_status
+    from fedsoda_hub.run.status import live_status, run_status
     from fedsoda_hub.serving.listener import ask_running_hub
     from fedsoda_hub.settings.run import read_settings
 
@@ -223,8 +228,25 @@ def _status(run: Path) -> tuple[bool, LiveStatus]:
         live = ask_running_hub(directory)
         if live is not None and live.run_id == state.run_id:  # an old address may be another run's by now
             return True, live
-        known = [KnownEdge(edge=token.edge, revoked=token.revoked) for token in ledger.tokens.all()]
-        return False, live_status(run_status(settings.name, settings.rounds.count, ledger, state), known)
+        return False, live_status(run_status(settings.name, settings.rounds.count, ledger, state), ledger.edges.all())
+
+
+def _edges(run: Path) -> list[KnownEdge]:
+    """Return who may join, also where the run has not been started.
+
+    Raises:
+        UsageProblem: nobody may join yet.
+    """
+    from fedsoda_hub.run.directory import RunDirectory
+    from fedsoda_hub.run.ledger import opened_to_read
+    from fedsoda_hub.settings.run import read_settings
+
+    directory = RunDirectory(read_settings(run).run_dir)
+    if directory.ledger.exists():
+        with opened_to_read(directory) as ledger:
+            if not ledger.replay().run_id and (known := ledger.edges.all()):
+                return known
+    return _status(run)[1].edges
 
 
 @app.command(epilog="Example: fedsoda-hub status triage.toml --json")
@@ -254,16 +276,15 @@ def status(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
 
 @app.command(epilog="Example: fedsoda-hub edges triage.toml")
 def edges(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
-    """List the edges that may join, and which are connected."""
+    """List the edges that may join: token or link, the device's fingerprint, when it was seen, which are connected."""
     with reporting(as_json, False, debug):
         import msgspec
 
-        found = _status(run)[1].edges
+        from fedsoda_hub.cli.tables import edge_line
+
+        found = _edges(run)
         for edge in found:
-            state = "revoked" if edge.revoked else "connected" if edge.connected else "away"
-            step = f", step {edge.step} of {edge.steps}" if edge.step else ""
-            taken = f", size class {edge.size_class}" if edge.size_class else ""
-            note(f"{edge.edge:<24} {state}{taken}{step}")
+            note(edge_line(edge))
         finish({"status": "ok", "edges": msgspec.to_builtins(found)}, as_json, False)
 
 

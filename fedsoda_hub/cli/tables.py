@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fedsoda_hub.evaluation.judge import Evaluation
     from fedsoda_hub.plan import Emulators, PlanReport
     from fedsoda_hub.preparation.curve import CurvePoint
+    from fedsoda_hub.run.edges import KnownEdge
 
 
 def evaluation_lines(result: Evaluation) -> Iterator[str]:
@@ -33,6 +34,19 @@ def evaluation_lines(result: Evaluation) -> Iterator[str]:
             yield f"{'':<8} chose {_shares(shares)}"
     if result.right_shares:
         yield f"{'right':<8} {_shares(result.right_shares)}"
+
+
+def edge_line(edge: KnownEdge) -> str:
+    """Write what is known of an edge in a line."""
+    from fedsoda_hub.run.devices import at_words
+
+    state = "revoked" if edge.revoked else "connected" if edge.connected else "away" if edge.used else "not used"
+    line = f"{edge.edge:<24} {edge.kind:<5} {edge.fingerprint or '':<19} {state}"
+    line += f", link until {at_words(edge.expires)}" if edge.expires is not None and not edge.revoked else ""
+    if edge.first_seen is not None and edge.last_seen is not None:
+        line += f", seen {at_words(edge.first_seen)} to {at_words(edge.last_seen)}"
+    line += f", size class {edge.size_class}" if edge.size_class else ""
+    return line + (f", step {edge.step} of {edge.steps}" if edge.step else "")
 
 
 def _shares(shares: Mapping[str, float]) -> str:

@@ -1,6 +1,6 @@
 """Run statements on the run's one SQLite file, from any thread, one at a time, durable when they return.
 
-What the rows mean is `ledger.py`'s and `tokens.py`'s.
+What the rows mean is `ledger.py`'s, `tokens.py`'s and `devices.py`'s.
 """
 
 from __future__ import annotations
@@ -27,6 +27,17 @@ CREATE TABLE IF NOT EXISTS traffic (
     edge TEXT NOT NULL, round INTEGER NOT NULL, up INTEGER NOT NULL, down INTEGER NOT NULL,
     PRIMARY KEY (edge, round));
 """
+# What runs that were made by an older release do not have yet. Who only reads such a run finds it empty.
+_LATER = {
+    "devices": """
+CREATE TABLE devices (
+    edge TEXT PRIMARY KEY, invitation BLOB NOT NULL UNIQUE, expires REAL NOT NULL, key BLOB, bound REAL, former BLOB,
+    revoked INTEGER NOT NULL DEFAULT 0);
+CREATE INDEX devices_by_key ON devices (key);
+CREATE INDEX devices_by_former ON devices (former);
+""",
+    "seen": "CREATE TABLE seen (edge TEXT PRIMARY KEY, first REAL NOT NULL, last REAL NOT NULL);",
+}
 
 
 class Damaged(UsageProblem):
@@ -59,13 +70,28 @@ class Database:
                 self._db.execute("PRAGMA busy_timeout = 5000")
                 if is_read_only:
                     self._db.execute("SELECT 1 FROM log, tokens, traffic LIMIT 1")
+                    self._db.execute("PRAGMA temp_store = MEMORY")
                 else:
                     self._db.execute("PRAGMA journal_mode = WAL")
                     self._db.execute("PRAGMA synchronous = FULL")  # NORMAL may lose acknowledged commits on power loss
                     self._db.executescript(_SCHEMA)
+                self._add_later_tables("TEMP " if is_read_only else "")
             except BaseException:
                 self._db.close()
                 raise
+
+    def _add_later_tables(self, kind: str) -> None:
+        there = {name for (name,) in self._db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        for name, statements in _LATER.items():
+            if name not in there:
+                made = statements.replace("CREATE TABLE ", f"CREATE {kind}TABLE IF NOT EXISTS ")
+                self._db.executescript(
+                    made.replace("CREATE INDEX ", f"CREATE INDEX IF NOT EXISTS {'temp.' if kind else ''}")
+                )
+
+    def changes_of_others(self) -> int:
+        """Return a number that changes whenever another process has written to the file."""
+        return int(self.read("PRAGMA data_version")[0][0])
 
     def close(self) -> None:
         """Close the file as soon as no statement runs."""

@@ -6,7 +6,7 @@ import secrets
 from pathlib import Path
 
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_edge.ports.disk import write_durably
+from fedsoda_edge.ports.disk import write_once
 from fedsoda_edge.protocol.signatures import KEY_BYTES, SigningKey
 
 
@@ -19,7 +19,7 @@ def signing_key(path: Path) -> SigningKey:
     """
     try:
         if not path.exists():
-            write_durably(path, secrets.token_bytes(KEY_BYTES), 0o600)
+            write_once(path, secrets.token_bytes(KEY_BYTES), 0o600)
         seed = path.read_bytes()
     except OSError as error:
         raise UsageProblem(

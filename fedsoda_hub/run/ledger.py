@@ -1,6 +1,6 @@
 """Keep the append-only log of a run and its traffic, in one SQLite file beside the blobs.
 
-Append durably, then act, then acknowledge. What records mean is `federation/state.py`'s, who may join is `tokens.py`'s.
+Append durably, then act, then acknowledge. What records mean is `federation/state.py`'s, who may join is `edges.py`'s.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from fedsoda_hub.federation.jobs import EvaluateResult
 from fedsoda_hub.federation.records import AnyRecord
 from fedsoda_hub.federation.state import LedgerState
 from fedsoda_hub.run.database import Database
+from fedsoda_hub.run.devices import Devices
 from fedsoda_hub.run.directory import RunDirectory
+from fedsoda_hub.run.edges import Edges
 from fedsoda_hub.run.tokens import Tokens
 
 _RECORD = msgspec.json.Decoder(AnyRecord)
@@ -36,7 +38,7 @@ class RoundTraffic(NamedTuple):
 
 
 class Ledger:
-    """The records, snapshots, tokens and traffic of a run, for any thread.
+    """The records, snapshots, tokens, devices and traffic of a run, for any thread.
 
     Args:
         path: None: in memory, for tests.
@@ -49,6 +51,8 @@ class Ledger:
     def __init__(self, path: Path | None, *, is_read_only: bool = False) -> None:
         self.database = Database(path, is_read_only=is_read_only)
         self.tokens = Tokens(self.database)
+        self.devices = Devices(self.database)
+        self.edges = Edges(self.database, self.tokens, self.devices)
 
     def close(self) -> None:
         """Close the file."""
@@ -77,7 +81,7 @@ class Ledger:
         return [(at, self._record(record)) for at, record in rows]
 
     def forget(self) -> None:
-        """Delete all but the tokens, in one step: the run has not begun then.
+        """Delete all but who may join, in one step: the run has not begun then.
 
         Raises:
             DiskFull: nothing was deleted.

@@ -10,6 +10,7 @@ import msgspec
 from fedsoda_edge.protocol.messages import EdgeId
 from fedsoda_hub.federation.jobs import EvaluateResult
 from fedsoda_hub.federation.state import LedgerState, MeasuredDrift, Phase, Realignment
+from fedsoda_hub.run.edges import KnownEdge
 from fedsoda_hub.run.ledger import Ledger
 
 
@@ -49,18 +50,6 @@ class RunStatus(msgspec.Struct, frozen=True, kw_only=True):
     evaluation: EvaluateResult | None
     bytes: BytesPerRound
     traffic: list[Travelled]
-
-
-class KnownEdge(msgspec.Struct, frozen=True, kw_only=True):
-    """An edge that has a token. size_class, step, steps None: the edge is not at work, or no hub runs."""
-
-    edge: EdgeId
-    connected: bool = False
-    eligible: bool = False
-    revoked: bool
-    size_class: int | None = None
-    step: int | None = None
-    steps: int | None = None
 
 
 class LiveStatus(RunStatus, frozen=True, kw_only=True):

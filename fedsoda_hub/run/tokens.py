@@ -19,11 +19,17 @@ from fedsoda_hub.run.database import Database
 
 @dataclass(frozen=True)
 class Token:
-    """A token without its secret. device: the id of the device that it is bound to; None: no device has used it."""
+    """What a bearer stands for: a token without its secret, or a ticket of a device that came by a join link.
+
+    device: the id of the device that it is bound to; None: no device has used it. sha256: that of the token's secret. key:
+    the public key of the device, where this is a ticket.
+    """
 
     edge: EdgeId
     device: str | None
     revoked: bool
+    sha256: str = ""
+    key: bytes | None = None
 
 
 class Tokens:
@@ -39,8 +45,12 @@ class Tokens:
             UsageProblem: the name is in use, or cannot be part of a file name.
             DiskFull: no token was made.
         """
-        if not edge or not all(c.isalnum() or c in "-_." for c in edge) or len(edge) > 64:
-            raise UsageProblem(f"--name {edge!r} cannot be an edge's id; use 1 to 64 letters, digits, - _ .")
+        check_edge_name(edge)
+        if self._database.read("SELECT 1 FROM devices WHERE edge = ? AND revoked = 0", (edge,)):
+            raise UsageProblem(
+                f"{edge!r} was invited by a join link, so it needs no token; shut it out first with `fedsoda-hub revoke "
+                f"RUN.toml {edge}`, or choose another --name"
+            )
         if edge in {token.edge for token in self.all() if not token.revoked}:
             raise UsageProblem(f"{edge!r} has a token already; revoke it first, or choose another --name")
         token = f"fs1-{secrets.token_urlsafe(32)}"
@@ -50,13 +60,14 @@ class Tokens:
 
     def all(self) -> list[Token]:
         """Return every token, ascending by edge id."""
-        rows = self._database.read("SELECT edge, device, revoked FROM tokens ORDER BY edge")
-        return [Token(EdgeId(edge), device, bool(revoked)) for edge, device, revoked in rows]
+        rows = self._database.read("SELECT edge, device, revoked, sha256 FROM tokens ORDER BY edge")
+        return [Token(EdgeId(edge), device, bool(revoked), sha256) for edge, device, revoked, sha256 in rows]
 
     def find(self, secret: str) -> Token | None:
         """Return the token with this secret; None: the run does not know it."""
-        rows = self._database.read("SELECT edge, device, revoked FROM tokens WHERE sha256 = ?", (_hash(secret),))
-        return Token(EdgeId(rows[0][0]), rows[0][1], bool(rows[0][2])) if rows else None
+        sha256 = _hash(secret)
+        rows = self._database.read("SELECT edge, device, revoked FROM tokens WHERE sha256 = ?", (sha256,))
+        return Token(EdgeId(rows[0][0]), rows[0][1], bool(rows[0][2]), sha256) if rows else None
 
     def revoke(self, edge: str) -> None:
         """Revoke the edge's token, so that it cannot join; after that the name can get a new one.
@@ -93,6 +104,16 @@ class Tokens:
         """
         self._database.write(("UPDATE tokens SET device = ? WHERE edge = ? AND device IS NULL", (device, edge)))
         return any(token.edge == edge and token.device == device for token in self.all())
+
+
+def check_edge_name(edge: str) -> None:
+    """Refuse what cannot be an edge's id, which is also part of file names.
+
+    Raises:
+        UsageProblem: it cannot.
+    """
+    if not edge or not all(c.isalnum() or c in "-_." for c in edge) or len(edge) > 64:
+        raise UsageProblem(f"--name {edge!r} cannot be an edge's id; use 1 to 64 letters, digits, - _ .")
 
 
 def _hash(token: str) -> str:

@@ -31,6 +31,10 @@ class Guests(Protocol):
     @property
     def stall_seconds(self) -> float: ...
     def token(self, secret: str) -> Token | None: ...
+    async def prove(self, request: bytes) -> tuple[int, bytes]:
+        """Answer the body of a request to /v1/proof: (HTTP status, JSON)."""
+        ...
+
     def greet(self, connection: Connection, hello: ms.Hello) -> ms.Welcome | ms.Refusal | None:
         """Answer a Hello; None: the disk is full, so the device cannot be noted; it may come again."""
         ...
@@ -98,12 +102,12 @@ class Door(Protocol):
 class Connection:
     """The hub's side of one edge's conversation. Frames leave through a queue, so that a slow edge never delays the hub.
 
-    up, down: bytes of payload and framing that are not counted yet. size_class: the one that the edge's Ready named.
+    token: what it came in with. up, down: bytes of payload and framing that are not counted yet. size_class: the one that the edge's Ready named.
     place: that of the Hello. is_contested: whether another place came with the same identity.
     """
 
     def __init__(self, hub: Hub, token: Token, channel: Channel) -> None:
-        self.edge = token.edge
+        self.token = token
         self.size_class = 0
         self.place = ""
         self.is_contested = False
@@ -116,6 +120,11 @@ class Connection:
         self._hub = hub
         self._channel = channel
         self._out: asyncio.Queue[bytes | None] = asyncio.Queue()
+
+    @property
+    def edge(self) -> ms.EdgeId:
+        """The edge that came in."""
+        return self.token.edge
 
     def send(self, message: ms.HubMessage, payload: bytes | memoryview = b"") -> None:
         """Queue a message; after the end of the conversation it is dropped."""

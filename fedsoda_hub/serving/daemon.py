@@ -13,15 +13,18 @@ from fedsoda_edge.ports.disk import write_durably
 from fedsoda_edge.ports.system import on_signal_in
 from fedsoda_hub import events
 from fedsoda_hub.federation.rounds import RoundMachine
+from fedsoda_hub.run.keys import signing_key
 from fedsoda_hub.serving.connection import Door, Hub
 from fedsoda_hub.serving.decisions import Decisions, Inbox
 from fedsoda_hub.serving.first_of import first_of
 from fedsoda_hub.serving.listener import Listener
 from fedsoda_hub.serving.monitoring import Monitoring
+from fedsoda_hub.serving.proofs import Proofs
 from fedsoda_hub.serving.resume import ServedRun, resume, rules_of
 from fedsoda_hub.serving.roster import Roster
 from fedsoda_hub.serving.shelf import Shelf
 from fedsoda_hub.serving.signer import Signer
+from fedsoda_hub.serving.standing import Standing
 from fedsoda_hub.serving.torch_jobs import TorchJobs
 from fedsoda_hub.serving.uploads import Uploads
 from fedsoda_hub.settings.run import RunSettings
@@ -47,6 +50,9 @@ class Daemon:
         self.machine = RoundMachine(rules_of(settings), run.state)
         self.shelf = Shelf(run.directory, run.state)
         self.uploads = Uploads(run.directory.blobs, settings.wire.codec)
+        key = signing_key(run.directory.signing_key)
+        state = run.state
+        self.proofs = Proofs(key, run.ledger.devices, lambda: state.run_id, clock.monotonic, clock.wall)
         self.roster = Roster(
             settings,
             self.machine.rules,
@@ -54,11 +60,13 @@ class Daemon:
             run.ledger,
             self.shelf,
             self.uploads,
+            self.proofs,
             self.inbox.put_nowait,
             say,
             Signer(run.key, run.state, tuple(settings.blobs.mirrors), self.shelf.ref, clock),
         )
         self.monitoring = Monitoring(settings, self.machine, run.ledger, clock, self.roster, run.admin_secret)
+        self.standing = Standing(run.ledger, self.roster, self.proofs.tickets, clock)
         self.jobs = TorchJobs(settings, torch, self.inbox.put_nowait, say)
         self.decisions = Decisions(
             settings,
@@ -145,6 +153,8 @@ class Daemon:
                 await self.roster.close(self._clock)
                 await door.close()
                 self.roster.flush_traffic()
+                await self.standing.look()
+                self.proofs.close()
                 await self.jobs.close()
                 self.disk.directory.address.unlink(missing_ok=True)
         finally:
@@ -157,7 +167,8 @@ class Daemon:
         try:
             async with asyncio.TaskGroup() as group:
                 parts = [
-                    group.create_task(part) for part in (self.jobs.run(), self.decisions.run(), self._let_in(door))
+                    group.create_task(part)
+                    for part in (self.jobs.run(), self.decisions.run(), self._let_in(door), self.standing.run())
                 ]
                 await self._end(stop, exit_when_done)
                 if stop.done():

@@ -1,6 +1,6 @@
-"""Listen on one port: /v1/session (websocket), /v1/blobs/{digest} (HTTP ranges), /healthz, /metrics, /v1/status.
+"""Listen on one port: /v1/session (websocket), /v1/proof (who comes by a join link), /v1/blobs/{digest} (HTTP ranges), /healthz, /metrics, /v1/status.
 
-This is the only file of the hub that touches the network. A token is checked before the upgrade. Which message may come
+This is the only file of the hub that touches the network. A token or ticket is checked before the upgrade. Which message may come
 when is `protocol/session.py`'s, what it means is `roster.py`'s.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Iterator
 import msgspec
 import uvicorn
 from starlette.applications import Starlette
-from starlette.requests import HTTPConnection, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -25,6 +25,7 @@ from fedsoda_edge.errors import ProtocolViolation, UsageProblem
 from fedsoda_edge.ports.system import descriptors_left
 from fedsoda_edge.protocol.codec import MAX_FRAME_BYTES
 from fedsoda_edge.protocol.messages import PROTOCOL_VERSION
+from fedsoda_edge.protocol.proof import MAX_PROOF_BYTES, TICKET_PREFIX
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.run.status import LiveStatus
 from fedsoda_hub.run.tokens import Token
@@ -34,6 +35,7 @@ from fedsoda_hub.serving.strangers import Complaints, ConnectionLimits, Stranger
 PING_SECONDS = 10.0  # an edge that is gone is noticed within the sum of both; pings also keep proxies from timing out
 PONG_SECONDS = 20.0
 FORWARDED = ("forwarded", "via", "x-forwarded-for", "x-real-ip")  # headers of proxies
+FAILED = "the hub failed and ends; its owner sees the error where it ran"
 Broke = Callable[[Exception], None]  # takes a defect of the hub's own code
 
 
@@ -77,8 +79,10 @@ def _refused(hub: Hub, request: HTTPConnection) -> tuple[Token | None, str]:
     """Return (token, "") if the request's token may join, else (None, why not)."""
     secret = _bearer(request)
     if not secret:
-        return None, "the request has no token; join with --token-file"
+        return None, "the request has no token; join with a join link or --token-file"
     token = hub.guests.token(secret)
+    if token is None and secret.startswith(TICKET_PREFIX):
+        return None, "this device's ticket has ended; join again"
     if token is None:
         return None, "the hub does not know this token; ask its owner for a new one"
     if token.revoked:
@@ -130,9 +134,7 @@ def make_app(hub: Hub, broke: Broke) -> Starlette:
                 return answer(request)
             except Exception as defect:
                 broke(defect)
-                return JSONResponse(
-                    {"reason": "the hub failed and ends; its owner sees the error where it ran"}, status_code=500
-                )
+                return JSONResponse({"reason": FAILED}, status_code=500)
 
         return endpoint
 
@@ -144,6 +146,21 @@ def make_app(hub: Hub, broke: Broke) -> Starlette:
         if path is None:
             return JSONResponse({"reason": "this run's bundle has no such file"}, status_code=404)
         return FileResponse(path, media_type="application/octet-stream")
+
+    async def prove(request: Request) -> Response:
+        body = b""
+        try:
+            async for piece in request.stream():
+                body += piece
+                if len(body) > MAX_PROOF_BYTES:
+                    return JSONResponse({"reason": f"a proof has at most {MAX_PROOF_BYTES} bytes"}, status_code=413)
+            status, reply = await hub.guests.prove(body)
+        except ClientDisconnect:
+            return Response(status_code=400)
+        except Exception as defect:
+            broke(defect)
+            return JSONResponse({"reason": FAILED}, status_code=500)
+        return Response(reply, status, media_type="application/json")
 
     def health(_: Request) -> Response:
         return JSONResponse({"hub": "fedsoda", "protocol": PROTOCOL_VERSION})
@@ -170,6 +187,7 @@ def make_app(hub: Hub, broke: Broke) -> Starlette:
     return Starlette(
         routes=[
             WebSocketRoute("/v1/session", session),
+            Route("/v1/proof", prove, methods=["POST"]),
             Route("/v1/blobs/{digest}", answered(blob)),
             Route("/v1/status", answered(status)),
             Route("/healthz", answered(health)),

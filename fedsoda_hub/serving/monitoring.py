@@ -9,11 +9,13 @@ import hmac
 from collections.abc import Mapping
 from typing import Protocol
 
+import msgspec
+
 from fedsoda_edge.ports import Clock
 from fedsoda_edge.protocol.messages import EdgeId, Progress
 from fedsoda_hub.federation.rounds import RoundMachine
 from fedsoda_hub.run.ledger import Ledger
-from fedsoda_hub.run.status import KnownEdge, LiveStatus, live_status, run_status
+from fedsoda_hub.run.status import LiveStatus, live_status, run_status
 from fedsoda_hub.settings.run import RunSettings
 
 
@@ -60,16 +62,15 @@ class Monitoring:
         machine, settings = self._machine, self._settings
         progress, connected = self._present.progress, self._present.connected
         edges = [
-            KnownEdge(
-                edge=token.edge,
-                connected=token.edge in connected,
-                eligible=token.edge in machine.eligible,
-                revoked=token.revoked,
-                size_class=machine.size_classes.get(token.edge),
-                step=progress[token.edge].step if token.edge in progress else None,
-                steps=progress[token.edge].steps if token.edge in progress else None,
+            msgspec.structs.replace(
+                known,
+                connected=known.edge in connected,
+                eligible=known.edge in machine.eligible,
+                size_class=machine.size_classes.get(known.edge),
+                step=progress[known.edge].step if known.edge in progress else None,
+                steps=progress[known.edge].steps if known.edge in progress else None,
             )
-            for token in self._ledger.tokens.all()
+            for known in self._ledger.edges.all()
         ]
         is_open = machine.state.phase == "collecting"
         return live_status(

@@ -15,6 +15,7 @@ import msgspec
 from fedsoda_edge.errors import DiskFull
 from fedsoda_edge.ports import Clock
 from fedsoda_edge.protocol import messages as ms
+from fedsoda_edge.protocol.proof import TICKET_PREFIX
 from fedsoda_edge.protocol.session import Upload
 from fedsoda_edge.units import one_line
 from fedsoda_hub import events
@@ -26,6 +27,7 @@ from fedsoda_hub.run.tokens import Token
 from fedsoda_hub.serving import offers
 from fedsoda_hub.serving.connection import Connection
 from fedsoda_hub.serving.first_of import first_of
+from fedsoda_hub.serving.proofs import Proofs
 from fedsoda_hub.serving.shelf import Shelf
 from fedsoda_hub.serving.signer import Signer
 from fedsoda_hub.serving.uploads import Uploads
@@ -46,6 +48,7 @@ class Roster:
         ledger: Ledger,
         shelf: Shelf,
         uploads: Uploads,
+        proofs: Proofs,
         report: Callable[[ev.RoundEvent], None],
         say: events.HubSay,
         signer: Signer,
@@ -57,10 +60,12 @@ class Roster:
         self._ledger = ledger
         self._shelf = shelf
         self._uploads = uploads
+        self._proofs = proofs
         self._report = report
         self._say = say
         self._signer = signer
         self._connections: dict[ms.EdgeId, Connection] = {}
+        self._passed: set[ms.EdgeId] = set()
         self._farewelled: set[ms.EdgeId] = set()
         self._has_farewelled = asyncio.Event()
 
@@ -68,6 +73,15 @@ class Roster:
     def connected(self) -> set[ms.EdgeId]:
         """The ids of the connected edges."""
         return set(self._connections)
+
+    def admitted(self) -> list[Token]:
+        """Return what the connected edges came in with."""
+        return [connection.token for connection in self._connections.values()]
+
+    def passed(self) -> set[ms.EdgeId]:
+        """Return the edges that came or went since the last call."""
+        passed, self._passed = self._passed, set()
+        return passed
 
     # --- what connections ask ------------------------------------------------------------------------------
 
@@ -77,8 +91,14 @@ class Roster:
         return self._settings.wire.stall_seconds
 
     def token(self, secret: str) -> Token | None:
-        """Return the token with this secret; None: the run does not know it."""
+        """Return what a token or a ticket stands for; None: the run does not know it, or the ticket has ended."""
+        if secret.startswith(TICKET_PREFIX):
+            return self._proofs.tickets.find(secret)
         return self._ledger.tokens.find(secret)
+
+    async def prove(self, request: bytes) -> tuple[int, bytes]:
+        """Answer the body of a request to /v1/proof: (HTTP status, JSON)."""
+        return await self._proofs.reply(request)
 
     def greet(self, connection: Connection, hello: ms.Hello) -> ms.Welcome | ms.Refusal | None:
         """Answer a Hello; None: the disk is full, so the device cannot be noted; it may come again."""
@@ -90,7 +110,7 @@ class Roster:
                 fatal=True,
             )
         try:
-            is_its_device = self._ledger.tokens.bind(edge, hello.device_id)
+            is_its_device = connection.token.key is not None or self._ledger.tokens.bind(edge, hello.device_id)
         except DiskFull as error:
             self._say(events.OutOfDisk(message=str(error)))
             return None  # a Refusal would send the edge away for good
@@ -106,6 +126,7 @@ class Roster:
             return refusal
         connection.place = hello.place
         self._connections[edge] = connection
+        self._passed.add(edge)
         if old is not None:  # the device reconnected before the hub noticed that its old connection had ended
             old.close()
             self._report(ev.EdgeGone(edge))  # until its Ready it is not invited
@@ -172,6 +193,7 @@ class Roster:
         """Forget a connection that is over."""
         edge = connection.edge
         self._count_traffic(connection)
+        self._passed.add(edge)
         if self._connections.get(edge) is connection:
             del self._connections[edge]
             self.progress.pop(edge, None)
@@ -190,13 +212,24 @@ class Roster:
             if isinstance(message, ms.Farewell):
                 self._note_farewell(edge)
 
+    def dismiss(self, token: Token, reason: str) -> None:
+        """End the connection that came in with this, for that reason: the edge does not come back."""
+        connection = self._connections.get(token.edge)
+        if connection is None or connection.token != token or connection.session.state == "over":
+            return
+        connection.send(ms.Refusal(reason=reason, fatal=True))
+        connection.close()
+        self._report(ev.EdgeAway(token.edge, "left"))
+        self._note_farewell(token.edge)
+        self._say(events.EdgeLeft(edge=token.edge, reason=reason))
+
     def _note_farewell(self, edge: ms.EdgeId) -> None:
         self._farewelled.add(edge)
         self._has_farewelled.set()
 
     async def all_told(self) -> None:
         """Return when every edge of this run has its Farewell or has left."""
-        known = {token.edge for token in self._ledger.tokens.all() if token.device and not token.revoked}
+        known = {known.edge for known in self._ledger.edges.all() if known.used and not known.revoked}
         while not known <= self._farewelled:
             self._has_farewelled.clear()
             await self._has_farewelled.wait()
@@ -241,7 +274,7 @@ def refused_as_a_copy(old: Connection, hello: ms.Hello) -> ms.Refusal | None:
         _log.warning("two devices share the identity of %s; the one that came later is refused", old.edge)
     return ms.Refusal(
         reason=f"two devices share one identity: {old.edge} is connected from another machine, or from another copy of its "
-        "FEDSODA_HOME; stop the join there, or ask for a token of this device's own and set FEDSODA_HOME to a new directory",
+        "FEDSODA_HOME; stop the join there, or ask for a token or join link of this device's own and set FEDSODA_HOME to a new directory",
         retry=True,
         fatal=True,
     )

@@ -11,11 +11,17 @@ GIB = 2**30
 
 
 def test_times_have_a_unit() -> None:
-    assert [parse_seconds(text, "--for") for text in ("90s", "30m", "1h", "1.5 H")] == [90, 1800, 3600, 5400]
-    for wrong in ("90", "1d", "-1h", "0s", "", "h"):
+    assert [parse_seconds(text, "--for") for text in ("90s", "30m", "1h", "1.5 H", "7d")] == [
+        90,
+        1800,
+        3600,
+        5400,
+        604800,
+    ]
+    for wrong in ("90", "1w", "-1h", "0s", "", "h"):
         with pytest.raises(UsageProblem) as failure:
             parse_seconds(wrong, "--for")
-        assert str(failure.value) == f"--for {wrong!r} is not a time; write it as 90s, 30m or 1h"
+        assert str(failure.value) == f"--for {wrong!r} is not a time; write it as 90s, 30m, 1h or 7d"
 
 
 def test_sizes_are_read_by_people() -> None:

@@ -362,7 +362,7 @@ def test_wrong_options_are_told_before_anything_is_done(tmp_path: Path) -> None:
         return str(json.loads(ran.out)["message"])
 
     Home().lock()
-    assert message("pause", "--for", "soon") == "--for 'soon' is not a time; write it as 90s, 30m or 1h"
+    assert message("pause", "--for", "soon") == "--for 'soon' is not a time; write it as 90s, 30m, 1h or 7d"
     assert message("join", "http://h", "--data", "none", "--pause-on", "gpu") == (
         "--pause-on gpu is not known; choose battery, gpu-busy or hours=FROM-TO (0 to 24, as in hours=9-17 or hours=22-6)"
     )

@@ -80,6 +80,9 @@ class SmallHub:
     def metrics(self) -> str:
         return ""
 
+    async def prove(self, request: bytes) -> tuple[int, bytes]:
+        return 403, b"{}"
+
     async def said(self, connection: Connection, message: ms.EdgeMessage | Upload) -> None: ...
 
     def ended(self, connection: Connection) -> None: ...

@@ -71,6 +71,9 @@ class MemoryHub:
         known = {name: Token(ms.EdgeId(name), None, name == "mallory") for name in ("alice", "bob", "mallory")}
         return known.get(secret)
 
+    async def prove(self, request: bytes) -> tuple[int, bytes]:
+        return 200, request
+
     def is_admin(self, secret: str) -> bool:
         return secret == "admin"
 
@@ -181,9 +184,9 @@ async def assert_hub_ends_it(socket: ClientConnection) -> None:
 @pytest.mark.parametrize(
     ("headers", "why"),
     [
-        ({}, "the request has no token; join with --token-file"),
-        ({"Authorization": "Bearer"}, "the request has no token; join with --token-file"),
-        ({"Authorization": "Basic alice"}, "the request has no token; join with --token-file"),
+        ({}, "the request has no token; join with a join link or --token-file"),
+        ({"Authorization": "Bearer"}, "the request has no token; join with a join link or --token-file"),
+        ({"Authorization": "Basic alice"}, "the request has no token; join with a join link or --token-file"),
         ({"Authorization": "Bearer guess"}, "the hub does not know this token; ask its owner for a new one"),
         ({"Authorization": "Bearer mallory"}, "the token of mallory was revoked; ask the hub's owner for a new one"),
     ],

@@ -1,0 +1,147 @@
+"""Parse and do the commands that let a device in by a join link, or out: `invite`, `revoke` and `rebind`."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedsoda_edge.ports.console import finish, hand_over, note, reporting
+from fedsoda_edge.units import parse_seconds
+from fedsoda_hub.cli.options import Debug, Json, RunFile
+
+if TYPE_CHECKING:
+    from fedsoda_hub.run.devices import Device, Devices
+    from fedsoda_hub.settings.run import RunSettings
+
+EdgeName = Annotated[str, typer.Argument(help="the edge's id")]
+Expires = Annotated[
+    str,
+    typer.Option(
+        "--expires", envvar="FEDSODA_EXPIRES", help="how long a device may first come: 12h, 7d; then the link ends"
+    ),
+]
+Out = Annotated[
+    Path | None, typer.Option("--out", envvar="FEDSODA_LINK_OUT", help="write the join link there, mode 0600")
+]
+
+
+def invite(
+    run: RunFile,
+    name: Annotated[str, typer.Option("--name", envvar="FEDSODA_TOKEN_NAME", help="the edge's id")],
+    expires: Expires = "7d",
+    out: Out = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Print a join link for one device: one line, of which nothing is stored that could be used."""
+    with reporting(as_json, False, debug):
+        from fedsoda_hub.settings.run import read_settings
+
+        settings = read_settings(run)
+
+        def made(devices: Devices, key: bytes, until: float) -> Device | None:
+            before = devices.invite(name, key, until)
+            if before is not None and not before.is_revoked:
+                note(
+                    f"the link of {name} that was made before, and that no device has used, is worth nothing from now on"
+                )
+            return before
+
+        _hand_over_link(settings, name, expires, out, as_json, made)
+
+
+def rebind(
+    run: RunFile,
+    name: EdgeName,
+    expires: Expires = "7d",
+    out: Out = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Give an edge's name to another device, or to one that lost its FEDSODA_HOME: print a new join link, end the old key."""
+    with reporting(as_json, False, debug):
+        from fedsoda_hub.run.directory import RunDirectory
+        from fedsoda_hub.run.ledger import opened
+        from fedsoda_hub.settings.run import read_settings
+
+        settings = read_settings(run)
+        with opened(RunDirectory(settings.run_dir)) as ledger:
+            is_token = ledger.edges.kind_of(name) == "token"
+            if is_token:
+                ledger.tokens.rebind(name)
+        if is_token:
+            note(f"the token of {name} belongs to the next device that joins with it")
+            finish({"status": "ok", "edge": name, "kind": "token"}, as_json, False)
+            return
+        _hand_over_link(settings, name, expires, out, as_json, lambda devices, *new: devices.rebind(name, *new))
+
+
+def revoke(run: RunFile, name: EdgeName, as_json: Json = False, debug: Debug = False) -> None:
+    """Shut an edge out, whether it has a token or came by a join link; its connection ends within seconds."""
+    with reporting(as_json, False, debug):
+        from fedsoda_hub.run.directory import RunDirectory
+        from fedsoda_hub.run.ledger import opened
+        from fedsoda_hub.settings.run import read_settings
+
+        with opened(RunDirectory(read_settings(run).run_dir)) as ledger:
+            kind = ledger.edges.kind_of(name)
+            if kind == "token":
+                ledger.tokens.revoke(name)
+            else:
+                ledger.devices.revoke(name)
+        note(f"revoked the {'token' if kind == 'token' else 'join link and device'} of {name}")
+        finish({"status": "ok", "edge": name, "kind": kind}, as_json, False)
+
+
+def _hand_over_link(
+    settings: RunSettings,
+    name: str,
+    expires: str,
+    out: Path | None,
+    as_json: bool,
+    keep: Callable[[Devices, bytes, float], Device | None],
+) -> None:
+    """Make a link, keep its invitation, and print the link; where nobody can have it, all is as it was.
+
+    Args:
+        keep: takes the invitation's public key and until when it can be used; returns what it replaces.
+    """
+    from fedsoda_edge.protocol.join_link import SECRET_BYTES, JoinLink
+    from fedsoda_edge.protocol.proof import invitation_key
+    from fedsoda_hub.cli.reach import reached_at
+    from fedsoda_hub.run.devices import at_words
+    from fedsoda_hub.run.directory import RunDirectory
+    from fedsoda_hub.run.keys import signing_key
+    from fedsoda_hub.run.ledger import opened
+    from fedsoda_hub.run.tokens import write_secret
+
+    until = time.time() + parse_seconds(expires, "--expires")
+    directory = RunDirectory(settings.run_dir)
+    addresses, tls_pin, is_plain = reached_at(settings)
+    with opened(directory) as ledger:
+        secret = secrets.token_bytes(SECRET_BYTES)
+        link = JoinLink(addresses, signing_key(directory.signing_key).public, secret, tls_pin, is_plain)
+        before = keep(ledger.devices, invitation_key(secret).public, until)
+        values = {"status": "ok", "edge": name, "kind": "link", "expires": until}
+        try:
+            if out is not None:
+                write_secret(out, f"{link}\n")
+            else:
+                hand_over(str(link), {**values, "link": str(link)} if as_json else None)
+        except BaseException:
+            with contextlib.suppress(Exception):
+                ledger.devices.put_back(name, before)
+            raise
+    note(
+        f"the link lets one device join as {name}, {', '.join(addresses)}, until {at_words(until)}; "
+        "once a device has used it, it is worth nothing to anybody else"
+    )
+    if out is not None:
+        note(f"wrote it to {out}")
+        finish(values, as_json, False)
