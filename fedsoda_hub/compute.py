@@ -7,6 +7,7 @@ Tensors are blobs by digest in the run directory. The algorithms are those of `a
 from __future__ import annotations
 
 from collections import ChainMap
+from collections.abc import Mapping
 from functools import cached_property, partial
 from typing import assert_never
 
@@ -19,10 +20,11 @@ from fedsoda_edge.ports.child import ReportProgress, serve
 from fedsoda_edge.ports.disk import BlobStore
 from fedsoda_edge.ports.machine import threads
 from fedsoda_edge.protocol.coded import of_factor
-from fedsoda_edge.protocol.messages import Digest
-from fedsoda_hub.algorithms.aggregation import flexlora, server_optimizer
+from fedsoda_edge.protocol.messages import Digest, EdgeId
+from fedsoda_edge.units import counted
+from fedsoda_hub.algorithms.aggregation import flexlora, gram, robust, server_optimizer, standing
 from fedsoda_hub.algorithms.aggregation.products import CrossTerm, cross_term, pairs_by_module
-from fedsoda_hub.algorithms.aggregation.weighted_mean import CodedUpdate, weighted_mean
+from fedsoda_hub.algorithms.aggregation.weighted_mean import CodedUpdate
 from fedsoda_hub.evaluation.judge import RunJudge, check_evaluation
 from fedsoda_hub.federation import jobs
 from fedsoda_hub.preparation.prepare import RunPreparation
@@ -50,7 +52,7 @@ class Compute:
             case jobs.Prepare():
                 return self.prepare(report)
             case jobs.Aggregate():
-                return self.aggregate(call)
+                return self.aggregate(call, report)
             case jobs.Probe():
                 return self._prepared.probe(call, report)
             case jobs.Realign():
@@ -92,11 +94,11 @@ class Compute:
         """Prune, quantize and align, or find the results of before."""
         return self._preparation.run(report)
 
-    def aggregate(self, job: jobs.Aggregate) -> jobs.AggregateResult:
+    def aggregate(self, job: jobs.Aggregate, report: ReportProgress) -> jobs.AggregateResult:
         """Merge the decoded updates into the next master, as [aggregation] says; c = Q(w - v), v += decode(c).
 
         Every size class with LoRA of its own has its own v and c, of the tensors of w that it holds
-        (docs/protocol.md (p4-views)).
+        (docs/protocol.md (p4-views)). What is lost by averaging A and B apart is measured of the plain means.
         """
         how, codec, max_weight = self.settings.aggregation, self.settings.wire.codec, self.settings.rounds.max_weight
         blobs = self.blobs
@@ -113,6 +115,7 @@ class Compute:
             )
             for update in job.updates
         ]
+        self._say_left_out(len(updates), report)
         products = partial(pairs_by_module, updates, codec, max_weight)
         moments, crossed, lost = None, CrossTerm(), None
         # Factors of different ranks cannot be averaged, so nothing can be lost by averaging them.
@@ -125,14 +128,19 @@ class Compute:
             )
             before = ChainMap(*held_whole, master)
             pairs = products() if has_ranks else crossed.watching(products())
-            new_master = master | flexlora.merge(pairs, before)
-        elif how.optimizer == "none":
-            new_master = delta.moved(master, weighted_mean(updates, codec, max_weight), codec)
+            found = robust.kept(updates, codec, max_weight, how, gram.of_products)
+            new_master = master | flexlora.merge(robust.counted(pairs, updates, found.counts), before)
+            inner = found.gram if found.gram is not None else gram.of_products(updates, codec)
+            kept, where = found.kept, standing.in_products(updates, max_weight, found.counts, inner)
         else:
-            held = {} if job.moments is None else load(blobs.get(job.moments))
-            mean = weighted_mean(updates, codec, max_weight)
-            new_master, held = server_optimizer.step(master, mean, held, how)
-            moments = self._put(held)
+            merged = robust.merge(updates, codec, max_weight, how)
+            kept, where = merged.kept, standing.to_mean(updates, codec, merged.mean)
+            if how.optimizer == "none":
+                new_master = delta.moved(master, merged.mean, codec)
+            else:
+                held = {} if job.moments is None else load(blobs.get(job.moments))
+                new_master, held = server_optimizer.step(master, merged.mean, held, how)
+                moments = self._put(held)
         if not has_ranks:
             lost = crossed.value if how.rule == "flexlora" else cross_term(products())
         steps = {}
@@ -144,7 +152,18 @@ class Compute:
             steps=tuple(steps[digest] for digest in job.views),
             moments=moments,
             cross_term=lost,
+            standings=_standings(where, kept),
         )
+
+    def _say_left_out(self, num_updates: int, report: ReportProgress) -> None:
+        """Say where another rule stands in for the run's, since it needs more updates."""
+        wanted, taken = self.settings.aggregation.robust, robust.rule_for(self.settings.aggregation, num_updates)
+        if taken != wanted:
+            why = (
+                f"{counted(num_updates, 'update')} of the {robust.LEAST_FOR_KRUM} that it needs; this round's are "
+                f"merged by {taken}"
+            )
+            report(jobs.LeftOut(stage=f"no {wanted}", why=why))
 
     def evaluate(self, job: jobs.Evaluate, report: ReportProgress) -> jobs.EvaluateResult:
         """Judge full LLM, sub-LLM and plug-in after a round."""
@@ -171,6 +190,25 @@ class Compute:
         data = self.settings.eval_data
         assert data is not None, "the machine asks for no evaluation without data"
         return RunJudge(self.settings, data)
+
+
+def _standings(where: Mapping[str, standing.Standing], kept: Mapping[str, float]) -> tuple[jobs.Standing, ...]:
+    """Round the standings for the round's record, in ascending edge id; of too many those with the least cosine."""
+    least = sorted(where, key=lambda edge: (where[edge].cosine or 0.0, edge))[: jobs.MAX_STANDINGS]
+    return tuple(
+        jobs.Standing(
+            edge=EdgeId(edge),
+            norm=_rounded(where[edge].norm),
+            cosine=None if (cosine := where[edge].cosine) is None else _rounded(cosine),
+            kept=_rounded(kept[edge]) if edge in kept else None,
+        )
+        for edge in sorted(least)
+    )
+
+
+def _rounded(value: float) -> float:
+    """Round to 4 significant digits: records stay short, and do not depend on how sums are parted."""
+    return float(f"{value:.4g}")
 
 
 def main() -> None:

@@ -292,6 +292,7 @@ class RoundClosed(Fact, frozen=True, tag="round_closed"):
     """A round closed.
 
     loss: nats, the mean over the round's examples. bytes_up, bytes_down: those of all edges since the run began.
+    standings: where updates lay beside what the round made of all.
     """
 
     round: Positive
@@ -301,6 +302,7 @@ class RoundClosed(Fact, frozen=True, tag="round_closed"):
     moments: Digest | None
     cross_term: Annotated[float, Meta(ge=0)] | None
     smaller: tuple[rec.ClosedClass, ...]
+    standings: tuple[Standing, ...]
     loss: float
     updates: Positive
     bytes_up: Count

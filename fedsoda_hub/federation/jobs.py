@@ -10,6 +10,8 @@ import msgspec
 from fedsoda_edge.protocol.calls import Call
 from fedsoda_edge.protocol.messages import Digest, EdgeId, Factor
 
+MAX_STANDINGS = 100  # of a round, which its record holds
+
 # --- progress --------------------------------------------------------------------------------------------------------
 
 
@@ -94,17 +96,32 @@ class ViewStep(msgspec.Struct, frozen=True, kw_only=True):
     delta: Digest
 
 
+class Standing(msgspec.Struct, frozen=True, kw_only=True):
+    """One edge's update beside what the round made of all updates, so that an owner sees who spoils.
+
+    norm: its length. cosine: to the round's result; None: one of the two is 0. kept: the share of it that [aggregation]
+    robust did not clip or cut; None: the rule has no such share. All are rounded.
+    """
+
+    edge: EdgeId
+    norm: float
+    cosine: float | None
+    kept: float | None
+
+
 class AggregateResult(msgspec.Struct, frozen=True, kw_only=True):
     """The master after a round, and the steps to it.
 
     steps: one for each view of the job. cross_term: ||M_res|| / ||M||, what averaging A and B apart loses of the mean
-    product; None: the factors have different ranks and cannot be averaged.
+    product; None: the factors have different ranks and cannot be averaged. standings: of the updates, at most
+    MAX_STANDINGS, those that are farthest from the result.
     """
 
     master: Digest
     steps: tuple[ViewStep, ...]
     moments: Digest | None
     cross_term: float | None
+    standings: tuple[Standing, ...] = ()
 
 
 class ProbeResult(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from fedsoda_edge.protocol.messages import Digest, EdgeId
-from fedsoda_hub.federation.jobs import EvaluateResult
+from fedsoda_hub.federation.jobs import EvaluateResult, Standing
 
 Keys = dict[str, object]  # of RUN.toml, as people write them, with their values
 
@@ -112,7 +112,8 @@ class RoundClosed(Record, frozen=True, tag="round_closed"):
 
     smaller: the same for the size classes that have a view of their own, in order. moments: those of the hub's optimizer;
     None: it has none. cross_term: ||M_res|| / ||M||, what averaging A and B apart loses of the mean product
-    (docs/methods.md (m10-cross-term)); None: it was not measured.
+    (docs/methods.md (m10-cross-term)); None: it was not measured. standings: where updates lay beside the result; of the
+    oldest ledgers empty.
     """
 
     round: int
@@ -122,6 +123,7 @@ class RoundClosed(Record, frozen=True, tag="round_closed"):
     moments: Digest | None = None
     cross_term: float | None = None
     smaller: tuple[ClosedClass, ...] = ()
+    standings: tuple[Standing, ...] = ()
 
 
 class ReprunedClass(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

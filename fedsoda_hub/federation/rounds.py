@@ -313,6 +313,7 @@ def _closed(round_number: int, result: jobs.AggregateResult) -> rec.RoundClosed:
         delta=largest.delta,
         moments=result.moments,
         cross_term=result.cross_term,
+        standings=result.standings,
         smaller=tuple(rec.ClosedClass(view=step.view, delta=step.delta) for step in others),
     )
 

@@ -15,7 +15,7 @@ from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.protocol.mirrors import MAX_MIRRORS, is_mirror
 from fedsoda_hub.settings.keys import TOML, refuse_unless
 from fedsoda_hub.settings.methods import METHODS, MethodKeys, keys_of_method, readers_of
-from fedsoda_hub.settings.tables import Aggregation, Blobs, LayerChoice, LoRA, Method, Optimizer, Tables, Wire
+from fedsoda_hub.settings.tables import Aggregation, Blobs, LayerChoice, LoRA, Method, Optimizer, Robust, Tables, Wire
 
 GROUPINGS: tuple[LayerChoice, ...] = ("contiguous", "spectral")  # choices that measure the layers
 NEVER_DRAWN: tuple[LayerChoice, ...] = ("uniform", "top")  # choices that are the same every time
@@ -27,6 +27,11 @@ OPTIMIZERS: dict[Optimizer, tuple[str, ...]] = {
     "fedadam": ("learning_rate", "beta1", "beta2", "tau"),
     "fedyogi": ("learning_rate", "beta1", "beta2", "tau"),
 }
+
+# Rules that cut single values, and those that compare whole updates. The others ask for less.
+BY_VALUE: tuple[Robust, ...] = ("median", "trimmed")
+BY_DISTANCE: tuple[Robust, ...] = ("krum", "centered-clip")
+READS_SHARE: tuple[Robust, ...] = ("trimmed", "krum")
 
 T = TypeVar("T", bound=Tables)
 
@@ -55,6 +60,7 @@ def settled(tables: T, given: Mapping[str, object], file: str) -> T:
     _check_adapter(made.method, file)
     _check_groups(made.method, given, file)
     _check_sizes(made.method, made.lora, made.aggregation, file)
+    _check_robust(made, file)
     return made
 
 
@@ -197,3 +203,30 @@ def _check_aggregation(aggregation: Aggregation, wire: Wire, file: str) -> None:
                 f"[aggregation] {key} = {getattr(aggregation, key)!r} beside optimizer = {optimizer!r} in {file} would "
                 f"not be read; delete {key}, or choose an optimizer that reads it: {readers}"
             )
+
+
+def _check_robust(tables: Tables, file: str) -> None:
+    """Check that the robust rule goes with what is averaged, and that it reads what is set."""
+    rule, how = tables.aggregation.robust, tables.aggregation
+    if rule != "none" and tables.wire.codec == "nf4-weight":
+        raise UsageProblem(
+            f"[aggregation] robust = {rule!r} beside [wire] codec = 'nf4-weight' in {file}: the rules compare steps, and "
+            'whole weights travel; write codec = "nf4", "int8" or "bf16", or robust = "none"'
+        )
+    if rule in BY_VALUE and how.rule == "flexlora":
+        raise UsageProblem(
+            f'[aggregation] robust = {rule!r} beside rule = "flexlora" in {file}: the mean is one of products, whose '
+            'single values no low rank keeps; write robust = "clip", "krum" or "centered-clip", or rule = "fedavg"'
+        )
+    if rule in BY_DISTANCE and tables.method.name == "fedpruner" and tables.method.classes:
+        raise UsageProblem(
+            f"[aggregation] robust = {rule!r} beside [method] classes = {tables.method.classes} in {file}: edges of "
+            "different classes train different layers, so that their updates have no distance; write robust = "
+            '"clip", "median" or "trimmed", or delete classes'
+        )
+    if how.robust_share != Aggregation().robust_share and rule not in READS_SHARE:
+        readers = " or ".join(f'"{reader}"' for reader in READS_SHARE)
+        raise UsageProblem(
+            f"[aggregation] robust_share = {how.robust_share} beside robust = {rule!r} in {file} would not be read; delete "
+            f"robust_share, or write robust = {readers}"
+        )

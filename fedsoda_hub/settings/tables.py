@@ -20,6 +20,7 @@ GroupDistance = Literal["healed", "angular"]
 LayerChoice = Literal["contiguous", "spectral", "uniform", "random", "top"]
 Rule = Literal["fedavg", "ffa", "rolora", "flexlora"]
 Optimizer = Literal["none", "fedavgm", "fedadam", "fedyogi"]
+Robust = Literal["none", "clip", "median", "trimmed", "krum", "centered-clip"]
 
 MAX_SEED = 2**63 - 1  # what torch's generators take
 SELF_GENERATED = "self-generated"  # instead of a file of [public]
@@ -170,6 +171,17 @@ class Aggregation(Section, frozen=True):
             "flexlora takes the SVD of the mean product"
         ),
     ] = "fedavg"
+    robust: Annotated[
+        Robust,
+        Meta(
+            description="how far a few edges can move the model: none, as far as they like; clip brings every update to the "
+            "round's median length at most; centered-clip does so around where most updates are; trimmed and median cut "
+            "the extremes of each value; krum leaves out the updates that are far from the others"
+        ),
+    ] = "none"
+    robust_share: Annotated[
+        float, Meta(ge=0, lt=0.5, description="share of edges that may be attackers; trimmed and krum read it")
+    ] = 0.2
     optimizer: Annotated[Optimizer, Meta(description="the hub's own step; none takes the mean itself")] = "none"
     learning_rate: Annotated[
         Annotated[float, Meta(gt=0)] | None,

@@ -44,10 +44,16 @@ def weighed(updates: Sequence[CodedUpdate], max_weight: float) -> list[tuple[Cod
     return [(update, min(float(update.num_examples), cap)) for update in ordered]
 
 
-def weighted_mean(updates: Sequence[CodedUpdate], codec: str, max_weight: float) -> dict[str, Tensor]:
-    """Average each tensor over the updates that hold it: sum_k (weight_k / sum weight) * decode(u_k).
+def weighted_mean(
+    updates: Sequence[CodedUpdate], codec: str, max_weight: float, counts: Mapping[str, float] | None = None
+) -> dict[str, Tensor]:
+    """Average each tensor over the updates that hold it: sum_k (weight_k / sum weight) * count_k * decode(u_k).
 
     One update is in memory at a time.
+
+    Args:
+        counts: how many times its weight each edge's update counts (`robust.kept`); None: once. An update that counts 0
+            times is not read.
 
     Returns:
         fp32 CPU tensors. A tensor that no update holds is missing: what nobody trained keeps its value.
@@ -65,8 +71,10 @@ def weighted_mean(updates: Sequence[CodedUpdate], codec: str, max_weight: float)
     wholes = {name: sum(of_holders) for name, of_holders in weights.items()}
     total: dict[str, Tensor] = {}
     for update, weight in ordered:
-        for name, value in decode(update.read(), update.layout, codec).items():
-            if name not in total:
-                total[name] = torch.zeros(value.shape)
-            total[name].add_(value, alpha=weight / wholes[name])
+        count = 1.0 if counts is None else counts[update.edge]
+        for spec in update.layout:
+            total.setdefault(spec.name, torch.zeros(spec.shape))
+        if count:
+            for name, value in decode(update.read(), update.layout, codec).items():
+                total[name].add_(value, alpha=weight / wholes[name] * count)
     return total
