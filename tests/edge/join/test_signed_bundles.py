@@ -11,7 +11,7 @@ from pathlib import Path
 import bench_trust_bundles as bench
 import msgspec
 import pytest
-from attack_cases import GOOD, SMALL, hub_with, joined, tried
+from attack_cases import CASES, GOOD, SMALL, hub_with, joined, tried
 from attacks_on_files import cut_at
 from small_hostile import KEY, MALLORY, RUN, Device, Server, listening, serving, statement, welcome
 
@@ -25,13 +25,13 @@ def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "*")
 
 
-@pytest.mark.parametrize("name", bench.CASES)
+@pytest.mark.parametrize("name", CASES)
 def test_the_edge_withstands(name: str, tmp_path: Path) -> None:
     assert bench.run_case(name, tmp_path) == ""
 
 
 def test_every_attack_has_its_name() -> None:
-    names = {name.partition(":")[0] for name in bench.CASES}
+    names = {name.partition(":")[0] for name in CASES}
     assert names >= {
         "arbitrary installation", "endless data", "extraneous dependencies", "freeze", "rollback", "mix-and-match",
         "wrong size", "slow retrieval", "forged receipt",
