@@ -516,6 +516,16 @@ def test_plan_doctor_and_leave_of_a_hub(served: str) -> None:
     assert (failed["status"], failed["exit_status"], failed["checks"][-1]["passed"]) == ("error", 5, False)
 
 
+def test_receipts_of_a_device(served: str) -> None:
+    assert edge("receipts")["sent"] == []
+    edge("plan", served, FEDSODA_TOKEN="good")
+    edge("leave", served, FEDSODA_TOKEN="good")
+    found = edge("receipts", "--run", "triage")["sent"]
+    assert [one["what"] for one in found] == ["hello", "hello", "leave"]
+    assert {one["hub"] for one in found} == {served}
+    assert edge("receipts", "--run", "other")["sent"] == []
+
+
 def test_errors_of_an_edge(served: str, nowhere: str, tmp_path: Path) -> None:
     data = tmp_path / "visits.jsonl"
     data.write_text(ROWS)
@@ -629,6 +639,12 @@ def test_report_of_a_run(told: Told, tmp_path: Path) -> None:
     found = hub("report", told.settings.path, "--to", tmp_path / "report")
     assert found["rounds_closed"] == 1
     assert all(Path(picture).is_file() for picture in found["pictures"])
+
+
+def test_the_files_of_a_bundle_for_mirrors(told: Told, tmp_path: Path) -> None:
+    found = hub("bundle", told.settings.path, "--to", tmp_path / "cdn")
+    assert (found["files"], found["copied"]) == (len(list((tmp_path / "cdn").iterdir())), found["files"])
+    assert hub("bundle", told.settings.path, "--to", tmp_path / "cdn")["copied"] == 0
 
 
 def test_export_and_evaluate_of_a_run_of_its_export_and_of_one_that_left_it(

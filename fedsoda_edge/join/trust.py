@@ -150,7 +150,7 @@ class HubTrust:
         # By this device's own clock: a later time that the hub once signed may be wrong too, and would then bar it for good.
         # A statement lives three days and is renewed every hour, so a clock that is a day ahead bars nothing.
         now = self._clock.wall()
-        if statement.expires < now:
+        if has_ended(statement, now):
             raise HubNotTrusted(
                 f"the hub's statement of its bundles ended on {_day(statement.expires)}, and this device's clock says "
                 f"{_day(now)} (freeze); set the clock of the one that is wrong; if both are right, somebody may hold this "
@@ -190,6 +190,11 @@ class HubTrust:
                 f"the receipt of the update of round {update.round} is not the hub's: {why}; the update stays here and is "
                 f"sent by the next join; {_AGAIN}"
             )
+
+
+def has_ended(statement: BundleStatement, now: float) -> bool:
+    """Tell whether a statement has expired."""
+    return statement.expires < now
 
 
 def receipt_problem(receipt: ms.Receipt, update: ms.UpdateStart, edge: ms.EdgeId, run_id: str, key: bytes) -> str:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fedsoda_edge.data.local_data import LocalData
 from fedsoda_edge.edge import Edge
+from fedsoda_edge.join.receipts import ReceiptLog, departures
 from fedsoda_edge.model import delta
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.ports.disk import BlobStore
@@ -187,6 +188,10 @@ def test_a_run_by_each_rule(make: Any, codec: str, how: dict[str, Any], left_ove
     assert len(rounds) == ROUNDS
     assert len(records(settings, rec.UpdateAccepted)) == 2 * ROUNDS  # none was refused
     assert not records(settings, rec.EdgeAnswered)
+    for name in NAMES:  # each edge has a receipt of each update, which the hub's key signed
+        lines, _ = ReceiptLog(settings.directory / f"home-{name}" / "receipts.jsonl").lines()
+        left = [one for one in departures(lines) if one.what == "update"]
+        assert [(one.round, one.answer) for one in left] == [(number, "verified") for number in range(1, ROUNDS + 1)]
     factors = [trained_factor(how["rule"], number) for number in range(1, ROUNDS + 1)]
     for record in records(settings, rec.UpdateAccepted):
         check(blobs.get(record.digest), of_factor(layout, factors[record.round - 1]), codec)

@@ -124,3 +124,33 @@ def test_what_a_method_does_not_read_may_be_written_as_what_it_is(folder: Path) 
 def test_a_choice_that_is_the_same_every_time_is_not_drawn_again(folder: Path) -> None:
     text = SHORT + '[method]\nname = "fedpruner"\nlayer_choice = {!r}\n'
     assert [read(folder, text.format(choice)).method.reprune_every for choice in ("random", "uniform")] == [5, 0]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "cdn.example.org/run7", "ftp://cdn.example.org/", "https://", "https:///run7/", "https://a:b@cdn.example.org/",
+        "https://cdn.example.org/?key=1", "https://cdn.example.org/#run7", "https://cdn.example.org:99999/", "https://[::1/",
+        "https://cdn.example.org/run 7/", "https://cdn.example.org/\\u00e9/", "", "x" * 600,
+    ],
+)  # fmt: skip
+def test_what_is_not_the_address_of_a_mirror_is_refused(folder: Path, url: str) -> None:
+    with pytest.raises(UsageProblem, match=r"\[blobs\] mirrors = .* is not the address of a mirror; write https://"):
+        read(folder, SHORT + f'[blobs]\nmirrors = ["https://cdn.example.org/run7/", "{url}"]\n')
+
+
+def test_mirrors_are_urls_of_directories_and_at_most_eight(folder: Path) -> None:
+    good = [
+        "https://cdn.example.org/run7/",
+        "http://10.0.0.5:8080",
+        "https://[2001:db8::1]/x",
+        "HTTPS://B.S3.Amazonaws.com/a%20b",
+    ]
+    assert read(folder, SHORT + f"[blobs]\nmirrors = {good}\n").blobs.mirrors == good
+    with pytest.raises(UsageProblem, match=r"it must be at most 8 URLs"):
+        read(folder, SHORT + f"[blobs]\nmirrors = {[f'https://cdn.example.org/{n}' for n in range(9)]}\n")
+
+
+def test_mirrors_may_change_while_a_run_is_prepared(folder: Path) -> None:
+    with_mirrors = read(folder, SHORT + '[blobs]\nmirrors = ["https://cdn.example.org/"]\n')
+    assert with_mirrors.fixed() == read(folder, SHORT).fixed()
