@@ -42,9 +42,7 @@ class Hub:
 
     def start(self) -> None:
         """Start, or start again: what was in memory is gone."""
-        self.proofs = Proofs(
-            self.key, self.ledger.devices, lambda: self.run_id, lambda: self.now, lambda: self.wall
-        )
+        self.proofs = Proofs(self.key, self.ledger.devices, lambda: self.run_id, lambda: self.now, lambda: self.wall)
 
     def invite(self) -> tuple[str, JoinLink]:
         """Invite another edge: (its id, the link)."""

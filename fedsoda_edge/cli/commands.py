@@ -81,8 +81,9 @@ def _columns(pairs: list[str]) -> dict[str, str]:
 @app.command(epilog="Example: fedsoda-edge join fedsoda://hub.example.org/#k=... --data visits.jsonl\n\n" + EXIT_HELP)
 def join(
     context: typer.Context,
-    data: opt.DataOption,
     url: opt.UrlArgument = None,
+    *,
+    data: opt.DataOption,
     link_file: opt.LinkFileOption = None,
     token_file: opt.TokenFileOption = None,
     column: opt.ColumnsOption = None,
