@@ -18,7 +18,7 @@ from unittest import mock
 from fedsoda_edge.errors import HubUnreachable
 from fedsoda_edge.protocol import proof
 from fedsoda_edge.protocol.join_link import JoinLink
-from fedsoda_edge.protocol.signatures import SigningKey, as_text
+from fedsoda_edge.protocol.signatures import SigningKey, as_text, from_text
 from fedsoda_hub.run.devices import Devices
 from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.serving import proofs
@@ -178,7 +178,7 @@ def _passed_on(hub: Hub) -> bool:
     device = Device(thief, thief.invite()[1])
     hub.ledger.devices.invite("x", proof.invitation_key(device.link.secret).public, hub.wall + DAY_SECONDS)
     begun, challenge = device.asks(hub)
-    nonce = proof.from_text(json.loads(challenge)["hub_nonce"], 32)
+    nonce = from_text(json.loads(challenge)["hub_nonce"], 32)
     theirs = proof.device_nonce(proof.read(begun.ask()))
     passed = proof.challenge(thief.key, hub.run_id, theirs, nonce)
     hub.ledger.devices.put_back("x", None)
@@ -197,11 +197,11 @@ def _overheard(hub: Hub) -> bool:
     heard = json.loads(Device(hub, link).answers())
     mallory = SigningKey(hub.chance.randbytes(32))
     signed = proof.signed_by_device(
-        proof.from_text(heard["device_nonce"], 32),
-        proof.from_text(heard["hub_nonce"], 32),
+        from_text(heard["device_nonce"], 32),
+        from_text(heard["hub_nonce"], 32),
         hub.key.public,
         mallory.public,
-        proof.from_text(heard["invitation"]["key"], 32),
+        from_text(heard["invitation"]["key"], 32),
         hub.run_id,
     )
     mine = {"device_key": as_text(mallory.public), "signature": as_text(mallory.sign("device", signed))}

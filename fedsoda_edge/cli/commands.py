@@ -16,7 +16,6 @@ from fedsoda_edge.cli import options as opt
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.ports.console import (
     EXIT_HELP,
-    EffectiveOption,
     effective_settings,
     finish,
     is_asked,
@@ -134,7 +133,7 @@ def join(
             display.say(
                 ev.SettingsGiven(
                     msgspec.convert(
-                        _without_secrets(effective_settings(context)), ev.JoinSettings, from_attributes=True
+                        opt.without_secrets(effective_settings(context)), ev.JoinSettings, from_attributes=True
                     )
                 )
             )
@@ -147,15 +146,6 @@ def join(
                 finally:
                     report = participation.report
         finish({"status": "ok", **report}, as_json, jsonl)
-
-
-def _without_secrets(settings: dict[str, EffectiveOption]) -> dict[str, EffectiveOption]:
-    """Return the options of a join as logs and people may see them."""
-    from fedsoda_edge.join.link import without_secret
-
-    url = settings["url"]
-    shown = without_secret(url.value) if isinstance(url.value, str) else None
-    return {**settings, "url": dataclasses.replace(url, value=shown)}
 
 
 @app.command(epilog="Example: fedsoda-edge plan https://hub.example.org --token-file me.token")
