@@ -40,8 +40,8 @@ class GivenSetting(msgspec.Struct, Generic[T], frozen=True, kw_only=True, forbid
 class JoinSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The options of `fedsoda-edge join`, in the order in which `cli/commands.py` declares them."""
 
-    data: GivenSetting[str]
     url: GivenSetting[str | None]
+    data: GivenSetting[str]
     link_file: GivenSetting[str | None]
     token_file: GivenSetting[str | None]
     column: GivenSetting[str | None]

@@ -106,6 +106,9 @@ class OneRoundHub:
         self._steps = steps
         self._tells_alignment = tells_alignment
 
+    async def prove(self, request: bytes) -> tuple[int, bytes]:
+        return 403, b'{"reason": "this hub takes tokens alone"}'
+
     def token(self, secret: str) -> Token | None:
         return Token(ms.EdgeId("edge"), None, False)
 

@@ -289,6 +289,9 @@ class SmallHub(ScriptedHub):
             taken.close()
             assert defects == []
 
+    async def prove(self, request: bytes) -> tuple[int, bytes]:
+        return 403, b'{"reason": "this hub takes tokens alone"}'
+
     def token(self, secret: str) -> Token | None:
         known = {"good": self.revoked, "old": True}
         return Token(ms.EdgeId("clinic-7"), None, known[secret]) if secret in known else None

@@ -129,6 +129,8 @@ def test_an_object_has_no_field_but_those_named_and_lacks_none(program: str) -> 
     """But for what an option adds. Parts that are completed where they are used are closed there."""
     optional = {
         "#/$defs/token create": {"token"},
+        "#/$defs/invite": {"link"},
+        "#/$defs/rebind": {"link", "expires"},
         **({"#/$defs/plan": {"curve"}} if program == "fedsoda-hub" else {}),
         "#/$defs/evaluate": {"samples"},
         "#/$defs/evaluate/properties/samples/items": {"sub_llm"},
@@ -679,9 +681,26 @@ def test_tokens(tmp_path: Path) -> None:
     assert [token["edge"] for token in hub("token list", run_file)["tokens"]] == ["a", "b"]
 
 
+def test_invitations(tmp_path: Path) -> None:
+    run_file = test_daemon.write_run(tmp_path, listen={"port": 8470}).path
+    assert hub("invite", run_file, "--name", "a")["link"].startswith("fedsoda://127.0.0.1:8470/#k=")
+    assert "link" not in hub("invite", run_file, "--name", "b", "--out", tmp_path / "b.link")
+    assert hub("rebind", run_file, "a")["link"].startswith("fedsoda://127.0.0.1:8470/#k=")
+    hub("token create", run_file, "--name", "c")
+    assert [hub(command, run_file, "c")["kind"] for command in ("rebind", "revoke")] == ["token", "token"]
+    assert hub("revoke", run_file, "b")["kind"] == "link"
+    found = [(edge["edge"], edge["kind"], edge["revoked"]) for edge in hub("edges", run_file)["edges"]]
+    assert found == [("a", "link", False), ("b", "link", True), ("c", "token", True)]
+    assert hub("reset", run_file, "--yes")["links"] == 1
+    assert hub("rebind", run_file, "b")["error"] == hub("revoke", run_file, "d")["error"] == "UsageProblem"
+
+
 @pytest.mark.parametrize(
     "command",
     [
+        "invite --name a",
+        "revoke",
+        "rebind",
         "prepare",
         "serve",
         "status",
@@ -701,7 +720,7 @@ def test_errors_of_a_hub(tmp_path: Path, command: str) -> None:
     name, *options = command.split(" --", 1)
     words = [run_file, *f"--{''.join(options)}".split()] if options else [run_file]
     assert hub(name, *words, "--loud")["error"] == "Usage"
-    assert hub(name, *words, *(["a"] if name in ("token revoke", "token rebind") else []))["error"] == "UsageProblem"
+    assert hub(name, *words, *(["a"] if name.endswith(("revoke", "rebind")) else []))["error"] == "UsageProblem"
     assert hub("plan", tmp_path / "no-model")["error"] == "UsageProblem"
 
 

@@ -17,7 +17,6 @@ from fedsoda_edge.cli.receipts_command import receipts
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.ports.console import (
     EXIT_HELP,
-    EffectiveOption,
     effective_settings,
     finish,
     is_asked,
@@ -83,8 +82,9 @@ def _columns(pairs: list[str]) -> dict[str, str]:
 @app.command(epilog="Example: fedsoda-edge join fedsoda://hub.example.org/#k=... --data visits.jsonl\n\n" + EXIT_HELP)
 def join(
     context: typer.Context,
-    data: opt.DataOption,
     url: opt.UrlArgument = None,
+    *,
+    data: opt.DataOption,
     link_file: opt.LinkFileOption = None,
     token_file: opt.TokenFileOption = None,
     column: opt.ColumnsOption = None,
@@ -141,7 +141,7 @@ def join(
             display.say(
                 ev.SettingsGiven(
                     msgspec.convert(
-                        _without_secrets(effective_settings(context)), ev.JoinSettings, from_attributes=True
+                        opt.without_secrets(effective_settings(context)), ev.JoinSettings, from_attributes=True
                     )
                 )
             )
@@ -154,15 +154,6 @@ def join(
                 finally:
                     report = participation.report
         finish({"status": "ok", **report}, as_json, jsonl)
-
-
-def _without_secrets(settings: dict[str, EffectiveOption]) -> dict[str, EffectiveOption]:
-    """Return the options of a join as logs and people may see them."""
-    from fedsoda_edge.join.link import without_secret
-
-    url = settings["url"]
-    shown = without_secret(url.value) if isinstance(url.value, str) else None
-    return {**settings, "url": dataclasses.replace(url, value=shown)}
 
 
 @app.command(epilog="Example: fedsoda-edge plan https://hub.example.org --token-file me.token")

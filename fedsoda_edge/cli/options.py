@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Annotated
 import typer
 
 from fedsoda_edge.errors import LocalError
+from fedsoda_edge.ports.console import EffectiveOption
 
 # The SDK's names of settings in sentences: name='value', or the name alone where no other word is written like it.
 _GIVEN = re.compile(r"\b(cache|device|link_file|pause_on|token_file)='([^']*)'")
@@ -31,6 +33,15 @@ def named_as_options() -> Iterator[None]:
     except LocalError as error:
         error.message = as_options(error.message)
         raise
+
+
+def without_secrets(settings: dict[str, EffectiveOption]) -> dict[str, EffectiveOption]:
+    """Return the options of a join as logs and people may see them."""
+    from fedsoda_edge.join.link import without_secret
+
+    url = settings["url"]
+    shown = without_secret(url.value) if isinstance(url.value, str) else None
+    return {**settings, "url": dataclasses.replace(url, value=shown)}
 
 
 # Panels of `--help`. What most joins need stands above them, in the panel that has no name of its own.

@@ -61,7 +61,7 @@ class JoinLink:
 
 def is_link(text: str) -> bool:
     """Tell whether this is meant as a join link, whole or damaged."""
-    return text.strip().lower().startswith(f"{SCHEME}:")
+    return _line(text).lower().startswith(f"{SCHEME}:")
 
 
 def read_link(text: str) -> JoinLink:
@@ -70,7 +70,7 @@ def read_link(text: str) -> JoinLink:
     Raises:
         UsageProblem: it is not one, or a part of it was lost or changed on the way. The secret is not in the sentence.
     """
-    line = text.strip().strip("<>\"'")
+    line = _line(text)
     if len(line) > MAX_LINK_CHARACTERS:
         raise UsageProblem(
             f"the join link has {len(line)} characters, but at most {MAX_LINK_CHARACTERS} are one; {_AGAIN}"
@@ -96,6 +96,11 @@ def read_link(text: str) -> JoinLink:
         tls_pin=_bytes(pin, PIN_BYTES, "the pin of the hub's TLS key") if pin is not None else None,
         is_plain="plain" in found,
     )
+
+
+def _line(text: str) -> str:
+    """Return a link without what mails and chats put around it."""
+    return text.strip().strip("<>\"'").strip()
 
 
 def _is_address(text: str) -> bool:

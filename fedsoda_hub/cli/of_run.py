@@ -115,9 +115,10 @@ def reset(
             found = begun(directory)
             rounds = "a damaged ledger" if found.rounds_closed is None else counted(found.rounds_closed, "closed round")
             what = f"{rounds} and {human_bytes(found.bytes)} in {directory.path}"
-            kept = (
-                f"{counted(found.tokens, 'token')} kept" if found.rounds_closed is not None else "its tokens are lost"
-            )
+            links = f" and {counted(found.links, 'join link')}" if found.links else ""
+            kept = f"{counted(found.tokens, 'token')}{links} kept"
+            if found.rounds_closed is None:
+                kept = "its tokens are lost, its join links too"
             if not is_sure:
                 _ask(f"delete {what}? ({kept})", f"delete {what} ({kept})")
             reset_run(directory)

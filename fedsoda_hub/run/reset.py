@@ -19,12 +19,13 @@ from fedsoda_hub.run.ledger import Ledger
 class Begun(msgspec.Struct, frozen=True):
     """The state of a run before a reset.
 
-    rounds_closed: None: the ledger is damaged. tokens: how many edges have one that is not revoked. bytes: what a reset
+    rounds_closed: None: the ledger is damaged. tokens, links: how many edges have one that is not revoked. bytes: what a reset
     frees.
     """
 
     rounds_closed: int | None
     tokens: int
+    links: int
     bytes: int
 
 
@@ -33,10 +34,10 @@ def begun(directory: RunDirectory) -> Begun:
     freed = sum(path.stat().st_size for place in _made(directory) for path in _files(place))
     try:
         with contextlib.closing(Ledger(directory.ledger)) as ledger:
-            kept = sum(not token.revoked for token in ledger.tokens.all())
-            return Begun(len(ledger.replay().losses), kept, freed)
+            kept = [edge.kind for edge in ledger.edges.all() if not edge.revoked]
+            return Begun(len(ledger.replay().losses), kept.count("token"), kept.count("link"), freed)
     except Damaged:
-        return Begun(None, 0, freed)
+        return Begun(None, 0, 0, freed)
 
 
 def reset(directory: RunDirectory) -> None:

@@ -95,28 +95,24 @@ def test_two_devices_join_by_link_over_a_restart_and_a_used_link_lets_in_its_dev
         async with serving(settings) as hub:
             keep_port(settings, hub)
             run = read_settings(settings.path)
-            links = {"ann": await invite(run, "ann"), "bob": await invite(run, "bob")}
-            async with joined(links["ann"], ann) as first, joined(links["bob"], bob) as second:
+            links = dict(zip("ab", await asyncio.gather(invite(run, "ann"), invite(run, "bob")), strict=True))
+            async with joined(links["a"], ann) as first, joined(links["b"], bob) as second:
                 assert (first.edge, second.edge) == ("ann", "bob")
         async with serving(read_settings(settings.path)):
             # The hub's memory is gone, the links are used: each device comes back by itself, nobody else does.
-            async with joined(links["ann"], ann) as again:
+            async with joined(links["a"], ann) as again:
                 assert again.edge == "ann"
-            leave = ("fedsoda_edge", "leave", links["ann"])
-            status, _, err = await command(*leave, FEDSODA_HOME=str(thief))
-            assert status == 5, err
-            mine, its = fingerprint(device_key(Home(thief)).public), fingerprint(device_key(Home(ann)).public)
-            assert f"by the device {its}, and this one is {mine}" in err
-            assert secret_of(links["ann"]) not in err
-            status, _, err = await command(*leave, FEDSODA_HOME=str(ann))
-            assert status == 0, err
             by_file = tmp_path / "bob.link"
-            by_file.write_text(f"{links['bob']}\n")
-            status, _, err = await command(
-                "fedsoda_edge", "leave", "--link-file", by_file, "--debug", FEDSODA_HOME=str(bob)
+            by_file.write_text(f"{links['b']}\n")
+            (stolen, _, why), (left, _, said) = await asyncio.gather(
+                command("fedsoda_edge", "leave", links["a"], FEDSODA_HOME=str(thief)),
+                command("fedsoda_edge", "leave", "--link-file", by_file, "--debug", FEDSODA_HOME=str(bob)),
             )
-            assert status == 0, err
-            assert secret_of(links["bob"]) not in err
+            assert (stolen, left) == (5, 0), (why, said)
+            mine, its = (fingerprint(device_key(Home(home)).public) for home in (thief, ann))
+            assert f"by the device {its}, and this one is {mine}" in why
+            for link in links.values():
+                assert secret_of(link) not in why + said
 
     asyncio.run(life())
     assert [path.stat().st_mode & 0o777 for path in (ann / "device.key", settings.run_dir / "hub.key")] == [0o600] * 2

@@ -14,7 +14,7 @@ from fedsoda_edge.errors import DiskFull, UsageProblem
 from fedsoda_edge.protocol import proof
 from fedsoda_edge.protocol.join_link import JoinLink
 from fedsoda_edge.protocol.messages import EdgeId
-from fedsoda_edge.protocol.signatures import SigningKey, as_text, fingerprint
+from fedsoda_edge.protocol.signatures import SigningKey, as_text, fingerprint, from_text
 from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.serving.proofs import Proofs
 
@@ -208,7 +208,7 @@ def test_wrong_hub_what_was_proven_to_one_hub_is_worth_nothing_to_another(hub: T
     device = Device(thief.invite())
     hub.ledger.devices.invite("clinic-7", proof.invitation_key(device.link.secret).public, hub.time.wall + DAY)
     theirs = json.loads(hub.ask(device))
-    nonce = proof.from_text(theirs["hub_nonce"], 32)
+    nonce = from_text(theirs["hub_nonce"], 32)
     begun = proof.device_nonce(proof.read(device.begun.ask()))
     passed_on = device.begun.answer(proof.challenge(thief.key, hub.run_id, begun, nonce))
     assert "not for this run of this hub" in reason(*hub.proofs.answer(passed_on))
