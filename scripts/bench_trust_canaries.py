@@ -34,7 +34,9 @@ from fedsoda_edge.join import status
 from fedsoda_edge.join.trainer import WORKER_MODULE, worker_environment
 from fedsoda_edge.ports.child import Child
 from fedsoda_edge.ports.confine import Reach
+from fedsoda_edge.ports.disk import sha256_file
 from fedsoda_edge.protocol import commands as cmd
+from fedsoda_edge.protocol.messages import Digest
 from fedsoda_edge.testing import ScriptedHub
 
 NUM_ROWS = 8
@@ -54,10 +56,10 @@ def measure(quick: bool) -> dict[str, object]:
         space.mkdir()
         _without_output([sys.executable, "-m", "fedsoda_edge.testing", str(model)], {})
         search = Search(Tokenizer.from_file(str(model / "tokenizer.json")))
-        missed = _planted_hits_missed(search, top / "planted")
-        rows = _rows(space / "rows.jsonl")
+        missed = planted_hits_missed(search, top / "planted")
+        rows = write_rows(space / "rows.jsonl")
         shared = _shared()
-        stages = _crashes_of_the_worker(search, space, rows)
+        stages = crashes_of_the_worker(search, space, rows, model)
         stages += _crash_of_the_agent(search, space, rows)
         stages += _refused_row(search, space, model)
         stages += _run_with_a_scripted_hub(search, space, rows, model, is_killed=not quick)
@@ -78,7 +80,7 @@ def measure(quick: bool) -> dict[str, object]:
         }
 
 
-def _planted_hits_missed(search: Search, top: Path) -> list[str]:
+def planted_hits_missed(search: Search, top: Path) -> list[str]:
     """Plant each form in a file of its own, and list those that the search does not find there."""
     top.mkdir()
     missed = []
@@ -93,7 +95,8 @@ def _planted_hits_missed(search: Search, top: Path) -> list[str]:
     return missed
 
 
-def _rows(path: Path) -> Path:
+def write_rows(path: Path) -> Path:
+    """Write rows of the marked words, with letters beyond ASCII as they are and escaped."""
     lines = [
         {"prompt": f"{at} {SENTENCE}", "completion": f"{SENTENCE} {'yes' if at % 2 else 'no'}"}
         for at in range(NUM_ROWS)
@@ -110,8 +113,8 @@ def _without_output(command: list[str], environment: Mapping[str, str]) -> None:
     subprocess.run(command, env={**os.environ, **environment}, check=True, capture_output=True, timeout=600)
 
 
-def _crashes_of_the_worker(search: Search, space: Path, rows: Path) -> int:
-    """Let the worker meet exceptions of all kinds that quote a row, then print one and abort."""
+def crashes_of_the_worker(search: Search, space: Path, rows: Path, model: Path) -> int:
+    """Let the worker meet exceptions of all kinds that quote a row, then print one and abort; return how many it met."""
     temporary = space / "home" / "tmp"
     temporary.mkdir(parents=True, exist_ok=True)
     reach = Reach(reads=(str(rows), str(space / "store")), may_use_gpu=False)
@@ -119,7 +122,7 @@ def _crashes_of_the_worker(search: Search, space: Path, rows: Path) -> int:
 
     async def meet() -> int:
         worker, count = Child(WORKER_MODULE, environment), 0
-        opening = _opening(space / "store", rows, search)
+        opening = _opening(space / "store", rows, model)
         try:
             while True:
                 count += 1
@@ -137,13 +140,9 @@ def _crashes_of_the_worker(search: Search, space: Path, rows: Path) -> int:
     return asyncio.run(meet())
 
 
-def _opening(store: Path, rows: Path, search: Search) -> cmd.Open:
+def _opening(store: Path, rows: Path, model: Path) -> cmd.Open:
     """Put the model's bundle into a store, and return the call that opens it with the rows."""
-    from fedsoda_edge.ports.disk import sha256_file
-    from fedsoda_edge.protocol.messages import Digest
-
     store.mkdir(exist_ok=True)
-    model = store.parents[1] / "model"
     for path in model.iterdir():
         shutil.copy(path, store / sha256_file(path))
     return cmd.Open(
