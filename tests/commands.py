@@ -92,6 +92,10 @@ class Commands:
         self._processes.append(process)
         return process
 
+    def forget(self, process: subprocess.Popen[str]) -> None:
+        """Let this process, which has ended, have ended in any way."""
+        self._processes.remove(process)
+
     def _path(self, log: str) -> Path:
         return self.directory / f"{log}.log"
 

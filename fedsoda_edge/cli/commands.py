@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -491,6 +492,10 @@ def cache_prune(as_json: opt.JsonOption = False, debug: opt.DebugOption = False)
 
 def main() -> None:
     """Run fedsoda-edge and exit with its status."""
+    if sys.argv[1:3] == ["data", "check"]:  # here and not in the command, which others may call within their process
+        from fedsoda_edge.ports.confine import give_up_network
+
+        give_up_network()
     run_command(app)
 
 

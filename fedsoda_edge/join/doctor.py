@@ -135,7 +135,7 @@ def _confinement_sentence(found: Confinement) -> str:
     """Write what the worker gave up, and why not the rest."""
     given_up = [f"no network ({found.network})"] * bool(found.network)
     given_up += [f"no paths but its own ({found.files})"] * bool(found.files)
-    return "the worker has " + "; ".join([*given_up, *found.missing]) if given_up else "; ".join(found.missing)
+    return ("the worker has " if given_up else "the worker is not confined: ") + "; ".join([*given_up, *found.missing])
 
 
 async def _way_to(

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
+import msgspec
 import psutil
 import pytest
 
@@ -19,7 +20,7 @@ from fedsoda_edge.join.home import Home
 from fedsoda_edge.ports import Clock, SystemClock
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.calls import Call, ProgressT, ResultT
-from fedsoda_edge.protocol.commands import Examine, Examined
+from fedsoda_edge.protocol.commands import Confinement, Examine, Examined
 from tests.edge.network.test_hub_transport import DATA, DIGEST, RUN_IS_OVER, SmallHub, listening
 from tests.worker_here import WorkerHere
 
@@ -54,6 +55,32 @@ def test_without_a_hub_the_device_alone_is_looked_at(tmp_path: Path) -> None:
     found = walked(tmp_path, None)
     assert [check.name for check in found] == DEVICE
     assert all(check.passed for check in found)
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        (
+            Confinement(network="seccomp", files="Landlock 4"),
+            "the worker has no network (seccomp); no paths but its own (Landlock 4)",
+        ),
+        (
+            Confinement(network="seccomp", missing=("it may read all files of this user: Landlock is switched off",)),
+            "the worker has no network (seccomp); it may read all files of this user: Landlock is switched off",
+        ),
+        (Confinement(missing=("this system has no means",)), "the worker is not confined: this system has no means"),
+    ],
+)
+def test_what_the_worker_gave_up_is_a_step_of_its_own(tmp_path: Path, found: Confinement, says: str) -> None:
+    class Confined(Looks):
+        async def call(self, call: Any, on_progress: Any = None) -> Any:
+            return msgspec.structs.replace(await super().call(call, on_progress), confinement=found)
+
+    async def look() -> list[DoctorStep]:
+        return [step async for step in examine(None, None, Home(tmp_path / "home"), worker=Confined())]
+
+    [step] = [step for step in asyncio.run(look()) if step.name == "confinement"]
+    assert (step.passed, step.detail) == (True, says)
 
 
 @pytest.mark.parametrize(

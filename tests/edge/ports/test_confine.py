@@ -221,3 +221,38 @@ def test_with_a_gpu_its_devices_and_the_names_of_threads_can_be_written(monkeypa
         assert rights[Path(device)] & landlock.WRITE_FILE
     assert rights[Path("/proc")] & landlock.WRITE_FILE
     assert not dict(confine_file._rights(Reach(), has_gpu=False))[Path("/proc")] & landlock.WRITE_FILE
+
+
+HOSTILE = """
+import os, socket
+from fedsoda_edge.errors import DataProblem
+try:
+    socket.create_connection(("127.0.0.1", int(os.environ["TRY_PORT"])), 2)
+    raise DataProblem("connected")
+except OSError as error:
+    raise DataProblem(f"refused with {error.errno}") from error
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has seccomp")
+@pytest.mark.parametrize(("switch", "says"), [("1", f"refused with {errno.EAFNOSUPPORT}"), ("0", "connected")])
+def test_the_command_that_checks_data_has_no_network(tmp_path: Path, listener: int, switch: str, says: str) -> None:
+    """A library that reads the rows turns on its user."""
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "pyarrow.py").write_text(HOSTILE)
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1 private text")
+    ended = subprocess.run(
+        [sys.executable, "-m", "fedsoda_edge", "data", "check", "rows.parquet", "--json"],
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{tmp_path / 'lib'}{os.pathsep}{ROOT}",
+            "TRY_PORT": str(listener),
+            "FEDSODA_CONFINE": switch,
+        },
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert json.loads(ended.stdout)["message"] == says
