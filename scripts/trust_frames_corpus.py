@@ -48,7 +48,8 @@ def _payload(case: dict[str, Any]) -> str:
             case _:
                 read_link(case["text"])
     except FedSODAError as error:
-        return "" if len(str(error)) < 2000 else f"{case['name']}: an endless sentence"
+        is_line = len(str(error)) < 2000 and not any(one in str(error) for one in "\n\x1b\u202e")
+        return "" if is_line else f"{case['name']}: a sentence that is endless, or steers a terminal"
     except Exception as error:
         return f"{case['name']}: {error!r:.200}"
     return f"{case['name']}: it was taken"

@@ -21,7 +21,7 @@ from fedsoda_edge.ports import Clock
 from fedsoda_edge.ports.disk import sha256_file
 from fedsoda_edge.protocol import commands as cmd
 from fedsoda_edge.protocol import messages as ms
-from fedsoda_edge.protocol.manifest import parse_manifest
+from fedsoda_edge.protocol.manifest import check_manifest_size, parse_manifest
 
 PROGRESS_SECONDS = 0.5  # between two reports of training, to people and to the hub
 
@@ -125,7 +125,9 @@ class RoundRunner:
     async def _follow(self, equipment: Equipment, wanted: ms.BlobRef) -> None:
         """Fetch what is missing of the bundle that the hub has chosen since the last round, and change to it."""
         download = equipment.download
+        check_manifest_size(wanted.bytes)
         manifest = parse_manifest((await download.file(wanted.digest, wanted.bytes)).read_bytes())
+        self._state.bound_views(manifest)
         async with download.bundle(manifest, wanted.digest) as fetch:
             await fetch()
         await equipment.trainer.follow(manifest, wanted.digest)

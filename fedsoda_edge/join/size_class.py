@@ -15,7 +15,7 @@ from fedsoda_edge.device.fit import Limits, check_disk, fit
 from fedsoda_edge.errors import DeviceTooSmall, DiskFull
 from fedsoda_edge.events import EventSink, Notice
 from fedsoda_edge.ports.store import FileStore
-from fedsoda_edge.protocol.manifest import BundleManifest, parse_manifest
+from fedsoda_edge.protocol.manifest import BundleManifest, check_manifest_size, parse_manifest
 from fedsoda_edge.protocol.messages import BlobRef, DeviceFacts, SizeClass, Welcome
 from fedsoda_edge.protocol.needs import MemoryPlan, SampleSizes, shape_of
 
@@ -59,6 +59,7 @@ async def take(
     """
     classes = (SizeClass(manifest=welcome.manifest, emulator=welcome.emulator), *welcome.smaller)
     for number, one in enumerate(classes):
+        check_manifest_size(one.manifest.bytes)
         manifest = parse_manifest((await fetch(one.manifest)).read_bytes())
         facts = read_device(home)
         held = store.held_bytes([(file.sha256, file.bytes) for file in manifest.files])

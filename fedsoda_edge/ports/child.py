@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from fedsoda_edge.errors import DiskFull, FedSODAError, Field, WorkerFailed, by_name
+from fedsoda_edge.errors import DiskFull, FedSODAError, Field, WorkerFailed, by_name, panics_caught
 from fedsoda_edge.ports.system import group_of_its_own, peak_rss_bytes, was_killed
 from fedsoda_edge.protocol.calls import Call, ProgressT, ResultT, progress_type, result_type
 
@@ -249,7 +249,9 @@ def serve(calls: Any, answer: Callable[[Any, ReportProgress], msgspec.Struct]) -
     while True:
         reply: _Reply
         try:
-            result = answer(decode(waiting.get()), lambda progress: _write(out, ProgressReply(_raw(progress))))
+            call = decode(waiting.get())
+            with panics_caught():
+                result = answer(call, lambda progress: _write(out, ProgressReply(_raw(progress))))
             reply = ResultReply(_raw(result), peak_rss_bytes())
         except FedSODAError as error:
             reply = ErrorReply(type(error).__name__, error.fields())
