@@ -53,16 +53,21 @@ def measure(quick: bool) -> dict[str, Any]:
         for room in ("agent", "torch"):
             mine = [one for one in listed if (one.room == "agent") == (room == "agent")]
             counts[room] = len(mine)
-            before = _outside(watched)
-            for one, report in _read(room, mine, files, watched):
+            before = outside(watched)
+            for one, report in read(room, mine, files, watched):
                 longest = max(longest, report["seconds"])
-                if problem := _problem(one, report):
+                if problem := problem_of(one, report):
                     wrong.append(f"{one.kind}, {one.name}: {problem}")
-            wrong += [f"{room}: {path} was written outside the store" for path in sorted(_outside(watched) - before)]
-        return counts | {"right": len(listed) - min(len(listed), len(wrong)), "wrong": wrong[:20], "longest_seconds": round(longest, 2)}
+            wrong += [f"{room}: {path} was written outside the store" for path in sorted(outside(watched) - before)]
+        return counts | {
+            "right": len(listed) - min(len(listed), len(wrong)),
+            "wrong": wrong[:20],
+            "longest_seconds": round(longest, 2),
+        }
 
 
-def _problem(one: Artifact, report: dict[str, Any]) -> str:
+def problem_of(one: Artifact, report: dict[str, Any]) -> str:
+    """Say what is wrong about how a file was read; "": nothing."""
     if report["heard"]:
         return f"the process {report['heard'][0]}"
     if report["how"] in ("raised", "ended", "hung"):
@@ -75,7 +80,7 @@ def _problem(one: Artifact, report: dict[str, Any]) -> str:
     return f"it took {report['seconds']:.1f} s" if report["seconds"] > SECONDS else ""
 
 
-def _outside(watched: Path) -> set[str]:
+def outside(watched: Path) -> set[str]:
     """List what lies in the watched directory outside the store, with sizes."""
     found = set()
     for path in watched.rglob("*"):
@@ -85,8 +90,17 @@ def _outside(watched: Path) -> set[str]:
 
 
 def _start(room: str, files: Path, watched: Path, number: int = 0) -> subprocess.Popen[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": str(watched / "store"), "RUST_BACKTRACE": "0"}
-    environment |= {"HF_HUB_OFFLINE": "1", "TMPDIR": str(watched / "store"), "FEDSODA_HOME": str(watched / "store" / "home")}
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "HOME": str(watched / "store"),
+        "RUST_BACKTRACE": "0",
+    }
+    environment |= {
+        "HF_HUB_OFFLINE": "1",
+        "TMPDIR": str(watched / "store"),
+        "FEDSODA_HOME": str(watched / "store" / "home"),
+    }
     child = Path(__file__).with_name("trust_artifacts_child.py")
     return subprocess.Popen(
         [sys.executable, str(child), room, str(files / f"list{number}"), str(watched)],
@@ -99,7 +113,9 @@ def _start(room: str, files: Path, watched: Path, number: int = 0) -> subprocess
     )
 
 
-def _read(room: str, listed: Sequence[Artifact], files: Path, watched: Path) -> Iterator[tuple[Artifact, dict[str, Any]]]:
+def read(
+    room: str, listed: Sequence[Artifact], files: Path, watched: Path
+) -> Iterator[tuple[Artifact, dict[str, Any]]]:
     """Let a child read one file after the other; where it ends or hangs, another goes on behind that file."""
     at = 0
     while at < len(listed):

@@ -19,12 +19,32 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 MEMORY = 1 << 30
-STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "pty.spawn", "ctypes.dlopen")
+STARTS = (
+    "subprocess.Popen",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.fork",
+    "os.forkpty",
+    "pty.spawn",
+    "ctypes.dlopen",
+)
 NETWORK = ("socket.connect", "socket.bind", "socket.getaddrinfo", "socket.sendto", "urllib.Request")
-CHANGES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.symlink", "os.link", "os.chmod", "os.truncate", "shutil.rmtree", "shutil.move")
+CHANGES = (
+    "os.remove",
+    "os.rename",
+    "os.mkdir",
+    "os.rmdir",
+    "os.symlink",
+    "os.link",
+    "os.chmod",
+    "os.truncate",
+    "shutil.rmtree",
+    "shutil.move",
+)
 
 
 class Ear:
@@ -53,7 +73,7 @@ class Ear:
             is_library = event == "ctypes.dlopen" and (args[0] is None or self._is_ours(str(args[0])))
             return "" if is_library else f"{event} {args!r:.120}"
         if event == "open":
-            path, mode, flags = args
+            path, _mode, flags = args
             writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
             if writes and isinstance(path, str | bytes) and not self._is_inside(os.fsdecode(path)):
                 return f"writes {path!r:.120}"
@@ -77,7 +97,15 @@ class Ear:
         """Tell whether a library compiles what it wrote itself: dataclasses, importlib, and Jinja within its sandbox."""
         name = sys._getframe(3).f_code.co_filename  # behind the three of the ear
         return name.startswith("<frozen") or name.endswith(
-            ("dataclasses.py", f"collections{os.sep}__init__.py", "enum.py", f"jinja2{os.sep}environment.py", f"jinja2{os.sep}debug.py", "typing.py", "functools.py")
+            (
+                "dataclasses.py",
+                f"collections{os.sep}__init__.py",
+                "enum.py",
+                f"jinja2{os.sep}environment.py",
+                f"jinja2{os.sep}debug.py",
+                "typing.py",
+                "functools.py",
+            )
         )
 
 
@@ -110,7 +138,7 @@ class Shop:
             self.bundle = Bundle.open(self.bundle_dir)
 
     def reader(self, kind: str) -> Callable[[bytes, dict[str, Any]], object]:
-        return getattr(self, f"read_{kind}")  # type: ignore[no-any-return]
+        return cast("Callable[[bytes, dict[str, Any]], object]", getattr(self, f"read_{kind}"))
 
     # agent
 
@@ -130,12 +158,21 @@ class Shop:
     def read_download(self, data: bytes, with_: dict[str, Any]) -> object:
         from fedsoda_edge.ports.store import FileStore
 
-        return asyncio.run(_fetched(FileStore(self.store / "files"), hashlib.sha256(data).hexdigest(), with_["size"], with_["sent"].encode(), with_["times"]))
+        return asyncio.run(
+            _fetched(
+                FileStore(self.store / "files"),
+                hashlib.sha256(data).hexdigest(),
+                with_["size"],
+                with_["sent"].encode(),
+                with_["times"],
+            )
+        )
 
     def read_manifest_size(self, _: bytes, with_: dict[str, Any]) -> object:
         from fedsoda_edge.protocol.manifest import check_manifest_size
 
-        return check_manifest_size(with_["size"])
+        check_manifest_size(with_["size"])
+        return None
 
     def read_view_size(self, _: bytes, with_: dict[str, Any]) -> object:
         """A view that the hub announces larger than its manifest allows."""
@@ -153,7 +190,9 @@ class Shop:
         async def advance(_: Any) -> Any:
             raise AssertionError("nothing to advance")
 
-        return asyncio.run(state.bring_up("adapter", ViewRef(digest=Digest("1" * 64), delta=huge, snapshot=huge), 5, fetch, advance))
+        return asyncio.run(
+            state.bring_up("adapter", ViewRef(digest=Digest("1" * 64), delta=huge, snapshot=huge), 5, fetch, advance)
+        )
 
     def read_run_id(self, _: bytes, with_: dict[str, Any]) -> object:
         from fedsoda_edge.join.home import Home
@@ -187,7 +226,8 @@ class Shop:
         from fedsoda_edge.protocol.coded import check
         from fedsoda_edge.protocol.manifest import TensorSpec
 
-        return check(data, (TensorSpec("layers.1.q.lora_A", (4, 16)),), with_["codec"])
+        check(data, (TensorSpec("layers.1.q.lora_A", (4, 16)),), with_["codec"])
+        return None
 
     # worker
 
@@ -204,7 +244,9 @@ class Shop:
         files = {"tokenizer_config.json": b"{}", "chat_template.jinja": data}
         templates = ChatTemplate.read(files)
         assert templates is not None
-        rendered = templates.rendered([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], add_generation_prompt=False)
+        rendered = templates.rendered(
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], add_generation_prompt=False
+        )
         assert len(rendered.text) <= 64 << 10, "more than a template may write"
         return None
 
@@ -223,11 +265,18 @@ class Shop:
         path = self.work / "shard"
         path.write_bytes(data)
         manifest = self.bundle.manifest
-        files = tuple(File(name, hashlib.sha256(data).hexdigest(), len(data)) if one.name == name else one for one in manifest.files)
-        bundle = Bundle(replace(manifest, files=files), lambda file: path if file.name == name else self.bundle_dir / file.name)
+        files = tuple(
+            File(name, hashlib.sha256(data).hexdigest(), len(data)) if one.name == name else one
+            for one in manifest.files
+        )
+        bundle = Bundle(
+            replace(manifest, files=files), lambda file: path if file.name == name else self.bundle_dir / file.name
+        )
         if with_["role"].startswith("layers."):
             return bundle.layer(int(with_["role"][7:]))
-        return {"embedding": bundle.embedding, "adapter_lora": bundle.adapter_lora, "norm": bundle.norm}[with_["role"]]()
+        return {"embedding": bundle.embedding, "adapter_lora": bundle.adapter_lora, "norm": bundle.norm}[
+            with_["role"]
+        ]()
 
     def read_snapshot(self, data: bytes, _: dict[str, Any]) -> object:
         from fedsoda_edge.model import delta
@@ -311,7 +360,13 @@ def make_base(watched: Path) -> None:
     from fedsoda_edge.testing import make_bundle
 
     make_bundle(watched / "bundle")
-    sizes = {"vocab_size": 259, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {
+        "vocab_size": 259,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     config = LlamaConfig(**sizes, num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(watched / "model")
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -353,7 +408,13 @@ def main() -> None:
                 how, sentence = "raised", f"{type(error).__name__}: {error}"[:300]
             finally:
                 ear.listens = False
-        report = {"number": case["number"], "how": how, "sentence": sentence[:3000], "seconds": took[0], "heard": ear.heard[:5]}
+        report = {
+            "number": case["number"],
+            "how": how,
+            "sentence": sentence[:3000],
+            "seconds": took[0],
+            "heard": ear.heard[:5],
+        }
         print(json.dumps(report), flush=True)
 
 

@@ -7,19 +7,23 @@ import gzip
 import json
 import lzma
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from trust_artifacts_make import NAMES, TEMPLATES, Artifact, _archive, lies_of_safetensors, safetensors, tokenizers
 
+SIZES: tuple[object, ...] = (0, -1, 2**40, "64", None, [], 1.5)
 LARGE = 1 << 20  # bytes above which a file is left out of the quick list
 
 
 def artifacts(base: Path, *, is_quick: bool) -> Iterator[Artifact]:
     """Yield all of them; the quick list has every kind, and of the many only some."""
-    for number, one in enumerate((*_of_agent(base), *_of_worker(base), *_of_hub(base))):
-        is_many = one.kind in ("shard", "checkpoint", "snapshot", "tokenizer", "delta", "bundle_manifest", "template") and number % 7
+    for number, one in enumerate((*of_agent(_manifest(base)), *_of_worker(base), *_of_hub(base))):
+        is_many = (
+            one.kind in ("shard", "checkpoint", "snapshot", "tokenizer", "delta", "bundle_manifest", "template")
+            and number % 7
+        )
         if not is_quick or not (len(one.data) > LARGE or is_many or one.with_.get("size", 0) > LARGE):
             yield one
 
@@ -38,8 +42,7 @@ def _changed(whole: dict[str, Any], value: object, *place: str | int) -> bytes:
     return json.dumps(made).encode("utf-8", "surrogatepass")
 
 
-def _lies_of_manifests(base: Path) -> Iterator[tuple[str, bytes, bool]]:
-    good = _manifest(base)
+def _lies_of_manifests(good: dict[str, Any]) -> Iterator[tuple[str, bytes, bool]]:
     yield "empty", b"", False
     yield "a list", b"[]", False
     yield "deep", b"[" * 100000, False
@@ -70,19 +73,49 @@ def _lies_of_manifests(base: Path) -> Iterator[tuple[str, bytes, bool]]:
         yield f"the file {name!r:.20}", _changed(good, name, "files", 0, "name"), False
 
 
-def _of_agent(base: Path) -> Iterator[Artifact]:
-    for name, data, harmless in _lies_of_manifests(base):
+def of_agent(manifest: dict[str, Any]) -> Iterator[Artifact]:
+    """Yield what an agent reads: lies about this manifest, names, downloads, rows, coded updates."""
+    for name, data, harmless in _lies_of_manifests(manifest):
         yield Artifact("agent", "manifest", name, data, harmless=harmless)
     for name in NAMES:
-        is_plain = name in ("CON", "con", "NUL", "-", "--help")  # a directory below runs/ on the systems that are supported
+        is_plain = name in (
+            "CON",
+            "con",
+            "NUL",
+            "-",
+            "--help",
+        )  # a directory below runs/ on the systems that are supported
         yield Artifact("agent", "file_name", f"{name!r:.20}", with_={"name": name})
-        yield Artifact("agent", "run_id", f"{name!r:.20}", with_={"name": name}, harmless=is_plain or name.isalnum() and name.isascii() and len(name) <= 64)
+        yield Artifact(
+            "agent",
+            "run_id",
+            f"{name!r:.20}",
+            with_={"name": name},
+            harmless=is_plain or (name.isalnum() and name.isascii() and len(name) <= 64),
+        )
         yield Artifact("agent", "token_name", f"{name!r:.20}", with_={"name": name}, harmless=True)
-    for size, sent, times in ((10, "x" * 1000, 10**6), (10, "x", 3), (1000, "", 50), (10, "wrongwrong", 1), (1, "xx", 1)):
-        yield Artifact("agent", "download", f"{size} bytes announced, {times} x {len(sent)} sent", b"the file", {"size": size, "sent": sent, "times": times})
+    for size, sent, times in (
+        (10, "x" * 1000, 10**6),
+        (10, "x", 3),
+        (1000, "", 50),
+        (10, "wrongwrong", 1),
+        (1, "xx", 1),
+    ):
+        yield Artifact(
+            "agent",
+            "download",
+            f"{size} bytes announced, {times} x {len(sent)} sent",
+            b"the file",
+            {"size": size, "sent": sent, "times": times},
+        )
     for size in ((16 << 20) + 1, 1 << 50):
         yield Artifact("agent", "manifest_size", f"{size} bytes", with_={"size": size})
-        yield Artifact("agent", "view_size", f"{size} bytes", with_={"size": min(size, 1 << 40), "manifest": json.dumps(_manifest(base))})
+        yield Artifact(
+            "agent",
+            "view_size",
+            f"{size} bytes",
+            with_={"size": min(size, 1 << 40), "manifest": json.dumps(manifest)},
+        )
     yield from _bombs()
     yield from _coded()
 
@@ -90,11 +123,19 @@ def _of_agent(base: Path) -> Iterator[Artifact]:
 def _bombs() -> Iterator[Artifact]:
     zeros = b"\0" * (1 << 20)
     line = b'{"a": "' + b"x" * (1 << 20)
-    packed = {"gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress}
+    packed: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress}
     for name, pack in packed.items():
         yield Artifact("agent", "rows", f"2 GB of zeros, {name}", pack(zeros), {"times": 2000})
-        yield Artifact("agent", "rows", f"a line of 2 GB, {name}", pack(line) + pack(b"x" * (1 << 20)) * 1, {"times": 1000})
-        yield Artifact("agent", "rows", f"a table of 1 GB, {name}", pack(b"a,b\n1," + b"x" * (1 << 20)) + pack(b"x" * (1 << 20)), {"times": 500})
+        yield Artifact(
+            "agent", "rows", f"a line of 2 GB, {name}", pack(line) + pack(b"x" * (1 << 20)) * 1, {"times": 1000}
+        )
+        yield Artifact(
+            "agent",
+            "rows",
+            f"a table of 1 GB, {name}",
+            pack(b"a,b\n1," + b"x" * (1 << 20)) + pack(b"x" * (1 << 20)),
+            {"times": 500},
+        )
         yield Artifact("agent", "rows", f"cut, {name}", pack(line)[:-5])
         yield Artifact("agent", "rows", f"damaged, {name}", pack(line)[:20] + b"\xff" * 50)
     # zstd: blocks of one byte repeated 128 KiB, in 4 bytes each (RFC 8878, 3.1.1.2)
@@ -110,12 +151,36 @@ def _bombs() -> Iterator[Artifact]:
     yield Artifact("agent", "rows", "a pickle", b"\x80\x04\x95\x1a\0\0\0\0\0\0\0\x8c\x05posix\x94.")
     yield Artifact("agent", "rows", "an archive with a path out", _archive({"../../x": b"x"}))
     for name in ("../../../etc/passwd", "/etc/passwd", "a\\..\\b"):
-        yield Artifact("worker", "dataset", f"the file {name}", json.dumps({"_data_files": [{"filename": name}]}).encode())
-    yield Artifact("worker", "rows", "a workbook that explodes", _archive({"xl/workbook.xml": b" " * (50 << 20), "[Content_Types].xml": b"<x/>"}))
-    yield Artifact("worker", "rows", "a workbook of entities", _archive({"xl/workbook.xml": b'<!DOCTYPE x [<!ENTITY a "a"><!ENTITY b "&a;&a;&a;">]><workbook>&b;</workbook>'}))
-    yield Artifact("worker", "rows", "Parquet with a foot of 2 GB", b"PAR1" + b"\xff" * 100 + struct.pack("<I", 2**31 - 1) + b"PAR1")
-    yield Artifact("worker", "rows", "Arrow that lies", b"ARROW1\0\0" + b"\xff" * 200 + struct.pack("<i", 2**31 - 1) + b"ARROW1")
-    yield Artifact("worker", "rows", "a stream of Arrow that lies", b"\xff\xff\xff\xff" + struct.pack("<i", 2**31 - 1) + b"\xff" * 100)
+        yield Artifact(
+            "worker", "dataset", f"the file {name}", json.dumps({"_data_files": [{"filename": name}]}).encode()
+        )
+    yield Artifact(
+        "worker",
+        "rows",
+        "a workbook that explodes",
+        _archive({"xl/workbook.xml": b" " * (50 << 20), "[Content_Types].xml": b"<x/>"}),
+    )
+    yield Artifact(
+        "worker",
+        "rows",
+        "a workbook of entities",
+        _archive({"xl/workbook.xml": b'<!DOCTYPE x [<!ENTITY a "a"><!ENTITY b "&a;&a;&a;">]><workbook>&b;</workbook>'}),
+    )
+    yield Artifact(
+        "worker",
+        "rows",
+        "Parquet with a foot of 2 GB",
+        b"PAR1" + b"\xff" * 100 + struct.pack("<I", 2**31 - 1) + b"PAR1",
+    )
+    yield Artifact(
+        "worker", "rows", "Arrow that lies", b"ARROW1\0\0" + b"\xff" * 200 + struct.pack("<i", 2**31 - 1) + b"ARROW1"
+    )
+    yield Artifact(
+        "worker",
+        "rows",
+        "a stream of Arrow that lies",
+        b"\xff\xff\xff\xff" + struct.pack("<i", 2**31 - 1) + b"\xff" * 100,
+    )
 
 
 def _coded() -> Iterator[Artifact]:
@@ -129,31 +194,64 @@ def _coded() -> Iterator[Artifact]:
             ("endless bits", 300, b"\0\0\1" + bytes(4) + b"\1\0" + bytes(291)),
         ):
             body = data[:size]
-            header = {"__metadata__": {"codec": codec}, spec: {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}
+            header = {
+                "__metadata__": {"codec": codec},
+                spec: {"dtype": "U8", "shape": [size], "data_offsets": [0, size]},
+            }
             text = json.dumps(header, separators=(",", ":")).encode()
-            yield Artifact("agent", "coded", f"{codec}, {name}", safetensors(text + b" " * (-len(text) % 8), body), {"codec": codec})
+            yield Artifact(
+                "agent",
+                "coded",
+                f"{codec}, {name}",
+                safetensors(text + b" " * (-len(text) % 8), body),
+                {"codec": codec},
+            )
         deep = b'{"__metadata__":' + b'{"a":' * 990 + b"1" + b"}" * 990 + b"}"
         yield Artifact("agent", "coded", f"{codec}, deep metadata", safetensors(deep), {"codec": codec})
 
 
 def _of_worker(base: Path) -> Iterator[Artifact]:
-    for name, data, harmless in _lies_of_manifests(base):
+    good = _manifest(base)
+    for name, data, harmless in _lies_of_manifests(good):
         if len(data) < 1 << 20:
             yield Artifact("worker", "bundle_manifest", name, data, harmless=harmless)
-    good = _manifest(base)
-    for name, value in (("max_position_embeddings", None), ("max_position_embeddings", -1), ("hidden_act", "os.system"), ("rms_norm_eps", "x")):
+    for name, value in (
+        ("max_position_embeddings", None),
+        ("max_position_embeddings", -1),
+        ("hidden_act", "os.system"),
+        ("rms_norm_eps", "x"),
+    ):
         yield Artifact("worker", "bundle_manifest", f"{name} {value}", _changed(good, value, "config", name))
-    yield Artifact("worker", "bundle_manifest", "a class of its own", _changed(good, {"AutoConfig": "x.Y"}, "config", "auto_map"), harmless=True)
+    yield Artifact(
+        "worker",
+        "bundle_manifest",
+        "a class of its own",
+        _changed(good, {"AutoConfig": "x.Y"}, "config", "auto_map"),
+        harmless=True,
+    )
     yield Artifact("worker", "bundle_manifest", "a family that is code", _changed(good, "os.system", "family"))
     yield Artifact("worker", "bundle_manifest", "a dtype that is code", _changed(good, "float32; import os", "dtype"))
     for role in ("layers.0", "embedding", "adapter_lora", "norm"):
         for name, data, harmless in lies_of_safetensors((base / "bundle" / f"{role}.safetensors").read_bytes()):
             if len(data) < 1 << 25 or role == "layers.0":
-                yield Artifact("worker", "shard", f"{role}, {name}", data, {"role": role}, harmless or (role == "layers.0" and ("dtype" in name or "dimensions" in name)))
+                yield Artifact(
+                    "worker",
+                    "shard",
+                    f"{role}, {name}",
+                    data,
+                    {"role": role},
+                    harmless or (role == "layers.0" and ("dtype" in name or "dimensions" in name)),
+                )
     adapter = (base / "bundle" / "adapter_lora.safetensors").read_bytes()
     for name, data, harmless in lies_of_safetensors(adapter):
         if len(data) < 1 << 25:
-            yield Artifact("worker", "snapshot", name, data, harmless=harmless and name not in ("other dtype of its size", "more tensors"))
+            yield Artifact(
+                "worker",
+                "snapshot",
+                name,
+                data,
+                harmless=harmless and name not in ("other dtype of its size", "more tensors"),
+            )
             yield Artifact("worker", "delta", name, data, {"codec": "nf4"})
     for name, data, harmless in tokenizers():
         yield Artifact("worker", "tokenizer", name, data, harmless=harmless)
@@ -170,7 +268,7 @@ def _of_hub(base: Path) -> Iterator[Artifact]:
         yield Artifact("hub", "checkpoint", f"tokenizer, {name}", data, {"file": "tokenizer.json"}, harmless=True)
     config: dict[str, Any] = json.loads((base / "model" / "config.json").read_bytes())
     for name, value in (
-        *(("hidden_size", value) for value in (0, -1, 2**40, "64", None, [], 1.5)),
+        *(("hidden_size", value) for value in SIZES),
         *(("num_hidden_layers", value) for value in (0, -1, 2**31, "2")),
         *(("model_type", value) for value in ("../x", "os.system", 5, None, "\x1b[2J\n")),
         ("auto_map", {"AutoModelForCausalLM": "evil.Model"}),
@@ -180,7 +278,14 @@ def _of_hub(base: Path) -> Iterator[Artifact]:
         ("transformers_weights", "/etc/passwd"),
     ):
         harmless = name in ("auto_map", "num_hidden_layers")
-        yield Artifact("hub", "checkpoint", f"config, {name} {value!r:.20}", _changed(config, value, name), {"file": "config.json"}, harmless)
+        yield Artifact(
+            "hub",
+            "checkpoint",
+            f"config, {name} {value!r:.20}",
+            _changed(config, value, name),
+            {"file": "config.json"},
+            harmless,
+        )
     for name in ("../../../etc/passwd", "/etc/passwd", "a\\b", "CON", "x\0y", ".", "model.bin"):
         index = json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": name}}).encode()
         case = {"file": "model.safetensors.index.json", "without": ["model.safetensors"]}
@@ -192,8 +297,19 @@ def _of_hub(base: Path) -> Iterator[Artifact]:
         ("2^60 tensors", head + struct.pack("<QQ", 2**60, 0)),
         ("2^60 keys", head + struct.pack("<QQ", 0, 2**60)),
         ("a key of 2^60 letters", head + struct.pack("<QQ", 0, 1) + struct.pack("<Q", 2**60)),
-        ("a list of 2^60 lists", head + struct.pack("<QQ", 0, 1) + struct.pack("<Q", 1) + b"a" + struct.pack("<IIQ", 9, 9, 2**60)),
+        (
+            "a list of 2^60 lists",
+            head + struct.pack("<QQ", 0, 1) + struct.pack("<Q", 1) + b"a" + struct.pack("<IIQ", 9, 9, 2**60),
+        ),
         ("an unknown kind", head + struct.pack("<QQ", 0, 1) + struct.pack("<Q", 1) + b"a" + struct.pack("<I", 99)),
-        ("deep lists", head + struct.pack("<QQ", 0, 1) + struct.pack("<Q", 1) + b"a" + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000),
+        (
+            "deep lists",
+            head
+            + struct.pack("<QQ", 0, 1)
+            + struct.pack("<Q", 1)
+            + b"a"
+            + struct.pack("<I", 9)
+            + struct.pack("<IQ", 9, 1) * 5000,
+        ),
     ):
         yield Artifact("hub", "gguf", name, data)

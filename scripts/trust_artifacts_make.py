@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import base64
-import bz2
-import gzip
 import io
 import json
-import lzma
 import struct
 import zipfile
 from collections.abc import Iterator
@@ -51,7 +48,11 @@ def lies_of_safetensors(good: bytes) -> Iterator[tuple[str, bytes, bool]]:
         return safetensors(metadata | header | {name: header[name] | entry}, body)
 
     begin, end = header[first]["data_offsets"]
-    yield "overlap", changed(last, data_offsets=[0, header[last]["data_offsets"][1] - header[last]["data_offsets"][0]]), len(names) == 1
+    yield (
+        "overlap",
+        changed(last, data_offsets=[0, header[last]["data_offsets"][1] - header[last]["data_offsets"][0]]),
+        len(names) == 1,
+    )
     yield "gap", changed(data_offsets=[begin + 1, end]), False
     yield "backwards", changed(data_offsets=[end, begin]), False
     yield "negative offset", changed(data_offsets=[-1, end]), False
@@ -72,14 +73,43 @@ def lies_of_safetensors(good: bytes) -> Iterator[tuple[str, bytes, bool]]:
     yield "no shape", changed(shape=None), False
     yield "unknown dtype", changed(dtype="Q4_K"), False
     yield "dtype of no text", changed(dtype=7), False
-    yield "other dtype of its size", changed(dtype={"U8": "I8", "F32": "I32", "BF16": "F16", "I32": "F32"}.get(header[first]["dtype"], "I16")), True
+    yield (
+        "other dtype of its size",
+        changed(dtype={"U8": "I8", "F32": "I32", "BF16": "F16", "I32": "F32"}.get(header[first]["dtype"], "I16")),
+        True,
+    )
     yield "wider dtype", changed(dtype="I64"), False
     yield "missing tensor", safetensors(metadata | {name: header[name] for name in names[:-1]}, body), False
-    yield "more tensors", safetensors(metadata | header | {"more": {"dtype": "U8", "shape": [4], "data_offsets": [len(body), len(body) + 4]}}, body + b"more"), True
-    yield "other name", safetensors(metadata | {("\u0435" + name[1:] if name == first else name): header[name] for name in names}, body), False
-    yield "name with a path", safetensors(metadata | {("../" + name if name == first else name): header[name] for name in names}, body), False
-    yield "name with NUL", safetensors(metadata | {(name + "\0" if name == first else name): header[name] for name in names}, body), False
-    yield "half of a letter in a name", safetensors(metadata | {(name + "\ud800" if name == first else name): header[name] for name in names}, body), False
+    yield (
+        "more tensors",
+        safetensors(
+            metadata | header | {"more": {"dtype": "U8", "shape": [4], "data_offsets": [len(body), len(body) + 4]}},
+            body + b"more",
+        ),
+        True,
+    )
+    yield (
+        "other name",
+        safetensors(
+            metadata | {("\u0435" + name[1:] if name == first else name): header[name] for name in names}, body
+        ),
+        False,
+    )
+    yield (
+        "name with a path",
+        safetensors(metadata | {("../" + name if name == first else name): header[name] for name in names}, body),
+        False,
+    )
+    yield (
+        "name with NUL",
+        safetensors(metadata | {(name + "\0" if name == first else name): header[name] for name in names}, body),
+        False,
+    )
+    yield (
+        "half of a letter in a name",
+        safetensors(metadata | {(name + "\ud800" if name == first else name): header[name] for name in names}, body),
+        False,
+    )
     twice = json.dumps(header)[:-1] + f', "{first}": {json.dumps(header[last])}' + "}"
     yield "a tensor twice", safetensors(twice.encode(), body), len(names) == 1
     yield "deep JSON", safetensors(b'{"a":' + b"[" * 200000 + b"]" * 200000 + b"}", body), False
@@ -99,7 +129,11 @@ def lies_of_safetensors(good: bytes) -> Iterator[tuple[str, bytes, bool]]:
     yield "longer", good + b"\0", False
     yield "empty", b"", False
     yield "eight bytes", bytes(8), False
-    yield "a pickle", b"\x80\x04\x95\x1a\0\0\0\0\0\0\0\x8c\x05posix\x94\x8c\x06system\x94\x93\x94\x8c\x02id\x94\x85\x94R\x94.", False
+    yield (
+        "a pickle",
+        b"\x80\x04\x95\x1a\0\0\0\0\0\0\0\x8c\x05posix\x94\x8c\x06system\x94\x93\x94\x8c\x02id\x94\x85\x94R\x94.",
+        False,
+    )
     yield "an archive", _archive({"data.pkl": b"\x80\x02cposix\nsystem\nq\0X\x02\0\0\0idq\1\x85q\2Rq\3."}), False
     yield "a pointer", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", False
     yield "a page", b"<!doctype html><script>alert(1)</script>", False
@@ -132,7 +166,13 @@ def tokenizers() -> Iterator[tuple[str, bytes, bool]]:
     """Yield (name, tokenizer.json, harmless); some are taken from issues of the library: panics 2094 and 2151."""
 
     def made(model: dict[str, Any] | None = None, **others: Any) -> bytes:
-        base = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None}
+        base: dict[str, Any] = {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [],
+            "normalizer": None,
+        }
         base |= {"pre_tokenizer": None, "post_processor": None, "decoder": None, "model": BPE | (model or {})}
         return json.dumps(base | others).encode()
 
@@ -148,7 +188,11 @@ def tokenizers() -> Iterator[tuple[str, bytes, bool]]:
     yield "deep", b'{"model":' + b"[" * 100000 + b"]" * 100000 + b"}", False
     yield "deep normalizers", made(normalizer=_nested({"type": "NFC"}, 300)), True
     yield "a merge that is no token", made({"vocab": {"a": 0, "b": 1, "u": 2}, "merges": [["a", "b"]]}), False
-    yield "a merge longer than all tokens", made({"vocab": {"u": 0, "aaa": 1, "bbb": 2}, "merges": [["aaa", "bbb"]]}), False
+    yield (
+        "a merge longer than all tokens",
+        made({"vocab": {"u": 0, "aaa": 1, "bbb": 2}, "merges": [["aaa", "bbb"]]}),
+        False,
+    )
     yield "merges of no token", made({"merges": [["x", "y"]]}), False
     yield "a prefix longer than a token", made({"continuing_subword_prefix": "####", "merges": [["a", "b"]]}), False
     yield "an unknown token that is none", made({"unk_token": "none"}), True
@@ -157,31 +201,106 @@ def tokenizers() -> Iterator[tuple[str, bytes, bool]]:
     yield "ids above 32 bits", made({"vocab": {"a": 2**40}}), False
     yield "ids far above the model", made({"vocab": {"u": 0, "a": 2**31, "b": 2**32 - 1}}), False
     yield "a regex that explodes", made(pre_tokenizer=split("(a|aa|a+)+$")), False
-    yield "a regex that explodes in a normalizer", made(normalizer={"type": "Replace", "pattern": {"Regex": "(a*)*c"}, "content": ""}), True
+    yield (
+        "a regex that explodes in a normalizer",
+        made(normalizer={"type": "Replace", "pattern": {"Regex": "(a*)*c"}, "content": ""}),
+        True,
+    )
     yield "a regex that is none", made(pre_tokenizer=split("(((")), False
     yield "a regex of empty matches", made(pre_tokenizer=split("")), True
-    yield "a normalizer that grows", made(normalizer={"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 100_000}), True
+    yield (
+        "a normalizer that grows",
+        made(normalizer={"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 100_000}),
+        True,
+    )
     yield "an empty pattern", made(normalizer={"type": "Replace", "pattern": {"String": ""}, "content": "x"}), True
     yield "pieces of length 0", made(pre_tokenizer={"type": "FixedLength", "length": 0}), False
     yield "a charsmap that is none", made(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}), False
-    yield "a charsmap of ones", made(normalizer={"type": "Precompiled", "precompiled_charsmap": base64.b64encode(b"\xff" * 64).decode()}), True
-    yield "a template of tokens that are none", made(
-        post_processor={
-            "type": "TemplateProcessing",
-            "single": [{"SpecialToken": {"id": "<none>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [],
-            "special_tokens": {},
-        }
-    ), False
-    yield "a truncation that steps back", made(truncation={"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 5}), True
-    yield "a padding without end", made(padding={"strategy": {"Fixed": 2**40}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "u"}), True
-    yield "a decoder that strips all", made(decoder={"type": "Strip", "content": "a", "start": 2**40, "stop": 2**40}), True
+    yield (
+        "a charsmap of ones",
+        made(normalizer={"type": "Precompiled", "precompiled_charsmap": base64.b64encode(b"\xff" * 64).decode()}),
+        True,
+    )
+    yield (
+        "a template of tokens that are none",
+        made(
+            post_processor={
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "<none>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+                "pair": [],
+                "special_tokens": {},
+            }
+        ),
+        False,
+    )
+    yield (
+        "a truncation that steps back",
+        made(truncation={"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 5}),
+        True,
+    )
+    yield (
+        "a padding without end",
+        made(
+            padding={
+                "strategy": {"Fixed": 2**40},
+                "direction": "Right",
+                "pad_to_multiple_of": None,
+                "pad_id": 0,
+                "pad_type_id": 0,
+                "pad_token": "u",
+            }
+        ),
+        True,
+    )
+    yield (
+        "a decoder that strips all",
+        made(decoder={"type": "Strip", "content": "a", "start": 2**40, "stop": 2**40}),
+        True,
+    )
     yield "an unknown model", made({"type": "Python"}), False
     yield "a Unigram without tokens", made({"type": "Unigram", "unk_id": 5, "vocab": []}), False
     yield "a Unigram without an unknown token", made({"type": "Unigram", "unk_id": None, "vocab": [["x", -1.0]]}), False
-    yield "a WordPiece", made({"type": "WordPiece", "unk_token": "none", "continuing_subword_prefix": "##", "max_input_chars_per_word": 0}), True
-    yield "added tokens with odd ids", made(added_tokens=[{"id": 2**32 - 1, "content": "a", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}]), True
-    yield "an added token of nothing", made(added_tokens=[{"id": 3, "content": "", "single_word": False, "lstrip": True, "rstrip": True, "normalized": True, "special": True}]), True
+    yield (
+        "a WordPiece",
+        made(
+            {"type": "WordPiece", "unk_token": "none", "continuing_subword_prefix": "##", "max_input_chars_per_word": 0}
+        ),
+        True,
+    )
+    yield (
+        "added tokens with odd ids",
+        made(
+            added_tokens=[
+                {
+                    "id": 2**32 - 1,
+                    "content": "a",
+                    "single_word": False,
+                    "lstrip": False,
+                    "rstrip": False,
+                    "normalized": False,
+                    "special": True,
+                }
+            ]
+        ),
+        True,
+    )
+    yield (
+        "an added token of nothing",
+        made(
+            added_tokens=[
+                {
+                    "id": 3,
+                    "content": "",
+                    "single_word": False,
+                    "lstrip": True,
+                    "rstrip": True,
+                    "normalized": True,
+                    "special": True,
+                }
+            ]
+        ),
+        True,
+    )
     yield "many tokens", made({"vocab": {f"t{number}": number for number in range(300_000)} | {"u": 300_000}}), True
 
 
@@ -253,8 +372,56 @@ TEMPLATES = (
 )
 
 NAMES = (
-    *("../escaped", "..", ".", "/etc/passwd", "//host/share", "a/b", "a\\b", "C:\\x", "C:x", "x:stream", "~", "~/x", "$HOME", "%TEMP%"),
-    *("CON", "con", "NUL", "nul.txt", "COM1", "LPT1.safetensors", "AUX.", "a.", "a ", " a", "a\0b", "a\nb", "a\rb", "a\tb", "\x1b[2Ja", "\x9b2Ja"),
-    *("\u202egnp", "\u200bname", "cafe\u0301", "caf\u00e9", "\ufeffx", "ﬁle", "", " ", "-", "--help", "a" * 300, "A" * 64, "0" * 63, "0" * 65, "F" * 64),
+    *(
+        "../escaped",
+        "..",
+        ".",
+        "/etc/passwd",
+        "//host/share",
+        "a/b",
+        "a\\b",
+        "C:\\x",
+        "C:x",
+        "x:stream",
+        "~",
+        "~/x",
+        "$HOME",
+        "%TEMP%",
+    ),
+    *(
+        "CON",
+        "con",
+        "NUL",
+        "nul.txt",
+        "COM1",
+        "LPT1.safetensors",
+        "AUX.",
+        "a.",
+        "a ",
+        " a",
+        "a\0b",
+        "a\nb",
+        "a\rb",
+        "a\tb",
+        "\x1b[2Ja",
+        "\x9b2Ja",
+    ),
+    *(
+        "\u202egnp",
+        "\u200bname",
+        "cafe\u0301",
+        "caf\u00e9",
+        "\ufeffx",
+        "ﬁle",
+        "",
+        " ",
+        "-",
+        "--help",
+        "a" * 300,
+        "A" * 64,
+        "0" * 63,
+        "0" * 65,
+        "F" * 64,
+    ),
     *("<script>alert(1)</script>", "'; DROP TABLE tokens;--", "{0}", "%s%n", "x" * 70000),
 )

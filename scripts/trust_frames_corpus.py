@@ -11,8 +11,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from trust_frames_hub import FORGED, HubBench, Line
+from trust_frames_hub import HubBench
 from trust_frames_payloads import LAYOUT
+from trust_frames_stage import FORGED, Line
 
 from fedsoda_edge.errors import FedSODAError
 from fedsoda_edge.protocol.coded import check

@@ -37,13 +37,17 @@ def test_no_forged_payload_is_taken_or_raises() -> None:
     assert found["right"] == found["tried"] >= 3000
 
 
-@pytest.mark.parametrize("name", ["frames: chunks are taken in any order", "frames: an edge may send two updates in a round"])
+@pytest.mark.parametrize(
+    "name", ["frames: chunks are taken in any order", "frames: an edge may send two updates in a round"]
+)
 def test_a_planted_defect_of_a_hub_is_seen(tmp_path: Path, name: str) -> None:
     with bench.DEFECTS[name]():
         assert asyncio.run(trust_frames_hub.run(tmp_path, 7, 1500))["wrong"] != []
 
 
-@pytest.mark.parametrize("name", ["frames: the bits of klt are not counted", "frames: values that are not finite are taken"])
+@pytest.mark.parametrize(
+    "name", ["frames: the bits of klt are not counted", "frames: values that are not finite are taken"]
+)
 def test_a_planted_defect_of_payloads_is_seen(name: str) -> None:
     with bench.DEFECTS[name]():
         assert trust_frames_payloads.run(7, 3000)["wrong"] != []

@@ -25,7 +25,7 @@ from fedsoda_edge.errors import BlobCorrupt, ProtocolViolation
 from fedsoda_edge.ports.disk import sha256, sha256_file, write_durably
 from fedsoda_edge.protocol.coded import of_alignment, safetensors_bytes
 from fedsoda_edge.protocol.commands import Advance, Advanced, View
-from fedsoda_edge.protocol.manifest import BundleManifest
+from fedsoda_edge.protocol.manifest import BundleManifest, TensorSpec
 from fedsoda_edge.protocol.messages import BlobRef, Digest, UpdateStart, ViewRef
 from fedsoda_edge.protocol.needs import MemoryPlan
 
@@ -62,7 +62,11 @@ class RunState:
 
     def bound_views(self, manifest: BundleManifest) -> None:
         """Note how large views of this bundle are: no hub makes this device hold more than one in memory."""
-        for which, layout in (("adapter", manifest.lora.adapter), ("emulator", manifest.lora.emulator)):
+        layouts: dict[View, tuple[TensorSpec, ...]] = {
+            "adapter": manifest.lora.adapter,
+            "emulator": manifest.lora.emulator,
+        }
+        for which, layout in layouts.items():
             shapes = {spec.name: ("F32", spec.shape) for spec in layout}
             self._most[which] = safetensors_bytes(shapes, {"codec": self._codec})  # a coded step is smaller
 

@@ -174,7 +174,12 @@ def from_bytes(data: bytes, layout: Sequence[TensorSpec]) -> LoRATensors:
     """
     try:
         tensors = load(data)
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:  # it has its digest, so the hub made it like this
+    except (
+        SafetensorError,
+        KeyError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # it has its digest, so the hub made it like this
         raise ProtocolViolation(
             f"a LoRA snapshot is not safetensors ({one_line(str(error), 200)}); ask the hub's owner"
         ) from error

@@ -111,7 +111,9 @@ def opened(file: Path) -> Any:
             f"{file} cannot be read ({error.strerror or error}); make it readable for this user"
         ) from error
     except RuntimeError as error:  # torch, where memory for the file's pages or its header is not there
-        raise UsageProblem(f"{file} cannot be opened ({one_line(str(error), 200)}); free memory, or fetch it again") from error
+        raise UsageProblem(
+            f"{file} cannot be opened ({one_line(str(error), 200)}); free memory, or fetch it again"
+        ) from error
     except SafetensorError as error:
         raise UsageProblem(f"{file} is not whole safetensors ({error}): {what_is(file)}") from error
 

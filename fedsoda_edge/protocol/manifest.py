@@ -297,12 +297,15 @@ def parse_manifest(data: bytes) -> BundleManifest:
         "another number of layers than its plan": manifest.config.get("num_hidden_layers") != manifest.plan.num_layers,
         "a config number out of bounds": not all(abs(value) < 2.0**40 for value in numbers),
         **{
-            f"a model whose {name} is {one_line(str(size), 20)}": not _is_size(size) and (name in SIZES or size is not None)
+            f"a model whose {name} is {one_line(str(size), 20)}": not _is_size(size)
+            and (name in SIZES or size is not None)
             for name, size in sizes.items()
         },
         "a LoRA that is not possible": not (0 < lora.rank <= MAX_SIZE and math.isfinite(lora.alpha) and lora.alpha > 0)
         or not all(0 < size <= MAX_SIZE for size in shapes),
-        "an end of texts that is no id": not _are_ids(manifest.config.get("eos_token_id"), manifest.config["vocab_size"])
+        "an end of texts that is no id": not _are_ids(
+            manifest.config.get("eos_token_id"), manifest.config["vocab_size"]
+        )
         if _is_size(manifest.config.get("vocab_size"))
         else False,
         "a base that is not known": not {manifest.adapter_base, manifest.emulator_base} <= set(BASES),

@@ -41,7 +41,9 @@ class Tokens:
             DiskFull: no token was made.
         """
         if not edge or not all(c.isalnum() or c in "-_." for c in edge) or len(edge) > 64:
-            raise UsageProblem(f"--name {one_line(edge, 80)!r} cannot be an edge's id; use 1 to 64 letters, digits, - _ .")
+            raise UsageProblem(
+                f"--name {one_line(edge, 80)!r} cannot be an edge's id; use 1 to 64 letters, digits, - _ ."
+            )
         if edge in {token.edge for token in self.all() if not token.revoked}:
             raise UsageProblem(f"{edge!r} has a token already; revoke it first, or choose another --name")
         token = f"fs1-{secrets.token_urlsafe(32)}"

@@ -219,8 +219,10 @@ def test_a_view_that_is_larger_than_its_manifest_allows_is_not_fetched(held: Hel
     view = held.hub.view(9)
     assert view.snapshot is not None
 
+    snapshot = view.snapshot
+
     async def run() -> None:
-        huge = msgspec.structs.replace(view.snapshot, bytes=1 << 30)
+        huge = msgspec.structs.replace(snapshot, bytes=1 << 30)
         with pytest.raises(ProtocolViolation, match="announces 1073741824 bytes for a view of the adapter LoRA"):
             await held.bring_up(msgspec.structs.replace(view, snapshot=huge), 9)
         assert held.hub.fetched == []

@@ -168,7 +168,10 @@ def test_a_tensor_without_directions_has_a_scale_of_a_lora_too() -> None:
 
     def coded(scale: float) -> bytes:
         entry = struct.pack("<f", scale)[2:] + b"\0"
-        header = {"__metadata__": {"codec": "klt"}, layout[0].name: {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]}}
+        header = {
+            "__metadata__": {"codec": "klt"},
+            layout[0].name: {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]},
+        }
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text + entry
@@ -224,7 +227,11 @@ def test_a_manifest_whose_texts_end_with_no_id_is_refused(eos: object) -> None:
 
 
 def test_a_sentence_about_a_manifest_stays_one_line() -> None:
-    for text in (manifest(format_version="\nround 9\x1b"), b'{"format_version":1,"\\n\\u001b[2J":2}', manifest(family=[])):
+    for text in (
+        manifest(format_version="\nround 9\x1b"),
+        b'{"format_version":1,"\\n\\u001b[2J":2}',
+        manifest(family=[]),
+    ):
         with pytest.raises(BlobCorrupt) as caught:
             parse_manifest(text)
         assert not {"\n", "\x1b"} & set(str(caught.value))

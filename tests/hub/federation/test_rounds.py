@@ -1128,7 +1128,9 @@ def test_a_ledger_of_a_run_without_classes_replays() -> None:
     assert (largest.emulator, state.master) == (HeldView(Digest("v"), Digest("d")), "a")
 
 
-def test_an_edge_that_only_pauses_and_resumes_asks_nobody_else_again_and_does_not_fill_the_ledger(collecting: Run) -> None:
+def test_an_edge_that_only_pauses_and_resumes_asks_nobody_else_again_and_does_not_fill_the_ledger(
+    collecting: Run,
+) -> None:
     collecting.offers.clear()
     for _ in range(3 * MAX_RETURNS):
         collecting.do(ev.EdgeAway(edge("a"), "paused"))
