@@ -22,7 +22,9 @@ settings as the SDK does; how a command shows it, and with which status it exits
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -169,6 +171,24 @@ class ProtocolViolation(RemoteError):
 @dataclass
 class BlobCorrupt(RemoteError):
     """A file that does not have its digest, or is not what its name says."""
+
+
+class Panicked(Exception):
+    """The end of a call of a library in Rust that met what it does not expect, as an error that can be caught."""
+
+
+@contextlib.contextmanager
+def panics_caught() -> Iterator[None]:
+    """Raise Panicked where a library in Rust panics, which Python knows as a BaseException only.
+
+    The panic's own words are left out: they may quote the text that the library worked on.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise Panicked("a library met what it does not expect") from None
 
 
 def by_name(name: str) -> type[FedSODAError] | None:

@@ -99,12 +99,12 @@ def _chunks_anywhere() -> AbstractContextManager[Any]:
 
 def _updates_unchecked() -> AbstractContextManager[Any]:
     """Look into no update before it is accepted."""
-    return mock.patch.object(collecting, "_problem", lambda state, update: None)
+    return mock.patch.object(collecting, "_problem", return_value=None)
 
 
 def _bytes_unchecked() -> AbstractContextManager[Any]:
     """Do not look for values that are not finite."""
-    return mock.patch.object(coded, "_check_finite", lambda name, bf16: None)
+    return mock.patch.object(coded, "_check_finite", return_value=None)
 
 
 def _klt_unchecked() -> AbstractContextManager[Any]:

@@ -11,8 +11,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from trust_frames_hub import FORGED, HubBench, Line
+from trust_frames_hub import HubBench
 from trust_frames_payloads import LAYOUT
+from trust_frames_stage import FORGED, Line
 
 from fedsoda_edge.errors import FedSODAError
 from fedsoda_edge.protocol.coded import check
@@ -48,7 +49,8 @@ def _payload(case: dict[str, Any]) -> str:
             case _:
                 read_link(case["text"])
     except FedSODAError as error:
-        return "" if len(str(error)) < 2000 else f"{case['name']}: an endless sentence"
+        is_line = len(str(error)) < 2000 and not any(one in str(error) for one in "\n\x1b\u202e")
+        return "" if is_line else f"{case['name']}: a sentence that is endless, or steers a terminal"
     except Exception as error:
         return f"{case['name']}: {error!r:.200}"
     return f"{case['name']}: it was taken"

@@ -104,7 +104,12 @@ class EdgeBench:
         return {"digest": _digest(data), "bytes": len(data)}
 
     def _view(self, name: bytes) -> dict[str, Any]:
-        return {"digest": _digest(name), "delta": self._blob(name + b"d"), "snapshot": self._blob(name), "moved": "both"}
+        return {
+            "digest": _digest(name),
+            "delta": self._blob(name + b"d"),
+            "snapshot": self._blob(name),
+            "moved": "both",
+        }
 
     def welcome(self) -> dict[str, Any]:
         """The honest answer to Hello."""
@@ -156,7 +161,13 @@ class EdgeBench:
                 self.offer(1),
                 {"type": "blob_chunk", "digest": digest, "offset": 0, "total": len(data)},
                 {"type": "receipt", "round": number, "digest": digest},
-                {"type": "refusal", "reason": "no", "round": number, "retry": chance.random() < 0.5, "fatal": chance.random() < 0.2},
+                {
+                    "type": "refusal",
+                    "reason": "no",
+                    "round": number,
+                    "retry": chance.random() < 0.5,
+                    "fatal": chance.random() < 0.2,
+                },
                 {"type": "round_closed", "round": number, "num_updates": 3},
                 {"type": "farewell", "rounds": 5, "reason": "over"},
                 {"type": "ready", "num_examples": 3},
@@ -213,7 +224,9 @@ class EdgeBench:
         )
         is_fetch = chance.random() < 0.5
         asked: asyncio.Task[Any] = asyncio.create_task(
-            conversation.fetch(ms.BlobRef(digest=start.digest, bytes=len(data))) if is_fetch else conversation.hand_in(start, data)
+            conversation.fetch(ms.BlobRef(digest=start.digest, bytes=len(data)))
+            if is_fetch
+            else conversation.hand_in(start, data)
         )
         heard: list[Any] = []
         reading = asyncio.create_task(self._read(conversation, heard))
@@ -259,8 +272,14 @@ class EdgeBench:
                 heard.append(message)
 
     def _check(
-        self, reading: asyncio.Task[None], asked: asyncio.Task[Any], heard: list[Any], sent: list[bytes], start: ms.UpdateStart,
-        data: bytes, is_fetch: bool,
+        self,
+        reading: asyncio.Task[None],
+        asked: asyncio.Task[Any],
+        heard: list[Any],
+        sent: list[bytes],
+        start: ms.UpdateStart,
+        data: bytes,
+        is_fetch: bool,
     ) -> None:
         if not reading.done():
             self._note("the conversation hangs", sent)
@@ -302,7 +321,9 @@ class EdgeBench:
                 case ms.Welcome():
                     self._readable(message.run_name, sent)
                     SampleSizes(message.batch_size, message.max_length, message.max_length)
-                    if not (0 < message.batch_size <= 2**31 and 0 < message.max_length <= 2**31 and message.protocol == 1):
+                    if not (
+                        0 < message.batch_size <= 2**31 and 0 < message.max_length <= 2**31 and message.protocol == 1
+                    ):
                         self._note("a Welcome with sizes that are none was taken", sent)
                     refs = [message.manifest, *(one.manifest for one in message.smaller)]
                     if not all(0 < ref.bytes <= 1 << 40 for ref in refs):

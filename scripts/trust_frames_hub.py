@@ -1,7 +1,7 @@
 """Forge what an edge says to a real hub in this process, for `bench_trust_frames`: daemon, roster, machine, ledger and blobs.
 
-Only torch's process and the sockets are stood in for. Three edges take part: two are honest, the third is forged. Each frame
-is judged by `trust_frames_judge`, and after each episode the ledger and the honest edges must be as they should.
+Only what `trust_frames_stage` has is stood in for. Three edges take part: two are honest, the third is forged. Each frame is
+judged by `trust_frames_judge`, and after each episode the ledger and the honest edges must be as they should.
 """
 
 from __future__ import annotations
@@ -9,243 +9,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import itertools
 import json
 import random
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import msgspec
 from trust_frames_judge import EITHER, END, STAY, Facts, HubJudge, Verdict
 from trust_frames_mutate import Forger, frame_of
+from trust_frames_stage import FORGED, HONEST, RUN, Door, Line, Paper, StillClock, Torch, hello, said, update
 
-from fedsoda_edge.ports import SystemClock, TorchPort
+from fedsoda_edge.ports import TorchPort
 from fedsoda_edge.ports.console import ProgressLine
-from fedsoda_edge.ports.logs import printable
-from fedsoda_edge.protocol import messages as ms
-from fedsoda_edge.protocol.manifest import BundleManifest, EdgeNeeds, File, LayerPlan, LoRASpec, TensorSpec
 from fedsoda_hub.cli.display import HubDisplay
 from fedsoda_hub.events import HubEvent, as_json
-from fedsoda_hub.federation import jobs
 from fedsoda_hub.federation import records as rec
 from fedsoda_hub.run.directory import RunDirectory
-from fedsoda_hub.run.tokens import Token
-from fedsoda_hub.serving.connection import Connection, Hub
 from fedsoda_hub.serving.daemon import Daemon
-from fedsoda_hub.settings.open_run import OpenRun, RunOpened
 from fedsoda_hub.settings.run import read_settings
-
-LAYOUT = tuple(TensorSpec(f"layers.1.self_attn.q_proj.lora_{factor}", shape) for factor, shape in (("A", (2, 8)), ("B", (8, 2))))
-FORGED, HONEST = "mallory", ("alice", "bob")
-RUN = """name = "forged"
-model = "no-model"
-[lora]
-rank = 2
-[public]
-text = "public.txt"
-[method]
-realign_every = 0
-[rounds]
-count = 1000000
-min_edges = 3
-quorum = 1.0
-[wire]
-codec = "bf16"
-stall_seconds = 3600
-"""
-
-
-class StillClock(SystemClock):
-    """A clock whose timers never go off: a deadline must not decide here."""
-
-    async def sleep(self, seconds: float) -> None:
-        await asyncio.Event().wait()
-
-
-class Torch:
-    """In the place of the process that owns torch: results are hashes of their jobs."""
-
-    rss_bytes = peak_rss_bytes = 0
-
-    def __init__(self, directory: RunDirectory) -> None:
-        self.directory = directory
-        self.pid: int | None = None
-
-    async def start(self) -> None:
-        self.pid = 1
-
-    async def call(self, call: Any, on_progress: Any = None) -> Any:
-        self.pid = 1
-        put = self.directory.blobs.put
-        if isinstance(call, OpenRun):
-            return RunOpened(1)
-        if isinstance(call, jobs.Prepare):
-            self.directory.bundle.mkdir(exist_ok=True)
-            (self.directory.bundle / "norm.safetensors").write_bytes(b"norm")
-            view, emulator = (ms.Digest(put(name)) for name in (b"adapter", b"emulator"))
-            one = jobs.PreparedSubLLM(
-                manifest=ms.Digest(put(_manifest())), adapter_view=view, emulator_view=emulator, public_kl=dict.fromkeys(("pruned", "quantized", "aligned"), 0.1)
-            )
-            return jobs.PrepareResult(sub_llms=(one,), master=view)
-        assert isinstance(call, jobs.Aggregate), call
-        text = msgspec.json.encode(call)
-        step = jobs.ViewStep(view=ms.Digest(put(b"view" + text)), delta=ms.Digest(put(b"delta" + text)))
-        return jobs.AggregateResult(master=ms.Digest(put(b"master" + text)), steps=(step,), moments=None, cross_term=None)
-
-    async def close(self) -> None:
-        self.pid = None
-
-
-def _manifest() -> bytes:
-    return msgspec.json.encode(
-        BundleManifest(
-            format_version=1,
-            family="llama",
-            config={},
-            dtype="bfloat16",
-            source="",
-            source_revision="",
-            plan=LayerPlan(num_layers=2, adapter=(1,), kept=(0, 1), groups=(), mapping=(), distances=()),
-            lora=LoRASpec(rank=2, alpha=4, targets=("q_proj",), adapter=LAYOUT, emulator=()),
-            adapter_base="bf16",
-            quantized_embedding=False,
-            files=(File("norm.safetensors", hashlib.sha256(b"norm").hexdigest(), 4),),
-            needs=EdgeNeeds(disk_bytes=1, ram_bytes=1, vram_bytes=0),
-            bits_per_parameter=16.0,
-        )
-    )
-
-
-def update(values: list[float], codec: str = "bf16") -> bytes:
-    """Code an update by hand, docs/protocol.md (p5-codecs): bf16, both tensors."""
-    header: dict[str, Any] = {"__metadata__": {"codec": codec}}
-    body = b"".join(struct.pack("<f", value)[2:] for value in values)
-    for at, spec in enumerate(LAYOUT):
-        header[spec.name] = {"dtype": "U8", "shape": [32], "data_offsets": [32 * at, 32 * at + 32]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + body
-
-
-class Paper:
-    """In the place of the terminal's line: keeps what would be printed in a way that steers a terminal, or forges a line."""
-
-    def __init__(self) -> None:
-        self.odd: list[str] = []
-
-    def say(self, text: str) -> None:
-        shown = printable(text)
-        if any(one in shown for one in "\x1b\n\r\x07\x9b\u202e\u2066\u2028") or len(shown) > 2000:
-            self.odd.append(shown)
-
-    def show(self, *_: object, **__: object) -> None: ...
-    def end(self) -> None: ...
-
-
-class Line:
-    """One connection without a socket: the hub's `Channel`, and what the bench does at the other end."""
-
-    def __init__(self, hub: Hub, edge: str) -> None:
-        self.heard: list[dict[str, Any]] = []
-        self.is_over = False
-        self._up: asyncio.Queue[bytes | None] = asyncio.Queue()
-        self._moved = asyncio.Event()
-        self._is_idle = False
-        self.defect: BaseException | None = None
-        connection = Connection(hub, Token(ms.EdgeId(edge), None, False), self)
-        self._task = asyncio.create_task(self._talk(connection))
-
-    async def _talk(self, connection: Connection) -> None:
-        try:
-            await connection.run()
-        except BaseException as defect:
-            self.defect = defect
-            raise
-        finally:
-            self.is_over = True
-            self._moved.set()
-
-    async def send_bytes(self, data: bytes) -> None:
-        size = int.from_bytes(data[:4], "big")
-        self.heard.append(json.loads(data[4 : 4 + size]))
-        self._moved.set()
-
-    async def receive_bytes(self) -> bytes:
-        if self._up.empty():
-            self._is_idle = True
-            self._moved.set()
-        frame = await self._up.get()
-        self._is_idle = False
-        if frame is None:
-            raise ConnectionResetError
-        return frame
-
-    async def close(self) -> None:
-        self.is_over = True
-        self._moved.set()
-
-    async def say(self, frame: bytes) -> bool:
-        """Send a frame and wait until the hub wants the next one; return whether the connection is still there."""
-        self._is_idle = False
-        self._up.put_nowait(frame)
-        async with asyncio.timeout(20):
-            while not (self._is_idle or self.is_over):
-                self._moved.clear()
-                await self._moved.wait()
-        await asyncio.sleep(0)
-        if self._is_idle and not self.is_over:
-            return True
-        async with asyncio.timeout(20):
-            await asyncio.wait({self._task})
-        return False
-
-    async def hear(self, *kinds: str, after: int = 0) -> dict[str, Any]:
-        """Wait for a message of these kinds behind the first `after` ones."""
-        async with asyncio.timeout(20):
-            while True:
-                for message in self.heard[after:]:
-                    if message["type"] in kinds:
-                        return message
-                if self.is_over:
-                    return {"type": "over"}
-                self._moved.clear()
-                await self._moved.wait()
-
-    async def hang_up(self) -> None:
-        self._up.put_nowait(None)
-        await asyncio.wait({self._task})
-        if not self._task.cancelled():
-            self._task.exception()
-
-
-class Door:
-    """A door whose other side the bench holds."""
-
-    port = 0
-
-    def __init__(self) -> None:
-        self.hub: asyncio.Future[Hub] = asyncio.get_running_loop().create_future()
-
-    async def open(self, hub: Hub) -> None:
-        self.hub.set_result(hub)
-
-    async def broken(self) -> None:
-        await asyncio.Event().wait()
-
-    async def close(self) -> None: ...
-
-
-def said(**values: Any) -> bytes:
-    """Make the frame of a message, its type first."""
-    return frame_of(json.dumps(values))
-
-
-def hello(edge: str) -> dict[str, Any]:
-    """The honest first message of an edge."""
-    device = {"ram_bytes": 1 << 33, "vram_bytes": 0, "disk_bytes": 1 << 38, "threads": 8, "accelerator": ""}
-    values = {"type": "hello", "protocol": 1, "software": "forged", "device_id": f"device-of-{edge}", "device": device}
-    return values | {"place": f"place-of-{edge}"}
 
 
 class HubBench:
@@ -275,12 +57,18 @@ class HubBench:
         ledger = self.daemon.disk.ledger
         ledger.database.write(("PRAGMA synchronous = OFF", ()))  # what is tried here is not the disk
         append = ledger.append
-        ledger.append = lambda record: (append(record), self._appended.append(record))[0]  # type: ignore[method-assign]
+
+        def noted(record: rec.AnyRecord) -> None:
+            append(record)
+            self._appended.append(record)
+
+        ledger.append = noted  # type: ignore[method-assign]
         for edge in (*HONEST, FORGED):
             ledger.tokens.create(edge)
         self._stop: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._serving = asyncio.create_task(self.daemon.serve(self._stop, exit_when_done=False))
-        await asyncio.wait({door.hub, self._serving}, return_when=asyncio.FIRST_COMPLETED)
+        waited: set[asyncio.Future[Any]] = {door.hub, self._serving}
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
         self.hub = door.hub.result()
         self.facts.most_bytes = len(update([0.0] * 32))
         self.facts.least_refused = 1 << 20
@@ -301,7 +89,9 @@ class HubBench:
         as_json(event)
         self._display.say(event)
         while self._paper.odd:
-            self._note(f"the hub prints {self._paper.odd.pop()[:80]!r}, which steers a terminal, or is a line of its own")
+            self._note(
+                f"the hub prints {self._paper.odd.pop()[:80]!r}, which steers a terminal, or is a line of its own"
+            )
 
     def _note(self, what: str) -> None:
         if len(self.wrong) < self._most_wrong:
@@ -370,7 +160,9 @@ class HubBench:
         """Make the two frames of an update that this run can use."""
         data = self.body()
         start = self.start(data, round_number, view) | changed
-        return said(**start), frame_of(json.dumps({"type": "update_chunk", "digest": start["digest"], "offset": 0}), data)
+        return said(**start), frame_of(
+            json.dumps({"type": "update_chunk", "digest": start["digest"], "offset": 0}), data
+        )
 
     def body(self) -> bytes:
         """Code an update that was not sent before."""
@@ -419,7 +211,11 @@ class HubBench:
                 self.forger.remember(frame)
             answer = await self._answer(line, judge, verdict, stays, num_heard)
             problem = self._problem(verdict, stays, answer)
-            if any(one["type"] == "round_offer" for one in line.heard) and not judge.is_ready and verdict.then != EITHER:
+            if (
+                any(one["type"] == "round_offer" for one in line.heard)
+                and not judge.is_ready
+                and verdict.then != EITHER
+            ):
                 problem = problem or "an edge that is not ready was asked for a round"
             accepted = [one for one in self._appended if isinstance(one, rec.UpdateAccepted) and one.edge == FORGED]
             if len(accepted) > (was_accepted is not None or answer == "receipt"):
@@ -466,7 +262,7 @@ class HubBench:
 
     def _forged(self, count: int) -> list[bytes]:
         """Draw the frames of an episode."""
-        chance, forger, made = self._chance, self.forger, []
+        chance, forger, made = self._chance, self.forger, list[bytes]()
         while len(made) < count:
             kind = chance.random()
             if kind < 0.2:
@@ -474,7 +270,11 @@ class HubBench:
             elif kind < 0.3 and forger.pool:
                 made.append(chance.choice(forger.pool))
             elif kind < 0.42:
-                made.append(forger.damaged(chance.choice(forger.pool) if forger.pool and chance.random() < 0.5 else said(**self._any())))
+                made.append(
+                    forger.damaged(
+                        chance.choice(forger.pool) if forger.pool and chance.random() < 0.5 else said(**self._any())
+                    )
+                )
             elif kind < 0.5:
                 made.append(said(**self._any()))
             else:
@@ -516,14 +316,16 @@ class HubBench:
             start |= {"digest": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
         first = self.forger.message(start) if chance.random() < 0.5 else said(**start)
         cuts = sorted({0, len(data), *(chance.randrange(len(data) + 1) for _ in range(chance.randrange(3)))})
-        pieces = [(at, data[at:end]) for at, end in zip(cuts, cuts[1:], strict=False)]
+        pieces = [(at, data[at:end]) for at, end in itertools.pairwise(cuts)]
         match chance.randrange(9):
             case 0:
                 chance.shuffle(pieces)
             case 1:
                 pieces.append(pieces[-1])  # once more
             case 2:
-                pieces = [(max(0, at - 1), data[max(0, at - 1) : at + len(piece)]) for at, piece in pieces]  # overlapping
+                pieces = [
+                    (max(0, at - 1), data[max(0, at - 1) : at + len(piece)]) for at, piece in pieces
+                ]  # overlapping
             case 3:
                 pieces[-1] = (pieces[-1][0], pieces[-1][1] + b"more")
             case 4:
@@ -531,7 +333,9 @@ class HubBench:
         frames = [first]
         for at, piece in pieces:
             chunk = {"type": "update_chunk", "digest": start["digest"], "offset": at}
-            frames.append(self.forger.message(chunk, piece) if chance.random() < 0.12 else frame_of(json.dumps(chunk), piece))
+            frames.append(
+                self.forger.message(chunk, piece) if chance.random() < 0.12 else frame_of(json.dumps(chunk), piece)
+            )
         if chance.random() < 0.1:
             frames.insert(chance.randrange(1, len(frames) + 1), first)
         return frames

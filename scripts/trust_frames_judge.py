@@ -19,8 +19,17 @@ MAX_HEADER, MAX_PAYLOAD = 64 << 10, 256 << 10
 LARGEST = 2**63 - 1  # of a whole number, (p2-frames)
 MAX_EXAMPLES, MAX_LOSS, MAX_STEPS = 2**31, 1e6, 2**31
 
-DIGEST, INT, COUNT, TEXT, NUMBER, MAYBE, FLAG, STEPS = "digest", "whole", "count", "text", "number", "number or null", "flag", "steps"
-DEVICE = {name: COUNT for name in ("ram_bytes", "vram_bytes", "disk_bytes", "threads")} | {"accelerator": TEXT}
+DIGEST, INT, COUNT, TEXT, NUMBER, MAYBE, FLAG, STEPS = (
+    "digest",
+    "whole",
+    "count",
+    "text",
+    "number",
+    "number or null",
+    "flag",
+    "steps",
+)
+DEVICE = dict.fromkeys(("ram_bytes", "vram_bytes", "disk_bytes", "threads"), COUNT) | {"accelerator": TEXT}
 # {message: ({field: form}, names that may be left out)}, (p1-messages)
 OF_EDGE: dict[str, tuple[dict[str, Any], frozenset[str]]] = {
     "hello": (
@@ -301,4 +310,3 @@ class HubJudge:
                 self.has_answered = True
             return "refusal"
         return "any" if self.has_answered else "receipt"
-

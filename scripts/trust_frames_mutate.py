@@ -12,29 +12,149 @@ from collections.abc import Callable, Mapping
 Tokens = dict[str, "str | Tokens"]
 DEEP = "[" * 3000 + "]" * 3000
 NUMBERS = (
-    *("0", "-1", "1", "2", "3", "7", "-0", "1.0", "1e0", "1.5", "0.5", "1e5", "1e308", "1e400", "-1e400", "4.9e-324", "01", "+1"),
-    *("0x10", "1_000", "NaN", "Infinity", "-Infinity", "true", "false", "null", '""', '"1"', "[]", "{}", "[1]", "", " ", "--1"),
-    *("127", "255", "256", "65535", "65536", "2147483647", "2147483648", "4294967296", "1000000", "1000000.5", "262144"),
+    *(
+        "0",
+        "-1",
+        "1",
+        "2",
+        "3",
+        "7",
+        "-0",
+        "1.0",
+        "1e0",
+        "1.5",
+        "0.5",
+        "1e5",
+        "1e308",
+        "1e400",
+        "-1e400",
+        "4.9e-324",
+        "01",
+        "+1",
+    ),
+    *(
+        "0x10",
+        "1_000",
+        "NaN",
+        "Infinity",
+        "-Infinity",
+        "true",
+        "false",
+        "null",
+        '""',
+        '"1"',
+        "[]",
+        "{}",
+        "[1]",
+        "",
+        " ",
+        "--1",
+    ),
+    *(
+        "127",
+        "255",
+        "256",
+        "65535",
+        "65536",
+        "2147483647",
+        "2147483648",
+        "4294967296",
+        "1000000",
+        "1000000.5",
+        "262144",
+    ),
     *("9007199254740991", "9007199254740992", "9223372036854775807", "9223372036854775808", "-9223372036854775808"),
     *("-9223372036854775809", "18446744073709551615", "18446744073709551616", "9" * 40, "-" + "9" * 400, "9" * 4400),
 )
 TEXTS = (
-    *('""', '" "', "null", "5", "true", "[]", "{}", '["a"]', "'a'", '"', '"\\u0000"', '"\\ud800"', '"\\udfff\\ud800"', '"\\x41"'),
-    *('"\\u001b]0;owned\\u0007\\u001b[2J"', '"\x1b[2J"', '"\\u202egnp.exe"', '"\u202e\u2066"', '"\ufeff"', '"\u0065\u0301\u00e9"'),
-    *('"../../etc/passwd"', '"CON"', '"nul.txt"', '"a\\u0000b"', '"a/b\\\\c"', '"<script>alert(1)</script>"', '"{0.__class__}"', '"%s%n"'),
-    *('"' + "A" * 300 + '"', '"' + "A" * 60000 + '"', '"' + "A" * 70000 + '"', '"' + "\U0001f4a3" * 9000 + '"', '"\\ud83d\\udca3"'),
+    *(
+        '""',
+        '" "',
+        "null",
+        "5",
+        "true",
+        "[]",
+        "{}",
+        '["a"]',
+        "'a'",
+        '"',
+        '"\\u0000"',
+        '"\\ud800"',
+        '"\\udfff\\ud800"',
+        '"\\x41"',
+    ),
+    *(
+        '"\\u001b]0;owned\\u0007\\u001b[2J"',
+        '"\x1b[2J"',
+        '"\\u202egnp.exe"',
+        '"\u202e\u2066"',
+        '"\ufeff"',
+        '"\u0065\u0301\u00e9"',
+    ),
+    *(
+        '"../../etc/passwd"',
+        '"CON"',
+        '"nul.txt"',
+        '"a\\u0000b"',
+        '"a/b\\\\c"',
+        '"<script>alert(1)</script>"',
+        '"{0.__class__}"',
+        '"%s%n"',
+    ),
+    *(
+        '"' + "A" * 300 + '"',
+        '"' + "A" * 60000 + '"',
+        '"' + "A" * 70000 + '"',
+        '"' + "\U0001f4a3" * 9000 + '"',
+        '"\\ud83d\\udca3"',
+    ),
     *('"' + "0" * 64 + '"', '"' + "g" * 64 + '"', '"' + "F" * 64 + '"', '"line\\nround 9 closed: 3 updates"', DEEP),
 )
 TYPES = (
-    *("hello", "ready", "blob_request", "update_start", "update_chunk", "decline", "progress", "paused", "resumed", "leave"),
-    *("welcome", "round_offer", "blob_chunk", "receipt", "refusal", "round_closed", "farewell", "Hello", "", "open_run", "train"),
+    *(
+        "hello",
+        "ready",
+        "blob_request",
+        "update_start",
+        "update_chunk",
+        "decline",
+        "progress",
+        "paused",
+        "resumed",
+        "leave",
+    ),
+    *(
+        "welcome",
+        "round_offer",
+        "blob_chunk",
+        "receipt",
+        "refusal",
+        "round_closed",
+        "farewell",
+        "Hello",
+        "",
+        "open_run",
+        "train",
+    ),
 )
-EXTRA = ('"x"', "1e400", "9" * 400, DEEP, '"\\ud800"', '{"a":{"b":[1,2,{"c":null}]}}', "NaN", '"' + "A" * 65000 + '"', "[" * 200 + "]" * 200)
+EXTRA = (
+    '"x"',
+    "1e400",
+    "9" * 400,
+    DEEP,
+    '"\\ud800"',
+    '{"a":{"b":[1,2,{"c":null}]}}',
+    "NaN",
+    '"' + "A" * 65000 + '"',
+    "[" * 200 + "]" * 200,
+)
 
 
 def tokens(values: Mapping[str, object]) -> Tokens:
     """Take a message apart into tokens."""
-    return {k: tokens(v) if isinstance(v, Mapping) and v else json.dumps(v, ensure_ascii=False) for k, v in values.items()}
+    return {
+        k: tokens(v) if isinstance(v, Mapping) and v else json.dumps(v, ensure_ascii=False) for k, v in values.items()
+    }
 
 
 def text_of(made: Tokens) -> str:

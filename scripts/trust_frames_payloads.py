@@ -39,7 +39,11 @@ def is_update(data: bytes, codec: str) -> bool | None:
     if codec.startswith("klt"):
         bits = {"klt": 0.35, "klt-fine": 0.87}[codec]
         values = sum(math.prod(spec.shape) for spec in LAYOUT)
-        most = 64 + sum(len(json.dumps(spec.name)) + 96 + min(spec.shape) for spec in LAYOUT) + math.ceil(bits / 8 * values)
+        most = (
+            64
+            + sum(len(json.dumps(spec.name)) + 96 + min(spec.shape) for spec in LAYOUT)
+            + math.ceil(bits / 8 * values)
+        )
         if len(data) > most:
             return False
         # Sizes stand in the header alone; the header is canonical, so they are read from it and it is written again.
@@ -259,7 +263,10 @@ MANIFEST: dict[str, Any] = {
         {"name": name, "sha256": f"{number:064x}", "bytes": 1000 + number}
         for number, name in enumerate(
             (
-                *(f"{role}.safetensors" for role in ("layers.0", "layers.2", "embedding", "norm", "emulator_lora", "adapter_lora")),
+                *(
+                    f"{role}.safetensors"
+                    for role in ("layers.0", "layers.2", "embedding", "norm", "emulator_lora", "adapter_lora")
+                ),
                 *("tokenizer.json", "tokenizer_config.json"),
             )
         )
@@ -269,8 +276,25 @@ MANIFEST: dict[str, Any] = {
 }
 FACTS = DeviceFacts(ram_bytes=1 << 40, vram_bytes=0, disk_bytes=1 << 40, threads=2, accelerator="")
 NAMES = (
-    *("../../x", "/etc/passwd", "a\\b", "CON", "nul.safetensors", "COM1", "NORM.safetensors", "norm.safetensors ", "norm.safetensors."),
-    *("norm.safetensors\0", "layers.0.safetensors/..", "e\u0301.json", "tokenizer.json\n", "\u202enosj.rekot", "tokenizer_config.json::$DATA"),
+    *(
+        "../../x",
+        "/etc/passwd",
+        "a\\b",
+        "CON",
+        "nul.safetensors",
+        "COM1",
+        "NORM.safetensors",
+        "norm.safetensors ",
+        "norm.safetensors.",
+    ),
+    *(
+        "norm.safetensors\0",
+        "layers.0.safetensors/..",
+        "e\u0301.json",
+        "tokenizer.json\n",
+        "\u202enosj.rekot",
+        "tokenizer_config.json::$DATA",
+    ),
 )
 
 
@@ -320,7 +344,11 @@ class PayloadBench:
         except Exception as error:
             self._judged(f"the check of an update raised {error!r:.120}", forged)
             return
-        problem = "" if wanted in (None, found) else f"a {codec} update is {'taken' if found else 'refused'}, it is {'none' if found else 'one'}"
+        problem = (
+            ""
+            if wanted in (None, found)
+            else f"a {codec} update is {'taken' if found else 'refused'}, it is {'none' if found else 'one'}"
+        )
         self._judged(problem or ("" if len(said) < 700 else "an endless sentence"), forged)
 
     def manifest(self) -> None:
@@ -363,13 +391,32 @@ class PayloadBench:
         """Forge a template or a join link."""
         chance = self._chance
         if chance.random() < 0.5:
-            parts = ("{a}", "{", "}", "{{", "}}", "{a.b}", "{a[0]}", "{0}", "{a!r}", "{a:>99999999}", "{}", "x" * 50, "{\u202e}", "{a\0}")
+            parts = (
+                "{a}",
+                "{",
+                "}",
+                "{{",
+                "}}",
+                "{a.b}",
+                "{a[0]}",
+                "{0}",
+                "{a!r}",
+                "{a:>99999999}",
+                "{}",
+                "x" * 50,
+                "{\u202e}",
+                "{a\0}",
+            )
             text = "".join(chance.choice(parts) for _ in range(chance.randint(1, 6)))
         else:
             key, secret = "A" * 43, "A" * 32
             text = f"fedsoda://hub:8470/p/#k={key}&s={secret}&t={key}&a=b.c:1"
             at = chance.randrange(len(text))
-            text = text[:at] + chance.choice(("", "#", "&", "%", "[", "]", "\0", "\n", "\u2100", "@", "//", "&k=", "A" * 3000, "::")) + text[at + chance.randrange(3) :]
+            text = (
+                text[:at]
+                + chance.choice(("", "#", "&", "%", "[", "]", "\0", "\n", "\u2100", "@", "//", "&k=", "A" * 3000, "::"))
+                + text[at + chance.randrange(3) :]
+            )
         try:
             if text.startswith("fedsoda:"):
                 link = read_link(text)
@@ -400,7 +447,11 @@ def _forge(forger: Forger, made: Tokens) -> None:
         if isinstance(value, str) and any(one.isdigit() for one in value):
             digits = [at for at, one in enumerate(value) if one.isdigit()]
             at = chance.choice(digits)
-            made[name] = value[:at] + chance.choice(("0", "-1", "9" * 30, "1e300", "null", "true", "2.5", "[]", "1" * 4400)) + value[at + 1 :]
+            made[name] = (
+                value[:at]
+                + chance.choice(("0", "-1", "9" * 30, "1e300", "null", "true", "2.5", "[]", "1" * 4400))
+                + value[at + 1 :]
+            )
 
 
 def _is_plain(files: Any) -> bool:

@@ -22,6 +22,7 @@ from fedsoda_edge.errors import DataProblem, UsageProblem
 DataRow = dict[str, object]  # foreign JSON: columns and types are the file's
 
 HEAD = 64 << 10  # bytes that are looked at
+_PACKED_BYTES = 1 << 10  # of zstd that are unpacked at once, to 32 MiB at most: four bytes may stand for 128 KiB
 EXTRA = "pip install 'fedsoda[datasets]'"
 Kind = Literal["json", "delimited", "excel", "parquet", "arrow file", "arrow stream", "dataset"]
 Packing = Literal["", "gzip", "zstd", "bzip2", "xz"]
@@ -227,7 +228,7 @@ class _Unpacked(io.RawIOBase):
         self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
         self._frame = self._decompressor.decompressobj()
         self._is_within = False  # a frame
-        self._held = b""
+        self._held = memoryview(b"")
 
     def readable(self) -> bool:
         return True
@@ -237,14 +238,15 @@ class _Unpacked(io.RawIOBase):
             packed = self._frame.unused_data if self._frame.eof else b""
             if self._frame.eof:
                 self._frame, self._is_within = self._decompressor.decompressobj(), False
-            packed = packed or self._raw.read(16 << 10)
+            packed = packed or self._raw.read(_PACKED_BYTES)
             if not packed:
                 if self._is_within:
                     raise EOFError("it ends within a frame")
                 return 0
             self._is_within = True
             try:
-                self._held = self._frame.decompress(packed)
+                # A frame's rest is given on in small parts too: what one byte stands for is bounded by none.
+                self._held = memoryview(self._frame.decompress(packed))
             except self._error as error:
                 raise OSError(str(error)) from error
         size = min(len(buffer), len(self._held))

@@ -17,8 +17,10 @@ from fedsoda_edge.data.chat import TooLong
 from fedsoda_edge.data.examples import ChatExample, Skipped, TextExample
 from fedsoda_edge.data.local_data import LocalData, SkippedRows
 from fedsoda_edge.data.tokenizer_files import TokenizerFile, read_json, read_text, special_tokens
-from fedsoda_edge.errors import DataProblem
+from fedsoda_edge.errors import DataProblem, UsageProblem, panics_caught
 from fedsoda_edge.protocol.template import TextTemplate
+from fedsoda_edge.protocol.tokenizer_json import check_tokenizer_json
+from fedsoda_edge.units import one_line
 
 if TYPE_CHECKING:
     from fedsoda_edge.data.chat import ChatTemplate, ChatTemplates, Rendered
@@ -73,6 +75,7 @@ class SampleTokenizer:
         ends: all ids that end a text.
 
     Raises:
+        UsageProblem: tokenizer.json is none, or fails on a text: it comes from the hub.
         DataProblem: on use, when a text has an id that the model has no embedding for.
     """
 
@@ -86,7 +89,17 @@ class SampleTokenizer:
         from tokenizers import Tokenizer
 
         config = config or {}
-        self._tokenizer = Tokenizer.from_str(read_text(tokenizer_json))
+        try:
+            with panics_caught():
+                text = read_text(tokenizer_json)
+                check_tokenizer_json(text)
+                self._tokenizer = Tokenizer.from_str(text)
+        except UsageProblem:
+            raise
+        except Exception as error:  # it raises nothing more exact
+            raise UsageProblem(
+                f"the model's tokenizer.json cannot be read ({one_line(str(error), 200)}); ask the hub's owner to correct it"
+            ) from error
         self._tokenizer.no_truncation()  # tokenizer.json may carry the settings of whoever saved it
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = bool(config.get("split_special_tokens", False))
@@ -109,7 +122,7 @@ class SampleTokenizer:
 
     def _appended(self) -> list[int]:
         """List the ids that the tokenizer itself puts behind every text."""
-        encoding = self._tokenizer.encode("a")
+        encoding = self._encoded("a")
         at = len(encoding.ids)
         while at and encoding.special_tokens_mask[at - 1]:
             at -= 1
@@ -117,7 +130,7 @@ class SampleTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Tokenize text, with the special tokens that the model's own tokenizer adds."""
-        return list(self._checked(self._tokenizer.encode(text)).ids)
+        return list(self._checked(self._encoded(text)).ids)
 
     def begun(self, text: str) -> list[int]:
         """Tokenize the beginning of a text: as `encode`, without what the tokenizer puts behind every text."""
@@ -126,7 +139,7 @@ class SampleTokenizer:
 
     def bare(self, text: str) -> list[int]:
         """Tokenize text without the special tokens that the tokenizer adds."""
-        return list(self._checked(self._tokenizer.encode(text, add_special_tokens=False)).ids)
+        return list(self._checked(self._encoded(text, is_bare=True)).ids)
 
     def plain(self, text: str) -> str:
         """Write text without the special tokens in it."""
@@ -134,7 +147,7 @@ class SampleTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Write ids as text, without special tokens."""
-        return str(self._tokenizer.decode(list(ids)))
+        return self._decoded(ids, are_special_shown=False)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Write each id as the vocabulary has it, special tokens and marks of spaces visible."""
@@ -177,7 +190,7 @@ class SampleTokenizer:
             generated: (begin, end) in characters of what the template marks as generated in `whole`; the last part is
                 the completion then.
         """
-        encoding = self._checked(self._tokenizer.encode(whole, add_special_tokens=False))
+        encoding = self._checked(self._encoded(whole, is_bare=True))
         ids = list(encoding.ids)
         start = _common(self.bare(prompt), ids)
         begin, end = generated[-1] if generated else (0, 0)
@@ -193,11 +206,31 @@ class SampleTokenizer:
             start: the index of the first completion id.
         """
         last = next((at for at in range(len(ids) - 1, start - 1, -1) if ids[at] in self.ends), None)
-        if last is None or self._tokenizer.decode(ids[last + 1 :], skip_special_tokens=False).strip():
+        if last is None or self._decoded(ids[last + 1 :], are_special_shown=True).strip():
             return ids + self._end
         while last > start and ids[last - 1] == ids[last]:
             last -= 1
         return ids[: last + 1]
+
+    def _encoded(self, text: str, *, is_bare: bool = False) -> Any:
+        try:
+            with panics_caught():
+                return self._tokenizer.encode(text, add_special_tokens=not is_bare)
+        except Exception as error:  # as above; of the text nothing but its length is said
+            raise UsageProblem(
+                f"the model's tokenizer.json fails on a text of {len(text)} characters ({one_line(str(error), 200)}); ask the "
+                "hub's owner to correct it"
+            ) from error
+
+    def _decoded(self, ids: Sequence[int], *, are_special_shown: bool) -> str:
+        try:
+            with panics_caught():
+                return str(self._tokenizer.decode(list(ids), skip_special_tokens=not are_special_shown))
+        except Exception as error:
+            raise UsageProblem(
+                f"the model's tokenizer.json cannot write {len(ids)} ids as text ({one_line(str(error), 200)}); ask the hub's "
+                "owner to correct it"
+            ) from error
 
     def _checked(self, encoding: Any) -> Any:
         """Check that the model has an embedding for each id."""

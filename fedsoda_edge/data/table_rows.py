@@ -80,7 +80,10 @@ def _dataset_files(path: Path) -> list[Path]:
         raise ValueError(
             "its rows are chosen by a list of indices, as old versions of datasets wrote it: save it again"
         )
-    return [path / one["filename"] for one in state["_data_files"]]
+    names = [one["filename"] for one in state["_data_files"]]
+    if odd := next((name for name in names if Path(name).name != name or "\\" in name), None):
+        raise ValueError(f"state.json names the file {odd[:80]!r}, which is not one of this directory: save it again")
+    return [path / name for name in names]
 
 
 def _checked_columns(path: Path, schema: pyarrow.Schema) -> list[str]:

@@ -13,8 +13,18 @@ TokenizerFile = Path | bytes  # a file on disk, or what is in it
 
 
 def read_text(file: TokenizerFile) -> str:
-    """Read a file of a model as text, with or without a BOM."""
-    return (file if isinstance(file, bytes) else file.read_bytes()).decode("utf-8-sig")
+    """Read a file of a model as text, with or without a BOM.
+
+    Raises:
+        UsageProblem: it is not UTF-8.
+    """
+    try:
+        return (file if isinstance(file, bytes) else file.read_bytes()).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        name = file if isinstance(file, Path) else "a file of the tokenizer"
+        raise UsageProblem(
+            f"{name} is not UTF-8 (byte {error.start + 1}: {error.reason}); save the model's tokenizer again"
+        ) from error
 
 
 def read_json(file: TokenizerFile | None) -> dict[str, Any]:

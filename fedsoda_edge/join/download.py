@@ -21,7 +21,7 @@ from fedsoda_edge.join.sources import FileSource, Sources
 from fedsoda_edge.ports import Clock
 from fedsoda_edge.ports.disk import sha256_file
 from fedsoda_edge.ports.store import FileStore
-from fedsoda_edge.protocol.manifest import MAX_MANIFEST_BYTES, TOKENIZER_FILES, BundleManifest, File
+from fedsoda_edge.protocol.manifest import TOKENIZER_FILES, BundleManifest, File, check_manifest_size
 from fedsoda_edge.protocol.messages import BlobRef
 
 SAY_SECONDS = 0.25  # at least between two events, except at the end of a file
@@ -107,9 +107,9 @@ class Download:
         """Fetch a manifest as `file` does, if it has a manifest's size.
 
         Raises:
-            ProtocolViolation: it has not.
+            BlobCorrupt: it has not.
         """
-        check_size(blob)
+        check_manifest_size(blob.bytes)
         return await self.file(blob.digest, blob.bytes)
 
     async def file(self, digest: str, size: int) -> Path:
@@ -150,25 +150,13 @@ class Download:
         self._say(Downloading(self._done + came, self._total))
 
 
-def check_size(manifest: BlobRef) -> None:
-    """Refuse a manifest of a size that none has, before a byte of it is fetched.
-
-    Raises:
-        ProtocolViolation: it is too large, or empty.
-    """
-    if not 0 < manifest.bytes <= MAX_MANIFEST_BYTES:
-        raise ProtocolViolation(
-            f"the hub names a manifest of {manifest.bytes} bytes, and one has at most {MAX_MANIFEST_BYTES}; ask the hub's owner"
-        )
-
-
 async def fetch_manifest(store: FileStore, hub: FileSource, manifest: BlobRef) -> Path:
     """Fetch a manifest from the hub as `fetch_file` does, if it has a manifest's size.
 
     Raises:
-        ProtocolViolation: it has not.
+        BlobCorrupt: it has not.
     """
-    check_size(manifest)
+    check_manifest_size(manifest.bytes)
     return await fetch_file(store, hub, manifest.digest, manifest.bytes)
 
 

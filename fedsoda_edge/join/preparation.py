@@ -98,6 +98,7 @@ class JoinPreparation:
         )
         digest = taken.size_class.manifest.digest
         self._state.begin_bundle(digest)
+        self._state.bound_views(taken.manifest)
         self._say(
             ev.DeviceFits(
                 device=taken.memory.device,

@@ -126,6 +126,7 @@ class RoundRunner:
         """Fetch what is missing of the bundle that the hub has chosen since the last round, and change to it."""
         download = equipment.download
         manifest = parse_manifest((await download.manifest(wanted)).read_bytes())
+        self._state.bound_views(manifest)
         async with download.bundle(manifest, wanted.digest) as fetch:
             await fetch()
         await equipment.trainer.follow(manifest, wanted.digest)

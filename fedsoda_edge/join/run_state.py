@@ -21,14 +21,16 @@ from pathlib import Path
 
 import msgspec
 
-from fedsoda_edge.errors import BlobCorrupt
+from fedsoda_edge.errors import BlobCorrupt, ProtocolViolation
 from fedsoda_edge.ports.disk import sha256, sha256_file, write_durably
-from fedsoda_edge.protocol.coded import of_alignment
+from fedsoda_edge.protocol.coded import of_alignment, safetensors_bytes
 from fedsoda_edge.protocol.commands import Advance, Advanced, View
+from fedsoda_edge.protocol.manifest import BundleManifest, TensorSpec
 from fedsoda_edge.protocol.messages import BlobRef, Digest, UpdateStart, ViewRef
 from fedsoda_edge.protocol.needs import MemoryPlan
 
 FORGET_RESIDUAL_AFTER = 5  # missed rounds
+ROOM_BYTES = 64 << 10  # that a coded tensor of few values may have beside them
 
 Fetch = Callable[[BlobRef], Awaitable[bytes]]
 Step = Callable[[Advance], Awaitable[Advanced]]
@@ -44,6 +46,7 @@ class RunState:
     def __init__(self, directory: Path, codec: str) -> None:
         self._directory = directory
         self._codec = codec
+        self._most: dict[View, int] = {}  # bytes of a view, as far as its bundle is known
 
     # --- views -------------------------------------------------------------------------------------------------------
 
@@ -57,6 +60,25 @@ class RunState:
                     (self._directory / f"{which}.{kind}").unlink(missing_ok=True)
         write_durably(mark, manifest.encode())
 
+    def bound_views(self, manifest: BundleManifest) -> None:
+        """Note how large views of this bundle are: no hub makes this device hold more than one in memory."""
+        layouts: dict[View, tuple[TensorSpec, ...]] = {
+            "adapter": manifest.lora.adapter,
+            "emulator": manifest.lora.emulator,
+        }
+        for which, layout in layouts.items():
+            shapes = {spec.name: ("F32", spec.shape) for spec in layout}
+            self._most[which] = safetensors_bytes(shapes, {"codec": self._codec})  # a coded step is smaller
+
+    def _check_size(self, which: View, *blobs: BlobRef) -> None:
+        most = self._most.get(which)
+        for blob in blobs:
+            if most is not None and blob.bytes > most + ROOM_BYTES:
+                raise ProtocolViolation(
+                    f"the hub announces {blob.bytes} bytes for a view of the {which} LoRA, of which its manifest allows "
+                    f"{most}; ask the hub's owner"
+                )
+
     async def bring_up(self, which: View, wanted: ViewRef, number: int, fetch: Fetch, advance: Step) -> str | None:
         """Bring a view up to date, by delta from the previous one or by snapshot; return its file, None: the bundle's own.
 
@@ -67,6 +89,7 @@ class RunState:
 
         Raises:
             BlobCorrupt: the hub's snapshot has another digest than the view.
+            ProtocolViolation: the hub announces more bytes than the view can have.
         """
         path, mark = self._view(which), self._directory / f"{which}.number"
         if wanted.snapshot is None or wanted.delta is None:
@@ -75,6 +98,7 @@ class RunState:
         if await self.held(which, wanted.digest):
             write_durably(mark, str(number).encode())
             return str(path)
+        self._check_size(which, wanted.delta, wanted.snapshot)
         held = int(mark.read_text()) if mark.exists() else 0
         first = 1 if which == "emulator" else 2
         if held == number - 1 or (not path.exists() and number == first):

@@ -44,6 +44,7 @@ from fedsoda_edge.protocol.manifest import (
     file_of,
     parse_manifest,
 )
+from fedsoda_edge.units import one_line
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -67,6 +68,8 @@ def read_manifest(data: bytes) -> BundleManifest:
         for size in family.sizes:
             if not 0 < int(manifest.config.get(size, 1)) <= MAX_SIZE:
                 raise ValueError(f"{size} is {manifest.config[size]}")
+        if not 0 < int(manifest.config["max_position_embeddings"]) <= MAX_SIZE:
+            raise ValueError(f"max_position_embeddings is {manifest.config['max_position_embeddings']}")
         # One layer on the meta device: finds unknown activations, rotary types and shapes at no cost.
         skeleton(family, build_config(family, manifest.config, plan.adapter[:1]))
         if not set(spec.aligned) <= set(plan.sub_emulator):
@@ -80,7 +83,7 @@ def read_manifest(data: bytes) -> BundleManifest:
             raise ValueError("its LoRA tensors are not those of its plan, targets and rank")
     except Exception as error:  # a config class raises whatever its validation likes
         raise BlobCorrupt(
-            f"the manifest is not one of a bundle: {error}; fetch the bundle again or ask the hub's owner"
+            f"the manifest is not one of a bundle: {one_line(str(error))}; fetch the bundle again or ask the hub's owner"
         ) from error
     return manifest
 
@@ -320,7 +323,7 @@ def _no_shard(path: Path) -> Iterator[None]:
         yield
     except (SafetensorError, KeyError, ValueError) as error:
         raise BlobCorrupt(
-            f"{path} has its digest, but is not a shard of this bundle ({error}); ask the hub's owner to prepare it again"
+            f"{path} has its digest, but is not a shard of this bundle ({one_line(str(error))}); ask the hub's owner to prepare it again"
         ) from error
 
 

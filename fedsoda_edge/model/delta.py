@@ -17,6 +17,7 @@ import hashlib
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from fedsoda_edge.model.nf4 import codebook
 from fedsoda_edge.protocol.coded import BLOCK, check
 from fedsoda_edge.protocol.klt import BITS, read
 from fedsoda_edge.protocol.manifest import TensorSpec
+from fedsoda_edge.units import one_line
 
 LoRATensors = dict[str, Tensor]
 
@@ -168,9 +170,19 @@ def from_bytes(data: bytes, layout: Sequence[TensorSpec]) -> LoRATensors:
     """Read what `to_bytes` wrote.
 
     Raises:
-        ProtocolViolation: names, shapes or dtype are not those of the layout.
+        ProtocolViolation: names, shapes or dtype are not those of the layout, or it is not safetensors.
     """
-    tensors = load(data)
+    try:
+        tensors = load(data)
+    except (
+        SafetensorError,
+        KeyError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # it has its digest, so the hub made it like this
+        raise ProtocolViolation(
+            f"a LoRA snapshot is not safetensors ({one_line(str(error), 200)}); ask the hub's owner"
+        ) from error
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if shapes != {spec.name: spec.shape for spec in layout} or any(t.dtype != torch.float32 for t in tensors.values()):
         raise ProtocolViolation("a LoRA snapshot has other tensors than the manifest says; ask the hub's owner")

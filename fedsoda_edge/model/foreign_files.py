@@ -10,7 +10,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from fedsoda_edge.errors import UsageProblem
+from fedsoda_edge.errors import UsageProblem, panics_caught
+from fedsoda_edge.protocol.tokenizer_json import check_tokenizer_json
 
 MAX_JSON_BYTES = 64 << 20  # the index of 10^5 tensors has a tenth of it
 _LFS = b"version https://git-lfs.github.com/spec/"
@@ -101,7 +102,9 @@ def check_tokenizer(directory: Path) -> None:
             read_json(directory / name)
     file = directory / "tokenizer.json"
     try:
-        tokenizers.Tokenizer.from_file(str(file))
+        check_tokenizer_json(file.read_text(encoding="utf-8-sig"))
+        with panics_caught():
+            tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # it raises nothing more exact
         is_pointer = file.stat().st_size < 1024
         reason = (

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fedsoda_edge.errors import UsageProblem
+from fedsoda_edge.errors import UsageProblem, panics_caught
 
 PROBE = "the\n\u00e9 \u65e5\U0001f600 <|\u0378|>"  # hardly a vocabulary has all of it
 
@@ -29,7 +29,8 @@ def own_tokenizer(directory: Path) -> dict[str, bytes]:
     backend.no_truncation()  # a file may carry the settings of whoever saved it
     backend.no_padding()
     try:
-        backend.encode(PROBE)
+        with panics_caught():
+            backend.encode(PROBE)
     except Exception as error:  # such as an unknown token that is not in the vocabulary: only a text shows it
         raise _problem(directory, error) from error
     plain = type(backend).from_str((directory / "tokenizer.json").read_text(encoding="utf-8-sig"))
@@ -64,13 +65,15 @@ def _loaded(directory: Path) -> Any:
         raise UsageProblem(f"{directory} has no tokenizer.json; save the model's fast tokenizer there")
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # nobody is asked whether a model's code may run: it may not
     try:
-        made = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        with panics_caught():
+            made = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
         if hasattr(made, "backend_tokenizer"):
             return made
     except Exception:  # any file of the directory may be wrong, and Transformers raises whatever it meets
         pass
     try:
-        return PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
+        with panics_caught():
+            return PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
     except Exception as error:
         raise _problem(directory, error) from error
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model.config_file import ModelConfig, Shapes
 from fedsoda_edge.model.foreign_files import import_advice, present, read_json, what_is
+from fedsoda_edge.units import one_line
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What is read, and the narrowest dtype of ours that holds each value exactly.
@@ -108,6 +109,10 @@ def opened(file: Path) -> Any:
     except OSError as error:
         raise UsageProblem(
             f"{file} cannot be read ({error.strerror or error}); make it readable for this user"
+        ) from error
+    except RuntimeError as error:  # torch, where memory for the file's pages or its header is not there
+        raise UsageProblem(
+            f"{file} cannot be opened ({one_line(str(error), 200)}); free memory, or fetch it again"
         ) from error
     except SafetensorError as error:
         raise UsageProblem(f"{file} is not whole safetensors ({error}): {what_is(file)}") from error

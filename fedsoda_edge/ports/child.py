@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from fedsoda_edge.errors import DiskFull, FedSODAError, Field, WorkerFailed, by_name
+from fedsoda_edge.errors import DiskFull, FedSODAError, Field, WorkerFailed, by_name, panics_caught
 from fedsoda_edge.ports.defects import machine_words, sentence_of, trace_of
 from fedsoda_edge.ports.system import group_of_its_own, peak_rss_bytes, was_killed
 from fedsoda_edge.protocol.calls import Call, ProgressT, ResultT, progress_type, result_type
@@ -267,7 +267,8 @@ def serve(
             has_read = True
             _fall_silent()
         try:
-            result = answer(call, lambda progress: _write(out, ProgressReply(_raw(progress))))
+            with panics_caught():
+                result = answer(call, lambda progress: _write(out, ProgressReply(_raw(progress))))
             reply = ResultReply(_raw(result), peak_rss_bytes())
         except FedSODAError as error:
             reply = ErrorReply(type(error).__name__, error.fields())

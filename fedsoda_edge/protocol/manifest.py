@@ -243,6 +243,18 @@ def encode_manifest(manifest: BundleManifest) -> bytes:
     return msgspec.json.format(msgspec.json.encode(manifest, order="sorted"), indent=1)
 
 
+def check_manifest_size(size: int) -> None:
+    """Check the announced size of a manifest before a byte of it is fetched.
+
+    Raises:
+        BlobCorrupt: no manifest is that large, or empty.
+    """
+    if not 0 < size <= MAX_MANIFEST_BYTES:
+        raise BlobCorrupt(
+            f"the hub names a manifest of {size} bytes, and one has at most {MAX_MANIFEST_BYTES}; ask the hub's owner"
+        )
+
+
 def parse_manifest(data: bytes) -> BundleManifest:
     """Parse and check a manifest, which may come from the network. Nothing that it names is allocated or built.
 
@@ -251,10 +263,7 @@ def parse_manifest(data: bytes) -> BundleManifest:
     Raises:
         BlobCorrupt: the data is not a manifest, has another format, or describes what no bundle can be.
     """
-    if len(data) > MAX_MANIFEST_BYTES:
-        raise BlobCorrupt(
-            f"the manifest has {len(data)} bytes, and at most {MAX_MANIFEST_BYTES} are read; ask the hub's owner"
-        )
+    check_manifest_size(len(data))
     try:
         version = msgspec.json.decode(data).get("format_version")
         if version != FORMAT_VERSION:
@@ -288,11 +297,17 @@ def parse_manifest(data: bytes) -> BundleManifest:
         "another number of layers than its plan": manifest.config.get("num_hidden_layers") != manifest.plan.num_layers,
         "a config number out of bounds": not all(abs(value) < 2.0**40 for value in numbers),
         **{
-            f"a model whose {name} is {one_line(str(size), 20)}": not _is_size(size) and (name in SIZES or size is not None)
+            f"a model whose {name} is {one_line(str(size), 20)}": not _is_size(size)
+            and (name in SIZES or size is not None)
             for name, size in sizes.items()
         },
         "a LoRA that is not possible": not (0 < lora.rank <= MAX_SIZE and math.isfinite(lora.alpha) and lora.alpha > 0)
         or not all(0 < size <= MAX_SIZE for size in shapes),
+        "an end of texts that is no id": not _are_ids(
+            manifest.config.get("eos_token_id"), manifest.config["vocab_size"]
+        )
+        if _is_size(manifest.config.get("vocab_size"))
+        else False,
         "a base that is not known": not {manifest.adapter_base, manifest.emulator_base} <= set(BASES),
         "needs below 0": min(msgspec.structs.astuple(manifest.needs)) < 0,
     }
@@ -310,6 +325,12 @@ def parse_manifest(data: bytes) -> BundleManifest:
 
 def _is_size(value: Any) -> bool:
     return type(value) is int and 0 < value <= MAX_SIZE
+
+
+def _are_ids(value: Any, vocab: int) -> bool:
+    """Tell whether this is an id, a list of ids, or nothing."""
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    return all(type(one) is int and 0 <= one < vocab for one in ids)
 
 
 def _leaves(value: Any) -> list[Any]:

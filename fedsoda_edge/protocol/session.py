@@ -203,7 +203,9 @@ class HubSession:
                 start, self._start, self._upload = self._start, None, None
                 return Upload(start, data)
             case ms.Resumed() if self.state != "ready":
-                raise ProtocolViolation("the edge resumed before it was ready, so it would be invited and could not answer")
+                raise ProtocolViolation(
+                    "the edge resumed before it was ready, so it would be invited and could not answer"
+                )
             case ms.Leave():
                 self.state = "over"
         return message

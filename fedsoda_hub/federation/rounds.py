@@ -24,7 +24,9 @@ from fedsoda_hub.federation.state import LedgerState
 _RESULTS = (rec.RunPrepared, rec.RoundClosed, rec.Realigned, rec.Repruned, rec.Probed, rec.Evaluated)
 
 
-MAX_RETURNS = 100  # of an edge in a round: each is two records, and an edge that only pauses and resumes would fill the disk
+MAX_RETURNS = (
+    100  # of an edge in a round: each is two records, and an edge that only pauses and resumes would fill the disk
+)
 
 
 class RoundMachine:
@@ -133,7 +135,9 @@ class RoundMachine:
         if state.phase == "collecting" and state.answered.get(edge) in ("paused", "left"):
             self._returns[edge] += 1
             if self._returns[edge] > MAX_RETURNS:
-                return [Ignore(f"{edge} was back {MAX_RETURNS} times in round {state.round}; the next round asks it again")]
+                return [
+                    Ignore(f"{edge} was back {MAX_RETURNS} times in round {state.round}; the next round asks it again")
+                ]
             return [Append(rec.CohortExtended(round=state.round, invited=(edge,), deadline_at=state.deadline_at))]
         return []
 

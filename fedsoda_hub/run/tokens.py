@@ -14,6 +14,7 @@ from pathlib import Path
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.ports.disk import write_durably
 from fedsoda_edge.protocol.messages import EdgeId
+from fedsoda_edge.units import one_line
 from fedsoda_hub.run.database import Database
 
 
@@ -113,7 +114,7 @@ def check_edge_name(edge: str) -> None:
         UsageProblem: it cannot.
     """
     if not edge or not all(c.isalnum() or c in "-_." for c in edge) or len(edge) > 64:
-        raise UsageProblem(f"--name {edge!r} cannot be an edge's id; use 1 to 64 letters, digits, - _ .")
+        raise UsageProblem(f"--name {one_line(edge, 80)!r} cannot be an edge's id; use 1 to 64 letters, digits, - _ .")
 
 
 def _hash(token: str) -> str:

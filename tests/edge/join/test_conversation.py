@@ -471,3 +471,33 @@ def test_frames_are_logged_by_their_grammar_without_text_and_a_transfer_in_one_l
     assert f"digest=sha256:{DIGEST[:4]}… " in lines[4] + " "
     assert lines[5] == f"> UpdateChunk digest=sha256:{DIGEST[:4]}… offset=0 payload={len(DATA)}"
     assert not any("private" in line or DIGEST in line or "triage" in line for line in lines)
+
+
+def test_a_receipt_for_another_update_of_the_round_is_a_violation() -> None:
+    async def scene(talk: Talk) -> None:
+        talk.wire.when["UpdateStart"] = lambda: talk.wire.say(ms.Receipt(round=1, digest=ms.Digest("1" * 64)))
+        with pytest.raises(ProtocolViolation, match="the hub has the update 111111111111 of round 1"):
+            await talk.conversation.hand_in(START, DATA)
+
+    talk(scene)
+
+
+def test_what_a_hub_says_in_its_own_words_is_a_part_of_one_line() -> None:
+    words = "no\nround 9 closed\x1b[2J\u202e" + "a" * 5000
+
+    async def scene(talk: Talk) -> ms.Receipt | ms.Refusal:
+        talk.wire.when["UpdateStart"] = lambda: talk.wire.say(ms.Refusal(round=1, reason=words))
+        return await talk.conversation.hand_in(START, DATA)
+
+    answer, _ = talk(scene)
+    assert isinstance(answer, ms.Refusal)
+    assert not {"\n", "\x1b", "\u202e"} & set(answer.reason)
+    assert len(answer.reason) < 500
+
+    async def refused(talk: Talk) -> None:
+        talk.wire.say(ms.Refusal(reason=words, fatal=True))
+        with pytest.raises(RefusedByHub) as caught:
+            await talk.conversation.fetch(BLOB)
+        assert not {"\n", "\x1b", "\u202e"} & set(str(caught.value))
+
+    talk(refused)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
+import msgspec
 import pytest
 
-from fedsoda_edge.errors import BlobCorrupt, DiskFull
+from fedsoda_edge.errors import BlobCorrupt, DiskFull, ProtocolViolation
 from fedsoda_edge.join.run_state import RunState
 from fedsoda_edge.ports.disk import sha256, write_durably
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.commands import Advance, Advanced, View
+from fedsoda_edge.protocol.manifest import BundleManifest, TensorSpec
 from tests.full_disk import full_disk_for
 
 
@@ -207,3 +211,21 @@ def test_a_round_that_is_begun_gives_the_update_up_that_waited(tmp_path: Path) -
     trained(state, 1)
     state.begin_round()
     assert RunState(tmp_path, "bf16").pending() is None
+
+
+def test_a_view_that_is_larger_than_its_manifest_allows_is_not_fetched(held: Held) -> None:
+    layout = (TensorSpec("layers.1.q.lora_A", (8, 64)),)
+    held.state.bound_views(cast(BundleManifest, SimpleNamespace(lora=SimpleNamespace(adapter=layout, emulator=layout))))
+    view = held.hub.view(9)
+    assert view.snapshot is not None
+
+    snapshot = view.snapshot
+
+    async def run() -> None:
+        huge = msgspec.structs.replace(snapshot, bytes=1 << 30)
+        with pytest.raises(ProtocolViolation, match="announces 1073741824 bytes for a view of the adapter LoRA"):
+            await held.bring_up(msgspec.structs.replace(view, snapshot=huge), 9)
+        assert held.hub.fetched == []
+        assert await held.bring_up(view, 9) is not None
+
+    asyncio.run(run())

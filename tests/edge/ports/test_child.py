@@ -32,6 +32,7 @@ class Double(Call[Number, Step], frozen=True, tag="double"):
     number: int
 class Do(Call[Number, NoProgress], frozen=True, tag="do"):
     what: str
+class PanicException(BaseException): pass  # as libraries in Rust raise it
 def answer(call, report):
     match call:
         case Double(number=number):
@@ -40,6 +41,7 @@ def answer(call, report):
             return Number(2 * number)
         case Do(what="full"): raise DiskFull("no space for 3 bytes")
         case Do(what="wrong"): raise ZeroDivisionError("x / 0")
+        case Do(what="panic"): raise PanicException("inside `a private text`")
         case Do(what="nan"): return Number(math.nan)
         case Do(what="die"):
             os.write(2, b"last words\\n")
@@ -273,3 +275,17 @@ def test_after_a_call_that_reads_private_text_nothing_but_answers_leaves_the_chi
 
     asyncio.run(talk())
     assert "FEDSODA_TOKEN" not in Child("private_child")._environment
+
+
+def test_a_panic_of_a_library_is_an_answer_and_its_words_stay_with_the_child(environment: dict[str, str]) -> None:
+    toy = importlib.import_module("toy_child")
+
+    async def talk() -> None:
+        child = Child("toy_child", environment)
+        with pytest.raises(WorkerFailed) as failure:
+            await child.call(toy.Do(what="panic"))
+        assert "private" not in str(failure.value) + failure.value.details
+        assert await child.call(toy.Double(number=1)) == toy.Number(2)  # the same process goes on
+        await child.close()
+
+    asyncio.run(talk())

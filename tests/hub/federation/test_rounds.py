@@ -23,7 +23,7 @@ from fedsoda_hub.federation import events as ev
 from fedsoda_hub.federation import jobs
 from fedsoda_hub.federation import records as rec
 from fedsoda_hub.federation.collecting import MAX_EXAMPLES
-from fedsoda_hub.federation.rounds import RoundMachine
+from fedsoda_hub.federation.rounds import MAX_RETURNS, RoundMachine
 from fedsoda_hub.federation.schedule import Rules, choose_cohort
 from fedsoda_hub.federation.state import HeldView, LedgerState
 from fedsoda_hub.run.ledger import Ledger
@@ -1126,3 +1126,19 @@ def test_a_ledger_of_a_run_without_classes_replays() -> None:
     state.apply(msgspec.json.decode(old, type=rec.Realigned))
     [largest] = state.sub_llms
     assert (largest.emulator, state.master) == (HeldView(Digest("v"), Digest("d")), "a")
+
+
+def test_an_edge_that_only_pauses_and_resumes_asks_nobody_else_again_and_does_not_fill_the_ledger(
+    collecting: Run,
+) -> None:
+    collecting.offers.clear()
+    for _ in range(3 * MAX_RETURNS):
+        collecting.do(ev.EdgeAway(edge("a"), "paused"))
+        collecting.do(ev.EdgeResumed(edge("a")))
+    assert "b" not in collecting.offers
+    assert collecting.offers.count("a") == MAX_RETURNS
+    assert len(collecting.ledger.records()) < 2 * MAX_RETURNS + 20
+    assert collecting.send_update("b") != []  # the round goes on without it
+    collecting.ready("a")
+    assert collecting.state.round == 2
+    assert collecting.offers.count("a") > MAX_RETURNS

@@ -850,6 +850,41 @@ def test_an_upload_that_stalls_at_the_deadline_is_not_waited_for(tmp_path: Path)
     asyncio.run(talk())
 
 
+def test_an_upload_that_stalls_is_not_waited_for_because_its_edge_says_other_things(tmp_path: Path) -> None:
+    settings = write_run(tmp_path, wire={"stall_seconds": 0.3})
+
+    async def talk() -> None:
+        async with serving_two(settings) as (hub, a, b):
+            await a.upload(await a.hear(ms.RoundOffer), update(0.5))
+            await a.hear(ms.Receipt)
+            await b.announce(await b.hear(ms.RoundOffer), update(0.25))
+            hub.daemon.inbox.put_nowait(ev.DeadlineReached(1, hub.daemon.machine.state.deadline_at))
+            async with asyncio.timeout(10):
+                with contextlib.suppress(ConnectionClosed):
+                    while True:
+                        await b.say(ms.Progress(round=1, step=1, steps=2))
+                        await asyncio.sleep(0.05)
+            assert (await a.hear(ms.RoundClosed)).num_updates == 1
+
+    asyncio.run(talk())
+
+
+def test_words_of_an_edge_are_a_part_of_one_line_in_what_the_hub_says(tmp_path: Path) -> None:
+    words = "no\nround 9 closed\x1b[2J\u202e" + "a" * 5000
+
+    async def talk() -> None:
+        async with serving_two(write_run(tmp_path)) as (hub, a, b):
+            await a.hear(ms.RoundOffer)
+            await a.say(ms.Decline(round=1, reason=words))
+            await b.say(ms.Leave(reason=words))
+            await hub.until("edge_left")
+            for event in [one for one in hub.events if "reason" in one]:
+                assert not {"\n", "\x1b", "\u202e"} & set(event["reason"])
+                assert len(event["reason"]) < 500
+
+    asyncio.run(talk())
+
+
 # --- a full disk -----------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,57 @@
+"""Take one check out of the product in a child of `bench_trust_artifacts`, so that its counts can be seen to fail."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def plant(name: str) -> None:
+    """Take out the check of that name."""
+    {"names": _names, "sandbox": _sandbox, "panics": _panics, "endless": _endless, "shapes": _shapes}[name]()
+
+
+def _names() -> None:
+    from fedsoda_edge.ports.disk import BlobStore
+
+    BlobStore.path = lambda self, digest: self.directory / digest  # type: ignore[method-assign]
+
+
+def _sandbox() -> None:
+    import jinja2
+
+    from fedsoda_edge.data import chat
+
+    class Open(jinja2.Environment):
+        mark: Any = None
+
+    setattr(chat, "Sandbox", Open)  # noqa: B010  # the name is the sandbox's own
+
+
+def _panics() -> None:
+    from fedsoda_edge.data import samples
+
+    @contextlib.contextmanager
+    def nothing() -> Iterator[None]:
+        yield
+
+    samples.panics_caught = nothing  # type: ignore[attr-defined]
+
+
+def _endless() -> None:
+    from fedsoda_edge.join import download
+
+    async def fetch(transport: Any, digest: str, size: int, part: Path, progress: Any) -> None:
+        with part.open("ab") as file:
+            async for piece in transport.fetch(digest, 0):
+                file.write(piece)
+
+    download._fetch_part = fetch
+
+
+def _shapes() -> None:
+    from fedsoda_edge.model import bundle
+
+    bundle._check_shapes = lambda found, wanted: None
