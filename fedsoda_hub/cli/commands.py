@@ -221,7 +221,10 @@ def _status(run: Path) -> tuple[bool, LiveStatus]:
         live = ask_running_hub(directory)
         if live is not None and live.run_id == state.run_id:  # an old address may be another run's by now
             return True, live
-        known = [KnownEdge(edge=token.edge, revoked=token.revoked) for token in ledger.tokens.all()]
+        known = [
+            KnownEdge(edge=token.edge, revoked=token.revoked, standing=state.standings.get(token.edge))
+            for token in ledger.tokens.all()
+        ]
         return False, live_status(run_status(settings.name, settings.rounds.count, ledger, state), known)
 
 
@@ -252,16 +255,18 @@ def status(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
 
 @app.command(epilog="Example: fedsoda-hub edges triage.toml")
 def edges(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
-    """List the edges that may join, and which are connected."""
+    """List the edges that may join, which are connected, and where their last updates lay beside all others."""
     with reporting(as_json, False, debug):
         import msgspec
+
+        from fedsoda_hub.cli.tables import standing_words
 
         found = _status(run)[1].edges
         for edge in found:
             state = "revoked" if edge.revoked else "connected" if edge.connected else "away"
             step = f", step {edge.step} of {edge.steps}" if edge.step else ""
             taken = f", size class {edge.size_class}" if edge.size_class else ""
-            note(f"{edge.edge:<24} {state}{taken}{step}")
+            note(f"{edge.edge:<24} {state}{taken}{step}{standing_words(edge.standing)}")
         finish({"status": "ok", "edges": msgspec.to_builtins(found)}, as_json, False)
 
 

@@ -9,7 +9,7 @@ import msgspec
 
 from fedsoda_edge.protocol.messages import EdgeId
 from fedsoda_hub.federation.jobs import EvaluateResult
-from fedsoda_hub.federation.state import LedgerState, MeasuredDrift, Phase, Realignment
+from fedsoda_hub.federation.state import LastStanding, LedgerState, MeasuredDrift, Phase, Realignment
 from fedsoda_hub.run.ledger import Ledger
 
 
@@ -52,7 +52,11 @@ class RunStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class KnownEdge(msgspec.Struct, frozen=True, kw_only=True):
-    """An edge that has a token. size_class, step, steps None: the edge is not at work, or no hub runs."""
+    """An edge that has a token. size_class, step, steps None: the edge is not at work, or no hub runs.
+
+    standing: its last update beside what the round made of all; None: none of its updates was merged, or none of its
+    rounds' farthest was its.
+    """
 
     edge: EdgeId
     connected: bool = False
@@ -61,6 +65,7 @@ class KnownEdge(msgspec.Struct, frozen=True, kw_only=True):
     size_class: int | None = None
     step: int | None = None
     steps: int | None = None
+    standing: LastStanding | None = None
 
 
 class LiveStatus(RunStatus, frozen=True, kw_only=True):

@@ -68,6 +68,7 @@ class Monitoring:
                 size_class=machine.size_classes.get(token.edge),
                 step=progress[token.edge].step if token.edge in progress else None,
                 steps=progress[token.edge].steps if token.edge in progress else None,
+                standing=machine.state.standings.get(token.edge),
             )
             for token in self._ledger.tokens.all()
         ]
