@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
@@ -57,8 +57,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RECOMMENDED: Robust = "centered-clip"
 RULES: tuple[Robust, ...] = get_args(Robust)
 KINDS: tuple[Kind, ...] = get_args(Kind)
-NUM_EDGES, SHARE, ROUNDS, LAYERS, RANK, ROWS, QUESTIONS, CODEC = 10, 0.2, 4, 3, 8, 480, 160, "nf4"
-LOCAL = LocalSettings(epochs=100, max_steps=6, batch_size=8, learning_rate=5e-3, max_length=96)
+Row = dict[str, dict[str, Any] | None]  # of a rule: what it loses, by attack
+NUM_EDGES, SHARE, ROUNDS, LAYERS, RANK, ROWS, QUESTIONS, CODEC = 10, 0.2, 4, 3, 8, 480, 128, "nf4"
+LOCAL = LocalSettings(epochs=100, max_steps=6, batch_size=8, learning_rate=8e-3, max_length=96)
 PROMPT, COMPLETION = TextTemplate(task.PROMPT), TextTemplate(task.COMPLETION)
 EDGES = tuple(f"edge-{number}" for number in range(NUM_EDGES))
 RARE = "health"
@@ -83,9 +84,9 @@ class Cell:
 def cells(seeds: int, rules: Sequence[Robust], kinds: Sequence[Kind]) -> Iterator[Cell]:
     """List all cells: every rule and attack of a seed before the next seed."""
     for seed in range(seeds):
-        for rule in rules:
-            yield from (Cell("mixed", rule, attack, seed) for attack in (None, *kinds))
-            yield Cell("rare", rule, None, seed)
+        for attack in (None, *kinds):
+            yield from (Cell("mixed", rule, attack, seed) for rule in rules)
+        yield from (Cell("rare", rule, None, seed) for rule in rules)
 
 
 # --- a federation -----------------------------------------------------------------------------------------------
@@ -223,11 +224,11 @@ def difference(one: Sequence[list[float]], other: Sequence[list[float]]) -> dict
     }
 
 
-def report(found: dict[Cell, Kept], rules: Sequence[Robust], kinds: Sequence[Kind]) -> dict[str, object]:
+def report(found: dict[Cell, Kept], rules: Sequence[Robust], kinds: Sequence[Kind]) -> dict[str, Row]:
     """Compare each rule with the plain mean without attackers, over the seeds that both have."""
-    rows: dict[str, dict[str, object]] = {}
+    rows: dict[str, Row] = {}
 
-    def compared(split: str, rule: Robust, attack: Kind | None, label: str | None = None) -> dict[str, object] | None:
+    def compared(split: str, rule: Robust, attack: Kind | None, label: str | None = None) -> dict[str, Any] | None:
         seeds = [
             seed
             for seed in sorted({cell.seed for cell in found})
@@ -247,19 +248,18 @@ def report(found: dict[Cell, Kept], rules: Sequence[Robust], kinds: Sequence[Kin
         }
 
     for rule in rules:
-        rows[rule] = {
-            "honest": compared("mixed", rule, None),
-            **{kind: compared("mixed", rule, kind) for kind in kinds},
-            f"rare: all of {RARE} on one edge, accuracy of {RARE}": compared("rare", rule, None, RARE),
-            "rare: all desks": compared("rare", rule, None),
-        }
-    return {"rounds": ROUNDS, "steps": LOCAL.max_steps, "edges": NUM_EDGES, "attackers": SHARE, "rules": rows}
+        rows[rule] = row = {"honest": compared("mixed", rule, None)}
+        for kind in kinds:
+            row[kind] = compared("mixed", rule, kind)
+        row[f"rare: all of {RARE} on one edge, accuracy of {RARE}"] = compared("rare", rule, None, RARE)
+        row["rare: all desks"] = compared("rare", rule, None)
+    return rows
 
 
-def claims(rows: dict[str, dict[str, dict[str, float] | None]], kinds: Sequence[Kind]) -> list[dict[str, object]]:
+def claims(rows: dict[str, Row], kinds: Sequence[Kind]) -> list[dict[str, object]]:
     """Judge the recommended rule by the means over the seeds that were run."""
     of = rows[RECOMMENDED]
-    bounds = {"honest": POINTS_CLEAN, **dict.fromkeys(kinds, POINTS_ATTACKED)}
+    bounds: dict[str, float] = {"honest": POINTS_CLEAN, **dict.fromkeys(kinds, POINTS_ATTACKED)}
     bounds[f"rare: all of {RARE} on one edge, accuracy of {RARE}"] = POINTS_RARE
     return [
         {"claim": f"{RECOMMENDED}, {name}: loses less than {bound:g} points", "holds": held["points"] > -bound, **held}
@@ -293,9 +293,10 @@ def main() -> None:
             write_durably_json(path, bench.run(cell, "none" if options.planted_defect else cell.rule))
             print(cell.name, file=sys.stderr, flush=True)
         found[cell] = msgspec.json.decode(path.read_bytes(), type=Kept)
-    made = report(found, rules, kinds)
-    judged = claims(made["rules"], kinds)  # type: ignore[arg-type]  # as they were just made
-    print(json.dumps({**made, "claims": judged}))
+    rows = report(found, rules, kinds)
+    judged = claims(rows, kinds)
+    sizes = {"rounds": ROUNDS, "steps": LOCAL.max_steps, "edges": NUM_EDGES, "share": SHARE}
+    print(json.dumps({**sizes, "rules": rows, "claims": judged}))
     if not judged or not all(claim["holds"] for claim in judged):
         raise SystemExit(1)
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
+from fedsoda_edge.data.formats import DataRow
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model import delta
 from fedsoda_edge.model.bundle import Bundle
@@ -19,7 +20,7 @@ from fedsoda_edge.ports.disk import BlobStore
 from fedsoda_hub.compare.attacking import Attack
 from fedsoda_hub.compare.attacks import attackers_among, flipped, forged
 from fedsoda_hub.compare.run import run_comparison
-from fedsoda_hub.compare.settings import AttackKind, Attackers, read_comparison
+from fedsoda_hub.compare.settings import Attackers, AttackKind, read_comparison
 from fedsoda_hub.federation import records as rec
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.run.ledger import opened_to_read
@@ -85,7 +86,9 @@ def test_the_last_edges_attack_and_labels_follow_each_other() -> None:
 
 
 def test_label_flip_changes_the_rows_of_attackers_alone() -> None:
-    named = {f"e{at}": [{"text": "x", "label": "no"}, {"text": "y", "label": "yes"}] for at in range(5)}
+    named: dict[str, list[DataRow]] = {
+        f"e{at}": [{"text": "x", "label": "no"}, {"text": "y", "label": "yes"}] for at in range(5)
+    }
     held = Attack(Attackers(share=0.2, kind="label-flip"), "label").rows(named)
     assert held["e4"] == [{"text": "x", "label": "yes"}, {"text": "y", "label": "no"}]
     assert {name: held[name] for name in ("e0", "e1", "e2", "e3")} == {n: named[n] for n in ("e0", "e1", "e2", "e3")}
@@ -126,11 +129,11 @@ def test_a_comparison_with_an_attacker(kind: str, prepared: Path, tiny_llama: Pa
     layout, blobs = Bundle.open(directory.bundle).manifest.lora.adapter, BlobStore(settings / "run.run" / "blobs")
     for number in (1, 2):
         updates = {
-            one.edge: flat(delta.decode(blobs.get(one.digest), layout, "nf4"))
+            str(one.edge): flat(delta.decode(blobs.get(one.digest), layout, "nf4"))
             for one in records
             if isinstance(one, rec.UpdateAccepted) and one.round == number
         }
-        assert list(sorted(updates)) == ["edge-0", "edge-1", "edge-2"]
+        assert sorted(updates) == ["edge-0", "edge-1", "edge-2"]
         bad, mean = updates["edge-2"], (updates["edge-0"] + updates["edge-1"]) / 2
         cosine = float(bad @ mean / bad.norm() / mean.norm())
         if kind == "colluding":
