@@ -171,7 +171,7 @@ class BorderMapProgress(HubEvent, frozen=True, tag="progress"):
 
 
 class LeftOutProgress(HubEvent, frozen=True, tag="progress"):
-    """The reason why a stage is left out. stage: "no border map" or "not healed"."""
+    """The reason why a stage is left out. stage: "no border map", "not healed" or "no krum"."""
 
     job: str
     stage: str
@@ -302,7 +302,7 @@ class RoundClosed(Fact, frozen=True, tag="round_closed"):
     moments: Digest | None
     cross_term: Annotated[float, Meta(ge=0)] | None
     smaller: tuple[rec.ClosedClass, ...]
-    standings: tuple[Standing, ...]
+    standings: tuple[jobs.Standing, ...]
     loss: float
     updates: Positive
     bytes_up: Count

@@ -1,7 +1,8 @@
 """Federate the demo's model and task over 10 edges of which 2 attack, by each rule of [aggregation] robust.
 
 Training, coding with error feedback, aggregation, the hub's steps and judging are the product's; sockets and ledger are
-left out, and border states are swept once for all cells of a seed, so that a cell is ten or twenty seconds of one core.
+left out. The last 3 layers train, as in the demo, on states that are swept once for all cells of a seed, so that a cell is a few seconds of
+one core.
 Splits: `mixed`, each desk's messages dealt by Dirichlet(1); `rare`, one honest edge alone holds a desk's messages, the rest
 is dealt evenly. A cell is a split, a rule, an attack or none, and a seed; its answers are kept in --out, and a second call
 continues. Claimed of the recommended rule: with each attack accuracy is at most 2 points below the plain mean without one,
@@ -21,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
@@ -31,31 +32,35 @@ from torch import Tensor
 from fedsoda_edge.data.local_data import LocalData
 from fedsoda_edge.data.samples import read_samples
 from fedsoda_edge.model import delta, lora
-from fedsoda_edge.model.bundle import Bundle
-from fedsoda_edge.model.sub_llm import SubLLM, build
+from fedsoda_edge.model.source import Checkpoint
+from fedsoda_edge.model.sub_llm import build
 from fedsoda_edge.ports.disk import write_durably_json
+from fedsoda_edge.protocol.manifest import LoRASpec, TensorSpec
+from fedsoda_edge.protocol.messages import LocalSettings
+from fedsoda_edge.protocol.template import TextTemplate
 from fedsoda_edge.worker.batches import SweptSamples
 from fedsoda_edge.worker.training import fine_tune
 from fedsoda_hub.algorithms.aggregation import robust
 from fedsoda_hub.algorithms.aggregation.weighted_mean import CodedUpdate
-from fedsoda_hub.compare.attacks import Kind, attackers_among, flipped, forged
+from fedsoda_hub.compare.attacks import attackers_among, flipped, forged
+from fedsoda_hub.compare.settings import AttackKind as Kind
 from fedsoda_hub.compare.splits import deal
 from fedsoda_hub.compare.statistics import LEAST_SEEDS, interval
 from fedsoda_hub.demo import task
-from fedsoda_hub.demo.run import write_rows, write_run
-from fedsoda_hub.evaluation.judge import RunJudge
-from fedsoda_hub.preparation.full_llm import open_full_llm
-from fedsoda_hub.preparation.prepare import RunPreparation
+from fedsoda_hub.demo.run import MODEL, write_rows
+from fedsoda_hub.evaluation.evaluator import Evaluator, JudgedModel
+from fedsoda_hub.evaluation.questions import read_questions
 from fedsoda_hub.preparation.tokenizing import tokenizer_of
-from fedsoda_hub.run.directory import RunDirectory
-from fedsoda_hub.settings.run import RunSettings, read_settings
-from fedsoda_hub.settings.tables import Aggregation, Robust
+from fedsoda_hub.settings.tables import Aggregation, Robust, RoundSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 RECOMMENDED: Robust = "centered-clip"
 RULES: tuple[Robust, ...] = get_args(Robust)
 KINDS: tuple[Kind, ...] = get_args(Kind)
-NUM_EDGES, SHARE, ROUNDS, STEPS = 10, 0.2, 6, 12
+Row = dict[str, dict[str, Any] | None]  # of a rule: what it loses, by attack
+NUM_EDGES, SHARE, ROUNDS, LAYERS, RANK, ROWS, QUESTIONS, CODEC = 10, 0.2, 4, 3, 8, 480, 128, "nf4"
+LOCAL = LocalSettings(epochs=100, max_steps=6, batch_size=8, learning_rate=8e-3, max_length=96)
+PROMPT, COMPLETION = TextTemplate(task.PROMPT), TextTemplate(task.COMPLETION)
 EDGES = tuple(f"edge-{number}" for number in range(NUM_EDGES))
 RARE = "health"
 POINTS_ATTACKED, POINTS_CLEAN, POINTS_RARE = 2.0, 0.5, 2.0
@@ -79,132 +84,117 @@ class Cell:
 def cells(seeds: int, rules: Sequence[Robust], kinds: Sequence[Kind]) -> Iterator[Cell]:
     """List all cells: every rule and attack of a seed before the next seed."""
     for seed in range(seeds):
-        for rule in rules:
-            yield from (Cell("mixed", rule, attack, seed) for attack in (None, *kinds))
-            yield Cell("rare", rule, None, seed)
+        for attack in (None, *kinds):
+            yield from (Cell("mixed", rule, attack, seed) for rule in rules)
+        yield from (Cell("rare", rule, None, seed) for rule in rules)
 
 
 # --- a federation -----------------------------------------------------------------------------------------------
 
 
 class Bench:
-    """All that the cells share: one prepared run of the demo, its judge by seed, and swept rows."""
+    """All that the cells of one process share: rows as states below the demo model's last layers, and these."""
 
-    def __init__(self, out: Path) -> None:
-        self.out = out
-        self._directory = tempfile.TemporaryDirectory()
-        self.settings = self._prepared(0)
-        self.bundle = Bundle.open(RunDirectory(self.settings.run_dir).bundle)
-        self.emulator = self.bundle.emulator_lora()
-        self.swept = cache(self._swept)
-        self.judge = cache(self._judge)
+    def __init__(self) -> None:
+        self.source = Checkpoint.open(str(MODEL))
+        count = int(self.source.fields["num_hidden_layers"])
+        self.below, self.above = range(count - LAYERS), range(count - LAYERS, count)
+        self.tokenizer = tokenizer_of(self.source)
+        hidden, inner = int(self.source.fields["hidden_size"]), int(self.source.fields["intermediate_size"])
+        heads = int(self.source.fields["num_key_value_heads"]) * int(self.source.fields["head_dim"])
+        of = {"q_proj": (hidden, hidden), "k_proj": (heads, hidden), "v_proj": (heads, hidden)}
+        shapes = {f"self_attn.{name}": shape for name, shape in of.items()}
+        shapes |= {"mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
+        layout = sorted(
+            (
+                TensorSpec(f"layers.{layer}.{name}.lora_{factor}", (RANK, into) if factor == "A" else (out, RANK))
+                for layer in self.above
+                for name, (out, into) in shapes.items()
+                for factor in "AB"
+            ),
+            key=lambda spec: spec.name,
+        )
+        self.spec = LoRASpec(RANK, 2.0 * RANK, tuple(name.split(".")[1] for name in shapes), tuple(layout), ())
+        self.none: dict[str, Tensor] = {}  # one object, so that the questions' states are computed once
+        self.model = build(self.source, self.above)
+        lora.attach(self.model, self.spec, lora.initial(layout, 0))
+        self.swept, self.evaluator, self.first = cache(self._swept), cache(self._evaluator), cache(self._first)
 
-    def _prepared(self, seed: int) -> RunSettings:
-        run = write_run(Path(self._directory.name) / "run", ROUNDS, seed)
-        settings = read_settings(run)
-        local = msgspec.structs.replace(settings.local, max_steps=STEPS)
-        settings = msgspec.structs.replace(settings, local=local)
-        RunPreparation(settings).run()
-        return settings
-
-    def _judge(self, seed: int) -> RunJudge:
-        path = Path(self._directory.name) / f"eval-{seed}.jsonl"
-        prompt, completion = self.settings.prompt, self.settings.completion
-        rows = [
-            {"prompt": prompt.render(row), "completion": completion.render(row)}
-            for row in task.evaluation(seed)
-        ]
-        write_rows(path, rows)
-        return RunJudge(self.settings, path)
+    def _evaluator(self, seed: int) -> Evaluator:
+        rows = task.evaluation(seed)[:QUESTIONS]
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "eval.jsonl"
+            write_rows(path, rows)
+            return Evaluator(read_questions(path, PROMPT, COMPLETION), self.tokenizer)
 
     def rows(self, split: str, seed: int) -> list[list[task.DemoRow]]:
         """Deal the three offices' messages to the edges."""
         pool = [row for office in range(len(task.OFFICES)) for row in task.training(office, seed)]
-        order = np.random.default_rng([seed, 3]).permutation(len(pool)).tolist()
+        order = np.random.default_rng([seed, 3]).permutation(len(pool)).tolist()[:ROWS]
         if split == "mixed":
-            parts = deal("dirichlet-1", order, [row["desk"] for row in pool], edges=NUM_EDGES, least=10, seed=seed)
+            parts = deal("dirichlet-1", order, [row["desk"] for row in pool], edges=NUM_EDGES, least=16, seed=seed)
         else:
-            rare = [at for at in order if pool[at]["desk"] == RARE]
-            common = [at for at in order if pool[at]["desk"] != RARE]
-            parts = [common[edge :: NUM_EDGES] for edge in range(NUM_EDGES)]
-            parts[0] += rare[: 2 * len(parts[0])]
+            rare, common = ([at for at in order if (pool[at]["desk"] == RARE) == is_rare] for is_rare in (True, False))
+            parts = [common[edge::NUM_EDGES] for edge in range(NUM_EDGES)]
+            parts[0] = parts[0][:8] + rare[: len(parts[0])]  # as many rows as the others have
         return [[pool[at] for at in part] for part in parts]
 
-    def _swept(self, split: str, seed: int, is_flipped: bool) -> list[SweptSamples]:
-        """Sweep each edge's rows to the border. is_flipped: only the attackers', with flipped labels."""
-        found, attackers = [], attackers_among(EDGES, SHARE)
-        tokenizer, local = tokenizer_of(open_full_llm(self.settings)), self.settings.local
-        for edge, rows in zip(EDGES, self.rows(split, seed), strict=True):
-            if is_flipped and edge not in attackers:
-                continue
-            held = [{**row, "desk": flipped(row["desk"], task.DESKS)} for row in rows] if is_flipped else rows
-            path = Path(self._directory.name) / "rows.jsonl"
+    def _swept(self, split: str, seed: int, edge: int, is_flipped: bool) -> SweptSamples:
+        """Sweep an edge's rows to below the last layers, perhaps with flipped labels."""
+        rows = self.rows(split, seed)[edge]
+        held = [{**row, "desk": flipped(row["desk"], task.DESKS)} for row in rows] if is_flipped else rows
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "rows.jsonl"
             write_rows(path, held)
-            read = read_samples(
-                LocalData(path), self.settings.prompt, self.settings.completion, tokenizer, local.max_length, None
-            )
-            plan, spec = self.bundle.plan, self.bundle.manifest.lora
-            found.append(
-                SweptSamples.sweep(
-                    self.bundle, plan.swept, read.samples, emulator=self.emulator, lora_scale=spec.scale
-                )
-            )
-        return found
+            read = read_samples(LocalData(path), PROMPT, COMPLETION, self.tokenizer, LOCAL.max_length, None)
+        return SweptSamples.sweep(self.source, self.below, read.samples, emulator={}, lora_scale=self.spec.scale)
+
+    def _trained(
+        self, swept: SweptSamples, view: dict[str, Tensor], seed: int, number: int, edge: int
+    ) -> dict[str, Tensor]:
+        return fine_tune(self.model, swept, view, LOCAL, seed=seed, round_number=number, edge=EDGES[edge]).delta
+
+    def _first(self, split: str, seed: int, edge: int, is_flipped: bool) -> dict[str, Tensor]:
+        """Train the first round of an edge, which is the same by every rule."""
+        swept = self.swept(split, seed, edge, is_flipped)
+        return self._trained(swept, lora.initial(self.spec.adapter, seed), seed, 1, edge)
 
     def run(self, cell: Cell, rule: Robust) -> dict[str, object]:
         """Federate one cell by this rule; return its answers and what the rule kept of whose updates."""
         attackers = attackers_among(EDGES, SHARE) if cell.attack is not None else ()
-        swept = dict(zip(EDGES, self.swept(cell.split, cell.seed, False), strict=True))
-        if cell.attack == "label-flip":
-            swept |= dict(zip(attackers, self.swept(cell.split, cell.seed, True), strict=True))
-        how, codec = Aggregation(robust=rule), self.settings.wire.codec
-        spec, local = self.bundle.manifest.lora, self.settings.local
-        master = view = self.bundle.adapter_lora()
-        layout, residuals = spec.adapter, dict[str, dict[str, Tensor]]()
-        model = self.model()
+        how, layout = Aggregation(robust=rule), self.spec.adapter
+        master = view = lora.initial(layout, cell.seed)
+        residuals: dict[str, dict[str, Tensor]] = {}
         kept: list[dict[str, float]] = []
         for number in range(1, ROUNDS + 1):
-            own, coded = {}, {}
-            for edge in EDGES:
-                trained = fine_tune(
-                    model, swept[edge], view, local, seed=cell.seed, round_number=number, edge=edge
-                )
-                own[edge] = trained.delta
+            own, coded, sizes = {}, {}, {}
+            for at, edge in enumerate(EDGES):
+                about = (cell.split, cell.seed, at, cell.attack == "label-flip" and edge in attackers)
+                swept = self.swept(*about)
+                sizes[edge] = len(swept.samples)
+                own[edge] = self.first(*about) if number == 1 else self._trained(swept, view, cell.seed, number, at)
                 coded[edge], residuals[edge] = delta.encode_with_feedback(
-                    trained.delta, residuals.get(edge), view, layout, codec
+                    own[edge], residuals.get(edge), view, layout, CODEC
                 )
-            honest = [delta.decode(coded[edge], layout, codec) for edge in EDGES if edge not in attackers]
+            honest = [delta.decode(coded[edge], layout, CODEC) for edge in EDGES if edge not in attackers]
             for at, edge in enumerate(attackers):
-                assert cell.attack is not None
-                made = forged(cell.attack, own[edge], honest, len(attackers), cell.seed * 1000 + number * 10 + at)
-                if cell.attack != "label-flip":
-                    coded[edge] = delta.encode(made, codec)
-            updates = [
-                CodedUpdate(edge, len(swept[edge].samples), partial(bytes, coded[edge]), view, layout) for edge in EDGES
-            ]
-            merged = robust.merge(updates, codec, self.settings.rounds.max_weight, how)
+                if cell.attack is not None and cell.attack != "label-flip":
+                    drawn = cell.seed * 1000 + number * 10 + at
+                    coded[edge] = delta.encode(forged(cell.attack, own[edge], honest, len(attackers), drawn), CODEC)
+            updates = [CodedUpdate(edge, sizes[edge], partial(bytes, coded[edge]), view, layout) for edge in EDGES]
+            merged = robust.merge(updates, CODEC, RoundSettings().max_weight, how)
             kept.append(merged.kept)
-            master = delta.moved(master, merged.mean, codec)
-            _, view = delta.step_down(master, view, layout, codec)
-        judge = self.judge(cell.seed)
-        models = judge.judged(master, self.emulator)
-        answers = judge.evaluator.answers(models["plug_in"])
-        right = judge.evaluator.right(answers)
-        gold = [judge.evaluator.choices[at] for at in judge.evaluator.gold]
-        shares = {edge: float(np.mean([one.get(edge, np.nan) for one in kept])) for edge in EDGES}
+            master = delta.moved(master, merged.mean, CODEC)
+            _, view = delta.step_down(master, view, layout, CODEC)
+        judge = self.evaluator(cell.seed)
+        model = JudgedModel(self.source, self.below, self.above, self.spec, self.none, master)
+        right = judge.right(judge.answers(model))
+        shares = {edge: [one[edge] for one in kept if edge in one] for edge in EDGES}
         return {
             "right": "".join("01"[one] for one in right),
-            "gold": gold,
-            "kept": {edge: None if np.isnan(share) else round(share, 4) for edge, share in shares.items()},
+            "gold": [judge.choices[at] for at in judge.gold],
+            "kept": {edge: round(sum(of) / len(of), 4) if of else None for edge, of in shares.items()},
         }
-
-    @cache  # noqa: B019  (one bench a process)
-    def model(self) -> SubLLM:
-        """Build the layers that train, once."""
-        spec, plan = self.bundle.manifest.lora, self.bundle.plan
-        model = build(self.bundle, plan.resident)
-        lora.attach(model, spec, lora.on(plan.resident, self.emulator) | self.bundle.adapter_lora())
-        return model
 
 
 # --- what it shows ------------------------------------------------------------------------------------------------
@@ -234,11 +224,11 @@ def difference(one: Sequence[list[float]], other: Sequence[list[float]]) -> dict
     }
 
 
-def report(found: dict[Cell, Kept], rules: Sequence[Robust], kinds: Sequence[Kind]) -> dict[str, object]:
+def report(found: dict[Cell, Kept], rules: Sequence[Robust], kinds: Sequence[Kind]) -> dict[str, Row]:
     """Compare each rule with the plain mean without attackers, over the seeds that both have."""
-    rows: dict[str, dict[str, object]] = {}
+    rows: dict[str, Row] = {}
 
-    def compared(split: str, rule: Robust, attack: Kind | None, label: str | None = None) -> dict[str, object] | None:
+    def compared(split: str, rule: Robust, attack: Kind | None, label: str | None = None) -> dict[str, Any] | None:
         seeds = [
             seed
             for seed in sorted({cell.seed for cell in found})
@@ -258,19 +248,18 @@ def report(found: dict[Cell, Kept], rules: Sequence[Robust], kinds: Sequence[Kin
         }
 
     for rule in rules:
-        rows[rule] = {
-            "honest": compared("mixed", rule, None),
-            **{kind: compared("mixed", rule, kind) for kind in kinds},
-            f"rare: all of {RARE} on one edge, accuracy of {RARE}": compared("rare", rule, None, RARE),
-            "rare: all desks": compared("rare", rule, None),
-        }
-    return {"rounds": ROUNDS, "steps": STEPS, "edges": NUM_EDGES, "attackers": SHARE, "rules": rows}
+        rows[rule] = row = {"honest": compared("mixed", rule, None)}
+        for kind in kinds:
+            row[kind] = compared("mixed", rule, kind)
+        row[f"rare: all of {RARE} on one edge, accuracy of {RARE}"] = compared("rare", rule, None, RARE)
+        row["rare: all desks"] = compared("rare", rule, None)
+    return rows
 
 
-def claims(rows: dict[str, dict[str, dict[str, float] | None]], kinds: Sequence[Kind]) -> list[dict[str, object]]:
+def claims(rows: dict[str, Row], kinds: Sequence[Kind]) -> list[dict[str, object]]:
     """Judge the recommended rule by the means over the seeds that were run."""
     of = rows[RECOMMENDED]
-    bounds = {"honest": POINTS_CLEAN, **dict.fromkeys(kinds, POINTS_ATTACKED)}
+    bounds: dict[str, float] = {"honest": POINTS_CLEAN, **dict.fromkeys(kinds, POINTS_ATTACKED)}
     bounds[f"rare: all of {RARE} on one edge, accuracy of {RARE}"] = POINTS_RARE
     return [
         {"claim": f"{RECOMMENDED}, {name}: loses less than {bound:g} points", "holds": held["points"] > -bound, **held}
@@ -300,13 +289,14 @@ def main() -> None:
         if not path.exists():
             if options.report:
                 continue
-            bench = bench or Bench(options.out)
+            bench = bench or Bench()
             write_durably_json(path, bench.run(cell, "none" if options.planted_defect else cell.rule))
             print(cell.name, file=sys.stderr, flush=True)
         found[cell] = msgspec.json.decode(path.read_bytes(), type=Kept)
-    made = report(found, rules, kinds)
-    judged = claims(made["rules"], kinds)  # type: ignore[arg-type]  # as they were just made
-    print(json.dumps({**made, "claims": judged}))
+    rows = report(found, rules, kinds)
+    judged = claims(rows, kinds)
+    sizes = {"rounds": ROUNDS, "steps": LOCAL.max_steps, "edges": NUM_EDGES, "share": SHARE}
+    print(json.dumps({**sizes, "rules": rows, "claims": judged}))
     if not judged or not all(claim["holds"] for claim in judged):
         raise SystemExit(1)
 

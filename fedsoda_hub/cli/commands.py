@@ -228,7 +228,10 @@ def _status(run: Path) -> tuple[bool, LiveStatus]:
         live = ask_running_hub(directory)
         if live is not None and live.run_id == state.run_id:  # an old address may be another run's by now
             return True, live
-        return False, live_status(run_status(settings.name, settings.rounds.count, ledger, state), ledger.edges.all())
+        known = [
+            msgspec.structs.replace(one, standing=state.standings.get(one.edge)) for one in ledger.edges.all()
+        ]
+        return False, live_status(run_status(settings.name, settings.rounds.count, ledger, state), known)
 
 
 def _edges(run: Path) -> list[KnownEdge]:
@@ -276,7 +279,7 @@ def status(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
 
 @app.command(epilog="Example: fedsoda-hub edges triage.toml")
 def edges(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
-    """List the edges that may join: token or link, the device's fingerprint, when it was seen, which are connected."""
+    """List the edges that may join: token or link, the device's fingerprint, when it was seen, which are connected, and its last update."""
     with reporting(as_json, False, debug):
         import msgspec
 

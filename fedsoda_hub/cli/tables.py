@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from fedsoda_hub.evaluation.judge import Evaluation
+    from fedsoda_hub.federation.state import LastStanding
     from fedsoda_hub.plan import Emulators, PlanReport
     from fedsoda_hub.preparation.curve import CurvePoint
     from fedsoda_hub.run.edges import KnownEdge
@@ -46,11 +47,22 @@ def edge_line(edge: KnownEdge) -> str:
     if edge.first_seen is not None and edge.last_seen is not None:
         line += f", seen {at_words(edge.first_seen)} to {at_words(edge.last_seen)}"
     line += f", size class {edge.size_class}" if edge.size_class else ""
-    return line + (f", step {edge.step} of {edge.steps}" if edge.step else "")
+    line += f", step {edge.step} of {edge.steps}" if edge.step else ""
+    return line + standing_words(edge.standing)
 
 
 def _shares(shares: Mapping[str, float]) -> str:
     return ", ".join(f"{answer} {share:.1%}" for answer, share in shares.items())
+
+
+def standing_words(standing: LastStanding | None) -> str:
+    """Say where an edge's last update lay beside what the round made of all; "" where it is not known."""
+    if standing is None:
+        return ""
+    cosine = "no direction" if standing.cosine is None else f"cosine {standing.cosine:+.2f}"
+    kept = "" if standing.kept is None or standing.kept == 1 else f", {standing.kept:.0%} kept"
+    against = ", against the others" if standing.cosine is not None and standing.cosine < 0 else ""
+    return f", round {standing.round}: norm {standing.norm:.3g}, {cosine}{kept}{against}"
 
 
 def plan_table(report: PlanReport) -> None:

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_hub.settings.tables import Section
+from fedsoda_hub.compare.settings import AttackKind as Kind
 
-Kind = Literal["sign-flip", "scaled", "noise", "label-flip", "a-little", "inner-product", "colluding"]
 Delta = Mapping[str, Tensor]
-OMNISCIENT: tuple[Kind, ...] = ("a-little", "inner-product", "colluding")
+KNOW_ALL: tuple[Kind, ...] = ("a-little", "inner-product", "colluding")
 SCALE = 10.0  # of scaled and noise
 DEVIATIONS = 1.5  # of a-little, as in ByzFL
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 
@@ -79,6 +79,10 @@ class DealtData:
     def rows(self, part: Sequence[int]) -> list[DataRow]:
         """Look up the rows with these indices."""
         return [self._rows[row] for row in part]
+
+    def held(self, names: Mapping[str, Sequence[int]]) -> dict[str, list[DataRow]]:
+        """Look up the rows of each of these edges."""
+        return {name: self.rows(part) for name, part in names.items()}
 
     def named(self, split: str, seed: int) -> dict[str, list[int]]:
         """Map the names of a split's edges, edge-0, edge-1, ..., all of one width, to the indices of their rows."""

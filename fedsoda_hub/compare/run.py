@@ -30,6 +30,7 @@ from fedsoda_edge.ports.machine import threads
 from fedsoda_edge.ports.system import on_signal_in
 from fedsoda_edge.protocol.manifest import LayerPlan
 from fedsoda_hub import events
+from fedsoda_hub.compare.attacking import Attack
 from fedsoda_hub.compare.central import steps_a_round, train_central
 from fedsoda_hub.compare.costs import costs_of
 from fedsoda_hub.compare.dealt import DealtData, write_rows
@@ -101,7 +102,7 @@ class _Run:
         self._revisions: dict[str, str] = {}
         self._done = self._total = 0
         self._what = self.signal = ""
-        self._data = DealtData(comparison, self.out)
+        self._data, self._attack = DealtData(comparison, self.out), Attack.of(comparison, transport)
         self._prepared_here: set[Path] = set()
 
     # --- all of it -------------------------------------------------------------------------------------------
@@ -229,10 +230,10 @@ class _Run:
         if settings.model not in self._revisions:
             self._revisions[settings.model] = open_full_llm(settings).revision
         values = msgspec.to_builtins(msgspec.structs.replace(settings, path="", model=""))
-        rows = {name: self._data.rows(part) for name, part in names.items()}
+        rows = self._attack.rows(self._data.held(names))
         public = [sha256_file(path) for path in (settings.public_text, settings.like_task) if path is not None]
         parts = [values, rows, self._data.questions, public, self._revisions[settings.model]]
-        parts.append(self.comparison.compare.eval_every)
+        parts += [self.comparison.compare.eval_every, *self._attack.fingerprint(list(names))]
         return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
     def _prepared(self, settings: RunSettings) -> RunSettings:
@@ -266,8 +267,8 @@ class _Run:
 
     def _lay_out(self, settings: RunSettings, names: Mapping[str, Sequence[int]]) -> None:
         write_durably(Path(settings.path), write_toml(settings).encode())
-        for name, part in names.items():
-            write_rows(settings.directory / "data" / f"{name}.jsonl", self._data.rows(part))
+        for name, rows in self._attack.rows(self._data.held(names)).items():
+            write_rows(settings.directory / "data" / f"{name}.jsonl", rows)
 
     async def _federate(self, settings: RunSettings, names: Mapping[str, Sequence[int]]) -> None:
         edges = {name: settings.directory / "data" / f"{name}.jsonl" for name in names}
@@ -290,7 +291,8 @@ class _Run:
                 return lambda event: print(edge_events.line_of(event), file=logs[name])
 
             if self.transport == "memory":
-                await in_process.federate(settings, edges, homes, self._stop, heard, log_of)
+                ports = self._attack.ports(list(names))
+                await in_process.federate(settings, edges, homes, self._stop, heard, log_of, ports)
             else:
                 given = {name: os.environ[name] for name in ("FEDSODA_THREADS",) if name in os.environ}
                 await processes.federate(settings, edges, homes, self._stop, heard, log_of, given, given)

@@ -24,6 +24,7 @@ from fedsoda_hub.settings.tables import MAX_SEED, SELF_GENERATED, Section
 from fedsoda_hub.settings.toml import as_table, read_toml, table_of
 
 Baseline = Literal["untouched", "alone", "central"]
+AttackKind = Literal["sign-flip", "scaled", "noise", "label-flip", "a-little", "inner-product", "colluding"]
 # What a comparison sets itself, so that cells differ in their variant alone: every edge takes part, and no deadline passes.
 ITS_OWN: dict[str, tuple[str, ...] | None] = {
     "name": None,
@@ -34,6 +35,19 @@ ITS_OWN: dict[str, tuple[str, ...] | None] = {
 ITS_OWN |= {"task": ("eval_every",)}
 NO_DEADLINE = 365 * 86400.0
 WHAT, DATA, LIMITS = {"panel": "what to compare"}, {"panel": "data"}, {"panel": "limits"}  # of --help
+ATTACKS = {"panel": "attackers = {share = 0.2, kind = ...}"}
+
+
+class Attackers(Section, frozen=True):
+    """[compare] attackers: which edges attack, and how."""
+
+    share: Annotated[
+        float,
+        Meta(
+            ge=0, lt=1, description="share of the edges that attack, the last of them; 0: all are honest", extra=ATTACKS
+        ),
+    ] = 0.0
+    kind: Annotated[AttackKind, Meta(description="what they hand in (docs/methods.md)", extra=ATTACKS)] = "sign-flip"
 
 
 class Compare(Section, frozen=True):
@@ -101,6 +115,7 @@ class Compare(Section, frozen=True):
             extra=WHAT,
         ),
     ] = msgspec.field(default_factory=list)
+    attackers: Attackers = Attackers()
 
 
 @dataclass(frozen=True)
@@ -239,6 +254,20 @@ def _check(comparison: Comparison, file: str) -> None:
     variants = comparison.settings
     refuse_unless(comparison.baseline_of in variants, "[compare] baseline_of", c.baseline_of, known, file)
     refuse_unless(comparison.level_of in variants, "[compare] level_of", c.level_of, known, file)
+    num_attackers = round(c.attackers.share * c.edges)
+    refuse_unless(
+        not c.attackers.share or 1 <= num_attackers < c.edges,
+        "[compare] attackers: share",
+        c.attackers.share,
+        f"a share of {c.edges} edges that is at least one of them and not all",
+        file,
+    )
+    codecs = {settings.wire.codec for settings in variants.values()}
+    if c.attackers.share and "nf4-weight" in codecs:
+        raise UsageProblem(
+            f"[compare] attackers: share = {c.attackers.share} beside [wire] codec = 'nf4-weight' in {file}: attackers "
+            "forge steps, and whole weights travel; write another codec, or share = 0"
+        )
     for split in c.splits:
         check_split(split)
     for name in c.data:

@@ -42,7 +42,7 @@ class BorderMapFitted(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind
 
 
 class LeftOut(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="left_out"):
-    """The reason why a stage is left out. stage: "no border map" or "not healed"."""
+    """The reason why a stage is left out. stage: "no border map", "not healed" or "no krum"."""
 
     stage: str
     why: str

@@ -52,6 +52,15 @@ class Realignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kl_after: float
 
 
+class LastStanding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The last of an edge's updates beside what its round made of all: `jobs.Standing`."""
+
+    round: int
+    norm: float
+    cosine: float | None
+    kept: float | None
+
+
 class MeasuredDrift(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The result of a probe before the training of `round`: KL of the largest sub-LLM, nats, and cosine of gradients."""
 
@@ -86,6 +95,7 @@ class LedgerState(msgspec.Struct, forbid_unknown_fields=True):
     evaluated: rec.Evaluated | None = None  # the last
     losses: list[float] = []  # weighted mean of each closed round
     cross_terms: dict[int, float] = {}  # by round
+    standings: dict[EdgeId, LastStanding] = {}  # of each edge
     realignments: list[Realignment] = []
     probes: list[MeasuredDrift] = []
 
@@ -175,6 +185,10 @@ class LedgerState(msgspec.Struct, forbid_unknown_fields=True):
                 self._hold_adapters([HeldView(step.view, step.delta) for step in closed])
                 if record.cross_term is not None:
                     self.cross_terms[record.round] = record.cross_term
+                self.standings |= {
+                    found.edge: LastStanding(record.round, found.norm, found.cosine, found.kept)
+                    for found in record.standings
+                }
                 self.phase = "idle"
             case rec.Realigned():
                 self.alignment = record.version

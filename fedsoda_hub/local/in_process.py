@@ -27,7 +27,7 @@ from fedsoda_edge.join.conversation import RunOver
 from fedsoda_edge.join.home import Home
 from fedsoda_edge.join.settings import AgentSettings
 from fedsoda_edge.model.sub_llm import SubLLM
-from fedsoda_edge.ports import SystemClock
+from fedsoda_edge.ports import SystemClock, TorchPort
 from fedsoda_edge.ports.child import ReportProgress
 from fedsoda_edge.ports.system import peak_rss_bytes
 from fedsoda_edge.protocol.calls import Call, ProgressT, ResultT, progress_type, result_type
@@ -42,6 +42,7 @@ from fedsoda_hub.serving.daemon import Daemon
 from fedsoda_hub.settings.run import RunSettings
 
 Answerer = Callable[[Any, ReportProgress], msgspec.Struct]  # answers one call of a union
+PortOf = Callable[[str, TorchPort, Daemon], TorchPort]  # (edge, the worker made for it, hub) -> its worker
 T = TypeVar("T")
 PIECE_BYTES = 1 << 20
 CLOSE_SECONDS = 5.0  # that edges may take to end after their Farewell
@@ -54,6 +55,7 @@ async def federate(
     stop: asyncio.Future[str],
     say: HubSay,
     say_of: Callable[[str], events.EventSink],
+    port_of: PortOf = lambda edge, worker, daemon: worker,
 ) -> None:
     """Run one federation to its end, or until `stop`; a second call continues it.
 
@@ -63,6 +65,7 @@ async def federate(
         stop: holds the name of a signal that ends the federation.
         say: takes the hub's events.
         say_of: returns what takes an edge's events.
+        port_of: gives an edge its worker; another one than is made for it, where the edge is to attack.
 
     Raises:
         FedSODAError: what the hub or an edge raised first.
@@ -80,7 +83,7 @@ async def federate(
         agents = [
             Agent(
                 MemoryTransport(door, name),
-                thread.port(lambda: Worker(shared).answer),
+                port_of(name, thread.port(lambda: Worker(shared).answer), daemon),
                 Home(homes / name),
                 AgentSettings(settings.device, LocalData(data)),
                 say_of(name),

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from fedsoda_hub.federation import records as rec
+from fedsoda_hub.federation.jobs import Standing
 from fedsoda_hub.run.ledger import Ledger
 
 STAGES = ("pruned", "quantized", "aligned")  # of public KL, in the order of preparation
@@ -18,11 +19,15 @@ STAGES = ("pruned", "quantized", "aligned")  # of public KL, in the order of pre
 
 @dataclass
 class Contribution:
-    """An accepted update. at: seconds since 1970. loss: nats an id."""
+    """An accepted update. at: seconds since 1970. loss: nats an id.
+
+    standing: beside what the round made of all updates; None: the round is open, or has no such record of the edge.
+    """
 
     at: float
     num_examples: int
     loss: float
+    standing: Standing | None = None
 
 
 @dataclass
@@ -112,6 +117,8 @@ def read_history(ledger: Ledger) -> History:
                 now.answered[record.edge] = at, record.how
             case rec.RoundClosed() if now:
                 now.closed_at = at
+                for found in record.standings:
+                    now.updates[found.edge].standing = found
                 if record.cross_term is not None:
                     history.cross_terms[record.round] = record.cross_term
             case rec.Realigned():

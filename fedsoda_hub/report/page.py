@@ -18,6 +18,7 @@ from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.ports.disk import write_durably
 from fedsoda_edge.protocol.manifest import LayerPlan, parse_manifest
 from fedsoda_edge.units import counted, human_bytes, human_seconds
+from fedsoda_hub.federation.jobs import Standing
 from fedsoda_hub.report.history import History, date, kl_sentence, read_history
 from fedsoda_hub.report.pictures import MODELS, Picture, draw
 from fedsoda_hub.run.directory import RunDirectory
@@ -201,9 +202,23 @@ def _edges_table(history: History) -> str:
                 date(given[-1].at) if given else "",
                 human_bytes(sum(up for up, _ in sizes)),
                 human_bytes(sum(down for _, down in sizes)),
+                *_standing_cells([update.standing for update in given if update.standing is not None]),
             )
         )
-    return _table(("edge", "updates / invited", "examples", "last loss", "last update", "up", "down"), rows)
+    heads = ("edge", "updates / invited", "examples", "last loss", "last update", "up", "down")
+    of_standing = ("last norm", "cosine to the result, last / mean", "kept, mean")
+    return _table((*heads, *of_standing), rows)
+
+
+def _standing_cells(found: Sequence[Standing]) -> tuple[str, str, str]:
+    """Write where an edge's updates lay beside what their rounds made of all, so that an owner sees who spoils."""
+    cosines = [one.cosine for one in found if one.cosine is not None]
+    kept = [one.kept for one in found if one.kept is not None]
+    return (
+        f"{found[-1].norm:.3g}" if found else "",
+        f"{cosines[-1]:+.2f} / {sum(cosines) / len(cosines):+.2f}" if cosines else "",
+        f"{sum(kept) / len(kept):.0%}" if kept else "",
+    )
 
 
 def _groups_table(plan: LayerPlan) -> str:

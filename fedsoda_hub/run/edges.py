@@ -9,6 +9,7 @@ import msgspec
 
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.protocol.messages import EdgeId
+from fedsoda_hub.federation.state import LastStanding
 from fedsoda_hub.run.database import Database
 from fedsoda_hub.run.devices import Devices
 from fedsoda_hub.run.tokens import Token, Tokens
@@ -21,7 +22,8 @@ class KnownEdge(msgspec.Struct, frozen=True, kw_only=True):
 
     fingerprint: of the device's key, where it came by a join link. used: whether a device has come. expires: until when a
     link that no device has used can be; None: of a token, and of a link that was used. first_seen, last_seen: when the
-    device was connected. size_class, step, steps None: the edge is not at work, or no hub runs.
+    device was connected. size_class, step, steps None: the edge is not at work, or no hub runs. standing: its last update
+    beside what the round made of all; None: none of its updates was merged, or none of its rounds' farthest was its.
     """
 
     edge: EdgeId
@@ -37,6 +39,7 @@ class KnownEdge(msgspec.Struct, frozen=True, kw_only=True):
     size_class: int | None = None
     step: int | None = None
     steps: int | None = None
+    standing: LastStanding | None = None
 
 
 class Edges:

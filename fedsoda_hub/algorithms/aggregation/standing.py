@@ -38,7 +38,11 @@ def to_mean(updates: Sequence[CodedUpdate], codec: str, mean: Mapping[str, Tenso
         for name, value in decode(update.read(), update.layout, codec).items():
             before = update.view[name] if codec == "nf4-weight" else torch.zeros(())
             own, merged = ((tensor - before).double().flatten() for tensor in (value, mean[name]))
-            square, dot, of_mean = square + float(own @ own), dot + float(own @ merged), of_mean + float(merged @ merged)
+            square, dot, of_mean = (
+                square + float(own @ own),
+                dot + float(own @ merged),
+                of_mean + float(merged @ merged),
+            )
         found[update.edge] = _standing(square, dot, of_mean)
     return found
 
