@@ -30,6 +30,7 @@ from fedsoda_edge.join.settings import AgentSettings, Cache
 from fedsoda_edge.join.token import read_token
 from fedsoda_edge.join.trainer import WORKER_MODULE, worker_environment
 from fedsoda_edge.network.hub_transport import HubTransport
+from fedsoda_edge.network.tls import Trust, read_pin
 from fedsoda_edge.ports import Clock, SystemClock, TorchPort, Transport
 from fedsoda_edge.ports.child import Child
 from fedsoda_edge.units import counted
@@ -95,6 +96,8 @@ class Edge:
     Args:
         hub: its URL, or a Transport such as `testing.ScriptedHub`.
         token_file: the file with the token ("-": stdin); None: the token is in FEDSODA_TOKEN.
+        pin: the pin of the hub's TLS key, "sha256/..." as it prints it; None: a certificate authority vouches for the hub.
+        insecure_http: whether plain HTTP may leave this machine, where everybody on the way reads token and updates.
         home: the directory where state is kept; None: FEDSODA_HOME or the platform's user directory.
         device: "auto", "cpu", "cuda" or "cuda:N".
         threads: CPU threads of the worker; 0 leaves their number to torch.
@@ -105,7 +108,7 @@ class Edge:
             DeviceTooSmall.
 
     Raises:
-        UsageProblem: cache or device has another value, or the hub's URL is not one.
+        UsageProblem: cache or device has another value, or the pin is not one.
     """
 
     def __init__(
@@ -113,6 +116,8 @@ class Edge:
         hub: str | Transport,
         *,
         token_file: str | Path | None = None,
+        pin: str | None = None,
+        insecure_http: bool = False,
         home: str | Path | None = None,
         device: str = "auto",
         threads: int = 0,
@@ -127,6 +132,7 @@ class Edge:
         check_device_name(device)
         self._hub = hub
         self._token_file = token_file
+        self._trust = Trust(None if pin is None else read_pin(pin), insecure_http)
         self._home = Path(home) if home is not None else None
         self._device = device
         self._threads = threads
@@ -137,10 +143,10 @@ class Edge:
         """Make the transport to the hub, which is not connected yet.
 
         Raises:
-            UsageProblem: the URL is not one of a hub, or there is no token.
+            UsageProblem: the URL is not one of a hub, there is no token, or plain HTTP would leave this machine and may not.
         """
         if isinstance(self._hub, str):
-            return HubTransport(self._hub, read_token(self._token_file))
+            return HubTransport(self._hub, read_token(self._token_file), self._trust)
         return self._hub
 
     def join(

@@ -78,6 +78,8 @@ def join(
     url: opt.UrlArgument,
     data: opt.DataOption,
     token_file: opt.TokenFileOption = None,
+    pin: opt.PinOption = None,
+    insecure_http: opt.InsecureHttpOption = False,
     column: opt.ColumnsOption = None,
     device: opt.DeviceOption = "auto",
     unattended: opt.UnattendedOption = False,
@@ -111,6 +113,8 @@ def join(
         edge = Edge(
             url,
             token_file=token_file,
+            pin=pin,
+            insecure_http=insecure_http,
             device=device,
             threads=threads,
             max_disk=None if max_disk is None else parse_bytes(max_disk, "--max-disk"),
@@ -140,6 +144,8 @@ def join(
 def plan(
     url: opt.UrlArgument,
     token_file: opt.TokenFileOption = None,
+    pin: opt.PinOption = None,
+    insecure_http: opt.InsecureHttpOption = False,
     device: opt.DeviceOption = "auto",
     max_ram: opt.MaxRamOption = None,
     max_vram: opt.MaxVramOption = None,
@@ -159,6 +165,8 @@ def plan(
         edge = Edge(
             url,
             token_file=token_file,
+            pin=pin,
+            insecure_http=insecure_http,
             device=device,
             max_ram=None if max_ram is None else parse_bytes(max_ram, "--max-ram"),
             max_vram=None if max_vram is None else parse_bytes(max_vram, "--max-vram"),
@@ -178,6 +186,8 @@ def plan(
 def doctor(
     url: Annotated[str | None, typer.Argument(help="the hub; without it only this device is checked")] = None,
     token_file: opt.TokenFileOption = None,
+    pin: opt.PinOption = None,
+    insecure_http: opt.InsecureHttpOption = False,
     as_json: opt.JsonOption = False,
     debug: opt.DebugOption = False,
 ) -> None:
@@ -192,7 +202,7 @@ def doctor(
         checks: list[DoctorStep] = []
 
         async def look() -> None:
-            async for found in examine(url, token_file, Home()):
+            async for found in examine(url, token_file, Home(), pin=pin, insecure_http=insecure_http):
                 check = dataclasses.replace(found, detail=opt.as_options(found.detail), fix=opt.as_options(found.fix))
                 checks.append(check)
                 show_check(check)
@@ -217,6 +227,8 @@ def doctor(
 def leave(
     url: opt.UrlArgument,
     token_file: opt.TokenFileOption = None,
+    pin: opt.PinOption = None,
+    insecure_http: opt.InsecureHttpOption = False,
     as_json: opt.JsonOption = False,
     debug: opt.DebugOption = False,
 ) -> None:
@@ -232,7 +244,7 @@ def leave(
             raise UsageProblem(
                 f"a join runs in {home.directory}; run fedsoda-edge finish, so that it hands in its round and leaves"
             )
-        run = asyncio.run(say_goodbye(Edge(url, token_file=token_file)))
+        run = asyncio.run(say_goodbye(Edge(url, token_file=token_file, pin=pin, insecure_http=insecure_http)))
         note(f"left run {run}")
         finish({"status": "ok", "run": run}, as_json, False)
 

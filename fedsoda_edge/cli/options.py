@@ -13,8 +13,8 @@ import typer
 from fedsoda_edge.errors import LocalError
 
 # The SDK's names of settings in sentences: name='value', or the name alone where no other word is written like it.
-_GIVEN = re.compile(r"\b(cache|device|pause_on|token_file)='([^']*)'")
-_NAMED = re.compile(r"(?<![\w/.-])(max_disk|max_ram|max_vram|pause_on|token_file)(?![\w/.])")
+_GIVEN = re.compile(r"\b(cache|device|pause_on|pin|token_file)='([^']*)'")
+_NAMED = re.compile(r"(?<![\w/.-])(insecure_http|max_disk|max_ram|max_vram|pause_on|token_file)(?![\w/.])")
 
 
 def as_options(sentence: str) -> str:
@@ -38,7 +38,21 @@ WHAT, DATA, LIMITS, PAUSES, OUTPUT = "What to join", "Data", "Limits", "Pauses",
 
 UrlArgument = Annotated[
     str,
-    typer.Argument(help="address of the hub: https://hub.example.org or http://10.0.0.5:8470", rich_help_panel=WHAT),
+    typer.Argument(help="address of the hub: https://hub.example.org or https://10.0.0.5:8470", rich_help_panel=WHAT),
+]
+PinOption = Annotated[
+    str | None,
+    typer.Option(
+        "--pin", envvar="FEDSODA_PIN", help="sha256/...: the pin of the hub's TLS key, as the hub prints it at its start"
+    ),
+]
+InsecureHttpOption = Annotated[
+    bool,
+    typer.Option(
+        "--insecure-http",
+        envvar="FEDSODA_INSECURE_HTTP",
+        help="let plain HTTP leave this machine: whoever is on the way reads token and updates",
+    ),
 ]
 TokenFileOption = Annotated[
     str | None,

@@ -57,19 +57,21 @@ async def examine(
     token_file: str | Path | None,
     home: Home,
     *,
+    pin: str | None = None,
+    insecure_http: bool = False,
     worker: TorchPort | None = None,
     clock: Clock | None = None,
 ) -> AsyncIterator[DoctorStep]:
     """Yield all steps in order. Steps that depend on one that failed are left out.
 
     Args:
-        url: the hub's; None: only this device is checked. worker: what looks at torch; None: a child process.
-        clock: None: the system's.
+        url: the hub's; None: only this device is checked. pin, insecure_http: as of `Edge`.
+        worker: what looks at torch; None: a child process. clock: None: the system's.
     """
     async for check in _device(home, worker or Child(WORKER_MODULE, worker_environment())):
         yield check
     if url is not None:
-        async for check in _way_to(url, token_file, home, clock or SystemClock()):
+        async for check in _way_to(url, token_file, home, pin, insecure_http, clock or SystemClock()):
             yield check
 
 
@@ -108,13 +110,17 @@ async def _device(home: Home, worker: TorchPort) -> AsyncIterator[DoctorStep]:
     yield DoctorStep("disk", True, f"{human_bytes(facts.disk_bytes)} free for {home.directory}")
 
 
-async def _way_to(url: str, token_file: str | Path | None, home: Home, clock: Clock) -> AsyncIterator[DoctorStep]:
+async def _way_to(
+    url: str, token_file: str | Path | None, home: Home, pin: str | None, insecure_http: bool, clock: Clock
+) -> AsyncIterator[DoctorStep]:
     from fedsoda_edge.network import checks
     from fedsoda_edge.network.hub_transport import HubTransport
+    from fedsoda_edge.network.tls import Trust, read_pin, shortened
 
     step = "address"
     try:
-        route = HubTransport(url, "doctor").route
+        trust = Trust(None if pin is None else read_pin(pin), insecure_http)
+        route = HubTransport(url, "doctor", trust).route
         yield DoctorStep("proxy", True, route.via)
         step = "DNS"
         of_proxy = "" if route.proxy is None else ", of the proxy"
@@ -123,7 +129,8 @@ async def _way_to(url: str, token_file: str | Path | None, home: Home, clock: Cl
         yield DoctorStep(step, True, f"answers in {1000 * await checks.check_tcp(route):.0f} ms{of_proxy}")
         step = "TLS"
         certificate = await checks.check_tls(route)
-        until = f"certificate until {certificate.valid_until}" if certificate else "not used: http://"
+        of_key = f"the pinned key {shortened(trust.pin)}, " if trust.pin is not None else ""
+        until = f"{of_key}certificate until {certificate.valid_until}" if certificate else "not used: http://"
         yield DoctorStep(step, True, until)
         step = "HTTP"
         theirs = await checks.check_http(route)
@@ -135,12 +142,12 @@ async def _way_to(url: str, token_file: str | Path | None, home: Home, clock: Cl
             fix = "" if is_near else "set this device's clock: certificates and due times depend on it"
             yield DoctorStep("clock", is_near, f"{abs(skew):.0f} s {way} the hub's", fix, 1)
         step = "token"
-        transport = HubTransport(url, read_token(token_file))
+        transport = HubTransport(url, read_token(token_file), trust)
         await transport.connect()
         await transport.close()
         yield DoctorStep("token", True, "accepted, and the websocket opens")
         step = "fits"
-        found = await look_at(HubTransport(url, read_token(token_file)), home, "auto", Limits())
+        found = await look_at(HubTransport(url, read_token(token_file), trust), home, "auto", Limits())
         yield DoctorStep(
             step,
             True,

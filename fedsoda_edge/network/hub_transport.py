@@ -14,6 +14,7 @@ from typing import Any
 from fedsoda_edge.errors import HubUnreachable
 from fedsoda_edge.network import answers, checks
 from fedsoda_edge.network.route import Route
+from fedsoda_edge.network.tls import Trust, tls_failure
 from fedsoda_edge.protocol.codec import MAX_FRAME_BYTES, wire_bytes
 
 IDLE_SECONDS = 2.0  # for which a connection is kept to be used again; servers close theirs after five or more
@@ -25,11 +26,12 @@ class HubTransport:
     """The way to one hub at one URL. up, down: bytes of websocket payload and framing.
 
     Raises:
-        UsageProblem: on construction, when the URL is not one of a hub, or the environment's proxy is not one.
+        UsageProblem: on construction, when the URL is not one of a hub, the environment's proxy is not one, or plain HTTP
+            would leave this machine and may not.
     """
 
-    def __init__(self, url: str, token: str) -> None:
-        self.route = Route.to(url)
+    def __init__(self, url: str, token: str, trust: Trust = Trust()) -> None:
+        self.route = Route.to(url, trust=trust)
         self._headers = {"Authorization": f"Bearer {token}"}
         self._socket: Any = None
         self._http: Any = None  # one for all files: on a slow link each new connection costs round trips
@@ -63,8 +65,8 @@ class HubTransport:
         tls: dict[str, Any] = {}
         if route.scheme == "https":
             tls["ssl"] = route.tls
-        if route.proxy is not None and route.proxy.scheme == "https":
-            tls["proxy_ssl"] = route.tls
+        if route.tls_of_proxy is not None:
+            tls["proxy_ssl"] = route.tls_of_proxy
         try:
             self._socket = await Straight(
                 route.websocket_url,
@@ -90,9 +92,11 @@ class HubTransport:
         """Return why there is another answer than a websocket: a hub's may be there, and only its upgrade be lost."""
         found = answers.refused(self.route, status, headers, body, f"{self.url}/v1/session")
         if status in SESSION_STATUSES and not answers.reason_of(body):
-            with contextlib.suppress(HubUnreachable):
+            try:
                 await checks.check_http(self.route)
-                return answers.no_websockets(self.route, f"HTTP {status}")
+            except HubUnreachable as why:
+                return why if why.step == "TLS" else found  # TLS: the port speaks it, and the address is plain HTTP
+            return answers.no_websockets(self.route, f"HTTP {status}")
         return found
 
     async def send(self, frame: bytes) -> None:
@@ -170,8 +174,8 @@ class HubTransport:
                     if piece:
                         yield piece
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            if isinstance(error, httpx.ProxyError):
-                raise checks.not_answered(self.route, error) from error
+            if isinstance(error, httpx.ProxyError) or tls_failure(error) is not None:
+                raise await checks.not_answered(self.route, error) from error
             raise HubUnreachable(
                 f"the download from {self.url} broke off ({error!r}); join again, which continues it", "HTTP"
             ) from error
