@@ -43,7 +43,9 @@ UrlArgument = Annotated[
 PinOption = Annotated[
     str | None,
     typer.Option(
-        "--pin", envvar="FEDSODA_PIN", help="sha256/...: the pin of the hub's TLS key, as the hub prints it at its start"
+        "--pin",
+        envvar="FEDSODA_PIN",
+        help="sha256/...: the pin of the hub's TLS key, as the hub prints it at its start",
     ),
 ]
 InsecureHttpOption = Annotated[

@@ -138,14 +138,14 @@ def _certificate(encrypted: Any) -> Certificate:
 
     found = load_der_x509_certificate(encrypted.getpeercert(binary_form=True))
     until = found.not_valid_after_utc
-    return Certificate(f"{until:%b} {until.day:2d} {until:%H:%M:%S %Y} GMT", tls.pin_of(found))
+    return Certificate(f"{until:%b} {until.day:2d} {until:%H:%M:%S %Y} GMT", tls.pin_of(found.public_key()))
 
 
 async def _no_tls(route: Route, error: BaseException) -> HubUnreachable:
     """Return why a handshake failed, with what was awaited and what came."""
     where, pin = f"{bracketed(route.host)}:{route.port}", route.trust.pin
     failure = tls.tls_failure(error)
-    why = str(failure or error) or "timeout"
+    why = str(failure or error) or ("timeout" if isinstance(error, TimeoutError) else type(error).__name__)
     if isinstance(failure, tls.WrongKey):
         found = "no key that can be pinned" if failure.found is None else f"the key {tls.shortened(failure.found)}"
         return HubUnreachable(
@@ -165,13 +165,16 @@ async def _no_tls(route: Route, error: BaseException) -> HubUnreachable:
             "SSL_CERT_FILE",
             "TLS",
         )
-    if pin is not None and any(word in why.upper() for word in ("PROTOCOL_VERSION", "UNSUPPORTED_PROTOCOL")):
+    is_older = any(word in why.upper() for word in ("PROTOCOL_VERSION", "UNSUPPORTED_PROTOCOL"))
+    if pin is not None and (is_older or (route.proxy is None and await _speaks_tls(route, ssl.TLSVersion.TLSv1_2))):
         return HubUnreachable(
             f"TLS: {where} speaks an older TLS than 1.3, which a hub whose key is pinned speaks ({why}); check address and "
             "port: a server in front of the hub has a key of its own",
             "TLS",
         )
-    return HubUnreachable(f"TLS: {where} answers, but a TLS handshake with it fails ({why}); check address and port", "TLS")
+    return HubUnreachable(
+        f"TLS: {where} answers, but a TLS handshake with it fails ({why}); check address and port", "TLS"
+    )
 
 
 async def _speaks_http(route: Route) -> bool:
@@ -188,9 +191,10 @@ async def _speaks_http(route: Route) -> bool:
     return False
 
 
-async def _speaks_tls(route: Route) -> bool:
-    """Tell whether TLS comes from the port of an http:// address, whoever's it is: nothing is sent in it."""
+async def _speaks_tls(route: Route, newest: ssl.TLSVersion = ssl.TLSVersion.MAXIMUM_SUPPORTED) -> bool:
+    """Tell whether TLS of at most that version comes from the hub's port, whoever's it is: nothing is sent in it."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.maximum_version = newest
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     with contextlib.suppress(OSError, TimeoutError):
         async with asyncio.timeout(PROBE_SECONDS):

@@ -66,7 +66,7 @@ class Route:
     proxy: Proxy | None
     around: str
     environment: Mapping[str, str] = field(repr=False)
-    trust: Trust = Trust()
+    trust: Trust = field(default_factory=Trust)
 
     @classmethod
     def to(cls, url: str, environment: Mapping[str, str] | None = None, trust: Trust = Trust()) -> Route:

@@ -24,7 +24,7 @@ from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.protocol.join_link import PIN_BYTES
 
 if TYPE_CHECKING:
-    from cryptography.x509 import Certificate
+    from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 
 CA_FILES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 # As hubs print a pin, as curl takes it (sha256//...), as a header of RFC 7469 has it (pin-sha256="..."), as openssl (hex).
@@ -80,16 +80,15 @@ def shortened(pin: bytes) -> str:
     return f"{pin_text(pin)[:19]}…"
 
 
-def pin_of(certificate: Certificate) -> bytes:
-    """Return the pin of the key that a certificate is of.
+def pin_of(public: CertificatePublicKeyTypes) -> bytes:
+    """Return the pin of a public key.
 
     Raises:
         ValueError, UnsupportedAlgorithm: the key is of a kind that nobody pins.
     """
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-    spki = certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    return hashlib.sha256(spki).digest()
+    return hashlib.sha256(public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).digest()
 
 
 class WrongKey(ssl.SSLCertVerificationError):
@@ -112,7 +111,7 @@ def _check_key(peer: Any, pin: bytes) -> None:
     from cryptography.x509 import load_der_x509_certificate
 
     try:
-        found = pin_of(load_der_x509_certificate(peer.getpeercert(binary_form=True) or b""))
+        found = pin_of(load_der_x509_certificate(peer.getpeercert(binary_form=True) or b"").public_key())
     except (ValueError, TypeError, UnsupportedAlgorithm):  # what OpenSSL takes and `cryptography` does not
         found = None
     if found != pin:

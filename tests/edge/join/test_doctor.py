@@ -46,9 +46,7 @@ def examined(
 ) -> AsyncIterator[DoctorStep]:
     """The checks with `directory / "token"`."""
     home = Home(directory / "home")
-    return examine(
-        url, directory / "token", home, pin=pin, insecure_http=insecure_http, worker=Looks(), clock=clock
-    )
+    return examine(url, directory / "token", home, pin=pin, insecure_http=insecure_http, worker=Looks(), clock=clock)
 
 
 async def all_of(checks: AsyncIterator[DoctorStep]) -> list[DoctorStep]:

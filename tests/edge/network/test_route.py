@@ -107,7 +107,8 @@ def test_no_form_of_no_proxy_breaks_anything(no_proxy: str) -> None:
 def test_a_password_reaches_the_proxy_however_it_is_written_and_nobody_else() -> None:
     for written in ("p%40ss%23w%3Ard", "p@ss#w:rd"):
         [proxy] = {
-            Route.to(url, {"all_proxy": f"http://me:{written}@proxy:1"}, PLAIN).proxy for url in ("http://h", "https://h")
+            Route.to(url, {"all_proxy": f"http://me:{written}@proxy:1"}, PLAIN).proxy
+            for url in ("http://h", "https://h")
         }
         assert proxy is not None
         assert proxy.url == "http://me:p%40ss%23w%3Ard@proxy:1"
@@ -227,7 +228,9 @@ def test_plain_http_to_another_machine_is_refused_with_what_it_would_show(
 def test_a_pin_needs_tls_also_on_this_machine() -> None:
     pinned = Trust(bytes(32), insecure_http=True)
     assert Route.to("127.0.0.1:8470", {}, pinned).url == "https://127.0.0.1:8470"
-    with pytest.raises(UsageProblem, match=r"plain HTTP, which shows no key, but the key sha256/AAAAAAAAAAAA… is pinned"):
+    with pytest.raises(
+        UsageProblem, match=r"plain HTTP, which shows no key, but the key sha256/AAAAAAAAAAAA… is pinned"
+    ):
         Route.to("http://127.0.0.1:8470", {}, pinned)
 
 
