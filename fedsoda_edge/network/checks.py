@@ -154,9 +154,6 @@ async def _no_tls(route: Route, error: BaseException) -> HubUnreachable:
             "pin that the hub prints at its start",
             "TLS",
         )
-    if route.proxy is None and await _speaks_http(route):
-        fix = "check the port" if pin is not None else "check the port, or write http:// if that network is yours alone"
-        return HubUnreachable(f"TLS: {where} answers in plain HTTP, not in TLS ({why}); {fix}", "TLS")
     if failure is not None and "CERTIFICATE_VERIFY_FAILED" in why:
         return HubUnreachable(
             f"TLS: {where} answers, but not with a valid certificate ({why}); check the address and this device's clock; "
@@ -165,6 +162,9 @@ async def _no_tls(route: Route, error: BaseException) -> HubUnreachable:
             "SSL_CERT_FILE",
             "TLS",
         )
+    if route.proxy is None and await _speaks_http(route) and not await _speaks_tls(route):
+        fix = "check the port" if pin is not None else "check the port, or write http:// if that network is yours alone"
+        return HubUnreachable(f"TLS: {where} answers in plain HTTP, not in TLS ({why}); {fix}", "TLS")
     is_older = any(word in why.upper() for word in ("PROTOCOL_VERSION", "UNSUPPORTED_PROTOCOL"))
     if pin is not None and (is_older or (route.proxy is None and await _speaks_tls(route, ssl.TLSVersion.TLSv1_2))):
         return HubUnreachable(

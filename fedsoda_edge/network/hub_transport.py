@@ -87,7 +87,9 @@ class HubTransport:
             raise answers.no_connection(route, str(error.__cause__ or error)) from error
         except (OSError, UnicodeError, WebSocketException, TimeoutError) as error:
             raise await checks.diagnosis(route, error) from error
-        except TypeError as error:  # of asyncio before Python 3.11.8, where a handshake within a proxy's TLS fails (gh-113214)
+        except (
+            TypeError
+        ) as error:  # of asyncio before Python 3.11.8, where a handshake within a proxy's TLS fails (gh-113214)
             if route.tls_of_proxy is None:
                 raise
             raise await checks.diagnosis(route, error) from error

@@ -187,7 +187,7 @@ def read_pair(certificate_file: Path, key_file: Path, now: datetime) -> Pair:
         public = leaf.public_key()
     except (ValueError, UnsupportedAlgorithm) as error:
         raise UsageProblem(
-            f"[tls] certificate: {certificate_file} holds no certificate that can be read ({error}); name a PEM file that "
+            f"[tls] certificate: {certificate_file} holds no certificate that can be read; name a PEM file that "
             "begins with the hub's own certificate (of certbot, fullchain.pem)"
         ) from error
     try:
@@ -199,7 +199,7 @@ def read_pair(certificate_file: Path, key_file: Path, now: datetime) -> Pair:
         ) from None
     except (ValueError, UnsupportedAlgorithm) as error:
         raise UsageProblem(
-            f"[tls] key: {key_file} holds no private key that can be read ({error}); name the PEM file of the certificate's "
+            f"[tls] key: {key_file} holds no private key that can be read; name the PEM file of the certificate's "
             "key (of certbot, privkey.pem)"
         ) from error
     spki = [each.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo) for each in (key.public_key(), public)]

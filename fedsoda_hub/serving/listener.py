@@ -242,7 +242,7 @@ def ask_running_hub(directory: RunDirectory) -> LiveStatus | None:
             verify = tls.pinned(tls.read_pin(directory.tls_pin.read_text(errors="replace")))
         answer = httpx.get(
             f"{url}/v1/status",
-            headers={"Authorization": f"Bearer {secret}"},
+            headers={"Authorization": f"Bearer {secret}"} if secret else {},
             timeout=5,
             trust_env=False,
             verify=verify,
