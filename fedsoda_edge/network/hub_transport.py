@@ -51,7 +51,7 @@ class HubTransport:
             RefusedByHub: the hub does not accept the token.
             UsageProblem: the environment names certificates that cannot be read.
         """
-        from websockets.asyncio.client import connect
+        from websockets.asyncio.client import ClientConnection, connect
         from websockets.exceptions import InvalidProxyStatus, InvalidStatus, ProxyError, WebSocketException
 
         class Straight(connect):
@@ -59,6 +59,13 @@ class HubTransport:
 
             def process_redirect(self, exc: Exception) -> Exception:
                 return exc
+
+        class Begun(ClientConnection):
+            """A connection whose end counts once it has begun: where TLS fails behind a proxy, only the end is told."""
+
+            def connection_lost(self, exc: Exception | None) -> None:
+                if hasattr(self, "recv_messages"):
+                    super().connection_lost(exc)
 
         await self._hang_up()
         route = self.route
@@ -70,6 +77,7 @@ class HubTransport:
         try:
             self._socket = await Straight(
                 route.websocket_url,
+                create_connection=Begun,
                 additional_headers=self._headers,
                 compression=None,  # deflate costs 40 x throughput and gains nothing on codes
                 max_size=MAX_FRAME_BYTES,

@@ -111,7 +111,7 @@ ALL_WELL = [b"connected", DATA]
 
 @pytest.mark.parametrize("make", [new_key, new_rsa_key])
 def test_another_key_is_refused_with_both_pins_and_gets_no_byte(tmp_path: Path, make: type[PrivateKey]) -> None:
-    ours, theirs = new_key(), make()  # type: ignore[call-arg]
+    ours, theirs = new_key(), make()
 
     async def play() -> None:
         peer = Peer(write_certificate(tmp_path / "peer", "127.0.0.1", key=theirs))
@@ -390,7 +390,7 @@ def test_https_to_a_port_of_plain_http_is_told_so_and_nothing_of_the_token_is_se
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is the oracle")
 @pytest.mark.parametrize("make", [new_key, new_rsa_key])
 def test_a_pin_is_what_openssl_makes_of_a_certificate(tmp_path: Path, make: type[PrivateKey]) -> None:
-    key = make()  # type: ignore[call-arg]
+    key = make()
     certificate, _ = write_certificate(tmp_path, "h", key=key)
     run = subprocess.run(
         f"openssl x509 -in '{certificate}' -noout -pubkey | openssl pkey -pubin -outform der | openssl dgst -sha256 -hex",

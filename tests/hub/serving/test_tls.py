@@ -19,10 +19,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from websockets.asyncio.client import connect
 
+from fedsoda_edge.edge import Edge
 from fedsoda_edge.errors import HubUnreachable, RefusedByHub, UsageProblem
 from fedsoda_edge.network import tls as edge_tls
 from fedsoda_edge.network.hub_transport import HubTransport
-from fedsoda_edge.network.tls import Trust, pin_of, read_pin
+from fedsoda_edge.network.tls import Trust, pin_of, pin_text, read_pin
 from fedsoda_hub.cli.display import _sentence
 from fedsoda_hub.events import HubEvent, Listening
 from fedsoda_hub.run.directory import RunDirectory
@@ -33,6 +34,8 @@ from fedsoda_hub.serving.strangers import ConnectionLimits
 from fedsoda_hub.serving.tls import Encryption, WayIn, way_in
 from fedsoda_hub.settings.run import RunSettings, read_settings
 from tests.edge.network.certificates import new_authority, new_key, new_rsa_key, write_certificate
+from tests.hub.serving.test_daemon import serving as serving_daemon
+from tests.hub.serving.test_daemon import write_run
 from tests.hub.serving.test_listener import SHARD, SHARD_DIGEST, STATUS, MemoryHub, greet
 
 NOW = datetime.now(UTC)
@@ -558,3 +561,40 @@ def test_who_took_the_port_of_a_hub_that_was_killed_does_not_get_the_owners_secr
 
     asyncio.run(impostor())
     assert bytes(got) == b""
+
+
+# --- the daemon ------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_is_served_with_tls_says_its_pin_and_is_reached_with_it(tmp_path: Path) -> None:
+    settings = write_run(tmp_path, tls={"mode": "on"})
+    directory = RunDirectory(settings.run_dir)
+
+    async def talk() -> None:
+        async with serving_daemon(settings) as served:
+            [said] = [event for event in served.events if event["event"] == "listening"]
+            assert served.url.startswith("https://127.0.0.1:")
+            assert (said["url"], said["public_url"], said["is_guess"]) == (served.url, served.url, False)
+            assert (said["pin"], said["is_behind_proxy"]) == (pin_text(certificates.own_pin(directory.tls_key)), False)
+            (tmp_path / "a.token").write_text(served.token("a"))
+            edge = Edge(served.url, token_file=tmp_path / "a.token", pin=said["pin"]).transport()
+            await edge.connect()
+            await edge.close()
+            status = await asyncio.to_thread(ask_running_hub, directory)
+            assert status is not None
+            assert (status.run, status.url) == ("small", served.url)
+        assert not directory.address.exists()
+
+    asyncio.run(talk())
+
+
+def test_a_certificate_that_cannot_be_used_ends_the_hub_before_it_prepares(tmp_path: Path) -> None:
+    settings = write_run(tmp_path, tls={"certificate": "missing.pem"})
+
+    async def talk() -> None:
+        async with serving_daemon(settings) as served:
+            with pytest.raises(UsageProblem, match=r"missing\.pem cannot be read"):
+                await served.running
+            assert not served.said("prepared")
+
+    asyncio.run(talk())
