@@ -277,12 +277,12 @@ def _try_renewals(count: Count, directory: Path, is_quick: bool) -> None:
     now = datetime.now(UTC)
     for start in range(3 if is_quick else 20):
         hub = Encryption(settings)
-        count.add(f"start {start} has another key", hub.pair.pin == pin)
+        count.add(f"start {start} has another key", hub.shown.pin == pin)
         for day in range(0, 400, 20):
             when = now + timedelta(days=day)
             hub.refresh(when)
-            count.add(f"day {day}: another key", hub.pair.pin == pin)
-            is_valid = hub.pair.leaf.not_valid_before_utc <= when < hub.pair.valid_until
+            count.add(f"day {day}: another key", hub.shown.pin == pin)
+            is_valid = hub.shown.leaf.not_valid_before_utc <= when < hub.shown.valid_until
             count.add(f"day {day}: the certificate has ended", is_valid)
 
 

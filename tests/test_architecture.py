@@ -404,7 +404,7 @@ NETWORK = "fedsoda_edge/network/hub_transport.py"
         (rooms_know_of_the_world_what_the_table_says, {CLI: "from starlette.requests import Request"}),
         (rooms_know_of_the_world_what_the_table_says, {CLI: "from urllib.request import urlopen"}),
         (few_files_touch_the_network, {"fedsoda_hub/serving/daemon.py": "def f():\n    import httpx"}),
-        (few_files_touch_the_network, {"fedsoda_edge/network/tls.py": "from ssl import create_default_context"}),
+        (few_files_touch_the_network, {"fedsoda_edge/network/policy.py": "from ssl import create_default_context"}),
         (rooms_know_of_the_world_what_the_table_says, {"fedsoda_edge/edge.py": "def f():\n    import torch"}),
         (rooms_know_of_the_world_what_the_table_says, {"fedsoda_hub/serving/daemon.py": "import peft"}),
         (rooms_know_of_the_world_what_the_table_says, {"fedsoda_edge/worker/planted.py": "import asyncio"}),

@@ -34,7 +34,7 @@ _HEX_PIN = re.compile(r"(?:sha256(?:/|:|=))?((?:[0-9a-f]{2}:?){31}[0-9a-f]{2})",
 
 @dataclass(frozen=True)
 class Trust:
-    """What a hub must show before this device tells it anything.
+    """The proof that a hub must give before this device tells it anything.
 
     pin: the sha256 of the SPKI of its TLS key; None: a certificate that an authority vouches for. insecure_http: whether
     plain HTTP may leave this machine.

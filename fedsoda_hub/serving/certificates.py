@@ -1,6 +1,6 @@
 """Make the key and the certificate of a hub's own TLS, and read an owner's own PEM files.
 
-The key is made once and stays, since devices pin it; a certificate is made anew whenever it is needed. What is done with
+The key is made once and stays, since devices pin it; a certificate is made whenever one is needed. What is done with
 both is left to `tls.py`.
 """
 
@@ -27,7 +27,7 @@ BACKDATED = timedelta(days=1)  # for clocks that are behind; who has pinned the 
 
 
 @dataclass(frozen=True)
-class Pair:
+class HubCertificate:
     """A certificate and its key, read and checked.
 
     leaf: the first certificate of the chain, which is the hub's. content: what tells this pair from another.
@@ -94,7 +94,7 @@ def own_key(path: Path) -> EllipticCurvePrivateKey:
         key = None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
         raise UsageProblem(
-            f"the hub's TLS key {path} has {len(data)} bytes and is no key over P-256: it was cut or changed; put it back "
+            f"the hub's TLS key {path} has {len(data)} bytes and does not hold a key over P-256: it was cut or changed; put it back "
             "from a copy, since devices pin it, or delete it and give every device the new pin"
         )
     return key
@@ -109,7 +109,7 @@ def own_pin(path: Path) -> bytes:
     return pin_of(own_key(path).public_key())
 
 
-def write_certificate(key_file: Path, certificate_file: Path, names: Iterable[str], now: datetime) -> Pair:
+def write_certificate(key_file: Path, certificate_file: Path, names: Iterable[str], now: datetime) -> HubCertificate:
     """Make a certificate that the hub's own key signs itself, and write it.
 
     Args:
@@ -153,7 +153,7 @@ def write_certificate(key_file: Path, certificate_file: Path, names: Iterable[st
             f"the hub's certificate {certificate_file} cannot be written ({error.strerror}); run this as the user whom the "
             "run's directory belongs to"
         ) from error
-    return Pair(made, data)
+    return HubCertificate(made, data)
 
 
 def _general_names(names: Iterable[str]) -> Iterable[x509.GeneralName]:
@@ -170,7 +170,7 @@ def _general_names(names: Iterable[str]) -> Iterable[x509.GeneralName]:
 # --- the owner's -----------------------------------------------------------------------------------------------------
 
 
-def read_pair(certificate_file: Path, key_file: Path, now: datetime) -> Pair:
+def read_certificate(certificate_file: Path, key_file: Path, now: datetime) -> HubCertificate:
     """Read an owner's certificate, its chain and its key, and check that a hub can serve with them now.
 
     Raises:
@@ -218,7 +218,7 @@ def read_pair(certificate_file: Path, key_file: Path, now: datetime) -> Pair:
             f"[tls] certificate: {certificate_file} {which} {_day(at)}, and it is {_day(now)}; renew it, or set this "
             "machine's clock"
         )
-    return Pair(leaf, chain + secret)
+    return HubCertificate(leaf, chain + secret)
 
 
 def _read(key: str, path: Path) -> bytes:

@@ -24,15 +24,16 @@ from fedsoda_edge.network.tls import pin_text
 from fedsoda_edge.ports.disk import write_durably
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.serving import certificates
-from fedsoda_hub.serving.certificates import Pair
+from fedsoda_hub.serving.certificates import HubCertificate
 from fedsoda_hub.serving.strangers import Guarded
 from fedsoda_hub.settings.listening import split_url
 from fedsoda_hub.settings.run import RunSettings
 
 LOOK_SECONDS = 60.0  # between looks at dates and files
 HANDSHAKE_SECONDS = 10
+CLOSING_SECONDS = 5  # for the other side's end of TLS, after the hub's own
 SOON = timedelta(days=7)  # before its end, from which on an owner's certificate that was not renewed is complained of
-READ_BYTES = 16 << 10  # a TLS record is no longer, and each connection has a buffer of as many
+READ_BYTES = 4 << 10  # at a time; each connection has a buffer of as many, of 256 KiB where asyncio chooses
 WRITE_BYTES = 64 << 10  # that wait for a connection before its sender is paused
 PLAIN_HTTP = re.compile(rb"(GET|HEAD|POST|PUT|OPTIONS|CONNECT|DELETE|PATCH) ")
 WRONG_PROTOCOL = b"This hub speaks TLS: write https:// instead of http://.\n"
@@ -46,7 +47,7 @@ _log = logging.getLogger("fedsoda_hub.serving")
 
 
 class Encryption:
-    """What new connections are encrypted with. context: of the pair in force, which `refresh` renews.
+    """The certificate that new connections are shown. context: what encrypts them, which `refresh` renews.
 
     Raises:
         UsageProblem: the owner's certificate or key cannot be used; it says why.
@@ -59,7 +60,7 @@ class Encryption:
         self._directory = RunDirectory(settings.run_dir)
         self._files = settings.own_certificate
         self._names = _names(settings)
-        self._pair: Pair | None = None
+        self._shown: HubCertificate | None = None
         self._complaint = ""
         self._load(datetime.now(UTC))
 
@@ -73,10 +74,10 @@ class Encryption:
         return cls(settings) if settings.speaks_tls else None
 
     @property
-    def pair(self) -> Pair:
+    def shown(self) -> HubCertificate:
         """The certificate in force and its key."""
-        assert self._pair is not None, "the constructor loads it"
-        return self._pair
+        assert self._shown is not None, "the constructor loads it"
+        return self._shown
 
     async def keep(self) -> None:
         """Renew what is shown whenever it is time, or its files have changed; without end."""
@@ -85,38 +86,40 @@ class Encryption:
             await asyncio.to_thread(self.refresh, datetime.now(UTC))
 
     def refresh(self, now: datetime) -> None:
-        """Renew what is shown if it is time. What cannot be used is told once, and the pair in force stays."""
+        """Renew what is shown if it is time. What cannot be used is told once, and the certificate in force stays."""
         try:
             self._load(now)
             complaint = ""
-            if self._files is not None and self.pair.valid_until - now < SOON:
-                complaint = f"{self._files[0]} ends at {self.pair.valid_until:%Y-%m-%d %H:%M} UTC; renew it"
+            if self._files is not None and self.shown.valid_until - now < SOON:
+                complaint = f"{self._files[0]} ends at {self.shown.valid_until:%Y-%m-%d %H:%M} UTC; renew it"
         except (UsageProblem, DiskFull) as problem:
-            complaint = (
-                f"{problem}; the hub goes on with the certificate until {self.pair.valid_until:%Y-%m-%d %H:%M} UTC"
-            )
+            complaint = f"{problem}; the hub keeps its certificate until {self.shown.valid_until:%Y-%m-%d %H:%M} UTC"
         if complaint and complaint != self._complaint:
             _log.warning("TLS: %s", complaint)
         self._complaint = complaint
 
     def _load(self, now: datetime) -> None:
-        """Raises what the constructor raises."""
+        """Load what is to be shown now, if it is another one.
+
+        Raises:
+            UsageProblem, DiskFull: as on construction.
+        """
         if self._files is not None:
-            pair = certificates.read_pair(*self._files, now)
+            found = certificates.read_certificate(*self._files, now)
             files = self._files
         else:
-            if self._pair is not None and self._is_fresh(self._pair, now):
+            if self._shown is not None and self._is_fresh(self._shown, now):
                 return
             files = self._directory.tls_certificate, self._directory.tls_key
-            pair = certificates.write_certificate(files[1], files[0], self._names, now)
-        if self._pair is not None and pair.content == self._pair.content:
+            found = certificates.write_certificate(files[1], files[0], self._names, now)
+        if self._shown is not None and found.content == self._shown.content:
             return
         context = _context(*files)
-        write_durably(self._directory.tls_pin, f"{pin_text(pair.pin)}\n".encode())
-        self._pair, self.context = pair, context
+        write_durably(self._directory.tls_pin, f"{pin_text(found.pin)}\n".encode())
+        self._shown, self.context = found, context
 
-    def _is_fresh(self, pair: Pair, now: datetime) -> bool:
-        return pair.leaf.not_valid_before_utc <= now < pair.valid_until - certificates.RENEWED
+    def _is_fresh(self, one: HubCertificate, now: datetime) -> bool:
+        return one.leaf.not_valid_before_utc <= now < one.valid_until - certificates.RENEWED
 
 
 def _context(certificate_file: Path, key_file: Path) -> ssl.SSLContext:
@@ -150,6 +153,7 @@ class Handshake(SSLProtocol):
             None,  # type: ignore[arg-type]
             server_side=True,
             ssl_handshake_timeout=HANDSHAKE_SECONDS,
+            ssl_shutdown_timeout=CLOSING_SECONDS,
         )
         self.address = ""
         self._within = within
@@ -227,7 +231,7 @@ def encrypted(kind: type[Guarded], encryption: Encryption) -> Callable[..., asyn
 
 @dataclass(frozen=True)
 class WayIn:
-    """What a device must know to reach a hub and to know its TLS.
+    """The way in which a device reaches a hub and knows its TLS.
 
     addresses: HOST[:PORT][/prefix], the first one first. tls_pin: the pin of the key that it shows; None: an authority
     vouches for what answers, or nothing is encrypted. is_plain: it is reached by plain HTTP. is_guess: nobody said where.
@@ -285,9 +289,9 @@ def _pin_of(settings: RunSettings) -> bytes | None:
         directory = RunDirectory(settings.run_dir)
         directory.path.mkdir(parents=True, exist_ok=True)
         return certificates.own_pin(directory.tls_key)
-    pair = certificates.read_pair(*settings.own_certificate, datetime.now(UTC))
+    found = certificates.read_certificate(*settings.own_certificate, datetime.now(UTC))
     # Who renews a certificate of an authority makes a new key as a rule, so only what vouches for itself is pinned.
-    return pair.pin if pair.vouches_for_itself else None
+    return found.pin if found.vouches_for_itself else None
 
 
 def _served_port(directory: RunDirectory) -> int:

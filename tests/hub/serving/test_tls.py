@@ -106,12 +106,12 @@ def test_an_edge_that_pins_the_hubs_key_talks_and_fetches_and_others_are_refused
 
     async def talk(port: int) -> None:
         url = f"https://127.0.0.1:{port}"
-        edge = HubTransport(url, "alice", Trust(encryption.pair.pin))
+        edge = HubTransport(url, "alice", Trust(encryption.shown.pin))
         await edge.connect()
         assert b"".join([piece async for piece in edge.fetch(SHARD_DIGEST, 0)]) == SHARD
         await edge.close()
         with pytest.raises(RefusedByHub, match="was revoked"):
-            await HubTransport(url, "mallory", Trust(encryption.pair.pin)).connect()
+            await HubTransport(url, "mallory", Trust(encryption.shown.pin)).connect()
         with pytest.raises(HubUnreachable, match=r"CERTIFICATE_VERIFY_FAILED.*join with the pin that it prints"):
             await HubTransport(url, "alice").connect()
         with pytest.raises(HubUnreachable, match=r"speaks TLS, and http://.* is plain HTTP; write https://"):
@@ -126,7 +126,7 @@ def test_a_file_larger_than_every_buffer_comes_whole(hub: MemoryHub, tmp_path: P
     encryption = Encryption(settings_of(tmp_path / "run"))
 
     async def talk(port: int) -> None:
-        edge = HubTransport(f"https://127.0.0.1:{port}", "alice", Trust(encryption.pair.pin))
+        edge = HubTransport(f"https://127.0.0.1:{port}", "alice", Trust(encryption.shown.pin))
         assert b"".join([piece async for piece in edge.fetch(SHARD_DIGEST, 1000)]) == data[1000:]
         await edge.close()
 
@@ -167,7 +167,7 @@ def test_who_does_not_finish_a_handshake_is_bounded_as_strangers_are(hub: Memory
     encryption = Encryption(settings_of(tmp_path / "run"))
     limits = ConnectionLimits(None)
     limits.strangers = limits.of_address = 3
-    context = edge_tls.pinned(encryption.pair.pin)
+    context = edge_tls.pinned(encryption.shown.pin)
     words = [b"", b"\x16\x03\x01", b"\x16\x03\x01\x02\x00\x01\x00"]
 
     async def talk(port: int) -> None:
@@ -229,7 +229,7 @@ def test_the_key_is_made_once_for_its_owner_alone_and_stays_also_after_a_reset(t
     assert first.tls_pin == pin_of(key.public_key())
     for _ in range(2):
         encryption = Encryption(settings)
-        assert encryption.pair.pin == first.tls_pin
+        assert encryption.shown.pin == first.tls_pin
         assert read_pin(directory.tls_pin.read_text()) == first.tls_pin
         reset(directory)
 
@@ -244,7 +244,9 @@ def test_a_damaged_key_is_refused_and_not_made_anew(tmp_path: Path, damaged: byt
     else:
         path.write_bytes(path.read_bytes()[:100] if isinstance(damaged, str) else damaged)
     before = path.read_bytes()
-    with pytest.raises(UsageProblem, match=r"is no key over P-256: it was cut or changed; put it back from a copy"):
+    with pytest.raises(
+        UsageProblem, match=r"does not hold a key over P-256: it was cut or changed; put it back from a copy"
+    ):
         Encryption(settings)
     assert path.read_bytes() == before
 
@@ -252,7 +254,7 @@ def test_a_damaged_key_is_refused_and_not_made_anew(tmp_path: Path, damaged: byt
 def test_a_certificate_names_where_the_hub_is_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tls, "_outward", lambda host: "10.1.2.3" if host == "0.0.0.0" else host)
     listen = 'host = "0.0.0.0"\npublic_url = "https://hub.example.org:444/fl"'
-    leaf = Encryption(settings_of(tmp_path / "run", listen)).pair.leaf
+    leaf = Encryption(settings_of(tmp_path / "run", listen)).shown.leaf
     names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert names.get_values_for_type(x509.DNSName) == ["hub.example.org", "localhost"]
     found = {str(address) for address in names.get_values_for_type(x509.IPAddress)}
@@ -274,7 +276,7 @@ def test_the_systems_own_rules_accept_the_certificate_where_it_is_trusted(hub: M
 
 def test_a_renewal_reaches_new_connections_and_disturbs_nobody(hub: MemoryHub, tmp_path: Path) -> None:
     encryption = Encryption(settings_of(tmp_path / "run"))
-    pin = encryption.pair.pin
+    pin = encryption.shown.pin
 
     async def talk(port: int) -> None:
         first = await shown(port)
@@ -355,7 +357,7 @@ def test_files_that_change_on_disk_are_picked_up_and_broken_ones_are_told_once(
     play(hub, encryption, talk)
     [said] = [record.getMessage() for record in caplog.records if "TLS:" in record.getMessage()]
     assert "is not the key of the first certificate" in said
-    assert "the hub goes on with the certificate until" in said
+    assert "the hub keeps its certificate until" in said
 
 
 def test_a_certificate_that_is_not_renewed_is_complained_of_before_it_ends(
@@ -427,7 +429,7 @@ def test_one_file_may_hold_certificate_and_key(tmp_path: Path) -> None:
     certificate, key = write_certificate(tmp_path / "run" / "own", "h")
     certificate.write_bytes(key.read_bytes() + certificate.read_bytes())
     key.unlink()
-    assert Encryption(settings_of(tmp_path / "run", tls_table='certificate = "own/certificate.pem"')).pair.pin
+    assert Encryption(settings_of(tmp_path / "run", tls_table='certificate = "own/certificate.pem"')).shown.pin
 
 
 # --- where edges reach it --------------------------------------------------------------------------------------------
