@@ -33,6 +33,7 @@ from fedsoda_edge.join.token import read_token
 from fedsoda_edge.join.trainer import WORKER_MODULE, worker_environment
 from fedsoda_edge.network.hub_transport import HubTransport
 from fedsoda_edge.network.mirror import Mirror
+from fedsoda_edge.network.tls import Trust, read_pin
 from fedsoda_edge.ports import Clock, SystemClock, TorchPort, Transport
 from fedsoda_edge.ports.child import Child
 from fedsoda_edge.ports.confine import Reach
@@ -101,6 +102,8 @@ class Edge:
         token_file: the file with the token ("-": stdin); None: the token is in FEDSODA_TOKEN. A join link needs none.
         link: a join link, as `hub` takes it too.
         link_file: the file with the join link ("-": stdin); without hub, link and link_file it is in FEDSODA_LINK.
+        pin: the pin of the hub's TLS key, "sha256/..." as it prints it; None: what the link says, or a certificate authority.
+        insecure_http: whether plain HTTP may leave this machine, where everybody on the way reads token and updates.
         home: the directory where state is kept; None: FEDSODA_HOME or the platform's user directory.
         device: "auto", "cpu", "cuda" or "cuda:N".
         threads: CPU threads of the worker; 0 leaves their number to torch.
@@ -111,7 +114,7 @@ class Edge:
             DeviceTooSmall.
 
     Raises:
-        UsageProblem: cache or device has another value, or both a hub and a link were given.
+        UsageProblem: cache or device has another value, the pin is not one, or both a hub and a link were given.
     """
 
     def __init__(
@@ -121,6 +124,8 @@ class Edge:
         token_file: str | Path | None = None,
         link: str | None = None,
         link_file: str | Path | None = None,
+        pin: str | None = None,
+        insecure_http: bool = False,
         home: str | Path | None = None,
         device: str = "auto",
         threads: int = 0,
@@ -138,6 +143,7 @@ class Edge:
         self._hub = link if hub is None else hub
         self._link_file = link_file
         self._token_file = token_file
+        self._trust = Trust(None if pin is None else read_pin(pin), insecure_http)
         self._home = Path(home) if home is not None else None
         self._device = device
         self._threads = threads
@@ -148,14 +154,15 @@ class Edge:
         """Make the transport to the hub, which is not connected yet.
 
         Raises:
-            UsageProblem: the URL is not one of a hub, the link is damaged, or there is neither token nor link.
+            UsageProblem: the URL is not one of a hub, the link is damaged, there is neither token nor link, or plain HTTP
+                would leave this machine and may not.
         """
         if self._hub is not None and not isinstance(self._hub, str):
             return self._hub
         found = link_or_url(self._hub, self._link_file, self._token_file)
         if isinstance(found, str):
-            return HubTransport(found, read_token(self._token_file))
-        return HubTransport.by_link(linked(Home(self._home), found))
+            return HubTransport(found, read_token(self._token_file), self._trust)
+        return HubTransport.by_link(linked(Home(self._home), found, self._trust))
 
     def join(
         self,

@@ -44,6 +44,8 @@ class JoinSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     data: GivenSetting[str]
     link_file: GivenSetting[str | None]
     token_file: GivenSetting[str | None]
+    pin: GivenSetting[str | None]
+    insecure_http: GivenSetting[bool]
     column: GivenSetting[str | None]
     device: GivenSetting[str]
     unattended: GivenSetting[bool]

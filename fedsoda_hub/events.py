@@ -63,10 +63,19 @@ class SettingsInForce(HubEvent, frozen=True, tag="settings"):
 
 
 class Listening(HubEvent, frozen=True, tag="listening"):
-    """The hub serves: edges may join from now on."""
+    """The hub serves: edges may join from now on.
 
-    url: Annotated[str, Meta(pattern="^http://")]
+    public_url: the address for edges; None: only the owner of the proxy knows it. is_guess: nobody wrote it. pin: of the
+    hub's TLS key, as `fedsoda-edge --pin` takes it; None: an authority vouches for it, or nothing is encrypted here.
+    is_behind_proxy: plain HTTP beyond the hub's machine, so that a proxy must encrypt it.
+    """
+
+    url: Annotated[str, Meta(pattern="^https?://")]
     run: str
+    public_url: Annotated[str, Meta(pattern="^https?://")] | None = None
+    is_guess: bool = False
+    pin: Annotated[str, Meta(pattern="^sha256/")] | None = None
+    is_behind_proxy: bool = False
 
 
 class EdgeConnected(HubEvent, frozen=True, tag="edge_connected"):

@@ -207,7 +207,10 @@ def through(variable: str, form: str, asked: str) -> Callable[[Path], str]:
 
     def wrong(home: Path) -> str:
         with SmallHub(bundle()) as hub, SmallProxy(names={HUB_HERE: hub.port}) as proxy:
-            url, environment = f"http://{HUB_HERE}", {variable: form.format(port=proxy.port)}
+            url, environment = (
+                f"http://{HUB_HERE}",
+                {variable: form.format(port=proxy.port), "FEDSODA_INSECURE_HTTP": "1"},
+            )
             found = edge(home, "doctor", url, **environment)
             shown = f"127.0.0.1:{proxy.port} ({variable})"
             if problem := found.lacks(0, shown, "a hub answers"):

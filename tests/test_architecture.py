@@ -85,7 +85,9 @@ HOUSE = {
     "edge.device": Room(_SIZES, "msgspec"),
     "edge.device.facts": Room(f"{_SIZES} edge.device edge.ports.machine", "disk psutil pynvml"),
     "edge.device.sensors": Room(f"{_SIZES} edge.device", "psutil pynvml"),
-    "edge.network": Room("edge.errors edge.protocol", "asyncio clock disk network httpx websockets certifi msgspec"),
+    "edge.network": Room(
+        "edge.errors edge.protocol", "asyncio clock disk network httpx websockets certifi msgspec cryptography"
+    ),
     "edge.join": Room(_JOIN, f"{_ANY_STDLIB} psutil platformdirs msgspec"),
     "edge.join.doctor": Room(f"{_JOIN} edge.join edge.network", f"{_ANY_STDLIB} msgspec"),
     "edge.worker": Room(
@@ -102,9 +104,10 @@ HOUSE = {
     "hub.settings": Room(_SIZES, "disk msgspec"),
     "hub.federation": Room("edge.errors edge.protocol", "msgspec"),
     "hub.run": Room(f"{_SIZES} edge.ports hub.federation", "clock disk processes sqlite3 msgspec"),
+    # `network.tls`: both sides know a TLS key by its pin, and the hub's own commands ask their hub by it.
     "hub.serving": Room(
-        f"{_SIZES} edge.ports hub.settings hub.federation hub.run hub.events",
-        f"{_ANY_STDLIB} network starlette uvicorn httpx msgspec",
+        f"{_SIZES} edge.ports edge.network.tls hub.settings hub.federation hub.run hub.events",
+        f"{_ANY_STDLIB} network starlette uvicorn httpx msgspec cryptography",
     ),
     "hub.algorithms": Room(f"{_SIZES} edge.model hub.settings.tables", "tensors msgspec"),
     # Their results are what the jobs that ask for them promise.
@@ -194,8 +197,9 @@ def test_pure_rooms_ask_for_no_tensors_sockets_clock_or_disk() -> None:
 # -- the rules ------------------------------------------------------------------------------------------
 
 NETWORK_FILES = (
-    *(f"fedsoda_edge/network/{name}.py" for name in ("route", "checks", "answers", "proving", "hub_transport")),
+    *(f"fedsoda_edge/network/{name}.py" for name in ("route", "tls", "checks", "answers", "proving", "hub_transport")),
     "fedsoda_hub/serving/strangers.py",
+    "fedsoda_hub/serving/tls.py",
     "fedsoda_hub/serving/listener.py",
 )
 SYSTEM_FILE = "fedsoda_edge/ports/system.py"
@@ -400,7 +404,7 @@ NETWORK = "fedsoda_edge/network/hub_transport.py"
         (rooms_know_of_the_world_what_the_table_says, {CLI: "from starlette.requests import Request"}),
         (rooms_know_of_the_world_what_the_table_says, {CLI: "from urllib.request import urlopen"}),
         (few_files_touch_the_network, {"fedsoda_hub/serving/daemon.py": "def f():\n    import httpx"}),
-        (few_files_touch_the_network, {"fedsoda_edge/network/tls.py": "from ssl import create_default_context"}),
+        (few_files_touch_the_network, {"fedsoda_edge/network/policy.py": "from ssl import create_default_context"}),
         (rooms_know_of_the_world_what_the_table_says, {"fedsoda_edge/edge.py": "def f():\n    import torch"}),
         (rooms_know_of_the_world_what_the_table_says, {"fedsoda_hub/serving/daemon.py": "import peft"}),
         (rooms_know_of_the_world_what_the_table_says, {"fedsoda_edge/worker/planted.py": "import asyncio"}),

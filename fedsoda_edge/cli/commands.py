@@ -88,6 +88,8 @@ def join(
     data: opt.DataOption,
     link_file: opt.LinkFileOption = None,
     token_file: opt.TokenFileOption = None,
+    pin: opt.PinOption = None,
+    insecure_http: opt.InsecureHttpOption = False,
     column: opt.ColumnsOption = None,
     device: opt.DeviceOption = "auto",
     unattended: opt.UnattendedOption = False,
@@ -128,6 +130,8 @@ def join(
             url,
             link_file=link_file,
             token_file=token_file,
+            pin=pin,
+            insecure_http=insecure_http,
             device=device,
             threads=threads,
             max_disk=None if max_disk is None else parse_bytes(max_disk, "--max-disk"),
@@ -162,6 +166,8 @@ def plan(
     url: opt.UrlArgument = None,
     link_file: opt.LinkFileOption = None,
     token_file: opt.TokenFileOption = None,
+    pin: opt.PinOption = None,
+    insecure_http: opt.InsecureHttpOption = False,
     device: opt.DeviceOption = "auto",
     max_ram: opt.MaxRamOption = None,
     max_vram: opt.MaxVramOption = None,
@@ -182,6 +188,8 @@ def plan(
             url,
             link_file=link_file,
             token_file=token_file,
+            pin=pin,
+            insecure_http=insecure_http,
             device=device,
             max_ram=None if max_ram is None else parse_bytes(max_ram, "--max-ram"),
             max_vram=None if max_vram is None else parse_bytes(max_vram, "--max-vram"),
@@ -207,6 +215,8 @@ def doctor(
     ] = None,
     link_file: opt.LinkFileOption = None,
     token_file: opt.TokenFileOption = None,
+    pin: opt.PinOption = None,
+    insecure_http: opt.InsecureHttpOption = False,
     as_json: opt.JsonOption = False,
     debug: opt.DebugOption = False,
 ) -> None:
@@ -223,7 +233,7 @@ def doctor(
         checks: list[DoctorStep] = []
 
         async def look() -> None:
-            async for found in examine(hub, token_file, Home()):
+            async for found in examine(hub, token_file, Home(), pin=pin, insecure_http=insecure_http):
                 check = dataclasses.replace(found, detail=opt.as_options(found.detail), fix=opt.as_options(found.fix))
                 checks.append(check)
                 show_check(check)
@@ -249,6 +259,8 @@ def leave(
     url: opt.UrlArgument = None,
     link_file: opt.LinkFileOption = None,
     token_file: opt.TokenFileOption = None,
+    pin: opt.PinOption = None,
+    insecure_http: opt.InsecureHttpOption = False,
     as_json: opt.JsonOption = False,
     debug: opt.DebugOption = False,
 ) -> None:
@@ -264,7 +276,8 @@ def leave(
             raise UsageProblem(
                 f"a join runs in {home.directory}; run fedsoda-edge finish, so that it hands in its round and leaves"
             )
-        run = asyncio.run(say_goodbye(Edge(url, link_file=link_file, token_file=token_file)))
+        edge = Edge(url, link_file=link_file, token_file=token_file, pin=pin, insecure_http=insecure_http)
+        run = asyncio.run(say_goodbye(edge))
         note(f"left run {run}")
         finish({"status": "ok", "run": run}, as_json, False)
 

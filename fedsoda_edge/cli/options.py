@@ -15,8 +15,8 @@ from fedsoda_edge.errors import LocalError
 from fedsoda_edge.ports.console import EffectiveOption
 
 # The SDK's names of settings in sentences: name='value', or the name alone where no other word is written like it.
-_GIVEN = re.compile(r"\b(cache|device|link_file|pause_on|token_file)='([^']*)'")
-_NAMED = re.compile(r"(?<![\w/.-])(link_file|max_disk|max_ram|max_vram|pause_on|token_file)(?![\w/.])")
+_GIVEN = re.compile(r"\b(cache|device|link_file|pause_on|pin|token_file)='([^']*)'")
+_NAMED = re.compile(r"(?<![\w/.-])(insecure_http|link_file|max_disk|max_ram|max_vram|pause_on|token_file)(?![\w/.])")
 
 
 def as_options(sentence: str) -> str:
@@ -61,6 +61,22 @@ LinkFileOption = Annotated[
         "--link-file",
         envvar="FEDSODA_LINK_FILE",
         help="file with the join link; - reads it from stdin; without it, FEDSODA_LINK",
+    ),
+]
+PinOption = Annotated[
+    str | None,
+    typer.Option(
+        "--pin",
+        envvar="FEDSODA_PIN",
+        help="sha256/...: the pin of the hub's TLS key, as the hub prints it at its start",
+    ),
+]
+InsecureHttpOption = Annotated[
+    bool,
+    typer.Option(
+        "--insecure-http",
+        envvar="FEDSODA_INSECURE_HTTP",
+        help="let plain HTTP leave this machine: whoever is on the way reads token and updates",
     ),
 ]
 TokenFileOption = Annotated[

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from fedsoda_edge.device.facts import read_device
 from fedsoda_edge.device.fit import Limits
-from fedsoda_edge.errors import DeviceTooSmall, FedSODAError, HubUnreachable
+from fedsoda_edge.errors import DeviceTooSmall, FedSODAError, HubUnreachable, UsageProblem
 from fedsoda_edge.join import identity
 from fedsoda_edge.join.home import Home
 from fedsoda_edge.join.inspect import look_at
@@ -32,6 +32,7 @@ from fedsoda_edge.units import counted, human_bytes
 
 if TYPE_CHECKING:
     from fedsoda_edge.network.proving import LinkedDevice
+    from fedsoda_edge.network.tls import Trust
 
 MAX_SKEW_SECONDS = 120.0
 SHORT = {"bfloat16": "bf16", "float32": "fp32"}  # dtypes, for people
@@ -59,17 +60,24 @@ def _failed(name: str, error: FedSODAError) -> DoctorStep:
     return DoctorStep(name, False, what if mark else fix, fix if mark else "", error.exit_status)
 
 
-def linked(home: Home, link: JoinLink) -> LinkedDevice:
+def linked(home: Home, link: JoinLink, trust: Trust) -> LinkedDevice:
     """Return this device as the hub of the link is to know it; its key is made the first time.
 
+    Args:
+        trust: as the user said, whose pin must be the link's.
+
     Raises:
-        UsageProblem: the key's file is damaged, or the home cannot be used.
+        UsageProblem: the key's file is damaged, the home cannot be used, or pin and link name different keys.
         DiskFull: the disk has no space left.
     """
     from fedsoda_edge.network.proving import LinkedDevice
 
+    if trust.pin is not None and trust.pin != link.tls_pin:
+        raise UsageProblem(
+            "pin and the join link do not name the same TLS key; leave the pin out: the link has its own"
+        )
     worked = lambda url: identity.reached(home, link, url)  # noqa: E731
-    return LinkedDevice(link, identity.device_key(home), identity.addresses(home, link), worked)
+    return LinkedDevice(link, identity.device_key(home), identity.addresses(home, link), trust.insecure_http, worked)
 
 
 async def examine(
@@ -77,20 +85,22 @@ async def examine(
     token_file: str | Path | None,
     home: Home,
     *,
+    pin: str | None = None,
+    insecure_http: bool = False,
     worker: TorchPort | None = None,
     clock: Clock | None = None,
 ) -> AsyncIterator[DoctorStep]:
     """Yield all steps in order. Steps that depend on one that failed are left out.
 
     Args:
-        hub: its URL, or the join link; None: only this device is checked. worker: what looks at torch; None: a child process.
-        clock: None: the system's.
+        hub: its URL, or the join link; None: only this device is checked. pin, insecure_http: as of `Edge`.
+        worker: what looks at torch; None: a child process. clock: None: the system's.
     """
     with tempfile.TemporaryDirectory(prefix="fedsoda-doctor-") as made:
         async for check in _device(home, worker or Child(WORKER_MODULE, worker_environment(Path(made)))):
             yield check
     if hub is not None:
-        async for check in _way_to(hub, token_file, home, clock or SystemClock()):
+        async for check in _way_to(hub, token_file, home, pin, insecure_http, clock or SystemClock()):
             yield check
 
 
@@ -139,17 +149,24 @@ def _confinement_sentence(found: Confinement) -> str:
 
 
 async def _way_to(
-    hub: str | JoinLink, token_file: str | Path | None, home: Home, clock: Clock
+    hub: str | JoinLink,
+    token_file: str | Path | None,
+    home: Home,
+    pin: str | None,
+    insecure_http: bool,
+    clock: Clock,
 ) -> AsyncIterator[DoctorStep]:
     from fedsoda_edge.network import checks
     from fedsoda_edge.network.hub_transport import HubTransport
+    from fedsoda_edge.network.tls import Trust, read_pin, shortened
 
     step = "address"
     try:
+        trust = Trust(None if pin is None else read_pin(pin), insecure_http)
         if isinstance(hub, str):
-            transport, shown = HubTransport(hub, ""), "token"
+            transport, shown = HubTransport(hub, "", trust), "token"
         else:
-            transport, shown = HubTransport.by_link(linked(home, hub)), "join link"
+            transport, shown = HubTransport.by_link(linked(home, hub, trust)), "join link"
             yield DoctorStep("address", True, ", ".join(route.url for route in transport.routes))
         route = transport.route
         for one in transport.routes[1:]:  # of several addresses one that answers is enough
@@ -164,7 +181,9 @@ async def _way_to(
         yield DoctorStep(step, True, f"answers in {1000 * await checks.check_tcp(route):.0f} ms{of_proxy}")
         step = "TLS"
         certificate = await checks.check_tls(route)
-        until = f"certificate until {certificate.valid_until}" if certificate else "not used: http://"
+        pinned = route.trust.pin
+        of_key = f"the pinned key {shortened(pinned)}, " if pinned is not None else ""
+        until = f"{of_key}certificate until {certificate.valid_until}" if certificate else "not used: http://"
         yield DoctorStep(step, True, until)
         step = "HTTP"
         theirs = await checks.check_http(route)
@@ -177,7 +196,7 @@ async def _way_to(
             yield DoctorStep("clock", is_near, f"{abs(skew):.0f} s {way} the hub's", fix, 1)
         step = shown
         if isinstance(hub, str):
-            transport = HubTransport(hub, read_token(token_file))
+            transport = HubTransport(hub, read_token(token_file), trust)
         await transport.connect()
         await transport.close()
         yield DoctorStep(step, True, "accepted, and the websocket opens")

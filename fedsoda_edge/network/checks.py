@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,17 +17,19 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 from fedsoda_edge.errors import HubUnreachable
-from fedsoda_edge.network import answers
+from fedsoda_edge.network import answers, tls
 from fedsoda_edge.network.route import Route, bracketed
 
 OPEN_SECONDS = 20.0
+PROBE_SECONDS = 5.0  # of a look at which protocol a port speaks, after a failure
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """A hub's TLS certificate. valid_until: as `ssl` writes it, such as "Jun  1 12:00:00 2027 GMT"."""
+    """A hub's TLS certificate. valid_until: as `ssl` writes it, such as "Jun  1 12:00:00 2027 GMT". pin: of its key."""
 
     valid_until: str
+    pin: bytes
 
 
 def http_client(route: Route, **settings: Any) -> Any:
@@ -35,7 +38,7 @@ def http_client(route: Route, **settings: Any) -> Any:
 
     proxy = None
     if route.proxy is not None:
-        proxy = httpx.Proxy(route.proxy.url, ssl_context=route.tls if route.proxy.scheme == "https" else None)
+        proxy = httpx.Proxy(route.proxy.url, ssl_context=route.tls_of_proxy)
     return httpx.AsyncClient(verify=route.tls or False, proxy=proxy, trust_env=False, **settings)
 
 
@@ -117,42 +120,114 @@ async def check_tls(route: Route) -> Certificate | None:
     """Return the hub's certificate; None for http://, which has no TLS.
 
     Raises:
-        HubUnreachable: the port has no valid certificate, or the proxy does not connect to it.
+        HubUnreachable: the port does not show what it must, or the proxy does not connect to it.
     """
     if route.scheme != "https":
         return None
     if route.proxy is not None:
         async with _healthz(route) as answer:
-            encrypted = answer.extensions["network_stream"].get_extra_info("ssl_object")
-            return Certificate(str(encrypted.getpeercert()["notAfter"]))
+            return _certificate(answer.extensions["network_stream"].get_extra_info("ssl_object"))
     try:
         async with asyncio.timeout(OPEN_SECONDS):
             _, writer = await asyncio.open_connection(route.host, route.port, ssl=route.tls)
     except (OSError, TimeoutError) as error:
-        raise _no_tls(route, str(error) or "timeout") from error
-    found = writer.get_extra_info("peercert")  # verified, so it is there
+        raise await _no_tls(route, error) from error
+    found = _certificate(writer.get_extra_info("ssl_object"))
     writer.close()
-    return Certificate(str(found["notAfter"]))
+    return found
 
 
-def _no_tls(route: Route, why: str) -> HubUnreachable:
-    fix = "check port and certificate, or write http:// if the hub has no TLS"
-    if "CERTIFICATE_VERIFY_FAILED" in why:
-        fix = (
-            "check the address and this device's clock; where the network has a sign-in page, sign in; where a CA of your "
-            "own signed it, name its certificates in SSL_CERT_FILE"
+def _certificate(encrypted: Any) -> Certificate:
+    """Take what is shown of a certificate that was accepted, so that it is there."""
+    from cryptography.x509 import load_der_x509_certificate
+
+    found = load_der_x509_certificate(encrypted.getpeercert(binary_form=True))
+    until = found.not_valid_after_utc
+    return Certificate(f"{until:%b} {until.day:2d} {until:%H:%M:%S %Y} GMT", tls.pin_of(found.public_key()))
+
+
+async def _no_tls(route: Route, error: BaseException) -> HubUnreachable:
+    """Return why a handshake failed, with what was awaited and what came."""
+    where, pin = f"{bracketed(route.host)}:{route.port}", route.trust.pin
+    failure = tls.tls_failure(error)
+    why = str(failure or error) or ("timeout" if isinstance(error, TimeoutError) else type(error).__name__)
+    if isinstance(failure, tls.WrongKey):
+        found = "no key that can be pinned" if failure.found is None else f"the key {tls.shortened(failure.found)}"
+        return HubUnreachable(
+            f"TLS: {where} shows {found}, and {tls.shortened(failure.wanted)} is pinned, so it is not the hub that the pin is "
+            "of, or that hub has lost its key; nothing was sent to it: try another network, and ask the hub's owner for the "
+            "pin that the hub prints at its start",
+            "TLS",
+        )
+    if failure is not None and "CERTIFICATE_VERIFY_FAILED" in why:
+        return HubUnreachable(
+            f"TLS: {where} answers, but not with a valid certificate ({why}); check the address and this device's clock; "
+            "where the network has a sign-in page, sign in; where the hub made its certificate itself, join with the pin "
+            "that it prints at its start (sha256/...); where a CA of your own signed it, name its certificates in "
+            "SSL_CERT_FILE",
+            "TLS",
+        )
+    if route.proxy is None and await _speaks_http(route) and not await _speaks_tls(route):
+        fix = "check the port" if pin is not None else "check the port, or write http:// if that network is yours alone"
+        return HubUnreachable(f"TLS: {where} answers in plain HTTP, not in TLS ({why}); {fix}", "TLS")
+    is_older = any(word in why.upper() for word in ("PROTOCOL_VERSION", "UNSUPPORTED_PROTOCOL"))
+    if pin is not None and (is_older or (route.proxy is None and await _speaks_tls(route, ssl.TLSVersion.TLSv1_2))):
+        return HubUnreachable(
+            f"TLS: {where} speaks an older TLS than 1.3, which a hub whose key is pinned speaks ({why}); check address and "
+            "port: a server in front of the hub has a key of its own",
+            "TLS",
         )
     return HubUnreachable(
-        f"TLS: {bracketed(route.host)}:{route.port} answers, but not with a valid certificate ({why}); {fix}", "TLS"
+        f"TLS: {where} answers, but a TLS handshake with it fails ({why}); check address and port", "TLS"
     )
+
+
+async def _speaks_http(route: Route) -> bool:
+    """Tell whether plain HTTP comes from the hub's port. The question holds nothing of this device."""
+    question = f"GET {route.prefix}/healthz HTTP/1.0\r\nHost: {route.address}\r\n\r\n"
+    with contextlib.suppress(OSError, TimeoutError):
+        async with asyncio.timeout(PROBE_SECONDS):
+            reader, writer = await asyncio.open_connection(route.host, route.port)
+            try:
+                writer.write(question.encode("latin-1", "replace"))
+                return (await reader.read(5)).startswith(b"HTTP/")
+            finally:
+                writer.close()
+    return False
+
+
+async def _speaks_tls(route: Route, newest: ssl.TLSVersion = ssl.TLSVersion.MAXIMUM_SUPPORTED) -> bool:
+    """Tell whether TLS of at most that version comes from the hub's port, whoever's it is: nothing is sent in it."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.maximum_version = newest
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with contextlib.suppress(OSError, TimeoutError):
+        async with asyncio.timeout(PROBE_SECONDS):
+            _, writer = await asyncio.open_connection(route.host, route.port, ssl=context)
+            writer.transport.abort()
+            return True
+    return False
 
 
 async def check_http(route: Route) -> datetime | None:
     """Return the time of the hub's clock, from its answer to /healthz; None where the answer has no date.
 
     Raises:
-        HubUnreachable: there is no answer, or it is not that of a hub.
+        HubUnreachable: there is no answer, it is not that of a hub, or the port speaks TLS.
     """
+    try:
+        return await _clock_of_hub(route)
+    except HubUnreachable as error:
+        if route.scheme == "http" and route.proxy is None and await _speaks_tls(route):
+            raise HubUnreachable(
+                f"TLS: {bracketed(route.host)}:{route.port} speaks TLS, and {route.url} is plain HTTP; write https:// instead "
+                "of http://",
+                "TLS",
+            ) from error
+        raise
+
+
+async def _clock_of_hub(route: Route) -> datetime | None:
     async with _healthz(route) as answer:
         body = await first_bytes(answer)
         if answer.status_code != 200:
@@ -191,16 +266,16 @@ async def _healthz(route: Route) -> AsyncIterator[Any]:
         ):
             yield it
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise not_answered(route, error) from error
+        raise await not_answered(route, error) from error
 
 
-def not_answered(route: Route, error: Exception) -> HubUnreachable:
+async def not_answered(route: Route, error: Exception) -> HubUnreachable:
     """Return the error for a request that had no answer, by what httpx says of it."""
     import httpx
 
     why = str(error) or ("timeout" if isinstance(error, httpx.TimeoutException) else type(error).__name__)
-    if route.scheme == "https" and "CERTIFICATE_VERIFY_FAILED" in why:
-        return _no_tls(route, why)
+    if route.scheme == "https" and not isinstance(error, httpx.ProxyError) and tls.tls_failure(error) is not None:
+        return await _no_tls(route, error)
     if isinstance(error, httpx.ProxyError):
         return answers.no_connection(route, why)
     if route.proxy is not None and isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):

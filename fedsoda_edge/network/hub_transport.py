@@ -15,6 +15,7 @@ from fedsoda_edge.errors import HubUnreachable, RefusedByHub
 from fedsoda_edge.network import answers, checks
 from fedsoda_edge.network.proving import LinkedDevice, prove
 from fedsoda_edge.network.route import Route
+from fedsoda_edge.network.tls import Trust, tls_failure
 from fedsoda_edge.protocol.codec import MAX_FRAME_BYTES, wire_bytes
 
 IDLE_SECONDS = 2.0  # for which a connection is kept to be used again; servers close theirs after five or more
@@ -29,14 +30,15 @@ class HubTransport:
     """The way to one hub. up, down: bytes of websocket payload and framing. route: that of the address in use.
 
     Args:
-        url: the hub's. token: the bearer of all requests.
+        url: the hub's. token: the bearer of all requests. trust: what the hub must show first.
 
     Raises:
-        UsageProblem: on construction, when the URL is not one of a hub, or the environment's proxy is not one.
+        UsageProblem: on construction, when the URL is not one of a hub, the environment's proxy is not one, or plain HTTP
+            would leave this machine and may not.
     """
 
-    def __init__(self, url: str, token: str) -> None:
-        self.route = Route.to(url)
+    def __init__(self, url: str, token: str, trust: Trust = Trust()) -> None:
+        self.route = Route.to(url, trust=trust)
         self.routes: tuple[Route, ...] = (self.route,)
         self._bearer = token
         self._device: LinkedDevice | None = None
@@ -52,7 +54,7 @@ class HubTransport:
         Raises:
             UsageProblem: the environment's proxy is not one.
         """
-        transport = cls(device.urls[0], "")
+        transport = cls(device.urls[0], "", device.trust)
         transport.routes = device.routes()
         transport._device = device
         return transport
@@ -111,7 +113,7 @@ class HubTransport:
         return {"Authorization": f"Bearer {self._bearer}"}
 
     async def _open(self) -> None:
-        from websockets.asyncio.client import connect
+        from websockets.asyncio.client import ClientConnection, connect
         from websockets.exceptions import InvalidProxyStatus, InvalidStatus, ProxyError, WebSocketException
 
         class Straight(connect):
@@ -120,16 +122,24 @@ class HubTransport:
             def process_redirect(self, exc: Exception) -> Exception:
                 return exc
 
+        class Begun(ClientConnection):
+            """A connection whose end counts once it has begun: where TLS fails behind a proxy, only the end is told."""
+
+            def connection_lost(self, exc: Exception | None) -> None:
+                if hasattr(self, "recv_messages"):
+                    super().connection_lost(exc)
+
         await self._hang_up()
         route = self.route
         tls: dict[str, Any] = {}
         if route.scheme == "https":
             tls["ssl"] = route.tls
-        if route.proxy is not None and route.proxy.scheme == "https":
-            tls["proxy_ssl"] = route.tls
+        if route.tls_of_proxy is not None:
+            tls["proxy_ssl"] = route.tls_of_proxy
         try:
             self._socket = await Straight(
                 route.websocket_url,
+                create_connection=Begun,
                 additional_headers=self._headers,
                 compression=None,  # deflate costs 40 x throughput and gains nothing on codes
                 max_size=MAX_FRAME_BYTES,
@@ -147,14 +157,22 @@ class HubTransport:
             raise answers.no_connection(route, str(error.__cause__ or error)) from error
         except (OSError, UnicodeError, WebSocketException, TimeoutError) as error:
             raise await checks.diagnosis(route, error) from error
+        except (
+            TypeError
+        ) as error:  # of asyncio before Python 3.11.8, where a handshake within a proxy's TLS fails (gh-113214)
+            if route.tls_of_proxy is None:
+                raise
+            raise await checks.diagnosis(route, error) from error
 
     async def _no_session(self, status: int, headers: Any, body: bytes) -> Exception:
         """Return why there is another answer than a websocket: a hub's may be there, and only its upgrade be lost."""
         found = answers.refused(self.route, status, headers, body, f"{self.url}/v1/session")
         if status in SESSION_STATUSES and not answers.reason_of(body):
-            with contextlib.suppress(HubUnreachable):
+            try:
                 await checks.check_http(self.route)
-                return answers.no_websockets(self.route, f"HTTP {status}")
+            except HubUnreachable as why:
+                return why if why.step == "TLS" else found  # TLS: the port speaks it, and the address is plain HTTP
+            return answers.no_websockets(self.route, f"HTTP {status}")
         return found
 
     async def send(self, frame: bytes) -> None:
@@ -251,8 +269,8 @@ class HubTransport:
                     if piece:
                         yield piece
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            if isinstance(error, httpx.ProxyError):
-                raise checks.not_answered(self.route, error) from error
+            if isinstance(error, httpx.ProxyError) or tls_failure(error) is not None:
+                raise await checks.not_answered(self.route, error) from error
             raise HubUnreachable(
                 f"the download from {self.url} broke off ({error!r}); join again, which continues it", "HTTP"
             ) from error

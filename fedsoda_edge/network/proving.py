@@ -12,6 +12,7 @@ from typing import Any
 
 from fedsoda_edge.network import answers, checks
 from fedsoda_edge.network.route import Route
+from fedsoda_edge.network.tls import Trust
 from fedsoda_edge.protocol.join_link import JoinLink
 from fedsoda_edge.protocol.proof import MAX_PROOF_BYTES, NONCE_BYTES, DeviceProof
 from fedsoda_edge.protocol.signatures import SigningKey
@@ -21,22 +22,28 @@ from fedsoda_edge.protocol.signatures import SigningKey
 class LinkedDevice:
     """A device that has a join link.
 
-    key: the device's own. urls: the hub's, in the order in which they are to be tried. worked: is told the one on which
-    the hub let this device in.
+    key: the device's own. urls: the hub's, in the order in which they are to be tried. insecure_http: whether plain HTTP may
+    leave this machine. worked: is told the one on which the hub let this device in.
     """
 
     link: JoinLink
     key: SigningKey
     urls: Sequence[str]
+    insecure_http: bool
     worked: Callable[[str], None] = field(repr=False)
+
+    @property
+    def trust(self) -> Trust:
+        """What the hub must show first: the TLS key that the link names, if it names one."""
+        return Trust(self.link.tls_pin, self.insecure_http)
 
     def routes(self) -> tuple[Route, ...]:
         """Decide the way to each address.
 
         Raises:
-            UsageProblem: the environment's proxy is not one.
+            UsageProblem: the environment's proxy is not one, or plain HTTP would leave this machine and may not.
         """
-        return tuple(Route.to(url) for url in self.urls)
+        return tuple(Route.to(url, trust=self.trust) for url in self.urls)
 
 
 async def prove(device: LinkedDevice, route: Route) -> str:

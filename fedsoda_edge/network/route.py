@@ -1,7 +1,7 @@
-"""Decide the way to one address, once for all that talk to it: path, proxy and certificates.
+"""Decide the way to one address, once for all that talk to it: path, proxy, and what the hub must show.
 
-The websocket, the downloads and `doctor` all ask a Route; neither library reads the environment for itself. Whether
-anything answers on that way is left to `checks.py`.
+The websocket, the downloads and `doctor` all ask a Route; neither library reads the environment for itself. Contexts of TLS
+are `tls.py`'s; whether anything answers on that way is left to `checks.py`.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
 from fedsoda_edge.errors import UsageProblem
+from fedsoda_edge.network import tls
+from fedsoda_edge.network.tls import Trust
 
 PORTS = {"http": 80, "https": 443, "socks5h": 1080}
 # What tools write into all_proxy for a SOCKS 5 proxy. The proxy resolves names in each case: with one rule both libraries
 # reach the same host, also one that only the proxy knows.
 SOCKS_5 = ("socks", "socks5", "socks5h")
-CA_FILES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 HOW_TO_WRITE = "write http://host:port or https://host"
 
 
@@ -66,23 +66,27 @@ class Route:
     proxy: Proxy | None
     around: str
     environment: Mapping[str, str] = field(repr=False)
+    trust: Trust = field(default_factory=Trust)
 
     @classmethod
-    def to(cls, url: str, environment: Mapping[str, str] | None = None) -> Route:
-        """Decide the way to a hub.
+    def to(cls, url: str, environment: Mapping[str, str] | None = None, trust: Trust = Trust()) -> Route:
+        """Decide the way to a hub. An address without a scheme is https://, or http:// on this machine.
 
         Args:
             environment: None: this process's.
 
         Raises:
-            UsageProblem: the URL is not one of a hub, or a variable does not name a proxy.
+            UsageProblem: the URL is not one of a hub, a variable does not name a proxy, or plain HTTP would leave this
+                machine and may not.
         """
         environment = os.environ if environment is None else environment
         url = url.strip()
         shown = _without_secrets(url)
         try:
-            parts = urlsplit(url if "://" in url else f"http://{url}")
+            parts = urlsplit(url if "://" in url else f"https://{url}")
             scheme, host, port = parts.scheme, parts.hostname or "", parts.port
+            if "://" not in url and trust.pin is None and is_loopback(host):
+                scheme = "http"
             is_address = scheme in ("http", "https") and re.fullmatch(r"[^\s\x00-\x1f]+", host) and port != 0
         except ValueError:  # a port above 65535 or without digits, an open bracket
             is_address = False
@@ -101,7 +105,9 @@ class Route:
         port = port or PORTS[scheme]
         prefix = quote(parts.path.rstrip("/"), safe="/%:@!$&'()*+,;=~-._")
         proxy, around = choose_proxy(scheme, host, port, environment)
-        return cls(scheme, parts.netloc, host, port, prefix, proxy, around, environment)
+        if scheme == "http":
+            _check_plain(shown, host, proxy, trust)
+        return cls(scheme, parts.netloc, host, port, prefix, proxy, around, environment, trust)
 
     @property
     def url(self) -> str:
@@ -131,13 +137,57 @@ class Route:
 
     @cached_property
     def tls(self) -> ssl.SSLContext | None:
-        """The certificates to trust on this way; None where nothing on it speaks TLS.
+        """The context for the hub; None for http://, which has no TLS.
 
         Raises:
             UsageProblem: a variable names certificates that cannot be read.
         """
-        speaks_tls = self.scheme == "https" or (self.proxy is not None and self.proxy.scheme == "https")
-        return trusted(self.environment) if speaks_tls else None
+        if self.scheme != "https":
+            return None
+        return tls.pinned(self.trust.pin) if self.trust.pin is not None else tls.trusted(self.environment)
+
+    @cached_property
+    def tls_of_proxy(self) -> ssl.SSLContext | None:
+        """The context for a proxy that speaks TLS itself, which no pin is of; None: there is none.
+
+        Raises:
+            UsageProblem: as `tls`.
+        """
+        return tls.trusted(self.environment) if self.proxy is not None and self.proxy.scheme == "https" else None
+
+
+def _check_plain(shown: str, host: str, proxy: Proxy | None, trust: Trust) -> None:
+    """Check that plain HTTP stays on this machine, or may leave it.
+
+    Raises:
+        UsageProblem: it leaves it and may not, or a key is pinned, which plain HTTP does not show.
+    """
+    if trust.pin is not None:
+        raise UsageProblem(
+            f"{shown} is plain HTTP, which shows no key, but the key {tls.shortened(trust.pin)} is pinned; write https://"
+        )
+    if trust.insecure_http or (is_loopback(host) and (proxy is None or is_loopback(proxy.host))):
+        return
+    way = "" if proxy is None else f" through the proxy {proxy}"
+    readable = "whoever is on the way could read this device's token and its updates, and change what the hub sends"
+    if is_loopback(host):
+        raise UsageProblem(
+            f"{shown} would leave this machine as plain HTTP{way}: {readable}; add {host} to no_proxy, or allow it with "
+            "insecure_http"
+        )
+    raise UsageProblem(
+        f"{shown} is plain HTTP to another machine{way}: {readable}; write https:// (a hub that listens beyond its own "
+        "machine speaks TLS, and prints at its start the pin='sha256/...' to give with it), or allow it with insecure_http "
+        "where the network is yours alone"
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether a host is this machine, whatever its resolver says."""
+    address = _ip(host)
+    if address is None:
+        return host.lower() == "localhost"
+    return address.is_loopback or address.is_unspecified  # to 0.0.0.0 systems connect as to 127.0.0.1
 
 
 def bracketed(host: str) -> str:
@@ -253,44 +303,3 @@ def _ip(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     except ValueError:
         return None
     return getattr(address, "ipv4_mapped", None) or address
-
-
-# --- certificates ----------------------------------------------------------------------------------------------------
-
-
-def trusted(environment: Mapping[str, str]) -> ssl.SSLContext:
-    """Return a context that trusts what the environment names, else this system, else the package certifi.
-
-    Raises:
-        UsageProblem: a variable names certificates that cannot be read.
-    """
-    for name in CA_FILES:
-        if value := environment.get(name):
-            return _trusting(name, value)
-    if value := environment.get("SSL_CERT_DIR"):
-        return _trusting("SSL_CERT_DIR", value)
-    context = ssl.create_default_context()
-    paths = ssl.get_default_verify_paths()
-    has_directory = paths.capath is not None and any(Path(paths.capath).iterdir())
-    if not (context.cert_store_stats()["x509_ca"] or has_directory):  # a small container, another Linux's Python
-        import certifi
-
-        context.load_verify_locations(certifi.where())
-    return context
-
-
-def _trusting(name: str, value: str) -> ssl.SSLContext:
-    directories = value.split(os.pathsep) if name == "SSL_CERT_DIR" else [value]
-    context = ssl.create_default_context()
-    for path in map(Path, directories):
-        try:
-            if path.is_dir():
-                context.load_verify_locations(capath=path)
-            else:
-                context.load_verify_locations(cafile=path)
-        except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-            raise UsageProblem(
-                f"{name} names {str(path)!r}, from which no certificates can be read ({error}); name a file of "
-                "certificates in PEM form, or unset it"
-            ) from error
-    return context

@@ -135,10 +135,26 @@ def next_step(state: LedgerState, rounds: int) -> str:
             return f"next: nothing, the run is over after {counted(state.round, 'round')}; edges that join learn that"
 
 
+def _where(event: events.Listening) -> str:
+    """Say where edges reach the hub, how they know it, and what is not encrypted."""
+    lines = [f"serving {event.run} at {event.url}"]
+    if event.is_behind_proxy:
+        lines.append(
+            '[tls] mode = "off": this port speaks plain HTTP, and whoever reaches it reads tokens and updates; let only a '
+            "proxy that speaks TLS reach it"
+        )
+    if event.public_url is not None and event.public_url != event.url:
+        guess = " (a guess; [listen] public_url says it)" if event.is_guess else ""
+        lines.append(f"edges reach it at {event.public_url}{guess}")
+    if event.pin is not None:
+        lines.append(f"its TLS key, for fedsoda-edge --pin: {event.pin}")
+    return "\n".join(lines)
+
+
 def _sentence(event: events.HubEvent) -> str:
     match event:
         case events.Listening():
-            return f"serving {event.run} at {event.url}"
+            return _where(event)
         case events.DiskProgress():
             needed, free = human_bytes(event.needed_bytes), human_bytes(event.free_bytes)
             return f"{event.stage}: needs {needed} of disk, {free} are free"

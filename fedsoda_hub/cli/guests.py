@@ -114,19 +114,23 @@ def _hand_over_link(
     """
     from fedsoda_edge.protocol.join_link import SECRET_BYTES, JoinLink
     from fedsoda_edge.protocol.proof import invitation_key
-    from fedsoda_hub.cli.reach import reached_at
     from fedsoda_hub.run.devices import at_words
     from fedsoda_hub.run.directory import RunDirectory
     from fedsoda_hub.run.keys import signing_key
     from fedsoda_hub.run.ledger import opened
     from fedsoda_hub.run.tokens import write_secret
+    from fedsoda_hub.serving.tls import way_in
 
     until = time.time() + parse_seconds(expires, "--expires")
     directory = RunDirectory(settings.run_dir)
-    addresses, tls_pin, is_plain = reached_at(settings)
+    way = way_in(settings)
+    if way.is_guess:
+        note(
+            f"note: nobody said where devices reach the hub, so the link names {way.addresses[0]}; [listen] public_url says it"
+        )
     with opened(directory) as ledger:
         secret = secrets.token_bytes(SECRET_BYTES)
-        link = JoinLink(addresses, signing_key(directory.signing_key).public, secret, tls_pin, is_plain)
+        link = JoinLink(way.addresses, signing_key(directory.signing_key).public, secret, way.tls_pin, way.is_plain)
         before = keep(ledger.devices, invitation_key(secret).public, until)
         values = {"status": "ok", "edge": name, "kind": "link", "expires": until}
         try:
@@ -139,7 +143,7 @@ def _hand_over_link(
                 ledger.devices.put_back(name, before)
             raise
     note(
-        f"the link lets one device join as {name}, {', '.join(addresses)}, until {at_words(until)}; "
+        f"the link lets one device join as {name}, {', '.join(way.addresses)}, until {at_words(until)}; "
         "once a device has used it, it is worth nothing to anybody else"
     )
     if out is not None:

@@ -30,6 +30,7 @@ ITS_OWN: dict[str, tuple[str, ...] | None] = {
     "name": None,
     "seed": None,
     "listen": None,
+    "tls": None,
     "rounds": ("min_edges", "quorum", "deadline_seconds"),
 }
 ITS_OWN |= {"task": ("eval_every",)}

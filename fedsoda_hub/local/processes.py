@@ -51,12 +51,12 @@ async def federate(
     Raises:
         WorkerFailed: a process ended with a status other than 0.
     """
-    listening: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    listening: asyncio.Future[events.Listening] = asyncio.get_running_loop().create_future()
 
     def heard(line: bytes) -> None:
         event = events.read(line)
         if isinstance(event, events.Listening):
-            listening.set_result(event.url)
+            listening.set_result(event)
         if event is not None:
             say(event)
 
@@ -71,7 +71,9 @@ async def federate(
             following[0].result()
             raise WorkerFailed("the hub ended before any edge could join", "")
         for name, data in edges.items() if listening.done() else ():
-            join = ["join", listening.result(), "--token-file", str(_token(settings, name, homes)), "--data", str(data)]
+            hub = listening.result()
+            join = ["join", hub.url, "--token-file", str(_token(settings, name, homes)), "--data", str(data)]
+            join += ["--pin", hub.pin] if hub.pin is not None else []
             home = {"FEDSODA_HOME": str(homes / name), "no_proxy": "*"}  # the hub is on this machine
             processes.append(Process("fedsoda_edge", [*join, "--jsonl"], {**environment, **home}))
             await processes[-1].start()

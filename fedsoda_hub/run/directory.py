@@ -63,6 +63,21 @@ class RunDirectory:
         return self.path / "hub.key"
 
     @property
+    def tls_key(self) -> Path:
+        """The file with the key of the hub's own TLS, which devices pin; mode 0600."""
+        return self.path / "tls.key"
+
+    @property
+    def tls_certificate(self) -> Path:
+        """The file with the certificate that the hub made for that key."""
+        return self.path / "tls.pem"
+
+    @property
+    def tls_pin(self) -> Path:
+        """The file with the pin of the key that the hub shows, its own or its owner's."""
+        return self.path / "tls.pin"
+
+    @property
     def address(self) -> Path:
         """The file with the URL of the hub that serves the run; only while it serves."""
         return self.path / "address"

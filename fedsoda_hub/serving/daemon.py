@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
+
+from fedsoda_edge.network.tls import pin_text
 from fedsoda_edge.ports import Clock, SystemClock, TorchPort
 from fedsoda_edge.ports.child import Child
 from fedsoda_edge.ports.disk import write_durably
 from fedsoda_edge.ports.system import on_signal_in
 from fedsoda_hub import events
 from fedsoda_hub.federation.rounds import RoundMachine
-from fedsoda_hub.run.keys import signing_key
 from fedsoda_hub.serving.connection import Door, Hub
 from fedsoda_hub.serving.decisions import Decisions, Inbox
 from fedsoda_hub.serving.first_of import first_of
@@ -25,6 +27,7 @@ from fedsoda_hub.serving.roster import Roster
 from fedsoda_hub.serving.shelf import Shelf
 from fedsoda_hub.serving.signer import Signer
 from fedsoda_hub.serving.standing import Standing
+from fedsoda_hub.serving.tls import Encryption, is_behind_proxy, way_in
 from fedsoda_hub.serving.torch_jobs import TorchJobs
 from fedsoda_hub.serving.uploads import Uploads
 from fedsoda_hub.settings.run import RunSettings
@@ -50,9 +53,8 @@ class Daemon:
         self.machine = RoundMachine(rules_of(settings), run.state)
         self.shelf = Shelf(run.directory, run.state)
         self.uploads = Uploads(run.directory.blobs, settings.wire.codec)
-        key = signing_key(run.directory.signing_key)
         state = run.state
-        self.proofs = Proofs(key, run.ledger.devices, lambda: state.run_id, clock.monotonic, clock.wall)
+        self.proofs = Proofs(run.key, run.ledger.devices, lambda: state.run_id, clock.monotonic, clock.wall)
         self.roster = Roster(
             settings,
             self.machine.rules,
@@ -122,7 +124,7 @@ class Daemon:
         """Serve until the run is over (with `exit_when_done`) or a signal comes.
 
         Raises:
-            UsageProblem: the port is in use.
+            UsageProblem: the port is in use, or the owner's certificate cannot be used.
             WorkerFailed: the process that owns torch ended three times in one job.
             KeyboardInterrupt: SIGINT came.
         """
@@ -144,8 +146,10 @@ class Daemon:
         """
         listen = self.settings.listen
         try:
-            door = self._door or Listener(listen.host, listen.port)
-            self.monitoring.url = f"http://{f'[{listen.host}]' if ':' in listen.host else listen.host}:{door.port}"
+            encryption = Encryption.of(self.settings) if self._door is None else None
+            door = self._door or Listener(listen.host, listen.port, encryption)
+            scheme, host = "http" if encryption is None else "https", listen.host
+            self.monitoring.url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{door.port}"
             self.shelf.follow(self.disk.ledger.records())
             try:
                 await self._until_over(door, stop, exit_when_done)
@@ -184,8 +188,22 @@ class Daemon:
         await self.shelf.stocked.wait()
         await door.open(Hub(self.roster, self.shelf, self.monitoring))
         write_durably(self.disk.directory.address, self.url.encode())
-        self._say(events.Listening(url=self.url, run=self.settings.name))
+        self._say(self._listening(door))
         await door.broken()
+
+    def _listening(self, door: Door) -> events.Listening:
+        """Tell where edges may join, as far as it is known."""
+        said = events.Listening(url=self.url, run=self.settings.name)
+        if self._door is not None:
+            return said
+        is_bare = is_behind_proxy(self.settings)
+        if is_bare and self.settings.listen.public_url is None:
+            return msgspec.structs.replace(said, is_behind_proxy=True)
+        way = way_in(self.settings, door.port)
+        pin = None if way.tls_pin is None else pin_text(way.tls_pin)
+        return msgspec.structs.replace(
+            said, public_url=way.urls[0], is_guess=way.is_guess, pin=pin, is_behind_proxy=is_bare
+        )
 
     async def _end(self, stop: asyncio.Future[str], exit_when_done: bool) -> None:
         """Return when a signal came, or when the run is over and its edges know it or were waited for."""

@@ -11,6 +11,7 @@ import contextlib
 import ipaddress
 import logging
 import socket
+import ssl
 from collections.abc import Awaitable, Callable, Iterator
 
 import msgspec
@@ -22,6 +23,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from fedsoda_edge.errors import ProtocolViolation, UsageProblem
+from fedsoda_edge.network import tls
 from fedsoda_edge.ports.system import descriptors_left
 from fedsoda_edge.protocol.codec import MAX_FRAME_BYTES
 from fedsoda_edge.protocol.messages import PROTOCOL_VERSION
@@ -31,6 +33,7 @@ from fedsoda_hub.run.status import LiveStatus
 from fedsoda_hub.run.tokens import Token
 from fedsoda_hub.serving.connection import Connection, Hub
 from fedsoda_hub.serving.strangers import Complaints, ConnectionLimits, Strangers, guarded
+from fedsoda_hub.serving.tls import Encryption, encrypted
 
 PING_SECONDS = 10.0  # an edge that is gone is noticed within the sum of both; pings also keep proxies from timing out
 PONG_SECONDS = 20.0
@@ -242,6 +245,7 @@ def ask_running_hub(directory: RunDirectory) -> LiveStatus | None:
 
     if not directory.address.exists():
         return None
+    verify: ssl.SSLContext | bool = False
     url = (
         directory.address.read_text(errors="replace")
         .replace("//0.0.0.0:", "//127.0.0.1:")
@@ -252,14 +256,22 @@ def ask_running_hub(directory: RunDirectory) -> LiveStatus | None:
     except (OSError, UnicodeDecodeError):  # of another user; from its own machine a hub answers without it
         secret = ""
     try:
+        if url.startswith("https://"):  # the secret goes to who holds the hub's key, and to nobody else
+            verify = tls.pinned(tls.read_pin(directory.tls_pin.read_text(errors="replace")))
         answer = httpx.get(
-            f"{url}/v1/status", headers={"Authorization": f"Bearer {secret}"}, timeout=5, trust_env=False
+            f"{url}/v1/status",
+            headers={"Authorization": f"Bearer {secret}"} if secret else {},
+            timeout=5,
+            trust_env=False,
+            verify=verify,
         )
         return msgspec.json.decode(answer.content, type=LiveStatus) if answer.status_code == 200 else None
     except (
         httpx.HTTPError,
         httpx.InvalidURL,
         ValueError,
+        OSError,
+        UsageProblem,
     ):  # a killed hub leaves its address, and others may take the port
         return None
 
@@ -267,11 +279,16 @@ def ask_running_hub(directory: RunDirectory) -> LiveStatus | None:
 class Listener:
     """A `Door` to the network. The port is bound now, so that a port in use is known before any preparation.
 
+    Args:
+        encryption: what connections are encrypted with; None: plain HTTP.
+
     Raises:
         UsageProblem: the port is in use, or this user may not bind it.
     """
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, encryption: Encryption | None = None) -> None:
+        self._encryption = encryption
+        self._renewing: asyncio.Task[None] | None = None
         self._taken = bind(host, port)
         self.port = int(self._taken.getsockname()[1])
         self._defects: asyncio.Queue[Exception] = asyncio.Queue()
@@ -285,7 +302,9 @@ class Listener:
             UsageProblem: another program listens there by now.
         """
         listen(self._taken)
-        self._server = Server(hub, self._defects.put_nowait)
+        self._server = Server(hub, self._defects.put_nowait, encryption=self._encryption)
+        if self._encryption is not None:
+            self._renewing = asyncio.create_task(self._encryption.keep())
         self._serving = asyncio.create_task(self._server.serve(sockets=[self._taken]))
         started = asyncio.create_task(self._server.has_started.wait())
         await asyncio.wait({started, self._serving}, return_when=asyncio.FIRST_COMPLETED)
@@ -295,10 +314,13 @@ class Listener:
         """Wait for a defect behind the port, or the end of the server; raise that."""
         assert self._serving is not None, "`open` comes first"
         defect = asyncio.create_task(self._defects.get())
+        parts = {defect, self._serving} | ({self._renewing} if self._renewing is not None else set())
         try:
-            await asyncio.wait({defect, self._serving}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
             if defect.done():
                 raise defect.result()
+            if self._renewing is not None and self._renewing.done():
+                self._renewing.result()
             self._serving.result()
             raise RuntimeError("uvicorn ended although the hub did not stop it")
         finally:
@@ -306,6 +328,8 @@ class Listener:
 
     async def close(self) -> None:
         """End all connections and release the port."""
+        if self._renewing is not None:
+            self._renewing.cancel()
         if self._server is not None and self._serving is not None:
             self._server.should_exit = True
             await asyncio.wait({self._serving})
@@ -316,18 +340,25 @@ class Server(uvicorn.Server):
     """A uvicorn without signal handlers: signals are the daemon's. Strangers are bounded, and told of once a minute.
 
     Args:
-        limits: None: those of this process.
+        limits: None: those of this process. encryption: None: plain HTTP.
     """
 
-    def __init__(self, hub: Hub, broke: Broke, limits: ConnectionLimits | None = None) -> None:
+    def __init__(
+        self,
+        hub: Hub,
+        broke: Broke,
+        limits: ConnectionLimits | None = None,
+        encryption: Encryption | None = None,
+    ) -> None:
         limits = limits or ConnectionLimits(descriptors_left())
         self._complaints = Complaints(asyncio.get_running_loop().time)
+        of_http = guarded(Strangers(limits, self._complaints))
         super().__init__(
             uvicorn.Config(
                 make_app(hub, broke),
                 log_config=None,
                 lifespan="off",
-                http=guarded(Strangers(limits, self._complaints)),
+                http=of_http if encryption is None else encrypted(of_http, encryption),  # type: ignore[arg-type]
                 ws="websockets-sansio",
                 ws_max_size=MAX_FRAME_BYTES,
                 ws_per_message_deflate=False,  # costs 40 x throughput on tensors and 50 KiB a connection

@@ -12,7 +12,7 @@ import errno
 import logging
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -81,15 +81,26 @@ class Complaints:
             loop.default_exception_handler(context)
 
 
+class Stranger(Protocol):
+    """A connection that has to say something yet."""
+
+    @property
+    def address(self) -> str:
+        """The IP address of the other side."""
+
+    def end(self) -> None:
+        """End the connection at once: who is not heard is not answered either."""
+
+
 class Strangers:
     """The connections on which no request is under way, the one that has waited longest first."""
 
     def __init__(self, limits: ConnectionLimits, complaints: Complaints) -> None:
         self.limits = limits
         self.complaints = complaints
-        self._waiting: dict[Guarded, asyncio.TimerHandle] = {}
+        self._waiting: dict[Stranger, asyncio.TimerHandle] = {}
 
-    def come(self, connection: Guarded, num_connections: int) -> None:
+    def come(self, connection: Stranger, num_connections: int) -> None:
         """Take a connection that has to say something; end another one, or this one, where there are too many."""
         self.known(connection)
         loop = asyncio.get_running_loop()
@@ -106,19 +117,19 @@ class Strangers:
             self._make_room(list(self._waiting))
         self._waiting[connection] = loop.call_later(SILENT_SECONDS, self._silent, connection)
 
-    def known(self, connection: Guarded) -> None:
+    def known(self, connection: Stranger) -> None:
         """Note that a request has come on a connection, or that it is gone."""
         if (timer := self._waiting.pop(connection, None)) is not None:
             timer.cancel()
 
-    def _make_room(self, candidates: list[Guarded]) -> bool:
+    def _make_room(self, candidates: list[Stranger]) -> bool:
         for oldest in candidates[:1]:
             self.complaints.add("ended to make room for another")
             self.known(oldest)
             oldest.end()
         return bool(candidates)
 
-    def _silent(self, connection: Guarded) -> None:
+    def _silent(self, connection: Stranger) -> None:
         self.complaints.add(f"ended after {SILENT_SECONDS:.0f} s without a request")
         self.known(connection)
         connection.end()
@@ -131,11 +142,9 @@ class Guarded(H11Protocol):
 
     @property
     def address(self) -> str:
-        """The IP address of the other side."""
         return self.client[0] if self.client else ""
 
     def end(self) -> None:
-        """End the connection at once: who is not heard is not answered either."""
         self.transport.abort()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]

@@ -15,13 +15,17 @@ from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.protocol.template import TextTemplate
 from fedsoda_hub.settings.combine import settled
 from fedsoda_hub.settings.keys import TOML, SettingValue, flat
+from fedsoda_hub.settings.listening import check_listening
 from fedsoda_hub.settings.methods import METHODS, UNREAD
 from fedsoda_hub.settings.tables import SELF_GENERATED, Public, Tables
 from fedsoda_hub.settings.toml import check, read_toml
 
-# What may change once a run is prepared, beside [listen], [blobs] and [task] eval_*: where it computes, and when a round closes.
+# What may change once a run is prepared, beside [listen], [tls], [blobs] and [task] eval_*: where it computes, and when a round
+# closes.
 _FREE = ("path", "device", "[rounds] count", "[rounds] quorum", "[rounds] deadline_seconds")
-MAY_CHANGE = "device, [rounds] count, quorum and deadline_seconds, [listen], [blobs], [task] eval_data and eval_every"
+MAY_CHANGE = (
+    "device, [rounds] count, quorum and deadline_seconds, [listen], [tls], [blobs], [task] eval_data and eval_every"
+)
 
 
 # Keys that runs of older hubs recorded and that are gone, with the value that every run has now.
@@ -64,6 +68,20 @@ class RunSettings(Tables, frozen=True):
         return self.directory / self.task.eval_data if self.task.eval_data else None
 
     @property
+    def speaks_tls(self) -> bool:
+        """Whether the hub speaks TLS by itself."""
+        if self.tls.mode == "auto":
+            return self.tls.certificate is not None or not self.listen.is_loopback
+        return self.tls.mode == "on"
+
+    @property
+    def own_certificate(self) -> tuple[Path, Path] | None:
+        """The owner's files of certificate and key; None: the hub makes its own."""
+        if self.tls.certificate is None:
+            return None
+        return self.directory / self.tls.certificate, self.directory / (self.tls.key or self.tls.certificate)
+
+    @property
     def prompt(self) -> TextTemplate:
         """The template of what is asked."""
         return TextTemplate(self.task.prompt)
@@ -78,7 +96,7 @@ class RunSettings(Tables, frozen=True):
         return {
             key: value
             for key, value in flat(msgspec.to_builtins(self)).items()
-            if key not in _FREE and not key.startswith(("[listen]", "[blobs]", "[task] eval_"))
+            if key not in _FREE and not key.startswith(("[listen]", "[tls]", "[blobs]", "[task] eval_"))
         }
 
 
@@ -102,6 +120,7 @@ def settings_of(raw: TOML, path: Path) -> RunSettings:
         UsageProblem: as in `read_settings`.
     """
     settings = _checked(raw, str(path.resolve()), path.name)
+    check_listening(settings.listen, settings.tls, settings.speaks_tls, path.name)
     for template in (settings.task.prompt, settings.task.completion):
         TextTemplate(template)
     for label, file in (

@@ -6,6 +6,7 @@ unless `methods.py` has another one; which keys go together is `combine.py`'s.
 
 from __future__ import annotations
 
+import ipaddress
 from typing import Annotated, Literal
 
 import msgspec
@@ -236,6 +237,37 @@ class Listen(Section, frozen=True):
 
     host: Annotated[str, Meta(description="address to listen on; 0.0.0.0: all of this machine's")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0: any that is free")] = 8470
+    public_url: Annotated[
+        str | None,
+        Meta(description="address at which edges reach the hub, such as https://hub.example.org; not given: a guess"),
+    ] = None
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether the hub is reached from its own machine alone."""
+        try:
+            address = ipaddress.ip_address(self.host.partition("%")[0])
+        except ValueError:
+            return self.host.lower() == "localhost"
+        return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
+class TLS(Section, frozen=True):
+    """[tls]: how what travels is encrypted."""
+
+    mode: Annotated[
+        Literal["auto", "on", "off"],
+        Meta(
+            description="whether the hub speaks TLS by itself; auto: beyond its own machine; off: only behind a proxy that does"
+        ),
+    ] = "auto"
+    certificate: Annotated[
+        str | None,
+        Meta(description="a PEM file with a certificate of your own and its chain; not given: the hub makes one"),
+    ] = None
+    key: Annotated[
+        str | None, Meta(description="the PEM file of its key; not given: the file of the certificate holds it too")
+    ] = None
 
 
 class Blobs(Section, frozen=True):
@@ -286,3 +318,4 @@ class Tables(Section, frozen=True):
     task: Task = Task()
     listen: Listen = Listen()
     blobs: Blobs = msgspec.field(default_factory=Blobs)
+    tls: TLS = TLS()

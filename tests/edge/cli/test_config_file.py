@@ -70,7 +70,7 @@ def test_an_option_goes_before_its_variable_and_that_before_the_file(
         '  device = "cpu"',
         "settings from the command line:",
         "  threads = 2",
-        "3 other settings at the default; --debug shows them",
+        "4 other settings at the default; --debug shows them",
         "next: connect to http://127.0.0.1:1, check which sub-LLM fits this device, and fetch it",
     ]
     assert said[-1].startswith("error: there is no token")

@@ -37,9 +37,17 @@ class Looks(WorkerHere):
         return Examined(torch="2.13", threads=2, device="cpu", dtype="float32", accelerator="", nf4_problem="")  # type: ignore[return-value]
 
 
-def examined(url: str | None, directory: Path, clock: Clock | None = None) -> AsyncIterator[DoctorStep]:
+def examined(
+    url: str | None,
+    directory: Path,
+    clock: Clock | None = None,
+    *,
+    pin: str | None = None,
+    insecure_http: bool = False,
+) -> AsyncIterator[DoctorStep]:
     """The checks with `directory / "token"`."""
-    return examine(url, directory / "token", Home(directory / "home"), worker=Looks(), clock=clock)
+    home = Home(directory / "home")
+    return examine(url, directory / "token", home, pin=pin, insecure_http=insecure_http, worker=Looks(), clock=clock)
 
 
 async def all_of(checks: AsyncIterator[DoctorStep]) -> list[DoctorStep]:
@@ -87,7 +95,8 @@ def test_what_the_worker_gave_up_is_a_step_of_its_own(tmp_path: Path, found: Con
     ("url", "steps", "sentence", "status"),
     [
         ("http://h:99999", ["address"], "is not the address of a hub", 2),
-        ("http://hub.invalid", ["DNS"], "check its spelling", 3),
+        ("http://hub.invalid", ["address"], "is plain HTTP to another machine", 2),
+        ("https://hub.invalid", ["DNS"], "check its spelling", 3),
         ("http://127.0.0.1:9", ["DNS", "TCP"], "check that the hub runs and that the port is open", 3),
     ],
 )

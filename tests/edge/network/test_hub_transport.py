@@ -164,7 +164,7 @@ def unreachable(scheme: str, answer: Callable[[str], bytes]) -> HubUnreachable:
 
 @pytest.mark.parametrize("host", ["hub.invalid", "hub..example"])
 def test_a_name_without_address_fails_at_dns(host: str) -> None:
-    failure = asyncio.run(failure_of(HubTransport(f"http://{host}:8470", "good")))
+    failure = asyncio.run(failure_of(HubTransport(f"https://{host}:8470", "good")))
     assert isinstance(failure, HubUnreachable)
     assert failure.step == "DNS"
     assert str(failure).startswith(f"DNS: the name {host!r} has no address (")
@@ -188,8 +188,11 @@ def test_a_closed_port_fails_at_tcp() -> None:
 def test_https_to_a_port_without_tls_fails_at_tls(words: bytes) -> None:
     failure = unreachable("https", lambda _: words)
     assert failure.step == "TLS"
-    assert str(failure).startswith("TLS: 127.0.0.1:PORT answers, but not with a valid certificate (")
-    assert str(failure).endswith("; check port and certificate, or write http:// if the hub has no TLS")
+    says_http = words.startswith(b"HTTP/")
+    what = "in plain HTTP, not in TLS" if says_http else ", but a TLS handshake with it fails"
+    assert str(failure).startswith(f"TLS: 127.0.0.1:PORT answers{' ' * says_http}{what} (")
+    fix = "check the port, or write http:// if that network is yours alone" if says_http else "check address and port"
+    assert str(failure).endswith(f"; {fix}")
     assert failure.exit_status == 3
 
 
@@ -233,8 +236,9 @@ def test_what_is_no_address_is_refused_before_anything_is_sent(url: str) -> None
     assert failure.value.exit_status == 2
 
 
-def test_an_address_without_scheme_is_http() -> None:
-    assert HubTransport("10.0.0.5:8470", "good").url == "http://10.0.0.5:8470"
+def test_an_address_without_scheme_is_https_and_on_this_machine_http() -> None:
+    assert HubTransport("10.0.0.5:8470", "good").url == "https://10.0.0.5:8470"
+    assert HubTransport("127.0.0.1:8470", "good").url == "http://127.0.0.1:8470"
 
 
 # -- at the door ----------------------------------------------------------------------------------------

@@ -16,10 +16,12 @@ from fedsoda_edge.errors import FedSODAError, HubUnreachable
 from fedsoda_edge.join.doctor import DoctorStep
 from fedsoda_edge.network import checks
 from fedsoda_edge.network.hub_transport import HubTransport
+from fedsoda_edge.network.tls import Trust
 from tests.edge.join.test_doctor import DEVICE, all_of, examined
 from tests.edge.network.certificates import write_certificate
 from tests.edge.network.test_hub_transport import DATA, DIGEST, SmallHub, failure_of, fetched, listening
 
+PLAIN = Trust(insecure_http=True)
 VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR")
 
 
@@ -39,7 +41,7 @@ def hub(tmp_path: Path) -> SmallHub:
 
 async def used(url: str) -> tuple[bytes, Exception | None]:
     """Open the conversation and fetch the file; what came, and what went wrong."""
-    edge = HubTransport(url, "good")
+    edge = HubTransport(url, "good", PLAIN)
     try:
         await edge.connect()
         return await fetched(edge, 0), None
@@ -82,7 +84,7 @@ def test_a_name_that_only_the_proxy_knows_is_reached_by_conversation_download_an
                 assert await used("http://hub.internal:8470") == (DATA, None)
                 assert [line[: len(want)] for line, want in zip(proxy.asked, asked, strict=True)] == asked
                 proxy.asked.clear()
-                found = steps(await all_of(examined("http://hub.internal:8470", tmp_path)))
+                found = steps(await all_of(examined("http://hub.internal:8470", tmp_path, insecure_http=True)))
                 assert all(found[name].passed for name in ("DNS", "TCP", "TLS", "HTTP", "clock", "token"))
                 assert found["DNS"].detail == "127.0.0.1, of the proxy"
                 assert len(proxy.asked) >= 2
@@ -171,14 +173,14 @@ def test_a_dead_proxy_is_named_and_not_the_hub(monkeypatch: pytest.MonkeyPatch, 
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
         monkeypatch.setenv("all_proxy", f"{scheme}://127.0.0.1:{port}")
-        failure = asyncio.run(failure_of(HubTransport("http://hub.internal:8470", "good")))
+        failure = asyncio.run(failure_of(HubTransport("http://hub.internal:8470", "good", PLAIN)))
     assert str(failure).startswith(f"TCP: the proxy {scheme}://127.0.0.1:{port} (all_proxy) does not answer (")
     assert str(failure).endswith("); check all_proxy, or add hub.internal to no_proxy if it can be reached without")
 
 
 def test_a_proxy_whose_name_has_no_address_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "proxy.invalid:3128")
-    failure = asyncio.run(failure_of(HubTransport("http://hub.internal:8470", "good")))
+    failure = asyncio.run(failure_of(HubTransport("http://hub.internal:8470", "good", PLAIN)))
     assert str(failure).startswith("DNS: the name of the proxy http://proxy.invalid:3128 (http_proxy) has no address (")
 
 

@@ -10,13 +10,15 @@ import pytest
 
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.network.route import Proxy, Route, sparing
+from fedsoda_edge.network.tls import Trust
 
 P = "http://proxy:3128"
+PLAIN = Trust(insecure_http=True)
 
 
 def via(url: str, **environment: str) -> str:
     """What people are told of the proxy for an address."""
-    return Route.to(url, environment).via
+    return Route.to(url, environment, PLAIN).via
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,8 @@ def test_no_form_of_no_proxy_breaks_anything(no_proxy: str) -> None:
 def test_a_password_reaches_the_proxy_however_it_is_written_and_nobody_else() -> None:
     for written in ("p%40ss%23w%3Ard", "p@ss#w:rd"):
         [proxy] = {
-            Route.to(url, {"all_proxy": f"http://me:{written}@proxy:1"}).proxy for url in ("http://h", "https://h")
+            Route.to(url, {"all_proxy": f"http://me:{written}@proxy:1"}, PLAIN).proxy
+            for url in ("http://h", "https://h")
         }
         assert proxy is not None
         assert proxy.url == "http://me:p%40ss%23w%3Ard@proxy:1"
@@ -139,13 +142,16 @@ def test_what_is_no_proxy_is_refused_with_its_variable_and_without_its_password(
         ("https://hub.org/fl/triage/", "https://hub.org/fl/triage", "wss://hub.org/fl/triage/v1/session"),
         ("http://hub.org:8470", "http://hub.org:8470", "ws://hub.org:8470/v1/session"),
         (" HTTP://hub.org/ ", "http://hub.org", "ws://hub.org/v1/session"),
-        ("hub.org:8470/x", "http://hub.org:8470/x", "ws://hub.org:8470/x/v1/session"),
+        ("hub.org:8470/x", "https://hub.org:8470/x", "wss://hub.org:8470/x/v1/session"),
+        ("127.0.0.1:8470/x", "http://127.0.0.1:8470/x", "ws://127.0.0.1:8470/x/v1/session"),
+        ("localhost:8470", "http://localhost:8470", "ws://localhost:8470/v1/session"),
+        ("[::1]:8470", "http://[::1]:8470", "ws://[::1]:8470/v1/session"),
         ("http://[::1]:8470", "http://[::1]:8470", "ws://[::1]:8470/v1/session"),
         ("https://hub.org/a b", "https://hub.org/a%20b", "wss://hub.org/a%20b/v1/session"),
     ],
 )
 def test_a_path_below_the_host_is_kept(url: str, http: str, websocket: str) -> None:
-    found = Route.to(url, {})
+    found = Route.to(url, {}, PLAIN)
     assert (found.url, found.websocket_url) == (http, websocket)
 
 
@@ -169,6 +175,65 @@ def test_what_a_hub_has_not_is_refused_and_no_secret_is_told(url: str, why: str)
     assert refused.value.exit_status == 2
 
 
+# --- plain HTTP ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:8470",
+        "http://127.8.9.1:8470",
+        "http://localhost:8470",
+        "http://LOCALHOST",
+        "http://[::1]:8470",
+        "http://[::ffff:127.0.0.1]:8470",
+        "http://0.0.0.0:8470",
+    ],
+)
+def test_plain_http_may_stay_on_this_machine(url: str) -> None:
+    assert Route.to(url, {}).scheme == "http"
+    assert Route.to(url, {"http_proxy": "http://127.0.0.1:3128"}).scheme == "http"
+    assert Route.to(url, {"http_proxy": P, "no_proxy": "*"}).scheme == "http"
+    with pytest.raises(UsageProblem, match=r"would leave this machine as plain HTTP through the proxy .*to no_proxy"):
+        Route.to(url, {"http_proxy": P})
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://10.0.0.5:8470",
+        "http://hub.org",
+        "http://localhost.hub.org",
+        "http://127.0.0.1.hub.org",
+        "http://128.0.0.1",
+        "http://[fe80::1]:8470",
+        "http://[::ffff:10.0.0.5]",
+        "http://hub",
+    ],
+)
+@pytest.mark.parametrize("environment", [{}, {"http_proxy": "http://127.0.0.1:3128"}])
+def test_plain_http_to_another_machine_is_refused_with_what_it_would_show(
+    url: str, environment: dict[str, str]
+) -> None:
+    with pytest.raises(UsageProblem) as refused:
+        Route.to(url, environment)
+    said = str(refused.value)
+    assert said.startswith(f"{url} is plain HTTP to another machine")
+    assert "could read this device's token and its updates, and change what the hub sends; write https://" in said
+    assert "allow it with insecure_http" in said
+    assert ("through the proxy http://127.0.0.1:3128" in said) == bool(environment)
+    assert Route.to(url, environment, PLAIN).url == url
+
+
+def test_a_pin_needs_tls_also_on_this_machine() -> None:
+    pinned = Trust(bytes(32), insecure_http=True)
+    assert Route.to("127.0.0.1:8470", {}, pinned).url == "https://127.0.0.1:8470"
+    with pytest.raises(
+        UsageProblem, match=r"plain HTTP, which shows no key, but the key sha256/AAAAAAAAAAAA… is pinned"
+    ):
+        Route.to("http://127.0.0.1:8470", {}, pinned)
+
+
 # --- certificates ----------------------------------------------------------------------------------------------------
 
 
@@ -179,7 +244,8 @@ def test_certificates_that_cannot_be_read_are_named_with_their_variable(name: st
     for path in (missing, broken):
         with pytest.raises(UsageProblem, match=f"{name} names '{path}', from which no certificates can be read"):
             _ = Route.to("https://hub", {name: str(path)}).tls
-    assert Route.to("http://hub", {name: str(missing)}).tls is None
+    plain = Route.to("http://hub", {name: str(missing)}, PLAIN)
+    assert (plain.tls, plain.tls_of_proxy) == (None, None)
 
 
 def test_without_variables_the_system_is_trusted_and_something_is() -> None:

@@ -143,7 +143,8 @@ def test_the_same_file_resumes_its_run(folder: Path) -> None:
 
 @pytest.mark.parametrize("change", [
     ("count = 20", "count = 40"), ("quorum = 0.8", "quorum = 0.5"), ("deadline_seconds = 3600", "deadline_seconds = 9"),
-    ('"127.0.0.1"', '"0.0.0.0"'), ("8470", "8471"),
+    ('"127.0.0.1"', '"0.0.0.0"'), ("8470", "8471"), ("port = 8470", 'public_url = "https://hub.org"'),
+    ("port = 8470", '[tls]\nmode = "on"'), ("port = 8470", '[tls]\ncertificate = "c.pem"\nkey = "k.pem"'),
 ])  # fmt: skip
 def test_count_quorum_deadline_host_and_port_may_change(folder: Path, change: tuple[str, str]) -> None:
     before = recorded(read(folder, WRITTEN))
