@@ -11,6 +11,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -37,6 +38,7 @@ from fedsoda_edge.network.tls import Trust, read_pin
 from fedsoda_edge.ports import Clock, SystemClock, TorchPort, Transport
 from fedsoda_edge.ports.child import Child
 from fedsoda_edge.ports.confine import Reach
+from fedsoda_edge.protocol.join_link import JoinLink
 from fedsoda_edge.units import counted
 
 T = TypeVar("T")
@@ -157,12 +159,29 @@ class Edge:
             UsageProblem: the URL is not one of a hub, the link is damaged, there is neither token nor link, or plain HTTP
                 would leave this machine and may not.
         """
+        match self._found:
+            case JoinLink() as link:
+                return HubTransport.by_link(linked(Home(self._home), link, self._trust))
+            case str() as url:
+                return HubTransport(url, read_token(self._token_file), self._trust)
+            case transport:
+                return transport
+
+    @property
+    def hub_key(self) -> bytes | None:
+        """The hub's public key, as the join link names it; None: there is no link.
+
+        Raises:
+            UsageProblem: the link is damaged, or there is neither token nor link.
+        """
+        return self._found.hub_key if isinstance(self._found, JoinLink) else None
+
+    @cached_property
+    def _found(self) -> JoinLink | str | Transport:
+        """The way to the hub; stdin is read once."""
         if self._hub is not None and not isinstance(self._hub, str):
             return self._hub
-        found = link_or_url(self._hub, self._link_file, self._token_file)
-        if isinstance(found, str):
-            return HubTransport(found, read_token(self._token_file), self._trust)
-        return HubTransport.by_link(linked(Home(self._home), found, self._trust))
+        return link_or_url(self._hub, self._link_file, self._token_file)
 
     def join(
         self,
@@ -295,7 +314,9 @@ def agent_of(
     Args:
         worker: what trains; None: a child process. clock: None: the system's.
     """
-    settings = AgentSettings(edge._device, data, unattended, edge._cache, edge._limits, parse_pause_rules(pause_on))
+    settings = AgentSettings(
+        edge._device, data, unattended, edge._cache, edge._limits, parse_pause_rules(pause_on), edge.hub_key
+    )
     home = Home(edge._home)
     if worker is None:
         reach = Reach(
@@ -313,7 +334,7 @@ async def look_at(edge: Edge) -> inspect.Found:
     Raises:
         DeviceTooSmall: there is no room for the smallest sub-LLM of the run. HubUnreachable, RefusedByHub.
     """
-    return await inspect.look_at(edge.transport(), Home(edge._home), edge._device, edge._limits)
+    return await inspect.look_at(edge.transport(), Home(edge._home), edge._device, edge._limits, edge.hub_key)
 
 
 async def say_goodbye(edge: Edge) -> str:
@@ -322,4 +343,4 @@ async def say_goodbye(edge: Edge) -> str:
     Raises:
         HubUnreachable, RefusedByHub: the hub did not hear it.
     """
-    return await inspect.say_goodbye(edge.transport(), Home(edge._home))
+    return await inspect.say_goodbye(edge.transport(), Home(edge._home), edge.hub_key)

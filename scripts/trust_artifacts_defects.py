@@ -43,9 +43,9 @@ def _panics() -> None:
 def _endless() -> None:
     from fedsoda_edge.join import download
 
-    async def fetch(transport: Any, digest: str, size: int, part: Path, progress: Any) -> None:
+    async def fetch(source: Any, is_hub: bool, digest: str, size: int, part: Path, *_: Any) -> None:
         with part.open("ab") as file:
-            async for piece in transport.fetch(digest, 0):
+            async for piece in source.fetch(digest, 0):
                 file.write(piece)
 
     download._fetch_part = fetch

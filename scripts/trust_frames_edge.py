@@ -24,6 +24,7 @@ from fedsoda_edge.ports import SystemClock
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.needs import SampleSizes
 from fedsoda_edge.units import human_seconds
+from tests.joins import Deaf
 
 STEERING = "\x1b\n\r\x07\x9b\u202e\u2066\u2028"
 
@@ -193,7 +194,7 @@ class EdgeBench:
         """Hold one conversation with a forged hub."""
         chance, lines, sent = self._chance, Lines(), []
         clock = NoTime()
-        conversation = Conversation(lines, lambda: HELLO, lambda _: None, clock, Patience(clock, 0.0))
+        conversation = Conversation(lines, lambda: HELLO, lambda _: None, clock, Patience(clock, 0.0), Deaf())
         before = len(self.wrong)
         if chance.random() < 0.15:  # the greeting itself is forged
             sent.append(self.forger.message(self.welcome()) if chance.random() < 0.7 else self._forged(b"data"))

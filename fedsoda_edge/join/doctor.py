@@ -201,7 +201,8 @@ async def _way_to(
         await transport.close()
         yield DoctorStep(step, True, "accepted, and the websocket opens")
         step = "fits"
-        found = await look_at(transport, home, "auto", Limits())
+        key = None if isinstance(hub, str) else hub.hub_key
+        found = await look_at(transport, home, "auto", Limits(), key)
         yield DoctorStep(
             step,
             True,

@@ -31,6 +31,7 @@ def closed(number: int, updates: int) -> events.RoundClosed:
         moments=None,
         cross_term=None,
         smaller=(),
+        standings=(),
         loss=0.5,
         updates=updates,
         bytes_up=10,

@@ -33,6 +33,7 @@ from fedsoda_hub.run.ledger import opened_to_read
 from fedsoda_hub.serving.standing import LOOK_SECONDS
 from fedsoda_hub.settings.run import RunSettings, read_settings
 from tests.hub.serving.test_daemon import SHARD, Hub, connected, hello, serving, until, write_run
+from tests.joins import Deaf
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +75,9 @@ def conversation(link: str, home: Path) -> tuple[Conversation, HubTransport]:
     transport = Edge(link, home=home).transport()
     assert isinstance(transport, HubTransport)
     clock = SystemClock()
-    return Conversation(transport, lambda: hello_of(Home(home)), lambda _: None, clock, Patience(clock, 5.0)), transport
+    return Conversation(
+        transport, lambda: hello_of(Home(home)), lambda _: None, clock, Patience(clock, 5.0), Deaf()
+    ), transport
 
 
 @contextlib.asynccontextmanager
