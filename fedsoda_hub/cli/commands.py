@@ -222,7 +222,7 @@ def _status(run: Path) -> tuple[bool, LiveStatus]:
         if live is not None and live.run_id == state.run_id:  # an old address may be another run's by now
             return True, live
         known = [KnownEdge(edge=token.edge, revoked=token.revoked) for token in ledger.tokens.all()]
-        return False, live_status(run_status(settings.name, settings.rounds.count, ledger, state), known)
+        return False, live_status(run_status(settings.name, settings.rounds.count, ledger.traffic(), state), known)
 
 
 @app.command(epilog="Example: fedsoda-hub status triage.toml --json")

@@ -45,11 +45,10 @@ class Daemon:
         self.inbox: Inbox = asyncio.Queue()
         self.machine = RoundMachine(rules_of(settings), run.state)
         self.shelf = Shelf(run.directory, run.state)
-        self.uploads = Uploads(run.directory.blobs, settings.wire.codec)
+        self.uploads = Uploads(run.directory.blobs, settings.wire.codec, run.directory.uploads)
         self.roster = Roster(
             settings,
-            self.machine.rules,
-            run.state,
+            self.machine,
             run.ledger,
             self.shelf,
             self.uploads,
@@ -137,12 +136,13 @@ class Daemon:
             door = self._door or Listener(listen.host, listen.port)
             self.monitoring.url = f"http://{f'[{listen.host}]' if ':' in listen.host else listen.host}:{door.port}"
             self.shelf.follow(self.disk.ledger.records())
+            await self.uploads.tidy(self.disk.state, self.shelf.lent_blobs, is_start=True)
             try:
                 await self._until_over(door, stop, exit_when_done)
             finally:
                 await self.roster.close(self._clock)
                 await door.close()
-                self.roster.flush_traffic()
+                await self.roster.flush_traffic()
                 await self.jobs.close()
                 self.disk.directory.address.unlink(missing_ok=True)
         finally:
@@ -170,7 +170,7 @@ class Daemon:
         await self.jobs.opened.wait()
         await self.shelf.stocked.wait()
         await door.open(Hub(self.roster, self.shelf, self.monitoring))
-        write_durably(self.disk.directory.address, self.url.encode())
+        await asyncio.to_thread(write_durably, self.disk.directory.address, self.url.encode())
         self._say(events.Listening(url=self.url, run=self.settings.name))
         await door.broken()
 

@@ -5,6 +5,7 @@ What the ledger alone knows is `run/status.py`'s, the port is `listener.py`'s.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from collections.abc import Mapping
 from typing import Protocol
@@ -24,6 +25,7 @@ class Present(Protocol):
     def connected(self) -> set[EdgeId]: ...
     @property
     def progress(self) -> Mapping[EdgeId, Progress]: ...
+    async def flush_traffic(self) -> None: ...
 
 
 class Monitoring:
@@ -55,8 +57,11 @@ class Monitoring:
         ahead = self._machine.state.deadline_at - self._clock.wall()
         return min(max(0.0, ahead), self._machine.rules.deadline_seconds)  # further: the clock was put back
 
-    def status(self) -> LiveStatus:
+    async def status(self) -> LiveStatus:
         """Report the run's status with what only the hub knows."""
+        await self._present.flush_traffic()
+        tokens = await asyncio.to_thread(self._ledger.tokens.all)
+        traffic = await asyncio.to_thread(self._ledger.traffic)
         machine, settings = self._machine, self._settings
         progress, connected = self._present.progress, self._present.connected
         edges = [
@@ -69,11 +74,11 @@ class Monitoring:
                 step=progress[token.edge].step if token.edge in progress else None,
                 steps=progress[token.edge].steps if token.edge in progress else None,
             )
-            for token in self._ledger.tokens.all()
+            for token in tokens
         ]
         is_open = machine.state.phase == "collecting"
         return live_status(
-            run_status(settings.name, settings.rounds.count, self._ledger, machine.state),
+            run_status(settings.name, settings.rounds.count, traffic, machine.state),
             edges,
             url=self.url,
             due_seconds=self.due_seconds() if is_open else None,
