@@ -17,7 +17,6 @@ from fedsoda_edge.protocol.ranges import Count, Positive
 from fedsoda_hub.federation import jobs
 from fedsoda_hub.federation import records as rec
 from fedsoda_hub.federation.state import LedgerState
-from fedsoda_hub.run.ledger import RoundTraffic
 from fedsoda_hub.run.status import LiveStatus
 
 Share = Annotated[float, Meta(ge=0, le=1)]
@@ -365,14 +364,15 @@ def event_of_record(
     record: rec.AnyRecord,
     rounds: int,
     state: LedgerState,
-    traffic: Callable[[], list[RoundTraffic]],
-    summary: Callable[[], LiveStatus],
+    travelled: tuple[int, int],
+    summary: LiveStatus | None,
 ) -> Fact | None:
     """Make the event of a record that `state` has folded in; None: the record is not said to people.
 
     Args:
         rounds: [rounds] count.
-        traffic, summary: called for the bytes of all edges and rounds, and for the run's status.
+        travelled: the bytes up and down of all edges since the run began.
+        summary: the run's status; only where it ended.
     """
     values = structs.asdict(record)
     match record:
@@ -391,13 +391,13 @@ def event_of_record(
         case rec.DeadlinePassed():
             return DeadlinePassed(rounds=rounds, **values)
         case rec.RoundClosed():
-            sizes = traffic()
+            bytes_up, bytes_down = travelled
             return RoundClosed(
                 rounds=rounds,
                 loss=state.losses[-1],
                 updates=len(state.accepted),
-                bytes_up=sum(row.up for row in sizes),
-                bytes_down=sum(row.down for row in sizes),
+                bytes_up=bytes_up,
+                bytes_down=bytes_down,
                 **values,
             )
         case rec.Realigned():
@@ -409,7 +409,8 @@ def event_of_record(
         case rec.Evaluated():
             return Evaluated(rounds=rounds, **values)
         case rec.RunEnded():
-            return RunEnded(rounds=record.rounds, summary=summary())
+            assert summary is not None, "whoever says the end asks for the status first"
+            return RunEnded(rounds=record.rounds, summary=summary)
         case _:
             assert_never(record)
 

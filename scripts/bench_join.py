@@ -39,10 +39,9 @@ from fedsoda_edge.ports.disk import sha256_file
 from fedsoda_edge.ports.store import FileStore
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.manifest import BundleManifest, Group, parse_manifest
-from fedsoda_edge.protocol.session import Upload
+from fedsoda_edge.protocol.session import Gathered, InMemory, Upload
 from fedsoda_hub.algorithms.pruning.layer_plan import make_plan
 from fedsoda_hub.federation.state import LedgerState
-from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.run.status import LiveStatus, live_status, run_status
 from fedsoda_hub.run.tokens import Token
 from fedsoda_hub.serving.connection import Connection, Hub
@@ -118,16 +117,16 @@ class OneRoundHub:
     def bundle_file(self, digest: str) -> Path | None:
         return self._files.get(ms.Digest(digest))
 
-    def run_blob(self, digest: str) -> bytes | None:
+    async def run_blob(self, digest: str) -> Path | None:
         return None
 
-    def status(self) -> LiveStatus:
-        return live_status(run_status("bench", 1, Ledger(None), LedgerState()), [])
+    async def status(self) -> LiveStatus:
+        return live_status(run_status("bench", 1, [], LedgerState()), [])
 
     def metrics(self) -> str:
         return ""
 
-    def greet(self, connection: Connection, hello: ms.Hello) -> ms.Welcome | ms.Refusal:
+    async def greet(self, connection: Connection, hello: ms.Hello) -> ms.Welcome | ms.Refusal:
         return ms.Welcome(
             protocol=ms.PROTOCOL_VERSION,
             run_id="bench",
@@ -143,6 +142,9 @@ class OneRoundHub:
             stall_seconds=self.stall_seconds,
             emulator=self._views["emulator"] if self._tells_alignment else None,
         )
+
+    def gather(self, edge: ms.EdgeId, start: ms.UpdateStart) -> Gathered:
+        return InMemory()
 
     async def said(self, connection: Connection, message: ms.EdgeMessage | Upload) -> None:
         match message:

@@ -19,10 +19,9 @@ from urllib.parse import urlsplit
 
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.manifest import parse_manifest
-from fedsoda_edge.protocol.session import Upload
+from fedsoda_edge.protocol.session import Gathered, InMemory, Upload
 from fedsoda_edge.testing import ScriptedHub
 from fedsoda_hub.federation.state import LedgerState
-from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.run.status import LiveStatus, live_status, run_status
 from fedsoda_hub.run.tokens import Token
 from fedsoda_hub.serving.connection import Connection, Hub
@@ -296,7 +295,7 @@ class SmallHub(ScriptedHub):
         known = {"good": self.revoked, "old": True}
         return Token(ms.EdgeId("clinic-7"), None, known[secret]) if secret in known else None
 
-    def greet(self, connection: Connection, hello: ms.Hello) -> ms.Welcome | ms.Refusal | None:
+    async def greet(self, connection: Connection, hello: ms.Hello) -> ms.Welcome | ms.Refusal | None:
         self.greetings += 1
         if self._connection is not None:
             if (refusal := refused_as_a_copy(self._connection, hello)) is not None:
@@ -309,6 +308,9 @@ class SmallHub(ScriptedHub):
     def _say(self, message: ms.HubMessage) -> None:
         if self._connection is not None:
             self._connection.send(message)
+
+    def gather(self, edge: ms.EdgeId, start: ms.UpdateStart) -> Gathered:
+        return InMemory()
 
     async def said(self, connection: Connection, message: ms.EdgeMessage | Upload) -> None:
         match message:
@@ -328,14 +330,14 @@ class SmallHub(ScriptedHub):
     def bundle_file(self, digest: str) -> Path | None:
         return self._files.get(digest)
 
-    def run_blob(self, digest: str) -> bytes | None:
+    async def run_blob(self, digest: str) -> Path | None:
         return None
 
     def is_admin(self, secret: str) -> bool:
         return False
 
-    def status(self) -> LiveStatus:
-        return live_status(run_status("scripted", 1, Ledger(None), LedgerState()), [])
+    async def status(self) -> LiveStatus:
+        return live_status(run_status("scripted", 1, [], LedgerState()), [])
 
     def metrics(self) -> str:
         return ""

@@ -70,5 +70,5 @@ async def _post(client: Any, route: Route, body: bytes) -> bytes:
                 raise answers.refused(route, answer.status_code, answer.headers, said, address)
             return said
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        found: Exception = await checks.first_failure(route) or checks.not_answered(route, error)
+        found: Exception = await checks.first_failure(route) or await checks.not_answered(route, error)
         raise found from error

@@ -126,6 +126,27 @@ class BlobStore:
             write_durably(path, data)
         return digest
 
+    def adopt(self, path: Path, digest: str) -> None:
+        """Move a file into the store durably; it has this digest, and is on the same file system.
+
+        Raises:
+            DiskFull: the store is as it was; the file may still be where it was.
+        """
+        target = self.path(digest)
+        if target.exists():
+            path.unlink()
+            return
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(path, target)
+            sync_directory(self.directory)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DiskFull(f"the disk is full: {target} did not fit; free space there, then try again") from error
+            raise
+
     def get(self, digest: str) -> bytes:
         """Read a blob.
 
@@ -135,16 +156,50 @@ class BlobStore:
         try:
             data = self.path(digest).read_bytes()
         except FileNotFoundError:
+            raise self._missing(digest) from None
+        self._compare(digest, sha256(data))
+        return data
+
+    def verify(self, digest: str) -> None:
+        """Compare a blob with its name, without holding it in memory.
+
+        Raises:
+            BlobCorrupt: the bytes do not have that digest, or the file is gone.
+        """
+        try:
+            found = sha256_file(self.path(digest))
+        except FileNotFoundError:
+            raise self._missing(digest) from None
+        self._compare(digest, found)
+
+    def digests(self) -> list[str]:
+        """Return the digests of all blobs there are, in any order."""
+        try:
+            return [name for name in os.listdir(self.directory) if _DIGEST.fullmatch(name)]
+        except FileNotFoundError:
+            return []
+
+    def delete_unfinished(self) -> None:
+        """Delete what writers left that were killed. Call it only while nobody writes."""
+        for path in self.directory.glob("*.part"):
+            path.unlink(missing_ok=True)
+
+    def delete(self, digest: str) -> None:
+        """Delete a blob, if there is one."""
+        self.path(digest).unlink(missing_ok=True)
+
+    def _missing(self, digest: str) -> BlobCorrupt:
+        return BlobCorrupt(
+            f"{self.path(digest)} is missing: the disk or another program deleted it; put it back from a copy, or begin "
+            "a hub's run again with `fedsoda-hub reset`"
+        )
+
+    def _compare(self, digest: str, found: str) -> None:
+        if found != digest:
             raise BlobCorrupt(
-                f"{self.path(digest)} is missing: the disk or another program deleted it; put it back from a copy, or begin "
-                "a hub's run again with `fedsoda-hub reset`"
-            ) from None
-        if sha256(data) != digest:
-            raise BlobCorrupt(
-                f"{self.path(digest)} has digest {sha256(data)[:12]}, its name says {digest[:12]}: the disk or another "
+                f"{self.path(digest)} has digest {found[:12]}, its name says {digest[:12]}: the disk or another "
                 "program changed it; put it back from a copy, or begin a hub's run again with `fedsoda-hub reset`"
             )
-        return data
 
     def has(self, digest: str) -> bool:
         """Tell whether there is a blob of that digest."""

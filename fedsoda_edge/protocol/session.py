@@ -17,8 +17,9 @@ Sockets are left to `hub_transport.py` and the hub's `listener.py`, what to answ
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from fedsoda_edge.errors import ProtocolViolation
 from fedsoda_edge.protocol import messages as ms
@@ -33,20 +34,32 @@ class Blob:
     data: bytes
 
 
-@dataclass(frozen=True)
-class Upload:
-    """A whole update that arrived in chunks and has its digest."""
+class Gathered(Protocol):
+    """The bytes of one blob that arrive in chunks, wherever they are kept."""
 
-    start: ms.UpdateStart
-    data: bytes
+    @property
+    def size(self) -> int:
+        """Bytes that have arrived."""
+        ...
+
+    def add(self, payload: bytes) -> None: ...
+    def digest(self) -> str:
+        """Return the sha256 of all that was added."""
+        ...
+
+    def whole(self) -> bytes | memoryview:
+        """Return all that was added."""
+        ...
+
+    def drop(self) -> None:
+        """Forget what was added: it will not be whole."""
+        ...
 
 
-class _Assembly:
-    """The chunks of one blob so far, in order, up to the size that was announced."""
+class InMemory:
+    """A `Gathered` in memory, for whoever holds one blob at a time."""
 
-    def __init__(self, digest: ms.Digest, total: int) -> None:
-        self.digest = digest
-        self.total = total
+    def __init__(self) -> None:
         self._data = bytearray()
 
     @property
@@ -54,27 +67,67 @@ class _Assembly:
         """Bytes that have arrived."""
         return len(self._data)
 
-    def add(self, digest: ms.Digest, offset: int, payload: bytes) -> bytes | None:
-        """Add the next chunk; give the whole blob once it is there, and None before.
+    def add(self, payload: bytes) -> None:
+        """Append a chunk."""
+        self._data += payload
+
+    def digest(self) -> str:
+        """Return the sha256 of all that was added."""
+        return hashlib.sha256(self._data).hexdigest()
+
+    def whole(self) -> bytes:
+        """Return all that was added."""
+        return bytes(self._data)
+
+    def drop(self) -> None:
+        """Forget what was added."""
+        self._data = bytearray()
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A whole update that arrived in chunks and has its digest. place: where its bytes lie."""
+
+    start: ms.UpdateStart
+    data: bytes | memoryview
+    place: Gathered = field(default_factory=InMemory, compare=False)
+
+
+class _Assembly:
+    """The chunks of one blob so far, in order, up to the size that was announced."""
+
+    def __init__(self, digest: ms.Digest, total: int, place: Gathered) -> None:
+        self.digest = digest
+        self.total = total
+        self.place = place
+
+    @property
+    def size(self) -> int:
+        """Bytes that have arrived."""
+        return self.place.size
+
+    def add(self, digest: ms.Digest, offset: int, payload: bytes) -> bool:
+        """Add the next chunk, and tell whether the blob is whole.
 
         Raises:
             ProtocolViolation: it is not the chunk that was due, or the whole has another digest.
         """
-        if digest != self.digest or offset != len(self._data):
+        size = self.place.size
+        if digest != self.digest or offset != size:
             raise ProtocolViolation(
-                f"a chunk of {digest[:12]} at {offset} came, but {self.digest[:12]} at {len(self._data)} was due"
+                f"a chunk of {digest[:12]} at {offset} came, but {self.digest[:12]} at {size} was due"
             )
-        if len(self._data) + len(payload) > self.total or not payload:
+        if size + len(payload) > self.total or not payload:
             raise ProtocolViolation(
-                f"chunks of {digest[:12]} have {len(self._data) + len(payload)} bytes, {self.total} were announced"
+                f"chunks of {digest[:12]} have {size + len(payload)} bytes, {self.total} were announced"
             )
-        self._data += payload
-        if len(self._data) < self.total:
-            return None
-        found = hashlib.sha256(self._data).hexdigest()
+        self.place.add(payload)
+        if size + len(payload) < self.total:
+            return False
+        found = self.place.digest()
         if found != self.digest:
             raise ProtocolViolation(f"a blob has digest {found[:12]}, it was announced as {self.digest[:12]}")
-        return bytes(self._data)
+        return True
 
 
 def chunks(data: bytes, offset: int = 0) -> Iterator[tuple[int, memoryview]]:
@@ -105,7 +158,7 @@ class EdgeSession:
     def request(self, blob: ms.BlobRef) -> bytes:
         """Make the frame that requests a blob, whose chunks are gathered until it is whole."""
         assert self._blob is None, "one blob at a time"
-        self._blob = _Assembly(blob.digest, blob.bytes)
+        self._blob = _Assembly(blob.digest, blob.bytes, InMemory())
         return self.send(ms.BlobRequest(digest=blob.digest))
 
     def receive(self, frame: bytes) -> ms.HubMessage | Blob | None:
@@ -127,19 +180,26 @@ class EdgeSession:
             return message
         if self._blob is None or message.total != self._blob.total:
             raise ProtocolViolation(f"the hub sent a chunk of {message.digest[:12]} that was not asked for")
-        data = self._blob.add(message.digest, message.offset, payload)
-        if data is None:
+        if not self._blob.add(message.digest, message.offset, payload):
             return None
+        data = bytes(self._blob.place.whole())
         self._blob = None
         return Blob(message.digest, data)
 
 
 class HubSession:
-    """The hub's side of one connection. state: new, greeted (Hello came), open (Welcome was sent), ready, over."""
+    """The hub's side of one connection. state: new, greeted (Hello came), open (Welcome was sent), ready, over.
 
-    def __init__(self, max_update_bytes: int) -> None:
+    Args:
+        gather: makes the place for an announced update.
+    """
+
+    def __init__(
+        self, max_update_bytes: int, gather: Callable[[ms.UpdateStart], Gathered] = lambda _: InMemory()
+    ) -> None:
         self.state = "new"
         self._max_update_bytes = max_update_bytes
+        self._gather = gather
         self._start: ms.UpdateStart | None = None
         self._upload: _Assembly | None = None
 
@@ -147,6 +207,12 @@ class HubSession:
     def upload_progress(self) -> int | None:
         """Bytes that have arrived of the upload under way; None where there is none."""
         return None if self._upload is None else self._upload.size
+
+    def drop_upload(self) -> None:
+        """Forget what has arrived of an upload under way."""
+        if self._upload is not None:
+            self._upload.place.drop()
+            self._start, self._upload = None, None
 
     def send(self, message: ms.HubMessage, payload: bytes | memoryview = b"") -> bytes:
         """Make the frame of a message that may be said now; our own code must not break the rules (AssertionError)."""
@@ -193,15 +259,16 @@ class HubSession:
                     raise ProtocolViolation(
                         f"an update of {message.bytes} bytes was announced, and {self._max_update_bytes} are allowed at most"
                     )
-                self._start, self._upload = message, _Assembly(message.digest, message.bytes)
+                self.drop_upload()
+                self._start = message
+                self._upload = _Assembly(message.digest, message.bytes, self._gather(message))
             case ms.UpdateChunk():
                 if self._upload is None or self._start is None:
                     raise ProtocolViolation("the edge sent a chunk of an update it had not announced")
-                data = self._upload.add(message.digest, message.offset, payload)
-                if data is None:
+                if not self._upload.add(message.digest, message.offset, payload):
                     return None
-                start, self._start, self._upload = self._start, None, None
-                return Upload(start, data)
+                start, place, self._start, self._upload = self._start, self._upload.place, None, None
+                return Upload(start, place.whole(), place)
             case ms.Resumed() if self.state != "ready":
                 raise ProtocolViolation(
                     "the edge resumed before it was ready, so it would be invited and could not answer"

@@ -229,7 +229,7 @@ def _status(run: Path) -> tuple[bool, LiveStatus]:
         if live is not None and live.run_id == state.run_id:  # an old address may be another run's by now
             return True, live
         known = [msgspec.structs.replace(one, standing=state.standings.get(one.edge)) for one in ledger.edges.all()]
-        return False, live_status(run_status(settings.name, settings.rounds.count, ledger, state), known)
+        return False, live_status(run_status(settings.name, settings.rounds.count, ledger.traffic(), state), known)
 
 
 def _edges(run: Path) -> list[KnownEdge]:

@@ -308,7 +308,7 @@ def _judge(directory: Path, run_file: Path, export_to: Path, alone: dict[str, Pa
         accuracies[office] = evaluator.verdict(replace(full, adapter_lora=trained), evaluating).accuracy
     with opened(of_run) as ledger:
         state = ledger.replay()
-        status = run_status(settings.name, settings.rounds.count, ledger, state)
+        status = run_status(settings.name, settings.rounds.count, ledger.traffic(), state)
     assert state.evaluation is not None, "the run has evaluation data"
 
     def count(specs: Iterable[TensorSpec]) -> int:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 
-from fedsoda_edge.protocol.messages import EdgeId, Receipt, Refusal
+from fedsoda_edge.protocol.messages import Digest, EdgeId, Receipt, Refusal
 from fedsoda_hub.federation import events as ev
 from fedsoda_hub.federation import jobs
 from fedsoda_hub.federation import records as rec
 from fedsoda_hub.federation.events import Append, Effect, Send
+from fedsoda_hub.federation.open_round import OpenRound
 from fedsoda_hub.federation.schedule import Rules, trained_factor
 from fedsoda_hub.federation.state import LedgerState
 
@@ -19,22 +20,12 @@ MAX_EXAMPLES = 2**31
 MAX_LOSS = 1e6  # nats; a larger one would make the round's mean, and what is shown of it, infinite
 
 
-def is_awaited(state: LedgerState, edge: EdgeId) -> bool:
-    """Tell whether the open round waits for this edge's answer."""
-    return (
-        state.phase == "collecting"
-        and edge in state.cohort
-        and edge not in state.accepted
-        and edge not in state.answered
-    )
-
-
 def quorum(rules: Rules, state: LedgerState) -> int:
     """Return how many accepted updates the open round needs."""
     return math.ceil(rules.quorum * state.invited)
 
 
-def judge(state: LedgerState, update: ev.UpdateArrived, *, is_merging: bool) -> list[Effect]:
+def judge(state: LedgerState, here: OpenRound, update: ev.UpdateArrived, *, is_merging: bool) -> list[Effect]:
     """Accept an update once, or refuse it and say why.
 
     An edge that sends an accepted update again gets the same receipt.
@@ -43,19 +34,15 @@ def judge(state: LedgerState, update: ev.UpdateArrived, *, is_merging: bool) -> 
         is_merging: the round's updates are being merged already.
     """
     edge = update.edge
-    last = state.receipts.get(edge)
-    if last is not None and (last.round, last.digest) == (update.round, update.digest):
+    if has_receipt(state, edge, update.round, update.digest):
         return [Send(edge, Receipt(round=update.round, digest=update.digest))]
-    if state.phase != "collecting" or update.round != state.round or is_merging:
-        return [_refusal(update, f"round {update.round} is closed; wait for the next offer")]
-    if edge not in state.cohort:
-        return [_refusal(update, f"{edge} is not invited to round {update.round}; wait for the next offer")]
-    if edge in state.accepted:
-        return [_refusal(update, f"round {update.round} already has another update of {edge}; wait for the next offer")]
+    untimely = why_untimely(state, here, edge, update.round, is_merging=is_merging)
+    if untimely is not None:
+        return [_refusal(update, untimely)]
     problem = _problem(state, update)
     if problem:
         answered: list[Effect] = (
-            [Append(rec.EdgeAnswered(round=state.round, edge=edge, how="refused"))] if is_awaited(state, edge) else []
+            [Append(rec.EdgeAnswered(round=state.round, edge=edge, how="refused"))] if here.is_awaited(edge) else []
         )
         return [*answered, _refusal(update, problem)]
     assert update.loss is not None
@@ -68,6 +55,23 @@ def judge(state: LedgerState, update: ev.UpdateArrived, *, is_merging: bool) -> 
         size_class=update.size_class,
     )
     return [Append(accepted), Send(edge, Receipt(round=update.round, digest=update.digest))]
+
+
+def has_receipt(state: LedgerState, edge: EdgeId, number: int, digest: Digest) -> bool:
+    """Tell whether this is the edge's last accepted update, which it sends again for its receipt."""
+    last = state.receipts.get(edge)
+    return last is not None and (last.round, last.digest) == (number, digest)
+
+
+def why_untimely(state: LedgerState, here: OpenRound, edge: EdgeId, number: int, *, is_merging: bool) -> str | None:
+    """Return why an update of this round of the edge cannot be used now, whatever is in it; None: it can."""
+    if state.phase != "collecting" or number != state.round or is_merging:
+        return f"round {number} is closed; wait for the next offer"
+    if not here.is_invited(edge):
+        return f"{edge} is not invited to round {number}; wait for the next offer"
+    if edge in state.accepted:
+        return f"round {number} already has another update of {edge}; wait for the next offer"
+    return None
 
 
 def _problem(state: LedgerState, update: ev.UpdateArrived) -> str | None:
@@ -119,11 +123,12 @@ def extended(rules: Rules, state: LedgerState, edges: list[EdgeId], now: float) 
     return Append(rec.CohortExtended(round=state.round, invited=tuple(edges), deadline_at=now + rules.deadline_seconds))
 
 
-def replacements(state: LedgerState, eligible: set[EdgeId]) -> list[EdgeId]:
+def replacements(state: LedgerState, here: OpenRound) -> list[EdgeId]:
     """Choose whom to invite at the deadline below quorum, instead of edges that have not answered.
 
     Edges that were not invited come first, then those that answered without an update. An edge that is still at work is
     awaited as before and needs no second invitation.
     """
-    candidates = [*sorted(eligible - set(state.cohort)), *sorted(eligible.intersection(state.answered))]
-    return candidates[: max(1, state.invited - len(state.accepted))]
+    wanted = max(1, state.invited - len(state.accepted))
+    fresh = here.uninvited(wanted)
+    return [*fresh, *sorted(here.here.intersection(state.answered))][:wanted]

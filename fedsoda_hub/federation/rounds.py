@@ -8,6 +8,8 @@ after replay. What is decided within an open round is `collecting.py`'s, between
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Set
+from itertools import islice
 from typing import assert_never
 
 from fedsoda_edge.protocol import messages as ms
@@ -15,18 +17,15 @@ from fedsoda_edge.protocol.messages import EdgeId
 from fedsoda_hub.federation import collecting, jobs
 from fedsoda_hub.federation import events as ev
 from fedsoda_hub.federation import records as rec
-from fedsoda_hub.federation.collecting import is_awaited
 from fedsoda_hub.federation.events import Append, Effect, Ignore, RoundEvent, Send, StartJob
+from fedsoda_hub.federation.open_round import OpenRound
 from fedsoda_hub.federation.schedule import Rules, choose_cohort, job_before_next_round, trained_factor
 from fedsoda_hub.federation.state import LedgerState
 
 # The records that results of jobs become; with its record written, a job is over.
 _RESULTS = (rec.RunPrepared, rec.RoundClosed, rec.Realigned, rec.Repruned, rec.Probed, rec.Evaluated)
-
-
-MAX_RETURNS = (
-    100  # of an edge in a round: each is two records, and an edge that only pauses and resumes would fill the disk
-)
+MAX_RETURNS = 20  # of one edge to one round from pauses: each is a record, and an edge could write them without end
+MAX_NAMED = 5  # edges in a sentence
 
 
 class RoundMachine:
@@ -37,30 +36,31 @@ class RoundMachine:
     def __init__(self, rules: Rules, state: LedgerState) -> None:
         self.rules = rules
         self.state = state
-        self.eligible: set[EdgeId] = set()
         self.size_classes: dict[EdgeId, int] = {}  # as each edge said when it was last ready
-        self._connected: set[EdgeId] = set()  # eligible or paused: whom a Farewell reaches
-        self._offered: dict[EdgeId, tuple[int, int]] = {}
+        self._open = OpenRound(state)
+        self._to_farewell: set[EdgeId] = set()  # eligible or paused, and without a Farewell
         self._uploading: set[EdgeId] = set()
-        self._farewelled: set[EdgeId] = set()
+        self._returns: Counter[EdgeId] = Counter()  # to the open round
         self._running: jobs.Job | None = None
         self._timer: tuple[int, float] | None = None
-        self._extensions = 0
-        self._returns: Counter[EdgeId] = Counter()  # from pauses, in the open round
         self._waiting = ""
 
     def apply(self, record: rec.AnyRecord) -> None:
         """Fold in a record that is durable now."""
         before = self.state.deadline_at
         self.state.apply(record)
-        if isinstance(record, rec.CohortExtended) and record.deadline_at != before:
-            self._extensions += 1  # the others are told of the new deadline; of one that is back they need not know
+        self._open.fold(record, has_new_deadline=self.state.deadline_at != before)
         if isinstance(record, rec.RoundOpened):
             self._returns.clear()
         if isinstance(record, rec.RoundOpened | rec.CohortExtended):
             self._timer = None
         if isinstance(record, _RESULTS):
             self._running = None  # not before: a result that could not be written down is not lost
+
+    @property
+    def eligible(self) -> Set[EdgeId]:
+        """The edges that may be invited."""
+        return self._open.here
 
     @property
     def is_computing(self) -> bool:
@@ -76,6 +76,13 @@ class RoundMachine:
         """Tell whether an upload of this edge is under way, which a deadline would wait for."""
         return edge in self._uploading
 
+    def why_useless(self, edge: EdgeId, number: int, digest: ms.Digest) -> str | None:
+        """Return why the bytes of an update that arrives now are not needed; None: they are to be stored and judged."""
+        if collecting.has_receipt(self.state, edge, number, digest):
+            return "it was accepted before"
+        is_merging = isinstance(self._running, jobs.Aggregate)
+        return collecting.why_untimely(self.state, self._open, edge, number, is_merging=is_merging)
+
     # --- events ------------------------------------------------------------------------------------------
 
     def handle(self, event: RoundEvent) -> list[Effect]:
@@ -89,21 +96,21 @@ class RoundMachine:
                 return self._is_back(event.edge)
             case ev.EdgeGone():
                 self._forget(event.edge)
-                self._connected.discard(event.edge)
+                self._to_farewell.discard(event.edge)
                 return []
             case ev.EdgeAway():
                 self._forget(event.edge)
                 if event.how == "left":
-                    self._connected.discard(event.edge)
-                if is_awaited(state, event.edge):
+                    self._to_farewell.discard(event.edge)
+                if self._open.is_awaited(event.edge):
                     return [Append(rec.EdgeAnswered(round=state.round, edge=event.edge, how=event.how))]
                 return []
             case ev.EdgeDeclined():
-                if event.round == state.round and is_awaited(state, event.edge):
+                if event.round == state.round and self._open.is_awaited(event.edge):
                     return [Append(rec.EdgeAnswered(round=state.round, edge=event.edge, how="declined"))]
                 return [Ignore(f"{event.edge} is not awaited in round {event.round}")]
             case ev.UploadStarted():
-                if event.round == state.round and is_awaited(state, event.edge):
+                if event.round == state.round and self._open.is_awaited(event.edge):
                     self._uploading.add(event.edge)
                     return []
                 return [Ignore(f"the upload of {event.edge} is judged when it is complete")]
@@ -112,7 +119,7 @@ class RoundMachine:
                 return []
             case ev.UpdateArrived():
                 self._uploading.discard(event.edge)
-                return collecting.judge(state, event, is_merging=isinstance(self._running, jobs.Aggregate))
+                return collecting.judge(state, self._open, event, is_merging=isinstance(self._running, jobs.Aggregate))
             case ev.DeadlineReached():
                 is_due = self._timer == (event.round, event.at) and self._running is None
                 if state.phase == "collecting" and is_due and not state.deadline_passed:
@@ -127,24 +134,19 @@ class RoundMachine:
     def _is_back(self, edge: EdgeId) -> list[Effect]:
         """Make the edge eligible; if it had paused or left in the open round, await it again until the same deadline."""
         state = self.state
-        self.eligible.add(edge)
-        self._connected.add(edge)
-        self._farewelled.discard(edge)
+        self._open.come(edge)  # a new connection has no offer yet
+        self._to_farewell.add(edge)
         self._uploading.discard(edge)  # an upload ends with the connection it came by
-        self._offered.pop(edge, None)  # a new connection has no offer yet
-        if state.phase == "collecting" and state.answered.get(edge) in ("paused", "left"):
-            self._returns[edge] += 1
-            if self._returns[edge] > MAX_RETURNS:
-                return [
-                    Ignore(f"{edge} was back {MAX_RETURNS} times in round {state.round}; the next round asks it again")
-                ]
-            return [Append(rec.CohortExtended(round=state.round, invited=(edge,), deadline_at=state.deadline_at))]
-        return []
+        if state.phase != "collecting" or state.answered.get(edge) not in ("paused", "left"):
+            return []
+        if self._returns[edge] >= MAX_RETURNS:
+            return [Ignore(f"{edge} has been back to round {state.round} {MAX_RETURNS} times")]
+        self._returns[edge] += 1
+        return [Append(rec.CohortExtended(round=state.round, invited=(edge,), deadline_at=state.deadline_at))]
 
     def _forget(self, edge: EdgeId) -> None:
-        self.eligible.discard(edge)
+        self._open.go(edge)
         self._uploading.discard(edge)
-        self._offered.pop(edge, None)
 
     def _done(self, result: jobs.JobResult) -> list[Effect]:
         """Record a job's result, and send the edges what follows from it."""
@@ -155,7 +157,7 @@ class RoundMachine:
             case jobs.AggregateResult():
                 notices = [
                     Send(edge, ms.RoundClosed(round=state.round, num_updates=len(state.accepted)))
-                    for edge in sorted(self.eligible)
+                    for edge in self._open.ordered
                 ]
                 return [Append(_closed(state.round, result)), *notices]
             case jobs.RealignResult():
@@ -188,10 +190,11 @@ class RoundMachine:
             case "idle":
                 return self._owed_idle(now)
             case "ended":
-                goodbye: list[Effect] = []
-                for edge in sorted(self._connected - self._farewelled):
-                    self._farewelled.add(edge)
-                    goodbye.append(Send(edge, ms.Farewell(rounds=state.round, reason="the run is over")))
+                goodbye: list[Effect] = [
+                    Send(edge, ms.Farewell(rounds=state.round, reason="the run is over"))
+                    for edge in sorted(self._to_farewell)
+                ]
+                self._to_farewell.clear()
                 return [*goodbye, ev.Finish()]
 
     def _start(self, job: jobs.Job) -> list[Effect]:
@@ -201,23 +204,21 @@ class RoundMachine:
 
     def _offers(self) -> list[Effect]:
         state, rule = self.state, self.rules.aggregation
-        made: list[Effect] = []
-        for edge in sorted(self.eligible):
-            if is_awaited(state, edge) and self._offered.get(edge) != (state.round, self._extensions):
-                self._offered[edge] = (state.round, self._extensions)
-                made.append(
-                    ev.SendOffer(
-                        edge,
-                        self.size_classes.get(edge, 0),
-                        trains=trained_factor(rule, state.round),
-                        moved=trained_factor(rule, state.round - 1),
-                    )
-                )
+        made: list[Effect] = [
+            ev.SendOffer(
+                edge,
+                self.size_classes.get(edge, 0),
+                trains=trained_factor(rule, state.round),
+                moved=trained_factor(rule, state.round - 1),
+            )
+            for edge in sorted(self._open.to_offer)
+        ]
+        self._open.to_offer.clear()
         return made
 
     def _owed_collecting(self, now: float) -> list[Effect]:
         state, rules = self.state, self.rules
-        awaited = [edge for edge in state.cohort if is_awaited(state, edge)]
+        awaited = self._open.awaited
         if state.accepted and not awaited:
             return self._start(collecting.merge(rules, state))
         if state.deadline_passed and not self._uploading:
@@ -233,27 +234,25 @@ class RoundMachine:
                 at = now + rules.stall_seconds
             self._timer = (state.round, at)
             effects.append(ev.SetDeadline(state.round, at))
-        if not awaited:  # all answered, none with an update
-            fresh = sorted(self.eligible - set(state.cohort))
-            if fresh:
-                return [collecting.extended(rules, state, fresh[: state.invited], now)]
-        if self.eligible.intersection(awaited):
+        if not awaited and self._open.has_uninvited:  # all answered, none with an update
+            return [collecting.extended(rules, state, self._open.uninvited(state.invited), now)]
+        if self._open.awaited_here:
             self._waiting = ""
         else:
-            effects += self._wait(
-                f"round {state.round} waits for {', '.join(awaited) or 'any edge'}, and none of them is connected"
-            )
+            named = ", ".join(islice(awaited, MAX_NAMED)) or "any edge"
+            others = f" and {len(awaited) - MAX_NAMED:,} more" if len(awaited) > MAX_NAMED else ""
+            effects += self._wait(f"round {state.round} waits for {named}{others}, and none of them is connected")
         return effects
 
     def _extend(self, now: float) -> list[Effect]:
         """Extend the round below quorum at its deadline: it keeps its number and updates, and replacements are invited."""
         state = self.state
-        if not self.eligible - set(state.accepted):
+        if not self._open.has_unaccepted:
             return self._wait(
                 f"round {state.round} has {len(state.accepted)} of {self.quorum} updates at its deadline, and no edge "
                 "that could send another is connected"
             )
-        return [collecting.extended(self.rules, state, collecting.replacements(state, self.eligible), now)]
+        return [collecting.extended(self.rules, state, collecting.replacements(state, self._open), now)]
 
     def _owed_idle(self, now: float) -> list[Effect]:
         state, rules = self.state, self.rules
@@ -270,7 +269,7 @@ class RoundMachine:
         self._waiting = ""
         opened = rec.RoundOpened(
             round=upcoming,
-            cohort=choose_cohort(self.eligible, rules.cohort, rules.seed, upcoming),
+            cohort=choose_cohort(self._open.ordered, rules.cohort, rules.seed, upcoming),
             view=state.largest.adapter.digest,
             alignment=state.alignment,
             deadline_at=now + rules.deadline_seconds,

@@ -52,10 +52,13 @@ def trained_factor(rule: str, round_number: int) -> Factor:
     return "B" if rule == "ffa" else "both"
 
 
-def choose_cohort(eligible: set[EdgeId], size: int, seed: int, round_number: int) -> tuple[EdgeId, ...]:
-    """Sample min(size, number of eligible edges) edges by (seed, round); ascending."""
+def choose_cohort(ordered: list[EdgeId], size: int, seed: int, round_number: int) -> tuple[EdgeId, ...]:
+    """Sample min(size, number of eligible edges) edges by (seed, round); ascending.
+
+    Args:
+        ordered: the eligible edges, ascending.
+    """
     chance = random.Random(f"{seed}/{round_number}")
-    ordered = sorted(eligible)
     return tuple(sorted(chance.sample(ordered, min(size, len(ordered)))))
 
 

@@ -163,10 +163,10 @@ class LedgerState(msgspec.Struct, forbid_unknown_fields=True):
                 self.deadline_passed, self.answered, self.accepted = False, {}, {}
                 self.phase = "collecting"
             case rec.CohortExtended():
-                for edge in record.invited:
-                    self.answered.pop(edge, None)
-                    if edge not in self.cohort:
-                        self.cohort.append(edge)
+                new = [edge for edge in record.invited if self.answered.pop(edge, None) is None]
+                if new:
+                    known = set(self.cohort)
+                    self.cohort += [edge for edge in new if edge not in known]
                 self.deadline_at, self.deadline_passed = record.deadline_at, False
             case rec.UpdateAccepted():
                 update = Collected(record.round, record.digest, record.num_examples, record.loss, record.size_class)

@@ -1,6 +1,7 @@
-"""Run statements on the run's one SQLite file, from any thread, one at a time, durable when they return.
+"""Run statements on the run's one SQLite file, from any thread, durable when they return.
 
-What the rows mean is `ledger.py`'s, `tokens.py`'s and `devices.py`'s.
+Writes, scans and look-ups have a connection each, so that a look-up on an event loop waits neither for a disk that syncs
+nor for a scan. What the rows mean is `ledger.py`'s, `tokens.py`'s and `devices.py`'s.
 """
 
 from __future__ import annotations
@@ -44,8 +45,16 @@ class Damaged(UsageProblem):
     """A ledger that no longer says what was written to it."""
 
 
+class _Connected:
+    """A connection that one thread uses at a time."""
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self.db = db
+        self.lock = threading.Lock()
+
+
 class Database:
-    """One connection to the file.
+    """The connections to the file.
 
     Args:
         path: None: in memory, for tests.
@@ -59,44 +68,46 @@ class Database:
 
     def __init__(self, path: Path | None, *, is_read_only: bool = False) -> None:
         self._path = path
-        self._lock = threading.Lock()
         with self._in_words():
             if path is not None:
                 _refuse_cut(path)
                 if not is_read_only:
                     path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = _connected(path, is_read_only)
+            self._writer = _Connected(_connected(path, is_read_only))
             try:
-                self._db.execute("PRAGMA busy_timeout = 5000")
                 if is_read_only:
-                    self._db.execute("SELECT 1 FROM log, tokens, traffic LIMIT 1")
-                    self._db.execute("PRAGMA temp_store = MEMORY")
+                    self._writer.db.execute("SELECT 1 FROM log, tokens, traffic LIMIT 1")
+                    self._writer.db.execute("PRAGMA temp_store = MEMORY")
                 else:
-                    self._db.execute("PRAGMA journal_mode = WAL")
-                    self._db.execute("PRAGMA synchronous = FULL")  # NORMAL may lose acknowledged commits on power loss
-                    self._db.executescript(_SCHEMA)
+                    self._writer.db.execute("PRAGMA journal_mode = WAL")
+                    self._writer.db.execute("PRAGMA synchronous = FULL")  # NORMAL may lose acknowledged commits
+                    self._writer.db.executescript(_SCHEMA)
                 self._add_later_tables("TEMP " if is_read_only else "")
             except BaseException:
-                self._db.close()
+                self._writer.db.close()
                 raise
+            is_one = path is None or is_read_only
+            self._reader = self._writer if is_one else _Connected(_connected(path, is_read_only))
+            self._finder = self._writer if is_one else _Connected(_connected(path, is_read_only))
 
     def _add_later_tables(self, kind: str) -> None:
-        there = {name for (name,) in self._db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        db = self._writer.db
+        there = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         for name, statements in _LATER.items():
             if name not in there:
                 made = statements.replace("CREATE TABLE ", f"CREATE {kind}TABLE IF NOT EXISTS ")
-                self._db.executescript(
-                    made.replace("CREATE INDEX ", f"CREATE INDEX IF NOT EXISTS {'temp.' if kind else ''}")
-                )
+                db.executescript(made.replace("CREATE INDEX ", f"CREATE INDEX IF NOT EXISTS {'temp.' if kind else ''}"))
 
     def changes_of_others(self) -> int:
         """Return a number that changes whenever another process has written to the file."""
-        return int(self.read("PRAGMA data_version")[0][0])
+        with self._writer.lock, self._in_words():  # any other connection would count this process's own writes too
+            return int(self._writer.db.execute("PRAGMA data_version").fetchone()[0])
 
     def close(self) -> None:
         """Close the file as soon as no statement runs."""
-        with self._lock:  # a thread may be in the middle of an append
-            self._db.close()
+        for connected in (self._finder, self._reader, self._writer):
+            with connected.lock:  # a thread may be in the middle of an append
+                connected.db.close()
 
     def write(self, *statements: tuple[str, Sequence[Any]]) -> None:
         """Run statements together, all or none; they are durable when this returns.
@@ -105,28 +116,39 @@ class Database:
             DiskFull: the disk has no space left; nothing was written.
             Damaged, UsageProblem: the file cannot be written to; nothing was written.
         """
-        with self._lock, self._in_words():
+        db = self._writer.db
+        with self._writer.lock, self._in_words():
             if len(statements) == 1:
-                self._db.execute(*statements[0])
+                db.execute(*statements[0])
                 return
-            self._db.execute("BEGIN IMMEDIATE")
+            db.execute("BEGIN IMMEDIATE")
             try:
                 for statement, values in statements:
-                    self._db.execute(statement, values)
-                self._db.execute("COMMIT")
+                    db.execute(statement, values)
+                db.execute("COMMIT")
             except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
                 raise
 
     def read(self, statement: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        """Return all rows of a query.
+        """Return all rows of a query, which may be a scan: not for an event loop.
 
         Raises:
             Damaged, UsageProblem: the file cannot be read.
         """
-        with self._lock, self._in_words():
-            return self._db.execute(statement, values).fetchall()
+        with self._reader.lock, self._in_words():
+            return self._reader.db.execute(statement, values).fetchall()
+
+    def find(self, statement: str, values: Sequence[Any]) -> tuple[Any, ...] | None:
+        """Return the one row that an index finds; None: there is none. It waits for no write and no scan.
+
+        Raises:
+            Damaged, UsageProblem: the file cannot be read.
+        """
+        with self._finder.lock, self._in_words():
+            row: tuple[Any, ...] | None = self._finder.db.execute(statement, values).fetchone()
+            return row
 
     def damaged(self, what: object) -> Damaged:
         """Make the error of a file that does not hold what was written to it."""
@@ -185,7 +207,7 @@ def _refuse_cut(path: Path) -> None:
 
 
 def _connected(path: Path | None, is_read_only: bool) -> sqlite3.Connection:
-    how: dict[str, Any] = {"check_same_thread": False, "isolation_level": None}
+    how: dict[str, Any] = {"check_same_thread": False, "isolation_level": None, "timeout": 5.0}
     if path is None or not is_read_only:
         return sqlite3.connect(path or ":memory:", **how)
     address = path.absolute().as_uri()

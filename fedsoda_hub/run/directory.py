@@ -33,6 +33,11 @@ class RunDirectory:
         return BlobStore(self.path / "blobs")
 
     @property
+    def uploads(self) -> Path:
+        """The directory of what arrives of updates, until they are whole; only while a hub serves."""
+        return self.path / "uploads"
+
+    @property
     def preparation(self) -> Path:
         """The directory of what the stages of preparation leave for each other."""
         return self.path / "prepare"

@@ -6,7 +6,7 @@ Append durably, then act, then acknowledge. What records mean is `federation/sta
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -67,13 +67,18 @@ class Ledger:
         self.database.write(("INSERT INTO log (record) VALUES (?)", (msgspec.json.encode(record),)))
 
     def snapshot(self, state: LedgerState) -> None:
-        """Save the state after the last record, to bound replay.
+        """Save the state after the last record, to bound replay, in place of the one before.
 
         Raises:
             DiskFull: the disk has no space left; nothing was written.
         """
-        statement = "INSERT OR REPLACE INTO snapshot (seq, state) SELECT COALESCE(MAX(seq), 0), ? FROM log"
-        self.database.write((statement, (msgspec.json.encode(state),)))
+        self.database.write(
+            ("DELETE FROM snapshot", ()),
+            (
+                "INSERT INTO snapshot (seq, state) SELECT COALESCE(MAX(seq), 0), ? FROM log",
+                (msgspec.json.encode(state),),
+            ),
+        )
 
     def history(self) -> list[tuple[float, AnyRecord]]:
         """Return every record with the time of its writing, seconds since 1970; times are for people, not for replay."""
@@ -120,11 +125,24 @@ class Ledger:
         Raises:
             DiskFull: the disk has no space left; nothing was written.
         """
+        self.add_all_traffic([RoundTraffic(edge, round_number, up, down)])
+
+    def add_all_traffic(self, rows: Iterable[RoundTraffic]) -> None:
+        """Add several counts, all or none of them.
+
+        Raises:
+            DiskFull: the disk has no space left; nothing was written.
+        """
         statement = (
             "INSERT INTO traffic VALUES (?, ?, ?, ?) ON CONFLICT (edge, round) "
             "DO UPDATE SET up = up + excluded.up, down = down + excluded.down"
         )
-        self.database.write((statement, (edge, round_number, up, down)))
+        self.database.write(*((statement, row) for row in rows))
+
+    def travelled(self) -> tuple[int, int]:
+        """Return the bytes up and down of all edges and rounds."""
+        [(up, down)] = self.database.read("SELECT COALESCE(SUM(up), 0), COALESCE(SUM(down), 0) FROM traffic")
+        return up, down
 
     def traffic(self) -> list[RoundTraffic]:
         """Return the bytes of each edge and round, ascending by edge and round."""

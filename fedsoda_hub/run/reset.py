@@ -66,6 +66,7 @@ def _made(directory: RunDirectory) -> tuple[Path, ...]:
     return (
         directory.bundle,
         directory.blobs.directory,
+        directory.uploads,
         directory.preparation,
         directory.report,
         directory.model_revision,

@@ -5,13 +5,15 @@ What only a running hub knows is `serving/monitoring.py`'s.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 from fedsoda_edge.protocol.messages import EdgeId
 from fedsoda_hub.federation.jobs import EvaluateResult
 from fedsoda_hub.federation.state import LedgerState, MeasuredDrift, Phase, Realignment
 from fedsoda_hub.run.edges import KnownEdge
-from fedsoda_hub.run.ledger import Ledger
+from fedsoda_hub.run.ledger import RoundTraffic
 
 
 class BytesPerRound(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,13 +62,13 @@ class LiveStatus(RunStatus, frozen=True, kw_only=True):
     due_seconds: float | None
 
 
-def run_status(name: str, rounds: int, ledger: Ledger, state: LedgerState) -> RunStatus:
+def run_status(name: str, rounds: int, rows: Sequence[RoundTraffic], state: LedgerState) -> RunStatus:
     """Report what the ledger knows of a run.
 
     Args:
         name, rounds: the run's name and its [rounds] count.
+        rows: the ledger's traffic.
     """
-    rows = ledger.traffic()
     pairs = len({(row.edge, row.round) for row in rows}) or 1
     return RunStatus(
         run=name,

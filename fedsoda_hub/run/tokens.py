@@ -52,7 +52,8 @@ class Tokens:
                 f"{edge!r} was invited by a join link, so it needs no token; shut it out first with `fedsoda-hub revoke "
                 f"RUN.toml {edge}`, or choose another --name"
             )
-        if edge in {token.edge for token in self.all() if not token.revoked}:
+        known = self.of(EdgeId(edge))
+        if known is not None and not known.revoked:
             raise UsageProblem(f"{edge!r} has a token already; revoke it first, or choose another --name")
         token = f"fs1-{secrets.token_urlsafe(32)}"
         statement = "INSERT OR REPLACE INTO tokens (edge, sha256) VALUES (?, ?)"
@@ -65,10 +66,16 @@ class Tokens:
         return [Token(EdgeId(edge), device, bool(revoked), sha256) for edge, device, revoked, sha256 in rows]
 
     def find(self, secret: str) -> Token | None:
-        """Return the token with this secret; None: the run does not know it."""
-        sha256 = _hash(secret)
-        rows = self._database.read("SELECT edge, device, revoked FROM tokens WHERE sha256 = ?", (sha256,))
-        return Token(EdgeId(rows[0][0]), rows[0][1], bool(rows[0][2]), sha256) if rows else None
+        """Return the token with this secret; None: the run does not know it. An event loop may ask."""
+        return self._found("sha256", _hash(secret))
+
+    def of(self, edge: EdgeId) -> Token | None:
+        """Return the edge's token; None: it never had one. An event loop may ask."""
+        return self._found("edge", edge)
+
+    def _found(self, column: str, value: str) -> Token | None:
+        row = self._database.find(f"SELECT edge, device, revoked, sha256 FROM tokens WHERE {column} = ?", (value,))
+        return None if row is None else Token(EdgeId(row[0]), row[1], bool(row[2]), row[3])
 
     def revoke(self, edge: str) -> None:
         """Revoke the edge's token, so that it cannot join; after that the name can get a new one.
@@ -92,19 +99,25 @@ class Tokens:
         self._database.write(("UPDATE tokens SET device = NULL WHERE edge = ?", (edge,)))
 
     def _known(self, edge: str) -> Token:
-        tokens = {token.edge: token for token in self.all()}
-        if edge not in tokens:
-            raise UsageProblem(f"{edge!r} has no token; name one of those that have: {', '.join(tokens) or 'none'}")
-        return tokens[EdgeId(edge)]
+        token = self.of(EdgeId(edge))
+        if token is None:
+            names = ", ".join(token.edge for token in self.all()) or "none"
+            raise UsageProblem(f"{edge!r} has no token; name one of those that have: {names}")
+        return token
 
     def bind(self, edge: EdgeId, device: str) -> bool:
         """Bind an unbound token to the device, and tell whether the token belongs to that device.
 
+        Only the first device of a token is written down.
+
         Raises:
             DiskFull: the token is as it was.
         """
-        self._database.write(("UPDATE tokens SET device = ? WHERE edge = ? AND device IS NULL", (device, edge)))
-        return any(token.edge == edge and token.device == device for token in self.all())
+        token = self.of(edge)
+        if token is not None and token.device is None:
+            self._database.write(("UPDATE tokens SET device = ? WHERE edge = ? AND device IS NULL", (device, edge)))
+            token = self.of(edge)
+        return token is not None and token.device == device
 
 
 def check_edge_name(edge: str) -> None:

@@ -52,13 +52,12 @@ class Daemon:
         self.inbox: Inbox = asyncio.Queue()
         self.machine = RoundMachine(rules_of(settings), run.state)
         self.shelf = Shelf(run.directory, run.state)
-        self.uploads = Uploads(run.directory.blobs, settings.wire.codec)
+        self.uploads = Uploads(run.directory.blobs, settings.wire.codec, run.directory.uploads)
         state = run.state
         self.proofs = Proofs(run.key, run.ledger.devices, lambda: state.run_id, clock.monotonic, clock.wall)
         self.roster = Roster(
             settings,
-            self.machine.rules,
-            run.state,
+            self.machine,
             run.ledger,
             self.shelf,
             self.uploads,
@@ -151,12 +150,13 @@ class Daemon:
             scheme, host = "http" if encryption is None else "https", listen.host
             self.monitoring.url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{door.port}"
             self.shelf.follow(self.disk.ledger.records())
+            await self.uploads.tidy(self.disk.state, self.shelf.lent_blobs, is_start=True)
             try:
                 await self._until_over(door, stop, exit_when_done)
             finally:
                 await self.roster.close(self._clock)
                 await door.close()
-                self.roster.flush_traffic()
+                await self.roster.flush_traffic()
                 await self.standing.look()
                 self.proofs.close()
                 await self.jobs.close()
@@ -187,8 +187,8 @@ class Daemon:
         await self.jobs.opened.wait()
         await self.shelf.stocked.wait()
         await door.open(Hub(self.roster, self.shelf, self.monitoring))
-        write_durably(self.disk.directory.address, self.url.encode())
-        self._say(self._listening(door))
+        await asyncio.to_thread(write_durably, self.disk.directory.address, self.url.encode())
+        self._say(await asyncio.to_thread(self._listening, door))
         await door.broken()
 
     def _listening(self, door: Door) -> events.Listening:

@@ -35,7 +35,10 @@ class Post(Protocol):
     """The way to edges (`roster.Roster`)."""
 
     def send(self, edge: ms.EdgeId, message: ms.HubMessage) -> None: ...
-    def flush_traffic(self) -> None: ...
+    def handled(self, event: ev.RoundEvent) -> None: ...
+    @property
+    def travelled(self) -> tuple[int, int]: ...
+    async def flush_traffic(self) -> None: ...
 
 
 class Jobs(Protocol):
@@ -85,6 +88,7 @@ class Decisions:
         self._say = say
         self._timers: asyncio.TaskGroup | None = None
         self._deadline: asyncio.Task[None] | None = None
+        self._has_garbage = False
 
     async def run(self) -> None:
         """Decide until cancelled, beginning with what a restart owes."""
@@ -95,15 +99,23 @@ class Decisions:
                 event = await self._inbox.get()
                 if not isinstance(event, Settle):
                     await self._perform(self._machine.handle(event), event)
+                    self._post.handled(event)
                 if isinstance(event, ev.UpdateArrived) and event.problem is None:
-                    self._uploads.judged(event.digest)
+                    self._uploads.judged(event.edge, event.digest, self._machine.state)
                 await self._settle()
 
     async def _settle(self) -> None:
+        await self._tidy()
         while await self._perform(self._machine.owed(self._clock.wall()), Settle()):
-            pass
+            await self._tidy()
         if not self._machine.is_computing:
-            self._uploads.forget_refused(self._machine.state)
+            await self._uploads.forget_refused(self._machine.state)
+
+    async def _tidy(self) -> None:
+        """Delete what the run needs no more since a job was recorded, before anything else is started."""
+        if self._has_garbage and not self._machine.is_computing:
+            self._has_garbage = False
+            await self._uploads.tidy(self._machine.state, self._shelf.lent_blobs)
 
     async def _perform(self, effects: list[ev.Effect], cause: ev.RoundEvent | Settle) -> bool:
         """Perform effects in order, and tell whether a record was appended.
@@ -120,7 +132,7 @@ class Decisions:
                         self._say_disk_full(error, cause)
                         return False
                     appended = True
-                    self._recorded(record)
+                    await self._recorded(record)
                 case ev.Send(edge, message):
                     self._post.send(edge, message)
                 case ev.SendOffer():
@@ -150,7 +162,7 @@ class Decisions:
         # A job's result is reported again as it was; `owed` finds everything else again.
         self._report_after(DISK_RETRY_SECONDS, cause if isinstance(cause, ev.JobDone) else Settle())
 
-    def _recorded(self, record: rec.AnyRecord) -> None:
+    async def _recorded(self, record: rec.AnyRecord) -> None:
         """Fold in a record that is durable now, act on it, and say it."""
         state = self._machine.state
         before = state.phase
@@ -159,16 +171,18 @@ class Decisions:
         if state.phase != before:
             _log.debug(changed("run", before, state.phase))
         self._shelf.follow([record])
+        if isinstance(record, rec.RunPrepared | rec.RoundClosed | rec.Realigned | rec.Repruned):
+            self._has_garbage = True
         if isinstance(record, rec.RoundClosed):
-            self._post.flush_traffic()
+            await self._post.flush_traffic()
             with contextlib.suppress(DiskFull):  # it only bounds replay
-                self._ledger.snapshot(state)
+                await asyncio.to_thread(self._ledger.snapshot, state)  # nobody else changes the state meanwhile
         fact = events.event_of_record(
             record,
             self._settings.rounds.count,
             state,
-            traffic=self._ledger.traffic,
-            summary=self._monitoring.status,
+            self._post.travelled,
+            await self._monitoring.status() if isinstance(record, rec.RunEnded) else None,
         )
         if fact is not None:
             self._say(fact)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import socket
 import ssl
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 
 import msgspec
 import uvicorn
@@ -20,23 +21,28 @@ from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route, WebSocketRoute
+from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from fedsoda_edge.errors import ProtocolViolation, UsageProblem
 from fedsoda_edge.network import tls
 from fedsoda_edge.ports.system import descriptors_left
 from fedsoda_edge.protocol.codec import MAX_FRAME_BYTES
-from fedsoda_edge.protocol.messages import PROTOCOL_VERSION
+from fedsoda_edge.protocol.messages import PROTOCOL_VERSION, EdgeId
 from fedsoda_edge.protocol.proof import MAX_PROOF_BYTES, TICKET_PREFIX
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.run.status import LiveStatus
 from fedsoda_hub.run.tokens import Token
 from fedsoda_hub.serving.connection import Connection, Hub
-from fedsoda_hub.serving.strangers import Complaints, ConnectionLimits, Strangers, guarded
+from fedsoda_hub.serving.guarded import guarded
+from fedsoda_hub.serving.strangers import Complaints, ConnectionLimits, Handshakes, Strangers, is_loopback
 from fedsoda_hub.serving.tls import Encryption, encrypted
 
 PING_SECONDS = 10.0  # an edge that is gone is noticed within the sum of both; pings also keep proxies from timing out
 PONG_SECONDS = 20.0
+FILE_BYTES = 32 << 10  # of a file at once: as much of it as a download holds in memory
+MAX_FILES = 8  # that one edge takes at once
+PROXIES = "127.0.0.1,::1,::ffff:127.0.0.1"  # whose word for the address of others counts: those of this machine
 FORWARDED = ("forwarded", "via", "x-forwarded-for", "x-real-ip")  # headers of proxies
 FAILED = "the hub failed and ends; its owner sees the error where it ran"
 Broke = Callable[[Exception], None]  # takes a defect of the hub's own code
@@ -97,19 +103,44 @@ def _is_loopback(request: Request) -> bool:
     """Tell whether a request comes from this machine, and not through a proxy on it."""
     if request.client is None or any(name in request.headers for name in FORWARDED):
         return False
-    try:
-        address = ipaddress.ip_address(request.client.host.partition("%")[0])
-    except ValueError:
-        return False
-    return (getattr(address, "ipv4_mapped", None) or address).is_loopback  # ::ffff:127.0.0.1 where the port is for both
+    return is_loopback(request.client.host)
 
 
-def make_app(hub: Hub, broke: Broke) -> Starlette:
+class _LentFile(FileResponse):
+    """A file for one edge, which may take only a few at once: each holds a descriptor for as long as it is read."""
+
+    chunk_size = FILE_BYTES
+
+    def __init__(self, path: Path, edge: EdgeId, taking: Counter[EdgeId]) -> None:
+        super().__init__(path, media_type="application/octet-stream")
+        self._edge = edge
+        self._taking = taking
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._taking[self._edge] += 1
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._taking[self._edge] -= 1
+            if not self._taking[self._edge]:
+                del self._taking[self._edge]
+
+
+def make_app(hub: Hub, broke: Broke, handshakes: Handshakes) -> Starlette:
     """Build the application of the one port.
 
     Args:
         broke: takes an exception of the hub's own code, which ends the hub.
+        handshakes: bounds who comes through a proxy on this machine; all others are counted when they connect.
     """
+    taking: Counter[EdgeId] = Counter()  # files under way
+
+    def is_too_often(request: HTTPConnection) -> bool:
+        is_proxied = request.client is not None and "x-forwarded-for" in request.headers
+        return is_proxied and request.client is not None and not handshakes.may(request.client.host)
+
+    def too_many(what: str) -> JSONResponse:
+        return JSONResponse({"reason": f"{what}; try again later"}, status_code=429, headers={"Retry-After": "5"})
 
     async def session(websocket: WebSocket) -> None:
         try:
@@ -120,6 +151,9 @@ def make_app(hub: Hub, broke: Broke) -> Starlette:
             broke(defect)
             return
         try:
+            if is_too_often(websocket):
+                await websocket.send_denial_response(too_many("too many connections come from this address"))
+                return
             if token is None:
                 await websocket.send_denial_response(JSONResponse({"reason": why}, status_code=401))
                 return
@@ -131,24 +165,28 @@ def make_app(hub: Hub, broke: Broke) -> Starlette:
         except Exception as defect:
             broke(defect)
 
-    def answered(answer: Callable[[Request], Response]) -> Callable[[Request], Awaitable[Response]]:
+    def answered(answer: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
             try:
-                return answer(request)
+                return await answer(request)
             except Exception as defect:
                 broke(defect)
                 return JSONResponse({"reason": FAILED}, status_code=500)
 
         return endpoint
 
-    def blob(request: Request) -> Response:
+    async def blob(request: Request) -> Response:
         token, why = _refused(hub, request)
         if token is None:
+            if is_too_often(request):
+                return too_many("too many requests without a good token come from this address")
             return JSONResponse({"reason": why}, status_code=401)
+        if taking[token.edge] >= MAX_FILES:
+            return too_many(f"{token.edge} takes {MAX_FILES} files at once already")
         path = hub.shelf.bundle_file(request.path_params["digest"])
         if path is None:
             return JSONResponse({"reason": "this run's bundle has no such file"}, status_code=404)
-        return FileResponse(path, media_type="application/octet-stream")
+        return _LentFile(path, token.edge, taking)
 
     async def prove(request: Request) -> Response:
         body = b""
@@ -165,21 +203,21 @@ def make_app(hub: Hub, broke: Broke) -> Starlette:
             return JSONResponse({"reason": FAILED}, status_code=500)
         return Response(reply, status, media_type="application/json")
 
-    def health(_: Request) -> Response:
+    async def health(_: Request) -> Response:
         return JSONResponse({"hub": "fedsoda", "protocol": PROTOCOL_VERSION})
 
     def may_ask(request: Request) -> bool:
         return _is_loopback(request) or hub.monitoring.is_admin(_bearer(request))
 
-    def status(request: Request) -> Response:
+    async def status(request: Request) -> Response:
         if not may_ask(request):
             return JSONResponse(
                 {"reason": "the status is for loopback; from elsewhere, send the token in the run's admin.token"},
                 status_code=401,
             )
-        return JSONResponse(msgspec.to_builtins(hub.monitoring.status(), str_keys=True))
+        return JSONResponse(msgspec.to_builtins(await hub.monitoring.status(), str_keys=True))
 
-    def metrics(request: Request) -> Response:
+    async def metrics(request: Request) -> Response:
         if not may_ask(request):
             return JSONResponse(
                 {"reason": "metrics are for loopback; from elsewhere, send the token in the run's admin.token"},
@@ -341,6 +379,7 @@ class Server(uvicorn.Server):
 
     Args:
         limits: None: those of this process. encryption: None: plain HTTP.
+        counts_loopback: whether the bound of handshakes holds on this machine too.
     """
 
     def __init__(
@@ -349,22 +388,28 @@ class Server(uvicorn.Server):
         broke: Broke,
         limits: ConnectionLimits | None = None,
         encryption: Encryption | None = None,
+        *,
+        counts_loopback: bool = False,
     ) -> None:
         limits = limits or ConnectionLimits(descriptors_left())
-        self._complaints = Complaints(asyncio.get_running_loop().time)
-        of_http = guarded(Strangers(limits, self._complaints))
+        now = asyncio.get_running_loop().time
+        self._complaints = Complaints(now)
+        handshakes = Handshakes(now)
+        strangers = Strangers(limits, self._complaints, handshakes, counts_loopback=counts_loopback)
+        http, websocket = guarded(strangers, lambda: hub.guests.stall_seconds)
         super().__init__(
             uvicorn.Config(
-                make_app(hub, broke),
+                make_app(hub, broke, handshakes),
                 log_config=None,
                 lifespan="off",
-                http=of_http if encryption is None else encrypted(of_http, encryption),  # type: ignore[arg-type]
-                ws="websockets-sansio",
+                http=http if encryption is None else encrypted(http, encryption),  # type: ignore[arg-type]
+                ws=websocket,
                 ws_max_size=MAX_FRAME_BYTES,
                 ws_per_message_deflate=False,  # costs 40 x throughput on tensors and 50 KiB a connection
                 ws_ping_interval=PING_SECONDS,
                 ws_ping_timeout=PONG_SECONDS,
                 backlog=limits.backlog,
+                forwarded_allow_ips=PROXIES,
                 timeout_graceful_shutdown=5,
                 server_header=False,
             )

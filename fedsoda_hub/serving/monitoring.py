@@ -5,6 +5,7 @@ What the ledger alone knows is `run/status.py`'s, the port is `listener.py`'s.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from collections.abc import Mapping
 from typing import Protocol
@@ -26,6 +27,7 @@ class Present(Protocol):
     def connected(self) -> set[EdgeId]: ...
     @property
     def progress(self) -> Mapping[EdgeId, Progress]: ...
+    async def flush_traffic(self) -> None: ...
 
 
 class Monitoring:
@@ -57,8 +59,11 @@ class Monitoring:
         ahead = self._machine.state.deadline_at - self._clock.wall()
         return min(max(0.0, ahead), self._machine.rules.deadline_seconds)  # further: the clock was put back
 
-    def status(self) -> LiveStatus:
+    async def status(self) -> LiveStatus:
         """Report the run's status with what only the hub knows."""
+        await self._present.flush_traffic()
+        known_edges = await asyncio.to_thread(self._ledger.edges.all)
+        traffic = await asyncio.to_thread(self._ledger.traffic)
         machine, settings = self._machine, self._settings
         progress, connected = self._present.progress, self._present.connected
         edges = [
@@ -71,11 +76,11 @@ class Monitoring:
                 steps=progress[known.edge].steps if known.edge in progress else None,
                 standing=machine.state.standings.get(known.edge),
             )
-            for known in self._ledger.edges.all()
+            for known in known_edges
         ]
         is_open = machine.state.phase == "collecting"
         return live_status(
-            run_status(settings.name, settings.rounds.count, self._ledger, machine.state),
+            run_status(settings.name, settings.rounds.count, traffic, machine.state),
             edges,
             url=self.url,
             due_seconds=self.due_seconds() if is_open else None,

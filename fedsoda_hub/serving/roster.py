@@ -6,8 +6,8 @@ What events lead to is `decisions.py`'s.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
+from collections import Counter
 from collections.abc import Callable
 
 import msgspec
@@ -16,12 +16,12 @@ from fedsoda_edge.errors import DiskFull
 from fedsoda_edge.ports import Clock
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.proof import TICKET_PREFIX
-from fedsoda_edge.protocol.session import Upload
+from fedsoda_edge.protocol.session import Gathered, Upload
 from fedsoda_edge.units import one_line
 from fedsoda_hub import events
 from fedsoda_hub.federation import events as ev
-from fedsoda_hub.federation.schedule import Rules, trained_factor
-from fedsoda_hub.federation.state import LedgerState
+from fedsoda_hub.federation.rounds import RoundMachine
+from fedsoda_hub.federation.schedule import trained_factor
 from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.run.tokens import Token
 from fedsoda_hub.serving import offers
@@ -30,21 +30,36 @@ from fedsoda_hub.serving.first_of import first_of
 from fedsoda_hub.serving.proofs import Proofs
 from fedsoda_hub.serving.shelf import Shelf
 from fedsoda_hub.serving.signer import Signer
+from fedsoda_hub.serving.spool import NoRoom, Useless
+from fedsoda_hub.serving.traffic import Traffic
 from fedsoda_hub.serving.uploads import Uploads
 from fedsoda_hub.settings.run import RunSettings
 
 GOODBYE_SECONDS = 5.0  # that queued frames may take to leave at the end
+MAX_UNHEARD = 4  # events of one edge that wait to be handled
 _log = logging.getLogger("fedsoda_hub.serving")
+
+SaidEvent = (
+    ev.EdgeReady
+    | ev.EdgeResumed
+    | ev.EdgeAway
+    | ev.EdgeDeclined
+    | ev.UploadStarted
+    | ev.UploadStalled
+    | ev.UpdateArrived
+)
 
 
 class Roster:
-    """The connected edges. report: takes what they said, as events of the round machine."""
+    """The connected edges. report: takes what they said, as events of the round machine.
+
+    An edge is heard again only when all but a few of its events are handled, so that none can fill the inbox.
+    """
 
     def __init__(
         self,
         settings: RunSettings,
-        rules: Rules,
-        state: LedgerState,
+        machine: RoundMachine,
         ledger: Ledger,
         shelf: Shelf,
         uploads: Uploads,
@@ -55,8 +70,8 @@ class Roster:
     ) -> None:
         self.progress: dict[ms.EdgeId, ms.Progress] = {}
         self._settings = settings
-        self._rules = rules
-        self._state = state
+        self._machine = machine
+        self._state = machine.state
         self._ledger = ledger
         self._shelf = shelf
         self._uploads = uploads
@@ -68,6 +83,9 @@ class Roster:
         self._passed: set[ms.EdgeId] = set()
         self._farewelled: set[ms.EdgeId] = set()
         self._has_farewelled = asyncio.Event()
+        self._traffic = Traffic(ledger)
+        self._unheard: Counter[ms.EdgeId] = Counter()  # events that are not handled yet
+        self._turns: dict[ms.EdgeId, asyncio.Event] = {}
 
     @property
     def connected(self) -> set[ms.EdgeId]:
@@ -100,7 +118,12 @@ class Roster:
         """Answer the body of a request to /v1/proof: (HTTP status, JSON)."""
         return await self._proofs.reply(request)
 
-    def greet(self, connection: Connection, hello: ms.Hello) -> ms.Welcome | ms.Refusal | None:
+    def gather(self, edge: ms.EdgeId, start: ms.UpdateStart) -> Gathered:
+        """Make the place for an announced update."""
+        why_useless = self._machine.why_useless(edge, start.round, start.digest)
+        return self._uploads.gather(start, self._shelf.max_update_bytes, why_useless)
+
+    async def greet(self, connection: Connection, hello: ms.Hello) -> ms.Welcome | ms.Refusal | None:
         """Answer a Hello; None: the disk is full, so the device cannot be noted; it may come again."""
         edge = connection.edge
         if hello.protocol != ms.PROTOCOL_VERSION:
@@ -110,7 +133,9 @@ class Roster:
                 fatal=True,
             )
         try:
-            is_its_device = connection.token.key is not None or self._ledger.tokens.bind(edge, hello.device_id)
+            is_its_device = connection.token.key is not None or await asyncio.to_thread(
+                self._ledger.tokens.bind, edge, hello.device_id
+            )
         except DiskFull as error:
             self._say(events.OutOfDisk(message=str(error)))
             return None  # a Refusal would send the edge away for good
@@ -144,38 +169,57 @@ class Roster:
                 self.send(edge, ms.Refusal(reason=reason, fatal=True))
             case ms.Ready():
                 connection.size_class = message.size_class
-                self._report(ev.EdgeReady(edge, message.size_class))
+                self._tell(ev.EdgeReady(edge, message.size_class))
             case ms.Resumed():
-                self._report(ev.EdgeResumed(edge))
+                self._tell(ev.EdgeResumed(edge))
             case ms.Paused():
-                self._report(ev.EdgeAway(edge, "paused"))
+                self._tell(ev.EdgeAway(edge, "paused"))
             case ms.Leave():
-                self._report(ev.EdgeAway(edge, "left"))
+                self._tell(ev.EdgeAway(edge, "left"))
                 self._note_farewell(edge)
                 self._say(events.EdgeLeft(edge=edge, reason=one_line(message.reason)))
             case ms.Decline():
                 self._say(events.Declined(edge=edge, round=message.round, reason=one_line(message.reason)))
-                self._report(ev.EdgeDeclined(edge, message.round, message.reason))
+                self._tell(ev.EdgeDeclined(edge, message.round, message.reason))
             case ms.UpdateStart():
-                self._report(ev.UploadStarted(edge, message.round))
+                self._tell(ev.UploadStarted(edge, message.round))
             case ms.Progress():
                 self.progress[edge] = message
                 self._say(events.EdgeProgress(edge=edge, **msgspec.structs.asdict(message)))
             case Upload():
                 await self._uploaded(connection, message)
+        while self._unheard[edge] >= MAX_UNHEARD:
+            await self._turns.setdefault(edge, asyncio.Event()).wait()
+
+    def _tell(self, event: SaidEvent) -> None:
+        self._unheard[event.edge] += 1
+        self._report(event)
+
+    def handled(self, event: ev.RoundEvent) -> None:
+        """Note that the round machine has handled an event."""
+        if isinstance(event, SaidEvent):
+            self._unheard[event.edge] -= 1
+            if not self._unheard[event.edge]:
+                del self._unheard[event.edge]
+            if (turn := self._turns.pop(event.edge, None)) is not None:
+                turn.set()
 
     async def _uploaded(self, connection: Connection, upload: Upload) -> None:
         """Check and store an update, then let the round machine judge it."""
         edge, start, size_class = connection.edge, upload.start, connection.size_class
-        layout = self._shelf.layout(size_class, trained_factor(self._rules.aggregation, start.round))
+        layout = self._shelf.layout(size_class, trained_factor(self._machine.rules.aggregation, start.round))
+        problem: str | None
         try:
             problem = await self._uploads.take(upload, layout)
-        except DiskFull as error:
-            self._say(events.OutOfDisk(message=str(error)))
+        except Useless as error:
+            problem = str(error)
+        except (DiskFull, NoRoom) as error:
+            if isinstance(error, DiskFull):
+                self._say(events.OutOfDisk(message=str(error)))
             self.send(edge, ms.Refusal(round=start.round, reason=str(error), retry=True))
-            self._report(ev.UploadStalled(edge))
+            self._tell(ev.UploadStalled(edge))
             return
-        self._report(
+        self._tell(
             ev.UpdateArrived(
                 edge,
                 start.round,
@@ -229,10 +273,14 @@ class Roster:
 
     async def all_told(self) -> None:
         """Return when every edge of this run has its Farewell or has left."""
-        known = {known.edge for known in self._ledger.edges.all() if known.used and not known.revoked}
-        while not known <= self._farewelled:
-            self._has_farewelled.clear()
-            await self._has_farewelled.wait()
+        known = await asyncio.to_thread(self._ledger.edges.all)
+        missing = {one.edge for one in known if one.used and not one.revoked}
+        while missing:
+            missing -= self._farewelled
+            self._farewelled.clear()
+            if missing:
+                self._has_farewelled.clear()
+                await self._has_farewelled.wait()
 
     async def close(self, clock: Clock) -> None:
         """End all conversations when everything that is queued has left; edges that do not read are not waited for."""
@@ -251,15 +299,20 @@ class Roster:
     def _count_traffic(self, connection: Connection) -> None:
         up, down = connection.up, connection.down
         if up or down:
-            with contextlib.suppress(DiskFull):  # telemetry must not stop a round
-                self._ledger.add_traffic(connection.edge, max(1, self._state.round), up, down)
+            self._traffic.add(connection.edge, max(1, self._state.round), up, down)
         connection.up -= up
         connection.down -= down
 
-    def flush_traffic(self) -> None:
+    @property
+    def travelled(self) -> tuple[int, int]:
+        """The bytes up and down of all edges since the run began, up to the last `flush_traffic`."""
+        return self._traffic.travelled
+
+    async def flush_traffic(self) -> None:
         """Add the traffic up to now to the ledger."""
         for connection in self._connections.values():
             self._count_traffic(connection)
+        await self._traffic.flush()
 
 
 def refused_as_a_copy(old: Connection, hello: ms.Hello) -> ms.Refusal | None:

@@ -18,6 +18,8 @@ from fedsoda_hub.federation import records as rec
 from fedsoda_hub.federation.state import LedgerState
 from fedsoda_hub.run.directory import RunDirectory
 
+DRAWS = 2  # of layers, whose bundles edges may fetch: those in force and those before them
+
 
 class Shelf:
     """The bundles and views of one run. stocked: set when the run is prepared."""
@@ -29,24 +31,20 @@ class Shelf:
         self._blobs = directory.blobs
         self._state = state
         self._manifests: list[BundleManifest] = []  # in force, by size class
-        self._files: dict[ms.Digest, Path] = {}
+        self._draws: list[dict[str, Path]] = []  # files by digest, of the bundles in force and of those before them
+        self._verified: set[str] = set()  # of the views in force
+        self._verifying = asyncio.Lock()
 
     def follow(self, records: Iterable[rec.AnyRecord]) -> None:
-        """Offer the files of all bundles that the records name; an edge may still fetch one that was in force before.
+        """Offer the files of the bundles that the records name; an edge may still fetch those that were in force before.
 
         Args:
             records: those that the state has just folded in.
         """
-        named = [digest for record in records for digest in _manifests_of(record)]
-        if not named:
+        draws = [named for record in records if (named := _manifests_of(record))]
+        if not draws:
             return
-        for digest in named:
-            self._files[digest] = self._blobs.path(digest)
-            for file in self._manifest(digest).files:
-                is_lora = file.name in (ADAPTER_LORA, EMULATOR_LORA)
-                self._files[ms.Digest(file.sha256)] = (
-                    self._blobs.path(file.sha256) if is_lora else self._bundle / file.name
-                )
+        self._draws = [*self._draws, *map(self._files_of, draws[-DRAWS:])][-DRAWS:]
         self._manifests = [self._manifest(one.manifest) for one in self._state.sub_llms]
         # Names and offsets of the safetensors header: at most 256 bytes a tensor.
         self.max_update_bytes = 4096 + max(
@@ -54,6 +52,23 @@ class Shelf:
             for one in self._manifests
         )
         self.stocked.set()
+
+    def _files_of(self, manifests: tuple[ms.Digest, ...]) -> dict[str, Path]:
+        """Find the files of the bundles with these manifests."""
+        files: dict[str, Path] = {}
+        for digest in manifests:
+            files[digest] = self._blobs.path(digest)
+            for file in self._manifest(digest).files:
+                is_lora = file.name in (ADAPTER_LORA, EMULATOR_LORA)
+                files[file.sha256] = self._blobs.path(file.sha256) if is_lora else self._bundle / file.name
+        return files
+
+    @property
+    def lent_blobs(self) -> set[str]:
+        """The digests of the blobs that bundles hold which may still be fetched."""
+        return {
+            digest for files in self._draws for digest, path in files.items() if path.parent == self._blobs.directory
+        }
 
     def _manifest(self, digest: ms.Digest) -> BundleManifest:
         return msgspec.json.decode(self._blobs.get(digest), type=BundleManifest)
@@ -67,17 +82,28 @@ class Shelf:
         return ms.BlobRef(digest=digest, bytes=self._blobs.path(digest).stat().st_size)
 
     def bundle_file(self, digest: str) -> Path | None:
-        """Find a file of a bundle; None: no bundle of this run has it."""
-        return self._files.get(ms.Digest(digest))
+        """Find a file of a bundle; None: no bundle that may be fetched has it."""
+        return next((files[digest] for files in reversed(self._draws) if digest in files), None)
 
     @property
-    def files(self) -> dict[ms.Digest, Path]:
-        """The path of every file of the bundles, by digest."""
-        return dict(self._files)
+    def files(self) -> dict[str, Path]:
+        """The path of every file of the bundles that may be fetched, by digest."""
+        return {digest: path for files in self._draws for digest, path in files.items()}
 
-    def run_blob(self, digest: str) -> bytes | None:
-        """Read a view in force or the coded step to it; None: the blob is neither."""
-        return self._blobs.get(digest) if digest in self._state.views else None
+    async def run_blob(self, digest: str) -> Path | None:
+        """Find a view in force or the coded step to it; None: the blob is neither.
+
+        Raises:
+            BlobCorrupt: the blob is not what it was.
+        """
+        views = self._state.views
+        if digest not in views:
+            return None
+        async with self._verifying:  # once for each, however many edges ask
+            if digest not in self._verified:
+                await asyncio.to_thread(self._blobs.verify, digest)
+                self._verified = (self._verified & views) | {digest}
+        return self._blobs.path(digest)
 
 
 def _manifests_of(record: rec.AnyRecord) -> tuple[ms.Digest, ...]:

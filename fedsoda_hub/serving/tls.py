@@ -25,7 +25,7 @@ from fedsoda_edge.ports.disk import write_durably
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.serving import certificates
 from fedsoda_hub.serving.certificates import HubCertificate
-from fedsoda_hub.serving.strangers import Guarded
+from fedsoda_hub.serving.guarded import Guarded
 from fedsoda_hub.settings.listening import split_url
 from fedsoda_hub.settings.run import RunSettings
 
@@ -34,7 +34,6 @@ HANDSHAKE_SECONDS = 10
 CLOSING_SECONDS = 5  # for the other side's end of TLS, after the hub's own
 SOON = timedelta(days=7)  # before its end, from which on an owner's certificate that was not renewed is complained of
 READ_BYTES = 4 << 10  # at a time; each connection has a buffer of as many, of 256 KiB where asyncio chooses
-WRITE_BYTES = 64 << 10  # that wait for a connection before its sender is paused
 PLAIN_HTTP = re.compile(rb"(GET|HEAD|POST|PUT|OPTIONS|CONNECT|DELETE|PATCH) ")
 WRONG_PROTOCOL = b"This hub speaks TLS: write https:// instead of http://.\n"
 WRONG_PROTOCOL_ANSWER = (
@@ -166,7 +165,10 @@ class Handshake(SSLProtocol):
         self._raw = transport
         self.address = str((transport.get_extra_info("peername") or ("",))[0])
         self._within.connections.add(self)  # type: ignore[arg-type]
-        self._within.strangers.come(self, len(self._within.connections))
+        if self._within.strangers.may_connect(self.address):
+            self._within.strangers.come(self, len(self._within.connections))
+        else:
+            self.end()
         super().connection_made(transport)
 
     def over(self) -> None:
@@ -215,8 +217,10 @@ def encrypted(kind: type[Guarded], encryption: Encryption) -> Callable[..., asyn
 
         def connection_made(self, transport: asyncio.Transport) -> None:
             self.handshake.over()
-            transport.set_write_buffer_limits(high=WRITE_BYTES)
             super().connection_made(transport)
+
+        def may_come(self) -> bool:
+            return True  # the handshake was counted
 
     def make(**given: Any) -> Handshake:
         within = Within(**given)

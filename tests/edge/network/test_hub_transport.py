@@ -20,9 +20,8 @@ from fedsoda_edge.network.hub_transport import HubTransport
 from fedsoda_edge.ports.store import FileStore
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.codec import decode, encode, wire_bytes
-from fedsoda_edge.protocol.session import Upload
+from fedsoda_edge.protocol.session import Gathered, InMemory, Upload
 from fedsoda_hub.federation.state import LedgerState
-from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.run.status import LiveStatus, live_status, run_status
 from fedsoda_hub.run.tokens import Token
 from fedsoda_hub.serving.connection import Connection, Hub
@@ -65,23 +64,26 @@ class SmallHub:
         path = self._directory / digest
         return path if path.exists() else None
 
-    def greet(self, connection: Connection, hello: ms.Hello) -> ms.Welcome | ms.Refusal:
+    async def greet(self, connection: Connection, hello: ms.Hello) -> ms.Welcome | ms.Refusal:
         return self._answer
 
     def is_admin(self, secret: str) -> bool:
         return False
 
-    def run_blob(self, digest: str) -> bytes | None:
+    async def run_blob(self, digest: str) -> Path | None:
         return None
 
-    def status(self) -> LiveStatus:
-        return live_status(run_status("triage", 1, Ledger(None), LedgerState()), [])
+    async def status(self) -> LiveStatus:
+        return live_status(run_status("triage", 1, [], LedgerState()), [])
 
     def metrics(self) -> str:
         return ""
 
     async def prove(self, request: bytes) -> tuple[int, bytes]:
         return 403, b"{}"
+
+    def gather(self, edge: ms.EdgeId, start: ms.UpdateStart) -> Gathered:
+        return InMemory()
 
     async def said(self, connection: Connection, message: ms.EdgeMessage | Upload) -> None: ...
 

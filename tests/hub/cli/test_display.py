@@ -12,7 +12,6 @@ from fedsoda_edge.units import counted
 from fedsoda_hub import events
 from fedsoda_hub.cli.display import HubDisplay, _OpenRound, next_step
 from fedsoda_hub.federation.state import LedgerState
-from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.run.status import live_status, run_status
 
 D = Digest("d" * 64)
@@ -115,7 +114,7 @@ def test_one_is_no_plural_and_sizes_are_written_as_everywhere(capsys: pytest.Cap
     shown.say(closed(1, updates=1))
     shown.say(closed(1, updates=2))
     state = LedgerState(run_id="1", phase="ended", round=1)
-    summary = live_status(run_status("t", 1, Ledger(None), state), [])
+    summary = live_status(run_status("t", 1, [], state), [])
     shown.say(events.RunEnded(rounds=1, summary=summary))
     assert capsys.readouterr().err.splitlines() == [
         "caching teacher targets: needs 668 MiB of disk, 18.6 GiB are free",

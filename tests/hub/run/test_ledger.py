@@ -178,12 +178,12 @@ def test_a_full_disk_is_disk_full_and_writes_nothing(reopen: Callable[[], Ledger
     ledger = reopen()
     ledger.append(ROUND_1[0])
     [(pages,)] = ledger.database.read("PRAGMA page_count")
-    ledger.database.read(f"PRAGMA max_page_count = {pages}")
+    ledger.database.write((f"PRAGMA max_page_count = {pages}", ()))
     large = rec.RunStarted(run_id="x" * 100_000, fixed={})
     with pytest.raises(DiskFull, match="the ledger's disk is full"):
         ledger.append(large)
     assert ledger.records() == [ROUND_1[0]]
-    ledger.database.read(f"PRAGMA max_page_count = {pages + 1000}")  # space is back
+    ledger.database.write((f"PRAGMA max_page_count = {pages + 1000}", ()))  # space is back
     ledger.append(large)
     assert ledger.records() == [ROUND_1[0], large]
 

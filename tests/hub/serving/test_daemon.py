@@ -917,7 +917,7 @@ def test_an_update_that_finds_the_disk_full_gets_no_receipt_but_a_refusal_to_ret
             if place == "ledger":
                 met = full_once(monkeypatch, Ledger, "append", lambda record: isinstance(record, rec.UpdateAccepted))
             else:
-                met = full_once(monkeypatch, BlobStore, "put", lambda data: data == update(0.5))
+                met = full_once(monkeypatch, BlobStore, "adopt", lambda path: path.read_bytes() == update(0.5))
             offer = await a.hear(ms.RoundOffer)
             await a.upload(offer, update(0.5))
             answer = await a.hear(ms.Refusal)

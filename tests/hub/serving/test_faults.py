@@ -45,7 +45,7 @@ def ledger(hub: Hub, patch: pytest.MonkeyPatch, failure: Exception) -> None:
 
 
 def store(hub: Hub, patch: pytest.MonkeyPatch, failure: Exception) -> None:
-    patch.setattr(BlobStore, "put", raising(failure))
+    patch.setattr(BlobStore, "adopt", raising(failure))
 
 
 def child(hub: Hub, patch: pytest.MonkeyPatch, failure: Exception) -> None:

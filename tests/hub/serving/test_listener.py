@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -22,14 +23,14 @@ from fedsoda_edge.errors import RefusedByHub, UsageProblem
 from fedsoda_edge.network.hub_transport import HubTransport
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.codec import MAX_CHUNK_BYTES, MAX_FRAME_BYTES, MAX_HEADER_BYTES, decode, encode
-from fedsoda_edge.protocol.session import Blob, EdgeSession, Upload, chunks
+from fedsoda_edge.protocol.session import Blob, EdgeSession, Gathered, InMemory, Upload, chunks
 from fedsoda_hub.federation.state import LedgerState
 from fedsoda_hub.run.directory import RunDirectory
-from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.run.status import LiveStatus, live_status, run_status
 from fedsoda_hub.run.tokens import Token
 from fedsoda_hub.serving.connection import Connection, Hub
 from fedsoda_hub.serving.listener import Server, ask_running_hub, bind, make_app
+from fedsoda_hub.serving.strangers import Handshakes
 
 SHARD = bytes(range(256)) * 4
 SHARD_DIGEST = hashlib.sha256(SHARD).hexdigest()
@@ -45,7 +46,7 @@ HELLO = ms.Hello(
 )
 
 
-STATUS: LiveStatus = live_status(run_status("triage", 1, Ledger(None), LedgerState()), [], url="http://here")
+STATUS: LiveStatus = live_status(run_status("triage", 1, [], LedgerState()), [], url="http://here")
 
 
 class MemoryHub:
@@ -58,6 +59,8 @@ class MemoryHub:
         self.stall_seconds = 30.0
         self.max_update_bytes = 1 << 20
         self.shard = shard
+        self.view = shard.with_name("view")
+        self.view.write_bytes(VIEW)
         self.greeted: list[Connection] = []
         self.heard: list[ms.EdgeMessage | Upload] = []
         self.gone: list[Connection] = []
@@ -80,16 +83,19 @@ class MemoryHub:
     def bundle_file(self, digest: str) -> Path | None:
         return self.shard if digest == SHARD_DIGEST else None
 
-    def run_blob(self, digest: str) -> bytes | None:
-        return VIEW if digest == VIEW_DIGEST else None
+    async def run_blob(self, digest: str) -> Path | None:
+        return self.view if digest == VIEW_DIGEST else None
 
-    def status(self) -> LiveStatus:
+    def gather(self, edge: ms.EdgeId, start: ms.UpdateStart) -> Gathered:
+        return InMemory()
+
+    async def status(self) -> LiveStatus:
         return STATUS
 
     def metrics(self) -> str:
         return "fedsoda_round 3\n"
 
-    def greet(self, connection: Connection, hello: ms.Hello) -> ms.Welcome | ms.Refusal | None:
+    async def greet(self, connection: Connection, hello: ms.Hello) -> ms.Welcome | ms.Refusal | None:
         self.greeted.append(connection)
         return ms.Welcome(
             protocol=ms.PROTOCOL_VERSION,
@@ -302,7 +308,7 @@ def ask(hub: MemoryHub, path: str, client: tuple[str, int] | None, token: str) -
         "headers": [(b"authorization", f"Bearer {token}".encode())] if token else [],
         "client": client,
     }
-    asyncio.run(make_app(hub.parts, hub.defects.append)(scope, receive, send))
+    asyncio.run(make_app(hub.parts, hub.defects.append, Handshakes(time.monotonic))(scope, receive, send))
     return int(answers[0]["status"])
 
 
@@ -524,8 +530,8 @@ def test_an_edge_that_does_not_read_holds_up_nobody(hub: MemoryHub) -> None:
             await greet(slow)
             await greet(other)
             to_slow, to_other = hub.greeted
-            for _ in range(60):  # 15 MiB: more than all buffers on the way
-                to_slow.send(ms.BlobChunk(digest=VIEW_DIGEST, offset=0, total=1), bytes(MAX_CHUNK_BYTES))
+            hub.view.write_bytes(bytes(60 * MAX_CHUNK_BYTES))  # 15 MiB: more than all buffers on the way
+            await slow.send(encode(ms.BlobRequest(digest=VIEW_DIGEST)))
             to_other.send(ms.RoundClosed(round=1, num_updates=1))
             assert await hear(other) == ms.RoundClosed(round=1, num_updates=1)
             assert to_slow.down < 60 * MAX_CHUNK_BYTES
@@ -560,10 +566,10 @@ def test_a_connection_counts_payload_and_framing_of_its_websocket(hub: MemoryHub
             up, down = connection.up, connection.down
             await socket.send(short)
             await socket.send(long)
-            first, second = [await socket.recv() for _ in range(2)]
+            *pieces, last = [await socket.recv() for _ in range(5)]
             await until(lambda: hub.heard)
             assert connection.up - up == len(short) + 2 + 4 + len(long) + 4 + 4  # RFC 6455, 5.2; clients mask
-            assert connection.down - down == len(first) + 10 + len(second) + 4
+            assert connection.down - down == sum(len(one) + 10 for one in pieces) + len(last) + 4
 
     serve(hub, talk)
 
@@ -621,7 +627,7 @@ def test_an_edge_that_vanishes_while_it_is_spoken_to_is_no_defect(hub: MemoryHub
             [connection] = hub.greeted
             socket.transport.abort()
             while not hub.gone:
-                connection.send(ms.BlobChunk(digest=VIEW_DIGEST, offset=0, total=1), bytes(1000))
+                connection.send(ms.RoundClosed(round=1, num_updates=1))
                 await asyncio.sleep(0)
 
     serve(hub, talk)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -35,6 +36,8 @@ class Present:
     def progress(self) -> Mapping[EdgeId, Progress]:
         return {EdgeId("a"): Progress(round=3, step=2, steps=5)}
 
+    async def flush_traffic(self) -> None: ...
+
 
 def monitoring(directory: Path, state: LedgerState) -> Monitoring:
     settings, ledger = write_run(directory), Ledger(None)
@@ -61,15 +64,20 @@ def test_only_who_holds_the_owners_secret_may_ask(tmp_path: Path) -> None:
 def test_a_round_is_due_in_no_less_than_no_time(tmp_path: Path, deadline_at: float, due: float) -> None:
     made = monitoring(tmp_path, collecting(deadline_at))
     assert made.due_seconds() == due
-    assert made.status().due_seconds == due
+    assert asyncio.run(made.status()).due_seconds == due
 
 
 def test_a_run_between_two_rounds_has_nothing_due(tmp_path: Path) -> None:
-    assert monitoring(tmp_path, LedgerState(run_id="r", phase="idle", deadline_at=1007.5)).status().due_seconds is None
+    assert (
+        asyncio.run(
+            monitoring(tmp_path, LedgerState(run_id="r", phase="idle", deadline_at=1007.5)).status()
+        ).due_seconds
+        is None
+    )
 
 
 def test_every_edge_with_a_token_is_told_with_the_step_of_its_local_round(tmp_path: Path) -> None:
-    told = monitoring(tmp_path, collecting(1007.5)).status()
+    told = asyncio.run(monitoring(tmp_path, collecting(1007.5)).status())
     assert [(edge.edge, edge.connected, edge.step, edge.steps) for edge in told.edges] == [
         ("a", True, 2, 5), ("b", False, None, None),
     ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -57,12 +58,12 @@ def test_a_blob_that_no_view_in_force_names_is_not_given_away(directory: RunDire
     shelf, _, view = stocked(directory)
     update = stored(directory, b"what clinic-7 sent")
     assert directory.blobs.has(update)
-    assert shelf.run_blob(update) is None
+    assert asyncio.run(shelf.run_blob(update)) is None
     assert shelf.bundle_file(update) is None
-    assert shelf.run_blob(view) == b"a view"
+    assert asyncio.run(shelf.run_blob(view)) == directory.blobs.path(view)
     for unknown in ("0" * 64, "../small.run/ledger.sqlite", "norm.safetensors"):
         assert shelf.bundle_file(unknown) is None
-        assert shelf.run_blob(unknown) is None
+        assert asyncio.run(shelf.run_blob(unknown)) is None
 
 
 def test_a_bundle_that_was_in_force_before_can_still_be_fetched(directory: RunDirectory) -> None:

@@ -11,7 +11,7 @@ import pytest
 from fedsoda_edge.errors import DiskFull
 from fedsoda_edge.ports.disk import BlobStore, sha256
 from fedsoda_edge.protocol import messages as ms
-from fedsoda_edge.protocol.session import Upload
+from fedsoda_edge.protocol.session import Upload, chunks
 from fedsoda_hub.federation.state import Collected, HeldView, LedgerState, ServedSubLLM
 from fedsoda_hub.serving.uploads import Uploads
 from tests.full_disk import full_disk_for
@@ -30,11 +30,11 @@ def blobs(tmp_path: Path) -> BlobStore:
 
 @pytest.fixture
 def uploads(blobs: BlobStore) -> Uploads:
-    return Uploads(blobs, "bf16")
+    return Uploads(blobs, "bf16", blobs.directory.with_name("uploads"))
 
 
-def upload(data: bytes = DATA, codec: str = "bf16") -> Upload:
-    start = ms.UpdateStart(
+def announced(data: bytes = DATA, codec: str = "bf16") -> ms.UpdateStart:
+    return ms.UpdateStart(
         round=1,
         base=ms.Digest("0" * 64),
         alignment=0,
@@ -44,40 +44,52 @@ def upload(data: bytes = DATA, codec: str = "bf16") -> Upload:
         num_examples=3,
         loss=0.5,
     )
-    return Upload(start, data)
 
 
-def taken(uploads: Uploads, it: Upload, layout: Any = LAYOUT) -> str | None:
-    return asyncio.run(uploads.take(it, layout))
+def taken(uploads: Uploads, data: bytes = DATA, codec: str = "bf16", layout: Any = LAYOUT) -> str | None:
+    return asyncio.run(uploads.take(arrived(uploads, data, codec), layout))
+
+
+def arrived(uploads: Uploads, data: bytes = DATA, codec: str = "bf16", why_useless: str | None = None) -> Upload:
+    start = announced(data, codec)
+    place = uploads.gather(start, 1 << 20, why_useless)
+    for _, piece in chunks(data):
+        place.add(bytes(piece))
+    assert place.digest() == start.digest
+    return Upload(start, place.whole(), place)
+
+
+def forget_refused(uploads: Uploads, state: LedgerState = LedgerState()) -> None:
+    asyncio.run(uploads.forget_refused(state))
 
 
 @pytest.mark.parametrize(
-    ("it", "layout", "problem"),
+    ("data", "codec", "layout", "problem"),
     [
-        (upload(codec="int8"), LAYOUT, "the update is coded as int8, but this run codes as bf16"),
-        (upload(DATA[:-1]), LAYOUT, ""),
-        (upload(), OTHER, "layers.0.self_attn.q_proj.lora_A"),
+        (DATA, "int8", LAYOUT, "the update is coded as int8, but this run codes as bf16"),
+        (DATA[:-1], "bf16", LAYOUT, ""),
+        (DATA, "bf16", OTHER, "layers.0.self_attn.q_proj.lora_A"),
     ],
     ids=["another codec", "cut short", "other layers"],
 )
 def test_what_is_not_as_the_run_has_it_is_not_stored(
-    uploads: Uploads, blobs: BlobStore, it: Upload, layout: Any, problem: str
+    uploads: Uploads, blobs: BlobStore, data: bytes, codec: str, layout: Any, problem: str
 ) -> None:
-    found = taken(uploads, it, layout)
+    found = taken(uploads, data, codec, layout)
     assert found
     assert problem in found
-    assert not blobs.has(it.start.digest)
-    assert uploads.num_unjudged == 0
+    assert not blobs.has(sha256(data))
+    assert (uploads.num_unjudged, uploads.spooled_bytes) == (0, 0)
 
 
 def test_an_upload_is_kept_until_it_is_judged_and_no_longer_where_it_was_refused(
     uploads: Uploads, blobs: BlobStore
 ) -> None:
-    assert taken(uploads, upload()) is None
-    uploads.forget_refused(LedgerState())
+    assert taken(uploads) is None
+    forget_refused(uploads)
     assert (uploads.num_unjudged, blobs.get(DIGEST)) == (1, DATA)
-    uploads.judged(DIGEST)
-    uploads.forget_refused(LedgerState())
+    uploads.judged(EDGE, DIGEST, LedgerState())
+    forget_refused(uploads)
     assert (uploads.num_unjudged, blobs.has(DIGEST)) == (0, False)
 
 
@@ -99,35 +111,35 @@ def sub_llm(view: ms.Digest) -> ServedSubLLM:
     ids=["accepted", "receipt", "master", "moments", "view"],
 )
 def test_bytes_that_the_run_needs_stay(uploads: Uploads, blobs: BlobStore, state: LedgerState) -> None:
-    assert taken(uploads, upload()) is None
-    uploads.judged(DIGEST)
-    uploads.forget_refused(state)
+    assert taken(uploads) is None
+    uploads.judged(EDGE, DIGEST, state)
+    forget_refused(uploads, state)
     assert blobs.get(DIGEST) == DATA
 
 
 def test_a_blob_that_was_there_before_is_never_deleted(uploads: Uploads, blobs: BlobStore) -> None:
     blobs.put(DATA)
-    assert taken(uploads, upload()) is None
-    uploads.judged(DIGEST)
-    uploads.forget_refused(LedgerState())
+    assert taken(uploads) is None
+    uploads.judged(EDGE, DIGEST, LedgerState())
+    forget_refused(uploads)
     assert blobs.has(DIGEST)
 
 
 def test_the_same_bytes_of_two_edges_stay_until_both_are_judged(uploads: Uploads, blobs: BlobStore) -> None:
     for _ in range(2):
-        assert taken(uploads, upload()) is None
-    uploads.judged(DIGEST)
-    uploads.forget_refused(LedgerState())
+        assert taken(uploads) is None
+    uploads.judged(EDGE, DIGEST, LedgerState())
+    forget_refused(uploads)
     assert (uploads.num_unjudged, blobs.has(DIGEST)) == (1, True)
-    uploads.judged(DIGEST)
-    uploads.forget_refused(LedgerState())
+    uploads.judged(EDGE, DIGEST, LedgerState())
+    forget_refused(uploads)
     assert not blobs.has(DIGEST)
 
 
 def test_a_full_disk_leaves_nothing_that_waits_for_a_judgement(uploads: Uploads, blobs: BlobStore) -> None:
     with full_disk_for(DIGEST), pytest.raises(DiskFull):
-        taken(uploads, upload())
+        taken(uploads)
     assert (uploads.num_unjudged, blobs.has(DIGEST)) == (0, False)
-    uploads.forget_refused(LedgerState())
-    assert taken(uploads, upload()) is None
+    forget_refused(uploads)
+    assert taken(uploads) is None
     assert blobs.has(DIGEST)
