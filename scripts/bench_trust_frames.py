@@ -115,10 +115,10 @@ def _klt_unchecked() -> AbstractContextManager[Any]:
 def _accepted_twice() -> AbstractContextManager[Any]:
     """Forget that an edge has an update in the round."""
 
-    def judge(state: Any, update: Any, *, is_merging: bool) -> Any:
+    def judge(state: Any, here: Any, update: Any, *, is_merging: bool) -> Any:
         held, state.accepted = state.accepted, {k: v for k, v in state.accepted.items() if k != update.edge}
         try:
-            return original(state, update, is_merging=is_merging)
+            return original(state, here, update, is_merging=is_merging)
         finally:
             state.accepted = held
 

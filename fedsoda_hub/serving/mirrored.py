@@ -48,7 +48,7 @@ def write_files(settings: RunSettings, to: Path) -> MirroredBundle:
     try:
         to.mkdir(parents=True, exist_ok=True)
         for digest, path in shelf.files.items():
-            copied += _copy(path, digest, to)
+            copied += _copy(path, Digest(digest), to)
     except FileNotFoundError as error:
         raise BlobCorrupt(
             f"{error.filename} is missing: the disk or another program deleted it; put it back from a copy, or begin again "
