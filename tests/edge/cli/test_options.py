@@ -16,6 +16,8 @@ from fedsoda_edge.errors import DeviceTooSmall, HubUnreachable, UsageProblem
         ("max_ram allows 6 GiB, or train with device='cpu'", "--max-ram allows 6 GiB, or train with --device cpu"),
         ("pause_on='battery' never pauses here", "--pause-on battery never pauses here"),
         ("name its file with token_file (- reads stdin)", "name its file with --token-file (- reads stdin)"),
+        ("the pin='sha256/...' to give with it", "the --pin sha256/... to give with it"),
+        ("the pin that it prints, or insecure_http where", "the pin that it prints, or --insecure-http where"),
         ("the token file /etc/token_file.txt cannot be read", "the token file /etc/token_file.txt cannot be read"),
         ("this device has 6 GiB of memory free", "this device has 6 GiB of memory free"),
     ],

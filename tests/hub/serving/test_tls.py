@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import os
 import socket
@@ -24,6 +25,8 @@ from fedsoda_edge.errors import HubUnreachable, RefusedByHub, UsageProblem
 from fedsoda_edge.network import tls as edge_tls
 from fedsoda_edge.network.hub_transport import HubTransport
 from fedsoda_edge.network.tls import Trust, pin_of, pin_text, read_pin
+from fedsoda_edge.protocol import messages as ms
+from fedsoda_edge.protocol.session import Upload
 from fedsoda_hub.cli.display import _sentence
 from fedsoda_hub.events import HubEvent, Listening
 from fedsoda_hub.run.directory import RunDirectory
@@ -36,7 +39,7 @@ from fedsoda_hub.settings.run import RunSettings, read_settings
 from tests.edge.network.certificates import new_authority, new_key, new_rsa_key, write_certificate
 from tests.hub.serving.test_daemon import serving as serving_daemon
 from tests.hub.serving.test_daemon import write_run
-from tests.hub.serving.test_listener import SHARD, SHARD_DIGEST, STATUS, MemoryHub, greet
+from tests.hub.serving.test_listener import SHARD, SHARD_DIGEST, STATUS, MemoryHub, greet, until
 
 NOW = datetime.now(UTC)
 
@@ -131,6 +134,41 @@ def test_a_file_larger_than_every_buffer_comes_whole(hub: MemoryHub, tmp_path: P
         await edge.close()
 
     play(hub, encryption, talk)
+
+
+def test_an_upload_of_many_records_reaches_the_hub_whole(hub: MemoryHub, tmp_path: Path) -> None:
+    data = os.urandom(hub.max_update_bytes)
+    digest = ms.Digest(hashlib.sha256(data).hexdigest())
+    start = ms.UpdateStart(
+        round=1,
+        digest=digest,
+        bytes=len(data),
+        codec="int8",
+        base=ms.Digest("b" * 64),
+        alignment=0,
+        num_examples=1,
+        loss=0.5,
+    )
+    encryption = Encryption(settings_of(tmp_path / "run"))
+
+    async def talk(port: int) -> None:
+        async with connect(
+            f"wss://127.0.0.1:{port}/v1/session",
+            ssl=edge_tls.pinned(encryption.shown.pin),
+            additional_headers={"Authorization": "Bearer alice"},
+            compression=None,
+            proxy=None,
+        ) as socket:
+            said = await greet(socket)
+            await socket.send(said.send(ms.Ready(num_examples=1)))
+            await socket.send(said.send(start))
+            for offset in range(0, len(data), 1 << 18):
+                chunk = ms.UpdateChunk(digest=digest, offset=offset)
+                await socket.send(said.send(chunk, data[offset : offset + (1 << 18)]))
+            await until(lambda: any(isinstance(heard, Upload) for heard in hub.heard))
+
+    play(hub, encryption, talk)
+    assert Upload(start, data) in hub.heard
 
 
 def test_only_tls_1_3_is_spoken(hub: MemoryHub, tmp_path: Path) -> None:
