@@ -19,9 +19,16 @@ from fedsoda_hub.settings.methods import METHODS, UNREAD
 from fedsoda_hub.settings.tables import SELF_GENERATED, Public, Tables
 from fedsoda_hub.settings.toml import check, read_toml
 
-# What may change once a run is prepared, beside [listen] and [task] eval_*: where it computes, and when a round closes.
-_FREE = ("path", "device", "[rounds] count", "[rounds] quorum", "[rounds] deadline_seconds")
-MAY_CHANGE = "device, [rounds] count, quorum and deadline_seconds, [listen], [task] eval_data and eval_every"
+# What may change once a run is prepared, beside [listen] and [task] eval_*: where it computes, when a round closes, and what
+# an owner sets who sees an edge spoil the model.
+_FREE = (
+    *("path", "device", "[rounds] count", "[rounds] quorum", "[rounds] deadline_seconds"),
+    *("[aggregation] robust", "[aggregation] robust_share"),
+)
+MAY_CHANGE = (
+    "device, [rounds] count, quorum and deadline_seconds, [aggregation] robust and robust_share, [listen], [task] eval_data "
+    "and eval_every"
+)
 
 
 # Keys that runs of older hubs recorded and that are gone, with the value that every run has now.
@@ -74,7 +81,7 @@ class RunSettings(Tables, frozen=True):
         return TextTemplate(self.task.completion)
 
     def fixed(self) -> TOML:
-        """Give what must be equal once the run is prepared, flat: all but where to listen and when a round is full."""
+        """Give what must be equal once the run is prepared, flat: all but what _FREE names and where to listen."""
         return {
             key: value
             for key, value in flat(msgspec.to_builtins(self)).items()
