@@ -107,7 +107,7 @@ HOUSE = {
     # `network.tls`: both sides know a TLS key by its pin, and the hub's own commands ask their hub by it.
     "hub.serving": Room(
         f"{_SIZES} edge.ports edge.network.tls hub.settings hub.federation hub.run hub.events",
-        f"{_ANY_STDLIB} network starlette uvicorn httpx msgspec cryptography",
+        f"{_ANY_STDLIB} network starlette uvicorn websockets httpx msgspec cryptography",
     ),
     "hub.algorithms": Room(f"{_SIZES} edge.model hub.settings.tables", "tensors msgspec"),
     # Their results are what the jobs that ask for them promise.
@@ -197,8 +197,9 @@ def test_pure_rooms_ask_for_no_tensors_sockets_clock_or_disk() -> None:
 # -- the rules ------------------------------------------------------------------------------------------
 
 NETWORK_FILES = (
-    *(f"fedsoda_edge/network/{name}.py" for name in ("route", "tls", "checks", "answers", "proving", "hub_transport")),
+    *(f"fedsoda_edge/network/{name}.py" for name in ("route", "tls", "checks", "answers", "proving", "mirror", "hub_transport")),
     "fedsoda_hub/serving/strangers.py",
+    "fedsoda_hub/serving/guarded.py",
     "fedsoda_hub/serving/tls.py",
     "fedsoda_hub/serving/listener.py",
 )

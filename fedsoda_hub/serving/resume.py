@@ -91,6 +91,8 @@ def _replayed(ledger: Ledger, settings: RunSettings) -> LedgerState:
         "host": settings.listen.host,
         "port": settings.listen.port,
     }
+    if (how := settings.aggregation).robust != "none":  # written only then, so that older ledgers stay as they are
+        values |= {"robust": how.robust, "robust_share": how.robust_share}
     last = [record.values for record in ledger.records() if isinstance(record, rec.SettingsChanged)]
     if not last or last[-1] != values:
         _add(ledger, state, rec.SettingsChanged(values=values))

@@ -20,11 +20,15 @@ from fedsoda_hub.settings.methods import METHODS, UNREAD
 from fedsoda_hub.settings.tables import SELF_GENERATED, Public, Tables
 from fedsoda_hub.settings.toml import check, read_toml
 
-# What may change once a run is prepared, beside [listen], [tls], [blobs] and [task] eval_*: where it computes, and when a round
-# closes.
-_FREE = ("path", "device", "[rounds] count", "[rounds] quorum", "[rounds] deadline_seconds")
+# What may change once a run is prepared, beside [listen], [tls], [blobs] and [task] eval_*: where it computes, when a round
+# closes, and what an owner sets who sees an edge spoil the model.
+_FREE = (
+    *("path", "device", "[rounds] count", "[rounds] quorum", "[rounds] deadline_seconds"),
+    *("[aggregation] robust", "[aggregation] robust_share"),
+)
 MAY_CHANGE = (
-    "device, [rounds] count, quorum and deadline_seconds, [listen], [tls], [blobs], [task] eval_data and eval_every"
+    "device, [rounds] count, quorum and deadline_seconds, [aggregation] robust and robust_share, [listen], [tls], [blobs], "
+    "[task] eval_data and eval_every"
 )
 
 
@@ -92,7 +96,7 @@ class RunSettings(Tables, frozen=True):
         return TextTemplate(self.task.completion)
 
     def fixed(self) -> TOML:
-        """Give what must be equal once the run is prepared, flat: all but where to listen and when a round is full."""
+        """Give what must be equal once the run is prepared, flat: all but what _FREE names and where to listen."""
         return {
             key: value
             for key, value in flat(msgspec.to_builtins(self)).items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -18,16 +19,22 @@ from fedsoda_edge.ports.child import Child
 from fedsoda_edge.ports.disk import BlobStore
 from fedsoda_edge.protocol.messages import Digest, EdgeId
 from fedsoda_hub.compute import Compute
+from fedsoda_hub.federation import jobs
 from fedsoda_hub.federation.jobs import AcceptedUpdate, Aggregate, AggregateResult
 from fedsoda_hub.settings.open_run import OpenRun
 from fedsoda_hub.settings.run import RunSettings
 from tests.edge.model.test_bundle import random_lora
 
 
-def opened(settings: RunSettings, codec: str) -> Compute:
+def quiet(progress: msgspec.Struct) -> None:
+    """Say nothing of a job's progress."""
+
+
+def opened(settings: RunSettings, codec: str, **aggregation: Any) -> Compute:
     compute = Compute()
     wire = msgspec.structs.replace(settings.wire, codec=codec)
-    compute.open(OpenRun(settings=msgspec.structs.replace(settings, wire=wire)))
+    how = msgspec.structs.replace(settings.aggregation, **aggregation)
+    compute.open(OpenRun(settings=msgspec.structs.replace(settings, wire=wire, aggregation=how)))
     return compute
 
 
@@ -80,7 +87,7 @@ def test_a_round_moves_master_and_view_as_the_pseudocode_says(prepared: RunSetti
         updates=accepted,
     )
     compute = opened(prepared, codec)
-    found = compute.aggregate(job)
+    found = compute.aggregate(job, quiet)
     [step] = found.steps
 
     counts = {"a": 10.0, "b": 30.0, "c": 90.0}  # c is capped at 3 x the median
@@ -97,7 +104,7 @@ def test_a_round_moves_master_and_view_as_the_pseudocode_says(prepared: RunSetti
         coded_values = new_master[name] if is_whole else new_master[name] - view[name]
         worst = (new_master[name] - new_view[name]).abs().max() / coded_values.abs().max()
         assert worst <= {"int8": 1 / 200, "bf16": 1 / 256, "nf4": 0.2, "nf4-weight": 0.2}[codec]
-    assert compute.aggregate(msgspec.structs.replace(job, updates=accepted[::-1])) == found
+    assert compute.aggregate(msgspec.structs.replace(job, updates=accepted[::-1]), quiet) == found
 
 
 def test_the_child_computes_what_this_process_does(prepared: RunSettings) -> None:
@@ -117,4 +124,72 @@ def test_the_child_computes_what_this_process_does(prepared: RunSettings) -> Non
         finally:
             await child.close()
 
-    assert asyncio.run(ask()) == opened(prepared, "int8").aggregate(job)
+    assert asyncio.run(ask()) == opened(prepared, "int8").aggregate(job, quiet)
+
+
+# --- robust rules -------------------------------------------------------------------------------------------------------
+
+
+def spoiled_round(compute: Compute, settings: RunSettings, codec: str, num_edges: int) -> Aggregate:
+    """A round of edges that agree somewhat, of which the last sends the reverse, 50 times as long."""
+    view, common = adapter_like(settings, 0), adapter_like(settings, 99)
+    start = Digest(compute.blobs.put(delta.to_bytes(view)))
+    accepted = []
+    for at in range(num_edges):
+        own = adapter_like(settings, at + 1)
+        factor = -50.0 if at == num_edges - 1 else 1.0
+        step = {name: 0.1 * factor * (common[name] + 0.3 * own[name]) for name in view}
+        blob = Digest(compute.blobs.put(delta.encode(step, codec)))
+        accepted.append(AcceptedUpdate(edge=EdgeId(f"edge-{at:03d}"), num_examples=10, digest=blob, view=start))
+    return Aggregate(trains="both", master=start, moments=None, views=(start,), updates=tuple(accepted))
+
+
+@pytest.mark.parametrize("rule", ["fedavg", "flexlora"])
+@pytest.mark.parametrize("robust", ["none", "clip", "krum", "centered-clip", "trimmed", "median"])
+def test_who_spoils_a_round_is_in_its_result_and_by_a_robust_rule_not_in_the_master(
+    prepared: RunSettings, rule: str, robust: str
+) -> None:
+    if rule == "flexlora" and robust in ("trimmed", "median"):
+        return  # refused by combine.py
+    codec = "bf16" if rule == "flexlora" else "int8"
+    compute = opened(prepared, codec, rule=rule, robust=robust)
+    job = spoiled_round(compute, prepared, codec, 6)
+    found = compute.aggregate(job, quiet)
+    *honest, bad = found.standings
+    assert [one.edge for one in found.standings] == [one.edge for one in job.updates]
+    assert bad.norm > 20 * max(one.norm for one in honest)
+    if robust == "none":
+        assert bad.cosine is not None
+        assert bad.cosine > 0.9  # the mean is the attacker's
+        assert all(one.cosine is not None and one.cosine < 0 for one in honest)
+        return
+    assert all(one.cosine is not None and one.cosine > 0.5 for one in honest)
+    assert bad.cosine is not None
+    assert bad.cosine < (-0.5 if rule == "fedavg" else 0.5)  # B A of steps that long is no longer the reverse
+    if robust == "median":
+        assert bad.kept is None
+    else:
+        assert bad.kept is not None
+        assert bad.kept < 0.1 < 0.2 < min(one.kept or 0.0 for one in honest)
+
+
+def test_where_krum_has_too_few_updates_the_hub_says_what_merges_them(prepared: RunSettings) -> None:
+    said: list[msgspec.Struct] = []
+    compute, other = opened(prepared, "int8", robust="krum"), opened(prepared, "int8", robust="clip")
+    job = spoiled_round(compute, prepared, "int8", 4)
+    assert compute.aggregate(job, said.append) == other.aggregate(job, quiet)
+    [left_out] = said
+    assert left_out == jobs.LeftOut(
+        stage="no krum", why="4 updates of the 5 that it needs; this round's are merged by clip"
+    )
+
+
+def test_a_round_of_many_edges_records_those_that_are_farthest(
+    prepared: RunSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "MAX_STANDINGS", 3)
+    compute = opened(prepared, "int8", robust="clip")
+    found = compute.aggregate(spoiled_round(compute, prepared, "int8", 8), quiet)
+    assert len(found.standings) == 3
+    assert "edge-007" in [one.edge for one in found.standings]
+    assert [one.edge for one in found.standings] == sorted(one.edge for one in found.standings)

@@ -1,9 +1,12 @@
-"""What `evaluate` tells people of its figures."""
+"""What `evaluate` tells people of its figures, and `edges` of where updates lay."""
 
 from __future__ import annotations
 
-from fedsoda_hub.cli.tables import evaluation_lines
+import pytest
+
+from fedsoda_hub.cli.tables import evaluation_lines, standing_words
 from fedsoda_hub.evaluation.judge import Evaluation
+from fedsoda_hub.federation.state import LastStanding
 
 
 def test_each_model_has_its_figures_and_its_share_of_each_answer() -> None:
@@ -35,3 +38,16 @@ def test_of_generated_answers_there_are_no_shares() -> None:
     assert list(evaluation_lines(generated)) == [
         "full     accuracy  50.0%  loss 0.500  mean rank of the right choice 2.50"
     ]
+
+
+@pytest.mark.parametrize(
+    ("standing", "words"),
+    [
+        (None, ""),
+        (LastStanding(3, 1.234, 0.812, 1.0), ", round 3: norm 1.23, cosine +0.81"),
+        (LastStanding(4, 12.0, -0.5, 0.104), ", round 4: norm 12, cosine -0.50, 10% kept, against the others"),
+        (LastStanding(5, 0.0, None, None), ", round 5: norm 0, no direction"),
+    ],
+)
+def test_where_an_update_lay_is_said_beside_its_edge(standing: LastStanding | None, words: str) -> None:
+    assert standing_words(standing) == words

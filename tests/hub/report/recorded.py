@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedsoda_edge.protocol.messages import Digest, EdgeId
 from fedsoda_hub.federation import records as rec
-from fedsoda_hub.federation.jobs import EvaluateResult
+from fedsoda_hub.federation.jobs import EvaluateResult, Standing
 
 A = Digest("a" * 64)
 ANN, BOB = EdgeId("ann"), EdgeId("<script>bob</script>")
@@ -14,6 +14,11 @@ RESULT = EvaluateResult(
     loss={"full": 3.0, "sub_llm": 1.0, "plug_in": 2.0},
     auc={"full": None, "sub_llm": None, "plug_in": None},
     num_examples=16,
+)
+
+STANDINGS = (
+    Standing(edge=ANN, norm=1.5, cosine=0.75, kept=1.0),
+    Standing(edge=BOB, norm=30.0, cosine=-0.25, kept=0.05),
 )
 
 
@@ -33,7 +38,7 @@ RECORDED: list[rec.AnyRecord] = [
     rec.EdgeAnswered(round=1, edge=BOB, how="refused"),
     rec.CohortExtended(round=1, invited=(BOB,), deadline_at=1e9),
     accepted(1, BOB, 10, 1.0),
-    rec.RoundClosed(round=1, master=A, view=A, delta=A),
+    rec.RoundClosed(round=1, master=A, view=A, delta=A, standings=STANDINGS),
     rec.Evaluated(round=1, result=RESULT),
     rec.Realigned(round=2, version=1, view=A, delta=A, kl_before=0.3, kl_after=0.25),
     opened(2, ANN, BOB),

@@ -507,12 +507,25 @@ def test_a_key_of_the_method_that_changed_is_refused_with_both_values_until_it_i
     assert str(refused.value) == (
         "run.toml has changed since this run was prepared: [local] epochs: 1 when the run was prepared, 7 now; "
         "[lora] rank: 2 when the run was prepared, 4 now; restore the old values (only device, [rounds] count, quorum and "
-        "deadline_seconds, [listen], [blobs], [task] eval_data and eval_every may change), or begin again with "
+        "deadline_seconds, [aggregation] robust and robust_share, [listen], [tls], [blobs], [task] eval_data and eval_every "
+        "may change), or begin again with "
         f"`fedsoda-hub reset {changed.path}`"
     )
     with started(write_run(tmp_path)) as daemon:  # the refused one holds neither lock nor ledger
         assert daemon.machine.state.run_id == run_id
     assert len(records(settings, rec.RunStarted)) == 1
+
+
+def test_an_owner_who_sees_an_edge_spoil_the_model_may_set_a_robust_rule_and_take_it_back(tmp_path: Path) -> None:
+    settings = write_run(tmp_path)
+    with started(settings) as daemon:
+        run_id = daemon.machine.state.run_id
+        daemon.disk.ledger.append(PREPARED)
+    for how in ({"robust": "trimmed", "robust_share": 0.3}, {}):
+        with started(write_run(tmp_path, aggregation=how)) as daemon:
+            assert daemon.machine.state.run_id == run_id
+    logged = [record.values.get("robust") for record in records(settings, rec.SettingsChanged)]
+    assert logged == [None, "trimmed", None]
 
 
 def test_count_quorum_deadline_host_and_port_may_change_and_are_logged(tmp_path: Path) -> None:

@@ -33,6 +33,24 @@ from tests.hub.settings.files import FULL, SHORT, read
             "nf4",
             r"tau = 0.1 beside optimizer = 'fedavgm' .* delete tau, or .*: fedadam, fedyogi$",
         ),
+        ("robust = 'clip'", "nf4-weight", r"""write codec = "nf4", "int8" or "bf16", or robust = "none"$"""),
+        (
+            "robust = 'median'\nrule = 'flexlora'",
+            "bf16",
+            r"""robust = 'median' beside rule = "flexlora" .* "clip", "krum" or "centered-clip", or rule = "fedavg"$""",
+        ),
+        (
+            "robust = 'clip'\nrobust_share = 0.3",
+            "nf4",
+            r"""robust_share = 0.3 beside robust = 'clip' .* delete robust_share, or write robust = "trimmed" or "krum"$""",
+        ),
+        ("robust_share = 0.3", "nf4", "robust_share = 0.3 beside robust = 'none'"),
+        (
+            "robust = 'krum'\nrobust_share = 0.5",
+            "nf4",
+            "robust_share = 0.5 in run.toml; it must be at least 0, below 0.5",
+        ),
+        ("robust = 'bulyan'", "nf4", "must be one of none, clip, median, trimmed, krum, centered-clip$"),
     ],
 )
 def test_aggregation_that_does_not_go_with_the_rest_is_refused_with_both_ways_out(
@@ -47,6 +65,20 @@ def test_flexlora_goes_with_bf16_and_every_optimiser_has_its_own_step(folder: Pa
     for optimizer, step_size in (("fedavgm", 1.0), ("fedadam", 1e-3), ("fedyogi", 1e-3)):
         how = read(folder, SHORT + f"[aggregation]\noptimizer = '{optimizer}'\n").aggregation
         assert (how.rule, how.step_size, how.beta1, how.beta2, how.tau) == ("fedavg", step_size, 0.9, 0.99, 1e-3)
+
+
+@pytest.mark.parametrize("robust", ["clip", "median", "trimmed", "krum", "centered-clip"])
+def test_robust_rules_go_with_what_they_can_measure(folder: Path, robust: str) -> None:
+    for how in ("", "rule = 'ffa'", "rule = 'rolora'\noptimizer = 'fedadam'", "optimizer = 'fedavgm'"):
+        assert read(folder, SHORT + f"[aggregation]\nrobust = '{robust}'\n{how}\n").aggregation.robust == robust
+    classes = (
+        SHORT + f"[method]\nname = 'fedpruner'\ndrop_layers = 1\nclasses = [2]\n[aggregation]\nrobust = '{robust}'\n"
+    )
+    if robust in ("krum", "centered-clip"):
+        with pytest.raises(UsageProblem, match=r'write robust = "clip", "median" or "trimmed", or delete classes$'):
+            read(folder, classes)
+    else:
+        read(folder, classes)
 
 
 def test_a_full_emulator_is_neither_pruned_nor_aligned(folder: Path) -> None:
