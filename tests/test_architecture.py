@@ -197,7 +197,10 @@ def test_pure_rooms_ask_for_no_tensors_sockets_clock_or_disk() -> None:
 # -- the rules ------------------------------------------------------------------------------------------
 
 NETWORK_FILES = (
-    *(f"fedsoda_edge/network/{name}.py" for name in ("route", "tls", "checks", "answers", "proving", "mirror", "hub_transport")),
+    *(
+        f"fedsoda_edge/network/{name}.py"
+        for name in ("route", "tls", "checks", "answers", "proving", "mirror", "hub_transport")
+    ),
     "fedsoda_hub/serving/strangers.py",
     "fedsoda_hub/serving/guarded.py",
     "fedsoda_hub/serving/tls.py",

@@ -107,9 +107,12 @@ RECORDED = Path(__file__).resolve().parents[2] / "data"
 
 
 def as_then(value: Any) -> Any:
-    """The same without what an evaluation said later."""
+    """The same without what an evaluation and a closed round say since."""
     if isinstance(value, dict):
         newer = {"mean_rank", "shares", "right_shares"} if "num_examples" in value and "accuracy" in value else set()
+        if value.get("record") == "round_closed":
+            assert not value["standings"]
+            newer = {"standings"}
         return {key: as_then(inner) for key, inner in value.items() if key not in newer}
     return [as_then(inner) for inner in value] if isinstance(value, list | tuple) else value
 

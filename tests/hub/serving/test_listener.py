@@ -385,7 +385,7 @@ def test_what_may_not_be_said_before_hello_is_refused_and_ends_the_connection(
         (HELLO, "the edge sent Hello in state open"),
         (ms.UpdateChunk(digest=UPDATE_DIGEST, offset=0), "a chunk of an update it had not announced"),
         (ms.BlobRequest(digest=UPDATE_DIGEST), f"this round has no blob {UPDATE_DIGEST[:12]} with a byte 0"),
-        (ms.BlobRequest(digest=ms.Digest("../admin.token")), "this round has no blob ../admin.tok with a byte 0"),
+        (ms.BlobRequest(digest=ms.Digest("../admin.token")), "Expected `str` matching regex"),
         (
             ms.BlobRequest(digest=VIEW_DIGEST, offset=len(VIEW)),
             f"this round has no blob {VIEW_DIGEST[:12]} with a byte {len(VIEW)}",

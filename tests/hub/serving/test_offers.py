@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ RULES = {"codec": "int8", "stall_seconds": 9.0}
 
 
 def digest(name: str) -> ms.Digest:
-    return ms.Digest(name)
+    return ms.Digest(hashlib.sha256(name.encode()).hexdigest())
 
 
 def size_of(blob: ms.Digest) -> ms.BlobRef:

@@ -11,10 +11,11 @@ from fedsoda_edge.protocol.signatures import SigningKey
 from fedsoda_edge.protocol.statements import BundleStatement, ReceiptStatement, read
 from fedsoda_hub.federation.state import Collected, LedgerState
 from fedsoda_hub.serving.signer import LIFETIME_SECONDS, RENEW_SECONDS, Signer
-from tests.hub.serving.test_offers import size_of, sub_llm
+from tests.hub.serving.test_offers import digest, size_of, sub_llm
 
 KEY = SigningKey(b"k" * 32)
 EDGE = ms.EdgeId("clinic-7")
+LARGE, SMALL = digest("large manifest"), digest("small manifest")
 VIEW = ms.ViewRef(digest=ms.Digest("0" * 64), delta=None, snapshot=None)
 
 
@@ -52,7 +53,7 @@ def test_it_signs_run_version_times_manifests_by_size_class_and_mirrors(signer: 
         version=1,
         signed_at=1_000_000,
         expires=1_000_000 + LIFETIME_SECONDS,
-        manifests=(size_of(ms.Digest("large manifest")), size_of(ms.Digest("small manifest"))),
+        manifests=(size_of(LARGE), size_of(SMALL)),
         mirrors=("https://cdn.example.org/",),
     )
 
@@ -77,13 +78,13 @@ def test_other_layers_are_a_higher_version_at_once_and_over_restarts(
 
 
 def test_a_receipt_is_signed_with_what_the_ledger_has(signer: Signer, state: LedgerState) -> None:
-    digest = ms.Digest("d" * 64)
-    state.receipts[EDGE] = Collected(round=3, digest=digest, num_examples=12, loss=0.5)
-    made = signer.signed(EDGE, ms.Receipt(round=3, digest=digest))
+    update = ms.Digest("d" * 64)
+    state.receipts[EDGE] = Collected(round=3, digest=update, num_examples=12, loss=0.5)
+    made = signer.signed(EDGE, ms.Receipt(round=3, digest=update))
     assert isinstance(made, ms.Receipt)
     assert made.signed is not None
     assert read(made.signed, KEY.public, ReceiptStatement) == ReceiptStatement(
-        run_id="r", round=3, edge=EDGE, digest=digest, num_examples=12, accepted_at=1_000_000
+        run_id="r", round=3, edge=EDGE, digest=update, num_examples=12, accepted_at=1_000_000
     )
 
 
@@ -92,7 +93,7 @@ def test_only_an_offer_that_names_a_bundle_carries_its_statement(signer: Signer)
         round=1, rounds=2, view=VIEW, alignment=0, emulator=VIEW, local=ms.LocalSettings(), due_seconds=1.0
     )
     assert signer.signed(EDGE, offer) == offer
-    named = msgspec.structs.replace(offer, manifest=size_of(ms.Digest("large manifest")))
+    named = msgspec.structs.replace(offer, manifest=size_of(LARGE))
     assert signer.signed(EDGE, named) == msgspec.structs.replace(named, signed=signer.bundles())
     closed = ms.RoundClosed(round=1, num_updates=2)
     assert signer.signed(EDGE, closed) is closed
