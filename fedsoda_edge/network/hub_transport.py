@@ -56,6 +56,7 @@ class HubTransport:
         """
         transport = cls(device.urls[0], "", device.trust)
         transport.routes = device.routes()
+        transport.route = transport.routes[0]
         transport._device = device
         return transport
 

@@ -1,7 +1,7 @@
 """Let a device prove who it is to a hub that proves itself first: bytes in, bytes out, on either side.
 
     device                                       hub
-    Ask(device nonce)                     ->
+    Opening(device nonce)                 ->
                                           <-     Challenge(hub key, hub nonce, run id, the hub's signature)
     Answer(device key, its signature,     ->
            the invitation's signature)
@@ -44,7 +44,7 @@ class ProofMessage(msgspec.Struct, frozen=True, tag_field="proof", kw_only=True,
     """The root of the four messages. Bytes are base64url without padding."""
 
 
-class Ask(ProofMessage, frozen=True, tag="ask"):
+class Opening(ProofMessage, frozen=True, tag="ask"):
     """The begin of a proof. device_nonce: 32 random bytes, which the hub is to sign."""
 
     device_nonce: str
@@ -136,13 +136,13 @@ class DeviceProof:
 
     def ask(self) -> bytes:
         """Make the first message."""
-        return msgspec.json.encode(Ask(device_nonce=as_text(self._nonce)))
+        return msgspec.json.encode(Opening(device_nonce=as_text(self._nonce)))
 
     def answer(self, data: bytes) -> bytes:
         """Read the hub's challenge, and make the answer only where the hub holds the key that the link names.
 
         Raises:
-            HubUnreachable: it does not, or what came is no challenge.
+            HubUnreachable: it does not, or something else than a challenge came.
         """
         try:
             challenge = msgspec.json.decode(data, type=Challenge)
@@ -206,19 +206,19 @@ class Proven:
     signed: bytes
 
 
-def read(data: bytes) -> Ask | Answer:
+def read(data: bytes) -> Opening | Answer:
     """Read what a device sent.
 
     Raises:
         NotProven: it is neither message.
     """
     try:
-        return msgspec.json.decode(data, type=Ask | Answer)
+        return msgspec.json.decode(data, type=Opening | Answer)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise NotProven("the request holds no message of a proof; upgrade the older side") from None
 
 
-def device_nonce(message: Ask | Answer) -> bytes:
+def device_nonce(message: Opening | Answer) -> bytes:
     """Return the device's nonce.
 
     Raises:
@@ -237,7 +237,7 @@ def hub_nonce(answer: Answer) -> bytes:
 
 
 def challenge(key: SigningKey, run_id: str, theirs: bytes, nonce: bytes) -> bytes:
-    """Answer an Ask.
+    """Answer an Opening.
 
     Args:
         key: the hub's. theirs, nonce: the nonces of device and hub.

@@ -13,13 +13,13 @@ import typer
 
 from fedsoda_edge.ports.console import finish, hand_over, note, reporting
 from fedsoda_edge.units import parse_seconds
+from fedsoda_hub.cli.of_run import EdgeName
 from fedsoda_hub.cli.options import Debug, Json, RunFile
 
 if TYPE_CHECKING:
     from fedsoda_hub.run.devices import Device, Devices
     from fedsoda_hub.settings.run import RunSettings
 
-EdgeName = Annotated[str, typer.Argument(help="the edge's id")]
 Expires = Annotated[
     str,
     typer.Option(

@@ -45,7 +45,7 @@ class Device:
 
     @property
     def fingerprint(self) -> str | None:
-        """What people compare the device's key by; None: no device has come."""
+        """The letters that people compare the device's key by; None: no device has come."""
         return None if self.key is None else fingerprint(self.key)
 
 

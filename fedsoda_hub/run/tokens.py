@@ -20,7 +20,7 @@ from fedsoda_hub.run.database import Database
 
 @dataclass(frozen=True)
 class Token:
-    """What a bearer stands for: a token without its secret, or a ticket of a device that came by a join link.
+    """A token without its secret, or the ticket of a device that came by a join link: what a bearer stands for.
 
     device: the id of the device that it is bound to; None: no device has used it. sha256: that of the token's secret. key:
     the public key of the device, where this is a ticket.

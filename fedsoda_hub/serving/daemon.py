@@ -157,10 +157,10 @@ class Daemon:
                 await self.roster.close(self._clock)
                 await door.close()
                 await self.roster.flush_traffic()
-                await self.standing.look()
-                self.proofs.close()
                 await self.jobs.close()
                 self.disk.directory.address.unlink(missing_ok=True)
+                self.proofs.close()
+                await self.standing.look()
         finally:
             self.disk.close()
         if stop.done() and stop.result() == "SIGINT":

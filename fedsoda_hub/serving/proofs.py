@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import logging
 import secrets
 import threading
 from collections import deque
@@ -30,6 +31,8 @@ PROOFS_OF_DEVICE = 60  # within NONCE_SECONDS, whose nonces are remembered until
 TICKET_SECONDS = 3600.0
 TICKETS_OF_EDGE = 4  # a join, and what is asked beside it: plan, doctor
 MAX_WAITING = 512  # proofs that wait for their turn
+
+_log = logging.getLogger("fedsoda_hub.serving")
 
 Reply = tuple[int, bytes]  # HTTP status and JSON
 
@@ -178,7 +181,7 @@ class Proofs:
         try:
             message = proof.read(request)
             theirs = proof.device_nonce(message)
-            if isinstance(message, proof.Ask):
+            if isinstance(message, proof.Opening):
                 return 200, proof.challenge(self._key, self._run_id(), theirs, self._nonces.make(theirs))
             nonce = proof.hub_nonce(message)
             self._nonces.check(nonce, theirs)
@@ -203,6 +206,7 @@ class Proofs:
         if invited is not None and invited.key is None and not invited.is_revoked and proven.invited is not None:
             invited = self._devices.bind(proven.invited, proven.device, self._wall())
             if invited is not None and invited.key == proven.device:
+                _log.debug("= %s belongs to device=%s", invited.edge, invited.fingerprint)
                 return invited.edge, ""
         return None, self._why_not(proven.device, known, invited)
 
@@ -220,7 +224,7 @@ class Proofs:
             return (
                 f"the join link of {invited.edge} was used on {at_words(invited.bound or 0.0)} by the device "
                 f"{invited.fingerprint}, and this one is {fingerprint(key)}; a link is for one device, so ask the hub's owner "
-                f"for another one. If {invited.fingerprint} is none of yours, somebody else had the link: say so, and the "
+                f"for another one. If you do not know {invited.fingerprint}, somebody else had the link: say so, and the "
                 f"owner ends it with `fedsoda-hub revoke RUN.toml {invited.edge}`. If it is this device before it lost its "
                 f"FEDSODA_HOME, ask for `fedsoda-hub rebind RUN.toml {invited.edge}`"
             )

@@ -1,4 +1,4 @@
-"""Look every few seconds who may stay: what the owner revoked or bound anew, in another process, ends here; who came is noted.
+"""Look every few seconds who may stay: what the owner revoked or bound again, in another process, ends here; who came is noted.
 
 Who may come in is decided where a request arrives, from `run/edges.py`.
 """
@@ -23,7 +23,7 @@ NOTED_SECONDS = 60.0  # after which it is noted again that an edge is still conn
 _log = logging.getLogger("fedsoda_hub.serving")
 
 
-class Present(Protocol):
+class Admitted(Protocol):
     """The edges that are connected (`roster.Roster`)."""
 
     @property
@@ -44,7 +44,7 @@ class Present(Protocol):
 class Standing:
     """The look at who may stay, and the note of who was seen."""
 
-    def __init__(self, ledger: Ledger, present: Present, tickets: Tickets, clock: Clock) -> None:
+    def __init__(self, ledger: Ledger, present: Admitted, tickets: Tickets, clock: Clock) -> None:
         self._ledger = ledger
         self._present = present
         self._tickets = tickets
