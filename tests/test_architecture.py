@@ -92,7 +92,7 @@ HOUSE = {
         f"{_SIZES} edge.ports edge.data edge.model", "clock disk processes tensors psutil cryptography msgspec"
     ),
     "edge.edge": Room(f"{_JOIN} edge.join edge.join.doctor edge.network", f"{_ANY_STDLIB} msgspec"),
-    "edge.testing": Room(f"{_SIZES} edge.ports edge.model", "asyncio disk processes tensors tokenizers msgspec"),
+    "edge.testing": Room(f"{_SIZES} edge.ports edge.model", "asyncio clock disk processes tensors tokenizers msgspec"),
     "edge.cli": Room(
         f"{_JOIN} edge.ports.console edge.join edge.join.doctor edge.network edge.edge",
         f"{_ANY_STDLIB} typer rich msgspec",
@@ -194,7 +194,7 @@ def test_pure_rooms_ask_for_no_tensors_sockets_clock_or_disk() -> None:
 # -- the rules ------------------------------------------------------------------------------------------
 
 NETWORK_FILES = (
-    *(f"fedsoda_edge/network/{name}.py" for name in ("route", "checks", "answers", "hub_transport")),
+    *(f"fedsoda_edge/network/{name}.py" for name in ("route", "checks", "answers", "hub_transport", "mirror")),
     "fedsoda_hub/serving/strangers.py",
     "fedsoda_hub/serving/listener.py",
 )
