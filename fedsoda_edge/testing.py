@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from fedsoda_edge.ports.disk import sha256_file
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.manifest import BundleManifest
 from fedsoda_edge.protocol.session import HubSession, Upload
+from fedsoda_edge.protocol.signatures import SigningKey
+from fedsoda_edge.protocol.statements import BundleStatement, ReceiptStatement, sign
 
 LOCAL = ms.LocalSettings(
     epochs=1,
@@ -32,6 +35,10 @@ LOCAL = ms.LocalSettings(
     proximal_mu=0.01,
     max_length=64,
 )
+
+EDGE = ms.EdgeId("scripted-edge")
+KEY = SigningKey(b"the key of every scripted hub...")  # so that a device knows the next one; it keeps no secret
+SIGNED_SECONDS = 86400
 
 
 class ScriptedHub:
@@ -99,15 +106,27 @@ class ScriptedHub:
                 pass
 
     def _say(self, message: ms.HubMessage) -> None:
+        match message:
+            case ms.Welcome():
+                message = msgspec.structs.replace(message, signed=_bundles(message))
+            case ms.Receipt() if self.updates and self.updates[-1].digest == message.digest:
+                message = msgspec.structs.replace(message, signed=_receipt(self._run_id, self.updates[-1]))
+            case _:
+                pass
         self._out.put_nowait(self._session.send(message))
+
+    @property
+    def _run_id(self) -> str:
+        """The run's id: another model is another run, since what a hub signed once for a run must not change."""
+        return f"scripted-{sha256_file(self._bundle / 'manifest.json')[:12]}"
 
     def _welcome(self) -> ms.Welcome:
         manifest = self._bundle / "manifest.json"
         return ms.Welcome(
             protocol=ms.PROTOCOL_VERSION,
-            run_id="scripted",
+            run_id=self._run_id,
             run_name="scripted",
-            edge=ms.EdgeId("scripted-edge"),
+            edge=EDGE,
             manifest=ms.BlobRef(digest=ms.Digest(sha256_file(manifest)), bytes=manifest.stat().st_size),
             rounds=self.rounds,
             rounds_done=0,
@@ -156,6 +175,27 @@ class ScriptedHub:
         files = msgspec.json.decode(manifest.read_bytes(), type=BundleManifest).files
         names = {file.sha256: file.name for file in files} | {sha256_file(manifest): "manifest.json"}
         yield (self._bundle / names[digest]).read_bytes()[offset:]
+
+
+def _bundles(welcome: ms.Welcome) -> ms.Signed:
+    now = int(time.time())
+    manifests = (welcome.manifest, *(one.manifest for one in welcome.smaller))
+    statement = BundleStatement(
+        run_id=welcome.run_id, version=1, signed_at=now, expires=now + SIGNED_SECONDS, manifests=manifests
+    )
+    return sign(KEY, statement)
+
+
+def _receipt(run_id: str, update: ms.UpdateStart) -> ms.Signed:
+    statement = ReceiptStatement(
+        run_id=run_id,
+        round=update.round,
+        edge=EDGE,
+        digest=update.digest,
+        num_examples=update.num_examples,
+        accepted_at=int(time.time()),
+    )
+    return sign(KEY, statement)
 
 
 def make_bundle(directory: Path, vocab_size: int = 259) -> None:

@@ -94,7 +94,7 @@ HOUSE = {
         f"{_SIZES} edge.ports edge.data edge.model", "clock disk processes tensors psutil cryptography msgspec"
     ),
     "edge.edge": Room(f"{_JOIN} edge.join edge.join.doctor edge.network", f"{_ANY_STDLIB} msgspec"),
-    "edge.testing": Room(f"{_SIZES} edge.ports edge.model", "asyncio disk processes tensors tokenizers msgspec"),
+    "edge.testing": Room(f"{_SIZES} edge.ports edge.model", "asyncio clock disk processes tensors tokenizers msgspec"),
     "edge.cli": Room(
         f"{_JOIN} edge.ports.console edge.join edge.join.doctor edge.network edge.edge",
         f"{_ANY_STDLIB} typer rich msgspec",

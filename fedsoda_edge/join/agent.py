@@ -31,7 +31,6 @@ from fedsoda_edge.join.run_state import RunState
 from fedsoda_edge.join.settings import AgentSettings
 from fedsoda_edge.join.sources import OpenMirror, Sources
 from fedsoda_edge.join.status import Status
-from fedsoda_edge.join.trust import HubTrust
 from fedsoda_edge.join.witness import HubWitness
 from fedsoda_edge.ports import Clock, TorchPort, Transport
 from fedsoda_edge.ports.system import peak_rss_bytes
@@ -94,8 +93,7 @@ class Agent:
         self._clock = clock
         self._status: Status | None = None  # from when this join has locked the home
         patience = Patience.of(clock, unattended=settings.unattended)
-        trust = HubTrust(home, self.say, clock, settings.hub_key)
-        witness = HubWitness(transport.url, trust, ReceiptLog(home.receipts), clock)
+        witness = HubWitness.of(transport.url, home, self.say, clock, settings.hub_key)
         self._sources = Sources(transport, self.say, witness, open_mirror)
         self._conversation = Conversation(transport, lambda: hello(home), self.say, clock, patience, witness)
         self._presence = Presence()
@@ -157,8 +155,8 @@ class Agent:
         if not self._settings.cache.keep_key:
             self.home.forget_borders()  # a join that was killed left them, and nobody has its key
         self._status = Status(self.home.status, self.transport.url, self._clock, lambda: self.worker.rss_bytes)
-        patience = Patience(self._clock, None if self._settings.unattended else FIRST_SECONDS)
-        welcome = await self._conversation.greet(patience)
+        first = None if self._settings.unattended else FIRST_SECONDS
+        welcome = await self._conversation.greet(Patience(self._clock, first))
         self.say(ev.Joined(run=welcome.run_name, edge=welcome.edge, rounds=welcome.rounds))
         self._presence.connected()
         await self._heed(await self._pauses.look(None))
@@ -311,16 +309,9 @@ class Agent:
         """Get ready for the run, and tell the hub."""
         run = self._greeted
         preparation = JoinPreparation(
-            run.welcome,
-            run.state,
-            self.home,
-            self._settings,
-            self._sources,
-            self.worker,
-            self._pauses,
-            self.say,
+            run.welcome, run.state, self.home, self._settings, self._sources, self.worker, self._pauses, self.say,
             self._clock,
-        )
+        )  # fmt: skip
         rows = await preparation.check_data()
         equipment, taken = await preparation.take()
         self._run = Equipped(run.welcome, run.state, run.rounds, run.life, equipment)

@@ -18,8 +18,6 @@ from fedsoda_edge.join.conversation import Conversation
 from fedsoda_edge.join.download import fetch_manifest
 from fedsoda_edge.join.home import Home
 from fedsoda_edge.join.patience import Patience
-from fedsoda_edge.join.receipts import ReceiptLog
-from fedsoda_edge.join.trust import HubTrust
 from fedsoda_edge.join.witness import HubWitness
 from fedsoda_edge.ports import SystemClock, Transport
 from fedsoda_edge.ports.store import FileStore
@@ -72,8 +70,7 @@ def _in_silence(_: ev.AnyEvent) -> None:
 
 def _conversation(transport: Transport, home: Home, hub_key: bytes | None) -> Conversation:
     clock = SystemClock()
-    trust = HubTrust(home, _in_silence, clock, hub_key, is_joining=False)
-    witness = HubWitness(transport.url, trust, ReceiptLog(home.receipts), clock)
+    witness = HubWitness.of(transport.url, home, _in_silence, clock, hub_key, is_joining=False)
     return Conversation(transport, lambda: hello(home), _in_silence, clock, Patience(clock, 0.0), witness)  # asked once
 
 

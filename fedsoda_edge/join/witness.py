@@ -5,6 +5,8 @@ What is believed is decided in `trust.py`, the file of what left is `receipts.py
 
 from __future__ import annotations
 
+from fedsoda_edge.events import EventSink
+from fedsoda_edge.join.home import Home
 from fedsoda_edge.join.receipts import AnswerCame, FilesAsked, HubNamed, MessageSent, ReceiptLog
 from fedsoda_edge.join.trust import HubTrust
 from fedsoda_edge.ports import Clock
@@ -29,6 +31,14 @@ class HubWitness:
         self._size_class = 0
         self._update: ms.UpdateStart | None = None  # the last that was sent
         self._shown: int | None = None  # the round whose progress is noted: once a round, not twice a second
+
+    @classmethod
+    def of(
+        cls, hub: str, home: Home, say: EventSink, clock: Clock, hub_key: bytes | None, *, is_joining: bool = True
+    ) -> HubWitness:
+        """Make the witness of a conversation of this home; the last two as in `HubTrust`."""
+        trust = HubTrust(home, say, clock, hub_key, is_joining=is_joining)
+        return cls(hub, trust, ReceiptLog(home.receipts), clock)
 
     def hears(self, message: ms.HubMessage) -> None:
         """Refuse what the run's hub did not sign, and note answers to updates.

@@ -146,8 +146,7 @@ def workers() -> list[psutil.Process]:
 
 def held_in_mid_round() -> psutil.Process:
     """The worker, stopped in the middle of its round, of which it has saved something."""
-    checkpoint = Home().directory / "runs" / "scripted" / "checkpoint"
-    until(lambda: list(checkpoint.glob("*.safetensors")))
+    until(lambda: list((Home().directory / "runs").glob("*/checkpoint/*.safetensors")))
     [worker] = workers()
     worker.suspend()
     return worker

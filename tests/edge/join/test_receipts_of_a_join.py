@@ -69,7 +69,7 @@ def test_nothing_leaves_before_it_is_noted(scripted: Path, data: Path) -> None:
     assert [kind for kind in kinds if kind not in ("progress", "download")] == ["hello", "ready", "update", "update"]
     assert kinds.count("download") == 1
     assert kinds.count("progress") <= 2
-    assert [one.answer for one in found if one.what == "update"] == ["unsigned", "unsigned"]
+    assert [one.answer for one in found if one.what == "update"] == ["verified", "verified"]
     assert [one.digest for one in found if one.what == "update"] == [update.digest for update in hub.updates]
 
 
