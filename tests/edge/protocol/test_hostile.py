@@ -222,7 +222,7 @@ def test_a_manifest_whose_plan_no_method_makes_is_refused_before_it_is_used() ->
 @pytest.mark.parametrize("eos", ["abc", [1, "2"], 300, -1, {"a": 1}, True])
 def test_a_manifest_whose_texts_end_with_no_id_is_refused(eos: object) -> None:
     parse_manifest(manifest(config={"eos_token_id": [1, 299]}))
-    with pytest.raises(BlobCorrupt, match="an end of texts that is no id"):
+    with pytest.raises(BlobCorrupt, match="an end of texts other than ids"):
         parse_manifest(manifest(config={"eos_token_id": eos}))
 
 
