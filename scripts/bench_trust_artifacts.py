@@ -29,8 +29,8 @@ from trust_artifacts_list import artifacts
 from trust_artifacts_make import Artifact
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = 10.0  # that one file may take, on a machine that does other things too
-HANG_SECONDS = 60.0  # after which a child is ended
+SECONDS = 10.0  # of a processor that one file may take
+HANG_SECONDS = 120.0  # without a word of a child, after which it is ended; other programs may have the machine
 STEERING = "\n\r\x1b\x07\x9b\u202e\u2066\u2028"
 MOST_SENTENCE = 1500  # characters
 

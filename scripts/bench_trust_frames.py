@@ -34,7 +34,7 @@ from fedsoda_hub.serving import roster
 
 SEED = 20260118
 FULL, QUICK = 1_000_000, 8_000
-SHARES = {"hub": 0.44, "edge": 0.26, "payloads": 0.3}
+SHARES = {"hub": 0.3, "edge": 0.3, "payloads": 0.4}
 MOST_GROWTH = 24 << 20  # bytes of memory between the first part of a run, when all is imported and cached, and its end
 PARTS = 8
 

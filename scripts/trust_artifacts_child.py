@@ -17,7 +17,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -342,16 +342,6 @@ def _bomb(path: Path, data: bytes, with_: dict[str, Any]) -> None:
     path.write_bytes(data * with_.get("times", 1))
 
 
-@contextlib.contextmanager
-def _timed(most: float) -> Iterator[list[float]]:
-    took: list[float] = []
-    begin = time.monotonic()
-    try:
-        yield took
-    finally:
-        took.append(time.monotonic() - begin)
-
-
 def make_base(watched: Path) -> None:
     """Make a bundle and a checkpoint that are in order, from which the hostile ones are made."""
     import torch
@@ -378,6 +368,8 @@ def main() -> None:
     if room == "base":
         make_base(watched)
         return
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what a file makes the process print is no report
     ear = Ear(watched / "store")
     shop = Shop(watched, room)
     with contextlib.suppress(Exception):
@@ -394,28 +386,28 @@ def main() -> None:
 
     for line in listed.read_text(encoding="utf-8").splitlines():
         case = json.loads(line)
-        print(json.dumps({"begins": case["number"]}), flush=True)
+        print(json.dumps({"begins": case["number"]}), file=out, flush=True)
         data = Path(case["path"]).read_bytes() if case["path"] else b""
         ear.heard.clear()
         how, sentence = "taken", ""
-        with _timed(0) as took:
-            ear.listens = True
-            try:
-                shop.reader(case["kind"])(data, case["with"])
-            except FedSODAError as error:
-                how, sentence = "refused", str(error)
-            except BaseException as error:
-                how, sentence = "raised", f"{type(error).__name__}: {error}"[:300]
-            finally:
-                ear.listens = False
+        begin = time.process_time()  # of this process: other programs of the machine do not count
+        ear.listens = True
+        try:
+            shop.reader(case["kind"])(data, case["with"])
+        except FedSODAError as error:
+            how, sentence = "refused", str(error)
+        except BaseException as error:
+            how, sentence = "raised", f"{type(error).__name__}: {error}"[:300]
+        finally:
+            ear.listens = False
         report = {
             "number": case["number"],
             "how": how,
             "sentence": sentence[:3000],
-            "seconds": took[0],
+            "seconds": time.process_time() - begin,
             "heard": ear.heard[:5],
         }
-        print(json.dumps(report), flush=True)
+        print(json.dumps(report), file=out, flush=True)
 
 
 if __name__ == "__main__":

@@ -367,8 +367,7 @@ class PayloadBench:
         try:
             manifest = parse_manifest(text)
         except FedSODAError as error:
-            odd = any(one in str(error) for one in "\x1b\n\r\u202e") or len(str(error)) > 2000
-            self._judged("a sentence that steers a terminal, or is endless" if odd else "", text)
+            self._judged(_unreadable(str(error)), text)
             return
         except Exception as error:
             self._judged(f"reading a manifest raised {error!r:.120}", text)
@@ -405,6 +404,8 @@ class PayloadBench:
                 "{}",
                 "x" * 50,
                 "{\u202e}",
+                "{a\n\x1b[2J}",
+                "{" + "a " * 3000 + "}",
                 "{a\0}",
             )
             text = "".join(chance.choice(parts) for _ in range(chance.randint(1, 6)))
@@ -425,7 +426,10 @@ class PayloadBench:
                     return
             else:
                 TextTemplate(text).render({"a": "1"})
-        except (FedSODAError, KeyError):
+        except FedSODAError as error:
+            self._judged(_unreadable(str(error)), text)
+            return
+        except KeyError:
             pass
         except Exception as error:
             self._judged(f"a template or a link raised {error!r:.120}", text)
@@ -452,6 +456,12 @@ def _forge(forger: Forger, made: Tokens) -> None:
                 + chance.choice(("0", "-1", "9" * 30, "1e300", "null", "true", "2.5", "[]", "1" * 4400))
                 + value[at + 1 :]
             )
+
+
+def _unreadable(sentence: str) -> str:
+    """Say what is wrong with a sentence for people; "": nothing."""
+    is_odd = any(one in sentence for one in "\x1b\n\r\u202e") or len(sentence) > 2000
+    return "a sentence that steers a terminal, or is endless" if is_odd else ""
 
 
 def _is_plain(files: Any) -> bool:

@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import json
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -124,15 +125,15 @@ def update(values: list[float], codec: str = "bf16") -> bytes:
 
 
 class Paper:
-    """In the place of the terminal's line: keeps what would be printed in a way that steers a terminal, or forges a line."""
+    """In the place of the terminal's line: tells of what would steer a terminal, or be a line of its own."""
 
-    def __init__(self) -> None:
-        self.odd: list[str] = []
+    def __init__(self, note: Callable[[str], None]) -> None:
+        self._note = note
 
     def say(self, text: str) -> None:
         shown = printable(text)
         if any(one in shown for one in "\x1b\n\r\x07\x9b\u202e\u2066\u2028") or len(shown) > 2000:
-            self.odd.append(shown)
+            self._note(f"the hub prints {shown[:80]!r}, which steers a terminal, or is a line of its own")
 
     def show(self, *_: object, **__: object) -> None: ...
     def end(self) -> None: ...

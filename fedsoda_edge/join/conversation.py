@@ -199,7 +199,8 @@ class Conversation:
                     f"the hub now serves the run {answer.run_id}, this join began with {self._welcome.run_id}; join again"
                 )
             self._witness.hears(answer)
-            self._welcome = answer = replace(answer, run_name=one_line(answer.run_name))
+            named = {"run_name": one_line(answer.run_name), "edge": ms.EdgeId(one_line(answer.edge))}
+            self._welcome = answer = replace(answer, **named)
             self._become(Connected(session, self._clock.monotonic()))
             return answer
         raise HubUnreachable("the hub closed the connection before it answered Hello; try again later", "HTTP")

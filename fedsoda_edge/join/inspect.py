@@ -25,6 +25,7 @@ from fedsoda_edge.ports.system import place_of
 from fedsoda_edge.protocol.messages import PROTOCOL_VERSION, Hello
 from fedsoda_edge.protocol.needs import SampleSizes
 from fedsoda_edge.protocol.ranges import Count, Positive
+from fedsoda_edge.units import one_line
 
 
 class Found(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,7 +106,7 @@ async def look_at(transport: Transport, home: Home, device: str, limits: Limits,
     on_cpu = memory.device == "cpu"
     return Found(
         run=welcome.run_name,
-        source=manifest.source,
+        source=one_line(manifest.source),
         layers=manifest.plan.num_layers,
         layers_kept=len(manifest.plan.kept),
         adapter_layers=len(manifest.plan.adapter),

@@ -303,7 +303,7 @@ def parse_manifest(data: bytes) -> BundleManifest:
         },
         "a LoRA that is not possible": not (0 < lora.rank <= MAX_SIZE and math.isfinite(lora.alpha) and lora.alpha > 0)
         or not all(0 < size <= MAX_SIZE for size in shapes),
-        "an end of texts that is no id": not _are_ids(
+        "an end of texts other than ids": not _are_ids(
             manifest.config.get("eos_token_id"), manifest.config["vocab_size"]
         )
         if _is_size(manifest.config.get("vocab_size"))

@@ -19,10 +19,10 @@ Factor = Literal["both", "A", "B"]  # of a LoRA product B @ A
 Steps = Annotated[int, Meta(ge=0, le=2**31)]  # a hub shows them: a larger number is nobody's count
 # Python's whole numbers have no end: one of 4,000 digits would reach sums, floats and JSON of others.
 Whole = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
-Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Natural = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Few = Annotated[int, Meta(ge=1, le=2**31)]
 FileBytes = Annotated[int, Meta(ge=1, le=2**40)]
-Seconds = Annotated[float, Meta(ge=0, le=1e10)]
+Span = Annotated[float, Meta(ge=0, le=1e10)]
 Name = Annotated[str, Meta(max_length=200)]
 DeviceId = Annotated[str, Meta(pattern=r"\A[ -~]{1,64}\Z")]
 Sha256 = Annotated[Digest, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
@@ -41,10 +41,10 @@ class DeviceFacts(msgspec.Struct, frozen=True, kw_only=True):
     vram_bytes: 0 where there is no usable GPU. accelerator: the GPU's name; "" where there is none.
     """
 
-    ram_bytes: Count
-    vram_bytes: Count
-    disk_bytes: Count
-    threads: Count
+    ram_bytes: Natural
+    vram_bytes: Natural
+    disk_bytes: Natural
+    threads: Natural
     accelerator: Name
 
 
@@ -135,7 +135,7 @@ class Ready(Message, frozen=True, tag="ready", omit_defaults=True):
     size_class: which sub-LLM it took: 0 for the Welcome's own, 1 for the first of `smaller`, ...
     """
 
-    num_examples: Count
+    num_examples: Natural
     size_class: Whole = 0
 
 
@@ -222,13 +222,13 @@ class Welcome(Message, frozen=True, tag="welcome", omit_defaults=True):
     run_name: str
     edge: EdgeId
     manifest: BlobRef
-    rounds: Count
-    rounds_done: Count
+    rounds: Natural
+    rounds_done: Natural
     template: Template | None
     max_length: Few
     codec: str
     seed: Whole
-    stall_seconds: Seconds
+    stall_seconds: Span
     batch_size: Few = 8
     emulator: ViewRef | None = None
     smaller: tuple[SizeClass, ...] = ()
@@ -245,13 +245,13 @@ class RoundOffer(Message, frozen=True, tag="round_offer", omit_defaults=True):
     signed: the BundleStatement that names `manifest`; None where there is none, or the hub is an older release.
     """
 
-    round: Count
-    rounds: Count
+    round: Natural
+    rounds: Natural
     view: ViewRef
-    alignment: Count
+    alignment: Natural
     emulator: ViewRef
     local: LocalSettings
-    due_seconds: Seconds
+    due_seconds: Span
     trains: Factor = "both"
     has_feedback: bool = True
     manifest: BlobRef | None = None
@@ -293,13 +293,13 @@ class RoundClosed(Message, frozen=True, tag="round_closed"):
     """The report that a round takes no more updates. num_updates: how many the hub averaged in it."""
 
     round: Whole
-    num_updates: Count
+    num_updates: Natural
 
 
 class Farewell(Message, frozen=True, tag="farewell"):
     """The report that the run is over, with the reason."""
 
-    rounds: Count
+    rounds: Natural
     reason: str
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from fedsoda_edge.errors import UsageProblem
+from fedsoda_edge.units import one_line
 
 DEFAULT_PROMPT, DEFAULT_COMPLETION = "{prompt}", "{completion}"
 
@@ -31,12 +32,12 @@ class TextTemplate:
             parts = list(string.Formatter().parse(self.text))
         except ValueError as error:
             raise UsageProblem(
-                f"the template {self.text!r} has unmatched braces ({error}); write {{{{ or }}}} for a brace itself"
+                f"the template {one_line(self.text)!r} has unmatched braces ({error}); write {{{{ or }}}} for a brace itself"
             ) from error
         for _, name, spec, conversion in parts:
             if name is not None and (spec or conversion or not re.fullmatch(r"\w+", name)):
                 raise UsageProblem(
-                    f"the template {self.text!r} has a place {{{name}}} that is not just a column; write {{column}}"
+                    f"the template {one_line(self.text)!r} has a place {{{one_line(name, 80)}}} that is not just a column; write {{column}}"
                 )
 
     @cached_property

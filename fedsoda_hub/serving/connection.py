@@ -259,7 +259,7 @@ class Connection:
         if self.session.upload_progress != self._progress:
             self._progress, self._moved_at = self.session.upload_progress, asyncio.get_running_loop().time()
         try:
-            # Since the last byte of the upload: an edge that says other things meanwhile would hold up a round for ever.
+            # Since the last byte of the upload: an edge that says other things meanwhile would hold up a round without end.
             async with asyncio.timeout_at(None if stall is None else self._moved_at + stall):
                 return await self._channel.receive_bytes()
         except TimeoutError:

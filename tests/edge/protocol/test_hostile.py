@@ -29,6 +29,7 @@ from fedsoda_edge.protocol.manifest import (
     parse_manifest,
 )
 from fedsoda_edge.protocol.session import HubSession
+from fedsoda_edge.protocol.template import TextTemplate
 from fedsoda_edge.protocol.tokenizer_json import check_tokenizer_json
 from fedsoda_edge.units import MOST_SAID, one_line
 
@@ -222,7 +223,7 @@ def test_a_manifest_whose_plan_no_method_makes_is_refused_before_it_is_used() ->
 @pytest.mark.parametrize("eos", ["abc", [1, "2"], 300, -1, {"a": 1}, True])
 def test_a_manifest_whose_texts_end_with_no_id_is_refused(eos: object) -> None:
     parse_manifest(manifest(config={"eos_token_id": [1, 299]}))
-    with pytest.raises(BlobCorrupt, match="an end of texts that is no id"):
+    with pytest.raises(BlobCorrupt, match="an end of texts other than ids"):
         parse_manifest(manifest(config={"eos_token_id": eos}))
 
 
@@ -265,3 +266,11 @@ def test_a_tokenizer_that_would_end_its_process_is_refused_before_the_library_re
         else:
             with pytest.raises(UsageProblem, match="a table of 4294967295 bytes where 60 are"):
                 check_tokenizer_json(tokenizer(charsmap))
+
+
+@pytest.mark.parametrize("text", ["{a\n\x1b[2J.b}", "{" + "a " * 5000 + "}", "a" * 5000 + "{"])
+def test_a_sentence_about_a_template_of_the_hub_is_one_short_line(text: str) -> None:
+    with pytest.raises(UsageProblem) as caught:
+        TextTemplate(text)
+    assert not {"\n", "\x1b"} & set(str(caught.value))
+    assert len(str(caught.value)) < 800
