@@ -136,9 +136,11 @@ def federation_with_kills(search: Search, space: Path, rows: Path) -> int:
                     search.look_at_processes(edge.pid, hub.pid)
                     _kill(target, edge, hub)
                     if target == "agent":
+                        commands.forget(edge)
                         log = f"edge-{count}-again"
                         edge = commands.start(log, "fedsoda_edge", *join, "--unattended")
                     if target == "hub":
+                        commands.forget(hub)
                         hub = commands.start("hub", "fedsoda_hub", "serve", "run.toml")
                     commands.wait_for(log, event="accepted")
                     search.look_below(space / "home", [])  # with the cache
