@@ -12,7 +12,6 @@ from fedsoda_edge.units import counted
 from fedsoda_hub import events
 from fedsoda_hub.cli.display import HubDisplay, _OpenRound, next_step
 from fedsoda_hub.federation.state import LedgerState
-from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.run.status import live_status, run_status
 
 D = Digest("d" * 64)
