@@ -404,7 +404,7 @@ DEEDS: tuple[Callable[[Raw, str], Awaitable[None]], ...] = (
 
 async def hostile(port: int, tokens: list[str], seconds: float) -> None:
     """Let as many connections as there are tokens do their worst, each again when it was ended; say when all have begun."""
-    slowly = len(tokens) / 200.0  # seconds in which they come
+    slowly = len(tokens) / 100.0  # seconds in which they come
     until = time.monotonic() + seconds + slowly
 
     async def one(number: int) -> None:
@@ -571,8 +571,8 @@ def measure(quick: bool) -> dict[str, object]:
     """Measure a federation and a siege; count what keeps its bound."""
     defect = os.environ.get(DEFECT, "")
     small, large, seconds = (50, 300, 4.0) if quick else (100, 2_000, 40.0)
-    few = honest_cost(small, 3, defect)
-    many = honest_cost(large, 3, defect)
+    few = honest_cost(small, 2, defect)
+    many = honest_cost(large, 2, defect)
     with hub_of(1, 1, defect) as hub:
         flood = asyncio.run(floods(hub.port, hub.tokens[0]))
     siege = under_fire(large, seconds, defect)
