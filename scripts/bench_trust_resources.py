@@ -2,42 +2,40 @@
 
     python scripts/bench_trust_resources.py [--quick]
 
-The hub is a daemon in a process of its own, with the real ledger, port and round machine; only torch is stood in for. The
-other side is a child process too, without torch: websockets written by hand, since clients of a library cost more than the
-hub. Each connection comes from an address of its own in 127.0.0.0/8, and bounds of addresses hold on loopback as well.
+The hub is a daemon in a process of its own, with the real ledger, port and round machine; only torch is stood in for. Bounds
+of addresses hold on loopback as well. The other side is `hostile_peers.py`'s.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import base64
 import contextlib
 import hashlib
 import json
 import os
 import resource
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 from unittest import mock
 
 import msgspec
+from hostile_peers import LAYOUT, Raw, raise_limit
 
 from fedsoda_edge.ports import TorchPort
 from fedsoda_edge.protocol import messages as ms
-from fedsoda_edge.protocol.codec import decode, encode
-from fedsoda_edge.protocol.manifest import BundleManifest, EdgeNeeds, File, LayerPlan, LoRASpec, TensorSpec
+from fedsoda_edge.protocol.codec import encode
+from fedsoda_edge.protocol.manifest import BundleManifest, EdgeNeeds, File, LayerPlan, LoRASpec
 from fedsoda_hub.federation import jobs
 from fedsoda_hub.run.directory import RunDirectory
-from fedsoda_hub.serving import connection, guarded, listener, strangers, uploads
+from fedsoda_hub.serving import connection, guarded, listener, spool, strangers
 from fedsoda_hub.serving.daemon import Daemon
 from fedsoda_hub.settings.open_run import OpenRun, RunOpened
 from fedsoda_hub.settings.run import read_settings
@@ -46,7 +44,6 @@ KIB_A_CONNECTION = 48.0  # of the hub's resident memory above idle
 KIB_A_HOSTILE = 256.0  # most of it what lies between a blob and a reader that does not read
 HEALTH_SECONDS = 0.1  # at the 99th percentile
 CPU_RATIO = 1.5  # of CPU per round and edge, from the small federation to the large one
-LAYOUT = (TensorSpec("layers.1.lora_A", (2, 8)), TensorSpec("layers.1.lora_B", (8, 2)))
 SHARD = bytes(1 << 20)
 VIEW = bytes(8 << 20)  # more than all buffers on the way of one connection
 DEFECT = "FEDSODA_BENCH_DEFECT"  # names the check that is taken out of the hub of a child process
@@ -111,13 +108,13 @@ def _manifest() -> bytes:
     )
 
 
-async def _serve(directory: Path, num_edges: int, rounds: int) -> None:
+async def _serve(directory: Path, num_edges: int, rounds: int, stall_seconds: float) -> None:
     """Serve a run of so many edges until stdin ends; say port and tokens, then answer each line with what it costs now."""
     (directory / "public.txt").write_text("public")
     (directory / "run.toml").write_text(
         'name = "small"\nmodel = "no-model"\n[lora]\nrank = 2\n[public]\ntext = "public.txt"\n[method]\n'
         f"realign_every = 0\n[rounds]\ncount = {rounds}\nmin_edges = {num_edges}\ncohort = {num_edges}\nquorum = 1.0\n"
-        '[wire]\ncodec = "bf16"\nstall_seconds = 2.0\n[listen]\nport = 0\n'
+        f'[wire]\ncodec = "bf16"\nstall_seconds = {stall_seconds}\n[listen]\nport = 0\n'
     )
     settings = read_settings(directory / "run.toml")
     torch = cast(TorchPort, HashTorch(settings.run_dir))
@@ -141,7 +138,7 @@ async def _serve(directory: Path, num_edges: int, rounds: int) -> None:
                         "rss": _rss_bytes(),
                         "cpu": usage.ru_utime + usage.ru_stime,
                         "spooled": daemon.uploads.spooled_bytes,
-                        "rounds": len(daemon.machine.state.losses),
+                        "greeted": len(daemon.roster.connected),
                     }
                 ),
                 flush=True,
@@ -175,7 +172,7 @@ class Hub:
         return time.clock_gettime((~self._process.pid << 3) | 2)
 
     def cost(self) -> dict[str, float]:
-        """Resident bytes, CPU seconds, bytes of uploads under way, closed rounds."""
+        """Resident bytes, CPU seconds, bytes of uploads under way, edges that were greeted."""
         assert self._process.stdin is not None
         self._process.stdin.write("\n")
         self._process.stdin.flush()
@@ -184,11 +181,11 @@ class Hub:
 
 
 @contextlib.contextmanager
-def hub_of(num_edges: int, rounds: int, defect: str) -> Iterator[Hub]:
+def hub_of(num_edges: int, rounds: int, defect: str, *, stall_seconds: float = 20.0) -> Iterator[Hub]:
     """Serve a run of so many edges in a child process."""
     with tempfile.TemporaryDirectory(prefix="fedsoda-trust-", dir=IN_MEMORY) as directory:
         process = subprocess.Popen(
-            [sys.executable, __file__, "--serve", directory, str(num_edges), str(rounds)],
+            [sys.executable, __file__, "--serve", directory, str(num_edges), str(rounds), str(stall_seconds)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -206,231 +203,11 @@ def hub_of(num_edges: int, rounds: int, defect: str) -> Iterator[Hub]:
                 process.wait()
 
 
-# --- the other side -------------------------------------------------------------------------------------------------
-
-
-class Raw:
-    """A connection that says what it wants, from an address of its own."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.reader = reader
-        self.writer = writer
-
-    @classmethod
-    async def to(cls, port: int, number: int) -> Raw:
-        """Connect from the address with this number."""
-        taken = socket.socket()
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 << 10)
-        taken.setblocking(False)
-        taken.bind((f"127.{1 + (number >> 16)}.{number >> 8 & 255}.{number & 255}", 0))
-        await asyncio.get_running_loop().sock_connect(taken, ("127.0.0.1", port))
-        return cls(*await asyncio.open_connection(sock=taken, limit=1 << 14))
-
-    def say(self, data: bytes) -> None:
-        if self.writer.transport.is_closing():
-            raise ConnectionError("the hub ended it")
-        self.writer.write(data)
-
-    def say_frame(self, data: bytes, opcode: int = 2, *, is_last: bool = True) -> None:
-        """Send a websocket frame, masked with zeros."""
-        size = len(data)
-        length = bytes([0x80 | size]) if size < 126 else struct.pack("!BH", 0x80 | 126, size)
-        self.say(bytes([(0x80 if is_last else 0) | opcode]) + length + bytes(4) + data)
-
-    async def hear_frame(self) -> tuple[int, bytes]:
-        """Return the next frame's opcode and bytes; pings are answered."""
-        while True:
-            first, second = await self.reader.readexactly(2)
-            size = second & 127
-            if size >= 126:
-                size = int.from_bytes(await self.reader.readexactly(2 if size == 126 else 8), "big")
-            data = await self.reader.readexactly(size)
-            if first & 15 != 9:
-                return first & 15, data
-            self.say_frame(data, 10)
-
-    async def upgrade(self, token: str) -> None:
-        """Make it a websocket."""
-        key = base64.b64encode(os.urandom(16)).decode()
-        self.say(
-            f"GET /v1/session HTTP/1.1\r\nHost: h\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Key: {key}\r\n"
-            f"Sec-WebSocket-Version: 13\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
-        )
-        head = await self.reader.readuntil(b"\r\n\r\n")
-        if not head.startswith(b"HTTP/1.1 101"):
-            raise ConnectionError(head.split(b"\r\n")[0].decode())
-
-    async def greet(self, token: str, device: str) -> ms.Welcome:
-        """Say Hello and Ready."""
-        await self.upgrade(token)
-        facts = ms.DeviceFacts(ram_bytes=1, vram_bytes=0, disk_bytes=1, threads=1, accelerator="")
-        self.say_frame(encode(ms.Hello(protocol=ms.PROTOCOL_VERSION, software="bench", device_id=device, device=facts)))
-        welcome = decode((await self.hear_frame())[1])[0]
-        assert isinstance(welcome, ms.Welcome), welcome
-        return welcome
-
-    def close(self) -> None:
-        self.writer.transport.abort()
-
-
-def update_of(number: int) -> bytes:
-    """A coded update in bf16: safetensors by hand."""
-    header: dict[str, Any] = {"__metadata__": {"codec": "bf16"}}
-    body = b""
-    for spec in LAYOUT:
-        data = struct.pack("<f", 1.0 + number / 8)[2:] * (spec.shape[0] * spec.shape[1])
-        header[spec.name] = {"dtype": "U8", "shape": [len(data)], "data_offsets": [len(body), len(body) + len(data)]}
-        body += data
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + body
-
-
-async def take_part(raw: Raw, number: int, rounds: int) -> None:
-    """Answer each offer with an update, so many times."""
-    data = update_of(number % 7)
-    digest = ms.Digest(hashlib.sha256(data).hexdigest())
-    raw.say_frame(encode(ms.Ready(num_examples=1)))
-    done = 0
-    while done < rounds:
-        opcode, frame = await raw.hear_frame()
-        if opcode != 2:
-            raise ConnectionError("the hub ended an honest conversation")
-        message = decode(frame)[0]
-        if isinstance(message, ms.RoundOffer):
-            start = ms.UpdateStart(
-                round=message.round,
-                base=message.view.digest,
-                alignment=message.alignment,
-                digest=digest,
-                bytes=len(data),
-                codec="bf16",
-                num_examples=1,
-                loss=1.0,
-            )
-            raw.say_frame(encode(start))
-            raw.say_frame(encode(ms.UpdateChunk(digest=digest, offset=0), data))
-        elif isinstance(message, ms.Receipt):
-            done += 1
-
-
-async def honest(port: int, tokens: list[str], rounds: int) -> None:
-    """Let one edge for each token play all rounds; say when all are greeted, and go on at a line of stdin."""
-    gate = asyncio.Semaphore(32)
-
-    async def come(number: int) -> Raw:
-        async with gate:
-            raw = await Raw.to(port, number)
-            await raw.greet(tokens[number], tokens[number])
-            return raw
-
-    raws = await asyncio.gather(*(come(number) for number in range(len(tokens))))
-    print("greeted", flush=True)
-    await asyncio.to_thread(sys.stdin.readline)
-    await asyncio.gather(*(take_part(raw, number, rounds) for number, raw in enumerate(raws)))
-    print("played", flush=True)
-    await asyncio.to_thread(sys.stdin.readline)
-
-
-async def _slow_reader(raw: Raw, token: str) -> None:
-    welcome = await raw.greet(token, token)
-    assert welcome.emulator is not None
-    raw.say_frame(encode(ms.BlobRequest(digest=welcome.emulator.digest)))
-    raw.writer.transport.pause_reading()  # type: ignore[attr-defined]
-    await asyncio.Event().wait()
-
-
-async def _slow_head(raw: Raw, _: str) -> None:
-    for byte in b"GET /healthz HTTP/1.1\r\nX: " + b"a" * 10_000:
-        raw.say(bytes([byte]))
-        await asyncio.sleep(0.5)
-
-
-async def _half_open(raw: Raw, _: str) -> None:
-    raw.writer.transport.pause_reading()  # type: ignore[attr-defined]
-    await asyncio.Event().wait()
-
-
-async def _garbage(raw: Raw, _: str) -> None:
-    raw.say(os.urandom(2000) + b"\r\n\r\n")
-    await raw.reader.read()
-    await asyncio.sleep(1)
-
-
-async def _handshakes(raw: Raw, _: str) -> None:
-    with contextlib.suppress(ConnectionError):
-        await raw.upgrade("guess")
-    await asyncio.sleep(0.2)
-
-
-async def _never_hello(raw: Raw, token: str) -> None:
-    await raw.upgrade(token)
-    await raw.reader.read()
-
-
-async def _pings(raw: Raw, token: str) -> None:
-    await raw.upgrade(token)
-    for _ in range(20):
-        for _ in range(100):
-            raw.say_frame(b"", 9)
-        await asyncio.sleep(0.05)
-    await raw.reader.read()
-
-
-async def _endless_upload(raw: Raw, token: str) -> None:
-    await raw.greet(token, token)
-    raw.say_frame(encode(ms.Ready(num_examples=1)))
-    digest = ms.Digest("0" * 64)
-    start = ms.UpdateStart(
-        round=1, base=digest, alignment=0, digest=digest, bytes=4000, codec="bf16", num_examples=1, loss=1.0
-    )
-    raw.say_frame(encode(start))
-    for offset in range(3999):
-        raw.say_frame(encode(ms.UpdateChunk(digest=digest, offset=offset), b"x"))
-        await asyncio.sleep(1)
-
-
-DEEDS: tuple[Callable[[Raw, str], Awaitable[None]], ...] = (
-    _slow_reader,
-    _slow_head,
-    _half_open,
-    _garbage,
-    _handshakes,
-    _never_hello,
-    _pings,
-    _endless_upload,
-)
-
-
-async def hostile(port: int, tokens: list[str], seconds: float) -> None:
-    """Let as many connections as there are tokens do their worst, each again when it was ended; say when all have begun."""
-    slowly = len(tokens) / 100.0  # seconds in which they come
-    until = time.monotonic() + seconds + slowly
-
-    async def one(number: int) -> None:
-        await asyncio.sleep(number / len(tokens) * slowly)
-        while time.monotonic() < until:
-            raw = None
-            with contextlib.suppress(OSError, asyncio.IncompleteReadError, AssertionError, asyncio.LimitOverrunError):
-                async with asyncio.timeout(max(0.1, until - time.monotonic())):
-                    raw = await Raw.to(port, 4096 + number)
-                    await DEEDS[number % len(DEEDS)](raw, tokens[number])
-            if raw is not None:
-                raw.close()
-            await asyncio.sleep(1)
-
-    async def tell() -> None:
-        await asyncio.sleep(slowly)
-        print("besieged", flush=True)
-
-    await asyncio.gather(tell(), *(one(number) for number in range(len(tokens))))
-
-
 @contextlib.contextmanager
 def others(kind: str, port: int, tokens: list[str], value: float) -> Iterator[subprocess.Popen[str]]:
     """Run the other side in a child process."""
     process = subprocess.Popen(
-        [sys.executable, __file__, f"--{kind}", str(port), str(value)],
+        [sys.executable, str(ROOT / "scripts" / "hostile_peers.py"), kind, str(port), str(value)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -486,8 +263,10 @@ def honest_cost(num_edges: int, rounds: int, defect: str) -> dict[str, float]:
         with others("honest", hub.port, hub.tokens, rounds) as process:
             assert process.stdin is not None
             assert process.stdout is not None
-            assert process.stdout.readline().strip() == "greeted"
             greeted = hub.cost()
+            while greeted["greeted"] < num_edges:
+                time.sleep(0.1)
+                greeted = hub.cost()
             process.stdin.write("\n")
             process.stdin.flush()
             assert process.stdout.readline().strip() == "played"
@@ -573,7 +352,7 @@ def measure(quick: bool) -> dict[str, object]:
     small, large, seconds = (50, 300, 4.0) if quick else (100, 2_000, 40.0)
     few = honest_cost(small, 2, defect)
     many = honest_cost(large, 2, defect)
-    with hub_of(1, 1, defect) as hub:
+    with hub_of(1, 1, defect, stall_seconds=2.0) as hub:
         flood = asyncio.run(floods(hub.port, hub.tokens[0]))
     siege = under_fire(large, seconds, defect)
     ratio = many["cpu_ms_a_round_and_edge"] / few["cpu_ms_a_round_and_edge"]
@@ -632,7 +411,7 @@ def _without(name: str) -> Iterator[None]:
             case "handshakes of one address":
                 taken.enter_context(mock.patch.object(strangers.Handshakes, "may", return_value=True))
             case "useless uploads":
-                taken.enter_context(mock.patch.object(uploads.Spools, "open", _open_all(uploads.Spools.open)))
+                taken.enter_context(mock.patch.object(spool.Spools, "open", _open_all(spool.Spools.open)))
             case _:
                 assert not name, name
         yield
@@ -658,31 +437,17 @@ DEFECTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
 }
 
 
-def _raise_limit() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(
-            resource.RLIMIT_NOFILE, (hard if hard != resource.RLIM_INFINITY else max(soft, 65_536), hard)
-        )
-
-
 def main() -> None:
-    """Measure, or be one of the two child processes."""
+    """Measure, or be the hub of a child process."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="300 connections")
-    for name, count in (("serve", 3), ("honest", 2), ("hostile", 2)):
-        parser.add_argument(f"--{name}", nargs=count, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", nargs=4, help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    _raise_limit()
+    raise_limit()
     if asked.serve:
+        directory, num_edges, rounds, stall = asked.serve
         with _without(os.environ.get(DEFECT, "")):
-            asyncio.run(_serve(Path(asked.serve[0]), int(asked.serve[1]), int(asked.serve[2])))
-    elif asked.honest or asked.hostile:
-        port, value = asked.honest or asked.hostile
-        tokens = json.loads(sys.stdin.readline())
-        asyncio.run(
-            honest(int(port), tokens, int(float(value))) if asked.honest else hostile(int(port), tokens, float(value))
-        )
+            asyncio.run(_serve(Path(directory), int(num_edges), int(rounds), float(stall)))
     else:
         print(json.dumps(measure(asked.quick), indent=1))
 

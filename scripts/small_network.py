@@ -22,7 +22,6 @@ from fedsoda_edge.protocol.manifest import parse_manifest
 from fedsoda_edge.protocol.session import Gathered, InMemory, Upload
 from fedsoda_edge.testing import ScriptedHub
 from fedsoda_hub.federation.state import LedgerState
-from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.run.status import LiveStatus, live_status, run_status
 from fedsoda_hub.run.tokens import Token
 from fedsoda_hub.serving.connection import Connection, Hub

@@ -86,7 +86,8 @@ class Guarded(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self.cycle is None and data.startswith(HEALTH) and data.find(b"\r\n\r\n") == len(data) - 4:
+        is_first = not self.scope
+        if is_first and data.startswith(HEALTH) and data.find(b"\r\n\r\n") == len(data) - 4:
             self.transport.write(self.health)
             self.transport.close()
         else:

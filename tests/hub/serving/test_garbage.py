@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ class Disk(Run):
         self.blobs = BlobStore(directory / "blobs")
         self.uploads = Uploads(self.blobs, "bf16", directory / "uploads")
         self.names = names
-        self.runner = asyncio.Runner()
+        self.loop = asyncio.new_event_loop()
         self.most = 0
         super().__init__(rules(rounds))
 
@@ -39,7 +39,7 @@ class Disk(Run):
         for made in digests_in(compute(self.jobs[0])):
             self.put(made)
         super().finish_job(settle=False)
-        self.runner.run(self.uploads.tidy(self.state, ()))
+        self.loop.run_until_complete(self.uploads.tidy(self.state, ()))
         there = set(self.blobs.digests())
         assert needed_blobs(self.state) <= there
         self.most = max(self.most, len(there))
@@ -53,6 +53,10 @@ class Disk(Run):
                 came = self.update(name)
                 self.put(came.digest)
                 self.do(came)
+
+    def close(self) -> None:
+        self.loop.run_until_complete(self.loop.shutdown_default_executor())
+        self.loop.close()
 
 
 def rules(rounds: int) -> Any:
@@ -68,21 +72,6 @@ def digests_in(result: Any) -> set[str]:
     return {one for name in getattr(result, "__struct_fields__", ()) for one in digests_in(getattr(result, name))}
 
 
-@pytest.fixture(autouse=True)
-def _runners_closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    made: list[asyncio.Runner] = []
-
-    class Kept(asyncio.Runner):
-        def __init__(self) -> None:
-            super().__init__()
-            made.append(self)
-
-    monkeypatch.setattr(asyncio, "Runner", Kept)
-    yield
-    for runner in made:
-        runner.close()
-
-
 def test_the_disk_of_200_rounds_is_that_of_a_few(tmp_path: Path) -> None:
     few, many = Disk(tmp_path / "few", 10), Disk(tmp_path / "many", 200)
     few.play(10)
@@ -90,6 +79,8 @@ def test_the_disk_of_200_rounds_is_that_of_a_few(tmp_path: Path) -> None:
     assert (len(few.state.losses), len(many.state.losses)) == (10, 200)
     assert many.most == few.most
     assert many.most <= 40
+    few.close()
+    many.close()
 
 
 def test_the_ledger_of_200_rounds_has_one_snapshot(tmp_path: Path) -> None:
@@ -109,6 +100,7 @@ def test_what_an_export_may_still_read_is_kept_for_one_round_more(tmp_path: Path
     assert run.blobs.has(first)
     run.play(1)
     assert not run.blobs.has(first)
+    run.close()
 
 
 # --- a hub that is killed ---------------------------------------------------------------------------------
@@ -166,7 +158,7 @@ async def resumed(hub: Any, tokens: dict[str, str]) -> None:
     async def one(name: str) -> None:
         async with joined(hub.url, tokens[name], name) as device:
             while True:
-                message = await device.hear(ms.Message)  # type: ignore[type-abstract]
+                message = await device.hear(ms.Message)
                 if isinstance(message, ms.RoundOffer):
                     await device.upload(message, update(VALUES[name] + message.round))
                 elif isinstance(message, ms.Farewell):
