@@ -1,13 +1,16 @@
 """Hold connections of HTTP and websockets so that the other side can make none of them costly, whatever it sends or leaves unread.
 
 uvicorn's protocols do the talking. Here reads and buffers are small, who does not read is ended, who floods with small frames
-too, and an end waits for nobody. How many there may be is `strangers.py`'s.
+too, and an end waits for nobody. Requests are looked at a few at a time, so that a thousand which come at once delay nobody who
+is here; whether the hub is alive is answered before all of them. How many there may be is `strangers.py`'s.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -23,13 +26,41 @@ FRAMES_AT_ONCE = 1000.0
 FRAMES_A_SECOND = 100.0
 FRAME_BYTES = 1024  # a frame for as many bytes is not counted: uploads have large ones
 MAX_PARTS = 1024  # frames of one message
+TURN_SECONDS = 0.005  # for new requests, between two looks at all sockets
+HEALTH = b"GET /healthz "
+
+
+class Turns:
+    """The requests that wait to be looked at, the first come first."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Callable[[], None]] = deque()
+        self._is_due = False
+
+    def add(self, look: Callable[[], None]) -> None:
+        """Call this when its turn has come."""
+        self._waiting.append(look)
+        if not self._is_due:
+            self._is_due = True
+            asyncio.get_running_loop().call_soon(self._take)
+
+    def _take(self) -> None:
+        loop = asyncio.get_running_loop()
+        until = loop.time() + TURN_SECONDS
+        while self._waiting and loop.time() < until:
+            self._waiting.popleft()()
+        self._is_due = bool(self._waiting)
+        if self._is_due:
+            loop.call_soon(self._take)
 
 
 class Guarded(H11Protocol):
     """An HTTP connection that `Strangers` knows of."""
 
-    strangers: Strangers  # these two are set by `guarded`
+    strangers: Strangers  # these four are set by `guarded`
+    turns: Turns
     stall_seconds: Callable[[], float]
+    health: bytes
     _stall: asyncio.TimerHandle | None = None
 
     @property
@@ -59,6 +90,18 @@ class Guarded(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        is_first = not self.scope
+        if is_first and data.startswith(HEALTH) and data.find(b"\r\n\r\n") == len(data) - 4:
+            self.transport.write(self.health)
+            self.transport.close()
+        else:
+            self.transport.pause_reading()  # what waits for its turn is one read
+            self.turns.add(partial(self._look_at, data))
+
+    def _look_at(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        self.transport.resume_reading()
         before = self.cycle
         super().data_received(data)
         if self.cycle is not before and not self.cycle.response_complete:
@@ -209,13 +252,25 @@ def _keep_small(transport: asyncio.Transport) -> None:
         transport.max_size = READ_BYTES
 
 
-def guarded(strangers: Strangers, stall_seconds: Callable[[], float]) -> tuple[type[Guarded], type[GuardedWebSocket]]:
+def guarded(
+    strangers: Strangers, stall_seconds: Callable[[], float], health: bytes
+) -> tuple[type[Guarded], type[GuardedWebSocket]]:
     """Return the classes of a server's connections, all of which these strangers know of.
 
     Args:
         stall_seconds: gives the time after which one who does not read is ended.
+        health: the answer to /healthz, head and body, which says that it closes the connection.
     """
     return (
-        type("Guarded", (Guarded,), {"strangers": strangers, "stall_seconds": staticmethod(stall_seconds)}),
+        type(
+            "Guarded",
+            (Guarded,),
+            {
+                "strangers": strangers,
+                "turns": Turns(),
+                "stall_seconds": staticmethod(stall_seconds),
+                "health": health,
+            },
+        ),
         type("GuardedWebSocket", (GuardedWebSocket,), {"strangers": strangers}),
     )

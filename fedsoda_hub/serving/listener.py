@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import socket
 import ssl
@@ -43,6 +44,7 @@ PONG_SECONDS = 20.0
 FILE_BYTES = 32 << 10  # of a file at once: as much of it as a download holds in memory
 MAX_FILES = 8  # that one edge takes at once
 PROXIES = "127.0.0.1,::1,::ffff:127.0.0.1"  # whose word for the address of others counts: those of this machine
+WHO = {"hub": "fedsoda", "protocol": PROTOCOL_VERSION}  # the answer to /healthz
 FORWARDED = ("forwarded", "via", "x-forwarded-for", "x-real-ip")  # headers of proxies
 FAILED = "the hub failed and ends; its owner sees the error where it ran"
 Broke = Callable[[Exception], None]  # takes a defect of the hub's own code
@@ -126,6 +128,15 @@ class _LentFile(FileResponse):
                 del self._taking[self._edge]
 
 
+def _health_at_once() -> bytes:
+    """Write the whole answer to /healthz, for connections on which it is the first and only request."""
+    body = json.dumps(WHO, separators=(",", ":")).encode()
+    head = (
+        f"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+    )
+    return head.encode() + body
+
+
 def make_app(hub: Hub, broke: Broke, handshakes: Handshakes) -> Starlette:
     """Build the application of the one port.
 
@@ -204,7 +215,7 @@ def make_app(hub: Hub, broke: Broke, handshakes: Handshakes) -> Starlette:
         return Response(reply, status, media_type="application/json")
 
     async def health(_: Request) -> Response:
-        return JSONResponse({"hub": "fedsoda", "protocol": PROTOCOL_VERSION})
+        return JSONResponse(WHO)
 
     def may_ask(request: Request) -> bool:
         return _is_loopback(request) or hub.monitoring.is_admin(_bearer(request))
@@ -396,7 +407,7 @@ class Server(uvicorn.Server):
         self._complaints = Complaints(now)
         handshakes = Handshakes(now)
         strangers = Strangers(limits, self._complaints, handshakes, counts_loopback=counts_loopback)
-        http, websocket = guarded(strangers, lambda: hub.guests.stall_seconds)
+        http, websocket = guarded(strangers, lambda: hub.guests.stall_seconds, _health_at_once())
         super().__init__(
             uvicorn.Config(
                 make_app(hub, broke, handshakes),
@@ -420,6 +431,8 @@ class Server(uvicorn.Server):
         asyncio.get_running_loop().set_exception_handler(self._complaints.handle)
         logging.getLogger("uvicorn.error").addFilter(self._complaints.filter)
         await super().startup(sockets)
+        for taken in sockets or ():
+            taken.listen(socket.SOMAXCONN)  # uvicorn's backlog is also how many are accepted at once
         self.has_started.set()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -28,7 +28,8 @@ from fedsoda_hub.federation.state import LedgerState
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.run.status import LiveStatus, live_status, run_status
 from fedsoda_hub.run.tokens import Token
-from fedsoda_hub.serving.connection import Connection, Hub
+from fedsoda_hub.serving import listener
+from fedsoda_hub.serving.connection import MAX_QUEUED_BYTES, PIECE_BYTES, Connection, Hub
 from fedsoda_hub.serving.listener import Server, ask_running_hub, bind, make_app
 from fedsoda_hub.serving.strangers import Handshakes
 
@@ -536,6 +537,148 @@ def test_an_edge_that_does_not_read_holds_up_nobody(hub: MemoryHub) -> None:
             assert await hear(other) == ms.RoundClosed(round=1, num_updates=1)
             assert to_slow.down < 60 * MAX_CHUNK_BYTES
             slow.transport.abort()  # it would not read the closing handshake either
+
+    serve(hub, talk)
+
+
+def test_an_edge_that_does_not_read_is_ended_when_it_has_taken_nothing_for_long(hub: MemoryHub) -> None:
+    hub.stall_seconds = 0.3
+    hub.view.write_bytes(bytes(60 * MAX_CHUNK_BYTES))
+
+    async def talk(address: str) -> None:
+        async with session(address) as slow:
+            await greet(slow)
+            await slow.send(encode(ms.BlobRequest(digest=VIEW_DIGEST)))
+            await until(lambda: hub.gone)
+            slow.transport.abort()
+
+    serve(hub, talk)
+    assert [connection.edge for connection in hub.gone] == ["alice"]
+
+
+def test_a_slow_reader_that_makes_progress_gets_the_whole_blob(hub: MemoryHub) -> None:
+    hub.stall_seconds = 0.5
+    data = bytes(range(256)) * (16 << 10)  # 4 MiB
+    hub.view.write_bytes(data)
+
+    async def talk(address: str) -> None:
+        async with session(address) as slow:
+            await greet(slow)
+            await slow.send(encode(ms.BlobRequest(digest=VIEW_DIGEST)))
+            came = b""
+            while len(came) < len(data):
+                frame = await slow.recv()
+                assert isinstance(frame, bytes)
+                came += decode(frame)[1]
+                await asyncio.sleep(0.015)  # longer than a stall, all in all
+            assert came == data
+
+    serve(hub, talk)
+
+
+def test_of_a_blob_that_nobody_reads_the_hub_holds_a_piece(hub: MemoryHub) -> None:
+    hub.view.write_bytes(bytes(60 * MAX_CHUNK_BYTES))
+
+    async def talk(address: str) -> None:
+        async with session(address) as slow:
+            await greet(slow)
+            [connection] = hub.greeted
+            await slow.send(encode(ms.BlobRequest(digest=VIEW_DIGEST)))
+            before = -1
+            while connection.down != before:
+                before = connection.down
+                await asyncio.sleep(0.1)
+            lending = connection._lending
+            assert lending is not None
+            assert 0 <= lending.offset - connection.down <= PIECE_BYTES
+            assert connection._out.empty()
+            slow.transport.abort()
+
+    serve(hub, talk)
+
+
+def test_a_second_blob_is_not_asked_for_before_the_first_has_come(hub: MemoryHub) -> None:
+    hub.view.write_bytes(bytes(60 * MAX_CHUNK_BYTES))
+
+    async def talk(address: str) -> None:
+        async with session(address) as greedy:
+            await greet(greedy)
+            for _ in range(2):
+                await greedy.send(encode(ms.BlobRequest(digest=VIEW_DIGEST)))
+            last: ms.AnyMessage | None = None
+            with contextlib.suppress(ConnectionClosed):
+                while True:
+                    last = await hear(greedy)
+            assert isinstance(last, ms.Refusal)
+            assert last.fatal
+            assert "ask for one at a time" in last.reason
+
+    serve(hub, talk)
+
+
+def test_messages_that_nobody_reads_end_the_conversation_and_do_not_pile_up(hub: MemoryHub) -> None:
+    async def talk(address: str) -> None:
+        async with session(address) as deaf:
+            await greet(deaf)
+            [connection] = hub.greeted
+            frame = encode(ms.RoundClosed(round=1, num_updates=1))
+            for _ in range(MAX_QUEUED_BYTES // len(frame) + 10):
+                connection.send(ms.RoundClosed(round=1, num_updates=1))
+            assert connection._queued_bytes <= MAX_QUEUED_BYTES
+            await until(lambda: hub.gone)
+            deaf.transport.abort()
+
+    serve(hub, talk)
+
+
+def test_one_edge_takes_a_few_files_at_once_and_more_when_those_are_read(
+    hub: MemoryHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener, "MAX_FILES", 2)
+    hub.shard.write_bytes(bytes(32 << 20))
+
+    async def asked(address: str, token: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_connection(*address.split(":"), limit=1 << 12)
+        writer.write(
+            f"GET /v1/blobs/{SHARD_DIGEST} HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
+        )
+        return reader, writer
+
+    async def talk(address: str) -> None:
+        held = [await asked(address, "alice") for _ in range(2)]
+        for reader, _ in held:
+            assert (await reader.readline()).endswith(b"200 OK\r\n")
+        reader, writer = await asked(address, "alice")
+        assert b" 429 " in await reader.readline()
+        other, third = await asked(address, "bob")
+        assert (await other.readline()).endswith(b"200 OK\r\n")
+        for one in (*(one for _, one in held), writer, third):
+            one.transport.abort()
+        await asyncio.sleep(0.2)
+        reader, writer = await asked(address, "alice")
+        assert (await reader.readline()).endswith(b"200 OK\r\n")
+        writer.transport.abort()
+
+    serve(hub, talk)
+
+
+def test_a_download_that_nobody_reads_is_ended(hub: MemoryHub) -> None:
+    hub.stall_seconds = 0.3
+    hub.shard.write_bytes(bytes(32 << 20))
+
+    async def talk(address: str) -> None:
+        reader, writer = await asyncio.open_connection(*address.split(":"), limit=1 << 12)
+        writer.write(
+            f"GET /v1/blobs/{SHARD_DIGEST} HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer alice\r\n\r\n".encode()
+        )
+        await asyncio.sleep(1.5)
+        came = 0
+        with contextlib.suppress(ConnectionError):
+            async with asyncio.timeout(5):
+                while piece := await reader.read(1 << 16):
+                    came += len(piece)
+        assert came < 32 << 20
+        writer.close()
 
     serve(hub, talk)
 

@@ -76,6 +76,19 @@ def test_a_bundle_that_was_in_force_before_can_still_be_fetched(directory: RunDi
     assert {shelf.bundle_file(digest) for digest in (before, drawn)} == {
         directory.blobs.path(before), directory.blobs.path(drawn),
     }  # fmt: skip
+    assert shelf.lent_blobs == {before, drawn}
+    third = stored(directory, manifest(OTHER) + b" ")
+    state.sub_llms = (ServedSubLLM(manifest=third, public_kl={}, adapter=held, emulator=held),)
+    records = [
+        rec.Repruned(round=number, manifest=one, master=view, view=view) for number, one in ((2, drawn), (3, third))
+    ]
+    shelf.follow(records[1:])
+    assert shelf.lent_blobs == {drawn, third}
+    assert shelf.bundle_file(before) is None
+    directory.blobs.delete(before)
+    again = Shelf(directory, state)
+    again.follow([prepared(before, view), *records])  # a restart: what was deleted is not read
+    assert again.lent_blobs == {drawn, third}
 
 
 def test_records_that_name_no_bundle_change_nothing(directory: RunDirectory) -> None:

@@ -16,9 +16,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from fedsoda_hub.serving import connection, strangers
+from fedsoda_edge.protocol import messages as ms
+from fedsoda_hub.serving import connection, guarded, strangers
 from fedsoda_hub.serving.listener import Server, bind
-from fedsoda_hub.serving.strangers import Complaints, ConnectionLimits
+from fedsoda_hub.serving.strangers import Complaints, ConnectionLimits, Handshakes, network_of
 from tests.conftest import ROOT
 from tests.hub.serving.test_listener import MemoryHub, ask, assert_hub_ends_it, greet, session
 
@@ -36,9 +37,10 @@ def hub(tmp_path: Path) -> MemoryHub:
 
 @contextlib.asynccontextmanager
 async def serving(
-    hub: MemoryHub, limits: ConnectionLimits | None = None, host: str = "127.0.0.1"
+    hub: MemoryHub, limits: ConnectionLimits | None = None, host: str = "127.0.0.1", *, counts_loopback: bool = False
 ) -> AsyncIterator[int]:
-    server, taken = Server(hub.parts, hub.defects.append, limits), bind(host, 0)
+    server = Server(hub.parts, hub.defects.append, limits, counts_loopback=counts_loopback)
+    taken = bind(host, 0)
     running = asyncio.create_task(server.serve(sockets=[taken]))
     await server.has_started.wait()
     try:
@@ -222,6 +224,176 @@ def test_a_lack_of_descriptors_is_counted_and_other_errors_of_the_loop_are_told_
         "connections: not accepted: Too many open files; raise the limit of open files (ulimit -n) (1)"
     )
     assert "another" in other.getMessage()
+
+
+# --- who speaks, and is not heard --------------------------------------------------------------------------------------
+
+
+async def upgraded(port: int, token: str = "alice") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A raw websocket that answers nothing by itself."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(UPGRADE.replace(b"guess", token.encode()))
+    assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101")
+    return reader, writer
+
+
+def masked(data: bytes, opcode: int = 2, *, is_last: bool = True) -> bytes:
+    assert len(data) < 126
+    return bytes([(0x80 if is_last else 0) | opcode, 0x80 | len(data)]) + bytes(4) + data
+
+
+@pytest.mark.parametrize("said", [b"", masked(b"garbage")], ids=["nothing", "garbage"])
+def test_who_never_answers_the_closing_handshake_holds_no_place(
+    hub: MemoryHub, monkeypatch: pytest.MonkeyPatch, said: bytes
+) -> None:
+    monkeypatch.setattr(strangers, "SILENT_SECONDS", 0.3)
+    monkeypatch.setattr(guarded, "GOODBYE_SECONDS", 0.3)
+
+    async def play() -> None:
+        async with serving(hub) as port:
+            reader, writer = await upgraded(port)
+            writer.write(said)
+            async with asyncio.timeout(5):
+                with contextlib.suppress(ConnectionError):
+                    await reader.read()
+            writer.close()
+
+    asyncio.run(play())
+
+
+def test_websockets_without_hello_make_room_as_all_strangers_do(hub: MemoryHub) -> None:
+    async def play() -> None:
+        limits = ConnectionLimits(strangers.RESERVED_DESCRIPTORS + 12)
+        async with serving(hub, limits) as port, session(f"127.0.0.1:{port}", "bob") as edge:
+            await greet(edge)
+            held = [await upgraded(port) for _ in range(20)]
+            assert await is_alive(port)
+            assert await ended(held[0][0], 2)
+            assert "bob" not in [one.edge for one in hub.gone]
+            for _, writer in held:
+                writer.close()
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize(
+    "flood",
+    [masked(b"", 9), masked(b"", 10), masked(b"", 2, is_last=False) + masked(b"", 0, is_last=False)],
+    ids=["pings", "pongs", "empty parts"],
+)
+def test_a_flood_of_small_frames_is_ended(hub: MemoryHub, flood: bytes) -> None:
+    async def play() -> None:
+        async with serving(hub) as port:
+            reader, writer = await upgraded(port)
+            if flood[0] == 2:
+                writer.write(flood[:6] + flood[6:] * 3000)
+            else:
+                writer.write(flood * 3000)
+            assert await ended(reader, 3)
+            writer.close()
+
+    asyncio.run(play())
+
+
+def test_an_edge_with_many_messages_in_its_own_time_is_no_flood(
+    hub: MemoryHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guarded, "FRAMES_AT_ONCE", 20.0)
+    monkeypatch.setattr(guarded.GuardedWebSocket, "_frames_left", 20.0)
+
+    async def play() -> None:
+        async with serving(hub) as port, session(f"127.0.0.1:{port}") as edge:
+            said = await greet(edge)
+            for step in range(60):
+                await edge.send(said.send(ms.Progress(round=1, step=step, steps=60)))
+                await asyncio.sleep(0.012)
+            await asyncio.sleep(0.1)
+            assert len(hub.heard) == 60
+
+    asyncio.run(play())
+
+
+# --- handshakes of one address -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "is_same"),
+    [
+        ("203.0.113.7", "203.0.113.7", True),
+        ("203.0.113.7", "203.0.113.8", False),
+        ("::ffff:203.0.113.7", "203.0.113.7", True),
+        ("2001:db8:1:2::1", "2001:db8:1:2:ffff::9", True),
+        ("2001:db8:1:2::1", "2001:db8:1:3::1", False),
+        ("fe80::1%eth0", "fe80::2%eth1", True),
+        ("not an address", "", True),
+    ],
+)
+def test_of_ipv6_a_whole_site_counts_as_one_address(one: str, other: str, is_same: bool) -> None:
+    assert (network_of(one) == network_of(other)) == is_same
+
+
+def test_an_address_may_connect_often_at_once_and_then_so_often_a_second() -> None:
+    now = 0.0
+    handshakes = Handshakes(lambda: now)
+    assert [handshakes.may("203.0.113.7") for _ in range(300)].count(True) == strangers.HANDSHAKES_AT_ONCE
+    assert handshakes.may("203.0.113.8")
+    now = 2.0
+    assert [handshakes.may("203.0.113.7") for _ in range(300)].count(True) == 2 * strangers.HANDSHAKES_A_SECOND
+    now = 1e6
+    assert [handshakes.may("203.0.113.7") for _ in range(300)].count(True) == strangers.HANDSHAKES_AT_ONCE
+
+
+def test_fifty_edges_behind_one_router_come_in_with_five_connections_each() -> None:
+    handshakes = Handshakes(lambda: 0.0)
+    assert all(handshakes.may("203.0.113.7") for _ in range(50 * 5))
+
+
+def test_addresses_are_forgotten_so_that_a_million_of_them_cost_what_some_cost() -> None:
+    handshakes = Handshakes(lambda: 0.0)
+    for number in range(strangers.MAX_ADDRESSES + 1000):
+        handshakes.may(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}")
+    assert len(handshakes._buckets) == strangers.MAX_ADDRESSES
+
+
+def test_connections_of_one_address_beyond_the_bound_are_ended_and_others_are_heard(
+    hub: MemoryHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(strangers, "HANDSHAKES_AT_ONCE", 5)
+    monkeypatch.setattr(strangers, "HANDSHAKES_A_SECOND", 0.001)
+
+    async def play() -> None:
+        async with serving(hub, counts_loopback=True) as port:
+            held = [await asyncio.open_connection("127.0.0.1", port) for _ in range(6)]
+            assert await ended(held[5][0], 2)
+            assert not await ended(held[0][0], 0.1)
+            other = await asyncio.open_connection("127.0.0.1", port, local_addr=("127.0.0.2", 0))
+            other[1].write(b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n")
+            assert (await other[0].readline()).endswith(b"200 OK\r\n")
+            for _, writer in (*held, other):
+                writer.close()
+
+    asyncio.run(play())
+
+
+def test_behind_a_proxy_on_this_machine_the_address_that_it_tells_counts(
+    hub: MemoryHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(strangers, "HANDSHAKES_AT_ONCE", 3)
+    monkeypatch.setattr(strangers, "HANDSHAKES_A_SECOND", 0.001)
+
+    async def play() -> None:
+        async with serving(hub) as port, httpx.AsyncClient(verify=False, trust_env=False) as client:
+
+            async def asked(address: str, token: str = "guess") -> int:
+                headers = {"X-Forwarded-For": address, "Authorization": f"Bearer {token}"}
+                return (await client.get(f"http://127.0.0.1:{port}/v1/blobs/{'0' * 64}", headers=headers)).status_code
+
+            assert [await asked("203.0.113.7") for _ in range(5)] == [401, 401, 401, 429, 429]
+            assert await asked("203.0.113.8") == 401
+            assert await asked("203.0.113.7", "alice") == 404  # who has a token is not one of those who guess
+            assert await is_alive(port)
+
+    asyncio.run(play())
 
 
 # --- few descriptors -------------------------------------------------------------------------------------------------

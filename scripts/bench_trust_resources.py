@@ -1,0 +1,456 @@
+"""Measure what thousands of connections cost a hub, honest ones and hostile ones: memory, CPU, and how long others wait.
+
+    python scripts/bench_trust_resources.py [--quick]
+
+The hub is a daemon in a process of its own, with the real ledger, port and round machine; only torch is stood in for. Bounds
+of addresses hold on loopback as well. The other side is `hostile_peers.py`'s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import hashlib
+import json
+import os
+import resource
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+from unittest import mock
+
+import msgspec
+from hostile_peers import LAYOUT, Raw, raise_limit
+
+from fedsoda_edge.ports import TorchPort
+from fedsoda_edge.protocol import messages as ms
+from fedsoda_edge.protocol.codec import encode
+from fedsoda_edge.protocol.manifest import BundleManifest, EdgeNeeds, File, LayerPlan, LoRASpec
+from fedsoda_hub.federation import jobs
+from fedsoda_hub.run.directory import RunDirectory
+from fedsoda_hub.serving import connection, guarded, listener, spool, strangers
+from fedsoda_hub.serving.daemon import Daemon
+from fedsoda_hub.settings.open_run import OpenRun, RunOpened
+from fedsoda_hub.settings.run import read_settings
+
+KIB_A_CONNECTION = 48.0  # of the hub's resident memory above idle
+KIB_A_HOSTILE = 256.0  # most of it what lies between a blob and a reader that does not read
+HEALTH_SECONDS = 0.1  # at the 99th percentile
+CPU_RATIO = 1.5  # of CPU per round and edge, from the small federation to the large one
+SHARD = bytes(1 << 20)
+VIEW = bytes(8 << 20)  # more than all buffers on the way of one connection
+DEFECT = "FEDSODA_BENCH_DEFECT"  # names the check that is taken out of the hub of a child process
+IN_MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # CPU is measured, and not how fast a disk syncs
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# --- the hub --------------------------------------------------------------------------------------------------------
+
+
+class HashTorch:
+    """In the place of the process that owns torch: blobs are hashes of the jobs."""
+
+    rss_bytes = peak_rss_bytes = 0
+    pid: int | None = 1
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run = RunDirectory(run_dir)
+
+    async def start(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    async def call(self, call: Any, on_progress: Any = None) -> Any:
+        return RunOpened(1) if isinstance(call, OpenRun) else await asyncio.to_thread(self._answer, call)
+
+    def _answer(self, job: jobs.Job) -> jobs.JobResult:
+        if isinstance(job, jobs.Prepare):
+            self._run.bundle.mkdir(exist_ok=True)
+            (self._run.bundle / "norm.safetensors").write_bytes(SHARD)
+            view = self._put(VIEW)
+            prepared = jobs.PreparedSubLLM(
+                manifest=self._put(_manifest()), adapter_view=view, emulator_view=view, public_kl={"aligned": 0.1}
+            )
+            return jobs.PrepareResult(sub_llms=(prepared,), master=view)
+        assert isinstance(job, jobs.Aggregate)
+        name = hashlib.sha256(msgspec.json.encode(job)).digest()
+        step = jobs.ViewStep(view=self._put(b"view" + name), delta=self._put(b"delta" + name))
+        return jobs.AggregateResult(master=self._put(b"master" + name), steps=(step,), moments=None, cross_term=None)
+
+    def _put(self, data: bytes) -> ms.Digest:
+        return ms.Digest(self._run.blobs.put(data))
+
+
+def _manifest() -> bytes:
+    return msgspec.json.encode(
+        BundleManifest(
+            format_version=1,
+            family="llama",
+            config={},
+            dtype="bfloat16",
+            source="no-model",
+            source_revision="",
+            plan=LayerPlan(num_layers=2, adapter=(1,), kept=(0, 1), groups=(), mapping=(), distances=()),
+            lora=LoRASpec(rank=2, alpha=4, targets=("q_proj",), adapter=LAYOUT, emulator=()),
+            adapter_base="bf16",
+            quantized_embedding=False,
+            files=(File("norm.safetensors", hashlib.sha256(SHARD).hexdigest(), len(SHARD)),),
+            needs=EdgeNeeds(disk_bytes=1, ram_bytes=1, vram_bytes=0),
+            bits_per_parameter=16.0,
+        )
+    )
+
+
+async def _serve(directory: Path, num_edges: int, rounds: int, stall_seconds: float) -> None:
+    """Serve a run of so many edges until stdin ends; say port and tokens, then answer each line with what it costs now."""
+    (directory / "public.txt").write_text("public")
+    (directory / "run.toml").write_text(
+        'name = "small"\nmodel = "no-model"\n[lora]\nrank = 2\n[public]\ntext = "public.txt"\n[method]\n'
+        f"realign_every = 0\n[rounds]\ncount = {rounds}\nmin_edges = {num_edges}\ncohort = {num_edges}\nquorum = 1.0\n"
+        f'[wire]\ncodec = "bf16"\nstall_seconds = {stall_seconds}\n[listen]\nport = 0\n'
+    )
+    settings = read_settings(directory / "run.toml")
+    torch = cast(TorchPort, HashTorch(settings.run_dir))
+    daemon = Daemon.open(settings, lambda _: None, torch=torch)
+    secrets = [f"fs1-{number:05d}" for number in range(num_edges)]
+    row = "INSERT INTO tokens (edge, sha256, device) VALUES (?, ?, ?)"
+    daemon.disk.ledger.database.write(
+        *((row, (f"e{secret[4:]}", hashlib.sha256(secret.encode()).hexdigest(), secret)) for secret in secrets)
+    )
+    stop: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    with mock.patch.object(listener, "Server", lambda hub, broke: SERVER(hub, broke, counts_loopback=True)):
+        serving = asyncio.create_task(daemon.serve(stop, exit_when_done=False))
+        while not daemon.url or not daemon.disk.directory.address.exists():
+            await asyncio.sleep(0.01)
+        print(json.dumps({"url": daemon.url, "tokens": secrets}), flush=True)
+        while await asyncio.to_thread(sys.stdin.readline):
+            usage = resource.getrusage(resource.RUSAGE_SELF)
+            print(
+                json.dumps(
+                    {
+                        "rss": _rss_bytes(),
+                        "cpu": usage.ru_utime + usage.ru_stime,
+                        "spooled": daemon.uploads.spooled_bytes,
+                        "greeted": len(daemon.roster.connected),
+                    }
+                ),
+                flush=True,
+            )
+        stop.set_result("SIGTERM")
+        await serving
+
+
+SERVER = listener.Server
+
+
+def _rss_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class Hub:
+    """A hub in a process of its own."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        said = json.loads(self._line())
+        self.port = int(said["url"].rpartition(":")[2])
+        self.tokens: list[str] = said["tokens"]
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline()
+
+    def cpu_seconds(self) -> float:
+        """Return the CPU time of the hub's process, without asking it (Linux's clock of another process)."""
+        return time.clock_gettime((~self._process.pid << 3) | 2)
+
+    def cost(self) -> dict[str, float]:
+        """Resident bytes, CPU seconds, bytes of uploads under way, edges that were greeted."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        found: dict[str, float] = json.loads(self._line())
+        return found
+
+
+@contextlib.contextmanager
+def hub_of(num_edges: int, rounds: int, defect: str, *, stall_seconds: float = 20.0) -> Iterator[Hub]:
+    """Serve a run of so many edges in a child process."""
+    with tempfile.TemporaryDirectory(prefix="fedsoda-trust-", dir=IN_MEMORY) as directory:
+        process = subprocess.Popen(
+            [sys.executable, __file__, "--serve", directory, str(num_edges), str(rounds), str(stall_seconds)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, DEFECT: defect, "PYTHONPATH": str(ROOT), "MALLOC_ARENA_MAX": "2"},
+        )
+        try:
+            yield Hub(process)
+        finally:
+            assert process.stdin is not None
+            process.stdin.close()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+@contextlib.contextmanager
+def others(kind: str, port: int, tokens: list[str], value: float) -> Iterator[subprocess.Popen[str]]:
+    """Run the other side in a child process."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts" / "hostile_peers.py"), kind, str(port), str(value)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(tokens) + "\n")
+    process.stdin.flush()
+    try:
+        yield process
+    finally:
+        process.stdin.close()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+# --- what is measured -----------------------------------------------------------------------------------------------
+
+
+class Waited(NamedTuple):
+    """The seconds from a connect to /healthz to its answer, and how long the hub computed meanwhile, in all its threads.
+
+    On a machine with a free core the second is an upper bound of the first; on a busy one it is what the hub can do about it.
+    """
+
+    seconds: float
+    cpu_seconds: float
+
+
+def health(hub: Hub) -> Waited:
+    """Ask /healthz; infinite where it does not answer."""
+    started, computed = time.monotonic(), hub.cpu_seconds()
+    answer = b""
+    try:
+        with socket.create_connection(("127.0.0.1", hub.port), 30) as asked:
+            asked.sendall(b"GET /healthz HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n")
+            while piece := asked.recv(4096):
+                answer += piece
+    except OSError:
+        answer = b""
+    if b'"fedsoda"' not in answer:
+        return Waited(float("inf"), float("inf"))
+    return Waited(time.monotonic() - started, hub.cpu_seconds() - computed)
+
+
+def honest_cost(num_edges: int, rounds: int, defect: str) -> dict[str, float]:
+    """Return KiB of the hub's memory for each greeted connection, and CPU milliseconds per round and edge."""
+    with hub_of(num_edges, rounds, defect) as hub:
+        idle = hub.cost()
+        with others("honest", hub.port, hub.tokens, rounds) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            greeted = hub.cost()
+            while greeted["greeted"] < num_edges:
+                time.sleep(0.1)
+                greeted = hub.cost()
+            process.stdin.write("\n")
+            process.stdin.flush()
+            assert process.stdout.readline().strip() == "played"
+            played = hub.cost()
+    return {
+        "kib_a_connection": (greeted["rss"] - idle["rss"]) / num_edges / 1024,
+        "cpu_ms_a_round_and_edge": (played["cpu"] - greeted["cpu"]) * 1000 / rounds / num_edges,
+        "kib_a_connection_after_rounds": (played["rss"] - idle["rss"]) / num_edges / 1024,
+    }
+
+
+def under_fire(num_connections: int, seconds: float, defect: str) -> dict[str, Any]:
+    """Return how long /healthz takes while so many connections do their worst, and what the hub holds meanwhile."""
+    with hub_of(num_connections, 1, defect) as hub:
+        idle, waited, most, spooled = hub.cost(), list[Waited](), 0.0, 0.0
+        with others("hostile", hub.port, hub.tokens, seconds) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline().strip() == "besieged"
+            until = time.monotonic() + seconds
+            while time.monotonic() < until and process.poll() is None:
+                waited.append(health(hub))
+                cost = hub.cost()
+                most, spooled = max(most, cost["rss"]), max(spooled, cost["spooled"])
+                time.sleep(0.02)
+        return {
+            "asked": len(waited),
+            "health_p50_ms": percentile([one.seconds for one in waited], 0.5),
+            "health_p99_ms": percentile([one.seconds for one in waited], 0.99),
+            "health_p50_cpu_ms": percentile([one.cpu_seconds for one in waited], 0.5),
+            "health_p99_cpu_ms": percentile([one.cpu_seconds for one in waited], 0.99),
+            "kib_a_hostile_connection": round((most - idle["rss"]) / num_connections / 1024, 1),
+            "spooled_bytes": spooled,
+            "load": round(os.getloadavg()[0], 1),
+        }
+
+
+def percentile(seconds: list[float], share: float) -> float:
+    """Return the milliseconds that so large a share stays below."""
+    return round(1000 * sorted(seconds)[min(len(seconds) - 1, int(len(seconds) * share))], 1)
+
+
+async def floods(port: int, token: str) -> dict[str, float]:
+    """Return how many of 600 connections of one address are answered, and how much of a blob one gets who stops reading."""
+
+    async def asks(_: int) -> bool:
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            raw = await Raw.to(port, 1)
+            try:
+                raw.say(b"GET /healthz HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n")
+                return b'"fedsoda"' in await raw.reader.read()
+            finally:
+                raw.close()
+        return False
+
+    raw = await Raw.to(port, 2)
+    welcome = await raw.greet(token, token)
+    assert welcome.emulator is not None
+    raw.say_frame(encode(ms.BlobRequest(digest=welcome.emulator.digest)))
+    raw.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    gate = asyncio.Semaphore(40)
+
+    async def one(number: int) -> bool:
+        async with gate:
+            return await asks(number)
+
+    started = time.monotonic()
+    answered = sum(await asyncio.gather(*(one(number) for number in range(600))))
+    allowed = strangers.HANDSHAKES_AT_ONCE + strangers.HANDSHAKES_A_SECOND * (time.monotonic() - started + 1)
+    await asyncio.sleep(4.0)
+    raw.writer.transport.resume_reading()  # type: ignore[attr-defined]
+    came = 0
+    with contextlib.suppress(OSError, TimeoutError):
+        async with asyncio.timeout(5):
+            while piece := await raw.reader.read(1 << 16):
+                came += len(piece)
+    raw.close()
+    return {"answered_of_one_address": answered, "allowed_of_one_address": allowed, "blob_bytes_unread_too_long": came}
+
+
+def measure(quick: bool) -> dict[str, object]:
+    """Measure a federation and a siege; count what keeps its bound."""
+    defect = os.environ.get(DEFECT, "")
+    small, large, seconds = (50, 300, 4.0) if quick else (100, 2_000, 40.0)
+    few = honest_cost(small, 2, defect)
+    many = honest_cost(large, 2, defect)
+    with hub_of(1, 1, defect, stall_seconds=2.0) as hub:
+        flood = asyncio.run(floods(hub.port, hub.tokens[0]))
+    siege = under_fire(large, seconds, defect)
+    ratio = many["cpu_ms_a_round_and_edge"] / few["cpu_ms_a_round_and_edge"]
+    bounds = [
+        ("KiB of the hub's memory for a greeted connection", many["kib_a_connection"], KIB_A_CONNECTION),
+        (f"CPU of a round and edge, {large} edges to {small}", ratio, CPU_RATIO),
+        (
+            "ms that the hub computes until /healthz answers under fire, p99",
+            siege["health_p99_cpu_ms"],
+            1000 * HEALTH_SECONDS,
+        ),
+        ("KiB of the hub's memory for a hostile connection", siege["kib_a_hostile_connection"], KIB_A_HOSTILE),
+        ("bytes on disk of uploads that no round waits for", siege["spooled_bytes"], 0.0),
+        (
+            "connections of one address that are answered of 600",
+            flood["answered_of_one_address"],
+            flood["allowed_of_one_address"],
+        ),
+        ("bytes of an 8 MiB blob for one who does not read", flood["blob_bytes_unread_too_long"], 7.5 * 2**20),
+    ]
+    wrong = [f"{what}: {found:.1f}, and at most {most:.1f} are right" for what, found, most in bounds if found > most]
+    return {
+        "tried": len(bounds),
+        "right": len(bounds) - len(wrong),
+        "wrong": wrong,
+        "connections": large,
+        "cpu_ratio": round(ratio, 2),
+        **{f"{name}_of_{small}": round(value, 2) for name, value in few.items()},
+        **{name: round(value, 2) for name, value in many.items()},
+        **flood,
+        **siege,
+    }
+
+
+# --- defects: checks that are taken out of the hub of the child process -----------------------------------------------
+
+
+def _whole_blob(blob: Any) -> bytes:
+    blob._file.seek(blob.offset)
+    piece: bytes = blob._file.read()
+    blob.offset += len(piece)
+    return piece
+
+
+@contextlib.contextmanager
+def _without(name: str) -> Iterator[None]:
+    """Take one check out of this process."""
+    with contextlib.ExitStack() as taken:
+        match name:
+            case "blobs in pieces":
+                taken.enter_context(mock.patch.object(connection._Lending, "read", _whole_blob))
+                taken.enter_context(mock.patch("fedsoda_edge.protocol.codec.MAX_CHUNK_BYTES", 1 << 30))
+            case "ending who does not read":
+                taken.enter_context(mock.patch.object(connection.Connection, "_end", return_value=None))
+                taken.enter_context(mock.patch.object(guarded.GuardedWebSocket, "keepalive_timeout", return_value=None))
+            case "handshakes of one address":
+                taken.enter_context(mock.patch.object(strangers.Handshakes, "may", return_value=True))
+            case "useless uploads":
+                taken.enter_context(mock.patch.object(spool.Spools, "open", _open_all(spool.Spools.open)))
+            case _:
+                assert not name, name
+        yield
+
+
+def _open_all(original: Any) -> Any:
+    return lambda self, start, most_bytes, _: original(self, start, most_bytes, None)
+
+
+@contextlib.contextmanager
+def _planted(name: str) -> Iterator[None]:
+    with mock.patch.dict(os.environ, {DEFECT: name}):
+        yield
+
+
+def _plant(name: str) -> Callable[[], AbstractContextManager[None]]:
+    return lambda: _planted(name)
+
+
+DEFECTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    name: _plant(name)
+    for name in ("blobs in pieces", "ending who does not read", "handshakes of one address", "useless uploads")
+}
+
+
+def main() -> None:
+    """Measure, or be the hub of a child process."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="300 connections")
+    parser.add_argument("--serve", nargs=4, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    raise_limit()
+    if asked.serve:
+        directory, num_edges, rounds, stall = asked.serve
+        with _without(os.environ.get(DEFECT, "")):
+            asyncio.run(_serve(Path(directory), int(num_edges), int(rounds), float(stall)))
+    else:
+        print(json.dumps(measure(asked.quick), indent=1))
+
+
+if __name__ == "__main__":
+    main()
