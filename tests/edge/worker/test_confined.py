@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fedsoda_edge.data.local_data import LocalData
-from fedsoda_edge.edge import Edge, agent_of
+from fedsoda_edge.edge import Edge, Participation, agent_of
 from fedsoda_edge.errors import DataProblem
 from fedsoda_edge.events import as_json
 from fedsoda_edge.join.trainer import WORKER_MODULE, worker_environment
@@ -23,7 +23,7 @@ from fedsoda_edge.ports.confine import Reach
 from fedsoda_edge.protocol import commands as cmd
 from fedsoda_edge.testing import ScriptedHub
 from tests.conftest import ROOT
-from tests.joins import Participation, joining
+from tests.joins import joining
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has seccomp and Landlock")
 
