@@ -274,7 +274,7 @@ def serve(
             reply = ErrorReply(type(error).__name__, error.fields())
         except (SystemExit, KeyboardInterrupt):
             raise
-        except BaseException as error:  # a panic of a library in Rust is no Exception
+        except BaseException as error:  # a library in Rust panics with an exception of this class
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 full = DiskFull(f"the disk is full ({machine_words(error)}); free some space there, then try again")
                 _write(out, ErrorReply(DiskFull.__name__, full.fields()))

@@ -84,7 +84,7 @@ def confine() -> Confinement:
 
 
 def give_up_network() -> None:
-    """Give up the network in a command that reads private text and asks nobody; where that cannot be had, go on."""
+    """Give up the network in a command that reads private text and asks nobody; where that cannot be had, nothing changes."""
     machine = seccomp.MACHINES.get(linux_machine())
     if machine is not None and os.environ.get(SWITCH) != "0":
         with contextlib.suppress(OSError):

@@ -43,7 +43,7 @@ class BorderCache(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Confinement(msgspec.Struct, frozen=True, kw_only=True):
-    """What the worker's process gave up before it read anything.
+    """The network and the paths that the worker's process gave up before it read anything.
 
     network: by which means it has none; "": it has that of its user. files: by which means it reads and writes its own
     paths alone; "": it reads and writes what its user may. missing: why it has one of them still, a clause each.
@@ -65,7 +65,7 @@ class Opened(msgspec.Struct, frozen=True, kw_only=True):
 
     num_skipped: rows that are no sample. threads: CPU threads of torch. process_bytes: memory of the worker before it has
     read anything. has_cuda: whether torch can use a GPU. longest_ids, longest_labels: the most ids and completion ids that
-    a sample has. confinement: None: it is no process of its own.
+    a sample has. confinement: None: it has no process of its own.
     """
 
     num_examples: int
@@ -132,7 +132,7 @@ class Examined(msgspec.Struct, frozen=True, kw_only=True):
     """The state of torch on this machine.
 
     dtype: the one in which training computes on the device. accelerator: "" where there is none. nf4_problem: "" where NF4
-    works. confinement: None: the worker is no process of its own.
+    works. confinement: None: the worker has no process of its own.
     """
 
     torch: str

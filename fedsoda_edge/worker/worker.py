@@ -51,7 +51,7 @@ class Worker:
         shared: models that the workers of one process train in turn, each from its own view; None: this worker is the
             only one. Workers of one process keep no checkpoints, since none of them dies alone.
         process_bytes: bytes that a process holds before it reads anything; None: what this one holds now.
-        confinement: what its process gave up; None: it is no process of its own.
+        confinement: what its process gave up; None: it has no process of its own.
     """
 
     def __init__(
