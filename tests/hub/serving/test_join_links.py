@@ -18,6 +18,7 @@ from websockets.exceptions import InvalidStatus
 from fedsoda_edge.edge import Edge
 from fedsoda_edge.errors import HubUnreachable, RefusedByHub
 from fedsoda_edge.join.conversation import Conversation
+from fedsoda_edge.join.doctor import examine
 from fedsoda_edge.join.home import Home
 from fedsoda_edge.join.identity import device_key
 from fedsoda_edge.join.inspect import hello as hello_of
@@ -32,6 +33,7 @@ from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.run.ledger import opened_to_read
 from fedsoda_hub.serving.standing import LOOK_SECONDS
 from fedsoda_hub.settings.run import RunSettings, read_settings
+from tests.edge.join.test_doctor import Looks
 from tests.hub.serving.test_daemon import SHARD, Hub, connected, hello, serving, until, write_run
 from tests.joins import Deaf
 
@@ -267,3 +269,22 @@ def test_a_proof_is_a_small_post_and_a_ticket_that_never_was_opens_nothing(setti
             assert body == {"reason": "this device's ticket has ended; join again"}
 
     asyncio.run(life())
+
+
+def test_doctor_goes_to_the_address_that_answers_and_proves_the_device(tmp_path: Path, settings: RunSettings) -> None:
+    async def life() -> list[tuple[str, bool]]:
+        found = []
+        async with serving(settings) as hub:
+            link = read_link(link_for(hub, "ann", "127.0.0.1:9", f"127.0.0.1:{port_of(hub)}"))
+            steps = examine(link, None, Home(tmp_path / "home"), worker=Looks())
+            async with contextlib.aclosing(steps):  # type: ignore[type-var]
+                async for step in steps:
+                    found.append((step.name, step.passed))
+                    if step.name == "join link":
+                        break
+        return found
+
+    found = asyncio.run(life())
+    assert found[found.index(("address", True)) :] == [
+        (name, True) for name in ("address", "proxy", "DNS", "TCP", "TLS", "HTTP", "clock", "join link")
+    ]
