@@ -21,7 +21,7 @@ from fedsoda_edge.errors import FedSODAError
 from fedsoda_edge.protocol import messages as ms
 
 GOOD, EVIL, SMALL = Bundle("good"), Bundle("evil"), Bundle("small")
-CASE_SECONDS = 8.0
+CASE_SECONDS = 20.0
 Case = Callable[[Path], Awaitable[str]]  # returns what went wrong; "": nothing
 CASES: dict[str, Case] = {}
 SIGNED_FILES = {**GOOD.files, **SMALL.files}
