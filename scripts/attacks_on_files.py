@@ -23,7 +23,7 @@ from small_hostile import (
     welcome,
 )
 
-from fedsoda_edge.errors import BlobCorrupt, FedSODAError, HubNotTrusted, HubUnreachable, ProtocolViolation
+from fedsoda_edge.errors import BlobCorrupt, FedSODAError, HubNotTrusted, HubUnreachable
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.signatures import as_text
 
@@ -131,7 +131,7 @@ async def _(home: Path) -> str:
     signed = ms.Signed(text=text, key=as_text(KEY.public), signature=as_text(KEY.sign("manifest", text.encode())))
     greeting = msgspec.structs.replace(welcome(GOOD, signed=signed), manifest=large)
     hub = Server(_endless(), [greeting])
-    wrong = await tried(Device(home), hub, ProtocolViolation, "manifest of")
+    wrong = await tried(Device(home), hub, BlobCorrupt, "manifest of")
     return wrong or ("" if len(hub.heard) == 1 else "it was asked for")
 
 

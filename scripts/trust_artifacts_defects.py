@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 
 def plant(name: str) -> None:
     """Take out the check of that name."""
-    {"names": _names, "sandbox": _sandbox, "panics": _panics, "endless": _endless, "shapes": _shapes}[name]()
+    {"names": _names, "sandbox": _sandbox, "panics": _panics}[name]()
 
 
 def _names() -> None:
@@ -38,20 +37,3 @@ def _panics() -> None:
         yield
 
     samples.panics_caught = nothing  # type: ignore[attr-defined]
-
-
-def _endless() -> None:
-    from fedsoda_edge.join import download
-
-    async def fetch(source: Any, is_hub: bool, digest: str, size: int, part: Path, *_: Any) -> None:
-        with part.open("ab") as file:
-            async for piece in source.fetch(digest, 0):
-                file.write(piece)
-
-    setattr(download, "_fetch_part", fetch)  # noqa: B010  # it takes less than the real one
-
-
-def _shapes() -> None:
-    from fedsoda_edge.model import bundle
-
-    bundle._check_shapes = lambda found, wanted: None

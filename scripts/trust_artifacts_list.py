@@ -20,10 +20,7 @@ LARGE = 1 << 20  # bytes above which a file is left out of the quick list
 def artifacts(base: Path, *, is_quick: bool) -> Iterator[Artifact]:
     """Yield all of them; the quick list has every kind, and of the many only some."""
     for number, one in enumerate((*of_agent(_manifest(base)), *_of_worker(base), *_of_hub(base))):
-        is_many = (
-            one.kind in ("shard", "checkpoint", "snapshot", "tokenizer", "delta", "bundle_manifest", "template")
-            and number % 7
-        )
+        is_many = one.kind in ("shard", "checkpoint", "snapshot", "delta", "bundle_manifest", "template") and number % 8
         if not is_quick or not (len(one.data) > LARGE or is_many or one.with_.get("size", 0) > LARGE):
             yield one
 
@@ -254,7 +251,7 @@ def _of_worker(base: Path) -> Iterator[Artifact]:
             )
             yield Artifact("worker", "delta", name, data, {"codec": "nf4"})
     for name, data, harmless in tokenizers():
-        yield Artifact("worker", "tokenizer", name, data, harmless=harmless)
+        yield Artifact("agent", "tokenizer", name, data, harmless=harmless)
     for source in TEMPLATES:
         yield Artifact("worker", "template", f"{source[:60]!r}", source.encode("utf-8", "surrogatepass"), harmless=True)
 

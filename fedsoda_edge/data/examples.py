@@ -150,7 +150,7 @@ class RowReader:
         return {name: row[name] for name in template.columns}
 
     def _refuse_whole_tables(self, row: DataRow, name: str) -> None:
-        """Refuse an object that is no row but holds all of them, as {"data": [{...}, ...]} does."""
+        """Refuse an object that holds all rows instead of being one, as {"data": [{...}, ...]} does."""
         column = self.columns.get(name, name)
         for key, value in row.items():
             if isinstance(value, list) and value and all(isinstance(one, dict) and column in one for one in value):

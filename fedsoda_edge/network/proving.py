@@ -34,7 +34,7 @@ class LinkedDevice:
 
     @property
     def trust(self) -> Trust:
-        """What the hub must show first: the TLS key that the link names, if it names one."""
+        """The proof that the hub must give first: of the TLS key that the link names, if it names one."""
         return Trust(self.link.tls_pin, self.insecure_http)
 
     def routes(self) -> tuple[Route, ...]:

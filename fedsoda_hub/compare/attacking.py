@@ -36,7 +36,7 @@ LOOK_SECONDS = 0.05  # between looks at what the hub has accepted
 
 @dataclass(frozen=True)
 class Attack:
-    """What the attackers among the edges of a cell do; with a share of 0 all edges are honest.
+    """The attackers among the edges of a cell, and their work; with a share of 0 all edges are honest.
 
     label: the column of the labels, which only label-flip reads.
     """

@@ -40,7 +40,7 @@ ATTACKS = {"panel": "attackers = {share = 0.2, kind = ...}"}
 
 
 class Attackers(Section, frozen=True):
-    """[compare] attackers: which edges attack, and how."""
+    """The attackers, [compare] attackers: which edges attack, and how."""
 
     share: Annotated[
         float,

@@ -16,7 +16,7 @@ from fedsoda_hub.federation.state import LedgerState
 
 
 class OpenRound:
-    """Who is here, and what the open round expects of whom.
+    """The edges that are here, and what the open round expects of whom.
 
     here: the eligible edges. awaited: those whose answer the round waits for, in the order of their invitation.
     awaited_here: those of them that are here. to_offer: those of them that have no offer as it stands now.
@@ -60,7 +60,7 @@ class OpenRound:
         return self._state.phase == "collecting" and edge in self.awaited
 
     def uninvited(self, most: int) -> list[EdgeId]:
-        """Return edges that are here and were not invited: in ascending order, going on after the last one invited."""
+        """Return edges that are here and were not invited: in ascending order, beginning after the last one invited."""
         if not self.has_uninvited:
             return []
         size, first = len(self._ordered), bisect_right(self._ordered, self._last_invited)

@@ -14,7 +14,7 @@ from fedsoda_hub.run.database import Database
 from fedsoda_hub.run.devices import Devices
 from fedsoda_hub.run.tokens import Token, Tokens
 
-WayIn = Literal["token", "link"]  # what an edge has to join with
+Means = Literal["token", "link"]  # what an edge has to join with
 
 
 class KnownEdge(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,7 +27,7 @@ class KnownEdge(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     edge: EdgeId
-    kind: WayIn = "token"
+    kind: Means = "token"
     connected: bool = False
     eligible: bool = False
     revoked: bool
@@ -89,7 +89,7 @@ class Edges:
         statement = "INSERT INTO seen VALUES (?, ?, ?) ON CONFLICT (edge) DO UPDATE SET last = excluded.last"
         self._database.write(*((statement, (edge, at, at)) for edge, at in seen.items()))
 
-    def kind_of(self, edge: str) -> WayIn:
+    def kind_of(self, edge: str) -> Means:
         """Return what this edge has to join with.
 
         Raises:

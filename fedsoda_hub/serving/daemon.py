@@ -16,6 +16,7 @@ from fedsoda_edge.ports.disk import write_durably
 from fedsoda_edge.ports.system import on_signal_in
 from fedsoda_hub import events
 from fedsoda_hub.federation.rounds import RoundMachine
+from fedsoda_hub.serving.admission import Admission
 from fedsoda_hub.serving.connection import Door, Hub
 from fedsoda_hub.serving.decisions import Decisions, Inbox
 from fedsoda_hub.serving.first_of import first_of
@@ -26,7 +27,6 @@ from fedsoda_hub.serving.resume import ServedRun, resume, rules_of
 from fedsoda_hub.serving.roster import Roster
 from fedsoda_hub.serving.shelf import Shelf
 from fedsoda_hub.serving.signer import Signer
-from fedsoda_hub.serving.standing import Standing
 from fedsoda_hub.serving.tls import Encryption, is_behind_proxy, way_in
 from fedsoda_hub.serving.torch_jobs import TorchJobs
 from fedsoda_hub.serving.uploads import Uploads
@@ -67,7 +67,7 @@ class Daemon:
             Signer(run.key, run.state, tuple(settings.blobs.mirrors), self.shelf.ref, clock),
         )
         self.monitoring = Monitoring(settings, self.machine, run.ledger, clock, self.roster, run.admin_secret)
-        self.standing = Standing(run.ledger, self.roster, self.proofs.tickets, clock)
+        self.admission = Admission(run.ledger, self.roster, self.proofs.tickets, clock)
         self.jobs = TorchJobs(settings, torch, self.inbox.put_nowait, say)
         self.decisions = Decisions(
             settings,
@@ -160,7 +160,7 @@ class Daemon:
                 await self.jobs.close()
                 self.disk.directory.address.unlink(missing_ok=True)
                 self.proofs.close()
-                await self.standing.look()
+                await self.admission.look()
         finally:
             self.disk.close()
         if stop.done() and stop.result() == "SIGINT":
@@ -172,7 +172,7 @@ class Daemon:
             async with asyncio.TaskGroup() as group:
                 parts = [
                     group.create_task(part)
-                    for part in (self.jobs.run(), self.decisions.run(), self._let_in(door), self.standing.run())
+                    for part in (self.jobs.run(), self.decisions.run(), self._let_in(door), self.admission.run())
                 ]
                 await self._end(stop, exit_when_done)
                 if stop.done():

@@ -106,7 +106,7 @@ class Handshakes:
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
-        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # tokens, and when there were so many
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # tokens, and when they were counted
 
     def may(self, host: str) -> bool:
         """Tell whether an address may make one more, which counts then."""

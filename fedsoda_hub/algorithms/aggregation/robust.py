@@ -33,7 +33,7 @@ LEAST_FOR_KRUM = 5  # updates: n > 2 f + 2 with f = 1
 
 @dataclass(frozen=True)
 class Kept:
-    """What a rule makes of each update, by edge.
+    """The share of each update that a rule keeps, by edge.
 
     counts: how many times its weight in the mean an update counts: 1, it is in the mean as it is; 0, it is left out.
     kept: the share of the update that is not clipped or cut, for people. gram: <u_i, u_j>, where the rule needed it.
@@ -53,12 +53,12 @@ class Merged:
 
 
 def rule_for(settings: Aggregation, num_updates: int) -> Robust:
-    """Choose the rule for so many updates: krum needs 5, so that one of them may be an attacker's; below that it is clip."""
+    """Choose the rule for this number of updates: krum needs 5, so that one of them may be an attacker's; below that it is clip."""
     return "clip" if settings.robust == "krum" and num_updates < LEAST_FOR_KRUM else settings.robust
 
 
 def attackers(share: float, num_updates: int, most: int) -> int:
-    """Count the attackers that are expected among so many updates: the share, rounded up, and at most `most`."""
+    """Count the attackers that are expected among this number of updates: the share, rounded up, and at most `most`."""
     return max(0, min(math.ceil(share * num_updates - 1e-9), most))
 
 

@@ -17,14 +17,14 @@ from fedsoda_hub.algorithms.aggregation.weighted_mean import CodedUpdate, weighe
 
 
 @dataclass(frozen=True)
-class Standing:
+class ToMean:
     """One update beside the round's result. norm: its length. cosine: None where it or the result is 0."""
 
     norm: float
     cosine: float | None
 
 
-def to_mean(updates: Sequence[CodedUpdate], codec: str, mean: Mapping[str, Tensor]) -> dict[str, Standing]:
+def to_mean(updates: Sequence[CodedUpdate], codec: str, mean: Mapping[str, Tensor]) -> dict[str, ToMean]:
     """Measure the decoded deltas beside the round's mean, over the tensors that each edge holds, by edge.
 
     One update is in memory at a time.
@@ -49,7 +49,7 @@ def to_mean(updates: Sequence[CodedUpdate], codec: str, mean: Mapping[str, Tenso
 
 def in_products(
     updates: Sequence[CodedUpdate], max_weight: float, counts: Mapping[str, float], inner: Tensor
-) -> dict[str, Standing]:
+) -> dict[str, ToMean]:
     """Measure what each update adds to B @ A beside what all add, by edge.
 
     Args:
@@ -64,7 +64,7 @@ def in_products(
     }
 
 
-def _standing(square: float, dot: float, of_mean: float) -> Standing:
+def _standing(square: float, dot: float, of_mean: float) -> ToMean:
     if square <= 0 or of_mean <= 0:
-        return Standing(math.sqrt(max(0.0, square)), None)
-    return Standing(math.sqrt(square), max(-1.0, min(1.0, dot / math.sqrt(square) / math.sqrt(of_mean))))
+        return ToMean(math.sqrt(max(0.0, square)), None)
+    return ToMean(math.sqrt(square), max(-1.0, min(1.0, dot / math.sqrt(square) / math.sqrt(of_mean))))

@@ -31,7 +31,7 @@ from fedsoda_edge.protocol.join_link import JoinLink, read_link
 from fedsoda_edge.protocol.signatures import SigningKey, fingerprint
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.run.ledger import opened_to_read
-from fedsoda_hub.serving.standing import LOOK_SECONDS
+from fedsoda_hub.serving.admission import LOOK_SECONDS
 from fedsoda_hub.settings.run import RunSettings, read_settings
 from tests.edge.join.test_doctor import Looks
 from tests.hub.serving.test_daemon import SHARD, Hub, connected, hello, serving, until, write_run

@@ -407,5 +407,5 @@ def test_an_update_of_nothing_has_no_direction() -> None:
     nothing = {name: torch.zeros_like(value) for name, value in VIEW.items()}
     updates = [update("a", nothing), update("b", tensors(1, 0.1))]
     found = standing.to_mean(updates, "bf16", merged("none", updates))
-    assert found["a"] == standing.Standing(0.0, None)
+    assert found["a"] == standing.ToMean(0.0, None)
     assert found["b"].cosine == pytest.approx(1.0)

@@ -41,7 +41,7 @@ class Admitted(Protocol):
         ...
 
 
-class Standing:
+class Admission:
     """The look at who may stay, and the note of who was seen."""
 
     def __init__(self, ledger: Ledger, present: Admitted, tickets: Tickets, clock: Clock) -> None:
