@@ -16,7 +16,7 @@ from fedsoda_hub.federation.state import LedgerState
 
 
 class OpenRound:
-    """Who is here, and what the open round expects of whom.
+    """The edges that are here, and what the open round expects of whom.
 
     here: the eligible edges. awaited: those whose answer the round waits for, in the order of their invitation.
     awaited_here: those of them that are here. to_offer: those of them that have no offer as it stands now.
