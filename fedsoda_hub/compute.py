@@ -192,7 +192,7 @@ class Compute:
         return RunJudge(self.settings, data)
 
 
-def _standings(where: Mapping[str, standing.Standing], kept: Mapping[str, float]) -> tuple[jobs.Standing, ...]:
+def _standings(where: Mapping[str, standing.ToMean], kept: Mapping[str, float]) -> tuple[jobs.Standing, ...]:
     """Round the standings for the round's record, in ascending edge id; of too many those with the least cosine."""
     least = sorted(where, key=lambda edge: (where[edge].cosine or 0.0, edge))[: jobs.MAX_STANDINGS]
     return tuple(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
 from fedsoda_edge.errors import HubUnreachable, UsageProblem
@@ -16,6 +16,9 @@ from fedsoda_edge.network import answers, checks
 from fedsoda_edge.network.route import Route
 from fedsoda_edge.network.tls import Trust
 from fedsoda_edge.protocol.mirrors import file_url
+
+if TYPE_CHECKING:
+    from httpx import AsyncClient
 
 OPEN_SECONDS = 10.0
 READ_SECONDS = 60.0  # without a byte
@@ -27,7 +30,7 @@ class Mirror:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self._clients: dict[str, Any] = {}  # by scheme, host and port: a redirect may lead elsewhere
+        self._clients: dict[str, AsyncClient] = {}  # by scheme, host and port: a redirect may lead elsewhere
 
     async def fetch(self, digest: str, offset: int) -> AsyncIterator[bytes]:
         """Yield the bytes of a file from `offset` on, by HTTP range.
@@ -64,7 +67,7 @@ class Mirror:
             raise self._failed(str(error) or type(error).__name__) from error
         raise self._failed(f"it redirects more than {MAX_REDIRECTS} times")
 
-    def _client(self, address: str) -> Any:
+    def _client(self, address: str) -> AsyncClient:
         """Return the client for the host of an address, which goes by the proxy that this device has for it."""
         import httpx
 

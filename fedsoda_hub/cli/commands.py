@@ -228,7 +228,9 @@ def _status(run: Path) -> tuple[bool, LiveStatus]:
         live = ask_running_hub(directory)
         if live is not None and live.run_id == state.run_id:  # an old address may be another run's by now
             return True, live
-        known = [msgspec.structs.replace(one, standing=state.standings.get(one.edge)) for one in ledger.edges.all()]
+        known = [
+            msgspec.structs.replace(one, standing=state.measured.standings.get(one.edge)) for one in ledger.edges.all()
+        ]
         return False, live_status(run_status(settings.name, settings.rounds.count, ledger.traffic(), state), known)
 
 

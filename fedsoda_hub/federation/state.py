@@ -69,6 +69,13 @@ class MeasuredDrift(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cosine: float
 
 
+class Measured(msgspec.Struct, forbid_unknown_fields=True):
+    """The figures of closed rounds that nothing is decided by. cross_terms: by round. standings: the last of each edge."""
+
+    cross_terms: dict[int, float] = {}
+    standings: dict[EdgeId, LastStanding] = {}
+
+
 class LedgerState(msgspec.Struct, forbid_unknown_fields=True):
     """All that the records say. sub_llms: by size class, the largest first.
 
@@ -94,8 +101,7 @@ class LedgerState(msgspec.Struct, forbid_unknown_fields=True):
     repruned_for: int = 0
     evaluated: rec.Evaluated | None = None  # the last
     losses: list[float] = []  # weighted mean of each closed round
-    cross_terms: dict[int, float] = {}  # by round
-    standings: dict[EdgeId, LastStanding] = {}  # of each edge
+    measured: Measured = msgspec.field(default_factory=Measured)
     realignments: list[Realignment] = []
     probes: list[MeasuredDrift] = []
 
@@ -184,8 +190,8 @@ class LedgerState(msgspec.Struct, forbid_unknown_fields=True):
                 closed: list[rec.RoundClosed | rec.ClosedClass] = [record, *record.smaller]
                 self._hold_adapters([HeldView(step.view, step.delta) for step in closed])
                 if record.cross_term is not None:
-                    self.cross_terms[record.round] = record.cross_term
-                self.standings |= {
+                    self.measured.cross_terms[record.round] = record.cross_term
+                self.measured.standings |= {
                     found.edge: LastStanding(record.round, found.norm, found.cosine, found.kept)
                     for found in record.standings
                 }

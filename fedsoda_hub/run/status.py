@@ -81,7 +81,7 @@ def run_status(name: str, rounds: int, rows: Sequence[RoundTraffic], state: Ledg
         accepted=sorted(state.accepted),
         answered=state.answered,
         losses=state.losses,
-        cross_terms=state.cross_terms,
+        cross_terms=state.measured.cross_terms,
         public_kl=state.public_kl,
         realignments=state.realignments,
         probes=state.probes,

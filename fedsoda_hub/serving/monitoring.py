@@ -74,7 +74,7 @@ class Monitoring:
                 size_class=machine.size_classes.get(known.edge),
                 step=progress[known.edge].step if known.edge in progress else None,
                 steps=progress[known.edge].steps if known.edge in progress else None,
-                standing=machine.state.standings.get(known.edge),
+                standing=machine.state.measured.standings.get(known.edge),
             )
             for known in known_edges
         ]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
 from collections.abc import Callable
 
 import msgspec
@@ -32,22 +31,12 @@ from fedsoda_hub.serving.shelf import Shelf
 from fedsoda_hub.serving.signer import Signer
 from fedsoda_hub.serving.spool import NoRoom, Useless
 from fedsoda_hub.serving.traffic import Traffic
+from fedsoda_hub.serving.turns import Turns
 from fedsoda_hub.serving.uploads import Uploads
 from fedsoda_hub.settings.run import RunSettings
 
 GOODBYE_SECONDS = 5.0  # that queued frames may take to leave at the end
-MAX_UNHEARD = 4  # events of one edge that wait to be handled
 _log = logging.getLogger("fedsoda_hub.serving")
-
-SaidEvent = (
-    ev.EdgeReady
-    | ev.EdgeResumed
-    | ev.EdgeAway
-    | ev.EdgeDeclined
-    | ev.UploadStarted
-    | ev.UploadStalled
-    | ev.UpdateArrived
-)
 
 
 class Roster:
@@ -76,7 +65,7 @@ class Roster:
         self._shelf = shelf
         self._uploads = uploads
         self._proofs = proofs
-        self._report = report
+        self._turns = Turns(report)
         self._say = say
         self._signer = signer
         self._connections: dict[ms.EdgeId, Connection] = {}
@@ -84,8 +73,6 @@ class Roster:
         self._farewelled: set[ms.EdgeId] = set()
         self._has_farewelled = asyncio.Event()
         self._traffic = Traffic(ledger)
-        self._unheard: Counter[ms.EdgeId] = Counter()  # events that are not handled yet
-        self._turns: dict[ms.EdgeId, asyncio.Event] = {}
 
     @property
     def connected(self) -> set[ms.EdgeId]:
@@ -154,7 +141,7 @@ class Roster:
         self._passed.add(edge)
         if old is not None:  # the device reconnected before the hub noticed that its old connection had ended
             old.close()
-            self._report(ev.EdgeGone(edge))  # until its Ready it is not invited
+            self._turns.report(ev.EdgeGone(edge))  # until its Ready it is not invited
         self._say(events.EdgeConnected(edge=edge, software=one_line(hello.software)))
         welcome = offers.welcome(edge, self._state, self._settings, self._shelf.ref)
         return msgspec.structs.replace(welcome, signed=self._signer.bundles())
@@ -169,40 +156,30 @@ class Roster:
                 self.send(edge, ms.Refusal(reason=reason, fatal=True))
             case ms.Ready():
                 connection.size_class = message.size_class
-                self._tell(ev.EdgeReady(edge, message.size_class))
+                self._turns.tell(ev.EdgeReady(edge, message.size_class))
             case ms.Resumed():
-                self._tell(ev.EdgeResumed(edge))
+                self._turns.tell(ev.EdgeResumed(edge))
             case ms.Paused():
-                self._tell(ev.EdgeAway(edge, "paused"))
+                self._turns.tell(ev.EdgeAway(edge, "paused"))
             case ms.Leave():
-                self._tell(ev.EdgeAway(edge, "left"))
+                self._turns.tell(ev.EdgeAway(edge, "left"))
                 self._note_farewell(edge)
                 self._say(events.EdgeLeft(edge=edge, reason=one_line(message.reason)))
             case ms.Decline():
                 self._say(events.Declined(edge=edge, round=message.round, reason=one_line(message.reason)))
-                self._tell(ev.EdgeDeclined(edge, message.round, message.reason))
+                self._turns.tell(ev.EdgeDeclined(edge, message.round, message.reason))
             case ms.UpdateStart():
-                self._tell(ev.UploadStarted(edge, message.round))
+                self._turns.tell(ev.UploadStarted(edge, message.round))
             case ms.Progress():
                 self.progress[edge] = message
                 self._say(events.EdgeProgress(edge=edge, **msgspec.structs.asdict(message)))
             case Upload():
                 await self._uploaded(connection, message)
-        while self._unheard[edge] >= MAX_UNHEARD:
-            await self._turns.setdefault(edge, asyncio.Event()).wait()
-
-    def _tell(self, event: SaidEvent) -> None:
-        self._unheard[event.edge] += 1
-        self._report(event)
+        await self._turns.wait(edge)
 
     def handled(self, event: ev.RoundEvent) -> None:
         """Note that the round machine has handled an event."""
-        if isinstance(event, SaidEvent):
-            self._unheard[event.edge] -= 1
-            if not self._unheard[event.edge]:
-                del self._unheard[event.edge]
-            if (turn := self._turns.pop(event.edge, None)) is not None:
-                turn.set()
+        self._turns.handled(event)
 
     async def _uploaded(self, connection: Connection, upload: Upload) -> None:
         """Check and store an update, then let the round machine judge it."""
@@ -217,9 +194,9 @@ class Roster:
             if isinstance(error, DiskFull):
                 self._say(events.OutOfDisk(message=str(error)))
             self.send(edge, ms.Refusal(round=start.round, reason=str(error), retry=True))
-            self._tell(ev.UploadStalled(edge))
+            self._turns.tell(ev.UploadStalled(edge))
             return
-        self._tell(
+        self._turns.tell(
             ev.UpdateArrived(
                 edge,
                 start.round,
@@ -241,7 +218,7 @@ class Roster:
         if self._connections.get(edge) is connection:
             del self._connections[edge]
             self.progress.pop(edge, None)
-            self._report(ev.EdgeGone(edge))
+            self._turns.report(ev.EdgeGone(edge))
             self._say(events.EdgeDisconnected(edge=edge))
 
     # --- what is decided -----------------------------------------------------------------------------------
@@ -263,7 +240,7 @@ class Roster:
             return
         connection.send(ms.Refusal(reason=reason, fatal=True))
         connection.close()
-        self._report(ev.EdgeAway(token.edge, "left"))
+        self._turns.report(ev.EdgeAway(token.edge, "left"))
         self._note_farewell(token.edge)
         self._say(events.EdgeLeft(edge=token.edge, reason=reason))
 

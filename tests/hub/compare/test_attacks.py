@@ -141,8 +141,8 @@ def test_a_comparison_with_an_attacker(kind: str, prepared: Path, tiny_llama: Pa
             assert float(bad.norm()) == pytest.approx(max(float(updates[e].norm()) for e in updates), rel=0.02)
         elif kind == "sign-flip":
             assert cosine < 0
-    assert set(state.standings) == {"edge-0", "edge-1", "edge-2"}
-    assert all(found.round == 2 and found.norm > 0 for found in state.standings.values())
+    assert set(state.measured.standings) == {"edge-0", "edge-1", "edge-2"}
+    assert all(found.round == 2 and found.norm > 0 for found in state.measured.standings.values())
     held = (settings / "data" / "edge-2.jsonl").read_text()
     calm = [row["answer"] for row in map(json.loads, (prepared / "rows.jsonl").read_text().splitlines())]
     words = {row["word"]: row["answer"] for row in map(json.loads, (prepared / "rows.jsonl").read_text().splitlines())}

@@ -128,9 +128,10 @@ def test_a_ledger_of_an_earlier_release_replays_with_and_without_its_snapshot(na
         old.execute("INSERT INTO snapshot VALUES (?, ?)", (told["snapshot"][0], told["snapshot"][1].encode()))
     ledger = Ledger(path)
     state, want = ledger.replay(), told["state"]
-    alike = want.keys() - {"accepted", "receipts", "manifests", "adapters", "emulators", "own_views"}
+    alike = want.keys() - {"accepted", "receipts", "manifests", "adapters", "emulators", "own_views", "cross_terms"}
     found = {key: msgspec.to_builtins(getattr(state, key), str_keys=True) for key in alike}
     assert as_then(found) == {key: want[key] for key in alike}
+    assert {str(number): lost for number, lost in state.measured.cross_terms.items()} == want["cross_terms"]
     assert sorted(state.accepted) == want["accepted"]
     receipts = {edge: [one.round, one.digest, one.size_class] for edge, one in state.receipts.items()}
     assert receipts == want["receipts"]

@@ -246,5 +246,5 @@ def test_a_ledger_from_before_there_were_moments_is_read(tmp_path: Path) -> None
     for record in (prepared, opened, accepted, old):
         ledger.database.write(("INSERT INTO log (record) VALUES (?)", (msgspec.json.encode(record),)))
     state = ledger.replay()
-    assert (state.master, state.moments, state.cross_terms) == ("w", None, {})
+    assert (state.master, state.moments, state.measured.cross_terms) == ("w", None, {})
     ledger.close()
