@@ -236,7 +236,7 @@ class HeadBench(Bench):
         samples = [self.tokenizer.sample(prompt, " " + desk) for desk in task.DESKS]
         self.desks = [sample.ids[sample.start] for sample in samples if sample is not None]
         assert len(set(self.desks)) == len(task.DESKS), "a desk is told by its first id"
-        self.asked = cache(self._asked)
+        self.held, self.asked = cache(self._held), cache(self._asked)
 
     def _states(self, rows: Sequence[task.DemoRow]) -> FinalStates:
         with tempfile.TemporaryDirectory() as directory:
@@ -253,10 +253,13 @@ class HeadBench(Bench):
             return FinalStates(norm(torch.stack(last).float()), torch.tensor(labels))
 
     def _swept(self, split: str, seed: int, edge: int, is_flipped: bool) -> FinalStates:  # type: ignore[override]
+        held = self.held(split, seed, edge)
         if not is_flipped:
-            return self._states(self.rows(split, seed)[edge])
-        held = self.swept(split, seed, edge, False)
+            return held
         return FinalStates(held.states, (held.labels + 1) % len(task.DESKS))  # as `flipped` orders the desks
+
+    def _held(self, split: str, seed: int, edge: int) -> FinalStates:
+        return self._states(self.rows(split, seed)[edge])
 
     def _asked(self, seed: int) -> FinalStates:
         return self._states(task.evaluation(seed)[:QUESTIONS])
