@@ -338,7 +338,7 @@ def report(found: dict[Cell, Kept], rules: Sequence[Robust], kinds: Sequence[Kin
         kept = [[one.kept[edge] for one in these for edge in EDGES if (edge in attackers) == is_of] for is_of in (0, 1)]
         known = [[share for share in shares if share is not None] for shares in kept]
         return difference([one.values(label) for one in these], [one.values(label) for one in plain]) | {
-            "accuracy": round(100 * float(np.mean([one.values(label) for one in these])), 2),
+            "accuracy": round(100 * float(np.mean([np.mean(one.values(label)) for one in these])), 2),
             "kept_of_honest": round(float(np.mean(known[0])), 3) if known[0] else None,
             "kept_of_attackers": round(float(np.mean(known[1])), 3) if known[1] else None,
         }
