@@ -55,7 +55,7 @@ from fedsoda_hub.preparation.tokenizing import tokenizer_of
 from fedsoda_hub.settings.tables import Aggregation, Robust, RoundSettings
 
 ROOT = Path(__file__).resolve().parent.parent
-RECOMMENDED: Robust = "centered-clip"
+RECOMMENDED: Robust = "krum"
 RULES: tuple[Robust, ...] = get_args(Robust)
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Row = dict[str, dict[str, Any] | None]  # of a rule: what it loses, by attack
@@ -236,7 +236,7 @@ class HeadBench(Bench):
         samples = [self.tokenizer.sample(prompt, " " + desk) for desk in task.DESKS]
         self.desks = [sample.ids[sample.start] for sample in samples if sample is not None]
         assert len(set(self.desks)) == len(task.DESKS), "a desk is told by its first id"
-        self.asked = cache(self._asked)
+        self.held, self.asked = cache(self._held), cache(self._asked)
 
     def _states(self, rows: Sequence[task.DemoRow]) -> FinalStates:
         with tempfile.TemporaryDirectory() as directory:
@@ -253,10 +253,13 @@ class HeadBench(Bench):
             return FinalStates(norm(torch.stack(last).float()), torch.tensor(labels))
 
     def _swept(self, split: str, seed: int, edge: int, is_flipped: bool) -> FinalStates:  # type: ignore[override]
+        held = self.held(split, seed, edge)
         if not is_flipped:
-            return self._states(self.rows(split, seed)[edge])
-        held = self.swept(split, seed, edge, False)
+            return held
         return FinalStates(held.states, (held.labels + 1) % len(task.DESKS))  # as `flipped` orders the desks
+
+    def _held(self, split: str, seed: int, edge: int) -> FinalStates:
+        return self._states(self.rows(split, seed)[edge])
 
     def _asked(self, seed: int) -> FinalStates:
         return self._states(task.evaluation(seed)[:QUESTIONS])
@@ -302,8 +305,12 @@ class Kept(msgspec.Struct):
 
 
 def difference(one: Sequence[list[float]], other: Sequence[list[float]]) -> dict[str, object]:
-    """Subtract accuracies, in points; None where there is one seed and so no interval."""
-    gap = 100 * (np.array(one) - np.array(other))
+    """Subtract accuracies, in points; no interval where there is one seed.
+
+    Each seed asks other questions, so its mean is the unit: of equal columns the interval is that of the paired t test.
+    """
+    means = [np.mean(a) - np.mean(b) for a, b in zip(one, other, strict=True)]
+    gap = 100 * np.array([means, means]).T
     ends = interval(gap)
     return {
         "points": round(float(gap.mean()), 2),
@@ -331,7 +338,7 @@ def report(found: dict[Cell, Kept], rules: Sequence[Robust], kinds: Sequence[Kin
         kept = [[one.kept[edge] for one in these for edge in EDGES if (edge in attackers) == is_of] for is_of in (0, 1)]
         known = [[share for share in shares if share is not None] for shares in kept]
         return difference([one.values(label) for one in these], [one.values(label) for one in plain]) | {
-            "accuracy": round(100 * float(np.mean([one.values(label) for one in these])), 2),
+            "accuracy": round(100 * float(np.mean([np.mean(one.values(label)) for one in these])), 2),
             "kept_of_honest": round(float(np.mean(known[0])), 3) if known[0] else None,
             "kept_of_attackers": round(float(np.mean(known[1])), 3) if known[1] else None,
         }

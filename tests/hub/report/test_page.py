@@ -148,3 +148,9 @@ def test_chromium_shows_every_picture_and_scrolls_nothing_sideways(run: RunSetti
     worse = browse(broken, tmp_path, 1000)
     assert worse["widths"] == [0, *[1368] * 4]
     assert worse["overflow"] != 0
+
+
+def test_the_page_says_of_each_edge_where_its_updates_lay(run: RunSettings, tmp_path: Path) -> None:
+    page = Path(write_report(run, tmp_path / "report").report).read_text()
+    for cells in (("1.5", "+0.75 / +0.75", "100%"), ("30", "-0.25 / -0.25", "5%")):
+        assert "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>" in page
