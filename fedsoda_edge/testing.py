@@ -108,7 +108,13 @@ class ScriptedHub:
     def _say(self, message: ms.HubMessage) -> None:
         match message:
             case ms.Welcome():
-                message = msgspec.structs.replace(message, signed=_bundles(message))
+                message = msgspec.structs.replace(
+                    message,
+                    signed=_bundles(self._run_id, (message.manifest, *(one.manifest for one in message.smaller))),
+                )
+            case ms.RoundOffer(manifest=ms.BlobRef() as manifest):
+                signed = _bundles(self._run_id, (manifest,), version=1 + message.round)
+                message = msgspec.structs.replace(message, signed=signed)
             case ms.Receipt() if self.updates and self.updates[-1].digest == message.digest:
                 message = msgspec.structs.replace(message, signed=_receipt(self._run_id, self.updates[-1]))
             case _:
@@ -177,11 +183,10 @@ class ScriptedHub:
         yield (self._bundle / names[digest]).read_bytes()[offset:]
 
 
-def _bundles(welcome: ms.Welcome) -> ms.Signed:
+def _bundles(run_id: str, manifests: tuple[ms.BlobRef, ...], version: int = 1) -> ms.Signed:
     now = int(time.time())
-    manifests = (welcome.manifest, *(one.manifest for one in welcome.smaller))
     statement = BundleStatement(
-        run_id=welcome.run_id, version=1, signed_at=now, expires=now + SIGNED_SECONDS, manifests=manifests
+        run_id=run_id, version=version, signed_at=now, expires=now + SIGNED_SECONDS, manifests=manifests
     )
     return sign(KEY, statement)
 

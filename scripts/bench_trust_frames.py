@@ -115,15 +115,15 @@ def _klt_unchecked() -> AbstractContextManager[Any]:
 def _accepted_twice() -> AbstractContextManager[Any]:
     """Forget that an edge has an update in the round."""
 
-    def judge(state: Any, here: Any, update: Any, *, is_merging: bool) -> Any:
-        held, state.accepted = state.accepted, {k: v for k, v in state.accepted.items() if k != update.edge}
+    def why_untimely(state: Any, here: Any, edge: Any, number: int, *, is_merging: bool) -> Any:
+        held, state.accepted = state.accepted, {k: v for k, v in state.accepted.items() if k != edge}
         try:
-            return original(state, here, update, is_merging=is_merging)
+            return original(state, here, edge, number, is_merging=is_merging)
         finally:
             state.accepted = held
 
-    original = collecting.judge
-    return mock.patch.object(collecting, "judge", judge)
+    original = collecting.why_untimely
+    return mock.patch.object(collecting, "why_untimely", why_untimely)
 
 
 def _frames_of_any_size() -> AbstractContextManager[Any]:

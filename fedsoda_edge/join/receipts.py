@@ -97,7 +97,7 @@ What = Literal[
     "download",
     "counted",
 ]
-Verdict = Literal["none", "verified", "unsigned", "forged", "refused"]
+AnswerKind = Literal["none", "verified", "unsigned", "forged", "refused"]
 
 
 class ReceiptLog:
@@ -247,7 +247,7 @@ class Departure(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     bytes: Count
     digest: str | None
     said: str
-    answer: Verdict | None
+    answer: AnswerKind | None
     reason: str | None
     receipt: str | None
     signature: str | None
@@ -311,7 +311,7 @@ def _sent(line: MessageSent, lines: list[AnyLine], later: int) -> Departure:
 
 def _answer(
     line: MessageSent, message: ms.UpdateStart, later: Iterable[AnyLine]
-) -> tuple[Verdict, str, ms.Signed | None]:
+) -> tuple[AnswerKind, str, ms.Signed | None]:
     """Find the answer to an update: the first one of its run and round before it was sent again."""
     for next_line in later:
         if isinstance(next_line, MessageSent) and next_line.run == line.run and _is_update(next_line):

@@ -69,7 +69,7 @@ class MeasuredDrift(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cosine: float
 
 
-class Measured(msgspec.Struct, forbid_unknown_fields=True):
+class ClosedFigures(msgspec.Struct, forbid_unknown_fields=True):
     """The figures of closed rounds that nothing is decided by. cross_terms: by round. standings: the last of each edge."""
 
     cross_terms: dict[int, float] = {}
@@ -101,7 +101,7 @@ class LedgerState(msgspec.Struct, forbid_unknown_fields=True):
     repruned_for: int = 0
     evaluated: rec.Evaluated | None = None  # the last
     losses: list[float] = []  # weighted mean of each closed round
-    measured: Measured = msgspec.field(default_factory=Measured)
+    measured: ClosedFigures = msgspec.field(default_factory=ClosedFigures)
     realignments: list[Realignment] = []
     probes: list[MeasuredDrift] = []
 

@@ -14,7 +14,7 @@ from fedsoda_hub.run.database import Database
 from fedsoda_hub.run.devices import Devices
 from fedsoda_hub.run.tokens import Token, Tokens
 
-Means = Literal["token", "link"]  # what an edge has to join with
+JoinedBy = Literal["token", "link"]  # what an edge has to join with
 
 
 class KnownEdge(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,7 +27,7 @@ class KnownEdge(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     edge: EdgeId
-    kind: Means = "token"
+    kind: JoinedBy = "token"
     connected: bool = False
     eligible: bool = False
     revoked: bool
@@ -89,7 +89,7 @@ class Edges:
         statement = "INSERT INTO seen VALUES (?, ?, ?) ON CONFLICT (edge) DO UPDATE SET last = excluded.last"
         self._database.write(*((statement, (edge, at, at)) for edge, at in seen.items()))
 
-    def kind_of(self, edge: str) -> Means:
+    def kind_of(self, edge: str) -> JoinedBy:
         """Return what this edge has to join with.
 
         Raises:

@@ -60,7 +60,7 @@ class Guarded(H11Protocol):
     strangers: Strangers  # these four are set by `guarded`
     turns: Turns
     stall_seconds: Callable[[], float]
-    health: bytes
+    health: Callable[[], bytes]
     _stall: asyncio.TimerHandle | None = None
 
     @property
@@ -92,7 +92,7 @@ class Guarded(H11Protocol):
     def data_received(self, data: bytes) -> None:
         is_first = not self.scope
         if is_first and data.startswith(HEALTH) and data.find(b"\r\n\r\n") == len(data) - 4:
-            self.transport.write(self.health)
+            self.transport.write(self.health())
             self.transport.close()
         else:
             self.transport.pause_reading()  # what waits for its turn is one read
@@ -253,13 +253,13 @@ def _keep_small(transport: asyncio.Transport) -> None:
 
 
 def guarded(
-    strangers: Strangers, stall_seconds: Callable[[], float], health: bytes
+    strangers: Strangers, stall_seconds: Callable[[], float], health: Callable[[], bytes]
 ) -> tuple[type[Guarded], type[GuardedWebSocket]]:
     """Return the classes of a server's connections, all of which these strangers know of.
 
     Args:
         stall_seconds: gives the time after which one who does not read is ended.
-        health: the answer to /healthz, head and body, which says that it closes the connection.
+        health: writes the answer to /healthz, head and body, which says that it closes the connection.
     """
     return (
         type(
@@ -269,7 +269,7 @@ def guarded(
                 "strangers": strangers,
                 "turns": Turns(),
                 "stall_seconds": staticmethod(stall_seconds),
-                "health": health,
+                "health": staticmethod(health),
             },
         ),
         type("GuardedWebSocket", (GuardedWebSocket,), {"strangers": strangers}),

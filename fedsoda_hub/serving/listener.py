@@ -14,6 +14,7 @@ import socket
 import ssl
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
+from email.utils import formatdate
 from pathlib import Path
 
 import msgspec
@@ -132,7 +133,8 @@ def _health_at_once() -> bytes:
     """Write the whole answer to /healthz, for connections on which it is the first and only request."""
     body = json.dumps(WHO, separators=(",", ":")).encode()
     head = (
-        f"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        f"HTTP/1.1 200 OK\r\ndate: {formatdate(usegmt=True)}\r\ncontent-type: application/json\r\n"
+        f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
     )
     return head.encode() + body
 
@@ -407,7 +409,7 @@ class Server(uvicorn.Server):
         self._complaints = Complaints(now)
         handshakes = Handshakes(now)
         strangers = Strangers(limits, self._complaints, handshakes, counts_loopback=counts_loopback)
-        http, websocket = guarded(strangers, lambda: hub.guests.stall_seconds, _health_at_once())
+        http, websocket = guarded(strangers, lambda: hub.guests.stall_seconds, _health_at_once)
         super().__init__(
             uvicorn.Config(
                 make_app(hub, broke, handshakes),

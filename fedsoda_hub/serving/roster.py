@@ -26,12 +26,12 @@ from fedsoda_hub.run.tokens import Token
 from fedsoda_hub.serving import offers
 from fedsoda_hub.serving.connection import Connection
 from fedsoda_hub.serving.first_of import first_of
+from fedsoda_hub.serving.hearing import Hearing
 from fedsoda_hub.serving.proofs import Proofs
 from fedsoda_hub.serving.shelf import Shelf
 from fedsoda_hub.serving.signer import Signer
 from fedsoda_hub.serving.spool import NoRoom, Useless
 from fedsoda_hub.serving.traffic import Traffic
-from fedsoda_hub.serving.turns import Turns
 from fedsoda_hub.serving.uploads import Uploads
 from fedsoda_hub.settings.run import RunSettings
 
@@ -65,7 +65,7 @@ class Roster:
         self._shelf = shelf
         self._uploads = uploads
         self._proofs = proofs
-        self._turns = Turns(report)
+        self._hearing = Hearing(report)
         self._say = say
         self._signer = signer
         self._connections: dict[ms.EdgeId, Connection] = {}
@@ -141,7 +141,7 @@ class Roster:
         self._passed.add(edge)
         if old is not None:  # the device reconnected before the hub noticed that its old connection had ended
             old.close()
-            self._turns.report(ev.EdgeGone(edge))  # until its Ready it is not invited
+            self._hearing.report(ev.EdgeGone(edge))  # until its Ready it is not invited
         self._say(events.EdgeConnected(edge=edge, software=one_line(hello.software)))
         welcome = offers.welcome(edge, self._state, self._settings, self._shelf.ref)
         return msgspec.structs.replace(welcome, signed=self._signer.bundles())
@@ -156,30 +156,30 @@ class Roster:
                 self.send(edge, ms.Refusal(reason=reason, fatal=True))
             case ms.Ready():
                 connection.size_class = message.size_class
-                self._turns.tell(ev.EdgeReady(edge, message.size_class))
+                self._hearing.tell(ev.EdgeReady(edge, message.size_class))
             case ms.Resumed():
-                self._turns.tell(ev.EdgeResumed(edge))
+                self._hearing.tell(ev.EdgeResumed(edge))
             case ms.Paused():
-                self._turns.tell(ev.EdgeAway(edge, "paused"))
+                self._hearing.tell(ev.EdgeAway(edge, "paused"))
             case ms.Leave():
-                self._turns.tell(ev.EdgeAway(edge, "left"))
+                self._hearing.tell(ev.EdgeAway(edge, "left"))
                 self._note_farewell(edge)
                 self._say(events.EdgeLeft(edge=edge, reason=one_line(message.reason)))
             case ms.Decline():
                 self._say(events.Declined(edge=edge, round=message.round, reason=one_line(message.reason)))
-                self._turns.tell(ev.EdgeDeclined(edge, message.round, message.reason))
+                self._hearing.tell(ev.EdgeDeclined(edge, message.round, message.reason))
             case ms.UpdateStart():
-                self._turns.tell(ev.UploadStarted(edge, message.round))
+                self._hearing.tell(ev.UploadStarted(edge, message.round))
             case ms.Progress():
                 self.progress[edge] = message
                 self._say(events.EdgeProgress(edge=edge, **msgspec.structs.asdict(message)))
             case Upload():
                 await self._uploaded(connection, message)
-        await self._turns.wait(edge)
+        await self._hearing.wait(edge)
 
     def handled(self, event: ev.RoundEvent) -> None:
         """Note that the round machine has handled an event."""
-        self._turns.handled(event)
+        self._hearing.handled(event)
 
     async def _uploaded(self, connection: Connection, upload: Upload) -> None:
         """Check and store an update, then let the round machine judge it."""
@@ -194,9 +194,9 @@ class Roster:
             if isinstance(error, DiskFull):
                 self._say(events.OutOfDisk(message=str(error)))
             self.send(edge, ms.Refusal(round=start.round, reason=str(error), retry=True))
-            self._turns.tell(ev.UploadStalled(edge))
+            self._hearing.tell(ev.UploadStalled(edge))
             return
-        self._turns.tell(
+        self._hearing.tell(
             ev.UpdateArrived(
                 edge,
                 start.round,
@@ -218,7 +218,7 @@ class Roster:
         if self._connections.get(edge) is connection:
             del self._connections[edge]
             self.progress.pop(edge, None)
-            self._turns.report(ev.EdgeGone(edge))
+            self._hearing.report(ev.EdgeGone(edge))
             self._say(events.EdgeDisconnected(edge=edge))
 
     # --- what is decided -----------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ class Roster:
             return
         connection.send(ms.Refusal(reason=reason, fatal=True))
         connection.close()
-        self._turns.report(ev.EdgeAway(token.edge, "left"))
+        self._hearing.report(ev.EdgeAway(token.edge, "left"))
         self._note_farewell(token.edge)
         self._say(events.EdgeLeft(edge=token.edge, reason=reason))
 

@@ -6,7 +6,7 @@ import json
 import os
 import random
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,6 +22,12 @@ from fedsoda_hub.preparation.prepare import RunPreparation
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.run.ledger import opened
 from fedsoda_hub.settings.run import RunSettings, read_settings
+
+
+def all_blobs_kept() -> AbstractContextManager[Any]:
+    """Let hubs keep the updates and views of all rounds, for tests that compute each of them again."""
+    return mock.patch("fedsoda_hub.serving.uploads.Uploads.tidy", mock.AsyncMock())
+
 
 SMALL: dict[str, dict[str, Any]] = {
     "method": {"distance": "angular", "adapter_layers": 2, "layers_per_group": 1, "groups": 2, "realign_every": 5},

@@ -82,7 +82,7 @@ class Hub(ScriptedHub):
         self._trouble(self)
 
     def say(self, message: ms.HubMessage) -> None:
-        self._out.put_nowait(self._session.send(message))
+        self._say(message)
 
     def raw(self, frame: bytes | None) -> None:
         self._out.put_nowait(frame)

@@ -137,4 +137,4 @@ def test_a_link_of_a_hub_that_listens_everywhere_names_the_machine_and_says_that
 def test_a_port_that_nobody_knows_yet_is_refused(tmp_path: Path) -> None:
     done = hub(write_run(tmp_path), "invite", "--name", "a")
     assert done.exit_code == 2
-    assert "[listen] port = 0 takes any free port" in done.stderr
+    assert "[listen] port = 0 is known once the hub serves" in done.stderr

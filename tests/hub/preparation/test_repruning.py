@@ -53,7 +53,7 @@ from fedsoda_hub.settings.toml import write_toml
 from tests.edge.model.test_bundle import pruned_by_hand
 from tests.hub.algorithms.alignment.test_oda import with_peft
 from tests.hub.algorithms.methods.test_exact import mean_nll
-from tests.hub.runs import WORDS, make_run, prepare
+from tests.hub.runs import WORDS, all_blobs_kept, make_run, prepare
 from tests.schema import EDGE, HUB
 
 METHOD = {
@@ -123,7 +123,7 @@ def federate(
         await in_process.federate(settings, data, homes, stop, say, lambda name: said[name].append)
 
     prepare(settings)
-    with little_memory(settings):
+    with little_memory(settings), all_blobs_kept():
         asyncio.run(run())
     return said
 

@@ -39,7 +39,7 @@ from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.serving.daemon import Daemon
 from fedsoda_hub.serving.first_of import first_of
 from fedsoda_hub.settings.run import RunSettings
-from tests.hub.runs import make_run
+from tests.hub.runs import all_blobs_kept, make_run
 from tests.hub.serving.test_daemon import records
 from tests.joins import joining
 from tests.schema import HUB
@@ -126,7 +126,7 @@ def federate(settings: RunSettings, max_rounds: int = 0) -> list[int]:
             await asyncio.wait([running])
         return sizes
 
-    with TorchThread() as thread:
+    with TorchThread() as thread, all_blobs_kept():
         sizes = asyncio.run(serve(thread))
     for event in said:
         HUB.check_event(as_json(event))

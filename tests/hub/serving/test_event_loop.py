@@ -20,7 +20,7 @@ from fedsoda_edge.protocol import messages as ms
 from fedsoda_hub.run.database import Database
 from fedsoda_hub.run.ledger import Ledger, RoundTraffic
 from fedsoda_hub.run.tokens import Tokens
-from fedsoda_hub.serving import roster, turns
+from fedsoda_hub.serving import hearing, roster
 from fedsoda_hub.serving.traffic import Traffic
 from tests.hub.serving.test_daemon import Hub, joined, play, serving, update, write_run
 
@@ -208,7 +208,7 @@ def test_an_edge_that_says_much_is_heard_only_as_fast_as_it_is_handled(
                 await hub.until("run_ended")
 
     asyncio.run(talk())
-    assert 0 < most <= turns.MAX_UNHEARD
+    assert 0 < most <= hearing.MAX_UNHEARD
 
 
 def test_tokens_are_looked_up_by_name_without_reading_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,8 +22,8 @@ SaidEvent = (
 )
 
 
-class Turns:
-    """The turns of edges to be heard. report: takes their events."""
+class Hearing:
+    """The hearing of edges, in turns. report: takes their events."""
 
     def __init__(self, report: Callable[[ev.RoundEvent], None]) -> None:
         self.report = report
