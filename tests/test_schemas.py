@@ -794,7 +794,7 @@ def test_a_run_says_every_event_that_a_hub_has(tmp_path: Path, monkeypatch: pyte
         task={"eval_data": "eval.jsonl"},
     )
     tokens = {name: hub("token create", settings.path, "--name", name)["token"] for name in "abc"}
-    test_daemon.full_once(monkeypatch, BlobStore, "put", lambda data: data == test_daemon.update(0.5))
+    test_daemon.full_once(monkeypatch, BlobStore, "adopt", lambda path: path.read_bytes() == test_daemon.update(0.5))
     with (
         without_torch(settings, problems=[WorkerFailed("killed", "out of memory")]),
         meanwhile(lambda: asyncio.run(play(wait_for(settings.run_dir / "address"), tokens))),
