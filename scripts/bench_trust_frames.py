@@ -90,9 +90,9 @@ def _run(kind: str, seed: int, tries: int) -> dict[str, Any]:
 def _chunks_anywhere() -> AbstractContextManager[Any]:
     """Take a chunk of an update or a blob wherever it says that it belongs."""
 
-    def add(self: Any, digest: Any, offset: int, payload: bytes) -> bytes | None:
-        self._data += payload
-        return bytes(self._data) if len(self._data) >= self.total else None
+    def add(self: Any, digest: Any, offset: int, payload: bytes) -> bool:
+        self.place.add(payload)
+        return bool(self.place.size >= self.total)
 
     return mock.patch.object(session._Assembly, "add", add)
 
