@@ -232,6 +232,7 @@ def _container(mounts: str, groups: str, files: dict[str, str], memory: str, cpu
             path.write_text(text + "\n")
         environment = planted(work, RECORDED) | {
             "RECORDED_ROOT": str(root),
+            "FEDSODA_CONFINE": "0",  # its worker is to read that root
             "FEDSODA_THREADS": "",
             "OMP_NUM_THREADS": "2",
         }

@@ -238,7 +238,7 @@ def test_a_pause_in_the_middle_of_the_early_sweep_frees_the_worker_and_the_link(
     scripted: Path, data: Path, late: str
 ) -> None:
     hub = Gate(scripted)
-    with joining(hub, data, Child("fedsoda_edge.worker")) as join:
+    with joining(hub, data, Child("fedsoda_edge.worker", {"FEDSODA_CONFINE": "0"})) as join:
         hub.let_until("layers.2.safetensors")
         join.until(lambda: join.has("sweep", done=1, total=2))
         [worker] = workers()

@@ -315,7 +315,7 @@ def test_finish_ends_a_pause_hands_in_the_round_in_hand_and_leaves(
         answers.append(device.run("finish", "--json"))
 
     with meanwhile(finish):
-        ran = joined(hub, device, Child("fedsoda_edge.worker"))
+        ran = joined(hub, device, Child("fedsoda_edge.worker", {"FEDSODA_CONFINE": "0"}))
     assert ran.status == 0
     events = EDGE.events(ran.out)
     assert [done["accepted"] for done in events[-1]["rounds"]] == [True]
