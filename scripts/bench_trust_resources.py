@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 from unittest import mock
@@ -125,10 +126,13 @@ async def _serve(directory: Path, num_edges: int, rounds: int, stall_seconds: fl
         *((row, (f"e{secret[4:]}", hashlib.sha256(secret.encode()).hexdigest(), secret)) for secret in secrets)
     )
     stop: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    with mock.patch.object(listener, "Server", lambda hub, broke: SERVER(hub, broke, counts_loopback=True)):
+    with mock.patch.object(listener, "Server", partial(SERVER, counts_loopback=True)):
         serving = asyncio.create_task(daemon.serve(stop, exit_when_done=False))
         while not daemon.url or not daemon.disk.directory.address.exists():
+            if serving.done():
+                raise serving.exception() or RuntimeError("the hub ended before it served")
             await asyncio.sleep(0.01)
+        daemon.disk.key.sign("manifest", b"")  # loads once what the first Welcome would, which is of no connection
         print(json.dumps({"url": daemon.url, "tokens": secrets}), flush=True)
         while await asyncio.to_thread(sys.stdin.readline):
             usage = resource.getrusage(resource.RUSAGE_SELF)
@@ -397,6 +401,11 @@ def _whole_blob(blob: Any) -> bytes:
     return piece
 
 
+async def _passed_in_time(self: Any, frame: bytes) -> None:
+    """Wait for a reader without end."""
+    await self._channel.send_bytes(frame)
+
+
 @contextlib.contextmanager
 def _without(name: str) -> Iterator[None]:
     """Take one check out of this process."""
@@ -406,7 +415,7 @@ def _without(name: str) -> Iterator[None]:
                 taken.enter_context(mock.patch.object(connection._Lending, "read", _whole_blob))
                 taken.enter_context(mock.patch("fedsoda_edge.protocol.codec.MAX_CHUNK_BYTES", 1 << 30))
             case "ending who does not read":
-                taken.enter_context(mock.patch.object(connection.Connection, "_end", return_value=None))
+                taken.enter_context(mock.patch.object(connection.Connection, "_pass", _passed_in_time))
                 taken.enter_context(mock.patch.object(guarded.GuardedWebSocket, "keepalive_timeout", return_value=None))
             case "handshakes of one address":
                 taken.enter_context(mock.patch.object(strangers.Handshakes, "may", return_value=True))
