@@ -27,6 +27,7 @@ from fedsoda_edge.protocol.signatures import KEY_BYTES, fingerprint, from_text
 MAX_BYTES = 4 << 20  # from which on small messages are counted instead of kept; updates and answers always stay
 KEPT_LINES = 2000  # of the latest, which stay whatever they are
 MAX_WAITING = 1000  # lines in memory while the disk is full
+_BINARY: int = getattr(os, "O_BINARY", 0)  # Windows would write another line end
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="line"):
@@ -139,10 +140,13 @@ class ReceiptLog:
     def _write(self, at: float, *, durably: bool) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lost = LinesCounted(at=at, lines={"lost on a full disk": self._num_lost})
-        handle = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+        handle = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | _BINARY, 0o600)
         try:
             size = os.fstat(handle).st_size
-            is_cut = size > 0 and os.pread(handle, 1, size - 1) != b"\n"  # by a crash: the next line begins on its own
+            is_cut = False  # by a crash: then the next line begins on its own
+            if size:
+                os.lseek(handle, size - 1, os.SEEK_SET)  # what is written goes to the end all the same
+                is_cut = os.read(handle, 1) != b"\n"
             data = (b"\n" if is_cut else b"") + (msgspec.json.encode(lost) + b"\n" if self._num_lost else b"")
             data += b"".join(self._waiting)
             written = os.write(handle, data)

@@ -146,11 +146,14 @@ def _tried(reach: Reach) -> Iterator[tuple[Path, bool]]:
         yield Path(path), True
 
 
+_NO_WAIT: int = getattr(os, "O_NONBLOCK", 0)  # a pipe without a writer would hold the open up; Windows has none
+
+
 def _is_usable(path: Path, is_written: bool) -> bool:
     """Tell whether a file can be opened, a directory listed, and a file made in it where that is wanted."""
     try:
         if not path.is_dir():
-            os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+            os.close(os.open(path, os.O_RDONLY | _NO_WAIT))
             return True
         os.listdir(path)
         if is_written:

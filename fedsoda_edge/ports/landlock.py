@@ -70,9 +70,12 @@ def restrict(rights: Iterable[tuple[Path, int]]) -> None:
         os.close(rules)
 
 
+_ONLY_A_PLACE: int = getattr(os, "O_PATH", 0) | getattr(os, "O_CLOEXEC", 0)  # Linux alone has them
+
+
 def _add(rules: int, path: Path, allowed: int) -> None:
     try:
-        opened = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        opened = os.open(path, _ONLY_A_PLACE)
     except OSError:  # not here, or not for this user: then there is nothing to allow
         return
     try:
