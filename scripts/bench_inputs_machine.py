@@ -179,7 +179,7 @@ def started(words: list[str], environment: dict[str, str], shell: str) -> Iterat
     process = subprocess.Popen(
         ["bash", "-c", f'exec "$@" {shell}', "bash", sys.executable, "-m", *words],
         env={**os.environ, **environment},
-        preexec_fn=_hears_hang_ups,  # no thread runs here
+        preexec_fn=_hears_hang_ups,  # noqa: PLW1509  # no thread runs here
     )
     try:
         yield process
