@@ -169,17 +169,14 @@ def with_token(work: Path, run: Path) -> Path:
     return work / "a.token"
 
 
-def _hears_hang_ups() -> None:
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored
-
-
 @contextlib.contextmanager
 def started(words: list[str], environment: dict[str, str], shell: str) -> Iterator[subprocess.Popen[bytes]]:
     """Start a command with streams as the shell has them; it ends with the block."""
     process = subprocess.Popen(
         ["bash", "-c", f'exec "$@" {shell}', "bash", sys.executable, "-m", *words],
         env={**os.environ, **environment},
-        preexec_fn=_hears_hang_ups,  # noqa: PLW1509  # no thread runs here
+        # No thread runs here; under nohup a hang-up would be ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # noqa: PLW1509
     )
     try:
         yield process
