@@ -29,7 +29,7 @@ from fedsoda_edge.protocol.calls import Call, ProgressT, ResultT, progress_type,
 ReportProgress = Callable[[msgspec.Struct], None]
 
 MAX_FRAME_BYTES = 64 << 20
-_SECRETS = ("FEDSODA_TOKEN",)  # variables of a command that talks to a hub, which a child does not
+_SECRETS = ("FEDSODA_TOKEN", "FEDSODA_LINK")  # variables of a command that talks to a hub, which a child does not
 _SILENT = b"\f"  # a child's line on stderr after which it says nothing more there
 END_SECONDS = 5.0  # that a process may take to end after its stdin closed, before it is killed
 

@@ -111,6 +111,7 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, st
     monkeypatch.delitem(sys.modules, "toy_child", raising=False)
     monkeypatch.delitem(sys.modules, "private_child", raising=False)
     monkeypatch.setenv("FEDSODA_TOKEN", "secret")
+    monkeypatch.setenv("FEDSODA_LINK", "secret")
     return {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parents[3])])}
 
 
@@ -274,7 +275,7 @@ def test_after_a_call_that_reads_private_text_nothing_but_answers_leaves_the_chi
         await child.close()
 
     asyncio.run(talk())
-    assert "FEDSODA_TOKEN" not in Child("private_child")._environment
+    assert not {"FEDSODA_TOKEN", "FEDSODA_LINK"} & Child("private_child")._environment.keys()
 
 
 def test_a_panic_of_a_library_is_an_answer_and_its_words_stay_with_the_child(environment: dict[str, str]) -> None:
