@@ -17,6 +17,7 @@ from fedsoda_edge.ports.system import on_signal_in
 from fedsoda_hub import events
 from fedsoda_hub.federation.rounds import RoundMachine
 from fedsoda_hub.serving.admission import Admission
+from fedsoda_hub.serving.broadcast import Broadcast
 from fedsoda_hub.serving.connection import Door, Hub
 from fedsoda_hub.serving.decisions import Decisions, Inbox
 from fedsoda_hub.serving.first_of import first_of
@@ -49,6 +50,7 @@ class Daemon:
     ) -> None:
         self.settings = settings
         self.disk = run
+        self.broadcast = say = Broadcast(say)
         self.inbox: Inbox = asyncio.Queue()
         self.machine = RoundMachine(rules_of(settings), run.state)
         self.shelf = Shelf(run.directory, run.state)
