@@ -6,6 +6,7 @@ What only a running hub knows is `serving/monitoring.py`'s.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import msgspec
 
@@ -32,8 +33,29 @@ class Travelled(msgspec.Struct, frozen=True, kw_only=True):
     down: int
 
 
+class JudgedRound(msgspec.Struct, frozen=True, kw_only=True):
+    """The figures of one evaluated round, by model (full, sub_llm, plug_in), as `jobs.EvaluateResult` has them."""
+
+    round: int
+    accuracy: dict[str, float]
+    loss: dict[str, float | None]
+    auc: dict[str, float | None]
+    mean_rank: dict[str, float | None]
+
+
+class BestRound(msgspec.Struct, frozen=True, kw_only=True):
+    """The best evaluated round of a run that keeps it, and the figure of its plug-in by the run's metric."""
+
+    round: int
+    metric: str
+    value: float
+
+
 class RunStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """The status of a run as far as the ledger alone knows it."""
+    """The status of a run as far as the ledger alone knows it.
+
+    evaluations: each evaluated round, ascending. best: None: the run keeps the last round, or none was evaluated yet.
+    """
 
     run: str
     run_id: str
@@ -50,16 +72,63 @@ class RunStatus(msgspec.Struct, frozen=True, kw_only=True):
     realignments: list[Realignment]
     probes: list[MeasuredDrift]
     evaluation: EvaluateResult | None
+    evaluations: list[JudgedRound] = []
+    best: BestRound | None = None
     bytes: BytesPerRound
     traffic: list[Travelled]
 
 
+class Working(msgspec.Struct, frozen=True, kw_only=True):
+    """The job that is computed now.
+
+    job: its name: prepare, aggregate, realign, reprune, probe, evaluate. stage: None: it has not said one yet. done, total:
+    None: the stage counts nothing. seconds: since the stage began. seconds_left: until the stage ends, an estimate; None: not
+    known yet.
+    """
+
+    job: str
+    stage: str | None = None
+    done: int | None = None
+    total: int | None = None
+    seconds: float = 0.0
+    seconds_left: float | None = None
+
+
+HubState = Literal["preparing", "serving", "over", "stopped", "failed", "killed"]
+TERMINAL: frozenset[HubState] = frozenset({"over", "stopped", "failed", "killed"})  # what no process leaves again
+
+
+class HubProcess(msgspec.Struct, frozen=True, kw_only=True):
+    """The process that serves or prepares a run, or the last one that did.
+
+    state: over: the run was over. stopped: by a signal. failed: by the error of `reason`. killed: without a word, so by
+    SIGKILL, for lack of memory or with the machine. code: the class of the error of `reason`. status: the exit status; None:
+    it runs, or was killed. started_at, ended_at: seconds since 1970; None: not known, or it runs.
+    """
+
+    state: HubState
+    pid: int
+    directory: str = ""
+    reason: str | None = None
+    code: str | None = None
+    status: int | None = None
+    started_at: float | None = None
+    ended_at: float | None = None
+
+
 class LiveStatus(RunStatus, frozen=True, kw_only=True):
-    """A run's status with what its hub knows too. url None: no hub runs. due_seconds None: no round is open."""
+    """A run's status with what its hub knows too.
+
+    url: None: no hub serves. due_seconds: None: no round is open. work: None: nothing is computed. waiting: why nothing goes
+    on; None: it does. hub: None: none has ever run.
+    """
 
     url: str | None
     edges: list[KnownEdge]
     due_seconds: float | None
+    work: Working | None = None
+    waiting: str | None = None
+    hub: HubProcess | None = None
 
 
 def run_status(name: str, rounds: int, rows: Sequence[RoundTraffic], state: LedgerState) -> RunStatus:
@@ -95,7 +164,22 @@ def run_status(name: str, rounds: int, rows: Sequence[RoundTraffic], state: Ledg
 
 
 def live_status(
-    status: RunStatus, edges: list[KnownEdge], *, url: str | None = None, due_seconds: float | None = None
+    status: RunStatus,
+    edges: list[KnownEdge],
+    *,
+    url: str | None = None,
+    due_seconds: float | None = None,
+    work: Working | None = None,
+    waiting: str | None = None,
+    hub: HubProcess | None = None,
 ) -> LiveStatus:
-    """Add what a hub knows to a run's status; without url and due_seconds, that none runs."""
-    return LiveStatus(**msgspec.structs.asdict(status), edges=edges, url=url, due_seconds=due_seconds)
+    """Add what a hub knows to a run's status; without url, that none serves it."""
+    return LiveStatus(
+        **msgspec.structs.asdict(status),
+        edges=edges,
+        url=url,
+        due_seconds=due_seconds,
+        work=work,
+        waiting=waiting,
+        hub=hub,
+    )
