@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -16,27 +15,9 @@ import pytest
 
 from fedsoda_edge.errors import DiskFull
 from fedsoda_edge.ports.service import MAX_STATUS_BYTES, Supervisor
+from tests.manager import Manager
 
 SHORT = 0.04  # seconds of a watchdog
-
-
-class Manager:
-    """The end that systemd has: it keeps what it hears, with the time."""
-
-    def __init__(self, address: str | bytes) -> None:
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind(address)
-        self._socket.setblocking(False)
-
-    def heard(self) -> list[str]:
-        found = []
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                found.append(self._socket.recv(4096).decode())
-        return found
-
-    def close(self) -> None:
-        self._socket.close()
 
 
 @pytest.fixture
