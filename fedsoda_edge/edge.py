@@ -220,14 +220,18 @@ class Participation:
     the `with` block there, without an error.
     """
 
-    def __init__(self, agent: Agent, max_rounds: int) -> None:
+    def __init__(self, agent: Agent, max_rounds: int, beside: Callable[[], Coroutine[Any, Any, None]] | None = None) -> None:
         self._agent = agent
         self._max_rounds = max_rounds
+        self._beside = beside
+        self._attending: asyncio.Task[None] | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fedsoda-edge", daemon=True)
 
     def __enter__(self) -> Participation:
         self._thread.start()
+        if self._beside is not None:
+            self._call(self._attend(self._beside))
         try:
             self._call(self._agent.start())
         except BaseException as error:
@@ -279,11 +283,20 @@ class Participation:
 
     def _stop(self, error: BaseException | None) -> None:
         with contextlib.suppress(Exception):
-            asyncio.run_coroutine_threadsafe(self._agent.close(error), self._loop).result(timeout=15)
+            asyncio.run_coroutine_threadsafe(self._close(error), self._loop).result(timeout=15)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=15)
         if not self._thread.is_alive():
             self._loop.close()
+
+    async def _attend(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._attending = asyncio.create_task(work())
+
+    async def _close(self, error: BaseException | None) -> None:
+        await self._agent.close(error)
+        if self._attending is not None:
+            self._attending.cancel()
+            await asyncio.gather(self._attending, return_exceptions=True)
 
 
 def take_part(
@@ -294,9 +307,14 @@ def take_part(
     unattended: bool = False,
     max_rounds: int = 0,
     pause_on: str = "",
+    beside: Callable[[], Coroutine[Any, Any, None]] | None = None,
 ) -> Participation:
-    """Join as `Edge.join` does; `say` is called from another thread with each event as its struct."""
-    return Participation(agent_of(edge, data, say, unattended=unattended, pause_on=pause_on), max_rounds)
+    """Join as `Edge.join` does; `say` is called from another thread with each event as its struct.
+
+    Args:
+        beside: what runs in the agent's event loop as long as the join does.
+    """
+    return Participation(agent_of(edge, data, say, unattended=unattended, pause_on=pause_on), max_rounds, beside)
 
 
 def agent_of(

@@ -79,6 +79,8 @@ HOUSE = {
     "edge.ports": Room(_SIZES, f"{_ANY_STDLIB} psutil msgspec"),
     "edge.ports.console": Room(f"{_SIZES} edge.ports", "clock disk processes typer rich"),
     # `tokenizers`: a model directory is refused where its tokenizer.json cannot be read.
+    # The manager's socket; what is said there never leaves the machine.
+    "edge.ports.service": Room("edge.errors edge.ports", "asyncio disk network"),
     "edge.model": Room(f"{_SIZES} edge.ports.disk edge.ports.system", "disk processes tensors tokenizers msgspec"),
     # Of tables: nothing imports their libraries before a user names a file of that kind.
     "edge.data": Room(_SIZES, "disk processes tokenizers jinja2 pyarrow zstandard python_calamine"),
@@ -96,7 +98,7 @@ HOUSE = {
     "edge.edge": Room(f"{_JOIN} edge.join edge.join.doctor edge.network", f"{_ANY_STDLIB} msgspec"),
     "edge.testing": Room(f"{_SIZES} edge.ports edge.model", "asyncio clock disk processes tensors tokenizers msgspec"),
     "edge.cli": Room(
-        f"{_JOIN} edge.ports.console edge.join edge.join.doctor edge.network edge.edge",
+        f"{_JOIN} edge.ports.console edge.ports.service edge.join edge.join.doctor edge.network edge.edge",
         f"{_ANY_STDLIB} typer rich msgspec",
     ),
     "hub": Room("hub.cli"),
@@ -132,13 +134,16 @@ HOUSE = {
     # It also trains without a federation, to compare with.
     "hub.compare.central": Room(f"{_ABOVE} edge.worker", "disk tensors msgspec"),
     "hub.demo": Room(f"{_ABOVE} edge.events hub.local edge.join.trainer", f"{_ANY_STDLIB} rich msgspec"),
-    "hub.cli": Room(f"{_ABOVE} hub.local hub.compare hub.demo", f"{_ANY_STDLIB} typer rich msgspec"),
+    "hub.cli": Room(f"{_ABOVE} edge.ports.service hub.local hub.compare hub.demo", f"{_ANY_STDLIB} typer rich msgspec"),
 }
 MODULES = {f"fedsoda_{name}": name for name in HOUSE}
 SHORT = {"fedsoda_edge": "edge", "fedsoda_hub": "hub"}
 MADE_OF_TORCH = {name for name, room in HOUSE.items() if "tensors" in room.world.split()}
 # These run in processes that hold a socket; no tensor library may come along.
-HOLD_A_SOCKET = ("edge", "edge.edge", "edge.join", "edge.join.doctor", "edge.network", "edge.cli", "hub.serving")
+HOLD_A_SOCKET = (
+    *("edge", "edge.edge", "edge.join", "edge.join.doctor", "edge.network", "edge.ports.service", "edge.cli"),
+    "hub.serving",
+)
 PURE = ("edge.errors", "edge.units", "edge.protocol", "edge.events", "edge.device", "hub.federation", "hub.events")
 
 
@@ -201,6 +206,7 @@ NETWORK_FILES = (
         f"fedsoda_edge/network/{name}.py"
         for name in ("route", "tls", "checks", "answers", "proving", "mirror", "hub_transport")
     ),
+    "fedsoda_edge/ports/service.py",
     "fedsoda_hub/serving/strangers.py",
     "fedsoda_hub/serving/guarded.py",
     "fedsoda_hub/serving/tls.py",

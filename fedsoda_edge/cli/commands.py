@@ -97,13 +97,17 @@ def join(
         import msgspec
 
         from fedsoda_edge import events as ev
+        from fedsoda_edge.cli.attended import AttendedJoin
         from fedsoda_edge.cli.display import JoinDisplay
         from fedsoda_edge.data.local_data import LocalData, remedy_for_columns
         from fedsoda_edge.device.pause_rules import parse_pause_rules
         from fedsoda_edge.edge import Edge, take_part
+        from fedsoda_edge.join.home import Home
+        from fedsoda_edge.ports.service import Supervisor
         from fedsoda_edge.ports.system import keep_memory_off_disk
 
         keep_memory_off_disk()
+        supervisor = Supervisor.taken()
         # Wrong options are reported before data is read, which may take minutes; bad data before the hub is asked.
         parse_pause_rules(pause_on or "")
         if cache_key not in ("keep", "forget"):
@@ -133,13 +137,26 @@ def join(
                     )
                 )
             )
+            attended = AttendedJoin(supervisor, Home().status)
+
+            def say(event: ev.AnyEvent) -> None:
+                display.say(event)
+                attended.hears(event)
+
             with take_part(
-                edge, local, display.say, unattended=unattended, max_rounds=max_rounds, pause_on=pause_on or ""
+                edge,
+                local,
+                say,
+                unattended=unattended,
+                max_rounds=max_rounds,
+                pause_on=pause_on or "",
+                beside=attended.attend,
             ) as participation:
                 try:
                     for offer in participation:
                         offer.submit(offer.train())
                 finally:
+                    supervisor.stopping()
                     report = participation.report
         finish({"status": "ok", **report}, as_json, jsonl)
 

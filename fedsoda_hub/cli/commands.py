@@ -185,12 +185,15 @@ def serve(
 ) -> None:
     """Prepare the run if needed, then accept edges and run the rounds; survives restarts."""
     with reporting(as_json, jsonl, debug), working("opening the run"):
+        from fedsoda_edge.ports.service import Supervisor
         from fedsoda_hub.cli.advice import advice_on
+        from fedsoda_hub.cli.attended import served
         from fedsoda_hub.cli.display import HubDisplay
         from fedsoda_hub.events import SettingInForce, SettingsInForce
         from fedsoda_hub.serving.daemon import Daemon
         from fedsoda_hub.settings.run import effective, read_settings
 
+        supervisor = Supervisor.taken()
         settings = read_settings(run)
         with HubDisplay(jsonl, is_detailed=debug) as display:
             daemon = Daemon.open(settings, display.say)
@@ -201,7 +204,7 @@ def serve(
             }
             display.say(SettingsInForce(values=values))
             display.begins(daemon.machine.state, settings.rounds.count)
-            asyncio.run(daemon.run(exit_when_done=exit_when_done))
+            asyncio.run(served(daemon, supervisor, exit_when_done=exit_when_done))
         finish({"status": "ok", "run": settings.name, "phase": daemon.machine.state.phase}, as_json, jsonl)
 
 
