@@ -46,6 +46,7 @@ from fedsoda_hub.run.status import LiveStatus, live_status, run_status
 from fedsoda_hub.run.tokens import Token
 from fedsoda_hub.serving.connection import Connection, Hub
 from fedsoda_hub.serving.listener import Server, bind
+from fedsoda_hub.serving.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 FACTOR, SECONDS = 1.15, 3.0  # together at most FACTOR x the longer + SECONDS
@@ -103,6 +104,7 @@ class OneRoundHub:
             for name in ("adapter", "emulator")
         }
         self._steps = steps
+        self.metrics = Metrics()
         self._tells_alignment = tells_alignment
 
     async def prove(self, request: bytes) -> tuple[int, bytes]:
@@ -122,9 +124,6 @@ class OneRoundHub:
 
     async def status(self) -> LiveStatus:
         return live_status(run_status("bench", 1, [], LedgerState()), [])
-
-    def metrics(self) -> str:
-        return ""
 
     async def greet(self, connection: Connection, hello: ms.Hello) -> ms.Welcome | ms.Refusal:
         return ms.Welcome(

@@ -26,6 +26,7 @@ from fedsoda_hub.run.status import LiveStatus, live_status, run_status
 from fedsoda_hub.run.tokens import Token
 from fedsoda_hub.serving.connection import Connection, Hub
 from fedsoda_hub.serving.listener import Server, bind
+from fedsoda_hub.serving.metrics import Metrics
 from fedsoda_hub.serving.roster import refused_as_a_copy
 
 Serving = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[Any, Any, None]]
@@ -246,6 +247,7 @@ class SmallHub(ScriptedHub):
     max_update_bytes = 1 << 24
 
     def __init__(self, bundle: Path, rounds: int = 1, host: str = "127.0.0.1") -> None:
+        self.metrics = Metrics()
         super().__init__(rounds, bundle=bundle)
         self.revoked = False
         self._host = host
@@ -338,6 +340,3 @@ class SmallHub(ScriptedHub):
 
     async def status(self) -> LiveStatus:
         return live_status(run_status("scripted", 1, [], LedgerState()), [])
-
-    def metrics(self) -> str:
-        return ""

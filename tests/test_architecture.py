@@ -106,10 +106,11 @@ HOUSE = {
     "hub.settings": Room(_SIZES, "disk msgspec"),
     "hub.federation": Room("edge.errors edge.protocol", "msgspec"),
     "hub.run": Room(f"{_SIZES} edge.ports hub.federation", "clock disk processes sqlite3 msgspec"),
-    # `network.tls`: both sides know a TLS key by its pin, and the hub's own commands ask their hub by it.
+    # `network.tls`: both sides know a TLS key by its pin, and the hub's own commands ask their hub by it. `device.sensors`:
+    # the metrics show how much GPU memory the process that owns torch holds.
     "hub.serving": Room(
-        f"{_SIZES} edge.ports edge.network.tls hub.settings hub.federation hub.run hub.events",
-        f"{_ANY_STDLIB} network starlette uvicorn websockets httpx msgspec cryptography",
+        f"{_SIZES} edge.ports edge.network.tls edge.device.sensors hub.settings hub.federation hub.run hub.events",
+        f"{_ANY_STDLIB} network starlette uvicorn websockets httpx msgspec cryptography prometheus_client",
     ),
     "hub.algorithms": Room(f"{_SIZES} edge.model hub.settings.tables", "tensors msgspec"),
     # Their results are what the jobs that ask for them promise.

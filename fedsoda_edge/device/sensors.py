@@ -38,6 +38,32 @@ class Sensors:
         )
 
 
+def vram_bytes(pid: int) -> int | None:
+    """Read how many bytes of all GPUs a process holds; None where no driver (NVML) shows it.
+
+    In a container NVML may show other pids than our own.
+    """
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        held = [
+            process.usedGpuMemory
+            for index in range(pynvml.nvmlDeviceGetCount())
+            for process in pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByIndex(index))
+            if process.pid == pid
+        ]
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+    known = [int(size) for size in held if size is not None]
+    return sum(known) if known else None
+
+
 def _on_battery() -> bool | None:
     """Tell whether the device runs on its battery; None where there is no battery."""
     import psutil

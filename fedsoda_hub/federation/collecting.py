@@ -13,6 +13,7 @@ from fedsoda_hub.federation import jobs
 from fedsoda_hub.federation import records as rec
 from fedsoda_hub.federation.events import Append, Effect, Send
 from fedsoda_hub.federation.open_round import OpenRound
+from fedsoda_hub.federation.refusals import RefusalKind
 from fedsoda_hub.federation.schedule import Rules, trained_factor
 from fedsoda_hub.federation.state import LedgerState
 
@@ -38,13 +39,13 @@ def judge(state: LedgerState, here: OpenRound, update: ev.UpdateArrived, *, is_m
         return [Send(edge, Receipt(round=update.round, digest=update.digest))]
     untimely = why_untimely(state, here, edge, update.round, is_merging=is_merging)
     if untimely is not None:
-        return [_refusal(update, untimely)]
+        return [_refusal(update, untimely, RefusalKind.UNTIMELY)]
     problem = _problem(state, update)
     if problem:
         answered: list[Effect] = (
             [Append(rec.EdgeAnswered(round=state.round, edge=edge, how="refused"))] if here.is_awaited(edge) else []
         )
-        return [*answered, _refusal(update, problem)]
+        return [*answered, _refusal(update, problem, RefusalKind.BAD_UPDATE)]
     assert update.loss is not None
     accepted = rec.UpdateAccepted(
         round=update.round,
@@ -95,8 +96,8 @@ def _problem(state: LedgerState, update: ev.UpdateArrived) -> str | None:
     return update.problem
 
 
-def _refusal(update: ev.UpdateArrived, reason: str) -> Send:
-    return Send(update.edge, Refusal(round=update.round, reason=reason))
+def _refusal(update: ev.UpdateArrived, reason: str, kind: RefusalKind) -> Send:
+    return Send(update.edge, Refusal(round=update.round, reason=reason), kind)
 
 
 def merge(rules: Rules, state: LedgerState) -> jobs.Aggregate:

@@ -5,12 +5,13 @@ Facts that outlive the process are in `records.py`; everything here is volatile.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from fedsoda_edge.protocol.messages import Digest, EdgeId, Factor, HubMessage
 from fedsoda_hub.federation.jobs import Job, JobResult
 from fedsoda_hub.federation.records import AnyRecord
+from fedsoda_hub.federation.refusals import RefusalKind
 
 # --- events: what happened ------------------------------------------------------------------------------
 
@@ -129,10 +130,11 @@ class Append:
 
 @dataclass(frozen=True)
 class Send:
-    """The effect to send this message to the edge, if it is connected."""
+    """The effect to send this message to the edge, if it is connected. refused: of a refusal, its kind."""
 
     edge: EdgeId
     message: HubMessage
+    refused: RefusalKind | None = field(default=None, compare=False)  # for who counts; the message says what it is
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,23 @@ class RoundMachine:
         """The number of accepted updates that the open round needs."""
         return collecting.quorum(self.rules, self.state)
 
+    def edges_by_state(self, connected: Set[EdgeId]) -> dict[str, int]:
+        """Count edges by what they do, each in one state.
+
+        uploading; training: at work on the open round; idle: may be invited; unready: connected, and fetches the bundle
+        or pauses; away: awaited by the open round, and not connected.
+        """
+        is_open = self.state.phase == "collecting"
+        at_work = len(self._open.awaited_here) if is_open else 0
+        uploading = min(len(self._uploading), at_work)
+        return {
+            "uploading": uploading,
+            "training": at_work - uploading,
+            "idle": max(0, len(self.eligible) - at_work),
+            "unready": max(0, len(connected) - len(self.eligible)),
+            "away": len(self._open.awaited.keys() - connected) if is_open else 0,
+        }
+
     def awaits_upload(self, edge: EdgeId) -> bool:
         """Tell whether an upload of this edge is under way, which a deadline would wait for."""
         return edge in self._uploading

@@ -20,8 +20,10 @@ from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.codec import wire_bytes
 from fedsoda_edge.protocol.session import Gathered, HubSession, Upload
 from fedsoda_edge.protocol.trace import Mark, line, went_wrong
+from fedsoda_hub.federation.refusals import RefusalKind
 from fedsoda_hub.run.status import LiveStatus
 from fedsoda_hub.run.tokens import Token
+from fedsoda_hub.serving.metrics import Metrics
 
 HELLO_SECONDS = 20.0  # in which an edge must say Hello
 PIECE_BYTES = 64 << 10  # of a blob in one chunk: as much of it as a connection holds in memory
@@ -66,9 +68,10 @@ class Lent(Protocol):
 class Asked(Protocol):
     """The hub's side that reports the run's status (`monitoring.Monitoring`)."""
 
+    @property
+    def metrics(self) -> Metrics: ...
     def is_admin(self, secret: str) -> bool: ...
     async def status(self) -> LiveStatus: ...
-    def metrics(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -202,6 +205,7 @@ class Connection:
                         await self._hear(frame)
                 except ProtocolViolation as error:
                     _log.debug(went_wrong(error))
+                    self._hub.monitoring.metrics.refused(RefusalKind.BROKEN_PROTOCOL)
                     self.send(ms.Refusal(reason=str(error), fatal=True))
                 finally:
                     self.session.drop_upload()

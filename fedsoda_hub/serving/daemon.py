@@ -21,7 +21,9 @@ from fedsoda_hub.serving.broadcast import Broadcast
 from fedsoda_hub.serving.connection import Door, Hub
 from fedsoda_hub.serving.decisions import Decisions, Inbox
 from fedsoda_hub.serving.first_of import first_of
+from fedsoda_hub.serving.gauges import Gauges
 from fedsoda_hub.serving.listener import Listener
+from fedsoda_hub.serving.metrics import Metrics
 from fedsoda_hub.serving.monitoring import Monitoring
 from fedsoda_hub.serving.proofs import Proofs
 from fedsoda_hub.serving.resume import ServedRun, resume, rules_of
@@ -54,6 +56,8 @@ class Daemon:
         self.inbox: Inbox = asyncio.Queue()
         self.machine = RoundMachine(rules_of(settings), run.state)
         self.shelf = Shelf(run.directory, run.state)
+        metrics = Metrics()
+        self.broadcast.begin(metrics.hear)
         self.uploads = Uploads(run.directory.blobs, settings.wire.codec, run.directory.uploads)
         state = run.state
         self.proofs = Proofs(run.key, run.ledger.devices, lambda: state.run_id, clock.monotonic, clock.wall)
@@ -67,10 +71,11 @@ class Daemon:
             self.inbox.put_nowait,
             say,
             Signer(run.key, run.state, tuple(settings.blobs.mirrors), self.shelf.ref, clock),
+            metrics,
         )
-        self.monitoring = Monitoring(settings, self.machine, run.ledger, clock, self.roster, run.admin_secret)
+        self.monitoring = Monitoring(settings, self.machine, run.ledger, clock, self.roster, run.admin_secret, metrics)
         self.admission = Admission(run.ledger, self.roster, self.proofs.tickets, clock)
-        self.jobs = TorchJobs(settings, torch, self.inbox.put_nowait, say)
+        self.jobs = TorchJobs(settings, torch, self.inbox.put_nowait, say, metrics.worked)
         self.decisions = Decisions(
             settings,
             self.machine,
@@ -84,7 +89,21 @@ class Daemon:
             self.monitoring,
             say,
         )
-        self._say = say
+        metrics.watch(
+            Gauges(
+                settings,
+                self.machine,
+                self.roster,
+                torch,
+                run.directory.path,
+                {
+                    "events": self.inbox.qsize,
+                    "jobs": lambda: self.jobs.num_waiting,
+                    "uploads": lambda: self.uploads.num_unjudged,
+                },
+                lambda: self.uploads.spooled_bytes,
+            )
+        )
         self._clock = clock
         self._door = door
 
@@ -174,11 +193,17 @@ class Daemon:
             async with asyncio.TaskGroup() as group:
                 parts = [
                     group.create_task(part)
-                    for part in (self.jobs.run(), self.decisions.run(), self._let_in(door), self.admission.run())
+                    for part in (
+                        self.jobs.run(),
+                        self.decisions.run(),
+                        self._let_in(door),
+                        self.admission.run(),
+                        self.monitoring.metrics.run(),
+                    )
                 ]
                 await self._end(stop, exit_when_done)
                 if stop.done():
-                    self._say(events.StoppedBySignal(signal=stop.result()))
+                    self.broadcast(events.StoppedBySignal(signal=stop.result()))
                 for part in parts:
                     part.cancel()
         except BaseExceptionGroup as failures:
@@ -190,7 +215,7 @@ class Daemon:
         await self.shelf.stocked.wait()
         await door.open(Hub(self.roster, self.shelf, self.monitoring))
         await asyncio.to_thread(write_durably, self.disk.directory.address, self.url.encode())
-        self._say(await asyncio.to_thread(self._listening, door))
+        self.broadcast(await asyncio.to_thread(self._listening, door))
         await door.broken()
 
     def _listening(self, door: Door) -> events.Listening:

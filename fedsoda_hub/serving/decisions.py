@@ -19,6 +19,7 @@ from fedsoda_hub import events
 from fedsoda_hub.federation import events as ev
 from fedsoda_hub.federation import records as rec
 from fedsoda_hub.federation.jobs import Job
+from fedsoda_hub.federation.refusals import RefusalKind
 from fedsoda_hub.federation.rounds import RoundMachine
 from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.serving import offers
@@ -133,7 +134,9 @@ class Decisions:
                         return False
                     appended = True
                     await self._recorded(record)
-                case ev.Send(edge, message):
+                case ev.Send(edge, message, refused):
+                    if refused is not None:
+                        self._monitoring.metrics.refused(refused)
                     self._post.send(edge, message)
                 case ev.SendOffer():
                     self._offer(effect)
@@ -158,6 +161,7 @@ class Decisions:
     def _say_disk_full(self, error: DiskFull, cause: ev.RoundEvent | Settle) -> None:
         self._say(events.OutOfDisk(message=str(error)))
         if isinstance(cause, ev.UpdateArrived):
+            self._monitoring.metrics.refused(RefusalKind.DISK_FULL)
             self._post.send(cause.edge, ms.Refusal(round=cause.round, reason=str(error), retry=True))
         # A job's result is reported again as it was; `owed` finds everything else again.
         self._report_after(DISK_RETRY_SECONDS, cause if isinstance(cause, ev.JobDone) else Settle())

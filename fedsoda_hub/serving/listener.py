@@ -21,7 +21,7 @@ import msgspec
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
-from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -32,6 +32,7 @@ from fedsoda_edge.ports.system import descriptors_left
 from fedsoda_edge.protocol.codec import MAX_FRAME_BYTES
 from fedsoda_edge.protocol.messages import PROTOCOL_VERSION, EdgeId
 from fedsoda_edge.protocol.proof import MAX_PROOF_BYTES, TICKET_PREFIX
+from fedsoda_hub.federation.refusals import RefusalKind
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.run.status import LiveStatus
 from fedsoda_hub.run.tokens import Token
@@ -88,18 +89,21 @@ def _bearer(request: HTTPConnection) -> str:
 
 
 def _refused(hub: Hub, request: HTTPConnection) -> tuple[Token | None, str]:
-    """Return (token, "") if the request's token may join, else (None, why not)."""
+    """Return (token, "") if the request's token may join, else count a refusal and return (None, why not)."""
     secret = _bearer(request)
+    token = hub.guests.token(secret) if secret else None
+    if token is not None and not token.revoked:
+        return token, ""
     if not secret:
-        return None, "the request has no token; join with a join link or --token-file"
-    token = hub.guests.token(secret)
-    if token is None and secret.startswith(TICKET_PREFIX):
-        return None, "this device's ticket has ended; join again"
-    if token is None:
-        return None, "the hub does not know this token; ask its owner for a new one"
-    if token.revoked:
-        return None, f"the token of {token.edge} was revoked; ask the hub's owner for a new one"
-    return token, ""
+        kind, why = RefusalKind.NO_TOKEN, "the request has no token; join with a join link or --token-file"
+    elif token is not None:
+        kind, why = RefusalKind.REVOKED, f"the token of {token.edge} was revoked; ask the hub's owner for a new one"
+    elif secret.startswith(TICKET_PREFIX):
+        kind, why = RefusalKind.TICKET_ENDED, "this device's ticket has ended; join again"
+    else:
+        kind, why = RefusalKind.UNKNOWN_TOKEN, "the hub does not know this token; ask its owner for a new one"
+    hub.monitoring.metrics.refused(kind)
+    return None, why
 
 
 def _is_loopback(request: Request) -> bool:
@@ -153,6 +157,7 @@ def make_app(hub: Hub, broke: Broke, handshakes: Handshakes) -> Starlette:
         return is_proxied and request.client is not None and not handshakes.may(request.client.host)
 
     def too_many(what: str) -> JSONResponse:
+        hub.monitoring.metrics.refused(RefusalKind.TOO_OFTEN)
         return JSONResponse({"reason": f"{what}; try again later"}, status_code=429, headers={"Retry-After": "5"})
 
     async def session(websocket: WebSocket) -> None:
@@ -214,6 +219,8 @@ def make_app(hub: Hub, broke: Broke, handshakes: Handshakes) -> Starlette:
         except Exception as defect:
             broke(defect)
             return JSONResponse({"reason": FAILED}, status_code=500)
+        if status >= 400:
+            hub.monitoring.metrics.refused(RefusalKind.BAD_PROOF)
         return Response(reply, status, media_type="application/json")
 
     async def health(_: Request) -> Response:
@@ -236,7 +243,8 @@ def make_app(hub: Hub, broke: Broke, handshakes: Handshakes) -> Starlette:
                 {"reason": "metrics are for loopback; from elsewhere, send the token in the run's admin.token"},
                 status_code=401,
             )
-        return PlainTextResponse(hub.monitoring.metrics())
+        written = await hub.monitoring.metrics.scrape(request.headers.get("accept", ""))
+        return Response(written.data, headers={"Content-Type": written.content_type})
 
     return Starlette(
         routes=[

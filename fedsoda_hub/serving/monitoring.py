@@ -1,6 +1,6 @@
-"""Report the run's status now, for whoever may ask: /v1/status, /metrics and the event of a run's end.
+"""Report the run's status now, for whoever may ask: /v1/status and the event of a run's end.
 
-What the ledger alone knows is `run/status.py`'s, the port is `listener.py`'s.
+What the ledger alone knows is `run/status.py`'s, /metrics is `metrics.py`'s, the port is `listener.py`'s.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from fedsoda_edge.protocol.messages import EdgeId, Progress
 from fedsoda_hub.federation.rounds import RoundMachine
 from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.run.status import LiveStatus, live_status, run_status
+from fedsoda_hub.serving.metrics import Metrics
 from fedsoda_hub.settings.run import RunSettings
 
 
@@ -31,7 +32,7 @@ class Present(Protocol):
 
 
 class Monitoring:
-    """The hub's knowledge of the run. url: where it serves; empty before it does."""
+    """The hub's knowledge of the run. url: where it serves; empty before it does. metrics: what /metrics shows."""
 
     def __init__(
         self,
@@ -41,8 +42,10 @@ class Monitoring:
         clock: Clock,
         present: Present,
         admin_secret: str,
+        metrics: Metrics,
     ) -> None:
         self.url = ""
+        self.metrics = metrics
         self._settings = settings
         self._machine = machine
         self._ledger = ledger
@@ -85,15 +88,3 @@ class Monitoring:
             url=self.url,
             due_seconds=self.due_seconds() if is_open else None,
         )
-
-    def metrics(self) -> str:
-        """Write the metrics as Prometheus text."""
-        machine, state = self._machine, self._machine.state
-        values = {
-            "fedsoda_round": state.round,
-            "fedsoda_rounds_closed": len(state.losses),
-            "fedsoda_updates_accepted": len(state.accepted),
-            "fedsoda_edges_connected": len(self._present.connected),
-            "fedsoda_edges_eligible": len(machine.eligible),
-        }
-        return "".join(f"# TYPE {name} gauge\n{name} {value}\n" for name, value in values.items())

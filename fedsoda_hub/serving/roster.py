@@ -19,18 +19,21 @@ from fedsoda_edge.protocol.session import Gathered, Upload
 from fedsoda_edge.units import one_line
 from fedsoda_hub import events
 from fedsoda_hub.federation import events as ev
+from fedsoda_hub.federation.refusals import RefusalKind
 from fedsoda_hub.federation.rounds import RoundMachine
 from fedsoda_hub.federation.schedule import trained_factor
+from fedsoda_hub.federation.state import LedgerState
 from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.run.tokens import Token
 from fedsoda_hub.serving import offers
 from fedsoda_hub.serving.connection import Connection
 from fedsoda_hub.serving.first_of import first_of
 from fedsoda_hub.serving.hearing import Hearing
+from fedsoda_hub.serving.metrics import Metrics
 from fedsoda_hub.serving.proofs import Proofs
 from fedsoda_hub.serving.shelf import Shelf
 from fedsoda_hub.serving.signer import Signer
-from fedsoda_hub.serving.spool import NoRoom, Useless
+from fedsoda_hub.serving.spool import NoRoom, Spool, Useless
 from fedsoda_hub.serving.traffic import Traffic
 from fedsoda_hub.serving.uploads import Uploads
 from fedsoda_hub.settings.run import RunSettings
@@ -56,11 +59,11 @@ class Roster:
         report: Callable[[ev.RoundEvent], None],
         say: events.HubSay,
         signer: Signer,
+        metrics: Metrics,
     ) -> None:
         self.progress: dict[ms.EdgeId, ms.Progress] = {}
         self._settings = settings
         self._machine = machine
-        self._state = machine.state
         self._ledger = ledger
         self._shelf = shelf
         self._uploads = uploads
@@ -68,11 +71,16 @@ class Roster:
         self._hearing = Hearing(report)
         self._say = say
         self._signer = signer
+        self._metrics = metrics
         self._connections: dict[ms.EdgeId, Connection] = {}
         self._passed: set[ms.EdgeId] = set()
         self._farewelled: set[ms.EdgeId] = set()
         self._has_farewelled = asyncio.Event()
         self._traffic = Traffic(ledger)
+
+    @property
+    def _state(self) -> LedgerState:
+        return self._machine.state
 
     @property
     def connected(self) -> set[ms.EdgeId]:
@@ -114,6 +122,7 @@ class Roster:
         """Answer a Hello; None: the disk is full, so the device cannot be noted; it may come again."""
         edge = connection.edge
         if hello.protocol != ms.PROTOCOL_VERSION:
+            self._metrics.refused(RefusalKind.OTHER_PROTOCOL)
             return ms.Refusal(
                 reason=f"protocol mismatch: this edge speaks {hello.protocol}, the hub {ms.PROTOCOL_VERSION}; "
                 "upgrade the older side: pip install -U fedsoda",
@@ -127,6 +136,7 @@ class Roster:
             self._say(events.OutOfDisk(message=str(error)))
             return None  # a Refusal would send the edge away for good
         if not is_its_device:
+            self._metrics.refused(RefusalKind.OTHER_DEVICE)
             return ms.Refusal(
                 reason=f"the token of {edge} is already in use on another device, or on this one before it lost its "
                 "FEDSODA_HOME (a container needs a volume for it); ask the hub's owner for a token of your own, or for "
@@ -135,6 +145,7 @@ class Roster:
             )
         old = self._connections.get(edge)
         if old is not None and (refusal := refused_as_a_copy(old, hello)) is not None:
+            self._metrics.refused(RefusalKind.COPIED_IDENTITY)
             return refusal
         connection.place = hello.place
         self._connections[edge] = connection
@@ -153,6 +164,7 @@ class Roster:
             case ms.Ready() if not 0 <= message.size_class < len(self._state.sub_llms):
                 last = len(self._state.sub_llms) - 1
                 reason = f"this run has size classes 0 to {last}, and the edge took {message.size_class}; join again"
+                self._metrics.refused(RefusalKind.SIZE_CLASS)
                 self.send(edge, ms.Refusal(reason=reason, fatal=True))
             case ms.Ready():
                 connection.size_class = message.size_class
@@ -191,11 +203,14 @@ class Roster:
         except Useless as error:
             problem = str(error)
         except (DiskFull, NoRoom) as error:
+            self._metrics.refused(RefusalKind.DISK_FULL if isinstance(error, DiskFull) else RefusalKind.NO_ROOM)
             if isinstance(error, DiskFull):
                 self._say(events.OutOfDisk(message=str(error)))
             self.send(edge, ms.Refusal(round=start.round, reason=str(error), retry=True))
             self._hearing.tell(ev.UploadStalled(edge))
             return
+        if isinstance(upload.place, Spool):
+            self._metrics.uploaded(upload.place.seconds)
         self._hearing.tell(
             ev.UpdateArrived(
                 edge,
@@ -238,6 +253,7 @@ class Roster:
         connection = self._connections.get(token.edge)
         if connection is None or connection.token != token or connection.session.state == "over":
             return
+        self._metrics.refused(RefusalKind.REVOKED)
         connection.send(ms.Refusal(reason=reason, fatal=True))
         connection.close()
         self._hearing.report(ev.EdgeAway(token.edge, "left"))
@@ -284,6 +300,12 @@ class Roster:
     def travelled(self) -> tuple[int, int]:
         """The bytes up and down of all edges since the run began, up to the last `flush_traffic`."""
         return self._traffic.travelled
+
+    def bytes_now(self) -> tuple[int, int]:
+        """Return the bytes up and down of all edges since the run began, up to now."""
+        up, down = self.travelled
+        here = self._connections.values()
+        return up + sum(one.up for one in here), down + sum(one.down for one in here)
 
     async def flush_traffic(self) -> None:
         """Add the traffic up to now to the ledger."""

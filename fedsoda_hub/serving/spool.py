@@ -12,6 +12,7 @@ import itertools
 import mmap
 import shutil
 import threading
+import time
 from io import FileIO
 from pathlib import Path
 
@@ -96,6 +97,12 @@ class Spool:
         self._hash = hashlib.sha256()
         self._file: FileIO | None = None
         self._lock = threading.Lock()  # a write may be under way while its connection ends
+        self._began_at = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """The seconds since the upload was announced."""
+        return time.monotonic() - self._began_at
 
     def add(self, payload: bytes) -> None:
         """Write a chunk; where the disk is full, remember that, and let the rest go."""

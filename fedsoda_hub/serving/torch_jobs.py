@@ -27,18 +27,30 @@ _log = logging.getLogger("fedsoda_hub.serving")
 class TorchJobs:
     """The queue of jobs, done one after the other.
 
-    opened: set when the process has the run's settings. report: takes the results.
+    opened: set when the process has the run's settings. report: takes the results. took: is told how many seconds each
+    job took, with its tries.
     """
 
     def __init__(
-        self, settings: RunSettings, port: TorchPort, report: Callable[[ev.RoundEvent], None], say: events.HubSay
+        self,
+        settings: RunSettings,
+        port: TorchPort,
+        report: Callable[[ev.RoundEvent], None],
+        say: events.HubSay,
+        took: Callable[[str, float], None],
     ) -> None:
         self.opened = asyncio.Event()
         self._settings = settings
         self._port = port
         self._report = report
         self._say = say
+        self._took = took
         self._waiting: asyncio.Queue[Job] = asyncio.Queue()
+
+    @property
+    def num_waiting(self) -> int:
+        """The number of jobs that wait for the one that runs."""
+        return self._waiting.qsize()
 
     def start(self, job: Job) -> None:
         """Queue this job; its result is reported as JobDone."""
@@ -56,7 +68,9 @@ class TorchJobs:
         while True:
             job = await self._waiting.get()
             _log.debug(changed(f"job {name_of(job)}", "waits", "runs"))
+            began = asyncio.get_running_loop().time()
             result = await self._done(job)
+            self._took(name_of(job), asyncio.get_running_loop().time() - began)
             _log.debug(changed(f"job {name_of(job)}", "runs", "done"))
             self._report(ev.JobDone(job, result))
 

@@ -1238,8 +1238,9 @@ def test_status_metrics_and_events_tell_the_round_and_who_is_in(settings: RunSet
             rows = {row["edge"]: (row["connected"], row["eligible"], row["step"]) for row in status["edges"]}
             assert rows == {"a": (True, True, None), "b": (True, True, 3), "c": (False, False, None)}
             metrics = (await client.get("/metrics")).text.splitlines()
-            assert "fedsoda_updates_accepted 1" in metrics
-            assert "fedsoda_edges_connected 2" in metrics
+            assert 'fedsoda_updates_total{outcome="accepted"} 1.0' in metrics
+            assert 'fedsoda_edges{state="training"} 1.0' in metrics
+            assert 'fedsoda_edges{state="idle"} 1.0' in metrics
             for event in hub.events:
                 json.dumps(event, allow_nan=False)  # what `--jsonl` prints
 

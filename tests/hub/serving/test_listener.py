@@ -31,6 +31,7 @@ from fedsoda_hub.run.tokens import Token
 from fedsoda_hub.serving import listener
 from fedsoda_hub.serving.connection import MAX_QUEUED_BYTES, PIECE_BYTES, Connection, Hub
 from fedsoda_hub.serving.listener import Server, ask_running_hub, bind, make_app
+from fedsoda_hub.serving.metrics import Metrics
 from fedsoda_hub.serving.strangers import Handshakes
 
 SHARD = bytes(range(256)) * 4
@@ -66,6 +67,7 @@ class MemoryHub:
         self.heard: list[ms.EdgeMessage | Upload] = []
         self.gone: list[Connection] = []
         self.defects: list[Exception] = []
+        self.metrics = Metrics()
 
     @property
     def parts(self) -> Hub:
@@ -92,9 +94,6 @@ class MemoryHub:
 
     async def status(self) -> LiveStatus:
         return STATUS
-
-    def metrics(self) -> str:
-        return "fedsoda_round 3\n"
 
     async def greet(self, connection: Connection, hello: ms.Hello) -> ms.Welcome | ms.Refusal | None:
         self.greeted.append(connection)
@@ -284,7 +283,7 @@ def test_on_loopback_health_metrics_and_status_are_open(hub: MemoryHub) -> None:
     async def talk(address: str) -> None:
         async with httpx.AsyncClient(verify=False, trust_env=False, base_url=f"http://{address}") as client:
             assert (await client.get("/healthz")).json() == {"hub": "fedsoda", "protocol": 1}
-            assert (await client.get("/metrics")).text == "fedsoda_round 3\n"
+            assert "fedsoda_rounds_total 0.0" in (await client.get("/metrics")).text.splitlines()
             assert (await client.get("/v1/status")).json() == msgspec.to_builtins(STATUS)
 
     serve(hub, talk)

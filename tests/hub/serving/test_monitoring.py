@@ -1,4 +1,4 @@
-"""How the run stands: who may ask, how long a round still is, and what is counted of it."""
+"""How the run stands: who may ask, and how long a round still is."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from fedsoda_edge.protocol.messages import EdgeId, Progress
 from fedsoda_hub.federation.rounds import RoundMachine
 from fedsoda_hub.federation.state import LedgerState
 from fedsoda_hub.run.ledger import Ledger
+from fedsoda_hub.serving.metrics import Metrics
 from fedsoda_hub.serving.monitoring import Monitoring
 from fedsoda_hub.serving.resume import rules_of
 from tests.hub.serving.test_daemon import write_run
@@ -43,7 +44,9 @@ def monitoring(directory: Path, state: LedgerState) -> Monitoring:
     settings, ledger = write_run(directory), Ledger(None)
     for name in "ab":
         ledger.tokens.create(name)
-    made = Monitoring(settings, RoundMachine(rules_of(settings), state), ledger, Noon(), Present(), "the owner's")
+    made = Monitoring(
+        settings, RoundMachine(rules_of(settings), state), ledger, Noon(), Present(), "the owner's", Metrics()
+    )
     made.url = "http://h:1"
     return made
 
@@ -81,12 +84,3 @@ def test_every_edge_with_a_token_is_told_with_the_step_of_its_local_round(tmp_pa
     assert [(edge.edge, edge.connected, edge.step, edge.steps) for edge in told.edges] == [
         ("a", True, 2, 5), ("b", False, None, None),
     ]  # fmt: skip
-
-
-def test_metrics_count_what_is(tmp_path: Path) -> None:
-    state = collecting(1007.5)
-    state.losses = [0.5, 0.25]
-    text = monitoring(tmp_path, state).metrics()
-    assert "# TYPE fedsoda_round gauge\nfedsoda_round 3\n" in text
-    assert "fedsoda_rounds_closed 2\n" in text
-    assert "fedsoda_edges_connected 1\n" in text
