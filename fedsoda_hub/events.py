@@ -354,6 +354,21 @@ class Evaluated(Fact, frozen=True, tag="evaluated"):
     result: jobs.EvaluateResult
 
 
+class RunPaused(Fact, frozen=True, tag="run_paused"):
+    """The owner paused the run: no round opens until it is resumed."""
+
+
+class RunResumed(Fact, frozen=True, tag="run_resumed"):
+    """The owner ended the pause."""
+
+
+class RulesChanged(Fact, frozen=True, tag="rules_changed"):
+    """The owner changed keys of [rounds]. deadline_at: the open round's from now on, seconds since 1970; None: it stays."""
+
+    values: Annotated[dict[Literal["count", "quorum", "deadline_seconds"], float], Meta(min_length=1)]
+    deadline_at: float | None
+
+
 class RunEnded(Fact, frozen=True, tag="run_ended"):
     """The run is over, and its status at the end."""
 
@@ -378,6 +393,13 @@ def event_of_record(
     match record:
         case rec.RunStarted() | rec.SettingsChanged():
             return None
+        case rec.RunPaused():
+            return RunPaused(rounds=rounds)
+        case rec.RunResumed():
+            return RunResumed(rounds=rounds)
+        case rec.RulesChanged():
+            values = {key: value for key, value in values.items() if key != "instead_of"}
+            return RulesChanged(rounds=rounds, **values)
         case rec.RunPrepared():
             return RunPrepared(rounds=rounds, **values)
         case rec.RoundOpened():

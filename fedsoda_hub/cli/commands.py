@@ -203,7 +203,7 @@ def serve(
                 key: SettingInForce(value=one.value, source=one.source) for key, one in effective(settings).items()
             }
             display.say(SettingsInForce(values=values))
-            display.begins(daemon.machine.state, settings.rounds.count)
+            display.begins(daemon.machine.state, daemon.machine.rules.count)
             asyncio.run(served(daemon, supervisor, exit_when_done=exit_when_done))
         finish({"status": "ok", "run": settings.name, "phase": daemon.machine.state.phase}, as_json, jsonl)
 
@@ -214,6 +214,7 @@ def _status(run: Path) -> tuple[bool, LiveStatus]:
     Raises:
         UsageProblem: the run has not been started.
     """
+    from fedsoda_hub.federation.steering import count_in_force
     from fedsoda_hub.run.directory import RunDirectory
     from fedsoda_hub.run.ledger import not_started, opened_to_read
     from fedsoda_hub.run.status import live_status, run_status
@@ -234,7 +235,9 @@ def _status(run: Path) -> tuple[bool, LiveStatus]:
         known = [
             msgspec.structs.replace(one, standing=state.measured.standings.get(one.edge)) for one in ledger.edges.all()
         ]
-        return False, live_status(run_status(settings.name, settings.rounds.count, ledger.traffic(), state), known)
+        return False, live_status(
+            run_status(settings.name, count_in_force(settings.rounds.count, state), ledger.traffic(), state), known
+        )
 
 
 def _edges(run: Path) -> list[KnownEdge]:

@@ -84,6 +84,8 @@ class HubDisplay:
                 now.local |= dict.fromkeys(event.invited, (0, 0))
                 now.due_at = event.deadline_at
                 now.answered -= set(event.invited)
+            case events.RulesChanged() if event.deadline_at is not None:
+                now.due_at = event.deadline_at
             case events.EdgeProgress() if event.edge in now.local:
                 now.local[event.edge] = event.step, event.steps
             case events.UpdateAccepted() | events.EdgeAnswered():
@@ -210,6 +212,12 @@ def _sentence(event: events.HubEvent) -> str:
             return f"waiting: {event.why}"
         case events.OutOfDisk() | events.ComputeFailed():
             return event.message
+        case events.RunPaused():
+            return "paused by its owner: no round opens until it is resumed"
+        case events.RunResumed():
+            return "resumed by its owner"
+        case events.RulesChanged():
+            return "changed by its owner: " + ", ".join(f"{key} is {value:g}" for key, value in event.values.items())
         case events.RunEnded():
             return f"the run is over after {counted(event.rounds, 'round')}"
         case events.StoppedBySignal():

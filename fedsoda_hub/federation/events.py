@@ -104,6 +104,32 @@ class JobDone:
     result: JobResult
 
 
+@dataclass(frozen=True)
+class PauseAsked:
+    """The owner asks that no round opens from now on."""
+
+
+@dataclass(frozen=True)
+class ResumeAsked:
+    """The owner asks that rounds open again."""
+
+
+@dataclass(frozen=True)
+class FinishAsked:
+    """The owner asks that the run ends after the open round, or at once between two."""
+
+
+@dataclass(frozen=True)
+class ChangeAsked:
+    """The owner asks for other [rounds] settings from now on. None: that key stays. at: now, seconds since 1970."""
+
+    at: float
+    count: int | None = None
+    quorum: float | None = None
+    deadline_seconds: float | None = None
+
+
+OwnerAsked = PauseAsked | ResumeAsked | FinishAsked | ChangeAsked
 RoundEvent = (
     EdgeReady
     | EdgeResumed
@@ -115,6 +141,7 @@ RoundEvent = (
     | UpdateArrived
     | DeadlineReached
     | JobDone
+    | OwnerAsked
 )
 
 

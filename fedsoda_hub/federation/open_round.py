@@ -105,6 +105,9 @@ class OpenRound:
                 self._last_invited = max(record.invited, default=self._last_invited)
                 if has_new_deadline:
                     self.to_offer = set(self.awaited_here)
+            case rec.RulesChanged():
+                if has_new_deadline:
+                    self.to_offer = set(self.awaited_here)
             case rec.UpdateAccepted():
                 self._answered(record.edge)
                 if record.edge in self.here:

@@ -34,6 +34,26 @@ class SettingsChanged(Record, frozen=True, tag="settings_changed"):
     values: Keys
 
 
+class RunPaused(Record, frozen=True, tag="run_paused"):
+    """The owner paused the run: what is open goes on to its end, and no round opens."""
+
+
+class RunResumed(Record, frozen=True, tag="run_resumed"):
+    """The owner ended the pause."""
+
+
+class RulesChanged(Record, frozen=True, tag="rules_changed"):
+    """The owner changed keys of [rounds] while the run goes on: count, quorum, deadline_seconds.
+
+    instead_of: what RUN.toml says of the same keys; once it says something else, that counts. deadline_at: the open round's
+    from now on, seconds since 1970; None: it stays.
+    """
+
+    values: dict[str, float]
+    instead_of: dict[str, float]
+    deadline_at: float | None = None
+
+
 class PreparedClass(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One of the smaller sub-LLMs. adapter_view None: its LoRA has the layout of the largest's, whose view it shares."""
 
@@ -199,6 +219,9 @@ class RunEnded(Record, frozen=True, tag="run_ended"):
 AnyRecord = (
     RunStarted
     | SettingsChanged
+    | RunPaused
+    | RunResumed
+    | RulesChanged
     | RunPrepared
     | RoundOpened
     | CohortExtended

@@ -2,7 +2,7 @@
 
 The rules: docs/protocol.md (p3-rounds). `LedgerState` folds the ledger's records; `RoundMachine` adds what is volatile:
 who is connected, who uploads, which job runs. `owed` is what the state still owes, and so also all that a restart does
-after replay. What is decided within an open round is `collecting.py`'s, between rounds `schedule.py`'s.
+after replay. What is decided within an open round is `collecting.py`'s, between rounds `schedule.py`'s, what the owner asks `steering.py`'s.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import assert_never
 
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.messages import EdgeId
-from fedsoda_hub.federation import collecting, jobs
+from fedsoda_hub.federation import collecting, jobs, steering
 from fedsoda_hub.federation import events as ev
 from fedsoda_hub.federation import records as rec
 from fedsoda_hub.federation.events import Append, Effect, Ignore, RoundEvent, Send, StartJob
@@ -31,10 +31,13 @@ MAX_NAMED = 5  # edges in a sentence
 class RoundMachine:
     """The decisions of a run: `handle` answers an event; the caller performs the effects in order and calls `apply` for
     each Append.
+
+    rules: those in force.
     """
 
     def __init__(self, rules: Rules, state: LedgerState) -> None:
-        self.rules = rules
+        self._of_file = rules
+        self.rules = steering.rules_in_force(rules, state)
         self.state = state
         self.size_classes: dict[EdgeId, int] = {}  # as each edge said when it was last ready
         self._open = OpenRound(state)
@@ -52,7 +55,10 @@ class RoundMachine:
         self._open.fold(record, has_new_deadline=self.state.deadline_at != before)
         if isinstance(record, rec.RoundOpened):
             self._returns.clear()
-        if isinstance(record, rec.RoundOpened | rec.CohortExtended):
+        if isinstance(record, rec.RulesChanged):
+            self.rules = steering.rules_in_force(self._of_file, self.state)
+        has_new_timer = isinstance(record, rec.RulesChanged) and record.deadline_at is not None
+        if has_new_timer or isinstance(record, rec.RoundOpened | rec.CohortExtended):
             self._timer = None
         if isinstance(record, _RESULTS):
             self._running = None  # not before: a result that could not be written down is not lost
@@ -66,6 +72,11 @@ class RoundMachine:
     def is_computing(self) -> bool:
         """Whether a job runs whose result is not written down yet."""
         return self._running is not None
+
+    @property
+    def job(self) -> jobs.Job | None:
+        """The job that runs and whose result is not written down yet."""
+        return self._running
 
     @property
     def quorum(self) -> int:
@@ -147,6 +158,8 @@ class RoundMachine:
                 if event.job != self._running:
                     return [Ignore(f"no such {jobs.name_of(event.job)} is running")]
                 return self._done(event.result)
+            case ev.PauseAsked() | ev.ResumeAsked() | ev.FinishAsked() | ev.ChangeAsked():
+                return steering.answer(self._of_file, state, event)
 
     def _is_back(self, edge: EdgeId) -> list[Effect]:
         """Make the edge eligible; if it had paused or left in the open round, await it again until the same deadline."""
@@ -274,10 +287,13 @@ class RoundMachine:
     def _owed_idle(self, now: float) -> list[Effect]:
         state, rules = self.state, self.rules
         job = job_before_next_round(rules, state)
-        if job is not None:
+        is_held = state.steering.is_paused and state.round < rules.count
+        if job is not None and (not is_held or isinstance(job, jobs.Evaluate)):
             return self._start(job)
         if state.round >= rules.count:
             return [Append(rec.RunEnded(rounds=state.round))]
+        if is_held:
+            return self._wait(f"the owner paused the run; round {state.round + 1} opens when it is resumed")
         upcoming = state.round + 1
         if len(self.eligible) < rules.min_edges:
             edges = "1 edge" if rules.min_edges == 1 else f"{rules.min_edges} edges"

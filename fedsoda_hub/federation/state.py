@@ -76,6 +76,20 @@ class ClosedFigures(msgspec.Struct, forbid_unknown_fields=True):
     standings: dict[EdgeId, LastStanding] = {}
 
 
+class Changed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A value that the owner gave a key of [rounds] while the run went on, and what RUN.toml said of it then."""
+
+    value: float
+    instead_of: float
+
+
+class Steering(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the owner asked for while the run went on. changed: by key of [rounds]."""
+
+    is_paused: bool = False
+    changed: dict[str, Changed] = {}
+
+
 class LedgerState(msgspec.Struct, forbid_unknown_fields=True):
     """All that the records say. sub_llms: by size class, the largest first.
 
@@ -104,6 +118,7 @@ class LedgerState(msgspec.Struct, forbid_unknown_fields=True):
     measured: ClosedFigures = msgspec.field(default_factory=ClosedFigures)
     realignments: list[Realignment] = []
     probes: list[MeasuredDrift] = []
+    steering: Steering = msgspec.field(default_factory=Steering)
 
     @property
     def largest(self) -> ServedSubLLM:
@@ -159,6 +174,17 @@ class LedgerState(msgspec.Struct, forbid_unknown_fields=True):
             case rec.SettingsChanged():
                 if self.phase == "ended":
                     self.phase = "idle"  # a larger count continues where the run ended
+                kept = {
+                    key: one for key, one in self.steering.changed.items() if record.values.get(key) == one.instead_of
+                }
+                self.steering = replace(self.steering, changed=kept)
+            case rec.RunPaused() | rec.RunResumed():
+                self.steering = replace(self.steering, is_paused=isinstance(record, rec.RunPaused))
+            case rec.RulesChanged():
+                new = {key: Changed(value, record.instead_of[key]) for key, value in record.values.items()}
+                self.steering = replace(self.steering, changed=self.steering.changed | new)
+                if record.deadline_at is not None:
+                    self.deadline_at = record.deadline_at
             case rec.RunPrepared():
                 self.master = record.master or record.adapter_view
                 self.sub_llms = _prepared(record)

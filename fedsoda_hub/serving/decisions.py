@@ -55,7 +55,15 @@ class Settle:
     """A reminder that what is owed may be possible by now, although nothing happened."""
 
 
-Inbox = asyncio.Queue[ev.RoundEvent | Settle]
+@dataclass(frozen=True)
+class Asked:
+    """What the owner asks. answer: why it is not done; None: it is in the ledger."""
+
+    event: ev.OwnerAsked
+    answer: asyncio.Future[str | None]
+
+
+Inbox = asyncio.Queue[ev.RoundEvent | Settle | Asked]
 
 
 class Decisions:
@@ -98,12 +106,22 @@ class Decisions:
             await self._settle()
             while True:
                 event = await self._inbox.get()
-                if not isinstance(event, Settle):
+                if isinstance(event, Asked):
+                    await self._answer(event)
+                elif not isinstance(event, Settle):
                     await self._perform(self._machine.handle(event), event)
                     self._post.handled(event)
                 if isinstance(event, ev.UpdateArrived) and event.problem is None:
                     self._uploads.judged(event.edge, event.digest, self._machine.state)
                 await self._settle()
+
+    async def _answer(self, asked: Asked) -> None:
+        """Do what the owner asks, and tell the one who waits for it how it went."""
+        effects = self._machine.handle(asked.event)
+        is_done = await self._perform(effects, asked.event)
+        why = next((effect.because for effect in effects if isinstance(effect, ev.Ignore)), None)
+        if not asked.answer.done():
+            asked.answer.set_result(None if is_done else why or "the hub's disk is full, so nothing is changed")
 
     async def _settle(self) -> None:
         await self._tidy()
@@ -183,7 +201,7 @@ class Decisions:
                 await asyncio.to_thread(self._ledger.snapshot, state)  # nobody else changes the state meanwhile
         fact = events.event_of_record(
             record,
-            self._settings.rounds.count,
+            self._machine.rules.count,
             state,
             self._post.travelled,
             await self._monitoring.status() if isinstance(record, rec.RunEnded) else None,

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_hub.federation.events import SendOffer
 from fedsoda_hub.federation.state import HeldView, LedgerState
+from fedsoda_hub.federation.steering import count_in_force
 from fedsoda_hub.settings.run import RunSettings
 
 Sizes = Callable[[ms.Digest], ms.BlobRef]  # names a blob of the run with its size
@@ -23,7 +24,7 @@ def welcome(edge: ms.EdgeId, state: LedgerState, settings: RunSettings, sizes: S
         run_name=settings.name,
         edge=edge,
         manifest=sizes(largest.manifest),
-        rounds=settings.rounds.count,
+        rounds=count_in_force(settings.rounds.count, state),
         rounds_done=len(state.losses),
         template=ms.Template(prompt=task.prompt, completion=task.completion),
         max_length=settings.local.max_length,
@@ -50,7 +51,7 @@ def offer(
     sub_llm = state.sub_llms[asked.size_class]
     return ms.RoundOffer(
         round=state.round,
-        rounds=settings.rounds.count,
+        rounds=count_in_force(settings.rounds.count, state),
         view=_view_ref(sub_llm.adapter, sizes, asked.moved),
         alignment=state.alignment,
         emulator=_view_ref(sub_llm.emulator, sizes),

@@ -39,6 +39,9 @@ ROUND_1: list[rec.AnyRecord] = [
     rec.RoundClosed(round=1, master=A, view=C, delta=D),
 ]
 AFTER: list[rec.AnyRecord] = [
+    rec.RunPaused(),
+    rec.RunResumed(),
+    rec.RulesChanged(values={"count": 1.0}, instead_of={"count": 2.0}),
     rec.Realigned(round=2, version=1, view=A, delta=B, kl_before=0.3, kl_after=0.2),
     rec.Repruned(round=2, master=C, manifest=D, view=B),
     rec.Evaluated(round=1, result=EvaluateResult(accuracy={"full": 0.5}, loss={"full": None}, num_examples=4)),
