@@ -1,14 +1,13 @@
 """Hold connections of HTTP and websockets so that the other side can make none of them costly, whatever it sends or leaves unread.
 
 uvicorn's protocols do the talking. Here reads and buffers are small, who does not read is ended, who floods with small frames
-too, and an end waits for nobody. Requests are looked at a few at a time, so that a thousand which come at once delay nobody who
-is here; whether the hub is alive is answered before all of them. How many there may be is `strangers.py`'s.
+too, and an end waits for nobody. All that comes is looked at in turns (`turns.py`), so that a thousand who speak at once delay
+nobody for long; whether the hub is alive is answered before all of them. How many there may be is `strangers.py`'s.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,40 +17,18 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from websockets.frames import Frame
 
 from fedsoda_hub.serving.strangers import Strangers
+from fedsoda_hub.serving.turns import FrameHeads, Turns
 
-READ_BYTES = 16 << 10  # at once: all frames in them are parsed before anyone else's turn
+READ_BYTES = 16 << 10  # at once: what waits for its turn
 BUFFER_BYTES = 32 << 10  # that wait for the other side; above, nothing more is written
 GOODBYE_SECONDS = 3.0  # in which the other side may answer the closing handshake, and read what is left
-FRAMES_AT_ONCE = 1000.0
+FRAMES_AT_ONCE = 128.0  # that carry messages; they are parsed, and answered, before anyone else's turn
 FRAMES_A_SECOND = 100.0
+CONTROLS_AT_ONCE = 32.0  # pings and pongs, which keep a connection open and say nothing
+CONTROLS_A_SECOND = 2.0
 FRAME_BYTES = 1024  # a frame for as many bytes is not counted: uploads have large ones
 MAX_PARTS = 1024  # frames of one message
-TURN_SECONDS = 0.005  # for new requests, between two looks at all sockets
 HEALTH = b"GET /healthz "
-
-
-class Turns:
-    """The requests that wait to be looked at, the first come first."""
-
-    def __init__(self) -> None:
-        self._waiting: deque[Callable[[], None]] = deque()
-        self._is_due = False
-
-    def add(self, look: Callable[[], None]) -> None:
-        """Call this when its turn has come."""
-        self._waiting.append(look)
-        if not self._is_due:
-            self._is_due = True
-            asyncio.get_running_loop().call_soon(self._take)
-
-    def _take(self) -> None:
-        loop = asyncio.get_running_loop()
-        until = loop.time() + TURN_SECONDS
-        while self._waiting and loop.time() < until:
-            self._waiting.popleft()()
-        self._is_due = bool(self._waiting)
-        if self._is_due:
-            loop.call_soon(self._take)
 
 
 class Guarded(H11Protocol):
@@ -95,13 +72,9 @@ class Guarded(H11Protocol):
             self.transport.write(self.health())
             self.transport.close()
         else:
-            self.transport.pause_reading()  # what waits for its turn is one read
-            self.turns.add(partial(self._look_at, data))
+            self.turns.take(self.transport, partial(self._look_at, data))
 
     def _look_at(self, data: bytes) -> None:
-        if self.transport.is_closing():
-            return
-        self.transport.resume_reading()
         before = self.cycle
         super().data_received(data)
         if self.cycle is not before and not self.cycle.response_complete:
@@ -147,11 +120,17 @@ class Guarded(H11Protocol):
 class GuardedWebSocket(WebSocketsSansIOProtocol):
     """A websocket that `Strangers` knows of until its first message, and once it is said goodbye to."""
 
-    strangers: Strangers  # set by `guarded`
+    strangers: Strangers  # these two are set by `guarded`
+    turns: Turns
     _goodbye: asyncio.TimerHandle | None = None
     _has_spoken = False
-    _frames_left = FRAMES_AT_ONCE
+    _messages_left = FRAMES_AT_ONCE
+    _controls_left = CONTROLS_AT_ONCE
     _counted_at = 0.0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._heads = FrameHeads()
 
     @property
     def address(self) -> str:
@@ -175,41 +154,39 @@ class GuardedWebSocket(WebSocketsSansIOProtocol):
     # --- what comes ---------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        now = self.loop.time()
-        earned = (now - self._counted_at) * FRAMES_A_SECOND + len(data) / FRAME_BYTES
-        self._frames_left = min(FRAMES_AT_ONCE, self._frames_left + earned)
-        self._counted_at = now
-        super().data_received(data)
+        if not self.handshake_initiated:
+            super().data_received(data)  # the request, as the HTTP connection passes it on
+        elif not self._is_flood(data):
+            self.turns.take(self.transport, partial(super().data_received, data))
 
-    def _is_flood(self) -> bool:
-        """Count a frame; end a connection that sends too many small ones."""
-        self._frames_left -= 1
-        if self._frames_left < 0 or len(self.frames) >= MAX_PARTS:
-            if not self.transport.is_closing():
-                self.strangers.complaints.add("ended: too many small frames")
-                self.end()
+    def _is_flood(self, data: bytes) -> bool:
+        """Count the frames that came; end a connection that sends too many small ones."""
+        now = self.loop.time()
+        seconds, self._counted_at = now - self._counted_at, now
+        earned = seconds * FRAMES_A_SECOND + len(data) / FRAME_BYTES
+        self._messages_left = min(FRAMES_AT_ONCE, self._messages_left + earned)
+        self._controls_left = min(CONTROLS_AT_ONCE, self._controls_left + seconds * CONTROLS_A_SECOND)
+        messages, controls = self._heads.count(data, int(FRAMES_AT_ONCE + CONTROLS_AT_ONCE))
+        self._messages_left -= messages
+        self._controls_left -= controls
+        if self._messages_left < 0 or self._controls_left < 0:
+            self._end_flood()
             return True
         return False
 
+    def _end_flood(self) -> None:
+        if not self.transport.is_closing():
+            self.strangers.complaints.add("ended: too many small frames")
+            self.strangers.keep_away(self.scope["client"][0] if self.scope["client"] else "")  # as a proxy told it
+            self.end()
+
     def handle_cont(self, event: Frame) -> None:
-        if not self._is_flood():
+        if len(self.frames) >= MAX_PARTS:
+            self._end_flood()
+        else:
             super().handle_cont(event)
 
-    def handle_text(self, event: Frame) -> None:
-        if not self._is_flood():
-            super().handle_text(event)
-
-    def handle_bytes(self, event: Frame) -> None:
-        if not self._is_flood():
-            super().handle_bytes(event)
-
-    def handle_pong(self, event: Frame) -> None:
-        if not self._is_flood():
-            super().handle_pong(event)
-
     def handle_ping(self) -> None:
-        if self._is_flood():
-            return
         if self.writable.is_set():
             super().handle_ping()
         else:  # each answer would wait in memory
@@ -261,16 +238,17 @@ def guarded(
         stall_seconds: gives the time after which one who does not read is ended.
         health: writes the answer to /healthz, head and body, which says that it closes the connection.
     """
+    turns = Turns()
     return (
         type(
             "Guarded",
             (Guarded,),
             {
                 "strangers": strangers,
-                "turns": Turns(),
+                "turns": turns,
                 "stall_seconds": staticmethod(stall_seconds),
                 "health": staticmethod(health),
             },
         ),
-        type("GuardedWebSocket", (GuardedWebSocket,), {"strangers": strangers}),
+        type("GuardedWebSocket", (GuardedWebSocket,), {"strangers": strangers, "turns": turns}),
     )

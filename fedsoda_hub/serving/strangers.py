@@ -22,9 +22,10 @@ MAX_CONNECTIONS = 10_000  # where the system sets no limit
 MAX_OF_ADDRESS = 64  # strangers of one address; edges behind one proxy are strangers for an instant each
 HANDSHAKES_A_SECOND = 32.0  # of one address, in the long run
 HANDSHAKES_AT_ONCE = 256  # of one address: 50 edges behind one router, each with a few connections
+AWAY_SECONDS = 20.0  # without a handshake, for an address that has flooded the hub
 MAX_ADDRESSES = 16_384  # that are remembered; the one that was quiet longest is forgotten
 RESERVED_DESCRIPTORS = 24  # for the ledger, blobs, the compute child, logs
-MAX_BACKLOG = 128
+MAX_BACKLOG = 32  # each costs 0.1 ms, in which nobody else has a turn
 OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 _log = logging.getLogger("fedsoda_hub.serving")
@@ -114,10 +115,18 @@ class Handshakes:
         left, at = self._buckets.pop(network, (float(HANDSHAKES_AT_ONCE), now))
         left = min(float(HANDSHAKES_AT_ONCE), left + (now - at) * HANDSHAKES_A_SECOND)
         is_right = left >= 1
-        self._buckets[network] = (left - 1 if is_right else left, now)
+        self._keep(network, left - 1 if is_right else left)
+        return is_right
+
+    def keep_away(self, host: str) -> None:
+        """Refuse an address's handshakes for some time."""
+        self._buckets.pop(network := network_of(host), None)
+        self._keep(network, -AWAY_SECONDS * HANDSHAKES_A_SECOND)
+
+    def _keep(self, network: str, left: float) -> None:
+        self._buckets[network] = (left, self._now())
         if len(self._buckets) > MAX_ADDRESSES:
             self._buckets.popitem(last=False)
-        return is_right
 
 
 class Stranger(Protocol):
@@ -158,6 +167,11 @@ class Strangers:
             return True
         self.complaints.add(f"refused: more than {HANDSHAKES_A_SECOND:.0f} connections a second of one address")
         return False
+
+    def keep_away(self, host: str) -> None:
+        """Refuse connections of an address that floods, for some time; of this machine, where the bound is for it too."""
+        if self._counts_loopback or not is_loopback(host):
+            self._handshakes.keep_away(host)
 
     def come(self, connection: Stranger, num_connections: int) -> None:
         """Take a connection that has to say something; end another one, or this one, where there are too many."""

@@ -16,6 +16,7 @@ from asyncio.sslproto import SSLProtocol
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,10 @@ class Handshake(SSLProtocol):
                 self._raw.write(WRONG_PROTOCOL_ANSWER)
                 self._raw.close()
                 return
-        super().buffer_updated(nbytes)
+        if self._is_over or self._raw is None:
+            super().buffer_updated(nbytes)
+        else:  # a handshake costs as much as a request
+            self._within.turns.take(self._raw, partial(super().buffer_updated, nbytes))
 
     def connection_lost(self, exc: BaseException | None) -> None:
         if not self._is_over:

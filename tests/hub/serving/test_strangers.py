@@ -295,11 +295,54 @@ def test_a_flood_of_small_frames_is_ended(hub: MemoryHub, flood: bytes) -> None:
     asyncio.run(play())
 
 
+def test_an_address_that_floods_is_kept_away_for_some_time_and_others_are_not(
+    hub: MemoryHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(strangers, "AWAY_SECONDS", 0.5)
+
+    async def play() -> None:
+        async with serving(hub, counts_loopback=True) as port:
+            reader, writer = await upgraded(port)
+            writer.write(masked(b"", 9) * 100)
+            assert await ended(reader, 3)
+            again = await asyncio.open_connection("127.0.0.1", port)
+            assert await ended(again[0], 0.3)
+            other = await asyncio.open_connection("127.0.0.1", port, local_addr=("127.0.0.2", 0))
+            assert not await ended(other[0], 0.1)
+            await asyncio.sleep(0.5)
+            late = await asyncio.open_connection("127.0.0.1", port)
+            assert not await ended(late[0], 0.1)
+            for one in (writer, again[1], other[1], late[1]):
+                one.close()
+
+    asyncio.run(play())
+
+
+def test_behind_a_proxy_a_flood_keeps_away_the_address_that_it_tells(hub: MemoryHub) -> None:
+    async def play() -> None:
+        async with serving(hub) as port, httpx.AsyncClient(verify=False, trust_env=False) as client:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(UPGRADE.replace(b"guess", b"alice\r\nX-Forwarded-For: 203.0.113.7"))
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101")
+            writer.write(masked(b"", 10) * 100)
+            assert await ended(reader, 3)
+            writer.close()
+
+            async def asked(address: str) -> int:
+                headers = {"X-Forwarded-For": address, "Authorization": "Bearer guess"}
+                return (await client.get(f"http://127.0.0.1:{port}/v1/blobs/{'0' * 64}", headers=headers)).status_code
+
+            assert await asked("203.0.113.7") == 429
+            assert await asked("203.0.113.8") == 401
+
+    asyncio.run(play())
+
+
 def test_an_edge_with_many_messages_in_its_own_time_is_no_flood(
     hub: MemoryHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(guarded, "FRAMES_AT_ONCE", 20.0)
-    monkeypatch.setattr(guarded.GuardedWebSocket, "_frames_left", 20.0)
+    monkeypatch.setattr(guarded.GuardedWebSocket, "_messages_left", 20.0)
 
     async def play() -> None:
         async with serving(hub) as port, session(f"127.0.0.1:{port}") as edge:
@@ -341,6 +384,12 @@ def test_an_address_may_connect_often_at_once_and_then_so_often_a_second() -> No
     assert [handshakes.may("203.0.113.7") for _ in range(300)].count(True) == 2 * strangers.HANDSHAKES_A_SECOND
     now = 1e6
     assert [handshakes.may("203.0.113.7") for _ in range(300)].count(True) == strangers.HANDSHAKES_AT_ONCE
+    handshakes.keep_away("203.0.113.7")
+    now += strangers.AWAY_SECONDS
+    assert not handshakes.may("203.0.113.7")
+    assert handshakes.may("203.0.113.8")
+    now += 1.0
+    assert handshakes.may("203.0.113.7")
 
 
 def test_fifty_edges_behind_one_router_come_in_with_five_connections_each() -> None:
