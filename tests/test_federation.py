@@ -169,6 +169,7 @@ def worker_of(process: subprocess.Popen[str]) -> psutil.Process:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # two whole federations, of two minutes on idle cores
 def test_killing_hub_and_edge_in_mid_round_changes_no_bit(
     tmp_path: Path, tiny_llama: Path, federations: list[Federation]
 ) -> None:
