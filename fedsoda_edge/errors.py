@@ -6,6 +6,7 @@
     │   ├── DataProblem              2  the data cannot be used
     │   ├── HomeInUse                2  another join runs in this FEDSODA_HOME
     │   ├── DeviceTooSmall           4  this device cannot hold the model
+    │   ├── OutOfMemory              4  memory ran out in the middle of work
     │   ├── DiskFull                 3  no space; retry once there is
     │   └── WorkerFailed             1  the child process that owns torch ended
     └── RemoteError                  the other side
@@ -94,6 +95,15 @@ class DeviceTooSmall(LocalError):
     """A device without room for the model."""
 
     exit_status: ClassVar[int] = 4
+
+
+@dataclass
+class OutOfMemory(LocalError):
+    """A machine whose memory, or that of its GPU, ran out in the middle of work. details: the traceback."""
+
+    exit_status: ClassVar[int] = 4
+
+    details: str = ""
 
 
 @dataclass

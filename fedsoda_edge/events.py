@@ -16,6 +16,7 @@ from msgspec import Meta, structs
 
 from fedsoda_edge.protocol.needs import Dtype, MemoryPlan, Part
 from fedsoda_edge.protocol.ranges import Count, Positive, Seconds, Words
+from fedsoda_edge.units import finite
 
 T = TypeVar("T")
 
@@ -115,6 +116,19 @@ class SettingsGiven(JoinEvent, frozen=True, tag="settings"):
     """The command line as it was understood. The command says it, before the join begins."""
 
     values: JoinSettings
+
+
+class HubPreparing(JoinEvent, frozen=True, tag="preparing"):
+    """The hub prepares its run, and this edge waits for that. message: how far it is; total 0: its stage counts nothing.
+
+    seconds_left: until the stage ends, an estimate of the hub; None: not known yet.
+    """
+
+    run: str
+    message: Words
+    done: Count
+    total: Count
+    seconds_left: Seconds | None
 
 
 class Joined(JoinEvent, frozen=True, tag="joined"):
@@ -279,6 +293,7 @@ class RunFinished(JoinEvent, frozen=True, tag="farewell"):
 
 AnyEvent = (
     SettingsGiven
+    | HubPreparing
     | Joined
     | DeviceFits
     | Downloading
@@ -332,12 +347,8 @@ def as_json(event: AnyEvent | JoinEnded) -> dict[str, object]:
 
 
 def line_of(event: AnyEvent | JoinEnded) -> str:
-    """Return the event as `--jsonl` prints it.
-
-    Raises:
-        ValueError: a number in it is not finite.
-    """
-    return json.dumps(as_json(event), allow_nan=False)
+    """Return the event as `--jsonl` prints it; a number that is not finite is null."""
+    return json.dumps(finite(as_json(event)), allow_nan=False)
 
 
 def read(line: str | bytes) -> AnyEvent | JoinEnded | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from fedsoda_edge.errors import UsageProblem
@@ -44,6 +45,19 @@ def counted(number: int, noun: str, plural: str = "") -> str:
         plural: "": the noun with an s.
     """
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def finite(value: object) -> object:
+    """Replace each number that is not finite by None, in lists and dicts too: JSON has none, and what is printed is JSON."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {key: finite(one) for key, one in value.items()}
+        case list() | tuple():
+            return [finite(one) for one in value]
+        case _:
+            return value
 
 
 def human_bytes(size: float) -> str:

@@ -14,6 +14,7 @@ from msgspec import Meta, structs
 
 from fedsoda_edge.protocol.messages import Digest, EdgeId
 from fedsoda_edge.protocol.ranges import Count, Positive
+from fedsoda_edge.units import finite
 from fedsoda_hub.federation import jobs
 from fedsoda_hub.federation import records as rec
 from fedsoda_hub.federation.state import LedgerState
@@ -31,12 +32,8 @@ HubSay = Callable[[HubEvent], None]
 
 
 def line_of(event: HubEvent) -> str:
-    """Encode the event as `--jsonl` prints it.
-
-    Raises:
-        ValueError: a number in it is not finite.
-    """
-    return json.dumps(msgspec.to_builtins(event, str_keys=True), allow_nan=False)
+    """Encode the event as `--jsonl` prints it; a number that is not finite is null."""
+    return json.dumps(finite(msgspec.to_builtins(event, str_keys=True)), allow_nan=False)
 
 
 def as_json(event: HubEvent) -> dict[str, object]:

@@ -303,7 +303,7 @@ class SmallHub(ScriptedHub):
             if (refusal := refused_as_a_copy(self._connection, hello)) is not None:
                 return refusal
             self._connection.close()
-        connection.place = hello.place
+        connection.hello = hello
         self._connection = connection
         return self._welcome()
 
@@ -334,6 +334,8 @@ class SmallHub(ScriptedHub):
 
     async def run_blob(self, digest: str) -> Path | None:
         return None
+
+    health = "serving"
 
     def is_admin(self, secret: str) -> bool:
         return False

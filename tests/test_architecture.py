@@ -212,6 +212,7 @@ NETWORK_FILES = (
     "fedsoda_hub/serving/guarded.py",
     "fedsoda_hub/serving/tls.py",
     "fedsoda_hub/serving/listener.py",
+    "fedsoda_hub/serving/neighbours.py",
 )
 SYSTEM_FILE = "fedsoda_edge/ports/system.py"
 RUNS_CODE = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "multiprocessing", "runpy"}

@@ -357,6 +357,11 @@ def nowhere() -> Iterator[str]:
 # --- fedsoda-edge ----------------------------------------------------------------------------------------------------
 
 
+PREPARING = ms.Preparing(
+    protocol=ms.PROTOCOL_VERSION, run_id="", run_name="scripted", stage="aligning", done=1, total=2
+)
+
+
 class MoodyHub(ScriptedHub):
     """Its disk is full, then it has closed round 1, then it is away for a moment; in round 2 all goes well.
 
@@ -380,6 +385,7 @@ class MoodyHub(ScriptedHub):
             case ms.Hello():
                 if self._num_asked == 0:
                     control.ask(Home().control, "pause", 0.001)
+                    self._say(PREPARING)
                 self._say(self._welcome())
             case ms.Ready():
                 self._offer()

@@ -26,7 +26,7 @@ TEXT, PIECES = 400, 40  # characters of a text, and ids of a sample, that `data 
 _BESIDE = ev.Notice | ev.Reconnecting | ev.Reconnected | ev.Retrying
 
 # Events after which a join waits for others, unless another event says what it does.
-_IS_WAITED_AFTER = ev.DataRead | ev.JoinPaused | ev.Reconnecting | ev.RunFinished
+_IS_WAITED_AFTER = ev.HubPreparing | ev.DataRead | ev.JoinPaused | ev.Reconnecting | ev.RunFinished
 
 
 class JoinDisplay:
@@ -111,6 +111,8 @@ def _beginning(settings: ev.JoinSettings, is_detailed: bool) -> str:
 def sentence(event: ev.AnyEvent) -> str:
     """Write an event as a sentence for people; "" where a bar shows it, or nothing does."""
     match event:
+        case ev.HubPreparing():
+            return f"waiting for the hub of {event.run}, which is {event.message}"
         case ev.Joined():
             return f"joined run {event.run} as {event.edge} ({counted(event.rounds, 'round')})"
         case ev.DeviceFits():
@@ -133,7 +135,7 @@ def sentence(event: ev.AnyEvent) -> str:
             loss = "not a number" if event.loss is None else f"{event.loss:.3f}"
             return f"round {event.round}: trained {event.num_steps} steps in {event.seconds:.1f} s, loss {loss}"
         case ev.Accepted():
-            return f"round {event.round}: the hub has the update ({event.bytes} bytes)"
+            return f"round {event.round}: the hub has the update ({event.bytes} bytes); waiting for the other edges"
         case ev.Refused():
             return f"round {event.round}: the hub refused the update: {event.reason}"
         case ev.Retrying():

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from fedsoda_edge import events as ev
 from fedsoda_edge.errors import HubUnreachable
 from fedsoda_edge.join import control
+from fedsoda_edge.join.attended import attended
 from fedsoda_edge.join.conversation import Connected, Conversation, RunOver
 from fedsoda_edge.join.home import Home
 from fedsoda_edge.join.inspect import hello
@@ -156,10 +157,13 @@ class Agent:
             self.home.forget_borders()  # a join that was killed left them, and nobody has its key
         self._status = Status(self.home.status, self.transport.url, self._clock, lambda: self.worker.rss_bytes)
         first = None if self._settings.unattended else FIRST_SECONDS
-        welcome = await self._conversation.greet(Patience(self._clock, first))
+        greeting = self._conversation.greet(Patience(self._clock, first))
+        if (welcome := await attended(greeting, self._pauses, self._heed)) is None:
+            return
         self.say(ev.Joined(run=welcome.run_name, edge=welcome.edge, rounds=welcome.rounds))
         self._presence.connected()
         await self._heed(await self._pauses.look(None))
+        await self._tell()  # of a pause that began before the hub could hear of it
         if not self._pauses.is_paused:
             await self.worker.start()  # its imports take seconds; nothing below needs it yet
         state = RunState(self.home.run(welcome.run_id), welcome.codec)
@@ -178,10 +182,10 @@ class Agent:
         Raises:
             FedSODAError: what ended the join.
         """
-        try:
-            return await self._within(self._next_offer())
-        except RunOver:
-            return None
+        with contextlib.suppress(RunOver):
+            if isinstance(self._run, Greeted):  # else the owner has asked to finish before the hub's Welcome
+                return await self._within(self._next_offer())
+        return None
 
     async def train(self, round_number: int) -> ms.UpdateStart:
         """Train the round in the worker; return what is to be announced of its update.

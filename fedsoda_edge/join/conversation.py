@@ -15,12 +15,13 @@ from typing import Any, Protocol, TypeVar
 from msgspec.structs import replace
 
 from fedsoda_edge.errors import HubUnreachable, ProtocolMismatch, ProtocolViolation, RefusedByHub
-from fedsoda_edge.events import EventSink, Reconnecting
+from fedsoda_edge.events import EventSink, HubPreparing, Reconnecting
 from fedsoda_edge.join.patience import Patience
 from fedsoda_edge.ports import Clock, Transport
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol import trace
 from fedsoda_edge.protocol.session import Blob, EdgeSession, chunks
+from fedsoda_edge.protocol.stages import words_of
 from fedsoda_edge.units import one_line
 
 log = logging.getLogger("fedsoda_edge.join")
@@ -29,6 +30,7 @@ T = TypeVar("T")
 
 ENDED = "the connection to the hub ended"
 HELD_SECONDS = 30.0  # a connection that holds so long is progress, though nothing may be due on it
+TOLD_SECONDS = 5.0  # at least between two sentences about a hub's preparation, however often it says one
 SHARED_SECONDS = 45.0  # within which a hub notices that the other connection of this identity is dead
 
 
@@ -151,17 +153,19 @@ class Conversation:
         self._state: Lost | Connected | Over = Lost()
         self._changed = asyncio.Event()  # set when the state changes, and replaced
         self._welcome: ms.Welcome | None = None
+        self._is_awaited = False  # the hub said that it prepares its run, and its Welcome is still to come
+        self._told_at = 0.0  # monotonic seconds
 
     # --- connections -------------------------------------------------------------------------------------------------
 
     async def greet(self, patience: Patience | None = None) -> ms.Welcome:
-        """Connect, say Hello and return the hub's Welcome.
+        """Connect, say Hello and return the hub's Welcome; wait for it as long as the hub prepares its run.
 
         Args:
-            patience: how long to try for it; None: once.
+            patience: how long to try for it; None: once, without waiting for a preparation.
 
         Raises:
-            HubUnreachable: names the step that failed.
+            HubUnreachable: names the step that failed, or says how far the hub's preparation is.
             RefusedByHub: the hub refused, or now serves another run.
             ProtocolMismatch: the hub speaks another version.
         """
@@ -169,17 +173,20 @@ class Conversation:
         is_told = False
         while True:
             try:
-                return await self._greet_once()
+                return await self._greet_once(waits=patience is not None)
             except (HubUnreachable, RefusedForNow) as error:
                 log.info(trace.went_wrong(error))
                 if patience is None:
                     raise
+                if self._is_awaited:  # a hub that has answered comes back, and a restart of it takes its time
+                    patience, is_told, self._is_awaited = self._patience, False, False
+                    patience.progressed()
                 if not is_told:
                     self._say(Reconnecting(str(error)))
                     is_told = True
                 await (shared if isinstance(error, RefusedForNow) else patience).after(error)
 
-    async def _greet_once(self) -> ms.Welcome:
+    async def _greet_once(self, *, waits: bool) -> ms.Welcome:
         await self._transport.connect()
         session, hello = EdgeSession(), self._hello()
         log.debug(trace.line(">", hello))
@@ -187,7 +194,9 @@ class Conversation:
         await self._transport.send(session.send(hello))
         async for frame in self._transport.frames():
             answer = session.receive(frame)
-            assert isinstance(answer, ms.Welcome | ms.Refusal), "a session lets nothing else answer Hello"
+            assert isinstance(answer, ms.Preparing | ms.Welcome | ms.Refusal), (
+                "a session lets nothing else answer Hello"
+            )
             log.debug(trace.line("<", answer))
             if isinstance(answer, ms.Refusal):
                 why = f"the hub refused: {one_line(answer.reason)}"
@@ -196,14 +205,42 @@ class Conversation:
                 raise ProtocolMismatch(ms.PROTOCOL_VERSION, answer.protocol)
             if self._welcome is not None and answer.run_id != self._welcome.run_id:
                 raise RefusedByHub(
-                    f"the hub now serves the run {answer.run_id}, this join began with {self._welcome.run_id}; join again"
+                    f"the hub now serves the run {one_line(answer.run_id)}, this join began with {self._welcome.run_id}; "
+                    "join again"
                 )
+            if isinstance(answer, ms.Preparing):
+                self._prepares(answer, waits=waits)
+                continue
             self._witness.hears(answer)
             named = {"run_name": one_line(answer.run_name), "edge": ms.EdgeId(one_line(answer.edge))}
             self._welcome = answer = replace(answer, **named)
+            self._is_awaited = False
             self._become(Connected(session, self._clock.monotonic()))
             return answer
         raise HubUnreachable("the hub closed the connection before it answered Hello; try again later", "HTTP")
+
+    def _prepares(self, said: ms.Preparing, *, waits: bool) -> None:
+        """Tell people how far the hub's preparation is.
+
+        Raises:
+            HubUnreachable: nobody waits for it.
+        """
+        run, words, now = one_line(said.run_name), words_of(said), self._clock.monotonic()
+        if not waits:
+            raise HubUnreachable(f"the hub of the run {run} answers, and is {words}; try again later", "HTTP")
+        is_new = not self._is_awaited
+        self._is_awaited = True
+        if is_new or now - self._told_at >= TOLD_SECONDS:
+            self._told_at = now
+            self._say(
+                HubPreparing(
+                    run=run,
+                    message=words,
+                    done=said.done,
+                    total=said.total,
+                    seconds_left=said.seconds_left,
+                )
+            )
 
     def _become(self, state: Lost | Connected | Over) -> None:
         before = self._state

@@ -62,6 +62,7 @@ def hello(home: Home) -> Hello:
         device_id=home.device_id(),
         device=read_device(home.directory),
         place=place_of(home.device_id(), home.directory),
+        waits=True,
     )
 
 

@@ -16,12 +16,15 @@ from fedsoda_edge import events as ev
 from fedsoda_edge.errors import DataProblem, FedSODAError
 from fedsoda_edge.ports import Clock
 from fedsoda_edge.ports.defects import sentence_of
+from fedsoda_edge.ports.ends import status_of
 from fedsoda_edge.units import human_bytes, human_seconds
 
 WRITE_SECONDS = 1.0  # at least between two writes, except when the state changes
 
 RUN_IS_OVER = "the run is over"
+WAITS_FOR_HUB = "waiting for the hub"
 WORK: dict[type[ev.JoinEvent], str] = {  # what a join does from this event on
+    ev.HubPreparing: WAITS_FOR_HUB,
     ev.Joined: "joining",
     ev.Downloading: "downloading",
     ev.DataRead: "waiting for a round",
@@ -36,14 +39,21 @@ WORK: dict[type[ev.JoinEvent], str] = {  # what a join does from this event on
 }
 
 
+WAITING = frozenset(  # what a join does while it waits for others
+    {WAITS_FOR_HUB, WORK[ev.DataRead], WORK[ev.Retrying]}
+)
+
+
 class JoinStatus(msgspec.Struct, kw_only=True):
     """The content of the file.
 
-    loss: the last step's, in nats. due_at, paused_until, updated_at: seconds since 1970. paused: the reason; None: no
-    pause is on. A field that an older release did not write is None.
+    why: why this edge does not work; None: it does. loss: the last step's, in nats. due_at, paused_until, updated_at:
+    seconds since 1970. paused: the reason; None: no pause is on. exit_status, code: of the join's end, and the class of its
+    error; None: it has not ended, or with none. A field that an older release did not write is None.
     """
 
     state: str = "connecting"
+    why: str | None = None
     pid: int = 0
     hub: str = ""
     run: str | None = None
@@ -58,6 +68,8 @@ class JoinStatus(msgspec.Struct, kw_only=True):
     paused: str | None = None
     paused_until: float | None = None
     last_error: str | None = None
+    exit_status: int | None = None
+    code: str | None = None
     updated_at: float | None = None
 
 
@@ -74,6 +86,7 @@ class Status:
         self._is_downloading = self._has_ended = False
         self.now = JoinStatus(pid=os.getpid(), hub=hub)
         self._work = self.now.state  # kept while the connection is lost or a pause is on
+        self._why: str | None = None  # nothing is worked on, as far as connection and pauses let it
 
     def note(self, event: ev.AnyEvent) -> None:
         """Note one event of the join."""
@@ -82,6 +95,7 @@ class Status:
         before = self.now.state
         self._note_state(event)
         self._note_values(event)
+        self._note_why(event)
         is_due = self._clock.monotonic() - self._written_at >= WRITE_SECONDS
         if self.now.state != before or isinstance(event, ev.JoinPaused) or is_due:
             self._written_at = self._clock.monotonic()
@@ -107,6 +121,33 @@ class Status:
                 now.state, now.paused, now.paused_until = self._work, None, None
         if now.paused is not None:
             now.state = "paused"  # whatever else happens meanwhile
+
+    def _note_why(self, event: ev.AnyEvent) -> None:
+        """Note why this edge does not work, in one sentence."""
+        now = self.now
+        match event:
+            case ev.HubPreparing():
+                self._why = f"the hub is {event.message}"
+            case ev.DataRead():
+                self._why = "the hub has not invited this edge to a round yet"
+            case ev.Accepted():
+                self._why = f"the hub waits for the updates of other edges to round {event.round}"
+            case ev.Refused():
+                self._why = f"the hub refused the update of round {event.round}, and has not opened the next round"
+            case ev.RoundOver():
+                self._why = f"round {event.round} is closed, and the hub has not invited this edge to the next one"
+            case ev.Retrying():
+                self._why = f"the hub cannot take the update now: {event.reason}"
+            case _ if type(event) in WORK:
+                self._why = None
+        if now.paused is not None:
+            now.why = pause_sentence(now.paused, None)
+        elif now.state == "reconnecting":
+            now.why = f"the hub is away: {now.last_error}"
+        elif now.state in WAITING:
+            now.why = self._why
+        else:
+            now.why = None
 
     def _note_values(self, event: ev.AnyEvent) -> None:
         now = self.now
@@ -136,11 +177,15 @@ class Status:
 
     def end(self, error: BaseException | None) -> None:
         """Note that the join ended, and why if its run had not. Later events are ignored."""
+        if self._has_ended:
+            return  # an end is final, whatever fails while the join is taken down
         self._has_ended = True
+        self.now.exit_status = 0 if error is None else status_of(error)
         if error is not None:
-            self.now.state, self.now.last_error = "stopped", _unquoted(error)
+            self.now.state, self.now.last_error, self.now.code = "stopped", _unquoted(error), type(error).__name__
         elif self.now.state != RUN_IS_OVER:
             self.now.state = "stopped"
+        self.now.why = None
         self.now.paused = self.now.paused_until = None
         self.write()
 
@@ -178,12 +223,16 @@ def pause_sentence(reason: str, seconds: float | None) -> str:
 
 def sentences(found: JoinStatus, *, is_running: bool, now: float) -> list[str]:
     """Write a status for people, a line each: state, hub, round, step, due time, memory, last error with its remedy."""
-    state = found.state if is_running or found.state in ("stopped", RUN_IS_OVER) else "ended unexpectedly"
-    if is_running and found.paused:
+    state = found.state
+    if not is_running and found.state not in ("stopped", RUN_IS_OVER):
+        state = "ended unexpectedly: it was killed, or the machine ended it for lack of memory"
+    elif is_running and found.paused:
         state = pause_sentence(found.paused, found.paused_until and max(0.0, found.paused_until - now))
+    elif is_running and found.why:
+        state = f"{found.state}: {found.why}"
     lines = [f"{state}" + (f" (pid {found.pid})" if is_running else "")]
     if found.run:
-        lines.append(f"run {found.run} as {found.edge} at {found.hub}")
+        lines.append(f"run {found.run}" + (f" as {found.edge}" if found.edge else "") + f" at {found.hub}")
     else:
         lines.append(f"hub {found.hub}")
     if found.round:
@@ -197,6 +246,6 @@ def sentences(found: JoinStatus, *, is_running: bool, now: float) -> list[str]:
         lines.append(line)
     if found.worker_bytes and is_running:
         lines.append(f"worker holds {human_bytes(found.worker_bytes)} of memory")
-    if found.last_error:
+    if found.last_error and found.last_error not in lines[0]:
         lines.append(f"last error: {found.last_error}")
     return lines

@@ -18,7 +18,7 @@ import msgspec
 from fedsoda_edge import events as ev
 from fedsoda_edge.device.facts import read_device
 from fedsoda_edge.device.fit import Limits, fit, leaner, plan_sentence, room_for, same_way, table
-from fedsoda_edge.errors import DeviceTooSmall, WorkerFailed
+from fedsoda_edge.errors import DeviceTooSmall, OutOfMemory, WorkerFailed
 from fedsoda_edge.join.pause import Pauses
 from fedsoda_edge.join.run_state import RunState
 from fedsoda_edge.ports import TorchPort
@@ -149,7 +149,7 @@ class Trainer:
             tries: how often the worker may die before the work is given up.
 
         Raises:
-            DeviceTooSmall: memory runs out with the leanest plan.
+            DeviceTooSmall, OutOfMemory: memory runs out with the leanest plan.
             WorkerFailed: the worker died that many times.
         """
         async with self._working:
@@ -157,7 +157,7 @@ class Trainer:
             while True:
                 try:
                     return await self._pauses.run(work)
-                except DeviceTooSmall as error:
+                except (DeviceTooSmall, OutOfMemory) as error:
                     plan = self._leaner()
                     if plan is None:
                         raise

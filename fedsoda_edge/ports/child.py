@@ -21,8 +21,9 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from fedsoda_edge.errors import DiskFull, FedSODAError, Field, WorkerFailed, by_name, panics_caught
+from fedsoda_edge.errors import DiskFull, FedSODAError, Field, OutOfMemory, WorkerFailed, by_name, panics_caught
 from fedsoda_edge.ports.defects import machine_words, sentence_of, trace_of
+from fedsoda_edge.ports.ends import is_out_of_memory
 from fedsoda_edge.ports.system import group_of_its_own, peak_rss_bytes, was_killed
 from fedsoda_edge.protocol.calls import Call, ProgressT, ResultT, progress_type, result_type
 
@@ -279,7 +280,13 @@ def serve(
                 full = DiskFull(f"the disk is full ({machine_words(error)}); free some space there, then try again")
                 _write(out, ErrorReply(DiskFull.__name__, full.fields()))
                 continue
-            if has_read:
+            if is_out_of_memory(error):
+                words = machine_words(error) or type(error).__name__
+                short = OutOfMemory(
+                    f"memory ran out during {type(call).__name__} ({words}); end other programs", trace_of(error)
+                )
+                reply = ErrorReply(OutOfMemory.__name__, short.fields())
+            elif has_read:
                 reply = ErrorReply("", text=sentence_of(error), details=trace_of(error))
             else:
                 reply = ErrorReply("", text=f"{type(error).__name__}: {error}", details=traceback.format_exc())

@@ -6,7 +6,6 @@ What a command does, and which events it shows, is left to the two `cli` rooms.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import signal
@@ -22,10 +21,11 @@ import typer
 
 from fedsoda_edge.errors import FedSODAError, UsageProblem
 from fedsoda_edge.ports.defects import machine_words, sentence_of, trace_of
+from fedsoda_edge.ports.ends import of_this_machine
 from fedsoda_edge.ports.logs import logs_shown, printable
 from fedsoda_edge.ports.outlet import ERR, OUT, HarmlessStream, beside
 from fedsoda_edge.ports.system import on_stop
-from fedsoda_edge.units import counted, human_bytes, human_seconds
+from fedsoda_edge.units import counted, finite, human_bytes, human_seconds
 
 EXIT_HELP = (
     "Exit status: 0 done; 1 failed, do not retry; 2 wrong usage, settings or data; 3 temporary (network, hub away, "
@@ -93,9 +93,10 @@ def _fail(
         note(f"error: {said}; this is a defect of fedsoda: please report it, with what --debug shows")
     elif isinstance(error, FedSODAError):
         note(f"error: {error}")
-    elif isinstance(error, OSError):
-        status, remedy = _of_this_machine(error)
-        note(f"error: {error}; {remedy}, then try again")
+    elif isinstance(error, OSError | MemoryError):
+        status, remedy = of_this_machine(error)
+        said = str(error) or "memory ran out"
+        note(f"error: {said}; {remedy}, then try again")
     else:
         note(
             f"error: {type(error).__name__}: {error}; this is a defect of fedsoda: please report it, with what --debug shows"
@@ -105,19 +106,6 @@ def _fail(
     fields = {"status": "error", "error": type(error).__name__, "message": said, "exit_status": status}
     finish(fields, as_json, jsonl)
     raise typer.Exit(status) from None
-
-
-def _of_this_machine(error: OSError) -> tuple[int, str]:
-    """Return the exit status of what the system refused, and what to do about it."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return 3, "free some space there"
-    if isinstance(error, ConnectionError | TimeoutError):
-        return 3, "check the network"
-    if error.errno in (errno.EMFILE, errno.ENFILE):
-        return 3, "allow more open files with `ulimit -n`"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return 2, "let this user read and write there, or name another place"
-    return 2, "correct this on this machine"
 
 
 def run(app: typer.Typer) -> None:
@@ -172,11 +160,11 @@ def finish(values: Mapping[str, object], as_json: bool, jsonl: bool) -> None:
     """Print the object of --json, or the last event of --jsonl. That it cannot be written does not change what was done."""
     if as_json:
         try:
-            OUT.give(json.dumps({"schema": 1, **values}, allow_nan=False) + "\n")
+            OUT.give(json.dumps(finite({"schema": 1, **values}), allow_nan=False) + "\n")
         except (OSError, ValueError) as error:
             note(f"the JSON object could not be written to stdout: {getattr(error, 'strerror', None) or error}")
     elif jsonl:
-        line_out(json.dumps({"schema": 1, "event": "end", "terminal": True, **values}, allow_nan=False))
+        line_out(json.dumps(finite({"schema": 1, "event": "end", "terminal": True, **values}), allow_nan=False))
 
 
 def line_out(text: str) -> None:

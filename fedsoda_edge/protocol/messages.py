@@ -120,6 +120,8 @@ class Hello(Message, frozen=True, tag="hello", omit_defaults=True):
     device_id: made once in FEDSODA_HOME; a token is bound to one device.
     place: a digest of machine and directory, which tells a copy of that FEDSODA_HOME from the device that reconnects; ""
         where it is not known.
+    waits: whether this edge knows Preparing; to one of an older release a hub that prepares its run says nothing before the
+        Welcome.
     """
 
     protocol: Whole
@@ -127,6 +129,7 @@ class Hello(Message, frozen=True, tag="hello", omit_defaults=True):
     device_id: DeviceId
     device: DeviceFacts
     place: Name = ""
+    waits: bool = False
 
 
 class Ready(Message, frozen=True, tag="ready", omit_defaults=True):
@@ -204,6 +207,23 @@ class Leave(Message, frozen=True, tag="leave"):
 
 
 # --- hub to edge ------------------------------------------------------------------------------------
+
+
+class Preparing(Message, frozen=True, tag="preparing", omit_defaults=True):
+    """The answer to Hello while the run is prepared, said again when that gets on; the Welcome follows on this connection.
+
+    stage: what is done now; "": the first stage has not begun. done, total: of the stage; total 0: it counts nothing.
+    seconds: since the stage began. seconds_left: until it ends, an estimate; None: not known yet.
+    """
+
+    protocol: Whole
+    run_id: str
+    run_name: str
+    stage: Name = ""
+    done: Natural = 0
+    total: Natural = 0
+    seconds: Span = 0.0
+    seconds_left: Span | None = None
 
 
 class Welcome(Message, frozen=True, tag="welcome", omit_defaults=True):
@@ -304,5 +324,5 @@ class Farewell(Message, frozen=True, tag="farewell"):
 
 
 EdgeMessage = Hello | Ready | BlobRequest | UpdateStart | UpdateChunk | Decline | Progress | Paused | Resumed | Leave
-HubMessage = Welcome | RoundOffer | BlobChunk | Receipt | Refusal | RoundClosed | Farewell
+HubMessage = Preparing | Welcome | RoundOffer | BlobChunk | Receipt | Refusal | RoundClosed | Farewell
 AnyMessage = EdgeMessage | HubMessage

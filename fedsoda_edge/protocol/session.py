@@ -2,6 +2,7 @@
 
     edge                      hub
     Hello            ->
+                     <-       Preparing ...       while the run is prepared, to an edge that waits
                      <-       Welcome | Refusal
     Ready            ->
     BlobRequest      ->
@@ -171,10 +172,11 @@ class EdgeSession:
         if not isinstance(message, ms.HubMessage):
             raise ProtocolViolation(f"the hub sent {type(message).__name__}, which only edges say")
         if self.state == "greeted":
-            if not isinstance(message, ms.Welcome | ms.Refusal):
+            if not isinstance(message, ms.Preparing | ms.Welcome | ms.Refusal):
                 raise ProtocolViolation(f"the hub answered Hello with {type(message).__name__}")
-            self.state = "open" if isinstance(message, ms.Welcome) else "over"
-        elif self.state != "open" or isinstance(message, ms.Welcome):
+            if not isinstance(message, ms.Preparing):
+                self.state = "open" if isinstance(message, ms.Welcome) else "over"
+        elif self.state != "open" or isinstance(message, ms.Preparing | ms.Welcome):
             raise ProtocolViolation(f"the hub sent {type(message).__name__} in state {self.state}")
         if not isinstance(message, ms.BlobChunk):
             return message
@@ -190,6 +192,8 @@ class EdgeSession:
 class HubSession:
     """The hub's side of one connection. state: new, greeted (Hello came), open (Welcome was sent), ready, over.
 
+    max_update_bytes: of an update; before the run is prepared nobody knows it.
+
     Args:
         gather: makes the place for an announced update.
     """
@@ -198,7 +202,7 @@ class HubSession:
         self, max_update_bytes: int, gather: Callable[[ms.UpdateStart], Gathered] = lambda _: InMemory()
     ) -> None:
         self.state = "new"
-        self._max_update_bytes = max_update_bytes
+        self.max_update_bytes = max_update_bytes
         self._gather = gather
         self._start: ms.UpdateStart | None = None
         self._upload: _Assembly | None = None
@@ -219,6 +223,8 @@ class HubSession:
         if isinstance(message, ms.Welcome):
             assert self.state == "greeted", "Welcome answers Hello, once"
             self.state = "open"
+        elif isinstance(message, ms.Preparing):
+            assert self.state == "greeted", "Preparing comes between Hello and Welcome"
         elif isinstance(message, ms.Refusal) and message.fatal:
             self.state = "over"
         else:
@@ -255,9 +261,9 @@ class HubSession:
                         f"the edge announced {message.digest[:12]} when {self._upload.size} of {self._upload.total} bytes of "
                         f"{self._upload.digest[:12]} had come; one update is under way at a time"
                     )
-                if not 0 < message.bytes <= self._max_update_bytes:
+                if not 0 < message.bytes <= self.max_update_bytes:
                     raise ProtocolViolation(
-                        f"an update of {message.bytes} bytes was announced, and {self._max_update_bytes} are allowed at most"
+                        f"an update of {message.bytes} bytes was announced, and {self.max_update_bytes} are allowed at most"
                     )
                 self.drop_upload()
                 self._start = message

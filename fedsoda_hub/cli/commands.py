@@ -15,6 +15,7 @@ from fedsoda_edge.ports.console import EXIT_HELP, finish, note, reporting, worki
 from fedsoda_edge.ports.console import run as run_command
 from fedsoda_edge.units import human_bytes
 from fedsoda_hub.cli.bundle_command import bundle
+from fedsoda_hub.cli.found import status_of_run
 from fedsoda_hub.cli.guests import invite, rebind, revoke
 from fedsoda_hub.cli.import_command import import_model
 from fedsoda_hub.cli.of_run import reset, token_app
@@ -23,7 +24,6 @@ from fedsoda_hub.settings.rates import Rates
 
 if TYPE_CHECKING:
     from fedsoda_hub.run.edges import KnownEdge
-    from fedsoda_hub.run.status import LiveStatus
 
 
 app = typer.Typer(help="Prepare, serve and evaluate a federated run.", epilog=EXIT_HELP, no_args_is_help=True)
@@ -156,15 +156,21 @@ def prepare(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
         directory = RunDirectory(settings.run_dir)
         lock = directory.lock()
         try:
+            from fedsoda_hub.cli.noted import noting
             from fedsoda_hub.evaluation.judge import check_evaluation
             from fedsoda_hub.events import event_of_progress
+            from fedsoda_hub.federation.jobs import JobProgress
             from fedsoda_hub.preparation.prepare import RunPreparation
 
             check_evaluation(settings)
-            with HubDisplay(jsonl=False) as display:
-                result = RunPreparation(settings).run(
-                    lambda progress: display.say(event_of_progress("prepare", progress))
-                )
+            with HubDisplay(jsonl=False) as display, noting(directory) as noted:
+
+                def report(progress: JobProgress) -> None:
+                    event = event_of_progress("prepare", progress)
+                    noted(event)
+                    display.say(event)
+
+                result = RunPreparation(settings).run(report)
         finally:
             lock.release()
         for sentence in advice_on(settings):
@@ -208,38 +214,6 @@ def serve(
         finish({"status": "ok", "run": settings.name, "phase": daemon.machine.state.phase}, as_json, jsonl)
 
 
-def _status(run: Path) -> tuple[bool, LiveStatus]:
-    """Return whether a hub runs, and the run's status, from the hub or else from its ledger.
-
-    Raises:
-        UsageProblem: the run has not been started.
-    """
-    from fedsoda_hub.federation.steering import count_in_force
-    from fedsoda_hub.run.directory import RunDirectory
-    from fedsoda_hub.run.ledger import not_started, opened_to_read
-    from fedsoda_hub.run.status import live_status, run_status
-    from fedsoda_hub.serving.listener import ask_running_hub
-    from fedsoda_hub.settings.run import read_settings
-
-    settings = read_settings(run)
-    directory = RunDirectory(settings.run_dir)
-    if not directory.ledger.exists():
-        raise not_started(settings.path)
-    with opened_to_read(directory) as ledger:
-        state = ledger.replay()
-        if not state.run_id:  # the ledger holds tokens only
-            raise not_started(settings.path)
-        live = ask_running_hub(directory)
-        if live is not None and live.run_id == state.run_id:  # an old address may be another run's by now
-            return True, live
-        known = [
-            msgspec.structs.replace(one, standing=state.measured.standings.get(one.edge)) for one in ledger.edges.all()
-        ]
-        return False, live_status(
-            run_status(settings.name, count_in_force(settings.rounds.count, state), ledger.traffic(), state), known
-        )
-
-
 def _edges(run: Path) -> list[KnownEdge]:
     """Return who may join, also where the run has not been started.
 
@@ -255,7 +229,7 @@ def _edges(run: Path) -> list[KnownEdge]:
         with opened_to_read(directory) as ledger:
             if not ledger.replay().run_id and (known := ledger.edges.all()):
                 return known
-    return _status(run)[1].edges
+    return status_of_run(run)[1].edges
 
 
 @app.command(epilog="Example: fedsoda-hub status triage.toml --json")
@@ -264,11 +238,16 @@ def status(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
     with reporting(as_json, False, debug):
         import msgspec
 
-        is_running, found = _status(run)
+        from fedsoda_hub.cli.tables import process_words
+        from fedsoda_hub.run.sentence import sentence_of
+
+        is_running, found = status_of_run(run)
+        sentence = sentence_of(found)
         note(
             f"{found.run}: {found.phase}, round {found.round} of {found.rounds}, "
-            f"{found.rounds_closed} closed, hub {'running' if is_running else 'not running'}"
+            f"{found.rounds_closed} closed, hub {process_words(found) if is_running else 'not running'}"
         )
+        note(f"now: {sentence}")
         if found.losses:
             note("losses: " + " ".join(f"{loss:.3f}" for loss in found.losses))
         if found.cross_terms:
@@ -280,7 +259,7 @@ def status(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
         if found.evaluation:
             note("accuracy: " + ", ".join(f"{name} {value:.1%}" for name, value in found.evaluation.accuracy.items()))
         values = msgspec.to_builtins(found, str_keys=True)
-        finish({"status": "ok", "running": is_running, **values}, as_json, False)
+        finish({"status": "ok", "running": is_running, "sentence": sentence, **values}, as_json, False)
 
 
 @app.command(epilog="Example: fedsoda-hub edges triage.toml")

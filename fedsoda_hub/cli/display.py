@@ -25,6 +25,7 @@ class HubDisplay:
         self._line = ProgressLine(is_live=is_terminal() and not jsonl)
         self._round = _OpenRound()
         self._edges: set[str] = set()  # connected
+        self._is_preparing = False  # as far as it was when the hub began to serve
 
     def __enter__(self) -> HubDisplay:
         return self
@@ -36,7 +37,7 @@ class HubDisplay:
 
     def say(self, event: events.HubEvent) -> None:
         """Show one event of the hub or of a job."""
-        if isinstance(event, events.Listening):
+        if isinstance(event, events.RunPrepared) or (isinstance(event, events.Listening) and not self._is_preparing):
             PULSE.work("")  # from now on it waits for edges
         if self._jsonl:
             line_out(events.line_of(event))
@@ -63,7 +64,8 @@ class HubDisplay:
 
     def begins(self, state: LedgerState, rounds: int) -> None:
         """Show what happens next, when a hub begins to serve."""
-        PULSE.work("preparing the run" if state.phase == "preparing" else "opening the run")
+        self._is_preparing = state.phase == "preparing"
+        PULSE.work("preparing the run" if self._is_preparing else "opening the run")
         if not self._jsonl:
             self._line.say(next_step(state, rounds))
 
@@ -127,7 +129,7 @@ def next_step(state: LedgerState, rounds: int) -> str:
     """
     match state.phase:
         case "preparing":
-            return "next: prepare the bundle from the full model, which takes a while; then edges may join"
+            return "next: prepare the bundle from the full model, which takes a while; edges that join meanwhile wait"
         case "idle":
             return f"next: round {state.round + 1} of {rounds}, as soon as enough edges are connected"
         case "collecting":

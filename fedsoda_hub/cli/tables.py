@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fedsoda_hub.plan import Emulators, PlanReport
     from fedsoda_hub.preparation.curve import CurvePoint
     from fedsoda_hub.run.edges import KnownEdge
+    from fedsoda_hub.run.status import LiveStatus
 
 
 def evaluation_lines(result: Evaluation) -> Iterator[str]:
@@ -49,6 +50,12 @@ def edge_line(edge: KnownEdge) -> str:
     line += f", size class {edge.size_class}" if edge.size_class else ""
     line += f", step {edge.step} of {edge.steps}" if edge.step else ""
     return line + standing_words(edge.standing)
+
+
+def process_words(status: LiveStatus) -> str:
+    """Name the process that serves a run: "running at https://h:8470 (pid 7)"."""
+    pid = "" if status.hub is None else f" (pid {status.hub.pid})"
+    return f"running at {status.url}{pid}"
 
 
 def _shares(shares: Mapping[str, float]) -> str:

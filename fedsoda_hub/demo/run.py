@@ -188,7 +188,8 @@ async def _federate(directory: Path, run_file: Path, say: HubSay) -> _Federated:
         lambda _: keep_report,
         {"FEDSODA_THREADS": "1"},
     )
-    return _Federated(times[events.Listening], times[events.RunEnded], reports)
+    began_at = max(times[events.Listening], times.get(events.RunPrepared, 0.0))  # edges that came before that waited
+    return _Federated(began_at, times[events.RunEnded], reports)
 
 
 async def _train_alone(directory: Path, rounds: int, seed: int, say: HubSay) -> dict[str, Path]:

@@ -74,9 +74,14 @@ class RoundMachine:
         return self._running is not None
 
     @property
-    def job(self) -> jobs.Job | None:
-        """The job that runs and whose result is not written down yet."""
+    def running(self) -> jobs.Job | None:
+        """The job that runs, whose result is not written down yet."""
         return self._running
+
+    @property
+    def waiting(self) -> str | None:
+        """The reason why the run waits; None: it does not."""
+        return self._waiting or None
 
     @property
     def quorum(self) -> int:

@@ -181,8 +181,8 @@ class LedgerState(msgspec.Struct, forbid_unknown_fields=True):
             case rec.RunPaused() | rec.RunResumed():
                 self.steering = replace(self.steering, is_paused=isinstance(record, rec.RunPaused))
             case rec.RulesChanged():
-                new = {key: Changed(value, record.instead_of[key]) for key, value in record.values.items()}
-                self.steering = replace(self.steering, changed=self.steering.changed | new)
+                given = {key: Changed(value, record.instead_of[key]) for key, value in record.values.items()}
+                self.steering = replace(self.steering, changed=self.steering.changed | given)
                 if record.deadline_at is not None:
                     self.deadline_at = record.deadline_at
             case rec.RunPrepared():

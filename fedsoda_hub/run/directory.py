@@ -88,6 +88,11 @@ class RunDirectory:
         return self.path / "address"
 
     @property
+    def process(self) -> Path:
+        """The file with what the process that serves or prepares the run does, or how the last one ended."""
+        return self.path / "hub.json"
+
+    @property
     def report(self) -> Path:
         """The directory of `fedsoda-hub report`, unless --to names another."""
         return self.path / "report"

@@ -71,6 +71,7 @@ def _made(directory: RunDirectory) -> tuple[Path, ...]:
         directory.report,
         directory.model_revision,
         directory.address,
+        directory.process,
     )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from fedsoda_edge.protocol.stages import preparing_words, stage_words
 from fedsoda_edge.units import human_seconds
-from fedsoda_hub.run.status import TERMINAL, BestRound, HubProcess, LiveStatus, Working
+from fedsoda_hub.run.status import TERMINAL, BestRound, HubProcess, LiveStatus, RunningJob
 
 
 def sentence_of(status: LiveStatus) -> str:
-    """Say what the run does now, and until when where that is known; where nothing goes on, why."""
+    """Say what the run does now, and until when where that is known; where it waits, why."""
     hub = status.hub
     if status.phase == "ended":
         return f"over after {status.rounds_closed} of {status.rounds} rounds{_best(status.best)}"
@@ -24,16 +25,18 @@ def sentence_of(status: LiveStatus) -> str:
             return _collecting(status)
 
 
-def preparing(work: Working | None) -> str:
+def preparing(work: RunningJob | None) -> str:
     """Say how far the preparation is: "preparing: aligning 81 of 200, about 11 min left"."""
-    if work is None or work.stage is None:
-        return "preparing the sub-LLM"
-    return f"preparing: {_stage(work)}"
+    if work is None:
+        return preparing_words("", 0, 0, 0.0, None)
+    return preparing_words(work.stage or "", work.done or 0, work.total or 0, work.seconds, work.seconds_left)
 
 
-def working(work: Working) -> str:
+def working(work: RunningJob) -> str:
     """Say how far a job is: "evaluating 40 of 200, about 2 min left"."""
-    return _stage(work) if work.stage is not None else _JOBS.get(work.job, work.job)
+    if work.stage is None:
+        return _JOBS.get(work.job, work.job)
+    return stage_words(work.stage, work.done or 0, work.total or 0, work.seconds, work.seconds_left)
 
 
 _JOBS = {
@@ -44,13 +47,6 @@ _JOBS = {
     "reprune": "drawing other layers",
     "evaluate": "evaluating",
 }
-
-
-def _stage(work: Working) -> str:
-    said = f"{work.stage}" if not work.total else f"{work.stage} {work.done or 0:,} of {work.total:,}"
-    if work.seconds_left is not None:
-        return f"{said}, about {human_seconds(work.seconds_left)} left"
-    return f"{said}, for {human_seconds(work.seconds)}" if work.seconds >= 1 else said
 
 
 def _collecting(status: LiveStatus) -> str:

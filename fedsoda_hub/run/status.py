@@ -78,7 +78,7 @@ class RunStatus(msgspec.Struct, frozen=True, kw_only=True):
     traffic: list[Travelled]
 
 
-class Working(msgspec.Struct, frozen=True, kw_only=True):
+class RunningJob(msgspec.Struct, frozen=True, kw_only=True):
     """The job that is computed now.
 
     job: its name: prepare, aggregate, realign, reprune, probe, evaluate. stage: None: it has not said one yet. done, total:
@@ -119,14 +119,14 @@ class HubProcess(msgspec.Struct, frozen=True, kw_only=True):
 class LiveStatus(RunStatus, frozen=True, kw_only=True):
     """A run's status with what its hub knows too.
 
-    url: None: no hub serves. due_seconds: None: no round is open. work: None: nothing is computed. waiting: why nothing goes
-    on; None: it does. hub: None: none has ever run.
+    url: None: no hub serves. due_seconds: None: no round is open. work: None: nothing is computed. waiting: why the run
+    waits; None: it does not. hub: None: none has ever run.
     """
 
     url: str | None
     edges: list[KnownEdge]
     due_seconds: float | None
-    work: Working | None = None
+    work: RunningJob | None = None
     waiting: str | None = None
     hub: HubProcess | None = None
 
@@ -169,7 +169,7 @@ def live_status(
     *,
     url: str | None = None,
     due_seconds: float | None = None,
-    work: Working | None = None,
+    work: RunningJob | None = None,
     waiting: str | None = None,
     hub: HubProcess | None = None,
 ) -> LiveStatus:

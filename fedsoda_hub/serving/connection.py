@@ -42,8 +42,11 @@ class Guests(Protocol):
         """Answer the body of a request to /v1/proof: (HTTP status, JSON)."""
         ...
 
-    async def greet(self, connection: Connection, hello: ms.Hello) -> ms.Welcome | ms.Refusal | None:
-        """Answer a Hello; None: the disk is full, so the device cannot be noted; it may come again."""
+    async def greet(self, connection: Connection, hello: ms.Hello) -> ms.Preparing | ms.Welcome | ms.Refusal | None:
+        """Answer a Hello; None: the disk is full, so the device cannot be noted; it may come again.
+
+        After Preparing the edge waits, until `Connection.answer` gets the answer that ends that.
+        """
         ...
 
     def gather(self, edge: ms.EdgeId, start: ms.UpdateStart) -> Gathered:
@@ -70,6 +73,8 @@ class Asked(Protocol):
 
     @property
     def metrics(self) -> Metrics: ...
+    @property
+    def health(self) -> str: ...
     def is_admin(self, secret: str) -> bool: ...
     async def status(self) -> LiveStatus: ...
 
@@ -139,14 +144,13 @@ class Connection:
     An edge that does not take a frame within `stall_seconds`, or lets too many messages wait, is ended.
 
     token: what it came in with. up, down: bytes of payload and framing that are not counted yet. size_class: the one that
-    the edge's Ready named.
-    place: that of the Hello. is_contested: whether another place came with the same identity.
+    the edge's Ready named. hello: with which the edge came. is_contested: whether another place came with the same identity.
     """
 
     def __init__(self, hub: Hub, token: Token, channel: Channel) -> None:
         self.token = token
         self.size_class = 0
-        self.place = ""
+        self.hello: ms.Hello | None = None
         self.is_contested = False
         self.up = 0
         self.down = 0
@@ -177,6 +181,19 @@ class Connection:
         self._queued_bytes += len(frame)
         self._out.put_nowait(frame)
         self._trace(">", message)
+
+    def prepares(self, said: ms.Preparing) -> None:
+        """Tell an edge that waits how far the preparation is; one of an older release waits without a word."""
+        if self.hello is not None and self.hello.waits:
+            self.send(said)
+
+    def answer(self, answer: ms.Welcome | ms.Refusal | None) -> None:
+        """Say what ends the greeting; after anything but a Welcome the conversation ends."""
+        self.session.max_update_bytes = self._hub.shelf.max_update_bytes
+        if answer is not None:
+            self.send(answer)
+        if not isinstance(answer, ms.Welcome):
+            self.session.state = "over"
 
     def close(self) -> None:
         """End the conversation when everything that is queued has left."""
@@ -287,10 +304,10 @@ class Connection:
                 pass
             case ms.Hello():
                 answer = await self._hub.guests.greet(self, said)
-                if answer is not None:
-                    self.send(answer)
-                if not isinstance(answer, ms.Welcome):
-                    self.session.state = "over"
+                if isinstance(answer, ms.Preparing):
+                    self.prepares(answer)
+                else:
+                    self.answer(answer)
             case ms.BlobRequest():
                 await self._send_blob(said)
             case _:

@@ -13,15 +13,19 @@ from fedsoda_edge.network.tls import pin_text
 from fedsoda_edge.ports import Clock, SystemClock, TorchPort
 from fedsoda_edge.ports.child import Child
 from fedsoda_edge.ports.disk import write_durably
+from fedsoda_edge.ports.ends import status_of
 from fedsoda_edge.ports.system import on_signal_in
 from fedsoda_hub import events
 from fedsoda_hub.federation.rounds import RoundMachine
+from fedsoda_hub.run.process import ProcessNote
+from fedsoda_hub.run.status import RunningJob
 from fedsoda_hub.serving.admission import Admission
 from fedsoda_hub.serving.broadcast import Broadcast
 from fedsoda_hub.serving.connection import Door, Hub
 from fedsoda_hub.serving.decisions import Decisions, Inbox
 from fedsoda_hub.serving.first_of import first_of
 from fedsoda_hub.serving.gauges import Gauges
+from fedsoda_hub.serving.greeting import Greeting
 from fedsoda_hub.serving.listener import Listener
 from fedsoda_hub.serving.metrics import Metrics
 from fedsoda_hub.serving.monitoring import Monitoring
@@ -61,6 +65,9 @@ class Daemon:
         self.uploads = Uploads(run.directory.blobs, settings.wire.codec, run.directory.uploads)
         state = run.state
         self.proofs = Proofs(run.key, run.ledger.devices, lambda: state.run_id, clock.monotonic, clock.wall)
+        note = ProcessNote(run.directory.process, clock, "preparing" if not state.sub_llms else "serving")
+        signer = Signer(run.key, state, tuple(settings.blobs.mirrors), self.shelf.ref, clock)
+        greeting = Greeting(settings, state, self.shelf, signer, clock, self._work)
         self.roster = Roster(
             settings,
             self.machine,
@@ -70,10 +77,13 @@ class Daemon:
             self.proofs,
             self.inbox.put_nowait,
             say,
-            Signer(run.key, run.state, tuple(settings.blobs.mirrors), self.shelf.ref, clock),
+            greeting,
             metrics,
         )
-        self.monitoring = Monitoring(settings, self.machine, run.ledger, clock, self.roster, run.admin_secret, metrics)
+        self.monitoring = Monitoring(
+            settings, self.machine, run.ledger, clock, self.roster, run.admin_secret, metrics, note
+        )
+        self.broadcast.begin(self.monitoring.heard)
         self.admission = Admission(run.ledger, self.roster, self.proofs.tickets, clock)
         self.jobs = TorchJobs(settings, torch, self.inbox.put_nowait, say, metrics.worked)
         self.decisions = Decisions(
@@ -131,6 +141,9 @@ class Daemon:
         run = resume(settings)
         return cls(settings, run, say, clock or SystemClock(), door, torch or Child("fedsoda_hub.compute"))
 
+    def _work(self) -> RunningJob | None:
+        return self.monitoring.work()
+
     @property
     def url(self) -> str:
         """The URL at which the hub serves; empty before it does."""
@@ -146,6 +159,7 @@ class Daemon:
         Raises:
             UsageProblem: the port is in use, or the owner's certificate cannot be used.
             WorkerFailed: the process that owns torch ended three times in one job.
+            OutOfMemory: memory ran out as often, here or there.
             KeyboardInterrupt: SIGINT came.
         """
         loop = asyncio.get_running_loop()
@@ -162,8 +176,30 @@ class Daemon:
         """Serve as `run` does, until `stop` holds the name of a signal.
 
         Raises:
-            UsageProblem, WorkerFailed, KeyboardInterrupt: as in `run`.
+            UsageProblem, WorkerFailed, OutOfMemory, KeyboardInterrupt: as in `run`.
         """
+        self.monitoring.note.begin()
+        try:
+            await self._serve(stop, exit_when_done=exit_when_done)
+        except BaseException as error:
+            self._note_end(error, stop)
+            raise
+        self._note_end(None, stop)
+
+    def _note_end(self, error: BaseException | None, stop: asyncio.Future[str]) -> None:
+        """Note how this process ends: what others read of it when it is gone."""
+        is_stopped = isinstance(error, KeyboardInterrupt | asyncio.CancelledError)
+        if error is not None and not is_stopped:
+            self.monitoring.note.end(
+                "failed", status_of(error), str(error) or type(error).__name__, type(error).__name__
+            )
+        elif self.machine.state.phase == "ended":
+            self.monitoring.note.end("over", 0 if error is None else status_of(error))
+        else:
+            signal = stop.result() if stop.done() and not stop.cancelled() else "Ctrl+C"
+            self.monitoring.note.end("stopped", 0 if error is None else status_of(error), signal)
+
+    async def _serve(self, stop: asyncio.Future[str], *, exit_when_done: bool) -> None:
         listen = self.settings.listen
         try:
             encryption = Encryption.of(self.settings) if self._door is None else None
@@ -194,10 +230,11 @@ class Daemon:
                 parts = [
                     group.create_task(part)
                     for part in (
+                        self._let_in(door),
                         self.jobs.run(),
                         self.decisions.run(),
-                        self._let_in(door),
                         self.admission.run(),
+                        self._welcome_all(),
                         self.monitoring.metrics.run(),
                     )
                 ]
@@ -210,13 +247,16 @@ class Daemon:
             raise _first(failures) from None
 
     async def _let_in(self, door: Door) -> None:
-        """Open the door as soon as the run is prepared, and raise what breaks it."""
-        await self.jobs.opened.wait()
-        await self.shelf.stocked.wait()
+        """Open the door, and raise what breaks it. An edge that comes before the run is prepared waits inside."""
         await door.open(Hub(self.roster, self.shelf, self.monitoring))
         await asyncio.to_thread(write_durably, self.disk.directory.address, self.url.encode())
         self.broadcast(await asyncio.to_thread(self._listening, door))
         await door.broken()
+
+    async def _welcome_all(self) -> None:
+        """Welcome the edges that came before the run was prepared."""
+        await self.roster.greeting.run(self.roster.waiting)
+        self.monitoring.note.become("serving")
 
     def _listening(self, door: Door) -> events.Listening:
         """Tell where edges may join, as far as it is known."""

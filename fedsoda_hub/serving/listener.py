@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import json
 import logging
+import os
 import socket
 import ssl
 from collections import Counter
@@ -33,12 +35,14 @@ from fedsoda_edge.ports.system import descriptors_left
 from fedsoda_edge.protocol.codec import MAX_FRAME_BYTES
 from fedsoda_edge.protocol.messages import PROTOCOL_VERSION, EdgeId
 from fedsoda_edge.protocol.proof import MAX_PROOF_BYTES, TICKET_PREFIX
+from fedsoda_edge.units import finite
 from fedsoda_hub.federation.refusals import RefusalKind
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.run.status import LiveStatus
 from fedsoda_hub.run.tokens import Token
 from fedsoda_hub.serving.connection import Connection, Hub
 from fedsoda_hub.serving.guarded import guarded
+from fedsoda_hub.serving.neighbours import who_listens
 from fedsoda_hub.serving.strangers import Complaints, ConnectionLimits, Handshakes, Strangers, is_loopback
 from fedsoda_hub.serving.tls import Encryption, encrypted
 
@@ -47,10 +51,13 @@ PONG_SECONDS = 20.0
 FILE_BYTES = 32 << 10  # of a file at once: as much of it as a download holds in memory
 MAX_FILES = 8  # that one edge takes at once
 PROXIES = "127.0.0.1,::1,::ffff:127.0.0.1"  # whose word for the address of others counts: those of this machine
-WHO = {"hub": "fedsoda", "protocol": PROTOCOL_VERSION}  # the answer to /healthz
 FORWARDED = ("forwarded", "via", "x-forwarded-for", "x-real-ip")  # headers of proxies
 COLLECTIONS = (
     60  # of younger objects, before all are looked at: 0.1 s with 2,000 connections, and Python's 10 is each 3 s
+)
+UNKNOWN_TOKEN = (
+    "the hub does not know this token: it is of another run, which another hub serves, or was made before a reset that lost it; "
+    "compare the address with the one that came with the token, or ask the hub's owner for a new one"
 )
 FAILED = "the hub failed and ends; its owner sees the error where it ran"
 Broke = Callable[[Exception], None]  # takes a defect of the hub's own code
@@ -105,7 +112,7 @@ def _refused(hub: Hub, request: HTTPConnection) -> tuple[Token | None, str]:
     elif secret.startswith(TICKET_PREFIX):
         kind, why = RefusalKind.TICKET_ENDED, "this device's ticket has ended; join again"
     else:
-        kind, why = RefusalKind.UNKNOWN_TOKEN, "the hub does not know this token; ask its owner for a new one"
+        kind, why = RefusalKind.UNKNOWN_TOKEN, UNKNOWN_TOKEN
     hub.monitoring.metrics.refused(kind)
     return None, why
 
@@ -137,9 +144,14 @@ class _LentFile(FileResponse):
                 del self._taking[self._edge]
 
 
-def _health_at_once() -> bytes:
+def _who(hub: Hub) -> dict[str, str | int]:
+    """Return the answer to /healthz."""
+    return {"hub": "fedsoda", "protocol": PROTOCOL_VERSION, "state": hub.monitoring.health}
+
+
+def _health_at_once(hub: Hub) -> bytes:
     """Write the whole answer to /healthz, for connections on which it is the first and only request."""
-    body = json.dumps(WHO, separators=(",", ":")).encode()
+    body = json.dumps(_who(hub), separators=(",", ":")).encode()
     head = (
         f"HTTP/1.1 200 OK\r\ndate: {formatdate(usegmt=True)}\r\ncontent-type: application/json\r\n"
         f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
@@ -228,7 +240,7 @@ def make_app(hub: Hub, broke: Broke, handshakes: Handshakes) -> Starlette:
         return Response(reply, status, media_type="application/json")
 
     async def health(_: Request) -> Response:
-        return JSONResponse(WHO)
+        return JSONResponse(_who(hub))
 
     def may_ask(request: Request) -> bool:
         return _is_loopback(request) or hub.monitoring.is_admin(_bearer(request))
@@ -239,7 +251,7 @@ def make_app(hub: Hub, broke: Broke, handshakes: Handshakes) -> Starlette:
                 {"reason": "the status is for loopback; from elsewhere, send the token in the run's admin.token"},
                 status_code=401,
             )
-        return JSONResponse(msgspec.to_builtins(await hub.monitoring.status(), str_keys=True))
+        return JSONResponse(finite(msgspec.to_builtins(await hub.monitoring.status(), str_keys=True)))
 
     async def metrics(request: Request) -> Response:
         if not may_ask(request):
@@ -297,13 +309,15 @@ def listen(taken: socket.socket) -> None:
 
 
 def _cannot_be_taken(host: str, port: int, error: OSError) -> UsageProblem:
+    who = who_listens(host, port) if error.errno == errno.EADDRINUSE else ""
     return UsageProblem(
-        f"[listen] {host}:{port} cannot be used ({error.strerror}); stop the program that uses it, or choose another port"
+        f"[listen] {host}:{port} cannot be used ({error.strerror}){f': {who}' if who else ''}; "
+        "stop the program that uses it, or choose another port"
     )
 
 
 def ask_running_hub(directory: RunDirectory) -> LiveStatus | None:
-    """Ask the hub that serves this run on this machine for its status; None: none does."""
+    """Ask the hub that serves this run on this machine for its status; None: none does, or another directory's answers."""
     import httpx
 
     if not directory.address.exists():
@@ -328,7 +342,10 @@ def ask_running_hub(directory: RunDirectory) -> LiveStatus | None:
             trust_env=False,
             verify=verify,
         )
-        return msgspec.json.decode(answer.content, type=LiveStatus) if answer.status_code == 200 else None
+        found = msgspec.json.decode(answer.content, type=LiveStatus) if answer.status_code == 200 else None
+        # A copy of a run has its id, too: a hub that was left running in another checkout is not this one's.
+        is_other = found is not None and found.hub is not None and not _is_same(found.hub.directory, directory.path)
+        return None if is_other else found
     except (
         httpx.HTTPError,
         httpx.InvalidURL,
@@ -337,6 +354,13 @@ def ask_running_hub(directory: RunDirectory) -> LiveStatus | None:
         UsageProblem,
     ):  # a killed hub leaves its address, and others may take the port
         return None
+
+
+def _is_same(one: str, other: Path) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return False
 
 
 class Listener:
@@ -421,7 +445,7 @@ class Server(uvicorn.Server):
         self._complaints = Complaints(now)
         handshakes = Handshakes(now)
         strangers = Strangers(limits, self._complaints, handshakes, counts_loopback=counts_loopback)
-        http, websocket = guarded(strangers, lambda: hub.guests.stall_seconds, _health_at_once)
+        http, websocket = guarded(strangers, lambda: hub.guests.stall_seconds, lambda: _health_at_once(hub))
         super().__init__(
             uvicorn.Config(
                 make_app(hub, broke, handshakes),

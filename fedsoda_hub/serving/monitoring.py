@@ -1,4 +1,4 @@
-"""Report the run's status now, for whoever may ask: /v1/status and the event of a run's end.
+"""Report the run's status now, for whoever may ask: /healthz, /v1/status and the event of a run's end.
 
 What the ledger alone knows is `run/status.py`'s, /metrics is `metrics.py`'s, the port is `listener.py`'s.
 """
@@ -8,15 +8,19 @@ from __future__ import annotations
 import asyncio
 import hmac
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 
 from fedsoda_edge.ports import Clock
 from fedsoda_edge.protocol.messages import EdgeId, Progress
+from fedsoda_hub import events
+from fedsoda_hub.federation.jobs import name_of
 from fedsoda_hub.federation.rounds import RoundMachine
 from fedsoda_hub.run.ledger import Ledger
-from fedsoda_hub.run.status import LiveStatus, live_status, run_status
+from fedsoda_hub.run.pace import Pace
+from fedsoda_hub.run.process import ProcessNote
+from fedsoda_hub.run.status import LiveStatus, RunningJob, live_status, run_status
 from fedsoda_hub.serving.metrics import Metrics
 from fedsoda_hub.settings.run import RunSettings
 
@@ -31,8 +35,14 @@ class Present(Protocol):
     async def flush_traffic(self) -> None: ...
 
 
+Health = Literal["preparing", "serving", "over"]
+
+
 class Monitoring:
-    """The hub's knowledge of the run. url: where it serves; empty before it does. metrics: what /metrics shows."""
+    """The hub's knowledge of the run.
+
+    url: where it serves; empty before it does. metrics: what /metrics shows. note: of this process, for others.
+    """
 
     def __init__(
         self,
@@ -43,6 +53,7 @@ class Monitoring:
         present: Present,
         admin_secret: str,
         metrics: Metrics,
+        note: ProcessNote,
     ) -> None:
         self.url = ""
         self.metrics = metrics
@@ -52,6 +63,31 @@ class Monitoring:
         self._clock = clock
         self._present = present
         self._admin_secret = admin_secret
+        self.note = note
+        self._pace = Pace()
+        self._disk: str | None = None  # what could not be written for lack of space
+
+    def heard(self, event: events.HubEvent) -> None:
+        """Note what an event of the hub says of its job, and of its disk."""
+        match event:
+            case events.StageProgress():
+                now = self._clock.monotonic()
+                self._pace.note(event.job, event.stage, event.done, event.total, now)
+            case events.OutOfDisk():
+                self._disk = event.message
+            case events.Fact():
+                self._disk = None  # it is written down
+
+    @property
+    def health(self) -> Health:
+        """The state of the hub, as /healthz tells everybody."""
+        phase = self._machine.state.phase
+        return "preparing" if phase == "preparing" else "over" if phase == "ended" else "serving"
+
+    def work(self) -> RunningJob | None:
+        """Return how far the job is that is computed now; None: none is."""
+        job = self._machine.running
+        return None if job is None else self._pace.working(name_of(job), self._clock.monotonic())
 
     def is_admin(self, secret: str) -> bool:
         """Compare a secret with that of the run's owner, in constant time."""
@@ -87,4 +123,7 @@ class Monitoring:
             edges,
             url=self.url,
             due_seconds=self.due_seconds() if is_open else None,
+            work=self.work(),
+            waiting=self._disk or machine.waiting,
+            hub=self.note.now,
         )

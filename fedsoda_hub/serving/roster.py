@@ -25,14 +25,13 @@ from fedsoda_hub.federation.schedule import trained_factor
 from fedsoda_hub.federation.state import LedgerState
 from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.run.tokens import Token
-from fedsoda_hub.serving import offers
 from fedsoda_hub.serving.connection import Connection
 from fedsoda_hub.serving.first_of import first_of
+from fedsoda_hub.serving.greeting import Greeting
 from fedsoda_hub.serving.hearing import Hearing
 from fedsoda_hub.serving.metrics import Metrics
 from fedsoda_hub.serving.proofs import Proofs
 from fedsoda_hub.serving.shelf import Shelf
-from fedsoda_hub.serving.signer import Signer
 from fedsoda_hub.serving.spool import NoRoom, Spool, Useless
 from fedsoda_hub.serving.traffic import Traffic
 from fedsoda_hub.serving.uploads import Uploads
@@ -58,7 +57,7 @@ class Roster:
         proofs: Proofs,
         report: Callable[[ev.RoundEvent], None],
         say: events.HubSay,
-        signer: Signer,
+        greeting: Greeting,
         metrics: Metrics,
     ) -> None:
         self.progress: dict[ms.EdgeId, ms.Progress] = {}
@@ -70,7 +69,7 @@ class Roster:
         self._proofs = proofs
         self._hearing = Hearing(report)
         self._say = say
-        self._signer = signer
+        self.greeting = greeting
         self._metrics = metrics
         self._connections: dict[ms.EdgeId, Connection] = {}
         self._passed: set[ms.EdgeId] = set()
@@ -90,6 +89,10 @@ class Roster:
     def admitted(self) -> list[Token]:
         """Return what the connected edges came in with."""
         return [connection.token for connection in self._connections.values()]
+
+    def waiting(self) -> list[Connection]:
+        """Return the connections of edges that wait for the end of the preparation."""
+        return [connection for connection in self._connections.values() if connection.session.state == "greeted"]
 
     def passed(self) -> set[ms.EdgeId]:
         """Return the edges that came or went since the last call."""
@@ -118,7 +121,7 @@ class Roster:
         why_useless = self._machine.why_useless(edge, start.round, start.digest)
         return self._uploads.gather(start, self._shelf.max_update_bytes, why_useless)
 
-    async def greet(self, connection: Connection, hello: ms.Hello) -> ms.Welcome | ms.Refusal | None:
+    async def greet(self, connection: Connection, hello: ms.Hello) -> ms.Preparing | ms.Welcome | ms.Refusal | None:
         """Answer a Hello; None: the disk is full, so the device cannot be noted; it may come again."""
         edge = connection.edge
         if hello.protocol != ms.PROTOCOL_VERSION:
@@ -147,15 +150,14 @@ class Roster:
         if old is not None and (refusal := refused_as_a_copy(old, hello)) is not None:
             self._metrics.refused(RefusalKind.COPIED_IDENTITY)
             return refusal
-        connection.place = hello.place
+        connection.hello = hello
         self._connections[edge] = connection
         self._passed.add(edge)
         if old is not None:  # the device reconnected before the hub noticed that its old connection had ended
             old.close()
             self._hearing.report(ev.EdgeGone(edge))  # until its Ready it is not invited
         self._say(events.EdgeConnected(edge=edge, software=one_line(hello.software)))
-        welcome = offers.welcome(edge, self._state, self._settings, self._shelf.ref)
-        return msgspec.structs.replace(welcome, signed=self._signer.bundles())
+        return self.greeting.of(edge)
 
     async def said(self, connection: Connection, message: ms.EdgeMessage | Upload) -> None:
         """Report what an edge said as an event of the round machine."""
@@ -244,7 +246,7 @@ class Roster:
         if connection is not None:
             if isinstance(message, ms.RoundOffer) and connection.session.state != "ready":
                 return  # it answers the Ready of a connection before this one; this one's own brings another
-            connection.send(self._signer.signed(edge, message))
+            connection.send(self.greeting.signer.signed(edge, message))
             if isinstance(message, ms.Farewell):
                 self._note_farewell(edge)
 
@@ -319,7 +321,8 @@ def refused_as_a_copy(old: Connection, hello: ms.Hello) -> ms.Refusal | None:
 
     The refusal may be tried again: the old connection may be dead, which is noticed within half a minute.
     """
-    if not (hello.place and old.place) or hello.place == old.place:
+    place = "" if old.hello is None else old.hello.place
+    if not (hello.place and place) or hello.place == place:
         return None
     if not old.is_contested:
         old.is_contested = True

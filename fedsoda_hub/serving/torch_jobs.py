@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable
 from typing import cast
 
-from fedsoda_edge.errors import WorkerFailed
+from fedsoda_edge.errors import OutOfMemory, WorkerFailed
 from fedsoda_edge.ports import TorchPort
 from fedsoda_edge.protocol.calls import Call
 from fedsoda_edge.protocol.trace import changed, went_wrong
@@ -61,6 +61,7 @@ class TorchJobs:
 
         Raises:
             FedSODAError: a job failed in a way that another try cannot help.
+            OutOfMemory: memory ran out three times in one job, or the process was killed as often.
             WorkerFailed: the process ended three times in one job.
         """
         await self._open()
@@ -86,13 +87,26 @@ class TorchJobs:
                 if self._port.pid is None:
                     await self._open()
                 return await self._port.call(call, lambda done: self._say(events.event_of_progress(name, done)))
-            except WorkerFailed as error:
+            except (WorkerFailed, OutOfMemory) as error:
                 tries += 1
                 _log.debug(went_wrong(error))
                 self._say(events.ComputeFailed(job=name, message=str(error), details=error.details))
                 if tries == TRIES:
+                    if isinstance(error, WorkerFailed) and error.was_killed:
+                        raise _killed(name, error) from error
                     raise
+                if isinstance(error, OutOfMemory):
+                    await self._port.close()  # what it holds is not given back before it ends
 
     async def close(self) -> None:
         """End the process."""
         await self._port.close()
+
+
+def _killed(job: str, error: WorkerFailed) -> OutOfMemory:
+    return OutOfMemory(
+        f"the process that computes was killed {TRIES} times during {job}, most likely since this machine has too little memory "
+        "for it; end other programs, give it more memory, or lower what the run asks for ([public] sequences and length, "
+        "[align] batch_size)",
+        error.details,
+    )

@@ -26,7 +26,10 @@ from tests.schema import EDGE
             ),
             "round 3: trained 6 steps in 1.2 s, loss not a number",
         ),
-        (ev.Accepted(round=3, num_examples=8, loss=0.5, bytes=77), "round 3: the hub has the update (77 bytes)"),
+        (
+            ev.Accepted(round=3, num_examples=8, loss=0.5, bytes=77),
+            "round 3: the hub has the update (77 bytes); waiting for the other edges",
+        ),
         (
             ev.Refused(round=3, reason="round 3 is closed", num_examples=8, loss=0.5, bytes=77),
             "round 3: the hub refused the update: round 3 is closed",

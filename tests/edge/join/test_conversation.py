@@ -9,6 +9,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
+import msgspec
 import pytest
 
 from fedsoda_edge import events as ev
@@ -501,3 +502,100 @@ def test_what_a_hub_says_in_its_own_words_is_a_part_of_one_line() -> None:
         assert not {"\n", "\x1b", "\u202e"} & set(str(caught.value))
 
     talk(refused)
+
+
+# --- a hub that prepares its run -------------------------------------------------------------------------------------
+
+ALIGNING = ms.Preparing(
+    protocol=ms.PROTOCOL_VERSION,
+    run_id="r",
+    run_name="triage",
+    stage="aligning",
+    done=81,
+    total=200,
+    seconds_left=660.0,
+)
+
+
+def test_a_hub_that_prepares_its_run_is_waited_for_and_says_how_far_it_is_now_and_then() -> None:
+    async def play() -> Talk:
+        talk = Talk()
+        talk.wire.welcome = ALIGNING
+        greeting = asyncio.create_task(talk.conversation.greet(Patience(talk.clock, 20.0)))
+        await talk.until("Hello")
+        for done in range(82, 182):  # a flood: one sentence is enough
+            talk.wire.say(msgspec.structs.replace(ALIGNING, done=done))
+        await settled()
+        talk.clock.slept += 3600.0  # a preparation takes an hour: no patience ends with it
+        talk.wire.say(msgspec.structs.replace(ALIGNING, done=199, seconds_left=5.0))
+        await settled()
+        talk.wire.say(WELCOME)
+        assert (await greeting).run_id == "r"
+        await talk.conversation.close()
+        return talk
+
+    talk = asyncio.run(play())
+    assert [(event.run, event.message) for event in talk.events if isinstance(event, ev.HubPreparing)] == [
+        ("triage", "preparing: aligning 81 of 200, about 11 min left"),
+        ("triage", "preparing: aligning 199 of 200, about 5 s left"),
+    ]
+    assert talk.wire.said == ["Hello"]  # it does not ask again and again
+
+
+def test_a_hub_that_is_started_again_in_its_preparation_is_waited_for_longer_than_one_that_never_answered() -> None:
+    async def play() -> Talk:
+        talk = Talk()
+        talk.wire.welcome = ALIGNING
+        greeting = asyncio.create_task(talk.conversation.greet(Patience(talk.clock, 20.0)))
+        await talk.until("Hello")
+        await settled()
+        talk.wire.welcome = HubUnreachable("nothing answers", "TCP")
+        talk.wire.hang_up()
+        while talk.clock.slept < 60:
+            await asyncio.sleep(0)
+        talk.wire.welcome = WELCOME
+        await greeting
+        await talk.conversation.close()
+        return talk
+
+    asyncio.run(play())
+
+
+def test_who_asks_once_does_not_wait_for_a_preparation() -> None:
+    async def play() -> None:
+        talk = Talk()
+        talk.wire.welcome = ALIGNING
+        with pytest.raises(
+            HubUnreachable, match="the hub of the run triage answers, and is preparing: aligning 81 of 200"
+        ):
+            await talk.conversation.greet()
+        assert talk.events == []
+
+    asyncio.run(play())
+
+
+def test_a_hub_that_prepares_another_run_than_this_joins_is_refused() -> None:
+    async def play() -> None:
+        talk = Talk()
+        await talk.conversation.greet()
+        talk.wire.welcome = msgspec.structs.replace(ALIGNING, run_id="another\n")
+        with pytest.raises(
+            RefusedByHub, match="the hub now serves the run another\N{REPLACEMENT CHARACTER}, this join began with r"
+        ):
+            await talk.conversation.greet(Patience(talk.clock, 20.0))
+
+    asyncio.run(play())
+
+
+def test_a_hub_does_not_prepare_after_its_welcome() -> None:
+    async def scene(talk: Talk) -> None:
+        talk.wire.say(ALIGNING)
+        with pytest.raises(ProtocolViolation, match="the hub sent Preparing in state open"):
+            await talk.conversation.fetch(BLOB)
+
+    talk(scene)
+
+
+async def settled() -> None:
+    for _ in range(300):
+        await asyncio.sleep(0)

@@ -31,6 +31,17 @@ class AsksToFinish(ScriptedHub):
             await super().send(frame)
 
 
+class PreparesForHours(ScriptedHub):
+    """It prepares its run, and the owner of the device does not want to wait."""
+
+    async def send(self, frame: bytes) -> None:
+        said = self._session.receive(frame)
+        assert isinstance(said, ms.Hello)
+        assert said.waits
+        self._say(ms.Preparing(protocol=1, run_id="r", run_name="triage", stage="aligning", done=1, total=2))
+        control.ask(Home().control, "finish")
+
+
 @pytest.fixture
 def _sigterm_as_it_was() -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
@@ -40,10 +51,11 @@ def _sigterm_as_it_was() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_sigterm_as_it_was")
 @pytest.mark.parametrize(
-    ("options", "is_finishing", "sentence"),
+    ("options", "kind", "sentence"),
     [
-        (["--max-rounds", "1"], False, "left the run: took part in 1 round"),
-        (["--jsonl"], True, "left the run: the owner of the device finished"),
+        (["--max-rounds", "1"], ScriptedHub, "left the run: took part in 1 round"),
+        (["--jsonl"], AsksToFinish, "left the run: the owner of the device finished"),
+        ([], PreparesForHours, "left the run: the owner of the device finished"),
     ],
 )
 def test_a_join_that_leaves_says_why(
@@ -51,10 +63,10 @@ def test_a_join_that_leaves_says_why(
     monkeypatch: pytest.MonkeyPatch,
     scripted: Path,
     options: list[str],
-    is_finishing: bool,
+    kind: type[ScriptedHub],
     sentence: str,
 ) -> None:
-    hub = (AsksToFinish if is_finishing else ScriptedHub)(rounds=5, bundle=scripted)
+    hub = kind(rounds=5, bundle=scripted)
     monkeypatch.setenv("FEDSODA_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("FEDSODA_TOKEN", "t")
     (tmp_path / "visits.jsonl").write_text(ROWS)

@@ -59,17 +59,16 @@ FAREWELL = ev.RunFinished(rounds=20, reason="all rounds are done")
         (
             [*JOINED, LOST],
             [
-                "reconnecting (pid PID)",
+                "reconnecting: the hub is away: TCP: nothing answers at h:1; is the hub running? (pid PID)",
                 "run triage as clinic-7 at http://h",
                 "round 3 of 20, step 40 of 100, loss 0.520, due in 14 min",
                 "worker holds 2.00 GiB of memory",
-                "last error: TCP: nothing answers at h:1; is the hub running?",
             ],
         ),
         (
             [*JOINED, REFUSED],
             [
-                "waiting for a round (pid PID)",
+                "waiting for a round: the hub refused the update of round 3, and has not opened the next round (pid PID)",
                 "run triage as clinic-7 at http://h",
                 "round 3 of 20, loss 0.500",
                 "worker holds 2.00 GiB of memory",
@@ -91,7 +90,11 @@ FAREWELL = ev.RunFinished(rounds=20, reason="all rounds are done")
         ),
         (
             [*JOINED[:2], PAUSED, RESUMED],
-            ["waiting for a round (pid PID)", "run triage as clinic-7 at http://h", "worker holds 2.00 GiB of memory"],
+            [
+                "waiting for a round: the hub has not invited this edge to a round yet (pid PID)",
+                "run triage as clinic-7 at http://h",
+                "worker holds 2.00 GiB of memory",
+            ],
         ),
         (
             [*JOINED, PAUSED, RESUMED],
@@ -105,7 +108,7 @@ FAREWELL = ev.RunFinished(rounds=20, reason="all rounds are done")
         (
             [*JOINED, PAUSED, ACCEPTED, LOST, ev.Reconnected(), RESUMED],
             [
-                "waiting for a round (pid PID)",
+                "waiting for a round: the hub waits for the updates of other edges to round 3 (pid PID)",
                 "run triage as clinic-7 at http://h",
                 "round 3 of 20, loss 0.500",
                 "worker holds 2.00 GiB of memory",
@@ -123,10 +126,35 @@ FAREWELL = ev.RunFinished(rounds=20, reason="all rounds are done")
                 "worker holds 2.00 GiB of memory",
             ],
         ),
+        (
+            [
+                ev.HubPreparing(
+                    run="triage",
+                    message="preparing: aligning 81 of 200, about 11 min left",
+                    done=81,
+                    total=200,
+                    seconds_left=660.0,
+                )
+            ],
+            [
+                "waiting for the hub: the hub is preparing: aligning 81 of 200, about 11 min left (pid PID)",
+                "run triage at http://h",
+                "worker holds 2.00 GiB of memory",
+            ],
+        ),
+        (
+            [*JOINED, ev.Retrying(round=3, reason="the disk is full")],
+            [
+                "waiting to send the update again: the hub cannot take the update now: the disk is full (pid PID)",
+                "run triage as clinic-7 at http://h",
+                "round 3 of 20, step 40 of 100, loss 0.520, due in 14 min",
+                "worker holds 2.00 GiB of memory",
+            ],
+        ),
     ],
     ids=[
         *("connecting", "training", "lost", "refused", "paused", "on battery", "resumed", "in hand", "handed in"),
-        *("beside", "after"),
+        *("beside", "after", "hub prepares", "no room"),
     ],
 )
 def test_a_running_join_says_what_it_does(tmp_path: Path, events: list[ev.AnyEvent], expected: list[str]) -> None:
@@ -153,7 +181,9 @@ def test_how_a_join_ended_stays_to_be_read(tmp_path: Path) -> None:
     assert ended(error=DiskFull("the disk is full"))[::3] == ["stopped", "last error: the disk is full"]
     assert ended(error=KeyboardInterrupt())[-1] == "last error: KeyboardInterrupt"
     killed = Status(tmp_path / "status.json", "http://h", Clocks(), lambda: None)
-    assert sentences(killed.now, is_running=False, now=0.0)[0] == "ended unexpectedly"
+    assert sentences(killed.now, is_running=False, now=0.0)[0] == (
+        "ended unexpectedly: it was killed, or the machine ended it for lack of memory"
+    )
 
 
 def test_it_is_written_once_a_second_and_at_every_change_of_state(tmp_path: Path) -> None:

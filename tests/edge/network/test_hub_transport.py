@@ -25,7 +25,7 @@ from fedsoda_hub.federation.state import LedgerState
 from fedsoda_hub.run.status import LiveStatus, live_status, run_status
 from fedsoda_hub.run.tokens import Token
 from fedsoda_hub.serving.connection import Connection, Hub
-from fedsoda_hub.serving.listener import Server, bind
+from fedsoda_hub.serving.listener import UNKNOWN_TOKEN, Server, bind
 from fedsoda_hub.serving.metrics import Metrics
 
 DATA = bytes(i * i % 251 for i in range(3_000_000))
@@ -68,6 +68,8 @@ class SmallHub:
 
     async def greet(self, connection: Connection, hello: ms.Hello) -> ms.Welcome | ms.Refusal:
         return self._answer
+
+    health = "serving"
 
     def is_admin(self, secret: str) -> bool:
         return False
@@ -249,7 +251,7 @@ def test_a_token_is_judged_before_the_conversation_and_the_hubs_reason_is_told(h
     async def knock() -> None:
         async with listening(hub) as url:
             for token, reason in {
-                "unknown": "the hub does not know this token; ask its owner for a new one",
+                "unknown": UNKNOWN_TOKEN,
                 "old": "the token of clinic-7 was revoked; ask the hub's owner for a new one",
             }.items():
                 refused = await failure_of(HubTransport(url, token))

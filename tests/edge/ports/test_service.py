@@ -110,7 +110,7 @@ def test_a_loop_that_hangs_says_nothing(manager: Manager, tmp_path: Path) -> Non
         attending = asyncio.create_task(Supervisor(str(tmp_path / "notify"), SHORT).attend(nothing))
         await asyncio.sleep(3 * SHORT)
         before = len(manager.heard())
-        time.sleep(5 * SHORT)  # noqa: ASYNC251  # the hang
+        time.sleep(5 * SHORT)  # the hang
         during = len(manager.heard())
         attending.cancel()
         return before, during
@@ -124,13 +124,13 @@ def test_a_status_that_cannot_be_had_is_asked_again_and_the_watchdog_goes_on(
     monkeypatch: pytest.MonkeyPatch, manager: Manager, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("fedsoda_edge.ports.service.STATUS_SECONDS", SHORT)
-    answers = iter([DiskFull("no space"), OSError("gone"), "back", "back", "on"])
+    answers: Iterator[Exception | str] = iter([DiskFull("no space"), OSError("gone"), "back", "back", "on"])
 
     async def sentence() -> str:
         match next(answers, ""):
             case str(text):
                 return text
-            case error:
+            case Exception() as error:
                 raise error
 
     with contextlib.suppress(TimeoutError):

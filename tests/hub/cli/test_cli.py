@@ -281,7 +281,9 @@ def test_before_the_first_round_closed_nothing_is_said_of_an_edge_and_round(run_
         ledger.append(record)
     ledger.add_traffic(EdgeId("alice"), 1, 1100, 300)
     shown = hub(run_file, "status", "RUN")
-    assert shown.stderr == "small: idle, round 0 of 2, 0 closed, hub not running\n"
+    assert shown.stderr == (
+        "small: idle, round 0 of 2, 0 closed, hub not running\nnow: no hub serves it; 0 of 2 rounds are closed\n"
+    )
     for record in ENDED[2:]:
         ledger.append(record)
     ledger.close()

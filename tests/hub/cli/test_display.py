@@ -153,7 +153,10 @@ def test_of_the_settings_a_person_sees_what_was_given_a_line_each_and_the_rest_w
 @pytest.mark.parametrize(
     ("state", "said"),
     [
-        (LedgerState(), "next: prepare the bundle from the full model, which takes a while; then edges may join"),
+        (
+            LedgerState(),
+            "next: prepare the bundle from the full model, which takes a while; edges that join meanwhile wait",
+        ),
         (LedgerState(phase="idle", round=2), "next: round 3 of 9, as soon as enough edges are connected"),
         (
             LedgerState(phase="collecting", round=3, cohort=[A, B]),

@@ -169,7 +169,12 @@ def test_a_change_outlives_the_hub_and_replays_to_the_same_state() -> None:
 def test_what_run_toml_says_counts_again_once_it_says_something_else_than_then() -> None:
     run = collecting_run(RULES)
     run.do(ev.ChangeAsked(run.now, count=7, deadline_seconds=50.0))
-    same = {"count": RULES.count, "quorum": RULES.quorum, "deadline_seconds": RULES.deadline_seconds, "port": 1}
+    same: dict[str, object] = {
+        "count": RULES.count,
+        "quorum": RULES.quorum,
+        "deadline_seconds": RULES.deadline_seconds,
+        "port": 1,
+    }
     run.ledger.append(rec.SettingsChanged(values=same))  # another port
     run.restart()
     assert (run.machine.rules.count, run.machine.rules.deadline_seconds) == (7, 50.0)
@@ -220,7 +225,7 @@ def test_whenever_the_power_goes_the_run_ends_as_asked(cut_at: int, written: boo
 
 def test_a_change_while_a_job_runs_waits_for_nothing() -> None:
     run = Run(replace(RULES, count=3), holds_jobs=True)  # preparing
-    assert isinstance(run.machine.job, jobs.Prepare)
+    assert isinstance(run.machine.running, jobs.Prepare)
     [effect] = run.machine.handle(ev.ChangeAsked(0.0, count=2))
     assert isinstance(effect, Append)
     assert edge("a") not in run.machine.eligible

@@ -6,13 +6,13 @@ import pytest
 from fedsoda_edge.protocol.messages import Digest, EdgeId
 from fedsoda_hub.federation.state import Collected, LedgerState
 from fedsoda_hub.run.sentence import sentence_of
-from fedsoda_hub.run.status import BestRound, HubProcess, LiveStatus, Working, live_status, run_status
+from fedsoda_hub.run.status import BestRound, HubProcess, LiveStatus, RunningJob, live_status, run_status
 
 HERE = "http://127.0.0.1:8730"
-ALIGNING = Working(job="prepare", stage="aligning", done=81, total=200, seconds=460, seconds_left=660)
-READING = Working(job="prepare", stage="reading the full LLM", seconds=12)
-EVALUATING = Working(job="evaluate", stage="evaluating", done=0, total=40)
-MERGING = Working(job="aggregate", seconds=3)
+ALIGNING = RunningJob(job="prepare", stage="aligning", done=81, total=200, seconds=460, seconds_left=660)
+READING = RunningJob(job="prepare", stage="reading the full LLM", seconds=12)
+EVALUATING = RunningJob(job="evaluate", stage="evaluating", done=0, total=40)
+MERGING = RunningJob(job="aggregate", seconds=3)
 SERVING = HubProcess(state="serving", pid=7)
 
 

@@ -28,7 +28,7 @@ from fedsoda_edge.ports.disk import BlobStore, sha256
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.manifest import BundleManifest, EdgeNeeds, File, LayerPlan, LoRASpec, TensorSpec
 from fedsoda_edge.protocol.session import Blob, EdgeSession, chunks
-from fedsoda_hub.events import HubEvent, HubSay, Listening, RunPrepared, as_json
+from fedsoda_hub.events import HubEvent, HubSay, Listening, as_json
 from fedsoda_hub.federation import events as ev
 from fedsoda_hub.federation import jobs
 from fedsoda_hub.federation import records as rec
@@ -37,7 +37,7 @@ from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.run.tokens import Tokens
 from fedsoda_hub.serving.daemon import LINGER_SECONDS, Daemon
 from fedsoda_hub.serving.decisions import DISK_RETRY_SECONDS
-from fedsoda_hub.serving.listener import bind
+from fedsoda_hub.serving.listener import bind, listen
 from fedsoda_hub.settings.open_run import OpenRun, RunOpened
 from fedsoda_hub.settings.run import RunSettings, read_settings
 from tests.hub.hand_clock import HandClock
@@ -564,27 +564,13 @@ def test_a_port_in_use_ends_serve_with_status_2_before_any_work_and_lets_go_of_t
         pass
 
 
-def test_a_port_that_was_taken_during_preparation_ends_serve_with_status_2(tmp_path: Path) -> None:
-    """Several may bind one port as long as none listens; another run's hub was prepared sooner."""
-
-    async def talk() -> None:
-        with bind("127.0.0.1", 0) as sooner:
-            settings = write_run(tmp_path, listen={"port": sooner.getsockname()[1]})
-            daemon_task = asyncio.create_task(start(settings, sooner.listen))
-            with pytest.raises(UsageProblem, match=r"cannot be used .* choose another port") as refused:
-                await asyncio.wait_for(daemon_task, 10)
-            assert refused.value.exit_status == 2
-        assert not (settings.run_dir / "address").exists()
-
-    async def start(settings: RunSettings, before_it_listens: Callable[[], None]) -> None:
-        def say(event: HubEvent) -> None:
-            if isinstance(event, RunPrepared):
-                before_it_listens()
-
-        daemon = opened(settings, say, Torch(settings.run_dir))
-        await daemon.run(exit_when_done=False)
-
-    asyncio.run(talk())
+def test_a_port_on_which_another_program_began_to_listen_meanwhile_is_refused() -> None:
+    """Several may bind one port as long as none listens."""
+    with bind("127.0.0.1", 0) as sooner, bind("127.0.0.1", sooner.getsockname()[1]) as later:
+        listen(sooner)
+        with pytest.raises(UsageProblem, match=r"cannot be used .* choose another port") as refused:
+            listen(later)
+    assert refused.value.exit_status == 2
 
 
 # --- who may come in -----------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from fedsoda_hub.run.status import LiveStatus, live_status, run_status
 from fedsoda_hub.run.tokens import Token
 from fedsoda_hub.serving import listener
 from fedsoda_hub.serving.connection import MAX_QUEUED_BYTES, PIECE_BYTES, Connection, Hub
-from fedsoda_hub.serving.listener import Server, ask_running_hub, bind, make_app
+from fedsoda_hub.serving.listener import UNKNOWN_TOKEN, Server, ask_running_hub, bind, make_app
 from fedsoda_hub.serving.metrics import Metrics
 from fedsoda_hub.serving.strangers import Handshakes
 
@@ -79,6 +79,8 @@ class MemoryHub:
 
     async def prove(self, request: bytes) -> tuple[int, bytes]:
         return 200, request
+
+    health = "serving"
 
     def is_admin(self, secret: str) -> bool:
         return secret == "admin"
@@ -193,7 +195,7 @@ async def assert_hub_ends_it(socket: ClientConnection) -> None:
         ({}, "the request has no token; join with a join link or --token-file"),
         ({"Authorization": "Bearer"}, "the request has no token; join with a join link or --token-file"),
         ({"Authorization": "Basic alice"}, "the request has no token; join with a join link or --token-file"),
-        ({"Authorization": "Bearer guess"}, "the hub does not know this token; ask its owner for a new one"),
+        ({"Authorization": "Bearer guess"}, UNKNOWN_TOKEN),
         ({"Authorization": "Bearer mallory"}, "the token of mallory was revoked; ask the hub's owner for a new one"),
     ],
     ids=["none", "empty", "not a bearer", "unknown", "revoked"],
@@ -282,7 +284,7 @@ def test_what_is_no_digest_of_the_bundle_is_not_there(hub: MemoryHub) -> None:
 def test_on_loopback_health_metrics_and_status_are_open(hub: MemoryHub) -> None:
     async def talk(address: str) -> None:
         async with httpx.AsyncClient(verify=False, trust_env=False, base_url=f"http://{address}") as client:
-            assert (await client.get("/healthz")).json() == {"hub": "fedsoda", "protocol": 1}
+            assert (await client.get("/healthz")).json() == {"hub": "fedsoda", "protocol": 1, "state": "serving"}
             assert "fedsoda_rounds_total 0.0" in (await client.get("/metrics")).text.splitlines()
             assert (await client.get("/v1/status")).json() == msgspec.to_builtins(STATUS)
 

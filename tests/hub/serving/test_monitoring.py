@@ -13,6 +13,7 @@ from fedsoda_edge.protocol.messages import EdgeId, Progress
 from fedsoda_hub.federation.rounds import RoundMachine
 from fedsoda_hub.federation.state import LedgerState
 from fedsoda_hub.run.ledger import Ledger
+from fedsoda_hub.run.process import ProcessNote
 from fedsoda_hub.serving.metrics import Metrics
 from fedsoda_hub.serving.monitoring import Monitoring
 from fedsoda_hub.serving.resume import rules_of
@@ -44,8 +45,9 @@ def monitoring(directory: Path, state: LedgerState) -> Monitoring:
     settings, ledger = write_run(directory), Ledger(None)
     for name in "ab":
         ledger.tokens.create(name)
+    note = ProcessNote(directory / "hub.json", Noon(), "serving")
     made = Monitoring(
-        settings, RoundMachine(rules_of(settings), state), ledger, Noon(), Present(), "the owner's", Metrics()
+        settings, RoundMachine(rules_of(settings), state), ledger, Noon(), Present(), "the owner's", Metrics(), note
     )
     made.url = "http://h:1"
     return made
