@@ -220,7 +220,9 @@ class Participation:
     the `with` block there, without an error.
     """
 
-    def __init__(self, agent: Agent, max_rounds: int, beside: Callable[[], Coroutine[Any, Any, None]] | None = None) -> None:
+    def __init__(
+        self, agent: Agent, max_rounds: int, beside: Callable[[], Coroutine[Any, Any, None]] | None = None
+    ) -> None:
         self._agent = agent
         self._max_rounds = max_rounds
         self._beside = beside
