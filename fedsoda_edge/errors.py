@@ -199,6 +199,6 @@ def by_name(name: str) -> type[FedSODAError] | None:
 
 
 def lasting_statuses() -> list[int]:
-    """List the exit statuses of errors that trying again does not mend, as supervisors must know them."""
+    """List the exit statuses of errors that trying again does not change, as supervisors must know them."""
     kinds = [kind for kind in globals().values() if isinstance(kind, type) and issubclass(kind, FedSODAError)]
     return sorted({kind.exit_status for kind in kinds} - {TEMPORARY})

@@ -142,7 +142,7 @@ def status(name: NameArgument = None, as_json: opt.JsonOption = False, debug: op
 @service_app.command(epilog="Example: fedsoda-edge service logs --follow")
 def logs(
     name: NameArgument = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="go on with new lines until Ctrl+C")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="show new lines too, until Ctrl+C")] = False,
     debug: opt.DebugOption = False,
 ) -> None:
     """Show what a service has said."""

@@ -104,12 +104,12 @@ def _utf8(text: str) -> str:
 
 
 def restart_lines() -> list[str]:
-    """Write when systemd starts a service again: after what may mend itself, and after a crash or a hang."""
+    """Write when systemd starts a service again: after what may end by itself, a crash or a hang."""
     return [
         "Restart=on-failure",
         f"RestartSec={RESTART_SECONDS}",
         f"RestartPreventExitStatus={' '.join(map(str, lasting_statuses()))}",
-        # A child that is killed for memory is this program's matter: it goes on with less.
+        # A child that is killed for memory is this program's matter: it continues with less.
         "OOMPolicy=continue",
         # Only the program itself is asked to end; it ends its children in order.
         "KillMode=mixed",

@@ -223,7 +223,7 @@ def units_directory() -> Path:
 
 
 class LaunchAgents:
-    """launchd, for the services of this user on macOS."""
+    """The launchd, for the services of this user on macOS."""
 
     def __init__(self) -> None:
         self._directory = Path.home() / "Library" / "LaunchAgents"
@@ -266,7 +266,7 @@ class LaunchAgents:
 
 
 class TaskScheduler:
-    """Task Scheduler, for the services of this user on Windows."""
+    """The Task Scheduler, for the services of this user on Windows."""
 
     def _task(self, name: str) -> str:
         return f"\\FedSODA\\{name}"
@@ -314,7 +314,7 @@ def _run(command: list[str], *, may_fail: bool = False) -> str:
 
 
 def settled(state: Callable[[], ServiceState], seconds: float) -> ServiceState:
-    """Return how a service is that was just started: as soon as it runs or has ended, or after so many seconds."""
+    """Return how a service is that was just started: as soon as it runs or has ended, or after this time."""
     until = time.monotonic() + seconds
     while (found := state()).state == "starting" and time.monotonic() < until:
         time.sleep(_LOOK_SECONDS)

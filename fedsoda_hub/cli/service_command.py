@@ -38,7 +38,7 @@ GPU_DEVICES = ("char-nvidia", "char-nvidia-frontend", "char-nvidia-uvm", "char-n
 SANDBOX_CALLS = ("seccomp", "landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self")
 
 
-@service_app.command(epilog="Example: sudo fedsoda-hub service install /srv/triage/triage.toml")
+@service_app.command(epilog="Example: fedsoda-hub service install triage.toml --print")
 def install(
     run: RunFile,
     user: Annotated[
@@ -99,7 +99,7 @@ def status(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
 @service_app.command(epilog="Example: fedsoda-hub service logs triage.toml --follow")
 def logs(
     run: RunFile,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="go on with new lines until Ctrl+C")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="show new lines too, until Ctrl+C")] = False,
     debug: Debug = False,
 ) -> None:
     """Show what the service has said."""
@@ -112,7 +112,7 @@ def logs(
         raise typer.Exit(1 if ended else 0)
 
 
-@service_app.command(epilog="Example: sudo fedsoda-hub service uninstall triage.toml")
+@service_app.command(epilog="Example: fedsoda-hub service uninstall triage.toml")
 def uninstall(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
     """Stop the service and delete it. The run and all its files stay. Needs root."""
     with reporting(as_json, False, debug):

@@ -110,7 +110,7 @@ def test_a_loop_that_hangs_says_nothing(manager: Manager, tmp_path: Path) -> Non
         attending = asyncio.create_task(Supervisor(str(tmp_path / "notify"), SHORT).attend(nothing))
         await asyncio.sleep(3 * SHORT)
         before = len(manager.heard())
-        time.sleep(5 * SHORT)  # noqa: ASYNC251  # the hang
+        time.sleep(5 * SHORT)  # the hang
         during = len(manager.heard())
         attending.cancel()
         return before, during

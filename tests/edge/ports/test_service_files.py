@@ -120,7 +120,9 @@ def test_systemd_takes_the_unit_of_a_join(tmp_path: Path) -> None:
 
 
 def test_a_file_of_variables_is_read_back_by_a_shell() -> None:
-    shown = f"{environment_lines(SERVICE.environment)}printf %s \"$https_proxy\"\n"  # its quoting is that of systemd's file
+    shown = (
+        f'{environment_lines(SERVICE.environment)}printf %s "$https_proxy"\n'  # its quoting is that of systemd's file
+    )
     read = subprocess.run(["sh", "-c", shown], capture_output=True, text=True, check=True)
     assert read.stdout == SERVICE.environment["https_proxy"]
 

@@ -51,7 +51,7 @@ def test_a_hub_is_ready_when_it_listens_and_its_status_follows_the_run(tmp_path:
         async with joined(daemon.url, tokens.create("a")), joined(daemon.url, tokens.create("b"), "phone"):
             await until(lambda: has_heard("STATUS=round 1 of 2: 0 of 2 updates are in, 2 still train"))
             manager.heard()
-            time.sleep(3 * BEAT)  # noqa: ASYNC251  # the loop hangs, and nothing speaks for it
+            time.sleep(3 * BEAT)  # the loop hangs, and nothing speaks for it
             assert manager.heard() == []
             await until(lambda: "WATCHDOG=1" in manager.heard())
         serving.cancel()
