@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 Field = str | int | bool  # of an error, as it crosses a pipe
+TEMPORARY = 3  # the one exit status after which trying again is sensible
 
 
 @dataclass
@@ -110,7 +111,7 @@ class OutOfMemory(LocalError):
 class DiskFull(LocalError):
     """A disk without space. Trying again is sensible once there is some."""
 
-    exit_status: ClassVar[int] = 3
+    exit_status: ClassVar[int] = TEMPORARY
 
 
 @dataclass
@@ -139,7 +140,7 @@ class RemoteError(FedSODAError):
 class HubUnreachable(RemoteError):
     """A hub that cannot be reached. step: the first that failed of DNS, TCP, TLS, HTTP and auth."""
 
-    exit_status: ClassVar[int] = 3
+    exit_status: ClassVar[int] = TEMPORARY
 
     step: str = ""
 
@@ -205,3 +206,9 @@ def by_name(name: str) -> type[FedSODAError] | None:
     """Find the error class of that name, None where there is none: errors cross pipes as {name, fields}, never as pickles."""
     found = globals().get(name)
     return found if isinstance(found, type) and issubclass(found, FedSODAError) else None
+
+
+def lasting_statuses() -> list[int]:
+    """List the exit statuses of errors that trying again does not change, as supervisors must know them."""
+    kinds = [kind for kind in globals().values() if isinstance(kind, type) and issubclass(kind, FedSODAError)]
+    return sorted({kind.exit_status for kind in kinds} - {TEMPORARY})

@@ -99,7 +99,7 @@ HOUSE = {
     "edge.testing": Room(f"{_SIZES} edge.ports edge.model", "asyncio clock disk processes tensors tokenizers msgspec"),
     "edge.cli": Room(
         f"{_JOIN} edge.ports.console edge.ports.service edge.join edge.join.doctor edge.network edge.edge",
-        f"{_ANY_STDLIB} typer rich msgspec",
+        f"{_ANY_STDLIB} typer rich msgspec platformdirs",
     ),
     "hub": Room("hub.cli"),
     "hub.events": Room(f"{_SIZES} hub.federation hub.run", "msgspec"),

@@ -11,8 +11,9 @@ import msgspec
 import typer
 
 from fedsoda_edge.cli import options as opt
-from fedsoda_edge.cli.data_command import COLUMN_REMEDY, column_names, data_app
+from fedsoda_edge.cli.data_command import COLUMN_REMEDY, data_app
 from fedsoda_edge.cli.receipts_command import receipts
+from fedsoda_edge.cli.service_command import service_app
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.ports.console import (
     EXIT_HELP,
@@ -27,7 +28,7 @@ from fedsoda_edge.ports.console import run as run_command
 from fedsoda_edge.units import parse_bytes
 
 if TYPE_CHECKING:
-    from fedsoda_edge.cli.config_file import Options
+    from fedsoda_edge.cli.config_file import Defaults, Options
     from fedsoda_edge.join.control import Action, RequestAnswer
 
 app = typer.Typer(
@@ -40,6 +41,7 @@ app = typer.Typer(
 cache_app = typer.Typer(help="Show or free the disk space of this device's FEDSODA_HOME.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(cache_app, name="cache")
+app.add_typer(service_app, name="service")
 app.command(epilog="Example: fedsoda-edge receipts --run triage")(receipts)
 
 
@@ -50,7 +52,16 @@ def _read_config(context: typer.Context) -> None:
         from fedsoda_edge.cli.config_file import option_defaults
         from fedsoda_edge.join.home import Home
 
-        context.default_map = option_defaults(Home().config, _options(context.command))
+        found = option_defaults(Home().config, _options(context.command))
+        context.default_map = as_service_too(found)
+
+
+def as_service_too(defaults: Defaults) -> Defaults:
+    """Let a join that is installed as a service have what config.toml gives to join."""
+    service, join = defaults.get("service"), defaults.get("join")
+    if isinstance(service, dict) and isinstance(join, dict):
+        service["install"] = join | service.get("install", {})
+    return defaults
 
 
 def _options(command: Any) -> Options:
@@ -99,36 +110,20 @@ def join(
         from fedsoda_edge import events as ev
         from fedsoda_edge.cli.attended import AttendedJoin
         from fedsoda_edge.cli.display import JoinDisplay
-        from fedsoda_edge.data.local_data import LocalData, remedy_for_columns
-        from fedsoda_edge.device.pause_rules import parse_pause_rules
-        from fedsoda_edge.edge import Edge, take_part
+        from fedsoda_edge.cli.join_choices import JoinChoices
+        from fedsoda_edge.data.local_data import remedy_for_columns
+        from fedsoda_edge.edge import take_part
         from fedsoda_edge.join.home import Home
         from fedsoda_edge.ports.service import Supervisor
         from fedsoda_edge.ports.system import keep_memory_off_disk
 
         keep_memory_off_disk()
         supervisor = Supervisor.taken()
-        # Wrong options are reported before data is read, which may take minutes; bad data before the hub is asked.
-        parse_pause_rules(pause_on or "")
-        if cache_key not in ("keep", "forget"):
-            raise UsageProblem(f"--cache-key {cache_key!r} is not known; choose keep or forget")
-        local = LocalData.from_jsonl(data, columns=column_names(column or []))
-        edge = Edge(
-            url,
-            link_file=link_file,
-            token_file=token_file,
-            pin=pin,
-            insecure_http=insecure_http,
-            device=device,
-            threads=threads,
-            max_disk=None if max_disk is None else parse_bytes(max_disk, "--max-disk"),
-            cache=cache,
-            keep_cache_key=cache_key == "keep",
-            max_ram=None if max_ram is None else parse_bytes(max_ram, "--max-ram"),
-            max_vram=None if max_vram is None else parse_bytes(max_vram, "--max-vram"),
-        )
-        for _ in local.rows() if local.is_text else ():
-            pass
+        edge, local = JoinChoices(
+            url=url, data=data, link_file=link_file, token_file=token_file, pin=pin, insecure_http=insecure_http,
+            column=column, device=device, max_disk=max_disk, cache=cache, cache_key=cache_key, threads=threads,
+            max_ram=max_ram, max_vram=max_vram, pause_on=pause_on,
+        ).checked()  # fmt: skip
         with remedy_for_columns(COLUMN_REMEDY), JoinDisplay(jsonl, is_detailed=debug) as display:
             display.say(
                 ev.SettingsGiven(

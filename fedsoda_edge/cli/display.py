@@ -105,7 +105,8 @@ def _beginning(settings: ev.JoinSettings, is_detailed: bool) -> str:
     """List the settings that were given, and say what happens next."""
     values = {name: (one.value, one.source) for name, one in msgspec.structs.asdict(settings).items()}
     lines = settings_lines(values, is_detailed=is_detailed)
-    return f"{lines}\nnext: connect to {settings.url.value}, check which sub-LLM fits this device, and fetch it"
+    hub = settings.url.value or "the hub of the join link"
+    return f"{lines}\nnext: connect to {hub}, check which sub-LLM fits this device, and fetch it"
 
 
 def sentence(event: ev.AnyEvent) -> str:

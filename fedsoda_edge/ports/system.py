@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, TypedDict
+from typing import IO, Any, Literal, TypedDict
 
 from fedsoda_edge.errors import UsageProblem
 
@@ -293,3 +293,36 @@ def memory_limit_hint() -> str:
     if "microsoft" in platform.release().lower():
         return "WSL2 sees part of the machine's memory; [wsl2] memory= in %UserProfile%\\.wslconfig gives it more"
     return ""
+
+
+def service_system() -> Literal["systemd", "launchd", "schtasks", ""]:
+    """Return what starts services on this system; "": nothing that is known, as in a container."""
+    if sys.platform == "win32":
+        return "schtasks"
+    elif sys.platform == "darwin":
+        return "launchd"
+    else:
+        return "systemd" if Path("/run/systemd/system").is_dir() else ""
+
+
+def user_number() -> int:
+    """Return the number of this user; -1 where users have none."""
+    if sys.platform == "win32":
+        return -1
+    else:
+        return os.getuid()
+
+
+def numbers_of_user(name: str) -> tuple[int, list[int]] | None:
+    """Return the number of a user and those of its groups, its own first; None: there is no such user."""
+    if sys.platform == "win32":
+        return None
+    else:
+        import pwd
+
+        try:
+            found = pwd.getpwnam(name)
+        except KeyError:
+            return None
+        others = [number for number in os.getgrouplist(name, found.pw_gid) if number != found.pw_gid]
+        return found.pw_uid, [found.pw_gid, *others]

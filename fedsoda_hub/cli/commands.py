@@ -20,6 +20,7 @@ from fedsoda_hub.cli.guests import invite, rebind, revoke
 from fedsoda_hub.cli.import_command import import_model
 from fedsoda_hub.cli.of_run import reset, token_app
 from fedsoda_hub.cli.options import OUTPUT, CompareCommand, Debug, Json, JsonLines, RunFile, setting
+from fedsoda_hub.cli.service_command import service_app
 from fedsoda_hub.settings.rates import Rates
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Prepare, serve and evaluate a federated run.", epilog=EXIT_HELP, no_args_is_help=True)
 app.add_typer(token_app, name="token")
+app.add_typer(service_app, name="service")
 app.command(epilog="Example: fedsoda-hub invite triage.toml --name clinic-7\n\n" + EXIT_HELP)(invite)
 app.command(epilog="Example: fedsoda-hub revoke triage.toml clinic-7")(revoke)
 app.command(epilog="Example: fedsoda-hub rebind triage.toml clinic-7")(rebind)
