@@ -211,6 +211,7 @@ NETWORK_FILES = (
     "fedsoda_hub/serving/strangers.py",
     "fedsoda_hub/serving/guarded.py",
     "fedsoda_hub/serving/tls.py",
+    "fedsoda_hub/serving/webhook.py",
     "fedsoda_hub/serving/listener.py",
     "fedsoda_hub/serving/neighbours.py",
 )

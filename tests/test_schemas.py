@@ -687,6 +687,13 @@ def test_tokens(tmp_path: Path) -> None:
     assert [token["edge"] for token in hub("token list", run_file)["tokens"]] == ["a", "b"]
 
 
+def test_notify(tmp_path: Path) -> None:
+    tell = {"command": [sys.executable, "-c", ""], "webhook": "http://127.0.0.1:9/x"}
+    found = hub("notify", test_daemon.write_run(tmp_path, notify=tell).path)
+    assert [(one["way"], one["why"] is None) for one in found["ways"]] == [("command", True), ("webhook", False)]
+    assert hub("notify", test_daemon.write_run(tmp_path).path)["error"] == "UsageProblem"
+
+
 def test_invitations(tmp_path: Path) -> None:
     run_file = test_daemon.write_run(tmp_path, listen={"port": 8470}).path
     assert hub("invite", run_file, "--name", "a")["link"].startswith("fedsoda://127.0.0.1:8470/#k=")

@@ -131,6 +131,15 @@ def group_of_its_own() -> ProcessGroup:
     return group
 
 
+def kill_group(pid: int) -> None:
+    """Kill a process that was made with `group_of_its_own`, and all in its group, where it still is."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if sys.platform == "win32":
+            os.kill(pid, signal.SIGTERM)
+        else:
+            os.killpg(pid, signal.SIGKILL)
+
+
 def stop_signal() -> signal.Signals:
     """Return the signal that asks a process made with `group_of_its_own` to save its state and end."""
     return STOP_SIGNALS[-1] if sys.platform == "win32" else signal.SIGTERM

@@ -18,6 +18,7 @@ from fedsoda_hub.cli.bundle_command import bundle
 from fedsoda_hub.cli.found import status_of_run
 from fedsoda_hub.cli.guests import invite, rebind, revoke
 from fedsoda_hub.cli.import_command import import_model
+from fedsoda_hub.cli.notify_command import notify
 from fedsoda_hub.cli.of_run import reset, token_app
 from fedsoda_hub.cli.options import OUTPUT, CompareCommand, Debug, Json, JsonLines, RunFile, setting
 from fedsoda_hub.cli.service_command import service_app
@@ -69,6 +70,7 @@ def demo(
 
 
 app.command(epilog="Example: fedsoda-hub bundle triage.toml --to cdn\n\n" + EXIT_HELP)(bundle)
+app.command(epilog="Example: fedsoda-hub notify triage.toml\n\n" + EXIT_HELP)(notify)
 app.command("import", epilog="Example: fedsoda-hub import tiny.Q4_K_M.gguf --to tiny")(import_model)
 
 

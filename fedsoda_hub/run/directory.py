@@ -83,6 +83,11 @@ class RunDirectory:
         return self.path / "tls.pin"
 
     @property
+    def webhook_secret(self) -> Path:
+        """The file with the secret that signs what [notify] webhook is posted, unless the owner has one; mode 0600."""
+        return self.path / "webhook.secret"
+
+    @property
     def address(self) -> Path:
         """The file with the URL of the hub that serves the run; only while it serves."""
         return self.path / "address"

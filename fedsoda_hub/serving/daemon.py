@@ -29,6 +29,7 @@ from fedsoda_hub.serving.greeting import Greeting
 from fedsoda_hub.serving.listener import Listener
 from fedsoda_hub.serving.metrics import Metrics
 from fedsoda_hub.serving.monitoring import Monitoring
+from fedsoda_hub.serving.notify import Notifier, Watched
 from fedsoda_hub.serving.proofs import Proofs
 from fedsoda_hub.serving.resume import ServedRun, resume, rules_of
 from fedsoda_hub.serving.roster import Roster
@@ -37,6 +38,7 @@ from fedsoda_hub.serving.signer import Signer
 from fedsoda_hub.serving.tls import Encryption, is_behind_proxy, way_in
 from fedsoda_hub.serving.torch_jobs import TorchJobs
 from fedsoda_hub.serving.uploads import Uploads
+from fedsoda_hub.serving.ways import ways_of
 from fedsoda_hub.settings.run import RunSettings
 
 LINGER_SECONDS = 30.0
@@ -110,10 +112,24 @@ class Daemon:
                     "events": self.inbox.qsize,
                     "jobs": lambda: self.jobs.num_waiting,
                     "uploads": lambda: self.uploads.num_unjudged,
+                    "notifications": lambda: self.notifier.num_waiting,
                 },
                 lambda: self.uploads.spooled_bytes,
             )
         )
+        self.notifier = Notifier(
+            settings,
+            Watched(
+                run.directory.path,
+                run.state,
+                lambda: self.machine.quorum,
+                lambda: self.roster.connected,
+                run.ledger.edges.all,
+            ),
+            clock,
+            metrics.delivered,
+        )
+        self.broadcast.begin(self.notifier.hear)
         self._clock = clock
         self._door = door
 
@@ -208,6 +224,7 @@ class Daemon:
             self.monitoring.url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{door.port}"
             self.shelf.follow(self.disk.ledger.records())
             await self.uploads.tidy(self.disk.state, self.shelf.lent_blobs, is_start=True)
+            self.notifier.open(ways_of(self.settings, self.disk.directory, self._clock.wall))
             try:
                 await self._until_over(door, stop, exit_when_done)
             finally:
@@ -215,6 +232,7 @@ class Daemon:
                 await door.close()
                 await self.roster.flush_traffic()
                 await self.jobs.close()
+                await self.notifier.close()
                 self.disk.directory.address.unlink(missing_ok=True)
                 self.proofs.close()
                 await self.admission.look()
@@ -236,6 +254,7 @@ class Daemon:
                         self.admission.run(),
                         self._welcome_all(),
                         self.monitoring.metrics.run(),
+                        self.notifier.run(),
                     )
                 ]
                 await self._end(stop, exit_when_done)

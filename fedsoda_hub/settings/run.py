@@ -17,18 +17,20 @@ from fedsoda_hub.settings.combine import settled
 from fedsoda_hub.settings.keys import TOML, SettingValue, flat
 from fedsoda_hub.settings.listening import check_listening
 from fedsoda_hub.settings.methods import METHODS, UNREAD
+from fedsoda_hub.settings.notifying import check_notify
 from fedsoda_hub.settings.tables import SELF_GENERATED, Public, Tables
 from fedsoda_hub.settings.toml import check, read_toml
 
-# What may change once a run is prepared, beside [listen], [tls], [blobs] and [task] eval_*: where it computes, when a round
+# What may change once a run is prepared, beside [listen], [tls], [blobs], [notify] and [task] eval_*: where it computes, when a round
 # closes, and what an owner sets who sees an edge spoil the model.
 _FREE = (
     *("path", "device", "[rounds] count", "[rounds] quorum", "[rounds] deadline_seconds"),
     *("[aggregation] robust", "[aggregation] robust_share"),
 )
+_FREE_TABLES = ("[listen]", "[tls]", "[blobs]", "[notify]", "[task] eval_")
 MAY_CHANGE = (
     "device, [rounds] count, quorum and deadline_seconds, [aggregation] robust and robust_share, [listen], [tls], [blobs], "
-    "[task] eval_data and eval_every"
+    "[notify], [task] eval_data and eval_every"
 )
 
 
@@ -100,7 +102,7 @@ class RunSettings(Tables, frozen=True):
         return {
             key: value
             for key, value in flat(msgspec.to_builtins(self)).items()
-            if key not in _FREE and not key.startswith(("[listen]", "[tls]", "[blobs]", "[task] eval_"))
+            if key not in _FREE and not key.startswith(_FREE_TABLES)
         }
 
 
@@ -125,6 +127,7 @@ def settings_of(raw: TOML, path: Path) -> RunSettings:
     """
     settings = _checked(raw, str(path.resolve()), path.name)
     check_listening(settings.listen, settings.tls, settings.speaks_tls, path.name)
+    check_notify(settings.notify, path.name)
     for template in (settings.task.prompt, settings.task.completion):
         TextTemplate(template)
     for label, file in (

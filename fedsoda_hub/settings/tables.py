@@ -21,6 +21,7 @@ GroupDistance = Literal["healed", "angular"]
 LayerChoice = Literal["contiguous", "spectral", "uniform", "random", "top"]
 Rule = Literal["fedavg", "ffa", "rolora", "flexlora"]
 Optimizer = Literal["none", "fedavgm", "fedadam", "fedyogi"]
+NoticeName = Literal["run_over", "below_quorum", "edge_gone", "disk_low", "compute_failed", "round_closed", "evaluated"]
 Robust = Literal["none", "clip", "median", "trimmed", "krum", "centered-clip"]
 
 MAX_SEED = 2**63 - 1  # what torch's generators take
@@ -232,6 +233,15 @@ class Task(Section, frozen=True):
     eval_every: Annotated[int, Meta(ge=0, description="rounds between evaluations; 0: only after the last round")] = 0
 
 
+def is_loopback_name(host: str) -> bool:
+    """Tell whether a name or address is that of this machine alone."""
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return host.lower() == "localhost"
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
 class Listen(Section, frozen=True):
     """[listen]: where the hub is reached."""
 
@@ -245,11 +255,7 @@ class Listen(Section, frozen=True):
     @property
     def is_loopback(self) -> bool:
         """Whether the hub is reached from its own machine alone."""
-        try:
-            address = ipaddress.ip_address(self.host.partition("%")[0])
-        except ValueError:
-            return self.host.lower() == "localhost"
-        return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+        return is_loopback_name(self.host)
 
 
 class TLS(Section, frozen=True):
@@ -280,6 +286,34 @@ class Blobs(Section, frozen=True):
             "what comes, and take from the hub what does not"
         ),
     ] = msgspec.field(default_factory=list)
+
+
+class Notify(Section, frozen=True):
+    """[notify]: whom the hub tells what happened."""
+
+    command: Annotated[
+        list[str],
+        Meta(description="a program and its arguments, which gets each event as JSON on its stdin; empty: none"),
+    ] = msgspec.field(default_factory=list)
+    webhook: Annotated[
+        str | None, Meta(description="an address that each event is posted to as JSON; not given: none")
+    ] = None
+    secret: Annotated[
+        str | None,
+        Meta(
+            description="a file with the secret that signs what is posted; not given: the hub makes NAME.run/webhook.secret"
+        ),
+    ] = None
+    insecure_http: Annotated[bool, Meta(description="post over plain http beyond this machine too")] = False
+    events: Annotated[list[NoticeName], Meta(description="what is told")] = msgspec.field(
+        default_factory=lambda: ["run_over", "below_quorum", "edge_gone", "disk_low", "compute_failed"]
+    )
+    disk_low_bytes: Annotated[int, Meta(ge=0, description="free bytes of disk below which disk_low is told")] = (
+        5_000_000_000
+    )
+    timeout_seconds: Annotated[
+        float, Meta(gt=0, le=600, description="seconds that a program, or a try to post, may take")
+    ] = 10.0
 
 
 class Tables(Section, frozen=True):
@@ -319,3 +353,4 @@ class Tables(Section, frozen=True):
     listen: Listen = Listen()
     blobs: Blobs = msgspec.field(default_factory=Blobs)
     tls: TLS = TLS()
+    notify: Notify = msgspec.field(default_factory=Notify)
