@@ -29,11 +29,11 @@ from unittest import mock
 
 import msgspec
 from hostile_peers import LAYOUT, Raw, raise_limit
+from small_manifest import small_manifest
 
 from fedsoda_edge.ports import TorchPort
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.codec import encode
-from fedsoda_edge.protocol.manifest import BundleManifest, EdgeNeeds, File, LayerPlan, LoRASpec
 from fedsoda_hub.federation import jobs
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.serving import connection, guarded, listener, spool, strangers
@@ -79,7 +79,10 @@ class HashTorch:
             (self._run.bundle / "norm.safetensors").write_bytes(SHARD)
             view = self._put(VIEW)
             prepared = jobs.PreparedSubLLM(
-                manifest=self._put(_manifest()), adapter_view=view, emulator_view=view, public_kl={"aligned": 0.1}
+                manifest=self._put(small_manifest(LAYOUT, SHARD)),
+                adapter_view=view,
+                emulator_view=view,
+                public_kl={"aligned": 0.1},
             )
             return jobs.PrepareResult(sub_llms=(prepared,), master=view)
         assert isinstance(job, jobs.Aggregate)
@@ -89,26 +92,6 @@ class HashTorch:
 
     def _put(self, data: bytes) -> ms.Digest:
         return ms.Digest(self._run.blobs.put(data))
-
-
-def _manifest() -> bytes:
-    return msgspec.json.encode(
-        BundleManifest(
-            format_version=1,
-            family="llama",
-            config={},
-            dtype="bfloat16",
-            source="no-model",
-            source_revision="",
-            plan=LayerPlan(num_layers=2, adapter=(1,), kept=(0, 1), groups=(), mapping=(), distances=()),
-            lora=LoRASpec(rank=2, alpha=4, targets=("q_proj",), adapter=LAYOUT, emulator=()),
-            adapter_base="bf16",
-            quantized_embedding=False,
-            files=(File("norm.safetensors", hashlib.sha256(SHARD).hexdigest(), len(SHARD)),),
-            needs=EdgeNeeds(disk_bytes=1, ram_bytes=1, vram_bytes=0),
-            bits_per_parameter=16.0,
-        )
-    )
 
 
 async def _serve(directory: Path, num_edges: int, rounds: int, stall_seconds: float, tls: str) -> None:
