@@ -29,11 +29,11 @@ from unittest import mock
 
 import msgspec
 from hostile_peers import LAYOUT, Raw, raise_limit
+from small_manifest import small_manifest
 
 from fedsoda_edge.ports import TorchPort
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.codec import encode
-from fedsoda_edge.protocol.manifest import BundleManifest, EdgeNeeds, File, LayerPlan, LoRASpec
 from fedsoda_hub.federation import jobs
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.serving import connection, guarded, listener, spool, strangers
@@ -79,7 +79,10 @@ class HashTorch:
             (self._run.bundle / "norm.safetensors").write_bytes(SHARD)
             view = self._put(VIEW)
             prepared = jobs.PreparedSubLLM(
-                manifest=self._put(_manifest()), adapter_view=view, emulator_view=view, public_kl={"aligned": 0.1}
+                manifest=self._put(small_manifest(LAYOUT, SHARD)),
+                adapter_view=view,
+                emulator_view=view,
+                public_kl={"aligned": 0.1},
             )
             return jobs.PrepareResult(sub_llms=(prepared,), master=view)
         assert isinstance(job, jobs.Aggregate)
@@ -91,33 +94,14 @@ class HashTorch:
         return ms.Digest(self._run.blobs.put(data))
 
 
-def _manifest() -> bytes:
-    return msgspec.json.encode(
-        BundleManifest(
-            format_version=1,
-            family="llama",
-            config={},
-            dtype="bfloat16",
-            source="no-model",
-            source_revision="",
-            plan=LayerPlan(num_layers=2, adapter=(1,), kept=(0, 1), groups=(), mapping=(), distances=()),
-            lora=LoRASpec(rank=2, alpha=4, targets=("q_proj",), adapter=LAYOUT, emulator=()),
-            adapter_base="bf16",
-            quantized_embedding=False,
-            files=(File("norm.safetensors", hashlib.sha256(SHARD).hexdigest(), len(SHARD)),),
-            needs=EdgeNeeds(disk_bytes=1, ram_bytes=1, vram_bytes=0),
-            bits_per_parameter=16.0,
-        )
-    )
-
-
-async def _serve(directory: Path, num_edges: int, rounds: int, stall_seconds: float) -> None:
+async def _serve(directory: Path, num_edges: int, rounds: int, stall_seconds: float, tls: str) -> None:
     """Serve a run of so many edges until stdin ends; say port and tokens, then answer each line with what it costs now."""
     (directory / "public.txt").write_text("public")
     (directory / "run.toml").write_text(
         'name = "small"\nmodel = "no-model"\n[lora]\nrank = 2\n[public]\ntext = "public.txt"\n[method]\n'
         f"realign_every = 0\n[rounds]\ncount = {rounds}\nmin_edges = {num_edges}\ncohort = {num_edges}\nquorum = 1.0\n"
         f'[wire]\ncodec = "bf16"\nstall_seconds = {stall_seconds}\n[listen]\nport = 0\n'
+        f'[tls]\nmode = "{tls}"\n'
     )
     settings = read_settings(directory / "run.toml")
     torch = cast(TorchPort, HashTorch(settings.run_dir))
@@ -209,11 +193,14 @@ def _queued_seconds(path: str) -> float:
 
 
 @contextlib.contextmanager
-def hub_of(num_edges: int, rounds: int, defect: str, *, stall_seconds: float = 20.0) -> Iterator[Hub]:
+def hub_of(
+    num_edges: int, rounds: int, defect: str, *, stall_seconds: float = 20.0, tls: bool = False
+) -> Iterator[Hub]:
     """Serve a run of so many edges in a child process."""
+    mode = "on" if tls else "off"
     with tempfile.TemporaryDirectory(prefix="fedsoda-trust-", dir=IN_MEMORY) as directory:
         process = subprocess.Popen(
-            [sys.executable, __file__, "--serve", directory, str(num_edges), str(rounds), str(stall_seconds)],
+            [sys.executable, __file__, "--serve", directory, *map(str, (num_edges, rounds, stall_seconds)), mode],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -232,10 +219,12 @@ def hub_of(num_edges: int, rounds: int, defect: str, *, stall_seconds: float = 2
 
 
 @contextlib.contextmanager
-def others(kind: str, port: int, tokens: list[str], value: float) -> Iterator[subprocess.Popen[str]]:
+def others(
+    kind: str, port: int, tokens: list[str], value: float, *, tls: bool = False
+) -> Iterator[subprocess.Popen[str]]:
     """Run the other side in a child process."""
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "scripts" / "hostile_peers.py"), kind, str(port), str(value)],
+        [sys.executable, str(ROOT / "scripts" / "hostile_peers.py"), kind, str(port), str(value)] + ["tls"] * tls,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -291,11 +280,11 @@ def health(hub: Hub) -> Waited:
     return Waited(seconds, max(0.0, seconds - (queued() - waited)), hub.cpu_seconds() - computed)
 
 
-def honest_cost(num_edges: int, rounds: int, defect: str) -> dict[str, float]:
+def honest_cost(num_edges: int, rounds: int, defect: str, *, tls: bool = False) -> dict[str, float]:
     """Return KiB of the hub's memory for each greeted connection, and CPU milliseconds per round and edge."""
-    with hub_of(num_edges, rounds, defect) as hub:
+    with hub_of(num_edges, rounds, defect, tls=tls) as hub:
         idle = hub.cost()
-        with others("honest", hub.port, hub.tokens, rounds) as process:
+        with others("honest", hub.port, hub.tokens, rounds, tls=tls) as process:
             assert process.stdin is not None
             assert process.stdout is not None
             greeted = hub.cost()
@@ -406,12 +395,14 @@ def measure(quick: bool) -> dict[str, object]:
     small, large, seconds = (50, 300, 4.0) if quick else (100, 2_000, 40.0)
     few = honest_cost(small, 2, defect)
     many = honest_cost(large, 2, defect)
+    encrypted = honest_cost(large, 2, defect, tls=True)
     with hub_of(1, 1, defect, stall_seconds=2.0) as hub:
         flood = asyncio.run(floods(hub.port, hub.tokens[0]))
     siege = under_fire(large, seconds, defect)
     ratio = many["cpu_ms_a_round_and_edge"] / few["cpu_ms_a_round_and_edge"]
     bounds = [
         ("KiB of the hub's memory for a greeted connection", many["kib_a_connection"], KIB_A_CONNECTION),
+        ("the same, with TLS", encrypted["kib_a_connection"], KIB_A_CONNECTION),
         (f"CPU of a round and edge, {large} edges to {small}", ratio, CPU_RATIO),
         (
             "ms until /healthz answers under fire, p99, without waiting for a core",
@@ -436,6 +427,7 @@ def measure(quick: bool) -> dict[str, object]:
         "cpu_ratio": round(ratio, 2),
         **{f"{name}_of_{small}": round(value, 2) for name, value in few.items()},
         **{name: round(value, 2) for name, value in many.items()},
+        **{f"{name}_with_tls": round(value, 2) for name, value in encrypted.items()},
         **flood,
         **siege,
     }
@@ -500,13 +492,13 @@ def main() -> None:
     """Measure, or be the hub of a child process."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="300 connections")
-    parser.add_argument("--serve", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", nargs=5, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     raise_limit()
     if asked.serve:
-        directory, num_edges, rounds, stall = asked.serve
+        directory, num_edges, rounds, stall, tls = asked.serve
         with _without(os.environ.get(DEFECT, "")):
-            asyncio.run(_serve(Path(directory), int(num_edges), int(rounds), float(stall)))
+            asyncio.run(_serve(Path(directory), int(num_edges), int(rounds), float(stall), tls))
     else:
         print(json.dumps(measure(asked.quick), indent=1))
 

@@ -1,6 +1,6 @@
 """Be the other side of a hub, a thousand times: edges that play rounds, and peers that do their worst. No torch.
 
-    python scripts/hostile_peers.py honest|hostile PORT VALUE      (tokens come as a line of JSON on stdin)
+    python scripts/hostile_peers.py honest|hostile PORT VALUE [tls]     (tokens come as a line of JSON on stdin)
 
 Websockets are written by hand, since clients of a library cost more than the hub. Each connection comes from an address of
 its own in 127.0.0.0/8. `bench_trust_resources.py` starts it.
@@ -16,9 +16,11 @@ import json
 import os
 import resource
 import socket
+import ssl
 import struct
 import sys
 import time
+from asyncio.sslproto import SSLProtocol
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -39,7 +41,9 @@ def raise_limit() -> None:
 
 
 class Raw:
-    """A connection that says what it wants, from an address of its own."""
+    """A connection that says what it wants, from an address of its own. encryption: None: it speaks plain HTTP."""
+
+    encryption: ssl.SSLContext | None = None
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
@@ -53,7 +57,8 @@ class Raw:
         taken.setblocking(False)
         taken.bind((f"127.{1 + (number >> 16)}.{number >> 8 & 255}.{number & 255}", 0))
         await asyncio.get_running_loop().sock_connect(taken, ("127.0.0.1", port))
-        return cls(*await asyncio.open_connection(sock=taken, limit=1 << 14))
+        name = "" if cls.encryption else None  # no name is checked
+        return cls(*await asyncio.open_connection(sock=taken, limit=1 << 14, ssl=cls.encryption, server_hostname=name))
 
     def say(self, data: bytes) -> None:
         if self.writer.transport.is_closing():
@@ -261,7 +266,11 @@ async def hostile(port: int, tokens: list[str], seconds: float) -> None:
 def main() -> None:
     """Be the peers that are asked for."""
     raise_limit()
-    kind, port, value = sys.argv[1:]
+    kind, port, value, *how = sys.argv[1:]
+    if how == ["tls"]:
+        SSLProtocol.max_size = 4 << 10  # of a buffer for each connection, 256 KiB as asyncio has it
+        Raw.encryption = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        Raw.encryption.check_hostname, Raw.encryption.verify_mode = False, ssl.CERT_NONE
     tokens = json.loads(sys.stdin.readline())
     if kind == "honest":
         asyncio.run(honest(int(port), tokens, int(float(value))))

@@ -6,19 +6,19 @@ All else is the product's own: daemon, roster, machine, ledger, blobs.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import struct
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
+from small_manifest import small_manifest
 from trust_frames_mutate import frame_of
 
 from fedsoda_edge.ports import SystemClock
 from fedsoda_edge.ports.logs import printable
 from fedsoda_edge.protocol import messages as ms
-from fedsoda_edge.protocol.manifest import BundleManifest, EdgeNeeds, File, LayerPlan, LoRASpec, TensorSpec
+from fedsoda_edge.protocol.manifest import TensorSpec
 from fedsoda_hub.federation import jobs
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.run.tokens import Token
@@ -76,7 +76,7 @@ class Torch:
             (self.directory.bundle / "norm.safetensors").write_bytes(b"norm")
             view, emulator = (ms.Digest(put(name)) for name in (b"adapter", b"emulator"))
             one = jobs.PreparedSubLLM(
-                manifest=ms.Digest(put(_manifest())),
+                manifest=ms.Digest(put(small_manifest(LAYOUT, b"norm"))),
                 adapter_view=view,
                 emulator_view=emulator,
                 public_kl=dict.fromkeys(("pruned", "quantized", "aligned"), 0.1),
@@ -91,26 +91,6 @@ class Torch:
 
     async def close(self) -> None:
         self.pid = None
-
-
-def _manifest() -> bytes:
-    return msgspec.json.encode(
-        BundleManifest(
-            format_version=1,
-            family="llama",
-            config={},
-            dtype="bfloat16",
-            source="",
-            source_revision="",
-            plan=LayerPlan(num_layers=2, adapter=(1,), kept=(0, 1), groups=(), mapping=(), distances=()),
-            lora=LoRASpec(rank=2, alpha=4, targets=("q_proj",), adapter=LAYOUT, emulator=()),
-            adapter_base="bf16",
-            quantized_embedding=False,
-            files=(File("norm.safetensors", hashlib.sha256(b"norm").hexdigest(), 4),),
-            needs=EdgeNeeds(disk_bytes=1, ram_bytes=1, vram_bytes=0),
-            bits_per_parameter=16.0,
-        )
-    )
 
 
 def update(values: list[float], codec: str = "bf16") -> bytes:

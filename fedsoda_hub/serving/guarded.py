@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
@@ -203,7 +203,12 @@ class GuardedWebSocket(WebSocketsSansIOProtocol):
 
     async def send(self, message: Any) -> None:
         await super().send(message)
-        if message["type"] == "websocket.close":
+        if (
+            message["type"] == "websocket.accept"
+        ):  # the request has been read: 4 KiB for as long as the connection is there
+            cast(list[object], self.scope["headers"]).clear()
+            self.request = self.response = None  # type: ignore[assignment]
+        elif message["type"] == "websocket.close":
             self._leave()
         else:  # not before there is room again: the next piece is not read from disk while this one waits
             await self.writable.wait()

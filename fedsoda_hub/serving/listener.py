@@ -25,8 +25,8 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import FileResponse, JSONResponse, Response
-from starlette.routing import Route, WebSocketRoute
-from starlette.types import Receive, Scope, Send
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from fedsoda_edge.errors import ProtocolViolation, UsageProblem
@@ -159,7 +159,7 @@ def _health_at_once(hub: Hub) -> bytes:
     return head.encode() + body
 
 
-def make_app(hub: Hub, broke: Broke, handshakes: Handshakes) -> Starlette:
+def make_app(hub: Hub, broke: Broke, handshakes: Handshakes) -> ASGIApp:
     """Build the application of the one port.
 
     Args:
@@ -262,9 +262,8 @@ def make_app(hub: Hub, broke: Broke, handshakes: Handshakes) -> Starlette:
         written = await hub.monitoring.metrics.scrape(request.headers.get("accept", ""))
         return Response(written.data, headers={"Content-Type": written.content_type})
 
-    return Starlette(
+    routes = Starlette(
         routes=[
-            WebSocketRoute("/v1/session", session),
             Route("/v1/proof", prove, methods=["POST"]),
             Route("/v1/blobs/{digest}", answered(blob)),
             Route("/v1/status", answered(status)),
@@ -272,6 +271,14 @@ def make_app(hub: Hub, broke: Broke, handshakes: Handshakes) -> Starlette:
             Route("/metrics", answered(metrics)),
         ]
     )
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket" and scope["path"] == "/v1/session":
+            await session(WebSocket(scope, receive, send))  # starlette would hold 5 KiB for each conversation
+        else:
+            await routes(scope, receive, send)
+
+    return app
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -34,7 +34,7 @@ LOOK_SECONDS = 60.0  # between looks at dates and files
 HANDSHAKE_SECONDS = 10
 CLOSING_SECONDS = 5  # for the other side's end of TLS, after the hub's own
 SOON = timedelta(days=7)  # before its end, from which on an owner's certificate that was not renewed is complained of
-READ_BYTES = 4 << 10  # at a time; each connection has a buffer of as many, of 256 KiB where asyncio chooses
+READ_BYTES = 4 << 10  # at a time
 PLAIN_HTTP = re.compile(rb"(GET|HEAD|POST|PUT|OPTIONS|CONNECT|DELETE|PATCH) ")
 WRONG_PROTOCOL = b"This hub speaks TLS: write https:// instead of http://.\n"
 WRONG_PROTOCOL_ANSWER = (
@@ -137,13 +137,16 @@ def _context(certificate_file: Path, key_file: Path) -> ssl.SSLContext:
     return context
 
 
+_COMES = memoryview(bytearray(READ_BYTES))  # what a socket has read, of all connections
+
+
 # --- one connection --------------------------------------------------------------------------------------------------
 
 
 class Handshake(SSLProtocol):
     """The TLS of one connection. Until its handshake is over it waits among the strangers; then what it carries does."""
 
-    max_size = READ_BYTES
+    max_size = 0  # of the buffer that asyncio makes for each connection: 256 KiB where it chooses
 
     def __init__(self, within: Guarded, context: ssl.SSLContext) -> None:
         super().__init__(
@@ -155,19 +158,20 @@ class Handshake(SSLProtocol):
             ssl_handshake_timeout=HANDSHAKE_SECONDS,
             ssl_shutdown_timeout=CLOSING_SECONDS,
         )
+        self.max_size = READ_BYTES  # type: ignore[misc]
         self.address = ""
-        self._within = within
+        self._strangers, self._turns = within.strangers, within.turns
+        self._connections: set[Any] = within.connections
         self._raw: asyncio.Transport | None = None
-        self._buffer: Any = None
         self._has_spoken = False
         self._is_over = False
 
     def connection_made(self, transport: Any) -> None:
         self._raw = transport
         self.address = str((transport.get_extra_info("peername") or ("",))[0])
-        self._within.connections.add(self)  # type: ignore[arg-type]
-        if self._within.strangers.may_connect(self.address):
-            self._within.strangers.come(self, len(self._within.connections))
+        self._connections.add(self)
+        if self._strangers.may_connect(self.address):
+            self._strangers.come(self, len(self._connections))
         else:
             self.end()
         super().connection_made(transport)
@@ -185,32 +189,36 @@ class Handshake(SSLProtocol):
     shutdown = end  # as uvicorn calls it of each connection when the hub ends
 
     def get_buffer(self, n: int) -> Any:
-        self._buffer = super().get_buffer(n)
-        return self._buffer
+        return _COMES  # what is read is handed over before anything else is read
 
     def buffer_updated(self, nbytes: int) -> None:
+        data = bytes(_COMES[:nbytes])
         if not self._has_spoken:
             self._has_spoken = True
-            if PLAIN_HTTP.match(self._buffer[: min(nbytes, 16)]) and self._raw is not None:
-                self._within.strangers.complaints.add("plain HTTP instead of TLS")
+            if PLAIN_HTTP.match(data) and self._raw is not None:
+                self._strangers.complaints.add("plain HTTP instead of TLS")
                 self._is_over = True
                 self._raw.write(WRONG_PROTOCOL_ANSWER)
                 self._raw.close()
                 return
         if self._is_over or self._raw is None:
-            super().buffer_updated(nbytes)
+            self._decrypt(data)
         else:  # a handshake costs as much as a request
-            self._within.turns.take(self._raw, partial(super().buffer_updated, nbytes))
+            self._turns.take(self._raw, partial(self._decrypt, data))
+
+    def _decrypt(self, data: bytes) -> None:
+        super().get_buffer(len(data))[: len(data)] = data
+        super().buffer_updated(len(data))
 
     def connection_lost(self, exc: BaseException | None) -> None:
         if not self._is_over:
-            self._within.strangers.complaints.add("gone without a TLS handshake")
+            self._strangers.complaints.add("gone without a TLS handshake")
         self._forget()
         super().connection_lost(exc)
 
     def _forget(self) -> None:
-        self._within.strangers.known(self)
-        self._within.connections.discard(self)
+        self._strangers.known(self)
+        self._connections.discard(self)
 
 
 def encrypted(kind: type[Guarded], encryption: Encryption) -> Callable[..., asyncio.BaseProtocol]:

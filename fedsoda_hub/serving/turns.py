@@ -16,7 +16,7 @@ FIRST_BYTES = 2  # of a frame: they say how many more its head has
 
 
 class Turns:
-    """What came and waits to be looked at. Make it where a loop runs."""
+    """The things that came and wait to be looked at. Make it where a loop runs."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -59,7 +59,7 @@ def _resumed(transport: asyncio.Transport, look: Callable[[], object]) -> None:
 
 
 class FrameHeads:
-    """Counts the frames of a websocket by their heads (RFC 6455, 5.2), before anything is made of them."""
+    """A count of a websocket's frames by their heads (RFC 6455, 5.2), before anything is made of them."""
 
     def __init__(self) -> None:
         self._head = b""  # of a frame, as far as it came

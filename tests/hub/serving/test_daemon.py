@@ -18,6 +18,7 @@ from typing import Any, TypeVar, cast
 import httpx
 import msgspec
 import pytest
+from small_manifest import small_manifest
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
@@ -26,7 +27,7 @@ from fedsoda_edge.errors import DiskFull, HubUnreachable, RefusedByHub, UsagePro
 from fedsoda_edge.ports import Clock, TorchPort
 from fedsoda_edge.ports.disk import BlobStore, sha256
 from fedsoda_edge.protocol import messages as ms
-from fedsoda_edge.protocol.manifest import BundleManifest, EdgeNeeds, File, LayerPlan, LoRASpec, TensorSpec
+from fedsoda_edge.protocol.manifest import BundleManifest, TensorSpec
 from fedsoda_edge.protocol.session import Blob, EdgeSession, chunks
 from fedsoda_hub.events import HubEvent, HubSay, Listening, as_json
 from fedsoda_hub.federation import events as ev
@@ -75,23 +76,7 @@ OTHER = tuple(TensorSpec(spec.name.replace("layers.1", "layers.0"), spec.shape) 
 
 
 def manifest(layout: tuple[TensorSpec, ...] = LAYOUT) -> bytes:
-    return msgspec.json.encode(
-        BundleManifest(
-            format_version=1,
-            family="llama",
-            config={},
-            dtype="bfloat16",
-            source="no-model",
-            source_revision="",
-            plan=LayerPlan(num_layers=2, adapter=(1,), kept=(0, 1), groups=(), mapping=(), distances=()),
-            lora=LoRASpec(rank=2, alpha=4, targets=("q_proj",), adapter=layout, emulator=()),
-            adapter_base="bf16",
-            quantized_embedding=False,
-            files=(File("norm.safetensors", sha256(SHARD), len(SHARD)),),
-            needs=EdgeNeeds(disk_bytes=1, ram_bytes=1, vram_bytes=0),
-            bits_per_parameter=16.0,
-        )
-    )
+    return small_manifest(layout, SHARD)
 
 
 class Torch:

@@ -310,7 +310,12 @@ def ask(hub: MemoryHub, path: str, client: tuple[str, int] | None, token: str) -
         "headers": [(b"authorization", f"Bearer {token}".encode())] if token else [],
         "client": client,
     }
-    asyncio.run(make_app(hub.parts, hub.defects.append, Handshakes(time.monotonic))(scope, receive, send))
+    app = make_app(hub.parts, hub.defects.append, Handshakes(time.monotonic))
+
+    async def ask() -> None:
+        await app(scope, receive, send)
+
+    asyncio.run(ask())
     return int(answers[0]["status"])
 
 
