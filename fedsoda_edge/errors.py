@@ -212,7 +212,7 @@ class HubNotTrusted(RemoteError):
 class ProtocolMismatch(FedSODAError):
     """Two sides without a version of the protocol that both speak: `protocol/versions.py`.
 
-    edge, hub: the newest version that each speaks. remedy: the command that brings this device a newer release.
+    edge, hub: the two versions, one of each, that lie nearest. remedy: the command that brings this device a newer release.
     """
 
     exit_status: ClassVar[int] = 6
@@ -223,10 +223,15 @@ class ProtocolMismatch(FedSODAError):
     remedy: str = ""
 
     def __str__(self) -> str:
-        said = f"this edge speaks protocol {self.edge}, the hub {self.hub}; "
         if self.edge < self.hub:
-            return said + f"bring this device a newer release: {self.remedy or 'upgrade fedsoda'}"
-        return said + "the hub's owner has to upgrade the hub, or this device needs an older release"
+            return (
+                f"this fedsoda is too old for the hub: it speaks protocol {self.edge} at most, the hub {self.hub} at least; "
+                f"bring this device a newer release: {self.remedy or 'upgrade fedsoda'}"
+            )
+        return (
+            f"the hub is too old for this fedsoda: it speaks protocol {self.hub} at most, this device {self.edge} at least; "
+            "ask the hub's owner to upgrade it, or join with an older release"
+        )
 
     def way_out(self) -> WayOut:
         return WayOut("fix-machine", self.remedy) if self.edge < self.hub else WayOut("ask-owner", "")
