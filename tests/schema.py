@@ -1,4 +1,4 @@
-"""Hold what a command printed against the JSON Schemas in `schemas/`. A number is finite, and 1.0 is no integer."""
+"""Hold what a command printed against the JSON Schemas in the packages' `schemas.json`. A number is finite, and 1.0 is no integer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 from jsonschema.validators import extend
 
-SCHEMAS = Path(__file__).resolve().parent / "schemas"
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def _is_integer(_: object, value: object) -> bool:
@@ -45,7 +45,9 @@ class Outputs:
     """What one program may print. Every method raises AssertionError where something else was printed."""
 
     def __init__(self, program: str) -> None:
-        self.document: dict[str, Any] = json.loads((SCHEMAS / f"{program}.json").read_text(encoding="utf-8"))
+        self.document: dict[str, Any] = json.loads(
+            (ROOT / program.replace("-", "_") / "schemas.json").read_text(encoding="utf-8")
+        )
         self.parts: dict[str, Any] = self.document["$defs"]
 
     @property

@@ -65,7 +65,7 @@ _JOIN = f"{_SIZES} edge.events edge.ports edge.data edge.device edge.device.fact
 _CONTRACT = f"{_SIZES} edge.ports edge.model edge.data"
 _TORCH_ROOM = f"{_CONTRACT} hub.settings hub.algorithms hub.run"
 _ABOVE = (
-    f"{_CONTRACT} edge.ports.console hub.events hub.settings hub.federation hub.run hub.serving "
+    f"{_CONTRACT} edge.ports.console edge.ports.program hub.events hub.settings hub.federation hub.run hub.serving "
     "hub.algorithms hub.preparation hub.plan hub.evaluation hub.compute hub.report"
 )
 _ANY_STDLIB = "asyncio clock disk processes"
@@ -78,6 +78,7 @@ HOUSE = {
     # `protocol`: TorchPort names the typed calls of protocol/calls.py to the processes that own torch.
     "edge.ports": Room(_SIZES, f"{_ANY_STDLIB} psutil msgspec"),
     "edge.ports.console": Room(f"{_SIZES} edge.ports", "clock disk processes typer rich"),
+    "edge.ports.program": Room("edge.ports edge.ports.console", "typer"),
     # `tokenizers`: a model directory is refused where its tokenizer.json cannot be read.
     # The manager's socket; what is said there never leaves the machine.
     "edge.ports.service": Room("edge.errors edge.ports", "asyncio disk network"),
@@ -98,7 +99,7 @@ HOUSE = {
     "edge.edge": Room(f"{_JOIN} edge.join edge.join.doctor edge.network", f"{_ANY_STDLIB} msgspec"),
     "edge.testing": Room(f"{_SIZES} edge.ports edge.model", "asyncio clock disk processes tensors tokenizers msgspec"),
     "edge.cli": Room(
-        f"{_JOIN} edge.ports.console edge.ports.service edge.join edge.join.doctor edge.network edge.edge",
+        f"{_JOIN} edge.ports.console edge.ports.program edge.ports.service edge.join edge.join.doctor edge.network edge.edge",
         f"{_ANY_STDLIB} typer rich msgspec platformdirs",
     ),
     "hub": Room("hub.cli"),

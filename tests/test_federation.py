@@ -132,7 +132,7 @@ class Federation:
         return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
 
     def check_events(self) -> None:
-        """All that hub and edges said is as `schemas/` has it."""
+        """All that hub and edges said is as the packages' `schemas.json` have it."""
         for log in self.directory.glob("*.log"):
             for event in self.events(log.name):
                 (HUB if log.name == "hub.log" else EDGE).check_event(event)

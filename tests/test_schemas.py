@@ -1,4 +1,4 @@
-"""What the two commands print is what `schemas/` says, field by field: reports, events and errors of real runs.
+"""What the two commands print is what the packages' `schemas.json` says, field by field: reports, events and errors of real runs.
 
 The schemas are as strict as they can be: no unknown field, none missing, no NaN. A command, an event or an error class
 without a schema fails here. Left to `test_federation.py`: the events of hub and edges with torch on both sides.
@@ -135,7 +135,9 @@ def test_an_object_has_no_field_but_those_named_and_lacks_none(program: str) -> 
         "#/$defs/evaluate": {"samples"},
         "#/$defs/evaluate/properties/samples/items": {"sub_llm"},
     }
-    completed = {f"#/$defs/{part}" for part in ("Join", "Serve", "Run", "Live", "Failed", "Memory", "Terminated")}
+    completed = {
+        f"#/$defs/{part}" for part in ("Join", "Serve", "Compare", "Run", "Live", "Failed", "Memory", "Terminated")
+    }
     for path, schema in subschemas(APPS[program][0].document):
         if schema.get("type") == "object" and "properties" in schema:
             assert set(schema["properties"]) - set(schema["required"]) == optional.get(path, set()), path
@@ -187,12 +189,16 @@ def test_closed_sets_are_those_of_the_code() -> None:
 def test_an_error_has_the_exit_status_of_its_class(program: str) -> None:
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.FedSODAError)]
     for kind in {*kinds} - {errors.FedSODAError, errors.LocalError, errors.RemoteError}:
+        way_out = kind(*(1,) * sum(one.default is dataclasses.MISSING for one in dataclasses.fields(kind))).way_out()
         said = {
             "schema": 1,
             "status": "error",
             "error": kind.__name__,
             "message": "no",
             "exit_status": kind.exit_status,
+            "code": kind.code,
+            "recovery": way_out.recovery,
+            "helps": way_out.helps,
         }
         APPS[program][0].check("error", said)
         APPS[program][0].check("end", {"event": "end", "terminal": True, **said})

@@ -7,7 +7,6 @@ import shutil
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
-import msgspec
 import typer
 
 from fedsoda_edge.cli import options as opt
@@ -25,13 +24,22 @@ from fedsoda_edge.ports.console import (
     working,
 )
 from fedsoda_edge.ports.console import run as run_command
+from fedsoda_edge.ports.program import Program
 from fedsoda_edge.units import parse_bytes
 
 if TYPE_CHECKING:
     from fedsoda_edge.cli.config_file import Defaults, Options
     from fedsoda_edge.join.control import Action, RequestAnswer
 
+
+class EdgeProgram(Program):
+    """The commands of fedsoda-edge."""
+
+    package = "fedsoda_edge"
+
+
 app = typer.Typer(
+    cls=EdgeProgram,
     epilog="Options can also be set in config.toml in FEDSODA_HOME: at its top for every command that has them, or in a "
     "table with the command's name. An option overrides its environment variable, and that overrides the file.\n\n"
     + EXIT_HELP,
@@ -69,7 +77,7 @@ def _options(command: Any) -> Options:
     return {
         name: _options(each)
         if hasattr(each, "commands")
-        else {str(parameter.name) for parameter in each.params} - {"as_json", "jsonl", "debug", "help"}
+        else {str(parameter.name) for parameter in each.params} - {"as_json", "jsonl", "schema", "debug", "help"}
         for name, each in command.commands.items()
     }
 
@@ -234,7 +242,8 @@ def doctor(
                 show_check(check)
 
         asyncio.run(look())
-        status = next((check.exit_status for check in checks if not check.passed), 0)
+        first = next((check for check in checks if not check.passed), None)
+        status = 0 if first is None else first.exit_status
         lines = [
             {
                 "name": check.name,
@@ -245,7 +254,10 @@ def doctor(
             }
             for check in checks
         ]
-        finish({"status": "error" if status else "ok", "exit_status": status, "checks": lines}, as_json, False)
+        ended = {"status": "ok", "exit_status": 0, "code": None, "recovery": None}
+        if first is not None:
+            ended = {"status": "error", "exit_status": status, "code": "check-failed", "recovery": first.recovery}
+        finish({**ended, "checks": lines}, as_json, False)
         raise typer.Exit(status)
 
 
@@ -282,6 +294,8 @@ def status(as_json: opt.JsonOption = False, debug: opt.DebugOption = False) -> N
     """Show what the join of this FEDSODA_HOME does: state, round, step, due time, memory, last error."""
     with reporting(as_json, False, debug):
         import time
+
+        import msgspec
 
         from fedsoda_edge.join.home import Home
         from fedsoda_edge.join.status import read_status, sentences
@@ -336,6 +350,8 @@ def _request(do: Action, seconds: float | None = None) -> RequestAnswer:
 
 
 def _finish(answer: RequestAnswer, as_json: bool) -> None:
+    import msgspec
+
     finish({"status": "ok", **msgspec.to_builtins(answer)}, as_json, False)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import tempfile
 from pathlib import Path
@@ -62,6 +61,8 @@ def data_check(
 ) -> None:
     """Show what is trained on and what is skipped and why, lengths, labels, duplicates. Nothing leaves this device."""
     with reporting(as_json, False, debug, is_private=True), working(f"reading {file}"):
+        import asyncio
+
         from fedsoda_edge.cli.display import show_data
         from fedsoda_edge.data.chat import ChatTemplate
         from fedsoda_edge.data.inspection import DEFAULT_MAX_LENGTH, inspect

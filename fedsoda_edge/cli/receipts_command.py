@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-import msgspec
 import typer
 
 from fedsoda_edge.cli import options as opt
@@ -32,6 +31,8 @@ def receipts(
 ) -> None:
     """List all that ever left this device: when, to which hub, what, and the hub's signed receipt. Nothing is sent."""
     with reporting(as_json, False, debug):
+        import msgspec
+
         from fedsoda_edge.join.home import Home
         from fedsoda_edge.join.receipts import ReceiptLog, departures
 

@@ -14,14 +14,15 @@ from typing import Any, Protocol, TypeVar
 
 from msgspec.structs import replace
 
-from fedsoda_edge.errors import HubUnreachable, ProtocolMismatch, ProtocolViolation, RefusedByHub
+from fedsoda_edge.errors import HubUnreachable, ProtocolViolation, RefusedByHub
 from fedsoda_edge.events import EventSink, HubPreparing, Reconnecting
 from fedsoda_edge.join.patience import Patience
-from fedsoda_edge.ports import Clock, Transport
+from fedsoda_edge.ports import Clock, Transport, installer
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol import trace
 from fedsoda_edge.protocol.session import Blob, EdgeSession, chunks
 from fedsoda_edge.protocol.stages import words_of
+from fedsoda_edge.protocol.versions import SPEAKS, Speaks
 from fedsoda_edge.units import one_line
 
 log = logging.getLogger("fedsoda_edge.join")
@@ -167,7 +168,7 @@ class Conversation:
         Raises:
             HubUnreachable: names the step that failed, or says how far the hub's preparation is.
             RefusedByHub: the hub refused, or now serves another run.
-            ProtocolMismatch: the hub speaks another version.
+            ProtocolMismatch: the hub speaks no version that this device speaks.
         """
         shared = Patience(self._clock, SHARED_SECONDS)
         is_told = False
@@ -199,10 +200,12 @@ class Conversation:
             )
             log.debug(trace.line("<", answer))
             if isinstance(answer, ms.Refusal):
+                if isinstance(answer.speaks, tuple) and SPEAKS.agreed(hub := Speaks(*answer.speaks)) is None:
+                    raise SPEAKS.mismatch(hub, installer.found().update)
                 why = f"the hub refused: {one_line(answer.reason)}"
                 raise RefusedForNow(why) if answer.retry else RefusedByHub(why)
-            if answer.protocol != ms.PROTOCOL_VERSION:
-                raise ProtocolMismatch(ms.PROTOCOL_VERSION, answer.protocol)
+            if not SPEAKS.oldest <= answer.protocol <= SPEAKS.newest:
+                raise SPEAKS.mismatch(Speaks(answer.protocol, answer.protocol), installer.found().update)
             if self._welcome is not None and answer.run_id != self._welcome.run_id:
                 raise RefusedByHub(
                     f"the hub now serves the run {one_line(answer.run_id)}, this join began with {self._welcome.run_id}; "

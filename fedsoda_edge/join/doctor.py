@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from fedsoda_edge.device.facts import read_device
 from fedsoda_edge.device.fit import Limits
-from fedsoda_edge.errors import DeviceTooSmall, FedSODAError, HubUnreachable, UsageProblem
+from fedsoda_edge.errors import DeviceTooSmall, FedSODAError, HubUnreachable, Recovery, UsageProblem
 from fedsoda_edge.join import identity
 from fedsoda_edge.join.home import Home
 from fedsoda_edge.join.inspect import look_at
@@ -43,8 +43,8 @@ PROBE_BYTES = 4 << 20  # fetched of the bundle, to measure the bandwidth
 class DoctorStep:
     """A step and its result.
 
-    fix: what to do; "" where the step passed. exit_status: the command's when this is the first step that fails. parts:
-    what the memory in the detail consists of.
+    fix: what to do; "" where the step passed. exit_status, recovery: the command's when this is the first step that fails.
+    parts: what the memory in the detail consists of.
     """
 
     name: str
@@ -53,11 +53,13 @@ class DoctorStep:
     fix: str = ""
     exit_status: int = 0
     parts: Sequence[Part] = ()
+    recovery: Recovery = "fix-machine"
 
 
 def _failed(name: str, error: FedSODAError) -> DoctorStep:
     what, mark, fix = str(error).rpartition("; ")
-    return DoctorStep(name, False, what if mark else fix, fix if mark else "", error.exit_status)
+    recovery = error.way_out().recovery
+    return DoctorStep(name, False, what if mark else fix, fix if mark else "", error.exit_status, recovery=recovery)
 
 
 def linked(home: Home, link: JoinLink, trust: Trust) -> LinkedDevice:

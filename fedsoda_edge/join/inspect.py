@@ -22,9 +22,10 @@ from fedsoda_edge.join.witness import HubWitness
 from fedsoda_edge.ports import SystemClock, Transport
 from fedsoda_edge.ports.store import FileStore
 from fedsoda_edge.ports.system import place_of
-from fedsoda_edge.protocol.messages import PROTOCOL_VERSION, Hello
+from fedsoda_edge.protocol.messages import Hello
 from fedsoda_edge.protocol.needs import SampleSizes
 from fedsoda_edge.protocol.ranges import Count, Positive
+from fedsoda_edge.protocol.versions import SPEAKS
 from fedsoda_edge.units import one_line
 
 
@@ -57,7 +58,8 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
 def hello(home: Home) -> Hello:
     """Make the first message of a connection."""
     return Hello(
-        protocol=PROTOCOL_VERSION,
+        protocol=SPEAKS.oldest,
+        newest=0 if SPEAKS.newest == SPEAKS.oldest else SPEAKS.newest,
         software=f"fedsoda {version('fedsoda')}",
         device_id=home.device_id(),
         device=read_device(home.directory),

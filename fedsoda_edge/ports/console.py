@@ -19,7 +19,7 @@ from typing import IO, Any, cast
 
 import typer
 
-from fedsoda_edge.errors import FedSODAError, UsageProblem
+from fedsoda_edge.errors import USAGE_HELP, FedSODAError, UsageProblem, WayOut
 from fedsoda_edge.ports.defects import machine_words, sentence_of, trace_of
 from fedsoda_edge.ports.ends import of_this_machine
 from fedsoda_edge.ports.logs import logs_shown, printable
@@ -29,7 +29,8 @@ from fedsoda_edge.units import counted, finite, human_bytes, human_seconds
 
 EXIT_HELP = (
     "Exit status: 0 done; 1 failed, do not retry; 2 wrong usage, settings or data; 3 temporary (network, hub away, "
-    "disk full), retry is sensible; 4 this device cannot hold the model; 5 refused by the hub; 130 Ctrl+C. "
+    "disk full), retry is sensible; 4 this device cannot hold the model; 5 refused by the hub; 6 one side is too old; "
+    "130 Ctrl+C. "
     "SIGTERM and SIGHUP save state and exit 0."
 )
 
@@ -52,60 +53,88 @@ def reporting(as_json: bool, jsonl: bool, debug: bool, *, is_private: bool = Fal
         is_private: whether the command reads private text, which the words of a defect may quote: they are left out.
     """
 
-    def terminate(number: int, _: Any) -> None:
-        raise Terminated(signal.Signals(number).name)
-
-    on_stop(terminate)
+    on_stop(_terminate)
+    ASKED.is_answered = False
     try:
         if as_json and jsonl:
             raise UsageProblem("--json prints one object and --jsonl one event a line; give only one of them")
         with logs_shown(is_debug=debug), PULSE.beating():
             yield
-    except FedSODAError as error:
-        _fail(error, error.exit_status, as_json, jsonl, debug, getattr(error, "details", ""))
     except typer.Exit:
         raise
-    except Exception as error:
-        is_quoting = is_private and not machine_words(error)
-        _fail(error, 1, as_json, jsonl, debug, trace_of(error) if is_quoting else "", is_quoting=is_quoting)
-    except Terminated as stopped:
-        note("stopped; the same command continues where this one ended")
-        finish({"status": "ok", "stopped": stopped.name}, as_json, jsonl)
-        raise typer.Exit(0) from None
-    except KeyboardInterrupt:
-        note("stopped; the same command continues where this one ended")
-        finish({"status": "error", "error": "Interrupted", "message": "Ctrl+C", "exit_status": 130}, as_json, jsonl)
-        raise typer.Exit(130) from None
+    except (Exception, Terminated, KeyboardInterrupt) as error:
+        raise typer.Exit(_told(error, as_json, jsonl, debug, is_private=is_private)) from None
 
 
-def _fail(
-    error: Exception,
-    status: int,
+def _terminate(number: int, _: Any) -> None:
+    raise Terminated(signal.Signals(number).name)
+
+
+def _told(
+    error: BaseException,
     as_json: bool,
     jsonl: bool,
     debug: bool,
-    details: str,
     *,
-    is_quoting: bool = False,
-) -> None:
-    said = sentence_of(error) if is_quoting else str(error)
-    if is_quoting:
-        note(f"error: {said}; this is a defect of fedsoda: please report it, with what --debug shows")
-    elif isinstance(error, FedSODAError):
+    is_private: bool = False,
+) -> int:
+    """Say how the command ended, in words and for programs; return its exit status."""
+    if isinstance(error, Terminated):
+        note("stopped; the same command continues where this one ended")
+        finish({"status": "ok", "stopped": error.name}, as_json, jsonl)
+        return 0
+    if isinstance(error, KeyboardInterrupt):
+        note("stopped; the same command continues where this one ended")
+        finish(_failure("Interrupted", "Ctrl+C", 130, "interrupted", WayOut("retry", "{command}")), as_json, jsonl)
+        return 130
+    is_quoting = is_private and not isinstance(error, FedSODAError) and not machine_words(error)
+    said, kind = sentence_of(error) if is_quoting else str(error), type(error).__name__
+    status, code, way_out = 1, "defect", WayOut("defect", "{command} --debug")
+    if isinstance(error, FedSODAError):
+        status, code, way_out = error.exit_status, error.code, error.way_out()
         note(f"error: {error}")
-    elif isinstance(error, OSError | MemoryError):
-        status, remedy = of_this_machine(error)
+    elif isinstance(error, OSError | MemoryError) and not is_quoting:
+        refused = of_this_machine(error)
+        status, code, way_out = refused.exit_status, refused.code, refused.way_out
         said = str(error) or "memory ran out"
-        note(f"error: {said}; {remedy}, then try again")
+        note(f"error: {said}; {refused.remedy}, then try again")
     else:
-        note(
-            f"error: {type(error).__name__}: {error}; this is a defect of fedsoda: please report it, with what --debug shows"
-        )
+        words = said if is_quoting else f"{kind}: {said}"
+        note(f"error: {words}; this is a defect of fedsoda: please report it, with what --debug shows")
     if debug:
-        note(details or traceback.format_exc())
-    fields = {"status": "error", "error": type(error).__name__, "message": said, "exit_status": status}
-    finish(fields, as_json, jsonl)
-    raise typer.Exit(status) from None
+        note(
+            getattr(error, "details", "")
+            or (trace_of(error) if is_quoting else "".join(traceback.format_exception(error)))
+        )
+    finish(_failure(kind, said, status, code, way_out), as_json, jsonl)
+    return status
+
+
+def _failure(kind: str, message: str, status: int, code: str, way_out: WayOut) -> dict[str, object]:
+    """Make the object of an error; its keys are part of the promise to programs."""
+    return {
+        "status": "error",
+        "error": kind,
+        "message": message,
+        "exit_status": status,
+        "code": code,
+        "recovery": way_out.recovery,
+        "helps": way_out.helps.format(command=ASKED.command),
+    }
+
+
+class CommandLine:
+    """The command that this process was asked for.
+
+    command: its words up to the options: "fedsoda-edge cache list". is_answered: whether programs have the last they get.
+    """
+
+    def __init__(self) -> None:
+        self.command = "fedsoda-edge"
+        self.is_answered = False
+
+
+ASKED = CommandLine()
 
 
 def run(app: typer.Typer) -> None:
@@ -116,21 +145,31 @@ def run(app: typer.Typer) -> None:
 
 
 def _status_of(app: typer.Typer) -> int:
+    """Run the command. Whatever ends it, also before it began or while it ended, --jsonl has a last line."""
+    as_json, jsonl = is_asked("--json"), is_asked("--jsonl")
+    ASKED.is_answered = False
     try:
+        on_stop(_terminate)
         status = app(standalone_mode=False)
     except OSError:  # of a help text that nobody reads: commands turn theirs into sentences
         status = 0
-    except Exception as error:
-        if not hasattr(error, "format_message"):  # typer brings its own click, whose classes have no public name
-            raise
-        if type(error).__name__ == "NoArgsIsHelpError":
-            error.show()  # type: ignore[attr-defined]
+    except BaseException as error:
+        if hasattr(error, "format_message"):  # typer brings its own click, whose classes have no public name
+            status = _of_usage(error, as_json, jsonl)
         else:
-            note(f"error: {error.format_message().rstrip('.')}{_where(error)}; --help shows how to use it")
-        fields = {"status": "error", "error": "Usage", "message": error.format_message(), "exit_status": 2}
-        finish(fields, is_asked("--json"), is_asked("--jsonl"))
-        status = 2
+            is_interrupt = type(error).__name__ == "Abort"
+            ended = KeyboardInterrupt() if is_interrupt else error
+            status = _told(ended, as_json, jsonl, is_asked("--debug"), is_private=True)
     return status if isinstance(status, int) else 0
+
+
+def _of_usage(error: Any, as_json: bool, jsonl: bool) -> int:
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+    else:
+        note(f"error: {error.format_message().rstrip('.')}{_where(error)}; --help shows how to use it")
+    finish(_failure("Usage", error.format_message(), 2, "usage", WayOut("fix-input", USAGE_HELP)), as_json, jsonl)
+    return 2
 
 
 def _where(error: Any) -> str:
@@ -157,7 +196,10 @@ def is_asked(option: str) -> bool:
 
 
 def finish(values: Mapping[str, object], as_json: bool, jsonl: bool) -> None:
-    """Print the object of --json, or the last event of --jsonl. That it cannot be written does not change what was done."""
+    """Print the object of --json, or the last event of --jsonl, once. That it cannot be written does not change what was done."""
+    if ASKED.is_answered:
+        return
+    ASKED.is_answered = True
     if as_json:
         try:
             OUT.give(json.dumps(finite({"schema": 1, **values}), allow_nan=False) + "\n")
@@ -184,6 +226,7 @@ def hand_over(secret: str, as_json: Mapping[str, object] | None) -> None:
     text = secret if as_json is None else json.dumps({"schema": 1, **as_json}, allow_nan=False)
     try:
         OUT.give(text + "\n")
+        ASKED.is_answered = as_json is not None
     except (OSError, ValueError) as error:
         raise UsageProblem(
             f"stdout takes nothing ({getattr(error, 'strerror', None) or error}), so nothing was made; name a file with --out"

@@ -7,28 +7,40 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from dataclasses import dataclass
 
-from fedsoda_edge.errors import DiskFull, FedSODAError, OutOfMemory
+from fedsoda_edge.errors import TEMPORARY, DiskFull, FedSODAError, OutOfMemory, WayOut
 
 # Words of allocators, in errors that torch raises without a class of their own.
 _NO_MEMORY = ("you tried to allocate", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+_MACHINE = WayOut("fix-machine", "")
+_DISK = WayOut("fix-machine", "df -h")
 
 
-def of_this_machine(error: OSError | MemoryError) -> tuple[int, str]:
-    """Return the exit status of what the system refused, and what to do about it."""
-    if isinstance(error, MemoryError):
-        return OutOfMemory.exit_status, "end other programs"
-    if error.errno == errno.ENOMEM:
-        return OutOfMemory.exit_status, "end other programs"
+@dataclass(frozen=True)
+class RefusedByMachine:
+    """What the system refused: the exit status of a process that ends on it, its code, and what ends it, also in words."""
+
+    exit_status: int
+    code: str
+    remedy: str
+    way_out: WayOut
+
+
+def of_this_machine(error: OSError | MemoryError) -> RefusedByMachine:
+    """Return what a refusal of the system means."""
+    if isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
+        return RefusedByMachine(OutOfMemory.exit_status, OutOfMemory.code, "end other programs", _MACHINE)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DiskFull.exit_status, "free some space there"
+        return RefusedByMachine(DiskFull.exit_status, DiskFull.code, "free some space there", _DISK)
     if isinstance(error, ConnectionError | TimeoutError):
-        return 3, "check the network"
+        return RefusedByMachine(TEMPORARY, "network", "check the network", WayOut("retry", "fedsoda-edge doctor"))
     if error.errno in (errno.EMFILE, errno.ENFILE):
-        return 3, "allow more open files with `ulimit -n`"
+        return RefusedByMachine(TEMPORARY, "too-many-files", "allow more open files with `ulimit -n`", _MACHINE)
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return 2, "let this user read and write there, or name another place"
-    return 2, "correct this on this machine"
+        remedy = "let this user read and write there, or name another place"
+        return RefusedByMachine(2, "no-permission", remedy, _MACHINE)
+    return RefusedByMachine(2, "machine", "correct this on this machine", _MACHINE)
 
 
 def status_of(error: BaseException) -> int:
@@ -37,7 +49,7 @@ def status_of(error: BaseException) -> int:
         case FedSODAError():
             return error.exit_status
         case OSError() | MemoryError():
-            return of_this_machine(error)[0]
+            return of_this_machine(error).exit_status
         case KeyboardInterrupt() | asyncio.CancelledError():
             return 130
         case _:

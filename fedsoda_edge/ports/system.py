@@ -6,7 +6,6 @@ takes those of Linux. All other files are the same everywhere.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import hashlib
@@ -19,9 +18,12 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, Literal, TypedDict
+from typing import IO, TYPE_CHECKING, Any, Literal, TypedDict
 
 from fedsoda_edge.errors import UsageProblem
+
+if TYPE_CHECKING:
+    import asyncio
 
 STOP_SIGNALS: tuple[signal.Signals, ...] = (signal.SIGTERM,)
 if sys.platform == "win32":  # a group ends there with Ctrl+Break, which a terminal that closes also says

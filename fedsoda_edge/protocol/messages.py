@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Annotated, Literal, NewType
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 PROTOCOL_VERSION = 1
 
@@ -117,6 +117,7 @@ class SizeClass(msgspec.Struct, frozen=True, kw_only=True):
 class Hello(Message, frozen=True, tag="hello", omit_defaults=True):
     """The first message of a connection, with which an edge greets the hub.
 
+    protocol, newest: the versions that the edge speaks, from `protocol` on (`versions.py`). newest: 0: that one alone.
     device_id: made once in FEDSODA_HOME; a token is bound to one device.
     place: a digest of machine and directory, which tells a copy of that FEDSODA_HOME from the device that reconnects; ""
         where it is not known.
@@ -130,6 +131,7 @@ class Hello(Message, frozen=True, tag="hello", omit_defaults=True):
     device: DeviceFacts
     place: Name = ""
     waits: bool = False
+    newest: Whole = 0
 
 
 class Ready(Message, frozen=True, tag="ready", omit_defaults=True):
@@ -301,12 +303,15 @@ class Refusal(Message, frozen=True, tag="refusal"):
     """The refusal of what an edge sent, with the reason.
 
     retry: whether it may be sent again later (the disk is full). fatal: whether the hub ends the conversation.
+    speaks: the oldest and the newest protocol of the hub, where it speaks none of the edge's; a hub of an older release
+        only says so in words.
     """
 
     reason: str
     round: Whole | None = None
     retry: bool = False
     fatal: bool = False
+    speaks: tuple[Whole, Whole] | UnsetType = UNSET
 
 
 class RoundClosed(Message, frozen=True, tag="round_closed"):

@@ -13,6 +13,7 @@ import typer
 
 from fedsoda_edge.ports.console import EXIT_HELP, finish, note, reporting, working
 from fedsoda_edge.ports.console import run as run_command
+from fedsoda_edge.ports.program import Program
 from fedsoda_edge.units import human_bytes
 from fedsoda_hub.cli.bundle_command import bundle
 from fedsoda_hub.cli.found import status_of_run
@@ -28,7 +29,15 @@ if TYPE_CHECKING:
     from fedsoda_hub.run.edges import KnownEdge
 
 
-app = typer.Typer(help="Prepare, serve and evaluate a federated run.", epilog=EXIT_HELP, no_args_is_help=True)
+class HubProgram(Program):
+    """The commands of fedsoda-hub."""
+
+    package = "fedsoda_hub"
+
+
+app = typer.Typer(
+    cls=HubProgram, help="Prepare, serve and evaluate a federated run.", epilog=EXIT_HELP, no_args_is_help=True
+)
 app.add_typer(token_app, name="token")
 app.add_typer(service_app, name="service")
 app.command(epilog="Example: fedsoda-hub invite triage.toml --name clinic-7\n\n" + EXIT_HELP)(invite)

@@ -20,6 +20,7 @@ from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.codec import wire_bytes
 from fedsoda_edge.protocol.session import Gathered, HubSession, Upload
 from fedsoda_edge.protocol.trace import Mark, line, went_wrong
+from fedsoda_edge.protocol.versions import agreed_with
 from fedsoda_hub.federation.refusals import RefusalKind
 from fedsoda_hub.run.status import LiveStatus
 from fedsoda_hub.run.tokens import Token
@@ -169,6 +170,11 @@ class Connection:
     def edge(self) -> ms.EdgeId:
         """The edge that came in."""
         return self.token.edge
+
+    @property
+    def protocol(self) -> int:
+        """The version of the protocol that is spoken here; 0: none is agreed on."""
+        return 0 if self.hello is None else agreed_with(self.hello) or 0
 
     def send(self, message: ms.HubMessage) -> None:
         """Queue a message; after the end of the conversation it is dropped."""

@@ -29,6 +29,8 @@ class Waits(Protocol):
 
     @property
     def edge(self) -> ms.EdgeId: ...
+    @property
+    def protocol(self) -> int: ...
     def prepares(self, said: ms.Preparing) -> None: ...
     def answer(self, answer: ms.Welcome) -> None: ...
 
@@ -56,13 +58,15 @@ class Greeting:
         self._clock = clock
         self._work = work
 
-    def of(self, edge: ms.EdgeId) -> ms.Preparing | ms.Welcome:
-        """Answer an edge that may come in."""
-        return self._welcome(edge) if self._shelf.stocked.is_set() else self._preparing()
+    def of(self, edge: ms.EdgeId, protocol: int) -> ms.Preparing | ms.Welcome:
+        """Answer an edge that may come in and speaks this version of the protocol with the hub."""
+        if not self._shelf.stocked.is_set():
+            return msgspec.structs.replace(self._preparing(), protocol=protocol)
+        return self._welcome(edge, protocol)
 
-    def _welcome(self, edge: ms.EdgeId) -> ms.Welcome:
+    def _welcome(self, edge: ms.EdgeId, protocol: int) -> ms.Welcome:
         welcome = offers.welcome(edge, self._state, self._settings, self._shelf.ref)
-        return msgspec.structs.replace(welcome, signed=self.signer.bundles())
+        return msgspec.structs.replace(welcome, protocol=protocol, signed=self.signer.bundles())
 
     def _preparing(self) -> ms.Preparing:
         work = self._work() or RunningJob(job="")
@@ -86,6 +90,6 @@ class Greeting:
                 break
             before, said = said, self._preparing()
             for connection in waiting() if said != before else ():
-                connection.prepares(said)
+                connection.prepares(msgspec.structs.replace(said, protocol=connection.protocol))
         for connection in waiting():
-            connection.answer(self._welcome(connection.edge))
+            connection.answer(self._welcome(connection.edge, connection.protocol))

@@ -16,6 +16,7 @@ from fedsoda_edge.ports import Clock
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.proof import TICKET_PREFIX
 from fedsoda_edge.protocol.session import Gathered, Upload
+from fedsoda_edge.protocol.versions import SPEAKS, agreed_with
 from fedsoda_edge.units import one_line
 from fedsoda_hub import events
 from fedsoda_hub.federation import events as ev
@@ -124,12 +125,14 @@ class Roster:
     async def greet(self, connection: Connection, hello: ms.Hello) -> ms.Preparing | ms.Welcome | ms.Refusal | None:
         """Answer a Hello; None: the disk is full, so the device cannot be noted; it may come again."""
         edge = connection.edge
-        if hello.protocol != ms.PROTOCOL_VERSION:
+        agreed = agreed_with(hello)
+        if agreed is None:
             self._metrics.refused(RefusalKind.OTHER_PROTOCOL)
             return ms.Refusal(
-                reason=f"protocol mismatch: this edge speaks {hello.protocol}, the hub {ms.PROTOCOL_VERSION}; "
+                reason=f"protocol mismatch: this edge speaks {hello.protocol}, the hub {SPEAKS.newest}; "
                 "upgrade the older side: pip install -U fedsoda",
                 fatal=True,
+                speaks=SPEAKS,
             )
         try:
             is_its_device = connection.token.key is not None or await asyncio.to_thread(
@@ -157,7 +160,7 @@ class Roster:
             old.close()
             self._hearing.report(ev.EdgeGone(edge))  # until its Ready it is not invited
         self._say(events.EdgeConnected(edge=edge, software=one_line(hello.software)))
-        return self.greeting.of(edge)
+        return self.greeting.of(edge, agreed)
 
     async def said(self, connection: Connection, message: ms.EdgeMessage | Upload) -> None:
         """Report what an edge said as an event of the round machine."""

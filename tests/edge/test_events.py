@@ -61,7 +61,8 @@ def test_the_report_of_a_join_that_ended_well_is_its_last_line() -> None:
     "values",
     [
         {"status": "ok", "stopped": "SIGTERM"},
-        {"status": "error", "error": "HubUnreachable", "message": "TCP: no", "exit_status": 3},
+        {"status": "error", "error": "HubUnreachable", "message": "TCP: no", "exit_status": 3}
+        | {"code": "hub-unreachable", "recovery": "retry", "helps": "fedsoda-edge doctor"},
     ],
 )
 def test_the_last_line_of_a_join_that_did_not_end_well_has_no_report(values: dict[str, object]) -> None:

@@ -32,8 +32,9 @@ from fedsoda_hub.serving.webhook import Webhook, read_secret
 from tests.hub.hand_clock import HandClock
 from tests.hub.serving.test_daemon import joined, serving, until, update, write_run
 from tests.hub.serving.test_metrics import accepted, closed, opened
-from tests.schema import SCHEMAS
+from tests.schema import ROOT
 
+SCHEMAS = ROOT / "tests" / "schemas"
 SECRET = b"a secret of 24 characters"
 TRIAL = notices.TrialNotice(id="1", at=12.5, run="triage", run_id="r", text="a trial")
 BODY = msgspec.json.encode(TRIAL)
