@@ -84,7 +84,7 @@ def test_a_manager_that_reads_nothing_holds_nobody_up(manager: Manager, tmp_path
     ("microseconds", "pid", "is_watched"),
     [
         ("40000", "", True),
-        ("40000", str(os.getpid()), True),
+        ("40000", "this process", True),
         ("40000", "1", False),  # another process of the service is meant
         ("0", "", False),
         ("-5", "", False),
@@ -97,7 +97,7 @@ def test_the_loop_says_that_it_lives_where_this_process_is_watched(
 ) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
     monkeypatch.setenv("WATCHDOG_USEC", microseconds)
-    monkeypatch.setenv("WATCHDOG_PID", pid)
+    monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()) if pid == "this process" else pid)
     supervisor = Supervisor.taken()
     with contextlib.suppress(TimeoutError):
         asyncio.run(asyncio.wait_for(supervisor.attend(nothing), 3.5 * SHORT))
