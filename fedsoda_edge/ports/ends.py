@@ -19,7 +19,7 @@ _DISK = WayOut("fix-machine", "df -h")
 
 @dataclass(frozen=True)
 class RefusedByMachine:
-    """What the system refused: the exit status of a process that ends on it, its code, and what ends it, also in words."""
+    """A refusal of the system: the exit status of a process that ends on it, its code, and what ends it, also in words."""
 
     exit_status: int
     code: str

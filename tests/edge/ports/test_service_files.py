@@ -90,7 +90,7 @@ def test_the_unit_of_a_join_keeps_secrets_elsewhere_and_starts_again_what_may_me
     lines = dict(line.split("=", 1) for line in unit.splitlines() if "=" in line)
     assert arguments_of(lines["ExecStart"]) == list(SERVICE.command)
     assert "proxy" not in unit
-    assert lines["RestartPreventExitStatus"] == "1 2 4 5"
+    assert lines["RestartPreventExitStatus"] == "1 2 4 5 6"
     assert (lines["Type"], lines["Restart"], lines["KillMode"]) == ("notify", "on-failure", "mixed")
     assert lines["OOMPolicy"] == "continue"  # or a worker that is killed for memory would take the join along
     assert home_in(unit) == SERVICE.home

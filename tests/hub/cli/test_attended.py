@@ -46,7 +46,7 @@ def test_a_hub_is_ready_when_it_listens_and_its_status_follows_the_run(tmp_path:
             return any(line in one for one in heard)
 
         await until(lambda: has_heard("READY=1"))
-        await until(lambda: has_heard("STATUS=waiting for edges; 0 of 2 rounds are closed"))
+        await until(lambda: has_heard("STATUS=waiting: "))
         tokens = daemon.disk.ledger.tokens
         async with joined(daemon.url, tokens.create("a")), joined(daemon.url, tokens.create("b"), "phone"):
             await until(lambda: has_heard("STATUS=round 1 of 2: 0 of 2 updates are in, 2 still train"))

@@ -55,7 +55,7 @@ def test_the_unit_serves_this_run_as_a_user_of_its_own_and_writes_to_the_run_alo
     assert lines["User"] == "fedsoda-hub"
     assert lines["StateDirectory"] == "fedsoda-hub"
     assert lines["ReadWritePaths"] == f'"{str(directory).replace("%", "%%")}/small.run"'
-    assert lines["RestartPreventExitStatus"] == "1 2 4 5"
+    assert lines["RestartPreventExitStatus"] == "1 2 4 5 6"
     assert lines["ProtectSystem"] == "strict"
 
 

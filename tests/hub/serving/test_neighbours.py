@@ -80,7 +80,8 @@ def test_the_newest_protocol_that_both_speak_is_taken(
             else:
                 assert (await edge.hear(ms.Welcome)).protocol == taken
 
-    with mock.patch("fedsoda_hub.serving.roster.SPEAKS", Speaks(*hub_speaks)):
+    speaks = Speaks(*hub_speaks)
+    with mock.patch("fedsoda_hub.serving.roster.SPEAKS", speaks), mock.patch.object(versions, "SPEAKS", speaks):
         asyncio.run(talk())
 
 
