@@ -107,7 +107,7 @@ HOUSE = {
     # `network.tls`: both sides know a TLS key by its pin, and the hub's own commands ask their hub by it.
     "hub.serving": Room(
         f"{_SIZES} edge.ports edge.network.tls hub.settings hub.federation hub.run hub.events",
-        f"{_ANY_STDLIB} network starlette uvicorn websockets httpx msgspec cryptography",
+        f"{_ANY_STDLIB} network starlette uvicorn websockets httpx msgspec cryptography segno",
     ),
     "hub.algorithms": Room(f"{_SIZES} edge.model hub.settings.tables", "tensors msgspec"),
     # Their results are what the jobs that ask for them promise.
@@ -205,6 +205,7 @@ NETWORK_FILES = (
     "fedsoda_hub/serving/guarded.py",
     "fedsoda_hub/serving/tls.py",
     "fedsoda_hub/serving/listener.py",
+    "fedsoda_hub/serving/page.py",
 )
 SYSTEM_FILE = "fedsoda_edge/ports/system.py"
 RUNS_CODE = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "multiprocessing", "runpy"}

@@ -22,6 +22,7 @@ from fedsoda_edge.protocol.session import Gathered, HubSession, Upload
 from fedsoda_edge.protocol.trace import Mark, line, went_wrong
 from fedsoda_hub.run.status import LiveStatus
 from fedsoda_hub.run.tokens import Token
+from fedsoda_hub.serving.desk import Desk
 
 HELLO_SECONDS = 20.0  # in which an edge must say Hello
 PIECE_BYTES = 64 << 10  # of a blob in one chunk: as much of it as a connection holds in memory
@@ -73,11 +74,12 @@ class Asked(Protocol):
 
 @dataclass(frozen=True)
 class Hub:
-    """The sides of the hub that a door needs."""
+    """The sides of the hub that a door needs. desk: of its owner's page; None: it has none."""
 
     guests: Guests
     shelf: Lent
     monitoring: Asked
+    desk: Desk | None = None
 
 
 class Channel(Protocol):
@@ -137,13 +139,14 @@ class Connection:
 
     token: what it came in with. up, down: bytes of payload and framing that are not counted yet. size_class: the one that
     the edge's Ready named.
-    place: that of the Hello. is_contested: whether another place came with the same identity.
+    place, device: those of the Hello. is_contested: whether another place came with the same identity.
     """
 
     def __init__(self, hub: Hub, token: Token, channel: Channel) -> None:
         self.token = token
         self.size_class = 0
         self.place = ""
+        self.device: ms.DeviceFacts | None = None
         self.is_contested = False
         self.up = 0
         self.down = 0

@@ -20,6 +20,7 @@ from fedsoda_hub.serving.admission import Admission
 from fedsoda_hub.serving.broadcast import Broadcast
 from fedsoda_hub.serving.connection import Door, Hub
 from fedsoda_hub.serving.decisions import Decisions, Inbox
+from fedsoda_hub.serving.desk import desk_of
 from fedsoda_hub.serving.first_of import first_of
 from fedsoda_hub.serving.listener import Listener
 from fedsoda_hub.serving.monitoring import Monitoring
@@ -84,7 +85,16 @@ class Daemon:
             self.monitoring,
             say,
         )
-        self._say = say
+        self.desk = desk_of(
+            settings,
+            self.machine,
+            run.ledger,
+            self.roster,
+            self.monitoring,
+            self.inbox,
+            self.broadcast,
+            clock,
+        )
         self._clock = clock
         self._door = door
 
@@ -156,6 +166,7 @@ class Daemon:
             try:
                 await self._until_over(door, stop, exit_when_done)
             finally:
+                self.desk.close()
                 await self.roster.close(self._clock)
                 await door.close()
                 await self.roster.flush_traffic()
@@ -178,7 +189,7 @@ class Daemon:
                 ]
                 await self._end(stop, exit_when_done)
                 if stop.done():
-                    self._say(events.StoppedBySignal(signal=stop.result()))
+                    self.broadcast(events.StoppedBySignal(signal=stop.result()))
                 for part in parts:
                     part.cancel()
         except BaseExceptionGroup as failures:
@@ -188,9 +199,9 @@ class Daemon:
         """Open the door as soon as the run is prepared, and raise what breaks it."""
         await self.jobs.opened.wait()
         await self.shelf.stocked.wait()
-        await door.open(Hub(self.roster, self.shelf, self.monitoring))
+        await door.open(Hub(self.roster, self.shelf, self.monitoring, self.desk))
         await asyncio.to_thread(write_durably, self.disk.directory.address, self.url.encode())
-        self._say(await asyncio.to_thread(self._listening, door))
+        self.broadcast(await asyncio.to_thread(self._listening, door))
         await door.broken()
 
     def _listening(self, door: Door) -> events.Listening:

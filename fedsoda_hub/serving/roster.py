@@ -79,6 +79,11 @@ class Roster:
         """The ids of the connected edges."""
         return set(self._connections)
 
+    @property
+    def devices(self) -> dict[ms.EdgeId, ms.DeviceFacts]:
+        """The facts of the connected edges' devices, as they said them."""
+        return {edge: one.device for edge, one in self._connections.items() if one.device is not None}
+
     def admitted(self) -> list[Token]:
         """Return what the connected edges came in with."""
         return [connection.token for connection in self._connections.values()]
@@ -136,7 +141,7 @@ class Roster:
         old = self._connections.get(edge)
         if old is not None and (refusal := refused_as_a_copy(old, hello)) is not None:
             return refusal
-        connection.place = hello.place
+        connection.place, connection.device = hello.place, hello.device
         self._connections[edge] = connection
         self._passed.add(edge)
         if old is not None:  # the device reconnected before the hub noticed that its old connection had ended
