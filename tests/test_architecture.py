@@ -111,7 +111,7 @@ HOUSE = {
     # the metrics show how much GPU memory the process that owns torch holds.
     "hub.serving": Room(
         f"{_SIZES} edge.ports edge.network.tls edge.device.sensors hub.settings hub.federation hub.run hub.events",
-        f"{_ANY_STDLIB} network starlette uvicorn websockets httpx msgspec cryptography prometheus_client",
+        f"{_ANY_STDLIB} network starlette uvicorn websockets httpx msgspec cryptography prometheus_client segno",
     ),
     "hub.algorithms": Room(f"{_SIZES} edge.model hub.settings.tables", "tensors msgspec"),
     # Their results are what the jobs that ask for them promise.
@@ -215,6 +215,7 @@ NETWORK_FILES = (
     "fedsoda_hub/serving/webhook.py",
     "fedsoda_hub/serving/listener.py",
     "fedsoda_hub/serving/neighbours.py",
+    "fedsoda_hub/serving/page.py",
 )
 SYSTEM_FILE = "fedsoda_edge/ports/system.py"
 RUNS_CODE = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "multiprocessing", "runpy"}

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import secrets
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +13,6 @@ from fedsoda_hub.cli.of_run import EdgeName
 from fedsoda_hub.cli.options import Debug, Json, RunFile
 
 if TYPE_CHECKING:
-    from fedsoda_hub.run.devices import Device, Devices
     from fedsoda_hub.settings.run import RunSettings
 
 Expires = Annotated[
@@ -43,17 +38,7 @@ def invite(
     with reporting(as_json, False, debug):
         from fedsoda_hub.settings.run import read_settings
 
-        settings = read_settings(run)
-
-        def made(devices: Devices, key: bytes, until: float) -> Device | None:
-            before = devices.invite(name, key, until)
-            if before is not None and not before.is_revoked:
-                note(
-                    f"the link of {name} that was made before, and that no device has used, is worth nothing from now on"
-                )
-            return before
-
-        _hand_over_link(settings, name, expires, out, as_json, made)
+        _hand_over_link(read_settings(run), name, expires, out, as_json, is_rebound=False)
 
 
 def rebind(
@@ -68,18 +53,17 @@ def rebind(
     with reporting(as_json, False, debug):
         from fedsoda_hub.run.directory import RunDirectory
         from fedsoda_hub.run.ledger import opened
+        from fedsoda_hub.serving.invitations import rebind_token
         from fedsoda_hub.settings.run import read_settings
 
         settings = read_settings(run)
         with opened(RunDirectory(settings.run_dir)) as ledger:
-            is_token = ledger.edges.kind_of(name) == "token"
-            if is_token:
-                ledger.tokens.rebind(name)
+            is_token = rebind_token(ledger, name)
         if is_token:
             note(f"the token of {name} belongs to the next device that joins with it")
             finish({"status": "ok", "edge": name, "kind": "token"}, as_json, False)
             return
-        _hand_over_link(settings, name, expires, out, as_json, lambda devices, *new: devices.rebind(name, *new))
+        _hand_over_link(settings, name, expires, out, as_json, is_rebound=True)
 
 
 def revoke(run: RunFile, name: EdgeName, as_json: Json = False, debug: Debug = False) -> None:
@@ -87,63 +71,44 @@ def revoke(run: RunFile, name: EdgeName, as_json: Json = False, debug: Debug = F
     with reporting(as_json, False, debug):
         from fedsoda_hub.run.directory import RunDirectory
         from fedsoda_hub.run.ledger import opened
+        from fedsoda_hub.serving.invitations import revoke as revoke_edge
         from fedsoda_hub.settings.run import read_settings
 
         with opened(RunDirectory(read_settings(run).run_dir)) as ledger:
-            kind = ledger.edges.kind_of(name)
-            if kind == "token":
-                ledger.tokens.revoke(name)
-            else:
-                ledger.devices.revoke(name)
+            kind = revoke_edge(ledger, name)
         note(f"revoked the {'token' if kind == 'token' else 'join link and device'} of {name}")
         finish({"status": "ok", "edge": name, "kind": kind}, as_json, False)
 
 
 def _hand_over_link(
-    settings: RunSettings,
-    name: str,
-    expires: str,
-    out: Path | None,
-    as_json: bool,
-    keep: Callable[[Devices, bytes, float], Device | None],
+    settings: RunSettings, name: str, expires: str, out: Path | None, as_json: bool, *, is_rebound: bool
 ) -> None:
-    """Make a link, keep its invitation, and print the link; where nobody can have it, all is as it was.
-
-    Args:
-        keep: takes the invitation's public key and until when it can be used; returns what it replaces.
-    """
-    from fedsoda_edge.protocol.join_link import SECRET_BYTES, JoinLink
-    from fedsoda_edge.protocol.proof import invitation_key
+    """Make a link and print it; where nobody can have it, all is as it was."""
     from fedsoda_hub.run.devices import at_words
     from fedsoda_hub.run.directory import RunDirectory
-    from fedsoda_hub.run.keys import signing_key
     from fedsoda_hub.run.ledger import opened
     from fedsoda_hub.run.tokens import write_secret
-    from fedsoda_hub.serving.tls import way_in
+    from fedsoda_hub.serving.invitations import inviting
 
-    until = time.time() + parse_seconds(expires, "--expires")
-    directory = RunDirectory(settings.run_dir)
-    way = way_in(settings)
-    if way.is_guess:
-        note(
-            f"note: nobody said where devices reach the hub, so the link names {way.addresses[0]}; [listen] public_url says it"
-        )
-    with opened(directory) as ledger:
-        secret = secrets.token_bytes(SECRET_BYTES)
-        link = JoinLink(way.addresses, signing_key(directory.signing_key).public, secret, way.tls_pin, way.is_plain)
-        before = keep(ledger.devices, invitation_key(secret).public, until)
-        values = {"status": "ok", "edge": name, "kind": "link", "expires": until}
-        try:
-            if out is not None:
-                write_secret(out, f"{link}\n")
-            else:
-                hand_over(str(link), {**values, "link": str(link)} if as_json else None)
-        except BaseException:
-            with contextlib.suppress(Exception):
-                ledger.devices.put_back(name, before)
-            raise
+    seconds = parse_seconds(expires, "--expires")
+    with (
+        opened(RunDirectory(settings.run_dir)) as ledger,
+        inviting(settings, ledger, name, seconds, is_rebound=is_rebound) as made,
+    ):
+        if made.way.is_guess:
+            note(
+                f"note: nobody said where devices reach the hub, so the link names {made.way.addresses[0]}; "
+                "[listen] public_url says it"
+            )
+        if not is_rebound and made.before is not None and not made.before.is_revoked:
+            note(f"the link of {name} that was made before, and that no device has used, is worth nothing from now on")
+        values = {"status": "ok", "edge": name, "kind": "link", "expires": made.expires}
+        if out is not None:
+            write_secret(out, f"{made.link}\n")
+        else:
+            hand_over(str(made.link), {**values, "link": str(made.link)} if as_json else None)
     note(
-        f"the link lets one device join as {name}, {', '.join(way.addresses)}, until {at_words(until)}; "
+        f"the link lets one device join as {name}, {', '.join(made.way.addresses)}, until {at_words(made.expires)}; "
         "once a device has used it, it is worth nothing to anybody else"
     )
     if out is not None:

@@ -35,7 +35,7 @@ class SettingsChanged(Record, frozen=True, tag="settings_changed"):
 
 
 class RunPaused(Record, frozen=True, tag="run_paused"):
-    """The owner paused the run: what is open goes on to its end, and no round opens."""
+    """The owner paused the run: the open round continues to its end, and no other opens."""
 
 
 class RunResumed(Record, frozen=True, tag="run_resumed"):
@@ -43,7 +43,7 @@ class RunResumed(Record, frozen=True, tag="run_resumed"):
 
 
 class RulesChanged(Record, frozen=True, tag="rules_changed"):
-    """The owner changed keys of [rounds] while the run goes on: count, quorum, deadline_seconds.
+    """The owner changed keys of [rounds] while a hub serves the run: count, quorum, deadline_seconds.
 
     instead_of: what RUN.toml says of the same keys; once it says something else, that counts. deadline_at: the open round's
     from now on, seconds since 1970; None: it stays.

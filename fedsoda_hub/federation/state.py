@@ -77,14 +77,14 @@ class ClosedFigures(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Changed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A value that the owner gave a key of [rounds] while the run went on, and what RUN.toml said of it then."""
+    """A value that the owner gave a key of [rounds] while a hub served the run, and what RUN.toml said of it then."""
 
     value: float
     instead_of: float
 
 
 class Steering(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the owner asked for while the run went on. changed: by key of [rounds]."""
+    """The requests of the owner while a hub served the run. changed: by key of [rounds]."""
 
     is_paused: bool = False
     changed: dict[str, Changed] = {}

@@ -1,4 +1,4 @@
-"""Decide what the owner asks of a run while it goes on: pause, resume, end after this round, other count, quorum, deadline.
+"""Decide what the owner asks of a run that is served: pause, resume, end after this round, other count, quorum, deadline.
 
 What is asked outlives the hub, since it is in the ledger; what RUN.toml says of a key counts again once it says something else
 than it said then.

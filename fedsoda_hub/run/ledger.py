@@ -85,6 +85,11 @@ class Ledger:
         rows = self.database.read("SELECT at, record FROM log ORDER BY seq")
         return [(at, self._record(record)) for at, record in rows]
 
+    def since(self, last: int) -> list[tuple[int, float, AnyRecord]]:
+        """Return the records after the one with the number `last`, each with its number and the time of its writing."""
+        rows = self.database.read("SELECT seq, at, record FROM log WHERE seq > ? ORDER BY seq", (last,))
+        return [(seq, at, self._record(record)) for seq, at, record in rows]
+
     def forget(self) -> None:
         """Delete all but who may join, in one step: the run has not begun then.
 
@@ -143,6 +148,16 @@ class Ledger:
         """Return the bytes up and down of all edges and rounds."""
         [(up, down)] = self.database.read("SELECT COALESCE(SUM(up), 0), COALESCE(SUM(down), 0) FROM traffic")
         return up, down
+
+    def traffic_by_edge(self) -> dict[str, tuple[int, int]]:
+        """Return the bytes up and down of each edge, over all rounds."""
+        rows = self.database.read("SELECT edge, SUM(up), SUM(down) FROM traffic GROUP BY edge")
+        return {edge: (up, down) for edge, up, down in rows}
+
+    def traffic_by_round(self) -> dict[int, tuple[int, int]]:
+        """Return the bytes up and down of each round, over all edges."""
+        rows = self.database.read("SELECT round, SUM(up), SUM(down) FROM traffic GROUP BY round")
+        return {number: (up, down) for number, up, down in rows}
 
     def traffic(self) -> list[RoundTraffic]:
         """Return the bytes of each edge and round, ascending by edge and round."""

@@ -24,6 +24,7 @@ from fedsoda_edge.protocol.versions import agreed_with
 from fedsoda_hub.federation.refusals import RefusalKind
 from fedsoda_hub.run.status import LiveStatus
 from fedsoda_hub.run.tokens import Token
+from fedsoda_hub.serving.desk import Desk
 from fedsoda_hub.serving.metrics import Metrics
 
 HELLO_SECONDS = 20.0  # in which an edge must say Hello
@@ -82,11 +83,12 @@ class Asked(Protocol):
 
 @dataclass(frozen=True)
 class Hub:
-    """The sides of the hub that a door needs."""
+    """The sides of the hub that a door needs. desk: of its owner's page; None: it has none."""
 
     guests: Guests
     shelf: Lent
     monitoring: Asked
+    desk: Desk | None = None
 
 
 class Channel(Protocol):

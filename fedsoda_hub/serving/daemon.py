@@ -23,6 +23,7 @@ from fedsoda_hub.serving.admission import Admission
 from fedsoda_hub.serving.broadcast import Broadcast
 from fedsoda_hub.serving.connection import Door, Hub
 from fedsoda_hub.serving.decisions import Decisions, Inbox
+from fedsoda_hub.serving.desk import desk_of
 from fedsoda_hub.serving.first_of import first_of
 from fedsoda_hub.serving.gauges import Gauges
 from fedsoda_hub.serving.greeting import Greeting
@@ -130,6 +131,16 @@ class Daemon:
             metrics.delivered,
         )
         self.broadcast.begin(self.notifier.hear)
+        self.desk = desk_of(
+            settings,
+            self.machine,
+            run.ledger,
+            self.roster,
+            self.monitoring,
+            self.inbox,
+            self.broadcast,
+            clock,
+        )
         self._clock = clock
         self._door = door
 
@@ -228,6 +239,7 @@ class Daemon:
             try:
                 await self._until_over(door, stop, exit_when_done)
             finally:
+                self.desk.close()
                 await self.roster.close(self._clock)
                 await door.close()
                 await self.roster.flush_traffic()
@@ -267,7 +279,7 @@ class Daemon:
 
     async def _let_in(self, door: Door) -> None:
         """Open the door, and raise what breaks it. An edge that comes before the run is prepared waits inside."""
-        await door.open(Hub(self.roster, self.shelf, self.monitoring))
+        await door.open(Hub(self.roster, self.shelf, self.monitoring, self.desk))
         await asyncio.to_thread(write_durably, self.disk.directory.address, self.url.encode())
         self.broadcast(await asyncio.to_thread(self._listening, door))
         await door.broken()

@@ -56,14 +56,14 @@ class Settle:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What the owner asks. answer: why it is not done; None: it is in the ledger."""
+class OwnerRequest:
+    """A request of the owner. answer: why it is not done; None: it is in the ledger."""
 
     event: ev.OwnerAsked
     answer: asyncio.Future[str | None]
 
 
-Inbox = asyncio.Queue[ev.RoundEvent | Settle | Asked]
+Inbox = asyncio.Queue[ev.RoundEvent | Settle | OwnerRequest]
 
 
 class Decisions:
@@ -106,7 +106,7 @@ class Decisions:
             await self._settle()
             while True:
                 event = await self._inbox.get()
-                if isinstance(event, Asked):
+                if isinstance(event, OwnerRequest):
                     await self._answer(event)
                 elif not isinstance(event, Settle):
                     await self._perform(self._machine.handle(event), event)
@@ -115,7 +115,7 @@ class Decisions:
                     self._uploads.judged(event.edge, event.digest, self._machine.state)
                 await self._settle()
 
-    async def _answer(self, asked: Asked) -> None:
+    async def _answer(self, asked: OwnerRequest) -> None:
         """Do what the owner asks, and tell the one who waits for it how it went."""
         effects = self._machine.handle(asked.event)
         is_done = await self._perform(effects, asked.event)

@@ -1,6 +1,7 @@
-"""Listen on one port: /v1/session (websocket), /v1/proof (who comes by a join link), /v1/blobs/{digest} (HTTP ranges), /healthz, /metrics, /v1/status.
+"""Listen on one port: /v1/session (websocket), /v1/proof (who comes by a join link), /v1/blobs/{digest} (HTTP ranges), /healthz,
+/metrics, /v1/status, and the owner's page.
 
-This is the only file of the hub that touches the network. A token or ticket is checked before the upgrade. Which message may come
+Beside `page.py`, this is the only file of the hub that touches the network. A token or ticket is checked before the upgrade. Which message may come
 when is `protocol/session.py`'s, what it means is `roster.py`'s.
 """
 
@@ -43,6 +44,8 @@ from fedsoda_hub.run.tokens import Token
 from fedsoda_hub.serving.connection import Connection, Hub
 from fedsoda_hub.serving.guarded import guarded
 from fedsoda_hub.serving.neighbours import who_listens
+from fedsoda_hub.serving.page import Page
+from fedsoda_hub.serving.sign_in import is_address_or_own_name
 from fedsoda_hub.serving.strangers import Complaints, ConnectionLimits, Handshakes, Strangers, is_loopback
 from fedsoda_hub.serving.tls import Encryption, encrypted
 
@@ -118,8 +121,13 @@ def _refused(hub: Hub, request: HTTPConnection) -> tuple[Token | None, str]:
 
 
 def _is_loopback(request: Request) -> bool:
-    """Tell whether a request comes from this machine, and not through a proxy on it."""
+    """Tell whether a request comes from this machine, and neither through a proxy on it nor from a site that a browser shows here.
+
+    A site whose name points to this machine (DNS rebinding) has a browser send its own name as Host.
+    """
     if request.client is None or any(name in request.headers for name in FORWARDED):
+        return False
+    if not is_address_or_own_name(request.headers.get("host", "")):
         return False
     return is_loopback(request.client.host)
 
@@ -262,6 +270,7 @@ def make_app(hub: Hub, broke: Broke, handshakes: Handshakes) -> ASGIApp:
         written = await hub.monitoring.metrics.scrape(request.headers.get("accept", ""))
         return Response(written.data, headers={"Content-Type": written.content_type})
 
+    owners = [] if hub.desk is None else Page(hub.desk, _is_loopback, hub.monitoring.is_admin).routes(answered)
     routes = Starlette(
         routes=[
             Route("/v1/proof", prove, methods=["POST"]),
@@ -269,6 +278,7 @@ def make_app(hub: Hub, broke: Broke, handshakes: Handshakes) -> ASGIApp:
             Route("/v1/status", answered(status)),
             Route("/healthz", answered(health)),
             Route("/metrics", answered(metrics)),
+            *owners,
         ]
     )
 

@@ -98,11 +98,15 @@ class Monitoring:
         ahead = self._machine.state.deadline_at - self._clock.wall()
         return min(max(0.0, ahead), self._machine.rules.deadline_seconds)  # further: the clock was put back
 
-    async def status(self) -> LiveStatus:
-        """Report the run's status with what only the hub knows."""
+    async def status(self, *, has_traffic: bool = True) -> LiveStatus:
+        """Report the run's status with what only the hub knows.
+
+        Args:
+            has_traffic: with the bytes of each edge and round, of which a long run of many edges has a million.
+        """
         await self._present.flush_traffic()
         known_edges = await asyncio.to_thread(self._ledger.edges.all)
-        traffic = await asyncio.to_thread(self._ledger.traffic)
+        traffic = await asyncio.to_thread(self._ledger.traffic) if has_traffic else []
         machine, settings = self._machine, self._settings
         progress, connected = self._present.progress, self._present.connected
         edges = [

@@ -87,6 +87,11 @@ class Roster:
         """The ids of the connected edges."""
         return set(self._connections)
 
+    @property
+    def devices(self) -> dict[ms.EdgeId, ms.DeviceFacts]:
+        """The facts of the connected edges' devices, as they said them."""
+        return {edge: one.hello.device for edge, one in self._connections.items() if one.hello is not None}
+
     def admitted(self) -> list[Token]:
         """Return what the connected edges came in with."""
         return [connection.token for connection in self._connections.values()]

@@ -169,7 +169,7 @@ def test_a_change_outlives_the_hub_and_replays_to_the_same_state() -> None:
 def test_what_run_toml_says_counts_again_once_it_says_something_else_than_then() -> None:
     run = collecting_run(RULES)
     run.do(ev.ChangeAsked(run.now, count=7, deadline_seconds=50.0))
-    same: dict[str, object] = {
+    same: rec.Keys = {
         "count": RULES.count,
         "quorum": RULES.quorum,
         "deadline_seconds": RULES.deadline_seconds,

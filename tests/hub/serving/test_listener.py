@@ -307,7 +307,7 @@ def ask(hub: MemoryHub, path: str, client: tuple[str, int] | None, token: str) -
         "path": path,
         "raw_path": path.encode(),
         "query_string": b"",
-        "headers": [(b"authorization", f"Bearer {token}".encode())] if token else [],
+        "headers": [(b"host", b"127.0.0.1:8470"), *([(b"authorization", f"Bearer {token}".encode())] if token else [])],
         "client": client,
     }
     app = make_app(hub.parts, hub.defects.append, Handshakes(time.monotonic))

@@ -15,6 +15,7 @@ from fedsoda_edge.errors import ProtocolMismatch
 from fedsoda_edge.join.conversation import Conversation
 from fedsoda_edge.join.patience import Patience
 from fedsoda_edge.protocol import messages as ms
+from fedsoda_edge.protocol import versions
 from fedsoda_edge.protocol.codec import encode
 from fedsoda_edge.protocol.versions import Speaks
 from fedsoda_hub.settings.run import RunSettings
