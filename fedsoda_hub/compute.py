@@ -27,7 +27,7 @@ from fedsoda_hub.algorithms.aggregation.products import CrossTerm, cross_term, p
 from fedsoda_hub.algorithms.aggregation.weighted_mean import CodedUpdate
 from fedsoda_hub.evaluation.judge import RunJudge, check_evaluation
 from fedsoda_hub.federation import jobs
-from fedsoda_hub.preparation.prepare import RunPreparation
+from fedsoda_hub.preparation.prepare import READING, RunPreparation
 from fedsoda_hub.preparation.realign import PreparedRun
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.settings.open_run import OpenRun, RunOpened
@@ -92,6 +92,7 @@ class Compute:
 
     def prepare(self, report: ReportProgress) -> jobs.PrepareResult:
         """Prune, quantize and align, or find the results of before."""
+        report(jobs.Stage(stage=READING, done=0, total=0))
         return self._preparation.run(report)
 
     def aggregate(self, job: jobs.Aggregate, report: ReportProgress) -> jobs.AggregateResult:

@@ -172,8 +172,8 @@ def prepare(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
             from fedsoda_hub.cli.noted import noting
             from fedsoda_hub.evaluation.judge import check_evaluation
             from fedsoda_hub.events import event_of_progress
-            from fedsoda_hub.federation.jobs import JobProgress
-            from fedsoda_hub.preparation.prepare import RunPreparation
+            from fedsoda_hub.federation.jobs import JobProgress, Stage
+            from fedsoda_hub.preparation.prepare import READING, RunPreparation
 
             check_evaluation(settings)
             with HubDisplay(jsonl=False) as display, noting(directory) as noted:
@@ -183,6 +183,7 @@ def prepare(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
                     noted(event)
                     display.say(event)
 
+                report(Stage(stage=READING, done=0, total=0))
                 result = RunPreparation(settings).run(report)
         finally:
             lock.release()

@@ -43,8 +43,9 @@ class HubDisplay:
             line_out(events.line_of(event))
             return
         if isinstance(event, events.StageProgress):
-            detail = event.detail if event.detail is not None else f"{event.done} of {event.total}"
-            self._line.show(event.stage, event.done, event.total, detail)
+            counts = f"{event.done} of {event.total}" if event.total else ""
+            detail = event.detail if event.detail is not None else counts
+            self._line.show(event.stage, event.done, event.total or None, detail)
             return
         self._fold(event)
         text = self._settings(event) if isinstance(event, events.SettingsInForce) else _sentence(event)

@@ -172,8 +172,9 @@ class LedgerState(msgspec.Struct, forbid_unknown_fields=True):
             case rec.RunStarted():
                 self.run_id, self.fixed = record.run_id, record.fixed
             case rec.SettingsChanged():
-                if self.phase == "ended":
-                    self.phase = "idle"  # a larger count continues where the run ended
+                count = record.values.get("count")
+                if self.phase == "ended" and isinstance(count, int) and count > self.round:
+                    self.phase = "idle"  # a larger count continues where the run ended; nothing else leaves an end
                 kept = {
                     key: one for key, one in self.steering.changed.items() if record.values.get(key) == one.instead_of
                 }

@@ -40,6 +40,8 @@ from fedsoda_hub.preparation.tokenizing import check_tokenizer
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.settings.run import GONE, RunSettings
 
+READING = "reading the full LLM and the public text"  # the first stage; how long it takes is the disk's matter
+
 
 def made_of(settings: RunSettings) -> Any:
     """Collect the settings that a bundle is made from; when and how long it is realigned is not among them.

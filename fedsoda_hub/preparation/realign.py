@@ -5,11 +5,13 @@ When that is due is `federation/schedule.py`'s.
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 
 from safetensors.torch import load
 from torch import Tensor
 
+from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.model import delta, lora
 from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.model.bundle_writer import sub_manifest
@@ -94,6 +96,7 @@ class PreparedRun:
         coded, view = delta.step_down(trained, emulator_view, spec.emulator, of_alignment(settings.wire.codec))
         lora.load(student, lora.on(plan.emulator, view))
         after = oda.public_kl(student, states[count:], final[count:])
+        _check_aligned(before, after)
         return RealignedSubLLM(
             view=Digest(blobs.put(delta.to_bytes(view))),
             delta=Digest(blobs.put(coded)),
@@ -131,3 +134,17 @@ class PreparedRun:
     @cached_property
     def _measured(self) -> MeasuredLLM:
         return MeasuredLLM(self._llm, self._teacher)
+
+
+def _check_aligned(before: float, after: float) -> None:
+    """Check the public KL of an alignment, which edges would get next.
+
+    Raises:
+        UsageProblem: it is not a number, so what the rounds or the alignment made of the LoRA cannot be used.
+    """
+    if not (math.isfinite(before) and math.isfinite(after)):
+        raise UsageProblem(
+            f"public KL is {before:g} before the realignment and {after:g} after it, so the LoRA holds what is not a number; "
+            "lower [align] learning_rate or [local] learning_rate, and begin a new run from a round that was good: "
+            "`fedsoda-hub export --round N` writes it, [lora] start_from names it"
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_edge.units import counted, human_bytes, human_seconds, parse_bytes, parse_seconds
+from fedsoda_edge.units import counted, finite, human_bytes, human_seconds, parse_bytes, parse_seconds
 
 GIB = 2**30
 
@@ -70,3 +70,18 @@ def test_what_is_not_a_size_is_refused_with_how_to_write_one(text: str) -> None:
     with pytest.raises(UsageProblem) as failure:
         parse_bytes(text, "--max-disk")
     assert str(failure.value) == f"--max-disk {text!r} is not a size; write it as 8GB, 500MiB or 2T"
+
+
+def test_what_is_no_number_is_null_wherever_it_stands() -> None:
+    nan, inf = float("nan"), float("inf")
+    given = {
+        "loss": nan,
+        "losses": [1.5, -inf, [nan]],
+        "by": {"a": inf, "b": 2},
+        "name": "nan",
+        "pair": (nan, 1),
+        "is": True,
+    }
+    assert finite(given) == {
+        "loss": None, "losses": [1.5, None, [None]], "by": {"a": None, "b": 2}, "name": "nan", "pair": [None, 1], "is": True
+    }  # fmt: skip

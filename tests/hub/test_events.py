@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from fedsoda_edge import events as edge_events
 from fedsoda_edge.protocol.messages import Digest, EdgeId
 from fedsoda_hub import events
 from fedsoda_hub.federation import jobs
@@ -149,3 +150,11 @@ def test_a_setting_is_read_back_as_it_was_written() -> None:
     assert [(key, type(value), value) for key, value in back.items()] == [
         (key, type(value), value) for key, value in values.items()
     ]
+
+
+def test_a_number_that_is_not_finite_is_printed_as_null() -> None:
+    nan = float("nan")
+    event = events.Probed(rounds=2, round=2, kl=nan, cosine=float("inf"))
+    assert json.loads(events.line_of(event)) == {"event": "probed", "rounds": 2, "round": 2, "kl": None, "cosine": None}
+    edge = edge_events.Training(round=1, step=1, steps=2, loss=nan, tokens_per_second=9.5)
+    assert json.loads(edge_events.line_of(edge))["loss"] is None

@@ -18,7 +18,7 @@ import torch
 
 from fedsoda_edge.data.local_data import LocalData
 from fedsoda_edge.edge import Edge
-from fedsoda_edge.errors import DeviceTooSmall, FedSODAError, UsageProblem, WorkerFailed
+from fedsoda_edge.errors import DeviceTooSmall, FedSODAError, OutOfMemory, UsageProblem, WorkerFailed
 from fedsoda_edge.join import preparation, size_class, trainer
 from fedsoda_edge.ports.disk import sha256_file
 from fedsoda_edge.protocol import commands as cmd
@@ -41,6 +41,7 @@ VOCABULARY = (
 )
 LITTLE, PLENTY = PROCESS + 310 * MIB, 16 * 1024 * MIB
 TOO_SMALL = DeviceTooSmall("memory ran out on cpu; close other programs")
+RAN_OUT = OutOfMemory("memory ran out during Train (MemoryError); end other programs")
 NO_VRAM = DeviceTooSmall("memory ran out on cuda; close other programs")
 KILLED = WorkerFailed("the process ended with status -9 (it was killed, most likely because memory ran out)", "", True)
 
@@ -188,11 +189,11 @@ def test_the_first_step_is_tried_with_the_longest_rows_which_are_swept_together(
 def test_a_worker_for_which_memory_runs_out_goes_on_leaner_again_and_again(
     tmp_path: Path, data: LocalData, scripted: Path
 ) -> None:
-    worker = worker_here(TOO_SMALL, TOO_SMALL)
+    worker = worker_here(TOO_SMALL, RAN_OUT)
     joined = join(tmp_path / "home", data, scripted, worker, rounds=2)
     first, second, third = joined.of("memory")
     assert ways(joined)[0] == DENSE
-    assert notices(joined) == [f"{TOO_SMALL}{LEANER}"] * 2
+    assert notices(joined) == [f"{TOO_SMALL}{LEANER}", f"{RAN_OUT}{LEANER}"]
     peaks = [next(part["bytes"] for part in plan["parts"] if part["part"] == "peak") for plan in (first, second, third)]
     assert peaks == sorted(set(peaks), reverse=True)
     assert worker.num_started == 3

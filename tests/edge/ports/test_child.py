@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from fedsoda_edge.errors import DiskFull, WorkerFailed
+from fedsoda_edge.errors import DiskFull, OutOfMemory, WorkerFailed
 from fedsoda_edge.ports.child import END_SECONDS, Child
 
 CHILD = """
@@ -46,6 +46,8 @@ def answer(call, report):
         case Do(what="die"):
             os.write(2, b"last words\\n")
             os._exit(7)
+        case Do(what="no memory"): raise MemoryError
+        case Do(what="no vram"): raise RuntimeError("CUDA out of memory. Tried to allocate 9 GiB\\nand more")
         case Do(what="no room"): raise OSError(28, "No space left on device", "/store/x")
         case Do(what=said) if said.startswith("die of "):
             os.write(2, f"  File x\\n{said[7:]}\\n\\n".encode())
@@ -131,6 +133,11 @@ def test_results_progress_and_errors_cross(environment: dict[str, str]) -> None:
             await child.call(toy.Do(what="nan"))
         with pytest.raises(DiskFull, match="No space left on device: '/store/x'"):
             await child.call(toy.Do(what="no room"))
+        for what, words in (("no memory", "MemoryError"), ("no vram", "CUDA out of memory. Tried to allocate 9 GiB")):
+            with pytest.raises(OutOfMemory) as short:
+                await child.call(toy.Do(what=what))
+            assert str(short.value) == f"memory ran out during Do ({words}); end other programs"
+            assert "Traceback" in short.value.details
         assert await child.call(toy.Double(number=1)) == toy.Number(2)  # it lives on
         assert child.peak_rss_bytes > 1 << 20
         await child.close()

@@ -61,6 +61,7 @@ def command(failure: BaseException | None) -> typer.Typer:
         ),
         (OSError(28, "full", "/x"), ["--data", "x"], 3, "error: [Errno 28] full: '/x'; free some space there"),
         (ConnectionResetError(104, "reset"), ["--data", "x"], 3, "error: [Errno 104] reset; check the network"),
+        (MemoryError(), ["--data", "x"], 4, "error: memory ran out; end other programs, then try again"),
         (ZeroDivisionError("by 0"), ["--data", "x"], 1, "error: ZeroDivisionError: by 0; this is a defect of fedsoda"),
         (KeyboardInterrupt(), ["--data", "x"], 130, "stopped; the same command continues"),
     ],
