@@ -79,9 +79,11 @@ def test_a_low_port_needs_the_one_capability_for_it(tmp_path: Path, port: int, c
 def test_systemd_takes_the_unit_and_finds_it_little_exposed(tmp_path: Path, port: int) -> None:
     unit = tmp_path / "fedsoda-hub-small.service"
     unit.write_text(printed(tmp_path / "run %h é", listen={"port": port}), encoding="utf-8")
-    run = lambda *words: subprocess.run(  # noqa: E731
-        ["systemd-analyze", *words, str(unit)], capture_output=True, text=True, check=False, timeout=60
-    )
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        command = ["systemd-analyze", *words, str(unit)]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+
     checked = run("verify")
     assert checked.returncode == 0, checked.stderr
     assert unit.name not in checked.stderr
