@@ -81,8 +81,8 @@ def test_systemd_takes_the_unit_and_finds_it_little_exposed(tmp_path: Path, port
     unit.write_text(printed(tmp_path / "run %h é", listen={"port": port}), encoding="utf-8")
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:
-        words = ("systemd-analyze", *words, str(unit))
-        return subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+        command = ["systemd-analyze", *words, str(unit)]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
     checked = run("verify")
     assert checked.returncode == 0, checked.stderr
