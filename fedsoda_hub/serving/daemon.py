@@ -202,7 +202,7 @@ class Daemon:
                 await self.jobs.close()
                 await self.notifier.close()
                 if event_file is not None:
-                    await event_file.flush()
+                    await event_file.close()
                 self.disk.directory.address.unlink(missing_ok=True)
                 self.proofs.close()
                 await self.admission.look()

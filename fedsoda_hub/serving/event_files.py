@@ -218,6 +218,7 @@ class EventFile:
         self._path = path
         self._waiting: list[Scalar] = []
         self._has_some = asyncio.Event()
+        self._writing: asyncio.Task[None] | None = None
         self._opened: tuple[int, float] | None = None
 
     def hear(self, event: events.HubEvent, at: float, now: float) -> None:
@@ -236,13 +237,19 @@ class EventFile:
         while True:
             await self._has_some.wait()
             self._has_some.clear()
-            await self.flush()
+            await self._flush()
 
-    async def flush(self) -> None:
-        """Write what waits."""
+    async def close(self) -> None:
+        """Write what waits, after what was being written when `run` was cancelled."""
+        if self._writing is not None:
+            await self._writing
+        await self._flush()
+
+    async def _flush(self) -> None:
         now, self._waiting = self._waiting, []
         if now:
-            await asyncio.to_thread(self._append, now)
+            self._writing = asyncio.create_task(asyncio.to_thread(self._append, now))
+            await asyncio.shield(self._writing)
 
     def _append(self, scalars: Sequence[Scalar]) -> None:
         try:

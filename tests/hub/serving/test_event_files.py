@@ -206,6 +206,6 @@ def test_a_full_disk_holds_up_nothing(tmp_path: Path) -> None:
     async def talk() -> None:
         file = EventFile(tmp_path / "gone" / "file")
         file.hear(events.Probed(rounds=1, round=1, kl=0.5, cosine=0.5), 1.0, 1.0)
-        await file.flush()
+        await file.close()
 
     asyncio.run(talk())
