@@ -650,7 +650,8 @@ def test_status_and_edges_of_a_run_that_no_hub_serves(told: Told) -> None:
 
 
 def test_report_of_a_run(told: Told, tmp_path: Path) -> None:
-    found = hub("report", told.settings.path, "--to", tmp_path / "report")
+    found = hub("report", told.settings.path, "--to", tmp_path / "report", "--tensorboard", tmp_path / "board")
+    assert Path(found["event_file"]).parent.parent == tmp_path / "board"
     assert found["rounds_closed"] == 1
     assert all(Path(picture).is_file() for picture in found["pictures"])
 

@@ -21,7 +21,7 @@ from fedsoda_hub.cli.guests import invite, rebind, revoke
 from fedsoda_hub.cli.import_command import import_model
 from fedsoda_hub.cli.notify_command import notify
 from fedsoda_hub.cli.of_run import reset, token_app
-from fedsoda_hub.cli.options import OUTPUT, CompareCommand, Debug, Json, JsonLines, RunFile, setting
+from fedsoda_hub.cli.options import OUTPUT, CompareCommand, Debug, Json, JsonLines, RunFile, TensorBoard, setting
 from fedsoda_hub.cli.service_command import service_app
 from fedsoda_hub.settings.rates import Rates
 
@@ -376,6 +376,7 @@ def report(
             "--to", envvar="FEDSODA_REPORT_TO", help="a directory; not given: `report` in the run's directory"
         ),
     ] = None,
+    tensorboard: TensorBoard = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -388,6 +389,10 @@ def report(
         from fedsoda_hub.run.directory import RunDirectory
 
         written = write_report(settings, to or RunDirectory(settings.run_dir).report)
+        if tensorboard is not None:
+            from fedsoda_hub.cli.reports import write_event_file
+
+            written = write_event_file(settings, tensorboard, written)
         note(f"wrote {written.report} and {len(written.pictures)} pictures beside it")
         finish({"status": "ok", **msgspec.to_builtins(written)}, as_json, False)
 

@@ -23,6 +23,14 @@ JsonLines = Annotated[
     bool,
     typer.Option("--jsonl", envvar="FEDSODA_JSONL", help="one JSON event a line on stdout", rich_help_panel=OUTPUT),
 ]
+TensorBoard = Annotated[
+    Path | None,
+    typer.Option(
+        "--tensorboard",
+        envvar="FEDSODA_REPORT_TENSORBOARD",
+        help="also write the figures of all rounds into this directory, as TensorBoard reads them",
+    ),
+]
 Debug = Annotated[
     bool,
     typer.Option(

@@ -41,11 +41,15 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; }
 
 
 class Written(msgspec.Struct, frozen=True):
-    """The report of `report --json`: the paths of the page and its pictures, and how many rounds have closed."""
+    """The report of `report --json`: the paths of the page and its pictures, and how many rounds have closed.
+
+    event_file: that for TensorBoard; None: none was asked for.
+    """
 
     report: str
     pictures: tuple[str, ...]
     rounds_closed: int
+    event_file: str | None = None
 
 
 def write_report(settings: RunSettings, to: Path) -> Written:

@@ -24,6 +24,7 @@ from fedsoda_hub.serving.broadcast import Broadcast
 from fedsoda_hub.serving.connection import Door, Hub
 from fedsoda_hub.serving.decisions import Decisions, Inbox
 from fedsoda_hub.serving.desk import desk_of
+from fedsoda_hub.serving.event_files import EventFile, write_run
 from fedsoda_hub.serving.first_of import first_of
 from fedsoda_hub.serving.gauges import Gauges
 from fedsoda_hub.serving.greeting import Greeting
@@ -236,8 +237,11 @@ class Daemon:
             self.shelf.follow(self.disk.ledger.records())
             await self.uploads.tidy(self.disk.state, self.shelf.lent_blobs, is_start=True)
             self.notifier.open(ways_of(self.settings, self.disk.directory, self._clock.wall))
+            event_file = await asyncio.to_thread(self._event_file)
+            if event_file is not None:
+                self.broadcast.begin(lambda event: event_file.hear(event, self._clock.wall(), self._clock.monotonic()))
             try:
-                await self._until_over(door, stop, exit_when_done)
+                await self._until_over(door, stop, exit_when_done, event_file)
             finally:
                 self.desk.close()
                 await self.roster.close(self._clock)
@@ -245,6 +249,8 @@ class Daemon:
                 await self.roster.flush_traffic()
                 await self.jobs.close()
                 await self.notifier.close()
+                if event_file is not None:
+                    await event_file.close()
                 self.disk.directory.address.unlink(missing_ok=True)
                 self.proofs.close()
                 await self.admission.look()
@@ -253,7 +259,18 @@ class Daemon:
         if stop.done() and stop.result() == "SIGINT":
             raise KeyboardInterrupt
 
-    async def _until_over(self, door: Door, stop: asyncio.Future[str], exit_when_done: bool) -> None:
+    def _event_file(self) -> EventFile | None:
+        """Write what the run's event file lacks; None: the owner wants none."""
+        if (directory := self.settings.report.tensorboard) is None:
+            return None
+        settings = self.settings
+        return EventFile(
+            write_run(settings.directory / directory, settings.name, self.disk.ledger, settings.rounds.count)[0]
+        )
+
+    async def _until_over(
+        self, door: Door, stop: asyncio.Future[str], exit_when_done: bool, event_file: EventFile | None
+    ) -> None:
         """Let all parts work until the end. An error of one part ends the others and is raised."""
         try:
             async with asyncio.TaskGroup() as group:
@@ -267,6 +284,7 @@ class Daemon:
                         self._welcome_all(),
                         self.monitoring.metrics.run(),
                         self.notifier.run(),
+                        *([] if event_file is None else [event_file.run()]),
                     )
                 ]
                 await self._end(stop, exit_when_done)

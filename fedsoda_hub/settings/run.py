@@ -21,16 +21,16 @@ from fedsoda_hub.settings.notifying import check_notify
 from fedsoda_hub.settings.tables import SELF_GENERATED, Public, Tables
 from fedsoda_hub.settings.toml import check, read_toml
 
-# What may change once a run is prepared, beside [listen], [tls], [blobs], [notify] and [task] eval_*: where it computes, when a round
+# What may change once a run is prepared, beside [listen], [tls], [blobs], [notify], [report] and [task] eval_*: where it computes, when a round
 # closes, and what an owner sets who sees an edge spoil the model.
 _FREE = (
     *("path", "device", "[rounds] count", "[rounds] quorum", "[rounds] deadline_seconds"),
     *("[aggregation] robust", "[aggregation] robust_share"),
 )
-_FREE_TABLES = ("[listen]", "[tls]", "[blobs]", "[notify]", "[task] eval_")
+_FREE_TABLES = ("[listen]", "[tls]", "[blobs]", "[notify]", "[report]", "[task] eval_")
 MAY_CHANGE = (
     "device, [rounds] count, quorum and deadline_seconds, [aggregation] robust and robust_share, [listen], [tls], [blobs], "
-    "[notify], [task] eval_data and eval_every"
+    "[notify], [report], [task] eval_data and eval_every"
 )
 
 

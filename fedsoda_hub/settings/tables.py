@@ -316,6 +316,14 @@ class Notify(Section, frozen=True):
     ] = 10.0
 
 
+class Reports(Section, frozen=True):
+    """[report]: what is written of the run while it is served, beside its ledger."""
+
+    tensorboard: Annotated[
+        str | None, Meta(description="a directory of event files for TensorBoard; not given: none are written")
+    ] = None
+
+
 class Tables(Section, frozen=True):
     """All tables of RUN.toml."""
 
@@ -354,3 +362,4 @@ class Tables(Section, frozen=True):
     blobs: Blobs = msgspec.field(default_factory=Blobs)
     tls: TLS = TLS()
     notify: Notify = msgspec.field(default_factory=Notify)
+    report: Reports = Reports()
