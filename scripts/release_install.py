@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 OLDEST = (3, 11)
@@ -97,6 +98,7 @@ def torch_of(python: Path, constraints: Path, to: Path) -> Path | None:
 
 @contextmanager
 def _made(directory: Path) -> Iterator[Path]:
+    """Make a directory for the block, in place of what is there."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     yield directory
@@ -112,7 +114,7 @@ def _pinned(constraints: Path, directory: Path, torch: Path | None) -> Path:
 
 
 def by_pip(
-    wheel: Path, extra: str, python: Path, constraints: Path, directory: Path, torch: Path | None
+    wheel: Path, extra: str, python: Path, constraints: Path, torch: Path | None, directory: Path
 ) -> Environment:
     """Install with pip in an environment of the standard library."""
     _ok(python, "-m", "venv", directory / "venv")
@@ -142,7 +144,7 @@ print(json.dumps([str(one) for one in wanted]))
 """
 
 
-def by_uv_tool(tools: Path, wheel: Path, python: Path, constraints: Path, directory: Path, torch: Path) -> Environment:
+def by_uv_tool(tools: Path, wheel: Path, python: Path, constraints: Path, torch: Path, directory: Path) -> Environment:
     """Install with `uv tool install`."""
     override = directory / "override.txt"
     override.write_text(f"torch @ {torch.as_uri()}\n")
@@ -155,7 +157,7 @@ def by_uv_tool(tools: Path, wheel: Path, python: Path, constraints: Path, direct
     return Environment(directory / "tools" / "fedsoda" / "bin" / "python", directory / "bin", torch.name.split("-")[1])
 
 
-def by_pipx(tools: Path, wheel: Path, python: Path, constraints: Path, directory: Path, torch: Path) -> Environment:
+def by_pipx(tools: Path, wheel: Path, python: Path, constraints: Path, torch: Path, directory: Path) -> Environment:
     """Install with `pipx install`."""
     pins = _pinned(constraints, directory, torch)
     places = {"PIPX_HOME": str(directory / "home"), "PIPX_BIN_DIR": str(directory / "bin"), "USE_EMOJI": "0"}
@@ -235,15 +237,15 @@ def check_installs(wheel: Path, tools: Path, constraints: Path) -> list[dict[str
                 name = f"pip install fedsoda[{extra}]" if extra else "pip install fedsoda"
                 attempt(
                     name, version, "pip", extra,
-                    lambda to, extra=extra, python=python, torch=torch: by_pip(wheel, extra, python, constraints, to, torch),
+                    partial(by_pip, wheel, extra, python, constraints, torch),
                 )  # fmt: skip
             if torch is not None and python == ends[0][1]:
                 attempt(
                     "uv tool install", version, "uv tool", "",
-                    lambda to, python=python, torch=torch: by_uv_tool(tools, wheel, python, constraints, to, torch),
+                    partial(by_uv_tool, tools, wheel, python, constraints, torch),
                 )  # fmt: skip
                 attempt(
                     "pipx install", version, "pipx", "",
-                    lambda to, python=python, torch=torch: by_pipx(tools, wheel, python, constraints, to, torch),
+                    partial(by_pipx, tools, wheel, python, constraints, torch),
                 )  # fmt: skip
     return report

@@ -28,7 +28,7 @@ def found(tmp_path: Path, package: Path | None = None, **environment: str) -> in
     prefix.mkdir(exist_ok=True)
     named = PathDistribution(package) if package else None
     with (
-        mock.patch.object(installer, "distribution", lambda _: named),
+        mock.patch.object(installer, "distribution", return_value=named),
         mock.patch.dict("os.environ", {"FEDSODA_IMAGE": "", **environment}),
     ):
         return installer.found(prefix, tmp_path, "/opt/my env/bin/python")
@@ -69,7 +69,7 @@ def test_a_tool_of_its_own_is_upgraded_by_what_made_it(
 
 
 def test_a_program_that_uvx_runs_is_fetched_again(tmp_path: Path, package: Path) -> None:
-    with mock.patch.object(installer, "distribution", lambda _: PathDistribution(package)):
+    with mock.patch.object(installer, "distribution", return_value=PathDistribution(package)):
         one = installer.found(tmp_path / "uv" / "archive-v0" / "Xk3", tmp_path, "python")
     assert (one.kind, one.update) == ("uvx", "uvx --refresh --from fedsoda fedsoda-edge")
 
