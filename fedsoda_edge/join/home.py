@@ -17,11 +17,15 @@ from pathlib import Path
 import msgspec
 from platformdirs import user_data_path
 
-from fedsoda_edge.errors import DiskFull, HomeInUse, ProtocolViolation, UsageProblem
+from fedsoda_edge.errors import DiskFull, HomeInUse, ProtocolViolation, UsageProblem, WayOut
+from fedsoda_edge.ports import installer
 from fedsoda_edge.ports.disk import write_durably
 from fedsoda_edge.ports.system import Held, Lock, is_locked
 
 KEY_BYTES = 32  # AES-256
+# What is in `version`: how the files lie. A release that lays them out in a way which this one cannot read adds one, and
+# brings older homes forward when it locks them. The first release wrote no `version`; its files lie as in 1.
+HOME_VERSION = 1
 CACHE_DTYPES = ("bf16", "int8")  # the forms in which border states are kept
 
 
@@ -59,6 +63,13 @@ class JoinedRun(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer: dict[str, str]
     eos: int | list[int] | None
     vocab_size: int | None = None
+
+
+class HomeOfNewerRelease(UsageProblem):
+    """A FEDSODA_HOME that a newer release has used, whose files this one may not understand."""
+
+    def way_out(self) -> WayOut:
+        return WayOut("fix-machine", installer.found().update)
 
 
 class Home:
@@ -228,6 +239,7 @@ class Home:
             UsageProblem: its file is damaged, or the directory cannot be used.
         """
         path = self.directory / "device_id"
+        self._check_version()
         with self.usable():
             if not path.exists():
                 write_durably(path, secrets.token_hex(16).encode())
@@ -244,7 +256,9 @@ class Home:
 
         Raises:
             HomeInUse: another process has the lock.
+            HomeOfNewerRelease: all is left as it is.
         """
+        version = self._check_version()
         with self.usable():
             try:
                 self._lock = Lock(self.directory / "lock")
@@ -253,6 +267,31 @@ class Home:
                     f"{self.directory} is used by another join (pid {held.pid}); stop that join, or set FEDSODA_HOME "
                     "to another directory and join with another token, since a token belongs to one home"
                 ) from None
+
+        if version < HOME_VERSION:
+            with self.usable():
+                write_durably(self.directory / "version", f"{HOME_VERSION}\n".encode())
+
+    def _check_version(self) -> int:
+        """Return the version of the home, 0 where it has none.
+
+        Raises:
+            HomeOfNewerRelease: this release does not know it.
+        """
+        path = self.directory / "version"
+        with self.usable():
+            try:
+                found = path.read_text(encoding="ascii", errors="replace").strip()
+            except FileNotFoundError:
+                return 0
+        if not re.fullmatch("[0-9]{1,9}", found):
+            raise UsageProblem(f"{path} holds {found[:40]!r} and no number; delete it if this release made the home")
+        if int(found) > HOME_VERSION:
+            raise HomeOfNewerRelease(
+                f"FEDSODA_HOME {self.directory} was used by a newer fedsoda: its version is {found}, and this release knows "
+                f"those up to {HOME_VERSION}; bring this device a newer release: {installer.found().update}"
+            )
+        return int(found)
 
     def is_in_use(self) -> bool:
         """Tell whether a join runs here. Takes the lock for a moment: only the lock shows whether a join is alive."""

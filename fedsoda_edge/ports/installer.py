@@ -40,14 +40,10 @@ def found(prefix: Path | None = None, root: Path = Path("/"), python: str | None
         prefix: the environment; None: that of this process. root: the root directory. python: the interpreter's path.
     """
     prefix, python = prefix or Path(sys.prefix), shlex.quote(python or sys.executable or "python3")
-    image, is_container = (
-        os.environ.get(IMAGE_VARIABLE, ""),
-        any((root / mark.lstrip("/")).exists() for mark in CONTAINER_MARKS),
-    )
-    if image and is_container:
-        engine = "docker" if (root / ".dockerenv").exists() else "podman"
-        name = shlex.quote(image)
-        return Installation("container", f"{engine} pull {name}", f"{engine} pull {name}")
+    image = shlex.quote(os.environ.get(IMAGE_VARIABLE, ""))
+    if image != "''" and any((root / mark.lstrip("/")).exists() for mark in CONTAINER_MARKS):
+        pull = f"{'docker' if (root / '.dockerenv').exists() else 'podman'} pull {image}"
+        return Installation("container", pull, pull)
     if (prefix / "uv-receipt.toml").is_file():
         return Installation("uv tool", "uv tool upgrade fedsoda", "uv tool install 'fedsoda[{extra}]'")
     if (prefix / "pipx_metadata.json").is_file():

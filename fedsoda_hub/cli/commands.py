@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 
-from fedsoda_edge.ports.console import EXIT_HELP, finish, note, reporting, working
+from fedsoda_edge.ports.console import EXIT_HELP, finish, is_asked, note, reporting, working
 from fedsoda_edge.ports.console import run as run_command
 from fedsoda_edge.ports.program import Program
 from fedsoda_edge.units import human_bytes
 from fedsoda_hub.cli.bundle_command import bundle
+from fedsoda_hub.cli.extra import check_extra
 from fedsoda_hub.cli.found import status_of_run
 from fedsoda_hub.cli.guests import invite, rebind, revoke
 from fedsoda_hub.cli.import_command import import_model
@@ -35,15 +36,20 @@ class HubProgram(Program):
     package = "fedsoda_hub"
 
 
-app = typer.Typer(
-    cls=HubProgram, help="Prepare, serve and evaluate a federated run.", epilog=EXIT_HELP, no_args_is_help=True
-)
+app = typer.Typer(cls=HubProgram, epilog=EXIT_HELP, no_args_is_help=True)
 app.add_typer(token_app, name="token")
 app.add_typer(service_app, name="service")
 app.command(epilog="Example: fedsoda-hub invite triage.toml --name clinic-7\n\n" + EXIT_HELP)(invite)
 app.command(epilog="Example: fedsoda-hub revoke triage.toml clinic-7")(revoke)
 app.command(epilog="Example: fedsoda-hub rebind triage.toml clinic-7")(rebind)
 app.command(epilog="Example: fedsoda-hub reset triage.toml --yes\n\n" + EXIT_HELP)(reset)
+
+
+@app.callback()
+def _begin() -> None:
+    """Prepare, serve and evaluate a federated run."""
+    with reporting(is_asked("--json"), is_asked("--jsonl"), False):
+        check_extra()
 
 
 class CompareTransport(StrEnum):

@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedsoda_edge.errors import DiskFull, UsageProblem
+from fedsoda_edge.errors import DiskFull, UsageProblem, WayOut
+from fedsoda_edge.ports import installer
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS log (
@@ -28,6 +29,9 @@ CREATE TABLE IF NOT EXISTS traffic (
     edge TEXT NOT NULL, round INTEGER NOT NULL, up INTEGER NOT NULL, down INTEGER NOT NULL,
     PRIMARY KEY (edge, round));
 """
+# The version of the file, its `user_version`: 0 as the first release wrote it, 1 with a number of its own. A release that
+# writes what this one cannot read adds one, and brings older files forward when it opens them.
+SCHEMA_VERSION = 1
 # What runs that were made by an older release do not have yet. Who only reads such a run finds it empty.
 _LATER = {
     "devices": """
@@ -43,6 +47,18 @@ CREATE INDEX devices_by_former ON devices (former);
 
 class Damaged(UsageProblem):
     """A ledger that no longer says what was written to it."""
+
+    code = "damaged"
+
+    def way_out(self) -> WayOut:
+        return WayOut("fix-machine", "fedsoda-hub reset")
+
+
+class OfNewerRelease(UsageProblem):
+    """A ledger that a newer release has written, whose records this one may not know."""
+
+    def way_out(self) -> WayOut:
+        return WayOut("fix-machine", installer.found().update)
 
 
 class _Connected:
@@ -62,6 +78,7 @@ class Database:
 
     Raises:
         Damaged: the file is cut, or is not that of a run.
+        OfNewerRelease: the file is left as it is.
         UsageProblem: the file cannot be opened by this user, or not on this file system.
         DiskFull: the disk has no space left.
     """
@@ -75,6 +92,7 @@ class Database:
                     path.parent.mkdir(parents=True, exist_ok=True)
             self._writer = _Connected(_connected(path, is_read_only))
             try:
+                version = self._known_version()
                 if is_read_only:
                     self._writer.db.execute("SELECT 1 FROM log, tokens, traffic LIMIT 1")
                     self._writer.db.execute("PRAGMA temp_store = MEMORY")
@@ -83,12 +101,28 @@ class Database:
                     self._writer.db.execute("PRAGMA synchronous = FULL")  # NORMAL may lose acknowledged commits
                     self._writer.db.executescript(_SCHEMA)
                 self._add_later_tables("TEMP " if is_read_only else "")
+                if version < SCHEMA_VERSION and not is_read_only:
+                    self._writer.db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             except BaseException:
                 self._writer.db.close()
                 raise
             is_one = path is None or is_read_only
             self._reader = self._writer if is_one else _Connected(_connected(path, is_read_only))
             self._finder = self._writer if is_one else _Connected(_connected(path, is_read_only))
+
+    def _known_version(self) -> int:
+        """Return the version of the file.
+
+        Raises:
+            OfNewerRelease: this release does not know it.
+        """
+        version = int(self._writer.db.execute("PRAGMA user_version").fetchone()[0])
+        if version > SCHEMA_VERSION:
+            raise OfNewerRelease(
+                f"{self._path} was written by a newer fedsoda: its version is {version}, and this release knows those up to "
+                f"{SCHEMA_VERSION}; bring this machine a newer release: {installer.found().update}"
+            )
+        return version
 
     def _add_later_tables(self, kind: str) -> None:
         db = self._writer.db

@@ -15,7 +15,7 @@ import pytest
 from msgspec.structs import replace
 
 from fedsoda_edge.errors import DiskFull, HomeInUse, ProtocolViolation, UsageProblem
-from fedsoda_edge.join.home import Home, JoinedRun, default_home
+from fedsoda_edge.join.home import HOME_VERSION, Home, HomeOfNewerRelease, JoinedRun, default_home
 
 ANOTHER_JOIN = """
 import sys
@@ -213,3 +213,33 @@ def test_a_user_without_a_home_directory_is_told_what_to_set(monkeypatch: pytest
     monkeypatch.setenv("FEDSODA_HOME", "~nobody-of-that-name/fedsoda")
     with pytest.raises(UsageProblem, match=r"no home directory.*FEDSODA_HOME.*volume"):
         Home()
+
+
+# --- the version of a home -------------------------------------------------------------------------------------------
+
+
+def test_a_home_of_the_first_release_gets_a_version_and_keeps_its_device(tmp_path: Path) -> None:
+    (tmp_path / "device_id").write_text("d-1")
+    home = Home(tmp_path)
+    home.lock()
+    home.unlock()
+    assert ((tmp_path / "version").read_text(), home.device_id()) == (f"{HOME_VERSION}\n", "d-1")
+
+
+def test_a_home_of_a_newer_release_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "version").write_text(f"{HOME_VERSION + 1}\n")
+    home = Home(tmp_path)
+    for use in (home.lock, home.device_id):
+        with pytest.raises(
+            HomeOfNewerRelease, match=f"its version is {HOME_VERSION + 1}, and this release knows"
+        ) as raised:
+            use()
+        assert str(raised.value).endswith(raised.value.way_out().helps)
+    assert [path.name for path in tmp_path.iterdir()] == ["version"]
+
+
+@pytest.mark.parametrize("said", ["", "one", "-1", "1" * 40, "\u00b2"])
+def test_a_version_that_is_no_number_is_refused(tmp_path: Path, said: str) -> None:
+    (tmp_path / "version").write_text(said)
+    with pytest.raises(UsageProblem, match="and no number; delete it"):
+        Home(tmp_path).lock()
