@@ -40,5 +40,5 @@ def status_of_run(run: Path) -> tuple[bool, LiveStatus]:
     if live is not None and live.run_id == state.run_id:  # an old address may be another run's by now
         return True, live
     edges = [msgspec.structs.replace(one, standing=state.measured.standings.get(one.edge)) for one in known]
-    found = run_status(settings.name, settings.rounds.count, traffic, state)
+    found = run_status(settings.name, settings.rounds.count, traffic, state, settings.task.best_by)
     return False, live_status(found, edges, hub=hub, work=work if is_prepared_alone else None)

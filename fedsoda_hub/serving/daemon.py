@@ -58,7 +58,7 @@ class Daemon:
         self.inbox: Inbox = asyncio.Queue()
         self.machine = RoundMachine(rules_of(settings), run.state)
         self.shelf = Shelf(run.directory, run.state)
-        self.uploads = Uploads(run.directory.blobs, settings.wire.codec, run.directory.uploads)
+        self.uploads = Uploads(run.directory.blobs, settings.wire.codec, run.directory.uploads, settings.task.best_by)
         state = run.state
         self.proofs = Proofs(run.key, run.ledger.devices, lambda: state.run_id, clock.monotonic, clock.wall)
         note = ProcessNote(run.directory.process, clock, "preparing" if not state.sub_llms else "serving")

@@ -113,7 +113,7 @@ class Monitoring:
         ]
         is_open = machine.state.phase == "collecting"
         return live_status(
-            run_status(settings.name, settings.rounds.count, traffic, machine.state),
+            run_status(settings.name, settings.rounds.count, traffic, machine.state, settings.task.best_by),
             edges,
             url=self.url,
             due_seconds=self.due_seconds() if is_open else None,
