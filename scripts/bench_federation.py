@@ -45,7 +45,7 @@ from fedsoda_hub.evaluation.evaluator import Evaluator, JudgedModel, auc
 from fedsoda_hub.evaluation.judge import KEPT_BORDER_BYTES, judged_models
 from fedsoda_hub.evaluation.questions import read_questions
 from fedsoda_hub.run.directory import RunDirectory
-from fedsoda_hub.run.ledger import read_outcome
+from fedsoda_hub.run.outcome import read_outcome
 from fedsoda_hub.settings.run import read_settings
 
 ROOT = Path(__file__).resolve().parent.parent

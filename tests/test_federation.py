@@ -24,7 +24,8 @@ from fedsoda_hub.events import HubEvent, Listening, as_json
 from fedsoda_hub.federation.records import RoundOpened, UpdateAccepted
 from fedsoda_hub.local.in_process import TorchThread
 from fedsoda_hub.run.directory import RunDirectory
-from fedsoda_hub.run.ledger import Ledger, opened, read_outcome
+from fedsoda_hub.run.ledger import Ledger, opened
+from fedsoda_hub.run.outcome import read_outcome
 from fedsoda_hub.serving.daemon import Daemon
 from fedsoda_hub.settings.run import read_settings
 from tests.schema import EDGE, HUB

@@ -304,20 +304,33 @@ def export(
         bool,
         typer.Option("--merge", envvar="FEDSODA_MERGE", help="write a merged Transformers checkpoint instead"),
     ] = False,
+    round_number: Annotated[
+        int | None,
+        typer.Option(
+            "--round",
+            min=1,
+            envvar="FEDSODA_ROUND",
+            help="a round whose master is still there; not given: what [task] keep says",
+        ),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write the PEFT adapter for the full model."""
+    """Write the PEFT adapter for the full model, of the last round, the best one or any that is still there."""
     with reporting(as_json, False, debug), working("writing the adapter"):
-        from fedsoda_hub.run.ledger import read_outcome
+        from fedsoda_hub.run.outcome import read_outcome
         from fedsoda_hub.settings.run import read_settings
 
         settings = read_settings(run)
-        read_outcome(settings.run_dir, settings.path)  # refuses at once; loading torch takes seconds
+        best_by = settings.task.best_by
+        read_outcome(  # refuses at once; loading torch takes seconds
+            settings.run_dir, settings.path, best_by=best_by, round_number=round_number
+        )
+        from fedsoda_hub.cli.tables import export_words
         from fedsoda_hub.evaluation.export import export as write_export
 
-        result = write_export(settings, to, merge=merge)
-        note(f"wrote {result.export}")
+        result = write_export(settings, to, merge=merge, round_number=round_number)
+        note(f"wrote {result.export}: {export_words(result)}")
         finish({"status": "ok", **msgspec.to_builtins(result)}, as_json, False)
 
 

@@ -41,5 +41,6 @@ def status_of_run(run: Path) -> tuple[bool, LiveStatus]:
     if live is not None and live.run_id == state.run_id:  # an old address may be another run's by now
         return True, live
     edges = [msgspec.structs.replace(one, standing=state.measured.standings.get(one.edge)) for one in known]
-    found = run_status(settings.name, count_in_force(settings.rounds.count, state), traffic, state)
+    count = count_in_force(settings.rounds.count, state)
+    found = run_status(settings.name, count, traffic, state, settings.task.best_by)
     return False, live_status(found, edges, hub=hub, work=work if is_prepared_alone else None)

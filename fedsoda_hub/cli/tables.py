@@ -14,6 +14,7 @@ from fedsoda_edge.units import human_bytes, human_seconds
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from fedsoda_hub.evaluation.export import Exported
     from fedsoda_hub.evaluation.judge import Evaluation
     from fedsoda_hub.federation.state import LastStanding
     from fedsoda_hub.plan import Emulators, PlanReport
@@ -50,6 +51,20 @@ def edge_line(edge: KnownEdge) -> str:
     line += f", size class {edge.size_class}" if edge.size_class else ""
     line += f", step {edge.step} of {edge.steps}" if edge.step else ""
     return line + standing_words(edge.standing)
+
+
+def export_words(made: Exported) -> str:
+    """Name the round that an export is of: "round 7, the best by accuracy (81.2%)"."""
+    from fedsoda_hub.run.sentence import figure
+
+    known = "" if made.metric is None or made.value is None else f" ({figure(made.metric, made.value)})"
+    match made.kept:
+        case "best":
+            return f"round {made.round}, the best by {(made.metric or '').replace('_', ' ')}{known}"
+        case "asked":
+            return f"round {made.round}"
+        case "last":
+            return f"round {made.round}, the last"
 
 
 def process_words(status: LiveStatus) -> str:

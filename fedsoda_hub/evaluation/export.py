@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 from safetensors.torch import load, save
@@ -23,26 +24,38 @@ from fedsoda_hub.preparation.checkpoint_writer import CheckpointWriter, check_ro
 from fedsoda_hub.preparation.full_llm import open_full_llm
 from fedsoda_hub.preparation.prepare import bundle_of
 from fedsoda_hub.run.directory import RunDirectory
-from fedsoda_hub.run.ledger import read_outcome
+from fedsoda_hub.run.outcome import read_outcome
 from fedsoda_hub.settings.run import RunSettings
 
 
-class Exported(msgspec.Struct, frozen=True):
-    """The report of `export --json`: the directory, the rounds that it holds, and whether it is merged."""
+class Exported(msgspec.Struct, frozen=True, kw_only=True):
+    """The report of `export --json`.
+
+    export: the directory. round: the last of the `rounds` that it holds. kept: whether it is the last or the best round of
+    the run, or the one that was asked for. metric, value: of the plug-in after that round, where it was evaluated.
+    """
 
     export: str
     rounds: int
     merged: bool
+    round: int
+    kept: Literal["last", "best", "asked"]
+    metric: str | None
+    value: float | None
 
 
-def export(settings: RunSettings, directory: Path, *, merge: bool = False) -> Exported:
+def export(settings: RunSettings, directory: Path, *, merge: bool = False, round_number: int | None = None) -> Exported:
     """Write the PEFT adapter, or with `merge` a Transformers checkpoint of the full LLM with it merged in.
 
+    Args:
+        round_number: the round that is exported; None: the one that the run keeps.
+
     Raises:
-        UsageProblem: no round has closed yet, or `directory` holds something that is not an export.
+        UsageProblem: no round has closed yet, the round is not there, or `directory` holds something that is not an export.
         DiskFull: the disk has no space left; `directory` is as it was.
     """
-    outcome = read_outcome(settings.run_dir, settings.path)
+    best_by = settings.task.best_by
+    outcome = read_outcome(settings.run_dir, settings.path, best_by=best_by, round_number=round_number)
     bundle = bundle_of(settings.run_dir, outcome.manifest)
     spec, family, manifest = bundle.manifest.lora, bundle.family, bundle.manifest
     tensors = load(RunDirectory(settings.run_dir).blobs.get(outcome.master))
@@ -62,6 +75,7 @@ def export(settings: RunSettings, directory: Path, *, merge: bool = False) -> Ex
         "task": msgspec.to_builtins(msgspec.structs.replace(settings.task, eval_data=None)),
         "plan": msgspec.to_builtins(bundle.plan),
         "evaluation": msgspec.to_builtins(outcome.evaluation),
+        "evaluated_round": outcome.evaluated_round,
         "merged": merge,
     }
     with new_directory(directory, replaces=True) as temporary:
@@ -78,7 +92,17 @@ def export(settings: RunSettings, directory: Path, *, merge: bool = False) -> Ex
             weights = save(dict(sorted(renamed.items())), {"format": "pt"})
             write_durably(temporary / "adapter_model.safetensors", weights)
         write_durably_json(temporary / "fedsoda.json", about)
-    return Exported(export=str(directory.resolve()), rounds=outcome.rounds, merged=merge)
+    metric = settings.task.metric
+    value = outcome.figure(metric)
+    return Exported(
+        export=str(directory.resolve()),
+        rounds=outcome.rounds,
+        merged=merge,
+        round=outcome.rounds,
+        kept="asked" if round_number is not None else "last" if best_by is None else "best",
+        metric=None if value is None else metric,
+        value=value,
+    )
 
 
 def _check_replaced(settings: RunSettings, directory: Path) -> None:

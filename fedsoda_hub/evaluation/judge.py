@@ -33,7 +33,7 @@ from fedsoda_hub.preparation.prepare import bundle_of
 from fedsoda_hub.preparation.running import pick_device
 from fedsoda_hub.preparation.tokenizing import check_tokenizer, tokenizer_of
 from fedsoda_hub.run.directory import RunDirectory
-from fedsoda_hub.run.ledger import read_outcome
+from fedsoda_hub.run.outcome import Outcome, read_outcome, rounds_there
 from fedsoda_hub.settings.run import RunSettings, read_settings
 from fedsoda_hub.settings.tables import Task
 
@@ -268,7 +268,7 @@ def evaluate_path(
     if run_or_export.is_file():
         settings = read_settings(run_or_export)
         # Its error says what to do where the run has not got so far; that of a missing bundle would not.
-        outcome = read_outcome(settings.run_dir, settings.path)
+        outcome = read_outcome(settings.run_dir, settings.path, best_by=settings.task.best_by)
         return _evaluation(RunJudge(settings, data).judge(outcome, report), samples)
     return _evaluate_export(run_or_export, data, report, model, samples)
 
@@ -317,9 +317,16 @@ def _evaluate_export(
         models = _full_models(source, plan, spec, adapter)
         evaluator = _evaluator(source, data, task, about["seed"], "auto", "bfloat16")
         return _evaluation(judge(evaluator, models, report), samples, unjudged=("sub_llm",))
-    outcome = read_outcome(settings.run_dir, settings.path)
+    outcome = _of_export(settings, int(about["rounds"]))
     bundle = bundle_of(settings.run_dir, outcome.manifest)
     blob = RunDirectory(settings.run_dir).blobs.get(outcome.emulator_view)
     models = judged_models(bundle, source, adapter, delta.from_bytes(blob, bundle.manifest.lora.emulator))
     evaluator = _evaluator(source, data, task, about["seed"], settings.device, settings.dtype)
     return _evaluation(judge(evaluator, models, report), samples)
+
+
+def _of_export(settings: RunSettings, rounds: int) -> Outcome:
+    """Return what the run had reached when an export of these rounds was written; what it has reached now, where that is gone."""
+    if rounds in rounds_there(settings.run_dir):
+        return read_outcome(settings.run_dir, settings.path, round_number=rounds)
+    return read_outcome(settings.run_dir, settings.path)

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from fedsoda_edge.protocol.messages import Digest, EdgeId
 from fedsoda_hub.federation import records as rec
+from fedsoda_hub.federation.best import Judged
 from fedsoda_hub.federation.jobs import EvaluateResult
 
 Phase = Literal["preparing", "idle", "collecting", "ended"]  # idle: between two rounds
@@ -113,7 +114,7 @@ class LedgerState(msgspec.Struct, forbid_unknown_fields=True):
     moments: Digest | None = None  # of the hub's optimiser
     alignment: int = 0
     repruned_for: int = 0
-    evaluated: rec.Evaluated | None = None  # the last
+    judged: list[Judged] = []  # each evaluated round; what models answered is of the last alone
     losses: list[float] = []  # weighted mean of each closed round
     measured: ClosedFigures = msgspec.field(default_factory=ClosedFigures)
     realignments: list[Realignment] = []
@@ -133,12 +134,12 @@ class LedgerState(msgspec.Struct, forbid_unknown_fields=True):
     @property
     def evaluation(self) -> EvaluateResult | None:
         """The last evaluation's figures; None before the first."""
-        return None if self.evaluated is None else self.evaluated.result
+        return self.judged[-1].result if self.judged else None
 
     @property
     def evaluated_round(self) -> int:
         """The round after which the run was last judged; 0: it was never judged."""
-        return 0 if self.evaluated is None else self.evaluated.round
+        return self.judged[-1].round if self.judged else 0
 
     @property
     def realigned_for(self) -> int:
@@ -241,14 +242,22 @@ class LedgerState(msgspec.Struct, forbid_unknown_fields=True):
             case rec.Probed():
                 self.probes.append(MeasuredDrift(record.round, record.kl, record.cosine))
             case rec.Evaluated():
-                self.evaluated = record
+                self.judged = [*map(_without_answers, self.judged), self._judged(record)]
             case rec.RunEnded():
                 self.phase = "ended"
+
+    def _judged(self, record: rec.Evaluated) -> Judged:
+        largest = self.largest
+        return Judged(record.round, self.master, largest.emulator.digest, largest.manifest, record.result)
 
     def _hold_adapters(self, views: list[HeldView]) -> None:
         """Give each sub-LLM with an adapter view of its own the new one, and each other sub-LLM the largest's."""
         new = dict(zip((at for at, one in enumerate(self.sub_llms) if not one.shares_adapter), views, strict=True))
         self.sub_llms = tuple(replace(one, adapter=new.get(at, new[0])) for at, one in enumerate(self.sub_llms))
+
+
+def _without_answers(one: Judged) -> Judged:
+    return replace(one, result=replace(one.result, shares={}, right_shares={}))
 
 
 def _prepared(record: rec.RunPrepared) -> tuple[ServedSubLLM, ...]:

@@ -55,7 +55,9 @@ class Aligner:
         final = self._teacher.final_with(plan, llm.first_master([plan]))
         wanted = final[count:]
         pruned = llm.held_out_after(llm.source, plan.swept, "running the pruned LLM on public text")
-        kl = {"pruned": oda.public_kl(llm.build(llm.source, plan.resident), pruned, wanted)}
+        # The pruned LLM has no LoRA, so neither has what it is compared with.
+        bare = wanted if llm.start is None else self._teacher.final_with(plan, llm.fresh_master([plan]))[count:]
+        kl = {"pruned": oda.public_kl(llm.build(llm.source, plan.resident), pruned, bare)}
         student, states = self.student(bundle, bundle.emulator_lora(), bundle.adapter_lora())
         kl["quantized"] = oda.public_kl(student, states[count:], wanted)
         emulator = self.train(student, plan, states, final, llm.settings.align.steps, version=0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,10 +23,11 @@ from fedsoda_edge.model.source import Checkpoint, LayerSource
 from fedsoda_edge.model.streaming import stream
 from fedsoda_edge.model.sub_llm import SubLLM, build
 from fedsoda_edge.ports.disk import write_durably_json
-from fedsoda_edge.protocol.manifest import LayerPlan, LoRASpec
+from fedsoda_edge.protocol.manifest import LayerPlan, LoRASpec, TensorSpec
 from fedsoda_hub.algorithms.methods.by_name import method_of
 from fedsoda_hub.preparation.run_text import RunText
 from fedsoda_hub.preparation.running import RunningLayers
+from fedsoda_hub.preparation.start_from import begun_with, read_start
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.settings.run import RunSettings
 
@@ -147,6 +149,32 @@ class StreamedLLM:
 
     def first_master(self, plans: Iterable[LayerPlan]) -> dict[str, Tensor]:
         """Make w before any training: LoRA of all layers that train in one of these plans, at the run's rank."""
+        return self.fresh_master(plans) if self.start is None else self.first_lora(self._master_layout(plans))
+
+    def fresh_master(self, plans: Iterable[LayerPlan]) -> dict[str, Tensor]:
+        """Make w as `first_master`, of fresh LoRA, which changes nothing."""
+        return lora.initial(self._master_layout(plans), self.settings.seed)
+
+    def _master_layout(self, plans: Iterable[LayerPlan]) -> list[TensorSpec]:
         layers = sorted({layer for plan in plans for layer in plan.adapter})
         s, source = self.settings, self.source
-        return lora.initial(lora.specs(source.family, source.fields, layers, s.lora.targets, s.lora.rank), s.seed)
+        return list(lora.specs(source.family, source.fields, layers, s.lora.targets, s.lora.rank))
+
+    def first_lora(self, layout: Sequence[TensorSpec]) -> dict[str, Tensor]:
+        """Make adapter LoRA before any training: fresh, or that of the export that the run begins with.
+
+        Raises:
+            UsageProblem: that export cannot be read, or is of another model or layout.
+        """
+        fresh = lora.initial(layout, self.settings.seed)
+        return fresh if self.start is None else begun_with(layout, fresh, self.start)
+
+    @cached_property
+    def start(self) -> dict[str, Tensor] | None:
+        """The LoRA of the export that the run begins with; None: it begins with fresh LoRA.
+
+        Raises:
+            UsageProblem: the export cannot be read, or is of another model, rank or alpha.
+        """
+        s = self.settings
+        return None if s.start_from is None else read_start(s.start_from, self.source, s.lora.rank, s.lora.alpha)

@@ -123,7 +123,7 @@ class MeasuredLLM:
         made = self._teacher.held_against(plans) | {group.start - 1 for group in groups if group.start}
         self._teacher.make(made)
         # The adapter of all of them is the same.
-        adapter = lora.initial(self._llm.lora_spec(plans[0]).adapter, self._llm.settings.seed)
+        adapter = self._llm.first_lora(self._llm.lora_spec(plans[0]).adapter)
         output = self._teacher.output(plans[0], adapter)
         found = [self._try(plan, adapter, output) for plan in plans]
         least = min(one.kl for one in found)

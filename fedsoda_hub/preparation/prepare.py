@@ -56,7 +56,9 @@ def made_of(settings: RunSettings) -> Any:
     for table, key, of_paper in ((method, "distance", "angular"), (align, "heal", False)):
         if table[key] == of_paper:
             del table[key]
-    return [method, *msgspec.to_builtins([settings.lora, settings.public]), align]
+    lora_table = msgspec.to_builtins(settings.lora)
+    del lora_table["start_from"]  # what it holds counts, not where it lies
+    return [method, lora_table, msgspec.to_builtins(settings.public), align]
 
 
 class RunPreparation:
@@ -95,6 +97,8 @@ class RunPreparation:
             [settings.task.prompt, _sha256(settings.like_task)] if settings.reads_like_task else None,
             made_of(settings),
         ]
+        if settings.start_from is not None and self.llm.start is not None:  # what is wrong with it is known at once
+            parts.append(sha256_file(settings.start_from / "adapter_model.safetensors"))
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def run(self, report: TakeProgress = to_nobody) -> PrepareResult:
@@ -102,7 +106,8 @@ class RunPreparation:
 
         Raises:
             DiskFull: the cached targets of the teacher need more than is free.
-            UsageProblem: the model has too few layers for the method, or cannot write the text that it should.
+            UsageProblem: the model has too few layers for the method, cannot write the text that it should, or is not the one
+                of the export that the run begins with.
         """
         self.llm.running.report = report
         _Stages(self.llm).finish(self.fingerprint)
@@ -205,7 +210,7 @@ class _Stages:
             llm.bundle_settings(plan),
             name=llm.source.name,
             revision=llm.source.revision,
-            adapter_lora=lora.initial(spec.adapter, s.seed),
+            adapter_lora=llm.first_lora(spec.adapter),
             emulator_lora=lora.initial(spec.emulator, s.seed),
             tokenizer_files=llm.source.tokenizer_files,
             spare=sorted(set(kept) - set(plan.kept)),
@@ -217,8 +222,8 @@ class _Stages:
         plan = plans[size_class]
         if not (directory / file_of("manifest.json", size_class)).exists():
             spec = self._llm.lora_spec(plan, size_class)
-            first = (lora.initial(layout, self._settings.seed) for layout in (spec.adapter, spec.emulator))
-            write_size_class(directory, size_class, plan, spec, *first)
+            emulator = lora.initial(spec.emulator, self._settings.seed)
+            write_size_class(directory, size_class, plan, spec, self._llm.first_lora(spec.adapter), emulator)
         bundle, kl_file = Bundle.open(directory, size_class), _kl_file(self._directory, size_class)
         if self._llm.aligned(plan):
             emulator, kl = self._aligner.first(bundle, size_class, plans)

@@ -18,11 +18,13 @@ from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.ports.disk import write_durably
 from fedsoda_edge.protocol.manifest import LayerPlan, parse_manifest
 from fedsoda_edge.units import counted, human_bytes, human_seconds
+from fedsoda_hub.federation.best import IS_BETTER_LESS, figure_of
 from fedsoda_hub.federation.jobs import Standing
 from fedsoda_hub.report.history import History, date, kl_sentence, read_history
 from fedsoda_hub.report.pictures import MODELS, Picture, draw
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.run.ledger import not_started, opened_to_read
+from fedsoda_hub.run.sentence import figure
 from fedsoda_hub.settings.run import EffectiveSetting, RunSettings, effective
 
 _STYLE = """
@@ -133,6 +135,21 @@ def _lead(settings: RunSettings, history: History) -> str:
     )
 
 
+def _best(settings: RunSettings, history: History) -> str | None:
+    """Say which round is the best of a run that keeps it, and by which figure; None: it keeps the last."""
+    metric = settings.task.best_by
+    found = [
+        (one.round, value)
+        for one in history.evaluated
+        if metric and (value := figure_of(one.result, metric)) is not None
+    ]
+    if metric is None or not found:
+        return None
+    number, value = (min if metric in IS_BETTER_LESS else max)(found, key=lambda one: one[1])
+    name = metric.replace("_", " ")
+    return f"round {number}, by {name} ({figure(metric, value)}); exports are of it"
+
+
 def _facts(settings: RunSettings, history: History, plan: LayerPlan | None) -> str:
     facts: list[tuple[str, str]] = []
     if history.evaluated:
@@ -144,6 +161,8 @@ def _facts(settings: RunSettings, history: History, plan: LayerPlan | None) -> s
             loss = last.loss[name]
             shown = "not a number" if loss is None else f"{loss:.3f}"
             facts.append((label, f"accuracy {last.accuracy[name]:.1%}, loss {shown}{more}"))
+        if (best := _best(settings, history)) is not None:
+            facts.append(("best round", best))
     if plan is not None:
         kept = f"{len(plan.kept)} of {plan.num_layers} kept"
         if plan.lacking:

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_edge.protocol.messages import Digest, EdgeId
-from fedsoda_hub.federation.jobs import EvaluateResult
+from fedsoda_edge.protocol.messages import EdgeId
 from fedsoda_hub.federation.records import AnyRecord
 from fedsoda_hub.federation.state import LedgerState
 from fedsoda_hub.run.database import Database
@@ -187,45 +185,6 @@ def opened_to_read(directory: RunDirectory) -> Iterator[Ledger]:
         yield ledger
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """The point that a run has reached.
-
-    master: digest of w. emulator_view, manifest: digests of those in force of the largest sub-LLM. rounds: how many have
-    closed. evaluation: the last figures.
-    """
-
-    master: Digest
-    emulator_view: Digest
-    manifest: Digest
-    rounds: int
-    evaluation: EvaluateResult | None
-
-
 def not_started(run_file: str | Path) -> UsageProblem:
     """Make the error of every command that needs a run which has not been started yet."""
     return UsageProblem(f"{Path(run_file).name} has not been started; run `fedsoda-hub serve {run_file}`")
-
-
-def read_outcome(run_dir: Path, run_file: str | Path = "RUN.toml") -> Outcome:
-    """Read what a run has reached from its ledger, whether a hub serves it or not.
-
-    Args:
-        run_file: the run's settings, as the error names them.
-
-    Raises:
-        UsageProblem: the run has not been started, or none of its rounds has closed yet.
-    """
-    directory = RunDirectory(run_dir)
-    if not directory.ledger.exists():
-        raise not_started(run_file)
-    with opened_to_read(directory) as ledger:
-        state = ledger.replay()
-    if state.losses:
-        largest = state.largest
-        return Outcome(state.master, largest.emulator.digest, largest.manifest, len(state.losses), state.evaluation)
-    if not state.run_id:  # the ledger holds tokens only
-        raise not_started(run_file)
-    raise UsageProblem(
-        f"no round of {run_dir.name} has closed yet (phase: {state.phase}); wait until the first one closes"
-    )

@@ -11,6 +11,7 @@ from typing import Literal
 import msgspec
 
 from fedsoda_edge.protocol.messages import EdgeId
+from fedsoda_hub.federation.best import Metric, best_of, figure_of
 from fedsoda_hub.federation.jobs import EvaluateResult
 from fedsoda_hub.federation.state import LedgerState, MeasuredDrift, Phase, Realignment
 from fedsoda_hub.run.edges import KnownEdge
@@ -131,12 +132,15 @@ class LiveStatus(RunStatus, frozen=True, kw_only=True):
     hub: HubProcess | None = None
 
 
-def run_status(name: str, rounds: int, rows: Sequence[RoundTraffic], state: LedgerState) -> RunStatus:
+def run_status(
+    name: str, rounds: int, rows: Sequence[RoundTraffic], state: LedgerState, best_by: Metric | None = None
+) -> RunStatus:
     """Report what the ledger knows of a run.
 
     Args:
         name, rounds: the run's name and its [rounds] count.
         rows: the ledger's traffic.
+        best_by: [task] metric of a run that keeps the best round; None: of one that keeps the last.
     """
     pairs = len({(row.edge, row.round) for row in rows}) or 1
     return RunStatus(
@@ -155,12 +159,31 @@ def run_status(name: str, rounds: int, rows: Sequence[RoundTraffic], state: Ledg
         realignments=state.realignments,
         probes=state.probes,
         evaluation=state.evaluation,
+        evaluations=[
+            JudgedRound(
+                round=one.round,
+                accuracy=one.result.accuracy,
+                loss=one.result.loss,
+                auc=one.result.auc,
+                mean_rank=one.result.mean_rank,
+            )
+            for one in state.judged
+        ],
+        best=best_round(state, best_by),
         bytes=BytesPerRound(
             up_per_edge_round=sum(row.up for row in rows) / pairs,
             down_per_edge_round=sum(row.down for row in rows) / pairs,
         ),
         traffic=[Travelled(edge=row.edge, round=row.round, up=row.up, down=row.down) for row in rows],
     )
+
+
+def best_round(state: LedgerState, metric: Metric | None) -> BestRound | None:
+    """Name the best evaluated round; None: the run keeps the last, or no round has the figure."""
+    best = None if metric is None else best_of(state.judged, metric)
+    if best is None or metric is None or (value := figure_of(best.result, metric)) is None:
+        return None
+    return BestRound(round=best.round, metric=metric, value=value)
 
 
 def live_status(

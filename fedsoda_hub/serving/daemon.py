@@ -66,7 +66,7 @@ class Daemon:
         self.shelf = Shelf(run.directory, run.state)
         metrics = Metrics()
         self.broadcast.begin(metrics.hear)
-        self.uploads = Uploads(run.directory.blobs, settings.wire.codec, run.directory.uploads)
+        self.uploads = Uploads(run.directory.blobs, settings.wire.codec, run.directory.uploads, settings.task.best_by)
         state = run.state
         self.proofs = Proofs(run.key, run.ledger.devices, lambda: state.run_id, clock.monotonic, clock.wall)
         note = ProcessNote(run.directory.process, clock, "preparing" if not state.sub_llms else "serving")

@@ -123,7 +123,7 @@ class Monitoring:
         ]
         is_open = machine.state.phase == "collecting"
         return live_status(
-            run_status(settings.name, machine.rules.count, traffic, machine.state),
+            run_status(settings.name, machine.rules.count, traffic, machine.state, settings.task.best_by),
             edges,
             url=self.url,
             due_seconds=self.due_seconds() if is_open else None,

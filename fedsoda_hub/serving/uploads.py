@@ -1,6 +1,6 @@
 """Check and store updates between their last chunk and the machine's answer, and delete the blobs that nothing needs.
 
-Needed are views and steps in force, the master, moments, what the bundles of the last two draws hold, the updates of the
+Needed are views and steps in force, the master, that of the best round where it is kept, moments, what the bundles of the last two draws hold, the updates of the
 open round and the last of each edge (its receipt); docs/operations.md (o6-disk) says it for people. Whatever else lies
 there is deleted after the record that made it needless is durable, so a hub killed in between deletes it at its next
 start. Which update is accepted is `federation/collecting.py`'s.
@@ -20,6 +20,7 @@ from fedsoda_edge.protocol.coded import check
 from fedsoda_edge.protocol.manifest import TensorSpec
 from fedsoda_edge.protocol.messages import Digest, EdgeId, UpdateStart
 from fedsoda_edge.protocol.session import Upload
+from fedsoda_hub.federation.best import Metric, best_of
 from fedsoda_hub.federation.state import LedgerState
 from fedsoda_hub.serving.spool import Spool, Spools
 
@@ -29,11 +30,13 @@ class Uploads:
 
     Args:
         spooled: the directory of what has not arrived whole.
+        best_by: as `needed_blobs` takes it.
     """
 
-    def __init__(self, blobs: BlobStore, codec: str, spooled: Path) -> None:
+    def __init__(self, blobs: BlobStore, codec: str, spooled: Path, best_by: Metric | None = None) -> None:
         self._blobs = blobs
         self._codec = codec
+        self._best_by = best_by
         self._spools = Spools(spooled)
         self._arriving: Counter[Digest] = Counter()  # uploads by blob, from its writing until they are judged
         self._unkept: set[Digest] = set()  # blobs that an upload brought, until it is known that they are needed
@@ -135,7 +138,7 @@ class Uploads:
             await asyncio.to_thread(self._spools.clear)
             await asyncio.to_thread(self._blobs.delete_unfinished)
         there = await asyncio.to_thread(self._blobs.digests)
-        needed = needed_blobs(state) | set(lent)
+        needed = needed_blobs(state, self._best_by) | set(lent)
         await self._delete(set(there) - needed - self._before - set(self._arriving) - self._unkept)
         self._before = needed
 
@@ -157,10 +160,16 @@ def _of_run(state: LedgerState) -> set[str]:
     return {state.master, *state.views} | ({state.moments} if state.moments is not None else set())
 
 
-def needed_blobs(state: LedgerState) -> set[str]:
-    """Return the digests that a run in this state needs, besides those of its bundles."""
+def needed_blobs(state: LedgerState, best_by: Metric | None = None) -> set[str]:
+    """Return the digests that a run in this state needs, besides those of its bundles.
+
+    Args:
+        best_by: [task] metric of a run that keeps the best round; None: of one that keeps the last.
+    """
+    best = None if best_by is None else best_of(state.judged, best_by)
+    kept = set() if best is None else {best.master, best.emulator_view, best.manifest}
     updates = {update.digest for update in (*state.accepted.values(), *state.receipts.values())}
-    return _of_run(state) | updates | {one.manifest for one in state.sub_llms}
+    return _of_run(state) | updates | kept | {one.manifest for one in state.sub_llms}
 
 
 def _deleted(blobs: BlobStore, digests: frozenset[str]) -> None:

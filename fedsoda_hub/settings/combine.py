@@ -15,7 +15,18 @@ from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.protocol.mirrors import MAX_MIRRORS, is_mirror
 from fedsoda_hub.settings.keys import TOML, refuse_unless
 from fedsoda_hub.settings.methods import METHODS, MethodKeys, keys_of_method, readers_of
-from fedsoda_hub.settings.tables import Aggregation, Blobs, LayerChoice, LoRA, Method, Optimizer, Robust, Tables, Wire
+from fedsoda_hub.settings.tables import (
+    Aggregation,
+    Blobs,
+    LayerChoice,
+    LoRA,
+    Method,
+    Optimizer,
+    Robust,
+    Tables,
+    Task,
+    Wire,
+)
 
 GROUPINGS: tuple[LayerChoice, ...] = ("contiguous", "spectral")  # choices that measure the layers
 NEVER_DRAWN: tuple[LayerChoice, ...] = ("uniform", "top")  # choices that are the same every time
@@ -61,7 +72,29 @@ def settled(tables: T, given: Mapping[str, object], file: str) -> T:
     _check_groups(made.method, given, file)
     _check_sizes(made.method, made.lora, made.aggregation, file)
     _check_robust(made, file)
+    _check_kept(made.task, file)
+    refuse_unless(
+        made.lora.start_from is None or not made.lora.ranks,
+        "[lora] start_from",
+        made.lora.start_from,
+        "no export where ranks has a rank for each size class, since the export has one",
+        file,
+    )
     return made
+
+
+def _check_kept(task: Task, file: str) -> None:
+    """Check that there are rounds to choose the best of."""
+    if task.keep == "best" and (task.eval_data is None or not task.eval_every):
+        lacks = (
+            "eval_data names no rows to judge on"
+            if task.eval_data is None
+            else "eval_every = 0 judges the last round alone"
+        )
+        raise UsageProblem(
+            f'[task] keep = "best" in {file} chooses among evaluated rounds, and {lacks}; write eval_data and eval_every = 1 '
+            'under [task], or keep = "last"'
+        )
 
 
 def _check_mirrors(blobs: Blobs, file: str) -> None:

@@ -25,12 +25,12 @@ from fedsoda_hub.settings.toml import check, read_toml
 # closes, and what an owner sets who sees an edge spoil the model.
 _FREE = (
     *("path", "device", "[rounds] count", "[rounds] quorum", "[rounds] deadline_seconds"),
-    *("[aggregation] robust", "[aggregation] robust_share"),
+    *("[aggregation] robust", "[aggregation] robust_share", "[task] keep", "[task] metric"),
 )
 _FREE_TABLES = ("[listen]", "[tls]", "[blobs]", "[notify]", "[report]", "[task] eval_")
 MAY_CHANGE = (
     "device, [rounds] count, quorum and deadline_seconds, [aggregation] robust and robust_share, [listen], [tls], [blobs], "
-    "[notify], [report], [task] eval_data and eval_every"
+    "[notify], [report], [task] eval_data, eval_every, keep and metric"
 )
 
 
@@ -74,6 +74,11 @@ class RunSettings(Tables, frozen=True):
         return self.directory / self.task.eval_data if self.task.eval_data else None
 
     @property
+    def start_from(self) -> Path | None:
+        """The directory of the export that the run begins with, if there is one."""
+        return self.directory / Path(self.lora.start_from).expanduser() if self.lora.start_from else None
+
+    @property
     def speaks_tls(self) -> bool:
         """Whether the hub speaks TLS by itself."""
         if self.tls.mode == "auto":
@@ -98,11 +103,16 @@ class RunSettings(Tables, frozen=True):
         return TextTemplate(self.task.completion)
 
     def fixed(self) -> TOML:
-        """Give what must be equal once the run is prepared, flat: all but what _FREE names and where to listen."""
+        """Give what must be equal once the run is prepared, flat: all but what _FREE names and where to listen.
+
+        A run that begins with fresh LoRA is recorded as one that knows no other: ledgers stay as they are.
+        """
         return {
             key: value
             for key, value in flat(msgspec.to_builtins(self)).items()
-            if key not in _FREE and not key.startswith(_FREE_TABLES)
+            if key not in _FREE
+            and not key.startswith(_FREE_TABLES)
+            and (key, value) != ("[lora] start_from", None)
         }
 
 

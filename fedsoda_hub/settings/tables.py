@@ -94,6 +94,12 @@ class LoRA(Section, frozen=True):
     targets: Annotated[list[str], Meta(min_length=1, description="modules that carry LoRA")] = msgspec.field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
     )
+    start_from: Annotated[
+        str | None,
+        Meta(
+            description="a directory that `fedsoda-hub export` wrote, whose LoRA the run begins with; not given: fresh LoRA"
+        ),
+    ] = None
     ranks: Annotated[
         list[int], Meta(description="a rank for each size class, from the largest on; empty: all have rank")
     ] = msgspec.field(default_factory=list)
@@ -231,6 +237,23 @@ class Task(Section, frozen=True):
     shots: Annotated[int, Meta(ge=0, le=64, description="answered rows before each question")] = 0
     eval_data: Annotated[str | None, Meta(description="a file of rows to judge on")] = None
     eval_every: Annotated[int, Meta(ge=0, description="rounds between evaluations; 0: only after the last round")] = 0
+    keep: Annotated[
+        Literal["last", "best"],
+        Meta(
+            description="the round that export, evaluate and report are of: the last, or the best evaluated one by metric"
+        ),
+    ] = "last"
+    metric: Annotated[
+        Literal["accuracy", "loss", "auc", "mean_rank"],
+        Meta(
+            description="the plug-in's figure that says which round is best: the highest accuracy or auc, the least loss or mean_rank"
+        ),
+    ] = "accuracy"
+
+    @property
+    def best_by(self) -> Literal["accuracy", "loss", "auc", "mean_rank"] | None:
+        """The figure by which the best round is kept; None: the last one counts."""
+        return self.metric if self.keep == "best" else None
 
 
 def is_loopback_name(host: str) -> bool:

@@ -348,7 +348,9 @@ def test_a_changed_setting_of_the_method_ends_serve_with_both_values(run_file: P
     (run_file.parent / "small.run" / "bundle" / "manifest.json").write_text("{}")
     write_run(run_file.parent)
     refused = hub(run_file, "serve", "RUN")
-    assert_refused(refused, "run.toml has changed", "[lora] rank: 8 when the run was prepared, 2 now", "eval_every may")
+    assert_refused(
+        refused, "run.toml has changed", "[lora] rank: 8 when the run was prepared, 2 now", "keep and metric"
+    )
     # What the refusal names is the way out, and leaves who may join as it was.
     assert f"`fedsoda-hub reset {run_file}`" in refused.stderr
     assert_refused(

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -220,3 +220,79 @@ def test_the_adapter_config_says_nothing_that_the_oldest_peft_does_not_know(expo
     known |= {"inference_mode", "target_modules"}
     assert set(json.loads((exported / "adapter_config.json").read_text())) <= known
     assert PeftConfig.from_pretrained(exported).target_modules
+
+
+# --- any round, and a run that begins with one -----------------------------------------------------------------------
+
+
+def test_an_export_says_which_round_it_is_of(finished: RunSettings, tmp_path: Path) -> None:
+    made = export(finished, tmp_path / "last")
+    assert (made.rounds, made.round, made.kept, made.metric, made.value) == (1, 1, "last", None, None)
+    with pytest.raises(UsageProblem, match="round 2 has not closed"):
+        export(finished, tmp_path / "second", round_number=2)
+    assert not (tmp_path / "second").exists()
+
+
+def test_a_run_begins_with_the_lora_of_an_export(
+    finished: RunSettings, exported: Path, adapter: dict[str, Tensor], tmp_path: Path, tiny_llama: Path
+) -> None:
+    following = make_run(tmp_path / "next", tiny_llama, align={"steps": 2}, lora={"start_from": str(exported)})
+    prepared = prepare(following)
+    blobs = BlobStore(following.run_dir / "blobs")
+    begun = delta.from_bytes(
+        blobs.get(prepared.master), Bundle.open(following.run_dir / "bundle").manifest.lora.adapter
+    )
+    assert begun.keys() == adapter.keys()
+    assert all(torch.equal(begun[name], adapter[name]) for name in adapter)
+    assert prepared.sub_llms[0].adapter_view == prepared.master  # edges train on from it
+    fresh = prepare(make_run(tmp_path / "fresh", tiny_llama, align={"steps": 2}))
+    assert fresh.master != prepared.master
+    # What pruning costs is a property of the base, and the same for both; LoRA is on both sides of what follows.
+    assert fresh.sub_llms[0].public_kl["pruned"] == pytest.approx(prepared.sub_llms[0].public_kl["pruned"], rel=1e-5)
+    assert prepared.sub_llms[0].public_kl["aligned"] < prepared.sub_llms[0].public_kl["quantized"] * 1.5
+    assert prepare(following) == prepared  # found again
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lora": {"rank": 2}}, "has rank 4 and alpha 8, this run 2 and 8; write those of the export"),
+        (
+            {"method": {"adapter_layers": 3}},
+            r"has no LoRA for layers\.5\..* and [0-9]+ more; write \[method\] adapter_layers",
+        ),
+        (
+            {"lora": {"start_from": "nowhere"}},
+            "cannot be read as an export .* name a directory that `fedsoda-hub export` wrote",
+        ),
+    ],
+)
+def test_an_export_of_another_layout_is_refused_before_anything_is_computed(
+    exported: Path, tmp_path: Path, tiny_llama: Path, changes: dict[str, dict[str, Any]], words: str
+) -> None:
+    tables = {"lora": {"start_from": str(exported)} | changes.pop("lora", {}), **changes}
+    with pytest.raises(UsageProblem, match=words):
+        prepare(make_run(tmp_path, tiny_llama, **tables))
+
+
+def test_an_export_of_another_model_a_merged_one_and_one_that_is_no_number_are_refused(
+    exported: Path, tmp_path: Path, tiny_llama: Path
+) -> None:
+    def refused(change: str, value: object) -> str:
+        copy = tmp_path / change
+        shutil.copytree(exported, copy)
+        about = json.loads((copy / "fedsoda.json").read_text())
+        (copy / "fedsoda.json").write_text(json.dumps(about | {change: value}))
+        with pytest.raises(UsageProblem) as failure:
+            prepare(make_run(tmp_path / f"{change}.run", tiny_llama, lora={"start_from": str(copy)}))
+        return str(failure.value)
+
+    assert "for another model (revision 'other') than this run's" in refused("model_revision", "other")
+    assert "is a merged checkpoint; export the round without --merge" in refused("merged", True)
+    broken = tmp_path / "broken"
+    shutil.copytree(exported, broken)
+    tensors = load_file(broken / "adapter_model.safetensors")
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, broken / "adapter_model.safetensors")
+    with pytest.raises(UsageProblem, match="holds what is not a number in layers"):
+        prepare(make_run(tmp_path / "nan", tiny_llama, lora={"start_from": str(broken)}))

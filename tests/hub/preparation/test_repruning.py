@@ -47,7 +47,8 @@ from fedsoda_hub.plan import likely_plans
 from fedsoda_hub.preparation.prepare import RunPreparation, bundle_of
 from fedsoda_hub.preparation.realign import PreparedRun
 from fedsoda_hub.report.history import read_history
-from fedsoda_hub.run.ledger import Ledger, read_outcome
+from fedsoda_hub.run.ledger import Ledger
+from fedsoda_hub.run.outcome import read_outcome
 from fedsoda_hub.settings.run import RunSettings, settings_for_plan
 from fedsoda_hub.settings.toml import write_toml
 from tests.edge.model.test_bundle import pruned_by_hand

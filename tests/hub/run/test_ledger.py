@@ -22,7 +22,8 @@ from fedsoda_edge.protocol.messages import Digest, EdgeId
 from fedsoda_hub.federation import records as rec
 from fedsoda_hub.federation.jobs import EvaluateResult
 from fedsoda_hub.federation.state import HeldView, LedgerState
-from fedsoda_hub.run.ledger import Ledger, Outcome, read_outcome
+from fedsoda_hub.run.ledger import Ledger
+from fedsoda_hub.run.outcome import Outcome, read_outcome
 
 A, B, C, D = (Digest(letter * 64) for letter in "abcd")
 ALICE = EdgeId("alice")
@@ -284,7 +285,9 @@ def test_the_outcome_of_a_run_is_its_master_and_the_emulators_view(tmp_path: Pat
     with pytest.raises(UsageProblem, match=r"no round of .* has closed yet \(phase: collecting\)"):
         read_outcome(tmp_path)
     ledger.append(ROUND_1[-1])
-    assert read_outcome(tmp_path) == Outcome(master=A, emulator_view=C, manifest=A, rounds=1, evaluation=None)
+    assert read_outcome(tmp_path) == Outcome(
+        master=A, emulator_view=C, manifest=A, rounds=1, evaluation=None, evaluated_round=0
+    )
     ledger.close()
 
 

@@ -228,3 +228,27 @@ def test_a_recorded_run_of_an_older_hub_has_the_same_settings_but_for_defaults_t
         kept = {key: value for key, value in now.items() if key not in OLDER}
         assert then.keys() - now.keys() == {"[align] closed_form"}
         assert json.dumps(kept) == json.dumps({key: then[key] for key in kept}), case["what"]
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        ('keep = "best"\neval_every = 1', "eval_data names no rows to judge on"),
+        ('keep = "best"\neval_data = "public.txt"', "eval_every = 0 judges the last round alone"),
+        ('metric = "f1"', "it must be one of accuracy, loss, auc, mean_rank"),
+    ],
+)
+def test_the_best_round_needs_rounds_that_are_judged(folder: Path, task: str, words: str) -> None:
+    with pytest.raises(UsageProblem) as refused:
+        read(folder, f"{SHORT}[task]\n{task}\n")
+    assert words in str(refused.value)
+
+
+def test_which_round_is_kept_may_change_in_a_run_and_what_it_begins_with_may_not(folder: Path) -> None:
+    before = read(folder, SHORT).fixed()
+    best = read(folder, f'{SHORT}[task]\nkeep = "best"\nmetric = "loss"\neval_data = "public.txt"\neval_every = 2\n')
+    assert (best.task.best_by, differences(before, best)) == ("loss", [])
+    assert read(folder, SHORT).task.best_by is None
+    assert differences(before, read(folder, f'{SHORT}[lora]\nstart_from = "x"\n')) == [
+        "[lora] start_from: None when the run was prepared, 'x' now"
+    ]

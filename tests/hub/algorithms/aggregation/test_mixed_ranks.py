@@ -19,7 +19,7 @@ from fedsoda_edge.model.bundle import Bundle
 from fedsoda_edge.ports.disk import BlobStore
 from fedsoda_hub.federation import records as rec
 from fedsoda_hub.plan import plan_report
-from fedsoda_hub.run.ledger import read_outcome
+from fedsoda_hub.run.outcome import read_outcome
 from fedsoda_hub.settings.run import RunSettings, settings_for_plan
 from fedsoda_hub.settings.toml import write_toml
 from tests.hub.preparation.test_repruning import METHOD, SMALL_EDGE, federate, recorded

@@ -21,7 +21,8 @@ from fedsoda_hub.federation.jobs import JobProgress
 from fedsoda_hub.federation.records import Realigned, RoundClosed
 from fedsoda_hub.preparation.prepare import RunPreparation
 from fedsoda_hub.report.page import write_report
-from fedsoda_hub.run.ledger import Ledger, read_outcome
+from fedsoda_hub.run.ledger import Ledger
+from fedsoda_hub.run.outcome import read_outcome
 from fedsoda_hub.settings.run import RunSettings, read_settings
 from tests.hub.runs import FULL, killed_after, make_run, prepare, public_kl
 from tests.schema import EDGE, HUB

@@ -26,7 +26,8 @@ from fedsoda_hub.federation.records import RoundClosed, UpdateAccepted
 from fedsoda_hub.plan import plan_report, predict
 from fedsoda_hub.preparation.prepare import RunPreparation
 from fedsoda_hub.report.page import write_report
-from fedsoda_hub.run.ledger import Ledger, read_outcome
+from fedsoda_hub.run.ledger import Ledger
+from fedsoda_hub.run.outcome import read_outcome
 from fedsoda_hub.settings.run import RunSettings, settings_for_plan
 from fedsoda_hub.settings.toml import write_toml
 from tests.edge.model.test_bundle import pruned_by_hand

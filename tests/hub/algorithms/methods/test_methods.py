@@ -42,7 +42,8 @@ from fedsoda_hub.evaluation.judge import judged_models
 from fedsoda_hub.federation.records import Realigned, RoundClosed
 from fedsoda_hub.plan import likely_plan, plan_report
 from fedsoda_hub.preparation.prepare import RunPreparation
-from fedsoda_hub.run.ledger import Ledger, read_outcome
+from fedsoda_hub.run.ledger import Ledger
+from fedsoda_hub.run.outcome import read_outcome
 from fedsoda_hub.settings.methods import METHODS, readers_of
 from fedsoda_hub.settings.run import RunSettings, read_settings, settings_for_plan
 from fedsoda_hub.settings.tables import LayerChoice, Method
