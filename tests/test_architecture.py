@@ -205,6 +205,7 @@ NETWORK_FILES = (
     "fedsoda_hub/serving/guarded.py",
     "fedsoda_hub/serving/tls.py",
     "fedsoda_hub/serving/listener.py",
+    "fedsoda_hub/serving/ordering.py",
     "fedsoda_hub/serving/page.py",
 )
 SYSTEM_FILE = "fedsoda_edge/ports/system.py"

@@ -14,6 +14,7 @@ import typer
 from fedsoda_edge.ports.console import EXIT_HELP, finish, note, reporting, working
 from fedsoda_edge.ports.console import run as run_command
 from fedsoda_edge.units import human_bytes
+from fedsoda_hub.cli import steering
 from fedsoda_hub.cli.bundle_command import bundle
 from fedsoda_hub.cli.guests import invite, rebind, revoke
 from fedsoda_hub.cli.import_command import import_model
@@ -31,6 +32,11 @@ app.add_typer(token_app, name="token")
 app.command(epilog="Example: fedsoda-hub invite triage.toml --name clinic-7\n\n" + EXIT_HELP)(invite)
 app.command(epilog="Example: fedsoda-hub revoke triage.toml clinic-7")(revoke)
 app.command(epilog="Example: fedsoda-hub rebind triage.toml clinic-7")(rebind)
+app.command("open", epilog="Example: fedsoda-hub open triage.toml")(steering.open_page)
+app.command(epilog="Example: fedsoda-hub pause triage.toml")(steering.pause)
+app.command(epilog="Example: fedsoda-hub resume triage.toml")(steering.resume)
+app.command(epilog="Example: fedsoda-hub finish triage.toml")(steering.finish)
+app.command(epilog="Example: fedsoda-hub change triage.toml --deadline 30m")(steering.change)
 app.command(epilog="Example: fedsoda-hub reset triage.toml --yes\n\n" + EXIT_HELP)(reset)
 
 
@@ -194,6 +200,7 @@ def serve(
         settings = read_settings(run)
         with HubDisplay(jsonl, is_detailed=debug) as display:
             daemon = Daemon.open(settings, display.say)
+            daemon.broadcast.begin(steering.telling_where_the_page_is(daemon, display.tell))
             for sentence in advice_on(settings):  # what is refused has one sentence of its own
                 note(f"note: {sentence}")
             values = {
