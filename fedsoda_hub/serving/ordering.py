@@ -20,10 +20,6 @@ from fedsoda_hub.settings.run import RunSettings
 ANSWER_SECONDS = 30.0
 
 
-class NoHub(UsageProblem):
-    """An order to a run that no hub serves now."""
-
-
 def order(directory: RunDirectory, path: str, body: msgspec.Struct | None = None) -> dict[str, object]:
     """Post a request to the hub that serves this run, and return its answer.
 
@@ -31,8 +27,7 @@ def order(directory: RunDirectory, path: str, body: msgspec.Struct | None = None
         path: the route, such as /page/do/pause.
 
     Raises:
-        NoHub: no hub serves the run.
-        UsageProblem: the hub does not do it, and why; or this user may not read the secret.
+        UsageProblem: no hub serves the run, or it does not do it, and why; or this user may not read the secret.
         HubUnreachable: the hub does not answer.
     """
     try:
@@ -40,7 +35,7 @@ def order(directory: RunDirectory, path: str, body: msgspec.Struct | None = None
         secret = directory.admin_token.read_text(encoding="ascii").strip()
         pin = directory.tls_pin.read_text(errors="replace") if url.startswith("https://") else ""
     except FileNotFoundError:
-        raise NoHub(f"no hub serves {directory.path.name} now; start it with `fedsoda-hub serve`") from None
+        raise UsageProblem(f"no hub serves {directory.path.name} now; start it with `fedsoda-hub serve`") from None
     except OSError as error:
         raise UsageProblem(
             f"{error.filename} cannot be read ({error.strerror}); run this as the user whom the run's directory belongs to"
