@@ -215,6 +215,7 @@ NETWORK_FILES = (
     "fedsoda_hub/serving/webhook.py",
     "fedsoda_hub/serving/listener.py",
     "fedsoda_hub/serving/neighbours.py",
+    "fedsoda_hub/serving/ordering.py",
     "fedsoda_hub/serving/page.py",
 )
 SYSTEM_FILE = "fedsoda_edge/ports/system.py"

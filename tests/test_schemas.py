@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, get_args
 from unittest import mock
 
+import httpx
 import msgspec
 import pytest
 import typer
@@ -733,6 +734,11 @@ def test_invitations(tmp_path: Path) -> None:
         "token revoke",
         "token rebind",
         "reset --yes",
+        "open",
+        "pause",
+        "resume",
+        "finish",
+        "change --rounds 3",
     ],
 )
 def test_errors_of_a_hub(tmp_path: Path, command: str) -> None:
@@ -783,7 +789,7 @@ def without_torch(settings: RunSettings, **torch: Any) -> Iterator[None]:
         yield
 
 
-async def play(url: str, tokens: dict[str, str]) -> None:
+async def play(url: str, tokens: dict[str, str], admin: str) -> None:
     """Two rounds in which every kind of thing happens that an edge can do."""
     async with test_daemon.joined(url, tokens["c"], "tablet") as c:
         await c.hear(ms.RoundOffer)
@@ -791,6 +797,9 @@ async def play(url: str, tokens: dict[str, str]) -> None:
         await c.is_hung_up_on()
     async with test_daemon.joined(url, tokens["a"], "laptop") as a:
         await a.hear(ms.RoundOffer)  # the cohort was extended
+        async with httpx.AsyncClient(base_url=url, headers={"Authorization": f"Bearer {admin}"}) as owner:
+            for action, asked in (("pause", {}), ("resume", {}), ("change", {"quorum": 0.4})):
+                assert (await owner.post(f"/page/do/{action}", json=asked)).status_code == 200
         await a.say(ms.Progress(round=1, step=3, steps=40, loss=0.5, tokens_per_second=9.5))
         await a.say(ms.Progress(round=1, step=4, steps=40))
         await a.say(ms.Decline(round=1, reason="busy"))
@@ -817,7 +826,11 @@ def test_a_run_says_every_event_that_a_hub_has(tmp_path: Path, monkeypatch: pyte
     test_daemon.full_once(monkeypatch, BlobStore, "adopt", lambda path: path.read_bytes() == test_daemon.update(0.5))
     with (
         without_torch(settings, problems=[WorkerFailed("killed", "out of memory")]),
-        meanwhile(lambda: asyncio.run(play(wait_for(settings.run_dir / "address"), tokens))),
+        meanwhile(
+            lambda: asyncio.run(
+                play(wait_for(settings.run_dir / "address"), tokens, wait_for(settings.run_dir / "admin.token"))
+            )
+        ),
     ):
         ran = run("fedsoda-hub", "serve", settings.path, "--exit-when-done", "--jsonl")
     said = HUB.events(ran.out)

@@ -15,6 +15,7 @@ from fedsoda_edge.ports.console import EXIT_HELP, finish, is_asked, note, report
 from fedsoda_edge.ports.console import run as run_command
 from fedsoda_edge.ports.program import Program
 from fedsoda_edge.units import human_bytes
+from fedsoda_hub.cli import steering
 from fedsoda_hub.cli.bundle_command import bundle
 from fedsoda_hub.cli.extra import check_extra
 from fedsoda_hub.cli.found import status_of_run
@@ -42,6 +43,11 @@ app.add_typer(service_app, name="service")
 app.command(epilog="Example: fedsoda-hub invite triage.toml --name clinic-7\n\n" + EXIT_HELP)(invite)
 app.command(epilog="Example: fedsoda-hub revoke triage.toml clinic-7")(revoke)
 app.command(epilog="Example: fedsoda-hub rebind triage.toml clinic-7")(rebind)
+app.command("open", epilog="Example: fedsoda-hub open triage.toml")(steering.open_page)
+app.command(epilog="Example: fedsoda-hub pause triage.toml")(steering.pause)
+app.command(epilog="Example: fedsoda-hub resume triage.toml")(steering.resume)
+app.command(epilog="Example: fedsoda-hub finish triage.toml")(steering.finish)
+app.command(epilog="Example: fedsoda-hub change triage.toml --deadline 30m")(steering.change)
 app.command(epilog="Example: fedsoda-hub reset triage.toml --yes\n\n" + EXIT_HELP)(reset)
 
 
@@ -223,6 +229,7 @@ def serve(
         settings = read_settings(run)
         with HubDisplay(jsonl, is_detailed=debug) as display:
             daemon = Daemon.open(settings, display.say)
+            daemon.broadcast.begin(steering.telling_where_the_page_is(daemon, display.tell))
             for sentence in advice_on(settings):  # what is refused has one sentence of its own
                 note(f"note: {sentence}")
             values = {

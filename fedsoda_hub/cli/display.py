@@ -63,6 +63,11 @@ class HubDisplay:
                 is_awaited=True,
             )
 
+    def tell(self, text: str) -> None:
+        """Show a line that is no event, to people alone."""
+        if not self._jsonl:
+            self._line.say(text)
+
     def begins(self, state: LedgerState, rounds: int) -> None:
         """Show what happens next, when a hub begins to serve."""
         self._is_preparing = state.phase == "preparing"

@@ -174,6 +174,8 @@ async def _federate(directory: Path, run_file: Path, say: HubSay) -> _Federated:
     def heard(event: events.HubEvent) -> None:
         times[type(event)] = time.monotonic()
         say(event)
+        if isinstance(event, events.Listening):
+            note(f"watch it in a browser while it runs: {event.url}/")
 
     def keep_report(event: edge_events.AnyEvent | edge_events.JoinEnded) -> None:
         if isinstance(event, edge_events.JoinEnded):
