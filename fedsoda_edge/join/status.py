@@ -176,11 +176,16 @@ def pause_sentence(reason: str, seconds: float | None) -> str:
     return said if seconds is None else f"{said}, for another {human_seconds(seconds)}"
 
 
+def state_of(found: JoinStatus, *, is_running: bool, now: float) -> str:
+    """Say what a join does, or that it ended."""
+    if is_running and found.paused:
+        return pause_sentence(found.paused, found.paused_until and max(0.0, found.paused_until - now))
+    return found.state if is_running or found.state in ("stopped", RUN_IS_OVER) else "ended unexpectedly"
+
+
 def sentences(found: JoinStatus, *, is_running: bool, now: float) -> list[str]:
     """Write a status for people, a line each: state, hub, round, step, due time, memory, last error with its remedy."""
-    state = found.state if is_running or found.state in ("stopped", RUN_IS_OVER) else "ended unexpectedly"
-    if is_running and found.paused:
-        state = pause_sentence(found.paused, found.paused_until and max(0.0, found.paused_until - now))
+    state = state_of(found, is_running=is_running, now=now)
     lines = [f"{state}" + (f" (pid {found.pid})" if is_running else "")]
     if found.run:
         lines.append(f"run {found.run} as {found.edge} at {found.hub}")
