@@ -206,7 +206,7 @@ def test_pure_rooms_ask_for_no_tensors_sockets_clock_or_disk() -> None:
 NETWORK_FILES = (
     *(
         f"fedsoda_edge/network/{name}.py"
-        for name in ("route", "tls", "checks", "answers", "proving", "mirror", "hub_transport")
+        for name in ("route", "tls", "checks", "answers", "proving", "mirror", "hub_transport", "own_page")
     ),
     "fedsoda_edge/ports/service.py",
     "fedsoda_hub/serving/strangers.py",

@@ -13,6 +13,7 @@ from fedsoda_edge.cli import options as opt
 from fedsoda_edge.cli.data_command import COLUMN_REMEDY, data_app
 from fedsoda_edge.cli.receipts_command import receipts
 from fedsoda_edge.cli.service_command import service_app
+from fedsoda_edge.cli.status_command import status
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.ports.console import (
     EXIT_HELP,
@@ -289,36 +290,7 @@ def leave(
         finish({"status": "ok", "run": run}, as_json, False)
 
 
-@app.command(epilog="Example: fedsoda-edge status --json")
-def status(as_json: opt.JsonOption = False, debug: opt.DebugOption = False) -> None:
-    """Show what the join of this FEDSODA_HOME does: state, round, step, due time, memory, last error."""
-    with reporting(as_json, False, debug):
-        import time
-
-        import msgspec
-
-        from fedsoda_edge.join.home import Home
-        from fedsoda_edge.join.status import read_status, sentences
-
-        home = Home()
-        is_running = home.is_in_use()
-        found = read_status(home.status)
-        runs = sorted(path.name for path in (home.directory / "runs").glob("*"))
-        if found is None:
-            note(f"{home.directory}: {'a join is starting' if is_running else 'no join has run here yet'}")
-        else:
-            note("\n".join(sentences(found, is_running=is_running, now=time.time())))
-        finish(
-            {
-                "status": "ok",
-                "home": str(home.directory),
-                "running": is_running,
-                "runs": runs,
-                "join": msgspec.to_builtins(found),
-            },
-            as_json,
-            False,
-        )
+app.command(epilog="Example: fedsoda-edge status --watch")(status)
 
 
 def _request(do: Action, seconds: float | None = None) -> RequestAnswer:

@@ -221,15 +221,18 @@ def pause_sentence(reason: str, seconds: float | None) -> str:
     return said if seconds is None else f"{said}, for another {human_seconds(seconds)}"
 
 
+def state_of(found: JoinStatus, *, is_running: bool, now: float) -> str:
+    """Say what a join does, or that it ended."""
+    if not is_running and found.state not in ("stopped", RUN_IS_OVER):
+        return "ended unexpectedly: it was killed, or the machine ended it for lack of memory"
+    if is_running and found.paused:
+        return pause_sentence(found.paused, found.paused_until and max(0.0, found.paused_until - now))
+    return f"{found.state}: {found.why}" if is_running and found.why else found.state
+
+
 def sentences(found: JoinStatus, *, is_running: bool, now: float) -> list[str]:
     """Write a status for people, a line each: state, hub, round, step, due time, memory, last error with its remedy."""
-    state = found.state
-    if not is_running and found.state not in ("stopped", RUN_IS_OVER):
-        state = "ended unexpectedly: it was killed, or the machine ended it for lack of memory"
-    elif is_running and found.paused:
-        state = pause_sentence(found.paused, found.paused_until and max(0.0, found.paused_until - now))
-    elif is_running and found.why:
-        state = f"{found.state}: {found.why}"
+    state = state_of(found, is_running=is_running, now=now)
     lines = [f"{state}" + (f" (pid {found.pid})" if is_running else "")]
     if found.run:
         lines.append(f"run {found.run}" + (f" as {found.edge}" if found.edge else "") + f" at {found.hub}")
