@@ -3,6 +3,7 @@
     FedSODAError                     status 1  failed, do not retry
     ├── LocalError                   you, your settings, data or device
     │   ├── UsageProblem             2  wrong option or setting
+    │   │   └── AlreadyThere         2  what was to be made has been made; nothing was changed
     │   ├── DataProblem              2  the data cannot be used
     │   ├── HomeInUse                2  another join runs in this FEDSODA_HOME
     │   ├── DeviceTooSmall           4  this device cannot hold the model
@@ -89,6 +90,13 @@ class UsageProblem(LocalError):
 
     def way_out(self) -> WayOut:
         return WayOut("fix-input", USAGE_HELP)
+
+
+@dataclass
+class AlreadyThere(UsageProblem):
+    """A thing that was to be made and is there already; nothing was changed."""
+
+    code: ClassVar[str] = "already-there"
 
 
 @dataclass

@@ -39,13 +39,8 @@ class Program(TyperGroup):
 
     def parse_args(self, context: Any, args: list[str]) -> list[str]:
         """Parse, and keep the words of the command for messages."""
-        ASKED.command = " ".join([_program(context), *path_of(self, args)])
+        ASKED.command = " ".join([self.package.replace("_", "-"), *path_of(self, args)])
         return super().parse_args(context, args)
-
-
-def _program(context: Any) -> str:
-    """Return the program's name, also where Python was given its package."""
-    return str(context.info_name).rpartition(" ")[2].replace("_", "-")
 
 
 def commands_in(group: Any) -> Iterator[Any]:

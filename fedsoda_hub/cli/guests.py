@@ -36,9 +36,28 @@ def invite(
 ) -> None:
     """Print a join link for one device: one line, of which nothing is stored that could be used."""
     with reporting(as_json, False, debug):
+        if out is not None and _is_there(run, name, out, as_json):
+            return
         from fedsoda_hub.settings.run import read_settings
 
         _hand_over_link(read_settings(run), name, expires, out, as_json, is_rebound=False)
+
+
+def _is_there(run: Path, name: str, out: Path, as_json: bool) -> bool:
+    """Tell, and report, that the file holds the link of this edge."""
+    from fedsoda_hub.cli.again import has_link
+    from fedsoda_hub.run.directory import RunDirectory
+    from fedsoda_hub.run.ledger import opened
+    from fedsoda_hub.settings.run import read_settings
+
+    settings = read_settings(run)
+    with opened(RunDirectory(settings.run_dir)) as ledger:
+        until = has_link(settings, ledger, name, out)
+    if until is None:
+        return False
+    note(f"{out} holds the link of {name} already, and no device has used it; nothing was made")
+    finish({"status": "ok", "edge": name, "kind": "link", "expires": until}, as_json, False)
+    return True
 
 
 def rebind(

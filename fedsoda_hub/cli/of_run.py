@@ -33,9 +33,14 @@ def token_create(
 ) -> None:
     """Make a token and print it; it is stored nowhere else."""
     with reporting(as_json, False, debug):
+        from fedsoda_hub.cli.again import has_token
         from fedsoda_hub.run.tokens import write_secret
 
         with contextlib.closing(_ledger(run)) as ledger:
+            if has_token(ledger, name, out):
+                note(f"{out} holds the token of {name} already; nothing was made")
+                finish({"status": "ok", "edge": name}, as_json, False)
+                return
             token = ledger.tokens.create(name)
             try:
                 if out is not None:

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedsoda_edge.errors import DiskFull, UsageProblem
+from fedsoda_edge.errors import AlreadyThere, DiskFull, UsageProblem
 from fedsoda_edge.ports.disk import write_durably_json
 from fedsoda_edge.ports.system import sync_directory
 from fedsoda_edge.units import human_bytes
@@ -102,14 +102,15 @@ def new_directory(directory: Path, *, replaces: bool = False) -> Iterator[Path]:
         replaces: whether what is there is replaced; the caller has made sure that it may be.
 
     Raises:
-        UsageProblem: something is there that is not replaced, or the directory cannot be made.
+        AlreadyThere: something is there that is not replaced.
+        UsageProblem: the directory cannot be made.
     """
     temporary = directory.with_name(f"{directory.name}.{os.getpid()}.part")
     old = directory.with_name(f"{directory.name}.{os.getpid()}.old")
     try:
         is_in_the_way = directory.is_symlink() or (directory.exists() and not directory.is_dir())
         if is_in_the_way or (not replaces and directory.exists() and any(directory.iterdir())):
-            raise UsageProblem(f"{directory} is there already; name a new directory with --to")
+            raise AlreadyThere(f"{directory} is there already; name a new directory with --to")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     except OSError as error:

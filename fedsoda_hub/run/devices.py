@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from fedsoda_edge.errors import UsageProblem
+from fedsoda_edge.errors import AlreadyThere, UsageProblem
 from fedsoda_edge.protocol.messages import EdgeId
 from fedsoda_edge.protocol.signatures import fingerprint
 from fedsoda_hub.run.database import Database
@@ -62,7 +62,8 @@ class Devices:
             invitation: the public key of its secret.
 
         Raises:
-            UsageProblem: the name cannot be one, or a device or a token has it.
+            AlreadyThere: a device has the name.
+            UsageProblem: the name cannot be one, or a token has it.
             DiskFull: all is as it was.
         """
         check_edge_name(edge)
@@ -76,7 +77,7 @@ class Devices:
         there = self.named(edge)
         assert there is not None, "it was there, or was written"
         if there.invitation != invitation:
-            raise UsageProblem(
+            raise AlreadyThere(
                 f"the link of {edge!r} was used on {at_words(there.bound or 0.0)} by the device {there.fingerprint}; if that "
                 f"device lost its FEDSODA_HOME, `fedsoda-hub rebind RUN.toml {edge}` makes a new link; if it shall not come "
                 f"back, `fedsoda-hub revoke RUN.toml {edge}` first; for a further device choose another --name"

@@ -11,7 +11,7 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedsoda_edge.errors import UsageProblem
+from fedsoda_edge.errors import AlreadyThere, UsageProblem
 from fedsoda_edge.ports.disk import write_durably
 from fedsoda_edge.protocol.messages import EdgeId
 from fedsoda_edge.units import one_line
@@ -43,7 +43,8 @@ class Tokens:
         """Make a token for this edge id and return its secret.
 
         Raises:
-            UsageProblem: the name is in use, or cannot be part of a file name.
+            AlreadyThere: the edge has a token.
+            UsageProblem: the name was invited by a join link, or cannot be part of a file name.
             DiskFull: no token was made.
         """
         check_edge_name(edge)
@@ -54,7 +55,7 @@ class Tokens:
             )
         known = self.of(EdgeId(edge))
         if known is not None and not known.revoked:
-            raise UsageProblem(f"{edge!r} has a token already; revoke it first, or choose another --name")
+            raise AlreadyThere(f"{edge!r} has a token already; revoke it first, or choose another --name")
         token = f"fs1-{secrets.token_urlsafe(32)}"
         statement = "INSERT OR REPLACE INTO tokens (edge, sha256) VALUES (?, ?)"
         self._database.write((statement, (edge, _hash(token))))

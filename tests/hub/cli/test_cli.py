@@ -452,7 +452,7 @@ def test_json_prints_exactly_one_object_also_on_errors(run_file: Path, command: 
         return
     shown = CliRunner().invoke(app, arguments)
     [found] = [json.loads(line) for line in shown.stdout.splitlines()]
-    assert found.pop("helps").endswith(f"{' '.join(name.split('-'))} --help")
+    assert found.pop("helps") == f"fedsoda-hub {' '.join(name.split('-'))} --help"
     assert found == expected
     assert (shown.exit_code, shown.stderr) == (2, f"error: {message}\n")
 
