@@ -110,9 +110,7 @@ class RunSettings(Tables, frozen=True):
         return {
             key: value
             for key, value in flat(msgspec.to_builtins(self)).items()
-            if key not in _FREE
-            and not key.startswith(_FREE_TABLES)
-            and (key, value) != ("[lora] start_from", None)
+            if key not in _FREE and not key.startswith(_FREE_TABLES) and (key, value) != ("[lora] start_from", None)
         }
 
 
