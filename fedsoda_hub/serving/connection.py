@@ -139,14 +139,13 @@ class Connection:
 
     token: what it came in with. up, down: bytes of payload and framing that are not counted yet. size_class: the one that
     the edge's Ready named.
-    place, device: those of the Hello. is_contested: whether another place came with the same identity.
+    hello: what it said first. is_contested: whether another place came with the same identity.
     """
 
     def __init__(self, hub: Hub, token: Token, channel: Channel) -> None:
         self.token = token
         self.size_class = 0
-        self.place = ""
-        self.device: ms.DeviceFacts | None = None
+        self.hello: ms.Hello | None = None
         self.is_contested = False
         self.up = 0
         self.down = 0

@@ -82,7 +82,7 @@ class Roster:
     @property
     def devices(self) -> dict[ms.EdgeId, ms.DeviceFacts]:
         """The facts of the connected edges' devices, as they said them."""
-        return {edge: one.device for edge, one in self._connections.items() if one.device is not None}
+        return {edge: one.hello.device for edge, one in self._connections.items() if one.hello is not None}
 
     def admitted(self) -> list[Token]:
         """Return what the connected edges came in with."""
@@ -141,7 +141,7 @@ class Roster:
         old = self._connections.get(edge)
         if old is not None and (refusal := refused_as_a_copy(old, hello)) is not None:
             return refusal
-        connection.place, connection.device = hello.place, hello.device
+        connection.hello = hello
         self._connections[edge] = connection
         self._passed.add(edge)
         if old is not None:  # the device reconnected before the hub noticed that its old connection had ended
@@ -302,7 +302,8 @@ def refused_as_a_copy(old: Connection, hello: ms.Hello) -> ms.Refusal | None:
 
     The refusal may be tried again: the old connection may be dead, which is noticed within half a minute.
     """
-    if not (hello.place and old.place) or hello.place == old.place:
+    place = "" if old.hello is None else old.hello.place
+    if not (hello.place and place) or hello.place == place:
         return None
     if not old.is_contested:
         old.is_contested = True
