@@ -18,13 +18,16 @@ import httpx
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from fedsoda_hub.serving.feed import BUSY_SHARE
 from tests.hub.serving import scenes
 from tests.hub.serving.test_daemon import serving
 
 MOST_SECONDS, MOST_BYTES = 0.3, 2_000_000
 
 
-async def measured(directory: Path, edges: int, rounds: int, cohort: int, repeats: int) -> dict[str, object]:
+async def measured(
+    directory: Path, edges: int, rounds: int, cohort: int, repeats: int, settle: float
+) -> dict[str, object]:
     """Return the seconds and bytes of the page's data, first and later answers apart."""
     settings = scenes.a_run(directory, count=rounds + 10)
     names = [f"clinic-{number:04d}" for number in range(edges)]
@@ -32,11 +35,12 @@ async def measured(directory: Path, edges: int, rounds: int, cohort: int, repeat
     scenes.let_in_at_once(settings, names)
     async with serving(settings) as hub, httpx.AsyncClient(base_url=hub.url, trust_env=False, timeout=120) as client:
         await client.get("/page/session")
+        await asyncio.sleep(settle)
         took, size = [], 0
         for at in range(repeats + 1):
             if at:
                 hub.daemon.desk.feed.touch()
-                await asyncio.sleep(max(0.6, 1.2 * took[-1] / 0.05) if at < 3 else 0.6)
+                await asyncio.sleep(max(0.6, 1.2 * took[-1] / BUSY_SHARE))  # until it is made again
             began = time.perf_counter()
             answer = await client.get("/page/state")
             took.append(time.perf_counter() - began)
@@ -56,7 +60,7 @@ async def measured(directory: Path, edges: int, rounds: int, cohort: int, repeat
         "worst_seconds": round(max(took[1:]), 3),
         "data_bytes": size,
         "file_bytes": files,
-        "is_within": max(took[1:]) <= MOST_SECONDS and size + files <= MOST_BYTES,
+        "is_within": max(took) <= MOST_SECONDS and size + files <= MOST_BYTES,
     }
 
 
@@ -67,9 +71,14 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=500)
     parser.add_argument("--cohort", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument(
+        "--settle", type=float, default=3.0, help="seconds after the start of the hub, before anyone looks"
+    )
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        found = asyncio.run(measured(Path(directory), asked.edges, asked.rounds, asked.cohort, asked.repeats))
+        found = asyncio.run(
+            measured(Path(directory), asked.edges, asked.rounds, asked.cohort, asked.repeats, asked.settle)
+        )
     print(json.dumps(found))
     return 0 if found["is_within"] else 1
 

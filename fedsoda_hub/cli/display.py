@@ -64,7 +64,7 @@ class HubDisplay:
             )
 
     def tell(self, text: str) -> None:
-        """Show a line that is no event, to people alone."""
+        """Show a line to people alone."""
         if not self._jsonl:
             self._line.say(text)
 

@@ -84,7 +84,7 @@ class Changed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     instead_of: float
 
 
-class Steering(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Steering(msgspec.Struct, forbid_unknown_fields=True):
     """The requests of the owner while a hub served the run. changed: by key of [rounds]."""
 
     is_paused: bool = False
@@ -179,12 +179,12 @@ class LedgerState(msgspec.Struct, forbid_unknown_fields=True):
                 kept = {
                     key: one for key, one in self.steering.changed.items() if record.values.get(key) == one.instead_of
                 }
-                self.steering = replace(self.steering, changed=kept)
+                self.steering.changed = kept
             case rec.RunPaused() | rec.RunResumed():
-                self.steering = replace(self.steering, is_paused=isinstance(record, rec.RunPaused))
+                self.steering.is_paused = isinstance(record, rec.RunPaused)
             case rec.RulesChanged():
                 given = {key: Changed(value, record.instead_of[key]) for key, value in record.values.items()}
-                self.steering = replace(self.steering, changed=self.steering.changed | given)
+                self.steering.changed |= given
                 if record.deadline_at is not None:
                     self.deadline_at = record.deadline_at
             case rec.RunPrepared():

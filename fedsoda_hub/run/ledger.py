@@ -83,9 +83,13 @@ class Ledger:
         rows = self.database.read("SELECT at, record FROM log ORDER BY seq")
         return [(at, self._record(record)) for at, record in rows]
 
-    def since(self, last: int) -> list[tuple[int, float, AnyRecord]]:
-        """Return the records after the one with the number `last`, each with its number and the time of its writing."""
-        rows = self.database.read("SELECT seq, at, record FROM log WHERE seq > ? ORDER BY seq", (last,))
+    def since(self, last: int, most: int) -> list[tuple[int, float, AnyRecord]]:
+        """Return the records after the one with the number `last`, each with its number and the time of its writing.
+
+        Args:
+            most: how many at once.
+        """
+        rows = self.database.read("SELECT seq, at, record FROM log WHERE seq > ? ORDER BY seq LIMIT ?", (last, most))
         return [(seq, at, self._record(record)) for seq, at, record in rows]
 
     def forget(self) -> None:

@@ -1,31 +1,30 @@
 """Feed the pages that are open: what the run is now, made again once something happened, and of the edges only the rows that changed.
 
-What it looks like is `views.py`'s. Nothing is made while nobody looks.
+What it looks like is `views.py`'s. Beside what the ledger says once the hub serves, nothing is made while nobody looks.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
 
 from fedsoda_edge.protocol.messages import DeviceFacts, EdgeId
-from fedsoda_hub.events import HubEvent
+from fedsoda_hub.events import HubEvent, Listening
 from fedsoda_hub.federation.rounds import RoundMachine
 from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.run.status import LiveStatus
+from fedsoda_hub.serving.byte_sums import ByteSums
 from fedsoda_hub.serving.tally import Tally
 from fedsoda_hub.serving.views import EdgeRow, RunView, edge_rows, run_view
 
 FRESH_SECONDS = 0.5  # for which what was made is shown again, whatever happens
 BUSY_SHARE = 0.05  # of the hub's time that may go to pages: what took 50 ms is made again after a second
 IDLE_SECONDS = 15.0  # after which an open page hears a sign of life, so that proxies let the stream live
-STALE_SECONDS = 30.0  # after which sums over all bytes are made again within a round
-FEW_ROWS = 50_000  # of traffic, whose sums cost nothing
 MAX_STREAMS = 32
+RECORDS_AT_ONCE = 5000
 
 
 class ConnectedEdges(Protocol):
@@ -50,16 +49,6 @@ class PageState(msgspec.Struct, frozen=True):
     edges: list[EdgeRow]
 
 
-@dataclass(frozen=True)
-class _Sums:
-    """Bytes by edge and by round, as of `rounds` closed rounds, in seconds of the clock."""
-
-    by_edge: Mapping[str, tuple[int, int]]
-    by_round: Mapping[int, tuple[int, int]]
-    rounds: int
-    made_at: float
-
-
 class Feed:
     """The state that pages show. monotonic, wall: seconds from any start, and since 1970."""
 
@@ -79,7 +68,7 @@ class Feed:
         self._monotonic = monotonic
         self._wall = wall
         self._tally = Tally()
-        self._sums: _Sums | None = None
+        self._sums = ByteSums(ledger, monotonic)
         self._state: PageState | None = None
         self._made_at = 0.0
         self._cost = 0.0
@@ -87,10 +76,13 @@ class Feed:
         self._is_stale = True
         self._waiting: set[asyncio.Event] = set()
         self._is_closed = False
+        self._reading: asyncio.Task[None] | None = None
 
     def heard(self, event: HubEvent) -> None:
-        """Note that something happened, as a listener of the hub's events."""
+        """Note that something happened, as a listener of the hub's events; once it serves, read what there is."""
         self.touch()
+        if isinstance(event, Listening):
+            self._reading = asyncio.get_running_loop().create_task(self._read_first())
 
     def touch(self) -> None:
         """Note that something changed that no event tells, such as who may join."""
@@ -101,6 +93,9 @@ class Feed:
     def close(self) -> None:
         """End all streams."""
         self._is_closed = True
+        self._sums.close()
+        if self._reading is not None:
+            self._reading.cancel()
         self.touch()
 
     async def state(self) -> PageState:
@@ -123,7 +118,7 @@ class Feed:
     async def _make(self) -> PageState:
         status = await self._reports.status(has_traffic=False)
         await asyncio.to_thread(self._read)
-        assert self._sums is not None, "it was just read"
+        await self._sums.refresh(len(self._tally.closed))
         machine, now = self._machine, self._wall()
         state, rules = machine.state, machine.rules
         run = run_view(
@@ -133,14 +128,16 @@ class Feed:
             run, edge_rows(status.edges, state, self._tally, self._sums.by_edge, self._present.devices, now)
         )
 
+    async def _read_first(self) -> None:
+        """Read what the ledger says of the rounds before, so that the first who looks waits for none of it."""
+        async with self._making:
+            await asyncio.to_thread(self._read)
+            await self._sums.refresh(len(self._tally.closed))
+
     def _read(self) -> None:
         """Read what the ledger says since the last time."""
-        self._tally.fold(self._ledger.since(self._tally.last))
-        sums, rounds = self._sums, len(self._tally.closed)
-        is_small = sums is None or len(sums.by_edge) * len(sums.by_round) < FEW_ROWS
-        now = self._monotonic()
-        if sums is None or is_small or rounds != sums.rounds or now - sums.made_at > STALE_SECONDS:
-            self._sums = _Sums(self._ledger.traffic_by_edge(), self._ledger.traffic_by_round(), rounds, now)
+        while found := self._ledger.since(self._tally.last, RECORDS_AT_ONCE):  # a long run has a million
+            self._tally.fold(found)
 
     async def follow(self, is_welcome: Callable[[], bool]) -> AsyncIterator[bytes]:
         """Yield server-sent events: first all there is, then what changed, until the hub or the session ends.

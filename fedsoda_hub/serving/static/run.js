@@ -12,7 +12,8 @@ let shown = null;
 export function showRun(run, isNew = false) {
   shown = run;
   const pill = $("phase");
-  say(pill, run.is_paused && run.phase !== "ended" ? "Paused" : PHASES[run.phase]);
+  const phase = run.phase === "idle" && !run.round ? "Waiting" : PHASES[run.phase];
+  say(pill, run.is_paused && run.phase !== "ended" ? "Paused" : phase);
   pill.className = `pill${run.is_paused && run.phase !== "ended" ? " warn" : run.phase === "ended" ? " plain" : ""}`;
   say($("began"), run.began_at === null ? "" : `began ${moment(run.began_at)}`);
   say($("sentence"), capital(run.sentence));
