@@ -16,7 +16,7 @@ from small_manifest import small_manifest
 from trust_frames_mutate import frame_of
 
 from fedsoda_edge.ports import SystemClock
-from fedsoda_edge.ports.logs import printable
+from fedsoda_edge.ports.log_lines import printable
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.manifest import TensorSpec
 from fedsoda_hub.federation import jobs

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedsoda_edge.cli import options as opt
+from fedsoda_edge.cli.config_command import config
 from fedsoda_edge.cli.data_command import COLUMN_REMEDY, data_app
 from fedsoda_edge.cli.receipts_command import receipts
 from fedsoda_edge.cli.service_command import service_app
@@ -25,6 +26,8 @@ from fedsoda_edge.ports.console import (
     working,
 )
 from fedsoda_edge.ports.console import run as run_command
+from fedsoda_edge.ports.log_lines import LogChoices
+from fedsoda_edge.ports.log_options import LogFileOption, LogFormatOption, LogKeepOption, LogSizeOption
 from fedsoda_edge.ports.program import Program
 from fedsoda_edge.units import parse_bytes
 
@@ -51,6 +54,7 @@ cache_app = typer.Typer(help="Show or free the disk space of this device's FEDSO
 app.add_typer(data_app, name="data")
 app.add_typer(cache_app, name="cache")
 app.add_typer(service_app, name="service")
+app.command(epilog="Example: fedsoda-edge config")(config)
 app.command(epilog="Example: fedsoda-edge receipts --run triage")(receipts)
 
 
@@ -104,13 +108,17 @@ def join(
     max_ram: opt.MaxRamOption = None,
     max_vram: opt.MaxVramOption = None,
     pause_on: opt.PauseOnOption = None,
+    log_format: LogFormatOption = "auto",
+    log_file: LogFileOption = None,
+    log_size: LogSizeOption = "10MB",
+    log_keep: LogKeepOption = 5,
     as_json: opt.JsonOption = False,
     jsonl: opt.JsonLinesOption = False,
     debug: opt.DebugOption = False,
 ) -> None:
     """Take part until the run ends or Ctrl+C; joining again continues where it stopped."""
     with (
-        reporting(as_json, jsonl, debug, is_private=True),
+        reporting(as_json, jsonl, debug, is_private=True, logs=LogChoices(log_format, log_file, log_size, log_keep)),
         opt.named_as_options(),
         working(f"reading {data}, then joining the hub"),
     ):

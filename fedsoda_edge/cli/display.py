@@ -17,6 +17,7 @@ from fedsoda_edge.data.inspection import Inspection, Piece
 from fedsoda_edge.join.doctor import DoctorStep
 from fedsoda_edge.join.status import pause_sentence
 from fedsoda_edge.ports.console import PULSE, ProgressLine, is_terminal, line_out, note, settings_lines
+from fedsoda_edge.ports.log_lines import LINES, Level
 from fedsoda_edge.protocol.needs import Part
 from fedsoda_edge.units import counted, human_bytes, human_seconds
 
@@ -24,6 +25,9 @@ TEXT, PIECES = 400, 40  # characters of a text, and ids of a sample, that `data 
 
 # Events that leave the bar as it is, since its work continues.
 _BESIDE = ev.Notice | ev.Reconnecting | ev.Reconnected | ev.Retrying
+
+# Events that tell of trouble.
+_WARNED = ev.Reconnecting | ev.Retrying | ev.Refused
 
 # Events after which a join waits for others, unless another event says what it does.
 _IS_WAITED_AFTER = ev.HubPreparing | ev.DataRead | ev.JoinPaused | ev.Reconnecting | ev.RunFinished
@@ -61,6 +65,9 @@ class JoinDisplay:
                 PULSE.work("")
             if self._jsonl:
                 line_out(ev.line_of(event))
+                text = self._beginning(event) if isinstance(event, ev.SettingsGiven) else sentence(event)
+                if text:
+                    LINES.beside_events(text, _level(event), _tag(event))
             else:
                 self._show(event)
 
@@ -85,26 +92,37 @@ class JoinDisplay:
                 detail = f"step {event.step} of {event.steps}, loss {loss}, {event.tokens_per_second:.0f} tokens/s"
                 self._line.show(f"round {event.round}", event.step, event.steps, detail)
             case ev.SettingsGiven():
-                self._line.say(_beginning(event.values, self._is_detailed))
+                self._line.say(self._beginning(event), event=_tag(event))
             case _:
                 text = sentence(event)
                 is_swept = isinstance(event, ev.SweepDone) and self._download is None
                 if (text and not isinstance(event, _BESIDE)) or is_swept:
                     self._line.end()
                 if text:
-                    self._line.say(text)
+                    self._line.say(text, _level(event), _tag(event))
                 if isinstance(event, ev.DeviceFits):
                     self._line.show("starting the training process", 0, None)
+
+    def _beginning(self, event: ev.SettingsGiven) -> str:
+        return _beginning(event.values, self._is_detailed)
 
     def _show_download(self, event: ev.Downloading) -> None:
         """Draw one bar for download and sweep: how far the sweep is stands beside it."""
         self._line.show("downloading", event.done, event.total, self._swept, is_bytes=True)
 
 
+def _level(event: ev.AnyEvent) -> Level:
+    return "warning" if isinstance(event, _WARNED) else "info"
+
+
+def _tag(event: ev.AnyEvent) -> str:
+    return str(event.__struct_config__.tag)
+
+
 def _beginning(settings: ev.JoinSettings, is_detailed: bool) -> str:
     """List the settings that were given, and say what happens next."""
     values = {name: (one.value, one.source) for name, one in msgspec.structs.asdict(settings).items()}
-    lines = settings_lines(values, is_detailed=is_detailed)
+    lines = settings_lines(values, is_detailed=is_detailed, others="fedsoda-edge config")
     hub = settings.url.value or "the hub of the join link"
     return f"{lines}\nnext: connect to {hub}, check which sub-LLM fits this device, and fetch it"
 

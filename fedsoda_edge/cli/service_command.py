@@ -20,7 +20,8 @@ import typer
 
 from fedsoda_edge.cli import options as opt
 from fedsoda_edge.cli.data_command import COLUMN_REMEDY
-from fedsoda_edge.ports.console import finish, line_out, note, reporting, working
+from fedsoda_edge.ports.console import PULSE, finish, line_out, note, reporting, working
+from fedsoda_edge.ports.log_options import LogFileOption, LogFormatOption, LogKeepOption, LogSizeOption
 
 if TYPE_CHECKING:
     from fedsoda_edge.cli.join_choices import JoinChoices
@@ -40,13 +41,13 @@ VARIABLES = (
     *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"),
     *("CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "TZ", "FEDSODA_NICE", "FEDSODA_LOG"),
 )
-_FILES = ("data",)  # options that are paths, which a service sees from another directory
+_FILES = ("data", "log_file")  # options that are paths, which a service sees from another directory
 _ELSEWHERE = ("url", "link_file", "token_file")  # options that the service has in another form
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
 
 NameOption = Annotated[
     str | None,
-    typer.Option("--name", envvar="FEDSODA_SERVICE_NAME", help="the service's name; without it, that of the hub"),
+    typer.Option("--name", envvar="FEDSODA_NAME", help="the service's name; without it, that of the hub"),
 ]
 NameArgument = Annotated[
     str | None, typer.Argument(metavar="NAME", help="the service's name; not needed where there is one service")
@@ -75,9 +76,16 @@ def install(
     max_ram: opt.MaxRamOption = None,
     max_vram: opt.MaxVramOption = None,
     pause_on: opt.PauseOnOption = None,
+    log_format: LogFormatOption = "auto",
+    log_file: LogFileOption = None,
+    log_size: LogSizeOption = "10MB",
+    log_keep: LogKeepOption = 5,
     name: NameOption = None,
     is_printed: Annotated[
-        bool, typer.Option("--print", help="write the unit and its command to stdout, and change nothing")
+        bool,
+        typer.Option(
+            "--print", envvar="FEDSODA_PRINT", help="write the unit and its command to stdout, and change nothing"
+        ),
     ] = False,
     as_json: opt.JsonOption = False,
     debug: opt.DebugOption = False,
@@ -110,6 +118,7 @@ def install(
             note(f"# it reads its link or token from a file of {service.secrets}, which only install writes")
             return
         manager = manager_here()
+        PULSE.work("starting the service")
         _refuse_a_shared_home(manager, service)
         _keep(service, secret)
         path = manager.install(service)
@@ -142,17 +151,24 @@ def status(name: NameArgument = None, as_json: opt.JsonOption = False, debug: op
 @service_app.command(epilog="Example: fedsoda-edge service logs --follow")
 def logs(
     name: NameArgument = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="show new lines too, until Ctrl+C")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", envvar="FEDSODA_FOLLOW", help="show new lines too, until Ctrl+C")
+    ] = False,
+    as_json: opt.JsonOption = False,
     debug: opt.DebugOption = False,
 ) -> None:
-    """Show what a service has said."""
-    with reporting(False, False, debug):
+    """Show what a service has said; with --json, the command that shows it."""
+    with reporting(as_json, False, debug):
         from fedsoda_edge.join.home import Home
         from fedsoda_edge.ports.service_manager import manager_here
 
         manager = manager_here()
         found = _known(manager, name)
         command = manager.log_command(found, follow=follow)
+        if as_json:
+            log = None if command else str(_log_of(Home().directory, found))
+            finish({"status": "ok", "command": command, "file": log}, as_json, False)
+            return
         if not command:
             note(f"its log is {_log_of(Home().directory, found)}")
             return
@@ -160,6 +176,11 @@ def logs(
             status = subprocess.run(command, check=False).returncode
         except KeyboardInterrupt:  # how one leaves --follow
             return
+        if status:
+            note(
+                "journalctl failed: where a machine keeps its journal in memory, users see nothing of it unless they are in the "
+                "group systemd-journal; install the service again with --log-file PATH, which its owner always reads"
+            )
         raise typer.Exit(1 if status else 0)
 
 
@@ -251,13 +272,16 @@ def _as_option(option: str, value: Any) -> list[str]:
 def _service(name: str, secret: JoinLink | str, address: str, words: list[str]) -> Service:
     from fedsoda_edge.join.home import Home
     from fedsoda_edge.ports.service_files import Service
+    from fedsoda_edge.ports.system import service_system
 
     home = Home().directory
     kept = home / "services" / f"{name}.{'token' if isinstance(secret, str) else 'link'}"
     way = [address, "--token-file", str(kept)] if isinstance(secret, str) else ["--link-file", str(kept)]
     environment = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
-    command = (*_program(), "join", *way, "--unattended", *words)
-    return Service(name, command, home, environment, _log_of(home, name))
+    log = _log_of(home, name)
+    if service_system() == "schtasks" and "--log-file" not in words:  # which drops what its tasks say
+        words = [*words, "--log-file", str(log)]
+    return Service(name, (*_program(), "join", *way, "--unattended", *words), home, environment, log)
 
 
 def _log_of(home: Path, name: str) -> Path:

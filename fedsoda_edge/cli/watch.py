@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from fedsoda_edge.ports.console import note
-from fedsoda_edge.ports.logs import printable
+from fedsoda_edge.ports.log_lines import printable
 
 if TYPE_CHECKING:
     from rich.console import Group

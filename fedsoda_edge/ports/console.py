@@ -22,7 +22,9 @@ import typer
 from fedsoda_edge.errors import USAGE_HELP, FedSODAError, UsageProblem, WayOut
 from fedsoda_edge.ports.defects import machine_words, sentence_of, trace_of
 from fedsoda_edge.ports.ends import of_this_machine
-from fedsoda_edge.ports.logs import logs_shown, printable
+from fedsoda_edge.ports.log_lines import LINES, Level, LogChoices, printable
+from fedsoda_edge.ports.log_options import LOG_OPTIONS
+from fedsoda_edge.ports.logs import logs_shown
 from fedsoda_edge.ports.outlet import ERR, OUT, HarmlessStream, beside
 from fedsoda_edge.ports.system import on_stop
 from fedsoda_edge.units import counted, finite, human_bytes, human_seconds
@@ -44,20 +46,35 @@ class Terminated(BaseException):
 
 
 @contextlib.contextmanager
-def reporting(as_json: bool, jsonl: bool, debug: bool, *, is_private: bool = False) -> Iterator[None]:
+def reporting(
+    as_json: bool, jsonl: bool, debug: bool, *, is_private: bool = False, logs: LogChoices | None = None
+) -> Iterator[None]:
     """Show an error as one sentence, and exit with the status of its class.
 
     Args:
         as_json, jsonl: whether stdout gets one JSON object, or one event a line.
         debug: whether to show logs and tracebacks on stderr.
         is_private: whether the command reads private text, which the words of a defect may quote: they are left out.
+        logs: how its lines are written; None: for people on stderr.
     """
+    with contextlib.ExitStack() as lines:
+
+        def keep() -> None:
+            if logs is not None:
+                lines.enter_context(LINES.kept(logs))
+
+        yield from _reported(as_json, jsonl, debug, is_private, keep)
+
+
+def _reported(as_json: bool, jsonl: bool, debug: bool, is_private: bool, keep: Callable[[], None]) -> Iterator[None]:
+    """Do what `reporting` does; keep: lets lines be written as the command asks."""
 
     on_stop(_terminate)
     ASKED.is_answered = False
     try:
         if as_json and jsonl:
             raise UsageProblem("--json prints one object and --jsonl one event a line; give only one of them")
+        keep()
         with logs_shown(is_debug=debug), PULSE.beating():
             yield
     except typer.Exit:
@@ -251,7 +268,7 @@ def effective_settings(context: typer.Context) -> dict[str, EffectiveOption]:
     found = {}
     for parameter in context.command.params:
         name = str(parameter.name)
-        if name in ("as_json", "jsonl", "debug") or name not in context.params:
+        if name in ("as_json", "jsonl", "debug", *LOG_OPTIONS) or name not in context.params:
             continue
         value, origin = context.params[name], context.get_parameter_source(name)
         source = {"COMMANDLINE": "option", "ENVIRONMENT": str(parameter.envvar), "DEFAULT_MAP": "config.toml"}.get(
@@ -268,12 +285,12 @@ def effective_settings(context: typer.Context) -> dict[str, EffectiveOption]:
 ON_COMMAND_LINE = ("option", "argument")  # the sources of `effective_settings` that stand on the command line
 
 
-def settings_lines(settings: Mapping[str, tuple[Any, str]], *, is_detailed: bool) -> str:
+def settings_lines(settings: Mapping[str, tuple[Any, str]], *, is_detailed: bool, others: str = "--debug") -> str:
     """List the settings that were given, a line each, by where they come from.
 
     Args:
         settings: {name: (value, source)}; a value of None is left out.
-        is_detailed: whether to list the defaults too.
+        is_detailed: whether to list the defaults too. others: what shows the rest.
     """
     by_source: dict[str, list[str]] = {}
     for name, (value, source) in settings.items():
@@ -286,13 +303,13 @@ def settings_lines(settings: Mapping[str, tuple[Any, str]], *, is_detailed: bool
     if is_detailed:
         lines += ["defaults:", *defaults]
     elif defaults:
-        lines.append(f"{counted(len(defaults), 'other setting')} at the default; --debug shows them")
+        lines.append(f"{counted(len(defaults), 'other setting')} at the default; {others} shows them")
     return "\n".join(lines)
 
 
 def note(text: str) -> None:
     """Write a line for people on stderr."""
-    ERR.say(printable(text) + "\n")
+    LINES.say(text)
 
 
 def show(drawing: Any) -> None:
@@ -492,11 +509,12 @@ class ProgressLine:
         self._task = self._bar.add_task(name, total=total, detail="")
         self._bar.start()
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, level: Level | None = None, event: str = "") -> None:
         """Show a sentence; a bar stays below it."""
         if self._bar is None:
-            note(text)
+            LINES.say(text, level, event)
         else:
+            LINES.drawn(text, level, event)
             self._bar.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def end(self) -> None:
@@ -508,5 +526,5 @@ class ProgressLine:
 
 
 def is_terminal() -> bool:
-    """Tell whether people see stderr on a terminal."""
-    return sys.stderr is not None and sys.stderr.isatty()
+    """Tell whether people see stderr on a terminal, in the form for people."""
+    return sys.stderr is not None and sys.stderr.isatty() and LINES.is_for_people

@@ -12,18 +12,9 @@ import os
 from collections.abc import Iterator
 
 from fedsoda_edge.errors import UsageProblem
-from fedsoda_edge.ports.outlet import ERR
+from fedsoda_edge.ports.log_lines import LINES
 
 PACKAGES = ("fedsoda_edge", "fedsoda_hub")
-
-# What others write (an edge's reason, a model's answer) must not steer this terminal, nor turn the direction of writing.
-_CONTROL = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
-_CONTROL |= dict.fromkeys((0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)), "\ufffd")
-
-
-def printable(text: str) -> str:
-    """Replace control characters, which a terminal would obey, and those of the direction of writing; lines and tabs stay."""
-    return text.translate(_CONTROL)
 
 
 class _Stderr(logging.Handler):
@@ -35,7 +26,10 @@ class _Stderr(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write the record."""
-        ERR.say(printable(self.format(record)) + "\n")
+        if LINES.is_for_people:
+            LINES.say(self.format(record), "debug")
+        else:  # which notes the time itself
+            LINES.say(f"{record.name} {record.getMessage()}", "debug")
 
 
 @contextlib.contextmanager

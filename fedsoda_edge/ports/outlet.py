@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from typing import Any, Literal, TextIO
 
@@ -38,6 +38,7 @@ class Outlet:
         self._stream: TextIO | None = None  # while the thread writes
         self._lost = self._unsaid = 0
         self._why = ""
+        self._wording: Callable[[str], str] | None = None
         self._is_closed = False  # since the process began
         self._is_cut = False  # a part of a text was written
         self._written = 0  # texts, the lost ones too
@@ -51,6 +52,10 @@ class Outlet:
     def is_closed(self) -> bool:
         """Whether the process was started without the stream."""
         return self._is_closed
+
+    def word_losses(self, wording: Callable[[str], str] | None) -> None:
+        """Write the line that says how many were lost in this form; None: as it stands. stdout has no such line."""
+        self._wording = wording
 
     def forget_stream(self) -> None:
         """Write to what `sys` has again."""
@@ -124,12 +129,16 @@ class Outlet:
     def _put(self, text: str) -> None:
         try:
             lost = self._unsaid
-            before = f"({lost} lines were lost here: {self._why})\n" if lost and self._name == "stderr" else ""
+            before = self._losses(lost) if lost and self._name == "stderr" else ""
             self._write(("\n" if self._is_cut else "") + before + text)
             self._unsaid, self._is_cut = self._unsaid - lost, False
         except (OSError, ValueError) as error:  # ValueError: the stream is closed, or cannot encode it
             self._lose(getattr(error, "strerror", None) or str(error))
         self._written += 1
+
+    def _losses(self, lost: int) -> str:
+        said = f"({lost} lines were lost here: {self._why})"
+        return f"{said}\n" if self._wording is None else self._wording(said)
 
     def _lose(self, why: str) -> None:
         self._lost += 1

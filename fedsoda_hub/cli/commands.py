@@ -13,10 +13,13 @@ import typer
 
 from fedsoda_edge.ports.console import EXIT_HELP, finish, is_asked, note, reporting, working
 from fedsoda_edge.ports.console import run as run_command
+from fedsoda_edge.ports.log_lines import LogChoices
+from fedsoda_edge.ports.log_options import LogFileOption, LogFormatOption, LogKeepOption, LogSizeOption
 from fedsoda_edge.ports.program import Program
 from fedsoda_edge.units import human_bytes
 from fedsoda_hub.cli import steering
 from fedsoda_hub.cli.bundle_command import bundle
+from fedsoda_hub.cli.config_command import config
 from fedsoda_hub.cli.extra import check_extra
 from fedsoda_hub.cli.found import status_of_run
 from fedsoda_hub.cli.guests import invite, rebind, revoke
@@ -90,6 +93,7 @@ def demo(
         finish({"status": "ok", **msgspec.to_builtins(report)}, as_json, False)
 
 
+app.command(epilog="Example: fedsoda-hub config triage.toml")(config)
 app.command(epilog="Example: fedsoda-hub bundle triage.toml --to cdn\n\n" + EXIT_HELP)(bundle)
 app.command(epilog="Example: fedsoda-hub notify triage.toml\n\n" + EXIT_HELP)(notify)
 app.command("import", epilog="Example: fedsoda-hub import tiny.Q4_K_M.gguf --to tiny")(import_model)
@@ -212,22 +216,27 @@ def serve(
         bool, typer.Option("--exit-when-done", envvar="FEDSODA_EXIT_WHEN_DONE", help="end when the run is over")
     ] = False,
     as_json: Json = False,
+    log_format: LogFormatOption = "auto",
+    log_file: LogFileOption = None,
+    log_size: LogSizeOption = "10MB",
+    log_keep: LogKeepOption = 5,
     jsonl: JsonLines = False,
     debug: Debug = False,
 ) -> None:
     """Prepare the run if needed, then accept edges and run the rounds; survives restarts."""
-    with reporting(as_json, jsonl, debug), working("opening the run"):
+    logs = LogChoices(log_format, log_file, log_size, log_keep)
+    with reporting(as_json, jsonl, debug, logs=logs), working("opening the run"):
         from fedsoda_edge.ports.service import Supervisor
         from fedsoda_hub.cli.advice import advice_on
         from fedsoda_hub.cli.attended import served
         from fedsoda_hub.cli.display import HubDisplay
         from fedsoda_hub.events import SettingInForce, SettingsInForce
         from fedsoda_hub.serving.daemon import Daemon
-        from fedsoda_hub.settings.run import effective, read_settings
+        from fedsoda_hub.settings.run import defaults_of, effective, read_settings
 
         supervisor = Supervisor.taken()
         settings = read_settings(run)
-        with HubDisplay(jsonl, is_detailed=debug) as display:
+        with HubDisplay(jsonl, is_detailed=debug, defaults=defaults_of(settings)) as display:
             daemon = Daemon.open(settings, display.say)
             daemon.broadcast.begin(steering.telling_where_the_page_is(daemon, display.tell))
             for sentence in advice_on(settings):  # what is refused has one sentence of its own

@@ -6,21 +6,31 @@ What there is to show is `events.py`'s.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 
 from fedsoda_edge.ports.console import PULSE, ProgressLine, is_terminal, line_out, settings_lines
+from fedsoda_edge.ports.log_lines import LINES, Level
 from fedsoda_edge.units import counted, human_bytes, human_seconds
 from fedsoda_hub import events
 from fedsoda_hub.federation.state import LedgerState
 from fedsoda_hub.report.history import kl_sentence
+from fedsoda_hub.settings.keys import SettingValue
 
 
 class HubDisplay:
-    """The hub's display; everything but JSON goes to stderr. is_detailed: settings with default values are shown too."""
+    """The hub's display; everything but JSON goes to stderr.
 
-    def __init__(self, jsonl: bool, *, is_detailed: bool = False) -> None:
+    Args:
+        is_detailed: whether settings with default values are shown too. defaults: of the settings, by key.
+    """
+
+    def __init__(
+        self, jsonl: bool, *, is_detailed: bool = False, defaults: Mapping[str, SettingValue] | None = None
+    ) -> None:
         self._jsonl = jsonl
+        self._defaults = defaults or {}
         self._is_detailed = is_detailed
         self._line = ProgressLine(is_live=is_terminal() and not jsonl)
         self._round = _OpenRound()
@@ -41,6 +51,8 @@ class HubDisplay:
             PULSE.work("")  # from now on it waits for edges
         if self._jsonl:
             line_out(events.line_of(event))
+            if text := self._text(event):
+                LINES.beside_events(text, _level(event), _tag(event))
             return
         if isinstance(event, events.StageProgress):
             counts = f"{event.done} of {event.total}" if event.total else ""
@@ -48,11 +60,11 @@ class HubDisplay:
             self._line.show(event.stage, event.done, event.total or None, detail)
             return
         self._fold(event)
-        text = self._settings(event) if isinstance(event, events.SettingsInForce) else _sentence(event)
+        text = self._text(event)
         if text and self._round.number == 0:
             self._line.end()
         if text:
-            self._line.say(text)
+            self._line.say(text, _level(event), _tag(event))
         if self._round.number:
             done, total = self._round.steps
             self._line.show(
@@ -75,9 +87,15 @@ class HubDisplay:
         if not self._jsonl:
             self._line.say(next_step(state, rounds))
 
+    def _text(self, event: events.HubEvent) -> str:
+        return self._settings(event) if isinstance(event, events.SettingsInForce) else _sentence(event)
+
     def _settings(self, event: events.SettingsInForce) -> str:
-        values = {name: (setting.value, setting.source) for name, setting in event.values.items()}
-        return settings_lines(values, is_detailed=self._is_detailed)
+        values = {
+            name: (one.value, "default" if name in self._defaults and one.value == self._defaults[name] else one.source)
+            for name, one in event.values.items()
+        }
+        return settings_lines(values, is_detailed=self._is_detailed, others="fedsoda-hub config")
 
     def _fold(self, event: events.HubEvent) -> None:
         now = self._round
@@ -125,6 +143,19 @@ class _OpenRound:
             f"{len(self.answered)} of {len(self.local)} answered, {counted(num_connected, 'edge')} connected, "
             f"due in {human_seconds(max(0.0, self.due_at - now))}"
         )
+
+
+def _level(event: events.HubEvent) -> Level:
+    match event:
+        case events.OutOfDisk() | events.ComputeFailed():
+            return "error"
+        case events.EdgeAnswered() | events.LeftOutProgress():
+            return "warning"
+    return "info"
+
+
+def _tag(event: events.HubEvent) -> str:
+    return str(event.__struct_config__.tag)
 
 
 def next_step(state: LedgerState, rounds: int) -> str:

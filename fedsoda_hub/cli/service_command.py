@@ -42,9 +42,11 @@ SANDBOX_CALLS = ("seccomp", "landlock_create_ruleset", "landlock_add_rule", "lan
 def install(
     run: RunFile,
     user: Annotated[
-        str, typer.Option("--user", envvar="FEDSODA_SERVICE_USER", help="who serves it; the default is made if needed")
+        str, typer.Option("--user", envvar="FEDSODA_USER", help="who serves it; the default is made if needed")
     ] = USER,
-    is_printed: Annotated[bool, typer.Option("--print", help="write the unit to stdout, and change nothing")] = False,
+    is_printed: Annotated[
+        bool, typer.Option("--print", envvar="FEDSODA_PRINT", help="write the unit to stdout, and change nothing")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -99,14 +101,21 @@ def status(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
 @service_app.command(epilog="Example: fedsoda-hub service logs triage.toml --follow")
 def logs(
     run: RunFile,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="show new lines too, until Ctrl+C")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", envvar="FEDSODA_FOLLOW", help="show new lines too, until Ctrl+C")
+    ] = False,
+    as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show what the service has said."""
-    with reporting(False, False, debug):
+    """Show what the service has said; with --json, the command that shows it."""
+    with reporting(as_json, False, debug):
         words = ["journalctl", f"--unit={unit_name(_installed(run))}", "--output=short-iso", "--lines=200"]
+        words.append("--follow" if follow else "--no-pager")
+        if as_json:
+            finish({"status": "ok", "command": words}, as_json, False)
+            return
         try:
-            ended = subprocess.run([*words, "--follow" if follow else "--no-pager"], check=False).returncode
+            ended = subprocess.run(words, check=False).returncode
         except KeyboardInterrupt:  # how one leaves --follow
             return
         raise typer.Exit(1 if ended else 0)

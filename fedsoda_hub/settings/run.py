@@ -14,11 +14,11 @@ import msgspec
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.protocol.template import TextTemplate
 from fedsoda_hub.settings.combine import settled
-from fedsoda_hub.settings.keys import TOML, SettingValue, flat
+from fedsoda_hub.settings.keys import TOML, SettingValue, flat, keys_of
 from fedsoda_hub.settings.listening import check_listening
 from fedsoda_hub.settings.methods import METHODS, UNREAD
 from fedsoda_hub.settings.notifying import check_notify
-from fedsoda_hub.settings.tables import SELF_GENERATED, Public, Tables
+from fedsoda_hub.settings.tables import SELF_GENERATED, Method, Public, Tables
 from fedsoda_hub.settings.toml import check, read_toml
 
 # What may change once a run is prepared, beside [listen], [tls], [blobs], [notify], [report] and [task] eval_*: where it computes, when a round
@@ -179,6 +179,17 @@ def effective(settings: RunSettings) -> dict[str, EffectiveSetting]:
         for key, value in values.items()
         if key != "path"
     }
+
+
+def defaults_of(settings: RunSettings) -> dict[str, SettingValue]:
+    """List what each key would be if the method alone were given; None for what every run must give."""
+    method, usual = settings.method, METHODS[settings.method.name].defaults.get("[method] emulator", Method().emulator)
+    given = {"name": method.name, "emulator": method.emulator}
+    raw: TOML = {"name": "x", "model": "", "public": {"text": ""}, "method": given}
+    required = {str(key): None for key in keys_of(Tables).values() if key.is_required}
+    values = flat(msgspec.to_builtins(_checked(raw, "", ""))) | required
+    values |= {"[method] name": Method().name, "[method] emulator": usual}
+    return msgspec.convert({key: value for key, value in values.items() if key != "path"}, dict[str, SettingValue])
 
 
 def differences(recorded: Mapping[str, object], settings: RunSettings) -> list[str]:

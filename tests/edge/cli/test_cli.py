@@ -30,6 +30,7 @@ from fedsoda_edge.protocol import manifest as mf
 from fedsoda_edge.protocol import messages as ms
 from tests.conftest import ROOT
 from tests.edge.network.test_hub_transport import SmallHub, listening
+from tests.said import for_people
 
 TIB = 2**40
 FIRST_STEPS = "check which sub-LLM fits this device, and fetch it"
@@ -88,7 +89,7 @@ class Device:
     def run(self, *words: str, stdin: str = "", **environment: str) -> Ran:
         with self.start(*words, **environment) as process:
             out, err = process.communicate(stdin, timeout=60)
-        return Ran(process.returncode, out, err)
+        return Ran(process.returncode, out, for_people(err))
 
 
 @pytest.fixture
@@ -426,9 +427,10 @@ def test_a_home_is_used_by_one_join_until_it_is_stopped(
     join = ("join", nowhere, "--data", device.file("visits.jsonl", GOOD_ROWS))
     with device.start(*join, "--unattended", "--json", FEDSODA_TOKEN="good") as first:
         assert first.stderr is not None
-        said = list(iter(first.stderr.readline, f"next: connect to {nowhere}, {FIRST_STEPS}\n"))
+        lines = map(for_people, first.stderr)
+        said = list(iter(lambda: next(lines), f"next: connect to {nowhere}, {FIRST_STEPS}\n"))
         assert f'  url = "{nowhere}"\n' in said
-        line = first.stderr.readline()
+        line = next(lines)
         assert re.match(r"no connection: TCP: nothing answers .*; trying again$", line)
         if stop == signal.SIGTERM:
             second = device.run(*join, FEDSODA_TOKEN="good")
@@ -440,7 +442,7 @@ def test_a_home_is_used_by_one_join_until_it_is_stopped(
         first.send_signal(stop)
         out, err = first.communicate(timeout=30)
     assert first.returncode == status
-    assert "stopped; the same command continues where this one ended" in err.splitlines()
+    assert "stopped; the same command continues where this one ended" in for_people(err).splitlines()
     assert "Traceback" not in err
     found = Ran(status, out, err).json
     assert found["status"] == ("ok" if status == 0 else "error")

@@ -9,6 +9,7 @@ import pytest
 import fedsoda_edge.cli.commands
 from fedsoda_edge.cli.config_file import Options, option_defaults
 from fedsoda_edge.errors import UsageProblem
+from tests.said import for_people
 
 OPTIONS: Options = {"join": {"device", "data", "threads"}, "status": set(), "data": {"check": {"device", "column"}}}
 
@@ -60,7 +61,7 @@ def test_an_option_goes_before_its_variable_and_that_before_the_file(
     monkeypatch.setattr("sys.argv", ["fedsoda-edge", "join", "--threads", "2"])
     with pytest.raises(SystemExit):
         fedsoda_edge.cli.commands.main()
-    said = capsys.readouterr().err.splitlines()
+    said = for_people(capsys.readouterr().err).splitlines()
     assert said[:-1] == [
         "settings from config.toml:",
         '  url = "http://127.0.0.1:1"',
@@ -70,7 +71,7 @@ def test_an_option_goes_before_its_variable_and_that_before_the_file(
         '  device = "cpu"',
         "settings from the command line:",
         "  threads = 2",
-        "4 other settings at the default; --debug shows them",
+        "4 other settings at the default; fedsoda-edge config shows them",
         "next: connect to http://127.0.0.1:1, check which sub-LLM fits this device, and fetch it",
     ]
     assert said[-1].startswith("error: there is no token")

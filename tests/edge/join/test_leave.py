@@ -18,6 +18,7 @@ from fedsoda_edge.protocol.codec import decode
 from fedsoda_edge.testing import ScriptedHub
 from tests.hurried_clock import HurriedClock
 from tests.joins import ports_of_commands
+from tests.said import for_people
 from tests.test_schemas import ROWS
 
 
@@ -78,4 +79,4 @@ def test_a_join_that_leaves_says_why(
         # An early sweep, which ends on its own, may have the last word.
         assert {"event": "notice", "message": sentence} in [json.loads(line) for line in ran.stdout.splitlines()]
     else:
-        assert ran.stderr.splitlines()[-1] == sentence
+        assert for_people(ran.stderr).splitlines()[-1] == sentence

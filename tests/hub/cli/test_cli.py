@@ -27,6 +27,7 @@ from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.run.tokens import write_secret
 from tests.hub.serving.test_daemon import serving, write_run
+from tests.said import for_people
 
 A = Digest("a" * 64)
 ENDED: list[rec.AnyRecord] = [
@@ -63,7 +64,7 @@ def environment(run_file: Path) -> dict[str, str]:
 def hub(run_file: Path, *arguments: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
     """One command; RUN stands for the run's file."""
     command = [str(run_file) if argument == "RUN" else str(argument) for argument in arguments]
-    return subprocess.run(
+    ended = subprocess.run(
         [sys.executable, "-m", "fedsoda_hub", *command],
         capture_output=True,
         text=True,
@@ -71,6 +72,8 @@ def hub(run_file: Path, *arguments: str | Path, **more: str) -> subprocess.Compl
         timeout=60,
         env=environment(run_file) | more,
     )
+    ended.stderr = for_people(ended.stderr)
+    return ended
 
 
 def the_object(ended: subprocess.CompletedProcess[str]) -> dict[str, Any]:

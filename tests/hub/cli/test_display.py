@@ -48,7 +48,7 @@ class Shown(HubDisplay):
         monkeypatch.setattr("time.time", lambda: 1000.0)
         monkeypatch.setattr(self._line, "show", lambda *bar, is_awaited=False: self.bars.append(list(bar)))
         monkeypatch.setattr(self._line, "end", self._count_end)
-        monkeypatch.setattr(self._line, "say", lambda text: None)
+        monkeypatch.setattr(self._line, "say", lambda text, *_: None)
 
     def _count_end(self) -> None:
         self.ended += 1
@@ -145,7 +145,12 @@ def test_of_the_settings_a_person_sees_what_was_given_a_line_each_and_the_rest_w
 ) -> None:
     given = ["settings from run.toml:", '  name = "x"', '  [task] prompt = "Review: {text}\\nLabel:"']
     HubDisplay(jsonl=False).say(events.SettingsInForce(values=SETTINGS))
-    assert capsys.readouterr().err.splitlines() == [*given, "1 other setting at the default; --debug shows them"]
+    assert capsys.readouterr().err.splitlines() == [
+        *given,
+        "1 other setting at the default; fedsoda-hub config shows them",
+    ]
+    HubDisplay(jsonl=False, defaults={"name": "x"}).say(events.SettingsInForce(values=SETTINGS))
+    assert "name" not in capsys.readouterr().err  # it is written in the file, as it would be without
     HubDisplay(jsonl=False, is_detailed=True).say(events.SettingsInForce(values=SETTINGS))
     assert capsys.readouterr().err.splitlines() == [*given, "defaults:", "  [lora] rank = 8"]
 
