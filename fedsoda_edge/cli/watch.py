@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 LOOK_SECONDS = 0.5
 QUIET_SECONDS = 60.0  # after which a log gets a line although only figures changed
-BAR, NARROW = 30, 60  # columns of the bar, and of a terminal on which labels stand above their facts
+BAR, NARROW = 30, 60  # columns of the bar, and of a terminal on which every column counts
 STYLES = {"busy": "green", "waiting": "cyan", "paused": "yellow", "over": "bold", "trouble": "red"}
 MARKS = {"busy": "*", "waiting": ".", "paused": "=", "over": "-", "trouble": "!"}
 
@@ -71,16 +71,12 @@ def drawn(now: Glance, width: int) -> Group:
         full = round(columns * now.progress)
         bar = Text("█" * full, style=style) + Text("░" * (columns - full), style="dim")
         parts.append(bar + Text(f" {now.progress:4.0%}"))
-    if width < NARROW:
-        for fact in now.facts:
-            parts += [Text(fact.about, style="dim"), Text(f"  {printable(fact.said)}")]
-    else:
-        table = Table.grid(padding=(0, 2))
-        table.add_column(style="dim", no_wrap=True)
-        table.add_column()
-        for fact in now.facts:
-            table.add_row(fact.about, Text(printable(fact.said)))
-        parts.append(table)
+    table = Table.grid(padding=(0, 1 if width < NARROW else 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for fact in now.facts:
+        table.add_row(fact.about, Text(printable(fact.said)))
+    parts.append(table)
     if now.running:
         parts.append(Text("Ctrl+C ends this view, not the join", style="dim"))
     return Group(*parts)

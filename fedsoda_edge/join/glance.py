@@ -120,7 +120,7 @@ class Looking:
         headline = state_of(found, is_running=is_running, now=self._wall())
         facts = [*_of_join(found, is_running=is_running, now=self._wall())]
         if is_running:
-            held = f"the worker holds {human_bytes(found.worker_bytes)}; " if found.worker_bytes else ""
+            held = f"worker {human_bytes(found.worker_bytes)}, " if found.worker_bytes else ""
             facts.append(("memory", held + memory))
         facts += [("disk", disk), *_of_sent(sent)]
         if self._unread:
@@ -152,8 +152,8 @@ class Looking:
             directory = self._home.directory
             held = sum(_size(directory / name) for name in ("store", "runs"))
             free = _free(directory)
-            disk = f"{human_bytes(held)} of this home" + (f"; {human_bytes(free)} are free" if free is not None else "")
-            self._measured = f"{human_bytes(psutil.virtual_memory().available)} of this machine are free", disk
+            disk = f"this home {human_bytes(held)}" + (f", {human_bytes(free)} free" if free is not None else "")
+            self._measured = f"{human_bytes(psutil.virtual_memory().available)} free", disk
         return self._measured
 
 
@@ -194,24 +194,20 @@ def _of_join(found: JoinStatus, *, is_running: bool, now: float) -> list[tuple[s
 
 
 def _of_sent(sent: Sent) -> list[tuple[str, str]]:
+    """List what the rounds of this device earned, and what left it."""
     if not sent.updates and not sent.others:
-        return [("left this device", "nothing")]
+        return [("sent", "nothing has left this device")]
     got = sent.verified + sent.unsigned
-    earned = f"{counted(got, 'update')} with a receipt"
-    if got:
-        earned += ", each signature verified" if not sent.unsigned else f", {sent.verified} of them verified"
-    for number, said in (
-        (sent.refused, "refused"),
-        (sent.unanswered, "without an answer"),
-        (sent.forged, "NOT OF THIS HUB"),
-    ):
-        earned += f"; {number} {said}" if number else ""
-    left = f"{counted(sent.updates, 'update')} ({human_bytes(sent.update_bytes)}) and {counted(sent.others, 'small message')}"
-    facts = [("earned", earned), ("left this device", f"{left}; no text. fedsoda-edge receipts lists all")]
-    if sent.last_at is not None:
-        at = datetime.fromisoformat(sent.last_at).timestamp()
-        facts.append(("last update", _clock(at)))
-    return facts
+    signed = "" if not sent.unsigned else f", {sent.verified} of them signed" if sent.verified else ", not signed"
+    earned = [f"{counted(got, 'round')} with the hub's receipt{signed}" if got else "no receipt yet"]
+    earned += [f"{sent.refused} refused"] if sent.refused else []
+    earned += [f"{sent.unanswered} without an answer"] if sent.unanswered else []
+    earned += [f"{sent.forged} NOT SIGNED BY THIS HUB"] if sent.forged else []
+    left = (
+        f"{counted(sent.updates, 'update')}, {human_bytes(sent.update_bytes)}; {counted(sent.others, 'small message')}"
+    )
+    at = "" if sent.last_at is None else f", last at {_clock(datetime.fromisoformat(sent.last_at).timestamp())}"
+    return [("earned", ", ".join(earned)), ("sent", f"{left}; no text{at}")]
 
 
 def _clock(at: float) -> str:

@@ -89,9 +89,9 @@ def test_a_join_in_a_round(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["run"] == "triage, as clinic-7"
     assert found["round"] == "3 of 20, step 40 of 100, loss 0.520"
     assert found["until"].endswith(", in 14 min")
-    assert found["memory"].startswith("the worker holds 2.00 GiB; ")
-    assert found["earned"] == "1 update with a receipt, 0 of them verified"
-    assert found["left this device"].startswith("1 update (1000 B) and 0 small messages; no text")
+    assert found["memory"].startswith("worker 2.00 GiB, ")
+    assert found["earned"] == "1 round with the hub's receipt, not signed"
+    assert found["sent"].startswith("1 update, 1000 B; 0 small messages; no text, last at ")
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_what_a_join_does_is_said_as_status_says_it(
 def test_a_home_in_which_nothing_ever_ran(home: Home) -> None:
     now = Looking(home).look()
     assert (now.headline, now.running) == ("no join has run here yet", False)
-    assert facts(now)["left this device"] == "nothing"
+    assert facts(now)["sent"] == "nothing has left this device"
 
 
 def test_nothing_is_read_again_that_did_not_change_and_a_fallen_home_is_no_matter(
