@@ -618,6 +618,7 @@ def test_jobs_say_how_far_they_are(told: Told) -> None:
         HUB.check_event(event)
     stages = {(event["job"], event["stage"]) for event in told.progress}
     assert stages == {
+        ("prepare", "reading the full LLM and the public text"),
         ("prepare", "measuring layer similarity"),
         ("prepare", "caching teacher targets"),
         ("prepare", "quantizing"),
@@ -681,7 +682,7 @@ def test_export_and_evaluate_of_a_run_of_its_export_and_of_one_that_left_it(
 def test_import_of_a_gguf(tiny_llama: Path, tmp_path: Path) -> None:
     file = write_gguf(tiny_llama, tmp_path / "tiny.gguf")
     assert hub("import", file, "--to", tmp_path / "made")["family"] == "llama"
-    assert hub("import", file, "--to", tmp_path / "made")["error"] == "UsageProblem"
+    assert hub("import", file, "--to", tmp_path / "made")["error"] == "AlreadyThere"
 
 
 def test_tokens(tmp_path: Path) -> None:

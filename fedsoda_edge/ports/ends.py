@@ -5,7 +5,6 @@ The statuses are docs/operations.md (o2-exit); those of our own errors stand on 
 
 from __future__ import annotations
 
-import asyncio
 import errno
 from dataclasses import dataclass
 
@@ -45,12 +44,14 @@ def of_this_machine(error: OSError | MemoryError) -> RefusedByMachine:
 
 def status_of(error: BaseException) -> int:
     """Return the exit status of a process that ends on this error."""
+    from asyncio import CancelledError  # not before there is something to end: --help is quick
+
     match error:
         case FedSODAError():
             return error.exit_status
         case OSError() | MemoryError():
             return of_this_machine(error).exit_status
-        case KeyboardInterrupt() | asyncio.CancelledError():
+        case KeyboardInterrupt() | CancelledError():
             return 130
         case _:
             return 1

@@ -340,7 +340,7 @@ class Notify(Section, frozen=True):
     ] = 10.0
 
 
-class Reports(Section, frozen=True):
+class ReportSettings(Section, frozen=True):
     """[report]: what is written of the run while it is served, beside its ledger."""
 
     tensorboard: Annotated[
@@ -386,4 +386,4 @@ class Tables(Section, frozen=True):
     blobs: Blobs = msgspec.field(default_factory=Blobs)
     tls: TLS = TLS()
     notify: Notify = msgspec.field(default_factory=Notify)
-    report: Reports = Reports()
+    report: ReportSettings = ReportSettings()
