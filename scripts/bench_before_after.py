@@ -237,6 +237,7 @@ def federate(arm: Arm) -> Path:
             commands.ask("fedsoda_hub", "token", "create", "run.toml", "--name", edge, "--out", f"{edge}.token")
         hub = commands.start("hub", "fedsoda_hub", "serve", "run.toml", "--exit-when-done")
         url = commands.wait_for("hub", event="listening")["url"]
+        commands.wait_for("hub", event="prepared")
         bundle = directory / "fixed.run" / "bundle"
         needs = [json.loads((bundle / f"manifest{n}.json").read_text())["needs"]["disk_bytes"] for n in ("", ".1")]
         little = small_disk(directory / "small_disk", sum(needs) // 2, arm.environment["PYTHONPATH"])

@@ -127,7 +127,7 @@ def federation_with_kills(search: Search, space: Path, rows: Path) -> int:
             (space / "a.token").write_text(str(token))
             join = ["join", f"http://127.0.0.1:{relay.port}", "--data", str(rows), "--token-file", "a.token"]
             hub = commands.start("hub", "fedsoda_hub", "serve", "run.toml")
-            commands.wait_for("hub", event="listening")
+            commands.wait_for("hub", event="prepared")
             for event in STAGES.values():
                 for target in ("agent", "worker", "hub", "compute"):
                     log = f"edge-{count}"

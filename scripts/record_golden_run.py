@@ -100,6 +100,7 @@ def begin(commands: Commands) -> tuple[str, Processes]:
         commands.ask("fedsoda_hub", "token", "create", "run.toml", "--name", edge, "--out", f"{edge}.token")
     hub = commands.start("hub", "fedsoda_hub", "serve", "run.toml", "--exit-when-done")
     url = commands.wait_for("hub", event="listening")["url"]
+    commands.wait_for("hub", event="prepared")
     bundle = directory / "golden.run" / "bundle"
     needs = [json.loads((bundle / name).read_text())["needs"]["disk_bytes"] for name in MANIFESTS]
     little = small_disk(directory / "small_disk", sum(needs) // 2)

@@ -30,7 +30,7 @@ _BESIDE = ev.Notice | ev.Reconnecting | ev.Reconnected | ev.Retrying
 _WARNED = ev.Reconnecting | ev.Retrying | ev.Refused
 
 # Events after which a join waits for others, unless another event says what it does.
-_IS_WAITED_AFTER = ev.HubPreparing | ev.DataRead | ev.JoinPaused | ev.Reconnecting | ev.RunFinished
+_IS_WAITED_AFTER = ev.DataRead | ev.JoinPaused | ev.Reconnecting | ev.RunFinished
 
 
 class JoinDisplay:
@@ -48,6 +48,7 @@ class JoinDisplay:
         self._line = ProgressLine(is_live=is_terminal() and not jsonl)
         self._download: ev.Downloading | None = None  # while it runs
         self._swept = ""  # how far the sweep beside it is
+        self._is_waiting = False  # for a hub that prepares its run
 
     def __enter__(self) -> JoinDisplay:
         return self
@@ -73,6 +74,12 @@ class JoinDisplay:
 
     def _show(self, event: ev.AnyEvent) -> None:
         match event:
+            case ev.HubPreparing():
+                if not self._is_waiting:
+                    self._is_waiting = True
+                    PULSE.work("")
+                    self._line.say(sentence(event))
+                self._line.show(f"waiting for the hub of {event.run}", 0, None, event.message, is_awaited=True)
             case ev.Downloading(done=done, total=total):
                 self._download = event
                 self._show_download(event)
@@ -94,6 +101,7 @@ class JoinDisplay:
             case ev.SettingsGiven():
                 self._line.say(self._beginning(event), event=_tag(event))
             case _:
+                self._is_waiting = False
                 text = sentence(event)
                 is_swept = isinstance(event, ev.SweepDone) and self._download is None
                 if (text and not isinstance(event, _BESIDE)) or is_swept:

@@ -192,7 +192,8 @@ class EdgeSession:
 class HubSession:
     """The hub's side of one connection. state: new, greeted (Hello came), open (Welcome was sent), ready, over.
 
-    max_update_bytes: of an update; before the run is prepared nobody knows it.
+    max_update_bytes: of an update; before the run is prepared nobody knows it. paused: the reason for which the edge pauses, in
+    its own words; None: it does not.
 
     Args:
         gather: makes the place for an announced update.
@@ -203,6 +204,7 @@ class HubSession:
     ) -> None:
         self.state = "new"
         self.max_update_bytes = max_update_bytes
+        self.paused: str | None = None
         self._gather = gather
         self._start: ms.UpdateStart | None = None
         self._upload: _Assembly | None = None
@@ -251,8 +253,10 @@ class HubSession:
         match message:
             case ms.Hello():
                 self.state = "greeted"
+            case ms.Paused():
+                self.paused = message.reason
             case ms.Ready():
-                self.state = "ready"
+                self.state, self.paused = "ready", None
             case ms.UpdateStart():
                 if self.state != "ready":
                     raise ProtocolViolation("the edge sent an update before it was ready")
@@ -279,6 +283,8 @@ class HubSession:
                 raise ProtocolViolation(
                     "the edge resumed before it was ready, so it would be invited and could not answer"
                 )
+            case ms.Resumed():
+                self.paused = None
             case ms.Leave():
                 self.state = "over"
         return message

@@ -50,6 +50,7 @@ def edge_line(edge: KnownEdge) -> str:
         line += f", seen {at_words(edge.first_seen)} to {at_words(edge.last_seen)}"
     line += f", size class {edge.size_class}" if edge.size_class else ""
     line += f", step {edge.step} of {edge.steps}" if edge.step else ""
+    line += f", {edge.why}" if edge.why else ""
     return line + standing_words(edge.standing)
 
 

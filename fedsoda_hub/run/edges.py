@@ -22,7 +22,7 @@ class KnownEdge(msgspec.Struct, frozen=True, kw_only=True):
 
     fingerprint: of the device's key, where it came by a join link. used: whether a device has come. expires: until when a
     link that no device has used can be; None: of a token, and of a link that was used. first_seen, last_seen: when the
-    device was connected. size_class, step, steps None: the edge is not at work, or no hub runs. standing: its last update
+    device was connected. why: why a connected edge does not work, where that is known. size_class, step, steps None: the edge is not at work, or no hub runs. standing: its last update
     beside what the round made of all; None: none of its updates was merged, or none of its rounds' farthest was its.
     """
 
@@ -40,6 +40,7 @@ class KnownEdge(msgspec.Struct, frozen=True, kw_only=True):
     step: int | None = None
     steps: int | None = None
     standing: LastStanding | None = None
+    why: str | None = None
 
 
 class Edges:

@@ -30,6 +30,10 @@ class Present(Protocol):
 
     @property
     def connected(self) -> set[EdgeId]: ...
+    def why_idle(self, edge: EdgeId) -> str | None:
+        """Say why a connected edge does not work, as far as its connection tells; None: it may."""
+        ...
+
     @property
     def progress(self) -> Mapping[EdgeId, Progress]: ...
     async def flush_traffic(self) -> None: ...
@@ -117,6 +121,7 @@ class Monitoring:
                 size_class=machine.size_classes.get(known.edge),
                 step=progress[known.edge].step if known.edge in progress else None,
                 steps=progress[known.edge].steps if known.edge in progress else None,
+                why=self._present.why_idle(known.edge),
                 standing=machine.state.measured.standings.get(known.edge),
             )
             for known in known_edges

@@ -92,6 +92,17 @@ class Roster:
         """The facts of the connected edges' devices, as they said them."""
         return {edge: one.hello.device for edge, one in self._connections.items() if one.hello is not None}
 
+    def why_idle(self, edge: ms.EdgeId) -> str | None:
+        """Say why a connected edge does not work, as far as its connection tells; None: it may."""
+        connection = self._connections.get(edge)
+        if connection is None:
+            return None
+        if connection.session.state == "greeted":
+            return "waits for the end of the preparation"
+        if connection.session.paused is not None:
+            return f"paused: {one_line(connection.session.paused)}"
+        return "fetches the bundle and reads its data" if connection.session.state == "open" else None
+
     def admitted(self) -> list[Token]:
         """Return what the connected edges came in with."""
         return [connection.token for connection in self._connections.values()]

@@ -71,3 +71,17 @@ def test_jsonl_prints_each_event_as_it_is_promised(capsys: pytest.CaptureFixture
         {"event": "reconnected"},
     ]
     assert err == ""
+
+
+def test_a_log_has_one_line_of_a_hub_that_prepares_and_then_no_more_than_of_other_work(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with JoinDisplay(jsonl=False) as display:
+        for done in range(1, 9):
+            said = f"preparing: aligning {done} of 200, about 11 min left"
+            display.say(ev.HubPreparing(run="triage", message=said, done=done, total=200, seconds_left=660.0))
+        display.say(ev.Joined(run="triage", edge="clinic-7", rounds=1))
+    assert capsys.readouterr().err.splitlines() == [
+        "waiting for the hub of triage, which is preparing: aligning 1 of 200, about 11 min left",
+        "joined run triage as clinic-7 (1 round)",
+    ]

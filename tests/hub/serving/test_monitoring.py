@@ -38,6 +38,9 @@ class Present:
     def progress(self) -> Mapping[EdgeId, Progress]:
         return {EdgeId("a"): Progress(round=3, step=2, steps=5)}
 
+    def why_idle(self, edge: EdgeId) -> str | None:
+        return {"a": "paused: on battery"}.get(edge)
+
     async def flush_traffic(self) -> None: ...
 
 

@@ -94,6 +94,8 @@ def test_an_edge_that_comes_early_is_told_how_far_the_hub_is_and_trains_when_it_
         async with preparing(settings) as (hub, torch), connected(hub.url, hub.token("a")) as edge:
             await edge.say(waiting_hello("laptop"))
             first = await edge.hear(ms.Preparing)
+            [seen] = (await hub.daemon.monitoring.status()).edges
+            assert (seen.connected, seen.eligible, seen.why) == (True, False, "waits for the end of the preparation")
             assert (first.run_name, first.run_id, first.stage) == ("small", hub.daemon.machine.state.run_id, "")
             for done in (1, 2):
                 torch.stages.put_nowait(aligning(done))
@@ -105,7 +107,13 @@ def test_an_edge_that_comes_early_is_told_how_far_the_hub_is_and_trains_when_it_
             async with asyncio.timeout(10):
                 torch.stages.put_nowait(None)
                 await edge.hear(ms.Welcome)
+            assert hub.daemon.roster.why_idle(ms.EdgeId("a")) == "fetches the bundle and reads its data"
+            await edge.say(ms.Paused(reason="on\nbattery"))
+            await until(
+                lambda: hub.daemon.roster.why_idle(ms.EdgeId("a")) == "paused: on\N{REPLACEMENT CHARACTER}battery"
+            )
             await edge.say(ms.Ready(num_examples=3))
+            await until(lambda: hub.daemon.roster.why_idle(ms.EdgeId("a")) is None)
             await edge.upload(await edge.hear(ms.RoundOffer), update(0.5))
             await edge.hear(ms.Receipt)
             await edge.hear(ms.Farewell)

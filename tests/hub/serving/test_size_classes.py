@@ -117,7 +117,7 @@ def test_edges_of_two_classes_train_one_adapter(tmp_path: Path, tiny_llama: Path
     federation = Federation(run_file)
     try:
         hub = federation.hub()
-        federation.wait_for("hub.log", event="listening")
+        federation.wait_for("hub.log", event="prepared")
         settings = read_settings(run_file)
         large, small = (bundle.manifest.needs.disk_bytes for bundle in bundles(settings))
         facts = msgspec.structs.replace(read_device(tmp_path), disk_bytes=(small + large) // 2)
