@@ -74,8 +74,8 @@ class RoundMachine:
         return self._running is not None
 
     @property
-    def job(self) -> jobs.Job | None:
-        """The job that runs and whose result is not written down yet."""
+    def running(self) -> jobs.Job | None:
+        """The job that runs, whose result is not written down yet."""
         return self._running
 
     @property

@@ -138,8 +138,7 @@ class Connection:
     An edge that does not take a frame within `stall_seconds`, or lets too many messages wait, is ended.
 
     token: what it came in with. up, down: bytes of payload and framing that are not counted yet. size_class: the one that
-    the edge's Ready named.
-    hello: what it said first. is_contested: whether another place came with the same identity.
+    the edge's Ready named. hello: with which the edge came. is_contested: whether another place came with the same identity.
     """
 
     def __init__(self, hub: Hub, token: Token, channel: Channel) -> None:

@@ -122,7 +122,7 @@ class Feed:
         machine, now = self._machine, self._wall()
         state, rules = machine.state, machine.rules
         run = run_view(
-            status, state, rules, machine.job, self._tally, self._sums.by_round, self._present.travelled, now
+            status, state, rules, machine.running, self._tally, self._sums.by_round, self._present.travelled, now
         )
         return PageState(
             run, edge_rows(status.edges, state, self._tally, self._sums.by_edge, self._present.devices, now)
