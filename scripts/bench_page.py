@@ -36,7 +36,8 @@ async def measured(
     async with serving(settings) as hub, httpx.AsyncClient(base_url=hub.url, trust_env=False, timeout=120) as client:
         await client.get("/page/session")
         await asyncio.sleep(settle)
-        took, size = [], 0
+        took: list[float] = []
+        size = 0
         for at in range(repeats + 1):
             if at:
                 hub.daemon.desk.feed.touch()

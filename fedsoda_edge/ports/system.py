@@ -277,6 +277,26 @@ def linux_machine() -> str:
     return platform.machine() if sys.platform == "linux" and sys.maxsize > 1 << 32 else ""
 
 
+def is_strangers_connection(port_there: int, port_here: int) -> bool:
+    """Tell whether another user's process holds the other end of a connection on this machine, root's aside.
+
+    Linux tells whose each socket is; where it does not, nobody is a stranger.
+
+    Args:
+        port_there, port_here: the ports of the other end and of this one.
+    """
+    if sys.platform != "linux":
+        return False
+    ends = f":{port_there:04X}", f":{port_here:04X}"
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError):
+            for line in Path(table).read_text(encoding="ascii").splitlines()[1:]:
+                fields = line.split()
+                if fields[1].endswith(ends[0]) and fields[2].endswith(ends[1]):
+                    return int(fields[7]) not in (0, os.getuid())
+    return False
+
+
 def keep_memory_off_disk() -> None:
     """Let nothing that this process holds get into a core file, should it crash. Swap is left to the system."""
     if sys.platform != "win32":

@@ -173,13 +173,13 @@ class LedgerState(msgspec.Struct, forbid_unknown_fields=True):
             case rec.RunStarted():
                 self.run_id, self.fixed = record.run_id, record.fixed
             case rec.SettingsChanged():
-                count = record.values.get("count")
-                if self.phase == "ended" and isinstance(count, int) and count > self.round:
-                    self.phase = "idle"  # a larger count continues where the run ended; nothing else leaves an end
-                kept = {
+                self.steering.changed = {
                     key: one for key, one in self.steering.changed.items() if record.values.get(key) == one.instead_of
                 }
-                self.steering.changed = kept
+                count = record.values.get("count")
+                is_larger = isinstance(count, int) and count > self.round and "count" not in self.steering.changed
+                if self.phase == "ended" and is_larger:
+                    self.phase = "idle"  # a larger count continues where the run ended; nothing else leaves an end
             case rec.RunPaused() | rec.RunResumed():
                 self.steering.is_paused = isinstance(record, rec.RunPaused)
             case rec.RulesChanged():

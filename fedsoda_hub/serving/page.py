@@ -6,6 +6,7 @@ signed in is `sign_in.py`'s to say, what is shown `feed.py`'s, what is done `act
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import cache, partial
@@ -19,6 +20,7 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from fedsoda_edge.errors import DiskFull, FedSODAError, UsageProblem
+from fedsoda_edge.ports.system import is_strangers_connection
 from fedsoda_edge.protocol.manifest import LayerPlan
 from fedsoda_hub.serving.actions import Done, OneEdge, OtherRules
 from fedsoda_hub.serving.desk import Desk
@@ -126,17 +128,22 @@ class Page:
     def _find(self, request: Request) -> Session | None:
         return self._desk.sign_in.find(request.cookies.get(self._cookie(request)))
 
-    def _needs_no_link(self, request: Request) -> bool:
+    async def _needs_no_link(self, request: Request) -> bool:
         # A proxy that adds no header speaks HTTP/1.0 as a rule; no browser does.
         is_direct = self._is_here(request) and request.scope.get("http_version") != "1.0"
-        return is_direct and self._desk.sign_in.needs_no_link(request.headers.get("host", ""))
+        if not is_direct or not self._desk.sign_in.needs_no_link(request.headers.get("host", "")):
+            return False
+        there, here = request.client, request.scope.get("server")
+        if there is None or not here or here[1] is None:
+            return False
+        return not await asyncio.to_thread(is_strangers_connection, there.port, here[1])
 
     async def _session(self, request: Request) -> Response:
         """Say who it is; who needs no link is signed in by asking."""
         session = self._find(request)
         if session is not None:
             return _json({"csrf": session.csrf, "run": self._desk.settings.name})
-        if self._needs_no_link(request):
+        if await self._needs_no_link(request):
             return self._welcome(request, self._desk.sign_in.begin())
         raise _Refusal(
             401,

@@ -184,6 +184,21 @@ def test_what_run_toml_says_counts_again_once_it_says_something_else_than_then()
     assert (run.machine.rules.count, run.machine.rules.deadline_seconds) == (12, 50.0)
 
 
+def test_a_run_that_was_ended_stays_so_until_run_toml_has_more_rounds_than_then() -> None:
+    run = collecting_run(replace(RULES, count=20))
+    run.do(ev.FinishAsked())
+    close_round(run, "a", "b")
+    same: rec.Keys = {"count": 20, "quorum": RULES.quorum, "deadline_seconds": RULES.deadline_seconds, "port": 1}
+    run.ledger.append(rec.SettingsChanged(values=same))  # another port
+    run.restart()
+    assert run.state.phase == "ended"
+    run.rules = replace(run.rules, count=21)
+    run.ledger.append(rec.SettingsChanged(values={**same, "count": 21}))
+    run.restart()
+    run.ready("a", "b")
+    assert (run.state.phase, run.state.round) == ("collecting", 2)
+
+
 @pytest.mark.parametrize(
     ("asked", "why"),
     [

@@ -27,6 +27,10 @@ class Browser:
     inner: Any
     complaints: list[str] = field(default_factory=list)
 
+    def _hear(self, said: Any) -> None:
+        if said.type in ("error", "warning"):
+            self.complaints.append(said.text)
+
     @contextlib.asynccontextmanager
     async def page(self, size: tuple[int, int] = DESKTOP, theme: str = "light", **options: Any) -> AsyncIterator[Any]:
         """Yield a page of a browser that nobody has used."""
@@ -36,7 +40,7 @@ class Browser:
         )
         page = await context.new_page()
         page.set_default_timeout(20_000)
-        page.on("console", lambda said: said.type in ("error", "warning") and self.complaints.append(said.text))
+        page.on("console", self._hear)
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
         try:
             yield page

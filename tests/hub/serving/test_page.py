@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -92,6 +93,29 @@ def test_a_request_of_http_1_0_needs_a_link(tmp_path: Path) -> None:
             writer.write(b"GET /page/session HTTP/1.0\r\nHost: 127.0.0.1\r\n\r\n")
             assert b" 401 " in await reader.readline()
             writer.close()
+
+    talk(scene)
+
+
+def test_another_user_of_the_hubs_machine_needs_a_link(tmp_path: Path) -> None:
+    """Where this is root, a process of another user really asks; it finds out whose sockets are by itself."""
+    program = (
+        "import os, sys, urllib.request, urllib.error\nif os.getuid() == 0 and sys.argv[2] == 'other': os.setuid(65534)\n"
+        "try: print(urllib.request.urlopen(sys.argv[1]).status)\nexcept urllib.error.HTTPError as e: print(e.code)"
+    )
+
+    async def asked(url: str, who: str) -> int:
+        child = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", program, f"{url}/page/session", who, stdout=subprocess.PIPE, env={"no_proxy": "*"}
+        )
+        out, _ = await child.communicate()
+        return int(out)
+
+    async def scene() -> None:
+        async with serving(write_run(tmp_path)) as hub:
+            assert await asked(hub.url, "own") == 200
+            if os.getuid() == 0:
+                assert await asked(hub.url, "other") == 401
 
     talk(scene)
 
