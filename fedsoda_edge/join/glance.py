@@ -203,9 +203,10 @@ def _of_sent(sent: Sent) -> list[tuple[str, str]]:
     earned += [f"{sent.refused} refused"] if sent.refused else []
     earned += [f"{sent.unanswered} without an answer"] if sent.unanswered else []
     earned += [f"{sent.forged} NOT SIGNED BY THIS HUB"] if sent.forged else []
-    left = (
-        f"{counted(sent.updates, 'update')}, {human_bytes(sent.update_bytes)}; {counted(sent.others, 'small message')}"
+    updates = (
+        f"{counted(sent.updates, 'update')}, {human_bytes(sent.update_bytes)}" if sent.updates else "no update yet"
     )
+    left = f"{updates}; {counted(sent.others, 'small message')}"
     at = "" if sent.last_at is None else f", last at {_clock(datetime.fromisoformat(sent.last_at).timestamp())}"
     return [("earned", ", ".join(earned)), ("sent", f"{left}; no text{at}")]
 

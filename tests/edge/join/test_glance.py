@@ -147,6 +147,12 @@ def test_nothing_is_read_again_that_did_not_change_and_a_fallen_home_is_no_matte
     looking.look()
 
 
+def test_before_the_first_update_only_small_messages_left(home: Home) -> None:
+    ReceiptLog(home.receipts).add(MessageSent(at=1.0, hub="http://h", message=ms.Ready(num_examples=3), bytes=0))
+    found = facts(Looking(home).look())
+    assert (found["earned"], found["sent"]) == ("no receipt yet", "no update yet; 1 small message; no text")
+
+
 def test_what_others_wrote_is_one_line(home: Home) -> None:
     wrote(home, state="stopped", run="a\x1b[2Jb\nc", last_error="x" * 5000)
     found = facts(Looking(home).look())
