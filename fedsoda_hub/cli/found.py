@@ -23,7 +23,7 @@ def status_of_run(run: Path) -> tuple[bool, LiveStatus]:
     from fedsoda_hub.run.ledger import not_started, opened_to_read
     from fedsoda_hub.run.process import read_note
     from fedsoda_hub.run.status import live_status, run_status
-    from fedsoda_hub.serving.listener import ask_running_hub
+    from fedsoda_hub.serving.ordering import ask_running_hub
     from fedsoda_hub.settings.run import read_settings
 
     settings = read_settings(run)

@@ -13,9 +13,7 @@ import errno
 import gc
 import json
 import logging
-import os
 import socket
-import ssl
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from email.utils import formatdate
@@ -31,15 +29,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from fedsoda_edge.errors import ProtocolViolation, UsageProblem
-from fedsoda_edge.network import tls
 from fedsoda_edge.ports.system import descriptors_left
 from fedsoda_edge.protocol.codec import MAX_FRAME_BYTES
 from fedsoda_edge.protocol.messages import PROTOCOL_VERSION, EdgeId
 from fedsoda_edge.protocol.proof import MAX_PROOF_BYTES, TICKET_PREFIX
 from fedsoda_edge.units import finite
 from fedsoda_hub.federation.refusals import RefusalKind
-from fedsoda_hub.run.directory import RunDirectory
-from fedsoda_hub.run.status import LiveStatus
 from fedsoda_hub.run.tokens import Token
 from fedsoda_hub.serving.connection import Connection, Hub
 from fedsoda_hub.serving.guarded import guarded
@@ -331,53 +326,6 @@ def _cannot_be_taken(host: str, port: int, error: OSError) -> UsageProblem:
         f"[listen] {host}:{port} cannot be used ({error.strerror}){f': {who}' if who else ''}; "
         "stop the program that uses it, or choose another port"
     )
-
-
-def ask_running_hub(directory: RunDirectory) -> LiveStatus | None:
-    """Ask the hub that serves this run on this machine for its status; None: none does, or another directory's answers."""
-    import httpx
-
-    if not directory.address.exists():
-        return None
-    verify: ssl.SSLContext | bool = False
-    url = (
-        directory.address.read_text(errors="replace")
-        .replace("//0.0.0.0:", "//127.0.0.1:")
-        .replace("//[::]:", "//[::1]:")
-    )
-    try:
-        secret = directory.admin_token.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError):  # of another user; from its own machine a hub answers without it
-        secret = ""
-    try:
-        if url.startswith("https://"):  # the secret goes to who holds the hub's key, and to nobody else
-            verify = tls.pinned(tls.read_pin(directory.tls_pin.read_text(errors="replace")))
-        answer = httpx.get(
-            f"{url}/v1/status",
-            headers={"Authorization": f"Bearer {secret}"} if secret else {},
-            timeout=5,
-            trust_env=False,
-            verify=verify,
-        )
-        found = msgspec.json.decode(answer.content, type=LiveStatus) if answer.status_code == 200 else None
-        # A copy of a run has its id, too: a hub that was left running in another checkout is not this one's.
-        is_other = found is not None and found.hub is not None and not _is_same(found.hub.directory, directory.path)
-        return None if is_other else found
-    except (
-        httpx.HTTPError,
-        httpx.InvalidURL,
-        ValueError,
-        OSError,
-        UsageProblem,
-    ):  # a killed hub leaves its address, and others may take the port
-        return None
-
-
-def _is_same(one: str, other: Path) -> bool:
-    try:
-        return os.path.samefile(one, other)
-    except OSError:
-        return False
 
 
 class Listener:

@@ -1,12 +1,14 @@
-"""Ask the hub that serves a run for what its owner wants, from a command on its machine, with the secret in the run's admin.token.
+"""Ask the hub that serves a run for its status and what its owner wants, from a command on its machine, with the secret in the run's admin.token.
 
-What a hub answers is `page.py`'s.
+What a hub answers is `monitoring.py`'s and `page.py`'s.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import ssl
+from pathlib import Path
 
 import httpx
 import msgspec
@@ -14,10 +16,12 @@ import msgspec
 from fedsoda_edge.errors import HubUnreachable, UsageProblem
 from fedsoda_edge.network import tls
 from fedsoda_hub.run.directory import RunDirectory
+from fedsoda_hub.run.status import LiveStatus
 from fedsoda_hub.serving.tls import way_in
 from fedsoda_hub.settings.run import RunSettings
 
 ANSWER_SECONDS = 30.0
+STATUS_SECONDS = 5.0
 
 
 def order(directory: RunDirectory, path: str, body: msgspec.Struct | None = None) -> dict[str, object]:
@@ -58,6 +62,47 @@ def order(directory: RunDirectory, path: str, body: msgspec.Struct | None = None
     if answer.status_code != 200:
         raise UsageProblem(str(found.get("reason", f"the hub answered with status {answer.status_code}")))
     return dict(found)
+
+
+def ask_running_hub(directory: RunDirectory) -> LiveStatus | None:
+    """Ask the hub that serves this run on this machine for its status; None: none does, or another directory's answers."""
+    if not directory.address.exists():
+        return None
+    url = _from_here(directory.address.read_text(errors="replace"))
+    try:
+        secret = directory.admin_token.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):  # of another user; from its own machine a hub answers without it
+        secret = ""
+    verify: ssl.SSLContext | bool = False
+    try:
+        if url.startswith("https://"):  # the secret goes to who holds the hub's key, and to nobody else
+            verify = tls.pinned(tls.read_pin(directory.tls_pin.read_text(errors="replace")))
+        answer = httpx.get(
+            f"{url}/v1/status",
+            headers={"Authorization": f"Bearer {secret}"} if secret else {},
+            timeout=STATUS_SECONDS,
+            trust_env=False,
+            verify=verify,
+        )
+        found = msgspec.json.decode(answer.content, type=LiveStatus) if answer.status_code == 200 else None
+        # A copy of a run has its id, too: a hub that was left running in another checkout is not this one's.
+        is_other = found is not None and found.hub is not None and not _is_same(found.hub.directory, directory.path)
+        return None if is_other else found
+    except (
+        httpx.HTTPError,
+        httpx.InvalidURL,
+        ValueError,
+        OSError,
+        UsageProblem,
+    ):  # a killed hub leaves its address, and others may take the port
+        return None
+
+
+def _is_same(one: str, other: Path) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return False
 
 
 def _from_here(url: str) -> str:

@@ -30,8 +30,9 @@ from fedsoda_hub.run.status import LiveStatus, live_status, run_status
 from fedsoda_hub.run.tokens import Token
 from fedsoda_hub.serving import listener
 from fedsoda_hub.serving.connection import MAX_QUEUED_BYTES, PIECE_BYTES, Connection, Hub
-from fedsoda_hub.serving.listener import UNKNOWN_TOKEN, Server, ask_running_hub, bind, make_app
+from fedsoda_hub.serving.listener import UNKNOWN_TOKEN, Server, bind, make_app
 from fedsoda_hub.serving.metrics import Metrics
+from fedsoda_hub.serving.ordering import ask_running_hub
 from fedsoda_hub.serving.strangers import Handshakes
 
 SHARD = bytes(range(256)) * 4

@@ -20,8 +20,8 @@ from fedsoda_hub.federation import jobs
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.run.process import read_note
 from fedsoda_hub.serving.greeting import TELL_SECONDS
-from fedsoda_hub.serving.listener import ask_running_hub
 from fedsoda_hub.serving.neighbours import who_listens
+from fedsoda_hub.serving.ordering import ask_running_hub
 from fedsoda_hub.settings.run import RunSettings
 from tests.hub.serving.test_daemon import (
     Hub,

@@ -32,7 +32,8 @@ from fedsoda_hub.events import HubEvent, Listening
 from fedsoda_hub.run.directory import RunDirectory
 from fedsoda_hub.run.reset import reset
 from fedsoda_hub.serving import certificates, tls
-from fedsoda_hub.serving.listener import Server, ask_running_hub, bind
+from fedsoda_hub.serving.listener import Server, bind
+from fedsoda_hub.serving.ordering import ask_running_hub
 from fedsoda_hub.serving.strangers import ConnectionLimits
 from fedsoda_hub.serving.tls import Encryption, WayIn, way_in
 from fedsoda_hub.settings.run import RunSettings, read_settings
