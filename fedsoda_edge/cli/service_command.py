@@ -97,8 +97,9 @@ def install(
         from fedsoda_edge.errors import LocalError, UsageProblem
         from fedsoda_edge.ports.service_files import user_unit
         from fedsoda_edge.ports.service_manager import manager_here, settled
+        from fedsoda_edge.ports.system import user_number
 
-        if not is_printed and os.environ.get("SUDO_USER"):
+        if not is_printed and user_number() == 0 and os.environ.get("SUDO_USER"):
             raise UsageProblem(
                 f"sudo would install it for root, with root's home and keys; run this as {os.environ['SUDO_USER']} itself"
             )
@@ -295,7 +296,7 @@ def _log_of(home: Path, name: str) -> Path:
 def _program() -> list[str]:
     """Return the installed program by its absolute path; one that was started with python -m is started so again."""
     script = Path(sys.executable).with_name("fedsoda-edge")
-    return [str(script)] if script.is_file() else [sys.executable, "-m", "fedsoda_edge"]
+    return [str(script)] if script.is_file() else [sys.executable, "-P", "-m", "fedsoda_edge"]
 
 
 def _advice_on_program() -> str:

@@ -243,7 +243,7 @@ def _read(settings: RunSettings) -> list[Path]:
 def _program() -> list[str]:
     """Return the installed program by its absolute path; one that was started with python -m is started so again."""
     script = Path(sys.executable).with_name("fedsoda-hub")
-    return [str(script)] if script.is_file() else [sys.executable, "-m", "fedsoda_hub"]
+    return [str(script)] if script.is_file() else [sys.executable, "-P", "-m", "fedsoda_hub"]
 
 
 # --- the machine ---------------------------------------------------------------------------------------

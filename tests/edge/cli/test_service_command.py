@@ -206,8 +206,13 @@ def test_where_the_users_systemd_does_not_answer_it_is_said_how_it_would(machine
     assert "No medium found" in done.stderr
 
 
-def test_sudo_is_refused(machine: Path) -> None:
-    assert "run this as ann itself" in install(LINK, SUDO_USER="ann").stderr
+@pytest.mark.parametrize("user", [0, 1000])
+def test_sudo_to_root_is_refused_and_to_another_user_is_not(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, user: int
+) -> None:
+    monkeypatch.setattr("fedsoda_edge.ports.system.user_number", lambda: user)
+    done = install(LINK, SUDO_USER="ann")
+    assert ("run this as ann itself" in done.stderr, done.exit_code) == ((True, 2) if user == 0 else (False, 0))
 
 
 def test_print_shows_the_unit_and_changes_nothing(machine: Path) -> None:
