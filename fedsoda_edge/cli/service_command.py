@@ -94,14 +94,16 @@ def install(
     with reporting(as_json, False, debug, is_private=True), opt.named_as_options(), working(f"reading {data}"):
         from fedsoda_edge.cli.join_choices import JoinChoices
         from fedsoda_edge.data.local_data import remedy_for_columns
-        from fedsoda_edge.errors import UsageProblem
+        from fedsoda_edge.errors import LocalError, UsageProblem
         from fedsoda_edge.ports.service_files import user_unit
         from fedsoda_edge.ports.service_manager import manager_here, settled
+        from fedsoda_edge.ports.system import user_number
 
-        if not is_printed and os.environ.get("SUDO_USER"):
+        if not is_printed and user_number() == 0 and os.environ.get("SUDO_USER"):
             raise UsageProblem(
                 f"sudo would install it for root, with root's home and keys; run this as {os.environ['SUDO_USER']} itself"
             )
+        manager = None if is_printed else manager_here()
         choices = JoinChoices(
             url=url, data=data, link_file=link_file, token_file=token_file, pin=pin, insecure_http=insecure_http,
             column=column, device=device, max_disk=max_disk, cache=cache, cache_key=cache_key, threads=threads,
@@ -112,24 +114,27 @@ def install(
             # The link or token was read, perhaps from stdin: it is not asked for again.
             dataclasses.replace(choices, url=address, link_file=None, token_file=None).checked()
         service = _service(_named(name, address), secret, address, _words(context))
-        if is_printed:
-            line_out(user_unit(service).rstrip())
+        unit = user_unit(service)
+        report: dict[str, object] = {"file": None, "unit": unit, "command": list(service.command), "service": None}
+        if manager is None:
+            if not as_json:
+                line_out(unit.rstrip())
             note(f"# the command alone, for another supervisor: {shlex.join(service.command)}")
             note(f"# it reads its link or token from a file of {service.secrets}, which only install writes")
+            finish({"status": "ok", **report}, as_json, False)
             return
-        manager = manager_here()
         PULSE.work("starting the service")
         _refuse_a_shared_home(manager, service)
         _keep(service, secret)
         path = manager.install(service)
         state = settled(lambda: manager.state(service.name), SECONDS_TO_SETTLE)
-        note(f"{service.name}: {path}\n{_sentence(state)}")
+        if state.state.startswith("failed"):
+            raise LocalError(f"{path} is installed, and the service does not run: {_sentence(state)}")
+        note(f"{path}\n{_sentence(state)}")
         for sentence in (manager.advice(), _advice_on_program()):
             if sentence:
                 note(f"note: {sentence}")
-        finish({"status": "ok", "file": str(path), "service": _values(state)}, as_json, False)
-        if state.state.startswith("failed"):
-            raise typer.Exit(state.exit_status or 1)
+        finish({"status": "ok", **report, "file": str(path), "service": _values(state)}, as_json, False)
 
 
 @service_app.command(epilog="Example: fedsoda-edge service status")
@@ -291,7 +296,7 @@ def _log_of(home: Path, name: str) -> Path:
 def _program() -> list[str]:
     """Return the installed program by its absolute path; one that was started with python -m is started so again."""
     script = Path(sys.executable).with_name("fedsoda-edge")
-    return [str(script)] if script.is_file() else [sys.executable, "-m", "fedsoda_edge"]
+    return [str(script)] if script.is_file() else [sys.executable, "-P", "-m", "fedsoda_edge"]
 
 
 def _advice_on_program() -> str:

@@ -52,7 +52,7 @@ def install(
 ) -> None:
     """Serve the run now and from each boot on. Once more replaces the service. Needs root, but for --print."""
     with reporting(as_json, False, debug):
-        from fedsoda_edge.errors import UsageProblem
+        from fedsoda_edge.errors import LocalError, UsageProblem
         from fedsoda_edge.ports.disk import write_durably
         from fedsoda_edge.ports.service_manager import systemctl
         from fedsoda_edge.ports.system import user_number
@@ -60,8 +60,11 @@ def install(
 
         settings = read_settings(run)
         unit = hub_unit(settings, user)
+        report: dict[str, object] = {"file": None, "unit": unit, "user": user, "service": None}
         if is_printed:
-            line_out(unit.rstrip())
+            if not as_json:
+                line_out(unit.rstrip())
+            finish({"status": "ok", **report}, as_json, False)
             return
         _refuse_without_systemd()
         if user_number() != 0:
@@ -79,14 +82,15 @@ def install(
         systemctl(["enable", path.name], is_system=True)
         systemctl(["restart", "--no-block", path.name], is_system=True)
         state = _settled(settings)
+        if state.state.startswith("failed"):
+            raise LocalError(f"{path} is installed, and the service does not run: {_sentence(state)}")
         note(f"{path}\n{_sentence(state)}")
         note(
             f"note: the run belongs to {user}, so its owner's commands are given as that user: "
             f"`sudo -u {user} {shlex.join([*_program(), 'status', settings.path])}`"
         )
-        finish({"status": "ok", "file": str(path), "user": user, "service": dataclasses.asdict(state)}, as_json, False)
-        if state.state.startswith("failed"):
-            raise typer.Exit(state.exit_status or 1)
+        values = dataclasses.asdict(state)
+        finish({"status": "ok", **report, "file": str(path), "service": values}, as_json, False)
 
 
 @service_app.command(epilog="Example: fedsoda-hub service status triage.toml")
@@ -151,8 +155,16 @@ def unit_name(settings: RunSettings) -> str:
 
 def hub_unit(settings: RunSettings, user: str) -> str:
     """Write the unit of a run, which may write to its directory alone, and sees of the devices the GPUs."""
-    from fedsoda_edge.ports.service_files import command_line, notify_lines, plain_path, quoted_path, restart_lines
+    from fedsoda_edge.ports.service_files import (
+        assignment,
+        command_line,
+        notify_lines,
+        plain_path,
+        quoted_path,
+        restart_lines,
+    )
 
+    own = f"{USER}/{settings.name}"
     lines = [
         "[Unit]",
         f"Description=FedSODA hub of {plain_path(settings.name)}",
@@ -166,10 +178,10 @@ def hub_unit(settings: RunSettings, user: str) -> str:
         f"ExecStart={command_line([*_program(), 'serve', settings.path])}",
         *restart_lines(),
         "",
-        f"StateDirectory={USER}",
+        f"StateDirectory={own}",  # of this run: services of other users have their own
         "StateDirectoryMode=0700",
-        f"CacheDirectory={USER}",
-        f"Environment=HOME=/var/lib/{USER} XDG_CACHE_HOME=/var/cache/{USER}",
+        f"CacheDirectory={own}",
+        f"Environment={assignment('HOME', f'/var/lib/{own}')} {assignment('XDG_CACHE_HOME', f'/var/cache/{own}')}",
         f"ReadWritePaths={quoted_path(settings.run_dir)}",
         *_hardening(settings),
         "",
@@ -231,7 +243,7 @@ def _read(settings: RunSettings) -> list[Path]:
 def _program() -> list[str]:
     """Return the installed program by its absolute path; one that was started with python -m is started so again."""
     script = Path(sys.executable).with_name("fedsoda-hub")
-    return [str(script)] if script.is_file() else [sys.executable, "-m", "fedsoda_hub"]
+    return [str(script)] if script.is_file() else [sys.executable, "-P", "-m", "fedsoda_hub"]
 
 
 # --- the machine ---------------------------------------------------------------------------------------

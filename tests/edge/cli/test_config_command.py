@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ from typer.testing import CliRunner
 
 from fedsoda_edge.cli.commands import app
 from fedsoda_edge.events import JoinSettings
+from tests.schema import EDGE
 
 
 def test_each_option_of_join_has_value_default_source_and_meaning(
@@ -22,7 +22,7 @@ def test_each_option_of_join_has_value_default_source_and_meaning(
     (tmp_path / "home" / "config.toml").write_text(f'max_rounds = 3\n[join]\nurl = "{link}"\n')
     done = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["config", "--json"])
     assert done.exit_code == 0, done.output
-    found = {one["option"]: one for one in json.loads(done.stdout)["options"]}
+    found = {one["option"]: one for one in EDGE.report("config", done.stdout)["options"]}
     assert len(found) == len(JoinSettings.__struct_fields__)
     assert {name: found[name] | {"meaning": ""} for name in ("--device", "--max-rounds", "--cache")} == {
         "--device": {

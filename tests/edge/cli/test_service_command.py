@@ -6,7 +6,6 @@ systemctl is a script here that answers as systemd 252 did; docs/operations.md s
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import signal
 import stat
@@ -19,6 +18,7 @@ from typer.testing import CliRunner, Result
 from fedsoda_edge.cli import commands, service_command
 from fedsoda_edge.protocol.join_link import JoinLink
 from tests.edge.ports.test_service_files import arguments_of
+from tests.schema import EDGE
 from tests.test_schemas import ROWS
 
 LINK = str(JoinLink(("hub.example.org:8470",), b"k" * 32, b"s" * 24, b"t" * 32))
@@ -107,7 +107,7 @@ def test_install_writes_link_and_environment_for_this_user_alone_and_starts_the_
 def test_installed_again_a_service_has_the_new_link_and_there_is_one(machine: Path) -> None:
     assert install(LINK).exit_code == 0
     assert install(OTHER, "--threads", "2").exit_code == 0
-    found = json.loads(service("status", "--json").stdout)["services"]
+    found = EDGE.report("service status", service("status", "--json").stdout)["services"]
     assert [one["name"] for one in found] == ["hub.example.org-8470"]
     assert (machine / "home" / "services" / "hub.example.org-8470.link").read_text() == f"{OTHER}\n"
     assert unit_of(machine, "hub.example.org-8470")["ExecStart"].endswith('"--threads" "2"')
@@ -180,8 +180,10 @@ def test_uninstall_leaves_data_and_home(machine: Path) -> None:
 
 def test_a_service_that_does_not_start_is_told_with_its_exit_status(machine: Path) -> None:
     done = install(LINK, SHOWN=REFUSED)
-    assert done.exit_code == 5
-    assert "failed, exit status 5; fedsoda-edge service logs says why" in done.stderr
+    assert done.exit_code == 1
+    assert (
+        "does not run: hub.example.org-8470: failed, exit status 5; fedsoda-edge service logs says why" in done.stderr
+    )
 
 
 @pytest.mark.parametrize(
@@ -204,8 +206,13 @@ def test_where_the_users_systemd_does_not_answer_it_is_said_how_it_would(machine
     assert "No medium found" in done.stderr
 
 
-def test_sudo_is_refused(machine: Path) -> None:
-    assert "run this as ann itself" in install(LINK, SUDO_USER="ann").stderr
+@pytest.mark.parametrize("user", [0, 1000])
+def test_sudo_to_root_is_refused_and_to_another_user_is_not(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, user: int
+) -> None:
+    monkeypatch.setattr("fedsoda_edge.ports.system.user_number", lambda: user)
+    done = install(LINK, SUDO_USER="ann")
+    assert ("run this as ann itself" in done.stderr, done.exit_code) == ((True, 2) if user == 0 else (False, 0))
 
 
 def test_print_shows_the_unit_and_changes_nothing(machine: Path) -> None:
@@ -215,3 +222,13 @@ def test_print_shows_the_unit_and_changes_nothing(machine: Path) -> None:
     assert LINK not in done.output
     assert not (machine / "calls").exists()
     assert not (machine / "home" / "services").exists()
+
+
+def test_every_report_is_as_promised(machine: Path) -> None:
+    printed = EDGE.report("service install", install(LINK, "--print", "--json").stdout)
+    assert (printed["file"], printed["service"]) == (None, None)
+    done = EDGE.report("service install", install(LINK, "--name", "a", "--json").stdout)
+    assert done["service"]["says"] == "waiting for a round"
+    assert done["command"][-2:] == ["--data", str(machine / "my %h visits.jsonl")]
+    assert EDGE.report("service logs", service("logs", "--json").stdout)["command"][0] == "journalctl"
+    assert EDGE.report("service uninstall", service("uninstall", "--json").stdout)["name"] == "a"

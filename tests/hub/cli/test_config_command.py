@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,12 +13,13 @@ from fedsoda_hub.settings.keys import keys_of
 from fedsoda_hub.settings.run import defaults_of, effective, read_settings
 from fedsoda_hub.settings.tables import MethodName, Tables
 from tests.hub.serving.test_daemon import write_run
+from tests.schema import HUB
 
 
 def shown(path: Path | str) -> dict[str, dict[str, Any]]:
     done = CliRunner().invoke(app, ["config", str(path), "--json"])
     assert done.exit_code == 0, done.output
-    return {one.pop("key"): one for one in json.loads(done.stdout)["settings"]}
+    return {one.pop("key"): one for one in HUB.report("config", done.stdout)["settings"]}
 
 
 def test_every_key_has_its_value_default_source_and_meaning(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import msgspec
 import pytest
 
+from fedsoda_edge.ports.log_lines import LINES, LogChoices
 from fedsoda_edge.protocol.messages import Digest, EdgeId
 from fedsoda_edge.units import counted
 from fedsoda_hub import events
@@ -179,3 +181,20 @@ def test_what_happens_next_is_said_at_the_start(state: LedgerState, said: str) -
 
 def test_a_number_of_things_is_one_thing_or_several() -> None:
     assert [counted(number, "sample") for number in (0, 1, 1234)] == ["0 samples", "1 sample", "1,234 samples"]
+
+
+@pytest.mark.parametrize("jsonl", [False, True])
+def test_a_log_has_the_sentences_of_the_display_with_level_and_event(
+    capsys: pytest.CaptureFixture[str], jsonl: bool
+) -> None:
+    with LINES.kept(LogChoices("json")):
+        display = HubDisplay(jsonl)
+        display.say(events.EdgeConnected(edge=A, software="1"))
+        display.say(events.EdgeAnswered(rounds=9, round=2, edge=B, how="declined"))
+        display.say(events.OutOfDisk(message="the disk is full"))
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [(line["level"], line["event"], line["message"]) for line in lines] == [
+        ("info", "edge_connected", "a connected"),
+        ("warning", "edge_answered", "round 2: no update from b (declined)"),
+        ("error", "disk_full", "the disk is full"),
+    ]

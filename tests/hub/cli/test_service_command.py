@@ -18,6 +18,7 @@ from fedsoda_hub.cli import service_command
 from fedsoda_hub.cli.commands import app
 from tests.edge.ports.test_service_files import arguments_of
 from tests.hub.serving.test_daemon import write_run
+from tests.schema import HUB
 
 HARDEST = 3.0  # of 10, where `systemd-analyze security` says how exposed a unit is
 needs_systemd = pytest.mark.skipif(
@@ -53,7 +54,7 @@ def test_the_unit_serves_this_run_as_a_user_of_its_own_and_writes_to_the_run_alo
     assert Path(program).is_absolute()
     assert words[-2:] == ["serve", str(directory / "run.toml")]
     assert lines["User"] == "fedsoda-hub"
-    assert lines["StateDirectory"] == "fedsoda-hub"
+    assert lines["StateDirectory"] == "fedsoda-hub/small"
     assert lines["ReadWritePaths"] == f'"{str(directory).replace("%", "%%")}/small.run"'
     assert lines["RestartPreventExitStatus"] == "1 2 4 5 6"
     assert lines["ProtectSystem"] == "strict"
@@ -157,13 +158,19 @@ def test_installed_it_is_started_and_uninstalled_the_run_stays(tmp_path: Path, m
     monkeypatch.setattr("fedsoda_edge.ports.system.numbers_of_user", lambda _: (os.getuid(), [os.getgid()]))
     settings = write_run(tmp_path / "run")
     assert "has no service" in service("status", settings.path).stderr
-    done = service("install", settings.path)
+    printed = HUB.report("service install", service("install", settings.path, "--print", "--json").stdout)
+    assert (printed["file"], printed["service"]) == (None, None)
+    done = service("install", settings.path, "--json")
     assert done.exit_code == 0, done.output
+    assert HUB.report("service install", done.stdout)["service"]["says"] == "waiting for edges"
     assert "small: running, waiting for edges" in done.stderr
+    assert HUB.report("service status", service("status", settings.path, "--json").stdout)["service"]["name"] == "small"
+    assert HUB.report("service logs", service("logs", settings.path, "--json").stdout)["command"][0] == "journalctl"
     name = "fedsoda-hub-small.service"
     assert asked[:3] == ["daemon-reload", f"enable {name}", f"restart --no-block {name}"]
     assert (tmp_path / "units" / name).stat().st_mode & 0o777 == 0o644
-    assert service("uninstall", settings.path).exit_code == 0
+    gone = HUB.report("service uninstall", service("uninstall", settings.path, "--json").stdout)
+    assert gone["run_dir"] == str(settings.run_dir)
     assert f"disable --now {name}" in asked
     assert list((tmp_path / "units").iterdir()) == []
     assert settings.run_dir.is_dir()
