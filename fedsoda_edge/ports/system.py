@@ -264,15 +264,14 @@ def is_strangers_connection(port_there: int, port_here: int) -> bool:
     Args:
         port_there, port_here: the ports of the other end and of this one.
     """
-    if sys.platform != "linux":
-        return False
-    ends = f":{port_there:04X}", f":{port_here:04X}"
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        with contextlib.suppress(OSError):
-            for line in Path(table).read_text(encoding="ascii").splitlines()[1:]:
-                fields = line.split()
-                if fields[1].endswith(ends[0]) and fields[2].endswith(ends[1]):
-                    return int(fields[7]) not in (0, os.getuid())
+    if sys.platform == "linux":
+        ends = f":{port_there:04X}", f":{port_here:04X}"
+        for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+            with contextlib.suppress(OSError):
+                for line in Path(table).read_text(encoding="ascii").splitlines()[1:]:
+                    fields = line.split()
+                    if fields[1].endswith(ends[0]) and fields[2].endswith(ends[1]):
+                        return int(fields[7]) not in (0, os.getuid())
     return False
 
 
