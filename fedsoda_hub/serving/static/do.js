@@ -22,7 +22,7 @@ export async function tell(act, isHere = false) {
   }
 }
 
-const sentence = (text) => `${text[0].toUpperCase()}${text.slice(1)}${/[.!?]$/.test(text) ? "" : "."}`;
+const sentence = (text) => `${text[0].toUpperCase()}${text.slice(1)}${/[.!?]$/.test(text) ? "" : "."}`.replaceAll("`", "");
 
 function said(place, text, isBad) {
   say(place, text);

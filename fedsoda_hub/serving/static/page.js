@@ -19,6 +19,7 @@ function gate(reason) {
   $("pages").hidden = true;
   $("sections").hidden = true;
   $("gate").hidden = false;
+  $("gate-why").hidden = !reason;
   say($("gate-why"), reason);
   strip("");
 }
@@ -43,11 +44,12 @@ function title() {
 }
 
 async function start() {
+  const isByLink = location.hash.startsWith("#sign-in=");
   let session;
   try {
     session = await hub.signIn();
   } catch (error) {
-    if (error instanceof hub.Refused) return gate(sentence(error.message));
+    if (error instanceof hub.Refused) return gate(isByLink ? sentence(error.message) : "");
     strip("The hub does not answer; trying again.");
     setTimeout(start, AGAIN_SECONDS * 1000);
     return undefined;
@@ -80,7 +82,7 @@ async function start() {
 }
 
 function sentence(text) {
-  return `${text[0].toUpperCase()}${text.slice(1)}.`;
+  return `${text[0].toUpperCase()}${text.slice(1)}.`.replaceAll("`", "");
 }
 
 const THEMES = { "": "as the system", light: "light", dark: "dark" };
