@@ -3,8 +3,9 @@
 Training, coding with error feedback, aggregation, the hub's steps and judging are the product's; sockets and ledger are
 left out. The last 3 layers train, as in the demo, on states that are swept once for all cells of a seed, so that a cell is a few seconds of
 one core; with --head LoRA is on one linear layer before the head alone, and a cell a fraction of a second.
-Splits: `mixed`, each desk's messages dealt by Dirichlet(1); `rare`, one honest edge alone holds a desk's messages, the rest
-is dealt evenly. A cell is a split, a rule, an attack or none, and a seed; its answers are kept in --out, and a second call
+Splits: `mixed`, each desk's messages dealt by Dirichlet(1); `rare`, one honest edge alone holds a desk's messages, and as many
+rows as [rounds] max_weight lets count, the rest is dealt evenly: less, or fewer rounds, and the plain mean does not learn that
+desk. What it knows of it comes and goes with the rounds, so it is asked after several. A cell is a split, a rule, an attack or none, and a seed; its answers are kept in --out, and a second call
 continues. Claimed of the recommended rule: with each attack accuracy is at most 2 points below the plain mean without one,
 without one it costs less than 0.5 points, and the rare desk's accuracy falls by less than 2 points. A claim holds where the
 mean over seeds does; beside it stands the 95 % interval (docs/methods.md (m12-claims)), and what is `shown` has 5 seeds.
@@ -55,7 +56,7 @@ from fedsoda_hub.preparation.tokenizing import tokenizer_of
 from fedsoda_hub.settings.tables import Aggregation, Robust, RoundSettings
 
 ROOT = Path(__file__).resolve().parent.parent
-RECOMMENDED: Robust = "krum"
+RECOMMENDED: Robust = "cosine"
 RULES: tuple[Robust, ...] = get_args(Robust)
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Row = dict[str, dict[str, Any] | None]  # of a rule: what it loses, by attack
@@ -65,6 +66,10 @@ STEPS_OF_HEAD = 12
 PROMPT, COMPLETION = TextTemplate(task.PROMPT), TextTemplate(task.COMPLETION)
 EDGES = tuple(f"edge-{number}" for number in range(NUM_EDGES))
 RARE = "health"
+ASKED_AFTER: dict[str, tuple[int, ...]] = {
+    "mixed": (ROUNDS,),
+    "rare": (4, 8, 12, 16),
+}  # rounds, by split; the last ends it
 POINTS_ATTACKED, POINTS_CLEAN, POINTS_RARE = 2.0, 0.5, 2.0
 
 
@@ -136,9 +141,10 @@ class Bench:
         if split == "mixed":
             parts = deal("dirichlet-1", order, [row["desk"] for row in pool], edges=NUM_EDGES, least=16, seed=seed)
         else:
-            rare, common = ([at for at in order if (pool[at]["desk"] == RARE) == is_rare] for is_rare in (True, False))
+            common = [at for at in order if pool[at]["desk"] != RARE]
+            rare = [at for at, row in enumerate(pool) if row["desk"] == RARE]
             parts = [common[edge::NUM_EDGES] for edge in range(NUM_EDGES)]
-            parts[0] = parts[0][:8] + rare[: len(parts[0])]  # as many rows as the others have
+            parts[0] = parts[0][:8] + rare[: round(RoundSettings().max_weight * len(parts[0])) - 8]
         return [[pool[at] for at in part] for part in parts]
 
     def _swept(self, split: str, seed: int, edge: int, is_flipped: bool) -> SweptSamples:
@@ -174,7 +180,9 @@ class Bench:
         master = view = lora.initial(layout, cell.seed)
         residuals: dict[str, dict[str, Tensor]] = {}
         kept: list[dict[str, float]] = []
-        for number in range(1, ROUNDS + 1):
+        right: list[bool] = []
+        gold: list[str] = []
+        for number in range(1, ASKED_AFTER[cell.split][-1] + 1):
             own, coded, sizes = {}, {}, {}
             for at, edge in enumerate(EDGES):
                 about = (cell.split, cell.seed, at, cell.attack == "label-flip" and edge in attackers)
@@ -194,7 +202,10 @@ class Bench:
             kept.append(merged.kept)
             master = delta.moved(master, merged.mean, CODEC)
             _, view = delta.step_down(master, view, layout, CODEC)
-        right, gold = self.judged(master, cell.seed)
+            if number in ASKED_AFTER[cell.split]:
+                answers, choices = self.judged(master, cell.seed)
+                right += answers
+                gold += choices
         shares = {edge: [one[edge] for one in kept if edge in one] for edge in EDGES}
         return {
             "right": "".join("01"[one] for one in right),
@@ -320,6 +331,12 @@ def difference(one: Sequence[list[float]], other: Sequence[list[float]]) -> dict
     }
 
 
+def mean_of(shares: Sequence[float | None]) -> float | None:
+    """Average the shares that are known; None: none is."""
+    known = [share for share in shares if share is not None]
+    return round(float(np.mean(known)), 3) if known else None
+
+
 def report(found: dict[Cell, Kept], rules: Sequence[Robust], kinds: Sequence[Kind]) -> dict[str, Row]:
     """Compare each rule with the plain mean without attackers, over the seeds that both have."""
     rows: dict[str, Row] = {}
@@ -336,11 +353,11 @@ def report(found: dict[Cell, Kept], rules: Sequence[Robust], kinds: Sequence[Kin
         plain = [found[Cell(split, "none", None, seed)] for seed in seeds]
         attackers = attackers_among(EDGES, SHARE) if attack else ()
         kept = [[one.kept[edge] for one in these for edge in EDGES if (edge in attackers) == is_of] for is_of in (0, 1)]
-        known = [[share for share in shares if share is not None] for shares in kept]
         return difference([one.values(label) for one in these], [one.values(label) for one in plain]) | {
             "accuracy": round(100 * float(np.mean([np.mean(one.values(label)) for one in these])), 2),
-            "kept_of_honest": round(float(np.mean(known[0])), 3) if known[0] else None,
-            "kept_of_attackers": round(float(np.mean(known[1])), 3) if known[1] else None,
+            "kept_of_first": mean_of([one.kept[EDGES[0]] for one in these]),
+            "kept_of_honest": mean_of(kept[0]),
+            "kept_of_attackers": mean_of(kept[1]),
         }
 
     for rule in rules:

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, cast
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import Frame
 
@@ -202,16 +203,23 @@ class GuardedWebSocket(WebSocketsSansIOProtocol):
     # --- what leaves --------------------------------------------------------------------------------------
 
     async def send(self, message: Any) -> None:
+        if self.transport.is_closing() and not self.handshake_complete:
+            raise ClientDisconnected  # a hub that ends has answered already
         await super().send(message)
-        if (
-            message["type"] == "websocket.accept"
-        ):  # the request has been read: 4 KiB for as long as the connection is there
+        if message["type"] == "websocket.accept":  # of the request, 4 KiB, nothing is read any more
             cast(list[object], self.scope["headers"]).clear()
             self.request = self.response = None  # type: ignore[assignment]
         elif message["type"] == "websocket.close":
             self._leave()
+        elif message["type"] == "websocket.http.response.body" and self.initial_response is not None:
+            self.handshake_complete = True  # uvicorn takes a refusal for a defect of the application
+            self.strangers.complaints.add(f"refused with status {self.initial_response[0]}")
         else:  # not before there is room again: the next piece is not read from disk while this one waits
             await self.writable.wait()
+
+    def send_500_response(self) -> None:
+        if not self.transport.is_closing():
+            super().send_500_response()
 
     def keepalive_timeout(self) -> None:
         super().keepalive_timeout()

@@ -598,7 +598,7 @@ def test_of_a_blob_that_nobody_reads_the_hub_holds_a_piece(hub: MemoryHub) -> No
             lending = connection._lending
             assert lending is not None
             assert 0 <= lending.offset - connection.down <= PIECE_BYTES
-            assert connection._out.empty()
+            assert not connection._out
             slow.transport.abort()
 
     serve(hub, talk)

@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from fedsoda_edge.protocol import messages as ms
-from fedsoda_hub.serving import connection, guarded, strangers
+from fedsoda_hub.serving import connection, guarded, listener, strangers
 from fedsoda_hub.serving.listener import Server, bind
 from fedsoda_hub.serving.strangers import Complaints, ConnectionLimits, Handshakes, network_of
 from tests.conftest import ROOT
@@ -240,6 +240,35 @@ async def upgraded(port: int, token: str = "alice") -> tuple[asyncio.StreamReade
 def masked(data: bytes, opcode: int = 2, *, is_last: bool = True) -> bytes:
     assert len(data) < 126
     return bytes([(0x80 if is_last else 0) | opcode, 0x80 | len(data)]) + bytes(4) + data
+
+
+def test_a_hub_that_ends_while_it_refuses_a_token_leaves_no_traceback(
+    hub: MemoryHub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shown: list[guarded.GuardedWebSocket] = []
+    made = guarded.GuardedWebSocket.connection_made
+
+    def noted(self: guarded.GuardedWebSocket, transport: asyncio.BaseTransport) -> None:
+        shown.append(self)
+        made(self, transport)
+
+    def refused(*_: object) -> tuple[None, str]:
+        shown[0].shutdown()  # as uvicorn calls it when it ends
+        return None, "no"
+
+    monkeypatch.setattr(guarded.GuardedWebSocket, "connection_made", noted)
+    monkeypatch.setattr(listener, "_refused", refused)
+
+    async def play() -> None:
+        async with serving(hub) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(UPGRADE)
+            assert (await reader.read()).startswith(b"HTTP/1.1 500")
+            writer.close()
+
+    asyncio.run(play())
+    assert shown
+    assert [record for record in caplog.records if record.exc_info] == []
 
 
 @pytest.mark.parametrize("said", [b"", masked(b"garbage")], ids=["nothing", "garbage"])
