@@ -106,9 +106,10 @@ def tree_of(commit: str, to: Path, mask: int) -> Path:
 
 
 def build(python: Path, tree: Path, out: Path, epoch: int, **environment: str) -> Built:
-    """Build the sdist, write it again without what belongs to this machine, and build the wheel from that."""
+    """Write the man pages, build the sdist, write it again without what belongs to this machine, and build the wheel from that."""
     out.mkdir(parents=True)
     environment = {"SOURCE_DATE_EPOCH": str(epoch), "PYTHONHASHSEED": "0", **environment}
+    told(sys.executable, tree / "scripts" / "man.py", tree / "man", cwd=tree, **environment)
     told(python, "-m", "build", "--no-isolation", "--sdist", "--outdir", out, cwd=tree, **environment)
     [sdist] = out.glob("*.tar.gz")
     write_again(sdist, epoch)
