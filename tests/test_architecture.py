@@ -77,10 +77,11 @@ HOUSE = {
     "edge.events": Room(_SIZES, "msgspec"),
     # `protocol`: TorchPort names the typed calls of protocol/calls.py to the processes that own torch.
     "edge.ports": Room(_SIZES, f"{_ANY_STDLIB} psutil msgspec"),
-    "edge.ports.console": Room(f"{_SIZES} edge.ports edge.ports.log_options", "clock disk processes typer rich"),
+    "edge.ports.console": Room(f"{_SIZES} edge.ports", "clock disk processes typer rich"),
     "edge.ports.program": Room("edge.ports edge.ports.console", "typer"),
     # `tokenizers`: a model directory is refused where its tokenizer.json cannot be read.
     "edge.ports.log_options": Room("", "disk typer"),
+    "edge.ports.given_options": Room("edge.units edge.ports.log_options", "typer"),
     # The manager's socket; what is said there never leaves the machine.
     "edge.ports.service": Room("edge.errors edge.ports", "asyncio disk network"),
     "edge.model": Room(f"{_SIZES} edge.ports.disk edge.ports.system", "disk processes tensors tokenizers msgspec"),
@@ -100,7 +101,7 @@ HOUSE = {
     "edge.edge": Room(f"{_JOIN} edge.join edge.join.doctor edge.network", f"{_ANY_STDLIB} msgspec"),
     "edge.testing": Room(f"{_SIZES} edge.ports edge.model", "asyncio clock disk processes tensors tokenizers msgspec"),
     "edge.cli": Room(
-        f"{_JOIN} edge.ports.console edge.ports.program edge.ports.log_options edge.ports.service edge.join edge.join.doctor edge.network edge.edge",
+        f"{_JOIN} edge.ports.console edge.ports.program edge.ports.given_options edge.ports.log_options edge.ports.service edge.join edge.join.doctor edge.network edge.edge",
         f"{_ANY_STDLIB} typer rich msgspec platformdirs",
     ),
     "hub": Room("hub.cli"),
@@ -138,7 +139,7 @@ HOUSE = {
     "hub.compare.central": Room(f"{_ABOVE} edge.worker", "disk tensors msgspec"),
     "hub.demo": Room(f"{_ABOVE} edge.events hub.local edge.join.trainer", f"{_ANY_STDLIB} rich msgspec"),
     "hub.cli": Room(
-        f"{_ABOVE} edge.ports.log_options edge.ports.service hub.local hub.compare hub.demo",
+        f"{_ABOVE} edge.ports.given_options edge.ports.log_options edge.ports.service hub.local hub.compare hub.demo",
         f"{_ANY_STDLIB} typer rich msgspec",
     ),
 }

@@ -18,7 +18,6 @@ from fedsoda_edge.cli.status_command import status
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.ports.console import (
     EXIT_HELP,
-    effective_settings,
     finish,
     is_asked,
     note,
@@ -26,6 +25,7 @@ from fedsoda_edge.ports.console import (
     working,
 )
 from fedsoda_edge.ports.console import run as run_command
+from fedsoda_edge.ports.given_options import effective_settings
 from fedsoda_edge.ports.log_lines import LogChoices
 from fedsoda_edge.ports.log_options import LogFileOption, LogFormatOption, LogKeepOption, LogSizeOption
 from fedsoda_edge.ports.program import Program

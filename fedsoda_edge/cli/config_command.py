@@ -9,7 +9,8 @@ import msgspec
 import typer
 
 from fedsoda_edge.cli import options as opt
-from fedsoda_edge.ports.console import effective_settings, finish, note, reporting, show
+from fedsoda_edge.ports.console import finish, note, reporting, show
+from fedsoda_edge.ports.given_options import effective_settings
 from fedsoda_edge.units import counted
 
 

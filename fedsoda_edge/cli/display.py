@@ -16,7 +16,8 @@ from fedsoda_edge.cli.options import as_options
 from fedsoda_edge.data.inspection import Inspection, Piece
 from fedsoda_edge.join.doctor import DoctorStep
 from fedsoda_edge.join.status import pause_sentence
-from fedsoda_edge.ports.console import PULSE, ProgressLine, is_terminal, line_out, note, settings_lines
+from fedsoda_edge.ports.console import PULSE, ProgressLine, is_terminal, line_out, note
+from fedsoda_edge.ports.given_options import settings_lines
 from fedsoda_edge.ports.log_lines import LINES, Level
 from fedsoda_edge.protocol.needs import Part
 from fedsoda_edge.units import counted, human_bytes, human_seconds

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from fedsoda_edge.errors import LocalError
-from fedsoda_edge.ports.console import EffectiveOption
+from fedsoda_edge.ports.given_options import EffectiveOption
 
 # The SDK's names of settings in sentences: name='value', or the name alone where no other word is written like it.
 _GIVEN = re.compile(r"\b(cache|device|link_file|pause_on|pin|token_file)='([^']*)'")

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 
-from fedsoda_edge.ports.console import PULSE, ProgressLine, is_terminal, line_out, settings_lines
+from fedsoda_edge.ports.console import PULSE, ProgressLine, is_terminal, line_out
+from fedsoda_edge.ports.given_options import settings_lines
 from fedsoda_edge.ports.log_lines import LINES, Level
 from fedsoda_edge.units import counted, human_bytes, human_seconds
 from fedsoda_hub import events

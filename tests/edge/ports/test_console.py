@@ -9,16 +9,14 @@ import typer
 
 from fedsoda_edge.errors import DeviceTooSmall
 from fedsoda_edge.ports.console import (
-    EffectiveOption,
     ProgressLine,
     Pulse,
-    effective_settings,
     finish,
     note,
     reporting,
     run,
-    settings_lines,
 )
+from fedsoda_edge.ports.given_options import EffectiveOption, effective_settings, settings_lines
 
 
 def command(failure: BaseException | None) -> typer.Typer:
