@@ -56,7 +56,7 @@ from fedsoda_hub.preparation.tokenizing import tokenizer_of
 from fedsoda_hub.settings.tables import Aggregation, Robust, RoundSettings
 
 ROOT = Path(__file__).resolve().parent.parent
-RECOMMENDED: Robust = "cosine"
+RECOMMENDED: Robust = "krum"
 RULES: tuple[Robust, ...] = get_args(Robust)
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Row = dict[str, dict[str, Any] | None]  # of a rule: what it loses, by attack

@@ -38,7 +38,7 @@ LAYOUT = tuple(
 BOUND, BOUND_CLEAN = 0.6, 0.35  # of the honest mean's length
 BOAST, LARGEST = 2**31, 2.0**100
 RULES: tuple[Robust, ...] = tuple(rule for rule in get_args(Robust) if rule != "none")
-ON_PRODUCTS: tuple[Robust, ...] = ("clip", "krum", "centered-clip", "cosine")
+ON_PRODUCTS: tuple[Robust, ...] = ("clip", "krum", "centered-clip")
 KINDS: tuple[AttackKind, ...] = tuple(kind for kind in get_args(AttackKind) if kind != "label-flip")
 
 

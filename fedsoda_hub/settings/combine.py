@@ -41,7 +41,7 @@ OPTIMIZERS: dict[Optimizer, tuple[str, ...]] = {
 
 # Rules that cut single values, and those that compare whole updates. The others ask for less.
 BY_VALUE: tuple[Robust, ...] = ("median", "trimmed")
-BY_DISTANCE: tuple[Robust, ...] = ("krum", "centered-clip", "cosine")
+BY_DISTANCE: tuple[Robust, ...] = ("krum", "centered-clip")
 READS_SHARE: tuple[Robust, ...] = ("trimmed", "krum")
 
 T = TypeVar("T", bound=Tables)
@@ -249,7 +249,7 @@ def _check_robust(tables: Tables, file: str) -> None:
     if rule in BY_VALUE and how.rule == "flexlora":
         raise UsageProblem(
             f'[aggregation] robust = {rule!r} beside rule = "flexlora" in {file}: the mean is one of products, whose '
-            'single values no low rank keeps; write robust = "clip", "krum", "centered-clip" or "cosine", or rule = "fedavg"'
+            'single values no low rank keeps; write robust = "clip", "krum" or "centered-clip", or rule = "fedavg"'
         )
     if rule in BY_DISTANCE and tables.method.name == "fedpruner" and tables.method.classes:
         raise UsageProblem(

@@ -22,7 +22,7 @@ LayerChoice = Literal["contiguous", "spectral", "uniform", "random", "top"]
 Rule = Literal["fedavg", "ffa", "rolora", "flexlora"]
 Optimizer = Literal["none", "fedavgm", "fedadam", "fedyogi"]
 NoticeName = Literal["run_over", "below_quorum", "edge_gone", "disk_low", "compute_failed", "round_closed", "evaluated"]
-Robust = Literal["none", "clip", "median", "trimmed", "krum", "centered-clip", "cosine"]
+Robust = Literal["none", "clip", "median", "trimmed", "krum", "centered-clip"]
 
 MAX_SEED = 2**63 - 1  # what torch's generators take
 SELF_GENERATED = "self-generated"  # instead of a file of [public]
@@ -184,8 +184,7 @@ class Aggregation(Section, frozen=True):
         Meta(
             description="how far a few edges can move the model: none, as far as they like; clip brings every update to the "
             "round's median length at most; centered-clip does so around where most updates are; trimmed and median cut "
-            "the extremes of each value; krum leaves out the updates that are far from the others; cosine those "
-            "that go against the others"
+            "the extremes of each value; krum leaves out the updates that are far from the others"
         ),
     ] = "none"
     robust_share: Annotated[

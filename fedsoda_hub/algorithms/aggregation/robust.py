@@ -1,12 +1,11 @@
 """Merge a round's updates so that a few edges that send anything cannot move the model far (docs/methods.md (m10-robust)).
 
-Five kinds of rules, one for each thing that an attacker can choose:
+Four kinds of rules, one for each thing that an attacker can choose:
 
     clip            the length of an update (norm bounding, Sun et al. 2019, arXiv 1911.07963)
     median, trimmed its single values (Yin et al. 2018, arXiv 1803.01498)
     krum            where it lies (Multi-Krum, Blanchard et al. 2017, arXiv 1703.02757)
     centered-clip   how far it lies from where the others are (Karimireddy et al. 2021, arXiv 2012.10333)
-    cosine          where it points (as FLTrust, Cao et al. 2021, arXiv 2012.13995, with the others in the server's place)
 
 `num_examples` is an edge's own claim. So it never decides what is cut, bounded or chosen; it weighs what is left, as in
 the mean. Order of arrival changes nothing. How an owner learns who was far from the others is `standing.py`'s.
@@ -28,8 +27,6 @@ from fedsoda_hub.algorithms.aggregation.weighted_mean import CodedUpdate, weighe
 from fedsoda_hub.settings.tables import Aggregation, Robust
 
 ITERATIONS = 20  # of centered-clip; they cost no pass, and 10 come within 1 % of the end
-ITERATIONS_OF_COSINE = 10  # who is left out in one changes whom the next compares with
-FULL = 0.5  # of the median cosine: from there on an update counts whole
 ROUNDING = 1e-12  # of squared lengths, below which a squared distance is what float64 lost
 LEAST_FOR_KRUM = 5  # updates: n > 2 f + 2 with f = 1
 
@@ -114,10 +111,6 @@ def kept(
         case "centered-clip":
             coefficients, whole = centered_clip(inner, shares)
             counts = coefficients / shares
-        case "cosine":
-            clipped, agreed = agreement(inner)
-            whole = clipped * agreed
-            counts = whole / (shares * agreed).sum()
         case _:
             raise AssertionError("combine.py refuses rules by value where products are averaged")
     return Kept(dict(zip(edges, counts.tolist(), strict=True)), dict(zip(edges, whole.tolist(), strict=True)), inner)
@@ -196,33 +189,6 @@ def centered_clip(inner: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
         pulls = shares * factors
         c = c * (1 - pulls.sum()) + pulls
     return c, factors
-
-
-def agreement(inner: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute what brings each update to the median length at most, and how far it goes where the others go.
-
-    An update is compared with the sum of the others, each of the median length at most and as far as it counts itself. It
-    counts whole where its cosine is FULL of the median cosine or more, not at all below 0, and in proportion between. Where
-    the updates do not agree, so that the median is not above 0, all count.
-
-    Args:
-        inner: <u_i, u_j>, (K, K), float64.
-
-    Returns:
-        (the factor of its length, its weight), each (K,), from 0 to 1.
-    """
-    clipped = clip_factors(inner.diagonal().clamp(min=0).sqrt())
-    inner = clipped[:, None] * inner * clipped
-    squares = inner.diagonal().clamp(min=0)
-    weights = torch.ones_like(squares)
-    for _ in range(ITERATIONS_OF_COSINE):
-        towards = inner @ weights
-        of_others = weights @ towards - 2 * weights * towards + weights**2 * squares
-        cosines = (towards - weights * squares) / (squares * of_others).clamp(min=0).sqrt()
-        cosines = cosines.nan_to_num(0.0, 0.0, 0.0)
-        middle = cosines.median()
-        weights = (cosines / (FULL * middle)).clamp(0, 1) if middle > 0 else torch.ones_like(weights)
-    return clipped, weights
 
 
 # --- rules on single values ----------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ LAYOUT = tuple(
     for factor, shape in (("A", (RANK, IN)), ("B", (OUT, RANK)))
 )
 RULES: tuple[Robust, ...] = get_args(Robust)
-WHOLE: tuple[Robust, ...] = ("clip", "krum", "centered-clip", "cosine")
+WHOLE: tuple[Robust, ...] = ("clip", "krum", "centered-clip")
 Matrix = NDArray[np.float64]
 
 
@@ -132,23 +132,6 @@ def centered_clip_oracle(rows: Matrix, p: Matrix, _: float) -> Matrix:
     return np.asarray(v)
 
 
-def cosine_oracle(rows: Matrix, p: Matrix, _: float) -> Matrix:
-    lengths = [float(np.linalg.norm(row)) for row in rows]
-    bound = lower_median(lengths)
-    rows = np.array([row * min(1.0, bound / length) for row, length in zip(rows, lengths, strict=True)])
-    weights = [1.0] * len(rows)
-    for _iteration in range(10):
-        cosines = []
-        for i, row in enumerate(rows):
-            others = sum((weights[j] * rows[j] for j in range(len(rows)) if j != i), np.zeros_like(row))
-            size = float(np.linalg.norm(row) * np.linalg.norm(others))
-            cosines.append(float(row @ others) / size if size else 0.0)
-        middle = lower_median(cosines)
-        weights = [min(1.0, max(0.0, cosine / (middle / 2))) if middle > 0 else 1.0 for cosine in cosines]
-    total = sum(w * share for w, share in zip(weights, p, strict=True))
-    return np.asarray(sum(w * share * row for w, share, row in zip(weights, p, rows, strict=True)) / total)
-
-
 def mean_oracle(rows: Matrix, p: Matrix, _: float) -> Matrix:
     return np.asarray(p @ rows)
 
@@ -160,7 +143,6 @@ ORACLES: dict[Robust, Callable[[Matrix, Matrix, float], Matrix]] = {
     "trimmed": trimmed_oracle,
     "krum": krum_oracle,
     "centered-clip": centered_clip_oracle,
-    "cosine": cosine_oracle,
 }
 
 
@@ -291,26 +273,6 @@ def test_the_longest_and_the_farthest_are_told_by_what_was_kept() -> None:
     assert robust.merge(updates, "bf16", 3.0, Aggregation(robust="median")).kept == {}
 
 
-def test_who_goes_against_the_others_is_left_out_by_cosine_and_who_goes_aside_is_kept() -> None:
-    """Where most agree, an honest edge with rare data goes its own way; that alone costs it nothing."""
-    common, rare = tensors(99, 0.1), tensors(98, 0.1)
-    steps = [{name: common[name] + tensors(at + 1, 0.05)[name] for name in common} for at in range(8)]
-    steps.append({name: 0.5 * common[name] + 0.5 * rare[name] for name in common})
-    steps.append({name: -value for name, value in steps[0].items()})
-    updates = [update(f"edge-{at}", step) for at, step in enumerate(steps)]
-    kept = robust.merge(updates, "bf16", 3.0, Aggregation(robust="cosine")).kept
-    assert kept["edge-8"] > 0.95
-    assert kept["edge-9"] == 0.0
-
-
-def test_where_updates_do_not_agree_all_count_by_cosine() -> None:
-    steps = [tensors(1, 0.1), {name: -value for name, value in tensors(1, 0.1).items()}]
-    kept = robust.merge(
-        [update(f"e{at}", step) for at, step in enumerate(steps)], "bf16", 3.0, Aggregation(robust="cosine")
-    )
-    assert list(kept.kept.values()) == [1.0, 1.0]
-
-
 @pytest.mark.parametrize("rule", RULES)
 def test_equal_updates_are_the_result_and_none_is_touched(rule: Robust) -> None:
     step = tensors(1, 0.1)
@@ -319,7 +281,7 @@ def test_equal_updates_are_the_result_and_none_is_touched(rule: Robust) -> None:
     expected = delta.decode(updates[0].read(), LAYOUT, "bf16")
     for name, value in expected.items():
         torch.testing.assert_close(found.mean[name], value, rtol=1e-6, atol=1e-8)
-    if rule in ("none", "clip", "centered-clip", "cosine"):
+    if rule in ("none", "clip", "centered-clip"):
         assert all(share == pytest.approx(1.0) for share in found.kept.values())
 
 
