@@ -45,7 +45,9 @@ class Outputs:
     """What one program may print. Every method raises AssertionError where something else was printed."""
 
     def __init__(self, program: str) -> None:
-        self.document: dict[str, Any] = json.loads((ROOT / program.replace("-", "_") / "schemas.json").read_text(encoding="utf-8"))
+        self.document: dict[str, Any] = json.loads(
+            (ROOT / program.replace("-", "_") / "schemas.json").read_text(encoding="utf-8")
+        )
         self.parts: dict[str, Any] = self.document["$defs"]
 
     @property
