@@ -60,15 +60,19 @@ def _ok(*words: str | Path, **environment: str) -> str:
 
 def pythons(uv: Path) -> list[tuple[str, Path]]:
     """Return the (version, path) of the oldest and of the newest Python on this machine that fedsoda runs on."""
-    found: dict[tuple[int, ...], Path] = {}
-    for one in json.loads(_ok(uv, "python", "list", "--only-installed", "--output-format", "json")):
-        version = tuple(one["version_parts"][part] for part in ("major", "minor", "patch"))
-        if version[:2] >= OLDEST and one["implementation"] == "cpython" and one.get("variant", "default") == "default":
-            found.setdefault(version, Path(one["path"]))
-    if not found:
+    listed = json.loads(_ok(uv, "python", "list", "--only-installed", "--output-format", "json"))
+    places = [Path(one["path"]) for one in listed if one["implementation"] == "cpython"]
+    places += Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv").glob("versions/*/bin/python3")
+    found: dict[tuple[int, int], tuple[str, Path]] = {}
+    for path in places:
+        told = _run(path, "-c", "import sys, ensurepip; print(*sys.version_info[:3])")
+        if told.returncode == 0:
+            major, minor, patch = map(int, told.stdout.split())
+            found.setdefault((major, minor), (f"{major}.{minor}.{patch}", path))
+    fit = sorted(version for version in found if version >= OLDEST)
+    if not fit:
         raise InstallFailed(f"there is no Python {'.'.join(map(str, OLDEST))} or newer here")
-    ends = [min(found), max(found)] if len(found) > 1 else [min(found)]
-    return [(".".join(map(str, version)), found[version]) for version in ends]
+    return [found[version] for version in sorted({fit[0], fit[-1]})]
 
 
 def torch_of(python: Path, constraints: Path, to: Path) -> Path | None:

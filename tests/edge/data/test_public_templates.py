@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from transformers import AutoTokenizer
 
 from fedsoda_edge.data.chat import ChatTemplate
@@ -139,6 +140,13 @@ def theirs(tiny_llama: Path) -> Any:
     return AutoTokenizer.from_pretrained(tiny_llama)
 
 
+# What ours is held against: releases before it hand other text to a template with tools or thoughts. Ours renders by itself.
+like_the_newest = pytest.mark.skipif(
+    tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23), reason="apply_chat_template rendered otherwise"
+)
+
+
+@like_the_newest
 @pytest.mark.parametrize("begins", [False, True])
 @pytest.mark.parametrize("talk", TALKS)
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -189,6 +197,7 @@ def sample_of(tiny_llama: Path, source: str, told: ChatExample) -> Sample:
     return made
 
 
+@like_the_newest
 @pytest.mark.parametrize("talk", ["plain", "turns", "system", "tools"])
 @pytest.mark.parametrize("name", ["generation", "generation of a header"])
 def test_what_is_supervised_is_what_the_template_marks(tiny_llama: Path, name: str, talk: str) -> None:
