@@ -17,17 +17,20 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
 from fedsoda_edge.errors import UsageProblem
 from fedsoda_hub.serving.notices import HubNotice
 from fedsoda_hub.serving.notify import NotDelivered
+from fedsoda_hub.settings.tables import is_loopback_name
 
 PAUSES = (1.0, 4.0, 15.0, 60.0, 240.0)  # seconds between two tries, at least half of each
 MAX_PAUSE = 600.0  # seconds that a server's Retry-After is heeded
 AGAIN = frozenset((408, 425, 429, 500, 502, 503, 504))  # statuses after which another try can help
 logging.getLogger("httpx").setLevel(logging.WARNING)  # its lines hold the whole address, which may be a secret
+NO_PROXIES: dict[str, httpx.AsyncBaseTransport | None] = dict.fromkeys(("http://", "https://", "all://"))
 MAX_SECRET_BYTES, LEAST_SECRET_BYTES = 4096, 16
 
 
@@ -118,7 +121,10 @@ class Webhook:
             "FedSODA-Id": notice.id,
             "FedSODA-Signature": signature(self.secret, at, body),
         }
-        client: Any = httpx.AsyncClient(follow_redirects=False, trust_env=True, timeout=self.seconds)
+        is_here = is_loopback_name(urlsplit(self.url).hostname or "")  # a proxy would look on its own machine
+        client: Any = httpx.AsyncClient(
+            follow_redirects=False, trust_env=True, timeout=self.seconds, mounts=NO_PROXIES if is_here else None
+        )
         async with client, client.stream("POST", self.url, content=body, headers=headers) as answer:
             yield answer
 
