@@ -27,6 +27,7 @@ from typing import Any
 from fedsoda_edge.protocol import messages as ms
 from fedsoda_edge.protocol.codec import decode, encode
 from fedsoda_edge.protocol.manifest import TensorSpec
+from fedsoda_hub.serving import strangers
 
 LAYOUT = (TensorSpec("layers.1.lora_A", (2, 8)), TensorSpec("layers.1.lora_B", (8, 2)))
 
@@ -261,6 +262,44 @@ async def hostile(port: int, tokens: list[str], seconds: float) -> None:
         print("besieged", flush=True)
 
     await asyncio.gather(tell(), *(one(number) for number in range(len(tokens))))
+
+
+async def floods(port: int, token: str) -> dict[str, float]:
+    """Return how many of 600 connections of one address are answered, and how much of a blob one gets who stops reading."""
+
+    async def asks(_: int) -> bool:
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            raw = await Raw.to(port, 1)
+            try:
+                raw.say(b"GET /healthz HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n")
+                return b'"fedsoda"' in await raw.reader.read()
+            finally:
+                raw.close()
+        return False
+
+    raw = await Raw.to(port, 2)
+    welcome = await raw.greet(token, token)
+    assert welcome.emulator is not None
+    raw.say_frame(encode(ms.BlobRequest(digest=welcome.emulator.digest)))
+    raw.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    gate = asyncio.Semaphore(40)
+
+    async def one(number: int) -> bool:
+        async with gate:
+            return await asks(number)
+
+    started = time.monotonic()
+    answered = sum(await asyncio.gather(*(one(number) for number in range(600))))
+    allowed = strangers.HANDSHAKES_AT_ONCE + strangers.HANDSHAKES_A_SECOND * (time.monotonic() - started + 1)
+    await asyncio.sleep(4.0)
+    raw.writer.transport.resume_reading()  # type: ignore[attr-defined]
+    came = 0
+    with contextlib.suppress(OSError, TimeoutError):
+        async with asyncio.timeout(5):
+            while piece := await raw.reader.read(1 << 16):
+                came += len(piece)
+    raw.close()
+    return {"answered_of_one_address": answered, "allowed_of_one_address": allowed, "blob_bytes_unread_too_long": came}
 
 
 def main() -> None:

@@ -126,6 +126,14 @@ class Over:
     reason: Exception
 
 
+def _refused(refusal: ms.Refusal) -> Exception:
+    """Make the error of a hub that answers Hello with a refusal."""
+    if isinstance(refusal.speaks, tuple) and SPEAKS.agreed(hub := Speaks(*refusal.speaks)) is None:
+        return SPEAKS.mismatch(hub, installer.found().update)
+    why = f"the hub refused: {one_line(refusal.reason)}"
+    return RefusedForNow(why) if refusal.retry else RefusedByHub(why)
+
+
 class Conversation:
     """The conversation of this edge with its hub, from the first Hello to Farewell or Leave.
 
@@ -200,10 +208,7 @@ class Conversation:
             )
             log.debug(trace.line("<", answer))
             if isinstance(answer, ms.Refusal):
-                if isinstance(answer.speaks, tuple) and SPEAKS.agreed(hub := Speaks(*answer.speaks)) is None:
-                    raise SPEAKS.mismatch(hub, installer.found().update)
-                why = f"the hub refused: {one_line(answer.reason)}"
-                raise RefusedForNow(why) if answer.retry else RefusedByHub(why)
+                raise _refused(answer)
             if not SPEAKS.oldest <= answer.protocol <= SPEAKS.newest:
                 raise SPEAKS.mismatch(Speaks(answer.protocol, answer.protocol), installer.found().update)
             if self._welcome is not None and answer.run_id != self._welcome.run_id:

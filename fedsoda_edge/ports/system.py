@@ -278,7 +278,7 @@ def linux_machine() -> str:
 
 
 def is_strangers_connection(port_there: int, port_here: int) -> bool:
-    """Tell whether another user's process holds the other end of a connection on this machine, root's aside.
+    """Tell whether another user's process that is not root's holds the other end of a connection on this machine.
 
     Linux tells whose each socket is; where it does not, nobody is a stranger.
 

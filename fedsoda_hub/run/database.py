@@ -12,6 +12,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -241,13 +242,13 @@ def _refuse_cut(path: Path) -> None:
 
 
 def _connected(path: Path | None, is_read_only: bool) -> sqlite3.Connection:
-    how: dict[str, Any] = {"check_same_thread": False, "isolation_level": None, "timeout": 5.0}
+    connect = partial(sqlite3.connect, check_same_thread=False, isolation_level=None, timeout=5.0)
     if path is None or not is_read_only:
-        return sqlite3.connect(path or ":memory:", **how)
+        return connect(path or ":memory:")
     address = path.absolute().as_uri()
     log = path.with_name(f"{path.name}-wal")
     has_log = log.exists() and log.stat().st_size > 0
     # SQLite makes files beside a database with a write-ahead log even to read it, and cannot where nobody may write.
     if not has_log and not os.access(path.parent, os.W_OK):
-        return sqlite3.connect(f"{address}?immutable=1", uri=True, **how)
-    return sqlite3.connect(f"{address}?mode=ro", uri=True, **how)
+        return connect(f"{address}?immutable=1", uri=True)
+    return connect(f"{address}?mode=ro", uri=True)

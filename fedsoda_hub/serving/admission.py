@@ -15,7 +15,7 @@ from fedsoda_edge.ports import Clock
 from fedsoda_edge.protocol.messages import EdgeId
 from fedsoda_hub.run.ledger import Ledger
 from fedsoda_hub.run.tokens import Token
-from fedsoda_hub.serving.proofs import Tickets
+from fedsoda_hub.serving.proofs import Proofs
 
 LOOK_SECONDS = 2.0
 NOTED_SECONDS = 60.0  # after which it is noted again that an edge is still connected
@@ -44,10 +44,10 @@ class Admitted(Protocol):
 class Admission:
     """The look at who may stay, and the note of who was seen."""
 
-    def __init__(self, ledger: Ledger, present: Admitted, tickets: Tickets, clock: Clock) -> None:
+    def __init__(self, ledger: Ledger, present: Admitted, proofs: Proofs, clock: Clock) -> None:
         self._ledger = ledger
         self._present = present
-        self._tickets = tickets
+        self._proofs = proofs
         self._clock = clock
         self._version = -1  # of what was looked at last
         self._noted_at = clock.monotonic()
@@ -58,12 +58,17 @@ class Admission:
             await self._clock.sleep(LOOK_SECONDS)
             await self.look()
 
+    async def close(self) -> None:
+        """Take no further proof, and note who was seen."""
+        self._proofs.close()
+        await self.look()
+
     async def look(self) -> None:
         """End what may not stay, and note who was seen since the last look."""
         passed = self._present.passed()
-        held = list(dict.fromkeys((*self._present.admitted(), *self._tickets.held())))
+        held = list(dict.fromkeys((*self._present.admitted(), *self._proofs.tickets.held())))
         for token, reason in await asyncio.to_thread(self._shut_out, held, has_news=bool(passed)):
-            self._tickets.end(token.edge, token.key)
+            self._proofs.tickets.end(token.edge, token.key)
             self._present.dismiss(token, reason)
         if self._clock.monotonic() - self._noted_at >= NOTED_SECONDS:
             self._noted_at = self._clock.monotonic()

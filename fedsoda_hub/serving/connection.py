@@ -158,8 +158,8 @@ class Connection:
         self.up = 0
         self.down = 0
         self.session = HubSession(hub.shelf.max_update_bytes, partial(hub.guests.gather, token.edge))
-        self._progress: int | None = None  # of the upload under way, as it was at `_moved_at`, in seconds of the loop
-        self._moved_at = asyncio.get_running_loop().time()
+        # Of the upload under way: bytes, and when they were last seen to grow, in seconds of the loop.
+        self._moved: tuple[int | None, float] = None, asyncio.get_running_loop().time()
         self.flushed = asyncio.Event()  # nothing leaves any more
         self._hub = hub
         self._channel = channel
@@ -296,11 +296,11 @@ class Connection:
         stall = self._hub.guests.stall_seconds if self.session.upload_progress is not None else None
         if self.session.state == "new":
             stall = HELLO_SECONDS
-        if self.session.upload_progress != self._progress:
-            self._progress, self._moved_at = self.session.upload_progress, asyncio.get_running_loop().time()
+        if self.session.upload_progress != self._moved[0]:
+            self._moved = self.session.upload_progress, asyncio.get_running_loop().time()
         try:
             # Since the last byte of the upload: an edge that says other things meanwhile would hold up a round without end.
-            async with asyncio.timeout_at(None if stall is None else self._moved_at + stall):
+            async with asyncio.timeout_at(None if stall is None else self._moved[1] + stall):
                 return await self._channel.receive_bytes()
         except TimeoutError:
             what = "no Hello" if self.session.state == "new" else "upload stalls"

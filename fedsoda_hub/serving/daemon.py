@@ -68,7 +68,7 @@ class Daemon:
         self.broadcast.begin(metrics.hear)
         self.uploads = Uploads(run.directory.blobs, settings.wire.codec, run.directory.uploads, settings.task.best_by)
         state = run.state
-        self.proofs = Proofs(run.key, run.ledger.devices, lambda: state.run_id, clock.monotonic, clock.wall)
+        proofs = Proofs(run.key, run.ledger.devices, lambda: state.run_id, clock.monotonic, clock.wall)
         note = ProcessNote(run.directory.process, clock, "preparing" if not state.sub_llms else "serving")
         signer = Signer(run.key, state, tuple(settings.blobs.mirrors), self.shelf.ref, clock)
         greeting = Greeting(settings, state, self.shelf, signer, clock, self._work)
@@ -78,7 +78,7 @@ class Daemon:
             run.ledger,
             self.shelf,
             self.uploads,
-            self.proofs,
+            proofs,
             self.inbox.put_nowait,
             say,
             greeting,
@@ -88,7 +88,7 @@ class Daemon:
             settings, self.machine, run.ledger, clock, self.roster, run.admin_secret, metrics, note
         )
         self.broadcast.begin(self.monitoring.heard)
-        self.admission = Admission(run.ledger, self.roster, self.proofs.tickets, clock)
+        self.admission = Admission(run.ledger, self.roster, proofs, clock)
         self.jobs = TorchJobs(settings, torch, self.inbox.put_nowait, say, metrics.worked)
         self.decisions = Decisions(
             settings,
@@ -252,8 +252,7 @@ class Daemon:
                 if event_file is not None:
                     await event_file.close()
                 self.disk.directory.address.unlink(missing_ok=True)
-                self.proofs.close()
-                await self.admission.look()
+                await self.admission.close()
         finally:
             self.disk.close()
         if stop.done() and stop.result() == "SIGINT":

@@ -76,7 +76,7 @@ class Complaints:
             return False
         return True
 
-    def handle(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    def handle(self, loop: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
         """Count a connection that no descriptor was left for, as the loop's handler of errors; pass on all others."""
         error = context.get("exception")
         if isinstance(error, OSError) and error.errno in OUT_OF_DESCRIPTORS:

@@ -45,7 +45,7 @@ def test_the_gpu_memory_of_a_process_is_summed_over_all_gpus(monkeypatch: pytest
 
     import pynvml
 
-    held = {0: [(7, 100), (8, 5)], 1: [(7, 20), (9, None)]}
+    held: dict[int, list[tuple[int, int | None]]] = {0: [(7, 100), (8, 5)], 1: [(7, 20), (9, None)]}
     monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
     monkeypatch.setattr(pynvml, "nvmlShutdown", lambda: None)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: 2)
