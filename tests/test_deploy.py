@@ -1,6 +1,6 @@
 """The files in scripts/deploy: what runs as root, what an image and a manifest must say, and a hub behind the proxies' examples.
 
-Building images is left to hands (docs/operations.md, o15-containers): it takes a base image and minutes.
+Building images is left to hands (docs/operations.md, o16-containers): it takes a base image and minutes.
 """
 
 from __future__ import annotations

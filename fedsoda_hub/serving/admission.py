@@ -48,6 +48,7 @@ class Admission:
         self._ledger = ledger
         self._present = present
         self._proofs = proofs
+        self.tickets = proofs.tickets
         self._clock = clock
         self._version = -1  # of what was looked at last
         self._noted_at = clock.monotonic()
@@ -66,9 +67,9 @@ class Admission:
     async def look(self) -> None:
         """End what may not stay, and note who was seen since the last look."""
         passed = self._present.passed()
-        held = list(dict.fromkeys((*self._present.admitted(), *self._proofs.tickets.held())))
+        held = list(dict.fromkeys((*self._present.admitted(), *self.tickets.held())))
         for token, reason in await asyncio.to_thread(self._shut_out, held, has_news=bool(passed)):
-            self._proofs.tickets.end(token.edge, token.key)
+            self.tickets.end(token.edge, token.key)
             self._present.dismiss(token, reason)
         if self._clock.monotonic() - self._noted_at >= NOTED_SECONDS:
             self._noted_at = self._clock.monotonic()

@@ -159,7 +159,7 @@ def test_files_of_the_bundle_come_with_the_ticket_and_after_it_has_ended_with_th
         async with serving(settings) as hub:
             _, transport = conversation(link_for(hub, "ann"), tmp_path / "home")
             await transport.connect()
-            tickets = hub.daemon.proofs.tickets
+            tickets = hub.daemon.admission.tickets
             for _ in range(2):
                 assert b"".join([piece async for piece in transport.fetch(sha256(SHARD), 0)]) == SHARD
                 for token in tickets.held():
