@@ -611,6 +611,7 @@ def test_jobs_say_how_far_they_are(told: Told) -> None:
         HUB.check_event(event)
     stages = {(event["job"], event["stage"]) for event in told.progress}
     assert stages == {
+        ("prepare", "reading the full LLM and the public text"),
         ("prepare", "measuring layer similarity"),
         ("prepare", "caching teacher targets"),
         ("prepare", "quantizing"),
