@@ -492,8 +492,8 @@ def test_a_key_of_the_method_that_changed_is_refused_with_both_values_until_it_i
     assert str(refused.value) == (
         "run.toml has changed since this run was prepared: [local] epochs: 1 when the run was prepared, 7 now; "
         "[lora] rank: 2 when the run was prepared, 4 now; restore the old values (only device, [rounds] count, quorum and "
-        "deadline_seconds, [aggregation] robust and robust_share, [listen], [tls], [blobs], [notify], [report], [task] eval_data and eval_every "
-        "may change), or begin again with "
+        "deadline_seconds, [aggregation] robust and robust_share, [listen], [tls], [blobs], [notify], [report], [task] eval_data, "
+        "eval_every, keep and metric may change), or begin again with "
         f"`fedsoda-hub reset {changed.path}`"
     )
     with started(write_run(tmp_path)) as daemon:  # the refused one holds neither lock nor ledger
