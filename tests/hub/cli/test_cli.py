@@ -272,7 +272,7 @@ def test_status_and_edges_of_an_ended_run_come_from_its_ledger(run_file: Path) -
             "step": None,
             "steps": None,
             "standing": None,
-                "why": None,
+            "why": None,
         },
     ]
     assert edges.stderr.split() == ["alice", "token", "not", "used"]
