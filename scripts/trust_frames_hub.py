@@ -190,6 +190,8 @@ class HubBench:
             if not stays or problem or verdict.then == EITHER:
                 break
         await line.hang_up()
+        if verdict.then == EITHER:
+            await self._settle()
         if line.defect is not None:
             self._note(f"the hub raised {line.defect!r:.200} on {sent[-1][:120]!r}")
             self.found.append({"frames": [one.hex() for one in sent], "problem": repr(line.defect)})
@@ -201,6 +203,16 @@ class HubBench:
                 await self._join(edge)
         if len(self.wrong) == before:
             return
+
+    async def _settle(self) -> None:
+        """Wait until the hub has judged what came, and note what it took of frames that it might take or not."""
+        async with asyncio.timeout(60):
+            while self.daemon.uploads.num_unjudged or not self.daemon.inbox.empty():
+                await asyncio.sleep(0.001)
+        for one in self._appended:
+            if isinstance(one, rec.UpdateAccepted) and one.edge == FORGED and FORGED not in self.facts.accepted:
+                self.facts.accepted[FORGED] = one.digest
+                self.facts.receipts[FORGED] = (one.round, one.digest)
 
     async def _answer(self, line: Line, judge: HubJudge, verdict: Verdict, stays: bool, num_heard: int) -> str:
         """Wait for the answer to a whole update, and note what was accepted."""

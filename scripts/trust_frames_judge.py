@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+MAX_DIGITS = 100
 END, STAY, EITHER = "ends", "stays", "either"
 MAX_HEADER, MAX_PAYLOAD = 64 << 10, 256 << 10
 LARGEST = 2**63 - 1  # of a whole number, (p2-frames)
@@ -93,6 +94,9 @@ def read(frame: bytes, forms: Mapping[str, tuple[dict[str, Any], frozenset[str]]
     header, payload = frame[4 : 4 + size], frame[4 + size :]
     doubts: list[str] = []
 
+    def whole(digits: str) -> int:
+        return int(digits) if len(digits) <= MAX_DIGITS else 10**MAX_DIGITS  # more than Python reads; too large anyway
+
     def no_constant(name: str) -> float:
         raise Wrong(name)
 
@@ -108,7 +112,7 @@ def read(frame: bytes, forms: Mapping[str, tuple[dict[str, Any], frozenset[str]]
         text = header.decode(errors="replace")
         doubts.append("not Unicode")  # it may stand in a field that nobody reads
     try:
-        values = json.loads(text, parse_constant=no_constant, object_pairs_hook=pairs)
+        values = json.loads(text, parse_int=whole, parse_constant=no_constant, object_pairs_hook=pairs)
     except RecursionError:
         return Reading("doubtful", {}, payload, False)
     except (ValueError, Wrong):

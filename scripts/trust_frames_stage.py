@@ -110,7 +110,7 @@ class Paper:
     def __init__(self, note: Callable[[str], None]) -> None:
         self._note = note
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, *_: object) -> None:
         shown = printable(text)
         if any(one in shown for one in "\x1b\n\r\x07\x9b\u202e\u2066\u2028") or len(shown) > 2000:
             self._note(f"the hub prints {shown[:80]!r}, which steers a terminal, or is a line of its own")
