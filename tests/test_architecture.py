@@ -80,6 +80,7 @@ HOUSE = {
     "edge.ports.console": Room(f"{_SIZES} edge.ports", "clock disk processes typer rich"),
     "edge.ports.program": Room("edge.ports edge.ports.console", "typer"),
     # `tokenizers`: a model directory is refused where its tokenizer.json cannot be read.
+    "edge.ports.setting_table": Room("", "rich"),
     "edge.ports.log_options": Room("", "disk typer"),
     "edge.ports.given_options": Room("edge.units edge.ports.log_options", "typer"),
     # The manager's socket; what is said there never leaves the machine.
@@ -101,7 +102,7 @@ HOUSE = {
     "edge.edge": Room(f"{_JOIN} edge.join edge.join.doctor edge.network", f"{_ANY_STDLIB} msgspec"),
     "edge.testing": Room(f"{_SIZES} edge.ports edge.model", "asyncio clock disk processes tensors tokenizers msgspec"),
     "edge.cli": Room(
-        f"{_JOIN} edge.ports.console edge.ports.program edge.ports.given_options edge.ports.log_options edge.ports.service edge.join edge.join.doctor edge.network edge.edge",
+        f"{_JOIN} edge.ports.console edge.ports.program edge.ports.given_options edge.ports.setting_table edge.ports.log_options edge.ports.service edge.join edge.join.doctor edge.network edge.edge",
         f"{_ANY_STDLIB} typer rich msgspec platformdirs",
     ),
     "hub": Room("hub.cli"),
@@ -139,7 +140,7 @@ HOUSE = {
     "hub.compare.central": Room(f"{_ABOVE} edge.worker", "disk tensors msgspec"),
     "hub.demo": Room(f"{_ABOVE} edge.events hub.local edge.join.trainer", f"{_ANY_STDLIB} rich msgspec"),
     "hub.cli": Room(
-        f"{_ABOVE} edge.ports.given_options edge.ports.log_options edge.ports.service hub.local hub.compare hub.demo",
+        f"{_ABOVE} edge.ports.setting_table edge.ports.given_options edge.ports.log_options edge.ports.service hub.local hub.compare hub.demo",
         f"{_ANY_STDLIB} typer rich msgspec",
     ),
 }

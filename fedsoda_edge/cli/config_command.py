@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import msgspec
@@ -11,6 +10,7 @@ import typer
 from fedsoda_edge.cli import options as opt
 from fedsoda_edge.ports.console import finish, note, reporting, show
 from fedsoda_edge.ports.given_options import effective_settings
+from fedsoda_edge.ports.setting_table import SettingRow, SettingTable, written
 from fedsoda_edge.units import counted
 
 
@@ -30,7 +30,7 @@ def config(context: typer.Context, as_json: opt.JsonOption = False, debug: opt.D
         from fedsoda_edge.join.home import Home
 
         rows = _rows(context)
-        _show(rows)
+        show(SettingTable([_row(row) for row in rows]))
         given = sum(row.source != "default" for row in rows)
         note(f"{counted(given, 'option')} of {len(rows)} given, by {Home().config} or by variables")
         finish({"status": "ok", "file": str(Home().config), "options": msgspec.to_builtins(rows)}, as_json, False)
@@ -54,17 +54,6 @@ def _rows(context: typer.Context) -> list[OptionRow]:
     ]
 
 
-def _show(rows: list[OptionRow]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table("option", "value", "default", "from", "meaning")
-    for row in rows:
-        style = "" if row.source == "default" else "bold"
-        cells = (row.option, _shown(row.value), _shown(row.default), row.source)
-        table.add_row(*(Text(cell, style=style) for cell in cells), Text(row.meaning))
-    show(table)
-
-
-def _shown(value: str | float | None) -> str:
-    return "" if value is None else json.dumps(value, ensure_ascii=False)
+def _row(row: OptionRow) -> SettingRow:
+    is_given = row.source != "default"
+    return SettingRow(row.option, written(row.value), written(row.default), row.source, row.meaning, is_given)

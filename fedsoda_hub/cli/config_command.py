@@ -5,18 +5,16 @@ Which settings there are is declared in `settings/tables.py`.
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from fedsoda_edge.ports.console import finish, note, reporting
+from fedsoda_edge.ports.console import finish, note, reporting, show
+from fedsoda_edge.ports.setting_table import SettingRow, SettingTable, written
 from fedsoda_edge.units import counted
 from fedsoda_hub.cli.options import Debug, Json, RunFile
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from fedsoda_hub.settings.keys import SettingValue
     from fedsoda_hub.settings.run import RunSettings
 
@@ -44,7 +42,7 @@ def config(run: RunFile, as_json: Json = False, debug: Debug = False) -> None:
 
         settings = read_settings(run)
         rows = config_rows(settings)
-        _show(rows)
+        show(SettingTable([_row(row) for row in rows]))
         changed = counted(sum(row.is_changed for row in rows), "setting")
         note(
             f"{changed} of {len(rows)} of {settings.path} differ from the defaults of {settings.method.name}: marked *"
@@ -73,19 +71,6 @@ def config_rows(settings: RunSettings) -> list[ConfigRow]:
     ]
 
 
-def _show(rows: Sequence[ConfigRow]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    from fedsoda_edge.ports.console import show
-
-    table = Table("", "key", "value", "default", "from", "meaning", title_justify="left")
-    for row in rows:
-        cells = ("*" if row.is_changed else "", row.key, _shown(row.value), _shown(row.default), row.source)
-        said = f"{row.meaning} ({row.allowed})" if row.allowed else row.meaning
-        table.add_row(*(Text(cell, style="bold" if row.is_changed else "") for cell in cells), Text(said))
-    show(table)
-
-
-def _shown(value: SettingValue) -> str:
-    return "" if value is None else json.dumps(value, ensure_ascii=False)
+def _row(row: ConfigRow) -> SettingRow:
+    said = f"{row.meaning} ({row.allowed})" if row.allowed else row.meaning
+    return SettingRow(row.key, written(row.value), written(row.default), row.source, said, row.is_changed)

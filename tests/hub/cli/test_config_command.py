@@ -50,6 +50,17 @@ def test_people_see_a_table_with_what_differs_marked(tmp_path: Path) -> None:
     assert "differ from the defaults of fedsoda: marked *" in " ".join(done.stderr.split())
 
 
+def test_a_narrow_terminal_cuts_no_key_and_no_meaning(tmp_path: Path) -> None:
+    done = CliRunner(env={"COLUMNS": "60"}).invoke(app, ["config", write_run(tmp_path).path])
+    lines = done.stderr.splitlines()
+    assert "* [lora] rank = 2  (run.toml; default 8)" in [line.rstrip() for line in lines]
+    [at] = [
+        number for number, line in enumerate(lines) if line.startswith("  [notify] insecure_http = false  (default)")
+    ]
+    assert lines[at + 1].strip() == "post over plain http beyond this machine too"
+    assert max(map(len, lines[:-1])) <= 60  # the last is a note, which the terminal breaks
+
+
 @pytest.mark.parametrize(
     ("name", "more"), [*((name, "") for name in get_args(MethodName)), ("fedsoda", 'emulator = "full"')]
 )
