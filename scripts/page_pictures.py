@@ -29,6 +29,8 @@ FACTS = {
     ),
 }
 OTHER = ms.DeviceFacts(ram_bytes=6 << 30, vram_bytes=0, disk_bytes=1 << 36, threads=8, accelerator="")
+SHOWN = Path(__file__).resolve().parent.parent / "docs" / "pictures"
+IN_DOCS = ("run-desktop-light", "edges-phone-dark", "do-desktop-dark")
 
 
 async def picture(browser: Browser, url: str, to: Path, name: str, section: str, act: Any = None) -> None:
@@ -77,15 +79,30 @@ async def take(root: Path, to: Path) -> list[str]:
         return browser.complaints
 
 
+def for_docs(taken: Path) -> None:
+    """Put small copies of the pictures that docs/ shows there: half the size, 64 colours."""
+    from PIL import Image
+
+    SHOWN.mkdir(exist_ok=True)
+    for name in IN_DOCS:
+        picture = Image.open(taken / f"{name}.png").convert("RGB")
+        half = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.LANCZOS)
+        half.quantize(64, dither=Image.Dither.NONE).save(SHOWN / f"page-{name}.png", optimize=True)
+
+
 def main() -> int:
     """Take the pictures, and return 1 where the browser complained."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path, nargs="?", default=Path("page-pictures"))
-    to = parser.parse_args().directory
+    parser.add_argument("--docs", action="store_true", help="put those that docs/ shows there")
+    asked = parser.parse_args()
+    to = asked.directory
     to.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as root:
         complaints = asyncio.run(take(Path(root), to))
     print(f"{len(list(to.glob('*.png')))} pictures are in {to}")
+    if asked.docs:
+        for_docs(to)
     for one in complaints:
         print(f"the browser complained: {one}", file=sys.stderr)
     return 1 if complaints else 0
