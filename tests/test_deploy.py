@@ -12,8 +12,6 @@ import re
 import shlex
 import shutil
 import socket
-import subprocess
-import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +29,7 @@ from fedsoda_hub.settings.run import read_settings
 from tests.conftest import ROOT
 from tests.edge.network.test_hub_transport import DATA, DIGEST, HELLO, SmallHub, fetched, listening
 from tests.edge.network.test_nginx import NGINX, nginx
+from tests.on_port import runs_on_port
 
 yaml: Any = pytest.importorskip("yaml")
 DEPLOY = ROOT / "scripts" / "deploy"
@@ -162,24 +161,10 @@ def caddy(directory: Path, text: str) -> Iterator[int]:
     head = "{\n\tadmin off\n\tauto_https off\n\tskip_install_trust\n}\n"
     (directory / "Caddyfile").write_text(head + text.replace("example.org {", f"http://127.0.0.1:{port} {{"))
     assert CADDY is not None
-    process = subprocess.Popen(
-        [CADDY, "run", "--config", str(directory / "Caddyfile"), "--adapter", "caddyfile"],
-        stderr=subprocess.PIPE,
-        env={"HOME": str(directory), "XDG_DATA_HOME": str(directory), "XDG_CONFIG_HOME": str(directory)},
-    )
-    try:
-        until = time.monotonic() + 30
-        while process.poll() is None and time.monotonic() < until:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                break
-            time.sleep(0.05)
-        if process.poll() is not None:
-            _, said = process.communicate()
-            raise AssertionError(said.decode())
+    command = [CADDY, "run", "--config", str(directory / "Caddyfile"), "--adapter", "caddyfile"]
+    env = {"HOME": str(directory), "XDG_DATA_HOME": str(directory), "XDG_CONFIG_HOME": str(directory)}
+    with runs_on_port(command, port, env):
         yield port
-    finally:
-        process.terminate()
-        process.communicate(timeout=20)
 
 
 @pytest.mark.slow

@@ -7,8 +7,6 @@ import contextlib
 import hashlib
 import shutil
 import socket
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from fedsoda_hub.serving import listener
 from tests.edge.join.test_doctor import all_of, examined
 from tests.edge.network.test_hub_transport import DATA, DIGEST, HELLO, SmallHub, failure_of, fetched, listening
 from tests.edge.network.test_proxies import no_variables  # noqa: F401
+from tests.on_port import runs_on_port
 
 NGINX = shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/sbin:/usr/local/bin:/opt/homebrew/bin")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(NGINX is None, reason="nginx is not installed")]
@@ -51,20 +50,8 @@ def nginx(directory: Path, server: str) -> Iterator[int]:
     configuration = directory / "nginx.conf"
     configuration.write_text(CONFIGURATION.format(directory=directory, port=port, server=server))
     assert NGINX is not None
-    process = subprocess.Popen([NGINX, "-c", str(configuration), "-p", str(directory)], stderr=subprocess.PIPE)
-    try:
-        until = time.monotonic() + 20
-        while process.poll() is None and time.monotonic() < until:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                break
-            time.sleep(0.02)
-        if process.poll() is not None:
-            _, said = process.communicate()
-            raise AssertionError(said.decode())
+    with runs_on_port([NGINX, "-c", str(configuration), "-p", str(directory)], port):
         yield port
-    finally:
-        process.terminate()
-        process.communicate(timeout=20)
 
 
 @pytest.fixture
