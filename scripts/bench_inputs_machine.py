@@ -187,10 +187,10 @@ def started(words: list[str], environment: dict[str, str], shell: str) -> Iterat
 
 
 def address(run: Path) -> str:
-    """Wait for the address of the hub that serves the run."""
+    """Wait for the address of the hub that serves the run, and for the end of its preparation."""
     file, until = run.parent / "case.run" / "address", time.monotonic() + PATIENCE_SECONDS
-    while not file.exists():
-        assert time.monotonic() < until, "the hub never listened"
+    while not file.exists() or '"preparing"' in file.with_name("hub.json").read_text():
+        assert time.monotonic() < until, "the hub never served"
         time.sleep(0.1)
     return file.read_text()
 

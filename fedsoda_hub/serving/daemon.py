@@ -24,7 +24,7 @@ from fedsoda_hub.serving.broadcast import Broadcast
 from fedsoda_hub.serving.connection import Door, Hub
 from fedsoda_hub.serving.decisions import Decisions, Inbox
 from fedsoda_hub.serving.desk import desk_of
-from fedsoda_hub.serving.event_files import EventFile, write_run
+from fedsoda_hub.serving.event_files import EventFile, last_opened, write_run
 from fedsoda_hub.serving.first_of import first_of
 from fedsoda_hub.serving.gauges import Gauges
 from fedsoda_hub.serving.greeting import Greeting
@@ -239,7 +239,7 @@ class Daemon:
             self.notifier.open(ways_of(self.settings, self.disk.directory, self._clock.wall))
             event_file = await asyncio.to_thread(self._event_file)
             if event_file is not None:
-                self.broadcast.begin(lambda event: event_file.hear(event, self._clock.wall(), self._clock.monotonic()))
+                self.broadcast.begin(lambda event: event_file.hear(event, self._clock.wall()))
             try:
                 await self._until_over(door, stop, exit_when_done, event_file)
             finally:
@@ -262,10 +262,9 @@ class Daemon:
         """Write what the run's event file lacks; None: the owner wants none."""
         if (directory := self.settings.report.tensorboard) is None:
             return None
-        settings = self.settings
-        return EventFile(
-            write_run(settings.directory / directory, settings.name, self.disk.ledger, settings.rounds.count)[0]
-        )
+        settings, ledger = self.settings, self.disk.ledger
+        path, _ = write_run(settings.directory / directory, settings.name, ledger, settings.rounds.count)
+        return EventFile(path, last_opened(ledger))
 
     async def _until_over(
         self, door: Door, stop: asyncio.Future[str], exit_when_done: bool, event_file: EventFile | None

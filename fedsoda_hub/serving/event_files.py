@@ -181,6 +181,12 @@ def path_of(directory: Path, name: str, run_id: str) -> Path:
     return directory / f"{name}-{run_id[:8]}" / "events.out.tfevents.0.fedsoda"
 
 
+def last_opened(ledger: Ledger) -> tuple[int, float] | None:
+    """Return the round that was opened last, and when, in seconds since 1970; None: none was."""
+    found = [(record.round, at) for at, record in ledger.history() if isinstance(record, rec.RoundOpened)]
+    return found[-1] if found else None
+
+
 def write_run(directory: Path, name: str, ledger: Ledger, rounds: int) -> tuple[Path, int]:
     """Write the figures of a run, or those that its file lacks; return the file and how many figures it has.
 
@@ -212,21 +218,24 @@ class EventFile:
     """The file of a run that is served. `hear` takes the daemon's events; nothing is written on the event loop.
 
     Where the disk is full a figure is lost here until the next start, which writes what the file lacks.
+
+    Args:
+        opened: the round that was opened last, and when, in seconds since 1970; None: none was.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, opened: tuple[int, float] | None = None) -> None:
         self._path = path
         self._waiting: list[Scalar] = []
         self._has_some = asyncio.Event()
         self._writing: asyncio.Task[None] | None = None
-        self._opened: tuple[int, float] | None = None
+        self._opened = opened
 
-    def hear(self, event: events.HubEvent, at: float, now: float) -> None:
-        """Keep the figures of an event to be written. at: seconds since 1970. now: monotonic seconds."""
+    def hear(self, event: events.HubEvent, at: float) -> None:
+        """Keep the figures of an event to be written. at: seconds since 1970."""
         if isinstance(event, events.RoundOpened):
-            self._opened = (event.round, now)
+            self._opened = (event.round, at)
         is_timed = isinstance(event, events.RoundClosed) and self._opened is not None and self._opened[0] == event.round
-        seconds = now - self._opened[1] if is_timed and self._opened is not None else None
+        seconds = max(0.0, at - self._opened[1]) if is_timed and self._opened is not None else None
         found = scalars_of(event, at, seconds)
         if found:
             self._waiting += found

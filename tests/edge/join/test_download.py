@@ -281,7 +281,7 @@ def test_an_agent_that_is_killed_in_the_middle_leaves_nothing_that_the_next_trip
     scripted: Path, data: Path, late: str
 ) -> None:
     command = [sys.executable, "-c", AGENT, str(scripted), str(data)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "scripts")))}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
         for line in process.stdout:

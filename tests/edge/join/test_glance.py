@@ -100,7 +100,7 @@ def test_a_join_in_a_round(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"state": "the run is over"}, False, "the run is over", "over"),
         ({"state": "stopped"}, False, "stopped", "over"),
         ({"state": "stopped", "last_error": "the disk is full"}, False, "stopped", "trouble"),
-        ({"state": "training"}, False, "ended unexpectedly", "trouble"),
+        ({"state": "training"}, False, "ended unexpectedly: it was killed, or the machine ended it for lack of memory", "trouble"),
         ({"state": "paused", "paused": "on battery"}, True, "paused: on battery", "paused"),
         ({"state": "paused", "paused": "by its owner", "paused_until": 1600.0}, True, "paused by its owner, for another 10 min", "paused"),
         ({"state": "reconnecting", "last_error": "TCP"}, True, "reconnecting", "trouble"),
