@@ -44,6 +44,7 @@ KIB_A_CONNECTION = 48.0  # of the hub's resident memory above idle
 KIB_A_HOSTILE = 256.0  # most of it what lies between a blob and a reader that does not read
 HEALTH_SECONDS = 0.1  # at the 99th percentile
 LOOK_SECONDS = 0.01  # between two looks at the clock on the hub's loop
+ASKER_SECONDS = 0.04  # between two questions: its own address may ask 32 times a second, too
 ASKER_NICE = -5  # of who asks /healthz, where that is allowed: its own wait for a core is not the hub's
 CPU_RATIO = 1.5  # of CPU per round and edge, from the small federation to the large one
 SHARD = bytes(1 << 20)
@@ -315,7 +316,7 @@ def under_fire(num_connections: int, seconds: float, defect: str) -> dict[str, A
                     cost = hub.cost()
                     lags += cost["lags"]
                     most, spooled = max(most, cost["rss"]), max(spooled, cost["spooled"])
-                    time.sleep(0.02)
+                    time.sleep(ASKER_SECONDS)
         return {
             "asked": len(waited),
             **{
