@@ -18,7 +18,7 @@ from fedsoda_hub.federation.schedule import Rules
 from fedsoda_hub.federation.state import LedgerState, MeasuredDrift, Realignment
 from fedsoda_hub.run.edges import KnownEdge
 from fedsoda_hub.run.sentence import sentence_of
-from fedsoda_hub.run.status import LiveStatus
+from fedsoda_hub.run.status import BestRound, LiveStatus
 from fedsoda_hub.serving.tally import Tally
 
 MODELS = {"full": "Full model, untouched", "sub_llm": "Sub-LLM", "plug_in": "Plug-in"}
@@ -66,7 +66,7 @@ class RuleView(msgspec.Struct, frozen=True):
 class RunView(msgspec.Struct, frozen=True, kw_only=True):
     """The run as the page shows it. Times are seconds since 1970; now: the hub's clock, by which the page counts down.
 
-    sentence: what it does. next: what happens then. due_at: None: no round is open.
+    sentence: what it does. next: what happens then. due_at: None: no round is open. best: None: the run keeps the last round, or judged none.
     """
 
     run: str
@@ -89,6 +89,7 @@ class RunView(msgspec.Struct, frozen=True, kw_only=True):
     judged: JudgedView
     models: list[ModelView]
     judged_rows: int
+    best: BestRound | None
     public_kl: dict[str, float]
     realignments: list[Realignment]
     probes: list[MeasuredDrift]
@@ -208,6 +209,7 @@ def run_view(
         ),
         models=[] if figures is None else [_model(name, figures) for name in names],
         judged_rows=0 if figures is None else figures.num_examples,
+        best=status.best,
         public_kl=state.public_kl,
         realignments=state.realignments,
         probes=state.probes,

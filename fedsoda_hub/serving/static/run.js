@@ -97,7 +97,8 @@ function verdict(run) {
   const after = run.judged.round.at(-1);
   const full = run.models.find((one) => one.name === "full");
   const plug = run.models.find((one) => one.name === "plug_in");
-  const basis = `Accuracy after round ${after} on ${counted(run.judged_rows, "row")}, with 95\u00a0% intervals of the rows alone.`;
+  const kept = run.best && run.best.round !== after ? ` Report and adapter are of round ${run.best.round}, the best by ${run.best.metric.replace("_", " ")}.` : "";
+  const basis = `Accuracy after round ${after} on ${counted(run.judged_rows, "row")}, with 95\u00a0% intervals of the rows alone.${kept}`;
   if (!full || !plug) return basis;
   if (plug.low > full.high) return `The plug-in is better than the untouched model by ${points(plug.accuracy - full.accuracy)}, and the intervals do not meet. ${basis}`;
   if (plug.high < full.low) return `The plug-in is worse than the untouched model by ${points(full.accuracy - plug.accuracy)}, and the intervals do not meet. ${basis}`;

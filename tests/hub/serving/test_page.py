@@ -339,6 +339,23 @@ def test_a_run_of_many_rounds_is_shown_as_its_ledger_says(tmp_path: Path) -> Non
     talk(scene)
 
 
+def test_a_run_that_keeps_its_best_round_names_it(tmp_path: Path) -> None:
+    async def scene() -> None:
+        last = scenes.a_run(tmp_path)
+        scenes.fill(last, edges=["a", "b"], closed=6)
+        best = msgspec.structs.replace(last, task=msgspec.structs.replace(last.task, keep="best", metric="loss"))
+        for settings in (last, best):
+            async with serving(settings) as hub, owner(hub) as client:
+                found = (await client.get("/page/state")).json()["run"]["best"]
+            if settings is last:
+                assert found is None
+        judged = records(best, rec.Evaluated)
+        wanted = min(judged, key=lambda one: one.result.loss["plug_in"])
+        assert found == {"round": wanted.round, "metric": "loss", "value": wanted.result.loss["plug_in"]}
+
+    talk(scene)
+
+
 def test_a_hostile_edge_is_data_and_never_markup(tmp_path: Path) -> None:
     """The one place that takes a device's words is JSON; nothing that a page shows is HTML of the hub's making."""
 
