@@ -56,10 +56,12 @@ class History:
 
     began_at: seconds since 1970. cross_terms: by round, what averaging A and B apart lost. repruned: rounds before which
     other layers were drawn. traffic: by (edge, round), bytes up and down, with realignments and without the bundle.
+    count: the rounds that the owner asked for while a hub served the run; None: as many as RUN.toml says.
     """
 
     began_at: float
     is_over: bool = False
+    count: int | None = None
     public_kl: dict[str, float] = field(default_factory=dict)
     rounds: list[Round] = field(default_factory=list)
     cross_terms: dict[int, float] = field(default_factory=dict)
@@ -98,9 +100,10 @@ def _natural(name: str) -> list[str]:
 def read_history(ledger: Ledger) -> History:
     """Fold the records of a run that was started."""
     recorded = ledger.history()
-    history = History(recorded[0][0])
+    history, of_file = History(recorded[0][0]), 0.0
     for at, record in recorded:
         now = history.rounds[-1] if history.rounds else None
+        history.is_over = history.is_over and not isinstance(record, rec.RoundOpened)
         match record:
             case rec.RunPrepared():
                 history.public_kl = record.public_kl
@@ -127,7 +130,12 @@ def read_history(ledger: Ledger) -> History:
                 history.repruned.append(record.round)
             case rec.Evaluated():
                 history.evaluated.append(record)
-        history.is_over = isinstance(record, rec.RunEnded)
+            case rec.RulesChanged() if "count" in record.values:
+                history.count, of_file = int(record.values["count"]), record.instead_of["count"]
+            case rec.SettingsChanged() if record.values.get("count") != of_file:  # what RUN.toml says since then counts
+                history.count = None
+            case rec.RunEnded():
+                history.is_over = True
     history.traffic = {(edge, number): (up, down) for edge, number, up, down in ledger.traffic()}
     return history
 

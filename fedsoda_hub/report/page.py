@@ -129,7 +129,7 @@ def picture_of(name: str, title: str, data: bytes, caption: str) -> str:
 def _lead(settings: RunSettings, history: History) -> str:
     state = "over" if history.is_over else "not over"
     return (
-        f"{_model_name(settings)}: {len(history.closed)} of {counted(settings.rounds.count, 'round')} closed, "
+        f"{_model_name(settings)}: {len(history.closed)} of {counted(history.count or settings.rounds.count, 'round')} closed, "
         f"{counted(len(history.edges), 'edge')}, "
         f"begun {date(history.began_at)}; the run is {state}."
     )

@@ -92,7 +92,7 @@ class Gauges:
         return Seen(
             phase=state.phase,
             round=state.round,
-            rounds=self.settings.rounds.count,
+            rounds=machine.rules.count,
             rounds_closed=len(state.losses),
             invited=state.invited if is_open else 0,
             accepted=len(state.accepted) if is_open else 0,

@@ -28,6 +28,17 @@ def test_the_history_is_what_the_ledger_says() -> None:
     assert read_history(ledger).is_over
 
 
+def test_the_history_says_how_many_rounds_the_owner_asked_for_meanwhile() -> None:
+    ledger = Ledger(None)
+    for record in RECORDED:
+        ledger.append(record)
+    assert read_history(ledger).count is None
+    ledger.append(rec.RulesChanged(values={"count": 7}, instead_of={"count": 20}))
+    assert read_history(ledger).count == 7
+    ledger.append(rec.SettingsChanged(values={"count": 9}))  # RUN.toml says something else now, which counts
+    assert read_history(ledger).count is None
+
+
 def test_edges_are_in_the_order_people_count() -> None:
     ledger = Ledger(None)
     ledger.append(opened(1, *(EdgeId(name) for name in ("ward-10", "ward-9", "lab", "²"))))
