@@ -215,7 +215,9 @@ class HubBench:
                 self.facts.receipts[FORGED] = (one.round, one.digest)
 
     async def _answer(self, line: Line, judge: HubJudge, verdict: Verdict, stays: bool, num_heard: int) -> str:
-        """Wait for the answer to a whole update, and note what was accepted."""
+        """Wait for the answer to a whole update, or for the blob that was asked for; note what was accepted."""
+        if stays and verdict.answer == "blob_chunk":  # whole, since each is small: the next may be asked for after it
+            return str((await line.hear("blob_chunk", after=num_heard))["type"])
         if not stays or verdict.start is None:
             return ""
         found = await line.hear("receipt", "refusal", after=num_heard)

@@ -217,7 +217,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What may follow a frame. then: END, STAY or EITHER. answer: "receipt", "refusal", "any" or "" (none is due)."""
+    """What may follow a frame. then: END, STAY or EITHER. answer: "receipt", "refusal", "blob_chunk", "any" or "" (none is due)."""
 
     then: str
     answer: str = ""
@@ -259,7 +259,8 @@ class HubJudge:
                 return Verdict(STAY if 0 <= values.get("size_class", 0) < facts.num_classes else END)
             case "blob_request":
                 size = facts.blobs.get(values["digest"])
-                return Verdict(STAY if size is not None and 0 <= values.get("offset", 0) < size else END)
+                is_there = size is not None and 0 <= values.get("offset", 0) < size
+                return Verdict(STAY, "blob_chunk") if is_there else Verdict(END)
             case "update_start":
                 if not self.is_ready or self.start is not None or not 0 < values["bytes"] < facts.least_refused:
                     return Verdict(END)
@@ -290,8 +291,14 @@ class HubJudge:
             return Verdict(STAY)
         self.start = None
         if hashlib.sha256(self.came).hexdigest() != start["digest"]:
-            return Verdict(END)
+            return Verdict(EITHER, "any") if self._is_useless(start) else Verdict(END)
         return Verdict(STAY, self._answer(start), start)
+
+    def _is_useless(self, start: Mapping[str, Any]) -> bool:
+        """Tell whether a hub need not look at the bytes: whatever they are, no update comes of them."""
+        facts, edge = self.facts, self.edge
+        is_open = start["round"] == facts.round and edge in facts.cohort and edge not in facts.accepted
+        return not is_open or facts.receipts.get(edge) == (start["round"], start["digest"])
 
     def _answer(self, start: Mapping[str, Any]) -> str:
         facts = self.facts
