@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
 
 import msgspec
 
@@ -24,6 +24,16 @@ class Judged(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     result: EvaluateResult
 
 
+class HasResult(Protocol):
+    """A round that was evaluated: `Judged`, or its record."""
+
+    @property
+    def result(self) -> EvaluateResult: ...
+
+
+T = TypeVar("T", bound=HasResult)
+
+
 def figure_of(result: EvaluateResult, metric: Metric) -> float | None:
     """Return the plug-in's figure; None: it is not finite, or these questions have no such figure."""
     match metric:
@@ -37,9 +47,9 @@ def figure_of(result: EvaluateResult, metric: Metric) -> float | None:
             return result.mean_rank.get("plug_in")
 
 
-def best_of(judged: Iterable[Judged], metric: Metric) -> Judged | None:
+def best_of(judged: Iterable[T], metric: Metric) -> T | None:
     """Return the best round, of equals the earliest; None: no round has the figure."""
-    best: tuple[float, Judged] | None = None
+    best: tuple[float, T] | None = None
     for one in judged:
         figure = figure_of(one.result, metric)
         if figure is None:

@@ -18,7 +18,7 @@ from fedsoda_edge.errors import UsageProblem
 from fedsoda_edge.ports.disk import write_durably
 from fedsoda_edge.protocol.manifest import LayerPlan, parse_manifest
 from fedsoda_edge.units import counted, human_bytes, human_seconds
-from fedsoda_hub.federation.best import IS_BETTER_LESS, figure_of
+from fedsoda_hub.federation.best import best_of, figure_of
 from fedsoda_hub.federation.jobs import Standing
 from fedsoda_hub.report.history import History, date, kl_sentence, read_history
 from fedsoda_hub.report.pictures import MODELS, Picture, draw
@@ -138,16 +138,11 @@ def _lead(settings: RunSettings, history: History) -> str:
 def _best(settings: RunSettings, history: History) -> str | None:
     """Say which round is the best of a run that keeps it, and by which figure; None: it keeps the last."""
     metric = settings.task.best_by
-    found = [
-        (one.round, value)
-        for one in history.evaluated
-        if metric and (value := figure_of(one.result, metric)) is not None
-    ]
-    if metric is None or not found:
+    best = None if metric is None else best_of(history.evaluated, metric)
+    if best is None or metric is None or (value := figure_of(best.result, metric)) is None:
         return None
-    number, value = (min if metric in IS_BETTER_LESS else max)(found, key=lambda one: one[1])
     name = metric.replace("_", " ")
-    return f"round {number}, by {name} ({figure(metric, value)}); exports are of it"
+    return f"round {best.round}, by {name} ({figure(metric, value)}); exports are of it"
 
 
 def _facts(settings: RunSettings, history: History, plan: LayerPlan | None) -> str:
